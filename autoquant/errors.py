@@ -1,0 +1,50 @@
+"""The error tree. Every error a user can cause is an `AutoquantError` with a one-line message.
+
+AutoquantError
+├── ModelError        the model cannot be read, or is not the one a plan was made for
+├── TextError         the evaluation text is missing, unreadable or too short
+├── WorkloadError     a workload, limit or size that cannot be parsed or does not fit the model
+├── DeviceError       the device asked for is not there
+├── CandidateError    a candidate name, format or kernel that does not exist or misbehaves
+├── StoreError        the database is missing, foreign, newer, damaged or not writable
+├── PlanError         no such plan or study, or none satisfies the limits
+└── CheckpointError   a saved model cannot be written, read or verified
+"""
+
+from __future__ import annotations
+
+
+class AutoquantError(Exception):
+    """Base of every error whose message is meant for the user: what is wrong and what to do, in one line."""
+
+
+class ModelError(AutoquantError):
+    """The model cannot be read, or is not the one a plan was made for."""
+
+
+class TextError(AutoquantError):
+    """The evaluation text is missing, unreadable or too short."""
+
+
+class WorkloadError(AutoquantError):
+    """A workload, limit or size that cannot be parsed or does not fit the model."""
+
+
+class DeviceError(AutoquantError):
+    """The device asked for is not there."""
+
+
+class CandidateError(AutoquantError):
+    """A candidate name, format or kernel that does not exist or misbehaves."""
+
+
+class StoreError(AutoquantError):
+    """The database is missing, foreign, newer, damaged or not writable."""
+
+
+class PlanError(AutoquantError):
+    """No such plan or study, or none satisfies the limits."""
+
+
+class CheckpointError(AutoquantError):
+    """A saved model cannot be written, read or verified."""

@@ -1,0 +1,355 @@
+"""The words of autoquant as frozen dataclasses. No torch, no database: every other module speaks in these.
+
+Units are part of the names: `_us` microseconds, `_ms` milliseconds, `_bytes` bytes. A loss is a mean per-token
+Kullback-Leibler divergence in nats unless a quality function of the user's own says otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from autoquant.errors import WorkloadError
+
+Outcome = Literal["ok", "unsupported", "incorrect", "failed"]
+PlanKind = Literal["original", "uniform", "front", "refined"]
+ORIGINAL_LABEL = "original"
+
+
+def content_key(value: object, length: int = 12) -> str:
+    """Hash `value`'s canonical JSON: the same content gives the same key in every process."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearShape:
+    """What one linear computes: `y[m, n] = x[m, k] @ w[n, k].T (+ bias[n])`, with the dtype of x, w and y."""
+
+    n: int
+    k: int
+    bias: bool
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.k}{'+bias' if self.bias else ''}:{self.dtype}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One kind of forward pass: `tokens` per sequence in one call, `calls` of it in one request."""
+
+    name: str
+    tokens: int
+    calls: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What the model is asked to do in one request: weighted phases at a batch size."""
+
+    phases: tuple[Phase, ...]
+    batch: int = 1
+
+    @classmethod
+    def parse(cls, text: str, batch: int = 1) -> Workload:
+        """Read `prefill=TOKENS,decode=STEPS` (either may be left out).
+
+        Raises:
+            WorkloadError: The text does not follow that form, or a number is not positive.
+        """
+        advice = f"cannot read workload {text!r}: write it as prefill=TOKENS,decode=STEPS, e.g. prefill=512,decode=128"
+        if batch < 1:
+            raise WorkloadError(f"batch must be at least 1, not {batch}")
+        counts: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, number = part.strip().partition("=")
+            if name not in ("prefill", "decode") or name in counts or not number.isdigit() or int(number) < 1:
+                raise WorkloadError(advice)
+            counts[name] = int(number)
+        phases = []
+        if "prefill" in counts:
+            phases.append(Phase(name="prefill", tokens=counts["prefill"], calls=1))
+        if "decode" in counts:
+            phases.append(Phase(name="decode", tokens=1, calls=counts["decode"]))
+        return cls(phases=tuple(phases), batch=batch)
+
+    @classmethod
+    def single(cls) -> Workload:
+        """The workload of a module with sample inputs: one forward pass."""
+        return cls(phases=(Phase(name="forward", tokens=0, calls=1),))
+
+    def calls(self) -> dict[str, int]:
+        return {phase.name: phase.calls for phase in self.phases}
+
+    def __str__(self) -> str:
+        parts = (f"{p.name}={p.calls if p.name == 'decode' else p.tokens}" for p in self.phases)
+        return ",".join(parts) + (f" batch={self.batch}" if self.batch != 1 else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteUse:
+    """How one phase uses a linear: `m` rows of the activation, `calls` times in one run of the phase."""
+
+    phase: str
+    m: int
+    calls: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One weight that is multiplied as a linear.
+
+    Attributes:
+        name: Module path (or parameter name where no module of its own holds it).
+        parameters: Parameter names that are replaced when the site is quantized; more than one where linears share a weight.
+        kept: Parameter names of the same tensor that stay as they are (an embedding tied to the head), so that memory is
+            not freed by quantizing.
+        siblings: Names of the sites that read the same input tensor, in order, this one included.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    shape: LinearShape
+    uses: tuple[SiteUse, ...]
+    kept: tuple[str, ...] = ()
+    siblings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A weight that is not searched, with the reason and its share of the model's parameters (0 to 1)."""
+
+    name: str
+    numel: int
+    share: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """What the recorder saw: the sites, and what share of the model they cover (0 to 1)."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    weights_share: float
+    flops_share: Mapping[str, float]
+    parameter_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A fingerprint of what runs the kernels. Any change of any field is another key in the store."""
+
+    type: str
+    name: str
+    capability: str
+    threads: int
+    cache_bytes: int
+    versions: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        return content_key(asdict(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimingSubject:
+    """What a timing is about: one candidate computing one shape at one m, with weights as cold as `working_set_bytes` makes them."""
+
+    shape: LinearShape
+    m: int
+    format: str
+    kernel: str
+    working_set_bytes: int
+
+    @property
+    def candidate(self) -> str:
+        return f"{self.format}/{self.kernel}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """The outcome of timing one subject: latency samples, or a reason why there are none."""
+
+    subject: TimingSubject
+    outcome: Outcome
+    reason: str = ""
+    samples_us: tuple[float, ...] = ()
+    relative_error: float | None = None
+
+    @property
+    def latency_us(self) -> float:
+        """Median of the samples."""
+        ordered = sorted(self.samples_us)
+        middle = len(ordered) // 2
+        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+    @property
+    def spread_us(self) -> float:
+        """Interquartile range of the samples."""
+        ordered = sorted(self.samples_us)
+        return ordered[(3 * len(ordered)) // 4] - ordered[len(ordered) // 4]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteStep:
+    """Use `kernel` for every m up to `upper_m` (inclusive); None means every larger m."""
+
+    upper_m: int | None
+    kernel: str
+
+
+Route = tuple[RouteStep, ...]
+
+
+def route_kernel(route: Route, m: int) -> str:
+    """The kernel that `route` uses for `m` rows."""
+    for step in route:
+        if step.upper_m is None or m <= step.upper_m:
+            return step.kernel
+    return route[-1].kernel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChoice:
+    """What one layer gets in a plan: a format and its route, with what is predicted of it and why it was chosen.
+
+    Attributes:
+        latency_us: Predicted microseconds in one run of each phase (all of the layer's calls in it).
+        numerics: Key of the score that stands for this choice: format values and activation precision.
+        loss: Predicted loss of this choice alone.
+        memory_bytes: Bytes that the stored weight takes.
+    """
+
+    name: str
+    shape: LinearShape
+    format: str
+    route: Route
+    numerics: str
+    latency_us: Mapping[str, float]
+    memory_bytes: int
+    loss: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Sums of the additive model for a plan. `request_ms` includes the measured rest of the model (attention, norms, glue)."""
+
+    request_ms: float
+    linear_ms: float
+    loss: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Layer name to choice, with everything needed to apply it to the model whose content hash it carries."""
+
+    plan_id: str
+    study_id: str
+    label: str
+    kind: PlanKind
+    model_hash: str
+    dtype: str
+    layers: tuple[LayerChoice, ...]
+    prediction: Prediction
+
+    def formats(self) -> dict[str, int]:
+        """How many layers each format got, most used first."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            counts[layer.format] = counts.get(layer.format, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """An estimate with the ends of its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What was measured of a plan by really applying it.
+
+    Attributes:
+        request_ms: Time of one request: the sum over phases of calls times the median latency.
+        phase_ms: Median milliseconds of one run of each phase.
+        original_request_ms: The unquantized model's request time measured in turn with this plan's.
+        perplexity: On the report part of the text (None for a quality function of the user's own).
+        increase: Relative increase over the unquantized model on the report part, with its paired interval.
+        selection_increase: The same on the selection part, which is what limits are checked against.
+        kl: Mean divergence to the unquantized model on the report part (None where not defined).
+        memory_bytes: Bytes of all parameters as stored.
+    """
+
+    plan_id: str
+    request_ms: float
+    phase_ms: Mapping[str, float]
+    original_request_ms: float
+    perplexity: float | None
+    increase: Interval
+    selection_increase: Interval
+    kl: float | None
+    memory_bytes: int
+    execution: str = "compiled"
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+def to_json(record: Any) -> str:
+    """Serialize a record of this module."""
+    return json.dumps(asdict(record), separators=(",", ":"))
+
+
+def _shape(data: Mapping[str, Any]) -> LinearShape:
+    return LinearShape(**data)
+
+
+def site_from(data: Mapping[str, Any]) -> Site:
+    return Site(
+        name=data["name"],
+        parameters=tuple(data["parameters"]),
+        shape=_shape(data["shape"]),
+        uses=tuple(SiteUse(**use) for use in data["uses"]),
+        kept=tuple(data["kept"]),
+        siblings=tuple(data["siblings"]),
+    )
+
+
+def recording_from(data: Mapping[str, Any]) -> Recording:
+    """Rebuild a `Recording` from its JSON object."""
+    return Recording(
+        sites=tuple(site_from(site) for site in data["sites"]),
+        skipped=tuple(Skipped(**skipped) for skipped in data["skipped"]),
+        weights_share=data["weights_share"],
+        flops_share=data["flops_share"],
+        parameter_bytes=data["parameter_bytes"],
+    )
+
+
+def workload_from(data: Mapping[str, Any]) -> Workload:
+    """Rebuild a `Workload` from its JSON object."""
+    return Workload(phases=tuple(Phase(**phase) for phase in data["phases"]), batch=data["batch"])
+
+
+def layer_from(data: Mapping[str, Any]) -> LayerChoice:
+    """Rebuild a `LayerChoice` from its JSON object."""
+    rest = {key: value for key, value in data.items() if key not in ("shape", "route")}
+    return LayerChoice(shape=_shape(data["shape"]), route=tuple(RouteStep(**step) for step in data["route"]), **rest)
+
+
+def proof_from(data: Mapping[str, Any]) -> Proof:
+    """Rebuild a `Proof` from its JSON object."""
+    rest = dict(data)
+    for name in ("increase", "selection_increase"):
+        rest[name] = Interval(**rest[name])
+    rest["notes"] = tuple(rest.get("notes", ()))
+    return Proof(**rest)

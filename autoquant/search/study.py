@@ -1,0 +1,186 @@
+"""A study as the user sees it: its plans, the front, the best plan under a limit. Needs no model and no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autoquant.errors import PlanError
+from autoquant.records import ORIGINAL_LABEL, Plan, Proof
+from autoquant.store import Store, StudyFacts, open_store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIE_FRACTION = 0.01  # request times closer than this are a tie, decided by quality
+
+COLUMNS = (
+    "plan_id",
+    "label",
+    "kind",
+    "predicted_request_ms",
+    "measured_request_ms",
+    "speedup",
+    "perplexity",
+    "perplexity_increase",
+    "perplexity_increase_low",
+    "perplexity_increase_high",
+    "kl",
+    "memory_bytes",
+    "on_front",
+    "recommended",
+)
+
+
+class Study:
+    """One search in a store.
+
+    Args:
+        store: The open store.
+        study_id: Which study; the one last worked on where None.
+
+    Raises:
+        PlanError: There is no such study.
+    """
+
+    def __init__(self, store: Store, study_id: str | None = None) -> None:
+        self.store = store
+        self.study_id = store.study(study_id).study_id
+
+    @classmethod
+    def open(cls, address: str | os.PathLike[str], study_id: str | None = None) -> Study:
+        """Open a study of an existing database (a path or an SQLAlchemy URL)."""
+        return cls(open_store(address, create=False), study_id)
+
+    @property
+    def facts(self) -> StudyFacts:
+        """What the store knows of the study: model, device, workload, limits, recording."""
+        return self.store.study(self.study_id)
+
+    def plans(self) -> list[Plan]:
+        """Every plan made, proven or not."""
+        return self.store.plans(self.study_id)
+
+    def proofs(self) -> dict[str, Proof]:
+        """What was measured, by plan id."""
+        return self.store.proofs(self.study_id)
+
+    def plan(self, plan_id: str) -> Plan:
+        """The plan whose id starts with `plan_id`."""
+        return self.store.plan(plan_id)
+
+    def best(self, max_ppl_increase: float | None = None, max_memory_bytes: int | None = None) -> Plan:
+        """The fastest proven plan within the limits.
+
+        A plan is within `max_ppl_increase` (a fraction) when the upper end of the 95 % interval of its increase on the
+        selection part is. Request times within 1 % of one another are ties; the better quality wins.
+
+        Raises:
+            PlanError: No proven plan is within the limits.
+        """
+        proofs = self.proofs()
+        plans = {plan.plan_id: plan for plan in self.plans()}
+        within = [
+            proof
+            for proof in proofs.values()
+            if _within(proof, plans[proof.plan_id], max_ppl_increase)
+            and (max_memory_bytes is None or proof.memory_bytes <= max_memory_bytes)
+        ]
+        if not within:
+            raise PlanError(_nothing_within(proofs.values(), max_ppl_increase, max_memory_bytes))
+        times = request_times(proofs.values())
+        fastest = min(times[proof.plan_id] for proof in within)
+        ties = [proof for proof in within if times[proof.plan_id] <= fastest * (1 + TIE_FRACTION)]
+        return plans[min(ties, key=lambda proof: (proof.selection_increase.high, times[proof.plan_id])).plan_id]
+
+    def recommended(self) -> Plan | None:
+        """The best plan under the limits of the last search, or None where no plan is within them."""
+        limits = self.facts.limits
+        try:
+            return self.best(limits.get("max_ppl_increase"), limits.get("max_memory_bytes"))
+        except PlanError:
+            return None
+
+    def pareto(self) -> pd.DataFrame:
+        """Every proven plan, fastest first, with the columns of `COLUMNS`.
+
+        `on_front` marks plans that no other one beats or equals in request time, perplexity and memory at once (and beats
+        in one). `measured_request_ms` is the unquantized model's time divided by `speedup`, and `speedup` compares plan and
+        unquantized model timed in turn: so a machine that gets slower during the search does not favour early plans.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.rows(), columns=list(COLUMNS))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of `pareto`, as plain dicts."""
+        proofs = self.proofs()
+        times = request_times(proofs.values())
+        recommended = self.recommended()
+        front = _front(proofs, times)
+        rows = [
+            {
+                "plan_id": plan.plan_id,
+                "label": plan.label,
+                "kind": plan.kind,
+                "predicted_request_ms": plan.prediction.request_ms,
+                "measured_request_ms": times[plan.plan_id],
+                "speedup": proof.original_request_ms / proof.request_ms,
+                "perplexity": proof.perplexity,
+                "perplexity_increase": proof.increase.value,
+                "perplexity_increase_low": proof.increase.low,
+                "perplexity_increase_high": proof.increase.high,
+                "kl": proof.kl,
+                "memory_bytes": proof.memory_bytes,
+                "on_front": plan.plan_id in front,
+                "recommended": recommended is not None and plan.plan_id == recommended.plan_id,
+            }
+            for plan in self.plans()
+            if (proof := proofs.get(plan.plan_id)) is not None
+        ]
+        return sorted(rows, key=lambda row: row["measured_request_ms"])
+
+
+def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
+    """Request milliseconds by plan id, freed of the machine's drift between proofs.
+
+    Each proof timed its plan and the unquantized model in turn; the ratio is applied to the median of the unquantized
+    model's times.
+    """
+    proofs = list(proofs)
+    originals = sorted(proof.original_request_ms for proof in proofs)
+    reference = originals[len(originals) // 2] if originals else 0.0
+    return {proof.plan_id: proof.request_ms / proof.original_request_ms * reference for proof in proofs}
+
+
+def _within(proof: Proof, plan: Plan, limit: float | None) -> bool:
+    return limit is None or plan.label == ORIGINAL_LABEL or proof.selection_increase.high <= limit
+
+
+def _nothing_within(proofs: Any, max_ppl_increase: float | None, max_memory_bytes: int | None) -> str:
+    proofs = list(proofs)
+    if not proofs:
+        return "no plan has been proven yet: run `autoquant search` to the end"
+    limits = []
+    if max_ppl_increase is not None:
+        limits.append(f"an increase of at most {max_ppl_increase:.3%}")
+    if max_memory_bytes is not None:
+        limits.append(f"at most {max_memory_bytes:,} bytes (smallest: {min(p.memory_bytes for p in proofs):,})")
+    return f"no proven plan has {' and '.join(limits)}; allow more, see `autoquant pareto`"
+
+
+def _front(proofs: Mapping[str, Proof], times: Mapping[str, float]) -> set[str]:
+    points = {
+        plan_id: (times[plan_id], proof.increase.value if proof.perplexity is None else proof.perplexity, proof.memory_bytes)
+        for plan_id, proof in proofs.items()
+    }
+    return {
+        plan_id
+        for plan_id, point in points.items()
+        if not any(_dominates(other, point) for other_id, other in points.items() if other_id != plan_id)
+    }
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b

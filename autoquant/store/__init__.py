@@ -1,0 +1,6 @@
+"""The SQLite store: every fact that a search learns, under a key that says when it may be used again."""
+
+from autoquant.store.connect import open_store
+from autoquant.store.repository import Store, StudyFacts
+
+__all__ = ["Store", "StudyFacts", "open_store"]

@@ -1,0 +1,128 @@
+"""Opening a database: ours or refused, migrated to the newest schema, never half written."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DatabaseError
+
+from autoquant.errors import StoreError
+from autoquant.store.repository import Store
+
+APPLICATION_ID = 0x41514E54  # "AQNT", in the SQLite header: tells our files from other programs'
+VERSION_TABLE = "autoquant_schema"
+_BUSY_TIMEOUT_S = 60
+
+
+def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store:
+    """Open the store at a path (SQLite) or an SQLAlchemy URL.
+
+    Args:
+        create: Make the database where there is none. A file that `create=False` finds missing stays missing.
+
+    Raises:
+        StoreError: The file is missing, not writable, damaged, of another program, or of a newer autoquant.
+    """
+    url = str(address)
+    if "://" not in url:
+        _check_file(Path(url), create=create)
+        url = f"sqlite:///{url}"
+    engine = create_engine(make_url(url), connect_args={"timeout": _BUSY_TIMEOUT_S} if url.startswith("sqlite") else {})
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    try:
+        _migrate(engine, str(address))
+    except DatabaseError as error:
+        engine.dispose()
+        raise StoreError(f"cannot use {address} as a database: {error.orig}") from error
+    except StoreError:
+        engine.dispose()
+        raise
+    return Store(engine)
+
+
+def _check_file(path: Path, *, create: bool) -> None:
+    """Refuse what SQLite would only find out after writing. The file is opened read-only here."""
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}")
+    if not path.exists() or path.stat().st_size == 0:
+        if not create:
+            raise StoreError(f"no database at {path}; `autoquant search ... --db {path}` makes one")
+        folder = path.parent
+        if not folder.is_dir():
+            raise StoreError(f"the folder {folder} does not exist; make it first")
+        if not is_writable(folder):
+            raise StoreError(f"cannot write into {folder}; choose another place with --db")
+        return
+    if not is_writable(path) or not is_writable(path.parent):
+        raise StoreError(f"cannot write to {path} (read-only); copy it somewhere writable")
+    _check_header(path)
+
+
+def is_writable(path: Path) -> bool:
+    """Whether `path` may be written: permission bits count for root too, who could override them."""
+    marked_read_only = not path.stat().st_mode & 0o222
+    mounted_read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    return os.access(path, os.W_OK) and not marked_read_only and not mounted_read_only
+
+
+def _check_header(path: Path) -> None:
+    # A plain read-only connection: the first write of SQLAlchemy's connection would already change the file.
+    try:
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        raise StoreError(f"{path} is not an autoquant database ({error}); choose another --db") from error
+    if application != APPLICATION_ID:
+        raise StoreError(f"{path} belongs to another program; choose another --db")
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # transactions are begun by `_begin_sqlite`, so that they hold table changes too
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _migrate(engine: Engine, address: str) -> None:
+    """Bring the schema to the newest revision, each step in one transaction."""
+    from alembic import command  # deferred: only opening a database needs it
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    script = ScriptDirectory.from_config(config)
+    current = _revision(engine)
+    if current == script.get_current_head():
+        return
+    known = {revision.revision for revision in script.walk_revisions()}
+    if current is not None and current not in known:
+        raise StoreError(f"{address} was written by a newer autoquant (schema {current}); upgrade autoquant to read it")
+    with engine.begin() as connection:
+        if current is None and engine.dialect.name == "sqlite":
+            connection.execute(text(f"PRAGMA application_id = {APPLICATION_ID}"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _revision(engine: Engine) -> str | None:
+    with engine.connect() as connection:
+        if not inspect(connection).has_table(VERSION_TABLE):
+            return None
+        return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()

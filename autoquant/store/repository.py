@@ -1,0 +1,331 @@
+"""Reading and writing facts. One transaction a fact; nothing else in the project knows the tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.orm import Session
+
+from autoquant.errors import PlanError, StoreError
+from autoquant.records import (
+    Device,
+    LinearShape,
+    Measurement,
+    Outcome,
+    Plan,
+    PlanKind,
+    Prediction,
+    Proof,
+    Recording,
+    TimingSubject,
+    Workload,
+    layer_from,
+    proof_from,
+    recording_from,
+    workload_from,
+)
+from autoquant.store.schema import DeviceRow, LossRow, ModelRow, PlanRow, ProofRow, ReferenceRow, StudyRow, TimingRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyFacts:
+    """What the store knows of a study."""
+
+    study_id: str
+    model_hash: str
+    source: Mapping[str, Any]
+    device: Device
+    identity: Mapping[str, Any]
+    workload: Workload
+    limits: Mapping[str, Any]
+    recording: Recording | None
+    recommended: str | None
+    complete: bool
+    spent_s: float
+
+
+class Store:
+    """Facts under their keys, in one database.
+
+    Args:
+        engine: From `autoquant.store.open_store`, which checks and migrates the schema.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        try:
+            with Session(self.engine) as session, session.begin():
+                yield session
+        except DatabaseError as error:
+            raise StoreError(f"the database refused: {error.orig}") from error
+
+    # -- devices and timings -------------------------------------------------------------------------------------
+
+    def put_device(self, device: Device) -> None:
+        with self._session() as session:
+            session.merge(DeviceRow(key=device.key, fingerprint=_plain(device)))
+
+    def timings(self, device: Device, protocol: str) -> dict[TimingSubject, Measurement]:
+        """Every measurement made on `device` under `protocol`."""
+        with self._session() as session:
+            rows = session.scalars(select(TimingRow).filter_by(device_key=device.key, protocol=protocol))
+            return {measurement.subject: measurement for measurement in map(_measurement, rows)}
+
+    def put_timing(self, device: Device, protocol: str, measurement: Measurement) -> None:
+        subject = measurement.subject
+        with self._session() as session:
+            session.add(
+                TimingRow(
+                    device_key=device.key,
+                    protocol=protocol,
+                    **_plain(subject.shape),
+                    m=subject.m,
+                    format=subject.format,
+                    kernel=subject.kernel,
+                    working_set_bytes=subject.working_set_bytes,
+                    outcome=measurement.outcome,
+                    reason=measurement.reason,
+                    latency_us=measurement.latency_us if measurement.samples_us else None,
+                    samples_us=list(measurement.samples_us),
+                    relative_error=measurement.relative_error,
+                )
+            )
+
+    # -- models and losses ---------------------------------------------------------------------------------------
+
+    def put_model(self, model_hash: str, source: Mapping[str, Any]) -> None:
+        with self._session() as session:
+            session.merge(ModelRow(hash=model_hash, source=dict(source)))
+
+    def losses(self, model_hash: str, quality_key: str, method: str) -> dict[tuple[str, str], float]:
+        """Isolated losses by (layer, numerics)."""
+        with self._session() as session:
+            rows = session.scalars(
+                select(LossRow).filter_by(model_hash=model_hash, quality_key=quality_key, method=method)
+            )
+            return {(row.layer, row.numerics): row.loss for row in rows}
+
+    def put_losses(
+        self, model_hash: str, quality_key: str, method: str, losses: Mapping[tuple[str, str], float]
+    ) -> None:
+        """Keep several losses in one transaction (those that one pass over the text gave)."""
+        with self._session() as session:
+            for (layer, numerics), loss in losses.items():
+                session.add(
+                    LossRow(
+                        model_hash=model_hash,
+                        quality_key=quality_key,
+                        method=method,
+                        layer=layer,
+                        numerics=numerics,
+                        loss=loss,
+                    )
+                )
+
+    # -- studies -------------------------------------------------------------------------------------------------
+
+    def put_study(
+        self,
+        study_id: str,
+        *,
+        model_hash: str,
+        device: Device,
+        identity: Mapping[str, Any],
+        workload: Workload,
+        limits: Mapping[str, Any],
+    ) -> None:
+        """Create the study, or give an existing one new limits."""
+        with self._session() as session:
+            row = session.get(StudyRow, study_id)
+            if row is None:
+                session.add(
+                    StudyRow(
+                        id=study_id,
+                        model_hash=model_hash,
+                        device_key=device.key,
+                        identity=dict(identity),
+                        workload=_plain(workload),
+                        limits=dict(limits),
+                    )
+                )
+            else:
+                row.limits = dict(limits)
+
+    def update_study(self, study_id: str, **columns: Any) -> None:
+        """Set columns of `StudyRow` (recording, problem, recommended, complete, spent_s)."""
+        with self._session() as session:
+            row = session.get(StudyRow, study_id)
+            if row is None:
+                raise PlanError(f"no study {study_id} in this database")
+            for name, value in columns.items():
+                setattr(row, name, _plain(value) if isinstance(value, Recording) else value)
+
+    def studies(self) -> list[str]:
+        """Study ids, the one last worked on first."""
+        with self._session() as session:
+            return list(session.scalars(select(StudyRow.id).order_by(StudyRow.updated.desc())))
+
+    def study(self, study_id: str | None = None) -> StudyFacts:
+        """The study named, or the one last worked on.
+
+        Raises:
+            PlanError: There is none, or none of that id.
+        """
+        with self._session() as session:
+            if study_id is None:
+                row = session.scalars(select(StudyRow).order_by(StudyRow.updated.desc()).limit(1)).first()
+            else:
+                row = session.get(StudyRow, study_id)
+            if row is None:
+                known = ", ".join(session.scalars(select(StudyRow.id)))
+                raise PlanError(
+                    f"no study {study_id!r} here; studies: {known or 'none'}"
+                    if study_id
+                    else "this database holds no study yet: run `autoquant search` first"
+                )
+            model = session.get_one(ModelRow, row.model_hash)
+            device = session.get_one(DeviceRow, row.device_key)
+            return _study(row, model, device)
+
+    def put_reference(self, study_id: str, name: str, value: Mapping[str, Any]) -> None:
+        with self._session() as session:
+            row = session.scalars(select(ReferenceRow).filter_by(study_id=study_id, name=name)).first()
+            if row is None:
+                session.add(ReferenceRow(study_id=study_id, name=name, value=dict(value)))
+            else:
+                row.value = dict(value)
+
+    def references(self, study_id: str) -> dict[str, dict[str, Any]]:
+        """Numbers of the unquantized model, by name."""
+        with self._session() as session:
+            return {row.name: row.value for row in session.scalars(select(ReferenceRow).filter_by(study_id=study_id))}
+
+    # -- plans and proofs ----------------------------------------------------------------------------------------
+
+    def put_plan(self, plan: Plan) -> None:
+        """Keep `plan`; one of the same id is replaced (its predictions may have been calibrated since)."""
+        data = _plain(plan)
+        with self._session() as session:
+            session.merge(
+                PlanRow(
+                    id=plan.plan_id,
+                    study_id=plan.study_id,
+                    label=plan.label,
+                    kind=plan.kind,
+                    model_hash=plan.model_hash,
+                    dtype=plan.dtype,
+                    layers=data["layers"],
+                    prediction=data["prediction"],
+                )
+            )
+
+    def plans(self, study_id: str) -> list[Plan]:
+        """All plans of a study, in the order in which they were made."""
+        with self._session() as session:
+            rows = session.scalars(select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id))
+            return [_plan(row) for row in rows]
+
+    def plan(self, plan_id: str) -> Plan:
+        """The plan whose id starts with `plan_id`.
+
+        Raises:
+            PlanError: None does, or several do.
+        """
+        with self._session() as session:
+            rows = session.scalars(select(PlanRow).where(PlanRow.id.startswith(plan_id, autoescape=True))).all()
+            if len(rows) != 1:
+                what = "no plan" if not rows else f"{len(rows)} plans"
+                raise PlanError(f"{what} with id {plan_id!r}: `autoquant pareto` lists them")
+            return _plan(rows[0])
+
+    def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> None:
+        with self._session() as session:
+            session.merge(
+                ProofRow(
+                    plan_id=plan_id,
+                    outcome="ok" if proof else "failed",
+                    reason=reason,
+                    proof=_plain(proof) if proof else None,
+                )
+            )
+
+    def proofs(self, study_id: str) -> dict[str, Proof]:
+        """Proofs by plan id."""
+        with self._session() as session:
+            rows = session.scalars(select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(
+                PlanRow.study_id == study_id
+            ))
+            return {row.plan_id: proof_from(row.proof) for row in rows if row.proof is not None}
+
+    def failed_proofs(self, study_id: str) -> dict[str, str]:
+        """Reasons why plans could not be proven, by plan id."""
+        with self._session() as session:
+            rows = session.scalars(select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(
+                PlanRow.study_id == study_id
+            ))
+            return {row.plan_id: row.reason for row in rows if row.proof is None}
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """A record as JSON-ready dicts and lists."""
+    return cast(dict[str, Any], json.loads(json.dumps(asdict(record))))
+
+
+def _measurement(row: TimingRow) -> Measurement:
+    subject = TimingSubject(
+        shape=LinearShape(n=row.n, k=row.k, bias=row.bias, dtype=row.dtype),
+        m=row.m,
+        format=row.format,
+        kernel=row.kernel,
+        working_set_bytes=row.working_set_bytes,
+    )
+    return Measurement(
+        subject=subject,
+        outcome=cast(Outcome, row.outcome),
+        reason=row.reason,
+        samples_us=tuple(row.samples_us),
+        relative_error=row.relative_error,
+    )
+
+
+def _study(row: StudyRow, model: ModelRow, device: DeviceRow) -> StudyFacts:
+    return StudyFacts(
+        study_id=row.id,
+        model_hash=row.model_hash,
+        source=model.source,
+        device=Device(**device.fingerprint),
+        identity=row.identity,
+        workload=workload_from(row.workload),
+        limits=row.limits,
+        recording=recording_from(row.recording) if row.recording else None,
+        recommended=row.recommended,
+        complete=row.complete,
+        spent_s=row.spent_s,
+    )
+
+
+def _plan(row: PlanRow) -> Plan:
+    return Plan(
+        plan_id=row.id,
+        study_id=row.study_id,
+        label=row.label,
+        kind=cast(PlanKind, row.kind),
+        model_hash=row.model_hash,
+        dtype=row.dtype,
+        layers=tuple(layer_from(layer) for layer in row.layers),
+        prediction=Prediction(**row.prediction),
+    )
+
+

@@ -219,6 +219,7 @@ class LayerChoice:
     """What one layer gets in a plan: a format and its route, with what is predicted of it and why it was chosen.
 
     Attributes:
+        parameters: Names of the parameters that are replaced.
         latency_us: Predicted microseconds in one run of each phase (all of the layer's calls in it).
         numerics: Key of the score that stands for this choice: format values and activation precision.
         loss: Predicted loss of this choice alone.
@@ -233,6 +234,7 @@ class LayerChoice:
     latency_us: Mapping[str, float]
     memory_bytes: int
     loss: float
+    parameters: tuple[str, ...] = ()
     reason: str = ""
 
 
@@ -283,8 +285,9 @@ class Proof:
     Attributes:
         request_ms: Time of one request: the sum over phases of calls times the median latency.
         phase_ms: Median milliseconds of one run of each phase.
-        original_request_ms: The unquantized model's request time measured in turn with this plan's.
+        original_request_ms: The unquantized model's request time measured in turn with this plan's; so `original_phase_ms`.
         perplexity: On the report part of the text (None for a quality function of the user's own).
+        loss: Mean loss on the report part: nats per token, or what the user's own function gives.
         increase: Relative increase over the unquantized model on the report part, with its paired interval.
         selection_increase: The same on the selection part, which is what limits are checked against.
         kl: Mean divergence to the unquantized model on the report part (None where not defined).
@@ -295,7 +298,9 @@ class Proof:
     request_ms: float
     phase_ms: Mapping[str, float]
     original_request_ms: float
+    original_phase_ms: Mapping[str, float]
     perplexity: float | None
+    loss: float
     increase: Interval
     selection_increase: Interval
     kl: float | None
@@ -342,8 +347,13 @@ def workload_from(data: Mapping[str, Any]) -> Workload:
 
 def layer_from(data: Mapping[str, Any]) -> LayerChoice:
     """Rebuild a `LayerChoice` from its JSON object."""
-    rest = {key: value for key, value in data.items() if key not in ("shape", "route")}
-    return LayerChoice(shape=_shape(data["shape"]), route=tuple(RouteStep(**step) for step in data["route"]), **rest)
+    rest = {key: value for key, value in data.items() if key not in ("shape", "route", "parameters")}
+    return LayerChoice(
+        shape=_shape(data["shape"]),
+        route=tuple(RouteStep(**step) for step in data["route"]),
+        parameters=tuple(data["parameters"]),
+        **rest,
+    )
 
 
 def proof_from(data: Mapping[str, Any]) -> Proof:

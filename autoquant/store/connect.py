@@ -28,9 +28,9 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     Raises:
         StoreError: The file is missing, not writable, damaged, of another program, or of a newer autoquant.
     """
+    check_address(address, create=create)
     url = str(address)
     if "://" not in url:
-        _check_file(Path(url), create=create)
         url = f"sqlite:///{url}"
     engine = create_engine(make_url(url), connect_args={"timeout": _BUSY_TIMEOUT_S} if url.startswith("sqlite") else {})
     if engine.dialect.name == "sqlite":
@@ -45,6 +45,16 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
         engine.dispose()
         raise
     return Store(engine)
+
+
+def check_address(address: str | os.PathLike[str], *, create: bool = True) -> None:
+    """Refuse, without touching anything, a file that `open_store` would refuse.
+
+    Raises:
+        StoreError: As for `open_store`, save for what only the schema tells.
+    """
+    if "://" not in str(address):
+        _check_file(Path(address), create=create)
 
 
 def _check_file(path: Path, *, create: bool) -> None:

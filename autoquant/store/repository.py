@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -83,25 +83,27 @@ class Store:
             rows = session.scalars(select(TimingRow).filter_by(device_key=device.key, protocol=protocol))
             return {measurement.subject: measurement for measurement in map(_measurement, rows)}
 
-    def put_timing(self, device: Device, protocol: str, measurement: Measurement) -> None:
-        subject = measurement.subject
+    def put_timings(self, device: Device, protocol: str, measurements: Iterable[Measurement]) -> None:
+        """Keep measurements that were made against one another, in one transaction."""
         with self._session() as session:
-            session.add(
-                TimingRow(
-                    device_key=device.key,
-                    protocol=protocol,
-                    **_plain(subject.shape),
-                    m=subject.m,
-                    format=subject.format,
-                    kernel=subject.kernel,
-                    working_set_bytes=subject.working_set_bytes,
-                    outcome=measurement.outcome,
-                    reason=measurement.reason,
-                    latency_us=measurement.latency_us if measurement.samples_us else None,
-                    samples_us=list(measurement.samples_us),
-                    relative_error=measurement.relative_error,
+            for measurement in measurements:
+                subject = measurement.subject
+                session.add(
+                    TimingRow(
+                        device_key=device.key,
+                        protocol=protocol,
+                        **_plain(subject.shape),
+                        m=subject.m,
+                        format=subject.format,
+                        kernel=subject.kernel,
+                        working_set_bytes=subject.working_set_bytes,
+                        outcome=measurement.outcome,
+                        reason=measurement.reason,
+                        latency_us=measurement.latency_us if measurement.samples_us else None,
+                        samples_us=list(measurement.samples_us),
+                        relative_error=measurement.relative_error,
+                    )
                 )
-            )
 
     # -- models and losses ---------------------------------------------------------------------------------------
 

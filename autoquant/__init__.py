@@ -1,0 +1,58 @@
+"""autoquant: how each linear layer of a PyTorch model should be stored and computed on this device, by measurement.
+
+>>> study = autoquant.search("model/", eval_text="text.txt")
+>>> study.pareto()
+>>> model = autoquant.apply(study.best(max_ppl_increase=0.01), model)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autoquant.apply import apply, load
+    from autoquant.candidates import Format, Kernel, register
+    from autoquant.errors import AutoquantError
+    from autoquant.records import Phase, Plan, Workload
+    from autoquant.search.driver import search
+    from autoquant.search.study import Study
+
+__all__ = [
+    "AutoquantError",
+    "Format",
+    "Kernel",
+    "Phase",
+    "Plan",
+    "Study",
+    "Workload",
+    "apply",
+    "load",
+    "register",
+    "search",
+]
+
+_HOMES = {
+    "AutoquantError": "autoquant.errors",
+    "Format": "autoquant.candidates",
+    "Kernel": "autoquant.candidates",
+    "Phase": "autoquant.records",
+    "Plan": "autoquant.records",
+    "Study": "autoquant.search.study",
+    "Workload": "autoquant.records",
+    "apply": "autoquant.apply",
+    "load": "autoquant.apply",
+    "register": "autoquant.candidates",
+    "search": "autoquant.search.driver",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used: `autoquant --help` should not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autoquant' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,224 @@
+"""A plan put into a model: in memory, layer by layer, or from disk to disk with every step checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant import checkpoint
+from autoquant.candidates import get_format
+from autoquant.candidates.flat import stored_bytes
+from autoquant.candidates.floats import original_format
+from autoquant.candidates.routed import RoutedWeight
+from autoquant.errors import CheckpointError, ModelError, PlanError
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.models import LoadedModel, load_model
+from autoquant.models.loaded import settle
+from autoquant.profiler.phases import output_tensor
+from autoquant.records import LayerChoice, Plan
+from autoquant.store import StudyFacts
+
+_CHECK_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppliedReport:
+    """What `apply_to_disk` wrote, and what it found when it read it back."""
+
+    out: Path
+    files: tuple[str, ...]
+    layers: int
+    formats: Mapping[str, int]
+    memory_bytes: int
+    original_memory_bytes: int
+    logits_identical: bool
+    loaded_again: bool
+
+
+def apply(plan: Plan, model: nn.Module, *, listener: Listener = ignore) -> nn.Module:
+    """Replace the weights of `model`, in place and one at a time, by what `plan` says.
+
+    Args:
+        model: The model that was searched, loaded in the plan's dtype.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ModelError: A layer of the plan is not in the model, or has another shape or dtype. Nothing has been changed then.
+        CandidateError: A weight could not be quantized as planned.
+    """
+    _check_fits(plan, model)
+    listener(StageStarted("apply", len(plan.layers)))
+    for done, layer in enumerate(plan.layers):
+        listener(StageProgress("apply", done, layer.name))
+        if layer.format != original_format(layer.shape.dtype):
+            _replace(model, layer)
+    listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
+    return model
+
+
+def apply_to_disk(
+    plan: Plan,
+    model: str | Path,
+    out: str | Path,
+    *,
+    facts: StudyFacts,
+    device: str | None = None,
+    listener: Listener = ignore,
+) -> AppliedReport:
+    """Load the model that was searched, apply `plan`, save it as a new folder, read that back and compare.
+
+    Args:
+        model: Where the model lies now.
+        out: The folder to make; it must not exist yet, or be empty.
+        facts: The plan's study: how the model was loaded, on which device.
+
+    Raises:
+        ModelError: The model is not the one that was searched (its content has another hash).
+        CheckpointError: `out` cannot be written, or what was written does not compute the same, bit for bit.
+    """
+    target = Path(out).absolute()
+    _check_target(target)
+    loaded = _load_searched(plan, model, facts, device)
+    original_bytes = module_bytes(loaded.module)
+    apply(plan, loaded.module, listener=listener)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        files = checkpoint.write(loaded, plan, scratch)
+        again = checkpoint.read(scratch, _skeleton(loaded, model, plan, facts), device=device or facts.device.type)
+        _check_same(loaded, again, target)
+        scratch.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        os.replace(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    listener(Notice(f"read {target.name} back: logits are bit for bit those of the model in memory"))
+    return AppliedReport(
+        out=target,
+        files=tuple(files),
+        layers=len(plan.layers),
+        formats=plan.formats(),
+        memory_bytes=module_bytes(loaded.module),
+        original_memory_bytes=original_bytes,
+        logits_identical=True,
+        loaded_again=True,
+    )
+
+
+def load(folder: str | Path, model: nn.Module | None = None, *, device: str = "cpu") -> nn.Module:
+    """The ready model of a folder that `autoquant apply` wrote.
+
+    Args:
+        model: Needed only where a live module was searched: a module of the same architecture, whose weights are replaced.
+
+    Raises:
+        CheckpointError: The folder is no such model, is damaged, or was packed for another CPU.
+    """
+    return settle(checkpoint.read(Path(folder), model, device))
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters as stored, each tensor counted once."""
+    unique = {id(parameter): parameter for parameter in module.parameters()}
+    return sum(stored_bytes(parameter.data) for parameter in unique.values())
+
+
+def _check_fits(plan: Plan, model: nn.Module) -> None:
+    for layer in plan.layers:
+        for name in layer.parameters:
+            try:
+                parameter = model.get_parameter(name)
+            except AttributeError:
+                raise ModelError(f"the plan is for another model: this one has no parameter {name}") from None
+            wanted = (layer.shape.n, layer.shape.k)
+            if tuple(parameter.shape) != wanted:
+                raise ModelError(f"the plan is for another model: {name} is {tuple(parameter.shape)} here, not {wanted}")
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            if isinstance(parameter.data, RoutedWeight) or dtype != layer.shape.dtype:
+                kind = "already quantized" if isinstance(parameter.data, RoutedWeight) else dtype
+                raise ModelError(f"{name} is {kind}; the plan was made for {layer.shape.dtype}: load the model that way")
+
+
+def _replace(model: nn.Module, layer: LayerChoice) -> None:
+    fmt = get_format(layer.format)
+    parameter = model.get_parameter(layer.parameters[0])
+    routed = RoutedWeight.wrap(fmt.store(parameter.data), fmt.id, layer.route, parameter.dtype)
+    replacement = nn.Parameter(routed, requires_grad=False)
+    for name in layer.parameters:
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = replacement
+    placed = model.get_parameter(layer.parameters[0]).data
+    if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:
+        raise ModelError(f"{layer.name} did not become {fmt.id}: its module puts another weight in place")
+
+
+def _formats_text(plan: Plan) -> str:
+    return ", ".join(f"{count} {name}" for name, count in plan.formats().items())
+
+
+def _check_target(target: Path) -> None:
+    from autoquant.store.connect import is_writable
+
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists already; choose another --out")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"the folder {target.parent} does not exist; make it first")
+    if not is_writable(target.parent):
+        raise CheckpointError(f"cannot write into {target.parent}; choose another --out")
+
+
+def _load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str | None) -> LoadedModel:
+    source = facts.source
+    if source["kind"] == "live" and not model:
+        raise PlanError("a live module was searched: apply its plan with autoquant.apply(plan, module) from Python")
+    loaded = load_model(
+        model,
+        dtype=plan.dtype,
+        device=device or facts.device.type,
+        model_factory=source.get("model_factory"),
+        tokenizer=source.get("tokenizer"),
+        trust_pickle=bool(source.get("trust_pickle")),
+    )
+    if loaded.content_hash != plan.model_hash:
+        raise ModelError(
+            f"{model} is not the model that was searched (content {loaded.content_hash}, plan for {plan.model_hash}): "
+            "give the right one with --model, or search this one"
+        )
+    return loaded
+
+
+def _skeleton(loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFacts) -> nn.Module | None:
+    """A second module for checkpoints that cannot make one: an exported program or a pickled module is loaded again."""
+    if loaded.source.kind in ("huggingface", "state_dict"):
+        return None
+    return _load_searched(plan, model, facts, None).module
+
+
+def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> None:
+    args = _check_inputs(loaded)
+    with torch.no_grad():
+        before, after = (output_tensor(module(*args)) for module in (loaded.module, again))
+    if not torch.equal(before, after):
+        raise CheckpointError(f"what was written for {target} does not compute the same logits; please report this")
+
+
+def _check_inputs(loaded: LoadedModel) -> tuple[Any, ...]:
+    if loaded.example_inputs is not None:
+        return loaded.example_inputs
+    if loaded.kind in ("causal_lm", "token_lm"):
+        tokens = min(_CHECK_TOKENS, loaded.max_positions or _CHECK_TOKENS)
+        return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,)
+    raise CheckpointError("this model has no sample inputs to check a checkpoint with: use autoquant.apply from Python")
+
+

@@ -1,0 +1,18 @@
+"""Formats, kernels, and the one ordered registry of them."""
+
+from autoquant.candidates.base import A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel
+from autoquant.candidates.registry import CandidateStatus, formats, get_format, register, select, survey
+
+__all__ = [
+    "A16",
+    "A8_ROW",
+    "ACTIVATION_ROUNDING",
+    "CandidateStatus",
+    "Format",
+    "Kernel",
+    "formats",
+    "get_format",
+    "register",
+    "select",
+    "survey",
+]

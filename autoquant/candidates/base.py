@@ -1,0 +1,128 @@
+"""What a candidate is: a format (how a weight is stored) and a kernel (how a linear is computed from it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from autoquant.errors import CandidateError
+from autoquant.records import LinearShape
+
+LinearFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Unsupported = Callable[[LinearShape, int, str], str | None]
+
+A16 = "a16"
+"""Numerics of a kernel that leaves the activation as it is."""
+A8_ROW = "a8-row"
+"""Numerics of a kernel that rounds each row of the activation to symmetric int8."""
+
+
+def always_supported(_shape: LinearShape, _m: int, _device_type: str) -> str | None:
+    """The `unsupported` of a kernel without conditions of its own."""
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One way to compute `linear(x, weight, bias)` from a stored weight.
+
+    Attributes:
+        id: Name within its format, e.g. `int-mm`.
+        numerics: What it does to the activation (`A16`, `A8_ROW`, or the name of an entry of `ACTIVATION_ROUNDING`). Kernels of
+            one format with the same numerics share one quality score.
+        linear: x `[..., k]`, stored weight of `[n, k]`, bias `[n]` or None; returns `[..., n]` in x's dtype. It must trace
+            under `torch.compile(fullgraph=True)`.
+        unsupported: (shape, m, device type) to the reason why it cannot be used there, or None.
+        description: One line for `autoquant candidates`.
+    """
+
+    id: str
+    numerics: str
+    linear: LinearFunction
+    unsupported: Unsupported = always_supported
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """How a weight is stored, and the kernels that compute with it.
+
+    Attributes:
+        id: `VALUES/LAYOUT`, e.g. `int8-row/plain`. Formats with the same `VALUES` hold the same numbers.
+        quantize: Weight `[n, k]` in the model's dtype to the stored tensor, whose shape is `[n, k]` too.
+        tensor_type: What `quantize` must return; anything else (a library that leaves the weight alone) is an error.
+        dequantize: Stored tensor to the float32 `[n, k]` numbers that its kernels multiply with.
+        kernels: In order of preference where they are equally fast.
+        unsupported: (shape, m, device type) to a reason or None; m is not looked at.
+    """
+
+    id: str
+    quantize: Callable[[torch.Tensor], torch.Tensor]
+    dequantize: Callable[[torch.Tensor], torch.Tensor]
+    kernels: tuple[Kernel, ...]
+    unsupported: Unsupported = always_supported
+    description: str = ""
+    tensor_type: type[torch.Tensor] = torch.Tensor
+    values: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        values, slash, layout = self.id.partition("/")
+        if not values or not slash or not layout or "/" in layout:
+            raise CandidateError(f"format id {self.id!r} must read VALUES/LAYOUT, e.g. int8-row/plain")
+        if len({kernel.id for kernel in self.kernels}) != len(self.kernels) or not self.kernels:
+            raise CandidateError(f"format {self.id} needs at least one kernel, each with an id of its own")
+        object.__setattr__(self, "values", values)
+
+    def kernel(self, kernel_id: str) -> Kernel:
+        """The kernel of that id.
+
+        Raises:
+            CandidateError: The format has none.
+        """
+        for kernel in self.kernels:
+            if kernel.id == kernel_id:
+                return kernel
+        known = ", ".join(kernel.id for kernel in self.kernels)
+        raise CandidateError(f"format {self.id} has no kernel {kernel_id!r}; it has {known}")
+
+    def store(self, weight: torch.Tensor) -> torch.Tensor:
+        """Quantize a weight `[n, k]` and check that it really was.
+
+        Raises:
+            CandidateError: The result has another type or shape than the format promises.
+        """
+        stored = self.quantize(weight.detach())
+        if type(stored) is not self.tensor_type or stored.shape != weight.shape:
+            raise CandidateError(
+                f"{self.id} gave {type(stored).__name__} {tuple(stored.shape)} for a weight {tuple(weight.shape)}, "
+                f"not a {self.tensor_type.__name__} of that shape: the weight was not quantized"
+            )
+        return stored
+
+    def unsupported_reason(self, kernel: Kernel, shape: LinearShape, m: int, device_type: str) -> str | None:
+        """Why `kernel` cannot compute `shape` at `m` rows on that device, or None."""
+        return self.unsupported(shape, m, device_type) or kernel.unsupported(shape, m, device_type)
+
+
+def round_row_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each row to symmetric int8.
+
+    Args:
+        x: `[m, k]`.
+
+    Returns:
+        int8 `[m, k]` and its float32 scales `[m, 1]`.
+    """
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / 127
+    return (x.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _fake_row_int8(x: torch.Tensor) -> torch.Tensor:
+    rounded, scale = round_row_int8(x.reshape(-1, x.shape[-1]))
+    return (rounded.float() * scale).to(x.dtype).reshape(x.shape)
+
+
+ACTIVATION_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {A16: lambda x: x, A8_ROW: _fake_row_int8}
+"""What each numerics does to an activation, in floating point: used where quality is scored without the kernel."""

@@ -1,0 +1,58 @@
+"""A tensor subclass taken apart into plain tensors, and put together again (nested subclasses too)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """How to put a tensor together again; `kind` None stands for a plain tensor."""
+
+    kind: Any = None
+    names: tuple[str, ...] = ()
+    inner: tuple[Rebuild, ...] = ()
+    context: Any = None
+    size: torch.Size | None = None
+    stride: tuple[int, ...] | None = None
+
+
+def flatten_tensor(tensor: torch.Tensor) -> tuple[list[torch.Tensor], Rebuild]:
+    """The plain tensors inside `tensor`, in order, and how to put it together again."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor], Rebuild()
+    names, context = tensor.__tensor_flatten__()
+    parts: list[torch.Tensor] = []
+    inner = []
+    for name in names:
+        inside, rebuild = flatten_tensor(getattr(tensor, name))
+        parts.extend(inside)
+        inner.append(rebuild)
+    kind = type(tensor)
+    return parts, Rebuild(kind, tuple(names), tuple(inner), context, tensor.size(), tensor.stride())
+
+
+def unflatten_tensor(rebuild: Rebuild, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Undo `flatten_tensor` with other plain tensors of the same shapes."""
+    tensor, used = _unflatten(rebuild, parts, 0)
+    if used != len(parts):
+        raise ValueError(f"{len(parts)} tensors given, {used} needed")
+    return tensor
+
+
+def _unflatten(rebuild: Rebuild, parts: list[torch.Tensor], start: int) -> tuple[torch.Tensor, int]:
+    if rebuild.kind is None:
+        return parts[start], start + 1
+    inner = {}
+    for name, inside in zip(rebuild.names, rebuild.inner, strict=True):
+        inner[name], start = _unflatten(inside, parts, start)
+    return rebuild.kind.__tensor_unflatten__(inner, rebuild.context, rebuild.size, rebuild.stride), start
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the plain tensors inside `tensor`."""
+    return sum(part.nbytes for part in flatten_tensor(tensor)[0])

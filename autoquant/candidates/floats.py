@@ -1,0 +1,46 @@
+"""Unquantized weights: as they are, or cast to another float."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.records import LinearShape
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _cast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` in the stored weight's dtype, returned in x's."""
+    bias = None if bias is None else bias.to(weight.dtype)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def _unsupported(shape: LinearShape, _m: int, _device_type: str, *, dtype: str) -> str | None:
+    if FLOATS[dtype].itemsize > FLOATS[shape.dtype].itemsize:
+        return f"{dtype} is wider than the model's {shape.dtype}: more memory and no better"
+    return None
+
+
+def _format(dtype: str) -> Format:
+    torch_dtype = FLOATS[dtype]
+    kernel = Kernel(id="matmul", numerics=A16, linear=_cast_linear, description="the library's matrix product")
+    return Format(
+        id=f"{dtype}/plain",
+        quantize=lambda weight: weight.detach().to(torch_dtype),
+        dequantize=lambda stored: stored.float(),
+        kernels=(kernel,),
+        unsupported=functools.partial(_unsupported, dtype=dtype),
+        description=f"weights in {dtype}",
+    )
+
+
+FORMATS = tuple(_format(dtype) for dtype in FLOATS)
+
+
+def original_format(dtype: str) -> str:
+    """Id of the format that leaves a weight of `dtype` as it is."""
+    return f"{dtype}/plain"

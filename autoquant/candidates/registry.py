@@ -1,0 +1,127 @@
+"""The one ordered list of formats: those of the project, then those that other packages register.
+
+A package adds formats of its own through an entry point of the group `autoquant.candidates` that names a `Format`, or a
+callable that returns one or several of them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from autoquant.candidates.base import Format, Kernel
+from autoquant.errors import CandidateError
+from autoquant.records import LinearShape
+
+ENTRY_POINT_GROUP = "autoquant.candidates"
+_registered: dict[str, Format] = {}
+
+
+def register(candidate: Format) -> None:
+    """Add a format for this process.
+
+    Raises:
+        CandidateError: Another format has its id.
+    """
+    known = formats()
+    if candidate.id in known and known[candidate.id] is not candidate:
+        raise CandidateError(f"a format {candidate.id!r} exists already; choose another id")
+    _registered[candidate.id] = candidate
+
+
+def formats() -> dict[str, Format]:
+    """Every format by id, in order."""
+    return {**_built_in(), **_from_entry_points(), **_registered}
+
+
+def get_format(format_id: str) -> Format:
+    """The format of that id.
+
+    Raises:
+        CandidateError: There is none (a package that registered it may be missing).
+    """
+    found = formats().get(format_id)
+    if found is None:
+        raise CandidateError(f"no format {format_id!r}; `autoquant candidates` lists them (is a plug-in missing?)")
+    return found
+
+
+def select(globs: Sequence[str]) -> list[tuple[Format, Kernel]]:
+    """The candidates whose id `FORMAT/KERNEL` or format id matches one of the globs, in order.
+
+    Raises:
+        CandidateError: A glob matches nothing.
+    """
+    every = [(fmt, kernel) for fmt in formats().values() for kernel in fmt.kernels]
+    chosen = [pair for pair in every if any(_matches(pair, glob) for glob in globs)]
+    for glob in globs:
+        if not any(_matches(pair, glob) for pair in every):
+            raise CandidateError(f"no candidate matches {glob!r}; `autoquant candidates` lists them")
+    return chosen
+
+
+def _matches(pair: tuple[Format, Kernel], glob: str) -> bool:
+    fmt, kernel = pair
+    return any(fnmatch.fnmatch(name, glob) for name in (fmt.values, fmt.id, f"{fmt.id}/{kernel.id}"))
+
+
+@functools.cache
+def _built_in() -> dict[str, Format]:
+    from autoquant.candidates import float8, floats, int4, int8  # deferred: torchao takes a second to import
+
+    return {fmt.id: fmt for module in (floats, float8, int8, int4) for fmt in module.FORMATS}
+
+
+@functools.cache
+def _from_entry_points() -> dict[str, Format]:
+    found: dict[str, Format] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        value = point.load()
+        produced = value if isinstance(value, Format) else value()
+        for fmt in [produced] if isinstance(produced, Format) else _checked(produced, point.value):
+            if fmt.id in _built_in() or fmt.id in found:
+                raise CandidateError(f"plug-in {point.value} registers {fmt.id!r}, which exists already")
+            found[fmt.id] = fmt
+    return found
+
+
+def _checked(produced: object, origin: str) -> list[Format]:
+    if isinstance(produced, Iterable):
+        items = list(produced)
+        if all(isinstance(item, Format) for item in items):
+            return items
+    raise CandidateError(f"plug-in {origin} must give a Format or several, not {type(produced).__name__}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateStatus:
+    """One candidate on one device: whether a large, well-shaped linear could use it, and why not."""
+
+    format: str
+    kernel: str
+    numerics: str
+    description: str
+    usable: bool
+    reason: str
+
+
+def survey(device_type: str) -> list[CandidateStatus]:
+    """Every candidate, judged for a 4096 x 4096 linear of bfloat16 at 64 rows."""
+    shape = LinearShape(n=4096, k=4096, bias=False, dtype="bfloat16")
+    statuses = []
+    for fmt, kernel in select(["*"]):
+        reason = fmt.unsupported_reason(kernel, shape, 64, device_type)
+        statuses.append(
+            CandidateStatus(
+                format=fmt.id,
+                kernel=kernel.id,
+                numerics=kernel.numerics,
+                description=f"{fmt.description}; {kernel.description}",
+                usable=reason is None,
+                reason=reason or "",
+            )
+        )
+    return statuses

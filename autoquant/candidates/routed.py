@@ -1,0 +1,98 @@
+"""The weight that a plan puts into a model: a stored tensor and the kernel to use for each range of m."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torchao.utils import TorchAOBaseTensor
+
+from autoquant.candidates.registry import get_format
+from autoquant.records import Route, RouteStep, content_key
+
+RouteAttribute = tuple[tuple[int | None, str], ...]
+
+
+class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
+    """A linear's weight whose kernel depends on the rows of the activation.
+
+    Tensor attributes:
+        stored: The format's tensor, `[n, k]`: torchao's subclass or a plain tensor.
+
+    Other attributes:
+        format_id: Id of the format.
+        route: ((upper m or None, kernel id), ...); with a static m the choice is made while tracing and costs nothing.
+        compute_dtype: The dtype the weight shows, which is that of the unquantized weight.
+    """
+
+    tensor_data_names = ["stored"]  # noqa: RUF012
+    tensor_attribute_names = ["format_id", "route", "compute_dtype"]  # noqa: RUF012
+
+    def __new__(
+        cls, stored: torch.Tensor, format_id: str, route: RouteAttribute, compute_dtype: torch.dtype
+    ) -> RoutedWeight:
+        return cast(
+            RoutedWeight,
+            torch.Tensor._make_wrapper_subclass(
+                cls, stored.shape, dtype=compute_dtype, device=stored.device, requires_grad=False
+            ),
+        )
+
+    def __init__(
+        self, stored: torch.Tensor, format_id: str, route: RouteAttribute, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.stored = stored
+        self.format_id = format_id
+        self.route = route
+        self.compute_dtype = compute_dtype
+
+    @classmethod
+    def wrap(cls, stored: torch.Tensor, format_id: str, route: Route, compute_dtype: torch.dtype) -> RoutedWeight:
+        """Put `route` around a stored tensor."""
+        return cls(stored, format_id, tuple((step.upper_m, step.kernel) for step in route), compute_dtype)
+
+    def steps(self) -> Route:
+        """The route as records."""
+        return tuple(RouteStep(upper_m=upper, kernel=kernel) for upper, kernel in self.route)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code may depend on, for PyTorch's compile cache."""
+        inner = type(self.stored).__name__, str(self.stored.dtype), tuple(self.stored.shape)
+        return content_key([self.format_id, self.route, str(self.compute_dtype), inner])
+
+    def dequantize(self) -> torch.Tensor:
+        """The float32 `[n, k]` numbers that the kernels multiply with."""
+        return get_format(self.format_id).dequantize(self.stored)
+
+
+def _kernel_id(route: RouteAttribute, m: int) -> str:
+    for upper, kernel in route:
+        if upper is None or m <= upper:
+            return kernel
+    return route[-1][1]
+
+
+@RoutedWeight.implements([torch.ops.aten.linear.default])  # type: ignore[untyped-decorator]
+@RoutedWeight.implements_torch_function([F.linear, torch.ops.aten.linear.default])  # type: ignore[untyped-decorator]
+def _linear(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    x, weight = args[0], args[1]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    m = x.numel() // x.shape[-1]
+    kernel = get_kernel_function(weight.format_id, _kernel_id(weight.route, m))
+    return cast(torch.Tensor, kernel(x, weight.stored, bias))
+
+
+_KERNEL_FUNCTIONS: dict[tuple[str, str], Any] = {}
+
+
+def get_kernel_function(format_id: str, kernel_id: str) -> Any:
+    """The kernel's function; kept in a plain dict because compiled code looks it up while tracing."""
+    key = (format_id, kernel_id)
+    if key not in _KERNEL_FUNCTIONS:
+        _KERNEL_FUNCTIONS[key] = get_format(format_id).kernel(kernel_id).linear
+    return _KERNEL_FUNCTIONS[key]
+
+
+torch.serialization.add_safe_globals([RoutedWeight])

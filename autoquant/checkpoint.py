@@ -1,0 +1,195 @@
+"""A quantized model on disk: written whole or not at all, read back without ever holding the unquantized weights.
+
+A checkpoint is a folder:
+
+- `autoquant.json`: the plan's layers, ties, dtype, and where the architecture comes from;
+- `model.safetensors`: every tensor that can be kept there, torchao's subclasses flattened by torchao's own scheme, so that
+  other tools can read them;
+- `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`;
+- the configuration and tokenizer of a Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from autoquant.candidates.routed import RoutedWeight
+from autoquant.errors import CheckpointError
+from autoquant.models import LoadedModel
+from autoquant.models.architecture import build_architecture, without_values
+from autoquant.models.factory import tie, tied_names
+from autoquant.models.huggingface import download
+from autoquant.records import Plan
+
+MANIFEST = "autoquant.json"
+SAFETENSORS = "model.safetensors"
+PACKED = "packed.pt"
+FORMAT_VERSION = 1
+_HUGGINGFACE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges*",
+                      "chat_template*", "*.model")
+
+
+def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
+    """Write a model that a plan was applied to into an existing, empty folder.
+
+    Returns:
+        Names of the files written.
+    """
+    module = loaded.module
+    ties = tied_names(module)
+    aliases = {name for group in ties for name in group[1:]}
+    tensors = {name: tensor for name, tensor in _named_tensors(module).items() if name not in aliases}
+    routed = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, RoutedWeight)}
+    plain = {name: tensor.stored if isinstance(tensor, RoutedWeight) else tensor.detach() for name, tensor in tensors.items()}
+    packed = {name: tensor for name, tensor in plain.items() if not _fits_safetensors(name, tensor)}
+    _write_safetensors({name: tensor for name, tensor in plain.items() if name not in packed}, folder / SAFETENSORS)
+    if packed:
+        torch.save(packed, folder / PACKED)
+    if loaded.source.kind == "huggingface":
+        _copy_huggingface_files(Path(loaded.source.path), folder)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "plan_id": plan.plan_id,
+        "study_id": plan.study_id,
+        "label": plan.label,
+        "model_hash": plan.model_hash,
+        "dtype": plan.dtype,
+        "source": asdict(loaded.source),
+        "ties": ties,
+        "routed": {name: _describe(weight) for name, weight in routed.items()},
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if packed else None,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> nn.Module:
+    """Rebuild the model of a checkpoint.
+
+    Args:
+        module: The architecture, where the checkpoint cannot make it itself (a live module was searched): its weights are
+            replaced in place.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, is damaged, or was packed for another CPU.
+    """
+    manifest = read_manifest(folder)
+    capability = manifest["cpu_capability"]
+    if capability and capability != torch.backends.cpu.get_cpu_capability():
+        raise CheckpointError(
+            f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
+            "apply the plan again here"
+        )
+    tensors = _read_tensors(folder)
+    dtype = getattr(torch, manifest["dtype"])
+    for name, description in manifest["routed"].items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
+        route = tuple((upper, kernel) for upper, kernel in description["route"])
+        tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+    if module is None:
+        module = build_architecture(manifest["source"], folder, dtype, meta=True)
+        _assign(module, tensors, manifest["ties"], folder)
+        if without_values(module):  # a tensor that is neither parameter nor buffer: only real construction fills it
+            module = build_architecture(manifest["source"], folder, dtype, meta=False)
+    _assign(module, tensors, manifest["ties"], folder)
+    return module.to(device) if device != "cpu" else module
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it is of a newer version.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a model that autoquant saved (no readable {MANIFEST})") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; upgrade it")
+    return cast(dict[str, Any], manifest)
+
+
+def _describe(weight: RoutedWeight) -> dict[str, Any]:
+    return {"format": weight.format_id, "route": [list(step) for step in weight.route]}
+
+
+def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and all buffers, those that a state dict leaves out too: with them no module needs to be run to be whole."""
+    parameters = {name: parameter.data for name, parameter in module.named_parameters(remove_duplicate=False)}
+    return parameters | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _fits_safetensors(name: str, tensor: torch.Tensor) -> bool:
+    from torchao.prototype.safetensors.safetensors_utils import ALLOWED_TENSORS_SUBCLASSES
+
+    if type(tensor) is torch.Tensor:
+        return True
+    return type(tensor).__name__ in ALLOWED_TENSORS_SUBCLASSES and "." in name
+
+
+def _write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    dotted = {name if "." in name else f".{name}": tensor for name, tensor in tensors.items()}
+    flat, metadata = flatten_tensor_state_dict(dotted)
+    flat = {name: tensor.contiguous().clone() if tensor._is_view() else tensor.contiguous() for name, tensor in flat.items()}
+    save_file(flat, path, metadata={**metadata, "format": "pt"})
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    try:
+        with safe_open(folder / SAFETENSORS, framework="pt") as file:
+            metadata = file.metadata()
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        tensors, rest = unflatten_tensor_state_dict(flat, metadata)
+        if rest:
+            raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {', '.join(list(rest)[:3])}")
+        if (folder / PACKED).exists():
+            tensors |= torch.load(folder / PACKED, weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"cannot read {folder}: {str(error).splitlines()[0]}; apply the plan again") from error
+    return {name.removeprefix("."): tensor for name, tensor in tensors.items()}
+
+
+def _assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], ties: list[list[str]], folder: Path) -> None:
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        try:
+            part = module.get_submodule(owner)
+        except AttributeError as error:
+            raise CheckpointError(f"{folder} has {name}, which this model does not: another architecture") from error
+        if name in buffers:
+            part._buffers[leaf] = tensor
+        elif leaf in part._parameters:
+            part._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            raise CheckpointError(f"{folder} has {name}, which this model does not: another architecture")
+    tie(module, ties)
+    absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if absent:
+        raise CheckpointError(f"{folder} lacks {', '.join(absent[:3])}: the checkpoint is damaged, apply the plan again")
+
+
+def _copy_huggingface_files(source: Path, folder: Path) -> None:
+    folder_of_source = source if source.is_dir() else download(str(source))
+    for pattern in _HUGGINGFACE_FILES:
+        for path in folder_of_source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,87 @@
+"""`autoquant apply`: a plan becomes a quantized checkpoint on disk, read back and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autoquant.cli.output import Database, opened_study
+from autoquant.cli.show import recommended_plan
+from autoquant.cli.values import fraction
+
+if TYPE_CHECKING:
+    from autoquant.apply import AppliedReport
+    from autoquant.records import Plan
+    from autoquant.search.study import Study
+
+
+def apply(
+    database: Database,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the quantized model.", show_default=False)],
+    plan: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Which plan (the beginning of its id will do).", show_default="recommended"),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(metavar="PERCENT", help="Take the fastest plan within this increase.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Where the model is, if not where it was.", show_default=False),
+    ] = None,
+) -> None:
+    """Write the model quantized by a plan into DIR, reload it and compare it with what was meant to be written."""
+    if plan is not None and max_ppl_increase is not None:
+        raise typer.BadParameter("cannot be combined with --max-ppl-increase", param_hint="--plan")
+    increase = None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
+    from autoquant.report.progress import listening
+
+    with opened_study(database, plan_id=plan) as study:
+        chosen = _chosen(study, plan, increase)
+        source = model or _source_path(study)
+        from autoquant.apply import apply_to_disk  # imports torch: after everything that can be refused without it
+
+        with listening() as listener:
+            report = apply_to_disk(chosen, source, out, facts=study.facts, listener=listener)
+    _print_report(chosen, report)
+
+
+def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
+    if plan_id is not None:
+        return study.plan(plan_id)
+    if increase is not None:
+        return study.best(increase, study.facts.limits.get("max_memory_bytes"))
+    return recommended_plan(study)
+
+
+def _source_path(study: Study) -> str:
+    from autoquant.errors import ModelError
+
+    path = study.facts.source.get("path")
+    if not path:
+        raise ModelError(
+            "this study searched a live module, which has no path: say where the model is with --model PATH"
+        )
+    return str(path)
+
+
+def _print_report(plan: Plan, report: AppliedReport) -> None:
+    from autoquant.errors import CheckpointError
+    from autoquant.report import units
+
+    formats = ", ".join(f"{count} x {name}" for name, count in report.formats.items())
+    typer.echo(f"Plan {plan.plan_id} ({plan.label}) applied to {report.layers} layers: {formats}")
+    typer.echo(f"Memory {units.size(report.memory_bytes)} instead of {units.size(report.original_memory_bytes)}")
+    typer.echo(f"Wrote {report.out}: {', '.join(report.files)}")
+    if not report.loaded_again:
+        typer.echo("Not read back: what was written has not been compared.")
+    elif not report.logits_identical:
+        raise CheckpointError(
+            f"{report.out} was written, but its logits differ from the model's in memory: do not use it"
+        )
+    else:
+        typer.echo("Read back: its logits are bit for bit those of the quantized model in memory.")
+    typer.echo(f'Load it with autoquant.load("{report.out}")')

@@ -1,0 +1,30 @@
+"""`autoquant candidates`: what could be used on a device, and why the rest cannot."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from autoquant.cli.output import JsonFlag, print_json, print_table
+
+
+def candidates(
+    device: Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")] = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """List the formats and kernels known here, usable or not, with the reason."""
+    from autoquant.candidates import survey
+    from autoquant.models import resolve_device
+
+    device_type = resolve_device(device).partition(":")[0]
+    found = survey(device_type)
+    if as_json:
+        fields = ("format", "kernel", "numerics", "description", "usable", "reason")
+        print_json([{name: getattr(candidate, name) for name in fields} for candidate in found])
+        return
+    from autoquant.report.tables import candidates_table
+
+    usable = sum(candidate.usable for candidate in found)
+    typer.echo(f"{usable} of {len(found)} candidates can be used on {device_type}\n")
+    print_table(lambda width: candidates_table(found, width))

@@ -1,0 +1,139 @@
+"""The `autoquant` command: every error is one line on stderr, tracebacks only with --debug.
+
+Exit codes: 0 done, 1 an unexpected error, 2 an error the user can mend, 130 interrupted, 141 the reader of a pipe left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from autoquant.cli.apply import apply
+from autoquant.cli.candidates import candidates
+from autoquant.cli.pareto import pareto
+from autoquant.cli.search import search
+from autoquant.cli.show import show
+from autoquant.errors import AutoquantError
+
+DEBUG_VARIABLE = "AUTOQUANT_DEBUG"
+_DEBUG_OPTION = "--debug"
+_TALKATIVE = ("torchao", "torch.utils._pytree", "transformers")
+
+
+class OneLineErrors(TyperGroup):
+    """A group that reports errors in one line, whoever raised them, and takes --debug anywhere on the line."""
+
+    def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        debug = wants_debug(given)
+        given = [argument for argument in given if argument != _DEBUG_OPTION]
+        options["standalone_mode"] = False
+        try:
+            result = super().main(given, *positional, **options)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _drop_output()
+            sys.exit(141)
+        except (KeyboardInterrupt, typer.Abort):
+            sys.exit(130)
+        except Exception as error:  # noqa: BLE001 - the outermost boundary: nothing may end in a raw traceback
+            if debug:
+                traceback.print_exception(error, file=sys.stderr)
+            message, code = describe(error)
+            typer.echo(f"error: {message}", err=True)
+            sys.exit(code)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def wants_debug(arguments: Sequence[str]) -> bool:
+    """Whether tracebacks, and what libraries have to say, are asked for."""
+    return _DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """One line for the user, and the exit code."""
+    if isinstance(error, AutoquantError):
+        return _one_line(str(error)), 2
+    usage = getattr(error, "format_message", None)  # click's errors, in whichever package typer keeps click
+    if usage is not None:
+        command = getattr(getattr(error, "ctx", None), "command_path", "autoquant")
+        return f"{_one_line(usage()).rstrip('.')}; see `{command} --help`", 2
+    first = next(iter(str(error).splitlines()), "").strip() or "no message"
+    return f"unexpected {type(error).__name__}: {first}; run again with --debug for the traceback", 1
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere, so that the interpreter does not complain when it flushes at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(short_help="Search for the fastest plans of a model.")(search)
+app.command(short_help="Show the measured front of a search.")(pareto)
+app.command(short_help="Show one plan layer by layer, with why.")(show)
+app.command(short_help="Write the quantized model to disk.")(apply)
+app.command(short_help="List formats and kernels for a device.")(candidates)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autoquant {metadata.version('autoquant')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def autoquant(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    _debug: Annotated[
+        bool, typer.Option(_DEBUG_OPTION, help=f"Show tracebacks (also with {DEBUG_VARIABLE}=1).")
+    ] = False,
+) -> None:
+    """Find how each layer of a PyTorch model is best quantized on this device: measured speed against quality."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def hush_libraries() -> None:
+    """Keep warnings of libraries, which a user cannot act on, out of what the command says."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def run() -> None:
+    """The entry point of the `autoquant` command."""
+    if not wants_debug(sys.argv):
+        hush_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    app(prog_name="autoquant")
+
+
+if __name__ == "__main__":
+    run()

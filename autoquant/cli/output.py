@@ -1,0 +1,63 @@
+"""What the commands share: opening a study, and writing tables, lines and JSON to stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import RenderableType
+
+    from autoquant.search.study import Study
+
+Database = Annotated[str, typer.Argument(metavar="PLAN.DB", help="Database that a search wrote.", show_default=False)]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@contextmanager
+def opened_study(database: str, *, study_id: str | None = None, plan_id: str | None = None) -> Iterator[Study]:
+    """A study of an existing database: the one named, the one of a plan, or the one last worked on."""
+    from autoquant.search.study import Study
+    from autoquant.store import open_store
+
+    store = open_store(database, create=False)
+    try:
+        yield Study(store, store.plan(plan_id).study_id if plan_id is not None else study_id)
+    finally:
+        store.close()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    from autoquant.report.json_output import dumps
+
+    typer.echo(dumps(value))
+
+
+def print_table(make: Callable[[int], RenderableType]) -> None:
+    """Draw what `make` makes for the width of the terminal, or for 80 columns where there is none."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    console.print(make(console.width))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file in one go.
+
+    Raises:
+        AutoquantError: The place is not writable; nothing is left there.
+    """
+    from autoquant.errors import AutoquantError
+
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise AutoquantError(f"cannot write {path}: {error.strerror or error}") from error

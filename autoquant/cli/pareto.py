@@ -1,0 +1,88 @@
+"""`autoquant pareto`: the measured front as a table, JSON, CSV or picture."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table, write_file
+
+if TYPE_CHECKING:
+    from autoquant.search.study import Study
+
+
+def pareto(
+    database: Database,
+    study: Annotated[
+        str | None, typer.Option(metavar="ID", help="Which study; the last one if left out.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the front into a .png, .svg or .html file.", show_default=False),
+    ] = None,
+) -> None:
+    """Show the proven plans, fastest first: request time, quality and memory, all measured."""
+    if as_json and as_csv:
+        raise typer.BadParameter("cannot be combined with --csv", param_hint="--json")
+    if plot is not None:
+        _check_suffix(plot)
+    with opened_study(database, study_id=study) as opened:
+        rows = opened.rows()
+        if plot is not None:
+            _draw(opened, rows, plot)
+        if as_json:
+            print_json(rows)
+        elif as_csv:
+            _print_csv(rows)
+        else:
+            _print_text(opened, rows)
+
+
+def _check_suffix(path: Path) -> None:
+    from autoquant.report.plots import SUFFIXES
+
+    if path.suffix.lower() not in SUFFIXES:
+        raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")
+
+
+def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
+    from autoquant.errors import PlanError
+    from autoquant.report.plots import render
+    from autoquant.report.words import study_line
+
+    if not rows:
+        raise PlanError("there is nothing to draw: no plan has been proven yet, run `autoquant search` to the end")
+    facts = study.facts
+    write_file(path, render(rows, path.suffix.lower(), study_line(facts.source, facts.device, facts.workload)))
+    typer.echo(f"wrote {path}", err=True)
+
+
+def _print_csv(rows: list[dict[str, Any]]) -> None:
+    from autoquant.search.study import COLUMNS
+
+    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _print_text(study: Study, rows: list[dict[str, Any]]) -> None:
+    from autoquant.report.tables import front_table
+    from autoquant.report.words import recommendation, study_line
+
+    facts = study.facts
+    typer.echo(f"Study {facts.study_id}: {study_line(facts.source, facts.device, facts.workload)}")
+    if not facts.complete:
+        typer.echo("This search has not come to its end; the same `autoquant search` goes on from here.")
+    typer.echo()
+    if rows:
+        print_table(lambda width: front_table(rows, width))
+        typer.echo()
+    typer.echo(recommendation(rows, facts.limits))
+    for plan_id, reason in study.store.failed_proofs(study.study_id).items():
+        typer.echo(f"Plan {plan_id} could not be proven: {reason}")

@@ -1,0 +1,136 @@
+"""`autoquant search`: measure, solve, prove; ends with the front and the recommended plan."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autoquant.cli.output import JsonFlag, print_json, print_table
+from autoquant.cli.values import duration_s, fraction, size_bytes
+
+if TYPE_CHECKING:
+    from autoquant.search.study import Study
+
+
+class Dtype(StrEnum):
+    """The precision that counts as unquantized."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FAST16 = "fast16"
+
+
+def search(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hugging Face folder or name, .safetensors, .pt, .pth or .pt2 file.",
+            show_default=False,
+        ),
+    ],
+    eval_text: Annotated[
+        str, typer.Option("--eval-text", metavar="FILE", help="Text that quality is measured on.", show_default=False)
+    ],
+    device: Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")] = "auto",
+    db: Annotated[str, typer.Option(metavar="FILE", help="Database; an existing one is continued.")] = "plan.db",
+    workload: Annotated[
+        str | None,
+        typer.Option(help="One request, e.g. prefill=512,decode=128 (the default).", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the unquantized model.")] = Dtype.AUTO,
+    max_ppl_increase: Annotated[
+        str, typer.Option(metavar="PERCENT", help="Limit of the perplexity increase, e.g. 1% or 0.01.")
+    ] = "1%",
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False)
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Candidates to consider, repeatable. Default: all.", show_default=False),
+    ] = None,
+    time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
+    model_factory: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:CALLABLE", help="Builds the module of a state dict.", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Tokenizer, where the model has none of its own.", show_default=False),
+    ] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Load a pickled model: runs the code that is in it.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Search MODEL for its fastest quantization within a quality budget, measured on this device.
+
+    Ctrl-C keeps everything measured so far; the same command goes on from there.
+    """
+    increase = fraction(max_ppl_increase, "--max-ppl-increase")
+    memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
+    budget_s = duration_s(time_budget, "--time-budget")
+
+    from autoquant.records import Workload
+    from autoquant.report.progress import listening
+
+    request = None if workload is None else Workload.parse(workload, batch)
+
+    from autoquant.search import driver  # imports torch: after everything that can be refused without it
+
+    try:
+        with listening() as listener:
+            study = driver.search(
+                model,
+                eval_text=eval_text,
+                db=db,
+                device=device,
+                dtype=dtype.value,
+                workload=request,
+                batch=batch,
+                max_ppl_increase=increase,
+                max_memory_bytes=memory,
+                candidates=tuple(candidates or ("*",)),
+                time_budget_s=budget_s,
+                seed=seed,
+                model_factory=model_factory,
+                tokenizer=tokenizer,
+                trust_pickle=trust_pickle,
+                listener=listener,
+            )
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True
+        )
+        raise typer.Exit(130) from None
+    _report(study, db, as_json=as_json)
+
+
+def _report(study: Study, db: str, *, as_json: bool) -> None:
+    rows = study.rows()
+    recommended = next((row for row in rows if row["recommended"]), None)
+    if as_json:
+        print_json({"study_id": study.study_id, "recommended": recommended, "database": db})
+        return
+    from autoquant.report.tables import front_table
+    from autoquant.report.words import recommendation
+
+    if rows:
+        print_table(lambda width: front_table(rows, width))
+        typer.echo()
+    typer.echo(recommendation(rows, study.facts.limits))
+    if not rows:
+        return
+    where = shlex.quote(db)
+    typer.echo("\nNext:")
+    typer.echo(f"  autoquant pareto {where} --plot front.png")
+    if recommended is not None:
+        typer.echo(f"  autoquant show {where}")
+    typer.echo(f"  autoquant apply {where} {'' if recommended is not None else '--plan ID '}--out DIR")

@@ -1,0 +1,64 @@
+"""`autoquant show`: one plan, layer by layer, with why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+
+if TYPE_CHECKING:
+    from autoquant.records import Plan, Proof
+    from autoquant.search.study import Study
+
+
+def show(
+    database: Database,
+    plan: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Which plan (the beginning of its id will do).", show_default="recommended"),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show one plan layer by layer: format, kernels, predicted time, loss and memory, and why."""
+    with opened_study(database, plan_id=plan) as study:
+        chosen = recommended_plan(study) if plan is None else study.plan(plan)
+        row = next((row for row in study.rows() if row["plan_id"] == chosen.plan_id), None)
+        proof = study.proofs().get(chosen.plan_id)
+        if as_json:
+            from autoquant.report.json_output import plan_object
+
+            print_json(plan_object(chosen, row, proof, study.facts.recording))
+        else:
+            _print_text(study, chosen, row, proof)
+
+
+def recommended_plan(study: Study) -> Plan:
+    """The best plan under the limits of the search.
+
+    Raises:
+        PlanError: None is within them; the message says what there is.
+    """
+    limits = study.facts.limits
+    return study.best(limits.get("max_ppl_increase"), limits.get("max_memory_bytes"))
+
+
+def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Proof | None) -> None:
+    from autoquant.report.tables import coverage_line, coverage_table, layers_table
+    from autoquant.report.words import plan_lines, study_line
+
+    facts = study.facts
+    failure = study.store.failed_proofs(study.study_id).get(plan.plan_id)
+    typer.echo(study_line(facts.source, facts.device, facts.workload))
+    for line in plan_lines(plan, row, proof, failure):
+        typer.echo(line)
+    typer.echo()
+    print_table(lambda width: layers_table(plan, width))
+    recording = facts.recording
+    if recording is None:
+        return
+    typer.echo(f"\n{coverage_line(recording)}")
+    if recording.skipped:
+        typer.echo()
+        print_table(lambda _width: coverage_table(recording))

@@ -1,0 +1,64 @@
+"""Option values as people write them: `1%`, `2GiB`, `10m`."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from autoquant.errors import WorkloadError
+
+_NUMBER = r"\d+(?:\.\d*)?|\.\d+"
+_SIZE = re.compile(rf"({_NUMBER})\s*([kmgt]i?b|b)?", re.IGNORECASE)
+_DURATION = re.compile(rf"(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s?)?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def fraction(text: str, option: str) -> float:
+    """Read `1%` or `0.01`, both as 0.01.
+
+    Raises:
+        WorkloadError: It is neither, negative, or a bare number from 1 on, which could be meant either way.
+    """
+    advice = f"{option}: cannot read {text!r}; write a percentage such as 1% or a fraction such as 0.01"
+    number, is_percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        value = float(number) / (100 if is_percent else 1)
+    except ValueError:
+        raise WorkloadError(advice) from None
+    if not math.isfinite(value) or value < 0:
+        raise WorkloadError(advice)
+    if value >= 1 and not is_percent:
+        raise WorkloadError(f"{option}: {text} is ambiguous; write {number}% or a fraction below 1")
+    return value
+
+
+def size_bytes(text: str, option: str) -> int:
+    """Read `2GiB`, `500MB` or `123456` as bytes.
+
+    Raises:
+        WorkloadError: It is none of these, or not positive.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    value = 0
+    if match:
+        unit = (match[2] or "b").lower().removesuffix("b")
+        value = int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** _POWERS[unit.removesuffix("i")])
+    if value < 1:
+        raise WorkloadError(f"{option}: cannot read {text!r}; write a size such as 2GiB, 500MB or 123456 (bytes)")
+    return value
+
+
+def duration_s(text: str, option: str) -> float:
+    """Read `10m`, `90s`, `1h30m` or `600` as seconds.
+
+    Raises:
+        WorkloadError: It is none of these, or not positive.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    value = 0.0
+    if match:
+        hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        value = hours * 3600 + minutes * 60 + seconds
+    if value <= 0:
+        raise WorkloadError(f"{option}: cannot read {text!r}; write a time such as 10m, 90s, 1h30m or 600 (seconds)")
+    return value

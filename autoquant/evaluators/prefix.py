@@ -1,0 +1,125 @@
+"""Running a model from one of its blocks on, with what came before taken from an earlier run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from autoquant.evaluators.emulate import LINEAR_FUNCTIONS
+
+
+class BlockChain:
+    """The heaviest list of blocks in a model where each one's output is the next one's input.
+
+    Found by watching one forward pass; a model without such a list has no blocks, and nothing is ever skipped.
+
+    Args:
+        module: The model.
+        forward: Runs one forward pass of it.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[[], Any]) -> None:
+        self.blocks: tuple[nn.Module, ...] = ()
+        self._starts: dict[int, int] = {}
+        lists = [child for child in module.modules() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1]
+        for blocks in sorted(lists, key=lambda blocks: -sum(p.numel() for p in blocks.parameters())):
+            watch = _Watch(list(blocks))
+            with watch.hooks(), watch, torch.no_grad():
+                forward()
+            if watch.is_chain():
+                self.blocks = tuple(blocks)
+                self._starts = watch.starts
+                return
+
+    def start(self, parameter: torch.Tensor) -> int:
+        """How many blocks run before the first linear on `parameter`, and may be skipped when only that changes."""
+        return self._starts.get(id(parameter), 0)
+
+    @contextmanager
+    def capture(self, outputs: list[Any]) -> Iterator[None]:
+        """Collect every block's output, in order, during one forward pass."""
+        handles = [block.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for block in self.blocks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def starting_at(self, index: int, outputs: list[Any]) -> Iterator[None]:
+        """Skip the blocks before `index`: they give back what `outputs` holds of the last of them."""
+        skipped = self.blocks[:index]
+        for block in skipped:
+            block.forward = _Replay(outputs[index - 1])
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+
+class _Replay:
+    """A forward that gives back what it was made with."""
+
+    def __init__(self, output: Any) -> None:
+        self._output = output
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._output
+
+
+class _Watch(TorchFunctionMode):
+    """Watches one forward pass: in which order blocks run, what they hand on, and where each linear's weight is used."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self._order: list[int] = []
+        self._inputs: list[torch.Tensor | None] = []
+        self._outputs: list[torch.Tensor | None] = []
+        self.starts: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in LINEAR_FUNCTIONS:
+            # A block that has started and not ended must run again; one that has ended need not.
+            self.starts.setdefault(id(args[1]), len(self._outputs))
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = []
+        for i, block in enumerate(self._blocks):
+
+            def before(_module: nn.Module, positional: Any, named: Any, i: int = i) -> None:
+                self._order.append(i)
+                self._inputs.append(_first_tensor(positional) if positional else _first_tensor(list(named.values())))
+
+            def after(_module: nn.Module, _args: Any, output: Any) -> None:
+                self._outputs.append(_first_tensor(output))
+
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(block.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def is_chain(self) -> bool:
+        """Whether every block ran once, in order, and read what the one before it gave."""
+        links = zip(self._outputs[:-1], self._inputs[1:], strict=True)
+        once = self._order == list(range(len(self._blocks))) and len(self._outputs) == len(self._blocks)
+        return once and all(a is not None and a is b for a, b in links)
+
+
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, (tuple, list)) and value:
+        return _first_tensor(value[0])
+    return None

@@ -1,0 +1,140 @@
+"""How good a model is, compared with the unquantized one: on text, or by a function of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoquant.evaluators.text import Part, TextParts
+from autoquant.profiler.phases import output_tensor
+
+_ROWS_AT_ONCE = 128
+
+QualityFunction = Callable[[nn.Module, Part], Any]
+"""The user's own: (module, part) to a loss per sample of that part, lower is better; the same samples every time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Losses per sample of a model and of the unquantized one, and the mean divergence between them (None: not defined)."""
+
+    losses: tuple[float, ...]
+    reference: tuple[float, ...]
+    kl: float | None
+
+
+class Quality(Protocol):
+    """What the search asks of a quality measure.
+
+    Attributes:
+        key: Hash of everything that its numbers depend on, besides the model.
+        logarithmic: Losses are log-likelihoods and shown as perplexity.
+    """
+
+    key: str
+    logarithmic: bool
+
+    def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]: ...
+
+    def compare(self, module: nn.Module, reference: nn.Module, part: Part) -> Comparison: ...
+
+
+class TextQuality:
+    """Negative log-likelihood per token on windows of text, each window on its own.
+
+    Args:
+        parts: The windows.
+        device: Where the model lies.
+    """
+
+    logarithmic = True
+
+    def __init__(self, parts: TextParts, device: str) -> None:
+        self.parts = parts
+        self.key = parts.key
+        self._device = device
+
+    def windows(self, part: Part) -> Iterator[torch.Tensor]:
+        """Token ids `[1, tokens]`, one window at a time."""
+        for window in self.parts.windows[part]:
+            yield window.unsqueeze(0).to(self._device)
+
+    def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]:
+        """Mean negative log-likelihood in nats of each window's tokens but the first."""
+        return tuple(window_loss(next_token_logits(module, ids), ids) for ids in self.windows(part))
+
+    def compare(self, module: nn.Module, reference: nn.Module, part: Part) -> Comparison:
+        losses, reference_losses, divergence, rows = [], [], 0.0, 0
+        for ids in self.windows(part):
+            wanted = next_token_logits(reference, ids)
+            logits = next_token_logits(module, ids)
+            losses.append(window_loss(logits, ids))
+            reference_losses.append(window_loss(wanted, ids))
+            divergence += divergence_sum(wanted, logits)
+            rows += logits.shape[0]
+        return Comparison(tuple(losses), tuple(reference_losses), divergence / rows)
+
+
+class FunctionQuality:
+    """A quality function of the user's own.
+
+    Args:
+        function: See `QualityFunction`.
+        key: Names the function and its data; two different ones need different keys.
+    """
+
+    logarithmic = False
+
+    def __init__(self, function: QualityFunction, key: str) -> None:
+        self._function = function
+        self.key = key
+
+    def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]:
+        """What the function returns, as floats."""
+        with torch.no_grad():
+            value = self._function(module, part)
+        if isinstance(value, torch.Tensor):
+            value = value.detach().flatten().tolist()
+        samples: Sequence[Any] = value if isinstance(value, Sequence) else [value]
+        return tuple(float(sample) for sample in samples)
+
+    def compare(self, module: nn.Module, reference: nn.Module, part: Part) -> Comparison:
+        return Comparison(self.losses(module, part), self.losses(reference, part), None)
+
+
+def next_token_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[tokens, vocabulary]` of one window `[1, tokens]`, without a cache."""
+    with torch.no_grad():
+        output = module(ids, use_cache=False) if hasattr(module, "generate") else module(ids)
+    return output_tensor(output)[0]
+
+
+def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Mean negative log-likelihood in nats of tokens 2 to last.
+
+    Args:
+        logits: `[tokens, vocabulary]`.
+        ids: `[1, tokens]`.
+    """
+    total = 0.0
+    targets = ids[0, 1:]
+    for start in range(0, len(targets), _ROWS_AT_ONCE):
+        rows = slice(start, min(start + _ROWS_AT_ONCE, len(targets)))
+        total += F.cross_entropy(logits[rows].float(), targets[rows], reduction="sum").item()
+    return total / len(targets)
+
+
+def divergence_sum(reference: torch.Tensor, logits: torch.Tensor) -> float:
+    """Sum over rows of the Kullback-Leibler divergence KL(reference || model) in nats, both `[rows, vocabulary]` logits."""
+    total = 0.0
+    for start in range(0, logits.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        log_p = F.log_softmax(reference[rows].float(), dim=-1)
+        log_q = F.log_softmax(logits[rows].float(), dim=-1)
+        total += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+    return total

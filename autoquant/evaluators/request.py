@@ -1,0 +1,75 @@
+"""Time of one request, measured on the whole model: a plan and the unquantized model in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autoquant.profiler.device import synchronize
+from autoquant.profiler.phases import Phases
+
+_WARM_UP_CALLS = 3
+_ROUNDS = 9
+_CALLS_PER_ROUND = 16
+_ROUND_S = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """Median milliseconds of one call of each phase, of a plan and of the unquantized model timed in the same rounds."""
+
+    plan_ms: Mapping[str, float]
+    original_ms: Mapping[str, float]
+
+    def request_ms(self, calls: Mapping[str, int]) -> tuple[float, float]:
+        """Milliseconds of one request by the plan and by the unquantized model."""
+        plan = sum(calls[phase] * ms for phase, ms in self.plan_ms.items())
+        original = sum(calls[phase] * ms for phase, ms in self.original_ms.items())
+        return plan, original
+
+
+def warm_up(phases: Phases) -> None:
+    """Compile every phase and run it until it has settled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for phase in phases.workload.phases:
+            for _ in range(_WARM_UP_CALLS):
+                phases.reset(phase.name)
+                phases.run(phase.name)
+
+
+def time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:
+    """Time both models, already warm, in alternating order, and take medians over rounds."""
+    names = [phase.name for phase in original.workload.phases]
+    plan_samples: dict[str, list[float]] = {name: [] for name in names}
+    original_samples: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(_ROUNDS):
+        for name in names:
+            pair = [(original, original_samples), (plan, plan_samples)]
+            for phases, samples in pair if round_number % 2 == 0 else reversed(pair):
+                samples[name].append(_sample(phases, name, device))
+    return RequestTimes(
+        {name: statistics.median(values) for name, values in plan_samples.items()},
+        {name: statistics.median(values) for name, values in original_samples.items()},
+    )
+
+
+def _sample(phases: Phases, name: str, device: str) -> float:
+    """Median milliseconds of several calls in a row."""
+    calls: list[float] = []
+    started = time.perf_counter()
+    left = 0
+    while len(calls) < _CALLS_PER_ROUND and time.perf_counter() - started < _ROUND_S:
+        if left == 0:
+            phases.reset(name)
+            left = phases.limit(name)
+        synchronize(device)
+        start = time.perf_counter()
+        phases.run(name)
+        synchronize(device)
+        calls.append((time.perf_counter() - start) * 1e3)
+        left -= 1
+    return statistics.median(calls)

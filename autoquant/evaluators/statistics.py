@@ -1,0 +1,43 @@
+"""Estimates with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from autoquant.records import Interval
+
+CONFIDENCE = 0.95
+
+
+def paired_increase(losses: Sequence[float], reference: Sequence[float], *, logarithmic: bool) -> Interval:
+    """Relative increase of a plan over the unquantized model, from losses of the same samples.
+
+    Args:
+        losses: One mean loss per sample (window), of the plan.
+        reference: The same samples under the unquantized model.
+        logarithmic: The losses are log-likelihoods, and the increase is that of perplexity: exp(mean difference) - 1. Otherwise
+            it is mean difference over mean reference.
+
+    Returns:
+        The increase as a fraction with its 95 % interval, from Student's t of the paired differences.
+    """
+    from scipy.stats import t as student
+
+    if len(losses) != len(reference) or not losses:
+        raise ValueError(f"{len(losses)} losses for {len(reference)} reference losses")
+    differences = [a - b for a, b in zip(losses, reference, strict=True)]
+    count = len(differences)
+    mean = math.fsum(differences) / count
+    half = math.inf
+    if count > 1:
+        variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
+        half = float(student.ppf(0.5 + CONFIDENCE / 2, count - 1)) * math.sqrt(variance / count)
+    if logarithmic:
+        return Interval(value=math.expm1(mean), low=math.expm1(mean - half), high=_expm1(mean + half))
+    scale = abs(math.fsum(reference) / count) or 1.0
+    return Interval(value=mean / scale, low=(mean - half) / scale, high=(mean + half) / scale)
+
+
+def _expm1(x: float) -> float:
+    return math.expm1(x) if x < 700 else math.inf

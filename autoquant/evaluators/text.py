@@ -1,0 +1,97 @@
+"""Evaluation text: token windows split into disjoint calibration, selection and report parts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from autoquant.errors import TextError
+
+Part = Literal["calibration", "selection", "report"]
+PARTS: tuple[Part, ...] = ("calibration", "selection", "report")
+WINDOW_TOKENS = 512
+WANTED_WINDOWS: Mapping[Part, int] = {"calibration": 4, "selection": 24, "report": 32}
+LEAST_WINDOWS: Mapping[Part, int] = {"calibration": 1, "selection": 6, "report": 8}
+_READ_CHARACTERS = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class TextParts:
+    """Windows of token ids, `[windows, tokens]` per part. No token is in two parts."""
+
+    windows: Mapping[Part, torch.Tensor]
+
+    @property
+    def key(self) -> str:
+        """Hash of the tokens and of which part they are in."""
+        digest = hashlib.sha256()
+        for part in PARTS:
+            windows = self.windows[part]
+            digest.update(f"{part}{tuple(windows.shape)}".encode())
+            digest.update(windows.to(torch.int64).numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+
+def read_text(path: str | Path, tokenizer: Any, *, max_positions: int | None = None) -> TextParts:
+    """Tokenize as much of a UTF-8 text file as the parts need.
+
+    The first windows of the text are dealt to the parts in turn, so that every part sees the same mixture.
+
+    Raises:
+        TextError: The file cannot be read, is no text, or is too short.
+    """
+    window = min(WINDOW_TOKENS, max_positions or WINDOW_TOKENS)
+    wanted = sum(WANTED_WINDOWS.values())
+    tokens = _tokens(Path(path), tokenizer, wanted * window)
+    available = len(tokens) // window
+    least = sum(LEAST_WINDOWS.values())
+    if available < least:
+        raise TextError(
+            f"{path} gives {len(tokens)} tokens; at least {least * window} are needed for separate calibration, selection and "
+            "report parts: give a longer text"
+        )
+    counts = _counts(min(available, wanted))
+    windows = torch.tensor(tokens[: sum(counts.values()) * window], dtype=torch.long).reshape(-1, window)
+    order = deal(counts)
+    return TextParts({part: windows[[i for i, owner in enumerate(order) if owner == part]] for part in PARTS})
+
+
+def _tokens(path: Path, tokenizer: Any, wanted: int) -> list[int]:
+    tokens: list[int] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            while len(tokens) < wanted:
+                text = file.read(_READ_CHARACTERS)
+                if not text:
+                    break
+                text += file.readline()
+                tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise TextError(f"cannot read {path}: {error.strerror}") from error
+    return tokens
+
+
+def _counts(available: int) -> dict[Part, int]:
+    """How many windows each part gets: as wanted, or in proportion where the text is shorter."""
+    wanted = sum(WANTED_WINDOWS.values())
+    counts = {part: max(LEAST_WINDOWS[part], WANTED_WINDOWS[part] * available // wanted) for part in PARTS}
+    counts["report"] += available - sum(counts.values())
+    return counts
+
+
+def deal(counts: Mapping[Part, int]) -> list[Part]:
+    """Deal windows to parts, always to the part that is furthest behind its share."""
+    given = dict.fromkeys(counts, 0)
+    order: list[Part] = []
+    for _ in range(sum(counts.values())):
+        part = min((p for p in counts if given[p] < counts[p]), key=lambda p: (given[p] + 0.5) / counts[p])
+        given[part] += 1
+        order.append(part)
+    return order

@@ -1,0 +1,55 @@
+"""The module of a model without its weights, for putting saved ones into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.errors import ModelError
+from autoquant.models import factory
+from autoquant.models.quiet import current_folder_importable, first_line, quiet
+
+
+def build_architecture(source: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, meta: bool) -> nn.Module:
+    """Make the module that a source describes, with arbitrary weights.
+
+    Args:
+        source: A `ModelSource` as a mapping.
+        folder: Holds the `config.json` of a Hugging Face model.
+        meta: Make it on the meta device, where it takes no memory.
+
+    Raises:
+        ModelError: It cannot be made from what is there.
+    """
+    place = torch.device("meta") if meta else nullcontext()
+    if source["kind"] == "huggingface":
+        with quiet(), place:
+            return _from_config(folder, dtype)
+    if source["kind"] == "state_dict" and source.get("model_factory"):
+        with current_folder_importable(), place:
+            return factory._call(factory._import(source["model_factory"]), source["model_factory"])
+    raise ModelError(
+        f"the architecture of a model that came as {source['kind']} is not saved with it: call autoquant.load(folder, model) "
+        "with a module of it"
+    )
+
+
+def without_values(module: nn.Module) -> bool:
+    """Whether any tensor of the module is still on the meta device."""
+    return factory._on_meta(module)
+
+
+def _from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise ModelError(f"transformers cannot build the model of {folder}: {first_line(error)}") from error
+    return module

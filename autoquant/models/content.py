@@ -1,0 +1,87 @@
+"""A model's identity: a hash of its tensors and its architecture, whatever files and folders it came in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from autoquant.errors import ModelError
+from autoquant.models.targets import dtype_name
+
+_CHUNK_BYTES = 64 * 2**20
+_HASH_LENGTH = 16
+
+
+def content_hash(tensors: Iterable[tuple[str, torch.Tensor]], architecture: Mapping[str, Any] | str) -> str:
+    """Hash (name, dtype, shape, bytes) of every tensor and the canonical JSON of `architecture`: 16 hex digits.
+
+    `tensors` is read once, one tensor at a time, and may come in any order and from any device: each tensor is digested
+    by itself and the digests are combined in the order of their names, so no more than one tensor need be in memory.
+
+    Raises:
+        ModelError: A tensor holds no plain values (meta, sparse or of a deprecated quantized dtype).
+    """
+    digests = sorted((name, _tensor_digest(name, tensor)) for name, tensor in tensors)
+    total = hashlib.sha256()
+    total.update(json.dumps(architecture, sort_keys=True, separators=(",", ":"), default=str).encode())
+    for name, digest in digests:
+        total.update(f"\0{name}\0{digest}".encode())
+    return total.hexdigest()[:_HASH_LENGTH]
+
+
+def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
+    hasher = hashlib.sha256(f"{dtype_name(tensor.dtype)}:{tuple(tensor.shape)}:".encode())
+    if is_traceable_wrapper_subclass(tensor):
+        inner, context = tensor.__tensor_flatten__()
+        hasher.update(f"{type(tensor).__qualname__}:{without_addresses(str(context))}".encode())
+        for attribute in sorted(inner):
+            hasher.update(_tensor_digest(f"{name}.{attribute}", getattr(tensor, attribute)).encode())
+        return hasher.hexdigest()
+    for chunk in _chunks(name, tensor.detach()):
+        hasher.update(chunk.numpy().data)
+    return hasher.hexdigest()
+
+
+def _chunks(name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor's bytes as uint8 tensors [<= 64 MiB] on the CPU."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        raise ModelError(f"cannot read the values of {name}: give the model with ordinary (dense) weights")
+    if tensor.numel() == 0:
+        return
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _CHUNK_BYTES):
+        yield flat[start : start + _CHUNK_BYTES].cpu()
+
+
+def module_architecture(module: torch.nn.Module) -> dict[str, str]:
+    """What stands for a module's architecture in its hash: its class and its printed form, without memory addresses."""
+    kind = type(module)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "module": without_addresses(str(module))}
+
+
+def without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+class DtypeTally:
+    """Counts elements by floating dtype while tensors stream past."""
+
+    def __init__(self) -> None:
+        self._counts: dict[torch.dtype, int] = {}
+
+    def watch(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass `tensors` on, counted."""
+        for name, tensor in tensors:
+            if tensor.is_floating_point():
+                self._counts[tensor.dtype] = self._counts.get(tensor.dtype, 0) + tensor.numel()
+            yield name, tensor
+
+    def main(self) -> torch.dtype | None:
+        """The dtype that most floating elements have; None where none is floating."""
+        return max(self._counts, key=lambda dtype: self._counts[dtype], default=None)

@@ -1,0 +1,145 @@
+"""Exported programs (`.pt2`, written by `torch.export.save`)."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
+
+from autoquant.errors import ModelError
+from autoquant.models.content import DtypeTally, content_hash, without_addresses
+from autoquant.models.exported_check import needs_trust
+from autoquant.models.factory import tie
+from autoquant.models.huggingface import load_tokenizer
+from autoquant.models.loaded import LoadedModel, model_kind, settle
+from autoquant.models.quiet import current_folder_importable, first_line
+from autoquant.models.request import Request
+from autoquant.models.targets import dtype_name, resolve_dtype
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a file holds an exported program, whatever its name."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(
+            name.endswith(("/archive_format", "serialized_exported_program.json")) for name in archive.namelist()
+        )
+
+
+def load_exported(path: Path, request: Request) -> LoadedModel:
+    """Load an exported program with the inputs it was exported on.
+
+    Raises:
+        ModelError: It cannot be read, needs keyword inputs, does not run in the dtype asked for, or holds what can run
+            code on loading and is not trusted.
+    """
+    if request.model_factory is not None:
+        raise ModelError(f"{path} is an exported program, which holds its module: leave out --model-factory")
+    program = _read(path, trust=request.trust_pickle)
+    inputs, keywords = program.example_inputs or ((), {})
+    if keywords:
+        raise ModelError(
+            f"{path} was exported with keyword inputs ({', '.join(keywords)}): export it with positional ones"
+        )
+    tally = DtypeTally()
+    digest = content_hash(tally.watch(_tensors(program)), {"graph": without_addresses(str(program.graph))})
+    stored = tally.main() or torch.float32
+    words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else None
+    module, inputs = _place(program, path, request, stored)
+    return LoadedModel(
+        module=module,
+        content_hash=digest,
+        source=request.source("exported", str(path)),
+        tokenizer=words,
+        kind=model_kind(module, request.device, may_be_lm=words is not None),
+        example_inputs=inputs or None,
+        max_positions=None,
+        stored_dtype=dtype_name(stored),
+    )
+
+
+def _read(path: Path, *, trust: bool) -> ExportedProgram:
+    if not is_exported(path):
+        raise ModelError(f"{path} is damaged or no exported program: write it with torch.export.save")
+    if not trust and (reason := needs_trust(path)):
+        raise ModelError(
+            f"{path} holds more than tensors and their operations ({reason}), which can run anything on loading; pass"
+            " --trust-pickle if you trust its author"
+        )
+    try:
+        if trust:
+            with current_folder_importable():
+                return torch.export.load(path)
+        # What torch.export.load does first; its second try reads an older form that has not been checked.
+        from torch.export.pt2_archive._package import load_pt2
+
+        return load_pt2(str(path)).exported_programs["model"]
+    except Exception as error:
+        raise ModelError(
+            f"cannot read the exported program {path} ({type(error).__name__}: {first_line(error)}): export it again"
+            f" with PyTorch {torch.__version__}"
+        ) from error
+
+
+def _tensors(program: ExportedProgram) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from program.state_dict.items()
+    stored = set(program.state_dict)
+    for name, value in program.constants.items():
+        if isinstance(value, torch.Tensor) and name not in stored:
+            yield name, value
+
+
+def _place(
+    program: ExportedProgram, path: Path, request: Request, stored: torch.dtype
+) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The program's module and example inputs on the device and in the dtype asked for."""
+    from torch.export.passes import move_to_device_pass
+
+    ties = _shared(program)
+    dtype = resolve_dtype(request.dtype, request.device, stored)
+    try:
+        if any(tensor.device != torch.device(request.device) for _, tensor in _tensors(program)):
+            program = move_to_device_pass(program, request.device)
+        # Guards are Python source kept in the file: not run.
+        module = settle(program.module(check_guards=False))
+    except Exception as error:
+        raise ModelError(f"cannot put {path} on {request.device}: {first_line(error)}") from error
+    tie(module, ties)
+    inputs: tuple[Any, ...] = program.example_inputs[0] if program.example_inputs else ()
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(request.device), inputs)
+    if request.dtype != "auto" and dtype != stored:
+        inputs = _cast(module, inputs, dtype, path)
+    return module, inputs
+
+
+def _cast(module: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, path: Path) -> tuple[Any, ...]:
+    """Cast the module and its inputs, and see that the graph, which has dtypes burnt in, still runs."""
+    module.to(dtype)
+    inputs = tree_map_only(torch.Tensor, lambda item: item.to(dtype) if item.is_floating_point() else item, inputs)
+    if inputs:
+        try:
+            with torch.no_grad():
+                module(*inputs)
+        except Exception as error:
+            raise ModelError(
+                f"{path} does not run in {dtype_name(dtype)} ({first_line(error)}): export it in that dtype, or use"
+                " --dtype auto"
+            ) from error
+    return inputs
+
+
+def _shared(program: ExportedProgram) -> list[list[str]]:
+    """Names of parameters that are one stretch of memory, which a move or a cast would make into several."""
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in program.state_dict.items():
+        if isinstance(tensor, nn.Parameter) and tensor.numel():
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            names.setdefault(key, []).append(name)
+    return [group for group in names.values() if len(group) > 1]

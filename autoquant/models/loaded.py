@@ -1,0 +1,142 @@
+"""What loading gives: the module ready to run, with its identity, its source and what kind of model it is."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from autoquant.models.targets import dtype_name
+
+SourceKind = Literal["huggingface", "state_dict", "exported", "pickle", "live"]
+ModelKind = Literal["causal_lm", "token_lm", "module"]
+
+# What running a module on inputs that are not meant for it raises.
+_UNFIT = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model came from: what `load_model` needs to load it again. Serialize it with `dataclasses.asdict`.
+
+    Attributes:
+        path: Absolute path of the file or folder, or a name on the hub; empty for a live module.
+        model_factory: `package.module:callable` that built the module.
+        tokenizer: Path of a tokenizer given apart from the model.
+        trust_pickle: Whether the user allowed the file to run code.
+    """
+
+    kind: SourceKind
+    path: str = ""
+    model_factory: str | None = None
+    tokenizer: str | None = None
+    trust_pickle: bool = False
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """A module in eval mode, without gradients, on its device and in the resolved dtype.
+
+    Attributes:
+        content_hash: Of the tensors as stored, before any cast, and the architecture.
+        tokenizer: A transformers tokenizer, or what the caller of `from_module` gave.
+        kind: `causal_lm`, a Hugging Face model that generates with a cache; `token_lm`, takes integer ids
+            [batch, tokens] as its only input and gives logits [batch, tokens, vocab], bare or as `.logits`; `module`,
+            anything else.
+        example_inputs: Positional inputs saved with an exported program, on the device and in the dtype.
+        max_positions: Longest sequence in tokens, where the configuration says so.
+        stored_dtype: The dtype that most of the stored weights have, e.g. `bfloat16`.
+    """
+
+    module: nn.Module
+    content_hash: str
+    source: ModelSource
+    tokenizer: Any | None
+    kind: ModelKind
+    example_inputs: tuple[Any, ...] | None
+    max_positions: int | None
+    stored_dtype: str
+
+    @property
+    def device(self) -> str:
+        """Where the first parameter or buffer is, e.g. `cuda:0`; `cpu` without any."""
+        tensor = next(iter(self.module.state_dict().values()), None)
+        return str(tensor.device) if isinstance(tensor, torch.Tensor) else "cpu"
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most floating parameters have now; the stored one where there are none."""
+        return dtype_name(main_dtype(self.module) or getattr(torch, self.stored_dtype))
+
+
+def main_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that most floating elements of the parameters (else buffers) have."""
+    for tensors in (list(module.parameters()), list(module.buffers())):
+        counts: dict[torch.dtype, int] = {}
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+        if counts:
+            return max(counts, key=lambda dtype: counts[dtype])
+    return None
+
+
+def settle(module: nn.Module) -> nn.Module:
+    """Put `module` in eval mode without gradients, in place.
+
+    An exported program's module refuses `eval()`: its mode was fixed when it was exported. There `eval` is replaced by
+    one that does nothing, so that callers need not know the difference.
+    """
+    try:
+        module.eval()
+    except NotImplementedError:
+        module.eval = lambda: module  # type: ignore[method-assign]
+        for child in module.modules():
+            child.training = False
+    module.requires_grad_(False)
+    return module
+
+
+def is_causal_lm(module: nn.Module) -> bool:
+    """Whether `module` is a Hugging Face decoder that generates."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return False
+    return bool(module.can_generate()) and not getattr(module.config, "is_encoder_decoder", False)
+
+
+def is_token_lm(module: nn.Module, device: str) -> bool:
+    """Whether two token ids [1, 2] on `device` give logits [1, 2, vocab]."""
+    ids = torch.tensor([[0, 1]], device=device)
+    try:
+        with torch.no_grad():
+            output = module(ids)
+    except _UNFIT:
+        return False
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        return False
+    return logits.dim() == 3 and logits.shape[:2] == (1, 2)
+
+
+def model_kind(module: nn.Module, device: str, *, may_be_lm: bool) -> ModelKind:
+    """The kind of a settled module. `may_be_lm` says whether there is reason to try it on token ids."""
+    if is_causal_lm(module):
+        return "causal_lm"
+    return "token_lm" if may_be_lm and is_token_lm(module, device) else "module"
+
+
+def max_positions(module: nn.Module) -> int | None:
+    """The longest sequence in tokens that a Hugging Face model's configuration allows."""
+    if not is_causal_lm(module):
+        return None
+    config: Any = module.config
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

@@ -1,0 +1,72 @@
+"""Keep libraries off the user's terminal while they load, and cut their errors down to one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_LONGEST = 300
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and no log records below error level inside; what was set before is set again after."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Progress bars of transformers and of the hub client are off inside."""
+    from huggingface_hub import utils
+    from transformers.utils import logging as transformers_logging
+
+    hub: Any = utils
+    hub_was_on, was_on = not hub.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+        (hub.enable_progress_bars if hub_was_on else hub.disable_progress_bars)()
+
+
+@contextmanager
+def current_folder_importable() -> Iterator[None]:
+    """Modules of the current directory can be imported inside, as with `python -m`."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that says something of an error's message, without terminal colours; its type if it is silent."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
+    if len(line) > _LONGEST:
+        line = line[: _LONGEST - 3] + "..."
+    return line or type(error).__name__
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """`a, b, c and 4 more`."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

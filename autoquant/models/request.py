@@ -1,0 +1,29 @@
+"""What the user asked `load_model` for, handed to the reader of each format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoquant.models.loaded import ModelSource, SourceKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The arguments of `load_model`; `device` is resolved, `dtype` is not (it depends on what is stored)."""
+
+    name: str
+    dtype: str
+    device: str
+    model_factory: str | None
+    tokenizer: str | None
+    trust_pickle: bool
+
+    def source(self, kind: SourceKind, path: str) -> ModelSource:
+        """How to load the same model again."""
+        return ModelSource(
+            kind=kind,
+            path=path,
+            model_factory=self.model_factory,
+            tokenizer=self.tokenizer,
+            trust_pickle=self.trust_pickle,
+        )

@@ -1,0 +1,100 @@
+"""The campaign: every shape and m of a model, by every candidate, measured once and kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from autoquant.candidates import Format, Kernel
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.profiler.timing import PROTOCOL, Arena, compare
+from autoquant.records import Device, LinearShape, Measurement, Site, TimingSubject
+from autoquant.store import Store
+
+STAGE = "profile"
+_SMALLEST_WORKING_SET = 1 << 20
+
+
+def working_set_bytes(sites: Sequence[Site], device: Device, element_bytes: int) -> int:
+    """How cold weights are in this model: its own size or twice the last-level cache, rounded down to a power of two.
+
+    Rounded so that models of similar size share their timings.
+    """
+    model = sum(site.shape.n * site.shape.k for site in sites) * element_bytes
+    size = max(min(model, 2 * device.cache_bytes), _SMALLEST_WORKING_SET)
+    return 1 << (size.bit_length() - 1)
+
+
+def subjects(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
+    """Every distinct (shape, m) of the sites, in the order in which they appear."""
+    return list(dict.fromkeys((site.shape, use.m) for site in sites for use in site.uses))
+
+
+def profile(
+    sites: Sequence[Site],
+    candidates: Sequence[tuple[Format, Kernel]],
+    *,
+    device: Device,
+    device_name: str,
+    working_set: int,
+    store: Store,
+    listener: Listener,
+) -> dict[TimingSubject, Measurement]:
+    """Measure what the store does not hold yet, keeping each (shape, m) as it is done.
+
+    Args:
+        device: The fingerprint that the measurements belong to.
+        device_name: The torch device to run on.
+
+    Returns:
+        The measurements of these sites and candidates, old and new.
+    """
+    known = store.timings(device, PROTOCOL)
+    wanted = {
+        (shape, m): [
+            TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
+            for fmt, kernel in candidates
+        ]
+        for shape, m in subjects(sites)
+    }
+    missing = {key: [s for s in group if s not in known] for key, group in wanted.items()}
+    total = sum(len(group) for group in missing.values())
+    listener(StageStarted(STAGE, total))
+    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in candidates}
+    compiled = device.versions.get("compiler") != "none"
+    arena = Arena(working_set, device_name) if total else None
+    done = 0
+    for (shape, m), group in missing.items():
+        if not group or arena is None:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own chatter about dtypes it mixes
+            measured = compare(
+                shape,
+                m,
+                [by_id[subject.format, subject.kernel] for subject in group],
+                arena=arena,
+                device=device_name,
+                compiled=compiled,
+                on_candidate=lambda name, i=done, what=f"{shape} m={m}": listener(
+                    StageProgress(STAGE, i, f"{what} {name}")
+                ),
+            )
+        store.put_timings(device, PROTOCOL, measured)
+        known |= {measurement.subject: measurement for measurement in measured}
+        done += len(group)
+        for measurement in measured:
+            if measurement.outcome in ("incorrect", "failed"):
+                subject = measurement.subject
+                listener(Notice(f"{subject.candidate} on {shape} m={m} {measurement.outcome}: {measurement.reason}"))
+    result = {subject: known[subject] for group in wanted.values() for subject in group}
+    listener(StageFinished(STAGE, _summary(result, total)))
+    return result
+
+
+def _summary(result: dict[TimingSubject, Measurement], measured: int) -> str:
+    counts: dict[str, int] = {}
+    for measurement in result.values():
+        counts[measurement.outcome] = counts.get(measurement.outcome, 0) + 1
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    return f"{len(result)} timings ({outcomes}), {measured} measured now, {len(result) - measured} from the store"

@@ -1,0 +1,171 @@
+"""Running the phases of a workload on a model: one prefill, one decode step, or one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from autoquant.errors import WorkloadError
+from autoquant.records import Workload
+
+
+class Phases(Protocol):
+    """How a model is run for each phase of a workload.
+
+    `reset` puts the model in front of `phase` (a decode step needs a filled cache); `run` executes one call of it and may be
+    called up to `limit(phase)` times after a reset.
+    """
+
+    workload: Workload
+
+    def reset(self, phase: str) -> None: ...
+
+    def run(self, phase: str) -> torch.Tensor: ...
+
+    def limit(self, phase: str) -> int: ...
+
+
+def make_phases(
+    module: nn.Module,
+    kind: str,
+    workload: Workload,
+    *,
+    device: str,
+    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    compiled: bool = False,
+    max_positions: int | None = None,
+) -> Phases:
+    """Choose how to run `module`.
+
+    Args:
+        kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or `module`.
+        sample_inputs: Arguments of one forward pass, for `module`.
+        compiled: Compile the forward pass, each phase with static shapes.
+        max_positions: The longest sequence the model takes, where known.
+
+    Raises:
+        WorkloadError: The workload does not fit the model.
+    """
+    tokens = sum(p.tokens * (1 if p.name == "prefill" else p.calls) for p in workload.phases)
+    if max_positions is not None and tokens > max_positions:
+        raise WorkloadError(f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens")
+    if kind == "causal_lm":
+        return _CausalPhases(module, workload, device, compiled)
+    if kind == "token_lm":
+        if any(phase.name == "decode" for phase in workload.phases):
+            raise WorkloadError("this model keeps no cache, so it has no decode phase; use --workload prefill=TOKENS")
+        ids = torch.zeros((workload.batch, workload.phases[0].tokens), dtype=torch.long, device=device)
+        return _ForwardPhases(module, workload, (ids,), compiled)
+    if sample_inputs is None:
+        raise WorkloadError("this model needs sample inputs: call autoquant.search(module, sample_inputs=...)")
+    return _ForwardPhases(module, workload, sample_inputs, compiled)
+
+
+def _compile(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """Compile with static shapes.
+
+    Compiled code is kept per code object, so each model gets a copy of its own: otherwise every further plan would add to the
+    first one's list, whose guards are tried in turn on each call, until the compiler's recompile limit is hit.
+    """
+    if not compiled:
+        return function
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    return torch.compile(own, dynamic=False)
+
+
+class _ForwardPhases:
+    """One forward pass with fixed inputs."""
+
+    def __init__(
+        self, module: nn.Module, workload: Workload, inputs: Sequence[Any] | Mapping[str, Any], compiled: bool
+    ) -> None:
+        self.workload = workload
+        self._args = () if isinstance(inputs, Mapping) else tuple(inputs)
+        self._kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return module(*args, **kwargs)
+
+        self._forward = _compile(forward, compiled)
+
+    def reset(self, phase: str) -> None:
+        pass
+
+    def limit(self, phase: str) -> int:
+        return 1 << 30
+
+    def run(self, phase: str) -> torch.Tensor:
+        with torch.no_grad():
+            return output_tensor(self._forward(*self._args, **self._kwargs))
+
+
+class _CausalPhases:
+    """Prefill and decode of a Hugging Face causal language model with a static cache."""
+
+    def __init__(self, module: nn.Module, workload: Workload, device: str, compiled: bool) -> None:
+        from transformers import StaticCache
+
+        self.workload = workload
+        self._device = device
+        phases = {phase.name: phase for phase in workload.phases}
+        self._prompt = phases["prefill"].tokens if "prefill" in phases else 1
+        self._steps = phases["decode"].calls if "decode" in phases else 0
+        config: Any = module.config
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        shape = (workload.batch, self._prompt + self._steps)
+        self._ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
+        self._position = 0
+
+        def forward(ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+            output = module(
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            logits: torch.Tensor = output.logits
+            return logits
+
+        self._cache = StaticCache(config=config, max_cache_len=self._prompt + self._steps)
+        self._eager = forward
+        self._forward = _compile(forward, compiled)
+        self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
+
+    def reset(self, phase: str) -> None:
+        self._cache.reset()
+        self._position = 0
+        if phase == "decode":
+            self._step(self._eager, self._prompt)
+
+    def limit(self, phase: str) -> int:
+        return self._steps if phase == "decode" else 1
+
+    def run(self, phase: str) -> torch.Tensor:
+        return self._step(self._forward, 1 if phase == "decode" else self._prompt)
+
+    def _step(self, forward: Callable[..., torch.Tensor], tokens: int) -> torch.Tensor:
+        start, end = self._position, self._position + tokens
+        self._position = end
+        positions = torch.arange(start, end, device=self._device).unsqueeze(0)
+        with torch.no_grad():
+            return forward(self._ids[:, start:end], positions, self._cache)
+
+
+def output_tensor(output: Any) -> torch.Tensor:
+    """The tensor of a model's output: itself, `.logits`, or the first of a tuple."""
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return logits
+    if isinstance(output, (tuple, list)) and output:
+        return output_tensor(output[0])
+    if isinstance(output, Mapping) and output:
+        return output_tensor(next(iter(output.values())))
+    raise WorkloadError(f"the model returns {type(output).__name__}; a tensor or an object with .logits is needed")
+
+

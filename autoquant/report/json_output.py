@@ -1,0 +1,80 @@
+"""Records and rows as JSON that every parser reads: numbers that are not finite become null."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from autoquant.records import LayerChoice, Plan, Proof, Recording
+
+
+def dumps(value: Any) -> str:
+    """`value` as indented JSON without NaN or Infinity, which JSON does not have."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False, default=str)
+
+
+def plan_object(
+    plan: Plan, row: Mapping[str, Any] | None, proof: Proof | None, recording: Recording | None
+) -> dict[str, Any]:
+    """A plan with its layers, what was measured of it (both None where unproven) and what it covers."""
+    head = {
+        "plan_id": plan.plan_id,
+        "label": plan.label,
+        "kind": plan.kind,
+        "proven": row is not None,
+        "predicted_request_ms": plan.prediction.request_ms,
+        "predicted_loss": plan.prediction.loss,
+        "predicted_memory_bytes": plan.prediction.memory_bytes,
+    }
+    return {
+        **head,
+        **(row or {}),
+        "measured_phase_ms": dict(proof.phase_ms) if proof else None,
+        "original_phase_ms": dict(proof.original_phase_ms) if proof else None,
+        "execution": proof.execution if proof else None,
+        "notes": list(proof.notes) if proof else [],
+        "study_id": plan.study_id,
+        "model_hash": plan.model_hash,
+        "dtype": plan.dtype,
+        "formats": plan.formats(),
+        "layers": [layer_object(layer) for layer in plan.layers],
+        "coverage": coverage_object(recording) if recording else None,
+    }
+
+
+def layer_object(layer: LayerChoice) -> dict[str, Any]:
+    """What one layer gets, and why."""
+    return {
+        "name": layer.name,
+        "shape": asdict(layer.shape),
+        "format": layer.format,
+        "route": [{"upper_m": step.upper_m, "kernel": step.kernel} for step in layer.route],
+        "numerics": layer.numerics,
+        "latency_us": dict(layer.latency_us),
+        "loss": layer.loss,
+        "memory_bytes": layer.memory_bytes,
+        "reason": layer.reason,
+    }
+
+
+def coverage_object(recording: Recording) -> dict[str, Any]:
+    """Which share of the model is searched, and what is not."""
+    return {
+        "layers": len(recording.sites),
+        "weights_share": recording.weights_share,
+        "flops_share": dict(recording.flops_share),
+        "skipped": [asdict(skipped) for skipped in recording.skipped],
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

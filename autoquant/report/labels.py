@@ -1,0 +1,63 @@
+"""Where to write labels in a picture so that they cover neither points nor one another. Plain geometry, in pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+
+_DISTANCES = (9.0, 16.0, 26.0, 40.0, 58.0, 80.0, 106.0, 136.0, 170.0)
+_DIRECTIONS_DEGREES = (30, 150, 330, 210, 0, 180, 90, 270, 60, 120, 300, 240)
+_MARGIN = 2.0
+
+
+def place_labels(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], bounds: Box) -> list[Box]:
+    """Boxes for labels of `sizes` near their `anchors`, the first label first served.
+
+    Args:
+        obstacles: Boxes that should stay free.
+        bounds: Where labels may be.
+    """
+    taken = list(obstacles)
+    placed: list[Box] = []
+    for anchor, size in zip(anchors, sizes, strict=True):
+        best = min(_places(anchor, size), key=lambda place: _cost(place, anchor, taken, bounds))
+        placed.append(best)
+        taken.append((best[0] - _MARGIN, best[1] - _MARGIN, best[2] + _MARGIN, best[3] + _MARGIN))
+    return placed
+
+
+def nearest_point(box: Box, anchor: Point) -> Point:
+    """The point of `box` nearest to `anchor`: where a line to it begins."""
+    return min(max(anchor[0], box[0]), box[2]), min(max(anchor[1], box[1]), box[3])
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Area that two boxes share."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def _places(anchor: Point, size: Point) -> list[Box]:
+    """Boxes around the anchor, the text always beginning or ending on the anchor's side."""
+    places = []
+    for distance in _DISTANCES:
+        for degrees in _DIRECTIONS_DEGREES:
+            x = anchor[0] + distance * math.cos(math.radians(degrees))
+            y = anchor[1] + distance * math.sin(math.radians(degrees))
+            left = (
+                x - size[0] / 2 if degrees in (90, 270) else x if math.cos(math.radians(degrees)) > 0 else x - size[0]
+            )
+            bottom = y - size[1] / 2
+            places.append((left, bottom, left + size[0], bottom + size[1]))
+    return places
+
+
+def _cost(place: Box, anchor: Point, taken: Sequence[Box], bounds: Box) -> float:
+    covered = sum(overlap(place, box) for box in taken)
+    area = (place[2] - place[0]) * (place[3] - place[1])
+    outside = area - overlap(place, bounds)
+    return 10 * covered + 20 * outside + math.dist(nearest_point(place, anchor), anchor)

@@ -1,0 +1,68 @@
+"""Many layer names as few lines: `model.layers.0-27.mlp.down_proj` instead of 28 names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+_Parts = tuple[str | tuple[int, ...], ...]  # numbers as sorted sets, so that groups can grow
+
+
+def fold(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Group names that differ in numbers only, as (pattern, names), in the order in which they first appear.
+
+    Every pattern stands for exactly its names: no name is implied that is not among `names`.
+    """
+    groups: dict[_Parts, list[str]] = {}
+    for name in names:
+        groups.setdefault(_split(name), []).append(name)
+    for position in range(max((len(parts) for parts in groups), default=0)):
+        groups = _merge(groups, position)
+    return [(".".join(_written(part) for part in parts), tuple(members)) for parts, members in groups.items()]
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as ranges: `0-27`, or `{0-3, 5, 7-9}` where there are several."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    written = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return written if len(runs) == 1 else f"{{{written}}}"
+
+
+def _split(name: str) -> _Parts:
+    return tuple((int(part),) if part.isdecimal() and str(int(part)) == part else part for part in name.split("."))
+
+
+def _merge(groups: dict[_Parts, list[str]], position: int) -> dict[_Parts, list[str]]:
+    """Join groups that are equal but for the numbers at `position`."""
+    alike: dict[_Parts, list[_Parts]] = {}
+    for parts in groups:
+        alike.setdefault(_without_number(parts, position), []).append(parts)
+    return {
+        _union(members, position): [name for parts in members for name in groups[parts]] for members in alike.values()
+    }
+
+
+def _without_number(parts: _Parts, position: int) -> _Parts:
+    if position < len(parts) and isinstance(parts[position], tuple):
+        return (*parts[:position], (), *parts[position + 1 :])
+    return parts
+
+
+def _union(members: Sequence[_Parts], position: int) -> _Parts:
+    first = members[0]
+    numbers = {
+        number
+        for parts in members
+        if position < len(parts) and isinstance(parts[position], tuple)
+        for number in parts[position]
+        if isinstance(number, int)
+    }
+    return (*first[:position], tuple(sorted(numbers)), *first[position + 1 :]) if numbers else first
+
+
+def _written(part: str | tuple[int, ...]) -> str:
+    return part if isinstance(part, str) else number_ranges(part)

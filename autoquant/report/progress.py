@@ -1,0 +1,136 @@
+"""Progress of long work on stderr: one live line on a terminal, plain lines elsewhere. Nothing ever goes to stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from autoquant.events import Event, Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.report.units import clock_s
+
+_REFRESH_S = 0.1
+
+
+@contextmanager
+def listening(stream: TextIO | None = None) -> Iterator[Listener]:
+    """A listener that writes to `stream` (stderr where None), live if that is a terminal."""
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        yield PlainListener(stream)
+        return
+    with LiveListener(Console(file=stream, highlight=False)) as listener:
+        yield listener
+
+
+class PlainListener:
+    """One line for each finished stage and each notice."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StageFinished):
+            self._stream.write(f"{event.stage}: {event.summary}\n")
+        elif isinstance(event, Notice):
+            self._stream.write(f"note: {event.text}\n")
+        else:
+            return
+        self._stream.flush()
+
+
+class LiveListener:
+    """The stage, what is at work now, how many items are done, and the time left, on one line.
+
+    The line is drawn when an event comes, not by a thread: a thread would disturb the kernels that are being timed.
+    """
+
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._now = now
+        self._progress = Progress(
+            TextColumn("{task.fields[stage]}", style="bold", markup=False),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}", style="cyan", markup=False),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
+            console=console,
+            expand=True,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+        )
+        self._task: TaskID | None = None
+        self._estimate = TimeLeft(0, 0.0)
+        self._drawn = float("-inf")
+
+    def __enter__(self) -> LiveListener:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._clear()
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case StageStarted():
+                self._start(event)
+            case StageProgress():
+                self._advance(event)
+            case StageFinished():
+                self._clear()
+                self._console.print(Text.assemble((event.stage, "bold"), f": {event.summary}"))
+            case Notice():
+                self._console.print(Text.assemble(("note: ", "yellow"), event.text))
+
+    def _start(self, event: StageStarted) -> None:
+        self._clear()
+        self._estimate = TimeLeft(event.total, self._now())
+        self._task = self._progress.add_task("", total=event.total, stage=event.stage, left="")
+        self._progress.refresh()
+
+    def _advance(self, event: StageProgress) -> None:
+        if self._task is None:
+            return
+        now = self._now()
+        left = self._estimate.left_s(event.done, now)
+        shown = "" if left is None else f"{clock_s(left)} left"
+        self._progress.update(self._task, completed=event.done, description=event.what, left=shown)
+        if now - self._drawn >= _REFRESH_S:
+            self._progress.refresh()
+            self._drawn = now
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+            self._progress.refresh()
+
+
+class TimeLeft:
+    """Time left of a stage from the pace since its first report: what was there already counts for nothing."""
+
+    def __init__(self, total: int, started: float) -> None:
+        self._total = total
+        self._first = (0, started)
+        self._reported = False
+
+    def left_s(self, done: int, now: float) -> float | None:
+        """Seconds left, or None while there is no pace yet."""
+        if not self._reported:
+            self._reported = True
+            self._first = (done, now)
+        items, seconds = done - self._first[0], now - self._first[1]
+        if items < 1 or seconds <= 0:
+            return None
+        return max(0.0, (self._total - done) * seconds / items)

@@ -1,0 +1,104 @@
+"""What came out, in sentences: the study, the recommended plan, one plan's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autoquant.records import ORIGINAL_LABEL, Device, Plan, Proof, Workload
+from autoquant.report import units
+
+
+def study_line(source: Mapping[str, Any], device: Device, workload: Workload) -> str:
+    """Model, device and workload of a study in one line."""
+    threads = f", {device.threads} threads" if device.type == "cpu" else ""
+    return f"{source_name(source)} on {device.name}{threads}, {workload}"
+
+
+def source_name(source: Mapping[str, Any]) -> str:
+    """A model's short name: the last part of the path that it was read from."""
+    path = str(source.get("path") or "")
+    return path.rstrip("/").rpartition("/")[2] or "live module"
+
+
+def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
+    """The recommended plan of `Study.rows` in words, or why there is none."""
+    row = next((row for row in rows if row["recommended"]), None)
+    if not rows:
+        return "No plan has been proven yet: run the same command again with a larger --time-budget."
+    if row is None:
+        return f"No proven plan is within the limits ({_limits(limits)}): allow more, or take one from the table."
+    if row["label"] == ORIGINAL_LABEL:
+        return f"Recommended: the unquantized model. No faster plan is within the limits ({_limits(limits)})."
+    original = next((other for other in rows if other["label"] == ORIGINAL_LABEL), None)
+    what = "perplexity" if row["perplexity"] is not None else "loss"
+    lines = [
+        f"Recommended: plan {row['plan_id']} ({row['label']})",
+        f"  {_speed(row)}",
+        f"  {what} {units.percent(row['perplexity_increase'], signed=True)}, "
+        f"95% interval {units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}",
+        f"  memory {_memory(row, original)}",
+    ]
+    if row["kind"] == "uniform":
+        lines.append("  It is a uniform plan: choosing layer by layer brought nothing more here.")
+    return "\n".join(lines)
+
+
+def plan_lines(
+    plan: Plan, row: Mapping[str, Any] | None, proof: Proof | None = None, failure: str | None = None
+) -> list[str]:
+    """What is predicted and what was measured of a plan."""
+    predicted = plan.prediction
+    formats = ", ".join(f"{count} x {name}" for name, count in plan.formats().items())
+    lines = [
+        f"Plan {plan.plan_id} ({plan.label}), {plan.kind}, {plan.dtype}: {formats or 'no layers'}",
+        f"Predicted: {units.duration_ms(predicted.request_ms)} a request "
+        f"({units.duration_ms(predicted.linear_ms)} of it linear layers), loss {units.digits(predicted.loss)}, "
+        f"{units.size(predicted.memory_bytes)}",
+    ]
+    if row is None:
+        lines.append(f"Not proven{f': {failure}' if failure else ' yet'}")
+        return lines
+    quality = "" if row["perplexity"] is None else f"perplexity {units.digits(row['perplexity'], 5)}, "
+    divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"
+    lines.append(
+        f"Measured: {_speed(row)}; {quality}"
+        f"increase {units.percent(row['perplexity_increase'], signed=True)} "
+        f"({units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}){divergence}; "
+        f"{units.size(row['memory_bytes'])}"
+    )
+    return lines + (_proof_lines(proof) if proof else [])
+
+
+def _proof_lines(proof: Proof) -> list[str]:
+    phases = ", ".join(
+        f"{phase} {units.duration_ms(time)} (unquantized {units.duration_ms(proof.original_phase_ms[phase])})"
+        for phase, time in proof.phase_ms.items()
+        if phase in proof.original_phase_ms
+    )
+    return [f"By phase, {proof.execution}: {phases}", *(f"Note: {note}" for note in proof.notes)]
+
+
+def _speed(row: Mapping[str, Any]) -> str:
+    speedup, time = row["speedup"], row["measured_request_ms"]
+    before = units.duration_ms(time * speedup)
+    if speedup >= 1:
+        return f"{speedup:.2f} times faster than unquantized ({units.duration_ms(time)} a request instead of {before})"
+    return f"{1 / speedup:.2f} times slower than unquantized ({units.duration_ms(time)} a request instead of {before})"
+
+
+def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
+    stored = units.size(row["memory_bytes"])
+    if original is None or not original["memory_bytes"]:
+        return stored
+    share = row["memory_bytes"] / original["memory_bytes"]
+    return f"{stored} instead of {units.size(original['memory_bytes'])} ({share:.0%})"
+
+
+def _limits(limits: Mapping[str, Any]) -> str:
+    parts = []
+    if limits.get("max_ppl_increase") is not None:
+        parts.append(f"increase at most {units.percent(limits['max_ppl_increase'])}")
+    if limits.get("max_memory_bytes") is not None:
+        parts.append(f"memory at most {units.size(limits['max_memory_bytes'])}")
+    return ", ".join(parts) or "none set"

@@ -1,0 +1,219 @@
+"""From timings to choices: for each site, every format with its fastest routes, less those that cannot pay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import isqrt
+
+import torch
+
+from autoquant.candidates import Format, Kernel
+from autoquant.candidates.flat import stored_bytes
+from autoquant.candidates.floats import original_format
+from autoquant.records import LayerChoice, LinearShape, Measurement, Route, RouteStep, Site, TimingSubject, Workload, route_kernel
+
+
+@dataclass(frozen=True, slots=True)
+class FormatFacts:
+    """What a format does to a weight of one shape, whatever its values: bytes, and relative error on Gaussian weights."""
+
+    memory_bytes: int
+    weight_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class SiteChoices:
+    """What one site can get. `dropped` says why the rest cannot, by format."""
+
+    site: Site
+    choices: tuple[LayerChoice, ...]
+    dropped: Mapping[str, str]
+
+    @property
+    def original(self) -> LayerChoice:
+        wanted = original_format(self.site.shape.dtype)
+        return next(choice for choice in self.choices if choice.format == wanted)
+
+
+def numerics_key(fmt: Format, numerics: str) -> str:
+    """Key of a quality score: the same numbers and the same activation rounding score the same."""
+    return f"{fmt.values}+{numerics}"
+
+
+def format_facts(
+    formats: Sequence[Format], shapes: Sequence[LinearShape], device_type: str
+) -> dict[tuple[str, LinearShape], FormatFacts]:
+    """Quantize one Gaussian weight of each shape by each format that takes it."""
+    facts = {}
+    for shape in shapes:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(shape.n, shape.k, generator=generator).to(getattr(torch, shape.dtype))
+        for fmt in formats:
+            if fmt.unsupported(shape, 1, device_type):
+                continue
+            stored = fmt.store(weight)
+            error = ((fmt.dequantize(stored) - weight.float()).norm() / weight.float().norm()).item()
+            facts[fmt.id, shape] = FormatFacts(stored_bytes(stored), error)
+    return facts
+
+
+def site_choices(
+    site: Site,
+    candidates: Sequence[tuple[Format, Kernel]],
+    timings: Mapping[TimingSubject, Measurement],
+    facts: Mapping[tuple[str, LinearShape], FormatFacts],
+    workload: Workload,
+    working_set: int,
+) -> SiteChoices:
+    """All choices of one site that could be part of a front."""
+    choices: list[LayerChoice] = []
+    dropped: dict[str, str] = {}
+    by_format: dict[str, tuple[Format, list[Kernel]]] = {}
+    for fmt, kernel in candidates:
+        by_format.setdefault(fmt.id, (fmt, []))[1].append(kernel)
+    original = original_format(site.shape.dtype)
+    kept_bytes = facts[original, site.shape].memory_bytes if site.kept else 0
+    for fmt, kernels in by_format.values():
+        measured = {
+            (kernel.id, use.m): timings[
+                TimingSubject(
+                    shape=site.shape, m=use.m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set
+                )
+            ]
+            for kernel in kernels
+            for use in site.uses
+        }
+        routes = _routes(site, kernels, measured)
+        if not routes:
+            dropped[fmt.id] = next(m.reason for m in measured.values() if m.outcome != "ok")
+        for route in routes:
+            choices.append(
+                _choice(site, fmt, route, measured, facts[fmt.id, site.shape].memory_bytes, 0 if fmt.id == original else kept_bytes)
+            )
+    kept = _prune(choices, facts, workload, original, dropped)
+    return SiteChoices(site, tuple(kept), dropped)
+
+
+def _routes(
+    site: Site, kernels: Sequence[Kernel], measured: Mapping[tuple[str, int], Measurement]
+) -> list[Route]:
+    """The fastest route for every set of activation numerics that covers all of the site's m."""
+    routes: dict[Route, None] = {}
+    numerics = list(dict.fromkeys(kernel.numerics for kernel in kernels))
+    rows = sorted({use.m for use in site.uses})
+    for size in range(1, len(numerics) + 1):
+        for allowed in combinations(numerics, size):
+            best: list[tuple[int, str]] = []
+            for m in rows:
+                usable = [
+                    kernel
+                    for kernel in kernels
+                    if kernel.numerics in allowed and measured[kernel.id, m].outcome == "ok"
+                ]
+                if not usable:
+                    break
+                best.append((m, min(usable, key=lambda kernel: measured[kernel.id, m].latency_us).id))
+            else:
+                routes[_merge(best)] = None
+    return list(routes)
+
+
+def _merge(best: Sequence[tuple[int, str]]) -> Route:
+    """Kernels by measured m to a route: between two measured m the change lies at their geometric mean."""
+    steps: list[RouteStep] = []
+    for (m, kernel), following in zip(best, [*best[1:], None], strict=True):
+        if following is None:
+            steps.append(RouteStep(upper_m=None, kernel=kernel))
+        elif following[1] != kernel:
+            steps.append(RouteStep(upper_m=max(m, isqrt(m * following[0])), kernel=kernel))
+    return tuple(steps)
+
+
+def _choice(
+    site: Site,
+    fmt: Format,
+    route: Route,
+    measured: Mapping[tuple[str, int], Measurement],
+    memory_bytes: int,
+    kept_bytes: int,
+) -> LayerChoice:
+    latency: dict[str, float] = {}
+    for use in site.uses:
+        cost = use.calls * measured[route_kernel(route, use.m), use.m].latency_us
+        latency[use.phase] = latency.get(use.phase, 0.0) + cost
+    used = list(dict.fromkeys(fmt.kernel(step.kernel).numerics for step in route))
+    return LayerChoice(
+        name=site.name,
+        parameters=site.parameters,
+        shape=site.shape,
+        format=fmt.id,
+        route=route,
+        numerics=" ".join(numerics_key(fmt, numerics) for numerics in used),
+        latency_us=latency,
+        memory_bytes=memory_bytes + kept_bytes,
+        loss=0.0,
+    )
+
+
+def request_us(choice: LayerChoice, workload: Workload) -> float:
+    """Microseconds that the layer takes in one request."""
+    calls = workload.calls()
+    return sum(calls[phase] * latency for phase, latency in choice.latency_us.items())
+
+
+def _prune(
+    choices: Sequence[LayerChoice],
+    facts: Mapping[tuple[str, LinearShape], FormatFacts],
+    workload: Workload,
+    original: str,
+    dropped: dict[str, str],
+) -> list[LayerChoice]:
+    """Leave out what another choice beats in time, memory and exactness at once, before any quality is scored.
+
+    Exactness: no activation rounding that the other does not do too, and a smaller error on Gaussian weights.
+    """
+
+    def point(choice: LayerChoice) -> tuple[float, float, float]:
+        return request_us(choice, workload), choice.memory_bytes, facts[choice.format, choice.shape].weight_error
+
+    def activations(choice: LayerChoice) -> set[str]:
+        return {key.partition("+")[2] for key in choice.numerics.split()}
+
+    kept = []
+    for choice in choices:
+        better = next(
+            (
+                other
+                for other in choices
+                if other is not choice
+                and activations(other) <= activations(choice)
+                and all(a <= b for a, b in zip(point(other), point(choice), strict=True))
+                and point(other) != point(choice)
+            ),
+            None,
+        )
+        if better is None or choice.format == original:
+            kept.append(choice)
+        elif choice.format not in {c.format for c in kept}:
+            dropped[choice.format] = f"{better.format} is at least as fast, as small and as exact"
+    for choice in kept:
+        dropped.pop(choice.format, None)
+    return kept
+
+
+def scored(choices: SiteChoices, losses: Mapping[tuple[str, str], float]) -> SiteChoices:
+    """The choices with their losses filled in: the worst of the numerics that a choice's route uses.
+
+    Args:
+        losses: By (site name, numerics key). A choice without a score is dropped.
+    """
+    name = choices.site.name
+    filled = []
+    for choice in choices.choices:
+        keys = choice.numerics.split()
+        if all((name, key) in losses for key in keys):
+            worst = max(keys, key=lambda key: losses[name, key])
+            filled.append(replace(choice, numerics=worst, loss=losses[name, worst]))
+    return SiteChoices(choices.site, tuple(filled), choices.dropped)

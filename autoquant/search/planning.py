@@ -1,0 +1,179 @@
+"""From scored choices to plans: the exact front, the uniform plans, and which of them are worth proving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autoquant.records import ORIGINAL_LABEL, LayerChoice, Plan, PlanKind, Prediction, Workload, content_key
+from autoquant.search.solve import Picks, Problem, fastest, front, undominated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanContext:
+    """What every plan of a study has in common.
+
+    Attributes:
+        other_bytes: Bytes of the parameters that are not searched.
+        rest_ms: Milliseconds of a request outside the linears, as measured on the unquantized model (0 until then).
+    """
+
+    study_id: str
+    model_hash: str
+    dtype: str
+    workload: Workload
+    other_bytes: int
+    rest_ms: float = 0.0
+
+
+def request_ms(choice: LayerChoice, workload: Workload) -> float:
+    """Milliseconds that one layer takes in one request."""
+    calls = workload.calls()
+    return sum(calls[phase] * latency for phase, latency in choice.latency_us.items()) / 1e3
+
+
+def make_problem(options: Sequence[Sequence[LayerChoice]], workload: Workload) -> Problem:
+    """The additive model: milliseconds per request, loss and bytes of every option of every layer."""
+    return Problem.build(
+        [[(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer] for layer in options]
+    )
+
+
+def make_plan(choices: Sequence[LayerChoice], label: str, kind: PlanKind, context: PlanContext) -> Plan:
+    """A plan of these choices. Its id is a hash of what it does, so the same plan has the same id in every run."""
+    does = [(c.name, c.format, [(s.upper_m, s.kernel) for s in c.route]) for c in choices]
+    return Plan(
+        plan_id=content_key([context.study_id, does], 8),
+        study_id=context.study_id,
+        label=label,
+        kind=kind,
+        model_hash=context.model_hash,
+        dtype=context.dtype,
+        layers=tuple(choices),
+        prediction=predict(choices, context),
+    )
+
+
+def predict(choices: Sequence[LayerChoice], context: PlanContext) -> Prediction:
+    """Sums of the additive model."""
+    linear_ms = sum(request_ms(choice, context.workload) for choice in choices)
+    return Prediction(
+        request_ms=linear_ms + context.rest_ms,
+        linear_ms=linear_ms,
+        loss=sum(choice.loss for choice in choices),
+        memory_bytes=sum(choice.memory_bytes for choice in choices) + context.other_bytes,
+    )
+
+
+def original_plan(originals: Sequence[LayerChoice], context: PlanContext) -> Plan:
+    """The model as it is."""
+    reason = "the unquantized model"
+    return make_plan([replace(choice, reason=reason) for choice in originals], ORIGINAL_LABEL, "original", context)
+
+
+def uniform_plans(
+    options: Sequence[Sequence[LayerChoice]], originals: Sequence[LayerChoice], context: PlanContext
+) -> list[Plan]:
+    """For each format and each of its numerics: every layer that can have it gets it, by its fastest route."""
+    keys = dict.fromkeys(
+        (choice.format, choice.numerics) for layer in options for choice in layer if choice.format != originals[0].format
+    )
+    plans: dict[str, Plan] = {}
+    for fmt, numerics in keys:
+        chosen = []
+        for layer, original in zip(options, originals, strict=True):
+            same = [c for c in layer if c.format == fmt]
+            exact = [c for c in same if c.numerics == numerics] or same
+            if exact:
+                best = min(exact, key=lambda c: request_ms(c, context.workload))
+                chosen.append(replace(best, reason=f"every layer {fmt}"))
+            else:
+                chosen.append(replace(original, reason=f"{fmt} cannot be used or never pays here"))
+        label = f"uniform {numerics.replace('+', ' ')}"
+        plan = make_plan(chosen, label, "uniform", context)
+        plans.setdefault(plan.plan_id, plan)
+    return list(plans.values())
+
+
+def front_plans(
+    options: Sequence[Sequence[LayerChoice]],
+    context: PlanContext,
+    *,
+    count: int,
+    max_loss: float | None,
+    max_memory_bytes: int | None,
+) -> list[Plan]:
+    """Plans of the exact front, spread over it, the fastest one within the limits among them and first.
+
+    Args:
+        max_loss: What the user's limit on quality is expected to allow (None: no limit).
+    """
+    problem = make_problem(options, context.workload)
+    budget = None if max_memory_bytes is None else max_memory_bytes - context.other_bytes
+    chosen: list[Picks] = []
+    target = fastest(problem, max_loss=max_loss, max_memory=budget)
+    if target is not None:
+        chosen.append(target)
+    points = front(problem)
+    chosen += spread(problem, undominated(problem, points), count - len(chosen), taken=chosen)
+    plans = []
+    for number, picks in enumerate(chosen, start=1):
+        layers = [
+            replace(layer[i], reason=explain(layer, i, context.workload)) for layer, i in zip(options, picks, strict=True)
+        ]
+        label = "front: fastest within limits" if target is not None and number == 1 else f"front {number}"
+        plans.append(make_plan(layers, label, "front", context))
+    return plans
+
+
+def spread(problem: Problem, points: Sequence[Picks], count: int, taken: Sequence[Picks] = ()) -> list[Picks]:
+    """`count` of the points, each as far as can be from those already chosen (time, log of loss and memory, each scaled to 1)."""
+    pool = [p for p in points if p not in taken]
+    if not pool or count <= 0:
+        return []
+    totals = np.array([problem.totals(p) for p in [*pool, *taken]])
+    positive = totals[:, 1][totals[:, 1] > 0]
+    totals[:, 1] = np.log(np.maximum(totals[:, 1], positive.min() * 0.1 if len(positive) else 1.0))
+    span = totals.max(axis=0) - totals.min(axis=0)
+    where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
+    own, fixed = where[: len(pool)], where[len(pool) :]
+    chosen: list[int] = []
+    distance = np.full(len(pool), np.inf)
+    for other in fixed:
+        distance = np.minimum(distance, np.linalg.norm(own - other, axis=1))
+    for _ in range(min(count, len(pool))):
+        best = int(np.argmin(own[:, 0])) if not len(fixed) and not chosen else int(np.argmax(distance))
+        chosen.append(best)
+        distance = np.minimum(distance, np.linalg.norm(own - own[best], axis=1))
+    return [pool[i] for i in chosen]
+
+
+def explain(layer: Sequence[LayerChoice], index: int, workload: Workload) -> str:
+    """Why this option, in words: what the next more exact and the next faster one would have cost."""
+    own = layer[index]
+    parts = []
+    exacter = [c for c in layer if c.loss < own.loss]
+    faster = [c for c in layer if request_ms(c, workload) < request_ms(own, workload)]
+    if exacter:
+        other = min(exacter, key=lambda c: request_ms(c, workload))
+        cost = request_ms(other, workload) - request_ms(own, workload)
+        parts.append(f"more exact {other.format} would take {cost * 1e3:+.0f} us a request for {other.loss - own.loss:+.2g} loss")
+    if faster:
+        other = min(faster, key=lambda c: c.loss)
+        gain = request_ms(other, workload) - request_ms(own, workload)
+        parts.append(f"faster {other.format} would take {gain * 1e3:+.0f} us for {other.loss - own.loss:+.2g} loss")
+    return "; ".join(parts) or "fastest and most exact of all"
+
+
+def calibrated(plan: Plan, context: PlanContext) -> Plan:
+    """The plan with its prediction made anew, now that the rest of the model has been measured."""
+    return replace(plan, prediction=predict(plan.layers, context))
+
+
+def with_multipliers(
+    options: Sequence[Sequence[LayerChoice]], multiplier: Mapping[str, float]
+) -> list[list[LayerChoice]]:
+    """The options with each layer's losses scaled by its own factor."""
+    return [[replace(c, loss=c.loss * multiplier.get(c.name, 1.0)) for c in layer] for layer in options]

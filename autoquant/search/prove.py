@@ -1,0 +1,121 @@
+"""Proof: a plan really applied, its quality and its request time measured against the unquantized model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.apply import apply, module_bytes
+from autoquant.candidates import get_format
+from autoquant.candidates.routed import RoutedWeight
+from autoquant.evaluators.quality import Quality
+from autoquant.evaluators.request import time_requests, warm_up
+from autoquant.evaluators.statistics import paired_increase
+from autoquant.models import LoadedModel
+from autoquant.profiler.phases import Phases, make_phases
+from autoquant.records import LayerChoice, Plan, Proof, Workload
+
+
+@dataclass(slots=True)
+class Prover:
+    """Proves plans of one model, which is loaded and compiled once.
+
+    Args:
+        execution: `compiled`, or `eager` where the device cannot compile.
+    """
+
+    loaded: LoadedModel
+    workload: Workload
+    quality: Quality
+    device: str
+    execution: str
+    sample_inputs: Any = None
+    _original: Phases | None = None
+    _selection: tuple[float, ...] = ()
+
+    def prove(self, plan: Plan) -> Proof:
+        """Apply `plan` to a copy that shares every weight that it leaves alone, and measure it."""
+        module = share(self.loaded.module)
+        apply(plan, module)
+        with worst_numerics(module, plan):
+            report = self.quality.compare(module, self.loaded.module, "report")
+            selection = self.quality.losses(module, "selection")
+        if not self._selection:
+            self._selection = self.quality.losses(self.loaded.module, "selection")
+        original = self._original_phases()
+        phases = self._phases(module)
+        warm_up(phases)
+        times = time_requests(phases, original, self.device)
+        request_ms, original_ms = times.request_ms(self.workload.calls())
+        logarithmic = self.quality.logarithmic
+        mean = sum(report.losses) / len(report.losses)
+        return Proof(
+            plan_id=plan.plan_id,
+            request_ms=request_ms,
+            phase_ms=times.plan_ms,
+            original_request_ms=original_ms,
+            original_phase_ms=times.original_ms,
+            perplexity=torch.tensor(mean, dtype=torch.float64).exp().item() if logarithmic else None,
+            loss=mean,
+            increase=paired_increase(report.losses, report.reference, logarithmic=logarithmic),
+            selection_increase=paired_increase(selection, self._selection, logarithmic=logarithmic),
+            kl=report.kl,
+            memory_bytes=module_bytes(module),
+            execution=self.execution,
+        )
+
+    def _original_phases(self) -> Phases:
+        if self._original is None:
+            self._original = self._phases(self.loaded.module)
+            warm_up(self._original)
+        return self._original
+
+    def _phases(self, module: nn.Module) -> Phases:
+        return make_phases(
+            module,
+            self.loaded.kind,
+            self.workload,
+            device=self.device,
+            sample_inputs=self.sample_inputs,
+            compiled=self.execution == "compiled",
+            max_positions=self.loaded.max_positions,
+        )
+
+
+def share(module: nn.Module) -> nn.Module:
+    """A copy of the module's structure whose parameters and buffers are the original's own tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+@contextmanager
+def worst_numerics(module: nn.Module, plan: Plan) -> Iterator[None]:
+    """Make every layer compute with the numerics that its plan's loss stands for, at every m.
+
+    A route may round activations in prefill and not in decode, or the other way round. Quality is measured on whole windows,
+    which run the prefill side only; so the worse side is made to run everywhere.
+    """
+    routes: list[tuple[RoutedWeight, Any]] = []
+    try:
+        for layer in plan.layers:
+            weight = module.get_parameter(layer.parameters[0])
+            if isinstance(weight, RoutedWeight):
+                routes.append((weight, weight.route))
+                weight.route = tuple((None, kernel) for kernel in worst_kernels(layer)[-1:])
+        yield
+    finally:
+        for weight, route in routes:
+            weight.route = route
+
+
+def worst_kernels(layer: LayerChoice) -> list[str]:
+    """The kernels of the layer's route that have its worst numerics, in the route's order."""
+    fmt = get_format(layer.format)
+    numerics = layer.numerics.partition("+")[2]
+    return [step.kernel for step in layer.route if fmt.kernel(step.kernel).numerics == numerics]

@@ -1,0 +1,153 @@
+"""The exact solver of the additive model. Numbers in, numbers out: no models, no database, no torch.
+
+Choosing one option per layer so that summed time is least within budgets for summed loss and memory is the multiple-choice
+knapsack problem (Kellerer, Pferschy, Pisinger, "Knapsack Problems", chapter 11). It is solved to optimality by the branch and
+cut of HiGHS (https://highs.dev) through `scipy.optimize.milp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, vstack
+
+Vector = NDArray[np.float64]
+Picks = tuple[int, ...]
+_TIE_BREAK = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One array per layer and objective, an entry per option."""
+
+    time: tuple[Vector, ...]
+    loss: tuple[Vector, ...]
+    memory: tuple[Vector, ...]
+
+    @classmethod
+    def build(cls, options: Sequence[Sequence[tuple[float, float, float]]]) -> Problem:
+        """From (time, loss, memory) triples per layer."""
+        columns = [np.asarray(layer, dtype=np.float64).reshape(-1, 3).T for layer in options]
+        return cls(tuple(c[0] for c in columns), tuple(c[1] for c in columns), tuple(c[2] for c in columns))
+
+    def totals(self, picks: Picks) -> tuple[float, float, float]:
+        """Summed (time, loss, memory) of a solution."""
+        return (
+            float(sum(layer[i] for layer, i in zip(self.time, picks, strict=True))),
+            float(sum(layer[i] for layer, i in zip(self.loss, picks, strict=True))),
+            float(sum(layer[i] for layer, i in zip(self.memory, picks, strict=True))),
+        )
+
+
+def fastest(problem: Problem, max_loss: float | None = None, max_memory: float | None = None) -> Picks | None:
+    """The solution of least time within the budgets (None: unlimited), or None where there is none.
+
+    Among equally fast ones it prefers less loss and less memory, so that no other solution beats it in all three.
+    """
+    objective = _scaled(problem.time) + _TIE_BREAK * (_scaled(problem.loss) + _scaled(problem.memory))
+    return _minimise(problem, objective, max_loss=max_loss, max_memory=max_memory)
+
+
+def smallest(problem: Problem, max_loss: float | None = None) -> Picks | None:
+    """The solution of least memory within a loss budget; among equals the faster one."""
+    objective = _scaled(problem.memory) + _TIE_BREAK * (_scaled(problem.time) + _scaled(problem.loss))
+    return _minimise(problem, objective, max_loss=max_loss)
+
+
+def weighted(problem: Problem, loss_weight: float, memory_weight: float = 0.0) -> Picks:
+    """The solution of least `time + loss_weight * loss + memory_weight * memory` (each layer decides alone)."""
+    return tuple(
+        int(np.argmin(time + loss_weight * loss + memory_weight * memory))
+        for time, loss, memory in zip(problem.time, problem.loss, problem.memory, strict=True)
+    )
+
+
+def front(problem: Problem, points: int = 24) -> list[Picks]:
+    """Exact points of the front over time, loss and memory, fastest first.
+
+    Loss budgets are spaced geometrically between what the most exact and the fastest solutions cost; for each the fastest
+    solution is found, and once more with memory budgets between that one's and the smallest possible. Every solution is
+    optimal for its budgets; those that another one beats in all three are left out.
+    """
+    exact = _minimise(problem, _scaled(problem.loss) + _TIE_BREAK * _scaled(problem.time))
+    quick = fastest(problem)
+    tiny = smallest(problem)
+    if exact is None or quick is None or tiny is None:
+        return []
+    found = {exact: None, quick: None, tiny: None}
+    low, high = (problem.totals(picks)[1] for picks in (exact, quick))
+    high = max(high, problem.totals(tiny)[1])
+    for budget in _budgets(low, high, points):
+        at_budget = fastest(problem, max_loss=budget)
+        if at_budget is None:
+            continue
+        found[at_budget] = None
+        least = smallest(problem, max_loss=budget)
+        if least is not None:
+            found[least] = None
+            middle = (problem.totals(at_budget)[2] + problem.totals(least)[2]) / 2
+            between = fastest(problem, max_loss=budget, max_memory=middle)
+            if between is not None:
+                found[between] = None
+    return sorted(undominated(problem, list(found)), key=lambda picks: problem.totals(picks))
+
+
+def undominated(problem: Problem, solutions: Sequence[Picks]) -> list[Picks]:
+    """Those solutions that no other one equals or beats in time, loss and memory at once."""
+    totals = {picks: np.asarray(problem.totals(picks)) for picks in solutions}
+    return [
+        picks
+        for picks, own in totals.items()
+        if not any(np.all(other <= own) and np.any(other < own) for other in totals.values())
+    ]
+
+
+def _budgets(low: float, high: float, points: int) -> Vector:
+    if high <= low:
+        return np.asarray([high])
+    floor = max(low, high * 1e-4)
+    grid = np.geomspace(floor, high, points)
+    return np.asarray(grid, dtype=np.float64)
+
+
+def _scaled(layers: Sequence[Vector]) -> Vector:
+    """The concatenated entries, less each layer's least one, in units of the largest possible sum."""
+    shifted = [layer - layer.min() for layer in layers]
+    scale = sum(float(layer.max()) for layer in shifted)
+    return np.concatenate(shifted) / (scale or 1.0)
+
+
+def _minimise(
+    problem: Problem, objective: Vector, max_loss: float | None = None, max_memory: float | None = None
+) -> Picks | None:
+    sizes = [len(layer) for layer in problem.time]
+    count = sum(sizes)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    rows = [csr_array((np.ones(count), (owners, np.arange(count))), shape=(len(sizes), count))]
+    lower, upper = [np.ones(len(sizes))], [np.ones(len(sizes))]
+    for layers, budget in ((problem.loss, max_loss), (problem.memory, max_memory)):
+        if budget is None:
+            continue
+        least = sum(float(layer.min()) for layer in layers)
+        scale = sum(float(layer.max() - layer.min()) for layer in layers) or 1.0
+        allowance = (budget - least) / scale
+        if allowance < -1e-9:
+            return None
+        rows.append(csr_array(_scaled(layers)[None, :]))
+        lower.append(np.asarray([-np.inf]))
+        upper.append(np.asarray([max(allowance, 0.0) + 1e-12]))
+    result = milp(
+        objective,
+        integrality=np.ones(count),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(vstack(rows), np.concatenate(lower), np.concatenate(upper)),
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        return None
+    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    return tuple(int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True))

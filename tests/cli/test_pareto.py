@@ -1,0 +1,101 @@
+import csv
+import io
+import json
+
+import pytest
+
+from autoquant.cli.main import app
+from autoquant.store import open_store
+
+from .conftest import MIXED, ORIGINAL, SMALL, STUDY, UNIFORM
+
+FIELDS = {
+    "plan_id", "label", "predicted_request_ms", "measured_request_ms", "perplexity", "perplexity_increase",
+    "perplexity_increase_low", "perplexity_increase_high", "kl", "memory_bytes", "on_front", "recommended",
+}  # fmt: skip
+
+
+def test_json_lists_every_proven_plan_with_its_measurements(runner, database):
+    result = runner.invoke(app, ["pareto", str(database), "--json"])
+    rows = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert [row["plan_id"] for row in rows] == [SMALL, MIXED, UNIFORM, ORIGINAL]
+    assert all(set(row) >= FIELDS for row in rows)
+    assert [row["plan_id"] for row in rows if row["recommended"]] == [MIXED]
+    assert rows[1]["measured_request_ms"] == pytest.approx(125.0)
+    assert rows[1]["perplexity_increase_high"] == pytest.approx(0.005)
+    assert rows[2]["on_front"] is True, "the uniform plan is the smallest of its quality"
+
+
+def test_csv_has_the_same_rows(runner, database):
+    result = runner.invoke(app, ["pareto", str(database), "--csv"])
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert len(rows) == 4
+    assert rows[1]["plan_id"] == MIXED
+    assert float(rows[1]["kl"]) == pytest.approx(0.002)
+
+
+def test_text_fits_80_columns_and_says_what_is_recommended(runner, database):
+    result = runner.invoke(app, ["pareto", str(database), "--study", STUDY])
+    table = result.stdout.splitlines()
+    assert result.exit_code == 0
+    assert any(line.startswith(">*") and "front 1" in line and "1.60x" in line for line in table)
+    assert "1.60 times faster" in result.stdout
+    assert "20.0 MiB instead of 32.0 MiB" in result.stdout
+    assert "eeee00000005 could not be proven: the kernel failed" in result.stdout
+    assert max(map(len, table[:12])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<!doctype html>")]
+)  # fmt: skip
+def test_plot_draws_the_kind_that_the_suffix_names(runner, database, tmp_path, suffix, begin):
+    target = tmp_path / f"front{suffix}"
+    result = runner.invoke(app, ["pareto", str(database), "--json", "--plot", str(target)])
+    assert result.exit_code == 0
+    assert target.read_bytes().startswith(begin)
+    json.loads(result.stdout)
+
+
+def test_plot_of_an_unknown_kind_is_a_usage_error_and_leaves_no_file(runner, database, tmp_path):
+    result = runner.invoke(app, ["pareto", str(database), "--plot", str(tmp_path / "front.gif")])
+    assert result.exit_code == 2
+    assert "must end in one of .png, .svg, .html" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "front.gif").exists()
+
+
+def test_plot_into_a_missing_folder_is_one_line(runner, database, tmp_path):
+    result = runner.invoke(app, ["pareto", str(database), "--plot", str(tmp_path / "no" / "front.png")])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "cannot write" in result.stderr
+
+
+def test_json_and_csv_together_are_refused(runner, database):
+    result = runner.invoke(app, ["pareto", str(database), "--json", "--csv"])
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_an_unknown_study_is_one_line(runner, database):
+    result = runner.invoke(app, ["pareto", str(database), "--study", "nope"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: no study 'nope'")
+
+
+def test_a_missing_database_stays_missing(runner, tmp_path):
+    result = runner.invoke(app, ["pareto", str(tmp_path / "plan.db")])
+    assert result.exit_code == 2
+    assert "no database at" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_leaves_no_file_beside_the_database(runner, database):
+    runner.invoke(app, ["pareto", str(database)])
+    assert [path.name for path in database.parent.iterdir()] == ["plan.db"]
+
+
+def test_a_database_without_a_study_says_what_to_do(runner, tmp_path):
+    open_store(tmp_path / "plan.db").close()
+    result = runner.invoke(app, ["pareto", str(tmp_path / "plan.db"), "--json"])
+    assert result.exit_code == 2
+    assert "run `autoquant search` first" in result.stderr

@@ -1,0 +1,128 @@
+"""`autoquant search` with a driver that only notes how it was called."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+
+import autoquant.search
+from autoquant.cli.main import app
+from autoquant.errors import ModelError
+from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
+from autoquant.records import Workload
+from autoquant.search.study import Study
+from autoquant.store import open_store
+
+from .conftest import MIXED, ORIGINAL, STUDY, fill
+
+
+@pytest.fixture
+def driver(monkeypatch, database):
+    """A stand-in for `autoquant.search.driver`, whose `calls` are the keyword arguments it got."""
+    module = ModuleType("autoquant.search.driver")
+    module.calls = []
+    module.error = None
+
+    def search(model, **options):
+        module.calls.append({"model": model, **options})
+        listener = options["listener"]
+        listener(StageStarted("timing", 2))
+        listener(StageProgress("timing", 1, "int8-row at m=1"))
+        listener(Notice("a layer was left alone"))
+        listener(StageFinished("timing", "2 timings"))
+        if module.error is not None:
+            raise module.error
+        return Study.open(database)
+
+    module.search = search
+    monkeypatch.setitem(sys.modules, "autoquant.search.driver", module)
+    monkeypatch.setattr(autoquant.search, "driver", module, raising=False)
+    return module
+
+
+def test_options_reach_the_driver_as_values(runner, driver):
+    options = [
+        "--eval-text", "text.txt", "--db", "my.db", "--device", "cpu", "--dtype", "bf16", "--batch", "4",
+        "--workload", "prefill=128,decode=64", "--max-ppl-increase", "0.5%", "--max-memory", "2GiB",
+        "--candidates", "int8*", "--candidates", "int4*", "--time-budget", "90s", "--seed", "7",
+        "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle",
+    ]  # fmt: skip
+    result = runner.invoke(app, ["search", "model", *options])
+    assert result.exit_code == 0, result.stderr
+    call = driver.calls[0]
+    call.pop("listener")
+    assert call == {
+        "model": "model",
+        "eval_text": "text.txt",
+        "db": "my.db",
+        "device": "cpu",
+        "dtype": "bf16",
+        "workload": Workload.parse("prefill=128,decode=64", 4),
+        "batch": 4,
+        "max_ppl_increase": pytest.approx(0.005),
+        "max_memory_bytes": 2**31,
+        "candidates": ("int8*", "int4*"),
+        "time_budget_s": 90.0,
+        "seed": 7,
+        "model_factory": "a.b:c",
+        "tokenizer": "tok",
+        "trust_pickle": True,
+    }
+
+
+def test_defaults_are_those_of_the_issue(runner, driver):
+    runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
+    call = driver.calls[0]
+    assert (call["db"], call["device"], call["dtype"], call["workload"]) == ("plan.db", "auto", "auto", None)
+    assert (call["max_ppl_increase"], call["time_budget_s"], call["candidates"]) == (0.01, 600.0, ("*",))
+
+
+def test_it_ends_with_the_front_the_recommendation_and_the_next_commands(runner, driver):
+    result = runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
+    assert "uniform int8-row" in result.stdout
+    assert f"Recommended: plan {MIXED} (front 1)\n  1.60 times faster than unquantized" in result.stdout
+    assert "perplexity +0.40%, 95% interval +0.30..+0.50%" in result.stdout
+    assert "autoquant pareto plan.db" in result.stdout
+    assert "autoquant apply plan.db --out DIR" in result.stdout
+
+
+def test_json_is_alone_on_stdout_and_progress_goes_to_stderr(runner, driver):
+    result = runner.invoke(app, ["search", "model", "--eval-text", "text.txt", "--json"])
+    printed = json.loads(result.stdout)
+    assert (printed["study_id"], printed["database"]) == (STUDY, "plan.db")
+    assert printed["recommended"]["plan_id"] == MIXED
+    assert printed["recommended"]["measured_request_ms"] == pytest.approx(125.0)
+    assert result.stderr == "note: a layer was left alone\ntiming: 2 timings\n"
+
+
+def test_an_interrupt_says_that_nothing_is_lost(runner, driver):
+    driver.error = KeyboardInterrupt()
+    result = runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        "interrupted: everything measured so far is kept in plan.db; the same command goes on from there"
+    )
+
+
+def test_an_error_of_the_search_is_one_line_after_the_progress(runner, driver):
+    driver.error = ModelError("no model at model")
+    result = runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "error: no model at model"
+
+
+def test_values_are_checked_before_anything_is_searched(runner, driver):
+    runner.invoke(app, ["search", "model", "--eval-text", "text.txt", "--max-ppl-increase", "lots"])
+    assert driver.calls == []
+
+
+def test_without_a_plan_within_the_limits_the_recommendation_is_null(runner, driver, tmp_path, monkeypatch):
+    store = open_store(tmp_path / "tight.db")
+    fill(store, {"max_ppl_increase": 0.01, "max_memory_bytes": 1000})
+    monkeypatch.setattr(driver, "search", lambda *_args, **_options: Study(store))
+    as_json = runner.invoke(app, ["search", "model", "--eval-text", "text.txt", "--json"])
+    as_text = runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
+    assert json.loads(as_json.stdout)["recommended"] is None
+    assert "No proven plan is within the limits" in as_text.stdout
+    assert ORIGINAL[:6] in as_text.stdout

@@ -1,0 +1,67 @@
+import math
+
+import pytest
+
+from autoquant.report.plots import render, staircase
+
+
+def row(label, kind, time, increase, **changes):
+    values = {
+        "plan_id": label, "label": label, "kind": kind, "predicted_request_ms": time, "measured_request_ms": time,
+        "speedup": 200 / time, "perplexity": 20 * (1 + increase), "perplexity_increase": increase,
+        "perplexity_increase_low": increase - 0.001, "perplexity_increase_high": increase + 0.001, "kl": increase / 2,
+        "memory_bytes": int(time * 1e5), "on_front": True, "recommended": False,
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+ROWS = [
+    row("original", "original", 200.0, 0.0),
+    row("uniform int8-row", "uniform", 150.0, 0.004, on_front=False),
+    row("front 1", "front", 120.0, 0.003, recommended=True),
+    row("front 2", "front", 100.0, 0.03),
+]
+TITLE = "model on a CPU"
+
+
+def test_svg_names_axes_uniform_plans_and_the_original():
+    text = render(ROWS, ".svg", TITLE).decode()
+    found = [word for word in ("unquantized", "int8-row", "front 1", "Time of one request", TITLE) if word in text]
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS[:1],
+        [*ROWS, row("uniform int4-tensor", "uniform", 9000.0, 40.0)],
+        [*ROWS, row("broken", "front", 90.0, math.inf)],
+        [row("original", "original", 5.0, 0.0, perplexity=None, kl=None)],
+        [row("original", "original", 200.0, 0.0, perplexity_increase_low=math.nan)],
+    ],
+)
+def test_every_kind_of_front_can_be_drawn(rows, suffix):
+    assert len(render(rows, suffix, TITLE)) > 1000
+
+
+def test_plans_that_cannot_be_drawn_are_counted():
+    text = render([*ROWS, row("broken", "front", 90.0, math.inf)], ".svg", TITLE).decode()
+    assert "not shown: 1 plans" in text
+
+
+def test_the_page_needs_no_network_and_tells_each_plan_on_hover():
+    page = render(ROWS, ".html", TITLE).decode()
+    assert 'src="http' not in page
+    assert "Plotly.newPlot" in page
+    assert "uniform int8-row" in page
+    assert "plan front 1" in page
+
+
+def test_another_suffix_is_refused():
+    with pytest.raises(ValueError, match=r"\.gif"):
+        render(ROWS, ".gif", TITLE)
+
+
+def test_the_line_holds_only_plans_that_no_other_beats_in_time_and_quality():
+    assert [step["label"] for step in staircase(ROWS)] == ["front 2", "front 1", "original"]

@@ -11,12 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autoquant.apply import apply, load
+    from autoquant.applier import apply, load
     from autoquant.candidates import Format, Kernel, register
     from autoquant.errors import AutoquantError
     from autoquant.records import Phase, Plan, Workload
-    from autoquant.search.driver import search
-    from autoquant.search.study import Study
+    from autoquant.tuner.driver import search
+    from autoquant.tuner.study import Study
 
 __all__ = [
     "AutoquantError",
@@ -38,12 +38,12 @@ _HOMES = {
     "Kernel": "autoquant.candidates",
     "Phase": "autoquant.records",
     "Plan": "autoquant.records",
-    "Study": "autoquant.search.study",
+    "Study": "autoquant.tuner.study",
     "Workload": "autoquant.records",
-    "apply": "autoquant.apply",
-    "load": "autoquant.apply",
+    "apply": "autoquant.applier",
+    "load": "autoquant.applier",
     "register": "autoquant.candidates",
-    "search": "autoquant.search.driver",
+    "search": "autoquant.tuner.driver",
 }
 
 

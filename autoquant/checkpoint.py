@@ -33,8 +33,16 @@ MANIFEST = "autoquant.json"
 SAFETENSORS = "model.safetensors"
 PACKED = "packed.pt"
 FORMAT_VERSION = 1
-_HUGGINGFACE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges*",
-                      "chat_template*", "*.model")
+_HUGGINGFACE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges*",
+    "chat_template*",
+    "*.model",
+)
 
 
 def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
@@ -48,7 +56,9 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     aliases = {name for group in ties for name in group[1:]}
     tensors = {name: tensor for name, tensor in _named_tensors(module).items() if name not in aliases}
     routed = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, RoutedWeight)}
-    plain = {name: tensor.stored if isinstance(tensor, RoutedWeight) else tensor.detach() for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.stored if isinstance(tensor, RoutedWeight) else tensor.detach() for name, tensor in tensors.items()
+    }
     packed = {name: tensor for name, tensor in plain.items() if not _fits_safetensors(name, tensor)}
     _write_safetensors({name: tensor for name, tensor in plain.items() if name not in packed}, folder / SAFETENSORS)
     if packed:
@@ -117,7 +127,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a model that autoquant saved (no readable {MANIFEST})") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; upgrade it")
+        raise CheckpointError(
+            f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; upgrade it"
+        )
     return cast(dict[str, Any], manifest)
 
 
@@ -145,7 +157,9 @@ def _write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     dotted = {name if "." in name else f".{name}": tensor for name, tensor in tensors.items()}
     flat, metadata = flatten_tensor_state_dict(dotted)
-    flat = {name: tensor.contiguous().clone() if tensor._is_view() else tensor.contiguous() for name, tensor in flat.items()}
+    flat = {
+        name: tensor.contiguous().clone() if tensor._is_view() else tensor.contiguous() for name, tensor in flat.items()
+    }
     save_file(flat, path, metadata={**metadata, "format": "pt"})
 
 
@@ -184,7 +198,9 @@ def _assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], ties: list[l
     tie(module, ties)
     absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if absent:
-        raise CheckpointError(f"{folder} lacks {', '.join(absent[:3])}: the checkpoint is damaged, apply the plan again")
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(absent[:3])}: the checkpoint is damaged, apply the plan again"
+        )
 
 
 def _copy_huggingface_files(source: Path, folder: Path) -> None:

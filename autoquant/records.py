@@ -158,7 +158,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimingSubject:
-    """What a timing is about: one candidate computing one shape at one m, with weights as cold as `working_set_bytes` makes them."""
+    """What a timing is about: one candidate on one shape and m, with weights as cold as `working_set_bytes` makes them."""
 
     shape: LinearShape
     m: int

@@ -4,8 +4,8 @@ from autoquant.candidates.base import A8_ROW, A16, ACTIVATION_ROUNDING, Format, 
 from autoquant.candidates.registry import CandidateStatus, formats, get_format, register, select, survey
 
 __all__ = [
-    "A16",
     "A8_ROW",
+    "A16",
     "ACTIVATION_ROUNDING",
     "CandidateStatus",
     "Format",

@@ -12,7 +12,9 @@ from autoquant.candidates.base import A16, Format, Kernel
 
 
 def _quantize(weight: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, Float8Tensor.from_hp(weight.detach(), float8_dtype=torch.float8_e4m3fn, granularity=PerRow()))
+    return cast(
+        torch.Tensor, Float8Tensor.from_hp(weight.detach(), float8_dtype=torch.float8_e4m3fn, granularity=PerRow())
+    )
 
 
 def _dequantize(stored: torch.Tensor) -> torch.Tensor:

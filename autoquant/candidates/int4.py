@@ -12,7 +12,6 @@ import functools
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
 
 from autoquant.candidates.base import A16, Format, Kernel
@@ -49,7 +48,8 @@ def _transposed_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     group = stored.block_size[1]
     values = unpack_int4(stored.qdata, n, k).reshape(k // group, group, n)
     scale, zero = stored.scale_and_zero.unbind(-1)
-    return ((values.to(dtype) - 8) * scale.to(dtype).unsqueeze(1) + zero.to(dtype).unsqueeze(1)).reshape(k, n)
+    weights: torch.Tensor = (values.to(dtype) - 8) * scale.to(dtype).unsqueeze(1) + zero.to(dtype).unsqueeze(1)
+    return weights.reshape(k, n)
 
 
 def _quantize(weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _dequantize(stored: torch.Tensor) -> torch.Tensor:
 
 def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stored = cast(Int4OpaqueTensor, weight)
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+    y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
         x.reshape(-1, x.shape[-1]), stored.qdata, stored.block_size[1], stored.scale_and_zero
     )
     y = y.reshape(*x.shape[:-1], stored.shape[0])
@@ -70,7 +70,7 @@ def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 
 def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    y = x.reshape(-1, x.shape[-1]) @ _transposed_float(weight, x.dtype)
+    y: torch.Tensor = x.reshape(-1, x.shape[-1]) @ _transposed_float(weight, x.dtype)
     y = y.reshape(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 

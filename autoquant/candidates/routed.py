@@ -32,16 +32,11 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     def __new__(
         cls, stored: torch.Tensor, format_id: str, route: RouteAttribute, compute_dtype: torch.dtype
     ) -> RoutedWeight:
-        return cast(
-            RoutedWeight,
-            torch.Tensor._make_wrapper_subclass(
-                cls, stored.shape, dtype=compute_dtype, device=stored.device, requires_grad=False
-            ),
+        return torch.Tensor._make_wrapper_subclass(
+            cls, stored.shape, dtype=compute_dtype, device=stored.device, requires_grad=False
         )
 
-    def __init__(
-        self, stored: torch.Tensor, format_id: str, route: RouteAttribute, compute_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, stored: torch.Tensor, format_id: str, route: RouteAttribute, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.stored = stored
         self.format_id = format_id

@@ -12,9 +12,9 @@ from autoquant.cli.show import recommended_plan
 from autoquant.cli.values import fraction
 
 if TYPE_CHECKING:
-    from autoquant.apply import AppliedReport
+    from autoquant.applier import AppliedReport
     from autoquant.records import Plan
-    from autoquant.search.study import Study
+    from autoquant.tuner.study import Study
 
 
 def apply(
@@ -42,7 +42,7 @@ def apply(
     with opened_study(database, plan_id=plan) as study:
         chosen = _chosen(study, plan, increase)
         source = model or _source_path(study)
-        from autoquant.apply import apply_to_disk  # imports torch: after everything that can be refused without it
+        from autoquant.applier import apply_to_disk  # imports torch: after everything that can be refused without it
 
         with listening() as listener:
             report = apply_to_disk(chosen, source, out, facts=study.facts, listener=listener)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from autoquant.search.study import Study
+    from autoquant.tuner.study import Study
 
 Database = Annotated[str, typer.Argument(metavar="PLAN.DB", help="Database that a search wrote.", show_default=False)]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -24,8 +24,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of te
 @contextmanager
 def opened_study(database: str, *, study_id: str | None = None, plan_id: str | None = None) -> Iterator[Study]:
     """A study of an existing database: the one named, the one of a plan, or the one last worked on."""
-    from autoquant.search.study import Study
     from autoquant.store import open_store
+    from autoquant.tuner.study import Study
 
     store = open_store(database, create=False)
     try:

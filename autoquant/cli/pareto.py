@@ -12,7 +12,7 @@ import typer
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table, write_file
 
 if TYPE_CHECKING:
-    from autoquant.search.study import Study
+    from autoquant.tuner.study import Study
 
 
 def pareto(
@@ -64,7 +64,7 @@ def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:
-    from autoquant.search.study import COLUMNS
+    from autoquant.tuner.study import COLUMNS
 
     writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()

@@ -12,7 +12,7 @@ from autoquant.cli.output import JsonFlag, print_json, print_table
 from autoquant.cli.values import duration_s, fraction, size_bytes
 
 if TYPE_CHECKING:
-    from autoquant.search.study import Study
+    from autoquant.tuner.study import Study
 
 
 class Dtype(StrEnum):
@@ -83,7 +83,7 @@ def search(
 
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.search import driver  # imports torch: after everything that can be refused without it
+    from autoquant.tuner import driver  # imports torch: after everything that can be refused without it
 
     try:
         with listening() as listener:

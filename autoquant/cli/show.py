@@ -10,7 +10,7 @@ from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, p
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Proof
-    from autoquant.search.study import Study
+    from autoquant.tuner.study import Study
 
 
 def show(

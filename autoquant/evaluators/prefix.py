@@ -26,7 +26,9 @@ class BlockChain:
     def __init__(self, module: nn.Module, forward: Callable[[], Any]) -> None:
         self.blocks: tuple[nn.Module, ...] = ()
         self._starts: dict[int, int] = {}
-        lists = [child for child in module.modules() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1]
+        lists = [
+            child for child in module.modules() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
+        ]
         for blocks in sorted(lists, key=lambda blocks: -sum(p.numel() for p in blocks.parameters())):
             watch = _Watch(list(blocks))
             with watch.hooks(), watch, torch.no_grad():

@@ -21,6 +21,7 @@ from autoquant.records import Site
 
 METHOD = "isolated-1"
 _KEPT_BYTES = 32 << 20
+_SAME_WITHIN = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ def isolated_losses(
 ) -> None:
     """Score every change on the calibration part.
 
-    A change that leaves the weight's numbers and the activation as they are costs 0 and is not run.
+    A change that leaves the weight's numbers (to within 1e-5) and the activation as they are costs 0 and is not run.
     """
     by_site: dict[str, list[Change]] = {}
     for change in changes:
@@ -58,9 +59,7 @@ def parameter_of(module: nn.Module, site: Site) -> nn.Parameter:
     return module.get_parameter(site.parameters[0])
 
 
-def _text_losses(
-    module: nn.Module, by_site: Mapping[str, list[Change]], quality: TextQuality, on_site: OnSite
-) -> None:
+def _text_losses(module: nn.Module, by_site: Mapping[str, list[Change]], quality: TextQuality, on_site: OnSite) -> None:
     windows = list(quality.windows("calibration"))
     tokens = sum(ids.shape[1] for ids in windows)
     dtypes = {name: parameter_of(module, changes[0].site).dtype for name, changes in by_site.items()}
@@ -120,12 +119,17 @@ class _Weights:
         if key in self._kept:
             return self._kept[key]
         weight = change.format.dequantize(change.format.store(self._parameter.to(self._dtype))).float()
-        if change.activation == A16 and torch.equal(weight, self._parameter.float()):
+        if change.activation == A16 and _is_same(weight, self._parameter.float()):
             self._same.add(key)
             return None
         if self._keep:
             self._kept[key] = weight
         return weight
+
+
+def _is_same(weight: torch.Tensor, original: torch.Tensor) -> bool:
+    """Whether two weights are equal but for numbers too small to matter (what float16 loses of bfloat16)."""
+    return bool((weight - original).norm() <= _SAME_WITHIN * original.norm())
 
 
 def _function_losses(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 from autoquant.candidates import Format, Kernel
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
@@ -76,9 +77,7 @@ def profile(
                 arena=arena,
                 device=device_name,
                 compiled=compiled,
-                on_candidate=lambda name, i=done, what=f"{shape} m={m}": listener(
-                    StageProgress(STAGE, i, f"{what} {name}")
-                ),
+                on_candidate=partial(_tell, listener, done, f"{shape} m={m}"),
             )
         store.put_timings(device, PROTOCOL, measured)
         known |= {measurement.subject: measurement for measurement in measured}
@@ -87,9 +86,15 @@ def profile(
             if measurement.outcome in ("incorrect", "failed"):
                 subject = measurement.subject
                 listener(Notice(f"{subject.candidate} on {shape} m={m} {measurement.outcome}: {measurement.reason}"))
+        if reason := next((m.reason for m in measured if m.outcome == "ok" and m.reason), ""):
+            listener(Notice(f"{shape} m={m}: {reason}; close other programs for timings to trust"))
     result = {subject: known[subject] for group in wanted.values() for subject in group}
     listener(StageFinished(STAGE, _summary(result, total)))
     return result
+
+
+def _tell(listener: Listener, done: int, subject: str, candidate: str) -> None:
+    listener(StageProgress(STAGE, done, f"{subject} {candidate}"))
 
 
 def _summary(result: dict[TimingSubject, Measurement], measured: int) -> str:

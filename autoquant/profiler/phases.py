@@ -16,8 +16,8 @@ from autoquant.records import Workload
 class Phases(Protocol):
     """How a model is run for each phase of a workload.
 
-    `reset` puts the model in front of `phase` (a decode step needs a filled cache); `run` executes one call of it and may be
-    called up to `limit(phase)` times after a reset.
+    `reset` puts the model in front of `phase` (a decode step needs a filled cache); `run` executes one call of it, compiled
+    where the phases were made so, and may be called up to `limit(phase)` times after a reset; `run_eager` never compiles.
     """
 
     workload: Workload
@@ -25,6 +25,8 @@ class Phases(Protocol):
     def reset(self, phase: str) -> None: ...
 
     def run(self, phase: str) -> torch.Tensor: ...
+
+    def run_eager(self, phase: str) -> torch.Tensor: ...
 
     def limit(self, phase: str) -> int: ...
 
@@ -52,7 +54,9 @@ def make_phases(
     """
     tokens = sum(p.tokens * (1 if p.name == "prefill" else p.calls) for p in workload.phases)
     if max_positions is not None and tokens > max_positions:
-        raise WorkloadError(f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens")
+        raise WorkloadError(
+            f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens"
+        )
     if kind == "causal_lm":
         return _CausalPhases(module, workload, device, compiled)
     if kind == "token_lm":
@@ -74,7 +78,11 @@ def _compile(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]
     if not compiled:
         return function
     own = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     return torch.compile(own, dynamic=False)
 
@@ -92,6 +100,7 @@ class _ForwardPhases:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return module(*args, **kwargs)
 
+        self._eager = forward
         self._forward = _compile(forward, compiled)
 
     def reset(self, phase: str) -> None:
@@ -103,6 +112,10 @@ class _ForwardPhases:
     def run(self, phase: str) -> torch.Tensor:
         with torch.no_grad():
             return output_tensor(self._forward(*self._args, **self._kwargs))
+
+    def run_eager(self, phase: str) -> torch.Tensor:
+        with torch.no_grad():
+            return output_tensor(self._eager(*self._args, **self._kwargs))
 
 
 class _CausalPhases:
@@ -145,7 +158,13 @@ class _CausalPhases:
         return self._steps if phase == "decode" else 1
 
     def run(self, phase: str) -> torch.Tensor:
-        return self._step(self._forward, 1 if phase == "decode" else self._prompt)
+        return self._step(self._forward, self._tokens(phase))
+
+    def run_eager(self, phase: str) -> torch.Tensor:
+        return self._step(self._eager, self._tokens(phase))
+
+    def _tokens(self, phase: str) -> int:
+        return 1 if phase == "decode" else self._prompt
 
     def _step(self, forward: Callable[..., torch.Tensor], tokens: int) -> torch.Tensor:
         start, end = self._position, self._position + tokens
@@ -167,5 +186,3 @@ def output_tensor(output: Any) -> torch.Tensor:
     if isinstance(output, Mapping) and output:
         return output_tensor(next(iter(output.values())))
     raise WorkloadError(f"the model returns {type(output).__name__}; a tensor or an object with .logits is needed")
-
-

@@ -138,7 +138,8 @@ def record(module: nn.Module, phases: Phases) -> Recording:
         skipped=skipped,
         weights_share=sum(site.shape.n * site.shape.k for site in sites) / max(total, 1),
         flops_share={
-            phase: min(1.0, watcher.linear_flops.get(phase, 0) / count) if count else 0.0 for phase, count in flops.items()
+            phase: min(1.0, watcher.linear_flops.get(phase, 0) / count) if count else 0.0
+            for phase, count in flops.items()
         },
         parameter_bytes=sum(parameter.nbytes for parameter in by_id.values()),
     )
@@ -154,9 +155,7 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
         uses = tuple(SiteUse(phase=phase, m=m, calls=calls) for (phase, m), calls in seen.uses.items())
         name = replaced[0].removesuffix(".weight")
         kept = tuple(name for name in names if name not in replaced)
-        sites.append(
-            (seen.group, Site(name=name, parameters=tuple(replaced), shape=seen.shape, uses=uses, kept=kept))
-        )
+        sites.append((seen.group, Site(name=name, parameters=tuple(replaced), shape=seen.shape, uses=uses, kept=kept)))
     groups: dict[int, list[str]] = {}
     for group, site in sites:
         groups.setdefault(group, []).append(site.name)

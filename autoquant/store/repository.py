@@ -266,17 +266,17 @@ class Store:
     def proofs(self, study_id: str) -> dict[str, Proof]:
         """Proofs by plan id."""
         with self._session() as session:
-            rows = session.scalars(select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(
-                PlanRow.study_id == study_id
-            ))
+            rows = session.scalars(
+                select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(PlanRow.study_id == study_id)
+            )
             return {row.plan_id: proof_from(row.proof) for row in rows if row.proof is not None}
 
     def failed_proofs(self, study_id: str) -> dict[str, str]:
         """Reasons why plans could not be proven, by plan id."""
         with self._session() as session:
-            rows = session.scalars(select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(
-                PlanRow.study_id == study_id
-            ))
+            rows = session.scalars(
+                select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(PlanRow.study_id == study_id)
+            )
             return {row.plan_id: row.reason for row in rows if row.proof is None}
 
 
@@ -329,5 +329,3 @@ def _plan(row: PlanRow) -> Plan:
         layers=tuple(layer_from(layer) for layer in row.layers),
         prediction=Prediction(**row.prediction),
     )
-
-

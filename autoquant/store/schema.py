@@ -42,7 +42,9 @@ class TimingRow(Base):
 
     __tablename__ = "timing"
     __table_args__ = (
-        UniqueConstraint("device_key", "protocol", "n", "k", "bias", "dtype", "m", "format", "kernel", "working_set_bytes"),
+        UniqueConstraint(
+            "device_key", "protocol", "n", "k", "bias", "dtype", "m", "format", "kernel", "working_set_bytes"
+        ),
     )
     id: Mapped[int] = mapped_column(primary_key=True)
     device_key: Mapped[str] = mapped_column(ForeignKey("device.key"))

@@ -26,7 +26,7 @@ class Report:
 @pytest.fixture
 def work(monkeypatch):
     """A stand-in for `autoquant.apply`: `calls` notes what was asked, `changes` alters the report."""
-    module = ModuleType("autoquant.apply")
+    module = ModuleType("autoquant.applier")
     module.calls, module.changes = [], {}
 
     def apply_to_disk(plan, model, out, *, facts, device=None, listener=None):
@@ -34,7 +34,7 @@ def work(monkeypatch):
         return replace(Report(out=out, formats=plan.formats()), **module.changes)
 
     module.apply_to_disk = apply_to_disk
-    monkeypatch.setitem(sys.modules, "autoquant.apply", module)
+    monkeypatch.setitem(sys.modules, "autoquant.applier", module)
     return module
 
 

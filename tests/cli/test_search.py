@@ -6,12 +6,12 @@ from types import ModuleType
 
 import pytest
 
-import autoquant.search
+import autoquant.tuner
 from autoquant.cli.main import app
 from autoquant.errors import ModelError
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import Workload
-from autoquant.search.study import Study
+from autoquant.tuner.study import Study
 from autoquant.store import open_store
 
 from .conftest import MIXED, ORIGINAL, STUDY, fill
@@ -19,8 +19,8 @@ from .conftest import MIXED, ORIGINAL, STUDY, fill
 
 @pytest.fixture
 def driver(monkeypatch, database):
-    """A stand-in for `autoquant.search.driver`, whose `calls` are the keyword arguments it got."""
-    module = ModuleType("autoquant.search.driver")
+    """A stand-in for `autoquant.tuner.driver`, whose `calls` are the keyword arguments it got."""
+    module = ModuleType("autoquant.tuner.driver")
     module.calls = []
     module.error = None
 
@@ -36,8 +36,8 @@ def driver(monkeypatch, database):
         return Study.open(database)
 
     module.search = search
-    monkeypatch.setitem(sys.modules, "autoquant.search.driver", module)
-    monkeypatch.setattr(autoquant.search, "driver", module, raising=False)
+    monkeypatch.setitem(sys.modules, "autoquant.tuner.driver", module)
+    monkeypatch.setattr(autoquant.tuner, "driver", module, raising=False)
     return module
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoquant.records import LayerChoice, Plan, Proof
-from autoquant.search.planning import PlanContext, make_plan, make_problem, with_multipliers
-from autoquant.search.solve import fastest
+from autoquant.tuner.planning import PlanContext, make_plan, make_problem, with_multipliers
+from autoquant.tuner.solve import fastest
 
 if TYPE_CHECKING:
     import optuna
@@ -103,7 +103,11 @@ def _space(options: Sequence[Sequence[LayerChoice]], losses: Sequence[float]) ->
     scale = optuna.distributions.FloatDistribution(_LOW, _HIGH, log=True)
     kinds = dict.fromkeys(layer_kind(layer[0].name) for layer in options)
     names = {f"scale {kind}": scale for kind in kinds} | {"scale with depth": scale}
-    return names | {"loss budget": optuna.distributions.FloatDistribution(min(losses), max(max(losses), min(losses) * 1.01), log=True)}
+    return names | {
+        "loss budget": optuna.distributions.FloatDistribution(
+            min(losses), max(max(losses), min(losses) * 1.01), log=True
+        )
+    }
 
 
 def _warm_start(study: optuna.Study, known: Mapping[str, tuple[Plan, Proof]], space: Mapping[str, Any]) -> None:
@@ -115,7 +119,9 @@ def _warm_start(study: optuna.Study, known: Mapping[str, tuple[Plan, Proof]], sp
         if plan.kind != "front" or plan.plan_id in told or plan.prediction.loss <= 0:
             continue
         budget = space["loss budget"]
-        parameters = dict.fromkeys(space, 1.0) | {"loss budget": min(max(plan.prediction.loss, budget.low), budget.high)}
+        parameters = dict.fromkeys(space, 1.0) | {
+            "loss budget": min(max(plan.prediction.loss, budget.low), budget.high)
+        }
         study.add_trial(
             optuna.trial.create_trial(
                 params=parameters,
@@ -134,7 +140,8 @@ def _propose(
     max_memory_bytes: int | None,
 ) -> Plan | None:
     values = {
-        name: trial.suggest_float(name, space.low, space.high, log=True) for name, space in _space(options, losses).items()
+        name: trial.suggest_float(name, space.low, space.high, log=True)
+        for name, space in _space(options, losses).items()
     }
     last = max(len(options) - 1, 1)
     multiplier = {

@@ -143,11 +143,15 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
                 raise ModelError(f"the plan is for another model: this one has no parameter {name}") from None
             wanted = (layer.shape.n, layer.shape.k)
             if tuple(parameter.shape) != wanted:
-                raise ModelError(f"the plan is for another model: {name} is {tuple(parameter.shape)} here, not {wanted}")
+                raise ModelError(
+                    f"the plan is for another model: {name} is {tuple(parameter.shape)} here, not {wanted}"
+                )
             dtype = str(parameter.dtype).removeprefix("torch.")
             if isinstance(parameter.data, RoutedWeight) or dtype != layer.shape.dtype:
                 kind = "already quantized" if isinstance(parameter.data, RoutedWeight) else dtype
-                raise ModelError(f"{name} is {kind}; the plan was made for {layer.shape.dtype}: load the model that way")
+                raise ModelError(
+                    f"{name} is {kind}; the plan was made for {layer.shape.dtype}: load the model that way"
+                )
 
 
 def _replace(model: nn.Module, layer: LayerChoice) -> None:
@@ -220,5 +224,3 @@ def _check_inputs(loaded: LoadedModel) -> tuple[Any, ...]:
         tokens = min(_CHECK_TOKENS, loaded.max_positions or _CHECK_TOKENS)
         return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,)
     raise CheckpointError("this model has no sample inputs to check a checkpoint with: use autoquant.apply from Python")
-
-

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.apply import apply, module_bytes
+from autoquant.applier import apply, module_bytes
 from autoquant.candidates import get_format
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.evaluators.quality import Quality
@@ -68,6 +68,7 @@ class Prover:
             kl=report.kl,
             memory_bytes=module_bytes(module),
             execution=self.execution,
+            notes=(times.note,) if times.note else (),
         )
 
     def _original_phases(self) -> Phases:

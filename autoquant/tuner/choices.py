@@ -12,7 +12,17 @@ import torch
 from autoquant.candidates import Format, Kernel
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
-from autoquant.records import LayerChoice, LinearShape, Measurement, Route, RouteStep, Site, TimingSubject, Workload, route_kernel
+from autoquant.records import (
+    LayerChoice,
+    LinearShape,
+    Measurement,
+    Route,
+    RouteStep,
+    Site,
+    TimingSubject,
+    Workload,
+    route_kernel,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +88,7 @@ def site_choices(
     for fmt, kernels in by_format.values():
         measured = {
             (kernel.id, use.m): timings[
-                TimingSubject(
-                    shape=site.shape, m=use.m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set
-                )
+                TimingSubject(shape=site.shape, m=use.m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
             ]
             for kernel in kernels
             for use in site.uses
@@ -88,17 +96,15 @@ def site_choices(
         routes = _routes(site, kernels, measured)
         if not routes:
             dropped[fmt.id] = next(m.reason for m in measured.values() if m.outcome != "ok")
-        for route in routes:
-            choices.append(
-                _choice(site, fmt, route, measured, facts[fmt.id, site.shape].memory_bytes, 0 if fmt.id == original else kept_bytes)
-            )
+        kept_too = 0 if fmt.id == original else kept_bytes
+        choices += [
+            _choice(site, fmt, route, measured, facts[fmt.id, site.shape].memory_bytes + kept_too) for route in routes
+        ]
     kept = _prune(choices, facts, workload, original, dropped)
     return SiteChoices(site, tuple(kept), dropped)
 
 
-def _routes(
-    site: Site, kernels: Sequence[Kernel], measured: Mapping[tuple[str, int], Measurement]
-) -> list[Route]:
+def _routes(site: Site, kernels: Sequence[Kernel], measured: Mapping[tuple[str, int], Measurement]) -> list[Route]:
     """The fastest route for every set of activation numerics that covers all of the site's m."""
     routes: dict[Route, None] = {}
     numerics = list(dict.fromkeys(kernel.numerics for kernel in kernels))
@@ -137,7 +143,6 @@ def _choice(
     route: Route,
     measured: Mapping[tuple[str, int], Measurement],
     memory_bytes: int,
-    kept_bytes: int,
 ) -> LayerChoice:
     latency: dict[str, float] = {}
     for use in site.uses:
@@ -152,7 +157,7 @@ def _choice(
         route=route,
         numerics=" ".join(numerics_key(fmt, numerics) for numerics in used),
         latency_us=latency,
-        memory_bytes=memory_bytes + kept_bytes,
+        memory_bytes=memory_bytes,
         loss=0.0,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autoquant.records import ORIGINAL_LABEL, LayerChoice, Plan, PlanKind, Prediction, Workload, content_key
-from autoquant.search.solve import Picks, Problem, fastest, front, undominated
+from autoquant.tuner.solve import Picks, Problem, fastest, front, undominated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,10 @@ def uniform_plans(
 ) -> list[Plan]:
     """For each format and each of its numerics: every layer that can have it gets it, by its fastest route."""
     keys = dict.fromkeys(
-        (choice.format, choice.numerics) for layer in options for choice in layer if choice.format != originals[0].format
+        (choice.format, choice.numerics)
+        for layer in options
+        for choice in layer
+        if choice.format != originals[0].format
     )
     plans: dict[str, Plan] = {}
     for fmt, numerics in keys:
@@ -121,7 +124,8 @@ def front_plans(
     plans = []
     for number, picks in enumerate(chosen, start=1):
         layers = [
-            replace(layer[i], reason=explain(layer, i, context.workload)) for layer, i in zip(options, picks, strict=True)
+            replace(layer[i], reason=explain(layer, i, context.workload))
+            for layer, i in zip(options, picks, strict=True)
         ]
         label = "front: fastest within limits" if target is not None and number == 1 else f"front {number}"
         plans.append(make_plan(layers, label, "front", context))
@@ -159,7 +163,9 @@ def explain(layer: Sequence[LayerChoice], index: int, workload: Workload) -> str
     if exacter:
         other = min(exacter, key=lambda c: request_ms(c, workload))
         cost = request_ms(other, workload) - request_ms(own, workload)
-        parts.append(f"more exact {other.format} would take {cost * 1e3:+.0f} us a request for {other.loss - own.loss:+.2g} loss")
+        parts.append(
+            f"more exact {other.format} would take {cost * 1e3:+.0f} us a request for {other.loss - own.loss:+.2g} loss"
+        )
     if faster:
         other = min(faster, key=lambda c: c.loss)
         gain = request_ms(other, workload) - request_ms(own, workload)

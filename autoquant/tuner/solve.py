@@ -7,7 +7,10 @@ cut of HiGHS (https://highs.dev) through `scipy.optimize.milp`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +124,21 @@ def _scaled(layers: Sequence[Vector]) -> Vector:
     return np.concatenate(shifted) / (scale or 1.0)
 
 
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keep what HiGHS prints from C (a stray debugging line in some versions) out of the program's output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _minimise(
     problem: Problem, objective: Vector, max_loss: float | None = None, max_memory: float | None = None
 ) -> Picks | None:
@@ -140,13 +158,14 @@ def _minimise(
         rows.append(csr_array(_scaled(layers)[None, :]))
         lower.append(np.asarray([-np.inf]))
         upper.append(np.asarray([max(allowance, 0.0) + 1e-12]))
-    result = milp(
-        objective,
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(vstack(rows), np.concatenate(lower), np.concatenate(upper)),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent_stdout():
+        result = milp(
+            objective,
+            integrality=np.ones(count, dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(vstack(rows), np.concatenate(lower), np.concatenate(upper)),
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))

@@ -172,7 +172,11 @@ def _nothing_within(proofs: Any, max_ppl_increase: float | None, max_memory_byte
 
 def _front(proofs: Mapping[str, Proof], times: Mapping[str, float]) -> set[str]:
     points = {
-        plan_id: (times[plan_id], proof.increase.value if proof.perplexity is None else proof.perplexity, proof.memory_bytes)
+        plan_id: (
+            times[plan_id],
+            proof.increase.value if proof.perplexity is None else proof.perplexity,
+            proof.memory_bytes,
+        )
         for plan_id, proof in proofs.items()
     }
     return {

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.profiler.timing import PROTOCOL, first_line
 from autoquant.records import (
-    ORIGINAL_LABEL,
     Device,
     LayerChoice,
     Plan,
@@ -38,17 +37,18 @@ from autoquant.records import (
     content_key,
     route_kernel,
 )
-from autoquant.search.choices import SiteChoices, format_facts, scored, site_choices
-from autoquant.search.planning import PlanContext, calibrated, front_plans, original_plan, uniform_plans
-from autoquant.search.prove import Prover
-from autoquant.search.refine import proposals
-from autoquant.search.study import Study
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
+from autoquant.tuner.calibrate import fit
+from autoquant.tuner.choices import SiteChoices, format_facts, scored, site_choices
+from autoquant.tuner.planning import PlanContext, calibrated, front_plans, original_plan, uniform_plans
+from autoquant.tuner.prove import Prover
+from autoquant.tuner.refine import proposals
+from autoquant.tuner.study import Study
 
 DEFAULT_LM_WORKLOAD = "prefill=512,decode=128"
 DEFAULT_TOKEN_WORKLOAD = "prefill=512"
-FRONT_PLANS = 7
+FRONT_PLANS = 6
 
 
 def search(
@@ -257,7 +257,10 @@ class _Search:
         key = (self.loaded.content_hash, f"{self.quality.key}-{self.loaded.dtype}", METHOD)
         known = self.store.losses(*key)
         changes = [
-            change for choice in choices for change in _changes(choice) if (change.site.name, change.numerics) not in known
+            change
+            for choice in choices
+            for change in _changes(choice)
+            if (change.site.name, change.numerics) not in known
         ]
         sites = len({change.site.name for change in changes})
         self.listener(StageStarted("score", sites))
@@ -270,13 +273,13 @@ class _Search:
             self.listener(StageProgress("score", done, site.name))
 
         isolated_losses(self.loaded.module, changes, self.quality, on_site)
-        self.listener(StageFinished("score", f"{len(changes)} changes of {sites} layers scored now, {len(known)} known"))
+        self.listener(
+            StageFinished("score", f"{len(changes)} changes of {sites} layers scored now, {len(known)} known")
+        )
         self._spend()
         return self.store.losses(*key)
 
-    def _prove_all(
-        self, options: list[list[LayerChoice]], originals: list[LayerChoice], recording: Recording
-    ) -> None:
+    def _prove_all(self, options: list[list[LayerChoice]], originals: list[LayerChoice], recording: Recording) -> None:
         self.plans = {plan.plan_id: plan for plan in self.store.plans(self.study_id)}
         self.proofs = self.store.proofs(self.study_id)
         self.failed = self.store.failed_proofs(self.study_id)
@@ -303,6 +306,12 @@ class _Search:
         self.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
         for plan in uniform:
             self._prove(prover, plan, context)
+        calibration = fit([original, *uniform], self.proofs, recording.sites)
+        context = replace(context, rest_ms=calibration.rest_request_ms(self.workload.calls()))
+        options = [
+            [calibration.choice(choice, site) for choice in layer]
+            for layer, site in zip(options, recording.sites, strict=True)
+        ]
         plans = front_plans(
             options,
             context,
@@ -342,7 +351,7 @@ class _Search:
         if proof is None:
             raise CandidateError(f"the unquantized model cannot be run: {self.failed[original.plan_id]}")
         rest_ms = proof.request_ms - original.prediction.linear_ms
-        context = PlanContext(**{**_fields(context), "rest_ms": rest_ms})
+        context = replace(context, rest_ms=rest_ms)
         self.store.put_plan(calibrated(original, context))
         return context
 
@@ -361,7 +370,9 @@ class _Search:
 
     def _refine(self, prover: Prover, options: list[list[LayerChoice]], context: PlanContext) -> None:
         """Spend what is left of the time on plans that Optuna proposes."""
-        known = {plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans}
+        known = {
+            plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
+        }
         self.listener(StageStarted("refine", 0))
         slowest_s, count = 0.0, 0
         for plan, tell in proposals(
@@ -403,10 +414,6 @@ class _Search:
 
 
 _SHORTEST_PROOF_S = 5.0
-
-
-def _fields(context: PlanContext) -> dict[str, Any]:
-    return {name: getattr(context, name) for name in PlanContext.__dataclass_fields__}
 
 
 def _elements(module: nn.Module) -> int:
@@ -460,11 +467,13 @@ def _quality(
     if quality is not None:
         return FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
     if loaded.kind == "module":
-        raise TextError("this model takes no token ids, so text cannot judge it: call autoquant.search(..., quality=...)")
+        raise TextError(
+            "this model takes no token ids, so text cannot judge it: call autoquant.search(..., quality=...)"
+        )
     if loaded.tokenizer is None:
         raise TextError("this model has no tokenizer: give one with --tokenizer FOLDER")
     assert eval_text is not None  # _check_text saw to it
-    return TextQuality(read_text(eval_text, loaded.tokenizer, max_positions=loaded.max_positions), device)
+    return TextQuality(read_text(Path(eval_text), loaded.tokenizer, max_positions=loaded.max_positions), device)
 
 
 def _default_workload(loaded: LoadedModel, batch: int) -> Workload:

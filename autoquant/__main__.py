@@ -1,0 +1,5 @@
+"""`python -m autoquant`."""
+
+from autoquant.cli.main import run
+
+run()

@@ -1,0 +1,90 @@
+"""From single-layer times to whole-model times: what the first proven plans teach about the others.
+
+A linear inside a compiled model is not as fast as on its own: neighbours are fused into it, caches are shared, calls cost. The
+model of a phase's time is `rest + sum over layers of factor[candidate] * isolated time`, one factor for each candidate. The
+uniform plans tell the factors and the rest apart only up to a common part, so of all fits the one whose factors are nearest to
+1 is taken (ridge regression towards 1, with bounds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy.optimize import lsq_linear
+
+from autoquant.records import LayerChoice, Plan, Proof, Site, route_kernel
+
+_STRENGTH = 0.05
+_LOWEST, _HIGHEST = 0.2, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Factors by (phase, candidate), 1 where nothing is known, and each phase's time outside its linears."""
+
+    rest_ms: Mapping[str, float] = field(default_factory=dict)
+    factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    def choice(self, choice: LayerChoice, site: Site) -> LayerChoice:
+        """The choice with its latencies as they are expected to be inside the model."""
+        latency = {
+            phase: us * self.factors.get((phase, candidate_of(choice, site, phase)), 1.0)
+            for phase, us in choice.latency_us.items()
+        }
+        return replace(choice, latency_us=latency)
+
+    def rest_request_ms(self, calls: Mapping[str, int]) -> float:
+        """Milliseconds of a request outside the linears."""
+        return sum(calls[phase] * ms for phase, ms in self.rest_ms.items())
+
+
+def candidate_of(choice: LayerChoice, site: Site, phase: str) -> str:
+    """The candidate that does most of the layer's work in a phase."""
+    uses = [use for use in site.uses if use.phase == phase]
+    m = max(uses, key=lambda use: use.m * use.calls).m
+    return f"{choice.format}/{route_kernel(choice.route, m)}"
+
+
+def fit(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site]) -> Calibration:
+    """Fit every phase on plans whose latencies are the isolated ones."""
+    by_name = {site.name: site for site in sites}
+    proven = [plan for plan in plans if plan.plan_id in proofs]
+    phases = dict.fromkeys(use.phase for site in sites for use in site.uses)
+    rest: dict[str, float] = {}
+    factors: dict[tuple[str, str], float] = {}
+    for phase in phases:
+        isolated = [_isolated_ms(plan, by_name, phase) for plan in proven]
+        measured = [_drift_free_ms(proofs, plan.plan_id, phase) for plan in proven]
+        rest[phase], found = _fit_phase(isolated, measured)
+        factors |= {(phase, candidate): factor for candidate, factor in found.items()}
+    return Calibration(rest, factors)
+
+
+def _isolated_ms(plan: Plan, sites: Mapping[str, Site], phase: str) -> dict[str, float]:
+    """Isolated milliseconds by candidate in one run of the phase."""
+    sums: dict[str, float] = {}
+    for layer in plan.layers:
+        if phase in layer.latency_us:
+            candidate = candidate_of(layer, sites[layer.name], phase)
+            sums[candidate] = sums.get(candidate, 0.0) + layer.latency_us[phase] / 1e3
+    return sums
+
+
+def _drift_free_ms(proofs: Mapping[str, Proof], plan_id: str, phase: str) -> float:
+    """The plan's time in units of the unquantized model's, which was timed in turn with it."""
+    originals = sorted(proof.original_phase_ms[phase] for proof in proofs.values())
+    proof = proofs[plan_id]
+    return proof.phase_ms[phase] / proof.original_phase_ms[phase] * originals[len(originals) // 2]
+
+
+def _fit_phase(isolated: Sequence[Mapping[str, float]], measured: Sequence[float]) -> tuple[float, dict[str, float]]:
+    candidates = list(dict.fromkeys(name for sums in isolated for name in sums))
+    scale = float(np.median(measured))
+    rows = [[1.0, *(sums.get(name, 0.0) / scale for name in candidates)] for sums in isolated]
+    pull = [[0.0, *(_STRENGTH if i == j else 0.0 for j in range(len(candidates)))] for i in range(len(candidates))]
+    targets = [*(value / scale for value in measured), *([_STRENGTH] * len(candidates))]
+    bounds = ([0.0, *([_LOWEST] * len(candidates))], [np.inf, *([_HIGHEST] * len(candidates))])
+    solution = lsq_linear(np.asarray([*rows, *pull]), np.asarray(targets), bounds=bounds).x
+    return float(solution[0]) * scale, {name: float(x) for name, x in zip(candidates, solution[1:], strict=True)}

@@ -1,0 +1,187 @@
+"""The weight that a plan puts into a model."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoquant.candidates import formats, get_format
+from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
+from autoquant.candidates.routed import RoutedWeight
+from autoquant.errors import CandidateError
+from autoquant.records import LinearShape, RouteStep
+
+SHAPE = LinearShape(n=64, k=128, bias=True, dtype="bfloat16")
+FORMATS = [
+    fmt.id for fmt in formats().values() if fmt.unsupported_reason(fmt.kernels[0], SHAPE, 4, "cpu") is None
+]
+
+
+def routed(format_id, *, seed=0):
+    """A weight that uses the format's first kernel up to 4 rows and its last beyond."""
+    fmt = get_format(format_id)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    route = (RouteStep(upper_m=4, kernel=fmt.kernels[0].id), RouteStep(upper_m=None, kernel=fmt.kernels[-1].id))
+    return RoutedWeight.wrap(fmt.store(weight), format_id, route, torch.bfloat16)
+
+
+def spy_weight(upper=4):
+    route = (RouteStep(upper_m=upper, kernel="few"), RouteStep(upper_m=None, kernel="many"))
+    return RoutedWeight.wrap(torch.eye(8), "spy/plain", route, torch.float32)
+
+
+def bits(tensor):
+    return [part.contiguous().view(torch.uint8).clone() for part in flatten_tensor(tensor)[0]]
+
+
+def assert_same(weight, other):
+    assert type(other) is RoutedWeight or isinstance(other, nn.Parameter)
+    assert (other.shape, other.dtype) == (weight.shape, weight.dtype)
+    assert (other.format_id, other.route, other.compute_dtype) == (
+        weight.format_id,
+        weight.route,
+        weight.compute_dtype,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(bits(weight), bits(other), strict=True))
+    assert type(other.stored) is type(weight.stored)
+    for m in (2, 9):
+        x = torch.randn(m, 128, generator=torch.Generator().manual_seed(m)).bfloat16()
+        assert torch.equal(F.linear(x, weight), F.linear(x, other))
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [((1,), "few"), ((4,), "few"), ((5,), "many"), ((2, 2), "few"), ((2, 3), "many"), ((), "few")]
+)
+def test_the_kernel_is_picked_by_the_rows_of_the_activation(spy, rows, kernel):
+    _, calls = spy
+    x = torch.randn(*rows, 8)
+    y = F.linear(x, spy_weight())
+    assert calls == [kernel]
+    torch.testing.assert_close(y, x * (1 if kernel == "few" else 2))
+
+
+def test_the_bias_reaches_the_kernel(spy):
+    x, bias = torch.randn(3, 8), torch.randn(8)
+    weight = spy_weight()
+    torch.testing.assert_close(F.linear(x, weight, bias), x + bias)
+    torch.testing.assert_close(F.linear(x, weight, bias=bias), x + bias)
+
+
+def test_a_linear_called_by_keywords_is_routed_too(spy):
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(F.linear(x, weight=spy_weight()), x)
+    torch.testing.assert_close(F.linear(input=x, weight=spy_weight(), bias=None), x)
+
+
+def test_the_aten_operator_is_routed_too(spy):
+    _, calls = spy
+    torch.ops.aten.linear.default(torch.randn(9, 8), spy_weight())
+    assert calls == ["many"]
+
+
+def test_compiled_code_holds_the_kernel_of_its_own_rows(spy):
+    torch._dynamo.reset()
+    module = nn.Linear(8, 8, bias=False)
+    module.weight = nn.Parameter(spy_weight(), requires_grad=False)
+    compiled = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")
+    few, many = torch.randn(4, 8), torch.randn(5, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(few), few)
+            torch.testing.assert_close(compiled(many), 2 * many)
+
+
+def test_a_kernel_that_the_format_lacks_is_an_error(spy):
+    weight = RoutedWeight.wrap(torch.eye(8), "spy/plain", (RouteStep(upper_m=None, kernel="none"),), torch.float32)
+    with pytest.raises(CandidateError, match="no kernel 'none'"):
+        F.linear(torch.randn(1, 8), weight)
+
+
+def test_a_routed_weight_shows_the_models_dtype_and_no_gradient():
+    weight = routed("float16/plain")
+    assert (weight.dtype, weight.stored.dtype, weight.requires_grad) == (torch.bfloat16, torch.float16, False)
+    assert weight.shape == (64, 128) and weight.device.type == "cpu"
+
+
+def test_a_routed_weight_gives_back_its_route_and_its_numbers():
+    weight = routed("int8-row/plain")
+    kernels = [kernel.id for kernel in get_format("int8-row/plain").kernels]
+    assert weight.steps() == (RouteStep(upper_m=4, kernel=kernels[0]), RouteStep(upper_m=None, kernel=kernels[-1]))
+    assert torch.equal(weight.dequantize(), get_format("int8-row/plain").dequantize(weight.stored))
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_a_routed_weight_is_saved_and_loaded_without_pickled_code(format_id):
+    weight = routed(format_id)
+    file = io.BytesIO()
+    torch.save({"weight": nn.Parameter(weight, requires_grad=False)}, file)
+    file.seek(0)
+    assert_same(weight, torch.load(file, weights_only=True)["weight"])
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_a_routed_weight_is_assigned_to_a_model_without_memory(format_id):
+    weight = routed(format_id)
+    bias = torch.randn(64).bfloat16()
+    with torch.device("meta"):
+        module = nn.Linear(128, 64, dtype=torch.bfloat16)
+    module.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    assert_same(weight, module.weight)
+    x = torch.randn(9, 128).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(module(x), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_a_routed_weight_is_copied_with_its_model(format_id):
+    module = nn.Linear(128, 64, bias=False)
+    module.weight = nn.Parameter(routed(format_id), requires_grad=False)
+    copied = copy.deepcopy(module)
+    assert_same(module.weight, copied.weight)
+    for part, other in zip(flatten_tensor(module.weight)[0], flatten_tensor(copied.weight)[0], strict=True):
+        assert part.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_detaching_shares_the_memory_and_cloning_does_not(format_id):
+    weight = routed(format_id)
+    detached, cloned = weight.detach(), weight.clone()
+    assert_same(weight, detached)
+    assert_same(weight, cloned)
+    for part, same, other in zip(*(flatten_tensor(t)[0] for t in (weight, detached, cloned)), strict=True):
+        assert part.data_ptr() == same.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_a_routed_weight_is_taken_apart_into_plain_tensors_and_put_together(format_id):
+    weight = routed(format_id)
+    parts, rebuild = flatten_tensor(weight)
+    assert parts and all(type(part) is torch.Tensor for part in parts)
+    assert_same(weight, unflatten_tensor(rebuild, parts))
+    other = routed(format_id, seed=1)
+    assert_same(other, unflatten_tensor(rebuild, flatten_tensor(other)[0]))
+    assert stored_bytes(weight) == stored_bytes(weight.stored) == sum(part.nbytes for part in parts)
+
+
+def test_putting_together_with_too_many_tensors_is_an_error():
+    parts, rebuild = flatten_tensor(routed("int8-row/plain"))
+    with pytest.raises(ValueError, match="3 tensors given, 2 needed"):
+        unflatten_tensor(rebuild, [*parts, parts[0]])
+
+
+def test_a_plain_tensor_is_its_only_part():
+    tensor = torch.randn(3, 5)
+    parts, rebuild = flatten_tensor(tensor)
+    assert parts == [tensor] and unflatten_tensor(rebuild, parts) is tensor
+    assert stored_bytes(tensor) == 60
+
+
+def test_the_compile_cache_tells_routes_and_formats_apart():
+    weight, other = routed("int8-row/plain"), routed("float8-row/plain")
+    rerouted = RoutedWeight(weight.stored, weight.format_id, weight.route[1:], weight.compute_dtype)
+    keys = {each._stable_hash_for_caching() for each in (weight, other, rerouted)}
+    assert len(keys) == 3
+    assert routed("int8-row/plain", seed=1)._stable_hash_for_caching() == weight._stable_hash_for_caching()

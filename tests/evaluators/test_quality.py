@@ -1,0 +1,135 @@
+"""Losses and divergences against plain formulas."""
+
+import numpy as np
+import pytest
+import torch
+from models.tiny_models import Perceptron, tiny_llama
+from torch import nn
+
+from autoquant.evaluators.quality import (
+    FunctionQuality,
+    divergence_sum,
+    next_token_logits,
+    window_loss,
+)
+
+
+def random(*size, seed=0, dtype=torch.float32, scale=3.0):
+    return (torch.randn(*size, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def plain_loss(logits, ids):
+    log_p = torch.log_softmax(logits.double(), -1)
+    tokens = ids[0].tolist()
+    return -sum(log_p[i, token].item() for i, token in enumerate(tokens[1:])) / (len(tokens) - 1)
+
+
+class Tokens(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 64)
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [2, 20, 128, 129, 300])
+def test_the_loss_of_a_window_is_the_mean_of_its_next_tokens(tokens, dtype):
+    logits = random(tokens, 64, dtype=dtype)
+    ids = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(1))
+    assert window_loss(logits, ids) == pytest.approx(plain_loss(logits, ids), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 20, 128, 129, 300])
+def test_the_divergence_is_kl_of_the_reference_from_the_model(rows, dtype, mean_divergence):
+    reference, logits = random(rows, 64, dtype=dtype), random(rows, 64, seed=1, dtype=dtype)
+    assert divergence_sum(reference, logits) == pytest.approx(mean_divergence(reference, logits) * rows, rel=1e-5)
+    assert divergence_sum(reference, logits) != pytest.approx(divergence_sum(logits, reference), rel=1e-3)
+
+
+def test_a_model_does_not_diverge_from_itself():
+    logits = random(200, 64, scale=20.0)
+    assert divergence_sum(logits, logits) == 0.0
+    assert divergence_sum(logits, logits + 3) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_logits_of_a_window_are_those_of_the_model():
+    ids = torch.tensor([[1, 5, 9, 3]])
+    module = tiny_llama(dtype=torch.float32)
+    logits = next_token_logits(module, ids)
+    assert logits.shape == (4, 64) and not logits.requires_grad
+    with torch.no_grad():
+        assert torch.equal(logits, module(ids).logits[0])
+    plain = Tokens()
+    assert torch.equal(next_token_logits(plain, ids), plain(ids)[0].detach())
+
+
+@pytest.mark.parametrize("part", ["calibration", "selection", "report"])
+def test_text_losses_are_those_of_each_window_of_the_part(quality, part):
+    module = tiny_llama()
+    windows = quality.parts.windows[part]
+    losses = quality.losses(module, part)
+    assert len(losses) == len(windows)
+    for loss, window in zip(losses, windows, strict=True):
+        ids = window.unsqueeze(0)
+        assert loss == pytest.approx(plain_loss(next_token_logits(module, ids), ids), rel=1e-5)
+    assert quality.logarithmic and quality.key == quality.parts.key
+
+
+def test_a_comparison_holds_both_losses_and_their_divergence(quality, mean_divergence):
+    module, reference = Tokens(1), Tokens(0)
+    compared = quality.compare(module, reference, "report")
+    assert compared.losses == quality.losses(module, "report")
+    assert compared.reference == quality.losses(reference, "report") != compared.losses
+    ids = quality.parts.windows["report"].flatten()
+    with torch.no_grad():
+        assert compared.kl == pytest.approx(mean_divergence(reference(ids), module(ids)), rel=1e-5)
+
+
+def test_a_model_compared_with_itself_has_lost_nothing(quality):
+    module = tiny_llama()
+    compared = quality.compare(module, module, "selection")
+    assert compared.losses == compared.reference and compared.kl == 0.0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1.0, 2, 3.5],
+        (1, 2.0, 3.5),
+        torch.tensor([1.0, 2.0, 3.5], requires_grad=True),
+        torch.tensor([[1.0], [2.0], [3.5]]),
+        [torch.tensor(1.0), torch.tensor(2.0), torch.tensor([3.5])],
+        np.array([1.0, 2.0, 3.5]),
+    ],
+    ids=["list", "tuple", "tensor", "column", "list of tensors", "array"],
+)
+def test_a_function_of_the_users_own_may_give_its_losses_in_several_ways(value):
+    losses = FunctionQuality(lambda module, part: value, "own").losses(Perceptron(), "report")
+    assert losses == (1.0, 2.0, 3.5) and all(type(loss) is float for loss in losses)
+
+
+@pytest.mark.parametrize("value", [2.5, torch.tensor(2.5), np.float32(2.5)])
+def test_a_function_of_the_users_own_may_give_one_loss(value):
+    assert FunctionQuality(lambda module, part: value, "own").losses(Perceptron(), "report") == (2.5,)
+
+
+def test_a_function_of_the_users_own_compares_the_two_models_on_the_part():
+    calls = []
+
+    def function(module, part):
+        calls.append((module, part, torch.is_grad_enabled()))
+        return [module.up.weight.sum(), 1.0]
+
+    module, reference = Perceptron(), Perceptron()
+    quality = FunctionQuality(function, "own-1")
+    compared = quality.compare(module, reference, "selection")
+    assert [call[:2] for call in calls] == [(module, "selection"), (reference, "selection")]
+    assert not any(call[2] for call in calls)
+    assert compared.losses[0] == pytest.approx(module.up.weight.sum().item())
+    assert compared.reference[0] == pytest.approx(reference.up.weight.sum().item())
+    assert (compared.kl, quality.logarithmic, quality.key) == (None, False, "own-1")

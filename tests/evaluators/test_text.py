@@ -1,0 +1,159 @@
+"""Splitting text into parts."""
+
+import pytest
+import torch
+from models.tiny_models import tiny_tokenizer
+
+from autoquant.errors import TextError
+from autoquant.evaluators import text
+from autoquant.evaluators.text import PARTS, TextParts, deal, read_text
+
+WINDOW = 8
+
+
+class Numbers:
+    """Each word is a number, which is its token."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, words, *, add_special_tokens, verbose):
+        assert not add_special_tokens and not verbose
+        self.calls += 1
+        return {"input_ids": [int(word) for word in words.split()]}
+
+
+@pytest.fixture
+def numbers_file(tmp_path):
+    def write(windows, *, spare=0):
+        path = tmp_path / "numbers.txt"
+        count = windows * WINDOW + spare
+        path.write_text("".join(f"{i}{chr(10) if i % 5 == 4 else ' '}" for i in range(count)))
+        return path
+
+    return write
+
+
+def read(path, **rest):
+    return read_text(path, Numbers(), max_positions=WINDOW, **rest)
+
+
+def counts(parts):
+    return tuple(len(parts.windows[part]) for part in PARTS)
+
+
+@pytest.mark.parametrize("windows", [15, 16, 23, 30, 59, 60, 75])
+def test_parts_are_disjoint_whole_windows_of_the_text(numbers_file, windows):
+    parts = read(numbers_file(windows, spare=WINDOW - 1))
+    seen = torch.cat([parts.windows[part] for part in PARTS])
+    starts = sorted(seen[:, 0].tolist())
+    assert starts == [i * WINDOW for i in range(min(windows, 60))]  # each window once, the first of the text
+    assert torch.equal(seen, seen[:, :1] + torch.arange(WINDOW)) and seen.dtype == torch.int64
+    for part in PARTS:
+        assert parts.windows[part][:, 0].tolist() == sorted(parts.windows[part][:, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"), [(200, (4, 24, 32)), (60, (4, 24, 32)), (30, (2, 12, 16)), (45, (3, 18, 24)), (15, (1, 6, 8))]
+)
+def test_a_shorter_text_gives_each_part_its_share(numbers_file, windows, expected):
+    assert counts(read(numbers_file(windows))) == expected
+
+
+@pytest.mark.parametrize("windows", range(15, 61))
+def test_every_window_up_to_the_wanted_ones_is_used(numbers_file, windows):
+    found = counts(read(numbers_file(windows)))
+    assert sum(found) == windows and all(a >= b for a, b in zip(found, (1, 6, 8), strict=True))
+
+
+def test_every_part_is_spread_over_the_text(numbers_file):
+    parts = read(numbers_file(60))
+    for part, most in (("calibration", 16), ("selection", 4), ("report", 3)):
+        starts = [start // WINDOW for start in parts.windows[part][:, 0].tolist()]
+        gaps = [b - a for a, b in zip([-1, *starts], [*starts, 60], strict=True)]
+        assert max(gaps) <= most
+
+
+def test_the_same_text_gives_the_same_parts_and_key(numbers_file):
+    path = numbers_file(20)
+    first, second = read(path), read(path)
+    assert all(torch.equal(first.windows[part], second.windows[part]) for part in PARTS)
+    assert first.key == second.key
+
+
+def test_the_key_depends_on_every_token_and_on_the_parts(numbers_file):
+    parts = read(numbers_file(20))
+    changed = {part: windows.clone() for part, windows in parts.windows.items()}
+    changed["report"][-1, -1] += 1
+    swapped = dict(parts.windows) | {
+        "selection": parts.windows["report"][:6],
+        "report": torch.cat((parts.windows["selection"], parts.windows["report"][6:])),
+    }
+    keys = {parts.key, TextParts(changed).key, TextParts(swapped).key, read(numbers_file(19)).key}
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize(("windows", "spare"), [(0, 0), (14, WINDOW - 1)])
+def test_a_text_too_short_for_the_parts_says_what_is_needed(numbers_file, windows, spare):
+    path = numbers_file(windows, spare=spare)
+    with pytest.raises(TextError, match=rf"gives {windows * WINDOW + spare} tokens; at least {15 * WINDOW}") as refused:
+        read(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(("positions", "window"), [(None, 512), (4096, 512), (8, 8)])
+def test_windows_are_as_long_as_the_model_takes_up_to_512(numbers_file, positions, window):
+    parts = read_text(numbers_file(15 * 512 // WINDOW), Numbers(), max_positions=positions)
+    assert parts.windows["report"].shape[1] == window
+
+
+def test_a_text_is_tokenized_in_pieces_that_end_at_lines(numbers_file, monkeypatch):
+    path = numbers_file(20)
+    whole = read(path)
+    monkeypatch.setattr(text, "_READ_CHARACTERS", 7)
+    tokenizer = Numbers()
+    pieces = read_text(path, tokenizer, max_positions=WINDOW)
+    assert tokenizer.calls > 10 and pieces.key == whole.key
+
+
+def test_no_more_of_a_long_text_is_read_than_is_needed(numbers_file, monkeypatch):
+    monkeypatch.setattr(text, "_READ_CHARACTERS", 1000)
+    tokenizer = Numbers()
+    read_text(numbers_file(1000), tokenizer, max_positions=WINDOW)
+    assert tokenizer.calls < 4
+
+
+def test_a_real_tokenizer_adds_no_special_tokens(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"w{i % 60}" for i in range(15 * WINDOW)))
+    parts = read_text(path, tiny_tokenizer(), max_positions=WINDOW)
+    assert counts(parts) == (1, 6, 8)
+    assert sorted(torch.cat([parts.windows[p] for p in PARTS]).flatten().tolist()) == sorted(
+        i % 60 for i in range(15 * WINDOW)
+    )
+
+
+@pytest.mark.parametrize("position", [0, 100, 50_000])
+def test_bytes_that_are_no_text_are_refused_where_they_are(tmp_path, position):
+    path = tmp_path / "binary.txt"
+    path.write_bytes(b"1 " * (position // 2) + b"\xff" + b" 1" * 40_000)
+    with pytest.raises(TextError, match="is not UTF-8 text") as refused:
+        read_text(path, Numbers())
+    assert str(refused.value).endswith(f"at byte {position})")
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path):
+    with pytest.raises(TextError, match=r"cannot read .*none.txt: No such file"):
+        read_text(tmp_path / "none.txt", Numbers())
+    with pytest.raises(TextError, match="cannot read"):
+        read_text(tmp_path, Numbers())
+
+
+def test_dealing_gives_each_part_its_count_and_spreads_it():
+    dealt = deal({"calibration": 1, "selection": 2, "report": 4})
+    assert dealt == ["report", "selection", "report", "calibration", "report", "selection", "report"]
+
+
+def test_dealing_starts_with_the_part_that_has_the_largest_share():
+    assert deal({"calibration": 0, "selection": 0, "report": 2}) == ["report", "report"]
+    assert deal({"calibration": 0, "selection": 0, "report": 0}) == []

@@ -1,0 +1,34 @@
+"""Recording a small module, and a machine that is never busy with anything else."""
+
+from __future__ import annotations
+
+import pytest
+
+from autoquant.profiler import timing
+from autoquant.profiler.phases import make_phases
+from autoquant.profiler.record import record
+from autoquant.records import Workload
+
+
+@pytest.fixture
+def recorded():
+    """Record one forward pass of a module with these inputs."""
+
+    def run(module, *inputs):
+        phases = make_phases(module.eval(), "module", Workload.single(), device="cpu", sample_inputs=inputs)
+        return record(module, phases)
+
+    return run
+
+
+@pytest.fixture
+def other_load(monkeypatch):
+    """The shares of the machine that others use in the comparisons to come; the last one stays. 0 unless set."""
+    shares = [0.0]
+
+    class Watch:
+        def share(self):
+            return shares.pop(0) if len(shares) > 1 else shares[0]
+
+    monkeypatch.setattr(timing, "OtherLoad", Watch)
+    return shares

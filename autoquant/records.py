@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -67,9 +68,11 @@ class Workload:
         counts: dict[str, int] = {}
         for part in text.split(","):
             name, _, number = part.strip().partition("=")
-            if name not in ("prefill", "decode") or name in counts or not number.isdigit() or int(number) < 1:
+            if name not in ("prefill", "decode") or name in counts or not re.fullmatch("[0-9]{1,9}", number):
                 raise WorkloadError(advice)
             counts[name] = int(number)
+        if not all(counts.values()):
+            raise WorkloadError(advice)
         phases = []
         if "prefill" in counts:
             phases.append(Phase(name="prefill", tokens=counts["prefill"], calls=1))

@@ -1,6 +1,6 @@
 """Time a saved, quantized model against the unquantized one: both compiled the same way, in turn, one request after another.
 
-    python demo/compare.py QUANTIZED_FOLDER [--model ORIGINAL_FOLDER] [--workload prefill=128,decode=128]
+python demo/compare.py QUANTIZED_FOLDER [--model ORIGINAL_FOLDER] [--workload prefill=128,decode=128]
 """
 
 from __future__ import annotations

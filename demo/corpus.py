@@ -165,9 +165,7 @@ def join(texts: Iterable[str]) -> str:
 
 def main() -> None:
     """Write the texts that the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for part in reversed(PARTS):
         parser.add_argument(f"--{part}", type=Path, metavar="FILE", help=f"write the {part} text here")
     parser.add_argument("--max-characters", type=int, metavar="N", help="limit the length of each text")

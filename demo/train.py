@@ -41,9 +41,7 @@ WARM_UP = 0.03
 class Recipe:
     """What decides the result of a training run, apart from the text and the machine."""
 
-    seconds: float = field(
-        default=110.0, metadata={"help": "how long to train, without compilation and checks"}
-    )
+    seconds: float = field(default=110.0, metadata={"help": "how long to train, without compilation and checks"})
     hidden: int = field(default=512, metadata={"help": "width of the residual stream"})
     layers: int = field(default=4, metadata={"help": "number of decoder layers"})
     intermediate: int = field(default=1408, metadata={"help": "width of the feed-forward layers"})
@@ -310,9 +308,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line: the recipe's fields, and where things are."""
     folder = Path(__file__).resolve().parent / "model"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for entry in fields(Recipe):
         option = "--" + entry.name.replace("_", "-")
         about = f"{entry.metadata['help']} ({entry.default})"

@@ -35,7 +35,11 @@ from autoquant.records import (
 )
 
 SHAPE = LinearShape(n=64, k=32, bias=True, dtype="bfloat16")
-ROUTE = (RouteStep(upper_m=4, kernel="packed"), RouteStep(upper_m=64, kernel="wide"), RouteStep(upper_m=None, kernel="mm"))
+ROUTE = (
+    RouteStep(upper_m=4, kernel="packed"),
+    RouteStep(upper_m=64, kernel="wide"),
+    RouteStep(upper_m=None, kernel="mm"),
+)
 LAYER = LayerChoice(
     name="blocks.0.up",
     shape=SHAPE,

@@ -12,9 +12,11 @@ from autoquant.candidates.base import A16, Format, Kernel
 
 
 def _quantize(weight: torch.Tensor) -> torch.Tensor:
-    return cast(
-        torch.Tensor, Float8Tensor.from_hp(weight.detach(), float8_dtype=torch.float8_e4m3fn, granularity=PerRow())
-    )
+    stored = Float8Tensor.from_hp(weight.detach(), float8_dtype=torch.float8_e4m3fn, granularity=PerRow())
+    empty = stored.scale.flatten() == 0  # rows of zeros, which torchao divides by zero
+    stored.scale[empty] = 1
+    stored.qdata.view(torch.uint8)[empty] = 0
+    return cast(torch.Tensor, stored)
 
 
 def _dequantize(stored: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def _dequantize(stored: torch.Tensor) -> torch.Tensor:
 def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stored = cast(Int4OpaqueTensor, weight)
     y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.reshape(-1, x.shape[-1]), stored.qdata, stored.block_size[1], stored.scale_and_zero
+        x.reshape(-1, x.shape[-1]).contiguous(), stored.qdata, stored.block_size[1], stored.scale_and_zero
     )
     y = y.reshape(*x.shape[:-1], stored.shape[0])
     return y if bias is None else y + bias

@@ -52,7 +52,7 @@ def _torchao_dynamic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     values, scale = _parts(weight)
-    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), values, scale.reshape(-1))
+    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), values, scale.reshape(-1))
     y = y.reshape(*x.shape[:-1], values.shape[0])
     return y if bias is None else y + bias
 
@@ -73,9 +73,14 @@ def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 def _packed_mm_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
     if device_type != "cpu":
         return "_weight_int8pack_mm is a CPU kernel here"
-    if shape.n % 4:
-        return f"_weight_int8pack_mm needs n divisible by 4, not {shape.n}"
+    if shape.n % 4 or shape.k % 16:  # other shapes crash or give garbage in 16-bit floats
+        return f"_weight_int8pack_mm needs n divisible by 4 and k by 16, not {shape.n}x{shape.k}"
     return None
+
+
+def _weight_only_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    """On a CPU the compiler turns torchao's product into `_weight_int8pack_mm`."""
+    return _packed_mm_unsupported(shape, m, device_type) if device_type == "cpu" else None
 
 
 def _int_mm_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
@@ -97,6 +102,7 @@ FORMATS = (
                 id="weight-only",
                 numerics=A16,
                 linear=_torchao_weight_only,
+                unsupported=_weight_only_unsupported,
                 description="torchao's int8 weight-only product",
             ),
             Kernel(

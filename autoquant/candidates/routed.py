@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
 
+from autoquant.candidates.calls import linear_arguments
 from autoquant.candidates.registry import get_format
 from autoquant.records import Route, RouteStep, content_key
 
@@ -72,8 +73,9 @@ def _kernel_id(route: RouteAttribute, m: int) -> str:
 @RoutedWeight.implements([torch.ops.aten.linear.default])  # type: ignore[untyped-decorator]
 @RoutedWeight.implements_torch_function([F.linear, torch.ops.aten.linear.default])  # type: ignore[untyped-decorator]
 def _linear(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    x, weight = args[0], args[1]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    x, weight, bias = linear_arguments(args, kwargs)
+    if not isinstance(weight, RoutedWeight):
+        raise TypeError("a routed weight can only be the weight of a linear")
     m = x.numel() // x.shape[-1]
     kernel = get_kernel_function(weight.format_id, _kernel_id(weight.route, m))
     return cast(torch.Tensor, kernel(x, weight.stored, bias))

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-LINEAR_FUNCTIONS = (F.linear, torch.ops.aten.linear.default)
+from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 
 
 class EmulatedLinear(TorchFunctionMode):
@@ -32,8 +31,10 @@ class EmulatedLinear(TorchFunctionMode):
         self._rounding = rounding
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in LINEAR_FUNCTIONS and args[1] is self._parameter:
-            args = (self._rounding(args[0]), self._weight, *args[2:])
+        if func in LINEAR_FUNCTIONS:
+            x, weight, bias = linear_arguments(args, kwargs)
+            if weight is self._parameter:
+                return func(self._rounding(x), self._weight, bias)
         return func(*args, **(kwargs or {}))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
-from autoquant.evaluators.emulate import LINEAR_FUNCTIONS
+from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 
 
 class BlockChain:
@@ -45,7 +46,9 @@ class BlockChain:
     @contextmanager
     def capture(self, outputs: list[Any]) -> Iterator[None]:
         """Collect every block's output, in order, during one forward pass."""
-        handles = [block.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for block in self.blocks]
+        handles = [
+            block.register_forward_hook(lambda _m, _a, output: outputs.append(_copied(output))) for block in self.blocks
+        ]
         try:
             yield
         finally:
@@ -54,15 +57,18 @@ class BlockChain:
 
     @contextmanager
     def starting_at(self, index: int, outputs: list[Any]) -> Iterator[None]:
-        """Skip the blocks before `index`: they give back what `outputs` holds of the last of them."""
+        """Skip the blocks before `index`: they give back what `outputs` holds of them."""
         skipped = self.blocks[:index]
-        for block in skipped:
-            block.forward = _Replay(outputs[index - 1])
+        own = [vars(block).get("forward") for block in skipped]
+        for block, output in zip(skipped, outputs[:index], strict=True):
+            block.forward = _Replay(output)
         try:
             yield
         finally:
-            for block in skipped:
+            for block, forward in zip(skipped, own, strict=True):
                 del block.forward
+                if forward is not None:
+                    block.forward = forward
 
 
 class _Replay:
@@ -72,7 +78,12 @@ class _Replay:
         self._output = output
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self._output
+        return _copied(self._output)
+
+
+def _copied(output: Any) -> Any:
+    """`output` with tensors of its own: what follows a block may work in place."""
+    return tree_map_only(torch.Tensor, torch.clone, output)
 
 
 class _Watch(TorchFunctionMode):
@@ -89,7 +100,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LINEAR_FUNCTIONS:
             # A block that has started and not ended must run again; one that has ended need not.
-            self.starts.setdefault(id(args[1]), len(self._outputs))
+            self.starts.setdefault(id(linear_arguments(args, kwargs)[1]), len(self._outputs))
         return func(*args, **(kwargs or {}))
 
     @contextmanager

@@ -98,8 +98,8 @@ class FunctionQuality:
         """What the function returns, as floats."""
         with torch.no_grad():
             value = self._function(module, part)
-        if isinstance(value, torch.Tensor):
-            value = value.detach().flatten().tolist()
+        if hasattr(value, "tolist"):  # a tensor or an array
+            value = value.reshape(-1).tolist()
         samples: Sequence[Any] = value if isinstance(value, Sequence) else [value]
         return tuple(float(sample) for sample in samples)
 

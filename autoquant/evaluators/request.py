@@ -51,9 +51,12 @@ def warm_up(phases: Phases) -> None:
             phases.reset(phase.name)
             expected = phases.run_eager(phase.name).float()
             phases.reset(phase.name)
-            error = ((phases.run(phase.name).float() - expected).norm() / expected.norm()).item()
+            difference = (phases.run(phase.name).float() - expected).norm()
+            error = (difference / expected.norm().clamp(min=1e-30)).item()
             if not error <= _MAX_RELATIVE_ERROR:  # NaN counts as wrong
-                raise WrongResultError(f"compiled {phase.name} is off by {error:.2g} (relative) from the same plan run eagerly")
+                raise WrongResultError(
+                    f"compiled {phase.name} is off by {error:.2g} (relative) from the same plan run eagerly"
+                )
             for _ in range(_WARM_UP_CALLS):
                 phases.reset(phase.name)
                 phases.run(phase.name)

@@ -72,10 +72,18 @@ def _tokens(path: Path, tokenizer: Any, wanted: int) -> list[int]:
                 text += file.readline()
                 tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise TextError(f"{path} is not UTF-8 text ({_first_bad_byte(path)})") from error
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
     return tokens
+
+
+def _first_bad_byte(path: Path) -> str:
+    try:
+        path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"{error.reason} at byte {error.start}"
+    return "changed while it was read"
 
 
 def _counts(available: int) -> dict[Part, int]:

@@ -53,6 +53,8 @@ def make_phases(
         WorkloadError: The workload does not fit the model.
     """
     tokens = sum(p.tokens * (1 if p.name == "prefill" else p.calls) for p in workload.phases)
+    if all(phase.name == "decode" for phase in workload.phases):
+        tokens += 1  # decoding alone starts behind a prompt of one token
     if max_positions is not None and tokens > max_positions:
         raise WorkloadError(
             f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens"

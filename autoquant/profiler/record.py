@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.profiler.phases import Phases
 from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped
 
-_LINEAR = (F.linear, torch.ops.aten.linear.default)
+_READING_ATTRIBUTES = ("T", "mT", "H", "mH", "data")
 _MIN_LISTED_SHARE = 1e-4
 _KEPT = "shares a linear's weight; stays unquantized beside it when the linear is quantized"
 
@@ -51,34 +51,32 @@ class _LinearWatcher(TorchFunctionMode):
         self.parameters = parameters
         self.phase = ""
         self.seen: dict[int, _Seen] = {}
-        self.others: dict[int, set[str]] = {}
+        self.others: dict[int, dict[str, set[str]]] = {}
         self.computed_weights: dict[str, int] = {}
-        self.linear_flops: dict[str, int] = {}
         self._owner = owner
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _LINEAR:
-            self._linear(*args, **kwargs)
-        elif getattr(func, "__name__", "") != "__get__":
+        if func in LINEAR_FUNCTIONS:
+            self._linear(*linear_arguments(args, kwargs))
+        elif (name := _use(func)) is not None:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, torch.Tensor) and id(value) in self.parameters:
-                    self.others.setdefault(id(value), set()).add(getattr(func, "__name__", str(func)))
+                    self.others.setdefault(id(value), {}).setdefault(name, set()).add(self._owner[-1])
         return func(*args, **kwargs)
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         n, k = weight.shape if weight.ndim == 2 else (1, weight.shape[-1])
         m = x.numel() // x.shape[-1]
         if id(weight) not in self.parameters or weight.ndim != 2:
-            self.computed_weights[self._owner[-1]] = n * k
+            self.computed_weights[self._owner[-1] or "(the model itself)"] = n * k
             return
         shape = LinearShape(n=n, k=k, bias=bias is not None, dtype=str(weight.dtype).removeprefix("torch."))
         seen = self.seen.setdefault(id(weight), _Seen(shape, len(self.seen)))
         seen.owners.add(self._owner[-1])
         seen.uses[(self.phase, m)] = seen.uses.get((self.phase, m), 0) + 1
         seen.group = self._group(x, seen.first)
-        self.linear_flops[self.phase] = self.linear_flops.get(self.phase, 0) + 2 * m * n * k
 
     def _group(self, x: torch.Tensor, first: int) -> int:
         known = self._inputs.get(id(x))
@@ -138,8 +136,7 @@ def record(module: nn.Module, phases: Phases) -> Recording:
         skipped=skipped,
         weights_share=sum(site.shape.n * site.shape.k for site in sites) / max(total, 1),
         flops_share={
-            phase: min(1.0, watcher.linear_flops.get(phase, 0) / count) if count else 0.0
-            for phase, count in flops.items()
+            phase: min(1.0, _linear_flops(sites, phase) / count) if count else 0.0 for phase, count in flops.items()
         },
         parameter_bytes=sum(parameter.nbytes for parameter in by_id.values()),
     )
@@ -149,7 +146,9 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
     sites: list[tuple[int, Site]] = []
     for identity, seen in watcher.seen.items():
         names = watcher.parameters[identity]
-        replaced = [name for name in names if identity not in watcher.others or _owner(name) in seen.owners]
+        others = watcher.others.get(identity, {})
+        elsewhere = set().union(*others.values())
+        replaced = [name for name in names if not others or _owner(name) in seen.owners - elsewhere]
         if not replaced:
             continue
         uses = tuple(SiteUse(phase=phase, m=m, calls=calls) for (phase, m), calls in seen.uses.items())
@@ -169,6 +168,21 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
             siblings=tuple(groups[group]),
         )
         for group, site in sites
+    )
+
+
+def _use(func: Any) -> str | None:
+    """What a function does with a parameter, or None for looking at its shape and the like."""
+    name = str(getattr(func, "__name__", func))
+    if name == "__get__":
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return attribute if attribute in _READING_ATTRIBUTES else None
+    return name
+
+
+def _linear_flops(sites: tuple[Site, ...], phase: str) -> int:
+    return sum(
+        2 * use.m * use.calls * site.shape.n * site.shape.k for site in sites for use in site.uses if use.phase == phase
     )
 
 

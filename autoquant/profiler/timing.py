@@ -191,7 +191,9 @@ def _prepare(
     """Trace, compile, check and warm up one candidate."""
     stored = fmt.store(weight)
     parts, rebuild = flatten_tensor(stored)
-    unroll = len(inputs)
+    copies = arena.views(parts)
+    unroll = min(len(inputs), len(copies))
+    inputs = inputs[:unroll]
     biases = [] if bias is None else [bias]
 
     def graph(args: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -200,22 +202,21 @@ def _prepare(
         weights = [unflatten_tensor(rebuild, rest[i * len(parts) : (i + 1) * len(parts)]) for i in range(unroll)]
         return [-kernel.linear(-x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
 
-    real = [*inputs, *biases, *(parts * unroll)]
+    groups = [
+        [*inputs, *biases, *(part for i in range(unroll) for part in copies[(start + i) % len(copies)])]
+        for start in range(0, len(copies), unroll)
+    ]
     with torch.no_grad():
-        traced: Any = make_fx(graph)(real)
-        run: Callable[[list[torch.Tensor]], Any] = _compile(traced, real) if compiled else traced
-        outputs = run(real)
+        # Traced on distinct tensors: one that came twice would be read once.
+        traced: Any = make_fx(graph)(groups[0])
+        run: Callable[[list[torch.Tensor]], Any] = _compile(traced, groups[0]) if compiled else traced
+        outputs = run([*inputs, *biases, *(parts * unroll)])
         reference = -F.linear(
             ACTIVATION_ROUNDING[kernel.numerics](-inputs[0].float()),
             fmt.dequantize(stored).float(),
             None if bias is None else bias.float(),
         )
         error = ((outputs[0].float() - reference).norm() / reference.norm()).item()
-    copies = arena.views(parts)
-    groups = [
-        [*inputs, *biases, *(part for i in range(unroll) for part in copies[(start + i) % len(copies)])]
-        for start in range(0, len(copies), unroll)
-    ]
 
     def call(position: int) -> object:
         with torch.no_grad():
@@ -235,6 +236,8 @@ def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.T
 def _race_undisturbed(entrants: list[_Entrant], device: str) -> float:
     """Race, again while the machine is busy with something else; returns the others' share of it in the race that counts."""
     share = 0.0
+    if not entrants:
+        return share
     for attempt in range(_ATTEMPTS):
         for entrant in entrants:
             entrant.samples_us.clear()
@@ -249,6 +252,8 @@ def _race_undisturbed(entrants: list[_Entrant], device: str) -> float:
 
 def _race(entrants: list[_Entrant], device: str) -> None:
     """Time the entrants in turn until the leaders are told apart or rounds run out."""
+    if not entrants:
+        return
     for entrant in entrants:
         entrant.sample(device)  # warm-up, and an estimate of how many calls make a sample
         seconds = entrant.samples_us.pop() * entrant.unroll / 1e6

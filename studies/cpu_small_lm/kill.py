@@ -32,7 +32,9 @@ def counts(database: Path) -> dict[str, int]:
 def timing_rows(database: Path) -> dict[tuple[object, ...], tuple[object, ...]]:
     """Every timing by what it is of, with its identity (row, when): a timing made again would show another one."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
-        rows = connection.execute("SELECT device_key, protocol, n, k, m, format, kernel, id, created FROM timing").fetchall()
+        rows = connection.execute(
+            "SELECT device_key, protocol, n, k, m, format, kernel, id, created FROM timing"
+        ).fetchall()
     return {row[:7]: row[7:] for row in rows}
 
 

@@ -1,7 +1,7 @@
 """Peak memory of a search, against the model's size and what torch, transformers and the compiler take by themselves.
 
-    python memory.py -- autoquant search MODEL ...     runs the command and prints its largest process's peak in MiB
-    python memory.py --baseline                        the same for a process that compiles and runs a model of 0.1 MB
+python memory.py -- autoquant search MODEL ...     runs the command and prints its largest process's peak in MiB
+python memory.py --baseline                        the same for a process that compiles and runs a model of 0.1 MB
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_a_routed_linear_is_compiled(name):
         ("int4-g64/cpu-packed", (64, 96), 1, "cpu", "k=96 is not divisible by the group size 64"),
         ("int4-g32/cpu-packed", (80, 64), 1, "cpu", "n=80 is not divisible by"),
         ("int4-g32/cpu-packed", (64, 64), 1, "cuda", "for CPUs"),
-        ("int8-row/plain/int8pack-mm", (66, 64), 1, "cpu", "n divisible by 4, not 66"),
+        ("int8-row/plain/int8pack-mm", (66, 64), 1, "cpu", "n divisible by 4 and k by 16, not 66"),
         ("int8-row/plain/int8pack-mm", (64, 100), 1, "cpu", "100"),  # reads beyond the end, and may crash
         ("int8-row/plain/int8pack-mm", (64, 8), 1, "cpu", "8"),
         ("int8-row/plain/int8pack-mm", (64, 64), 1, "cuda", "CPU kernel"),

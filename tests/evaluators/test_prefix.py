@@ -34,6 +34,37 @@ class Tuple(Block):
         return (super().forward(x), None)
 
 
+def in_order(blocks, x):
+    for block in blocks:
+        x = block(x)
+        x = x[0] if isinstance(x, tuple) else x
+    return x
+
+
+def something_between(blocks, x):
+    for block in blocks:
+        x = block(x) * 2
+    return x
+
+
+def all_outputs_read(blocks, x):
+    outputs = [x]
+    for block in blocks:
+        outputs.append(block(outputs[-1]))
+    return sum(outputs)
+
+
+WAYS = {
+    "in order": in_order,
+    "each on the embedding": lambda blocks, x: sum(block(x) for block in blocks),
+    "backwards": lambda blocks, x: in_order(reversed(blocks), x),
+    "twice": lambda blocks, x: in_order([*blocks, *blocks], x),
+    "something between": something_between,
+    "one left out": lambda blocks, x: in_order(blocks[:-1], x),
+    "all outputs read": all_outputs_read,
+}
+
+
 class Stack(nn.Module):
     """Token ids to logits through blocks, run by `way`."""
 
@@ -43,35 +74,10 @@ class Stack(nn.Module):
         self.embedding = nn.Embedding(16, 8)
         self.blocks = nn.ModuleList(block() for _ in range(count))
         self.head = nn.Linear(8, 16)
-        self.way = way
+        self.way = WAYS[way]
 
     def forward(self, ids):
-        x = self.embedding(ids)
-        if self.way == "each on the embedding":
-            return self.head(sum(block(x) for block in self.blocks))
-        if self.way == "backwards":
-            for block in reversed(self.blocks):
-                x = block(x)
-        elif self.way == "twice":
-            for block in [*self.blocks, *self.blocks]:
-                x = block(x)
-        elif self.way == "something between":
-            for block in self.blocks:
-                x = block(x) * 2
-        elif self.way == "one left out":
-            for block in self.blocks[:-1]:
-                x = block(x)
-        elif self.way == "all outputs read":
-            outputs = []
-            for block in self.blocks:
-                x = block(x)
-                outputs.append(x)
-            x = sum(outputs)
-        else:
-            for block in self.blocks:
-                x = block(x)
-                x = x[0] if isinstance(x, tuple) else x
-        return self.head(x)
+        return self.head(self.way(self.blocks, self.embedding(ids)))
 
 
 def assert_every_start_gives_the_full_logits(module):
@@ -109,9 +115,7 @@ def test_a_list_of_blocks_in_order_is_a_chain(block):
     assert_every_start_gives_the_full_logits(module)
 
 
-@pytest.mark.parametrize(
-    "way", ["each on the embedding", "backwards", "twice", "something between", "one left out"]
-)
+@pytest.mark.parametrize("way", ["each on the embedding", "backwards", "twice", "something between", "one left out"])
 def test_a_list_of_blocks_run_in_another_way_is_no_chain(way):
     module = Stack(way)
     chain = chain_of(module)

@@ -21,7 +21,9 @@ def test_an_increase_of_log_likelihoods_is_that_of_perplexity():
     found = paired_increase([2.1, 3.2, 4.3], [2.0, 3.0, 4.0], logarithmic=True)
     half = 0.430265273 / math.sqrt(3)
     assert found.value == pytest.approx(math.exp(0.2) - 1)
-    assert found.low == pytest.approx(math.exp(0.2 - half) - 1) and found.high == pytest.approx(math.exp(0.2 + half) - 1)
+    assert found.low == pytest.approx(math.exp(0.2 - half) - 1) and found.high == pytest.approx(
+        math.exp(0.2 + half) - 1
+    )
 
 
 @pytest.mark.parametrize("count", [2, 5, 32, 100])
@@ -31,7 +33,9 @@ def test_the_interval_is_students_of_the_paired_differences(count):
     losses = reference + random.normal(0.02, 0.05, count)
     expected = stats.ttest_rel(losses, reference).confidence_interval(0.95)
     found = paired_increase(losses.tolist(), reference.tolist(), logarithmic=True)
-    assert found.low == pytest.approx(math.expm1(expected.low)) and found.high == pytest.approx(math.expm1(expected.high))
+    assert found.low == pytest.approx(math.expm1(expected.low)) and found.high == pytest.approx(
+        math.expm1(expected.high)
+    )
     found = paired_increase(losses.tolist(), reference.tolist(), logarithmic=False)
     assert found.low == pytest.approx(expected.low / reference.mean())
     assert found.high == pytest.approx(expected.high / reference.mean())

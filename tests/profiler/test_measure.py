@@ -34,6 +34,9 @@ def site(name="up", shape=SHAPE, rows=(2, 5)):
     return Site(name=name, parameters=(f"{name}.weight",), shape=shape, uses=uses)
 
 
+SITES = (site(),)
+
+
 def wrong(x, weight, bias):
     return F.linear(x, weight, bias) + 100
 
@@ -71,7 +74,7 @@ def rows(store):
         return session.scalar(select(func.count()).select_from(TimingRow))
 
 
-def campaign(store, *, sites=(site(),), candidates=BOTH, device=DEVICE, working_set=WORKING_SET, events=None):
+def campaign(store, *, sites=SITES, candidates=BOTH, device=DEVICE, working_set=WORKING_SET, events=None):
     store.put_device(device)
     return profile(
         sites,
@@ -165,9 +168,7 @@ def test_a_campaign_tells_its_progress_and_what_went_wrong(store):
     assert progress[0].what == f"{SHAPE} m=2 own/plain/right"
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert len(notices) == 2 and notices[0].startswith(f"own/plain/wrong on {SHAPE} m=2 incorrect: relative error")
-    assert events[-1] == StageFinished(
-        "profile", "4 timings (2 ok, 2 incorrect), 4 measured now, 0 from the store"
-    )
+    assert events[-1] == StageFinished("profile", "4 timings (2 ok, 2 incorrect), 4 measured now, 0 from the store")
     events.clear()
     campaign(store, events=events)
     assert events == [

@@ -163,15 +163,22 @@ def test_what_is_no_linear_is_listed_with_its_reason_and_share(recorded):
 
 @pytest.mark.parametrize("how", ["t()", "T", "mT"])
 def test_a_weight_that_is_multiplied_by_hand_is_not_called_unused(recorded, how):
-    products = {"t()": lambda self, x: x @ self.w.t(), "T": lambda self, x: x @ self.w.T, "mT": lambda self, x: x @ self.w.mT}
+    products = {
+        "t()": lambda self, x: x @ self.w.t(),
+        "T": lambda self, x: x @ self.w.T,
+        "mT": lambda self, x: x @ self.w.mT,
+    }
     recording = recorded(Net(products[how], w=bare(4, 8)), torch.randn(3, 8))
     assert recording.sites == ()
     assert reasons(recording)["w"].startswith("not used as a linear")
 
 
-def test_a_weight_that_is_also_multiplied_by_hand_is_not_a_site(recorded):
-    module = Net(lambda self, x: F.linear(x, self.w) @ self.w.T, w=bare(8, 8))
-    assert recorded(module, torch.randn(3, 8)).sites == ()
+@pytest.mark.parametrize("by_hand", [lambda x, w: x @ w, lambda x, w: x @ w.t(), lambda x, w: x @ w.T])
+def test_a_weight_that_the_same_module_also_multiplies_by_hand_is_not_a_site(recorded, by_hand):
+    module = Net(lambda self, x: by_hand(F.linear(x, self.w), self.w), w=bare(8, 8))
+    recording = recorded(module, torch.randn(3, 8))
+    assert recording.sites == ()
+    assert reasons(recording)["w"].startswith("is a linear's weight and also used by")
 
 
 def test_a_linear_on_a_computed_weight_is_listed_under_its_module(recorded):
@@ -224,6 +231,23 @@ def test_a_model_that_fails_leaves_no_hooks(recorded):
     with pytest.raises(RuntimeError):
         recorded(module, torch.randn(2, 8))
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
+
+
+def test_a_module_that_recovers_from_a_childs_error_keeps_its_name(recorded):
+    class Recovering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = nn.Linear(9, 9)
+            self.w = bare(4, 8)
+
+        def forward(self, x):
+            try:
+                return self.child(x)
+            except RuntimeError:
+                return F.linear(x, self.w + 0)
+
+    recording = recorded(Net(lambda self, x: self.inner(x), inner=Recovering()), torch.randn(3, 8))
+    assert "a linear on a computed weight" in reasons(recording)["inner"]
 
 
 def test_a_language_model_is_recorded_once_per_phase():

@@ -1,0 +1,186 @@
+"""A plan put into modules in memory: all of it or nothing, every weight checked."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import autoquant
+from autoquant.applier import module_bytes
+from autoquant.candidates import get_format
+from autoquant.candidates.routed import RoutedWeight
+from autoquant.errors import ModelError
+from autoquant.events import StageFinished, StageProgress, StageStarted
+from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
+
+ROUTE = (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm"))
+
+
+class Model(nn.Module):
+    """Two linears, of which the first shares its weight with a third, and an embedding that shares the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 64)
+        self.one = nn.Linear(64, 64)
+        self.same = nn.Linear(64, 64, bias=False)
+        self.same.weight = self.one.weight
+        self.head = nn.Linear(64, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.same(torch.relu(self.one(self.embed(ids)))))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model().to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def layer(name, parameters=None, fmt="int8-row/plain", route=ROUTE, n=64, dtype="bfloat16", bias=False):
+    return LayerChoice(
+        name=name,
+        shape=LinearShape(n=n, k=64, bias=bias, dtype=dtype),
+        format=fmt,
+        route=route,
+        numerics="int8-row+a16",
+        latency_us={},
+        memory_bytes=0,
+        loss=0.0,
+        parameters=parameters or (f"{name}.weight",),
+    )
+
+
+def plan(*layers):
+    return Plan(
+        plan_id="abcd",
+        study_id="study",
+        label="front 1",
+        kind="front",
+        model_hash="hash",
+        dtype="bfloat16",
+        layers=layers,
+        prediction=Prediction(request_ms=0, linear_ms=0, loss=0, memory_bytes=0),
+    )
+
+
+SHARED = layer("one", ("one.weight", "same.weight"), bias=True)
+HEAD = layer("head")
+PLAIN = layer("one", fmt="bfloat16/plain", route=(RouteStep(upper_m=None, kernel="matmul"),))
+
+
+def test_a_weight_becomes_its_format_with_its_route(model):
+    assert autoquant.apply(plan(SHARED), model) is model
+    weight = model.one.weight.data
+    assert isinstance(weight, RoutedWeight)
+    assert (weight.format_id, weight.steps()) == ("int8-row/plain", ROUTE)
+    assert type(weight.stored) is get_format("int8-row/plain").tensor_type
+    assert not model.one.weight.requires_grad
+
+
+def test_names_that_share_a_weight_share_the_new_one(model):
+    autoquant.apply(plan(SHARED), model)
+    assert model.same.weight is model.one.weight
+
+
+def test_a_kept_embedding_keeps_its_weight(model):
+    before = model.embed.weight.clone()
+    autoquant.apply(plan(HEAD), model)
+    assert torch.equal(model.embed.weight, before) and type(model.embed.weight.data) is torch.Tensor
+    assert isinstance(model.head.weight.data, RoutedWeight)
+
+
+def test_an_unquantized_layer_keeps_its_very_tensor(model):
+    before = model.one.weight
+    autoquant.apply(plan(PLAIN), model)
+    assert model.one.weight is before
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 16])
+def test_the_route_decides_by_rows_and_the_result_is_near_the_original(model, tokens):
+    ids = torch.arange(tokens).unsqueeze(0)
+    wanted = model(ids).float()
+    got = autoquant.apply(plan(SHARED, HEAD), copy.deepcopy(model))(ids).float()
+    assert 0 < ((got - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_each_side_of_a_route_computes_what_its_kernel_computes(model):
+    autoquant.apply(plan(SHARED), model)
+    weight, bias, fmt = model.one.weight.data, model.one.bias, get_format("int8-row/plain")
+    for rows, kernel in ((4, "dequantize-matmul"), (5, "int-mm")):
+        x = torch.randn(rows, 64).to(torch.bfloat16)
+        assert torch.equal(model.one(x), fmt.kernel(kernel).linear(x, weight.stored, bias))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        layer("missing"),
+        layer("one.deeper"),
+        layer("head", n=128),
+        layer("head", dtype="float32"),
+        layer("head", ("head.weight", "nowhere.weight")),
+    ],
+)
+def test_a_plan_of_another_model_is_refused_and_changes_nothing(model, bad):
+    before = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    with pytest.raises(ModelError) as caught:
+        autoquant.apply(plan(SHARED, bad), model)
+    assert "\n" not in str(caught.value)
+    assert all(model.get_parameter(name) is parameter for name, parameter in before.items())
+
+
+def test_a_plan_is_not_applied_twice(model):
+    autoquant.apply(plan(SHARED), model)
+    with pytest.raises(ModelError, match="already quantized"):
+        autoquant.apply(plan(SHARED), model)
+
+
+def test_a_module_that_puts_another_weight_in_place_is_found_out(model):
+    class Stubborn(nn.Linear):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+
+        @property
+        def _parameters(self):
+            return self.__dict__.setdefault("kept", {}) if "kept" not in self.__dict__ else dict(self.__dict__["kept"])
+
+        @_parameters.setter
+        def _parameters(self, value):
+            self.__dict__["kept"] = value
+
+    stubborn = Stubborn(64, 64, bias=False)
+    stubborn.__dict__["kept"] = {"weight": nn.Parameter(torch.randn(64, 64).to(torch.bfloat16))}
+    model.head = stubborn
+    with pytest.raises(ModelError, match="did not become"):
+        autoquant.apply(plan(HEAD), model)
+
+
+def test_memory_counts_each_weight_once_as_it_is_stored(model):
+    plain = 64 * 64 * 2
+    assert module_bytes(model) == 2 * plain + 64 * 2
+    autoquant.apply(plan(SHARED), model)
+    quantized = module_bytes(model) - plain - 64 * 2
+    assert 64 * 64 <= quantized < 64 * 64 * 1.1
+
+
+def test_progress_is_told_layer_by_layer(model):
+    events = []
+    autoquant.apply(plan(SHARED, HEAD), model, listener=events.append)
+    assert [type(event) for event in events] == [StageStarted, StageProgress, StageProgress, StageFinished]
+    assert [event.what for event in events if isinstance(event, StageProgress)] == ["one", "head"]
+    assert "2 int8-row/plain" in events[-1].summary
+
+
+def test_layers_of_many_formats_live_in_one_model(model):
+    ids = torch.arange(12).unsqueeze(0)
+    wanted = model(ids).float()
+    half = replace(HEAD, format="float16/plain", route=(RouteStep(upper_m=None, kernel="matmul"),))
+    got = autoquant.apply(plan(SHARED, half), model)(ids)
+    assert got.dtype == torch.bfloat16
+    assert ((got.float() - wanted).norm() / wanted.norm()) < 0.05

@@ -1,0 +1,105 @@
+"""A tiny language model that was searched once from the command line, and what tests ask of databases and folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import quick
+from .tiny import save_llama, save_text
+
+FACTS = ("timing", "loss", "plan", "proof")
+WORKLOAD = "prefill=8,decode=4"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Searches in this process are short."""
+    for module, name, value in quick.SHORTER:
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setenv("AUTOQUANT_EAGER", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(*arguments, cwd=None):
+    """Run the `autoquant` command, with short timings, in a process of its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "AUTOQUANT_EAGER": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", quick.__name__, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
+
+
+def rows(db, tables=FACTS):
+    """Every row of the tables, without opening the database for writing."""
+    connection = sqlite3.connect(f"file:{db}?mode=ro", uri=True)
+    try:
+        return {table: connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables}
+    finally:
+        connection.close()
+
+
+def folder_print(folder):
+    """Every file below a folder with a hash of its bytes."""
+    return {
+        str(entry.relative_to(folder)): hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else ""
+        for entry in sorted(Path(folder).rglob("*"))
+    }
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A finished search: its files, and what the command said."""
+
+    model: Path
+    text: Path
+    db: Path
+    result: subprocess.CompletedProcess
+
+    def search(self, *options, cwd=None):
+        """The same command again, with further options."""
+        base = ("--eval-text", self.text, "--db", self.db, "--device", "cpu", "--workload", WORKLOAD)
+        return ("search", self.model, *base, "--candidates", "int8*", "--candidates", "int4-g32*", *options)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """(model folder, text file)."""
+    place = tmp_path_factory.mktemp("files")
+    return save_llama(place / "model"), save_text(place / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def searched(files, tmp_path_factory):
+    model, text = files
+    db = tmp_path_factory.mktemp("searched") / "plan.db"
+    unfinished = Searched(model, text, db, None)
+    result = command(*unfinished.search("--time-budget", "12s", "--json"))
+    assert result.returncode == 0, result.stderr
+    return Searched(model, text, db, result)
+
+
+@pytest.fixture(scope="session")
+def study(searched):
+    from autoquant.tuner.study import Study
+
+    return Study.open(searched.db)

@@ -1,0 +1,58 @@
+"""Short searches: fewer timing rounds, and a busy machine is not waited for. Also run as the `autoquant` command."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["AUTOQUANT_EAGER"] = "1"
+
+import torch
+
+from autoquant.evaluators import request
+from autoquant.profiler import timing
+from autoquant.tuner import driver
+
+SHORTER = (
+    (timing, "HIGHEST_OTHER_LOAD", 9.0),
+    (request, "HIGHEST_OTHER_LOAD", 9.0),
+    (timing, "_MAX_ROUNDS", 4),
+    (timing, "_SAMPLE_S", 2e-4),
+    (request, "_ROUNDS", 3),
+    (request, "_CALLS_PER_ROUND", 4),
+    (driver, "_SHORTEST_PROOF_S", 0.1),
+)
+
+
+def shorten():
+    """Make the searches of this process short, and single-threaded: small kernels are slow where threads wait for cores."""
+    torch.set_num_threads(1)
+    for module, name, value in SHORTER:
+        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+        setattr(module, name, value)
+
+
+def search(model, text, db, budget_s=0.5, candidates=("int8*",), **options):
+    """A short search by the loading that a user has."""
+    shorten()
+    return driver.search(
+        str(model),
+        eval_text=str(text),
+        db=str(db),
+        device="cpu",
+        workload="prefill=8,decode=4",
+        candidates=candidates,
+        time_budget_s=budget_s,
+        **options,
+    )
+
+
+def search_as_process(*arguments, **options):
+    """`search` for a process of its own: what it returns is of no use there."""
+    search(*arguments, **options)
+
+
+if __name__ == "__main__":
+    from autoquant.cli.main import run
+
+    shorten()
+    run()

@@ -1,0 +1,156 @@
+"""The same from Python: a live module, sample inputs and a quality function of the user's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import autoquant
+from autoquant.errors import ModelError, PlanError, TextError, WorkloadError
+
+from .tiny import Perceptron
+
+SAMPLES = {
+    part: torch.randn(size, 32, generator=torch.Generator().manual_seed(size))
+    for part, size in (("calibration", 40), ("selection", 60), ("report", 80))
+}
+CALLS = []
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return Perceptron().eval()
+
+
+@pytest.fixture(scope="module")
+def quality(teacher):
+    """Squared distance to what the module gave before, per sample, and a little noise of the task."""
+    wanted = {part: teacher(x).detach() + 0.5 for part, x in SAMPLES.items()}
+
+    def squared_error(module, part):
+        CALLS.append(part)
+        return (module(SAMPLES[part]) - wanted[part]).square().mean(dim=1)
+
+    return squared_error
+
+
+@pytest.fixture
+def search(teacher, quality, tmp_path):
+    def run(module=None, **options):
+        base = {"sample_inputs": (SAMPLES["calibration"][:4],), "quality": quality, "db": tmp_path / "plan.db"}
+        base |= {"candidates": ("int8*", "float16*", "bfloat16*"), "time_budget_s": 0.5, "device": "cpu"}
+        return autoquant.search(module or copy.deepcopy(teacher), **(base | options))
+
+    return run
+
+
+def test_a_live_module_is_searched_by_the_users_own_quality(search):
+    study = search()
+    kinds = {plan.kind for plan in study.plans()}
+    assert {"original", "uniform"} <= kinds
+    assert set(CALLS) == {"calibration", "selection", "report"}
+    assert all(proof.perplexity is None and proof.kl is None for proof in study.proofs().values())
+
+
+def test_a_weight_that_two_linears_share_is_one_layer_of_a_plan(search):
+    plan = search().plans()[0]
+    shared = [layer for layer in plan.layers if len(layer.parameters) > 1]
+    assert [set(layer.parameters) for layer in shared] == [{"second.weight", "again.weight"}]
+    assert len(plan.layers) == 3
+
+
+def test_the_searched_module_is_left_as_it_was(search, teacher):
+    module = copy.deepcopy(teacher)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    search(module)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert all(type(parameter.data) is torch.Tensor for parameter in module.parameters())
+
+
+def test_the_best_plan_is_within_the_limit_and_can_be_applied(search, teacher, quality):
+    study = search()
+    plan = study.best(max_ppl_increase=0.5)
+    proof = study.proofs()[plan.plan_id]
+    assert plan.kind == "original" or proof.selection_increase.high <= 0.5
+    module = autoquant.apply(plan, copy.deepcopy(teacher))
+    losses = quality(module, "report")
+    assert losses.mean().item() == pytest.approx(proof.loss, rel=0.02)
+
+
+def test_applying_keeps_shared_weights_shared(search, teacher):
+    uniform = next(plan for plan in search().plans() if plan.label.startswith("uniform int8"))
+    module = autoquant.apply(uniform, copy.deepcopy(teacher))
+    assert module.second.weight is module.again.weight
+    assert type(module.second.weight.data) is not torch.Tensor
+
+
+def test_a_limit_that_nothing_meets_says_so(search):
+    with pytest.raises(PlanError, match="smallest"):
+        search().best(max_memory_bytes=1)
+
+
+def test_the_front_is_a_table_without_perplexities(search):
+    frame = search().pareto()
+    assert len(frame) >= 2 and frame["perplexity"].isna().all()
+    assert frame["on_front"].any()
+    assert (frame["perplexity_increase_low"] <= frame["perplexity_increase_high"]).all()
+
+
+def test_the_same_search_again_asks_the_users_function_nothing(search):
+    first = search()
+    CALLS.clear()
+    again = search(max_ppl_increase=0.2)
+    assert again.study_id == first.study_id
+    assert CALLS == []
+
+
+def test_another_module_is_another_study(search):
+    torch.manual_seed(1)
+    assert search().study_id != search(Perceptron().eval()).study_id
+
+
+def test_a_module_without_quality_needs_text(search):
+    with pytest.raises(TextError, match="eval-text"):
+        search(quality=None)
+
+
+def test_a_module_that_text_cannot_judge_is_told_to_bring_its_own_quality(search, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 " * 100)
+    with pytest.raises(TextError, match="quality="):
+        search(quality=None, eval_text=text)
+
+
+def test_a_module_without_sample_inputs_is_refused_before_a_database_is_made(search, tmp_path):
+    with pytest.raises(WorkloadError, match="sample_inputs"):
+        search(sample_inputs=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_without_linears_is_refused(search):
+    with pytest.raises((WorkloadError, ModelError), match="no linear"):
+        search(torch.nn.Sequential(torch.nn.ReLU()))
+
+
+def test_progress_is_told_in_events_and_never_printed(search, capfd):
+    from autoquant.events import StageFinished, StageStarted
+
+    events = []
+    search(listener=events.append)
+    started = [event.stage for event in events if isinstance(event, StageStarted)]
+    finished = [event.stage for event in events if isinstance(event, StageFinished)]
+    assert list(dict.fromkeys(started)) == ["record", "profile", "score", "prove", "refine"]
+    assert set(finished) == set(started)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_whole_workload_can_be_given_as_a_record(search):
+    from autoquant import Phase, Workload
+
+    study = search(workload=Workload(phases=(Phase(name="forward", tokens=0, calls=3),)))
+    plan = study.plans()[0]
+    proof = study.proofs()[plan.plan_id]
+    assert proof.request_ms == pytest.approx(3 * proof.phase_ms["forward"])

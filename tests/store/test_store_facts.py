@@ -1,0 +1,173 @@
+"""What goes in comes out, once."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from autoquant.errors import PlanError, StoreError
+from autoquant.records import workload_from
+
+from .made_up import DEVICE, MODEL, STUDY, WORKLOAD, fill, measurement, plan, proof, recording
+
+
+def test_timings_come_back_as_they_went_in(filled):
+    measured = [
+        measurement(),
+        measurement(m=8, latency=1 / 3),
+        measurement(kernel="other", outcome="failed", reason="it broke", relative_error=None),
+        measurement(m=8, kernel="other", outcome="incorrect", reason="off", relative_error=0.5),
+    ]
+    filled.put_timings(DEVICE, "1", measured)
+    assert filled.timings(DEVICE, "1") == {m.subject: m for m in measured}
+
+
+def test_timings_belong_to_their_device_and_protocol(filled):
+    other = replace(DEVICE, threads=4)
+    filled.put_device(other)
+    filled.put_timings(DEVICE, "1", [measurement(latency=1.0)])
+    filled.put_timings(other, "1", [measurement(latency=2.0)])
+    filled.put_timings(DEVICE, "2", [measurement(latency=3.0)])
+    found = [next(iter(filled.timings(*key).values())).samples_us[0] for key in ((DEVICE, "1"), (other, "1"))]
+    assert found == [1.0, 2.0]
+    assert filled.timings(other, "2") == {}
+
+
+def test_a_timing_is_kept_once(filled, query):
+    filled.put_timings(DEVICE, "1", [measurement(latency=1.0)])
+    with pytest.raises(StoreError):
+        filled.put_timings(DEVICE, "1", [measurement(latency=2.0)])
+    assert query("SELECT count(*), min(latency_us) FROM timing") == [(1, 1.125)]
+
+
+def test_timings_that_were_made_together_are_kept_together_or_not_at_all(filled, query):
+    filled.put_timings(DEVICE, "1", [measurement()])
+    with pytest.raises(StoreError):
+        filled.put_timings(DEVICE, "1", [measurement(m=2), measurement()])
+    assert query("SELECT m FROM timing") == [(1,)]
+
+
+def test_timings_of_an_unknown_device_are_refused(store):
+    with pytest.raises(StoreError, match="FOREIGN KEY"):
+        store.put_timings(DEVICE, "1", [measurement()])
+
+
+def test_losses_come_back_as_they_went_in_and_are_kept_once(filled, query):
+    losses = {("a", "int8-row+a16"): 0.0, ("a", "int8-row+a8-row"): 1e-300, ("b", "int8-row+a16"): 1 / 3}
+    filled.put_losses(MODEL, "text", "isolated", losses)
+    assert filled.losses(MODEL, "text", "isolated") == losses
+    assert filled.losses(MODEL, "another text", "isolated") == {}
+    with pytest.raises(StoreError):
+        filled.put_losses(MODEL, "text", "isolated", {("b", "int8-row+a16"): 0.5})
+    assert query("SELECT count(*) FROM loss") == [(3,)]
+
+
+def test_plans_come_back_as_they_went_in(filled):
+    filled.put_plan(plan())
+    assert filled.plans(STUDY) == [plan()]
+    assert filled.plan("abcd0001") == plan()
+
+
+def test_plans_come_in_the_order_in_which_they_were_made(filled):
+    for plan_id in ("zzzz", "aaaa", "mmmm"):
+        filled.put_plan(plan(plan_id))
+    assert [p.plan_id for p in filled.plans(STUDY)] == ["zzzz", "aaaa", "mmmm"]
+
+
+def test_a_plan_put_again_replaces_its_prediction_and_keeps_its_place(filled):
+    filled.put_plan(plan("first"))
+    filled.put_plan(plan("second"))
+    again = replace(plan("first"), prediction=replace(plan().prediction, request_ms=9.0))
+    filled.put_plan(again)
+    assert filled.plans(STUDY) == [again, plan("second")]
+
+
+@pytest.mark.parametrize("increase", [math.inf, 0.5])
+def test_proofs_come_back_as_they_went_in(filled, increase):
+    filled.put_plan(plan())
+    wanted = proof(increase=replace(proof().increase, high=increase))
+    filled.put_proof("abcd0001", wanted)
+    assert filled.proofs(STUDY) == {"abcd0001": wanted}
+    assert filled.failed_proofs(STUDY) == {}
+
+
+def test_a_failed_proof_keeps_its_reason(filled):
+    filled.put_plan(plan())
+    filled.put_proof("abcd0001", None, "the kernel failed")
+    assert filled.proofs(STUDY) == {}
+    assert filled.failed_proofs(STUDY) == {"abcd0001": "the kernel failed"}
+
+
+def test_proofs_belong_to_their_study(filled):
+    fill(filled, "another1")
+    filled.put_plan(plan("one"))
+    filled.put_plan(plan("two", study_id="another1"))
+    for plan_id in ("one", "two"):
+        filled.put_proof(plan_id, proof(plan_id))
+    assert set(filled.proofs(STUDY)) == {"one"}
+    assert set(filled.proofs("another1")) == {"two"}
+
+
+def test_a_plan_is_found_by_the_beginning_of_its_id(filled):
+    for plan_id in ("abcd0001", "abcd0002", "a%_x0003"):
+        filled.put_plan(plan(plan_id))
+    assert filled.plan("abcd0002").plan_id == "abcd0002"
+    assert filled.plan("a%").plan_id == "a%_x0003"
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"), [("abcd", "2 plans"), ("", "3 plans"), ("nope", "no plan"), ("%", "no plan"), ("_", "no plan")]
+)
+def test_an_id_that_fits_no_plan_or_several_is_refused(filled, asked, what):
+    for plan_id in ("abcd0001", "abcd0002", "efgh0003"):
+        filled.put_plan(plan(plan_id))
+    with pytest.raises(PlanError, match=f"^{what} with id '{asked}'"):
+        filled.plan(asked)
+
+
+def test_a_study_comes_back_as_it_went_in(filled):
+    filled.update_study(STUDY, recording=recording(), complete=True, spent_s=1.5, recommended="abcd0001")
+    facts = filled.study(STUDY)
+    assert facts.recording == recording()
+    assert (facts.device, facts.workload) == (DEVICE, WORKLOAD)
+    assert (facts.complete, facts.spent_s, facts.recommended) == (True, 1.5, "abcd0001")
+    assert facts.limits == {"max_ppl_increase": 0.01, "max_memory_bytes": None}
+
+
+def test_a_study_put_again_gets_new_limits_and_keeps_the_rest(filled):
+    filled.update_study(STUDY, complete=True, spent_s=2.0)
+    filled.put_study(
+        STUDY, model_hash=MODEL, device=DEVICE, identity={}, workload=WORKLOAD, limits={"max_ppl_increase": 0.5}
+    )
+    facts = filled.study(STUDY)
+    assert (facts.limits, facts.complete, facts.spent_s) == ({"max_ppl_increase": 0.5}, True, 2.0)
+
+
+def test_the_study_last_worked_on_comes_first(filled):
+    fill(filled, "another1")
+    assert filled.study().study_id == "another1"
+    filled.update_study(STUDY, spent_s=3.0)
+    assert filled.studies() == [STUDY, "another1"]
+    assert filled.study().study_id == STUDY
+
+
+def test_a_study_that_is_not_there_is_refused(store):
+    with pytest.raises(PlanError, match="holds no study yet"):
+        store.study()
+    fill(store)
+    with pytest.raises(PlanError, match=f"no study 'nope' here; studies: {STUDY}"):
+        store.study("nope")
+    with pytest.raises(PlanError):
+        store.update_study("nope", complete=True)
+
+
+def test_references_are_replaced_by_name(filled):
+    filled.put_reference(STUDY, "losses", {"report": [1.0, 2.0]})
+    filled.put_reference(STUDY, "losses", {"report": [3.0]})
+    assert filled.references(STUDY) == {"losses": {"report": [3.0]}}
+
+
+def test_a_workload_comes_back_from_its_json():
+    from dataclasses import asdict
+
+    assert workload_from(asdict(WORKLOAD)) == WORKLOAD

@@ -1,0 +1,211 @@
+"""Which files are opened as databases, which are refused, and that refused ones stay as they were."""
+
+import sqlite3
+
+import pytest
+from sqlalchemy import text
+
+from autoquant.errors import StoreError
+from autoquant.store import open_store
+from autoquant.store.connect import APPLICATION_ID, VERSION_TABLE
+from autoquant.store.schema import Base
+
+from .made_up import fill, plan
+
+
+def make_foreign(path, journal="DELETE"):
+    """A database of another program, with tables and rows."""
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA journal_mode = {journal}")
+    connection.execute("CREATE TABLE plan (id TEXT)")
+    connection.execute("INSERT INTO plan VALUES ('holiday')")
+    connection.commit()
+    connection.close()
+
+
+def make_ours(path, revision=None):
+    """A database of ours with a study and 40 plans; of another schema revision where one is given."""
+    store = open_store(path)
+    fill(store)
+    for number in range(40):
+        store.put_plan(plan(f"plan{number:04}"))
+    if revision is not None:
+        with store.engine.begin() as connection:
+            connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'"))
+    store.close()
+
+
+def refusal(address, **options):
+    """The message of a refusal, which must be one line."""
+    with pytest.raises(StoreError) as caught:
+        open_store(address, **options)
+    assert str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_new_database_is_marked_as_ours(store, query):
+    assert query("PRAGMA application_id") == [(APPLICATION_ID,)]
+
+
+def test_a_new_database_has_a_write_ahead_log_and_checks_foreign_keys(store):
+    with store.engine.connect() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
+
+
+def test_every_connection_checks_foreign_keys(store):
+    for _ in range(3):
+        store.engine.dispose()
+        with store.engine.connect() as connection:
+            assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
+
+
+def test_a_row_that_refers_to_nothing_is_refused(store):
+    with pytest.raises(StoreError, match="FOREIGN KEY"):
+        store.put_plan(plan(study_id="nowhere"))
+
+
+def test_the_migrated_schema_is_that_of_the_models(store):
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with store.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_closing_leaves_one_file(path):
+    make_ours(path)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_an_empty_file_becomes_a_database(path):
+    path.touch()
+    make_ours(path)
+    assert len(open_store(path, create=False).plans("5tudy001")) == 40
+
+
+def test_opening_again_keeps_everything_and_changes_no_byte(path, folder_print):
+    make_ours(path)
+    before = folder_print(path.parent)
+    store = open_store(path)
+    assert len(store.plans("5tudy001")) == 40
+    store.close()
+    assert folder_print(path.parent) == before
+
+
+def test_a_missing_database_stays_missing_where_none_is_to_be_made(path):
+    assert "autoquant search" in refusal(path, create=False)
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("journal", ["DELETE", "WAL"])
+@pytest.mark.parametrize("create", [True, False])
+def test_a_database_of_another_program_is_refused_and_left_alone(path, folder_print, journal, create):
+    make_foreign(path, journal)
+    before = folder_print(path.parent)
+    assert "another program" in refusal(path, create=create)
+    assert folder_print(path.parent) == before
+
+
+def test_a_database_that_another_program_has_open_is_left_alone(path, folder_print):
+    make_foreign(path, "WAL")
+    connection = sqlite3.connect(path)
+    connection.execute("INSERT INTO plan VALUES ('open')")
+    connection.commit()
+    before = folder_print(path.parent)
+    assert set(before) == {"plan.db", "plan.db-wal", "plan.db-shm"}
+    refusal(path)
+    after = folder_print(path.parent)
+    assert (after["plan.db"], after["plan.db-wal"]) == (before["plan.db"], before["plan.db-wal"])
+    assert connection.execute("SELECT count(*) FROM plan").fetchone() == (2,)
+    connection.close()
+
+
+def test_a_database_of_another_program_is_refused_by_url_too(path, folder_print):
+    make_foreign(path)
+    before = folder_print(path.parent)
+    assert "another program" in refusal(f"sqlite:///{path}")
+    assert folder_print(path.parent) == before
+
+
+@pytest.mark.parametrize("content", [b"not a database, only text\n" * 400, b"\0" * 8192, b"x", b"SQLite format 3\0"])
+def test_a_file_that_is_no_database_is_refused_and_left_alone(path, folder_print, content):
+    path.write_bytes(content)
+    before = folder_print(path.parent)
+    refusal(path)
+    assert folder_print(path.parent) == before
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+def test_a_truncated_database_is_refused_and_left_alone(path, folder_print, share):
+    make_ours(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    before = folder_print(path.parent)
+    refusal(path)
+    assert folder_print(path.parent) == before
+
+
+def test_a_database_of_a_newer_schema_is_refused_and_left_alone(path, folder_print):
+    make_ours(path, revision="9999")
+    before = folder_print(path.parent)
+    message = refusal(path)
+    assert "9999" in message and "upgrade autoquant" in message
+    assert folder_print(path.parent) == before
+
+
+def test_a_folder_is_refused(tmp_path):
+    assert "is a folder" in refusal(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_whose_folder_is_missing_is_refused(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "missing" / "plan.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_database_in_a_read_only_folder_is_refused(tmp_path):
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o555)
+    folder.chmod(0o555)
+    assert "cannot write" in refusal(folder / "plan.db")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_database_in_a_read_only_folder_is_refused_and_left_alone(tmp_path, folder_print):
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    make_ours(folder / "plan.db")
+    folder.chmod(0o555)
+    before = folder_print(folder)
+    assert "read-only" in refusal(folder / "plan.db")
+    assert folder_print(folder) == before
+    folder.chmod(0o755)
+
+
+def test_a_read_only_database_is_refused_and_left_alone(path, folder_print):
+    make_ours(path)
+    path.chmod(0o444)
+    before = folder_print(path.parent)
+    assert "read-only" in refusal(path)
+    assert folder_print(path.parent) == before
+
+
+def test_a_path_with_odd_characters_is_a_path(tmp_path):
+    odd = tmp_path / "pl an?#%20ä.db"
+    make_ours(odd)
+    assert [entry.name for entry in tmp_path.iterdir()] == [odd.name]
+    assert len(open_store(odd, create=False).plans("5tudy001")) == 40
+
+
+def test_a_url_opens_the_same_database(path):
+    make_ours(path)
+    store = open_store(f"sqlite:///{path}", create=False)
+    assert len(store.plans("5tudy001")) == 40
+    store.close()
+
+
+def test_a_missing_database_by_url_stays_missing_where_none_is_to_be_made(path):
+    refusal(f"sqlite:///{path}", create=False)
+    assert list(path.parent.iterdir()) == []

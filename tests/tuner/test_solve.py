@@ -1,0 +1,207 @@
+"""The solver against trying everything."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from autoquant.tuner.solve import Problem, fastest, front, smallest, undominated, weighted
+
+SEEDS = range(40)
+
+
+def random_problem(seed):
+    """3 to 5 layers of 2 to 4 options: times and losses at random, memory in bytes; every layer has an exact option."""
+    draw = np.random.default_rng(seed)
+    layers = []
+    for _ in range(draw.integers(3, 6)):
+        count = draw.integers(2, 5)
+        losses = np.concatenate(([0.0], draw.exponential(0.01, count - 1)))
+        layers.append(np.column_stack((draw.uniform(0.1, 5, count), losses, draw.integers(1000, 10**6, count))))
+    return Problem.build([[tuple(option) for option in layer.tolist()] for layer in layers])
+
+
+def tied_problem(seed):
+    """Small whole numbers, so that many solutions are equal in one respect and differ in another."""
+    draw = np.random.default_rng(seed)
+    return Problem.build(
+        [
+            [tuple(option) for option in draw.integers(0, 5, (draw.integers(2, 5), 3)).astype(float).tolist()]
+            for _ in range(draw.integers(3, 6))
+        ]
+    )
+
+
+def every_solution(problem):
+    """(time, loss, memory) of every solution."""
+    options = itertools.product(*(range(len(layer)) for layer in problem.time))
+    return np.array([problem.totals(picks) for picks in options])
+
+
+def budgets(solutions, seed):
+    """Pairs of budgets between the least and the greatest sums, none at all among them."""
+    draw = np.random.default_rng(seed + 1000)
+    for _ in range(3):
+        loss, memory = (draw.uniform(column.min(), column.max()) for column in (solutions[:, 1], solutions[:, 2]))
+        yield from ((None, None), (loss, None), (None, memory), (loss, memory))
+
+
+def is_within(solutions, max_loss, max_memory):
+    loss = np.inf if max_loss is None else max_loss
+    memory = np.inf if max_memory is None else max_memory
+    return (solutions[:, 1] <= loss) & (solutions[:, 2] <= memory)
+
+
+def test_the_fastest_within_budgets_is_the_one_that_trying_everything_finds():
+    for seed in SEEDS:
+        problem = random_problem(seed)
+        solutions = every_solution(problem)
+        for max_loss, max_memory in budgets(solutions, seed):
+            within = solutions[is_within(solutions, max_loss, max_memory)]
+            picks = fastest(problem, max_loss=max_loss, max_memory=max_memory)
+            if len(within) == 0:
+                assert picks is None, seed
+            else:
+                found = np.array(problem.totals(picks))
+                assert is_within(found[None], max_loss, max_memory).all(), seed
+                assert found[0] == pytest.approx(within[:, 0].min(), rel=1e-5), seed
+
+
+def test_the_smallest_within_a_loss_budget_is_the_one_that_trying_everything_finds():
+    for seed in SEEDS:
+        problem = random_problem(seed)
+        solutions = every_solution(problem)
+        for max_loss, _ in budgets(solutions, seed):
+            within = solutions[is_within(solutions, max_loss, None)]
+            _, loss, memory = problem.totals(smallest(problem, max_loss=max_loss))
+            assert max_loss is None or loss <= max_loss, seed
+            assert memory == pytest.approx(within[:, 2].min(), rel=1e-5), seed
+
+
+def test_a_memory_budget_is_kept_to_the_byte():
+    for seed in SEEDS:
+        problem = random_problem(seed)
+        solutions = every_solution(problem)
+        for budget in np.quantile(solutions[:, 2], (0.1, 0.3, 0.5), method="nearest") - 1:
+            picks = fastest(problem, max_memory=budget)
+            assert picks is None or problem.totals(picks)[2] <= budget, seed
+
+
+def test_a_budget_that_a_solution_just_meets_admits_it():
+    for seed in SEEDS:
+        problem = random_problem(seed)
+        solutions = every_solution(problem)
+        tightest = solutions[:, 2].min()
+        assert problem.totals(fastest(problem, max_memory=tightest))[2] == tightest, seed
+        assert problem.totals(fastest(problem, max_loss=0.0))[1] == 0.0, seed
+
+
+@pytest.mark.parametrize("budget", [{"max_loss": -0.001}, {"max_memory": 0.0}, {"max_loss": 0.5, "max_memory": 0.0}])
+def test_budgets_that_nothing_meets_give_none(budget):
+    for seed in SEEDS:
+        assert fastest(random_problem(seed), **budget) is None
+
+
+def test_nothing_is_smaller_than_the_smallest_within_an_impossible_budget():
+    assert smallest(random_problem(0), max_loss=-0.001) is None
+
+
+def test_among_equally_fast_solutions_none_is_better_in_loss_and_memory():
+    for seed in range(240):
+        problem = tied_problem(seed)
+        solutions = every_solution(problem)
+        found = np.array(problem.totals(fastest(problem)))
+        better = (solutions <= found).all(axis=1) & (solutions < found).any(axis=1)
+        assert not better.any(), f"seed {seed}: {found} is beaten by {solutions[better]}"
+
+
+def test_an_option_far_slower_than_all_others_does_not_blur_them():
+    slow = [[(1.0, 0.0, 9.0), (1.001, 0.0, 1.0), (837.0, 0.0, 1.0)]]
+    assert fastest(Problem.build(slow * 3)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("make", [random_problem, tied_problem])
+def test_the_front_holds_nothing_that_any_solution_beats(make):
+    for seed in range(8):
+        problem = make(seed)
+        solutions = every_solution(problem)
+        for picks in front(problem):
+            found = np.array(problem.totals(picks))
+            better = (solutions <= found).all(axis=1) & (solutions < found).any(axis=1)
+            gap = (found - solutions[better]) / solutions.max(axis=0) if better.any() else np.zeros(1)
+            assert gap.max() < 1e-5, f"seed {seed}: {picks} {found} is beaten by {solutions[better]}"
+
+
+def test_the_front_runs_from_the_fastest_to_the_most_exact_and_the_smallest():
+    for seed in range(8):
+        problem = random_problem(seed)
+        solutions = every_solution(problem)
+        totals = np.array([problem.totals(picks) for picks in front(problem)])
+        assert totals[0, 0] == pytest.approx(solutions[:, 0].min(), rel=1e-5)
+        assert totals[:, 1].min() == 0.0
+        assert totals[:, 2].min() == pytest.approx(solutions[:, 2].min(), rel=1e-5)
+        assert list(totals[:, 0]) == sorted(totals[:, 0])
+
+
+def test_the_front_has_no_point_twice():
+    for make in (random_problem, tied_problem):
+        points = front(make(3))
+        assert len(points) == len(set(points))
+
+
+def test_undominated_leaves_out_what_is_beaten_and_keeps_what_is_equal():
+    problem = Problem.build([[(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.5, 2.0, 1.0)]])
+    assert undominated(problem, [(0,), (1,), (2,), (3,)]) == [(0,), (2,), (3,)]
+
+
+def test_weighted_lets_each_layer_decide_alone():
+    problem = random_problem(5)
+    loss_weight, memory_weight = 100.0, 1e-6
+    picks = weighted(problem, loss_weight, memory_weight)
+    for layer, pick in enumerate(picks):
+        costs = problem.time[layer] + loss_weight * problem.loss[layer] + memory_weight * problem.memory[layer]
+        assert costs[pick] == costs.min()
+
+
+def test_layers_with_one_option_get_it():
+    problem = Problem.build([[(1.0, 0.5, 10.0)], [(2.0, 0.0, 20.0)]])
+    assert fastest(problem) == smallest(problem) == (0, 0)
+    assert front(problem) == [(0, 0)]
+    assert fastest(problem, max_loss=0.5, max_memory=30) == (0, 0)
+    assert fastest(problem, max_loss=0.4) is None
+    assert fastest(problem, max_memory=29) is None
+
+
+def test_a_layer_with_one_option_beside_others_uses_up_its_part_of_the_budget():
+    problem = Problem.build([[(1.0, 0.5, 10.0)], [(2.0, 0.0, 20.0), (1.0, 0.6, 5.0)]])
+    assert fastest(problem, max_loss=1.0) == (0, 0)
+    assert fastest(problem, max_loss=1.1) == (0, 1)
+
+
+def test_the_solver_prints_nothing(capfd):
+    for seed in range(20):
+        for make in (random_problem, tied_problem):
+            problem = make(seed)
+            fastest(problem, max_loss=0.01, max_memory=10**6)
+            front(problem, points=4)
+        printed = capfd.readouterr()
+        assert (printed.out, printed.err) == ("", ""), f"seed {seed}"
+
+
+def test_three_hundred_layers_of_forty_options_take_less_than_a_second(capfd):
+    draw = np.random.default_rng(0)
+    problem = Problem(
+        tuple(draw.uniform(0.1, 5, (300, 40))),
+        tuple(draw.exponential(0.01, (300, 40))),
+        tuple(draw.integers(1000, 10**6, (300, 40)).astype(float)),
+    )
+    least, most = sum(layer.min() for layer in problem.loss), problem.totals(fastest(problem))[1]
+    seconds = []
+    for share in (0.2, 0.4, 0.6):
+        started = time.perf_counter()
+        budget = least + share * (most - least)
+        assert problem.totals(fastest(problem, max_loss=budget))[1] <= budget * (1 + 1e-6)
+        seconds.append(time.perf_counter() - started)
+    assert sorted(seconds)[1] < 1.0
+    assert capfd.readouterr().out == ""

@@ -38,10 +38,6 @@ def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.qdata, weight.scale  # type: ignore[attr-defined]
 
 
-def _torchao_weight_only(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, weight, bias)
-
-
 def _torchao_dynamic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     values, scale = _parts(weight)
     dynamic = Int8Tensor(
@@ -78,11 +74,6 @@ def _packed_mm_unsupported(shape: LinearShape, _m: int, device_type: str) -> str
     return None
 
 
-def _weight_only_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
-    """On a CPU the compiler turns torchao's product into `_weight_int8pack_mm`."""
-    return _packed_mm_unsupported(shape, m, device_type) if device_type == "cpu" else None
-
-
 def _int_mm_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
     if device_type == "cuda" and m <= 16:
         return f"_int_mm needs more than 16 rows on CUDA, not {m}"
@@ -99,18 +90,11 @@ FORMATS = (
         tensor_type=Int8Tensor,
         kernels=(
             Kernel(
-                id="weight-only",
-                numerics=A16,
-                linear=_torchao_weight_only,
-                unsupported=_weight_only_unsupported,
-                description="torchao's int8 weight-only product",
-            ),
-            Kernel(
                 id="int8pack-mm",
                 numerics=A16,
                 linear=_packed_mm,
                 unsupported=_packed_mm_unsupported,
-                description="ATen's int8 weight-only product",
+                description="ATen's int8 weight-only product, which compiled torchao code ends in too",
             ),
             Kernel(
                 id="dequantize-matmul",

@@ -14,10 +14,10 @@ from autoquant.profiler.phases import Phases
 
 _WARM_UP_CALLS = 2
 _MAX_RELATIVE_ERROR = 0.1
-_ROUNDS = 9
+_ROUNDS = 7
 _CALLS_PER_ROUND = 16
-_ROUND_S = 0.15
-_ATTEMPTS = 4
+_ROUND_S = 0.1
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,19 +82,29 @@ def profile(
         store.put_timings(device, PROTOCOL, measured)
         known |= {measurement.subject: measurement for measurement in measured}
         done += len(group)
-        for measurement in measured:
-            if measurement.outcome in ("incorrect", "failed"):
-                subject = measurement.subject
-                listener(Notice(f"{subject.candidate} on {shape} m={m} {measurement.outcome}: {measurement.reason}"))
         if reason := next((m.reason for m in measured if m.outcome == "ok" and m.reason), ""):
             listener(Notice(f"{shape} m={m}: {reason}; close other programs for timings to trust"))
     result = {subject: known[subject] for group in wanted.values() for subject in group}
+    _tell_unusable(result, listener)
     listener(StageFinished(STAGE, _summary(result, total)))
     return result
 
 
 def _tell(listener: Listener, done: int, subject: str, candidate: str) -> None:
     listener(StageProgress(STAGE, done, f"{subject} {candidate}"))
+
+
+def _tell_unusable(result: dict[TimingSubject, Measurement], listener: Listener) -> None:
+    """One notice for each candidate that failed or computed something else, with the first reason."""
+    unusable: dict[tuple[str, str], list[Measurement]] = {}
+    for subject, measurement in result.items():
+        if measurement.outcome in ("incorrect", "failed"):
+            unusable.setdefault((subject.candidate, measurement.outcome), []).append(measurement)
+    for (candidate, outcome), measurements in unusable.items():
+        where = ", ".join(dict.fromkeys(f"m={m.subject.m}" for m in measurements))
+        listener(
+            Notice(f"{candidate} is {outcome} for {len(measurements)} shapes at {where}: {measurements[0].reason}")
+        )
 
 
 def _summary(result: dict[TimingSubject, Measurement], measured: int) -> str:

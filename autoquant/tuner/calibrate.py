@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from autoquant.records import LayerChoice, Plan, Proof, Site, route_kernel
+from autoquant.tuner.planning import PlanContext, predict
 
 _STRENGTH = 0.05
 _LOWEST, _HIGHEST = 0.2, 5.0
@@ -22,16 +23,23 @@ _LOWEST, _HIGHEST = 0.2, 5.0
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Factors by (phase, candidate), 1 where nothing is known, and each phase's time outside its linears."""
+    """Factors by (phase, candidate), and each phase's time outside its linears.
+
+    A candidate that no proven plan used gets the median of its phase's factors; 1 where there are none.
+    """
 
     rest_ms: Mapping[str, float] = field(default_factory=dict)
     factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
+    def factor(self, phase: str, candidate: str) -> float:
+        """What an isolated time is multiplied by."""
+        known = sorted(factor for (of, _), factor in self.factors.items() if of == phase)
+        return self.factors.get((phase, candidate), known[len(known) // 2] if known else 1.0)
+
     def choice(self, choice: LayerChoice, site: Site) -> LayerChoice:
         """The choice with its latencies as they are expected to be inside the model."""
         latency = {
-            phase: us * self.factors.get((phase, candidate_of(choice, site, phase)), 1.0)
-            for phase, us in choice.latency_us.items()
+            phase: us * self.factor(phase, candidate_of(choice, site, phase)) for phase, us in choice.latency_us.items()
         }
         return replace(choice, latency_us=latency)
 
@@ -60,6 +68,14 @@ def fit(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site
         rest[phase], found = _fit_phase(isolated, measured)
         factors |= {(phase, candidate): factor for candidate, factor in found.items()}
     return Calibration(rest, factors)
+
+
+def predicted(plan: Plan, calibration: Calibration, sites: Sequence[Site], context: PlanContext) -> Plan:
+    """The plan with its request time predicted by `calibration`; its layers keep their isolated times."""
+    by_name = {site.name: site for site in sites}
+    rest_ms = calibration.rest_request_ms(context.workload.calls())
+    choices = [calibration.choice(layer, by_name[layer.name]) for layer in plan.layers]
+    return replace(plan, prediction=predict(choices, replace(context, rest_ms=rest_ms)))
 
 
 def _isolated_ms(plan: Plan, sites: Mapping[str, Site], phase: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ from autoquant.evaluators.sensitivity import METHOD, Change, isolated_losses
 from autoquant.evaluators.text import read_text
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
 from autoquant.models import LoadedModel, from_module, load_model, resolve_device
-from autoquant.profiler.device import compile_failure, fingerprint
+from autoquant.profiler.device import compile_failure, fingerprint, release_memory
 from autoquant.profiler.measure import profile, working_set_bytes
 from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
@@ -39,9 +39,9 @@ from autoquant.records import (
 )
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
-from autoquant.tuner.calibrate import fit
+from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import SiteChoices, format_facts, scored, site_choices
-from autoquant.tuner.planning import PlanContext, calibrated, front_plans, original_plan, uniform_plans
+from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
 from autoquant.tuner.prove import Prover
 from autoquant.tuner.refine import proposals
 from autoquant.tuner.study import Study
@@ -300,17 +300,20 @@ class _Search:
         )
         original = original_plan(originals, context)
         self.listener(StageStarted("prove", 1 + FRONT_PLANS))
-        self._prove(prover, original, context)
-        context = self._calibrate(original, context)
+        self._prove(prover, original)
+        if original.plan_id not in self.proofs:
+            raise CandidateError(f"the unquantized model cannot be run: {self.failed[original.plan_id]}")
+        sites = recording.sites
+        calibration = fit([original], self.proofs, sites)
+        self.store.put_plan(predicted(original, calibration, sites, context))
         uniform = uniform_plans(options, originals, context)
         self.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
         for plan in uniform:
-            self._prove(prover, plan, context)
-        calibration = fit([original, *uniform], self.proofs, recording.sites)
+            self._prove(prover, predicted(plan, calibration, sites, context))
+        calibration = fit([original, *uniform], self.proofs, sites)
         context = replace(context, rest_ms=calibration.rest_request_ms(self.workload.calls()))
         options = [
-            [calibration.choice(choice, site) for choice in layer]
-            for layer, site in zip(options, recording.sites, strict=True)
+            [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]
         plans = front_plans(
             options,
@@ -320,16 +323,15 @@ class _Search:
             max_memory_bytes=self.max_memory_bytes,
         )
         for plan in plans:
-            self._prove(prover, plan, context)
+            self._prove(prover, plan)
         self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
         self._refine(prover, options, context)
 
-    def _prove(self, prover: Prover, plan: Plan, context: PlanContext) -> Proof | None:
+    def _prove(self, prover: Prover, plan: Plan) -> Proof | None:
         """Prove `plan` unless the store knows how that ends."""
         if plan.plan_id in self.proofs or plan.plan_id in self.failed:
             return self.proofs.get(plan.plan_id)
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
-        plan = calibrated(plan, context)
         self.store.put_plan(plan)
         self.plans[plan.plan_id] = plan
         try:
@@ -344,16 +346,6 @@ class _Search:
         self.proofs[plan.plan_id] = proof
         self._spend()
         return proof
-
-    def _calibrate(self, original: Plan, context: PlanContext) -> PlanContext:
-        """Learn from the unquantized model how long a request takes outside its linears."""
-        proof = self.proofs.get(original.plan_id)
-        if proof is None:
-            raise CandidateError(f"the unquantized model cannot be run: {self.failed[original.plan_id]}")
-        rest_ms = proof.request_ms - original.prediction.linear_ms
-        context = replace(context, rest_ms=rest_ms)
-        self.store.put_plan(calibrated(original, context))
-        return context
 
     def _expected_loss(self) -> float | None:
         """The summed loss that the limit is expected to allow, from how the proven plans' increase compares with theirs."""
@@ -388,7 +380,7 @@ class _Search:
                 break
             began = time.monotonic()
             self.listener(StageProgress("refine", count, f"{plan.label}, {self._left_s():.0f} s left"))
-            tell(self._prove(prover, plan, context))
+            tell(self._prove(prover, plan))
             slowest_s = max(slowest_s, time.monotonic() - began)
             count += 1
         self.listener(StageFinished("refine", f"{count} further plans proven"))
@@ -407,6 +399,7 @@ class _Search:
             self.store.update_study(self.study_id, complete=True, spent_s=max(spent, self.time_budget_s))
         else:
             self.store.update_study(self.study_id, spent_s=spent)
+        release_memory()
 
     def _recommend(self) -> None:
         best = Study(self.store, self.study_id).recommended()

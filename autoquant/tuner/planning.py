@@ -173,11 +173,6 @@ def explain(layer: Sequence[LayerChoice], index: int, workload: Workload) -> str
     return "; ".join(parts) or "fastest and most exact of all"
 
 
-def calibrated(plan: Plan, context: PlanContext) -> Plan:
-    """The plan with its prediction made anew, now that the rest of the model has been measured."""
-    return replace(plan, prediction=predict(plan.layers, context))
-
-
 def with_multipliers(
     options: Sequence[Sequence[LayerChoice]], multiplier: Mapping[str, float]
 ) -> list[list[LayerChoice]]:

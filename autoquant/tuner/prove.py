@@ -49,8 +49,10 @@ class Prover:
         if not self._selection:
             self._selection = self.quality.losses(self.loaded.module, "selection")
         original = self._original_phases()
-        phases = self._phases(module)
-        warm_up(phases)
+        phases = original
+        if plan.kind != "original":
+            phases = self._phases(module)
+            warm_up(phases)
         times = time_requests(phases, original, self.device)
         request_ms, original_ms = times.request_ms(self.workload.calls())
         logarithmic = self.quality.logarithmic

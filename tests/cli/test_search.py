@@ -11,8 +11,8 @@ from autoquant.cli.main import app
 from autoquant.errors import ModelError
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import Workload
-from autoquant.tuner.study import Study
 from autoquant.store import open_store
+from autoquant.tuner.study import Study
 
 from .conftest import MIXED, ORIGINAL, STUDY, fill
 

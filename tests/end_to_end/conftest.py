@@ -32,8 +32,13 @@ def short(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def command(*arguments, cwd=None):
+def command(*arguments, cwd=None, module=quick.__name__):
     """Run the `autoquant` command, with short timings, in a process of its own."""
+    return python("-m", module, *arguments, cwd=cwd)
+
+
+def python(*arguments, cwd=None):
+    """Run Python in a process of its own, without compiling and with one thread."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -41,7 +46,7 @@ def command(*arguments, cwd=None):
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
-        [sys.executable, "-m", quick.__name__, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -78,7 +83,8 @@ class Searched:
     def search(self, *options, cwd=None):
         """The same command again, with further options."""
         base = ("--eval-text", self.text, "--db", self.db, "--device", "cpu", "--workload", WORKLOAD)
-        return ("search", self.model, *base, "--candidates", "int8*", "--candidates", "int4-g32*", *options)
+        globs = ("--candidates", "int8*", "--candidates", "int4*", "--candidates", "float16*")
+        return ("search", self.model, *base, *globs, *options)
 
 
 @pytest.fixture(scope="session")

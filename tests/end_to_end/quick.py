@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 os.environ["AUTOQUANT_EAGER"] = "1"
+if __name__ == "__main__":
+    from autoquant.cli.main import hush_libraries
+
+    hush_libraries()
 
 import torch
 
@@ -23,6 +27,9 @@ SHORTER = (
 )
 
 
+CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")
+
+
 def shorten():
     """Make the searches of this process short, and single-threaded: small kernels are slow where threads wait for cores."""
     torch.set_num_threads(1)
@@ -31,7 +38,7 @@ def shorten():
         setattr(module, name, value)
 
 
-def search(model, text, db, budget_s=0.5, candidates=("int8*",), **options):
+def search(model, text, db, budget_s=0.5, candidates=CANDIDATES, **options):
     """A short search by the loading that a user has."""
     shorten()
     return driver.search(

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import sys
 import time
 
 import pytest
@@ -16,8 +17,16 @@ from autoquant.tuner.study import Study
 
 from . import quick
 from .conftest import FACTS, rows
+from .tiny import save_llama, save_text
 
 DEADLINE_S = 60
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(model folder, text file) of an even smaller model."""
+    place = tmp_path_factory.mktemp("small")
+    return save_llama(place / "model", layers=1), save_text(place / "text.txt", windows=16)
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +34,17 @@ def start():
     """Start a search in a process of its own, which has everything imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([quick.__name__])
-    before = {name: os.environ.get(name) for name in ("AUTOQUANT_EAGER", "OMP_NUM_THREADS")}
-    os.environ.update(AUTOQUANT_EAGER="1", OMP_NUM_THREADS="1")
+    path = os.pathsep.join(filter(None, sys.path))  # the server of Python 3.11 looks for what it preloads only there
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("AUTOQUANT_EAGER", "1"), ("OMP_NUM_THREADS", "1"), ("PYTHONPATH", path)):
+            patch.setenv(name, value)
 
-    def run(*arguments, **options):
-        process = context.Process(target=quick.search_as_process, args=arguments, kwargs=options)
-        process.start()
-        return process
+        def run(*arguments, **options):
+            process = context.Process(target=quick.search_as_process, args=arguments, kwargs=options)
+            process.start()
+            return process
 
-    yield run
-    for name, value in before.items():
-        os.environ.pop(name)
-        if value is not None:
-            os.environ[name] = value
+        yield run
 
 
 def count(db, table):
@@ -91,15 +98,15 @@ def assert_kept(earlier, later, tables=FACTS):
 
 
 @pytest.mark.slow
-def test_a_search_killed_at_many_moments_goes_on_and_comes_to_its_end(files, start, tmp_path):
+def test_a_search_killed_at_many_moments_goes_on_and_comes_to_its_end(small, start, tmp_path):
     db = tmp_path / "plan.db"
     moments = [
-        ("device", 1), ("timing", 1), ("timing", 25), ("loss", 1), ("loss", 8), ("plan", 1), ("proof", 2), ("proof", 5),
+        ("device", 1), ("timing", 1), ("timing", 13), ("loss", 1), ("loss", 8), ("plan", 1), ("proof", 2), ("proof", 5),
     ]  # fmt: skip
     earlier = None
     killed = 0
     for table, at_least in moments:
-        killed += kill_at(start(*files, db), db, table, at_least)
+        killed += kill_at(start(*small, db), db, table, at_least)
         store = open_store(db)
         store.close()
         found = without_duplicates(db)
@@ -108,7 +115,7 @@ def test_a_search_killed_at_many_moments_goes_on_and_comes_to_its_end(files, sta
         earlier = found
     assert killed == len(moments)
 
-    finish(start(*files, db))
+    finish(start(*small, db))
     found = without_duplicates(db)
     assert_kept(earlier, found, ("timing", "loss", "proof"))
     study = Study.open(db)
@@ -119,14 +126,12 @@ def test_a_search_killed_at_many_moments_goes_on_and_comes_to_its_end(files, sta
     assert study.recommended() is not None
     study.store.close()
 
-    finish(start(*files, db))
+    finish(start(*small, db))
     assert rows(db) == found
 
 
-def test_a_search_that_starts_from_the_timings_of_another_gets_the_same_plans(files, tmp_path):
-    """A killed search whose timings are whole ends with the front of one that was not killed."""
-    options = {"candidates": ("int8*",), "budget_s": 0.5}
-    whole = quick.search(*files, tmp_path / "whole.db", **options)
+def test_the_same_timings_give_the_same_uniform_plans(small, tmp_path):
+    whole = quick.search(*small, tmp_path / "whole.db")
     wanted = {plan.plan_id for plan in whole.plans() if plan.kind in ("original", "uniform")}
     whole.store.close()
     connection = sqlite3.connect(tmp_path / "whole.db")
@@ -136,7 +141,7 @@ def test_a_search_that_starts_from_the_timings_of_another_gets_the_same_plans(fi
     connection.execute("UPDATE study SET complete = 0, spent_s = 0")
     connection.commit()
     connection.close()
-    again = quick.search(*files, tmp_path / "whole.db", **options)
+    again = quick.search(*small, tmp_path / "whole.db")
     assert {plan.plan_id for plan in again.plans() if plan.kind in ("original", "uniform")} == wanted
     again.store.close()
 
@@ -155,37 +160,37 @@ class InterruptAt:
                 raise KeyboardInterrupt
 
 
-def test_an_interrupted_search_keeps_what_it_measured_and_goes_on(files, tmp_path):
+def test_an_interrupted_search_keeps_what_it_measured_and_goes_on(small, tmp_path):
     db = tmp_path / "plan.db"
     earlier = {table: [] for table in FACTS}
-    for stage, number, table in (("profile", 15, "timing"), ("score", 4, "loss"), ("prove", 3, "proof")):
+    for stage, number, table in (("profile", 5, "timing"), ("score", 4, "loss"), ("prove", 3, "proof")):
         with pytest.raises(KeyboardInterrupt):
-            quick.search(*files, db, listener=InterruptAt(stage, number))
+            quick.search(*small, db, listener=InterruptAt(stage, number))
         found = without_duplicates(db)
         assert len(found[table]) > 0, table
         assert_kept(earlier, found)
         earlier = found
-    study = quick.search(*files, db)
+    study = quick.search(*small, db)
     assert study.facts.complete
     assert_kept(earlier, without_duplicates(db), ("timing", "loss", "proof"))
 
 
-def test_an_interrupted_search_is_not_complete_and_says_so(files, tmp_path):
+def test_an_interrupted_search_is_not_complete_and_says_so(small, tmp_path):
     from typer.testing import CliRunner
 
     from autoquant.cli.main import app
 
     db = tmp_path / "plan.db"
     with pytest.raises(KeyboardInterrupt):
-        quick.search(*files, db, listener=InterruptAt("prove", 3))
+        quick.search(*small, db, listener=InterruptAt("prove", 3))
     result = CliRunner().invoke(app, ["pareto", str(db)])
     assert result.exit_code == 0
     assert "has not come to its end" in result.stdout
 
 
-def test_a_second_search_with_more_candidates_times_only_the_new_ones(files, tmp_path):
+def test_a_second_search_with_more_candidates_times_only_the_new_ones(small, tmp_path):
     db = tmp_path / "plan.db"
-    first = quick.search(*files, db, candidates=("int8-row/plain/int8pack-mm",))
+    first = quick.search(*small, db, candidates=("int8-row/plain/int8pack-mm",))
     before = without_duplicates(db)
     totals = []
 
@@ -193,7 +198,7 @@ def test_a_second_search_with_more_candidates_times_only_the_new_ones(files, tmp
         if isinstance(event, StageStarted) and event.stage == "profile":
             totals.append(event.total)
 
-    second = quick.search(*files, db, candidates=("int8-row/plain/int8pack-mm", "float16*"), listener=listener)
+    second = quick.search(*small, db, candidates=("int8-row/plain/int8pack-mm", "float16*"), listener=listener)
     assert second.study_id != first.study_id
     after = without_duplicates(db)
     assert_kept(before, after)

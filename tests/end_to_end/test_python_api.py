@@ -10,7 +10,10 @@ import torch
 import autoquant
 from autoquant.errors import ModelError, PlanError, TextError, WorkloadError
 
+from . import quick
 from .tiny import Perceptron
+
+CANDIDATES = (*quick.CANDIDATES, "bfloat16*")
 
 SAMPLES = {
     part: torch.randn(size, 32, generator=torch.Generator().manual_seed(size))
@@ -41,22 +44,42 @@ def quality(teacher):
 def search(teacher, quality, tmp_path):
     def run(module=None, **options):
         base = {"sample_inputs": (SAMPLES["calibration"][:4],), "quality": quality, "db": tmp_path / "plan.db"}
-        base |= {"candidates": ("int8*", "float16*", "bfloat16*"), "time_budget_s": 0.5, "device": "cpu"}
+        base |= {"candidates": CANDIDATES, "time_budget_s": 0.5, "device": "cpu"}
         return autoquant.search(module or copy.deepcopy(teacher), **(base | options))
 
     return run
 
 
-def test_a_live_module_is_searched_by_the_users_own_quality(search):
-    study = search()
+@pytest.fixture(scope="module")
+def studied(teacher, quality, tmp_path_factory):
+    """A finished study of the module, and the parts that its quality was asked for."""
+    CALLS.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in quick.SHORTER:
+            patch.setattr(module, name, value)
+        patch.setenv("AUTOQUANT_EAGER", "1")
+        study = autoquant.search(
+            copy.deepcopy(teacher),
+            sample_inputs=(SAMPLES["calibration"][:4],),
+            quality=quality,
+            db=tmp_path_factory.mktemp("studied") / "plan.db",
+            candidates=CANDIDATES,
+            time_budget_s=0.5,
+            device="cpu",
+        )
+    return study, set(CALLS)
+
+
+def test_a_live_module_is_searched_by_the_users_own_quality(studied):
+    study, parts = studied
     kinds = {plan.kind for plan in study.plans()}
     assert {"original", "uniform"} <= kinds
-    assert set(CALLS) == {"calibration", "selection", "report"}
+    assert parts == {"calibration", "selection", "report"}
     assert all(proof.perplexity is None and proof.kl is None for proof in study.proofs().values())
 
 
-def test_a_weight_that_two_linears_share_is_one_layer_of_a_plan(search):
-    plan = search().plans()[0]
+def test_a_weight_that_two_linears_share_is_one_layer_of_a_plan(studied):
+    plan = studied[0].plans()[0]
     shared = [layer for layer in plan.layers if len(layer.parameters) > 1]
     assert [set(layer.parameters) for layer in shared] == [{"second.weight", "again.weight"}]
     assert len(plan.layers) == 3
@@ -70,8 +93,8 @@ def test_the_searched_module_is_left_as_it_was(search, teacher):
     assert all(type(parameter.data) is torch.Tensor for parameter in module.parameters())
 
 
-def test_the_best_plan_is_within_the_limit_and_can_be_applied(search, teacher, quality):
-    study = search()
+def test_the_best_plan_is_within_the_limit_and_can_be_applied(studied, teacher, quality):
+    study, _ = studied
     plan = study.best(max_ppl_increase=0.5)
     proof = study.proofs()[plan.plan_id]
     assert plan.kind == "original" or proof.selection_increase.high <= 0.5
@@ -80,20 +103,20 @@ def test_the_best_plan_is_within_the_limit_and_can_be_applied(search, teacher, q
     assert losses.mean().item() == pytest.approx(proof.loss, rel=0.02)
 
 
-def test_applying_keeps_shared_weights_shared(search, teacher):
-    uniform = next(plan for plan in search().plans() if plan.label.startswith("uniform int8"))
+def test_applying_keeps_shared_weights_shared(studied, teacher):
+    uniform = next(plan for plan in studied[0].plans() if plan.label.startswith("uniform int8"))
     module = autoquant.apply(uniform, copy.deepcopy(teacher))
     assert module.second.weight is module.again.weight
     assert type(module.second.weight.data) is not torch.Tensor
 
 
-def test_a_limit_that_nothing_meets_says_so(search):
+def test_a_limit_that_nothing_meets_says_so(studied):
     with pytest.raises(PlanError, match="smallest"):
-        search().best(max_memory_bytes=1)
+        studied[0].best(max_memory_bytes=1)
 
 
-def test_the_front_is_a_table_without_perplexities(search):
-    frame = search().pareto()
+def test_the_front_is_a_table_without_perplexities(studied):
+    frame = studied[0].pareto()
     assert len(frame) >= 2 and frame["perplexity"].isna().all()
     assert frame["on_front"].any()
     assert (frame["perplexity_increase_low"] <= frame["perplexity_increase_high"]).all()
@@ -107,9 +130,9 @@ def test_the_same_search_again_asks_the_users_function_nothing(search):
     assert CALLS == []
 
 
-def test_another_module_is_another_study(search):
+def test_another_module_is_another_study(search, studied):
     torch.manual_seed(1)
-    assert search().study_id != search(Perceptron().eval()).study_id
+    assert studied[0].study_id != search(Perceptron().eval()).study_id
 
 
 def test_a_module_without_quality_needs_text(search):

@@ -20,7 +20,7 @@ from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.evaluators.text import read_text
 from autoquant.models import load_model
 
-from .conftest import FACTS, command, folder_print, rows
+from .conftest import FACTS, command, folder_print, python, rows
 from .tiny import POSITIONS
 
 FRONT_FIELDS = {
@@ -104,7 +104,7 @@ def test_the_original_every_uniform_plan_and_several_of_the_front_are_proven(stu
     for plan in study.plans():
         kinds.setdefault(plan.kind, []).append(plan)
     proven = set(study.proofs())
-    assert len(kinds["original"]) == 1 and len(kinds["front"]) >= 3
+    assert len(kinds["original"]) == 1 and len(kinds["front"]) >= 2
     assert {plan.plan_id for kind in ("original", "uniform", "front") for plan in kinds[kind]} <= proven
     labels = {plan.label for plan in kinds["uniform"]}
     assert {"uniform int8-row a16", "uniform int4-g32 a16"} <= labels
@@ -151,7 +151,9 @@ def test_another_limit_recommends_another_plan(searched, study, tmp_path):
         recommended[limit] = json.loads(result.stdout)["recommended"]
     times = [row["measured_request_ms"] for row in study.rows()]
     assert recommended["10000%"]["measured_request_ms"] <= min(times) * 1.01
-    assert recommended["0%"]["perplexity_increase"] <= recommended["10000%"]["perplexity_increase"] + 1e-9
+    assert recommended["0%"]["measured_request_ms"] >= recommended["10000%"]["measured_request_ms"]
+    careful = study.proofs()[recommended["0%"]["plan_id"]]
+    assert careful.selection_increase.high <= 0
 
 
 # -- pareto and show ---------------------------------------------------------------------------------------------------
@@ -192,10 +194,16 @@ def test_pareto_draws_a_picture(run, searched, tmp_path, name, start):
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_show_as_json_tells_every_layer(run, searched, study):
-    plan = study.recommended()
+def test_show_without_a_plan_shows_the_recommended_one(run, searched, study):
     shown = json.loads(run("show", searched.db, "--json").stdout)
-    assert shown["plan_id"] == plan.plan_id
+    assert shown["plan_id"] == study.recommended().plan_id
+
+
+@pytest.mark.parametrize("kind", ["original", "uniform", "front"])
+def test_show_as_json_tells_every_layer(run, searched, study, kind):
+    plan = next(plan for plan in study.plans() if plan.kind == kind)
+    shown = json.loads(run("show", searched.db, "--plan", plan.plan_id, "--json").stdout)
+    assert (shown["plan_id"], shown["kind"]) == (plan.plan_id, kind)
     assert len(shown["layers"]) == 15
     for layer in shown["layers"]:
         assert {"name", "shape", "format", "route", "latency_us", "loss"} <= set(layer)
@@ -222,17 +230,13 @@ def test_apply_leaves_a_whole_folder_and_nothing_beside_it(applied):
     assert not [name for name in names if name.startswith((".", "tmp")) or name.endswith((".tmp", ".part"))]
 
 
-def plans_to_apply(study):
-    """One plan of each kind and each format."""
-    uniform = [plan.label for plan in study.plans() if plan.kind == "uniform"]
-    return ["original", *uniform, "front: fastest within limits"]
-
-
 def test_loading_gives_bit_for_bit_the_model_that_was_applied_in_memory(searched, study, tmp_path):
-    plans = {plan.label: plan for plan in study.plans()}
+    labels = ("original", "uniform int8-row a16", "uniform int8-row a8-row", "uniform int4-g32 a16")
+    plans = [plan for plan in study.plans() if plan.label in labels]
+    plans.append(next(plan for plan in study.plans() if plan.kind == "front"))
+    assert {plan.kind for plan in plans} == {"original", "uniform", "front"}
     ids = torch.arange(20).unsqueeze(0)
-    for number, label in enumerate(plans_to_apply(study)):
-        plan = plans[label]
+    for number, plan in enumerate(plans):
         folder = tmp_path / f"plan{number}"
         result = CliRunner().invoke(app, ["apply", str(searched.db), "--plan", plan.plan_id, "--out", str(folder)])
         assert result.exit_code == 0, result.stderr
@@ -242,7 +246,7 @@ def test_loading_gives_bit_for_bit_the_model_that_was_applied_in_memory(searched
         for tokens in (1, 5, 20):
             with torch.no_grad():
                 outputs = [module(ids[:, :tokens]).logits for module in (in_memory, from_disk)]
-            assert torch.equal(*outputs), (label, tokens)
+            assert torch.equal(*outputs), (plan.label, tokens)
 
 
 def test_a_loaded_model_is_ready_and_generates(applied):
@@ -350,6 +354,24 @@ def test_a_plan_is_not_put_into_a_module_of_another_dtype_or_twice(searched, stu
     once = autoquant.apply(plan, loaded(searched).module)
     with pytest.raises(ModelError, match="already quantized"):
         autoquant.apply(plan, once)
+
+
+def test_a_checkpoint_works_wherever_in_the_file_its_tensors_lie(applied, searched, tmp_path):
+    """Some kernels fault on weights that are not aligned to 16 bytes, as they come from a memory-mapped file."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    _, folder = applied
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    folders = []
+    for padding in (1, 9):
+        folders.append(tmp_path / f"padded{padding}")
+        shutil.copytree(folder, folders[-1])
+        save_file(tensors, folders[-1] / "model.safetensors", metadata=metadata | {"padding": "x" * padding})
+    code = "import sys, torch, autoquant\nfor f in sys.argv[1:]: autoquant.load(f)(torch.arange(20).unsqueeze(0))"
+    result = python("-c", code, *folders)
+    assert result.returncode == 0, (result.returncode, result.stderr)
 
 
 @pytest.fixture

@@ -42,6 +42,18 @@ def write_until(path, ending, rows=0):
     return int(rest[-1]) if rest else said
 
 
+def test_a_process_that_died_while_it_made_the_database_leaves_one_that_can_be_made(path):
+    """The file is there already, its tables are not."""
+    dying = "import os, sys, alembic.command\nalembic.command.upgrade = lambda *_: os._exit(9)\n"
+    command = [sys.executable, "-c", dying + WRITER, str(path), "exit"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run(command, env=environment).returncode == 9
+    assert path.exists()
+    store = open_store(path)
+    assert store.studies() == []
+    store.close()
+
+
 @pytest.mark.parametrize(("ending", "rows"), [("exit", 5), ("kill", 3), ("kill", 40)])
 def test_what_was_put_before_the_process_died_is_there_and_whole(path, ending, rows):
     said = write_until(path, ending, rows)

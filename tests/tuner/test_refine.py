@@ -166,6 +166,11 @@ def test_a_proposal_predicts_with_the_scores_as_they_are(propose, options):
         assert plan.prediction.loss == pytest.approx(sum(scores[c.name, c.format] for c in plan.layers))
 
 
+def test_a_proposal_says_why_for_every_layer(propose, options):
+    for plan in take(propose(first_proofs(options)), 2):
+        assert all(layer.reason for layer in plan.layers)
+
+
 def test_without_any_loss_there_is_nothing_to_refine(propose, options):
     only_original = dict(itertools.islice(first_proofs(options).items(), 1))
     assert take(propose(only_original), 5) == []

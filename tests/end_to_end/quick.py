@@ -14,7 +14,7 @@ import torch
 
 from autoquant.evaluators import request
 from autoquant.profiler import timing
-from autoquant.tuner import driver
+from autoquant.tuner import driver, stages
 
 SHORTER = (
     (timing, "HIGHEST_OTHER_LOAD", 9.0),
@@ -23,7 +23,7 @@ SHORTER = (
     (timing, "_SAMPLE_S", 2e-4),
     (request, "_ROUNDS", 3),
     (request, "_CALLS_PER_ROUND", 4),
-    (driver, "_SHORTEST_PROOF_S", 0.1),
+    (stages, "_SHORTEST_PROOF_S", 0.1),
 )
 
 

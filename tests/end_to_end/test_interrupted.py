@@ -100,9 +100,7 @@ def assert_kept(earlier, later, tables=FACTS):
 @pytest.mark.slow
 def test_a_search_killed_at_many_moments_goes_on_and_comes_to_its_end(small, start, tmp_path):
     db = tmp_path / "plan.db"
-    moments = [
-        ("device", 1), ("timing", 1), ("timing", 13), ("loss", 1), ("loss", 8), ("plan", 1), ("proof", 2), ("proof", 5),
-    ]  # fmt: skip
+    moments = [("device", 1), ("timing", 7), ("loss", 3), ("plan", 1), ("proof", 2), ("proof", 5)]
     earlier = None
     killed = 0
     for table, at_least in moments:
@@ -128,22 +126,6 @@ def test_a_search_killed_at_many_moments_goes_on_and_comes_to_its_end(small, sta
 
     finish(start(*small, db))
     assert rows(db) == found
-
-
-def test_the_same_timings_give_the_same_uniform_plans(small, tmp_path):
-    whole = quick.search(*small, tmp_path / "whole.db")
-    wanted = {plan.plan_id for plan in whole.plans() if plan.kind in ("original", "uniform")}
-    whole.store.close()
-    connection = sqlite3.connect(tmp_path / "whole.db")
-    connection.execute("PRAGMA foreign_keys = OFF")
-    for table in ("proof", "plan", "loss"):
-        connection.execute(f"DELETE FROM {table}")
-    connection.execute("UPDATE study SET complete = 0, spent_s = 0")
-    connection.commit()
-    connection.close()
-    again = quick.search(*small, tmp_path / "whole.db")
-    assert {plan.plan_id for plan in again.plans() if plan.kind in ("original", "uniform")} == wanted
-    again.store.close()
 
 
 class InterruptAt:

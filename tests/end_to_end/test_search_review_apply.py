@@ -20,7 +20,7 @@ from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.evaluators.text import read_text
 from autoquant.models import load_model
 
-from .conftest import FACTS, command, folder_print, python, rows
+from .conftest import FACTS, folder_print, python, rows
 from .tiny import POSITIONS
 
 FRONT_FIELDS = {
@@ -128,25 +128,24 @@ def test_optuna_shares_the_database_and_no_other_file_appears(searched):
     assert len(rows(searched.db, ("studies",))["studies"]) == 1
 
 
-def test_another_limit_on_a_finished_search_measures_nothing(searched, study, tmp_path):
+def test_another_limit_on_a_finished_search_measures_nothing(run, searched, study, tmp_path):
     db = tmp_path / "plan.db"
     study.store.engine.dispose()
     shutil.copy(searched.db, db)
     before = rows(db)
-    result = command(*searched.search("--time-budget", "12s", "--max-ppl-increase", "50%", "--db", db))
-    assert result.returncode == 0, result.stderr
+    result = run(*searched.search("--time-budget", "12s", "--max-ppl-increase", "50%", "--db", db))
+    assert result.exit_code == 0, result.stderr
     assert rows(db) == before
     assert "nothing measured" in result.stderr
 
 
-def test_another_limit_recommends_another_plan(searched, study, tmp_path):
+def test_another_limit_recommends_another_plan(run, searched, study, tmp_path):
     db = tmp_path / "plan.db"
     study.store.engine.dispose()
     shutil.copy(searched.db, db)
     recommended = {}
     for limit in ("0%", "10000%"):
-        arguments = searched.search("--time-budget", "12s", "--max-ppl-increase", limit, "--db", db, "--json")
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        result = run(*searched.search("--time-budget", "12s", "--max-ppl-increase", limit, "--db", db, "--json"))
         assert result.exit_code == 0, result.stderr
         recommended[limit] = json.loads(result.stdout)["recommended"]
     times = [row["measured_request_ms"] for row in study.rows()]

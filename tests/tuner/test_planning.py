@@ -9,7 +9,6 @@ import pytest
 
 from autoquant.records import RouteStep
 from autoquant.tuner.planning import (
-    calibrated,
     explain,
     front_plans,
     make_plan,
@@ -88,13 +87,6 @@ def test_the_problem_and_the_prediction_agree():
         time, loss, memory = problem.totals(picks)
         assert (time, loss) == pytest.approx((prediction.linear_ms, prediction.loss))
         assert memory == prediction.memory_bytes - CONTEXT.other_bytes
-
-
-def test_a_calibrated_plan_keeps_its_id_and_gets_the_rest_of_the_model():
-    plan = make_plan(originals(layers()), "x", "front", CONTEXT)
-    again = calibrated(plan, replace(CONTEXT, rest_ms=7.0))
-    assert again.plan_id == plan.plan_id
-    assert again.prediction.request_ms == pytest.approx(plan.prediction.request_ms + 5.0)
 
 
 def test_the_original_plan_changes_nothing():

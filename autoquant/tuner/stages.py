@@ -1,0 +1,310 @@
+"""The stages of a search, each of which starts from what the store holds already and keeps what it learns as it learns it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from autoquant.candidates import Format, Kernel, get_format
+from autoquant.errors import CandidateError, WorkloadError
+from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.sensitivity import METHOD, Change, isolated_losses
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.models import LoadedModel
+from autoquant.profiler.device import compile_failure, release_memory
+from autoquant.profiler.measure import profile, working_set_bytes
+from autoquant.profiler.phases import make_phases
+from autoquant.profiler.record import record
+from autoquant.profiler.timing import first_line
+from autoquant.records import (
+    Device,
+    LayerChoice,
+    Plan,
+    Proof,
+    Recording,
+    Site,
+    Workload,
+    route_kernel,
+)
+from autoquant.store import Store
+from autoquant.tuner.calibrate import fit, predicted
+from autoquant.tuner.choices import SiteChoices, format_facts, scored, site_choices
+from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
+from autoquant.tuner.prove import Prover
+from autoquant.tuner.refine import proposals
+from autoquant.tuner.study import Study
+
+FRONT_PLANS = 6
+_SHORTEST_PROOF_S = 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Stages:
+    """One run of a search."""
+
+    store: Store
+    study_id: str
+    loaded: LoadedModel
+    quality: TextQuality | FunctionQuality
+    workload: Workload
+    device: str
+    hardware: Device
+    candidates: list[tuple[Format, Kernel]]
+    sample_inputs: Any
+    max_ppl_increase: float | None
+    max_memory_bytes: int | None
+    time_budget_s: float
+    seed: int
+    listener: Listener
+    started: float
+    spent_before_s: float
+    plans: dict[str, Plan] = field(default_factory=dict)
+    proofs: dict[str, Proof] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def go(self) -> None:
+        facts = self.store.study(self.study_id)
+        if facts.complete and facts.spent_s >= self.time_budget_s:
+            self.listener(Notice(f"study {self.study_id} is complete: solved again for the limits, nothing measured"))
+            return self._recommend()
+        if reason := compile_failure() if self.hardware.type == "cpu" else None:
+            self.listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
+        recording = facts.recording or self._record()
+        options, originals = self._options(recording)
+        self._prove_all(options, originals, recording)
+        self._spend(complete=True)
+        return self._recommend()
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def _record(self) -> Recording:
+        self.listener(StageStarted("record", len(self.workload.phases)))
+        phases = make_phases(
+            self.loaded.module,
+            self.loaded.kind,
+            self.workload,
+            device=self.device,
+            sample_inputs=self.sample_inputs,
+            max_positions=self.loaded.max_positions,
+        )
+        recording = record(self.loaded.module, phases)
+        if not recording.sites:
+            raise WorkloadError("the model has no linear layer that this workload runs: nothing to search")
+        flops = ", ".join(f"{share:.1%} of {phase}" for phase, share in recording.flops_share.items())
+        shapes = len({site.shape for site in recording.sites})
+        self.listener(
+            StageFinished(
+                "record",
+                f"{len(recording.sites)} linears of {shapes} shapes: {recording.weights_share:.1%} of weights; FLOPs: {flops}",
+            )
+        )
+        for skipped in recording.skipped:
+            self.listener(Notice(f"left alone: {skipped.name} ({skipped.share:.1%} of weights): {skipped.reason}"))
+        self.store.update_study(self.study_id, recording=recording)
+        return recording
+
+    def _options(self, recording: Recording) -> tuple[list[list[LayerChoice]], list[LayerChoice]]:
+        """Scored choices per site, and the unquantized choice per site."""
+        sites = recording.sites
+        element_bytes = max(1, recording.parameter_bytes // max(1, _elements(self.loaded.module)))
+        working_set = working_set_bytes(sites, self.hardware, element_bytes)
+        timings = profile(
+            sites,
+            self.candidates,
+            device=self.hardware,
+            device_name=self.device,
+            working_set=working_set,
+            store=self.store,
+            listener=self.listener,
+        )
+        self._spend()
+        formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
+        facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.hardware.type)
+        choices = [site_choices(site, self.candidates, timings, facts, self.workload, working_set) for site in sites]
+        self._tell_dropped(choices)
+        losses = self._score(choices)
+        filled = [scored(choice, losses) for choice in choices]
+        return [list(choice.choices) for choice in filled], [choice.original for choice in filled]
+
+    def _tell_dropped(self, choices: Sequence[SiteChoices]) -> None:
+        counts: dict[tuple[str, str], int] = {}
+        for choice in choices:
+            for format_id, reason in choice.dropped.items():
+                counts[format_id, reason] = counts.get((format_id, reason), 0) + 1
+        for (format_id, reason), count in counts.items():
+            self.listener(Notice(f"{format_id} not considered for {count} of {len(choices)} layers: {reason}"))
+
+    def _score(self, choices: Sequence[SiteChoices]) -> dict[tuple[str, str], float]:
+        """Isolated losses of every numerics that a remaining choice uses, from the store or measured now."""
+        key = (self.loaded.content_hash, f"{self.quality.key}-{self.loaded.dtype}", METHOD)
+        known = self.store.losses(*key)
+        changes = [
+            change
+            for choice in choices
+            for change in _changes(choice)
+            if (change.site.name, change.numerics) not in known
+        ]
+        sites = len({change.site.name for change in changes})
+        self.listener(StageStarted("score", sites))
+        done = 0
+
+        def on_site(site: Site, losses: Mapping[tuple[str, str], float]) -> None:
+            nonlocal done
+            done += 1
+            self.store.put_losses(*key, losses)
+            self.listener(StageProgress("score", done, site.name))
+
+        isolated_losses(self.loaded.module, changes, self.quality, on_site)
+        self.listener(
+            StageFinished("score", f"{len(changes)} changes of {sites} layers scored now, {len(known)} known")
+        )
+        self._spend()
+        return self.store.losses(*key)
+
+    def _prove_all(self, options: list[list[LayerChoice]], originals: list[LayerChoice], recording: Recording) -> None:
+        self.plans = {plan.plan_id: plan for plan in self.store.plans(self.study_id)}
+        self.proofs = self.store.proofs(self.study_id)
+        self.failed = self.store.failed_proofs(self.study_id)
+        context = PlanContext(
+            study_id=self.study_id,
+            model_hash=self.loaded.content_hash,
+            dtype=self.loaded.dtype,
+            workload=self.workload,
+            other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
+        )
+        prover = Prover(
+            loaded=self.loaded,
+            workload=self.workload,
+            quality=self.quality,
+            device=self.device,
+            execution="eager" if self.hardware.versions.get("compiler") == "none" else "compiled",
+            sample_inputs=self.sample_inputs,
+        )
+        original = original_plan(originals, context)
+        self.listener(StageStarted("prove", 1 + FRONT_PLANS))
+        self._prove(prover, original)
+        if original.plan_id not in self.proofs:
+            raise CandidateError(f"the unquantized model cannot be run: {self.failed[original.plan_id]}")
+        sites = recording.sites
+        calibration = fit([original], self.proofs, sites)
+        self.store.put_plan(predicted(original, calibration, sites, context))
+        uniform = uniform_plans(options, originals, context)
+        self.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
+        for plan in uniform:
+            self._prove(prover, predicted(plan, calibration, sites, context))
+        calibration = fit([original, *uniform], self.proofs, sites)
+        context = replace(context, rest_ms=calibration.rest_request_ms(self.workload.calls()))
+        options = [
+            [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
+        ]
+        plans = front_plans(
+            options,
+            context,
+            count=FRONT_PLANS,
+            max_loss=self._expected_loss(),
+            max_memory_bytes=self.max_memory_bytes,
+        )
+        for plan in plans:
+            self._prove(prover, plan)
+        self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
+        self._refine(prover, options, context)
+
+    def _prove(self, prover: Prover, plan: Plan) -> Proof | None:
+        """Prove `plan` unless the store knows how that ends."""
+        if plan.plan_id in self.proofs or plan.plan_id in self.failed:
+            return self.proofs.get(plan.plan_id)
+        self.listener(StageProgress("prove", len(self.proofs), plan.label))
+        self.store.put_plan(plan)
+        self.plans[plan.plan_id] = plan
+        try:
+            proof = prover.prove(plan)
+        except Exception as error:  # noqa: BLE001 - a plan that cannot run is a fact about it, kept with its reason
+            reason = first_line(error)
+            self.failed[plan.plan_id] = reason
+            self.store.put_proof(plan.plan_id, None, reason)
+            self.listener(Notice(f"plan {plan.label} could not be proven: {reason}"))
+            return None
+        self.store.put_proof(plan.plan_id, proof)
+        self.proofs[plan.plan_id] = proof
+        self._spend()
+        return proof
+
+    def _expected_loss(self) -> float | None:
+        """The summed loss that the limit is expected to allow, from how the proven plans' increase compares with theirs."""
+        if self.max_ppl_increase is None:
+            return None
+        allowed = math.log1p(self.max_ppl_increase) if self.quality.logarithmic else self.max_ppl_increase
+        ratios = []
+        for plan_id, proof in self.proofs.items():
+            loss = self.plans[plan_id].prediction.loss
+            high = proof.selection_increase.high
+            if self.plans[plan_id].kind == "uniform" and loss > allowed / 4 and math.isfinite(high) and high > 0:
+                ratios.append((math.log1p(high) if self.quality.logarithmic else high) / loss)
+        return allowed / (statistics.median(ratios) if ratios else 1.0)
+
+    def _refine(self, prover: Prover, options: list[list[LayerChoice]], context: PlanContext) -> None:
+        """Spend what is left of the time on plans that Optuna proposes."""
+        known = {
+            plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
+        }
+        self.listener(StageStarted("refine", 0))
+        slowest_s, count = 0.0, 0
+        for plan, tell in proposals(
+            options,
+            context,
+            storage_url=self.store.engine.url.render_as_string(hide_password=False),
+            seed=self.seed,
+            known=known,
+            max_memory_bytes=self.max_memory_bytes,
+        ):
+            if self._left_s() < max(slowest_s, _SHORTEST_PROOF_S):
+                tell(None)
+                break
+            began = time.monotonic()
+            self.listener(StageProgress("refine", count, f"{plan.label}, {self._left_s():.0f} s left"))
+            tell(self._prove(prover, plan))
+            slowest_s = max(slowest_s, time.monotonic() - began)
+            count += 1
+        self.listener(StageFinished("refine", f"{count} further plans proven"))
+
+    # -- accounts --------------------------------------------------------------------------------------------------
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def _left_s(self) -> float:
+        return self.time_budget_s - self.spent_before_s - self._elapsed_s()
+
+    def _spend(self, *, complete: bool = False) -> None:
+        spent = self.spent_before_s + self._elapsed_s()
+        if complete:
+            self.store.update_study(self.study_id, complete=True, spent_s=max(spent, self.time_budget_s))
+        else:
+            self.store.update_study(self.study_id, spent_s=spent)
+        release_memory()
+
+    def _recommend(self) -> None:
+        best = Study(self.store, self.study_id).recommended()
+        self.store.update_study(self.study_id, recommended=best.plan_id if best else None)
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in {id(p): p for p in module.parameters()}.values())
+
+
+def _changes(choices: SiteChoices) -> list[Change]:
+    """Every numerics that a choice of the site uses."""
+    found: dict[str, Change] = {}
+    for choice in choices.choices:
+        fmt = get_format(choice.format)
+        for use in choices.site.uses:
+            kernel = fmt.kernel(route_kernel(choice.route, use.m))
+            key = f"{fmt.values}+{kernel.numerics}"
+            found.setdefault(key, Change(choices.site, key, fmt, kernel.numerics))
+    return list(found.values())

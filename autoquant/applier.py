@@ -178,7 +178,7 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(f"{target} exists already; choose another --out")
     if not target.parent.is_dir():
         raise CheckpointError(f"the folder {target.parent} does not exist; make it first")
-    if not is_writable(target.parent):
+    if not is_writable(target.parent) or (target.exists() and not is_writable(target)):
         raise CheckpointError(f"cannot write into {target.parent}; choose another --out")
 
 

@@ -12,6 +12,7 @@ A checkpoint is a folder:
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.errors import CheckpointError
+from autoquant.errors import CheckpointError, ModelError
 from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
@@ -106,7 +107,10 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
         route = tuple((upper, kernel) for upper, kernel in description["route"])
         tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
     if module is None:
-        module = build_architecture(manifest["source"], folder, dtype, meta=True)
+        try:
+            module = build_architecture(manifest["source"], folder, dtype, meta=True)
+        except ModelError as error:
+            raise CheckpointError(f"{error}; apply the plan again") from error
         _assign(module, tensors, manifest["ties"], folder)
         if without_values(module):  # a tensor that is neither parameter nor buffer: only real construction fills it
             module = build_architecture(manifest["source"], folder, dtype, meta=False)
@@ -170,14 +174,15 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(folder / SAFETENSORS, framework="pt") as file:
             metadata = file.metadata()
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            flat = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict; clones are aligned
         tensors, rest = unflatten_tensor_state_dict(flat, metadata)
         if rest:
             raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {', '.join(list(rest)[:3])}")
         if (folder / PACKED).exists():
             tensors |= torch.load(folder / PACKED, weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"cannot read {folder}: {str(error).splitlines()[0]}; apply the plan again") from error
+    except (OSError, SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"cannot read {folder}: {reason}; apply the plan again") from error
     return {name.removeprefix("."): tensor for name, tensor in tensors.items()}
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DatabaseError
 
 from autoquant.errors import StoreError
@@ -29,10 +28,8 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
         StoreError: The file is missing, not writable, damaged, of another program, or of a newer autoquant.
     """
     check_address(address, create=create)
-    url = str(address)
-    if "://" not in url:
-        url = f"sqlite:///{url}"
-    engine = create_engine(make_url(url), connect_args={"timeout": _BUSY_TIMEOUT_S} if url.startswith("sqlite") else {})
+    url = make_url(str(address)) if "://" in str(address) else URL.create("sqlite", database=str(address))
+    engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {})
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
@@ -55,6 +52,8 @@ def check_address(address: str | os.PathLike[str], *, create: bool = True) -> No
     """
     if "://" not in str(address):
         _check_file(Path(address), create=create)
+    elif (url := make_url(str(address))).get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+        _check_file(Path(url.database), create=create)
 
 
 def _check_file(path: Path, *, create: bool) -> None:
@@ -83,22 +82,24 @@ def is_writable(path: Path) -> bool:
 
 
 def _check_header(path: Path) -> None:
-    # A plain read-only connection: the first write of SQLAlchemy's connection would already change the file.
-    try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        try:
-            application = connection.execute("PRAGMA application_id").fetchone()[0]
-        finally:
-            connection.close()
-    except sqlite3.DatabaseError as error:
-        raise StoreError(f"{path} is not an autoquant database ({error}); choose another --db") from error
+    with path.open("rb") as file:
+        header = file.read(100)
+    if len(header) < 100 or header[:16] != b"SQLite format 3\0":
+        raise StoreError(f"{path} is not an autoquant database (no SQLite file); choose another --db")
+    application = int.from_bytes(header[68:72], "big")
     if application != APPLICATION_ID:
         raise StoreError(f"{path} belongs to another program; choose another --db")
+    page = int.from_bytes(header[16:18], "big")
+    page = 65536 if page == 1 else page
+    if path.stat().st_size < page * int.from_bytes(header[28:32], "big") and not Path(f"{path}-wal").exists():
+        raise StoreError(f"{path} is truncated; restore it or choose another --db")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # transactions are begun by `_begin_sqlite`, so that they hold table changes too
     cursor = connection.cursor()
+    if cursor.execute("PRAGMA page_count").fetchone()[0] == 0:  # before the log exists, so that the file itself says it
+        cursor.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.execute("PRAGMA foreign_keys = ON")
@@ -125,8 +126,6 @@ def _migrate(engine: Engine, address: str) -> None:
     if current is not None and current not in known:
         raise StoreError(f"{address} was written by a newer autoquant (schema {current}); upgrade autoquant to read it")
     with engine.begin() as connection:
-        if current is None and engine.dialect.name == "sqlite":
-            connection.execute(text(f"PRAGMA application_id = {APPLICATION_ID}"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

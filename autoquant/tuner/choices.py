@@ -184,7 +184,7 @@ def _prune(
         return request_us(choice, workload), choice.memory_bytes, facts[choice.format, choice.shape].weight_error
 
     def activations(choice: LayerChoice) -> set[str]:
-        return {key.partition("+")[2] for key in choice.numerics.split()}
+        return {key.partition("+")[2] for key in choice.numerics.split()} - {"a16"}
 
     kept = []
     for choice in choices:

@@ -151,6 +151,7 @@ def spread(problem: Problem, points: Sequence[Picks], count: int, taken: Sequenc
         best = int(np.argmin(own[:, 0])) if not len(fixed) and not chosen else int(np.argmax(distance))
         chosen.append(best)
         distance = np.minimum(distance, np.linalg.norm(own - own[best], axis=1))
+        distance[best] = -1.0
     return [pool[i] for i in chosen]
 
 

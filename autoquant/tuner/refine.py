@@ -12,10 +12,11 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoquant.records import LayerChoice, Plan, Proof
-from autoquant.tuner.planning import PlanContext, make_plan, make_problem, with_multipliers
+from autoquant.tuner.planning import PlanContext, explain, make_plan, make_problem, with_multipliers
 from autoquant.tuner.solve import fastest
 
 if TYPE_CHECKING:
@@ -154,5 +155,7 @@ def _propose(
     picks = fastest(problem, max_loss=values["loss budget"], max_memory=budget)
     if picks is None:
         return None
-    layers = [layer[i] for layer, i in zip(options, picks, strict=True)]
+    layers = [
+        replace(layer[i], reason=explain(layer, i, context.workload)) for layer, i in zip(options, picks, strict=True)
+    ]
     return make_plan(layers, f"refined {trial.number}", "refined", context)

@@ -140,7 +140,11 @@ def _silent_stdout() -> Iterator[None]:
 
 
 def _minimise(
-    problem: Problem, objective: Vector, max_loss: float | None = None, max_memory: float | None = None
+    problem: Problem,
+    objective: Vector,
+    max_loss: float | None = None,
+    max_memory: float | None = None,
+    attempts: int = 4,
 ) -> Picks | None:
     sizes = [len(layer) for layer in problem.time]
     count = sum(sizes)
@@ -155,9 +159,9 @@ def _minimise(
         allowance = (budget - least) / scale
         if allowance < -1e-9:
             return None
-        rows.append(csr_array(_scaled(layers)[None, :]))
+        rows.append(csr_array(1e6 * _scaled(layers)[None, :]))
         lower.append(np.asarray([-np.inf]))
-        upper.append(np.asarray([max(allowance, 0.0) + 1e-12]))
+        upper.append(np.asarray([1e6 * (max(allowance, 0.0) + 1e-12)]))
     with _silent_stdout():
         result = milp(
             objective,
@@ -169,4 +173,32 @@ def _minimise(
     if result.x is None:
         return None
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    return tuple(int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True))
+    picks = tuple(int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True))
+    _, loss, memory = problem.totals(picks)
+    if _over(loss, max_loss) or _over(memory, max_memory):  # by what the solver's tolerance lets through
+        return (
+            None
+            if attempts <= 1
+            else _minimise(
+                problem,
+                objective,
+                max_loss=None if max_loss is None else max_loss - 2 * max(loss - max_loss, 0.0),
+                max_memory=None if max_memory is None else max_memory - 2 * max(memory - max_memory, 0.0),
+                attempts=attempts - 1,
+            )
+        )
+    return _without_waste(problem, picks)
+
+
+def _over(total: float, budget: float | None) -> bool:
+    return budget is not None and total > budget * (1 + 1e-12)
+
+
+def _without_waste(problem: Problem, picks: Picks) -> Picks:
+    """The picks with every option replaced that another one of its layer equals or beats in time, loss and memory."""
+    better = []
+    for time, loss, memory, i in zip(problem.time, problem.loss, problem.memory, picks, strict=True):
+        fits = (time <= time[i]) & (loss <= loss[i]) & (memory <= memory[i])
+        candidates = np.flatnonzero(fits)
+        better.append(int(min(candidates, key=lambda j: (time[j], loss[j], memory[j]))))
+    return tuple(better)

@@ -14,7 +14,7 @@ from autoquant.profiler.phases import Phases
 
 _WARM_UP_CALLS = 2
 _MAX_RELATIVE_ERROR = 0.1
-_ROUNDS = 7
+_ROUNDS = 6
 _CALLS_PER_ROUND = 16
 _ROUND_S = 0.1
 _ATTEMPTS = 3

@@ -15,7 +15,7 @@ from autoquant.errors import TextError
 Part = Literal["calibration", "selection", "report"]
 PARTS: tuple[Part, ...] = ("calibration", "selection", "report")
 WINDOW_TOKENS = 512
-WANTED_WINDOWS: Mapping[Part, int] = {"calibration": 4, "selection": 20, "report": 28}
+WANTED_WINDOWS: Mapping[Part, int] = {"calibration": 3, "selection": 20, "report": 28}
 LEAST_WINDOWS: Mapping[Part, int] = {"calibration": 1, "selection": 6, "report": 8}
 _READ_CHARACTERS = 200_000
 

@@ -103,7 +103,7 @@ def _tell_unusable(result: dict[TimingSubject, Measurement], listener: Listener)
     for (candidate, outcome), measurements in unusable.items():
         where = ", ".join(dict.fromkeys(f"m={m.subject.m}" for m in measurements))
         listener(
-            Notice(f"{candidate} is {outcome} for {len(measurements)} shapes at {where}: {measurements[0].reason}")
+            Notice(f"{candidate} is {outcome} in {len(measurements)} cases ({where}): {measurements[0].reason}")
         )
 
 

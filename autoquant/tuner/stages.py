@@ -40,7 +40,7 @@ from autoquant.tuner.prove import Prover
 from autoquant.tuner.refine import proposals
 from autoquant.tuner.study import Study
 
-FRONT_PLANS = 6
+FRONT_PLANS = 4
 _SHORTEST_PROOF_S = 5.0
 
 

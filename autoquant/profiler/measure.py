@@ -102,9 +102,7 @@ def _tell_unusable(result: dict[TimingSubject, Measurement], listener: Listener)
             unusable.setdefault((subject.candidate, measurement.outcome), []).append(measurement)
     for (candidate, outcome), measurements in unusable.items():
         where = ", ".join(dict.fromkeys(f"m={m.subject.m}" for m in measurements))
-        listener(
-            Notice(f"{candidate} is {outcome} in {len(measurements)} cases ({where}): {measurements[0].reason}")
-        )
+        listener(Notice(f"{candidate} is {outcome} in {len(measurements)} cases ({where}): {measurements[0].reason}"))
 
 
 def _summary(result: dict[TimingSubject, Measurement], measured: int) -> str:

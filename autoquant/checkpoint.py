@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from autoquant.candidates import get_format
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError
 from autoquant.models import LoadedModel
@@ -99,6 +100,8 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
             f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
             "apply the plan again here"
         )
+    for description in manifest["routed"].values():
+        get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
     tensors = _read_tensors(folder)
     dtype = getattr(torch, manifest["dtype"])
     for name, description in manifest["routed"].items():

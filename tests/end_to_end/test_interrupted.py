@@ -67,7 +67,7 @@ def kill_at(process, db, table, at_least):
     while process.is_alive() and count(db, table) < at_least:
         assert time.monotonic() < deadline, "the search does not come on"
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()  # SIGKILL, or nothing where it has just ended
     process.join(DEADLINE_S)
     return process.exitcode == -signal.SIGKILL
 

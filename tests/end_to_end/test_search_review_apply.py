@@ -425,3 +425,13 @@ def test_a_packed_file_with_a_payload_does_not_run_it(int4_folder, tmp_path):
 def test_an_unknown_plan_is_refused(study):
     with pytest.raises(PlanError):
         study.plan("nope")
+
+
+def test_a_packed_checkpoint_loads_in_a_process_that_has_seen_nothing_else(searched, study, tmp_path):
+    plan = next(plan for plan in study.plans() if plan.label.startswith("uniform int4"))
+    folder = tmp_path / "packed"
+    result = CliRunner().invoke(app, ["apply", str(searched.db), "--plan", plan.plan_id, "--out", str(folder)])
+    assert result.exit_code == 0 and (folder / "packed.pt").exists()
+    script = f"import autoquant; print(type(autoquant.load({str(folder)!r})).__name__)"
+    fresh = python("-c", script)
+    assert fresh.stdout.strip() == "LlamaForCausalLM", fresh.stderr

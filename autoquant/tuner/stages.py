@@ -41,6 +41,7 @@ from autoquant.tuner.refine import proposals
 from autoquant.tuner.study import Study
 
 FRONT_PLANS = 4
+LEAST_PLANS = 10
 _SHORTEST_PROOF_S = 5.0
 
 
@@ -203,14 +204,16 @@ class Stages:
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]
+        known = {plan.plan_id for plan in (original, *uniform)}
+        count = max(FRONT_PLANS, LEAST_PLANS - len(known))
         plans = front_plans(
             options,
             context,
-            count=FRONT_PLANS,
+            count=count + len(known),
             max_loss=self._expected_loss(),
             max_memory_bytes=self.max_memory_bytes,
         )
-        for plan in plans:
+        for plan in [plan for plan in plans if plan.plan_id not in known][:count]:
             self._prove(prover, plan)
         self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
         self._refine(prover, options, context)

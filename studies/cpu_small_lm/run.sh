@@ -35,6 +35,14 @@ autoquant pareto "$db" --json >"$out/pareto.json"
 autoquant pareto "$db" --plot "$out/front.png"
 autoquant show "$db" | tee "$out/show.txt"
 
+python - "$db" "$out/timings.csv" <<'P'
+import csv, sqlite3, sys
+c = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True)
+columns = "n k m format kernel outcome latency_us relative_error reason".split()
+with open(sys.argv[2], "w", newline="") as file:
+    csv.writer(file).writerows([columns, *c.execute(f"SELECT {','.join(columns)} FROM timing ORDER BY n, k, m, latency_us")])
+P
+
 echo "== recommended plan: applied, timed against the original, compiled the same way"
 rm -rf "$out"/model-*
 autoquant apply "$db" --out "$out/model-recommended"
@@ -42,7 +50,7 @@ python "$here/../../demo/compare.py" "$out/model-recommended" --model "$model" -
 
 echo "== perplexity by a separate script"
 : >"$out/perplexity.jsonl"
-check() { python "$here/check_perplexity.py" "$@" 2>/dev/null | tee -a "$out/perplexity.jsonl"; }
+check() { python "$here/check_perplexity.py" "$@" | tee -a "$out/perplexity.jsonl"; }
 check "$model" --text "$text" --float32
 check "$model" --text "$text" --parts
 for plan in $(python -c "import json,sys; print(*[r['plan_id'] for r in json.load(open(sys.argv[1])) if r['on_front']][:5])" "$out/pareto.json"); do

@@ -23,6 +23,7 @@ from autoquant.records import (
     Workload,
     route_kernel,
 )
+from autoquant.tuner.planning import request_us
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +161,6 @@ def _choice(
         memory_bytes=memory_bytes,
         loss=0.0,
     )
-
-
-def request_us(choice: LayerChoice, workload: Workload) -> float:
-    """Microseconds that the layer takes in one request."""
-    calls = workload.calls()
-    return sum(calls[phase] * latency for phase, latency in choice.latency_us.items())
 
 
 def _prune(

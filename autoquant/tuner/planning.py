@@ -28,10 +28,15 @@ class PlanContext:
     rest_ms: float = 0.0
 
 
+def request_us(choice: LayerChoice, workload: Workload) -> float:
+    """Microseconds that the layer takes in one request."""
+    calls = workload.calls()
+    return sum(calls[phase] * latency for phase, latency in choice.latency_us.items())
+
+
 def request_ms(choice: LayerChoice, workload: Workload) -> float:
     """Milliseconds that one layer takes in one request."""
-    calls = workload.calls()
-    return sum(calls[phase] * latency for phase, latency in choice.latency_us.items()) / 1e3
+    return request_us(choice, workload) / 1e3
 
 
 def make_problem(options: Sequence[Sequence[LayerChoice]], workload: Workload) -> Problem:

@@ -34,7 +34,7 @@ from autoquant.records import (
 )
 from autoquant.store import Store
 from autoquant.tuner.calibrate import fit, predicted
-from autoquant.tuner.choices import SiteChoices, format_facts, scored, site_choices
+from autoquant.tuner.choices import SiteChoices, format_facts, numerics_key, scored, site_choices
 from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
 from autoquant.tuner.prove import Prover
 from autoquant.tuner.refine import proposals
@@ -308,6 +308,6 @@ def _changes(choices: SiteChoices) -> list[Change]:
         fmt = get_format(choice.format)
         for use in choices.site.uses:
             kernel = fmt.kernel(route_kernel(choice.route, use.m))
-            key = f"{fmt.values}+{kernel.numerics}"
+            key = numerics_key(fmt, kernel.numerics)
             found.setdefault(key, Change(choices.site, key, fmt, kernel.numerics))
     return list(found.values())

@@ -1,9 +1,11 @@
 """Formats, kernels, and the one ordered registry of them."""
 
-from autoquant.candidates.base import A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel
+from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel
 from autoquant.candidates.registry import CandidateStatus, formats, get_format, register, select, survey
 
 __all__ = [
+    "A8_FLOAT8_ROW",
+    "A8_FLOAT8_TENSOR",
     "A8_ROW",
     "A16",
     "ACTIVATION_ROUNDING",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,11 @@ A16 = "a16"
 """Numerics of a kernel that leaves the activation as it is."""
 A8_ROW = "a8-row"
 """Numerics of a kernel that rounds each row of the activation to symmetric int8."""
+A8_FLOAT8_ROW = "a8-float8-row"
+"""Numerics of a kernel that rounds the activation to float8 (e4m3) with a scale for each row."""
+A8_FLOAT8_TENSOR = "a8-float8-tensor"
+"""The same with one scale for the whole activation."""
+FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def always_supported(_shape: LinearShape, _m: int, _device_type: str) -> str | None:
@@ -34,6 +40,9 @@ class Kernel:
             one format with the same numerics share one quality score.
         linear: x `[..., k]`, stored weight of `[n, k]`, bias `[n]` or None; returns `[..., n]` in x's dtype. It must trace
             under `torch.compile(fullgraph=True)`.
+        opaque: Calls a library's kernels and nothing else, so that compiling it changes nothing: timed on GPUs as it is.
+        arithmetic: What it multiplies in on a GPU, for the roofline; None is the activation's dtype.
+        materializes: Writes the weight out in the activation's dtype and reads it again.
         unsupported: (shape, m, device type) to the reason why it cannot be used there, or None.
         description: One line for `autoquant candidates`.
     """
@@ -41,6 +50,9 @@ class Kernel:
     id: str
     numerics: str
     linear: LinearFunction
+    opaque: bool = False
+    arithmetic: str | None = None
+    materializes: bool = False
     unsupported: Unsupported = always_supported
     description: str = ""
 
@@ -119,10 +131,34 @@ def round_row_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
+def round_float8(x: torch.Tensor, *, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to float8 (e4m3), the largest number of each row or of all being the largest that float8 has.
+
+    Args:
+        x: `[m, k]`.
+
+    Returns:
+        float8 `[m, k]` and its float32 scales, `[m, 1]` or `[]`.
+    """
+    largest = x.abs().amax(dim=-1, keepdim=True) if per_row else x.abs().amax()
+    scale = largest.float().clamp(min=1e-12) / FLOAT8_MAX
+    return (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
+
+
 def _fake_row_int8(x: torch.Tensor) -> torch.Tensor:
     rounded, scale = round_row_int8(x.reshape(-1, x.shape[-1]))
     return (rounded.float() * scale).to(x.dtype).reshape(x.shape)
 
 
-ACTIVATION_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {A16: lambda x: x, A8_ROW: _fake_row_int8}
+def _fake_float8(x: torch.Tensor, *, per_row: bool) -> torch.Tensor:
+    rounded, scale = round_float8(x.reshape(-1, x.shape[-1]), per_row=per_row)
+    return (rounded.float() * scale).to(x.dtype).reshape(x.shape)
+
+
+ACTIVATION_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    A16: lambda x: x,
+    A8_ROW: _fake_row_int8,
+    A8_FLOAT8_ROW: functools.partial(_fake_float8, per_row=True),
+    A8_FLOAT8_TENSOR: functools.partial(_fake_float8, per_row=False),
+}
 """What each numerics does to an activation, in floating point: used where quality is scored without the kernel."""

@@ -1,21 +1,35 @@
-"""float8 (e4m3) weights with one scale a row, in torchao's `Float8Tensor`."""
+"""float8 (e4m3) weights with one scale a row or one in all, in torchao's `Float8Tensor`, and the ways to compute with them."""
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torchao.quantization import Float8Tensor, PerRow
+from torchao.float8.inference import Float8MMConfig
+from torchao.quantization import Float8Tensor, PerRow, PerTensor
+from torchao.quantization.quantize_.common import KernelPreference
+from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
+from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
+from autoquant.candidates.gpu import needs_cuda, not_divisible
+from autoquant.records import LinearShape
+
+_FLOAT8_CAPABILITY = (8, 9)
 
 
-def _quantize(weight: torch.Tensor) -> torch.Tensor:
-    stored = Float8Tensor.from_hp(weight.detach(), float8_dtype=torch.float8_e4m3fn, granularity=PerRow())
+def _quantize(weight: torch.Tensor, *, per_row: bool) -> torch.Tensor:
+    stored = Float8Tensor.from_hp(
+        weight.detach(),
+        float8_dtype=torch.float8_e4m3fn,
+        granularity=PerRow() if per_row else PerTensor(),
+        kernel_preference=KernelPreference.TORCH,  # what AUTO stands for depends on what else is installed
+    )
     empty = stored.scale.flatten() == 0  # rows of zeros, which torchao divides by zero
-    stored.scale[empty] = 1
-    stored.qdata.view(torch.uint8)[empty] = 0
+    stored.scale.view(-1)[empty] = 1
+    stored.qdata.view(torch.uint8)[empty.expand(weight.shape[0])] = 0
     return cast(torch.Tensor, stored)
 
 
@@ -28,20 +42,122 @@ def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return F.linear(x, values, bias)
 
 
+def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool) -> torch.Tensor:
+    values, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    rounded, x_scale = round_float8(x.reshape(-1, x.shape[-1]), per_row=per_row)
+    y = torch._scaled_mm(
+        rounded,
+        values.t(),
+        scale_a=x_scale,
+        scale_b=scale.t() if per_row else scale.reshape(()),
+        bias=bias,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    )
+    return y.reshape(*x.shape[:-1], values.shape[0])
+
+
+def _torchao_dynamic(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool
+) -> torch.Tensor:
+    granularity = PerRow() if per_row else PerTensor()
+    dynamic = Float8Tensor(
+        weight.qdata,  # type: ignore[attr-defined]
+        weight.scale,  # type: ignore[attr-defined]
+        block_size=weight.block_size,  # type: ignore[attr-defined]
+        mm_config=Float8MMConfig(use_fast_accum=True),
+        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(
+            granularity=granularity, kernel_preference=KernelPreference.TORCH
+        ),
+        kernel_preference=KernelPreference.TORCH,
+        dtype=weight.dtype,
+    )
+    return F.linear(x, dynamic, bias)
+
+
+def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
+    return linear_w8(x, weight.qdata, weight.scale, bias, dynamic=dynamic)  # type: ignore[attr-defined]
+
+
+def _float8_product_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+    if reason := not_divisible(shape.n, shape.k, 16, "a float8 product"):
+        return reason
+    if shape.dtype != "bfloat16":
+        return f"float8 products give bfloat16, not {shape.dtype}"
+    return needs_cuda(device_type, "a float8 product", _FLOAT8_CAPABILITY)
+
+
+def _gemlite_float8_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    return gemlite_unsupported(shape, m, device_type) or needs_cuda(
+        device_type, "gemlite with float8", _FLOAT8_CAPABILITY
+    )
+
+
+def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
+    numerics = A8_FLOAT8_ROW if per_row else A8_FLOAT8_TENSOR
+    scales = "its own scale for each row" if per_row else "one scale"
+    return (
+        Kernel(
+            id="dequantize-matmul",
+            numerics=A16,
+            linear=_dequantize_matmul,
+            materializes=True,
+            description="dequantize the weight, then the float product",
+        ),
+        Kernel(
+            id="scaled-mm",
+            numerics=numerics,
+            linear=functools.partial(_scaled_mm, per_row=per_row),
+            arithmetic="float8",
+            unsupported=_float8_product_unsupported,
+            description=f"activation rounded to float8 with {scales}, then torch._scaled_mm",
+        ),
+        Kernel(
+            id="dynamic",
+            numerics=numerics,
+            linear=functools.partial(_torchao_dynamic, per_row=per_row),
+            arithmetic="float8",
+            unsupported=_float8_product_unsupported,
+            description="torchao's float8 dynamic-activation product",
+        ),
+    )
+
+
+_GEMLITE_KERNELS = (
+    Kernel(
+        id="gemlite",
+        numerics=A16,
+        linear=functools.partial(_gemlite, dynamic=False),
+        opaque=True,
+        unsupported=_gemlite_float8_unsupported,
+        description="gemlite's weight-only product",
+    ),
+    Kernel(
+        id="gemlite-dynamic",
+        numerics=A8_FLOAT8_ROW,
+        linear=functools.partial(_gemlite, dynamic=True),
+        opaque=True,
+        arithmetic="float8",
+        unsupported=_gemlite_float8_unsupported,
+        description="activation rows rounded to float8, gemlite's product",
+    ),
+)
+
 FORMATS = (
     Format(
         id="float8-row/plain",
-        quantize=_quantize,
+        quantize=functools.partial(_quantize, per_row=True),
         dequantize=_dequantize,
         tensor_type=Float8Tensor,
-        kernels=(
-            Kernel(
-                id="dequantize-matmul",
-                numerics=A16,
-                linear=_dequantize_matmul,
-                description="dequantize the weight, then the float product",
-            ),
-        ),
+        kernels=(*_kernels(per_row=True), *_GEMLITE_KERNELS),
         description="float8 e4m3 weights, one scale a row",
+    ),
+    Format(
+        id="float8-tensor/plain",
+        quantize=functools.partial(_quantize, per_row=False),
+        dequantize=_dequantize,
+        tensor_type=Float8Tensor,
+        kernels=_kernels(per_row=False),
+        description="float8 e4m3 weights, one scale in all",
     ),
 )

@@ -27,7 +27,9 @@ def _unsupported(shape: LinearShape, _m: int, _device_type: str, *, dtype: str) 
 
 def _format(dtype: str) -> Format:
     torch_dtype = FLOATS[dtype]
-    kernel = Kernel(id="matmul", numerics=A16, linear=_cast_linear, description="the library's matrix product")
+    kernel = Kernel(
+        id="matmul", numerics=A16, linear=_cast_linear, opaque=True, description="the library's matrix product"
+    )
     return Format(
         id=f"{dtype}/plain",
         quantize=lambda weight: weight.detach().to(torch_dtype),

@@ -1,4 +1,4 @@
-"""int8 weights with one scale a row, in torchao's `Int8Tensor`, and the ways to compute with them on a CPU.
+"""int8 weights with one scale a row, in torchao's `Int8Tensor`, and the ways to compute with them.
 
 The scale is rounded to the model's dtype before the weight is divided by it, so kernels that take a 16-bit scale use
 exactly the numbers that the float32 ones do.
@@ -6,6 +6,7 @@ exactly the numbers that the float32 ones do.
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import torch
@@ -14,6 +15,7 @@ from torchao.quantization import Int8Tensor, PerRow
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
 from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int8
+from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
 from autoquant.records import LinearShape
 
 
@@ -66,6 +68,11 @@ def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return F.linear(x, (values.to(x.dtype) * scale), bias)
 
 
+def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
+    values, scale = _parts(weight)
+    return linear_w8(x, values, scale, bias, dynamic=dynamic)
+
+
 def _packed_mm_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
     if device_type != "cpu":
         return "_weight_int8pack_mm is a CPU kernel here"
@@ -100,12 +107,14 @@ FORMATS = (
                 id="dequantize-matmul",
                 numerics=A16,
                 linear=_dequantize_matmul,
+                materializes=True,
                 description="dequantize the weight, then the float product",
             ),
             Kernel(
                 id="int-mm",
                 numerics=A8_ROW,
                 linear=_int_mm,
+                arithmetic="int8",
                 unsupported=_int_mm_unsupported,
                 description="activation rows rounded to int8, integer product, scales applied in float32",
             ),
@@ -113,8 +122,26 @@ FORMATS = (
                 id="dynamic",
                 numerics=A8_ROW,
                 linear=_torchao_dynamic,
+                arithmetic="int8",
                 unsupported=_int_mm_unsupported,
                 description="torchao's int8 dynamic-activation product",
+            ),
+            Kernel(
+                id="gemlite",
+                numerics=A16,
+                linear=functools.partial(_gemlite, dynamic=False),
+                opaque=True,
+                unsupported=gemlite_unsupported,
+                description="gemlite's weight-only product",
+            ),
+            Kernel(
+                id="gemlite-dynamic",
+                numerics=A8_ROW,
+                linear=functools.partial(_gemlite, dynamic=True),
+                opaque=True,
+                arithmetic="int8",
+                unsupported=gemlite_unsupported,
+                description="activation rows rounded to int8, gemlite's product",
             ),
         ),
         description="int8 weights, one symmetric scale a row",

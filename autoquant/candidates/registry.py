@@ -70,9 +70,9 @@ def _matches(pair: tuple[Format, Kernel], glob: str) -> bool:
 
 @functools.cache
 def _built_in() -> dict[str, Format]:
-    from autoquant.candidates import float8, floats, int4, int8  # deferred: torchao takes a second to import
+    from autoquant.candidates import float8, floats, int4, int4_gpu, int8  # deferred: torchao takes a second to import
 
-    return {fmt.id: fmt for module in (floats, float8, int8, int4) for fmt in module.FORMATS}
+    return {fmt.id: fmt for module in (floats, float8, int8, int4, int4_gpu) for fmt in module.FORMATS}
 
 
 @functools.cache

@@ -1,0 +1,33 @@
+"""What GPU kernels need: reasons why they cannot be used, in words."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+import torch
+
+
+def needs_cuda(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
+    """Why `what` does not run on the current device, where it needs CUDA of at least `capability`."""
+    if device_type != "cuda":
+        return f"{what} needs a CUDA GPU"
+    here = torch.cuda.get_device_capability()
+    if here < capability:
+        return f"{what} needs compute capability {_dotted(capability)}, this GPU has {_dotted(here)}"
+    return None
+
+
+@functools.cache
+def needs_library(module: str, package: str) -> str | None:
+    """Why `module` cannot be used (it is not installed), and what to install."""
+    return None if find_spec(module) is not None else f"needs {module}: pip install {package}"
+
+
+def not_divisible(n: int, k: int, by: int, what: str) -> str | None:
+    """Why an `n` x `k` weight does not fit a kernel whose sizes must be divisible by `by`."""
+    return f"{what} needs n and k divisible by {by}, not {n}x{k}" if n % by or k % by else None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

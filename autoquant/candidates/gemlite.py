@@ -8,6 +8,9 @@ weight serves its kernels and the others. Its operator is told everything by a l
 from __future__ import annotations
 
 import functools
+import os
+import sys
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -87,6 +90,25 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Ten
     _load()
     tensors = [*tensors, torch.empty((), dtype=torch.float32, device=x.device)]  # a scale that only nvfp4 has
     return cast(torch.Tensor, torch.ops.gemlite.forward_functional(x, bias, tensors, meta, -1))
+
+
+def load_tuning(folder: str) -> None:
+    """Take over what gemlite's tuning found in earlier runs, from every file in `folder`."""
+    if needs_library("gemlite", "gemlite") is None:
+        _load()
+        from gemlite.core import GemLiteLinearTriton
+
+        for path in sorted(Path(folder).glob("gemlite-*.json")):
+            GemLiteLinearTriton.load_config(str(path), print_error=False)
+
+
+def save_tuning(folder: str) -> None:
+    """Keep what gemlite's tuning has found so far in a file of this process."""
+    if "gemlite" in sys.modules:
+        from gemlite.core import GemLiteLinearTriton
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        GemLiteLinearTriton.cache_config(str(Path(folder) / f"gemlite-{os.getpid()}.json"))
 
 
 @functools.cache

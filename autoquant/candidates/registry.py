@@ -32,6 +32,11 @@ def register(candidate: Format) -> None:
     _registered[candidate.id] = candidate
 
 
+def is_registered_here(format_id: str) -> bool:
+    """Whether a format was registered by this process, so that another one would not know it."""
+    return format_id in _registered
+
+
 def formats() -> dict[str, Format]:
     """Every format by id, in order."""
     return {**_built_in(), **_from_entry_points(), **_registered}

@@ -1,4 +1,4 @@
-"""Whether the machine was doing something else while we measured."""
+"""Whether the machine, or its GPU, was doing something else while we measured."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 HIGHEST_OTHER_LOAD = 0.15
 """Above this share of the machine's cores, what was measured is not believed at once."""
 
 _STAT = Path("/proc/stat")
+_YARDSTICK_BYTES = 256 << 20
+_YARDSTICK_COPIES = 32
 
 
 class OtherLoad:
@@ -31,6 +35,52 @@ class OtherLoad:
             return 0.0
         others = (busy - self._busy) - (_own_s() - self._own)
         return max(0.0, others / (wall * (os.cpu_count() or 1)))
+
+
+class GpuLoad:
+    """Watches how much of a GPU's time others take, by a yardstick: copies that take some milliseconds.
+
+    Another process on the GPU gets slices of its time, some of which fall into the yardstick; the fastest run of it that this
+    process ever saw is what it takes undisturbed.
+    """
+
+    _fastest_ms: dict[str, float] = {}  # noqa: RUF012 - shared on purpose, by device
+    _buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # noqa: RUF012
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._slowest_ms = self._run_ms()
+
+    def share(self) -> float:
+        """Share of the GPU's time that others used around now and when this object was made, 0 to 1."""
+        slowest = max(self._slowest_ms, self._run_ms())
+        return 1 - self._fastest_ms[self._device] / slowest
+
+    def _run_ms(self) -> float:
+        """The middle of three runs: what others do goes on, a hiccup does not."""
+        runs = sorted(self._copy_ms() for _ in range(3))
+        known = self._fastest_ms.get(self._device, runs[0])
+        self._fastest_ms[self._device] = min(known, runs[0])
+        return runs[1]
+
+    def _copy_ms(self) -> float:
+        source, target = self._tensors()
+        with torch.cuda.device(self._device):
+            start, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(_YARDSTICK_COPIES):
+                torch.neg(source, out=target)
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end))
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._device not in self._buffers:
+            source = torch.rand(_YARDSTICK_BYTES // 4, device=self._device)
+            self._buffers[self._device] = source, torch.empty_like(source)
+            for _ in range(2):
+                self._copy_ms()
+        return self._buffers[self._device]
 
 
 def _busy_s() -> float | None:

@@ -1,13 +1,14 @@
 """The clock: how long one linear takes by each of several candidates, compared in turn.
 
-Protocol 2:
+Protocol 3:
 
-- A candidate is traced to a graph of `unroll` independent linears with inputs of their own and compiled as the whole
-  model will be, so that the cost of a call from Python is shared by many.
-- As in a model, activations are `[1, m, k]`, made and consumed by elementwise operations of the same graph: a kernel gets
-  the memory layouts that it will get there, and what the compiler fuses into its neighbours is fused here too. (With m = 1
-  that decides whether a result is right: PyTorch 2.13's `_int_mm` for CPUs returns garbage for the strides that compiled
-  code gives a single row.)
+- A candidate is traced and compiled as the whole model will be. On a CPU the graph holds `unroll` independent linears with
+  inputs of their own, so that the cost of a call from Python is shared by many; on CUDA calls are captured in a CUDA graph,
+  and what only calls a library's kernels is not compiled, since that would change nothing.
+- As in a model, activations are `[1, m, k]`. On a CPU they are made and consumed by elementwise operations of the same graph:
+  a kernel gets the memory layouts that it will get there, and what the compiler fuses into its neighbours is fused here too.
+  (With m = 1 that decides whether a result is right: PyTorch 2.13's `_int_mm` for CPUs returns garbage for the strides that
+  compiled code gives a single row.) On CUDA such neighbours would be launches of their own, as long as a small linear.
 - Weights are cold: the graphs' weights rotate through one arena of `working_set_bytes`, which all candidates share. In a
   model every weight is read once between two uses of the same one, so the working set is the model's own size, or twice
   the last-level cache where the model is larger.
@@ -21,7 +22,7 @@ Protocol 2:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,18 +31,17 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel
-from autoquant.candidates.flat import flatten_tensor, unflatten_tensor
-from autoquant.profiler.device import synchronize
-from autoquant.profiler.load import HIGHEST_OTHER_LOAD, OtherLoad
+from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
+from autoquant.profiler.clocks import Clock, GraphClock, HostClock
+from autoquant.profiler.load import HIGHEST_OTHER_LOAD, GpuLoad, OtherLoad
 from autoquant.records import LinearShape, Measurement, TimingSubject
 
-PROTOCOL = "2"
+PROTOCOL = "3"
 MAX_RELATIVE_ERROR = 0.02
 _FIRST_ROUNDS = 4
 _MAX_ROUNDS = 16
 _DROP_BEYOND = 1.6
 _TIE_WITHIN = 1.15
-_SAMPLE_S = 2e-3
 _SAMPLE_BUDGET_S = 1.5
 _ATTEMPTS = 3
 _ALIGNMENT = 64
@@ -83,27 +83,30 @@ class _Entrant:
     """One candidate in a comparison."""
 
     subject: TimingSubject
-    call: Callable[[int], object]
-    calls_in_rotation: int
-    unroll: int
+    clock: Clock
     relative_error: float
-    position: int = 0
-    calls_per_sample: int = 1
     samples_us: list[float] = field(default_factory=list)
-
-    def sample(self, device: str) -> None:
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(self.calls_per_sample):
-            self.call(self.position)
-            self.position = (self.position + 1) % self.calls_in_rotation
-        synchronize(device)
-        elapsed = time.perf_counter() - start
-        self.samples_us.append(elapsed / (self.calls_per_sample * self.unroll) * 1e6)
 
     @property
     def best_us(self) -> float:
         return min(self.samples_us)
+
+
+class Problem:
+    """One linear to compute: weight `[n, k]`, bias and as many inputs `[1, m, k]` as a graph has linears."""
+
+    def __init__(self, shape: LinearShape, m: int, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = getattr(torch, shape.dtype)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, device=device)
+
+        self.shape, self.m, self.device = shape, m, device
+        self.on_cuda = torch.device(device).type == "cuda"
+        self.weight = (normal(shape.n, shape.k) / shape.k**0.5).to(dtype)
+        self.bias = (normal(shape.n) * 0.1).to(dtype) if shape.bias else None
+        self.inputs = [normal(1, m, shape.k).to(dtype) for _ in range(1 if self.on_cuda else _unroll(m))]
 
 
 def compare(
@@ -114,47 +117,36 @@ def compare(
     arena: Arena,
     device: str,
     compiled: bool,
+    decided: Mapping[TimingSubject, Measurement] | None = None,
     on_candidate: Callable[[str], None] = lambda _name: None,
 ) -> list[Measurement]:
     """Time `candidates` on one shape and m, each against the others.
 
     Args:
         compiled: Compile each graph with inductor; otherwise run it as traced.
+        decided: Outcomes that are known already: these candidates are not prepared.
         on_candidate: Told the name of each candidate when its preparation starts.
 
     Returns:
         One measurement per candidate, in order. One that is unsupported, wrong or fails says why.
     """
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, shape.dtype)
-    weight = (torch.randn(shape.n, shape.k, generator=generator) / shape.k**0.5).to(dtype).to(device)
-    bias = (torch.randn(shape.n, generator=generator) * 0.1).to(dtype).to(device) if shape.bias else None
-    inputs = [torch.randn(1, m, shape.k, generator=generator).to(dtype).to(device) for _ in range(_unroll(m))]
+    problem = Problem(shape, m, device)
+    results = dict(decided or {})
     entrants: list[_Entrant] = []
-    results: dict[TimingSubject, Measurement] = {}
     subjects = []
     for fmt, kernel in candidates:
         subject = TimingSubject(
             shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=arena.bytes.numel()
         )
         subjects.append(subject)
+        if subject in results:
+            continue
         on_candidate(subject.candidate)
-        reason = fmt.unsupported_reason(kernel, shape, m, torch.device(device).type)
-        if reason:
-            results[subject] = Measurement(subject=subject, outcome="unsupported", reason=reason)
-            continue
-        try:
-            entrant = _prepare(subject, fmt, kernel, weight, bias, inputs, arena, compiled)
-        except Exception as error:  # noqa: BLE001 - whatever a kernel or compiler raises is an outcome with its reason
-            results[subject] = Measurement(subject=subject, outcome="failed", reason=first_line(error))
-            continue
-        if not entrant.relative_error <= MAX_RELATIVE_ERROR:  # NaN counts as incorrect
-            reason = f"relative error {entrant.relative_error:.3g} against the float32 reference"
-            results[subject] = Measurement(
-                subject=subject, outcome="incorrect", reason=reason, relative_error=entrant.relative_error
-            )
-            continue
-        entrants.append(entrant)
+        entered = _enter(subject, fmt, kernel, problem, arena, compiled)
+        if isinstance(entered, Measurement):
+            results[subject] = entered
+        else:
+            entrants.append(entered)
     others = _race_undisturbed(entrants, device)
     reason = f"measured while others used {others:.0%} of the machine" if others > HIGHEST_OTHER_LOAD else ""
     for entrant in entrants:
@@ -168,6 +160,22 @@ def compare(
     return [results[subject] for subject in subjects]
 
 
+def try_out(
+    subject: TimingSubject, fmt: Format, kernel: Kernel, problem: Problem, *, compiled: bool
+) -> tuple[Measurement, int]:
+    """Prepare one candidate and run it a few times: what would be its outcome, with latencies that nobody compares.
+
+    Returns:
+        The measurement, and the bytes of the stored weight (0 where there is none).
+    """
+    entered = _enter(subject, fmt, kernel, problem, Arena(1, problem.device), compiled)
+    if isinstance(entered, Measurement):
+        return entered, 0
+    samples = tuple(entered.clock.sample() for _ in range(_FIRST_ROUNDS))
+    measurement = Measurement(subject=subject, outcome="ok", samples_us=samples, relative_error=entered.relative_error)
+    return measurement, stored_bytes(fmt.store(problem.weight))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, with its type."""
     text = str(error).strip()
@@ -178,28 +186,43 @@ def _unroll(m: int) -> int:
     return 8 if m <= 64 else 2
 
 
+def _enter(
+    subject: TimingSubject, fmt: Format, kernel: Kernel, problem: Problem, arena: Arena, compiled: bool
+) -> _Entrant | Measurement:
+    """A candidate ready to be timed, or the outcome that keeps it from that."""
+    reason = fmt.unsupported_reason(kernel, subject.shape, subject.m, torch.device(problem.device).type)
+    if reason:
+        return Measurement(subject=subject, outcome="unsupported", reason=reason)
+    try:
+        entrant = _prepare(subject, fmt, kernel, problem, arena, compiled)
+        error = entrant.relative_error
+        if error <= MAX_RELATIVE_ERROR:  # NaN counts as incorrect
+            entrant.clock.start()
+            return entrant
+    except Exception as failure:  # noqa: BLE001 - whatever a kernel or compiler raises is an outcome with its reason
+        return Measurement(subject=subject, outcome="failed", reason=first_line(failure))
+    reason = f"relative error {error:.3g} against the float32 reference"
+    return Measurement(subject=subject, outcome="incorrect", reason=reason, relative_error=error)
+
+
 def _prepare(
-    subject: TimingSubject,
-    fmt: Format,
-    kernel: Kernel,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    inputs: list[torch.Tensor],
-    arena: Arena,
-    compiled: bool,
+    subject: TimingSubject, fmt: Format, kernel: Kernel, problem: Problem, arena: Arena, compiled: bool
 ) -> _Entrant:
-    """Trace, compile, check and warm up one candidate."""
-    stored = fmt.store(weight)
+    """Trace, compile and check one candidate."""
+    stored = fmt.store(problem.weight)
     parts, rebuild = flatten_tensor(stored)
     copies = arena.views(parts)
-    unroll = min(len(inputs), len(copies))
-    inputs = inputs[:unroll]
+    unroll = min(len(problem.inputs), len(copies))
+    inputs, bias = problem.inputs[:unroll], problem.bias
     biases = [] if bias is None else [bias]
+    on_cuda = problem.on_cuda
 
     def graph(args: list[torch.Tensor]) -> list[torch.Tensor]:
         xs, rest = args[:unroll], args[unroll + len(biases) :]
         bias_arg = args[unroll] if biases else None
         weights = [unflatten_tensor(rebuild, rest[i * len(parts) : (i + 1) * len(parts)]) for i in range(unroll)]
+        if on_cuda:
+            return [kernel.linear(x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
         return [-kernel.linear(-x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
 
     groups = [
@@ -208,11 +231,14 @@ def _prepare(
     ]
     with torch.no_grad():
         # Traced on distinct tensors: one that came twice would be read once.
-        traced: Any = make_fx(graph)(groups[0])
-        run: Callable[[list[torch.Tensor]], Any] = _compile(traced, groups[0]) if compiled else traced
+        run: Callable[[list[torch.Tensor]], Any] = graph
+        if not (on_cuda and kernel.opaque):
+            run = make_fx(graph)(groups[0])
+            run = _compile(run, groups[0]) if compiled else run
         outputs = run([*inputs, *biases, *(parts * unroll)])
-        reference = -F.linear(
-            ACTIVATION_ROUNDING[kernel.numerics](-inputs[0].float()),
+        sign = 1 if on_cuda else -1
+        reference = sign * F.linear(
+            ACTIVATION_ROUNDING[kernel.numerics](sign * inputs[0].float()),
             fmt.dequantize(stored).float(),
             None if bias is None else bias.float(),
         )
@@ -222,7 +248,12 @@ def _prepare(
         with torch.no_grad():
             return run(groups[position])
 
-    return _Entrant(subject, call, len(groups), unroll, error)
+    clock: Clock = (
+        GraphClock(call, len(groups), problem.device)
+        if on_cuda
+        else HostClock(call, len(groups), unroll, problem.device)
+    )
+    return _Entrant(subject, clock, error)
 
 
 def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], Any]:
@@ -238,11 +269,12 @@ def _race_undisturbed(entrants: list[_Entrant], device: str) -> float:
     share = 0.0
     if not entrants:
         return share
+    on_cuda = torch.device(device).type == "cuda"
     for attempt in range(_ATTEMPTS):
         for entrant in entrants:
             entrant.samples_us.clear()
-        watch = OtherLoad()
-        _race(entrants, device)
+        watch = GpuLoad(device) if on_cuda else OtherLoad()
+        _race(entrants)
         share = watch.share()
         if share <= HIGHEST_OTHER_LOAD:
             break
@@ -250,19 +282,13 @@ def _race_undisturbed(entrants: list[_Entrant], device: str) -> float:
     return share
 
 
-def _race(entrants: list[_Entrant], device: str) -> None:
+def _race(entrants: list[_Entrant]) -> None:
     """Time the entrants in turn until the leaders are told apart or rounds run out."""
-    if not entrants:
-        return
-    for entrant in entrants:
-        entrant.sample(device)  # warm-up, and an estimate of how many calls make a sample
-        seconds = entrant.samples_us.pop() * entrant.unroll / 1e6
-        entrant.calls_per_sample = max(1, round(_SAMPLE_S / max(seconds, 1e-7)))
     racing = list(entrants)
     started = time.perf_counter()
     for round_number in range(_MAX_ROUNDS):
         for entrant in racing:
-            entrant.sample(device)
+            entrant.samples_us.append(entrant.clock.sample())
         if round_number + 1 >= _FIRST_ROUNDS:
             limit = min(entrant.best_us for entrant in racing) * (
                 _DROP_BEYOND if round_number + 1 < 2 * _FIRST_ROUNDS else _TIE_WITHIN

@@ -81,7 +81,7 @@ def search(
     started = time.monotonic()
     place = resolve_device(device)
     check_address(db)
-    pairs = select(candidates)
+    pairs = select(candidates, place.partition(":")[0])
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
     if quality is None:

@@ -34,6 +34,8 @@ from torchao.quantization.quantize_.common.kernel_preference import KernelPrefer
 from autoquant.candidates.base import A16, ACTIVATION_ROUNDING, Format, Kernel, LinearFunction
 from autoquant.records import LinearShape
 
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
 MX_BLOCK = 32
 NVFP4_BLOCK = 16
 BLACKWELL = (10, 0)
@@ -86,20 +88,30 @@ def _round_mx(x: torch.Tensor, elements: torch.dtype) -> torch.Tensor:
 
     torchao's `to_mx` gives the same numbers, but keeps the scales as e8m0, which PyTorch 2.13 cannot compile for CPUs.
     """
-    blocks = _rows(x).float().unflatten(-1, (-1, MX_BLOCK))
+    blocks = x.float().reshape(-1, x.shape[-1] // MX_BLOCK, MX_BLOCK)
     largest = 448.0 if elements == torch.float8_e4m3fn else 6.0
     exponent, scaled = _to_mx_rceil(blocks, blocks.abs().amax(-1, keepdim=True), largest)
-    narrow = scaled.to(elements) if elements == torch.float8_e4m3fn else f32_to_f4_unpacked(scaled)
+    narrow: torch.Tensor = scaled.to(elements) if elements == torch.float8_e4m3fn else f32_to_f4_unpacked(scaled)
     return (_widen(narrow) * _power_of_two(exponent)).reshape(x.shape).to(x.dtype)
 
 
 def _round_nvfp4(x: torch.Tensor) -> torch.Tensor:
     """x `[..., k]` as nvfp4 blocks under one scale of all rows hold it, in x's dtype."""
-    rows, tensor_scale = _rows(x), _tensor_scale(x)
-    scale, packed = nvfp4_quantize(rows.float(), NVFP4_BLOCK, tensor_scale)
-    numbers: torch.Tensor = f4_unpacked_to_f32(unpack_uint4(packed)).reshape(*scale.shape, NVFP4_BLOCK)
-    rounded = numbers * (tensor_scale * scale.float()).unsqueeze(-1)
-    return rounded.reshape(x.shape).to(x.dtype)
+    numbers, tensor_scale = _split_nvfp4(x)
+    return (numbers * tensor_scale).reshape(x.shape).to(x.dtype)
+
+
+def _split_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x `[..., k]` as nvfp4 numbers, float32 `[m, k]` yet to be multiplied by the scale of the tensor, and that scale."""
+    tensor_scale = _tensor_scale(x)
+    scale, packed = nvfp4_quantize(_rows(x).float(), NVFP4_BLOCK, tensor_scale)
+    return _nvfp4_numbers(packed, scale), tensor_scale
+
+
+def _nvfp4_numbers(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 `[m, k]` of elements `[m, k / 2]` times block scales `[m, k / 16]`: 6 significant bits, so bfloat16 holds them."""
+    blocks = _widen(unpack_uint4(packed)).reshape(*scale.shape, NVFP4_BLOCK)
+    return (blocks * scale.float().unsqueeze(-1)).flatten(-2)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -127,20 +139,36 @@ def _dequantize_mx(stored: torch.Tensor) -> torch.Tensor:
     return (numbers.reshape(n, -1, MX_BLOCK) * _power_of_two(exponent).unsqueeze(-1)).reshape(n, k)
 
 
+def _unscaled_nvfp4(weight: NVFP4Tensor) -> torch.Tensor:
+    """The weight's numbers, float32 `[n, k]`, yet to be multiplied by its `per_tensor_scale`."""
+    n, k = weight.shape
+    return _nvfp4_numbers(weight.qdata, from_blocked(weight.scale, n, k // NVFP4_BLOCK))
+
+
 def _dequantize_nvfp4(stored: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, cast(NVFP4Tensor, stored).dequantize(torch.float32))
+    weight = cast(NVFP4Tensor, stored)
+    return _unscaled_nvfp4(weight) * cast(torch.Tensor, weight.per_tensor_scale)
 
 
-def _dequantize_matmul(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    dequantize: Callable[[torch.Tensor], torch.Tensor],
-    rounding: Callable[[torch.Tensor], torch.Tensor] = ACTIVATION_ROUNDING[A16],
+def _product_mx(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, rounding: Rounding | None = None
 ) -> torch.Tensor:
-    """The float product in x's dtype; mx numbers fit bfloat16, those of nvfp4 are rounded to it."""
-    return F.linear(rounding(x), dequantize(weight).to(x.dtype), bias)
+    """The float product in x's dtype, which holds every mx number."""
+    return F.linear(x if rounding is None else rounding(x), _dequantize_mx(weight).to(x.dtype), bias)
+
+
+def _product_nvfp4(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, rounded: bool = False
+) -> torch.Tensor:
+    """The float product in x's dtype; as in hardware, the tensors' scales, which bfloat16 cannot hold, come after it."""
+    stored = cast(NVFP4Tensor, weight)
+    rows, scale = _rows(x), cast(torch.Tensor, stored.per_tensor_scale)
+    if rounded:
+        rows, x_scale = _split_nvfp4(x)
+        scale = scale * x_scale
+    y = F.linear(rows.to(x.dtype), _unscaled_nvfp4(stored).to(x.dtype)).float() * scale
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _scaled_mm_mx(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -189,9 +217,11 @@ def _format(
     *,
     quantize: Callable[[torch.Tensor], torch.Tensor],
     dequantize: Callable[[torch.Tensor], torch.Tensor],
-    rounding: Callable[[torch.Tensor], torch.Tensor],
+    rounding: Rounding,
     tensor_type: type[torch.Tensor],
     block: int,
+    product: LinearFunction,
+    emulated: LinearFunction,
     scaled_mm: LinearFunction,
     scaled_mm_dtypes: tuple[str, ...],
 ) -> Format:
@@ -206,6 +236,12 @@ def _format(
         by_default=lambda device_type: _no_hardware(device_type) is None,
         kernels=(
             Kernel(
+                id="dequantize-matmul",
+                numerics=A16,
+                linear=product,
+                description="dequantize the weight, then the float product",
+            ),
+            Kernel(
                 id="scaled-mm",
                 numerics=numerics,
                 linear=scaled_mm,
@@ -213,15 +249,9 @@ def _format(
                 description=f"activation rounded to {values}, block-scaled product in hardware",
             ),
             Kernel(
-                id="dequantize-matmul",
-                numerics=A16,
-                linear=functools.partial(_dequantize_matmul, dequantize=dequantize),
-                description="dequantize the weight, then the float product",
-            ),
-            Kernel(
                 id="emulated",
                 numerics=numerics,
-                linear=functools.partial(_dequantize_matmul, dequantize=dequantize, rounding=rounding),
+                linear=emulated,
                 description=f"activation rounded to {values}, then the float product: what the hardware computes, slower",
             ),
         ),
@@ -230,14 +260,17 @@ def _format(
 
 
 def _mx_format(values: str, elements: torch.dtype, description: str) -> Format:
+    rounding = functools.partial(_round_mx, elements=elements)
     return _format(
         values,
         description,
         quantize=functools.partial(_quantize_mx, elements=elements),
         dequantize=_dequantize_mx,
-        rounding=functools.partial(_round_mx, elements=elements),
+        rounding=rounding,
         tensor_type=MXTensor,
         block=MX_BLOCK,
+        product=_product_mx,
+        emulated=functools.partial(_product_mx, rounding=rounding),
         scaled_mm=_scaled_mm_mx,
         scaled_mm_dtypes=("bfloat16",),  # torchao asks for a bfloat16 result whatever the activation
     )
@@ -254,6 +287,8 @@ FORMATS = (
         rounding=_round_nvfp4,
         tensor_type=NVFP4Tensor,
         block=NVFP4_BLOCK,
+        product=_product_nvfp4,
+        emulated=functools.partial(_product_nvfp4, rounded=True),
         scaled_mm=_scaled_mm_nvfp4,
         scaled_mm_dtypes=("bfloat16", "float32"),
     ),

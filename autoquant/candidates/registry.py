@@ -76,7 +76,8 @@ def _matches(pair: tuple[Format, Kernel], glob: str, device_type: str | None = N
 
 @functools.cache
 def _built_in() -> dict[str, Format]:
-    from autoquant.candidates import float8, floats, int4, int8, microscaling  # deferred: torchao takes a second to import
+    # Deferred: torchao takes a second to import.
+    from autoquant.candidates import float8, floats, int4, int8, microscaling
 
     return {fmt.id: fmt for module in (floats, float8, microscaling, int8, int4) for fmt in module.FORMATS}
 

@@ -30,6 +30,11 @@ def always_supported(_shape: LinearShape, _m: int, _device_type: str) -> str | N
     return None
 
 
+def always_by_default(_device_type: str) -> bool:
+    """The `by_default` of a format that every search tries."""
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """One way to compute `linear(x, weight, bias)` from a stored weight.
@@ -68,6 +73,7 @@ class Format:
         dequantize: Stored tensor to the float32 `[n, k]` numbers that its kernels multiply with.
         kernels: In order of preference where they are equally fast.
         unsupported: (shape, m, device type) to a reason or None; m is not looked at.
+        by_default: Device type to whether a search that names no candidates tries the format there.
     """
 
     id: str
@@ -77,6 +83,7 @@ class Format:
     unsupported: Unsupported = always_supported
     description: str = ""
     tensor_type: type[torch.Tensor] = torch.Tensor
+    by_default: Callable[[str], bool] = always_by_default
     values: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,4 +168,7 @@ ACTIVATION_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     A8_FLOAT8_ROW: functools.partial(_fake_float8, per_row=True),
     A8_FLOAT8_TENSOR: functools.partial(_fake_float8, per_row=False),
 }
-"""What each numerics does to an activation, in floating point: used where quality is scored without the kernel."""
+"""What each numerics does to an activation, in floating point: used where quality is scored without the kernel.
+
+Modules of formats add those of their own kernels.
+"""

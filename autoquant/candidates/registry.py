@@ -54,30 +54,38 @@ def get_format(format_id: str) -> Format:
     return found
 
 
-def select(globs: Sequence[str]) -> list[tuple[Format, Kernel]]:
+def select(globs: Sequence[str], device_type: str | None = None) -> list[tuple[Format, Kernel]]:
     """The candidates whose id `FORMAT/KERNEL` or format id matches one of the globs, in order.
+
+    Args:
+        device_type: Where they are for: the glob `*` leaves out the formats that must be asked for by name there. Without
+            it, `*` chooses every candidate.
 
     Raises:
         CandidateError: A glob matches nothing.
     """
     every = [(fmt, kernel) for fmt in formats().values() for kernel in fmt.kernels]
-    chosen = [pair for pair in every if any(_matches(pair, glob) for glob in globs)]
+    chosen = [pair for pair in every if any(_matches(pair, glob, device_type) for glob in globs)]
     for glob in globs:
         if not any(_matches(pair, glob) for pair in every):
             raise CandidateError(f"no candidate matches {glob!r}; `autoquant candidates` lists them")
     return chosen
 
 
-def _matches(pair: tuple[Format, Kernel], glob: str) -> bool:
+def _matches(pair: tuple[Format, Kernel], glob: str, device_type: str | None = None) -> bool:
     fmt, kernel = pair
+    if glob == "*" and device_type is not None:
+        return fmt.by_default(device_type)
     return any(fnmatch.fnmatch(name, glob) for name in (fmt.values, fmt.id, f"{fmt.id}/{kernel.id}"))
 
 
 @functools.cache
 def _built_in() -> dict[str, Format]:
-    from autoquant.candidates import float8, floats, int4, int4_gpu, int8  # deferred: torchao takes a second to import
+    # Deferred: torchao takes a second to import.
+    from autoquant.candidates import float8, floats, int4, int4_gpu, int8, microscaling
 
-    return {fmt.id: fmt for module in (floats, float8, int8, int4, int4_gpu) for fmt in module.FORMATS}
+    modules = (floats, float8, microscaling, int8, int4, int4_gpu)
+    return {fmt.id: fmt for module in modules for fmt in module.FORMATS}
 
 
 @functools.cache
@@ -103,7 +111,10 @@ def _checked(produced: object, origin: str) -> list[Format]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateStatus:
-    """One candidate on one device: whether a large, well-shaped linear could use it, and why not."""
+    """One candidate on one device: whether a large, well-shaped linear could use it, and why not.
+
+    `by_default` tells whether a search that names no candidates tries it there.
+    """
 
     format: str
     kernel: str
@@ -111,6 +122,7 @@ class CandidateStatus:
     description: str
     usable: bool
     reason: str
+    by_default: bool
 
 
 def survey(device_type: str) -> list[CandidateStatus]:
@@ -127,6 +139,7 @@ def survey(device_type: str) -> list[CandidateStatus]:
                 description=f"{fmt.description}; {kernel.description}",
                 usable=reason is None,
                 reason=reason or "",
+                by_default=fmt.by_default(device_type),
             )
         )
     return statuses

@@ -20,11 +20,13 @@ def candidates(
     device_type = resolve_device(device).partition(":")[0]
     found = survey(device_type)
     if as_json:
-        fields = ("format", "kernel", "numerics", "description", "usable", "reason")
+        fields = ("format", "kernel", "numerics", "description", "usable", "reason", "by_default")
         print_json([{name: getattr(candidate, name) for name in fields} for candidate in found])
         return
     from autoquant.report.tables import candidates_table
 
     usable = sum(candidate.usable for candidate in found)
-    typer.echo(f"{usable} of {len(found)} candidates can be used on {device_type}\n")
+    opt_in = sum(candidate.usable and not candidate.by_default for candidate in found)
+    named = f", {opt_in} of them (opt-in) only where --candidates names them" if opt_in else ""
+    typer.echo(f"{usable} of {len(found)} candidates can be used on {device_type}{named}\n")
     print_table(lambda width: candidates_table(found, width))

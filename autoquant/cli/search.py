@@ -53,7 +53,11 @@ def search(
     ] = None,
     candidates: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Candidates to consider, repeatable. Default: all.", show_default=False),
+        typer.Option(
+            metavar="GLOB",
+            help="Candidates to consider, repeatable. Default: all but the opt-in ones.",
+            show_default=False,
+        ),
     ] = None,
     time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,

@@ -37,6 +37,9 @@ class CandidateLine(Protocol):
     def usable(self) -> bool: ...
 
     @property
+    def by_default(self) -> bool: ...
+
+    @property
     def reason(self) -> str: ...
 
 
@@ -187,7 +190,7 @@ def candidates_table(candidates: Sequence[CandidateLine], width: int = 80) -> Ta
             Text(candidate.format),
             Text(candidate.kernel),
             *numerics,
-            "yes" if candidate.usable else "no",
+            ("yes" if candidate.by_default else "opt-in") if candidate.usable else "no",
             Text(text),
             style="" if candidate.usable else "dim",
         )

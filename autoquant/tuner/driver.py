@@ -65,7 +65,7 @@ def search(
         workload: `prefill=TOKENS,decode=STEPS` or a `Workload`; for a module with sample inputs, one forward pass.
         max_ppl_increase: Limit of the recommended plan, a fraction (None: no limit).
         max_memory_bytes: Limit on the bytes of all parameters.
-        candidates: Globs over `FORMAT/KERNEL`.
+        candidates: Globs over `FORMAT/KERNEL`; `*` leaves out what `autoquant candidates` calls opt-in.
         time_budget_s: What refinement may fill up, counted over all runs of the same search.
         sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model.
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
@@ -81,7 +81,7 @@ def search(
     started = time.monotonic()
     place = resolve_device(device)
     check_address(db)
-    pairs = select(candidates)
+    pairs = select(candidates, place.partition(":")[0])
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
     if quality is None:

@@ -88,6 +88,9 @@ def test_emulated_rounding_keeps_shape_and_dtype(dtype):
         ("float16/plain", 2 * 64 * 128),
         ("int8-row/plain", 64 * 128 + 64 * 2),
         ("float8-row/plain", 64 * 128 + 64 * 4),
+        ("mxfp8/swizzled", 64 * 128 + 128 * 4),  # scales in tiles of 128 x 4
+        ("mxfp4/swizzled", 64 * 128 // 2 + 128 * 4),
+        ("nvfp4/swizzled", 64 * 128 // 2 + 128 * 8 + 4),
     ],
 )
 def test_a_stored_weight_takes_its_values_and_its_scales(format_id, size):

@@ -16,6 +16,9 @@ WEIGHT_ERROR = {  # relative error of the stored numbers of a bfloat16 weight, i
     "bfloat16": 0.0,
     "float16": 1e-4,
     "float8-row": 0.04,
+    "mxfp8": 0.03,
+    "mxfp4": 0.12,
+    "nvfp4": 0.1,
     "int8-row": 0.012,
     "int4-g32": 0.09,
     "int4-g64": 0.1,
@@ -125,7 +128,8 @@ def compiled_linear(fmt, kernel, backend):
     route = (RouteStep(upper_m=None, kernel=kernel.id),)
     module.weight = nn.Parameter(RoutedWeight.wrap(stored, fmt.id, route, torch.bfloat16), requires_grad=False)
     module.bias = nn.Parameter(bias)
-    with torch.no_grad():
+    # The cache of traced graphs knows a kernel by its name and would give what an older version of it computed.
+    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
         y = torch.compile(module, fullgraph=True, dynamic=False, backend=backend)(x)
     return relative_error(y, reference(fmt, kernel, stored, x, bias))
 
@@ -135,7 +139,16 @@ def test_a_routed_linear_is_traced_in_one_graph(fmt, kernel, dtype):
     assert compiled_linear(fmt, kernel, "aot_eager") < tolerance(fmt, kernel, dtype)
 
 
-@pytest.mark.parametrize("name", ["int8-row/plain/int-mm", "int4-g32/cpu-packed/int4pack-mm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8-row/plain/int-mm",
+        "int4-g32/cpu-packed/int4pack-mm",
+        "mxfp8/swizzled/emulated",
+        "mxfp4/swizzled/emulated",
+        "nvfp4/swizzled/emulated",
+    ],
+)
 def test_a_routed_linear_is_compiled(name):
     from autoquant.profiler.device import compile_failure
 
@@ -159,6 +172,10 @@ def test_a_routed_linear_is_compiled(name):
         ("int8-row/plain/int8pack-mm", (64, 64), 1, "cuda", "CPU kernel"),
         ("int8-row/plain/int-mm", (64, 64), 16, "cuda", "more than 16 rows on CUDA, not 16"),
         ("int8-row/plain/int-mm", (64, 60), 17, "cuda", "divisible by 8 on CUDA, not 64x60"),
+        ("mxfp8/swizzled", (64, 80), 1, "cpu", "k=80 is not divisible by the block size 32"),
+        ("mxfp4/swizzled", (64, 48), 1, "cpu", "k=48 is not divisible by the block size 32"),
+        ("nvfp4/swizzled", (64, 40), 1, "cuda", "k=40 is not divisible by the block size 16"),
+        ("nvfp4/swizzled/scaled-mm", (64, 64), 1, "cpu", "block-scaled products are for CUDA"),
         ("float32/plain", (64, 64), 1, "cpu", "float32 is wider than the model's bfloat16"),
     ],
 )
@@ -176,6 +193,8 @@ def test_a_candidate_says_why_it_cannot_be_used(format_id, shape, m, device, rea
         ("int8-row/plain/int8pack-mm", (68, 48), 1, "cpu", "bfloat16"),
         ("int8-row/plain/int-mm", (63, 61), 1, "cpu", "bfloat16"),
         ("int8-row/plain/int-mm", (64, 64), 17, "cuda", "bfloat16"),
+        ("mxfp8/swizzled/emulated", (63, 96), 1, "cpu", "float32"),
+        ("nvfp4/swizzled/dequantize-matmul", (63, 80), 1, "cuda", "bfloat16"),
         ("float32/plain/matmul", (63, 61), 1, "cpu", "float32"),
         ("float16/plain/matmul", (63, 61), 1, "cpu", "bfloat16"),
     ],
@@ -197,7 +216,7 @@ def test_a_cpu_whose_packing_is_unknown_has_no_int4(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(CANDIDATES))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("shape", [(60, 100), (4, 48), (63, 61)])
+@pytest.mark.parametrize("shape", [(60, 100), (4, 48), (63, 61), (5, 160)])
 def test_a_candidate_works_on_every_odd_shape_that_it_does_not_refuse(name, shape, dtype):
     fmt, kernel = CANDIDATES[name]
     n, k = shape

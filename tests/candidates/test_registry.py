@@ -43,6 +43,41 @@ def test_a_star_chooses_every_kernel_of_every_format():
     assert ids(["*"]) == [f"{fmt.id}/{kernel.id}" for fmt in formats().values() for kernel in fmt.kernels]
 
 
+def opt_in_format():
+    return Format(
+        id="slow/plain",
+        quantize=lambda weight: weight.clone(),
+        dequantize=lambda stored: stored.float(),
+        kernels=(Kernel(id="matmul", numerics=A16, linear=F.linear),),
+        by_default=lambda device_type: device_type == "cuda",
+    )
+
+
+@pytest.mark.parametrize(
+    ("globs", "device", "chosen"),
+    [
+        (["*"], "cpu", False),
+        (["*"], "cuda", True),
+        (["*", "int8-row"], "cpu", False),
+        (["*", "slow"], "cpu", True),
+        (["sl*"], "cpu", True),
+        (["*/matmul"], "cpu", True),
+    ],
+)
+def test_a_star_for_a_device_leaves_out_what_must_be_asked_for_there(own_registry, globs, device, chosen):
+    register(opt_in_format())
+    found = [f"{fmt.id}/{kernel.id}" for fmt, kernel in select(globs, device)]
+    assert ("slow/plain/matmul" in found) is chosen
+    assert "bfloat16/plain/matmul" in found or "*" not in globs
+
+
+def test_the_survey_tells_what_must_be_asked_for(own_registry):
+    register(opt_in_format())
+    for device in ("cpu", "cuda"):
+        defaults = {status.format: status.by_default for status in survey(device)}
+        assert defaults["slow/plain"] is (device == "cuda") and defaults["bfloat16/plain"] is True
+
+
 @pytest.mark.parametrize("glob", ["int9", "int8-row/plain/int-m", ""])
 def test_a_glob_that_matches_nothing_is_refused_by_name(glob):
     with pytest.raises(CandidateError, match=f"no candidate matches '{glob}'"):

@@ -32,7 +32,7 @@ def spy_weight(upper=4):
 
 
 def bits(tensor):
-    return [part.contiguous().view(torch.uint8).clone() for part in flatten_tensor(tensor)[0]]
+    return [part.contiguous().reshape(-1).view(torch.uint8).clone() for part in flatten_tensor(tensor)[0]]
 
 
 def assert_same(weight, other):

@@ -18,11 +18,12 @@ class Status:
     description: str
     usable: bool
     reason: str
+    by_default: bool = True
 
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
-    """Two candidates, one of which cannot be used, on a machine with a CPU only."""
+    """Three candidates, one of which cannot be used and one is opt-in, on a machine with a CPU only."""
     known, models = ModuleType("autoquant.candidates"), ModuleType("autoquant.models")
 
     def resolve_device(name):
@@ -33,6 +34,7 @@ def here(monkeypatch):
     known.survey = lambda device_type: [
         Status("int8-row", "weight-only", "int8-row:a16", f"int8 on {device_type}", True, ""),
         Status("float8-row", "scaled-mm", "float8-row:a8", "float8", False, "needs a GPU [sm89]"),
+        Status("mxfp8", "emulated", "a-mxfp8", "mxfp8", True, "", by_default=False),
     ]
     models.resolve_device = resolve_device
     for name, module in (("candidates", known), ("models", models)):
@@ -49,12 +51,14 @@ def test_json_says_of_each_whether_it_is_usable_and_why_not(runner):
         "description": "float8",
         "usable": False,
         "reason": "needs a GPU [sm89]",
+        "by_default": True,
     }
+    assert [status["by_default"] for status in json.loads(result.stdout)] == [True, True, False]
 
 
 def test_text_shows_the_reason_as_it_is(runner):
     result = runner.invoke(app, ["candidates", "--device", "cpu"])
-    assert "1 of 2 candidates can be used on cpu" in result.stdout
+    assert "2 of 3 candidates can be used on cpu, 1 of them (opt-in) only where" in result.stdout
     assert "needs a GPU [sm89]" in result.stdout
 
 

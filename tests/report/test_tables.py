@@ -123,9 +123,16 @@ class Status:
     description: str = "float8"
     usable: bool = False
     reason: str = "needs a GPU [sm89 or newer]"
+    by_default: bool = True
 
 
 def test_candidates_show_why_not():
     text = drawn(tables.candidates_table([Status(), Status(usable=True)]))
     assert "needs a GPU [sm89 or newer]" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_candidates_show_which_must_be_asked_for():
+    lines = [Status(usable=True), Status(usable=True, by_default=False), Status(by_default=False)]
+    rows = [line.split() for line in drawn(tables.candidates_table(lines)).splitlines() if "scaled-mm" in line]
+    assert [row[2] for row in rows] == ["yes", "opt-in", "no"]

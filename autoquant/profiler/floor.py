@@ -1,0 +1,30 @@
+"""The time that no kernel can beat on a device: plain arithmetic on its roofline."""
+
+from __future__ import annotations
+
+from autoquant.records import LinearShape, Roofline
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_FLOATS = ("bfloat16", "float16", "float32")
+_EXACT_IN = {
+    "float8": ("float8", *_FLOATS),
+    "int8": ("int8", *_FLOATS),
+    "bfloat16": ("bfloat16", "float32"),
+    "float16": ("float16", "float32"),
+    "float32": ("float32",),
+}
+"""By arithmetic, those that its numbers can be multiplied in without loss: a device may be faster in a wider one."""
+
+
+def floor_us(roofline: Roofline, shape: LinearShape, m: int, weight_bytes: float, arithmetic: str) -> float:
+    """The least microseconds that a linear of `m` rows takes: all its bytes moved once, or all its products done.
+
+    Args:
+        weight_bytes: Of the weight as stored.
+        arithmetic: What is multiplied: a key of `Roofline.flops_per_s`. One that the device does not do counts as done
+            in the fastest wider one that it does; with none of these, memory alone limits.
+    """
+    activation_bytes = m * (shape.k + shape.n) * ELEMENT_BYTES[shape.dtype]
+    memory_s = (weight_bytes + activation_bytes) / roofline.bandwidth_bytes_per_s
+    rate = max((roofline.flops_per_s.get(name, 0.0) for name in _EXACT_IN[arithmetic]), default=0.0)
+    return 1e6 * max(memory_s, 2 * m * shape.n * shape.k / rate if rate else 0.0)

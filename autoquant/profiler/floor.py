@@ -16,7 +16,7 @@ _EXACT_IN = {
 """By arithmetic, those that its numbers can be multiplied in without loss: a device may be faster in a wider one."""
 
 
-def floor_us(roofline: Roofline, shape: LinearShape, m: int, weight_bytes: float, arithmetic: str) -> float:
+def floor_us(roofline: Roofline, shape: LinearShape, m: float, weight_bytes: float, arithmetic: str) -> float:
     """The least microseconds that a linear of `m` rows takes: all its bytes moved once, or all its products done.
 
     Args:

@@ -17,7 +17,7 @@ _SMALLEST_WORKING_SET = 1 << 20
 
 
 def working_set_bytes(shapes: Sequence[LinearShape], device: Device, element_bytes: int) -> int:
-    """How cold weights are in a model of these linears: its own size or twice the last-level cache, rounded down to a power of two.
+    """How cold the weights of these linears are: their size or twice the last-level cache, rounded down to a power of two.
 
     Rounded so that models of similar size share their timings.
     """

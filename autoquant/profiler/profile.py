@@ -162,7 +162,9 @@ def _check(request: ProfileRequest) -> None:
     if request.shapes is not None and request.rows is not None and request.workload is not None:
         raise WorkloadError("give either rows or a workload: both say how many rows the shapes are timed at")
     if request.shapes is not None and request.workload is None and request.batch != 1:
-        raise WorkloadError("a batch needs a workload, e.g. --workload prefill=2048,decode=256: rows are timed as given")
+        raise WorkloadError(
+            "a batch needs a workload, e.g. --workload prefill=2048,decode=256: rows are timed as given"
+        )
 
 
 def _of_shapes(request: ProfileRequest, workload: Workload | None, device_name: str) -> _Subjects:

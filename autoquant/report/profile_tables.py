@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rich import box
@@ -17,9 +18,9 @@ from autoquant.report import units
 from autoquant.report.names import fold
 from autoquant.report.words import device_words
 
-_CELL_WIDTH = 10
+_CELL_WIDTH = 8
 _LEAST_NAME_WIDTH = 24
-_NAME_WIDTH = 36
+_WORTH = 1.05  # a family that is nowhere this much faster than unquantized gets no line of its own
 _COUNTED = (("ok", "measured"), ("bounded", "bounded away"), ("unsupported", "unsupported"),
             ("incorrect", "incorrect"), ("failed", "failed"))  # fmt: skip
 _SHORT = {"unsupported": "unsupp.", "incorrect": "incorr.", "bounded": "bounded", "failed": "failed"}
@@ -31,12 +32,11 @@ def latencies_report(latencies: Latencies, width: int = 80) -> RenderableType:
     for shape, rows in latencies.shapes().items():
         parts.append(Text(_heading(shape, latencies.names.get(shape, ()), width), style="bold"))
         parts += latency_tables(rows, width)
-        parts += [Text(line) for line in route_lines(rows)]
+        parts += _wrapped(route_lines(rows), width)
         parts.append(Text(""))
     if any(row["outcome"] == "ok" for row in latencies.rows):
-        parts.append(Text("Latency in µs of one linear with cold weights; * the best of its column."))
-    parts += [Text(line) for line in reason_lines(latencies.rows)]
-    parts += [Text(line) for line in total_lines(latencies)]
+        parts.append(Text("Latency in µs of one linear; * the best of its column."))
+    parts += _wrapped([*reason_lines(latencies.rows), *total_lines(latencies)], width)
     return Group(*parts)
 
 
@@ -52,35 +52,40 @@ def latency_tables(rows: Sequence[Row], width: int = 80) -> list[Table]:
     tables = []
     for start in range(0, len(rows_m), per_table):
         shown = rows_m[start : start + per_table]
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        room = width - _CELL_WIDTH * len(shown)
-        table.add_column("Candidate", overflow="fold", max_width=max(_LEAST_NAME_WIDTH, min(_NAME_WIDTH, room)))
+        table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+        table.add_column("Candidate", overflow="fold")
         for m in shown:
-            table.add_column(f"m={m}", justify="right", no_wrap=True, min_width=_CELL_WIDTH - 2)
+            table.add_column(f"m={m}", justify="right", no_wrap=True)
+        room = width - _CELL_WIDTH * len(shown)
         for line in lines:
             first = next(iter(line.values()))
             cells = [_cell(line.get(m), best[m]) for m in shown]
-            table.add_row(Text(_candidate(first)), *cells, style="bold" if is_original(first) else "")
+            table.add_row(Text(_folded(_candidate(first), room)), *cells, style="bold" if is_original(first) else "")
         tables.append(table)
     return tables
 
 
 def route_lines(rows: Sequence[Row]) -> list[str]:
     """For each family of formats its best format and route, compared with the weight as it is; best family first."""
-    rows_m = _all_m(rows)
     original = {row["m"]: row["latency_us"] for row in rows if is_original(row) and row["outcome"] == "ok"}
     families: dict[str, tuple[float, str]] = {}
+    slower: dict[str, None] = {}
     for format_id in dict.fromkeys(row["format"] for row in rows if not is_original(row)):
         route = best_route([row for row in rows if row["format"] == format_id])
-        speedups = {m: original[m] / route[m]["latency_us"] for m in rows_m if m in route and m in original}
+        speedups = {m: original[m] / row["latency_us"] for m, row in route.items() if m in original}
         if not speedups:
             continue
-        mean = math.exp(sum(map(math.log, speedups.values())) / len(speedups))
         family = format_id.partition("/")[0].partition("-")[0]
-        text = f"{format_id} {_route_words(route)}; {_speedup_words(speedups)}"
+        if max(speedups.values()) < _WORTH:
+            slower[family] = None
+            continue
+        mean = math.exp(sum(map(math.log, speedups.values())) / len(original))  # an m without a kernel counts as 1
+        text = f"{format_id} {_route_words(route, _all_m(rows))}; {_speedup_words(speedups)}"
         families[family] = max(families.get(family, (0.0, "")), (mean, text))
     ranked = sorted(families.values(), reverse=True)
-    return [f"{'best: ' if position == 0 else 'then: '}{text}" for position, (_, text) in enumerate(ranked)]
+    lines = [f"{'then' if position else 'best'}: {text}" for position, (_, text) in enumerate(ranked)]
+    rest = [family for family in slower if family not in families]
+    return [*lines, f"no faster than unquantized at any m: {', '.join(rest)}"] if rest else lines
 
 
 def best_route(rows: Sequence[Row]) -> dict[int, Row]:
@@ -99,7 +104,7 @@ def reason_lines(rows: Sequence[Row]) -> list[str]:
             found.setdefault((row["outcome"], reason), {}).setdefault(_candidate(row), set()).add(row["m"])
     every = set(_all_m(rows))
     lines = []
-    for (outcome, reason), candidates in found.items():
+    for (outcome, reason), candidates in sorted(found.items(), key=lambda item: list(_SHORT).index(item[0][0])):
         concerned = set().union(*candidates.values())
         where = "" if concerned == every else f" at m={', '.join(map(str, sorted(concerned)))}"
         lines.append(f"{outcome}{where}: {', '.join(candidates)}: {reason}")
@@ -115,7 +120,7 @@ def total_lines(latencies: Latencies) -> list[str]:
     roofline = latencies.roofline
     rates = ", ".join(f"{name} {units.digits(rate / 1e12)}" for name, rate in roofline.flops_per_s.items())
     return [
-        f"{len(rows)} timings of {cells} shapes and m: {outcomes}.",
+        f"{len(rows)} timings ({len({_candidate(row) for row in rows})} candidates at {cells} shapes and m): {outcomes}.",
         f"{latencies.from_store} were in the store, {len(rows) - latencies.from_store} are new and took "
         f"{units.clock_s(latencies.elapsed_s)} to prepare and time.",
         f"{device_words(latencies.device)}: memory {units.digits(roofline.bandwidth_bytes_per_s / 1e9)} GB/s; "
@@ -164,12 +169,14 @@ def _cell(row: Row | None, best_us: float) -> Text:
     return Text(f"{'*' if is_best else ''}{units.digits(row['latency_us'])}", style="green" if is_best else "")
 
 
-def _route_words(route: dict[int, Row]) -> str:
-    """`int8pack-mm up to m=4, int-mm above`."""
-    steps = [(kernel, [m for m, _ in group]) for kernel, group in groupby(route.items(), lambda item: item[1]["kernel"])]
-    if len(steps) == 1:
-        return str(steps[0][0])
-    return ", ".join(_step_words(steps))
+def _route_words(route: Mapping[int, Row], all_m: Sequence[int]) -> str:
+    """`int8pack-mm up to m=4, int-mm above`, and at which m there is no kernel."""
+    steps = [
+        (kernel, [m for m, _ in group]) for kernel, group in groupby(route.items(), lambda item: item[1]["kernel"])
+    ]
+    words = steps[0][0] if len(steps) == 1 else ", ".join(_step_words(steps))
+    missing = [str(m) for m in all_m if m not in route]
+    return f"{words} (not at m={', '.join(missing)})" if missing else str(words)
 
 
 def _step_words(steps: Sequence[tuple[str, list[int]]]) -> Iterator[str]:
@@ -178,5 +185,20 @@ def _step_words(steps: Sequence[tuple[str, list[int]]]) -> Iterator[str]:
     yield f"{steps[-1][0]} above"
 
 
-def _speedup_words(speedups: dict[int, float]) -> str:
-    return ", ".join(f"{speedup:.1f}x at m={m}" for m, speedup in speedups.items())
+def _speedup_words(speedups: Mapping[int, float]) -> str:
+    """`3.1x at m=1, 1.0x at m=16..512`."""
+    parts = []
+    for words, group in groupby(speedups, lambda m: f"{speedups[m]:.1f}x"):
+        rows_m = list(group)
+        parts.append(f"{words} at m={rows_m[0]}" + (f"..{rows_m[-1]}" if len(rows_m) > 1 else ""))
+    return ", ".join(parts)
+
+
+def _folded(candidate: str, room: int) -> str:
+    """Broken before the kernel where it does not fit."""
+    fmt, _, kernel = candidate.rpartition("/")
+    return candidate if len(candidate) <= room else f"{fmt}/\n  {kernel}"
+
+
+def _wrapped(lines: Sequence[str], width: int) -> list[RenderableType]:
+    return [Text(textwrap.fill(line, width, subsequent_indent="      ", break_on_hyphens=False)) for line in lines]

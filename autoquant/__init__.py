@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autoquant.applier import apply, load
     from autoquant.candidates import Format, Kernel, register
     from autoquant.errors import AutoquantError
+    from autoquant.profiler.profile import profile
     from autoquant.records import Phase, Plan, Workload
     from autoquant.tuner.driver import search
     from autoquant.tuner.study import Study
@@ -28,6 +29,7 @@ __all__ = [
     "Workload",
     "apply",
     "load",
+    "profile",
     "register",
     "search",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "Workload": "autoquant.records",
     "apply": "autoquant.applier",
     "load": "autoquant.applier",
+    "profile": "autoquant.profiler.profile",
     "register": "autoquant.candidates",
     "search": "autoquant.tuner.driver",
 }

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from autoquant.errors import WorkloadError
 
-Outcome = Literal["ok", "unsupported", "incorrect", "failed"]
+Outcome = Literal["ok", "unsupported", "bounded", "incorrect", "failed"]
+"""`bounded`: never prepared, since the roofline shows that it cannot win."""
 PlanKind = Literal["original", "uniform", "front", "refined"]
 ORIGINAL_LABEL = "original"
 
@@ -196,6 +197,20 @@ class Measurement:
         """Interquartile range of the samples."""
         ordered = sorted(self.samples_us)
         return ordered[(3 * len(ordered)) // 4] - ordered[len(ordered) // 4]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roofline:
+    """What a device can do at most, measured: the two limits that no kernel passes.
+
+    Attributes:
+        bandwidth_bytes_per_s: Of memory beyond the last-level cache, bytes read plus bytes written.
+        flops_per_s: Of a large matrix product, by arithmetic (`bfloat16`, `float16`, `float32`, `int8`, `float8`); only
+            those that the device does.
+    """
+
+    bandwidth_bytes_per_s: float
+    flops_per_s: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,17 @@ def test_every_public_name_can_be_imported(name):
 def test_public_names_are_listed_in_order():
     assert dir(autoquant) == sorted(autoquant.__all__)
     assert len(set(autoquant.__all__)) == len(autoquant.__all__)
-    assert set(autoquant.__all__) >= {"search", "apply", "load", "Study", "Plan", "register", "Format", "Kernel"}
+    assert set(autoquant.__all__) >= {
+        "search",
+        "profile",
+        "apply",
+        "load",
+        "Study",
+        "Plan",
+        "register",
+        "Format",
+        "Kernel",
+    }
 
 
 def test_no_module_hides_a_public_name():

@@ -1,7 +1,7 @@
 """Load a model from what users have: the only place that knows file formats."""
 
 from autoquant.models.content import content_hash
-from autoquant.models.load import from_module, load_model
+from autoquant.models.load import from_module, load_model, take_model
 from autoquant.models.loaded import LoadedModel, ModelSource
 from autoquant.models.targets import dtype_name, resolve_device, resolve_dtype
 
@@ -14,4 +14,5 @@ __all__ = [
     "load_model",
     "resolve_device",
     "resolve_dtype",
+    "take_model",
 ]

@@ -1,4 +1,4 @@
-"""`load_model` and `from_module`: any model a user may have, as a `LoadedModel`."""
+"""`load_model`, `from_module` and `take_model`: any model a user may have, as a `LoadedModel`."""
 
 from __future__ import annotations
 
@@ -60,6 +60,27 @@ def load_model(
     )
     with quiet():
         return _load(request)
+
+
+def take_model(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    dtype: str,
+    device: str,
+    model_factory: str | None,
+    tokenizer: Any | None,
+    trust_pickle: bool,
+) -> LoadedModel:
+    """Load a model from where it is, or take a live module as it is.
+
+    Raises:
+        ModelError, DeviceError, WorkloadError: As for `load_model`.
+    """
+    if isinstance(model, nn.Module):
+        return from_module(model, device=device, dtype=None if dtype == "auto" else dtype, tokenizer=tokenizer)
+    return load_model(
+        model, dtype=dtype, device=device, model_factory=model_factory, tokenizer=tokenizer, trust_pickle=trust_pickle
+    )
 
 
 def _load(request: Request) -> LoadedModel:

@@ -16,23 +16,23 @@ STAGE = "profile"
 _SMALLEST_WORKING_SET = 1 << 20
 
 
-def working_set_bytes(sites: Sequence[Site], device: Device, element_bytes: int) -> int:
-    """How cold weights are in this model: its own size or twice the last-level cache, rounded down to a power of two.
+def working_set_bytes(shapes: Sequence[LinearShape], device: Device, element_bytes: int) -> int:
+    """How cold the weights of these linears are: their size or twice the last-level cache, rounded down to a power of two.
 
     Rounded so that models of similar size share their timings.
     """
-    model = sum(site.shape.n * site.shape.k for site in sites) * element_bytes
+    model = sum(shape.n * shape.k for shape in shapes) * element_bytes
     size = max(min(model, 2 * device.cache_bytes), _SMALLEST_WORKING_SET)
     return 1 << (size.bit_length() - 1)
 
 
-def subjects(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
+def cells_of(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
     """Every distinct (shape, m) of the sites, in the order in which they appear."""
     return list(dict.fromkeys((site.shape, use.m) for site in sites for use in site.uses))
 
 
 def profile(
-    sites: Sequence[Site],
+    cells: Sequence[tuple[LinearShape, int]],
     candidates: Sequence[tuple[Format, Kernel]],
     *,
     device: Device,
@@ -44,11 +44,12 @@ def profile(
     """Measure what the store does not hold yet, keeping each (shape, m) as it is done.
 
     Args:
+        cells: Which shapes at how many rows m.
         device: The fingerprint that the measurements belong to.
         device_name: The torch device to run on.
 
     Returns:
-        The measurements of these sites and candidates, old and new.
+        The measurements of these cells and candidates, old and new.
     """
     known = store.timings(device, PROTOCOL)
     wanted = {
@@ -56,7 +57,7 @@ def profile(
             TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
             for fmt, kernel in candidates
         ]
-        for shape, m in subjects(sites)
+        for shape, m in cells
     }
     missing = {key: [s for s in group if s not in known] for key, group in wanted.items()}
     total = sum(len(group) for group in missing.values())

@@ -12,6 +12,9 @@ from torch import nn
 from autoquant.errors import WorkloadError
 from autoquant.records import Workload
 
+DEFAULT_LM_WORKLOAD = "prefill=512,decode=128"
+DEFAULT_TOKEN_WORKLOAD = "prefill=512"
+
 
 class Phases(Protocol):
     """How a model is run for each phase of a workload.
@@ -67,8 +70,17 @@ def make_phases(
         ids = torch.zeros((workload.batch, workload.phases[0].tokens), dtype=torch.long, device=device)
         return _ForwardPhases(module, workload, (ids,), compiled)
     if sample_inputs is None:
-        raise WorkloadError("this model needs sample inputs: call autoquant.search(module, sample_inputs=...)")
+        raise WorkloadError("this model needs sample inputs: call it from Python with sample_inputs=...")
     return _ForwardPhases(module, workload, sample_inputs, compiled)
+
+
+def default_workload(kind: str, batch: int) -> Workload:
+    """What a model of `kind` (see `make_phases`) is asked to do where the user does not say."""
+    if kind == "causal_lm":
+        return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
+    if kind == "token_lm":
+        return Workload.parse(DEFAULT_TOKEN_WORKLOAD, batch)
+    return Workload.single()
 
 
 def _compile(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:

@@ -14,8 +14,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
-from autoquant.profiler.phases import Phases
-from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped
+from autoquant.errors import WorkloadError
+from autoquant.events import Listener, Notice, StageFinished, StageStarted
+from autoquant.models import LoadedModel
+from autoquant.profiler.phases import Phases, make_phases
+from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped, Workload
 
 _READING_ATTRIBUTES = ("T", "mT", "H", "mH", "data")
 _MIN_LISTED_SHARE = 1e-4
@@ -106,6 +109,44 @@ def _module_stack(module: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def record_model(
+    loaded: LoadedModel, workload: Workload, *, device: str, sample_inputs: Any, listener: Listener
+) -> Recording:
+    """Record a loaded model at work, and tell what is covered and what is left alone.
+
+    Args:
+        sample_inputs: See `make_phases`.
+
+    Raises:
+        WorkloadError: The workload does not fit the model, or runs no linear of it.
+    """
+    listener(StageStarted("record", len(workload.phases)))
+    phases = make_phases(
+        loaded.module,
+        loaded.kind,
+        workload,
+        device=device,
+        sample_inputs=sample_inputs,
+        max_positions=loaded.max_positions,
+    )
+    recording = record(loaded.module, phases)
+    if not recording.sites:
+        raise WorkloadError("the model has no linear layer that this workload runs: nothing to search")
+    flops = ", ".join(f"{share:.1%} of {phase}" for phase, share in recording.flops_share.items())
+    shapes = len({site.shape for site in recording.sites})
+    covered = f"{recording.weights_share:.1%} of weights; FLOPs: {flops}"
+    listener(StageFinished("record", f"{len(recording.sites)} linears of {shapes} shapes: {covered}"))
+    for skipped in recording.skipped:
+        listener(Notice(f"left alone: {skipped.name} ({skipped.share:.1%} of weights): {skipped.reason}"))
+    return recording
+
+
+def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
+    """Bytes of one of the module's parameters, on average, at least 1."""
+    elements = sum(parameter.numel() for parameter in module.parameters())
+    return max(1, recording.parameter_bytes // max(1, elements))
 
 
 def record(module: nn.Module, phases: Phases) -> Recording:

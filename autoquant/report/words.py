@@ -11,8 +11,12 @@ from autoquant.report import units
 
 def study_line(source: Mapping[str, Any], device: Device, workload: Workload) -> str:
     """Model, device and workload of a study in one line."""
-    threads = f", {device.threads} threads" if device.type == "cpu" else ""
-    return f"{source_name(source)} on {device.name}{threads}, {workload}"
+    return f"{source_name(source)} on {device_words(device)}, {workload}"
+
+
+def device_words(device: Device) -> str:
+    """A device's name, with what else decides its speed."""
+    return f"{device.name}, {device.threads} threads" if device.type == "cpu" else device.name
 
 
 def source_name(source: Mapping[str, Any]) -> str:

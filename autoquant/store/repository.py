@@ -23,6 +23,7 @@ from autoquant.records import (
     Prediction,
     Proof,
     Recording,
+    Roofline,
     TimingSubject,
     Workload,
     layer_from,
@@ -30,7 +31,17 @@ from autoquant.records import (
     recording_from,
     workload_from,
 )
-from autoquant.store.schema import DeviceRow, LossRow, ModelRow, PlanRow, ProofRow, ReferenceRow, StudyRow, TimingRow
+from autoquant.store.schema import (
+    DeviceRow,
+    LossRow,
+    ModelRow,
+    PlanRow,
+    ProofRow,
+    ReferenceRow,
+    RooflineRow,
+    StudyRow,
+    TimingRow,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +87,18 @@ class Store:
     def put_device(self, device: Device) -> None:
         with self._session() as session:
             session.merge(DeviceRow(key=device.key, fingerprint=_plain(device)))
+
+    def roofline(self, device: Device) -> Roofline | None:
+        """What was measured of `device` itself, if it was."""
+        with self._session() as session:
+            row = session.get(RooflineRow, device.key)
+            if row is None:
+                return None
+            return Roofline(bandwidth_bytes_per_s=row.bandwidth_bytes_per_s, flops_per_s=row.flops_per_s)
+
+    def put_roofline(self, device: Device, roofline: Roofline) -> None:
+        with self._session() as session:
+            session.merge(RooflineRow(device_key=device.key, **_plain(roofline)))
 
     def timings(self, device: Device, protocol: str) -> dict[TimingSubject, Measurement]:
         """Every measurement made on `device` under `protocol`."""

@@ -37,6 +37,16 @@ class DeviceRow(Base):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
+class RooflineRow(Base):
+    """The `Roofline` of a device."""
+
+    __tablename__ = "roofline"
+    device_key: Mapped[str] = mapped_column(ForeignKey("device.key"), primary_key=True)
+    bandwidth_bytes_per_s: Mapped[float]
+    flops_per_s: Mapped[dict[str, Any]]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
 class TimingRow(Base):
     """One `Measurement`. Never measured twice: the unique key is everything that could change it."""
 

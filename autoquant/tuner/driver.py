@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from autoquant.candidates import Format, Kernel, get_format, select
-from autoquant.candidates.floats import original_format
+from autoquant.candidates import select
 from autoquant.errors import TextError
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
 from autoquant.evaluators.sensitivity import METHOD
 from autoquant.evaluators.text import read_text
 from autoquant.events import Listener, ignore
-from autoquant.models import LoadedModel, from_module, load_model, resolve_device
+from autoquant.models import LoadedModel, resolve_device, take_model
 from autoquant.profiler.device import fingerprint
-from autoquant.profiler.phases import make_phases
+from autoquant.profiler.phases import default_workload, make_phases
+from autoquant.profiler.profile import with_original
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import (
     Workload,
@@ -30,9 +30,6 @@ from autoquant.store import open_store
 from autoquant.store.connect import check_address
 from autoquant.tuner.stages import Stages
 from autoquant.tuner.study import Study
-
-DEFAULT_LM_WORKLOAD = "prefill=512,decode=128"
-DEFAULT_TOKEN_WORKLOAD = "prefill=512"
 
 
 def search(
@@ -86,9 +83,11 @@ def search(
         workload = Workload.parse(workload, batch)
     if quality is None:
         _check_text(eval_text)
-    loaded = _load(model, dtype, place, model_factory, tokenizer, trust_pickle)
+    loaded = take_model(
+        model, dtype=dtype, device=place, model_factory=model_factory, tokenizer=tokenizer, trust_pickle=trust_pickle
+    )
     measure = _quality(loaded, eval_text, quality, place)
-    workload = workload or _default_workload(loaded, batch)
+    workload = workload or default_workload(loaded.kind, batch)
     inputs = sample_inputs if sample_inputs is not None else loaded.example_inputs
     make_phases(
         loaded.module, loaded.kind, workload, device=place, sample_inputs=inputs, max_positions=loaded.max_positions
@@ -126,7 +125,7 @@ def search(
         workload=workload,
         device=place,
         hardware=hardware,
-        candidates=_with_original(pairs, loaded.dtype),
+        candidates=with_original(pairs, loaded.dtype),
         sample_inputs=inputs,
         max_ppl_increase=max_ppl_increase,
         max_memory_bytes=max_memory_bytes,
@@ -138,28 +137,6 @@ def search(
     )
     run.go()
     return Study(store, study_id)
-
-
-def _with_original(pairs: Sequence[tuple[Format, Kernel]], dtype: str) -> list[tuple[Format, Kernel]]:
-    """The candidates, and leaving the weight alone, which no glob can exclude."""
-    original = get_format(original_format(dtype))
-    rest = [(fmt, kernel) for fmt, kernel in pairs if fmt.id != original.id]
-    return [*((original, kernel) for kernel in original.kernels), *rest]
-
-
-def _load(
-    model: str | os.PathLike[str] | nn.Module,
-    dtype: str,
-    device: str,
-    model_factory: str | None,
-    tokenizer: Any,
-    trust_pickle: bool,
-) -> LoadedModel:
-    if isinstance(model, nn.Module):
-        return from_module(model, device=device, dtype=None if dtype == "auto" else dtype, tokenizer=tokenizer)
-    return load_model(
-        model, dtype=dtype, device=device, model_factory=model_factory, tokenizer=tokenizer, trust_pickle=trust_pickle
-    )
 
 
 def _check_text(eval_text: str | os.PathLike[str] | None) -> None:
@@ -182,11 +159,3 @@ def _quality(
         raise TextError("this model has no tokenizer: give one with --tokenizer FOLDER")
     assert eval_text is not None  # _check_text saw to it
     return TextQuality(read_text(Path(eval_text), loaded.tokenizer, max_positions=loaded.max_positions), device)
-
-
-def _default_workload(loaded: LoadedModel, batch: int) -> Workload:
-    if loaded.kind == "causal_lm":
-        return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
-    if loaded.kind == "token_lm":
-        return Workload.parse(DEFAULT_TOKEN_WORKLOAD, batch)
-    return Workload.single()

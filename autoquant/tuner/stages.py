@@ -9,18 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
 from autoquant.candidates import Format, Kernel, get_format
-from autoquant.errors import CandidateError, WorkloadError
+from autoquant.errors import CandidateError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import METHOD, Change, isolated_losses
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
 from autoquant.profiler.device import compile_failure, release_memory
-from autoquant.profiler.measure import profile, working_set_bytes
-from autoquant.profiler.phases import make_phases
-from autoquant.profiler.record import record
+from autoquant.profiler.measure import cells_of, profile, working_set_bytes
+from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.timing import first_line
 from autoquant.records import (
     Device,
@@ -85,38 +82,23 @@ class Stages:
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def _record(self) -> Recording:
-        self.listener(StageStarted("record", len(self.workload.phases)))
-        phases = make_phases(
-            self.loaded.module,
-            self.loaded.kind,
+        recording = record_model(
+            self.loaded,
             self.workload,
             device=self.device,
             sample_inputs=self.sample_inputs,
-            max_positions=self.loaded.max_positions,
+            listener=self.listener,
         )
-        recording = record(self.loaded.module, phases)
-        if not recording.sites:
-            raise WorkloadError("the model has no linear layer that this workload runs: nothing to search")
-        flops = ", ".join(f"{share:.1%} of {phase}" for phase, share in recording.flops_share.items())
-        shapes = len({site.shape for site in recording.sites})
-        self.listener(
-            StageFinished(
-                "record",
-                f"{len(recording.sites)} linears of {shapes} shapes: {recording.weights_share:.1%} of weights; FLOPs: {flops}",
-            )
-        )
-        for skipped in recording.skipped:
-            self.listener(Notice(f"left alone: {skipped.name} ({skipped.share:.1%} of weights): {skipped.reason}"))
         self.store.update_study(self.study_id, recording=recording)
         return recording
 
     def _options(self, recording: Recording) -> tuple[list[list[LayerChoice]], list[LayerChoice]]:
         """Scored choices per site, and the unquantized choice per site."""
         sites = recording.sites
-        element_bytes = max(1, recording.parameter_bytes // max(1, _elements(self.loaded.module)))
-        working_set = working_set_bytes(sites, self.hardware, element_bytes)
+        element_bytes = mean_element_bytes(self.loaded.module, recording)
+        working_set = working_set_bytes([site.shape for site in sites], self.hardware, element_bytes)
         timings = profile(
-            sites,
+            cells_of(sites),
             self.candidates,
             device=self.hardware,
             device_name=self.device,
@@ -295,10 +277,6 @@ class Stages:
     def _recommend(self) -> None:
         best = Study(self.store, self.study_id).recommended()
         self.store.update_study(self.study_id, recommended=best.plan_id if best else None)
-
-
-def _elements(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in {id(p): p for p in module.parameters()}.values())
 
 
 def _changes(choices: SiteChoices) -> list[Change]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from autoquant.cli import main
 from autoquant.cli.main import app
 
-COMMANDS = ("search", "pareto", "show", "apply", "candidates")
+COMMANDS = ("search", "pareto", "show", "apply", "candidates", "profile")
 
 
 def autoquant(*arguments, cwd=None, python=(), environment=None):
@@ -106,6 +106,10 @@ def test_debug_can_be_asked_for_in_the_environment(tmp_path, monkeypatch, runner
         ["search", "model", "--eval-text", "t", "--max-memory", "much"],
         ["search", "model", "--eval-text", "t", "--time-budget", "soon"],
         ["search", "model", "--eval-text", "t", "--workload", "prefill=many"],
+        ["profile", "--shapes", "s", "--rows", "many"],
+        ["profile", "--shapes", "s", "--workload", "prefill=many"],
+        ["profile", "--shapes", "s", "--json", "--csv"],
+        ["profile", "--shapes", "s", "--plot", "picture.gif"],
     ],
 )
 def test_usage_errors_are_one_line_without_boxes(runner, arguments):

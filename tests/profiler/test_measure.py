@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from autoquant.candidates import A16, Format, Kernel
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler import measure
-from autoquant.profiler.measure import profile, subjects, working_set_bytes
+from autoquant.profiler.measure import cells_of, profile, working_set_bytes
 from autoquant.records import Device, LinearShape, Site, SiteUse
 from autoquant.store import open_store
 from autoquant.store.schema import TimingRow
@@ -77,7 +77,7 @@ def rows(store):
 def campaign(store, *, sites=SITES, candidates=BOTH, device=DEVICE, working_set=WORKING_SET, events=None):
     store.put_device(device)
     return profile(
-        sites,
+        cells_of(sites),
         candidates,
         device=device,
         device_name="cpu",
@@ -187,10 +187,10 @@ def test_a_busy_machine_is_noticed(store, other_load, monkeypatch):
     assert any(isinstance(event, Notice) and "50% of the machine" in event.text for event in events)
 
 
-def test_subjects_are_the_distinct_shapes_and_rows_in_order():
+def test_cells_are_the_distinct_shapes_and_rows_in_order():
     other = replace(SHAPE, n=64)
     sites = (site(rows=(2, 5)), site("b", other, (5, 2)), site("c", rows=(5, 9)))
-    assert subjects(sites) == [(SHAPE, 2), (SHAPE, 5), (other, 5), (other, 2), (SHAPE, 9)]
+    assert cells_of(sites) == [(SHAPE, 2), (SHAPE, 5), (other, 5), (other, 2), (SHAPE, 9)]
 
 
 @pytest.mark.parametrize(
@@ -207,5 +207,4 @@ def test_subjects_are_the_distinct_shapes_and_rows_in_order():
 )
 def test_the_working_set_is_the_model_or_twice_the_cache_rounded_down(model_elements, cache, expected):
     half = LinearShape(n=model_elements // 2048, k=1024, bias=False, dtype="bfloat16")
-    sites = (site("a", half), site("b", half))
-    assert working_set_bytes(sites, replace(DEVICE, cache_bytes=cache), 2) == expected
+    assert working_set_bytes((half, half), replace(DEVICE, cache_bytes=cache), 2) == expected

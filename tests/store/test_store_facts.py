@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from autoquant.errors import PlanError, StoreError
-from autoquant.records import workload_from
+from autoquant.records import Roofline, workload_from
 
 from .made_up import DEVICE, MODEL, STUDY, WORKLOAD, fill, measurement, plan, proof, recording
 
@@ -50,6 +50,20 @@ def test_timings_that_were_made_together_are_kept_together_or_not_at_all(filled,
 def test_timings_of_an_unknown_device_are_refused(store):
     with pytest.raises(StoreError, match="FOREIGN KEY"):
         store.put_timings(DEVICE, "1", [measurement()])
+
+
+def test_a_roofline_comes_back_as_it_went_in_and_belongs_to_its_device(filled):
+    roofline = Roofline(bandwidth_bytes_per_s=1e11 / 3, flops_per_s={"bfloat16": 1e12, "int8": 2e12 / 3})
+    assert filled.roofline(DEVICE) is None
+    filled.put_roofline(DEVICE, roofline)
+    assert filled.roofline(DEVICE) == roofline
+    assert filled.roofline(replace(DEVICE, threads=4)) is None
+
+
+def test_a_roofline_measured_again_replaces_the_old_one(filled, query):
+    for bandwidth in (1.0, 2.0):
+        filled.put_roofline(DEVICE, Roofline(bandwidth_bytes_per_s=bandwidth, flops_per_s={}))
+    assert query("SELECT bandwidth_bytes_per_s FROM roofline") == [(2.0,)]
 
 
 def test_losses_come_back_as_they_went_in_and_are_kept_once(filled, query):

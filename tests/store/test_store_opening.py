@@ -1,16 +1,20 @@
 """Which files are opened as databases, which are refused, and that refused ones stay as they were."""
 
 import sqlite3
+from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, text
 
 from autoquant.errors import StoreError
-from autoquant.store import open_store
+from autoquant.records import Roofline
+from autoquant.store import Store, connect, open_store
 from autoquant.store.connect import APPLICATION_ID, VERSION_TABLE
 from autoquant.store.schema import Base
 
-from .made_up import fill, plan
+from .made_up import DEVICE, MODEL, fill, measurement, plan, proof
 
 
 def make_foreign(path, journal="DELETE"):
@@ -33,6 +37,35 @@ def make_ours(path, revision=None):
         with store.engine.begin() as connection:
             connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'"))
     store.close()
+
+
+def make_first_schema(path):
+    """A database as the first version of autoquant wrote it, with a fact in every table."""
+    engine = create_engine(f"sqlite:///{path}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(connect.__file__).parent / "migrations"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    store = Store(engine)
+    fill(store)
+    store.put_timings(DEVICE, "2", [measurement(), measurement(m=8)])
+    store.put_losses(MODEL, "text", "isolated", {("head", "int8-row+a16"): 0.25})
+    store.put_reference("5tudy001", "losses", {"value": [1.0]})
+    store.put_plan(plan())
+    store.put_proof("abcd0001", proof())
+    store.close()
+
+
+def tables(path):
+    """Every table with its rows, read past our own code."""
+    connection = sqlite3.connect(path)
+    try:
+        names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {name: connection.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall() for name in names}
+    finally:
+        connection.close()
 
 
 def refusal(address, **options):
@@ -72,6 +105,18 @@ def test_the_migrated_schema_is_that_of_the_models(store):
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
+
+
+def test_a_database_of_the_first_schema_is_migrated_without_loss(path):
+    make_first_schema(path)
+    before = tables(path)
+    assert before.pop(VERSION_TABLE) == [("0001",)] and all(before.values()) and "roofline" not in before
+    store = open_store(path, create=False)
+    store.put_roofline(DEVICE, Roofline(bandwidth_bytes_per_s=1.0, flops_per_s={}))
+    store.close()
+    after = tables(path)
+    assert after.pop(VERSION_TABLE) == [("0002",)] and len(after.pop("roofline")) == 1
+    assert after == before
 
 
 def test_closing_leaves_one_file(path):

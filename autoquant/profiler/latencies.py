@@ -1,0 +1,67 @@
+"""What timing shapes gives: one row for each shape, m and candidate, and how the rows came about. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant.records import Device, LinearShape, Roofline
+
+COLUMNS = (
+    "n",
+    "k",
+    "bias",
+    "dtype",
+    "m",
+    "format",
+    "kernel",
+    "numerics",
+    "outcome",
+    "latency_us",
+    "spread_us",
+    "relative_error",
+    "floor_us",
+    "reason",
+)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """Timings of linears without a search.
+
+    Attributes:
+        rows: With the fields of `COLUMNS`, by shape, m and candidate in the order of the registry. `latency_us`,
+            `spread_us` (interquartile range), `relative_error` and `floor_us` are None where there is no such number.
+        names: What each shape is called: layers of the model, or names in the file of shapes.
+        source: Model or file that the shapes come from, for titles.
+        from_store: How many of the rows were known before.
+        elapsed_s: Wall time of preparing and timing the others.
+    """
+
+    rows: tuple[Row, ...]
+    names: Mapping[LinearShape, tuple[str, ...]]
+    source: str
+    device: Device
+    roofline: Roofline
+    from_store: int
+    elapsed_s: float
+
+    def shapes(self) -> dict[LinearShape, tuple[Row, ...]]:
+        """The rows of each shape."""
+        found: dict[LinearShape, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(shape_of(row), []).append(row)
+        return {shape: tuple(rows) for shape, rows in found.items()}
+
+
+def shape_of(row: Row) -> LinearShape:
+    """The shape that a row is about."""
+    return LinearShape(n=row["n"], k=row["k"], bias=row["bias"], dtype=row["dtype"])
+
+
+def is_original(row: Row) -> bool:
+    """Whether the row is about the weight left as it is."""
+    return bool(row["format"] == f"{row['dtype']}/plain")

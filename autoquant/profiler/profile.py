@@ -1,0 +1,331 @@
+"""Timing linears without a search: those of a model, or a list of shapes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from autoquant.candidates import A16, Format, Kernel, get_format, select
+from autoquant.candidates.flat import stored_bytes
+from autoquant.candidates.floats import FLOATS, original_format
+from autoquant.errors import WorkloadError
+from autoquant.events import Listener, Notice, ignore
+from autoquant.models import dtype_name, resolve_device, resolve_dtype, take_model
+from autoquant.profiler import measure
+from autoquant.profiler.device import compile_failure, fingerprint
+from autoquant.profiler.floor import floor_us
+from autoquant.profiler.latencies import COLUMNS, Latencies
+from autoquant.profiler.phases import default_workload
+from autoquant.profiler.record import mean_element_bytes, record_model
+from autoquant.profiler.roofline import known_roofline
+from autoquant.profiler.shapes import NamedShapes, parse_shapes, read_shapes
+from autoquant.profiler.timing import PROTOCOL
+from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
+from autoquant.store import open_store
+from autoquant.store.connect import check_address
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_ROWS = (1, 16, 128, 2048)
+_SAMPLE_ROWS = 256
+
+Candidates = Sequence[tuple[Format, Kernel]]
+Cell = tuple[LinearShape, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileRequest:
+    """What is to be timed; see `profile`."""
+
+    model: str | os.PathLike[str] | nn.Module | None = None
+    shapes: str | os.PathLike[str] | Sequence[str] | None = None
+    rows: Sequence[int] | None = None
+    workload: str | Workload | None = None
+    batch: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    candidates: Sequence[str] = ("*",)
+    db: str | os.PathLike[str] = "timings.db"
+    model_factory: str | None = None
+    tokenizer: Any | None = None
+    trust_pickle: bool = False
+    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subjects:
+    """What the request comes to: shapes with their names, at which m, with weights how cold."""
+
+    names: NamedShapes
+    cells: Sequence[Cell]
+    working_set: int
+    dtype: str
+    source: str
+
+
+def profile(
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    *,
+    shapes: str | os.PathLike[str] | Sequence[str] | None = None,
+    rows: Sequence[int] | None = None,
+    workload: str | Workload | None = None,
+    batch: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    candidates: Sequence[str] = ("*",),
+    db: str | os.PathLike[str] = "timings.db",
+    model_factory: str | None = None,
+    tokenizer: Any | None = None,
+    trust_pickle: bool = False,
+    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    listener: Listener = ignore,
+) -> pd.DataFrame:
+    """Time linears by every candidate, without a search. What the store holds already is not timed again.
+
+    Args:
+        model: A path or a live module as for `search`: its linears are timed, at the m that the workload gives them.
+        shapes: Instead of a model: a file of shapes, or its lines, such as `4096x4096+bias q_proj` (out features first).
+        rows: The m to time every shape at; by default those of the workload, or 1, 16, 128 and 2048 for shapes without one.
+        workload: `prefill=TOKENS,decode=STEPS` or a `Workload`, for `batch` sequences at a time.
+        dtype: auto (as stored; for shapes the better 16-bit float of the device), fp32, bf16, fp16 or fast16.
+        candidates: Globs over `FORMAT/KERNEL`. The unquantized weight is always timed too.
+        db: Path of the SQLite store, or an SQLAlchemy URL; a search may use the same.
+        sample_inputs: Arguments of one forward pass, for a module that is no language model.
+
+    Returns:
+        One row per shape, m and candidate with the columns of `autoquant.profiler.latencies.COLUMNS`; times in microseconds.
+
+    Raises:
+        AutoquantError: Something the user can mend; the message says what.
+    """
+    import pandas as pd
+
+    request = ProfileRequest(
+        model=model,
+        shapes=shapes,
+        rows=rows,
+        workload=workload,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        candidates=candidates,
+        db=db,
+        model_factory=model_factory,
+        tokenizer=tokenizer,
+        trust_pickle=trust_pickle,
+        sample_inputs=sample_inputs,
+    )
+    return pd.DataFrame(list(time_linears(request, listener).rows), columns=list(COLUMNS))
+
+
+def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latencies:
+    """`profile` with everything that is known about how its rows came about.
+
+    Raises:
+        AutoquantError: As for `profile`.
+    """
+    _check(request)
+    device_name = resolve_device(request.device)
+    check_address(request.db)
+    pairs = select(request.candidates)
+    workload = request.workload
+    if isinstance(workload, str):
+        workload = Workload.parse(workload, request.batch)
+    if request.model is None:
+        subjects = _of_shapes(request, workload, device_name)
+    else:
+        subjects = _of_model(request, workload, device_name, listener)
+    return _time(subjects, with_original(pairs, subjects.dtype), device_name, request.db, listener)
+
+
+def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
+    """The candidates, and leaving the weight alone, which no glob can exclude."""
+    original = get_format(original_format(dtype))
+    rest = [(fmt, kernel) for fmt, kernel in pairs if fmt.id != original.id]
+    return [*((original, kernel) for kernel in original.kernels), *rest]
+
+
+def _check(request: ProfileRequest) -> None:
+    """Refuse what contradicts itself."""
+    if (request.model is None) == (request.shapes is None):
+        raise WorkloadError("give either a model or shapes (--shapes FILE): their linears are what is timed")
+    if request.rows is not None and (not request.rows or min(request.rows) < 1):
+        raise WorkloadError("rows must be numbers from 1 on, e.g. 1,16,2048")
+    if request.shapes is not None and request.rows is not None and request.workload is not None:
+        raise WorkloadError("give either rows or a workload: both say how many rows the shapes are timed at")
+    if request.shapes is not None and request.workload is None and request.batch != 1:
+        raise WorkloadError(
+            "a batch needs a workload, e.g. --workload prefill=2048,decode=256: rows are timed as given"
+        )
+
+
+def _of_shapes(request: ProfileRequest, workload: Workload | None, device_name: str) -> _Subjects:
+    dtype = resolve_dtype("fast16" if request.dtype == "auto" else request.dtype, device_name, torch.float32)
+    shapes = request.shapes
+    if isinstance(shapes, (str, os.PathLike)):
+        names, source = read_shapes(shapes, dtype_name(dtype)), Path(shapes).name
+    else:
+        names, source = parse_shapes(shapes or (), dtype_name(dtype)), f"{len(shapes or ())} shapes"
+    if workload is not None:
+        rows: Sequence[int] = sorted({phase.tokens * workload.batch for phase in workload.phases})
+    else:
+        rows = request.rows or DEFAULT_ROWS
+    hardware = fingerprint(device_name)
+    # As cold as in a model that has as many of these linears as twice the cache holds.
+    once = sum(shape.n * shape.k for shape in names) * dtype.itemsize
+    repeated = list(names) * -(-2 * hardware.cache_bytes // once)
+    return _Subjects(
+        names=names,
+        cells=_cells(names, rows),
+        working_set=measure.working_set_bytes(repeated, hardware, dtype.itemsize),
+        dtype=dtype_name(dtype),
+        source=source,
+    )
+
+
+def _of_model(request: ProfileRequest, workload: Workload | None, device_name: str, listener: Listener) -> _Subjects:
+    assert request.model is not None
+    loaded = take_model(
+        request.model,
+        dtype=request.dtype,
+        device=device_name,
+        model_factory=request.model_factory,
+        tokenizer=request.tokenizer,
+        trust_pickle=request.trust_pickle,
+    )
+    inputs = request.sample_inputs if request.sample_inputs is not None else loaded.example_inputs
+    recording = record_model(
+        loaded,
+        workload or default_workload(loaded.kind, request.batch),
+        device=device_name,
+        sample_inputs=inputs,
+        listener=listener,
+    )
+    names: NamedShapes = {}
+    for site in recording.sites:
+        names[site.shape] = (*names.get(site.shape, ()), site.name)
+    return _Subjects(
+        names=names,
+        cells=_cells(names, request.rows) if request.rows else measure.cells_of(recording.sites),
+        working_set=measure.working_set_bytes(
+            [site.shape for site in recording.sites],
+            fingerprint(device_name),
+            mean_element_bytes(loaded.module, recording),
+        ),
+        dtype=loaded.dtype,
+        source=Path(loaded.source.path).name or type(loaded.module).__name__,
+    )
+
+
+def _cells(shapes: NamedShapes, rows: Sequence[int]) -> list[Cell]:
+    return [(shape, m) for shape in shapes for m in rows]
+
+
+def _time(
+    subjects: _Subjects,
+    candidates: Candidates,
+    device_name: str,
+    db: str | os.PathLike[str],
+    listener: Listener,
+) -> Latencies:
+    hardware = fingerprint(device_name)
+    if reason := compile_failure() if hardware.type == "cpu" else None:
+        listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
+    store = open_store(db)
+    try:
+        store.put_device(hardware)
+        roofline = known_roofline(hardware, device_name, store, listener)
+        known = store.timings(hardware, PROTOCOL)
+        started = time.monotonic()
+        measured = measure.profile(
+            subjects.cells,
+            candidates,
+            device=hardware,
+            device_name=device_name,
+            working_set=subjects.working_set,
+            store=store,
+            listener=listener,
+        )
+        elapsed_s = time.monotonic() - started
+    finally:
+        store.close()
+    return Latencies(
+        rows=_rows(measured, candidates, hardware, device_name, roofline),
+        names=subjects.names,
+        source=subjects.source,
+        device=hardware,
+        roofline=roofline,
+        from_store=sum(subject in known for subject in measured),
+        elapsed_s=elapsed_s,
+    )
+
+
+def _rows(
+    measured: Mapping[TimingSubject, Measurement],
+    candidates: Candidates,
+    hardware: Device,
+    device_name: str,
+    roofline: Roofline,
+) -> tuple[dict[str, Any], ...]:
+    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in candidates}
+    weight_bytes: dict[tuple[str, LinearShape], float | None] = {}
+    rows = []
+    for subject, measurement in measured.items():
+        fmt, kernel = by_id[subject.format, subject.kernel]
+        key = (fmt.id, subject.shape)
+        if key not in weight_bytes:
+            weight_bytes[key] = _weight_bytes(fmt, subject.shape, hardware, device_name)
+        stored = weight_bytes[key]
+        arithmetic = arithmetic_of(fmt, kernel, subject.shape.dtype)
+        floor = None if stored is None else floor_us(roofline, subject.shape, subject.m, stored, arithmetic)
+        rows.append(_row(subject, measurement, kernel.numerics, floor))
+    return tuple(rows)
+
+
+def _row(subject: TimingSubject, measurement: Measurement, numerics: str, floor: float | None) -> dict[str, Any]:
+    timed = bool(measurement.samples_us)
+    shape = subject.shape
+    return {
+        "n": shape.n,
+        "k": shape.k,
+        "bias": shape.bias,
+        "dtype": shape.dtype,
+        "m": subject.m,
+        "format": subject.format,
+        "kernel": subject.kernel,
+        "numerics": numerics,
+        "outcome": measurement.outcome,
+        "latency_us": measurement.latency_us if timed else None,
+        "spread_us": measurement.spread_us if timed else None,
+        "relative_error": measurement.relative_error,
+        "floor_us": floor,
+        "reason": measurement.reason,
+    }
+
+
+def _weight_bytes(fmt: Format, shape: LinearShape, hardware: Device, device_name: str) -> float | None:
+    """Bytes of a stored weight, from a few of its rows; None where the format does not take the shape."""
+    if fmt.unsupported(shape, 1, hardware.type):
+        return None
+    rows = min(shape.n, _SAMPLE_ROWS)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, shape.k, generator=generator).to(getattr(torch, shape.dtype)).to(device_name)
+    try:
+        return stored_bytes(fmt.store(weight)) * shape.n / rows
+    except Exception:  # noqa: BLE001 - why it cannot be stored is the outcome of its timing; here it only has no floor
+        return None
+
+
+def arithmetic_of(fmt: Format, kernel: Kernel, dtype: str) -> str:
+    """What a kernel multiplies: the activation as it is or as it rounds it (a key of `Roofline.flops_per_s`)."""
+    if kernel.numerics == A16:
+        return fmt.values if fmt.values in FLOATS else dtype
+    return "float8" if "float8" in f"{kernel.numerics} {fmt.values}" else "int8"

@@ -1,0 +1,73 @@
+"""Shapes and rows as people write them: `4096x4096+bias q_proj`, one linear a line, and `1,16,2048`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from autoquant.errors import WorkloadError
+from autoquant.records import LinearShape
+
+NamedShapes = dict[LinearShape, tuple[str, ...]]
+
+_LINE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})(\+bias)?(?:\s+(\S.*))?")
+_ROWS = re.compile(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*")
+_FORM = "write OUTxIN, e.g. 4096x4096, 4096x4096+bias or 4096x4096 q_proj"
+
+
+def read_shapes(path: str | os.PathLike[str], dtype: str) -> NamedShapes:
+    """Read a file of shapes; see `parse_shapes`.
+
+    Raises:
+        WorkloadError: It cannot be read, has a line of another form, or no shape.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise WorkloadError(f"cannot read shapes from {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise WorkloadError(f"{path} is no text: {_FORM}, one linear a line") from error
+    return parse_shapes(text.splitlines(), dtype, origin=str(path))
+
+
+def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> NamedShapes:
+    """Distinct shapes with their names, in order.
+
+    Args:
+        lines: Each `NxK` (out features first), `+bias` right behind it where there is one, then a name if wanted. Blank
+            lines and what follows `#` say nothing.
+        dtype: Of weights and activations, e.g. `bfloat16`.
+        origin: What errors call the lines.
+
+    Raises:
+        WorkloadError: A line has another form, or there is no shape.
+    """
+    found: NamedShapes = {}
+    for number, line in enumerate(lines, start=1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        match = _LINE.fullmatch(content)
+        if match is None:
+            raise WorkloadError(f"{origin}, line {number}: cannot read {content[:60]!r}; {_FORM}")
+        n, k, bias, name = match.groups()
+        shape = LinearShape(n=int(n), k=int(k), bias=bias is not None, dtype=dtype)
+        names = found.get(shape, ())
+        found[shape] = names if name is None or name in names else (*names, name)
+    if not found:
+        raise WorkloadError(f"{origin} holds no shape: {_FORM}, one linear a line")
+    return found
+
+
+def parse_rows(text: str) -> tuple[int, ...]:
+    """Read `1,16,2048` as the m to time, each once, smallest first.
+
+    Raises:
+        WorkloadError: It has another form.
+    """
+    compact = text.replace(" ", "")
+    if not _ROWS.fullmatch(compact):
+        raise WorkloadError(f"cannot read rows {text!r}: write how many rows the activation has, e.g. 1,16,2048")
+    return tuple(sorted({int(part) for part in compact.split(",")}))

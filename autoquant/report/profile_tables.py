@@ -1,0 +1,204 @@
+"""Latencies of linears for the terminal: a block per shape, the best routes in words, and the accounts. Fits 80 columns."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autoquant.profiler.latencies import Latencies, Row, is_original
+from autoquant.records import LinearShape
+from autoquant.report import units
+from autoquant.report.names import fold
+from autoquant.report.words import device_words
+
+_CELL_WIDTH = 8
+_LEAST_NAME_WIDTH = 24
+_WORTH = 1.05  # a family that is nowhere this much faster than unquantized gets no line of its own
+_COUNTED = (("ok", "measured"), ("bounded", "bounded away"), ("unsupported", "unsupported"),
+            ("incorrect", "incorrect"), ("failed", "failed"))  # fmt: skip
+_SHORT = {"unsupported": "unsupp.", "incorrect": "incorr.", "bounded": "bounded", "failed": "failed"}
+
+
+def latencies_report(latencies: Latencies, width: int = 80) -> RenderableType:
+    """Everything that timing shapes gave, shape by shape."""
+    parts: list[RenderableType] = []
+    for shape, rows in latencies.shapes().items():
+        parts.append(Text(_heading(shape, latencies.names.get(shape, ()), width), style="bold"))
+        parts += latency_tables(rows, width)
+        parts += _wrapped(route_lines(rows), width)
+        parts.append(Text(""))
+    if any(row["outcome"] == "ok" for row in latencies.rows):
+        parts.append(Text("Latency in µs of one linear; * the best of its column."))
+    parts += _wrapped([*reason_lines(latencies.rows), *total_lines(latencies)], width)
+    return Group(*parts)
+
+
+def latency_tables(rows: Sequence[Row], width: int = 80) -> list[Table]:
+    """One shape: a row for each candidate, best first at the first m, a column for each m; several tables for many m.
+
+    Candidates that are unsupported at every m are left to `reason_lines`.
+    """
+    rows_m = _all_m(rows)
+    best = {m: min((row["latency_us"] for row in _ok(rows, m)), default=math.inf) for m in rows_m}
+    lines = _candidate_lines(rows)
+    per_table = max(1, (width - _LEAST_NAME_WIDTH) // _CELL_WIDTH)
+    tables = []
+    for start in range(0, len(rows_m), per_table):
+        shown = rows_m[start : start + per_table]
+        table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+        table.add_column("Candidate", overflow="fold")
+        for m in shown:
+            table.add_column(f"m={m}", justify="right", no_wrap=True)
+        room = width - _CELL_WIDTH * len(shown)
+        for line in lines:
+            first = next(iter(line.values()))
+            cells = [_cell(line.get(m), best[m]) for m in shown]
+            table.add_row(Text(_folded(_candidate(first), room)), *cells, style="bold" if is_original(first) else "")
+        tables.append(table)
+    return tables
+
+
+def route_lines(rows: Sequence[Row]) -> list[str]:
+    """For each family of formats its best format and route, compared with the weight as it is; best family first."""
+    original = {row["m"]: row["latency_us"] for row in rows if is_original(row) and row["outcome"] == "ok"}
+    families: dict[str, tuple[float, str]] = {}
+    slower: dict[str, None] = {}
+    for format_id in dict.fromkeys(row["format"] for row in rows if not is_original(row)):
+        route = best_route([row for row in rows if row["format"] == format_id])
+        speedups = {m: original[m] / row["latency_us"] for m, row in route.items() if m in original}
+        if not speedups:
+            continue
+        family = format_id.partition("/")[0].partition("-")[0]
+        if max(speedups.values()) < _WORTH:
+            slower[family] = None
+            continue
+        mean = math.exp(sum(map(math.log, speedups.values())) / len(original))  # an m without a kernel counts as 1
+        text = f"{format_id} {_route_words(route, _all_m(rows))}; {_speedup_words(speedups)}"
+        families[family] = max(families.get(family, (0.0, "")), (mean, text))
+    ranked = sorted(families.values(), reverse=True)
+    lines = [f"{'then' if position else 'best'}: {text}" for position, (_, text) in enumerate(ranked)]
+    rest = [family for family in slower if family not in families]
+    return [*lines, f"no faster than unquantized at any m: {', '.join(rest)}"] if rest else lines
+
+
+def best_route(rows: Sequence[Row]) -> dict[int, Row]:
+    """By m, the fastest of these rows that is ok."""
+    found = {m: min(_ok(rows, m), key=lambda row: row["latency_us"], default=None) for m in _all_m(rows)}
+    return {m: row for m, row in found.items() if row is not None}
+
+
+def reason_lines(rows: Sequence[Row]) -> list[str]:
+    """Why candidates have no latency, each reason once with whom and where it concerns."""
+    found: dict[tuple[str, str], dict[str, set[int]]] = {}
+    first_reasons: dict[tuple[str, str], str] = {}
+    for row in rows:
+        if row["outcome"] != "ok":
+            reason = first_reasons.setdefault((row["outcome"], _candidate(row)), row["reason"])
+            found.setdefault((row["outcome"], reason), {}).setdefault(_candidate(row), set()).add(row["m"])
+    every = set(_all_m(rows))
+    lines = []
+    for (outcome, reason), candidates in sorted(found.items(), key=lambda item: list(_SHORT).index(item[0][0])):
+        concerned = set().union(*candidates.values())
+        where = "" if concerned == every else f" at m={', '.join(map(str, sorted(concerned)))}"
+        lines.append(f"{outcome}{where}: {', '.join(candidates)}: {reason}")
+    return lines
+
+
+def total_lines(latencies: Latencies) -> list[str]:
+    """How many timings came to what, from where, in what time, on what device."""
+    rows = latencies.rows
+    counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome, _ in _COUNTED}
+    outcomes = ", ".join(f"{counts[outcome]} {words}" for outcome, words in _COUNTED)
+    cells = len({(row["n"], row["k"], row["bias"], row["dtype"], row["m"]) for row in rows})
+    roofline = latencies.roofline
+    rates = ", ".join(f"{name} {units.digits(rate / 1e12)}" for name, rate in roofline.flops_per_s.items())
+    return [
+        f"{len(rows)} timings ({len({_candidate(row) for row in rows})} candidates at {cells} shapes and m): {outcomes}.",
+        f"{latencies.from_store} were in the store, {len(rows) - latencies.from_store} are new and took "
+        f"{units.clock_s(latencies.elapsed_s)} to prepare and time.",
+        f"{device_words(latencies.device)}: memory {units.digits(roofline.bandwidth_bytes_per_s / 1e9)} GB/s; "
+        f"Tflop/s in {rates}.",
+    ]
+
+
+def _heading(shape: LinearShape, names: Sequence[str], width: int) -> str:
+    called = ", ".join(pattern for pattern, _ in fold(names))
+    text = f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}, {shape.dtype}{f': {called}' if called else ''}"
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _all_m(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["m"] for row in rows})
+
+
+def _ok(rows: Sequence[Row], m: int) -> list[Row]:
+    return [row for row in rows if row["m"] == m and row["outcome"] == "ok"]
+
+
+def _candidate(row: Row) -> str:
+    return f"{row['format']}/{row['kernel']}"
+
+
+def _candidate_lines(rows: Sequence[Row]) -> list[dict[int, Row]]:
+    """Rows by m for each candidate, the best at the first m first, those without a latency there by the next m."""
+    by_candidate: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_candidate.setdefault(_candidate(row), {})[row["m"]] = row
+    lines = [line for line in by_candidate.values() if any(row["outcome"] != "unsupported" for row in line.values())]
+    rows_m = _all_m(rows)
+
+    def order(line: dict[int, Row]) -> list[float]:
+        return [line[m]["latency_us"] if m in line and line[m]["outcome"] == "ok" else math.inf for m in rows_m]
+
+    return sorted(lines, key=order)
+
+
+def _cell(row: Row | None, best_us: float) -> Text:
+    if row is None:
+        return Text(units.MISSING, style="dim")
+    if row["outcome"] != "ok":
+        return Text(_SHORT[row["outcome"]], style="dim")
+    is_best = row["latency_us"] <= best_us
+    return Text(f"{'*' if is_best else ''}{units.digits(row['latency_us'])}", style="green" if is_best else "")
+
+
+def _route_words(route: Mapping[int, Row], all_m: Sequence[int]) -> str:
+    """`int8pack-mm up to m=4, int-mm above`, and at which m there is no kernel."""
+    steps = [
+        (kernel, [m for m, _ in group]) for kernel, group in groupby(route.items(), lambda item: item[1]["kernel"])
+    ]
+    words = steps[0][0] if len(steps) == 1 else ", ".join(_step_words(steps))
+    missing = [str(m) for m in all_m if m not in route]
+    return f"{words} (not at m={', '.join(missing)})" if missing else str(words)
+
+
+def _step_words(steps: Sequence[tuple[str, list[int]]]) -> Iterator[str]:
+    for kernel, rows_m in steps[:-1]:
+        yield f"{kernel} up to m={rows_m[-1]}"
+    yield f"{steps[-1][0]} above"
+
+
+def _speedup_words(speedups: Mapping[int, float]) -> str:
+    """`3.1x at m=1, 1.0x at m=16..512`."""
+    parts = []
+    for words, group in groupby(speedups, lambda m: f"{speedups[m]:.1f}x"):
+        rows_m = list(group)
+        parts.append(f"{words} at m={rows_m[0]}" + (f"..{rows_m[-1]}" if len(rows_m) > 1 else ""))
+    return ", ".join(parts)
+
+
+def _folded(candidate: str, room: int) -> str:
+    """Broken before the kernel where it does not fit."""
+    fmt, _, kernel = candidate.rpartition("/")
+    return candidate if len(candidate) <= room else f"{fmt}/\n  {kernel}"
+
+
+def _wrapped(lines: Sequence[str], width: int) -> list[RenderableType]:
+    return [Text(textwrap.fill(line, width, subsequent_indent="      ", break_on_hyphens=False)) for line in lines]

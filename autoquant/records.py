@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from autoquant.errors import WorkloadError
 
-Outcome = Literal["ok", "unsupported", "bounded", "incorrect", "failed"]
-"""`bounded`: never prepared, since the roofline shows that it cannot win."""
+Outcome = Literal["ok", "unsupported", "bounded", "beaten", "incorrect", "failed"]
+"""`bounded`: never prepared, since the roofline shows that it cannot win. `beaten`: tried out, and far behind."""
 PlanKind = Literal["original", "uniform", "front", "refined"]
 ORIGINAL_LABEL = "original"
 

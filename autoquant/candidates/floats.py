@@ -28,7 +28,12 @@ def _unsupported(shape: LinearShape, _m: int, _device_type: str, *, dtype: str) 
 def _format(dtype: str) -> Format:
     torch_dtype = FLOATS[dtype]
     kernel = Kernel(
-        id="matmul", numerics=A16, linear=_cast_linear, opaque=True, description="the library's matrix product"
+        id="matmul",
+        numerics=A16,
+        linear=_cast_linear,
+        opaque=True,
+        arithmetic=dtype,
+        description="the library's matrix product",
     )
     return Format(
         id=f"{dtype}/plain",

@@ -7,6 +7,7 @@ of 16 bits for each group, so they share one quality score.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,11 +24,11 @@ from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w4
 from autoquant.candidates.gpu import needs_cuda, needs_library
 from autoquant.candidates.int4 import GROUP_SIZES
-from autoquant.candidates.int4_tensors import Int4ChunkedTensor, Int4GemliteTensor
-from autoquant.candidates.skinny import gemv_int4, gemv_unsupported
+from autoquant.candidates.int4_gemlite_tensor import Int4GemliteTensor
 from autoquant.records import LinearShape
 
-_EYE_ROWS = 1024
+ToFloat = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+"""A stored weight to its numbers `[n, k]` in a dtype."""
 
 
 def tinygemm_rounding(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,78 +50,6 @@ def _unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) ->
     return f"k={shape.k} is not divisible by the group size {group}" if shape.k % group else None
 
 
-# -- chunked: the project's own ------------------------------------------------------------------------------------
-
-
-def _chunked_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    stored = cast(Int4ChunkedTensor, weight)
-    n, k = stored.shape
-    scale, zero = stored.scale_and_zero.to(dtype).unbind(-1)
-    q = stored.unpack().reshape(n, k // stored.group, stored.group)
-    return ((q.to(dtype) - 8) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).reshape(n, k)
-
-
-def _chunked_gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    stored = cast(Int4ChunkedTensor, weight)
-    y: torch.Tensor = gemv_int4(x.reshape(1, -1), stored.qdata, stored.scale_and_zero, bias)
-    return y.reshape(*x.shape[:-1], stored.shape[0])
-
-
-def _chunked_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, _chunked_float(weight, x.dtype), bias)
-
-
-def _chunked_int_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    values, scale = round_row_int8(_chunked_float(weight, x.dtype))
-    rounded, x_scale = round_row_int8(x.reshape(-1, x.shape[-1]))
-    y = torch._int_mm(rounded, values.t()).float() * x_scale * scale.t()
-    y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], values.shape[0])
-
-
-def _int_mm_unsupported(shape: LinearShape, m: int, _device_type: str) -> str | None:
-    if m <= 16:
-        return f"_int_mm needs more than 16 rows on CUDA, not {m}"
-    return f"_int_mm needs n divisible by 8, not {shape.n}" if shape.n % 8 else None
-
-
-def _chunked(group: int) -> Format:
-    return Format(
-        id=f"int4-g{group}/chunked",
-        quantize=lambda weight: Int4ChunkedTensor.pack(*tinygemm_rounding(weight, group)),
-        dequantize=lambda stored: _chunked_float(stored, torch.float32),
-        tensor_type=Int4ChunkedTensor,
-        unsupported=functools.partial(_unsupported, group=group),
-        kernels=(
-            Kernel(
-                id="gemv",
-                numerics=A16,
-                linear=_chunked_gemv,
-                opaque=True,
-                unsupported=gemv_unsupported,
-                description="this project's Triton kernel for a single row",
-            ),
-            Kernel(
-                id="dequantize-matmul",
-                numerics=A16,
-                linear=_chunked_matmul,
-                materializes=True,
-                description="dequantize the weight, then the float product",
-            ),
-            Kernel(
-                id="int-mm",
-                numerics=A8_ROW,
-                linear=_chunked_int_mm,
-                arithmetic="int8",
-                materializes=True,
-                unsupported=_int_mm_unsupported,
-                description="weight and activation rows rounded to int8, integer product",
-            ),
-        ),
-        description=f"int4 weights, scale and zero point for every {group} along k, 32 weights in 16 bytes",
-    )
-
-
 # -- tinygemm ------------------------------------------------------------------------------------------------------
 
 
@@ -128,22 +57,46 @@ def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return F.linear(x, weight, bias)
 
 
-def _tinygemm_float(stored: torch.Tensor) -> torch.Tensor:
-    """What the kernel makes of the unit vectors: the packing is opaque, and these are the numbers it multiplies with."""
-    k = stored.shape[1]
-    columns = []
-    for start in range(0, k, _EYE_ROWS):
-        rows = torch.arange(start, min(start + _EYE_ROWS, k), device=stored.device)
-        units = (rows.unsqueeze(1) == torch.arange(k, device=stored.device)).to(torch.bfloat16)
-        columns.append(F.linear(units, stored).t())
-    return torch.cat(columns, dim=1).float()
+def _tinygemm_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The dequantized weight `[n, k]`.
+
+    The packing is that of `matrix_to_m16n8k16_Bint4_layout` in PyTorch's `aten/src/ATen/native/cuda/int4mm.cu`: words
+    `[n / 8, k / 128, 32, 4]`, where lane 4 * a + b holds row a, and nibble (odd, i, h) of its word j, lowest first, is column
+    32 * j + 16 * i + 8 * h + 2 * b + odd.
+    """
+    stored: Any = weight
+    n, k = stored.shape
+    words = stored.qdata
+    tiles_n, tiles_k = words.shape[:2]
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).reshape(2, 2, 2)
+    q = (words.reshape(tiles_n, tiles_k, 8, 4, 4, 1, 1, 1) >> shifts) & 15
+    q = q.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(tiles_n * 8, tiles_k * 128)[:n, :k]
+    scale, zero = stored.scale_and_zero.transpose(0, 1)[:n, : k // stored.block_size[1]].to(dtype).unbind(-1)
+    q = q.reshape(n, scale.shape[1], -1).to(dtype)
+    return cast(torch.Tensor, ((q - 8) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).reshape(n, k))
+
+
+def _dequantize_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, to_float: ToFloat
+) -> torch.Tensor:
+    return F.linear(x, to_float(weight, x.dtype), bias)
+
+
+def _dequantize_kernel(to_float: ToFloat) -> Kernel:
+    return Kernel(
+        id="dequantize-matmul",
+        numerics=A16,
+        linear=functools.partial(_dequantize_matmul, to_float=to_float),
+        materializes=True,
+        description="unpack and dequantize the weight, then the float product",
+    )
 
 
 def _tinygemm(group: int) -> Format:
     return Format(
         id=f"int4-g{group}/tinygemm",
         quantize=lambda weight: cast(torch.Tensor, Int4TilePackedTo4dTensor.from_hp(weight.detach(), [1, group])),
-        dequantize=_tinygemm_float,
+        dequantize=lambda stored: _tinygemm_float(stored, torch.float32),
         tensor_type=Int4TilePackedTo4dTensor,
         unsupported=functools.partial(_unsupported, group=group),
         kernels=(
@@ -154,6 +107,7 @@ def _tinygemm(group: int) -> Format:
                 opaque=True,
                 description="ATen's int4 weight-only product, through torchao",
             ),
+            _dequantize_kernel(_tinygemm_float),
         ),
         description=f"int4 weights, scale and zero point for every {group} along k, in tiles for tensor cores",
     )
@@ -171,11 +125,27 @@ def _gemlite_unsupported(shape: LinearShape, m: int, device_type: str, *, group:
     return _unsupported(shape, m, device_type, group=group) or gemlite_unsupported(shape, m, device_type)
 
 
+def _gemlite_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return cast(Int4GemliteTensor, weight).unpack(dtype)
+
+
+def _int_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    values, scale = round_row_int8(_gemlite_float(weight, x.dtype))
+    rounded, x_scale = round_row_int8(x.reshape(-1, x.shape[-1]))
+    y = torch._int_mm(rounded, values.t()).float() * x_scale * scale.t()
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], values.shape[0])
+
+
+def _int_mm_unsupported(_shape: LinearShape, m: int, _device_type: str) -> str | None:
+    return f"_int_mm needs more than 16 rows on CUDA, not {m}" if m <= 16 else None
+
+
 def _gemlite(group: int) -> Format:
     return Format(
         id=f"int4-g{group}/gemlite",
         quantize=lambda weight: Int4GemliteTensor.pack(*tinygemm_rounding(weight, group)),
-        dequantize=lambda stored: cast(Int4GemliteTensor, stored).unpacked_float(),
+        dequantize=lambda stored: _gemlite_float(stored, torch.float32),
         tensor_type=Int4GemliteTensor,
         unsupported=functools.partial(_gemlite_unsupported, group=group),
         kernels=(
@@ -185,6 +155,16 @@ def _gemlite(group: int) -> Format:
                 linear=_gemlite_linear,
                 opaque=True,
                 description="gemlite's weight-only product",
+            ),
+            _dequantize_kernel(_gemlite_float),
+            Kernel(
+                id="int-mm",
+                numerics=A8_ROW,
+                linear=_int_mm,
+                arithmetic="int8",
+                materializes=True,
+                unsupported=_int_mm_unsupported,
+                description="weight and activation rows rounded to int8, integer product",
             ),
         ),
         description=f"int4 weights, scale and offset for every {group} along k, eight weights along k in a word",
@@ -232,4 +212,4 @@ def _mslk(group: int) -> Format:
     )
 
 
-FORMATS = tuple(make(group) for make in (_chunked, _tinygemm, _gemlite, _mslk) for group in GROUP_SIZES)
+FORMATS = tuple(make(group) for make in (_tinygemm, _gemlite, _mslk) for group in GROUP_SIZES)

@@ -1,4 +1,4 @@
-"""Which candidates cannot win, whatever their kernels do: what the roofline says, against what was tried out."""
+"""Which candidates need no timing: those that the roofline shows cannot win, and those far behind when tried out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from autoquant.records import LinearShape, Measurement, Roofline, TimingSubject
 
 _HEADROOM = 1.15
 """How much faster than the measured roofline a kernel may be: reading alone is faster than copying."""
-_CACHE_SPEEDUP = 4.0
+_CACHE_SPEEDUP = 2.0
 """How much faster than memory the last-level cache may be, through which a weight that was just written may be read."""
+_FAR_BEHIND = 2.5
+"""Beyond this ratio a try-out decides, although others were being prepared meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +37,45 @@ def least_us(kernel: Kernel, shape: LinearShape, m: int, stored_bytes: int, roof
 def bounded(
     subjects: Sequence[TimingSubject], tried: Mapping[TimingSubject, Tried], roofline: Roofline
 ) -> dict[TimingSubject, Measurement]:
-    """Those of `subjects` that a kernel of the same format, no less exact, is sure to beat."""
+    """Those of `subjects` that a kernel of the same format, no less exact, is sure to beat whatever they do."""
     found = {}
     for subject in subjects:
-        rivals = {
-            other: fact.latency_us
-            for other, fact in tried.items()
-            if (other.format, other.shape, other.m) == (subject.format, subject.shape, subject.m)
-            and _numerics(other) in (A16, _numerics(subject))
-        }
-        if not rivals:
+        rival = _best_rival(subject, tried)
+        if rival is None:
             continue
-        best = min(rivals, key=lambda other: rivals[other])
         kernel = get_format(subject.format).kernel(subject.kernel)
-        least = least_us(kernel, subject.shape, subject.m, tried[best].stored_bytes, roofline)
-        if least > rivals[best]:
-            reason = f"takes at least {least:.1f} us by the roofline; {best.kernel} took {rivals[best]:.1f}"
+        least = least_us(kernel, subject.shape, subject.m, tried[rival].stored_bytes, roofline)
+        if least > tried[rival].latency_us:
+            reason = f"takes at least {least:.1f} us by the roofline; {_took(rival, tried)}"
             found[subject] = Measurement(subject=subject, outcome="bounded", reason=reason)
     return found
+
+
+def beaten(tried: Mapping[TimingSubject, Tried]) -> dict[TimingSubject, Measurement]:
+    """Those that were tried out and took far longer than a kernel of the same format, no less exact."""
+    found = {}
+    for subject, own in tried.items():
+        rival = _best_rival(subject, tried)
+        if rival is not None and own.latency_us > _FAR_BEHIND * tried[rival].latency_us:
+            reason = f"took {own.latency_us:.1f} us when tried out; {_took(rival, tried)}"
+            found[subject] = Measurement(subject=subject, outcome="beaten", reason=reason)
+    return found
+
+
+def _best_rival(subject: TimingSubject, tried: Mapping[TimingSubject, Tried]) -> TimingSubject | None:
+    """The fastest of the other kernels of the subject's format that round the activation no more than its own."""
+    rivals = [
+        other
+        for other in tried
+        if (other.format, other.shape, other.m) == (subject.format, subject.shape, subject.m)
+        and other != subject
+        and _numerics(other) in (A16, _numerics(subject))
+    ]
+    return min(rivals, key=lambda other: tried[other].latency_us, default=None)
+
+
+def _took(rival: TimingSubject, tried: Mapping[TimingSubject, Tried]) -> str:
+    return f"{rival.kernel} took {tried[rival].latency_us:.1f}"
 
 
 def _numerics(subject: TimingSubject) -> str:

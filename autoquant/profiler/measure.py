@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from autoquant.candidates import Format, Kernel
+from autoquant.candidates.gemlite import load_tuning
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.profiler.caches import tuning_folder, use_kernel_caches
+from autoquant.profiler.prepare import prepare
+from autoquant.profiler.roofline import known_roofline
 from autoquant.profiler.timing import PROTOCOL, Arena, compare
 from autoquant.records import Device, LinearShape, Measurement, Site, TimingSubject
 from autoquant.store import Store
@@ -17,13 +23,15 @@ _SMALLEST_WORKING_SET = 1 << 20
 
 
 def working_set_bytes(shapes: Sequence[LinearShape], device: Device, element_bytes: int) -> int:
-    """How cold the weights of these linears are: their size or twice the last-level cache, rounded down to a power of two.
+    """How cold the weights of these linears are: their size or twice the last-level cache, whichever is smaller.
 
-    Rounded so that models of similar size share their timings.
+    Rounded to a power of two, so that models of similar size share their timings: down where it is the weights' size, which is
+    not to be overstated, up where it is the cache's, which must not hold it.
     """
-    model = sum(shape.n * shape.k for shape in shapes) * element_bytes
-    size = max(min(model, 2 * device.cache_bytes), _SMALLEST_WORKING_SET)
-    return 1 << (size.bit_length() - 1)
+    model = max(sum(shape.n * shape.k for shape in shapes) * element_bytes, _SMALLEST_WORKING_SET)
+    if model > 2 * device.cache_bytes:
+        return max(1 << (2 * device.cache_bytes - 1).bit_length(), _SMALLEST_WORKING_SET)
+    return 1 << (model.bit_length() - 1)
 
 
 def cells_of(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
@@ -61,6 +69,9 @@ def profile(
     }
     missing = {key: [s for s in group if s not in known] for key, group in wanted.items()}
     total = sum(len(group) for group in missing.values())
+    decided: Mapping[TimingSubject, Measurement] = {}
+    if total and device.type == "cuda":
+        decided = _prepare(missing, device, device_name, store, listener)
     listener(StageStarted(STAGE, total))
     by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in candidates}
     compiled = device.versions.get("compiler") != "none"
@@ -69,8 +80,7 @@ def profile(
     for (shape, m), group in missing.items():
         if not group or arena is None:
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's own chatter about dtypes it mixes
+        with quiet_compiler():
             measured = compare(
                 shape,
                 m,
@@ -78,6 +88,7 @@ def profile(
                 arena=arena,
                 device=device_name,
                 compiled=compiled,
+                decided=decided,
                 on_candidate=partial(_tell, listener, done, f"{shape} m={m}"),
             )
         store.put_timings(device, PROTOCOL, measured)
@@ -89,6 +100,42 @@ def profile(
     _tell_unusable(result, listener)
     listener(StageFinished(STAGE, _summary(result, total)))
     return result
+
+
+def _prepare(
+    missing: Mapping[tuple[LinearShape, int], Sequence[TimingSubject]],
+    device: Device,
+    device_name: str,
+    store: Store,
+    listener: Listener,
+) -> Mapping[TimingSubject, Measurement]:
+    """Compile and tune in parallel processes; returns the outcomes that need no timing."""
+    use_kernel_caches()
+    roofline = known_roofline(device, device_name, store, listener)
+    subjects = [subject for group in missing.values() for subject in group]
+    listener(StageStarted("prepare", len(subjects)))
+    prepared = prepare(
+        subjects,
+        device=device,
+        device_name=device_name,
+        roofline=roofline,
+        on_progress=lambda done, what: listener(StageProgress("prepare", done, what)),
+    )
+    load_tuning(str(tuning_folder(device)))
+    counts = Counter(measurement.outcome for measurement in prepared.decided.values())
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    listener(StageFinished("prepare", f"{prepared.tried} candidates tried out; not to be timed: {outcomes or 'none'}"))
+    return prepared.decided
+
+
+@contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Keep the compiler's chatter about dtypes it mixes to itself, and its helper processes away: work comes from its cache."""
+    import torch._inductor.config as inductor_config
+
+    with warnings.catch_warnings(), inductor_config.patch(compile_threads=1):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _tell(listener: Listener, done: int, subject: str, candidate: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from autoquant.candidates import get_format
 from autoquant.candidates.registry import is_registered_here
-from autoquant.profiler.bounds import Tried, bounded
+from autoquant.profiler.bounds import Tried, beaten, bounded
 from autoquant.profiler.caches import tuning_folder, use_kernel_caches
 from autoquant.profiler.timing import first_line, try_out
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject
@@ -48,7 +48,7 @@ def prepare(
         on_progress: Told how many are done and what came last.
 
     Returns:
-        The outcomes unsupported, bounded, failed and incorrect. What is left is ready to be timed.
+        The outcomes unsupported, bounded, beaten, failed and incorrect. What is left is ready to be timed.
     """
     decided: dict[TimingSubject, Measurement] = {}
     open_subjects = []
@@ -74,7 +74,7 @@ def prepare(
                     tried[subject] = Tried(min(measurement.samples_us), stored)
                 else:
                     decided[subject] = measurement
-    return Prepared(decided, done)
+    return Prepared(decided | beaten(tried), done)
 
 
 def _kernel(subject: TimingSubject) -> Any:
@@ -171,6 +171,7 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
     torch.set_num_threads(1)
     inductor_config.compile_threads = 1
     gemlite.load_tuning(tuning)
+    gemlite.tune_briefly()
     problems: dict[tuple[LinearShape, int], Problem] = {}
     while True:
         try:
@@ -190,7 +191,6 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
         connection.send(answer)
         if answer[0].outcome == "failed" and not _is_sound(device_name):
             os._exit(1)  # the context is lost: a new process goes on
-    os._exit(0)
 
 
 def _is_sound(device_name: str) -> bool:

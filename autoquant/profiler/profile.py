@@ -135,7 +135,7 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
     _check(request)
     device_name = resolve_device(request.device)
     check_address(request.db)
-    pairs = select(request.candidates)
+    pairs = select(request.candidates, torch.device(device_name).type)
     workload = request.workload
     if isinstance(workload, str):
         workload = Workload.parse(workload, request.batch)

@@ -74,10 +74,10 @@ def measure_roofline(device_name: str, *, cache_bytes: int = 0) -> Roofline:
 
 
 def _copy_bytes_per_s(size_bytes: int, device_name: str) -> float:
-    """Bytes read plus bytes written, a second."""
+    """Bytes read plus bytes written, a second, by an elementwise kernel: copy engines can be slower."""
     source = torch.rand(size_bytes // 4, device=device_name)
     target = torch.rand_like(source)
-    return 2 * source.nbytes / _median_s(lambda: target.copy_(source), device_name)
+    return 2 * source.nbytes / _median_s(lambda: torch.neg(source, out=target), device_name)
 
 
 def _flops_per_s(arithmetic: str, side: int, device_name: str) -> float | None:

@@ -54,15 +54,15 @@ def numerics_key(fmt: Format, numerics: str) -> str:
 
 
 def format_facts(
-    formats: Sequence[Format], shapes: Sequence[LinearShape], device_type: str
+    formats: Sequence[Format], shapes: Sequence[LinearShape], device: str
 ) -> dict[tuple[str, LinearShape], FormatFacts]:
     """Quantize one Gaussian weight of each shape by each format that takes it."""
     facts = {}
     for shape in shapes:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(shape.n, shape.k, generator=generator).to(getattr(torch, shape.dtype))
+        generator = torch.Generator(device).manual_seed(0)
+        weight = torch.randn(shape.n, shape.k, generator=generator, device=device).to(getattr(torch, shape.dtype))
         for fmt in formats:
-            if fmt.unsupported(shape, 1, device_type):
+            if fmt.unsupported(shape, 1, weight.device.type):
                 continue
             stored = fmt.store(weight)
             error = ((fmt.dequantize(stored) - weight.float()).norm() / weight.float().norm()).item()

@@ -108,7 +108,7 @@ class Stages:
         )
         self._spend()
         formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
-        facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.hardware.type)
+        facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
         choices = [site_choices(site, self.candidates, timings, facts, self.workload, working_set) for site in sites]
         self._tell_dropped(choices)
         losses = self._score(choices)

@@ -77,6 +77,26 @@ def profile(
     request = None if workload is None else Workload.parse(workload, batch)
 
     from autoquant.profiler.profile import ProfileRequest, time_linears  # imports torch
+
+    try:
+        with listening() as listener:
+            latencies = time_linears(
+                ProfileRequest(
+                    model=model,
+                    shapes=shapes,
+                    rows=all_m,
+                    workload=request,
+                    batch=batch,
+                    device=device,
+                    dtype=dtype.value,
+                    candidates=tuple(candidates or ("*",)),
+                    db=db,
+                    model_factory=model_factory,
+                    tokenizer=tokenizer,
+                    trust_pickle=trust_pickle,
+                ),
+                listener,
+            )
     except KeyboardInterrupt:
         typer.echo(
             f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,18 @@ from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import FLOATS, original_format
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, ignore
-from autoquant.models import dtype_name, resolve_device, resolve_dtype, take_model
+from autoquant.models import LoadedModel, dtype_name, resolve_device, resolve_dtype, take_model
 from autoquant.profiler import measure
 from autoquant.profiler.device import compile_failure, fingerprint
-from autoquant.profiler.floor import floor_us
+from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
-from autoquant.profiler.phases import default_workload
+from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.roofline import known_roofline
 from autoquant.profiler.shapes import NamedShapes, parse_shapes, read_shapes
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
-from autoquant.store import open_store
+from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
 
 if TYPE_CHECKING:
@@ -140,10 +141,18 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
     if isinstance(workload, str):
         workload = Workload.parse(workload, request.batch)
     if request.model is None:
-        subjects = _of_shapes(request, workload, device_name)
+        prepare = partial(_of_shapes, request, _named_shapes(request, device_name), workload, device_name)
     else:
-        subjects = _of_model(request, workload, device_name, listener)
-    return _time(subjects, with_original(pairs, subjects.dtype), device_name, request.db, listener)
+        loaded = _load(request, device_name)
+        workload = workload or default_workload(loaded.kind, request.batch)
+        _check_workload(request, loaded, workload, device_name)
+        prepare = partial(_of_model, request, loaded, workload, device_name, listener)
+    store = open_store(request.db)  # after everything that can be refused without it
+    try:
+        subjects = prepare()
+        return _time(subjects, with_original(pairs, subjects.dtype), device_name, store, listener)
+    finally:
+        store.close()
 
 
 def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
@@ -167,33 +176,35 @@ def _check(request: ProfileRequest) -> None:
         )
 
 
-def _of_shapes(request: ProfileRequest, workload: Workload | None, device_name: str) -> _Subjects:
+def _named_shapes(request: ProfileRequest, device_name: str) -> NamedShapes:
     dtype = resolve_dtype("fast16" if request.dtype == "auto" else request.dtype, device_name, torch.float32)
-    shapes = request.shapes
-    if isinstance(shapes, (str, os.PathLike)):
-        names, source = read_shapes(shapes, dtype_name(dtype)), Path(shapes).name
-    else:
-        names, source = parse_shapes(shapes or (), dtype_name(dtype)), f"{len(shapes or ())} shapes"
+    if isinstance(request.shapes, (str, os.PathLike)):
+        return read_shapes(request.shapes, dtype_name(dtype))
+    return parse_shapes(request.shapes or (), dtype_name(dtype))
+
+
+def _of_shapes(request: ProfileRequest, names: NamedShapes, workload: Workload | None, device_name: str) -> _Subjects:
+    rows: Sequence[int] = request.rows or DEFAULT_ROWS
     if workload is not None:
-        rows: Sequence[int] = sorted({phase.tokens * workload.batch for phase in workload.phases})
-    else:
-        rows = request.rows or DEFAULT_ROWS
+        rows = sorted({phase.tokens * workload.batch for phase in workload.phases})
+    dtype = next(iter(names)).dtype
     hardware = fingerprint(device_name)
     # As cold as in a model that has as many of these linears as twice the cache holds.
-    once = sum(shape.n * shape.k for shape in names) * dtype.itemsize
+    once = sum(shape.n * shape.k for shape in names) * ELEMENT_BYTES[dtype]
     repeated = list(names) * -(-2 * hardware.cache_bytes // once)
+    from_file = isinstance(request.shapes, (str, os.PathLike))
     return _Subjects(
         names=names,
         cells=_cells(names, rows),
-        working_set=measure.working_set_bytes(repeated, hardware, dtype.itemsize),
-        dtype=dtype_name(dtype),
-        source=source,
+        working_set=measure.working_set_bytes(repeated, hardware, ELEMENT_BYTES[dtype]),
+        dtype=dtype,
+        source=Path(str(request.shapes)).name if from_file else f"{len(names)} shapes",
     )
 
 
-def _of_model(request: ProfileRequest, workload: Workload | None, device_name: str, listener: Listener) -> _Subjects:
-    assert request.model is not None
-    loaded = take_model(
+def _load(request: ProfileRequest, device_name: str) -> LoadedModel:
+    assert request.model is not None  # _check saw to it
+    return take_model(
         request.model,
         dtype=request.dtype,
         device=device_name,
@@ -201,14 +212,29 @@ def _of_model(request: ProfileRequest, workload: Workload | None, device_name: s
         tokenizer=request.tokenizer,
         trust_pickle=request.trust_pickle,
     )
-    inputs = request.sample_inputs if request.sample_inputs is not None else loaded.example_inputs
-    recording = record_model(
-        loaded,
-        workload or default_workload(loaded.kind, request.batch),
+
+
+def _inputs(request: ProfileRequest, loaded: LoadedModel) -> Any:
+    return request.sample_inputs if request.sample_inputs is not None else loaded.example_inputs
+
+
+def _check_workload(request: ProfileRequest, loaded: LoadedModel, workload: Workload, device_name: str) -> None:
+    """Refuse a workload that does not fit the model."""
+    make_phases(
+        loaded.module,
+        loaded.kind,
+        workload,
         device=device_name,
-        sample_inputs=inputs,
-        listener=listener,
+        sample_inputs=_inputs(request, loaded),
+        max_positions=loaded.max_positions,
     )
+
+
+def _of_model(
+    request: ProfileRequest, loaded: LoadedModel, workload: Workload, device_name: str, listener: Listener
+) -> _Subjects:
+    inputs = _inputs(request, loaded)
+    recording = record_model(loaded, workload, device=device_name, sample_inputs=inputs, listener=listener)
     names: NamedShapes = {}
     for site in recording.sites:
         names[site.shape] = (*names.get(site.shape, ()), site.name)
@@ -229,34 +255,24 @@ def _cells(shapes: NamedShapes, rows: Sequence[int]) -> list[Cell]:
     return [(shape, m) for shape in shapes for m in rows]
 
 
-def _time(
-    subjects: _Subjects,
-    candidates: Candidates,
-    device_name: str,
-    db: str | os.PathLike[str],
-    listener: Listener,
-) -> Latencies:
+def _time(subjects: _Subjects, candidates: Candidates, device_name: str, store: Store, listener: Listener) -> Latencies:
     hardware = fingerprint(device_name)
     if reason := compile_failure() if hardware.type == "cpu" else None:
         listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
-    store = open_store(db)
-    try:
-        store.put_device(hardware)
-        roofline = known_roofline(hardware, device_name, store, listener)
-        known = store.timings(hardware, PROTOCOL)
-        started = time.monotonic()
-        measured = measure.profile(
-            subjects.cells,
-            candidates,
-            device=hardware,
-            device_name=device_name,
-            working_set=subjects.working_set,
-            store=store,
-            listener=listener,
-        )
-        elapsed_s = time.monotonic() - started
-    finally:
-        store.close()
+    store.put_device(hardware)
+    roofline = known_roofline(hardware, device_name, store, listener)
+    known = store.timings(hardware, PROTOCOL)
+    started = time.monotonic()
+    measured = measure.profile(
+        subjects.cells,
+        candidates,
+        device=hardware,
+        device_name=device_name,
+        working_set=subjects.working_set,
+        store=store,
+        listener=listener,
+    )
+    elapsed_s = time.monotonic() - started
     return Latencies(
         rows=_rows(measured, candidates, hardware, device_name, roofline),
         names=subjects.names,

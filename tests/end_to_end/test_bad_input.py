@@ -40,6 +40,7 @@ def here(files, tmp_path, monkeypatch):
     given.mkdir()
     shutil.copytree(files[0], given / "model")
     shutil.copy(files[1], given / "text.txt")
+    (given / "shapes.txt").write_text("64x32 up\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -63,6 +64,12 @@ def search(model="given/model", text="given/text.txt", **options):
     """Arguments of a search that would succeed but for what is given here."""
     spoiled = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     return ("search", model, "--eval-text", text, *GOOD, *spoiled)
+
+
+def profile(shapes="given/shapes.txt", **options):
+    """Arguments of a timing of shapes that would succeed but for what is given here."""
+    given = {"shapes": shapes, "db": "timings.db", "rows": "1,4", "candidates": "int8*", "device": "cpu", **options}
+    return ("profile", *(part for name, value in given.items() if value for part in (f"--{name}", value)))
 
 
 def spoil(path, size):
@@ -142,6 +149,7 @@ COMMANDS = {
     "pareto": lambda db: ("pareto", db),
     "show": lambda db: ("show", db),
     "apply": lambda db: ("apply", db, "--out", "out"),
+    "profile": lambda db: profile(db=db),
 }
 
 
@@ -249,6 +257,55 @@ def test_a_missing_folder_for_the_checkpoint(here, searched):
 
 def test_a_missing_folder_for_a_picture(here, searched):
     refused(here, "pareto", searched.db, "--plot", "nowhere/front.png")
+
+
+@pytest.mark.parametrize("line", ["64", "64 x 32", "64x0", "up 64x32"])
+def test_a_line_that_is_no_shape(here, line):
+    (here / "given/shapes.txt").write_text(f"# layers\n64x32 up\n{line}\n")
+    message = refused(here, *profile())
+    assert "given/shapes.txt, line 3" in message and "4096x4096+bias" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe" * 9])
+def test_a_file_without_shapes(here, content):
+    (here / "given/shapes.txt").write_bytes(content)
+    assert "given/shapes.txt" in refused(here, *profile())
+
+
+def test_a_missing_file_of_shapes(here):
+    assert "no-shapes.txt" in refused(here, *profile(shapes="no-shapes.txt"))
+    refused(here, *profile(shapes="given"))
+
+
+def test_neither_a_model_nor_shapes_or_both(here):
+    assert "--shapes" in refused(here, *profile(shapes=None))
+    assert "--shapes" in refused(here, *profile(), "given/model")
+
+
+def test_a_model_that_cannot_be_timed(here):
+    assert "missing-model" in refused(here, *profile(shapes=None), "missing-model")
+    assert "64" in refused(here, *profile(shapes=None, workload="prefill=60,decode=5"), "given/model")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rows": "0"},
+        {"rows": "many"},
+        {"workload": "decode=4"},
+        {"batch": "2"},
+        {"rows": None, "workload": "decode"},
+        {"candidates": "int3*"},
+        {"device": "toaster"},
+        {"dtype": "int3"},
+        {"plot": "picture.gif"},
+        {"plot": "nowhere/picture.png"},
+        {"db": "nowhere/timings.db"},
+    ],
+    ids=str,
+)
+def test_options_of_profile_that_cannot_be_followed(here, options):
+    refused(here, *profile(**options))
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_the_page_needs_no_network_and_tells_kernel_latency_and_limit_on_hover()
     assert "int8-row\\u002fplain\\u002fint-mm" in page and "limit 2.00" in page
 
 
-@pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<html>")])
+@pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<!doctype html>")])
 @pytest.mark.parametrize(
     "given",
     [

@@ -1,0 +1,100 @@
+"""`autoquant profile` with timings that are made up: options, interruption, and what is refused before anything is timed."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import autoquant.profiler
+from autoquant.cli.main import app
+from autoquant.errors import ModelError
+from autoquant.events import Notice, StageFinished, StageStarted
+from autoquant.records import Workload
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    """A stand-in for `autoquant.profiler.profile`, whose `requests` are the options it got."""
+    module = ModuleType("autoquant.profiler.profile")
+    module.requests = []
+    module.error = None
+
+    def time_linears(request, listener):
+        module.requests.append(vars(request))
+        listener(StageStarted("profile", 2))
+        listener(Notice("a candidate failed"))
+        listener(StageFinished("profile", "2 timings"))
+        if module.error is not None:
+            raise module.error
+        return SimpleNamespace(rows=({"n": 8, "latency_us": 1.5},))
+
+    module.ProfileRequest = SimpleNamespace
+    module.time_linears = time_linears
+    monkeypatch.setitem(sys.modules, "autoquant.profiler.profile", module)
+    monkeypatch.setattr(autoquant.profiler, "profile", module, raising=False)
+    return module
+
+
+def test_options_reach_the_timing_as_values(runner, timing):
+    options = [
+        "--shapes", "s.txt", "--db", "my.db", "--device", "cpu", "--dtype", "bf16", "--batch", "4", "--rows", "16,1",
+        "--workload", "prefill=128,decode=64", "--candidates", "int8*", "--candidates", "int4*",
+        "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle",
+    ]  # fmt: skip
+    result = runner.invoke(app, ["profile", "model", *options, "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert timing.requests == [
+        {
+            "model": "model",
+            "shapes": "s.txt",
+            "rows": (1, 16),
+            "workload": Workload.parse("prefill=128,decode=64", 4),
+            "batch": 4,
+            "device": "cpu",
+            "dtype": "bf16",
+            "candidates": ("int8*", "int4*"),
+            "db": "my.db",
+            "model_factory": "a.b:c",
+            "tokenizer": "tok",
+            "trust_pickle": True,
+        }
+    ]
+
+
+def test_defaults_leave_rows_and_workload_to_the_timing(runner, timing):
+    runner.invoke(app, ["profile", "model", "--json"])
+    (request,) = timing.requests
+    assert (request["rows"], request["workload"], request["shapes"]) == (None, None, None)
+    assert (request["db"], request["device"], request["dtype"]) == ("timings.db", "auto", "auto")
+    assert request["candidates"] == ("*",)
+
+
+def test_json_is_alone_on_stdout_and_progress_goes_to_stderr(runner, timing):
+    result = runner.invoke(app, ["profile", "model", "--json"])
+    assert json.loads(result.stdout) == [{"n": 8, "latency_us": 1.5}]
+    assert result.stderr == "note: a candidate failed\nprofile: 2 timings\n"
+
+
+def test_an_interrupt_says_that_nothing_is_lost(runner, timing):
+    timing.error = KeyboardInterrupt()
+    result = runner.invoke(app, ["profile", "model"])
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        "interrupted: everything measured so far is kept in timings.db; the same command goes on from there"
+    )
+
+
+def test_an_error_is_one_line_after_the_progress(runner, timing):
+    timing.error = ModelError("no model at model")
+    result = runner.invoke(app, ["profile", "model"])
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "error: no model at model")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--rows", "many"], ["--workload", "soon"], ["--plot", "a.gif"], ["--plot", "no/a.png"], ["--json", "--csv"]],
+)
+def test_values_are_checked_before_anything_is_timed(runner, timing, options):
+    assert runner.invoke(app, ["profile", "model", *options]).exit_code == 2
+    assert timing.requests == []

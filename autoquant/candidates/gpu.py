@@ -10,7 +10,7 @@ import torch
 
 def needs_cuda(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
     """Why `what` does not run on the current device, where it needs CUDA of at least `capability`."""
-    if device_type != "cuda":
+    if device_type != "cuda" or not torch.cuda.is_available():
         return f"{what} needs a CUDA GPU"
     here = torch.cuda.get_device_capability()
     if here < capability:

@@ -223,6 +223,7 @@ def _format(
     product: LinearFunction,
     emulated: LinearFunction,
     scaled_mm: LinearFunction,
+    arithmetic: str,
     scaled_mm_dtypes: tuple[str, ...],
 ) -> Format:
     numerics = f"a-{values}"
@@ -245,6 +246,7 @@ def _format(
                 id="scaled-mm",
                 numerics=numerics,
                 linear=scaled_mm,
+                arithmetic=arithmetic,
                 unsupported=functools.partial(_scaled_mm_unsupported, dtypes=scaled_mm_dtypes, k_step=32),
                 description=f"activation rounded to {values}, block-scaled product in hardware",
             ),
@@ -272,6 +274,7 @@ def _mx_format(values: str, elements: torch.dtype, description: str) -> Format:
         product=_product_mx,
         emulated=functools.partial(_product_mx, rounding=rounding),
         scaled_mm=_scaled_mm_mx,
+        arithmetic="float8" if elements == torch.float8_e4m3fn else "float4",
         scaled_mm_dtypes=("bfloat16",),  # torchao asks for a bfloat16 result whatever the activation
     )
 
@@ -290,6 +293,7 @@ FORMATS = (
         product=_product_nvfp4,
         emulated=functools.partial(_product_nvfp4, rounded=True),
         scaled_mm=_scaled_mm_nvfp4,
+        arithmetic="float4",
         scaled_mm_dtypes=("bfloat16", "float32"),
     ),
 )

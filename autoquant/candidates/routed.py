@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -56,7 +59,8 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     def _stable_hash_for_caching(self) -> str:
         """What compiled code may depend on, for PyTorch's compile cache."""
         inner = type(self.stored).__name__, str(self.stored.dtype), tuple(self.stored.shape)
-        return content_key([self.format_id, self.route, str(self.compute_dtype), inner])
+        code = [_code_key(get_kernel_function(self.format_id, kernel)) for _, kernel in self.route]
+        return content_key([self.format_id, self.route, str(self.compute_dtype), inner, code])
 
     def dequantize(self) -> torch.Tensor:
         """The float32 `[n, k]` numbers that the kernels multiply with."""
@@ -90,6 +94,19 @@ def get_kernel_function(format_id: str, kernel_id: str) -> Any:
     if key not in _KERNEL_FUNCTIONS:
         _KERNEL_FUNCTIONS[key] = get_format(format_id).kernel(kernel_id).linear
     return _KERNEL_FUNCTIONS[key]
+
+
+@functools.cache
+def _code_key(function: Any) -> str:
+    """Hash of the source file that a kernel's function comes from, or of its bytecode where it comes from none."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", None)
+    try:
+        source = Path(code.co_filename).read_bytes() if code is not None else b""
+    except OSError:
+        source = code.co_code if code is not None else b""
+    return hashlib.sha256(source).hexdigest()[:12]
 
 
 torch.serialization.add_safe_globals([RoutedWeight])

@@ -7,6 +7,7 @@ from autoquant.records import LinearShape, Roofline
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOATS = ("bfloat16", "float16", "float32")
 _EXACT_IN = {
+    "float4": ("float4",),
     "float8": ("float8", *_FLOATS),
     "int8": ("int8", *_FLOATS),
     "bfloat16": ("bfloat16", "float32"),

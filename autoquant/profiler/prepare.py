@@ -161,6 +161,7 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is interrupted
     warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say here has no reader; outcomes carry their reasons
     use_kernel_caches()
     import torch
     import torch._inductor.config as inductor_config

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from autoquant.candidates import A16, Format, Kernel, get_format, select
+from autoquant.candidates import Format, Kernel, get_format, select
 from autoquant.candidates.flat import stored_bytes
-from autoquant.candidates.floats import FLOATS, original_format
+from autoquant.candidates.floats import original_format
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, ignore
 from autoquant.models import LoadedModel, dtype_name, resolve_device, resolve_dtype, take_model
@@ -300,7 +300,7 @@ def _rows(
         if key not in weight_bytes:
             weight_bytes[key] = _weight_bytes(fmt, subject.shape, hardware, device_name)
         stored = weight_bytes[key]
-        arithmetic = arithmetic_of(fmt, kernel, subject.shape.dtype)
+        arithmetic = kernel.arithmetic or subject.shape.dtype
         floor = None if stored is None else floor_us(roofline, subject.shape, subject.m, stored, arithmetic)
         rows.append(_row(subject, measurement, kernel.numerics, floor))
     return tuple(rows)
@@ -338,10 +338,3 @@ def _weight_bytes(fmt: Format, shape: LinearShape, hardware: Device, device_name
         return stored_bytes(fmt.store(weight)) * shape.n / rows
     except Exception:  # noqa: BLE001 - why it cannot be stored is the outcome of its timing; here it only has no floor
         return None
-
-
-def arithmetic_of(fmt: Format, kernel: Kernel, dtype: str) -> str:
-    """What a kernel multiplies: the activation as it is or as it rounds it (a key of `Roofline.flops_per_s`)."""
-    if kernel.numerics == A16:
-        return fmt.values if fmt.values in FLOATS else dtype
-    return "float8" if "float8" in f"{kernel.numerics} {fmt.values}" else "int8"

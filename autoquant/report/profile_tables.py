@@ -21,9 +21,15 @@ from autoquant.report.words import device_words
 _CELL_WIDTH = 8
 _LEAST_NAME_WIDTH = 24
 _WORTH = 1.05  # a family that is nowhere this much faster than unquantized gets no line of its own
-_COUNTED = (("ok", "measured"), ("bounded", "bounded away"), ("unsupported", "unsupported"),
-            ("incorrect", "incorrect"), ("failed", "failed"))  # fmt: skip
-_SHORT = {"unsupported": "unsupp.", "incorrect": "incorr.", "bounded": "bounded", "failed": "failed"}
+_COUNTED = (("ok", "measured"), ("bounded", "bounded away"), ("beaten", "beaten in a try-out"),
+            ("unsupported", "unsupported"), ("incorrect", "incorrect"), ("failed", "failed"))  # fmt: skip
+_SHORT = {
+    "unsupported": "unsupp.",
+    "incorrect": "incorr.",
+    "bounded": "bounded",
+    "beaten": "beaten",
+    "failed": "failed",
+}
 
 
 def latencies_report(latencies: Latencies, width: int = 80) -> RenderableType:

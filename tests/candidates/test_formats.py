@@ -1,14 +1,19 @@
 """What a format promises, and the packing of int4."""
 
+import copy
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torchao.quantization import Int8Tensor
 
 from autoquant.candidates import A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel, get_format
-from autoquant.candidates.base import round_row_int8
-from autoquant.candidates.flat import stored_bytes
+from autoquant.candidates.base import round_float8, round_row_int8
+from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.candidates.int4 import rows_per_block, unpack_int4
+from autoquant.candidates.int4_gemlite_tensor import Int4GemliteTensor
+from autoquant.candidates.int4_gpu import tinygemm_rounding
 from autoquant.errors import CandidateError
 
 MATMUL = Kernel(id="matmul", numerics=A16, linear=F.linear)
@@ -112,3 +117,48 @@ def test_unpacking_int4_inverts_the_packing_of_aten(n, k):
     unpacked = unpack_int4(packed, n, k)
     assert unpacked.dtype == torch.uint8
     assert torch.equal(unpacked, values.t().to(torch.uint8))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_gemlites_packing_holds_the_numbers_of_the_other_int4_layouts(group):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, scale, zero = tinygemm_rounding(weight, group)
+    expected = (q.reshape(64, -1, group).float() - 8) * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)
+    stored = Int4GemliteTensor.pack(q, scale, zero)
+    assert (stored.shape, stored.dtype) == (weight.shape, weight.dtype)
+    assert (stored.qdata.shape, stored.scale.shape) == ((256 // 8, 64), (256 // group, 64))
+    # The offset is rounded to 16 bits once more.
+    torch.testing.assert_close(stored.unpack(torch.float32), expected.reshape(64, 256), rtol=0, atol=0.02)
+    assert stored_bytes(stored) == 64 * 256 // 2 + 2 * 2 * 64 * 256 // group
+    error = (stored.unpack(torch.float32) - weight.float()).norm() / weight.float().norm()
+    assert error < (0.09 if group == 32 else 0.11)
+
+
+def test_gemlites_words_hold_eight_weights_along_k_lowest_bits_first():
+    q = torch.zeros(32, 32, dtype=torch.int32)
+    q[3, 8:16] = torch.arange(1, 9)
+    stored = Int4GemliteTensor.pack(q, torch.ones(32, 1), torch.zeros(32, 1))
+    assert f"{stored.qdata[1, 3].item() & 0xFFFFFFFF:08x}" == "87654321"
+    assert stored.qdata.count_nonzero() == 1
+
+
+def test_a_packed_tensor_survives_taking_apart_copying_and_saving():
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored = Int4GemliteTensor.pack(*tinygemm_rounding(weight, 32))
+    file = io.BytesIO()
+    torch.save(stored, file)
+    file.seek(0)
+    parts, rebuild = flatten_tensor(stored)
+    for again in (torch.load(file, weights_only=True), copy.deepcopy(stored), unflatten_tensor(rebuild, parts)):
+        assert type(again) is Int4GemliteTensor and again.shape == stored.shape
+        assert torch.equal(again.unpack(torch.float32), stored.unpack(torch.float32))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_float8_rounding_uses_the_whole_range(per_row):
+    x = torch.tensor([[448.0, -100.0, 1.0], [4.48, 2.0, -0.1], [0.0, 0.0, 0.0]])
+    rounded, scale = round_float8(x, per_row=per_row)
+    assert rounded.dtype == torch.float8_e4m3fn and scale.shape == ((3, 1) if per_row else ())
+    assert rounded.float().abs().amax(-1)[0] == 448 and not rounded.float().isnan().any()
+    assert (rounded.float()[1].abs().max() == 448) == per_row
+    torch.testing.assert_close(rounded.float() * scale, x, rtol=2**-4, atol=1e-2 if not per_row else 1e-6)

@@ -16,6 +16,7 @@ WEIGHT_ERROR = {  # relative error of the stored numbers of a bfloat16 weight, i
     "bfloat16": 0.0,
     "float16": 1e-4,
     "float8-row": 0.04,
+    "float8-tensor": 0.04,
     "mxfp8": 0.03,
     "mxfp4": 0.12,
     "nvfp4": 0.1,

@@ -30,8 +30,8 @@ def ids(globs):
         (["bfloat16"], ["bfloat16/plain/matmul"]),
         (["float*/plain/matmul"], ["float32/plain/matmul", "float16/plain/matmul"]),
         (["*/int4pack-mm"], [f"int4-g{group}/cpu-packed/int4pack-mm" for group in (32, 64, 128)]),
-        (["int4-g64"], ["int4-g64/cpu-packed/int4pack-mm", "int4-g64/cpu-packed/dequantize-matmul"]),
-        (["*/int-mm", "float16", "float16/*"], ["float16/plain/matmul", "int8-row/plain/int-mm"]),
+        (["int4-g64/cpu*"], ["int4-g64/cpu-packed/int4pack-mm", "int4-g64/cpu-packed/dequantize-matmul"]),
+        (["*plain/int-mm", "float16", "float16/*"], ["float16/plain/matmul", "int8-row/plain/int-mm"]),
         ([], []),
     ],
 )

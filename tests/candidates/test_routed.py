@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoquant.candidates import formats, get_format
+from autoquant.candidates import routed as routed_module
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CandidateError
@@ -19,10 +20,11 @@ FORMATS = [fmt.id for fmt in formats().values() if fmt.unsupported_reason(fmt.ke
 
 
 def routed(format_id, *, seed=0):
-    """A weight that uses the format's first kernel up to 4 rows and its last beyond."""
+    """A weight that uses the format's first kernel up to 4 rows and its last one that works here beyond."""
     fmt = get_format(format_id)
+    usable = [kernel for kernel in fmt.kernels if fmt.unsupported_reason(kernel, SHAPE, 9, "cpu") is None]
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    route = (RouteStep(upper_m=4, kernel=fmt.kernels[0].id), RouteStep(upper_m=None, kernel=fmt.kernels[-1].id))
+    route = (RouteStep(upper_m=4, kernel=usable[0].id), RouteStep(upper_m=None, kernel=usable[-1].id))
     return RoutedWeight.wrap(fmt.store(weight), format_id, route, torch.bfloat16)
 
 
@@ -106,8 +108,7 @@ def test_a_routed_weight_shows_the_models_dtype_and_no_gradient():
 
 def test_a_routed_weight_gives_back_its_route_and_its_numbers():
     weight = routed("int8-row/plain")
-    kernels = [kernel.id for kernel in get_format("int8-row/plain").kernels]
-    assert weight.steps() == (RouteStep(upper_m=4, kernel=kernels[0]), RouteStep(upper_m=None, kernel=kernels[-1]))
+    assert weight.steps() == (RouteStep(upper_m=4, kernel="int8pack-mm"), RouteStep(upper_m=None, kernel="dynamic"))
     assert torch.equal(weight.dequantize(), get_format("int8-row/plain").dequantize(weight.stored))
 
 
@@ -183,3 +184,17 @@ def test_the_compile_cache_tells_routes_and_formats_apart():
     keys = {each._stable_hash_for_caching() for each in (weight, other, rerouted)}
     assert len(keys) == 3
     assert routed("int8-row/plain", seed=1)._stable_hash_for_caching() == weight._stable_hash_for_caching()
+
+
+def test_compiled_code_of_a_kernel_is_not_found_again_once_the_kernel_has_changed(spy, own_registry, tmp_path):
+    def key(source):
+        path = tmp_path / "plug_in.py"
+        path.write_text(source)
+        namespace = {"__file__": str(path)}
+        exec(compile(source, str(path), "exec"), namespace)
+        routed_module._code_key.cache_clear()
+        return routed_module._code_key(namespace["kernel"])
+
+    first = key("def kernel(x, w, b):\n    return x\n")
+    assert first == key("def kernel(x, w, b):\n    return x\n")
+    assert first != key("def kernel(x, w, b):\n    return 2 * x\n")

@@ -199,12 +199,12 @@ def test_cells_are_the_distinct_shapes_and_rows_in_order():
         (3 << 20, 1 << 30, 4 << 20),  # 6 MiB of weights, rounded down
         ((4 << 20) - 1024, 1 << 30, 4 << 20),
         (4 << 20, 1 << 30, 8 << 20),  # a power of two stays
-        (1 << 30, 20 << 20, 32 << 20),  # twice the cache, rounded down
+        (1 << 30, 20 << 20, 64 << 20),  # twice the cache, rounded up
         (1 << 30, 32 << 20, 64 << 20),
         (1024, 1 << 30, 1 << 20),  # never less than 1 MiB
         (1 << 30, 1024, 1 << 20),
     ],
 )
-def test_the_working_set_is_the_model_or_twice_the_cache_rounded_down(model_elements, cache, expected):
+def test_the_working_set_is_the_model_rounded_down_or_twice_the_cache_rounded_up(model_elements, cache, expected):
     half = LinearShape(n=model_elements // 2048, k=1024, bias=False, dtype="bfloat16")
     assert working_set_bytes((half, half), replace(DEVICE, cache_bytes=cache), 2) == expected

@@ -127,7 +127,16 @@ def test_a_candidate_that_fails_does_not_spoil_the_others():
     assert names == [result.subject.candidate for result in results]
 
 
-def test_a_candidate_far_behind_is_dropped_early_and_keeps_its_samples():
+@pytest.fixture
+def one_thread():
+    """Two threads wait for one another when others use the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_candidate_far_behind_is_dropped_early_and_keeps_its_samples(one_thread):
     fast, slow = measured(with_kernel(F.linear, name="fast"), with_kernel(sleepy_linear, name="slow"))
     assert (fast.outcome, slow.outcome) == ("ok", "ok")
     assert slow.latency_us > 1000 > fast.latency_us
@@ -138,9 +147,12 @@ def test_the_built_in_candidates_are_right_on_this_machine():
     shape = LinearShape(n=64, k=64, bias=True, dtype="bfloat16")
     globs = ["bfloat16", "int8-row/plain/int*", "float8*"]
     results = measured(*select(globs), shape=shape, arena_bytes=1 << 16)
-    assert {result.subject.candidate: result.outcome for result in results} == {
-        f"{fmt.id}/{kernel.id}": "ok" for fmt, kernel in select(globs)
+    outcomes = {result.subject.candidate: result.outcome for result in results}
+    assert outcomes == {
+        f"{fmt.id}/{kernel.id}": "unsupported" if fmt.unsupported_reason(kernel, shape, 3, "cpu") else "ok"
+        for fmt, kernel in select(globs)
     }
+    assert list(outcomes.values()).count("ok") >= 5
 
 
 def test_a_comparison_is_repeated_while_the_machine_is_busy(other_load):

@@ -77,8 +77,8 @@ def test_a_route_says_where_it_has_no_kernel():
 def test_totals_count_every_outcome_and_say_where_timings_came_from():
     printed = " ".join(text().split())
     assert (
-        "48 timings (8 candidates at 6 shapes and m): 32 measured, 2 bounded away, 6 unsupported, 2 incorrect, 6 failed."
-        in printed
+        "48 timings (8 candidates at 6 shapes and m): 32 measured, 2 bounded away, 0 beaten in a try-out, "
+        "6 unsupported, 2 incorrect, 6 failed." in printed
     )
     assert "8 were in the store, 40 are new and took 1m 15s to prepare and time." in printed
     assert "Test CPU, 2 threads: memory 50.0 GB/s; Tflop/s in bfloat16 0.300" in printed

@@ -39,35 +39,42 @@ def cells_of(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
     return list(dict.fromkeys((site.shape, use.m) for site in sites for use in site.uses))
 
 
+def subjects_of(
+    cells: Sequence[tuple[LinearShape, int]], candidates: Sequence[tuple[Format, Kernel]], working_set: int
+) -> list[TimingSubject]:
+    """Every candidate at every cell."""
+    return [
+        TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
+        for shape, m in cells
+        for fmt, kernel in candidates
+    ]
+
+
 def profile(
-    cells: Sequence[tuple[LinearShape, int]],
+    subjects: Sequence[TimingSubject],
     candidates: Sequence[tuple[Format, Kernel]],
     *,
     device: Device,
     device_name: str,
-    working_set: int,
     store: Store,
     listener: Listener,
 ) -> dict[TimingSubject, Measurement]:
     """Measure what the store does not hold yet, keeping each (shape, m) as it is done.
 
     Args:
-        cells: Which shapes at how many rows m.
+        subjects: Those of one shape and m are compared with one another; all have the same working set.
+        candidates: The formats and kernels that the subjects name.
         device: The fingerprint that the measurements belong to.
         device_name: The torch device to run on.
 
     Returns:
-        The measurements of these cells and candidates, old and new.
+        The measurements of the subjects, old and new.
     """
     known = store.timings(device, PROTOCOL)
-    wanted = {
-        (shape, m): [
-            TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
-            for fmt, kernel in candidates
-        ]
-        for shape, m in cells
-    }
-    missing = {key: [s for s in group if s not in known] for key, group in wanted.items()}
+    missing: dict[tuple[LinearShape, int], list[TimingSubject]] = {}
+    for subject in subjects:
+        if subject not in known:
+            missing.setdefault((subject.shape, subject.m), []).append(subject)
     total = sum(len(group) for group in missing.values())
     decided: Mapping[TimingSubject, Measurement] = {}
     if total and device.type == "cuda":
@@ -75,11 +82,10 @@ def profile(
     listener(StageStarted(STAGE, total))
     by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in candidates}
     compiled = device.versions.get("compiler") != "none"
-    arena = Arena(working_set, device_name) if total else None
+    arena = Arena(subjects[0].working_set_bytes, device_name) if total else None
     done = 0
     for (shape, m), group in missing.items():
-        if not group or arena is None:
-            continue
+        assert arena is not None
         with quiet_compiler():
             measured = compare(
                 shape,
@@ -96,7 +102,7 @@ def profile(
         done += len(group)
         if reason := next((m.reason for m in measured if m.outcome == "ok" and m.reason), ""):
             listener(Notice(f"{shape} m={m}: {reason}; close other programs for timings to trust"))
-    result = {subject: known[subject] for group in wanted.values() for subject in group}
+    result = {subject: known[subject] for subject in subjects}
     _tell_unusable(result, listener)
     listener(StageFinished(STAGE, _summary(result, total)))
     return result

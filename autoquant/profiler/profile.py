@@ -264,11 +264,10 @@ def _time(subjects: _Subjects, candidates: Candidates, device_name: str, store: 
     known = store.timings(hardware, PROTOCOL)
     started = time.monotonic()
     measured = measure.profile(
-        subjects.cells,
+        measure.subjects_of(subjects.cells, candidates, subjects.working_set),
         candidates,
         device=hardware,
         device_name=device_name,
-        working_set=subjects.working_set,
         store=store,
         listener=listener,
     )

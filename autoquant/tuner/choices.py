@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from math import isqrt
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from autoquant.candidates import Format, Kernel
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
+from autoquant.profiler.crossovers import FormatTimings, numerics_sets
 from autoquant.records import (
     LayerChoice,
     LinearShape,
@@ -87,16 +87,10 @@ def site_choices(
     original = original_format(site.shape.dtype)
     kept_bytes = facts[original, site.shape].memory_bytes if site.kept else 0
     for fmt, kernels in by_format.values():
-        measured = {
-            (kernel.id, use.m): timings[
-                TimingSubject(shape=site.shape, m=use.m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
-            ]
-            for kernel in kernels
-            for use in site.uses
-        }
+        measured = FormatTimings(site.shape, fmt.id, working_set, timings)
         routes = _routes(site, kernels, measured)
         if not routes:
-            dropped[fmt.id] = next(m.reason for m in measured.values() if m.outcome != "ok")
+            dropped[fmt.id] = _first_reason(site, kernels, measured, timings)
         kept_too = 0 if fmt.id == original else kept_bytes
         choices += [
             _choice(site, fmt, route, measured, facts[fmt.id, site.shape].memory_bytes + kept_too) for route in routes
@@ -105,36 +99,35 @@ def site_choices(
     return SiteChoices(site, tuple(kept), dropped)
 
 
-def _routes(site: Site, kernels: Sequence[Kernel], measured: Mapping[tuple[str, int], Measurement]) -> list[Route]:
+def _first_reason(
+    site: Site, kernels: Sequence[Kernel], measured: FormatTimings, timings: Mapping[TimingSubject, Measurement]
+) -> str:
+    """Why the first kernel that cannot be used cannot."""
+    made = (timings[measured.subject(kernel.id, use.m)] for kernel in kernels for use in site.uses)
+    return next(measurement.reason for measurement in made if measurement.outcome != "ok")
+
+
+def _routes(site: Site, kernels: Sequence[Kernel], measured: FormatTimings) -> list[Route]:
     """The fastest route for every set of activation numerics that covers all of the site's m."""
     routes: dict[Route, None] = {}
-    numerics = list(dict.fromkeys(kernel.numerics for kernel in kernels))
     rows = sorted({use.m for use in site.uses})
-    for size in range(1, len(numerics) + 1):
-        for allowed in combinations(numerics, size):
-            best: list[tuple[int, str]] = []
-            for m in rows:
-                usable = [
-                    kernel
-                    for kernel in kernels
-                    if kernel.numerics in allowed and measured[kernel.id, m].outcome == "ok"
-                ]
-                if not usable:
-                    break
-                best.append((m, min(usable, key=lambda kernel: measured[kernel.id, m].latency_us).id))
-            else:
-                routes[_merge(best)] = None
+    for allowed in numerics_sets(kernels):
+        best = [(m, measured.fastest(kernels, allowed, m)) for m in rows]
+        usable = [(m, kernel) for m, kernel in best if kernel is not None]
+        if len(usable) == len(rows):
+            routes[_merge(usable, measured)] = None
     return list(routes)
 
 
-def _merge(best: Sequence[tuple[int, str]]) -> Route:
-    """Kernels by measured m to a route: between two measured m the change lies at their geometric mean."""
+def _merge(best: Sequence[tuple[int, str]], measured: FormatTimings) -> Route:
+    """Kernels by m to a route: the change lies at the geometric mean of the two m between which it was measured."""
     steps: list[RouteStep] = []
     for (m, kernel), following in zip(best, [*best[1:], None], strict=True):
         if following is None:
             steps.append(RouteStep(upper_m=None, kernel=kernel))
         elif following[1] != kernel:
-            steps.append(RouteStep(upper_m=max(m, isqrt(m * following[0])), kernel=kernel))
+            low, high = measured.interval(m, following[0], kernel, following[1])
+            steps.append(RouteStep(upper_m=max(low, isqrt(low * high)), kernel=kernel))
     return tuple(steps)
 
 
@@ -142,13 +135,14 @@ def _choice(
     site: Site,
     fmt: Format,
     route: Route,
-    measured: Mapping[tuple[str, int], Measurement],
+    measured: FormatTimings,
     memory_bytes: int,
 ) -> LayerChoice:
     latency: dict[str, float] = {}
     for use in site.uses:
-        cost = use.calls * measured[route_kernel(route, use.m), use.m].latency_us
-        latency[use.phase] = latency.get(use.phase, 0.0) + cost
+        one_us = measured.latency_us(route_kernel(route, use.m), use.m)
+        assert one_us is not None  # a route is made of kernels that were timed
+        latency[use.phase] = latency.get(use.phase, 0.0) + use.calls * one_us
     used = list(dict.fromkeys(fmt.kernel(step.kernel).numerics for step in route))
     return LayerChoice(
         name=site.name,

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from autoquant.candidates import Format, Kernel, get_format
@@ -15,17 +16,20 @@ from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import METHOD, Change, isolated_losses
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
+from autoquant.profiler.crossovers import Cell, measure_crossovers
 from autoquant.profiler.device import compile_failure, release_memory
-from autoquant.profiler.measure import cells_of, profile, working_set_bytes
+from autoquant.profiler.measure import cells_of, profile, subjects_of, working_set_bytes
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.timing import first_line
 from autoquant.records import (
     Device,
     LayerChoice,
+    Measurement,
     Plan,
     Proof,
     Recording,
     Site,
+    TimingSubject,
     Workload,
     route_kernel,
 )
@@ -97,15 +101,7 @@ class Stages:
         sites = recording.sites
         element_bytes = mean_element_bytes(self.loaded.module, recording)
         working_set = working_set_bytes([site.shape for site in sites], self.hardware, element_bytes)
-        timings = profile(
-            cells_of(sites),
-            self.candidates,
-            device=self.hardware,
-            device_name=self.device,
-            working_set=working_set,
-            store=self.store,
-            listener=self.listener,
-        )
+        timings = self._profile(cells_of(sites), working_set)
         self._spend()
         formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
         facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
@@ -114,6 +110,21 @@ class Stages:
         losses = self._score(choices)
         filled = [scored(choice, losses) for choice in choices]
         return [list(choice.choices) for choice in filled], [choice.original for choice in filled]
+
+    def _profile(self, cells: Sequence[Cell], working_set: int) -> dict[TimingSubject, Measurement]:
+        """Timings of every candidate at the workload's m; on GPUs, where a format has many kernels, crossovers too."""
+        measure = partial(
+            profile,
+            candidates=self.candidates,
+            device=self.hardware,
+            device_name=self.device,
+            store=self.store,
+            listener=self.listener,
+        )
+        timings = measure(subjects_of(cells, self.candidates, working_set))
+        if self.hardware.type == "cuda":
+            timings |= measure_crossovers(cells, self.candidates, timings, working_set, measure)
+        return timings
 
     def _tell_dropped(self, choices: Sequence[SiteChoices]) -> None:
         counts: dict[tuple[str, str], int] = {}

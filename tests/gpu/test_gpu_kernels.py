@@ -81,7 +81,7 @@ FORMATS = [
 def routed(format_id):
     fmt = formats()[format_id]
     weight, bias, _ = tensors(1)
-    few = [kernel.id for kernel in fmt.kernels if usable(fmt, kernel, 1)][0]
+    few = next(kernel.id for kernel in fmt.kernels if usable(fmt, kernel, 1))
     many = [kernel.id for kernel in fmt.kernels if usable(fmt, kernel, 64)][-1]
     route = (RouteStep(upper_m=8, kernel=few), RouteStep(upper_m=None, kernel=many))
     layer = nn.Linear(K, N, device="cuda", dtype=torch.bfloat16)

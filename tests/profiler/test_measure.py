@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from autoquant.candidates import A16, Format, Kernel
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler import measure
-from autoquant.profiler.measure import cells_of, profile, working_set_bytes
+from autoquant.profiler.measure import cells_of, profile, subjects_of, working_set_bytes
 from autoquant.records import Device, LinearShape, Site, SiteUse
 from autoquant.store import open_store
 from autoquant.store.schema import TimingRow
@@ -77,11 +77,10 @@ def rows(store):
 def campaign(store, *, sites=SITES, candidates=BOTH, device=DEVICE, working_set=WORKING_SET, events=None):
     store.put_device(device)
     return profile(
-        cells_of(sites),
+        subjects_of(cells_of(sites), candidates, working_set),
         candidates,
         device=device,
         device_name="cpu",
-        working_set=working_set,
         store=store,
         listener=(events if events is not None else []).append,
     )

@@ -23,6 +23,8 @@ from autoquant.profiler.timing import first_line, try_out
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject
 
 _MOST_PROCESSES = 16
+_BYTES_PER_WEIGHT = 20
+_CONTEXT_BYTES = 1 << 30
 _Answer = tuple[TimingSubject, Measurement, int]
 
 
@@ -61,7 +63,7 @@ def prepare(
     slow = [subject for subject in open_subjects if not _kernel(subject).opaque]
     tried: dict[TimingSubject, Tried] = {}
     done = 0
-    with _Workers(device, device_name, len(open_subjects)) as workers:
+    with _Workers(device, device_name, _fitting(open_subjects, device_name)) as workers:
         for wave in (quick, slow):
             if wave is slow:
                 cut = bounded(slow, tried, roofline)
@@ -86,13 +88,24 @@ def _unsupported_reason(subject: TimingSubject, device_type: str) -> str | None:
     return fmt.unsupported_reason(fmt.kernel(subject.kernel), subject.shape, subject.m, device_type)
 
 
+def _fitting(subjects: Sequence[TimingSubject], device_name: str) -> int:
+    """How many processes there is work and memory for: each holds a weight in several forms."""
+    import torch
+
+    if torch.device(device_name).type != "cuda" or not subjects:
+        return len(subjects)
+    largest = max(_BYTES_PER_WEIGHT * subject.shape.n * subject.shape.k for subject in subjects)
+    free, _ = torch.cuda.mem_get_info(device_name)
+    return min(len(subjects), max(1, int(free // (largest + _CONTEXT_BYTES))))
+
+
 class _Workers:
     """Processes that try candidates out, one at a time each; one that dies is replaced, and what it was at has failed."""
 
-    def __init__(self, device: Device, device_name: str, tasks: int) -> None:
+    def __init__(self, device: Device, device_name: str, most: int) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._arguments = (device_name, str(tuning_folder(device)), device.versions.get("compiler") != "none")
-        self._count = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 1), tasks)
+        self._count = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 1), most)
         self._processes: dict[Connection, BaseProcess] = {}
 
     def __enter__(self) -> _Workers:

@@ -46,6 +46,7 @@ class Kernel:
         linear: x `[..., k]`, stored weight of `[n, k]`, bias `[n]` or None; returns `[..., n]` in x's dtype. It must trace
             under `torch.compile(fullgraph=True)`.
         opaque: Calls a library's kernels and nothing else, so that compiling it changes nothing: timed on GPUs as it is.
+        tuned: Its library tunes it for each shape when it is first called, which takes seconds.
         arithmetic: What it multiplies in on a GPU, for the roofline; None is the activation's dtype.
         materializes: Writes the weight out in the activation's dtype and reads it again.
         unsupported: (shape, m, device type) to the reason why it cannot be used there, or None.
@@ -56,6 +57,7 @@ class Kernel:
     numerics: str
     linear: LinearFunction
     opaque: bool = False
+    tuned: bool = False
     arithmetic: str | None = None
     materializes: bool = False
     unsupported: Unsupported = always_supported

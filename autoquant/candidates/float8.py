@@ -7,10 +7,8 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.common import KernelPreference
-from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
 from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
@@ -57,24 +55,6 @@ def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return y.reshape(*x.shape[:-1], values.shape[0])
 
 
-def _torchao_dynamic(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool
-) -> torch.Tensor:
-    granularity = PerRow() if per_row else PerTensor()
-    dynamic = Float8Tensor(
-        weight.qdata,  # type: ignore[attr-defined]
-        weight.scale,  # type: ignore[attr-defined]
-        block_size=weight.block_size,  # type: ignore[attr-defined]
-        mm_config=Float8MMConfig(use_fast_accum=True),
-        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(
-            granularity=granularity, kernel_preference=KernelPreference.TORCH
-        ),
-        kernel_preference=KernelPreference.TORCH,
-        dtype=weight.dtype,
-    )
-    return F.linear(x, dynamic, bias)
-
-
 def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
     return linear_w8(x, weight.qdata, weight.scale, bias, dynamic=dynamic)  # type: ignore[attr-defined]
 
@@ -110,15 +90,7 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
             linear=functools.partial(_scaled_mm, per_row=per_row),
             arithmetic="float8",
             unsupported=_float8_product_unsupported,
-            description=f"activation rounded to float8 with {scales}, then torch._scaled_mm",
-        ),
-        Kernel(
-            id="dynamic",
-            numerics=numerics,
-            linear=functools.partial(_torchao_dynamic, per_row=per_row),
-            arithmetic="float8",
-            unsupported=_float8_product_unsupported,
-            description="torchao's float8 dynamic-activation product",
+            description=f"activation rounded to float8 with {scales}, then torch._scaled_mm (as compiled torchao does)",
         ),
     )
 
@@ -129,6 +101,7 @@ _GEMLITE_KERNELS = (
         numerics=A16,
         linear=functools.partial(_gemlite, dynamic=False),
         opaque=True,
+        tuned=True,
         unsupported=_gemlite_float8_unsupported,
         description="gemlite's weight-only product",
     ),
@@ -137,6 +110,7 @@ _GEMLITE_KERNELS = (
         numerics=A8_FLOAT8_ROW,
         linear=functools.partial(_gemlite, dynamic=True),
         opaque=True,
+        tuned=True,
         arithmetic="float8",
         unsupported=_gemlite_float8_unsupported,
         description="activation rows rounded to float8, gemlite's product",

@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -28,6 +30,7 @@ _CODES = {
 }
 _SCALE_WEIGHT, _SCALE_BOTH = 1, 3
 _GROUPS_AND_OFFSETS = 4
+_FIRST_SETTINGS = 2
 
 
 def gemlite_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
@@ -114,13 +117,37 @@ def save_tuning(folder: str) -> None:
 def tune_briefly() -> None:
     """Spend a fifth of Triton's usual time on each setting: many processes tune at once, and each is in the others' way."""
     if needs_library("gemlite", "gemlite") is None:
-        _load()
-        from gemlite.core import GEMLITE_TRITON_MAPPING
         from triton.testing import do_bench
 
-        for operator in GEMLITE_TRITON_MAPPING.values():
-            for kernel in operator.kernel:
-                kernel.do_bench = functools.partial(do_bench, warmup=5, rep=20)
+        for kernel in _tuned_kernels():
+            kernel.do_bench = functools.partial(do_bench, warmup=5, rep=20)
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Inside, only the first settings are tried, and nothing is remembered; what tuning found before is used all the same."""
+    if needs_library("gemlite", "gemlite") is not None:
+        yield
+        return
+    kernels = _tuned_kernels()
+    settings = [kernel.configs for kernel in kernels]
+    known = [dict(kernel.cache) for kernel in kernels]
+    try:
+        for kernel in kernels:
+            kernel.configs = kernel.configs[:_FIRST_SETTINGS]  # with one alone, Triton would not adapt it to the shape
+        yield
+    finally:
+        for kernel, configs, cache in zip(kernels, settings, known, strict=True):
+            kernel.configs = configs
+            kernel.cache.clear()
+            kernel.cache.update(cache)
+
+
+def _tuned_kernels() -> list[Any]:
+    _load()
+    from gemlite.core import GEMLITE_TRITON_MAPPING
+
+    return [kernel for operator in GEMLITE_TRITON_MAPPING.values() for kernel in operator.kernel]
 
 
 @functools.cache

@@ -154,6 +154,7 @@ def _gemlite(group: int) -> Format:
                 numerics=A16,
                 linear=_gemlite_linear,
                 opaque=True,
+                tuned=True,
                 description="gemlite's weight-only product",
             ),
             _dequantize_kernel(_gemlite_float),

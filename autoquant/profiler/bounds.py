@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoquant.candidates import A16, Kernel, get_format
@@ -51,13 +51,15 @@ def bounded(
     return found
 
 
-def beaten(tried: Mapping[TimingSubject, Tried]) -> dict[TimingSubject, Measurement]:
-    """Those that were tried out and took far longer than a kernel of the same format, no less exact."""
+def beaten(
+    subjects: Iterable[TimingSubject], tried: Mapping[TimingSubject, Tried], how: str = "when tried out"
+) -> dict[TimingSubject, Measurement]:
+    """Those of `subjects` that were tried out and took far longer than a kernel of the same format, no less exact."""
     found = {}
-    for subject, own in tried.items():
-        rival = _best_rival(subject, tried)
+    for subject in subjects:
+        own, rival = tried[subject], _best_rival(subject, tried)
         if rival is not None and own.latency_us > _FAR_BEHIND * tried[rival].latency_us:
-            reason = f"took {own.latency_us:.1f} us when tried out; {_took(rival, tried)}"
+            reason = f"took {own.latency_us:.1f} us {how}; {_took(rival, tried)}"
             found[subject] = Measurement(subject=subject, outcome="beaten", reason=reason)
     return found
 

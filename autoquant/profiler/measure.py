@@ -130,7 +130,8 @@ def _prepare(
     load_tuning(str(tuning_folder(device)))
     counts = Counter(measurement.outcome for measurement in prepared.decided.values())
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    listener(StageFinished("prepare", f"{prepared.tried} candidates tried out; not to be timed: {outcomes or 'none'}"))
+    tried = f"{prepared.tried} candidates tried out ({prepared.work_s:.0f} s of work)"
+    listener(StageFinished("prepare", f"{tried}; not to be timed: {outcomes or 'none'}"))
     return prepared.decided
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,20 +22,35 @@ from autoquant.candidates.registry import is_registered_here
 from autoquant.profiler.bounds import Tried, beaten, bounded
 from autoquant.profiler.caches import tuning_folder, use_kernel_caches
 from autoquant.profiler.timing import first_line, try_out
-from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject
+from autoquant.records import Device, Measurement, Roofline, TimingSubject
 
 _MOST_PROCESSES = 16
 _BYTES_PER_WEIGHT = 20
 _CONTEXT_BYTES = 1 << 30
-_Answer = tuple[TimingSubject, Measurement, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What trying one candidate out gave."""
+
+    measurement: Measurement
+    stored_bytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What preparation found: outcomes that need no timing, and how many candidates were tried out."""
+    """What preparation found.
+
+    Attributes:
+        decided: Outcomes that need no timing.
+        tried: How many candidates were tried out.
+        work_s: Seconds of work, summed over processes.
+    """
 
     decided: Mapping[TimingSubject, Measurement]
     tried: int
+    work_s: float
 
 
 def prepare(
@@ -44,7 +61,7 @@ def prepare(
     roofline: Roofline,
     on_progress: Callable[[int, str], None],
 ) -> Prepared:
-    """Try out all that can be, first what needs no compiler, then of the rest what could still win against that.
+    """Try out what can be: library kernels first, then compiled ones that could still win; tune those that are not far behind.
 
     Args:
         on_progress: Told how many are done and what came last.
@@ -52,31 +69,69 @@ def prepare(
     Returns:
         The outcomes unsupported, bounded, beaten, failed and incorrect. What is left is ready to be timed.
     """
-    decided: dict[TimingSubject, Measurement] = {}
-    open_subjects = []
+    campaign = _Campaign(roofline, on_progress)
+    waiting = []
     for subject in subjects:
         if reason := _unsupported_reason(subject, device.type):
-            decided[subject] = Measurement(subject=subject, outcome="unsupported", reason=reason)
+            campaign.decide(Measurement(subject=subject, outcome="unsupported", reason=reason))
         elif not is_registered_here(subject.format):  # another process would not know it
-            open_subjects.append(subject)
-    quick = [subject for subject in open_subjects if _kernel(subject).opaque]
-    slow = [subject for subject in open_subjects if not _kernel(subject).opaque]
-    tried: dict[TimingSubject, Tried] = {}
-    done = 0
-    with _Workers(device, device_name, _fitting(open_subjects, device_name)) as workers:
-        for wave in (quick, slow):
-            if wave is slow:
-                cut = bounded(slow, tried, roofline)
-                decided |= cut
-                wave = [subject for subject in slow if subject not in cut]
-            for subject, measurement, stored in workers.run(wave):
-                done += 1
-                on_progress(done, subject.candidate)
-                if measurement.outcome == "ok":
-                    tried[subject] = Tried(min(measurement.samples_us), stored)
-                else:
-                    decided[subject] = measurement
-    return Prepared(decided | beaten(tried), done)
+            waiting.append(subject)
+    library = [subject for subject in waiting if _kernel(subject).opaque]
+    with _Workers(device, device_name, _fitting(waiting, device_name)) as workers:
+        campaign.take(workers.run(library, tune=False), tuned=False)
+        compiled = [subject for subject in waiting if not _kernel(subject).opaque]
+        campaign.take(workers.run(campaign.that_could_win(compiled), tune=False), tuned=False)
+        campaign.take(workers.run(campaign.worth_tuning(library), tune=True), tuned=True)
+    campaign.drop_the_beaten()
+    return Prepared(campaign.decided, len(campaign.seen), campaign.work_s)
+
+
+class _Campaign:
+    """What is known so far."""
+
+    def __init__(self, roofline: Roofline, on_progress: Callable[[int, str], None]) -> None:
+        self._roofline, self._on_progress = roofline, on_progress
+        self._tried: dict[TimingSubject, Tried] = {}
+        self._unsettled: list[TimingSubject] = []
+        self.decided: dict[TimingSubject, Measurement] = {}
+        self.seen: set[TimingSubject] = set()
+        self.work_s = 0.0
+
+    def decide(self, measurement: Measurement) -> None:
+        self.decided[measurement.subject] = measurement
+        self._tried.pop(measurement.subject, None)
+
+    def take(self, answers: Iterator[_Answer], *, tuned: bool) -> None:
+        """Take in what workers found, before or after tuning."""
+        for answer in answers:
+            subject = answer.measurement.subject
+            self.seen.add(subject)
+            self.work_s += answer.seconds
+            self._on_progress(len(self.seen), subject.candidate)
+            if answer.measurement.outcome == "ok":
+                self._tried[subject] = Tried(min(answer.measurement.samples_us), answer.stored_bytes)
+            elif _kernel(subject).tuned and not tuned:
+                self._unsettled.append(subject)  # another setting may do
+            else:
+                self.decide(answer.measurement)
+
+    def that_could_win(self, subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
+        """Those that the roofline leaves a chance."""
+        cut = bounded(subjects, self._tried, self._roofline)
+        self.decided |= cut
+        return [subject for subject in subjects if subject not in cut]
+
+    def worth_tuning(self, subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
+        """Those that a library tunes and that are not far behind as they are."""
+        tunable = [subject for subject in subjects if subject in self._tried and _kernel(subject).tuned]
+        hopeless = beaten(tunable, self._tried, "before it was tuned")
+        for measurement in hopeless.values():
+            self.decide(measurement)
+        return [*(subject for subject in tunable if subject not in hopeless), *self._unsettled]
+
+    def drop_the_beaten(self) -> None:
+        """Decide on all that were far behind in the end."""
+        self.decided |= beaten(list(self._tried), self._tried)
 
 
 def _kernel(subject: TimingSubject) -> Any:
@@ -115,8 +170,12 @@ class _Workers:
         for connection in list(self._processes):
             self._end(connection)
 
-    def run(self, subjects: Sequence[TimingSubject]) -> Iterator[_Answer]:
-        """Give the subjects to the processes in turn; answers come as they are ready."""
+    def run(self, subjects: Sequence[TimingSubject], *, tune: bool) -> Iterator[_Answer]:
+        """Give the subjects to the processes in turn; answers come as they are ready.
+
+        Args:
+            tune: Let libraries tune their kernels; otherwise they run as they are.
+        """
         waiting = list(reversed(_by_shape(subjects)))
         at_work: dict[Connection, TimingSubject] = {}
         while len(self._processes) < min(self._count, len(waiting)):
@@ -126,15 +185,15 @@ class _Workers:
             while waiting and idle:
                 connection = idle.pop()
                 at_work[connection] = waiting.pop()
-                connection.send(at_work[connection])
+                connection.send((at_work[connection], tune))
             for ready in wait(list(at_work)):
                 assert isinstance(ready, Connection)
                 subject = at_work.pop(ready)
                 try:
-                    answer: _Answer = (subject, *ready.recv())
+                    answer: _Answer = ready.recv()
                     idle.append(ready)
                 except (EOFError, OSError):
-                    answer = (subject, _died(subject, self._end(ready)), 0)
+                    answer = _Answer(_died(subject, self._end(ready)))
                     idle.append(self._begin())
                 yield answer
 
@@ -186,24 +245,26 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
     inductor_config.compile_threads = 1
     gemlite.load_tuning(tuning)
     gemlite.tune_briefly()
-    problems: dict[tuple[LinearShape, int], Problem] = {}
+    problem: Problem | None = None
     while True:
         try:
-            subject: TimingSubject = connection.recv()
+            subject, tune = connection.recv()
         except EOFError:
             break
+        started = time.monotonic()
         fmt = get_format(subject.format)
-        key = (subject.shape, subject.m)
-        if key not in problems:
-            problems = {key: Problem(subject.shape, subject.m, device_name)}
         try:
-            answer = try_out(subject, fmt, fmt.kernel(subject.kernel), problems[key], compiled=compiled)
+            if problem is None or (problem.shape, problem.m) != (subject.shape, subject.m):
+                problem = None  # frees its memory first
+                problem = Problem(subject.shape, subject.m, device_name)
+            with nullcontext() if tune else gemlite.untuned():
+                measurement, stored = try_out(subject, fmt, fmt.kernel(subject.kernel), problem, compiled=compiled)
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
-            answer = Measurement(subject=subject, outcome="failed", reason=first_line(error)), 0
-        if fmt.kernel(subject.kernel).opaque:
+            measurement, stored = Measurement(subject=subject, outcome="failed", reason=first_line(error)), 0
+        if tune:
             gemlite.save_tuning(tuning)
-        connection.send(answer)
-        if answer[0].outcome == "failed" and not _is_sound(device_name):
+        connection.send(_Answer(measurement, stored, time.monotonic() - started))
+        if measurement.outcome == "failed" and not _is_sound(device_name):
             os._exit(1)  # the context is lost: a new process goes on
 
 

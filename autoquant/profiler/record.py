@@ -32,7 +32,16 @@ def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, out_val: Any
 
 
 _attention_flops._get_raw = True  # type: ignore[attr-defined]
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+# PyTorch's counter knows no CPU attention, and on GPUs takes it that queries and keys have as many heads.
+_ATTENTION = {
+    operator: _attention_flops
+    for operator in (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+        torch.ops.aten._scaled_dot_product_cudnn_attention,
+    )
+}
 
 
 @dataclass(slots=True)
@@ -165,7 +174,7 @@ def record(module: nn.Module, phases: Phases) -> Recording:
         for phase in phases.workload.phases:
             phases.reset(phase.name)
             watcher.phase = phase.name
-            counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+            counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
             with watcher, counter:
                 phases.run(phase.name)
             flops[phase.name] = counter.get_total_flops()

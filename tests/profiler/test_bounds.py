@@ -71,7 +71,7 @@ def test_only_those_far_behind_a_rival_are_beaten():
         subject("int-mm"): Tried(11.0, 1),
         subject("int8pack-mm", m=2): Tried(99.0, 1),
     }
-    found = beaten(tried)
+    found = beaten(tried, tried)
     assert set(found) == {subject("dequantize-matmul"), subject("int-mm")}
     assert found[subject("int-mm")].outcome == "beaten"
     assert found[subject("int-mm")].reason == "took 11.0 us when tried out; gemlite took 4.0"
@@ -79,4 +79,4 @@ def test_only_those_far_behind_a_rival_are_beaten():
 
 def test_the_fastest_is_never_beaten_even_where_the_less_exact_is_faster():
     tried = {subject("gemlite"): Tried(40.0, 1), subject("gemlite-dynamic"): Tried(4.0, 1)}
-    assert beaten(tried) == {}
+    assert beaten(tried, tried) == {}

@@ -89,7 +89,7 @@ def test_what_is_unsupported_is_said_without_a_process(monkeypatch):
 def test_a_format_of_this_process_alone_is_left_to_it(monkeypatch):
     monkeypatch.setattr(registry, "_registered", {"bfloat16/plain": registry.get_format("bfloat16/plain")})
     monkeypatch.setattr(module._Workers, "_begin", lambda self: pytest.fail("a process was started"))
-    assert prepared(subject("bfloat16/plain", "matmul")) == module.Prepared({}, 0)
+    assert prepared(subject("bfloat16/plain", "matmul")) == module.Prepared({}, 0, 0.0)
 
 
 def test_no_worker_is_left_when_preparation_ends():

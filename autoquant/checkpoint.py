@@ -77,7 +77,7 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
         "source": asdict(loaded.source),
         "ties": ties,
         "routed": {name: _describe(weight) for name, weight in routed.items()},
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() if packed else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if _packed_for_this_cpu(packed) else None,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return sorted(path.name for path in folder.iterdir())
@@ -138,6 +138,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; upgrade it"
         )
     return cast(dict[str, Any], manifest)
+
+
+def _packed_for_this_cpu(packed: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor's packing depends on the CPU's instruction set."""
+    return any(type(tensor).__name__ == "Int4OpaqueTensor" for tensor in packed.values())
 
 
 def _describe(weight: RoutedWeight) -> dict[str, Any]:

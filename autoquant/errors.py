@@ -8,7 +8,8 @@ AutoquantError
 ├── CandidateError    a candidate name, format or kernel that does not exist or misbehaves
 ├── StoreError        the database is missing, foreign, newer, damaged or not writable
 ├── PlanError         no such plan or study, or none satisfies the limits
-└── CheckpointError   a saved model cannot be written, read or verified
+├── CheckpointError   a saved model cannot be written, read or verified
+└── ProcessDiedError  what ran in a process of its own brought it down
 """
 
 from __future__ import annotations
@@ -48,3 +49,7 @@ class PlanError(AutoquantError):
 
 class CheckpointError(AutoquantError):
     """A saved model cannot be written, read or verified."""
+
+
+class ProcessDiedError(AutoquantError):
+    """What ran in a process of its own brought it down, or somebody did."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.text import Part, TextParts
 from autoquant.profiler.phases import output_tensor
 
 _ROWS_AT_ONCE = 128
+_KEPT_BYTES = 1 << 30
 
 QualityFunction = Callable[[nn.Module, Part], Any]
 """The user's own: (module, part) to a loss per sample of that part, lower is better; the same samples every time."""
@@ -50,14 +53,19 @@ class TextQuality:
     Args:
         parts: The windows.
         device: Where the model lies.
+        keep_reference: Every comparison will be with the same reference, whose logits on the report part are kept on disk.
     """
 
     logarithmic = True
 
-    def __init__(self, parts: TextParts, device: str) -> None:
+    def __init__(self, parts: TextParts, device: str, *, keep_reference: bool = False) -> None:
         self.parts = parts
         self.key = parts.key
         self._device = device
+        self._kept: dict[tuple[Part, int], KeptTensor] = {}
+        if keep_reference:
+            most_bytes = _KEPT_BYTES // max(1, len(parts.windows["report"]))
+            self._kept = {("report", number): KeptTensor(most_bytes) for number in range(len(parts.windows["report"]))}
 
     def windows(self, part: Part) -> Iterator[torch.Tensor]:
         """Token ids `[1, tokens]`, one window at a time."""
@@ -70,8 +78,10 @@ class TextQuality:
 
     def compare(self, module: nn.Module, reference: nn.Module, part: Part) -> Comparison:
         losses, reference_losses, divergence, rows = [], [], 0.0, 0
-        for ids in self.windows(part):
-            wanted = next_token_logits(reference, ids)
+        for number, ids in enumerate(self.windows(part)):
+            make = partial(next_token_logits, reference, ids)
+            kept = self._kept.get((part, number))
+            wanted = make() if kept is None else kept.get(make)
             logits = next_token_logits(module, ids)
             losses.append(window_loss(logits, ids))
             reference_losses.append(window_loss(wanted, ids))

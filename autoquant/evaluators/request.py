@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from autoquant.profiler.device import synchronize
+from autoquant.profiler.device import release_memory, synchronize
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, OtherLoad
 from autoquant.profiler.phases import Phases
 
@@ -60,6 +60,7 @@ def warm_up(phases: Phases) -> None:
             for _ in range(_WARM_UP_CALLS):
                 phases.reset(phase.name)
                 phases.run(phase.name)
+            release_memory()  # what the compiler leaves behind, before the next phase is compiled
 
 
 def time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:

@@ -25,6 +25,8 @@ from autoquant.records import (
 )
 from autoquant.tuner.planning import request_us
 
+_SAME_SIZE = 1.01
+
 
 @dataclass(frozen=True, slots=True)
 class FormatFacts:
@@ -166,11 +168,18 @@ def _prune(
 ) -> list[LayerChoice]:
     """Leave out what another choice beats in time, memory and exactness at once, before any quality is scored.
 
-    Exactness: no activation rounding that the other does not do too, and a smaller error on Gaussian weights.
+    Exactness: no activation rounding that the other does not do too, and a smaller error on Gaussian weights. A size up to 1 %
+    larger is no worse: such formats differ in their scales alone.
     """
 
     def point(choice: LayerChoice) -> tuple[float, float, float]:
         return request_us(choice, workload), choice.memory_bytes, facts[choice.format, choice.shape].weight_error
+
+    def beats(other: LayerChoice, choice: LayerChoice) -> bool:
+        (us, size, error), (own_us, own_size, own_error) = point(other), point(choice)
+        if (us, error) == (own_us, own_error):
+            return size < own_size
+        return us <= own_us and error <= own_error and size <= own_size * _SAME_SIZE
 
     def activations(choice: LayerChoice) -> set[str]:
         return {key.partition("+")[2] for key in choice.numerics.split()} - {"a16"}
@@ -181,10 +190,7 @@ def _prune(
             (
                 other
                 for other in choices
-                if other is not choice
-                and activations(other) <= activations(choice)
-                and all(a <= b for a, b in zip(point(other), point(choice), strict=True))
-                and point(other) != point(choice)
+                if other is not choice and activations(other) <= activations(choice) and beats(other, choice)
             ),
             None,
         )

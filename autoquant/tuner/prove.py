@@ -18,6 +18,7 @@ from autoquant.evaluators.quality import Quality
 from autoquant.evaluators.request import time_requests, warm_up
 from autoquant.evaluators.statistics import paired_increase
 from autoquant.models import LoadedModel
+from autoquant.profiler.device import release_memory
 from autoquant.profiler.phases import Phases, make_phases
 from autoquant.records import LayerChoice, Plan, Proof, Workload
 
@@ -28,6 +29,7 @@ class Prover:
 
     Args:
         execution: `compiled`, or `eager` where the device cannot compile.
+        selection: The unquantized model's losses on the selection part; measured by the first proof where empty.
     """
 
     loaded: LoadedModel
@@ -36,18 +38,20 @@ class Prover:
     device: str
     execution: str
     sample_inputs: Any = None
+    selection: tuple[float, ...] = ()
     _original: Phases | None = None
-    _selection: tuple[float, ...] = ()
 
     def prove(self, plan: Plan) -> Proof:
         """Apply `plan` to a copy that shares every weight that it leaves alone, and measure it."""
         module = share(self.loaded.module)
         apply(plan, module)
+        release_memory()
         with worst_numerics(module, plan):
             report = self.quality.compare(module, self.loaded.module, "report")
             selection = self.quality.losses(module, "selection")
-        if not self._selection:
-            self._selection = self.quality.losses(self.loaded.module, "selection")
+        if not self.selection:
+            self.selection = self.quality.losses(self.loaded.module, "selection")
+        release_memory()
         original = self._original_phases()
         phases = original
         if plan.kind != "original":
@@ -66,7 +70,7 @@ class Prover:
             perplexity=torch.tensor(mean, dtype=torch.float64).exp().item() if logarithmic else None,
             loss=mean,
             increase=paired_increase(report.losses, report.reference, logarithmic=logarithmic),
-            selection_increase=paired_increase(selection, self._selection, logarithmic=logarithmic),
+            selection_increase=paired_increase(selection, self.selection, logarithmic=logarithmic),
             kl=report.kl,
             memory_bytes=module_bytes(module),
             execution=self.execution,

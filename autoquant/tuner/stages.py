@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 from autoquant.candidates import Format, Kernel, get_format
 from autoquant.errors import CandidateError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
-from autoquant.evaluators.sensitivity import METHOD, Change, isolated_losses
+from autoquant.evaluators.sensitivity import METHOD, Change
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
 from autoquant.profiler.crossovers import Cell, measure_crossovers
 from autoquant.profiler.device import compile_failure, release_memory
-from autoquant.profiler.measure import cells_of, profile, subjects_of, working_set_bytes
+from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.timing import first_line
 from autoquant.records import (
@@ -28,20 +28,22 @@ from autoquant.records import (
     Plan,
     Proof,
     Recording,
-    Site,
     TimingSubject,
     Workload,
     route_kernel,
 )
 from autoquant.store import Store
+from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import SiteChoices, format_facts, numerics_key, scored, site_choices
+from autoquant.tuner.jobs import Bench, ProveJob, Scored, ScoreJob
 from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
-from autoquant.tuner.prove import Prover
+from autoquant.tuner.profiling import measure_all
 from autoquant.tuner.refine import proposals
+from autoquant.tuner.runners import start_runner
 from autoquant.tuner.study import Study
 
-FRONT_PLANS = 4
+FRONT_PLANS = 3
 LEAST_PLANS = 10
 _SHORTEST_PROOF_S = 5.0
 
@@ -69,6 +71,8 @@ class Stages:
     plans: dict[str, Plan] = field(default_factory=dict)
     proofs: dict[str, Proof] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    selection: tuple[float, ...] = ()
+    runner: Runner = field(init=False)
 
     def go(self) -> None:
         facts = self.store.study(self.study_id)
@@ -78,10 +82,27 @@ class Stages:
         if reason := compile_failure() if self.hardware.type == "cpu" else None:
             self.listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
         recording = facts.recording or self._record()
-        options, originals = self._options(recording)
-        self._prove_all(options, originals, recording)
+        self.runner = self._runner()
+        try:
+            options, originals = self._options(recording)
+            self._prove_all(options, originals, recording)
+        finally:
+            self.runner.close()
         self._spend(complete=True)
         return self._recommend()
+
+    def _runner(self) -> Runner:
+        """Jobs run in processes of their own where those can have the same model, formats and quality."""
+        bench = Bench(
+            loaded=self.loaded,
+            quality=self.quality,
+            workload=self.workload,
+            device=self.device,
+            execution="eager" if self.hardware.versions.get("compiler") == "none" else "compiled",
+            sample_inputs=self.sample_inputs,
+        )
+        formats = list({fmt.id: None for fmt, _ in self.candidates})
+        return start_runner(bench, formats, self.listener)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -114,12 +135,7 @@ class Stages:
     def _profile(self, cells: Sequence[Cell], working_set: int) -> dict[TimingSubject, Measurement]:
         """Timings of every candidate at the workload's m; on GPUs, where a format has many kernels, crossovers too."""
         measure = partial(
-            profile,
-            candidates=self.candidates,
-            device=self.hardware,
-            device_name=self.device,
-            store=self.store,
-            listener=self.listener,
+            measure_all, runner=self.runner, hardware=self.hardware, store=self.store, listener=self.listener
         )
         timings = measure(subjects_of(cells, self.candidates, working_set))
         if self.hardware.type == "cuda":
@@ -148,13 +164,15 @@ class Stages:
         self.listener(StageStarted("score", sites))
         done = 0
 
-        def on_site(site: Site, losses: Mapping[tuple[str, str], float]) -> None:
+        def on_message(message: Scored) -> None:
             nonlocal done
             done += 1
-            self.store.put_losses(*key, losses)
-            self.listener(StageProgress("score", done, site.name))
+            self.store.put_losses(*key, message.losses)
+            self.listener(StageProgress("score", done, message.site.name))
 
-        isolated_losses(self.loaded.module, changes, self.quality, on_site)
+        if changes:
+            job = ScoreJob([(change.site, change.numerics, change.format.id, change.activation) for change in changes])
+            self.runner.run(job, on_message)
         self.listener(
             StageFinished("score", f"{len(changes)} changes of {sites} layers scored now, {len(known)} known")
         )
@@ -172,17 +190,9 @@ class Stages:
             workload=self.workload,
             other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
         )
-        prover = Prover(
-            loaded=self.loaded,
-            workload=self.workload,
-            quality=self.quality,
-            device=self.device,
-            execution="eager" if self.hardware.versions.get("compiler") == "none" else "compiled",
-            sample_inputs=self.sample_inputs,
-        )
         original = original_plan(originals, context)
         self.listener(StageStarted("prove", 1 + FRONT_PLANS))
-        self._prove(prover, original)
+        self._prove(original)
         if original.plan_id not in self.proofs:
             raise CandidateError(f"the unquantized model cannot be run: {self.failed[original.plan_id]}")
         sites = recording.sites
@@ -191,7 +201,7 @@ class Stages:
         uniform = uniform_plans(options, originals, context)
         self.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
         for plan in uniform:
-            self._prove(prover, predicted(plan, calibration, sites, context))
+            self._prove(predicted(plan, calibration, sites, context))
         calibration = fit([original, *uniform], self.proofs, sites)
         context = replace(context, rest_ms=calibration.rest_request_ms(self.workload.calls()))
         options = [
@@ -207,11 +217,11 @@ class Stages:
             max_memory_bytes=self.max_memory_bytes,
         )
         for plan in [plan for plan in plans if plan.plan_id not in known][:count]:
-            self._prove(prover, plan)
+            self._prove(plan)
         self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
-        self._refine(prover, options, context)
+        self._refine(options, context)
 
-    def _prove(self, prover: Prover, plan: Plan) -> Proof | None:
+    def _prove(self, plan: Plan) -> Proof | None:
         """Prove `plan` unless the store knows how that ends."""
         if plan.plan_id in self.proofs or plan.plan_id in self.failed:
             return self.proofs.get(plan.plan_id)
@@ -219,7 +229,7 @@ class Stages:
         self.store.put_plan(plan)
         self.plans[plan.plan_id] = plan
         try:
-            proof = prover.prove(plan)
+            proof, self.selection = self.runner.run(ProveJob(plan, self.selection), self.listener)
         except Exception as error:  # noqa: BLE001 - a plan that cannot run is a fact about it, kept with its reason
             reason = first_line(error)
             self.failed[plan.plan_id] = reason
@@ -244,7 +254,7 @@ class Stages:
                 ratios.append((math.log1p(high) if self.quality.logarithmic else high) / loss)
         return allowed / (statistics.median(ratios) if ratios else 1.0)
 
-    def _refine(self, prover: Prover, options: list[list[LayerChoice]], context: PlanContext) -> None:
+    def _refine(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
         """Spend what is left of the time on plans that Optuna proposes."""
         known = {
             plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
@@ -264,7 +274,7 @@ class Stages:
                 break
             began = time.monotonic()
             self.listener(StageProgress("refine", count, f"{plan.label}, {self._left_s():.0f} s left"))
-            tell(self._prove(prover, plan))
+            tell(self._prove(plan))
             slowest_s = max(slowest_s, time.monotonic() - began)
             count += 1
         self.listener(StageFinished("refine", f"{count} further plans proven"))

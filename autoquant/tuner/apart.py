@@ -1,0 +1,137 @@
+"""Where jobs run: in this process, or each in a process of its own that gives its memory back and may crash."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from autoquant.errors import ProcessDiedError
+
+if TYPE_CHECKING:
+    from autoquant.tuner.jobs import Bench, BenchSpec, Job
+
+TOLD, DONE, RAISED, DIED = "told", "done", "raised", "died"
+WORKER = "autoquant.tuner.worker"
+Result = TypeVar("Result")
+
+
+class Runner(Protocol):
+    """Runs jobs one at a time."""
+
+    def run(self, job: Job[Result], on_message: Callable[[Any], None]) -> Result:
+        """The job's result; what it tells on the way goes to `on_message`. Raises what the job raises."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Here:
+    """Runs jobs in this process."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+
+    def run(self, job: Job[Result], on_message: Callable[[Any], None]) -> Result:
+        return job.run(self._bench, on_message)
+
+    def close(self) -> None:
+        pass
+
+
+class Apart:
+    """Runs each job in a fresh child of a worker process, which has the model loaded.
+
+    The worker is started anew where it is gone. It and its children are of a session of their own, so that Ctrl-C reaches this
+    process only, and end with it, however it ends.
+
+    Raises:
+        AutoquantError: The worker cannot make the bench.
+    """
+
+    def __init__(self, spec: BenchSpec) -> None:
+        self._spec = spec
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection = self._start()
+
+    def run(self, job: Job[Result], on_message: Callable[[Any], None]) -> Result:
+        """As `Runner.run`.
+
+        Raises:
+            ProcessDiedError: A signal, or code that ended the process, stopped the job.
+        """
+        if self._process is None:
+            self._connection = self._start()
+        try:
+            send(self._connection, job)
+            while True:
+                kind, value = receive(self._connection)
+                if kind != TOLD:
+                    break
+                on_message(value)
+        except (EOFError, ConnectionError):
+            self.close()
+            raise ProcessDiedError("the worker process was ended from outside") from None
+        except BaseException:
+            self.close()  # what the job still says is for nobody
+            raise
+        if kind == RAISED:
+            raise value
+        if kind == DIED:
+            raise ProcessDiedError(f"its process was ended by {value}")
+        result: Result = value
+        return result
+
+    def close(self) -> None:
+        """End the worker, and its child with it."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._connection.close()
+        self._process = None
+
+    def _start(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", WORKER, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        try:
+            send(self._connection, sys.path)
+            send(self._connection, self._spec)
+            kind, value = receive(self._connection)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (EOFError, ConnectionError)):
+                raise ProcessDiedError("the worker process could not start") from None
+            raise
+        if kind == RAISED:
+            self.close()
+            raise value
+        return self._connection
+
+
+def send(connection: Connection, value: Any) -> None:
+    """Plain pickle: tensors as bytes, without the shared memory that PyTorch would use for them."""
+    connection.send_bytes(pickle.dumps(value))
+
+
+def receive(connection: Connection) -> Any:
+    """What `send` sent. Both ends are ours: the socket has no name that another process could find."""
+    return pickle.loads(connection.recv_bytes())

@@ -1,0 +1,205 @@
+"""The heavy work of a search as jobs: what they need is said in records, so that a process of their own can do them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+
+from autoquant.candidates import get_format
+from autoquant.errors import ModelError
+from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.sensitivity import Change, isolated_losses
+from autoquant.evaluators.text import TextParts
+from autoquant.models import LoadedModel, load_model
+from autoquant.models.loaded import ModelKind, ModelSource
+from autoquant.profiler.device import release_memory
+from autoquant.profiler.measure import profile
+from autoquant.records import Device, Measurement, Plan, Proof, Site, TimingSubject, Workload
+from autoquant.store import Store
+from autoquant.tuner.prove import Prover
+
+Tell = Callable[[Any], None]
+"""Takes what a job learns while it runs: events, and facts to be kept at once."""
+
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+@dataclass(slots=True, kw_only=True)
+class Bench:
+    """What every job works on: the model, and how it is run and judged.
+
+    Attributes:
+        own_process: Nothing but jobs runs in this process.
+    """
+
+    loaded: LoadedModel
+    quality: TextQuality | FunctionQuality
+    workload: Workload
+    device: str
+    execution: str
+    sample_inputs: Any
+    own_process: bool = False
+    _prover: Prover | None = field(default=None, init=False)
+
+    def prover(self) -> Prover:
+        """One for all proofs of a process: it has compiled the unquantized model."""
+        if self._prover is None:
+            self._prover = Prover(
+                loaded=self.loaded,
+                workload=self.workload,
+                quality=self.quality,
+                device=self.device,
+                execution=self.execution,
+                sample_inputs=self.sample_inputs,
+            )
+        return self._prover
+
+    def forget_compiled(self) -> None:
+        """Free what the compiler keeps of finished work, where nobody else has compiled anything."""
+        if self.own_process:
+            torch.compiler.reset()
+            release_memory()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSpec:
+    """How another process makes the same bench.
+
+    Attributes:
+        dtype: That the model was loaded in.
+        content_hash: What the files must still hold.
+        formats: Ids that the process has to know.
+        threads: How many threads a job computes with.
+    """
+
+    source: ModelSource
+    dtype: str
+    kind: ModelKind
+    content_hash: str
+    parts: TextParts
+    workload: Workload
+    device: str
+    execution: str
+    sample_inputs: Any
+    formats: tuple[str, ...]
+    threads: int
+
+    def make(self) -> Bench:
+        """Load the model again.
+
+        Raises:
+            AutoquantError: It is gone or another one, or a format is not known here.
+        """
+        for format_id in self.formats:
+            get_format(format_id)
+        loaded = load_model(
+            self.source.path,
+            dtype=self.dtype,
+            device=self.device,
+            model_factory=self.source.model_factory,
+            tokenizer=self.source.tokenizer,
+            trust_pickle=self.source.trust_pickle,
+        )
+        if loaded.content_hash != self.content_hash:
+            raise ModelError(f"{self.source.path} was changed while it was searched")
+        loaded.kind = self.kind
+        return Bench(
+            loaded=loaded,
+            quality=TextQuality(self.parts, self.device, keep_reference=True),
+            workload=self.workload,
+            device=self.device,
+            execution=self.execution,
+            sample_inputs=self.sample_inputs if self.sample_inputs is not None else loaded.example_inputs,
+            own_process=True,
+        )
+
+
+class Job(Protocol[Result_co]):
+    """One piece of work. It tells what it learns as it learns it; its result is told last."""
+
+    def run(self, bench: Bench, tell: Tell) -> Result_co: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Told by `ProfileJob`: timings to keep, made against one another."""
+
+    measurements: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Told by `ScoreJob`: one site's losses by (site name, numerics)."""
+
+    site: Site
+    losses: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileJob:
+    """Times the subjects that are not known yet; tells `Timed` and events."""
+
+    subjects: Sequence[TimingSubject]
+    hardware: Device
+    known: Mapping[TimingSubject, Measurement]
+
+    def run(self, bench: Bench, tell: Tell) -> dict[TimingSubject, Measurement]:
+        formats = {(subject.format, subject.kernel): get_format(subject.format) for subject in self.subjects}
+        return profile(
+            self.subjects,
+            [(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
+            device=self.hardware,
+            device_name=bench.device,
+            store=cast(Store, _Relay(self.known, tell, bench)),
+            listener=tell,
+        )
+
+
+class _Relay:
+    """Stands for the store where there is none: what is known came with the job, what is new is told."""
+
+    def __init__(self, known: Mapping[TimingSubject, Measurement], tell: Tell, bench: Bench) -> None:
+        self._known, self._tell, self._bench = known, tell, bench
+
+    def timings(self, _device: Device, _protocol: str) -> dict[TimingSubject, Measurement]:
+        return dict(self._known)
+
+    def put_timings(self, _device: Device, _protocol: str, measurements: Iterable[Measurement]) -> None:
+        self._tell(Timed(tuple(measurements)))
+        self._bench.forget_compiled()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """Isolated losses of changes, each (site, numerics, format id, activation); tells `Scored` for each site."""
+
+    changes: Sequence[tuple[Site, str, str, str]]
+
+    def run(self, bench: Bench, tell: Tell) -> None:
+        changes = [
+            Change(site, numerics, get_format(format_id), activation)
+            for site, numerics, format_id, activation in self.changes
+        ]
+        isolated_losses(
+            bench.loaded.module, changes, bench.quality, lambda site, losses: tell(Scored(site, dict(losses)))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ProveJob:
+    """Proves a plan.
+
+    Attributes:
+        selection: The unquantized model's losses on the selection part, from an earlier proof; empty before the first.
+    """
+
+    plan: Plan
+    selection: tuple[float, ...]
+
+    def run(self, bench: Bench, tell: Tell) -> tuple[Proof, tuple[float, ...]]:
+        prover = bench.prover()
+        prover.selection = prover.selection or self.selection
+        return prover.prove(self.plan), prover.selection

@@ -68,8 +68,13 @@ def synchronize(device: str) -> None:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system, where the C library keeps it otherwise."""
+    """Give memory that nobody uses any more back to the system."""
     gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it otherwise. Takes a moment only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from functools import partial
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 
@@ -13,9 +14,10 @@ from autoquant.errors import ModelError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import Change, isolated_losses
 from autoquant.evaluators.text import TextParts
+from autoquant.events import Event, StageProgress
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import ModelKind, ModelSource
-from autoquant.profiler.device import release_memory
+from autoquant.profiler.device import release_memory, trim_memory
 from autoquant.profiler.measure import profile
 from autoquant.records import Device, Measurement, Plan, Proof, Site, TimingSubject, Workload
 from autoquant.store import Store
@@ -32,28 +34,39 @@ class Bench:
     """What every job works on: the model, and how it is run and judged.
 
     Attributes:
+        load: Gives the model; called once, when it is first needed.
         own_process: Nothing but jobs runs in this process.
     """
 
-    loaded: LoadedModel
+    load: Callable[[], LoadedModel]
     quality: TextQuality | FunctionQuality
     workload: Workload
     device: str
     execution: str
     sample_inputs: Any
     own_process: bool = False
+    _loaded: LoadedModel | None = field(default=None, init=False)
     _prover: Prover | None = field(default=None, init=False)
 
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model, in memory from now on."""
+        if self._loaded is None:
+            self._loaded = self.load()
+        return self._loaded
+
+    @property
     def prover(self) -> Prover:
         """One for all proofs of a process: it has compiled the unquantized model."""
         if self._prover is None:
+            inputs = self.sample_inputs if self.sample_inputs is not None else self.loaded.example_inputs
             self._prover = Prover(
                 loaded=self.loaded,
                 workload=self.workload,
                 quality=self.quality,
                 device=self.device,
                 execution=self.execution,
-                sample_inputs=self.sample_inputs,
+                sample_inputs=inputs,
             )
         return self._prover
 
@@ -88,13 +101,24 @@ class BenchSpec:
     threads: int
 
     def make(self) -> Bench:
-        """Load the model again.
+        """The bench, whose model is loaded when a job needs it.
 
         Raises:
-            AutoquantError: It is gone or another one, or a format is not known here.
+            CandidateError: A format is not known here.
         """
         for format_id in self.formats:
             get_format(format_id)
+        return Bench(
+            load=self._load,
+            quality=TextQuality(self.parts, self.device, keep_reference=True),
+            workload=self.workload,
+            device=self.device,
+            execution=self.execution,
+            sample_inputs=self.sample_inputs,
+            own_process=True,
+        )
+
+    def _load(self) -> LoadedModel:
         loaded = load_model(
             self.source.path,
             dtype=self.dtype,
@@ -106,19 +130,17 @@ class BenchSpec:
         if loaded.content_hash != self.content_hash:
             raise ModelError(f"{self.source.path} was changed while it was searched")
         loaded.kind = self.kind
-        return Bench(
-            loaded=loaded,
-            quality=TextQuality(self.parts, self.device, keep_reference=True),
-            workload=self.workload,
-            device=self.device,
-            execution=self.execution,
-            sample_inputs=self.sample_inputs if self.sample_inputs is not None else loaded.example_inputs,
-            own_process=True,
-        )
+        return loaded
 
 
 class Job(Protocol[Result_co]):
-    """One piece of work. It tells what it learns as it learns it; its result is told last."""
+    """One piece of work. It tells what it learns as it learns it; its result is told last.
+
+    Attributes:
+        needs_model: The model should be in memory before it starts.
+    """
+
+    needs_model: ClassVar[bool]
 
     def run(self, bench: Bench, tell: Tell) -> Result_co: ...
 
@@ -139,9 +161,20 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Finds out whether the model can be loaded again. Raises `ModelError` where not."""
+
+    needs_model: ClassVar[bool] = False
+
+    def run(self, bench: Bench, tell: Tell) -> None:
+        bench.loaded  # noqa: B018 - loads it
+
+
+@dataclass(frozen=True, slots=True)
 class ProfileJob:
     """Times the subjects that are not known yet; tells `Timed` and events."""
 
+    needs_model: ClassVar[bool] = False
     subjects: Sequence[TimingSubject]
     hardware: Device
     known: Mapping[TimingSubject, Measurement]
@@ -154,8 +187,15 @@ class ProfileJob:
             device=self.hardware,
             device_name=bench.device,
             store=cast(Store, _Relay(self.known, tell, bench)),
-            listener=tell,
+            listener=partial(_tell_trimmed, tell),
         )
+
+
+def _tell_trimmed(tell: Tell, event: Event) -> None:
+    """Between candidates, off the clock, what their quantization freed goes back to the system."""
+    if isinstance(event, StageProgress):
+        trim_memory()
+    tell(event)
 
 
 class _Relay:
@@ -175,6 +215,8 @@ class _Relay:
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
     """Isolated losses of changes, each (site, numerics, format id, activation); tells `Scored` for each site."""
+
+    needs_model: ClassVar[bool] = True
 
     changes: Sequence[tuple[Site, str, str, str]]
 
@@ -196,10 +238,11 @@ class ProveJob:
         selection: The unquantized model's losses on the selection part, from an earlier proof; empty before the first.
     """
 
+    needs_model: ClassVar[bool] = True
+
     plan: Plan
     selection: tuple[float, ...]
 
     def run(self, bench: Bench, tell: Tell) -> tuple[Proof, tuple[float, ...]]:
-        prover = bench.prover()
-        prover.selection = prover.selection or self.selection
-        return prover.prove(self.plan), prover.selection
+        bench.prover.selection = bench.prover.selection or self.selection
+        return bench.prover.prove(self.plan), bench.prover.selection

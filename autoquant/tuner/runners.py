@@ -13,7 +13,7 @@ from autoquant.errors import AutoquantError
 from autoquant.evaluators.quality import TextQuality
 from autoquant.events import Listener, Notice
 from autoquant.tuner.apart import Apart, Here, Runner
-from autoquant.tuner.jobs import Bench, BenchSpec
+from autoquant.tuner.jobs import Bench, BenchSpec, LoadJob
 
 IN_PROCESS_VARIABLE = "AUTOQUANT_IN_PROCESS"
 
@@ -24,25 +24,36 @@ def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Ru
     if not reason:
         assert isinstance(bench.quality, TextQuality)
         try:
-            return Apart(
-                BenchSpec(
-                    source=bench.loaded.source,
-                    dtype=bench.loaded.dtype,
-                    kind=bench.loaded.kind,
-                    content_hash=bench.loaded.content_hash,
-                    parts=bench.quality.parts,
-                    workload=bench.workload,
-                    device=bench.device,
-                    execution=bench.execution,
-                    sample_inputs=bench.sample_inputs,
-                    formats=tuple(formats),
-                    threads=torch.get_num_threads(),
-                )
-            )
+            return _apart(bench, bench.quality, formats)
         except AutoquantError as error:
             reason = str(error)
     listener(Notice(f"everything runs in one process, which a crashing kernel would end: {reason}"))
     return Here(bench)
+
+
+def _apart(bench: Bench, quality: TextQuality, formats: Sequence[str]) -> Runner:
+    """Raises `AutoquantError` where the other process cannot make the same bench."""
+    runner = Apart(
+        BenchSpec(
+            source=bench.loaded.source,
+            dtype=bench.loaded.dtype,
+            kind=bench.loaded.kind,
+            content_hash=bench.loaded.content_hash,
+            parts=quality.parts,
+            workload=bench.workload,
+            device=bench.device,
+            execution=bench.execution,
+            sample_inputs=bench.sample_inputs,
+            formats=tuple(formats),
+            threads=torch.get_num_threads(),
+        )
+    )
+    try:
+        runner.run(LoadJob(), lambda _message: None)
+    except AutoquantError:
+        runner.close()
+        raise
+    return runner
 
 
 def _needs_this_process(bench: Bench, formats: Sequence[str]) -> str:

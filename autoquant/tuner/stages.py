@@ -94,7 +94,7 @@ class Stages:
     def _runner(self) -> Runner:
         """Jobs run in processes of their own where those can have the same model, formats and quality."""
         bench = Bench(
-            loaded=self.loaded,
+            load=lambda: self.loaded,
             quality=self.quality,
             workload=self.workload,
             device=self.device,

@@ -46,6 +46,11 @@ def main() -> None:
 
 def _serve(job: Job[Any], bench: Bench, threads: int, connection: Connection) -> None:
     """Fork, pass on what the child says, and say how it ended where that is all there is to say."""
+    if job.needs_model:
+        try:
+            bench.loaded  # noqa: B018 - loaded here, children share it
+        except Exception as error:  # noqa: BLE001 - raised again on the other side
+            return send(connection, (RAISED, portable(error)))
     ours, theirs = Pipe(duplex=False)
     me = os.getpid()
     child = os.fork()
@@ -64,6 +69,7 @@ def _serve(job: Job[Any], bench: Bench, threads: int, connection: Connection) ->
     _, status = os.waitpid(child, 0)
     if code := os.waitstatus_to_exitcode(status):
         send(connection, (DIED, signal.Signals(-code).name if code < 0 else f"exit code {code}"))
+    return None
 
 
 def _work(job: Job[Any], bench: Bench, answers: Connection) -> None:

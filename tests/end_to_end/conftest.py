@@ -26,6 +26,7 @@ def short(monkeypatch):
     for module, name, value in quick.SHORTER:
         monkeypatch.setattr(module, name, value)
     monkeypatch.setenv("AUTOQUANT_EAGER", "1")
+    monkeypatch.setenv("AUTOQUANT_IN_PROCESS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,6 +44,7 @@ def python(*arguments, cwd=None):
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "AUTOQUANT_EAGER": "1",
+        "AUTOQUANT_IN_PROCESS": "1",
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(

@@ -20,6 +20,7 @@ from .conftest import FACTS, rows
 from .tiny import save_llama, save_text
 
 DEADLINE_S = 60
+ENVIRONMENT = (("AUTOQUANT_EAGER", "1"), ("AUTOQUANT_IN_PROCESS", "1"), ("OMP_NUM_THREADS", "1"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def start():
     context.set_forkserver_preload([quick.__name__])
     path = os.pathsep.join(filter(None, sys.path))  # the server of Python 3.11 looks for what it preloads only there
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("AUTOQUANT_EAGER", "1"), ("OMP_NUM_THREADS", "1"), ("PYTHONPATH", path)):
+        for name, value in (*ENVIRONMENT, ("PYTHONPATH", path)):
             patch.setenv(name, value)
 
         def run(*arguments, **options):

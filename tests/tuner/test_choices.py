@@ -129,9 +129,27 @@ def test_a_choice_that_is_better_in_one_thing_is_kept(better):
     table = int8_times(weight_only=(10.0, 10.0), integer=(90.0, 90.0))
     us = 11.0 if better == "time" else 9.0
     table |= {("good/plain", "kernel", m): us for m in (1, 8)}
-    known = FACTS | facts(good=(101 if better == "memory" else 99, 0.02 if better == "exactness" else 0.005))
+    known = FACTS | facts(good=(103 if better == "memory" else 99, 0.02 if better == "exactness" else 0.005))
     choices = choices_of(table, formats=(INT8, good), known=known)
     assert {c.format for c in choices.choices} == {"bfloat16/plain", "int8/plain", "good/plain"}
+
+
+def test_a_choice_that_is_smaller_by_less_than_its_scales_is_dropped():
+    """`good` is faster and more exact, and 1 % larger."""
+    table = int8_times(weight_only=(10.0, 10.0), integer=(90.0, 90.0)) | {
+        ("good/plain", "kernel", m): 9.0 for m in (1, 8)
+    }
+    good = make_format("good/plain", kernel="a16")
+    choices = choices_of(table, formats=(INT8, good), known=FACTS | facts(good=(101, 0.005)))
+    assert {c.format for c in choices.choices} == {"bfloat16/plain", "good/plain"}
+
+
+def test_of_two_choices_that_differ_in_size_alone_the_smaller_is_kept():
+    table = ALWAYS_16 | {(name, "kernel", m): 5.0 for name in ("larger/plain", "smaller/plain") for m in (1, 8)}
+    formats = [make_format(f"{name}/plain", kernel="a16") for name in ("larger", "smaller")]
+    known = facts(bfloat16=(400, 0.0), larger=(201, 0.01), smaller=(200, 0.01))
+    choices = choices_of(table, formats=formats, known=known)
+    assert {c.format for c in choices.choices} == {"bfloat16/plain", "smaller/plain"}
 
 
 def test_rounding_activations_does_not_count_as_more_exact():

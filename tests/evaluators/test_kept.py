@@ -1,0 +1,70 @@
+"""Tensors kept on disk are made once and come back bit for bit."""
+
+import os
+
+import pytest
+import torch
+from models.tiny_models import tiny_llama
+
+from autoquant.evaluators.kept import KeptTensor
+from autoquant.evaluators.quality import TextQuality
+
+
+class Maker:
+    def __init__(self, tensor):
+        self.tensor, self.calls = tensor, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_tensor_is_made_once_and_comes_back_bit_for_bit(dtype):
+    make = Maker(torch.randn(5, 7).to(dtype))
+    kept = KeptTensor(1 << 20)
+    for _ in range(3):
+        found = kept.get(make)
+        assert found.dtype == dtype and torch.equal(found, make.tensor)
+    assert make.calls == 1
+
+
+def test_a_tensor_larger_than_allowed_is_made_each_time():
+    make = Maker(torch.randn(100, 100))
+    kept = KeptTensor(1000)
+    assert all(torch.equal(kept.get(make), make.tensor) for _ in range(2))
+    assert make.calls == 2
+
+
+def test_a_full_disk_costs_time_only(monkeypatch):
+    def refuse(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    make = Maker(torch.randn(10))
+    kept = KeptTensor(1 << 20)
+    monkeypatch.setattr(os, "pwrite", refuse)
+    assert all(torch.equal(kept.get(make), make.tensor) for _ in range(2))
+    assert make.calls == 2
+
+
+def test_what_a_forked_process_made_is_there_for_all():
+    kept = KeptTensor(1 << 20)
+    child = os.fork()
+    if child == 0:
+        kept.get(lambda: torch.arange(6))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert kept.get(lambda: torch.zeros(1)).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_comparisons_with_a_kept_reference_run_it_once_and_find_the_same(quality):
+    reference, module = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        module.lm_head.weight.mul_(1.1)
+    runs = []
+    reference.lm_head.register_forward_hook(lambda *_args: runs.append(1))
+    keeping = TextQuality(quality.parts, "cpu", keep_reference=True)
+    expected = quality.compare(module, reference, "report")
+    runs.clear()
+    assert [keeping.compare(module, reference, "report") for _ in range(3)] == [expected] * 3
+    assert len(runs) == len(quality.parts.windows["report"])

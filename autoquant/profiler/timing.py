@@ -233,8 +233,9 @@ def _prepare(
         # Traced on distinct tensors: one that came twice would be read once.
         run: Callable[[list[torch.Tensor]], Any] = graph
         if not (on_cuda and kernel.opaque):
-            # Compiled code knows shapes from traced ones; tracing on real tensors would hold all that is computed on the way.
-            run = make_fx(graph, tracing_mode="fake" if compiled else "real")(groups[0])
+            # For the compiler fake tensors are enough; real ones would all be computed, and held until the end.
+            fake = compiled and not on_cuda
+            run = make_fx(graph, tracing_mode="fake" if fake else "real")(groups[0])
             run = _compile(run, groups[0]) if compiled else run
         outputs = run([*inputs, *biases, *(parts * unroll)])
         sign = 1 if on_cuda else -1

@@ -19,7 +19,7 @@ from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import ModelKind, ModelSource
 from autoquant.profiler.device import release_memory, trim_memory
 from autoquant.profiler.measure import profile
-from autoquant.records import Device, Measurement, Plan, Proof, Site, TimingSubject, Workload
+from autoquant.records import Device, Measurement, Plan, Proof, Roofline, Site, TimingSubject, Workload
 from autoquant.store import Store
 from autoquant.tuner.prove import Prover
 
@@ -153,6 +153,13 @@ class Timed:
 
 
 @dataclass(frozen=True, slots=True)
+class Limited:
+    """Told by `ProfileJob`: the device's roofline, where it had to be measured."""
+
+    roofline: Roofline
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
     """Told by `ScoreJob`: one site's losses by (site name, numerics)."""
 
@@ -172,12 +179,13 @@ class LoadJob:
 
 @dataclass(frozen=True, slots=True)
 class ProfileJob:
-    """Times the subjects that are not known yet; tells `Timed` and events."""
+    """Times the subjects that are not known yet; tells `Timed`, `Limited` and events."""
 
     needs_model: ClassVar[bool] = False
     subjects: Sequence[TimingSubject]
     hardware: Device
     known: Mapping[TimingSubject, Measurement]
+    roofline: Roofline | None = None
 
     def run(self, bench: Bench, tell: Tell) -> dict[TimingSubject, Measurement]:
         formats = {(subject.format, subject.kernel): get_format(subject.format) for subject in self.subjects}
@@ -186,7 +194,7 @@ class ProfileJob:
             [(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
             device=self.hardware,
             device_name=bench.device,
-            store=cast(Store, _Relay(self.known, tell, bench)),
+            store=cast(Store, _Relay(self.known, self.roofline, tell, bench)),
             listener=partial(_tell_trimmed, tell),
         )
 
@@ -201,8 +209,16 @@ def _tell_trimmed(tell: Tell, event: Event) -> None:
 class _Relay:
     """Stands for the store where there is none: what is known came with the job, what is new is told."""
 
-    def __init__(self, known: Mapping[TimingSubject, Measurement], tell: Tell, bench: Bench) -> None:
-        self._known, self._tell, self._bench = known, tell, bench
+    def __init__(
+        self, known: Mapping[TimingSubject, Measurement], roofline: Roofline | None, tell: Tell, bench: Bench
+    ) -> None:
+        self._known, self._roofline, self._tell, self._bench = known, roofline, tell, bench
+
+    def roofline(self, _device: Device) -> Roofline | None:
+        return self._roofline
+
+    def put_roofline(self, _device: Device, roofline: Roofline) -> None:
+        self._tell(Limited(roofline))
 
     def timings(self, _device: Device, _protocol: str) -> dict[TimingSubject, Measurement]:
         return dict(self._known)

@@ -11,7 +11,7 @@ from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, Measurement, TimingSubject
 from autoquant.store import Store
 from autoquant.tuner.apart import Runner
-from autoquant.tuner.jobs import ProfileJob, Timed
+from autoquant.tuner.jobs import Limited, ProfileJob, Timed
 
 
 def measure_all(
@@ -29,12 +29,15 @@ def measure_all(
     def on_message(message: Any) -> None:
         if isinstance(message, Timed):
             store.put_timings(hardware, PROTOCOL, message.measurements)
+        elif isinstance(message, Limited):
+            store.put_roofline(hardware, message.roofline)
         else:
             listener(message)
 
     while True:
         try:
-            return runner.run(ProfileJob(subjects, hardware, store.timings(hardware, PROTOCOL)), on_message)
+            known = store.timings(hardware, PROTOCOL)
+            return runner.run(ProfileJob(subjects, hardware, known, store.roofline(hardware)), on_message)
         except ProcessDiedError as death:
             crashed = [
                 Measurement(subject=subject, outcome="failed", reason=reason)

@@ -54,10 +54,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--longest", type=float, default=40.0, help="seconds until a kill at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("more", nargs="*")
-    arguments = parser.parse_args()
+    own, more = sys.argv[1:], []
+    if "--" in own:
+        at = own.index("--")
+        own, more = own[:at], own[at + 1 :]
+    arguments = parser.parse_args(own)
     command = [sys.executable, "-m", "autoquant", "search", arguments.model, "--eval-text", arguments.text]
-    command += ["--db", str(arguments.db), *arguments.more]
+    command += ["--db", str(arguments.db), *more]
     moments = random.Random(arguments.seed)
     seen: dict[tuple[object, ...], tuple[object, ...]] = {}
     repeated = 0

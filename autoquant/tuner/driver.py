@@ -55,6 +55,9 @@ def search(
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
 
+    On Linux and a CPU, kernels run in processes of their own, which may crash and give memory back. A live module, a quality
+    function of the caller's and formats registered in this process only stay in this process; a notice says so.
+
     Args:
         model: A path (see `autoquant.models.load_model`) or a live module.
         eval_text: A UTF-8 text file that quality is measured on; needed unless `quality` is given.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from .tiny import save_llama, save_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="all is one process elsewhere")]
 
-BAD_KERNELS = """
+CRASHING_KERNELS = """
 import os, signal
 import torch, torch.nn.functional as F
 from autoquant.candidates import A16, Format, Kernel
@@ -34,7 +35,7 @@ def fragile(x, w, b):
         os.kill(os.getpid(), signal.SIGBUS)
     return F.linear(x, w.to(x.dtype), b)
 
-def bad(): return [
+def formats(): return [
     Format(id=f"{f.__name__}/plain", quantize=lambda w: w.to(torch.float8_e4m3fn), dequantize=lambda s: s.float(),
            kernels=(Kernel(id="matmul", numerics=A16, linear=f),))
     for f in (crash, fragile)
@@ -46,11 +47,11 @@ def bad(): return [
 def plug_in(tmp_path_factory):
     """An installed package with a kernel that always brings its process down, and one that does so on long inputs."""
     package = tmp_path_factory.mktemp("site")
-    (package / "bad_kernels-1.0.dist-info").mkdir()
-    (package / "bad_kernels-1.0.dist-info" / "METADATA").write_text("Name: bad-kernels\nVersion: 1.0\n")
-    entry_points = "[autoquant.candidates]\nbad = bad_kernels:bad\n"
-    (package / "bad_kernels-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
-    (package / "bad_kernels.py").write_text(BAD_KERNELS)
+    (package / "crashing_kernels-1.0.dist-info").mkdir()
+    (package / "crashing_kernels-1.0.dist-info" / "METADATA").write_text("Name: crashing-kernels\nVersion: 1.0\n")
+    entry_points = "[autoquant.candidates]\ncrashing = crashing_kernels:formats\n"
+    (package / "crashing_kernels-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
+    (package / "crashing_kernels.py").write_text(CRASHING_KERNELS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(package))
         registry._from_entry_points.cache_clear()
@@ -165,7 +166,12 @@ def test_a_search_that_is_stopped_leaves_no_process_and_goes_on(small, tmp_path,
     environment["OMP_NUM_THREADS"] = "1"
     environment.pop("AUTOQUANT_IN_PROCESS", None)
     searching = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a runner in the background ignores
     )
     deadline = time.monotonic() + 60
     while not (db.exists() and len(timings(db)) >= 2):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -213,7 +214,14 @@ def test_no_process_outlives_the_one_that_searches(spec, tmp_path, how):
     (tmp_path / "spec").write_bytes(pickle.dumps(spec))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", SEARCHING, str(tmp_path / "spec")]
-    searching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    searching = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a runner in the background ignores
+    )
     process = int(searching.stdout.readline())
     worker = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     assert is_running(process) and is_running(worker)

@@ -12,6 +12,7 @@ from autoquant.candidates import Format, Kernel
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
 from autoquant.profiler.crossovers import FormatTimings, numerics_sets
+from autoquant.profiler.device import trim_memory
 from autoquant.records import (
     LayerChoice,
     LinearShape,
@@ -69,6 +70,7 @@ def format_facts(
             stored = fmt.store(weight)
             error = ((fmt.dequantize(stored) - weight.float()).norm() / weight.float().norm()).item()
             facts[fmt.id, shape] = FormatFacts(stored_bytes(stored), error)
+            trim_memory()
     return facts
 
 

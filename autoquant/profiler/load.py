@@ -16,6 +16,11 @@ _YARDSTICK_BYTES = 256 << 20
 _YARDSTICK_COPIES = 32
 
 
+def watch_load(device_name: str) -> OtherLoad | GpuLoad:
+    """What could disturb a measurement on this torch device, watched from now on."""
+    return GpuLoad(device_name) if torch.device(device_name).type == "cuda" else OtherLoad()
+
+
 class OtherLoad:
     """Watches how busy the cores are with anything but this process (other guests of a virtual machine included).
 

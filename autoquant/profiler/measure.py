@@ -117,14 +117,13 @@ def _prepare(
 ) -> Mapping[TimingSubject, Measurement]:
     """Compile and tune in parallel processes; returns the outcomes that need no timing."""
     use_kernel_caches()
-    roofline = known_roofline(device, device_name, store, listener)
     subjects = [subject for group in missing.values() for subject in group]
     listener(StageStarted("prepare", len(subjects)))
     prepared = prepare(
         subjects,
         device=device,
         device_name=device_name,
-        roofline=roofline,
+        roofline=lambda: known_roofline(device, device_name, store, listener),
         on_progress=lambda done, what: listener(StageProgress("prepare", done, what)),
     )
     load_tuning(str(tuning_folder(device)))

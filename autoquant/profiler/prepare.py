@@ -58,26 +58,28 @@ def prepare(
     *,
     device: Device,
     device_name: str,
-    roofline: Roofline,
+    roofline: Callable[[], Roofline],
     on_progress: Callable[[int, str], None],
 ) -> Prepared:
     """Try out what can be: library kernels first, then compiled ones that could still win; tune those that are not far behind.
 
     Args:
+        roofline: Gives the device's limits; called while the processes start, which do not use the device yet.
         on_progress: Told how many are done and what came last.
 
     Returns:
         The outcomes unsupported, bounded, beaten, failed and incorrect. What is left is ready to be timed.
     """
-    campaign = _Campaign(roofline, on_progress)
-    waiting = []
+    decided, waiting = {}, []
     for subject in subjects:
         if reason := _unsupported_reason(subject, device.type):
-            campaign.decide(Measurement(subject=subject, outcome="unsupported", reason=reason))
+            decided[subject] = Measurement(subject=subject, outcome="unsupported", reason=reason)
         elif not is_registered_here(subject.format):  # another process would not know it
             waiting.append(subject)
     library = [subject for subject in waiting if _kernel(subject).opaque]
     with _Workers(device, device_name, _fitting(waiting, device_name)) as workers:
+        workers.start(len(waiting))
+        campaign = _Campaign(decided, roofline(), on_progress)
         campaign.take(workers.run(library, tune=False), tuned=False)
         compiled = [subject for subject in waiting if not _kernel(subject).opaque]
         campaign.take(workers.run(campaign.that_could_win(compiled), tune=False), tuned=False)
@@ -89,11 +91,16 @@ def prepare(
 class _Campaign:
     """What is known so far."""
 
-    def __init__(self, roofline: Roofline, on_progress: Callable[[int, str], None]) -> None:
+    def __init__(
+        self,
+        decided: dict[TimingSubject, Measurement],
+        roofline: Roofline,
+        on_progress: Callable[[int, str], None],
+    ) -> None:
         self._roofline, self._on_progress = roofline, on_progress
         self._tried: dict[TimingSubject, Tried] = {}
         self._unsettled: list[TimingSubject] = []
-        self.decided: dict[TimingSubject, Measurement] = {}
+        self.decided = decided
         self.seen: set[TimingSubject] = set()
         self.work_s = 0.0
 
@@ -170,6 +177,11 @@ class _Workers:
         for connection in list(self._processes):
             self._end(connection)
 
+    def start(self, pieces: int) -> None:
+        """Have processes ready for so many pieces of work."""
+        while len(self._processes) < min(self._count, pieces):
+            self._begin()
+
     def run(self, subjects: Sequence[TimingSubject], *, tune: bool) -> Iterator[_Answer]:
         """Give the subjects to the processes in turn; answers come as they are ready.
 
@@ -178,8 +190,7 @@ class _Workers:
         """
         waiting = list(reversed(_by_shape(subjects)))
         at_work: dict[Connection, TimingSubject] = {}
-        while len(self._processes) < min(self._count, len(waiting)):
-            self._begin()
+        self.start(len(waiting))
         idle = list(self._processes)
         while waiting or at_work:
             while waiting and idle:

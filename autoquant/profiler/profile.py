@@ -26,7 +26,7 @@ from autoquant.profiler.latencies import COLUMNS, Latencies
 from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.roofline import known_roofline
-from autoquant.profiler.shapes import NamedShapes, parse_shapes, read_shapes
+from autoquant.profiler.shapes import ListedShapes, NamedShapes, parse_shapes, read_shapes
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
 from autoquant.store import Store, open_store
@@ -141,7 +141,7 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
     if isinstance(workload, str):
         workload = Workload.parse(workload, request.batch)
     if request.model is None:
-        prepare = partial(_of_shapes, request, _named_shapes(request, device_name), workload, device_name)
+        prepare = partial(_of_shapes, request, _listed_shapes(request, device_name), workload, device_name)
     else:
         loaded = _load(request, device_name)
         workload = workload or default_workload(loaded.kind, request.batch)
@@ -176,14 +176,15 @@ def _check(request: ProfileRequest) -> None:
         )
 
 
-def _named_shapes(request: ProfileRequest, device_name: str) -> NamedShapes:
+def _listed_shapes(request: ProfileRequest, device_name: str) -> ListedShapes:
     dtype = resolve_dtype("fast16" if request.dtype == "auto" else request.dtype, device_name, torch.float32)
     if isinstance(request.shapes, (str, os.PathLike)):
         return read_shapes(request.shapes, dtype_name(dtype))
     return parse_shapes(request.shapes or (), dtype_name(dtype))
 
 
-def _of_shapes(request: ProfileRequest, names: NamedShapes, workload: Workload | None, device_name: str) -> _Subjects:
+def _of_shapes(request: ProfileRequest, listed: ListedShapes, workload: Workload | None, device_name: str) -> _Subjects:
+    names = listed.names
     rows: Sequence[int] = request.rows or DEFAULT_ROWS
     if workload is not None:
         rows = sorted({phase.tokens * workload.batch for phase in workload.phases})
@@ -195,7 +196,7 @@ def _of_shapes(request: ProfileRequest, names: NamedShapes, workload: Workload |
     from_file = isinstance(request.shapes, (str, os.PathLike))
     return _Subjects(
         names=names,
-        cells=_cells(names, rows),
+        cells=[(shape, m) for shape in names for m in listed.rows.get(shape, rows)],
         working_set=measure.working_set_bytes(repeated, hardware, ELEMENT_BYTES[dtype]),
         dtype=dtype,
         source=Path(str(request.shapes)).name if from_file else f"{len(names)} shapes",
@@ -240,7 +241,7 @@ def _of_model(
         names[site.shape] = (*names.get(site.shape, ()), site.name)
     return _Subjects(
         names=names,
-        cells=_cells(names, request.rows) if request.rows else measure.cells_of(recording.sites),
+        cells=[(shape, m) for shape in names for m in request.rows] if request.rows else measure.cells_of(recording.sites),
         working_set=measure.working_set_bytes(
             [site.shape for site in recording.sites],
             fingerprint(device_name),
@@ -251,16 +252,11 @@ def _of_model(
     )
 
 
-def _cells(shapes: NamedShapes, rows: Sequence[int]) -> list[Cell]:
-    return [(shape, m) for shape in shapes for m in rows]
-
-
 def _time(subjects: _Subjects, candidates: Candidates, device_name: str, store: Store, listener: Listener) -> Latencies:
     hardware = fingerprint(device_name)
     if reason := compile_failure() if hardware.type == "cpu" else None:
         listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
     store.put_device(hardware)
-    roofline = known_roofline(hardware, device_name, store, listener)
     known = store.timings(hardware, PROTOCOL)
     started = time.monotonic()
     measured = measure.profile(
@@ -272,6 +268,7 @@ def _time(subjects: _Subjects, candidates: Candidates, device_name: str, store: 
         listener=listener,
     )
     elapsed_s = time.monotonic() - started
+    roofline = known_roofline(hardware, device_name, store, listener)
     return Latencies(
         rows=_rows(measured, candidates, hardware, device_name, roofline),
         names=subjects.names,

@@ -14,7 +14,7 @@ import torch
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
 from autoquant.profiler.device import synchronize
 from autoquant.profiler.floor import floor_us
-from autoquant.profiler.load import HIGHEST_OTHER_LOAD, OtherLoad
+from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.records import Device, Roofline
 from autoquant.store import Store
 
@@ -46,7 +46,7 @@ def known_roofline(device: Device, device_name: str, store: Store, listener: Lis
         return kept
     listener(StageStarted(_STAGE, 1))
     for _ in range(_ATTEMPTS):
-        watch = OtherLoad()
+        watch = watch_load(device_name)
         roofline = measure_roofline(device_name, cache_bytes=device.cache_bytes)
         share = watch.share()
         if share <= HIGHEST_OTHER_LOAD:

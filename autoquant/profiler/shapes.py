@@ -1,10 +1,11 @@
-"""Shapes and rows as people write them: `4096x4096+bias q_proj`, one linear a line, and `1,16,2048`."""
+"""Shapes and rows as people write them: `4096x4096+bias q_proj rows=1,16`, one linear a line, and `1,16,2048`."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from autoquant.errors import WorkloadError
@@ -12,12 +13,25 @@ from autoquant.records import LinearShape
 
 NamedShapes = dict[LinearShape, tuple[str, ...]]
 
-_LINE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})(\+bias)?(?:\s+(\S.*))?")
+_LINE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})(\+bias)?(?:\s+(?!rows=)(\S.*?))?(?:\s+rows=(\S*))?")
 _ROWS = re.compile(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*")
-_FORM = "write OUTxIN, e.g. 4096x4096, 4096x4096+bias or 4096x4096 q_proj"
+_FORM = "write OUTxIN, e.g. 4096x4096, 4096x4096+bias or 4096x4096 q_proj rows=1,16"
 
 
-def read_shapes(path: str | os.PathLike[str], dtype: str) -> NamedShapes:
+@dataclass(frozen=True, slots=True)
+class ListedShapes:
+    """Distinct shapes in the order of a list.
+
+    Attributes:
+        names: What each is called.
+        rows: The m of those that have their own.
+    """
+
+    names: NamedShapes
+    rows: Mapping[LinearShape, tuple[int, ...]]
+
+
+def read_shapes(path: str | os.PathLike[str], dtype: str) -> ListedShapes:
     """Read a file of shapes; see `parse_shapes`.
 
     Raises:
@@ -32,12 +46,12 @@ def read_shapes(path: str | os.PathLike[str], dtype: str) -> NamedShapes:
     return parse_shapes(text.splitlines(), dtype, origin=str(path))
 
 
-def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> NamedShapes:
-    """Distinct shapes with their names, in order.
+def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> ListedShapes:
+    """Read a list of shapes.
 
     Args:
-        lines: Each `NxK` (out features first), `+bias` right behind it where there is one, then a name if wanted. Blank
-            lines and what follows `#` say nothing.
+        lines: Each `NxK` (out features first), `+bias` right behind it where there is one, then a name if wanted, then
+            `rows=1,16` where it is not to be timed at the rows of the others. Blank lines and what follows `#` say nothing.
         dtype: Of weights and activations, e.g. `bfloat16`.
         origin: What errors call the lines.
 
@@ -45,6 +59,7 @@ def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> Na
         WorkloadError: A line has another form, or there is no shape.
     """
     found: NamedShapes = {}
+    own_rows: dict[LinearShape, tuple[int, ...]] = {}
     for number, line in enumerate(lines, start=1):
         content = line.partition("#")[0].strip()
         if not content:
@@ -52,13 +67,15 @@ def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> Na
         match = _LINE.fullmatch(content)
         if match is None:
             raise WorkloadError(f"{origin}, line {number}: cannot read {content[:60]!r}; {_FORM}")
-        n, k, bias, name = match.groups()
+        n, k, bias, name, rows = match.groups()
         shape = LinearShape(n=int(n), k=int(k), bias=bias is not None, dtype=dtype)
         names = found.get(shape, ())
         found[shape] = names if name is None or name in names else (*names, name)
+        if rows is not None:
+            own_rows[shape] = parse_rows(f"{rows}{''.join(f',{m}' for m in own_rows.get(shape, ()))}")
     if not found:
         raise WorkloadError(f"{origin} holds no shape: {_FORM}, one linear a line")
-    return found
+    return ListedShapes(found, own_rows)
 
 
 def parse_rows(text: str) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.profiler.clocks import Clock, GraphClock, HostClock
-from autoquant.profiler.load import HIGHEST_OTHER_LOAD, GpuLoad, OtherLoad
+from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.records import LinearShape, Measurement, TimingSubject
 
 PROTOCOL = "3"
@@ -271,11 +271,10 @@ def _race_undisturbed(entrants: list[_Entrant], device: str) -> float:
     share = 0.0
     if not entrants:
         return share
-    on_cuda = torch.device(device).type == "cuda"
     for attempt in range(_ATTEMPTS):
         for entrant in entrants:
             entrant.samples_us.clear()
-        watch = GpuLoad(device) if on_cuda else OtherLoad()
+        watch = watch_load(device)
         _race(entrants)
         share = watch.share()
         if share <= HIGHEST_OTHER_LOAD:

@@ -19,9 +19,8 @@ CELL = ["n", "k", "m"]
 
 
 def read(out: Path, name: str) -> pd.DataFrame:
-    """A run's rows, the head's too."""
-    files = [path for path in (out / f"{name}.csv", out / f"{name}-head.csv") if path.exists() and path.stat().st_size]
-    frame = pd.concat([pd.read_csv(path) for path in files], ignore_index=True)
+    """A run's rows."""
+    frame = pd.read_csv(out / f"{name}.csv")
     frame["candidate"] = frame.format + "/" + frame.kernel
     return frame
 

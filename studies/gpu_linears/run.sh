@@ -7,7 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=$1; shift
 steps=${*:-cold1 warm again table cold2 uniform}
 python=${PYTHON:-python}
-shapes=${SHAPES:-$here/shapes.txt} head=${HEAD_SHAPES-$here/head.txt} rows=1,16,2048
+shapes=${SHAPES:-$here/shapes.txt} rows=1,16,2048
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export AUTOQUANT_CACHE=${AUTOQUANT_CACHE:-$work/caches}
@@ -21,7 +21,6 @@ stamped() { while IFS= read -r line; do echo "$SECONDS s: $line"; done; }
 both() { # NAME DATABASE: the model's shapes for prefill 2,048 and decode at batch 1 and 16
     local start=$SECONDS
     profile --shapes "$shapes" --rows "$rows" --db "$2" --csv 2>&1 >"$out/$1.csv" | stamped >"$out/$1.log"
-    [ -z "$head" ] || profile --shapes "$head" --rows 1,16 --db "$2" --csv 2>&1 >"$out/$1-head.csv" | stamped >>"$out/$1.log"
     echo "$1 $((SECONDS - start)) s" | tee -a "$out/seconds.txt"
 }
 for step in $steps; do

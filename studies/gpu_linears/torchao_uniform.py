@@ -76,7 +76,9 @@ def main() -> None:
 
     use_kernel_caches()
     warnings.simplefilter("ignore")
-    jobs = [(c, s.n, s.k, m) for c in CONFIGS for s in read_shapes(arguments.shapes, "bfloat16") for m in ROWS]
+    listed = read_shapes(arguments.shapes, "bfloat16")
+    shapes = [shape for shape in listed.names if shape not in listed.rows]
+    jobs = [(c, s.n, s.k, m) for c in CONFIGS for s in shapes for m in ROWS]
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), (os.cpu_count() or 2) - 1)) as pool:
         pool.map(compile_one, jobs, chunksize=1)
 

@@ -59,7 +59,7 @@ def prepared(*subjects, seen=None):
         subjects,
         device=fingerprint("cpu"),
         device_name="cpu",
-        roofline=ROOFLINE,
+        roofline=lambda: ROOFLINE,
         on_progress=lambda done, what: None if seen is None else seen.append((done, what)),
     )
 

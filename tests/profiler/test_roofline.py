@@ -57,7 +57,7 @@ def small(monkeypatch):
         def share(self):
             return shares.pop(0) if len(shares) > 1 else shares[0]
 
-    monkeypatch.setattr(module, "OtherLoad", Watch)
+    monkeypatch.setattr(module, "watch_load", lambda _device: Watch())
     return shares
 
 

@@ -14,7 +14,7 @@ def shape(n, k, bias=False):
 def test_a_file_has_a_linear_a_line_with_bias_name_and_comments(tmp_path):
     path = tmp_path / "shapes.txt"
     path.write_text("# a model\n\n4096x1024\n 64x32+bias  down_proj # why\n8x16 gate and up\n", encoding="utf-8")
-    assert read_shapes(path, "bfloat16") == {
+    assert read_shapes(path, "bfloat16").names == {
         shape(4096, 1024): (),
         shape(64, 32, bias=True): ("down_proj",),
         shape(8, 16): ("gate and up",),
@@ -23,7 +23,16 @@ def test_a_file_has_a_linear_a_line_with_bias_name_and_comments(tmp_path):
 
 def test_a_shape_that_comes_again_is_timed_once_under_all_its_names():
     found = parse_shapes(["8x8 q", "8x8 k", "8x8+bias o", "8x8 q"], "bfloat16")
-    assert found == {shape(8, 8): ("q", "k"), shape(8, 8, bias=True): ("o",)}
+    assert found.names == {shape(8, 8): ("q", "k"), shape(8, 8, bias=True): ("o",)}
+
+
+def test_a_shape_may_have_rows_of_its_own():
+    found = parse_shapes(["8x8 q", "64x8 lm head rows=16,1", "32x8 rows=4", "32x8 rows=2", "16x8  rows = 1"], "bfloat16")
+    assert found.rows == {shape(64, 8): (1, 16), shape(32, 8): (2, 4)}
+    assert found.names[shape(64, 8)] == ("lm head",) and found.names[shape(16, 8)] == ("rows = 1",)
+    for bad in ("8x8 rows=", "8x8 q rows=0", "8x8 rows=a,b"):
+        with pytest.raises(WorkloadError, match="e.g. 1,16,2048"):
+            parse_shapes([bad], "bfloat16")
 
 
 @pytest.mark.parametrize(

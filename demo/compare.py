@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import autoquant
-from autoquant.evaluators.request import time_requests, warm_up
+from autoquant.evaluators.request import make_warm, time_requests
 from autoquant.models import load_model
 from autoquant.profiler.phases import make_phases
 from autoquant.records import Workload
@@ -30,12 +30,17 @@ def main() -> None:
     workload = Workload.parse(arguments.workload)
     original = load_model(arguments.model).module
     quantized = autoquant.load(arguments.quantized)
-    phases = [
-        make_phases(module, "causal_lm", workload, device="cpu", compiled=not arguments.eager)
-        for module in (quantized, original)
-    ]
-    for each in phases:
-        warm_up(each)
+    compiled = not arguments.eager
+    phases = []
+    for module in (quantized, original):
+        ready, note = make_warm(
+            lambda regions, m=module: make_phases(
+                m, "causal_lm", workload, device="cpu", compiled=compiled, regions=regions
+            )
+        )
+        phases.append(ready)
+        if note:
+            print(f"note: {note}")
     times = time_requests(phases[0], phases[1], "cpu")
     print(f"{'':10}{'original':>12}{'quantized':>12}{'speedup':>10}")
     for phase in workload.phases:

@@ -49,6 +49,7 @@ class Kernel:
         tuned: Its library tunes it for each shape when it is first called, which takes seconds.
         arithmetic: What it multiplies in on a GPU, for the roofline; None is the activation's dtype.
         materializes: Writes the weight out in the activation's dtype and reads it again.
+        nests: The compiler takes it in a nested region (see `autoquant.profiler.compiled`).
         unsupported: (shape, m, device type) to the reason why it cannot be used there, or None.
         description: One line for `autoquant candidates`.
     """
@@ -60,6 +61,7 @@ class Kernel:
     tuned: bool = False
     arithmetic: str | None = None
     materializes: bool = False
+    nests: bool = True
     unsupported: Unsupported = always_supported
     description: str = ""
 

@@ -100,6 +100,7 @@ def _format(group: int) -> Format:
                 id="int4pack-mm",
                 numerics=A16,
                 linear=_packed_mm,
+                nests=False,  # PyTorch 2.13 hands it the group size as a constant, and mixes up constants of nested regions
                 description="ATen's int4 weight-only product",
             ),
             Kernel(

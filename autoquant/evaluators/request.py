@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from autoquant.profiler.device import release_memory, synchronize
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, OtherLoad
 from autoquant.profiler.phases import Phases
+from autoquant.profiler.timing import first_line
 
 _WARM_UP_CALLS = 2
 _MAX_RELATIVE_ERROR = 0.1
@@ -61,6 +62,29 @@ def warm_up(phases: Phases) -> None:
                 phases.reset(phase.name)
                 phases.run(phase.name)
             release_memory()  # what the compiler leaves behind, before the next phase is compiled
+
+
+def make_warm(make: Callable[[bool], Phases]) -> tuple[Phases, str]:
+    """Make phases and warm them up: with blocks as nested regions or, where that does not work, whole.
+
+    Args:
+        make: Given whether there are to be nested regions, makes the phases.
+
+    Returns:
+        The phases, and why their model was compiled whole; empty where it was not.
+
+    Raises:
+        WrongResultError: The model computes something else when it is compiled whole, too.
+    """
+    try:
+        phases = make(True)
+        warm_up(phases)
+        return phases, ""
+    except Exception as error:  # noqa: BLE001 - whatever the compiler raises
+        reason = first_line(error)
+    phases = make(False)
+    warm_up(phases)
+    return phases, f"compiled whole, not block by block: {reason}"
 
 
 def time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:

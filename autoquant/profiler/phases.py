@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from autoquant.errors import WorkloadError
+from autoquant.profiler.compiled import GraphedStep, compile_forward, ready_to_compile
 from autoquant.records import Workload
 
 DEFAULT_LM_WORKLOAD = "prefill=512,decode=128"
@@ -42,6 +42,7 @@ def make_phases(
     device: str,
     sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     compiled: bool = False,
+    regions: bool = True,
     max_positions: int | None = None,
 ) -> Phases:
     """Choose how to run `module`.
@@ -49,7 +50,8 @@ def make_phases(
     Args:
         kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or `module`.
         sample_inputs: Arguments of one forward pass, for `module`.
-        compiled: Compile the forward pass, each phase with static shapes.
+        compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it as a CUDA graph.
+        regions: Compile blocks that are alike once; see `autoquant.profiler.compiled`.
         max_positions: The longest sequence the model takes, where known.
 
     Raises:
@@ -63,15 +65,15 @@ def make_phases(
             f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens"
         )
     if kind == "causal_lm":
-        return _CausalPhases(module, workload, device, compiled)
+        return _CausalPhases(module, workload, device, compiled, regions)
     if kind == "token_lm":
         if any(phase.name == "decode" for phase in workload.phases):
             raise WorkloadError("this model keeps no cache, so it has no decode phase; use --workload prefill=TOKENS")
         ids = torch.zeros((workload.batch, workload.phases[0].tokens), dtype=torch.long, device=device)
-        return _ForwardPhases(module, workload, (ids,), compiled)
+        return _ForwardPhases(module, workload, (ids,), compiled, regions)
     if sample_inputs is None:
         raise WorkloadError("this model needs sample inputs: call it from Python with sample_inputs=...")
-    return _ForwardPhases(module, workload, sample_inputs, compiled)
+    return _ForwardPhases(module, workload, sample_inputs, compiled, regions)
 
 
 def default_workload(kind: str, batch: int) -> Workload:
@@ -83,39 +85,23 @@ def default_workload(kind: str, batch: int) -> Workload:
     return Workload.single()
 
 
-def _compile(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    """Compile with static shapes.
-
-    Compiled code is kept per code object, so each model gets a copy of its own: otherwise every further plan would add to the
-    first one's list, whose guards are tried in turn on each call, until the compiler's recompile limit is hit.
-    """
-    if not compiled:
-        return function
-    own = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return torch.compile(own, dynamic=False)
-
-
 class _ForwardPhases:
     """One forward pass with fixed inputs."""
 
     def __init__(
-        self, module: nn.Module, workload: Workload, inputs: Sequence[Any] | Mapping[str, Any], compiled: bool
+        self,
+        module: nn.Module,
+        workload: Workload,
+        inputs: Sequence[Any] | Mapping[str, Any],
+        compiled: bool,
+        regions: bool,
     ) -> None:
         self.workload = workload
         self._args = () if isinstance(inputs, Mapping) else tuple(inputs)
         self._kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return module(*args, **kwargs)
-
-        self._eager = forward
-        self._forward = _compile(forward, compiled)
+        self._eager = self._forward = _pass_of(module)
+        if compiled:
+            self._forward = compile_forward(_pass_of(ready_to_compile(module, regions=regions)))
 
     def reset(self, phase: str) -> None:
         pass
@@ -135,7 +121,7 @@ class _ForwardPhases:
 class _CausalPhases:
     """Prefill and decode of a Hugging Face causal language model with a static cache."""
 
-    def __init__(self, module: nn.Module, workload: Workload, device: str, compiled: bool) -> None:
+    def __init__(self, module: nn.Module, workload: Workload, device: str, compiled: bool, regions: bool) -> None:
         from transformers import StaticCache
 
         self.workload = workload
@@ -150,17 +136,13 @@ class _CausalPhases:
         self._ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
         self._position = 0
 
-        def forward(ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-            output = module(
-                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            logits: torch.Tensor = output.logits
-            return logits
-
         self._cache = StaticCache(config=config, max_cache_len=self._prompt + self._steps)
-        self._eager = forward
-        self._forward = _compile(forward, compiled)
+        self._eager = self._forward = _step_of(module, self._cache)
         self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
+        if compiled:
+            self._forward = compile_forward(_step_of(ready_to_compile(module, regions=regions), self._cache))
+            if torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers):
+                self._forward = GraphedStep(self._forward, self._lengths)
 
     def reset(self, phase: str) -> None:
         self._cache.reset()
@@ -185,7 +167,27 @@ class _CausalPhases:
         self._position = end
         positions = torch.arange(start, end, device=self._device).unsqueeze(0)
         with torch.no_grad():
-            return forward(self._ids[:, start:end], positions, self._cache)
+            return forward(self._ids[:, start:end], positions)
+
+    def _lengths(self) -> list[torch.Tensor]:
+        """What a step advances: how far each layer's cache is filled."""
+        return [layer.cumulative_length for layer in self._cache.layers]
+
+
+def _pass_of(module: nn.Module) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    return forward
+
+
+def _step_of(module: nn.Module, cache: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output = module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits
+        return logits
+
+    return forward
 
 
 def output_tensor(output: Any) -> torch.Tensor:

@@ -241,7 +241,9 @@ def _of_model(
         names[site.shape] = (*names.get(site.shape, ()), site.name)
     return _Subjects(
         names=names,
-        cells=[(shape, m) for shape in names for m in request.rows] if request.rows else measure.cells_of(recording.sites),
+        cells=[(shape, m) for shape in names for m in request.rows]
+        if request.rows
+        else measure.cells_of(recording.sites),
         working_set=measure.working_set_bytes(
             [site.shape for site in recording.sites],
             fingerprint(device_name),

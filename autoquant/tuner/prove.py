@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from autoquant.applier import apply, module_bytes
 from autoquant.candidates import get_format
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.evaluators.quality import Quality
-from autoquant.evaluators.request import time_requests, warm_up
+from autoquant.evaluators.request import make_warm, time_requests
 from autoquant.evaluators.statistics import paired_increase
 from autoquant.models import LoadedModel
+from autoquant.profiler.compiled import share
 from autoquant.profiler.device import release_memory
 from autoquant.profiler.phases import Phases, make_phases
 from autoquant.records import LayerChoice, Plan, Proof, Workload
@@ -39,7 +39,7 @@ class Prover:
     execution: str
     sample_inputs: Any = None
     selection: tuple[float, ...] = ()
-    _original: Phases | None = None
+    _original: tuple[Phases, str] | None = None
 
     def prove(self, plan: Plan) -> Proof:
         """Apply `plan` to a copy that shares every weight that it leaves alone, and measure it."""
@@ -52,11 +52,10 @@ class Prover:
         if not self.selection:
             self.selection = self.quality.losses(self.loaded.module, "selection")
         release_memory()
-        original = self._original_phases()
-        phases = original
+        original, original_note = self._original_phases()
+        phases, note = original, original_note
         if plan.kind != "original":
-            phases = self._phases(module)
-            warm_up(phases)
+            phases, note = self._warm_phases(module)
         times = time_requests(phases, original, self.device)
         request_ms, original_ms = times.request_ms(self.workload.calls())
         logarithmic = self.quality.logarithmic
@@ -74,31 +73,30 @@ class Prover:
             kl=report.kl,
             memory_bytes=module_bytes(module),
             execution=self.execution,
-            notes=(times.note,) if times.note else (),
+            notes=tuple(dict.fromkeys(filter(None, (times.note, note, original_note)))),
         )
 
-    def _original_phases(self) -> Phases:
+    def _original_phases(self) -> tuple[Phases, str]:
         if self._original is None:
-            self._original = self._phases(self.loaded.module)
-            warm_up(self._original)
+            self._original = self._warm_phases(self.loaded.module)
         return self._original
 
-    def _phases(self, module: nn.Module) -> Phases:
-        return make_phases(
-            module,
-            self.loaded.kind,
-            self.workload,
-            device=self.device,
-            sample_inputs=self.sample_inputs,
-            compiled=self.execution == "compiled",
-            max_positions=self.loaded.max_positions,
-        )
+    def _warm_phases(self, module: nn.Module) -> tuple[Phases, str]:
+        """The phases, ready to be timed, and a note on how they were compiled."""
 
+        def make(regions: bool) -> Phases:
+            return make_phases(
+                module,
+                self.loaded.kind,
+                self.workload,
+                device=self.device,
+                sample_inputs=self.sample_inputs,
+                compiled=self.execution == "compiled",
+                regions=regions,
+                max_positions=self.loaded.max_positions,
+            )
 
-def share(module: nn.Module) -> nn.Module:
-    """A copy of the module's structure whose parameters and buffers are the original's own tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        return make_warm(make)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ def make(name: str, n: int, k: int, m: int, copies: int):  # noqa: ANN201
         quantize_(linear, config(name))
         weights.append(linear[0].weight.detach())
     x = torch.randn(1, m, k, dtype=torch.bfloat16, device="cuda")
+    torch._dynamo.reset()  # or the shapes before would count against the limit of recompilations
     return torch.compile(lambda x, w: F.linear(x, w), dynamic=False, fullgraph=True), x, weights
 
 

@@ -88,7 +88,7 @@ def apply_to_disk(
     """
     target = Path(out).absolute()
     _check_target(target)
-    loaded = _load_searched(plan, model, facts, device)
+    loaded = load_searched(plan, model, facts, device)
     original_bytes = module_bytes(loaded.module)
     apply(plan, loaded.module, listener=listener)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -182,7 +182,13 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(f"cannot write into {target.parent}; choose another --out")
 
 
-def _load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str | None) -> LoadedModel:
+def load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str | None) -> LoadedModel:
+    """The model that a plan was made for, loaded as it was for the search.
+
+    Raises:
+        ModelError: What lies at `model` is another model.
+        PlanError: A live module was searched, and there is no `model`.
+    """
     source = facts.source
     if source["kind"] == "live" and not model:
         raise PlanError("a live module was searched: apply its plan with autoquant.apply(plan, module) from Python")
@@ -206,7 +212,7 @@ def _skeleton(loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFa
     """A second module for checkpoints that cannot make one: an exported program or a pickled module is loaded again."""
     if loaded.source.kind in ("huggingface", "state_dict"):
         return None
-    return _load_searched(plan, model, facts, None).module
+    return load_searched(plan, model, facts, None).module
 
 
 def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> None:

@@ -59,8 +59,11 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     def _stable_hash_for_caching(self) -> str:
         """What compiled code may depend on, for PyTorch's compile cache."""
         inner = type(self.stored).__name__, str(self.stored.dtype), tuple(self.stored.shape)
-        code = [_code_key(get_kernel_function(self.format_id, kernel)) for _, kernel in self.route]
-        return content_key([self.format_id, self.route, str(self.compute_dtype), inner, code])
+        return content_key([self.format_id, self.route, str(self.compute_dtype), inner, self.code_key()])
+
+    def code_key(self) -> str:
+        """Hash of the code of the route's kernels."""
+        return content_key([_code_key(get_kernel_function(self.format_id, kernel)) for _, kernel in self.route])
 
     def dequantize(self) -> torch.Tensor:
         """The float32 `[n, k]` numbers that the kernels multiply with."""

@@ -41,7 +41,7 @@ def apply(
 
     with opened_study(database, plan_id=plan) as study:
         chosen = _chosen(study, plan, increase)
-        source = model or _source_path(study)
+        source = model or source_path(study)
         from autoquant.applier import apply_to_disk  # imports torch: after everything that can be refused without it
 
         with listening() as listener:
@@ -57,7 +57,12 @@ def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
     return recommended_plan(study)
 
 
-def _source_path(study: Study) -> str:
+def source_path(study: Study) -> str:
+    """Where the model that was searched lay.
+
+    Raises:
+        ModelError: It was a live module.
+    """
     from autoquant.errors import ModelError
 
     path = study.facts.source.get("path")

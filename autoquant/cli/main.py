@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from autoquant.cli.apply import apply
+from autoquant.cli.bench import bench
 from autoquant.cli.candidates import candidates
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
@@ -94,6 +95,7 @@ app.command(short_help="Search for the fastest plans of a model.")(search)
 app.command(short_help="Show the measured front of a search.")(pareto)
 app.command(short_help="Show one plan layer by layer, with why.")(show)
 app.command(short_help="Write the quantized model to disk.")(apply)
+app.command(short_help="Time plans in the whole model, in turn.")(bench)
 app.command(short_help="List formats and kernels for a device.")(candidates)
 app.command(short_help="Time linears by every candidate, without a search.")(profile)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from autoquant.profiler.device import release_memory, synchronize
-from autoquant.profiler.load import HIGHEST_OTHER_LOAD, OtherLoad
+from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.profiler.phases import Phases
 from autoquant.profiler.timing import first_line
 
@@ -88,33 +88,39 @@ def make_warm(make: Callable[[bool], Phases]) -> tuple[Phases, str]:
 
 
 def time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:
-    """Time both models, already warm, in alternating order, and take medians over rounds.
+    """Time both models, already warm, in alternating order, and take medians over rounds; see `time_in_turn`."""
+    (original_ms, plan_ms), note = time_in_turn([original, plan], device)
+    return RequestTimes(plan_ms, original_ms, note)
 
-    Repeated while the machine is busy with something else, and noted where that does not help.
+
+def time_in_turn(models: Sequence[Phases], device: str) -> tuple[list[dict[str, float]], str]:
+    """Time models of one workload, already warm, round after round, each round beginning with another one.
+
+    Repeated while the machine is busy with something else.
+
+    Returns:
+        For each model its median milliseconds of one call of each phase, and a note where the machine stayed busy.
     """
     for attempt in range(_ATTEMPTS):
-        watch = OtherLoad()
-        times = _time_requests(plan, original, device)
+        watch = watch_load(device)
+        times = _time_in_turn(models, device)
         share = watch.share()
         if share <= HIGHEST_OTHER_LOAD:
-            return times
+            return times, ""
         time.sleep(attempt)
-    return replace(times, note=f"timed while others used {share:.0%} of the machine")
+    return times, f"timed while others used {share:.0%} of the machine"
 
 
-def _time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:
-    names = [phase.name for phase in original.workload.phases]
-    plan_samples: dict[str, list[float]] = {name: [] for name in names}
-    original_samples: dict[str, list[float]] = {name: [] for name in names}
+def _time_in_turn(models: Sequence[Phases], device: str) -> list[dict[str, float]]:
+    names = [phase.name for phase in models[0].workload.phases]
+    samples: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in models]
+    pairs = list(zip(models, samples, strict=True))
     for round_number in range(_ROUNDS):
+        first = round_number % len(pairs)
         for name in names:
-            pair = [(original, original_samples), (plan, plan_samples)]
-            for phases, samples in pair if round_number % 2 == 0 else reversed(pair):
-                samples[name].append(_sample(phases, name, device))
-    return RequestTimes(
-        {name: statistics.median(values) for name, values in plan_samples.items()},
-        {name: statistics.median(values) for name, values in original_samples.items()},
-    )
+            for phases, taken in pairs[first:] + pairs[:first]:
+                taken[name].append(_sample(phases, name, device))
+    return [{name: statistics.median(values) for name, values in taken.items()} for taken in samples]
 
 
 def _sample(phases: Phases, name: str, device: str) -> float:

@@ -9,17 +9,19 @@ compiled once. On a GPU a step is then captured as one CUDA graph, so that nothi
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates import get_format
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.records import content_key
 
 _FEWEST_BLOCKS = 2
 _WARM_UP_CALLS = 2
@@ -38,15 +40,13 @@ def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
         regions: Make repeated blocks nested regions, which the compiler reuses where they are alike.
     """
     ready = share(module)
-    blocks = list(_repeated_blocks(ready)) if regions else []
+    blocks = [block for block in _repeated_blocks(ready) if regions and _nests(block)]
+    makes = {name: _take_apart(owner) for name, owner in ready.named_modules() if _has_wrapped_weight(owner)}
+    names = {block: name for name, block in ready.named_modules()}
     for block in blocks:
-        if all(_nests(parameter) for parameter in block.parameters()):
-            kind: Any = type(block)
-            block.__class__ = _region_class(kind)
-    for owner in list(ready.modules()):
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            if isinstance(parameter, RoutedWeight):
-                _take_apart(owner, name, parameter)
+        prefix = f"{names[block]}."
+        own = [(name.removeprefix(prefix), make) for name, make in makes.items() if name.startswith(prefix)]
+        block.__class__ = _region_class(type(block), content_key(own))
     return ready
 
 
@@ -56,14 +56,7 @@ def compile_forward(function: Callable[..., Any]) -> Callable[..., Any]:
     Compiled code is kept per code object, so each model gets a copy of its own: otherwise every further plan would add to the
     first one's list, whose guards are tried in turn on each call, until the compiler's recompile limit is hit.
     """
-    own = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return torch.compile(own, dynamic=False)
+    return torch.compile(_copy(function, function.__name__), dynamic=False)
 
 
 class GraphedStep:
@@ -110,58 +103,104 @@ class GraphedStep:
             tensor.copy_(value)
 
 
+def _copy(function: Any, name: str) -> Callable[..., Any]:
+    """The function with a code object of its own."""
+    code = function.__code__.replace(co_name=name)
+    own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
 def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The members of lists of modules that hold several of one class; of nested lists, the outer one's."""
     for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            members = list(child)
-            repeated = [m for m in members if sum(type(other) is type(m) for other in members) >= _FEWEST_BLOCKS]
-            blocks = [member for member in repeated if next(member.children(), None) is not None]
-            yield from blocks
-            for member in members:
-                if member not in blocks:
-                    yield from _repeated_blocks(member)
-        else:
+        members = list(child) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
+        kinds = [type(member) for member in members if next(member.children(), None) is not None]
+        blocks = [member for member in members if kinds.count(type(member)) >= _FEWEST_BLOCKS]
+        yield from blocks
+        if not blocks:
             yield from _repeated_blocks(child)
 
 
-def _nests(parameter: torch.Tensor) -> bool:
-    """Whether the compiler takes what this weight calls in a nested region."""
-    if not isinstance(parameter, RoutedWeight):
-        return True
-    fmt = get_format(parameter.format_id)
-    return all(fmt.kernel(kernel).nests for _, kernel in parameter.route)
+def _nests(block: nn.Module) -> bool:
+    """Whether the compiler takes what this block calls in a nested region."""
+    for owner in block.modules():
+        for parameter in owner.parameters(recurse=False):
+            if not is_traceable_wrapper_subclass(parameter):
+                continue
+            if not _has_wrapped_weight(owner):  # nobody but a plain linear is taken apart
+                return False
+            if isinstance(parameter, RoutedWeight):
+                fmt = get_format(parameter.format_id)
+                if not all(fmt.kernel(kernel).nests for _, kernel in parameter.route):
+                    return False
+    return True
 
 
-@functools.cache
-def _region_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """`kind` whose forward pass is a nested region; one class for all, so that they are recognised as alike."""
-    region = torch.compiler.nested_compile_region(kind.forward)
-    return type(kind.__name__, (kind,), {"forward": region, "__module__": kind.__module__})
+_REGION_CLASSES: dict[tuple[type, str], type[nn.Module]] = {}
 
 
-def _take_apart(owner: nn.Module, name: str, weight: RoutedWeight) -> None:
-    """Replace a parameter by the plain tensors inside, put together again where the forward pass asks for it."""
-    parts, rebuild = flatten_tensor(weight)
-    del owner._parameters[name]
+def _region_class(kind: type[nn.Module], make: str) -> type[nn.Module]:
+    """`kind` whose forward pass is a nested region; one class for all blocks of the same make.
+
+    The compiler keeps what it knows of a region under its code object, and compares those by value: the name tells them apart.
+    """
+    key = (kind, make)
+    if key not in _REGION_CLASSES:
+        region = torch.compiler.nested_compile_region(_copy(kind.forward, f"{kind.forward.__name__}_{make}"))
+        _REGION_CLASSES[key] = type(kind.__name__, (kind,), {"forward": region, "__module__": kind.__module__})
+    return _REGION_CLASSES[key]
+
+
+def _has_wrapped_weight(owner: nn.Module) -> bool:
+    """Whether this is an ordinary linear with a tensor subclass for its weight."""
+    return (
+        isinstance(owner, nn.Linear)
+        and type(owner).forward is nn.Linear.forward
+        and is_traceable_wrapper_subclass(owner.weight)
+    )
+
+
+def _take_apart(owner: Any) -> str:
+    """Replace a linear's weight by the plain tensors inside; they are put together where they are multiplied.
+
+    Returns:
+        Key of what the weight is made of and how it is multiplied, whatever its numbers.
+    """
+    parts, rebuild = flatten_tensor(owner.weight)
+    make = content_key([repr(rebuild), owner.weight.code_key() if isinstance(owner.weight, RoutedWeight) else ""])
+    del owner._parameters["weight"]
     for position, part in enumerate(parts):
-        owner.register_buffer(_part_name(name, position), part, persistent=False)
-    owner.__class__ = _rebuilding_class(type(owner), name, rebuild)
+        owner.register_buffer(_part_name(position), part, persistent=False)
+    owner.__class__ = _linear_class(type(owner), make, rebuild, len(parts))
+    return make
 
 
-def _part_name(name: str, position: int) -> str:
-    return f"{name}_part{position}"
+def _part_name(position: int) -> str:
+    return f"weight_part{position}"
 
 
-def _rebuilding_class(kind: type[nn.Module], name: str, rebuild: Rebuild) -> type[nn.Module]:
-    """`kind` whose attribute `name` is put together from parts."""
-    parts = [_part_name(name, position) for position in range(_parts_of(rebuild))]
-
-    def weight(self: nn.Module) -> torch.Tensor:
-        return unflatten_tensor(rebuild, [getattr(self, part) for part in parts])
-
-    return type(kind.__name__, (kind,), {name: property(weight), "__module__": kind.__module__})
+_LINEAR_CLASSES: dict[tuple[type, str], type[nn.Module]] = {}
 
 
-def _parts_of(rebuild: Rebuild) -> int:
-    return 1 if rebuild.kind is None else sum(_parts_of(inner) for inner in rebuild.inner)
+def _linear_class(kind: type[nn.Module], make: str, rebuild: Rebuild, count: int) -> type[nn.Module]:
+    """`kind` that computes with parts; one class for all weights of the same make.
+
+    The compiler's first stage takes the product as one function of plain tensors: it knows nothing of subclasses made on the
+    way. The second looks into it. Both tell functions apart by their names alone, so the name says what it computes.
+    """
+    key = (kind, make)
+    if key not in _LINEAR_CLASSES:
+        names = [_part_name(position) for position in range(count)]
+
+        def linear(x: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, unflatten_tensor(rebuild, list(parts)), bias)
+
+        linear.__name__ = linear.__qualname__ = f"linear_{make}"
+        product: Callable[..., torch.Tensor] = torch.compiler.allow_in_graph(linear)  # type: ignore[no-untyped-call]
+
+        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return product(x, self.bias, *[getattr(self, name) for name in names])
+
+        _LINEAR_CLASSES[key] = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return _LINEAR_CLASSES[key]

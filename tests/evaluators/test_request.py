@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from autoquant.evaluators import request
-from autoquant.evaluators.request import RequestTimes, WrongResultError, time_requests, warm_up
+from autoquant.evaluators.request import (
+    RequestTimes,
+    WrongResultError,
+    make_warm,
+    time_in_turn,
+    time_requests,
+    warm_up,
+)
 from autoquant.records import Workload
 
 WORKLOAD = Workload.parse("prefill=8,decode=4")
@@ -48,7 +55,7 @@ def shares(monkeypatch):
         def share(self):
             return left.pop(0) if len(left) > 1 else left[0]
 
-    monkeypatch.setattr(request, "OtherLoad", Watch)
+    monkeypatch.setattr(request, "watch_load", lambda _device: Watch())
     monkeypatch.setattr(request, "_ROUND_S", 0.01)
     return left
 
@@ -101,3 +108,35 @@ def test_a_compiled_phase_that_computes_something_else_is_refused(output):
 
 def test_a_compiled_phase_may_differ_by_rounding():
     warm_up(Fake("plan", [], {"prefill": 0.0, "decode": 0.0}, output=1.02))
+
+
+def test_every_model_begins_a_round(shares, monkeypatch):
+    monkeypatch.setattr(request, "_ROUNDS", 3)
+    log = []
+    models = [Fake(name, log, {"prefill": 1e-3 * number, "decode": 0.0}) for number, name in enumerate("abc", 1)]
+    times, note = time_in_turn(models, "cpu")
+    assert note == "" and [round(each["prefill"]) for each in times] == sorted(round(each["prefill"]) for each in times)
+    prefills = [name for i, (name, phase) in enumerate(log) if phase == "prefill" and (i == 0 or log[i - 1] != log[i])]
+    assert prefills == list("abcbcacab")
+
+
+def test_a_model_is_made_of_regions_where_that_works():
+    phases, note = make_warm(lambda regions: Fake(str(regions), [], {"prefill": 0.0, "decode": 0.0}))
+    assert phases._name == "True" and note == ""
+
+
+@pytest.mark.parametrize("output", [0.0, RuntimeError("the compiler gave up\nin many words")])
+def test_a_model_whose_regions_do_not_compile_is_compiled_whole_with_a_note(output):
+    def make(regions):
+        if regions and isinstance(output, Exception):
+            raise output
+        return Fake(str(regions), [], {"prefill": 0.0, "decode": 0.0}, output=output if regions else 1.0)
+
+    phases, note = make_warm(make)
+    assert phases._name == "False" and note.startswith("compiled whole, not block by block: ")
+    assert "\n" not in note and ("gave up" in note or "off by" in note)
+
+
+def test_a_model_that_is_wrong_either_way_is_refused():
+    with pytest.raises(WrongResultError):
+        make_warm(lambda regions: Fake("plan", [], {"prefill": 0.0, "decode": 0.0}, output=0.0))

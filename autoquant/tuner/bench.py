@@ -1,0 +1,130 @@
+"""Plans measured again in the whole model, all of them and the unquantized model in turn, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from autoquant.applier import apply, load_searched, module_bytes
+from autoquant.evaluators.request import make_warm, time_in_turn
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.models import LoadedModel
+from autoquant.profiler.compiled import share
+from autoquant.profiler.device import compile_failure
+from autoquant.profiler.phases import Phases, make_phases
+from autoquant.records import ORIGINAL_LABEL, Plan, Workload
+from autoquant.store import StudyFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRow:
+    """One model in a run.
+
+    Attributes:
+        plan_id: None for the unquantized model; so `predicted_request_ms`.
+        phase_ms: Median milliseconds of one call of each phase.
+        request_ms: The sum over phases of calls times that.
+        memory_bytes: Of all parameters as stored.
+        peak_bytes: Those, and the most that was allocated beside them (on CUDA; None elsewhere).
+        notes: How it was compiled, where that was not as usual, and what disturbed the run.
+    """
+
+    plan_id: str | None
+    label: str
+    phase_ms: Mapping[str, float]
+    request_ms: float
+    predicted_request_ms: float | None
+    memory_bytes: int
+    peak_bytes: int | None
+    notes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Entrant:
+    plan: Plan | None
+    phases: Phases
+    memory_bytes: int
+    peak_bytes: int | None
+    note: str
+
+
+def bench(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore) -> list[BenchRow]:
+    """Apply plans of one study to copies that share what they leave alone, and time them and the unquantized model in turn.
+
+    Args:
+        plans: At least one.
+        model: Where the model lies that was searched.
+        facts: The plans' study.
+
+    Returns:
+        The unquantized model's row, then the plans' in their order.
+
+    Raises:
+        ModelError: What lies at `model` is another model.
+        WrongResultError: A plan's compiled code computes something else than it does eagerly.
+    """
+    loaded = load_searched(plans[0], model, facts, None)
+    listener(StageStarted("compile", 1 + len(plans)))
+    entrants = []
+    for done, plan in enumerate([None, *plans]):
+        listener(StageProgress("compile", done, plan.label if plan else ORIGINAL_LABEL))
+        entrants.append(_enter(loaded, plan, facts))
+    listener(StageFinished("compile", f"{len(entrants)} models"))
+    times, busy = time_in_turn([entrant.phases for entrant in entrants], facts.device.type)
+    if busy:
+        listener(Notice(f"{busy}; close other programs for timings to trust"))
+    return [_row(entrant, phase_ms, facts.workload, busy) for entrant, phase_ms in zip(entrants, times, strict=True)]
+
+
+def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entrant:
+    device = facts.device.type
+    before = _allocated(device)
+    module = loaded.module
+    if plan is not None:
+        module = share(loaded.module)
+        apply(plan, module)
+    compiled = device != "cpu" or compile_failure() is None
+    make = partial(_phases, loaded, module, facts, compiled)
+    phases, note = make_warm(make)
+    memory = module_bytes(module)
+    peak = None
+    if device == "cuda":
+        beside = torch.cuda.max_memory_allocated() - before
+        peak = beside if plan is not None else memory + beside
+        torch.cuda.reset_peak_memory_stats()
+    return _Entrant(plan, phases, memory, peak, note)
+
+
+def _phases(loaded: LoadedModel, module: torch.nn.Module, facts: StudyFacts, compiled: bool, regions: bool) -> Phases:
+    return make_phases(
+        module,
+        loaded.kind,
+        facts.workload,
+        device=facts.device.type,
+        sample_inputs=loaded.example_inputs,
+        compiled=compiled,
+        regions=regions,
+        max_positions=loaded.max_positions,
+    )
+
+
+def _allocated(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+def _row(entrant: _Entrant, phase_ms: Mapping[str, float], workload: Workload, busy: str) -> BenchRow:
+    calls = workload.calls()
+    plan = entrant.plan
+    return BenchRow(
+        plan_id=plan.plan_id if plan else None,
+        label=plan.label if plan else ORIGINAL_LABEL,
+        phase_ms=phase_ms,
+        request_ms=sum(calls[phase] * ms for phase, ms in phase_ms.items()),
+        predicted_request_ms=plan.prediction.request_ms if plan else None,
+        memory_bytes=entrant.memory_bytes,
+        peak_bytes=entrant.peak_bytes,
+        notes=tuple(filter(None, (entrant.note, busy))),
+    )

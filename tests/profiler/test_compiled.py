@@ -1,0 +1,149 @@
+"""Models made ready for the compiler."""
+
+import pytest
+import torch
+from models.tiny_models import Perceptron, tiny_llama
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from autoquant.candidates import get_format
+from autoquant.candidates.routed import RoutedWeight
+from autoquant.profiler.compiled import compile_forward, ready_to_compile, share
+from autoquant.records import RouteStep
+
+INT8 = ("int8-row/plain", "int8pack-mm")
+INT8_DEQUANTIZED = ("int8-row/plain", "dequantize-matmul")
+INT4_PACKED = ("int4-g32/cpu-packed", "int4pack-mm")
+
+
+def quantize(linear, candidate):
+    fmt = get_format(candidate[0])
+    stored = fmt.store(linear.weight)
+    route = (RouteStep(upper_m=None, kernel=candidate[1]),)
+    weight = RoutedWeight.wrap(stored, fmt.id, route, linear.weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+class Blocks(nn.Module):
+    """A stack of blocks of one class."""
+
+    def __init__(self, count=3, size=64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block(size) for _ in range(count))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.up, self.down = nn.Linear(size, 2 * size, bias=False), nn.Linear(2 * size, size)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def quantized_blocks(*candidates):
+    module = Blocks(len(candidates)).to(torch.bfloat16).eval().requires_grad_(False)
+    for layer, candidate in zip(module.layers, candidates, strict=True):
+        if candidate:
+            quantize(layer.up, candidate)
+            quantize(layer.down, candidate)
+    return module
+
+
+X = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+
+
+def regions(module, x=X):
+    """How many nested regions are called, and how many different ones there are, once `module` is traced."""
+    found = []
+
+    def backend(graph, _inputs):
+        calls = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
+        found.append((len(calls), len({call.args[1] for call in calls})))
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(module, backend=backend, dynamic=False, fullgraph=True)(x)
+    return found[-1]
+
+
+def test_a_ready_model_computes_the_same_from_plain_tensors_that_it_shares():
+    module = tiny_llama()
+    for layer in module.model.layers:
+        quantize(layer.mlp.up_proj, INT8)
+    ready = ready_to_compile(module)
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(module(ids).logits, ready(ids).logits)
+    assert not any(is_traceable_wrapper_subclass(tensor) for tensor in [*ready.parameters(), *ready.buffers()])
+    stored = module.model.layers[0].mlp.up_proj.weight.stored
+    parts = {part.data_ptr() for part in ready.model.layers[0].mlp.up_proj.buffers()}
+    assert stored.qdata.data_ptr() in parts
+
+
+def test_the_model_itself_is_left_as_it_is():
+    module = quantized_blocks(INT8, INT8)
+    ready_to_compile(module)
+    assert all(type(layer) is Block and type(layer.up) is nn.Linear for layer in module.layers)
+    assert all(isinstance(layer.up.weight, RoutedWeight) for layer in module.layers)
+
+
+def test_a_copy_of_the_structure_shares_every_tensor():
+    module = Perceptron()
+    copy = share(module)
+    assert copy.up is not module.up and copy.up.weight is module.up.weight
+
+
+def test_blocks_that_are_alike_are_one_region():
+    assert regions(ready_to_compile(quantized_blocks(INT8, INT8, INT8))) == (3, 1)
+    assert regions(ready_to_compile(quantized_blocks(None, None))) == (2, 1)
+
+
+def test_blocks_of_different_makes_are_regions_of_their_own():
+    candidates = (INT8, INT8_DEQUANTIZED, None, INT8, None, INT8_DEQUANTIZED)
+    assert regions(ready_to_compile(quantized_blocks(*candidates))) == (6, 3)
+
+
+def test_regions_are_made_only_where_they_are_wanted_and_blocks_repeat():
+    assert regions(ready_to_compile(quantized_blocks(INT8, INT8), regions=False)) == (0, 0)
+    assert regions(ready_to_compile(quantized_blocks(INT8))) == (0, 0)
+
+
+def test_a_kernel_that_the_compiler_does_not_take_in_a_region_stays_outside():
+    assert not get_format(INT4_PACKED[0]).kernel(INT4_PACKED[1]).nests
+    assert regions(ready_to_compile(quantized_blocks(INT4_PACKED, INT8, INT8))) == (2, 1)
+
+
+@pytest.mark.parametrize("candidates", [(INT8, INT8, INT8_DEQUANTIZED), (None, INT8, None), (INT4_PACKED, INT8, INT8)])
+def test_compiled_regions_compute_what_the_model_computes(candidates):
+    module = quantized_blocks(*candidates)
+    ready = ready_to_compile(module)
+    with torch.no_grad():
+        compiled = compile_forward(lambda x: ready(x))
+        torch.testing.assert_close(compiled(X), module(X), rtol=0.05, atol=0.05)
+
+
+def test_a_weight_that_another_module_multiplies_with_is_left_to_it():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.inner.weight) * 2
+
+    class Other(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    module = nn.Sequential(Own(), Other(64, 64)).to(torch.bfloat16).eval().requires_grad_(False)
+    quantize(module[1], INT8)
+    ready = ready_to_compile(module)
+    assert isinstance(ready[1].weight, RoutedWeight) and torch.equal(ready(X), module(X))

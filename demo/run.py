@@ -30,7 +30,7 @@ def main() -> None:
     autoquant(
         "search", model, "--eval-text", text, "--db", database, "--workload", WORKLOAD,
         "--max-ppl-increase", "1%", "--time-budget", "1m",
-        "--candidates", "int8*", "--candidates", "int4-g64*",
+        "--candidates", "int8*",
     )  # fmt: skip
     autoquant("pareto", database, "--plot", OUT / "front.png")
     autoquant("apply", database, "--out", OUT / "model-quantized")

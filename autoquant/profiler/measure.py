@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from autoquant.candidates import Format, Kernel
@@ -86,7 +86,7 @@ def profile(
     done = 0
     for (shape, m), group in missing.items():
         assert arena is not None
-        with quiet_compiler():
+        with quiet_compiler(device.type):
             measured = compare(
                 shape,
                 m,
@@ -135,11 +135,15 @@ def _prepare(
 
 
 @contextmanager
-def quiet_compiler() -> Iterator[None]:
-    """Keep the compiler's chatter about dtypes it mixes to itself, and its helper processes away: work comes from its cache."""
+def quiet_compiler(device_type: str) -> Iterator[None]:
+    """Keep the compiler's chatter about dtypes it mixes to itself.
+
+    On GPUs, where its work comes from its cache, its helper processes are kept away too.
+    """
     import torch._inductor.config as inductor_config
 
-    with warnings.catch_warnings(), inductor_config.patch(compile_threads=1):
+    threads = inductor_config.patch(compile_threads=1) if device_type == "cuda" else nullcontext()
+    with warnings.catch_warnings(), threads:
         warnings.simplefilter("ignore")
         yield
 

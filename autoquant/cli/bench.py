@@ -69,5 +69,7 @@ def _chosen(study: Study, ids: list[str], kind: str | None) -> list[Plan]:
     named += [each for each in study.plans() if each.kind == kind and each.plan_id in proven]
     chosen = {each.plan_id: each for each in named if each.kind != "original"}
     if not chosen:
-        raise PlanError("the recommended plan is the unquantized model: say which to time with --plan or --compare")
+        raise PlanError(
+            "the unquantized model takes part anyway: say which plan to time beside it with --plan or --compare"
+        )
     return list(chosen.values())

@@ -9,7 +9,6 @@ captured the same way; latencies are of CUDA graphs. Results are printed and wri
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from autoquant.tuner.choices import format_facts, site_choices
 from autoquant.tuner.planning import PlanContext, make_plan, request_ms
 
 PROMPT, STEPS = 2048, 256
+ATTRIBUTED = ("8 bits", "torchao float8 weight-only")
 PLANS = {
     "8 bits": ("float8*", "int8*"),
     "any bits": ("float8*", "int8*", "int4-g128*"),
@@ -143,72 +143,88 @@ def attribution(phases, phase: str, out: Path) -> list[tuple[str, float]]:  # no
     return sorted(sums.items(), key=lambda item: -item[1])
 
 
-def main() -> None:
-    """Measure until the time is up."""
+def measure(label: str, module: nn.Module, original, workload: Workload, device: str, make):  # noqa: ANN001, ANN201
+    """One model, made from a copy of the original: its row and its phases; None where it does not run."""
+    copy = share(module)
+    make(copy)
+    began = time.monotonic()
+    note = ""
+    try:
+        phases = make_phases(copy, "causal_lm", workload, device=device, compiled=True)
+        try:
+            warm_up(phases)
+        except WrongResultError as error:  # random weights magnify rounding; said, and timed all the same
+            note = str(error)
+            for phase in workload.phases:
+                phases.reset(phase.name)
+                phases.run(phase.name)
+        compile_s = time.monotonic() - began
+        times = time_requests(phases, original, device)
+    except Exception as error:  # noqa: BLE001 - a configuration that does not run is a result
+        print(f"{label}: {first_line(error)}", flush=True)
+        return None
+    request, before = times.request_ms(workload.calls())
+    row = {
+        "label": label, "batch": workload.batch, "compile_s": round(compile_s, 1),
+        **{f"{phase}_ms": round(ms, 3) for phase, ms in times.plan_ms.items()},
+        **{f"bf16_{phase}_ms": round(ms, 3) for phase, ms in times.original_ms.items()},
+        "request_ms": round(request, 1), "bf16_request_ms": round(before, 1), "speedup": round(before / request, 3),
+        "memory_gib": round(module_bytes(copy) / 2**30, 2), "note": note or times.note,
+    }  # fmt: skip
+    return row, phases
+
+
+def write_attribution(out: Path, batch: int, models: dict[str, object]) -> None:
+    """Where the microseconds of a decode step go, for each model."""
+    with (out / f"attribution-{batch}.txt").open("a") as file:
+        for name, phases in models.items():
+            table = attribution(phases, "decode", out / "trace.json")
+            lines = "".join(f"{us:9.1f} us {kernel}\n" for kernel, us in table[:25])
+            file.write(f"== decode step of {name}\n{lines}")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timings", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--seconds", type=float, default=500, help="no further model is begun after these")
     parser.add_argument("--small", action="store_true", help="a small model on the CPU, to try this script")
     parser.add_argument("--only", nargs="*", help="names of the models to measure")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure until the time is up."""
+    arguments = parse()
     started = time.monotonic()
     device = "cpu" if arguments.small else "cuda"
     workload = Workload.parse(f"prefill={PROMPT // arguments.batch},decode={STEPS}", arguments.batch)
     module = build(arguments.layers, arguments.small)
     print(f"built {time.monotonic() - started:.0f} s", flush=True)
     makers: dict[str, Callable[[nn.Module], object]] = {}
-    if not arguments.small or Path(arguments.timings).exists():
+    if not arguments.small:
         plans = make_plans(module, workload, device, arguments.timings)
         makers |= {label: lambda copy, plan=plan: apply(plan, copy) for label, plan in plans.items()}
     makers |= torchao_settings()
     original = make_phases(module, "causal_lm", workload, device=device, compiled=True)
     warm_up(original)
     print(f"bf16 ready {time.monotonic() - started:.0f} s", flush=True)
-    rows = []
     for label, make in makers.items():
         if time.monotonic() - started > arguments.seconds or (arguments.only and label not in arguments.only):
             continue
-        copy = share(module)
-        make(copy)
-        began = time.monotonic()
-        note = ""
-        try:
-            phases = make_phases(copy, "causal_lm", workload, device=device, compiled=True)
-            try:
-                warm_up(phases)
-            except WrongResultError as error:
-                note = str(error)
-                for phase in workload.phases:
-                    phases.reset(phase.name)
-                    phases.run(phase.name)
-            compile_s = time.monotonic() - began
-            times = time_requests(phases, original, device)
-        except Exception as error:  # noqa: BLE001 - a configuration that does not run is a result
-            print(f"{label}: {first_line(error)}", flush=True)
+        measured = measure(label, module, original, workload, device, make)
+        if measured is None:
             continue
-        request, before = times.request_ms(workload.calls())
-        row = {
-            "label": label, "batch": arguments.batch, "layers": arguments.layers, "compile_s": round(compile_s, 1),
-            **{f"{phase}_ms": round(ms, 3) for phase, ms in times.plan_ms.items()},
-            **{f"bf16_{phase}_ms": round(ms, 3) for phase, ms in times.original_ms.items()},
-            "request_ms": round(request, 1), "bf16_request_ms": round(before, 1), "speedup": round(before / request, 3),
-            "memory_gib": round(module_bytes(copy) / 2**30, 2), "note": note or times.note,
-        }  # fmt: skip
-        rows.append(row)
+        row, phases = measured
         print(json.dumps(row), flush=True)
-        with contextlib.suppress(Exception):
-            if label in ("8 bits", "torchao float8 weight-only") and device == "cuda":
-                for name, what in (("bf16", original), (label, phases)):
-                    table = attribution(what, "decode", arguments.out / "trace.json")
-                    lines = "".join(f"{us:9.1f} us {kernel}\n" for kernel, us in table[:25])
-                    with (arguments.out / f"attribution-{arguments.batch}.txt").open("a") as file:
-                        file.write(f"== decode step of {name}\n{lines}")
-        del phases, copy
         with (arguments.out / f"rows-{arguments.batch}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if label in ATTRIBUTED and device == "cuda":
+            write_attribution(arguments.out, arguments.batch, {"bf16": original, label: phases})
+        del phases, measured
     print(f"done {time.monotonic() - started:.0f} s", flush=True)
 
 

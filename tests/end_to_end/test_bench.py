@@ -1,0 +1,73 @@
+"""Plans timed again in the whole model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from autoquant.cli.main import app
+from autoquant.tuner.bench import bench
+
+
+@pytest.fixture
+def run():
+    """The command in this process."""
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def uniform(study):
+    return [plan for plan in study.plans() if plan.kind == "uniform"]
+
+
+def test_a_plan_is_timed_in_turn_with_the_unquantized_model(searched, uniform, run):
+    result = run("bench", searched.db, "--plan", uniform[0].plan_id, "--json")
+    assert result.exit_code == 0, result.stderr
+    original, plan = json.loads(result.stdout)
+    assert (original["plan_id"], original["label"], original["speedup"]) == (None, "original", 1.0)
+    assert (plan["plan_id"], plan["label"]) == (uniform[0].plan_id, uniform[0].label)
+    assert plan["speedup"] == pytest.approx(original["request_ms"] / plan["request_ms"])
+    assert plan["request_ms"] == pytest.approx(plan["phase_ms"]["prefill"] + 4 * plan["phase_ms"]["decode"])
+    assert plan["time_to_first_token_ms"] == plan["phase_ms"]["prefill"]
+    assert plan["tokens_per_s"] == pytest.approx(1e3 / plan["time_per_token_ms"])
+    assert plan["memory_bytes"] < original["memory_bytes"]
+    assert plan["predicted_request_ms"] == pytest.approx(uniform[0].prediction.request_ms)
+    assert plan["peak_bytes"] is None, "only a GPU says what was allocated beside the weights"
+
+
+def test_uniform_plans_stand_beside_it_and_the_table_fits_80_columns(searched, uniform, run):
+    result = run("bench", searched.db, "--plan", uniform[0].plan_id, "--compare", "uniform")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    table = [line for line in lines if not line.startswith("note: ")]
+    assert all(len(line) <= 80 for line in table)
+    text = " ".join(result.stdout.split())
+    assert "original" in text and text.count("uniform int8-row") >= len(uniform)
+    assert "compile: " in result.stderr
+
+
+def test_python_gives_rows_in_the_order_of_the_plans(searched, study, uniform):
+    rows = bench(uniform[::-1], str(searched.model), study.facts)
+    assert [row.plan_id for row in rows] == [None, *(plan.plan_id for plan in uniform[::-1])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "all"], "'all' is neither uniform nor front"),
+        (["--plan", "ffffffffffff"], "no plan"),
+        (["--plan", "UNIFORM", "--model", "/nowhere"], "/nowhere"),
+        (["--plan", "ORIGINAL"], "the unquantized model takes part anyway"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_in_one_line(searched, study, uniform, run, arguments, message):
+    ids = {"UNIFORM": uniform[0].plan_id, "ORIGINAL": next(p.plan_id for p in study.plans() if p.kind == "original")}
+    result = run("bench", searched.db, *(ids.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2 and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""

@@ -199,6 +199,7 @@ def load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str 
         model_factory=source.get("model_factory"),
         tokenizer=source.get("tokenizer"),
         trust_pickle=bool(source.get("trust_pickle")),
+        sample_inputs=source.get("sample_inputs"),
     )
     if loaded.content_hash != plan.model_hash:
         raise ModelError(
@@ -216,17 +217,21 @@ def _skeleton(loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFa
 
 
 def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> None:
-    args = _check_inputs(loaded)
+    args, keywords = _check_inputs(loaded)
     with torch.no_grad():
-        before, after = (output_tensor(module(*args)) for module in (loaded.module, again))
+        before, after = (output_tensor(module(*args, **keywords)) for module in (loaded.module, again))
     if not torch.equal(before, after):
         raise CheckpointError(f"what was written for {target} does not compute the same logits; please report this")
 
 
-def _check_inputs(loaded: LoadedModel) -> tuple[Any, ...]:
-    if loaded.example_inputs is not None:
-        return loaded.example_inputs
+def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    inputs = loaded.example_inputs
+    if inputs is not None:
+        return ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     if loaded.kind in ("causal_lm", "token_lm"):
         tokens = min(_CHECK_TOKENS, loaded.max_positions or _CHECK_TOKENS)
-        return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,)
-    raise CheckpointError("this model has no sample inputs to check a checkpoint with: use autoquant.apply from Python")
+        return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,), {}
+    raise CheckpointError(
+        "this model has no sample inputs to check a checkpoint with: search it with --sample-inputs, or use autoquant.apply"
+        " from Python"
+    )

@@ -327,6 +327,26 @@ class Proof:
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """One metric of one task of lm-evaluation-harness, for one model.
+
+    Attributes:
+        metric: Its name, with lm-eval's filter after a comma where there is one.
+        stderr: Standard error of `value` (None where lm-eval has none).
+        samples: How many the value is over (None for a group of tasks).
+        limit: How many were asked for at most (None: all).
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int | None
+    limit: int | None
+    lm_eval_version: str
+
+
 def to_json(record: Any) -> str:
     """Serialize a record of this module."""
     return json.dumps(asdict(record), separators=(",", ":"))

@@ -39,7 +39,7 @@ def bench(
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
-        plans = _chosen(study, plan or [], compare)
+        plans = chosen_plans(study, plan or [], compare)
         source = model or source_path(study)
         from autoquant.tuner.bench import bench as measure  # imports torch: after all that can be refused without it
 
@@ -58,18 +58,16 @@ def bench(
         typer.echo(note)
 
 
-def _chosen(study: Study, ids: list[str], kind: str | None) -> list[Plan]:
+def chosen_plans(study: Study, ids: list[str], kind: str | None) -> list[Plan]:
     """The plans named, or the recommended one; then those of the kind. The unquantized model takes part anyway."""
     from autoquant.errors import PlanError
 
     named = [study.plan(plan_id) for plan_id in ids] or [recommended_plan(study)]
     if others := {each.study_id for each in named} - {study.study_id}:
-        raise PlanError(f"the plans are of different studies ({study.study_id} and {others.pop()}): time one at a time")
+        raise PlanError(f"the plans are of different studies ({study.study_id} and {others.pop()}): give those of one")
     proven = study.proofs()
     named += [each for each in study.plans() if each.kind == kind and each.plan_id in proven]
     chosen = {each.plan_id: each for each in named if each.kind != "original"}
     if not chosen:
-        raise PlanError(
-            "the unquantized model takes part anyway: say which plan to time beside it with --plan or --compare"
-        )
+        raise PlanError("the unquantized model takes part anyway: say with --plan which plan to set beside it")
     return list(chosen.values())

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from autoquant.cli.apply import apply
 from autoquant.cli.bench import bench
 from autoquant.cli.candidates import candidates
+from autoquant.cli.eval import evaluate
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
 from autoquant.cli.search import search
@@ -96,6 +97,7 @@ app.command(short_help="Show the measured front of a search.")(pareto)
 app.command(short_help="Show one plan layer by layer, with why.")(show)
 app.command(short_help="Write the quantized model to disk.")(apply)
 app.command(short_help="Time plans in the whole model, in turn.")(bench)
+app.command("eval", short_help="Score plans on tasks of lm-evaluation-harness.")(evaluate)
 app.command(short_help="List formats and kernels for a device.")(candidates)
 app.command(short_help="Time linears by every candidate, without a search.")(profile)
 

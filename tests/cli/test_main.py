@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from autoquant.cli import main
 from autoquant.cli.main import app
 
-COMMANDS = ("search", "pareto", "show", "apply", "candidates", "profile")
+COMMANDS = ("search", "pareto", "show", "apply", "bench", "eval", "candidates", "profile")
 
 
 def autoquant(*arguments, cwd=None, python=(), environment=None):

@@ -296,6 +296,11 @@ class Interval:
     high: float
 
 
+def request_time(phase_times: Mapping[str, float], calls: Mapping[str, int]) -> float:
+    """Time of one request, in the unit of its phases: the sum over phases of calls times the time of one."""
+    return sum(calls[phase] * time for phase, time in phase_times.items())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
     """What was measured of a plan by really applying it.

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from autoquant.cli.apply import source_path
-from autoquant.cli.bench import chosen_plans
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+from autoquant.cli.plans import ModelOption, PlansOption, chosen_plans, source_path
 
 
 def evaluate(
@@ -17,22 +16,14 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option(metavar="NAME,...", help="Tasks of lm-eval, or of --tasks-path.", show_default=False)
     ],
-    plan: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID", help="Which plan (the beginning of its id will do); repeatable.", show_default="recommended"
-        ),
-    ] = None,
+    plan: PlansOption = None,
     tasks_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of further task files (YAML).", show_default=False)
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Samples of each task.", show_default="all")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Where the model is, if not where it was.", show_default=False),
-    ] = None,
+    model: ModelOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Score plans and the unquantized model on the same tasks of lm-evaluation-harness, and keep the scores."""
@@ -42,7 +33,7 @@ def evaluate(
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
-        plans = chosen_plans(study, plan or [], None)
+        plans = chosen_plans(study, plan or [])
         source = model or source_path(study)
         # These import torch: after all that can be refused without it.
         from autoquant.evaluators.tasks import Tasks

@@ -65,7 +65,7 @@ def load_model(
     with quiet():
         loaded = _load(request)
         if sample_inputs is not None:
-            loaded.example_inputs = make_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
+            _give_inputs(loaded, sample_inputs)
             loaded.source = replace(loaded.source, sample_inputs=sample_inputs)
     return loaded
 
@@ -88,7 +88,7 @@ def take_model(
     if isinstance(model, nn.Module):
         loaded = from_module(model, device=device, dtype=None if dtype == "auto" else dtype, tokenizer=tokenizer)
         if sample_inputs is not None:
-            loaded.example_inputs = make_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
+            _give_inputs(loaded, sample_inputs)
         return loaded
     return load_model(
         model,
@@ -127,6 +127,11 @@ def _load_file(path: Path, request: Request) -> LoadedModel:
     if suffix in (".pt", ".pth"):
         return torchfile.load_torch_file(path, request)
     raise ModelError(f"{path} is not a kind of model file that can be read: give {_FORMS}")
+
+
+def _give_inputs(loaded: LoadedModel, sample_inputs: str) -> None:
+    """Let the model's example inputs be what the callable named returns."""
+    loaded.example_inputs = make_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
 
 
 def from_module(

@@ -126,15 +126,18 @@ def _nests(block: nn.Module) -> bool:
     """Whether the compiler takes what this block calls in a nested region."""
     for owner in block.modules():
         for parameter in owner.parameters(recurse=False):
-            if not is_traceable_wrapper_subclass(parameter):
-                continue
-            if not _has_wrapped_weight(owner):  # nobody but a plain linear is taken apart
-                return False
-            if isinstance(parameter, RoutedWeight):
-                fmt = get_format(parameter.format_id)
-                if not all(fmt.kernel(kernel).nests for _, kernel in parameter.route):
-                    return False
+            if is_traceable_wrapper_subclass(parameter) and not (
+                _has_wrapped_weight(owner) and _kernels_nest(parameter)
+            ):
+                return False  # nobody but a plain linear is taken apart
     return True
+
+
+def _kernels_nest(weight: torch.Tensor) -> bool:
+    if not isinstance(weight, RoutedWeight):
+        return True
+    fmt = get_format(weight.format_id)
+    return all(fmt.kernel(kernel).nests for _, kernel in weight.route)
 
 
 _REGION_CLASSES: dict[tuple[type, str], type[nn.Module]] = {}

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from autoquant.records import TaskScore
 from autoquant.report import units
+from autoquant.report.tables import WIDE, plain_table
 
 _LEAST_LABEL = 8
 
@@ -31,7 +31,7 @@ class TaskLine(Protocol):
 
 def task_table(rows: Sequence[TaskLine], width: int = 80) -> Table:
     """A line for each task, metric and plan, beside the unquantized model, which is the first of `rows`."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, expand=width < 120)
+    table = plain_table(expand=width < WIDE)
     table.add_column("Task", overflow="fold")
     table.add_column("Metric", overflow="fold")
     table.add_column("Samples", justify="right", no_wrap=True)

@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autoquant.records import ORIGINAL_LABEL, LayerChoice, Plan, PlanKind, Prediction, Workload, content_key
+from autoquant.records import (
+    ORIGINAL_LABEL,
+    LayerChoice,
+    Plan,
+    PlanKind,
+    Prediction,
+    Workload,
+    content_key,
+    request_time,
+)
 from autoquant.tuner.solve import Picks, Problem, fastest, front, undominated
 
 
@@ -30,8 +39,7 @@ class PlanContext:
 
 def request_us(choice: LayerChoice, workload: Workload) -> float:
     """Microseconds that the layer takes in one request."""
-    calls = workload.calls()
-    return sum(calls[phase] * latency for phase, latency in choice.latency_us.items())
+    return request_time(choice.latency_us, workload.calls())
 
 
 def request_ms(choice: LayerChoice, workload: Workload) -> float:

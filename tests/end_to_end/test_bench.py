@@ -5,20 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from autoquant.cli.main import app
 from autoquant.tuner.bench import bench
-
-
-@pytest.fixture
-def run():
-    """The command in this process."""
-
-    def invoke(*arguments):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-    return invoke
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from autoquant.candidates import Format, Kernel, get_format
@@ -16,9 +15,10 @@ from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import METHOD, Change
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
-from autoquant.profiler.crossovers import Cell, measure_crossovers
+from autoquant.profiler.crossovers import Timings, settled
 from autoquant.profiler.device import compile_failure, release_memory
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
+from autoquant.profiler.prepare import workers_kept
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.timing import first_line
 from autoquant.records import (
@@ -84,8 +84,12 @@ class Stages:
         recording = facts.recording or self._record()
         self.runner = self._runner()
         try:
-            options, originals = self._options(recording)
+            working_set = self._working_set(recording)
+            timings = self._time(subjects_of(cells_of(recording.sites), self.candidates, working_set))
+            self._spend()
+            options, originals = self._options(recording, timings, working_set)
             self._prove_all(options, originals, recording)
+            self._settle_routes(timings, working_set)
         finally:
             self.runner.close()
         self._spend(complete=True)
@@ -117,13 +121,21 @@ class Stages:
         self.store.update_study(self.study_id, recording=recording)
         return recording
 
-    def _options(self, recording: Recording) -> tuple[list[list[LayerChoice]], list[LayerChoice]]:
+    def _working_set(self, recording: Recording) -> int:
+        element_bytes = mean_element_bytes(self.loaded.module, recording)
+        return working_set_bytes([site.shape for site in recording.sites], self.hardware, element_bytes)
+
+    def _time(self, subjects: Sequence[TimingSubject]) -> dict[TimingSubject, Measurement]:
+        """Timings of the subjects, from the store or measured now."""
+        return measure_all(
+            subjects, runner=self.runner, hardware=self.hardware, store=self.store, listener=self.listener
+        )
+
+    def _options(
+        self, recording: Recording, timings: Timings, working_set: int
+    ) -> tuple[list[list[LayerChoice]], list[LayerChoice]]:
         """Scored choices per site, and the unquantized choice per site."""
         sites = recording.sites
-        element_bytes = mean_element_bytes(self.loaded.module, recording)
-        working_set = working_set_bytes([site.shape for site in sites], self.hardware, element_bytes)
-        timings = self._profile(cells_of(sites), working_set)
-        self._spend()
         formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
         facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
         choices = [site_choices(site, self.candidates, timings, facts, self.workload, working_set) for site in sites]
@@ -131,16 +143,6 @@ class Stages:
         losses = self._score(choices)
         filled = [scored(choice, losses) for choice in choices]
         return [list(choice.choices) for choice in filled], [choice.original for choice in filled]
-
-    def _profile(self, cells: Sequence[Cell], working_set: int) -> dict[TimingSubject, Measurement]:
-        """Timings of every candidate at the workload's m; on GPUs, where a format has many kernels, crossovers too."""
-        measure = partial(
-            measure_all, runner=self.runner, hardware=self.hardware, store=self.store, listener=self.listener
-        )
-        timings = measure(subjects_of(cells, self.candidates, working_set))
-        if self.hardware.type == "cuda":
-            timings |= measure_crossovers(cells, self.candidates, timings, working_set, measure)
-        return timings
 
     def _tell_dropped(self, choices: Sequence[SiteChoices]) -> None:
         counts: dict[tuple[str, str], int] = {}
@@ -278,6 +280,21 @@ class Stages:
             slowest_s = max(slowest_s, time.monotonic() - began)
             count += 1
         self.listener(StageFinished("refine", f"{count} further plans proven"))
+
+    def _settle_routes(self, timings: Timings, working_set: int) -> None:
+        """On GPUs, where a format has many kernels: measure at which m they change in the plans of the front.
+
+        At the m of the workload the routes stay as they are, and so does what was proven of the plans.
+        """
+        if self.hardware.type != "cuda":
+            return
+        front = {row["plan_id"] for row in Study(self.store, self.study_id).rows() if row["on_front"]}
+        plans = [plan for plan_id, plan in self.plans.items() if plan_id in front]
+        with workers_kept():  # each halving would wait for new ones otherwise
+            plans = settled(plans, timings, working_set, self._time)
+        for plan in plans:
+            self.store.put_plan(plan)
+        self._spend()
 
     # -- accounts --------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ def search(
     tokenizer: Any | None = None,
     trust_pickle: bool = False,
     sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    fuse: bool = False,
     quality: QualityFunction | None = None,
     listener: Listener = ignore,
 ) -> Study:
@@ -68,6 +69,7 @@ def search(
         candidates: Globs over `FORMAT/KERNEL`; `*` leaves out what `autoquant candidates` calls opt-in.
         time_budget_s: What refinement may fill up, counted over all runs of the same search.
         sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model.
+        fuse: Time linears that read the same input as one, too, and compute them so where that is faster.
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
             name, so give a changed function another name.
         listener: Told what is going on.
@@ -106,7 +108,7 @@ def search(
         "seed": seed,
         "protocol": PROTOCOL,
         "method": METHOD,
-    }
+    } | ({"fuse": True} if fuse else {})
     store = open_store(db)
     study_id = content_key(identity, 8)
     store.put_device(hardware)
@@ -130,6 +132,7 @@ def search(
         hardware=hardware,
         candidates=with_original(pairs, loaded.dtype),
         sample_inputs=inputs,
+        fuse=fuse,
         max_ppl_increase=max_ppl_increase,
         max_memory_bytes=max_memory_bytes,
         time_budget_s=time_budget_s,

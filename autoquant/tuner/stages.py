@@ -16,7 +16,7 @@ from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import METHOD, Change
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
-from autoquant.profiler.crossovers import Cell, measure_crossovers
+from autoquant.profiler.crossovers import measure_crossovers
 from autoquant.profiler.device import compile_failure, release_memory
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
 from autoquant.profiler.record import mean_element_bytes, record_model
@@ -28,6 +28,7 @@ from autoquant.records import (
     Plan,
     Proof,
     Recording,
+    Site,
     TimingSubject,
     Workload,
     route_kernel,
@@ -36,6 +37,7 @@ from autoquant.store import Store
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import SiteChoices, format_facts, numerics_key, scored, site_choices
+from autoquant.tuner.fusion import Fusion, fusion_subjects, make_fusion
 from autoquant.tuner.jobs import Bench, ProveJob, Scored, ScoreJob
 from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
@@ -61,6 +63,7 @@ class Stages:
     hardware: Device
     candidates: list[tuple[Format, Kernel]]
     sample_inputs: Any
+    fuse: bool
     max_ppl_increase: float | None
     max_memory_bytes: int | None
     time_budget_s: float
@@ -73,6 +76,7 @@ class Stages:
     failed: dict[str, str] = field(default_factory=dict)
     selection: tuple[float, ...] = ()
     runner: Runner = field(init=False)
+    fusion: Fusion | None = None
 
     def go(self) -> None:
         facts = self.store.study(self.study_id)
@@ -122,7 +126,7 @@ class Stages:
         sites = recording.sites
         element_bytes = mean_element_bytes(self.loaded.module, recording)
         working_set = working_set_bytes([site.shape for site in sites], self.hardware, element_bytes)
-        timings = self._profile(cells_of(sites), working_set)
+        timings = self._profile(sites, working_set)
         self._spend()
         formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
         facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
@@ -132,14 +136,20 @@ class Stages:
         filled = [scored(choice, losses) for choice in choices]
         return [list(choice.choices) for choice in filled], [choice.original for choice in filled]
 
-    def _profile(self, cells: Sequence[Cell], working_set: int) -> dict[TimingSubject, Measurement]:
+    def _profile(self, sites: Sequence[Site], working_set: int) -> dict[TimingSubject, Measurement]:
         """Timings of every candidate at the workload's m; on GPUs, where a format has many kernels, crossovers too."""
         measure = partial(
             measure_all, runner=self.runner, hardware=self.hardware, store=self.store, listener=self.listener
         )
-        timings = measure(subjects_of(cells, self.candidates, working_set))
+        cells = cells_of(sites)
+        subjects = subjects_of(cells, self.candidates, working_set)
+        if self.fuse:
+            subjects += [s for s in fusion_subjects(sites, self.candidates, working_set) if s not in set(subjects)]
+        timings = measure(subjects)
         if self.hardware.type == "cuda":
             timings |= measure_crossovers(cells, self.candidates, timings, working_set, measure)
+        if self.fuse:
+            self.fusion = make_fusion(sites, self.candidates, timings, self.workload, working_set)
         return timings
 
     def _tell_dropped(self, choices: Sequence[SiteChoices]) -> None:
@@ -189,6 +199,7 @@ class Stages:
             dtype=self.loaded.dtype,
             workload=self.workload,
             other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
+            fusion=self.fusion,
         )
         original = original_plan(originals, context)
         self.listener(StageStarted("prove", 1 + FRONT_PLANS))
@@ -203,7 +214,11 @@ class Stages:
         for plan in uniform:
             self._prove(predicted(plan, calibration, sites, context))
         calibration = fit([original, *uniform], self.proofs, sites)
-        context = replace(context, rest_ms=calibration.rest_request_ms(self.workload.calls()))
+        context = replace(
+            context,
+            rest_ms=calibration.rest_request_ms(self.workload.calls()),
+            fusion=self.fusion.changed(calibration.choice) if self.fusion else None,
+        )
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]

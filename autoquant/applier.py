@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from autoquant import checkpoint
 from autoquant.candidates import get_format
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
+from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
@@ -62,6 +63,8 @@ def apply(plan: Plan, model: nn.Module, *, listener: Listener = ignore) -> nn.Mo
         listener(StageProgress("apply", done, layer.name))
         if layer.format != original_format(layer.shape.dtype):
             _replace(model, layer)
+    for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
+        _join(model, [layer for layer in plan.layers if layer.name in names])
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
     return model
 
@@ -158,13 +161,24 @@ def _replace(model: nn.Module, layer: LayerChoice) -> None:
     fmt = get_format(layer.format)
     parameter = model.get_parameter(layer.parameters[0])
     routed = RoutedWeight.wrap(fmt.store(parameter.data), fmt.id, layer.route, parameter.dtype)
-    replacement = nn.Parameter(routed, requires_grad=False)
-    for name in layer.parameters:
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = replacement
+    _put(model, layer, routed)
     placed = model.get_parameter(layer.parameters[0]).data
     if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:
         raise ModelError(f"{layer.name} did not become {fmt.id}: its module puts another weight in place")
+
+
+def _join(model: nn.Module, layers: Sequence[LayerChoice]) -> None:
+    """Store the layers' weights behind one another, so that they can be multiplied as one."""
+    weights = [model.get_parameter(layer.parameters[0]).data for layer in layers]
+    for layer, weight in zip(layers, join(weights), strict=True):
+        _put(model, layer, weight)
+
+
+def _put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:
+    replacement = nn.Parameter(weight, requires_grad=False)
+    for name in layer.parameters:
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = replacement
 
 
 def _formats_text(plan: Plan) -> str:

@@ -242,6 +242,7 @@ class LayerChoice:
         numerics: Key of the score that stands for this choice: format values and activation precision.
         loss: Predicted loss of this choice alone.
         memory_bytes: Bytes that the stored weight takes.
+        joined: Names of the layers that are computed as one, this one among them; empty where it is computed alone.
     """
 
     name: str
@@ -253,6 +254,7 @@ class LayerChoice:
     memory_bytes: int
     loss: float
     parameters: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
     reason: str = ""
 
 
@@ -390,11 +392,12 @@ def workload_from(data: Mapping[str, Any]) -> Workload:
 
 def layer_from(data: Mapping[str, Any]) -> LayerChoice:
     """Rebuild a `LayerChoice` from its JSON object."""
-    rest = {key: value for key, value in data.items() if key not in ("shape", "route", "parameters")}
+    rest = {key: value for key, value in data.items() if key not in ("shape", "route", "parameters", "joined")}
     return LayerChoice(
         shape=_shape(data["shape"]),
         route=tuple(RouteStep(**step) for step in data["route"]),
         parameters=tuple(data["parameters"]),
+        joined=tuple(data.get("joined", ())),
         **rest,
     )
 

@@ -76,6 +76,9 @@ def search(
             show_default=False,
         ),
     ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Also try layers that read the same input as one (q, k, v; gate, up).")
+    ] = False,
     time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
     model_factory: Annotated[
@@ -122,6 +125,7 @@ def search(
                 max_ppl_increase=increase,
                 max_memory_bytes=memory,
                 candidates=tuple(candidates or ("*",)),
+                fuse=fuse,
                 time_budget_s=budget_s,
                 seed=seed,
                 model_factory=model_factory,

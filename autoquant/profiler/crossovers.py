@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import isqrt
@@ -71,37 +71,39 @@ def settled(plans: Sequence[Plan], timings: Timings, working_set: int, measure: 
         timings: What was measured at the m that the routes were made from. At those the routes stay as they are.
         measure: Times subjects, or takes them from the store.
     """
-    routes = _settled_routes((layer for plan in plans for layer in plan.layers), timings, working_set, measure)
+    keys = dict.fromkeys(key for plan in plans for key in _keys(plan) if len(key[2]) > 1)
+    made: dict[TimingSubject, Measurement] = {}
+    while True:
+        known = {**timings, **made}
+        found = {key: _changes(key, FormatTimings(*key[:2], working_set, timings), working_set, known) for key in keys}
+        halves = (subject for changes in found.values() for change in changes for subject in change.halves())
+        wanted = [subject for subject in dict.fromkeys(halves) if subject not in known]
+        if not wanted:
+            break
+        made |= measure(wanted)
+    routes = {key: _moved(key[2], changes) for key, changes in found.items()}
     return [
         replace(
             plan,
-            layers=tuple(replace(c, route=routes.get((c.shape, c.format, c.route), c.route)) for c in plan.layers),
+            layers=tuple(
+                replace(layer, route=routes.get(key, layer.route))
+                for layer, key in zip(plan.layers, _keys(plan), strict=True)
+            ),
         )
         for plan in plans
     ]
 
 
-def _settled_routes(
-    choices: Iterable[LayerChoice], timings: Timings, working_set: int, measure: Measure
-) -> dict[_RouteOfShape, Route]:
-    routes = dict.fromkeys((c.shape, c.format, c.route) for c in choices if len(c.route) > 1)
-    made: dict[TimingSubject, Measurement] = {}
-    while True:
-        known = {**timings, **made}
-        found = {
-            key: _changes(key, FormatTimings(key[0], key[1], working_set, timings), working_set, known)
-            for key in routes
-        }
-        wanted = dict.fromkeys(
-            subject
-            for changes in found.values()
-            for change in changes
-            for subject in change.halves()
-            if subject not in known
-        )
-        if not wanted:
-            return {key: _moved(key[2], changes) for key, changes in found.items()}
-        made |= measure(list(wanted))
+def _keys(plan: Plan) -> list[_RouteOfShape]:
+    """What each layer's route was timed at: the shape of all where several layers are computed as one."""
+    rows = {layer.name: layer.shape.n for layer in plan.layers}
+
+    def shape(layer: LayerChoice) -> LinearShape:
+        if not layer.joined:
+            return layer.shape
+        return replace(layer.shape, n=sum(rows[name] for name in layer.joined), bias=False)
+
+    return [(shape(layer), layer.format, layer.route) for layer in plan.layers]
 
 
 @dataclass(frozen=True, slots=True)

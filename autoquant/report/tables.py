@@ -110,7 +110,7 @@ def layers_table(plan: Plan, width: int = 80) -> Table:
             name.append(f"\n{why}", style="italic")
         cells = [
             name,
-            Text(f"{layers[0].format}\n{route_text(layers[0].route)}"),
+            Text(f"{layers[0].format}\n{route_text(layers[0].route)}{_joined_text(layers[0])}"),
             Text("\n".join(_phases(layers))),
             Text(units.digits(sum(layer.loss for layer in layers), 2)),
             Text(units.size(sum(layer.memory_bytes for layer in layers))),
@@ -123,13 +123,19 @@ def layer_groups(layers: Sequence[LayerChoice]) -> list[tuple[str, tuple[LayerCh
     """Layers of one shape with one format and route, folded by name, in the order of the plan."""
     alike: dict[tuple[Any, ...], list[LayerChoice]] = {}
     for layer in layers:
-        alike.setdefault((layer.shape, layer.format, layer.route), []).append(layer)
+        alike.setdefault((layer.shape, layer.format, layer.route, bool(layer.joined)), []).append(layer)
     groups = []
     for members in alike.values():
         by_name = {layer.name: layer for layer in members}
         groups += [(pattern, tuple(by_name[name] for name in names)) for pattern, names in fold(by_name)]
     position = {layer.name: index for index, layer in enumerate(layers)}
     return sorted(groups, key=lambda group: position[group[1][0].name])
+
+
+def _joined_text(layer: LayerChoice) -> str:
+    """What a layer is computed as one with."""
+    others = [name.rpartition(".")[2] for name in layer.joined if name != layer.name]
+    return f"\nas one with\n{', '.join(others)}" if others else ""
 
 
 def route_text(route: Route) -> str:

@@ -51,6 +51,7 @@ def search(
     tokenizer: Any | None = None,
     trust_pickle: bool = False,
     sample_inputs: Sequence[Any] | Mapping[str, Any] | str | None = None,
+    fuse: bool = False,
     quality: QualityFunction | str | None = None,
     listener: Listener = ignore,
 ) -> Study:
@@ -70,6 +71,7 @@ def search(
         time_budget_s: What refinement may fill up, counted over all runs of the same search.
         sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model; or
             `package.module:callable` of a function without arguments that returns them.
+        fuse: Time linears that read the same input as one, too, and compute them so where that is faster.
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
             name, so give a changed function another name. A string `package.module:callable` is imported.
         listener: Told what is going on.
@@ -115,7 +117,7 @@ def search(
         "seed": seed,
         "protocol": PROTOCOL,
         "method": METHOD,
-    }
+    } | ({"fuse": True} if fuse else {})
     store = open_store(db)
     study_id = content_key(identity, 8)
     store.put_device(hardware)
@@ -139,6 +141,7 @@ def search(
         hardware=hardware,
         candidates=with_original(pairs, loaded.dtype),
         sample_inputs=inputs,
+        fuse=fuse,
         max_ppl_increase=max_ppl_increase,
         max_memory_bytes=max_memory_bytes,
         time_budget_s=time_budget_s,

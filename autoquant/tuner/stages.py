@@ -28,6 +28,7 @@ from autoquant.records import (
     Plan,
     Proof,
     Recording,
+    Site,
     TimingSubject,
     Workload,
     route_kernel,
@@ -36,6 +37,7 @@ from autoquant.store import Store
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import SiteChoices, format_facts, numerics_key, scored, site_choices
+from autoquant.tuner.fusion import Fusion, fusion_subjects, make_fusion
 from autoquant.tuner.jobs import Bench, ProveJob, Scored, ScoreJob
 from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
@@ -61,6 +63,7 @@ class Stages:
     hardware: Device
     candidates: list[tuple[Format, Kernel]]
     sample_inputs: Any
+    fuse: bool
     max_ppl_increase: float | None
     max_memory_bytes: int | None
     time_budget_s: float
@@ -73,6 +76,7 @@ class Stages:
     failed: dict[str, str] = field(default_factory=dict)
     selection: tuple[float, ...] = ()
     runner: Runner = field(init=False)
+    fusion: Fusion | None = None
 
     def go(self) -> None:
         facts = self.store.study(self.study_id)
@@ -85,8 +89,7 @@ class Stages:
         self.runner = self._runner()
         try:
             working_set = self._working_set(recording)
-            timings = self._time(subjects_of(cells_of(recording.sites), self.candidates, working_set))
-            self._spend()
+            timings = self._profile(recording.sites, working_set)
             options, originals = self._options(recording, timings, working_set)
             self._prove_all(options, originals, recording)
             self._settle_routes(timings, working_set)
@@ -130,6 +133,17 @@ class Stages:
         return measure_all(
             subjects, runner=self.runner, hardware=self.hardware, store=self.store, listener=self.listener
         )
+
+    def _profile(self, sites: Sequence[Site], working_set: int) -> dict[TimingSubject, Measurement]:
+        """Timings of every candidate at the workload's m, of siblings as one too where that is asked for."""
+        subjects = subjects_of(cells_of(sites), self.candidates, working_set)
+        if self.fuse:
+            subjects = list(dict.fromkeys([*subjects, *fusion_subjects(sites, self.candidates, working_set)]))
+        timings = self._time(subjects)
+        if self.fuse:
+            self.fusion = make_fusion(sites, self.candidates, timings, self.workload, working_set)
+        self._spend()
+        return timings
 
     def _options(
         self, recording: Recording, timings: Timings, working_set: int
@@ -191,6 +205,7 @@ class Stages:
             dtype=self.loaded.dtype,
             workload=self.workload,
             other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
+            fusion=self.fusion,
         )
         original = original_plan(originals, context)
         self.listener(StageStarted("prove", 1 + FRONT_PLANS))
@@ -205,7 +220,11 @@ class Stages:
         for plan in uniform:
             self._prove(predicted(plan, calibration, sites, context))
         calibration = fit([original, *uniform], self.proofs, sites)
-        context = replace(context, rest_ms=calibration.rest_request_ms(self.workload.calls()))
+        context = replace(
+            context,
+            rest_ms=calibration.rest_request_ms(self.workload.calls()),
+            fusion=self.fusion.changed(calibration.choice) if self.fusion else None,
+        )
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]

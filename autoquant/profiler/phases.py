@@ -21,6 +21,7 @@ class Phases(Protocol):
 
     `reset` puts the model in front of `phase` (a decode step needs a filled cache); `run` executes one call of it, compiled
     where the phases were made so, and may be called up to `limit(phase)` times after a reset; `run_eager` never compiles.
+    `run_launched` is `run` without a CUDA graph: the same kernels, each launched by itself.
     """
 
     workload: Workload
@@ -30,6 +31,8 @@ class Phases(Protocol):
     def run(self, phase: str) -> torch.Tensor: ...
 
     def run_eager(self, phase: str) -> torch.Tensor: ...
+
+    def run_launched(self, phase: str) -> torch.Tensor: ...
 
     def limit(self, phase: str) -> int: ...
 
@@ -120,6 +123,9 @@ class _ForwardPhases:
         with torch.no_grad():
             return output_tensor(self._eager(*self._args, **self._kwargs))
 
+    def run_launched(self, phase: str) -> torch.Tensor:
+        return self.run(phase)
+
 
 class _CausalPhases:
     """Prefill and decode of a Hugging Face causal language model with a static cache."""
@@ -140,12 +146,13 @@ class _CausalPhases:
         self._position = 0
 
         self._cache = StaticCache(config=config, max_cache_len=self._prompt + self._steps)
-        self._eager = self._forward = _step_of(module, self._cache)
+        self._eager = self._launched = self._forward = _step_of(module, self._cache)
         self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
         if compiled:
-            self._forward = compile_forward(_step_of(ready_to_compile(module, regions=regions), self._cache))
+            compiled_step = compile_forward(_step_of(ready_to_compile(module, regions=regions), self._cache))
+            self._launched = self._forward = compiled_step
             if torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers):
-                self._forward = GraphedStep(self._forward, self._lengths)
+                self._forward = GraphedStep(compiled_step, self._lengths)
 
     def reset(self, phase: str) -> None:
         self._cache.reset()
@@ -161,6 +168,9 @@ class _CausalPhases:
 
     def run_eager(self, phase: str) -> torch.Tensor:
         return self._step(self._eager, self._tokens(phase))
+
+    def run_launched(self, phase: str) -> torch.Tensor:
+        return self._step(self._launched, self._tokens(phase))
 
     def _tokens(self, phase: str) -> int:
         return 1 if phase == "decode" else self._prompt

@@ -1,0 +1,97 @@
+"""One step of a model, kernel by kernel: which layer each belongs to, what the others do, and the gaps between them.
+
+Times are microseconds. The kernels' times and the gaps add up to the step's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LINEAR = "linear"
+OTHER = "other"
+UNKNOWN = "not attributed"
+_GLUE = (
+    ("attention", r"sdpa|scaled_dot_product|flash|fmha|softmax|aten::b(add)?bmm"),
+    ("activation rounding", r"amax|quantize|qparams|scale_activations"),
+    ("norms", r"rsqrt|norm"),
+    ("copies and casts", r"(?<!_to)_copy|clone|cat_|memcpy|memset|aten::(copy_|cat|_?to\b|contiguous|_to_copy)"),
+)
+GLUE = (*(kind for kind, _ in _GLUE), OTHER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """A kernel on a GPU, or an operator or compiled kernel on the CPU, that ran in a step.
+
+    Attributes:
+        kind: `LINEAR`, one of `GLUE`, or `UNKNOWN` where it could not be told who launched it.
+        layers: The linears whose weights it reads: several where they are computed as one.
+        start_us: From the step's beginning.
+        duration_us: What it adds to the step; less than it took where it overlaps with one that began before.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    start_us: float
+    duration_us: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepProfile:
+    """What one step of a phase did, in the order of time.
+
+    Attributes:
+        step_us: On the CPU the whole call, on a GPU from the first kernel's beginning to the last one's end.
+    """
+
+    phase: str
+    step_us: float
+    kernels: tuple[KernelTime, ...]
+
+    def gaps(self) -> list[tuple[float, float]]:
+        """(start, duration) of every time in which nothing ran."""
+        found = []
+        end = 0.0
+        for kernel in self.kernels:
+            if kernel.start_us > end:
+                found.append((end, kernel.start_us - end))
+            end = max(end, kernel.start_us + kernel.duration_us)
+        if self.step_us > end:
+            found.append((end, self.step_us - end))
+        return found
+
+    def gaps_us(self) -> float:
+        """The step less its kernels."""
+        return self.step_us - sum(kernel.duration_us for kernel in self.kernels)
+
+    def layer_us(self, shares: Mapping[str, float]) -> dict[str, float]:
+        """Microseconds by linear.
+
+        Args:
+            shares: By linear, in which proportion those that are computed as one share a kernel's time.
+        """
+        times: dict[str, float] = {}
+        for kernel in self.kernels:
+            total = sum(shares.get(name, 1.0) for name in kernel.layers)
+            for name in kernel.layers:
+                times[name] = times.get(name, 0.0) + kernel.duration_us * shares.get(name, 1.0) / total
+        return times
+
+    def glue_us(self) -> dict[str, float]:
+        """Microseconds by kind of what belongs to no linear, most first."""
+        times: dict[str, float] = {}
+        for kernel in self.kernels:
+            if kernel.kind != LINEAR:
+                times[kernel.kind] = times.get(kernel.kind, 0.0) + kernel.duration_us
+        return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def glue_kind(name: str) -> str:
+    """What a kernel that reads no linear's weight does, by its name.
+
+    A fused kernel is named after all that it computes, and counts for the first kind of `GLUE` that its name tells.
+    """
+    return next((kind for kind, pattern in _GLUE if re.search(pattern, name.lower())), OTHER)

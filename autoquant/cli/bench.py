@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table, write_file
 from autoquant.cli.plans import ModelOption, PlansOption, chosen_plans, source_path
+
+if TYPE_CHECKING:
+    from autoquant.records import Plan, Workload
+    from autoquant.tuner.bench import BenchRow
 
 
 def bench(
@@ -17,12 +23,23 @@ def bench(
         str | None,
         typer.Option(metavar="KIND", help="Also all proven plans of a kind: uniform or front.", show_default=False),
     ] = None,
+    attribute: Annotated[
+        bool, typer.Option("--attribute", help="Also say where the time of a step goes: layers, glue, gaps.")
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.JSON", help="Write these steps for chrome://tracing or Perfetto.", show_default=False
+        ),
+    ] = None,
     model: ModelOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Time plans in the whole model, compiled, in turn with the unquantized model, and compare with what was predicted."""
     if compare is not None and compare not in ("uniform", "front"):
         raise typer.BadParameter(f"{compare!r} is neither uniform nor front", param_hint="--compare")
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {trace.absolute().parent}", param_hint="--trace")
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
@@ -31,15 +48,45 @@ def bench(
         from autoquant.tuner.bench import bench as measure  # imports torch: after all that can be refused without it
 
         with listening() as listener:
-            rows = measure(plans, source, study.facts, listener)
+            rows = measure(plans, source, study.facts, listener, attribution=attribute or trace is not None)
         workload = study.facts.workload
+    by_id = {each.plan_id: each for each in plans}
+    if trace is not None:
+        _write_trace(trace, rows)
     if as_json:
-        from autoquant.report.bench_table import bench_objects
+        _print_json(rows, by_id, workload, attribute)
+    else:
+        _print_text(rows, by_id, workload, attribute)
 
-        print_json(bench_objects(rows, workload))
-        return
+
+def _write_trace(path: Path, rows: Sequence[BenchRow]) -> None:
+    from autoquant.report.attribution import trace_object
+    from autoquant.report.json_output import dumps
+
+    write_file(path, dumps(trace_object({row.label: row.steps for row in rows})).encode())
+    typer.echo(f"wrote {path}", err=True)
+
+
+def _print_json(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool) -> None:
+    from autoquant.report.attribution import attribution_object
+    from autoquant.report.bench_table import bench_objects
+
+    objects = bench_objects(rows, workload)
+    for row, shown in zip(rows, objects, strict=True):
+        if attribute and row.plan_id is not None:
+            shown["attribution"] = attribution_object(row, rows[0], plans[row.plan_id], workload)
+    print_json(objects)
+
+
+def _print_text(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool) -> None:
+    from autoquant.report.attribution import attribution_report
     from autoquant.report.bench_table import bench_notes, bench_table
 
     print_table(lambda width: bench_table(rows, workload, width))
-    for note in bench_notes(rows):
+    for row in rows:
+        if attribute and row.plan_id is not None:
+            plan = plans[row.plan_id]
+            typer.echo()
+            print_table(lambda width, row=row, plan=plan: attribution_report(row, rows[0], plan, workload, width))
+    for note in bench_notes(rows, plans, workload):
         typer.echo(note)

@@ -127,6 +127,7 @@ def hush_libraries() -> None:
     """Keep warnings of libraries, which a user cannot act on, out of what the command says."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces each of its runs
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

@@ -157,15 +157,17 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
         print_json({"study_id": study.study_id, "recommended": recommended, "database": db})
         return
     from autoquant.report.tables import front_table
-    from autoquant.report.words import recommendation
+    from autoquant.report.words import off_predictions, recommendation
 
+    where = shlex.quote(db)
     if rows:
         print_table(lambda width: front_table(rows, width))
         typer.echo()
     typer.echo(recommendation(rows, study.facts.limits))
     if not rows:
         return
-    where = shlex.quote(db)
+    for line in off_predictions(rows, where):
+        typer.echo(line)
     typer.echo("\nNext:")
     typer.echo(f"  autoquant pareto {where} --plot front.png")
     if recommended is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -29,17 +30,17 @@ def show(
 
             print_json(plan_object(chosen, row, proof, study.facts.recording))
         else:
-            _print_text(study, chosen, row, proof)
+            _print_text(study, chosen, row, proof, shlex.quote(database))
 
 
-def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Proof | None) -> None:
+def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Proof | None, database: str) -> None:
     from autoquant.report.tables import coverage_line, coverage_table, layers_table
-    from autoquant.report.words import plan_lines, study_line
+    from autoquant.report.words import off_predictions, plan_lines, study_line
 
     facts = study.facts
     failure = study.store.failed_proofs(study.study_id).get(plan.plan_id)
     typer.echo(study_line(facts.source, facts.device, facts.workload))
-    for line in plan_lines(plan, row, proof, failure):
+    for line in [*plan_lines(plan, row, proof, failure), *off_predictions([row] if row else [], database)]:
         typer.echo(line)
     typer.echo()
     print_table(lambda width: layers_table(plan, width))

@@ -8,28 +8,18 @@ from typing import Any, Protocol
 from rich.table import Table
 from rich.text import Text
 
-from autoquant.records import Workload
+from autoquant.records import Plan, Workload
 from autoquant.report import units
+from autoquant.report.attribution import Attributed, responsible
 from autoquant.report.tables import WIDE, plain_table
-
-LARGEST_ERROR = 0.1
-"""Above this difference between predicted and measured request time the report says so."""
+from autoquant.report.words import is_off
 
 
-class BenchLine(Protocol):
+class BenchLine(Attributed, Protocol):
     """What is read of `autoquant.tuner.bench.BenchRow`."""
 
     @property
     def plan_id(self) -> str | None: ...
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def phase_ms(self) -> Mapping[str, float]: ...
-
-    @property
-    def request_ms(self) -> float: ...
 
     @property
     def predicted_request_ms(self) -> float | None: ...
@@ -70,15 +60,17 @@ def bench_table(rows: Sequence[BenchLine], workload: Workload, width: int = 80) 
     return table
 
 
-def bench_notes(rows: Sequence[BenchLine]) -> list[str]:
-    """What else there is to say, a line each."""
+def bench_notes(rows: Sequence[BenchLine], plans: Mapping[str, Plan], workload: Workload) -> list[str]:
+    """What else there is to say, a line each: above all, what makes a request take another time than predicted."""
     notes = [f"note: {row.label}: {note}" for row in rows for note in row.notes]
-    notes += [
-        f"note: {row.label}: {units.duration_ms(row.request_ms)} a request instead of the predicted "
-        f"{units.duration_ms(row.predicted_request_ms)}"
-        for row in rows
-        if row.predicted_request_ms is not None and abs(_relative_error(row) or 0.0) > LARGEST_ERROR
-    ]
+    for row in rows:
+        if row.plan_id is None or row.predicted_request_ms is None or not is_off(_relative_error(row) or 0.0):
+            continue
+        instead = f"instead of the predicted {units.duration_ms(row.predicted_request_ms)}"
+        why = (
+            responsible(row, plans[row.plan_id], workload) if row.steps else "--attribute names the layers responsible"
+        )
+        notes.append(f"note: {row.label}: {units.duration_ms(row.request_ms)} a request {instead}: {why}")
     return notes
 
 

@@ -8,6 +8,9 @@ from typing import Any
 from autoquant.records import ORIGINAL_LABEL, Device, Plan, Proof, Workload
 from autoquant.report import units
 
+_LARGEST_ERROR = 0.1
+_OFF_PLANS = 3
+
 
 def study_line(source: Mapping[str, Any], device: Device, workload: Workload) -> str:
     """Model, device and workload of a study in one line."""
@@ -72,6 +75,31 @@ def plan_lines(
         f"{units.size(row['memory_bytes'])}"
     )
     return lines + (_proof_lines(proof) if proof else [])
+
+
+def is_off(relative_error: float) -> bool:
+    """Whether a prediction is so far from what was measured that the report says so."""
+    return abs(relative_error) > _LARGEST_ERROR
+
+
+def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[str]:
+    """Which proven plans of `Study.rows` take another time than predicted, and the command that says why; empty for none.
+
+    Args:
+        database: As it is written in a command.
+    """
+    errors = {row["plan_id"]: row["predicted_request_ms"] / row["measured_request_ms"] - 1 for row in rows}
+    off = sorted((row for row in rows if is_off(errors[row["plan_id"]])), key=lambda row: -abs(errors[row["plan_id"]]))
+    off = [row for row in off if row["label"] != ORIGINAL_LABEL]
+    if not off:
+        return []
+    worst = ", ".join(f"{row['label']} {errors[row['plan_id']]:+.0%}" for row in off[:_OFF_PLANS])
+    more = f" and {len(off) - _OFF_PLANS} more" if len(off) > _OFF_PLANS else ""
+    plans = " ".join(f"--plan {row['plan_id']}" for row in off[:_OFF_PLANS])
+    return [
+        f"Predicted and measured request time differ by more than {_LARGEST_ERROR:.0%}: {worst}{more}.",
+        f"Which layers that comes from: autoquant bench {database} {plans} --attribute",
+    ]
 
 
 def _proof_lines(proof: Proof) -> list[str]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from autoquant.applier import apply, load_searched, module_bytes
 from autoquant.evaluators.request import make_warm, time_in_turn
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
 from autoquant.models import LoadedModel
+from autoquant.profiler.attribution import attribute
 from autoquant.profiler.compiled import share
 from autoquant.profiler.device import compile_failure
 from autoquant.profiler.phases import Phases, make_phases
+from autoquant.profiler.steps import StepProfile
 from autoquant.records import ORIGINAL_LABEL, Plan, Workload, request_time
 from autoquant.store import StudyFacts
 
@@ -30,6 +33,7 @@ class BenchRow:
         memory_bytes: Of all parameters as stored.
         peak_bytes: Those, and the most that was allocated beside them (on CUDA; None elsewhere).
         notes: How it was compiled, where that was not as usual, and what disturbed the run.
+        steps: One step of each phase, kernel by kernel; empty where that was not asked for.
     """
 
     plan_id: str | None
@@ -40,24 +44,34 @@ class BenchRow:
     memory_bytes: int
     peak_bytes: int | None
     notes: tuple[str, ...]
+    steps: Mapping[str, StepProfile] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Entrant:
     plan: Plan | None
+    module: nn.Module
     phases: Phases
     memory_bytes: int
     peak_bytes: int | None
     note: str
 
 
-def bench(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore) -> list[BenchRow]:
+def bench(
+    plans: Sequence[Plan],
+    model: str,
+    facts: StudyFacts,
+    listener: Listener = ignore,
+    *,
+    attribution: bool = False,
+) -> list[BenchRow]:
     """Apply plans of one study to copies that share what they leave alone, and time them and the unquantized model in turn.
 
     Args:
         plans: At least one.
         model: Where the model lies that was searched.
         facts: The plans' study.
+        attribution: When everything is timed, also profile a step of each phase of each model.
 
     Returns:
         The unquantized model's row, then the plans' in their order.
@@ -76,7 +90,23 @@ def bench(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listen
     times, busy = time_in_turn([entrant.phases for entrant in entrants], facts.device.type)
     if busy:
         listener(Notice(f"{busy}; close other programs for timings to trust"))
-    return [_row(entrant, phase_ms, facts.workload, busy) for entrant, phase_ms in zip(entrants, times, strict=True)]
+    rows = [_row(entrant, phase_ms, facts.workload, busy) for entrant, phase_ms in zip(entrants, times, strict=True)]
+    return _attributed(rows, entrants, facts, listener) if attribution else rows
+
+
+def _attributed(
+    rows: Sequence[BenchRow], entrants: Sequence[_Entrant], facts: StudyFacts, listener: Listener
+) -> list[BenchRow]:
+    """The rows with their steps. After all timings: those that follow a profiler are slower."""
+    layers = {layer.name: layer.parameters[0] for entrant in entrants if entrant.plan for layer in entrant.plan.layers}
+    listener(StageStarted("attribute", len(rows)))
+    attributed = []
+    for done, (row, entrant) in enumerate(zip(rows, entrants, strict=True)):
+        listener(StageProgress("attribute", done, row.label))
+        steps = attribute(entrant.phases, entrant.module, layers, facts.device.type)
+        attributed.append(replace(row, steps=steps))
+    listener(StageFinished("attribute", f"{len(rows)} models"))
+    return attributed
 
 
 def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entrant:
@@ -104,7 +134,7 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
         )
     )
     peak = memory + torch.cuda.max_memory_allocated() - before if on_cuda else None
-    return _Entrant(plan, phases, memory, peak, note)
+    return _Entrant(plan, module, phases, memory, peak, note)
 
 
 def _row(entrant: _Entrant, phase_ms: Mapping[str, float], workload: Workload, busy: str) -> BenchRow:

@@ -1,0 +1,184 @@
+"""What a step started on the host, operator by operator, and which layer's weight each reads.
+
+PyTorch's profiler records which tensors an operator, or a kernel of the compiler's, is given. Weights stay where they are, so
+the memory that a kernel reads tells its layer, whatever the compiler fused it with and however often it reuses a block's code.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import BuiltinFunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._profiler import _EventType, _RecordFunctionFast
+from torch.profiler import record_function
+
+from autoquant.candidates.flat import flatten_tensor
+
+_LAYER = "autoquant layer "
+_PRODUCT = re.compile(r"mm$|triton_tem|triton_mm")
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What the host started: an outermost operator, with all that it started in its turn.
+
+    Attributes:
+        layers: The linears whose weights it reads; none for what belongs to no layer.
+        ids: By which the profiler links kernels of a GPU to it.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    start_ns: int
+    end_ns: int
+    ids: tuple[int, ...]
+
+
+class Weights:
+    """Which linears' weights lie where.
+
+    Weights that lie behind one another (see `autoquant.candidates.joined`) have their memory in common, and so their kernels.
+
+    Args:
+        layers: Name of a linear's weight, by the linear's name. Linears of the module that are not among them count, too.
+    """
+
+    def __init__(self, module: nn.Module, layers: Mapping[str, str]) -> None:
+        self._module = module
+        self._names: dict[int, dict[str, None]] = {}
+        self._owners: dict[str, str] = {}
+        for name, parameter in layers.items():
+            self._add(name, parameter)
+        for owner, child in module.named_modules():
+            if isinstance(child, nn.Linear) and not self._names.keys() & set(_places(child.weight)):
+                self._add(owner, f"{owner}.weight")
+        embeddings = [child.weight for child in module.modules() if isinstance(child, nn.Embedding)]
+        self._embeddings = {place for weight in embeddings for place in _places(weight)}
+
+    def _add(self, name: str, parameter: str) -> None:
+        self._owners[name] = parameter.rpartition(".")[0]
+        for place in _places(self._module.get_parameter(parameter)):
+            self._names.setdefault(place, {})[name] = None
+
+    def read_by(self, name: str, places: set[int]) -> tuple[str, ...]:
+        """The linears of whose weights some lie at `places`; an embedding that a linear shares is not read as one."""
+        places = places - self._embeddings if "embedding" in name else places
+        found = (names for place, names in self._names.items() if place in places)
+        return tuple(dict.fromkeys(name for names in found for name in names))
+
+    @contextmanager
+    def ranges(self) -> Iterator[None]:
+        """While this lasts, calls of linears that are not compiled are ranges of the profiler."""
+        open_ranges: list[Any] = []
+        handles = []
+        for name, owner in self._owners.items():
+            child = self._module.get_submodule(owner)
+
+            def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
+                open_ranges.append(record_function(_LAYER + name))
+                open_ranges[-1].__enter__()
+
+            def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+                open_ranges.pop().__exit__(None, None, None)
+
+            if not isinstance(child, nn.Embedding):
+                handles.append(child.register_forward_pre_hook(enter))
+                handles.append(child.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def named_kernels() -> Iterator[None]:
+    """While this lasts, the compiler's C++ kernels tell the profiler their names and inputs, as its Triton kernels always do."""
+    compiler = sys.modules.get("torch._inductor.codecache")
+    modules = compiler.PyCodeCache.modules if compiler else []
+    kernels = [
+        (module, name, kernel)
+        for module in modules
+        for name, kernel in vars(module).items()
+        if name.startswith("cpp_") and isinstance(kernel, BuiltinFunctionType)
+    ]
+    try:
+        for module, name, kernel in kernels:
+            setattr(module, name, _named(kernel, name))
+        yield
+    finally:
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+
+
+def _named(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with _RecordFunctionFast(name, args):
+            return kernel(*args)
+
+    return run
+
+
+def operators(step: Any, weights: Weights) -> list[Operator]:
+    """What started within an event of the profiler, in order.
+
+    A product reads the weight itself, or what another kernel has made of it (dequantized it) just before.
+    """
+    found = []
+    made: dict[int, tuple[str, ...]] = {}
+    for event, called in _outermost(step, ()):
+        places = set(_inputs(event))
+        multiplies = bool(_PRODUCT.search(event.name))
+        layers = called or weights.read_by(event.name, places)
+        if not layers and multiplies:
+            layers = next((made[place] for place in places if place in made), ())
+        for place in places:
+            made.pop(place, None)
+        if layers and not multiplies:
+            made |= dict.fromkeys(places, layers)
+        found.append(Operator(event.name, layers, event.start_time_ns, event.end_time_ns, tuple(_ids(event))))
+    return found
+
+
+def _outermost(event: Any, called: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """The outermost operators inside an event, each with the linear that is being called, where that is not compiled.
+
+    Ranges, and the compiler's own bookkeeping around its kernels, are looked into.
+    """
+    if event.tag != _EventType.TorchOp:
+        return
+    if event.name.startswith(_LAYER):
+        called = (event.name.removeprefix(_LAYER),)
+    elif "::" in event.name or any(hasattr(value, "storage_data_ptr") for value in event.extra_fields.inputs):
+        yield event, called
+        return
+    for child in event.children:
+        yield from _outermost(child, called)
+
+
+def _inputs(event: Any) -> Iterator[int]:
+    """Where the memory of all tensors begins that an event and those inside it are given."""
+    for value in getattr(event.extra_fields, "inputs", ()):
+        for tensor in value if isinstance(value, list) else [value]:
+            if place := getattr(tensor, "storage_data_ptr", None):
+                yield place
+    for child in event.children:
+        yield from _inputs(child)
+
+
+def _ids(event: Any) -> Iterator[int]:
+    yield event.correlation_id
+    for child in event.children:
+        yield from _ids(child)
+
+
+def _places(weight: torch.Tensor) -> list[int]:
+    """Where the memory of the plain tensors inside a weight begins."""
+    return [part.untyped_storage().data_ptr() for part in flatten_tensor(weight)[0]]

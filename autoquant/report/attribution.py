@@ -1,0 +1,278 @@
+"""Where the time of a step goes, as tables and as JSON; and what of a request was not predicted. Fits 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autoquant.profiler.steps import LINEAR, StepProfile
+from autoquant.records import Plan, Workload, request_time
+from autoquant.report import units
+from autoquant.report.names import fold
+from autoquant.report.tables import WIDE, plain_table
+
+_GAPS = "gaps: nothing runs"
+_ALL_ELSE = "all else"
+_LAYERS = 5
+_KERNELS = 10
+_DIFFERENCES = 6
+_NAMED = 3
+
+
+class Attributed(Protocol):
+    """What is read of `autoquant.tuner.bench.BenchRow`; `steps` by phase."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def phase_ms(self) -> Mapping[str, float]: ...
+
+    @property
+    def request_ms(self) -> float: ...
+
+    @property
+    def steps(self) -> Mapping[str, StepProfile]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A share of a step: linears whose names differ in numbers only, a kind of glue, or the gaps.
+
+    Attributes:
+        original_us: What the same takes in the unquantized model.
+        alone_us: What the same linears take by their own timings; None for all that are not in the plan.
+    """
+
+    what: str
+    time_us: float
+    original_us: float
+    alone_us: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Milliseconds of a request that linears (or all else) take in the model, and what was predicted of them."""
+
+    what: str
+    time_ms: float
+    predicted_ms: float
+
+    @property
+    def excess_ms(self) -> float:
+        return self.time_ms - self.predicted_ms
+
+
+def step_parts(step: StepProfile, original: StepProfile, plan: Plan) -> list[Part]:
+    """Every microsecond of a step: linears first, those that take longest before others, then glue, then gaps."""
+    alone = _alone_us(plan, step.phase)
+    ours, theirs = step.layer_us(alone), original.layer_us(alone)
+    linears = [
+        Part(
+            pattern,
+            sum(ours[name] for name in names),
+            sum(theirs.get(name, 0.0) for name in names),
+            sum(alone[name] for name in names) if all(name in alone for name in names) else None,
+        )
+        for pattern, names in fold(ours)
+    ]
+    glue, before = step.glue_us(), original.glue_us()
+    return [
+        *sorted(linears, key=lambda part: -part.time_us),
+        *(Part(kind, time_us, before.get(kind, 0.0), None) for kind, time_us in glue.items()),
+        Part(_GAPS, step.gaps_us(), original.gaps_us(), None),
+    ]
+
+
+def differences(row: Attributed, plan: Plan, workload: Workload) -> list[Difference]:
+    """What makes a request longer or shorter than predicted, the most first.
+
+    The linears' times are the profiler's. All else is what they leave of the request as it was timed without the profiler,
+    and what the prediction adds to the linears' own timings. So both columns add up to the request.
+    """
+    calls = workload.calls()
+    predicted = {layer.name: request_time(layer.latency_us, calls) / 1e3 for layer in plan.layers}
+    by_phase = {phase: step.layer_us(_alone_us(plan, phase)) for phase, step in row.steps.items()}
+    measured = {
+        name: request_time({phase: times.get(name, 0.0) for phase, times in by_phase.items()}, calls) / 1e3
+        for name in predicted
+    }
+    found = [
+        Difference(pattern, sum(measured[name] for name in names), sum(predicted[name] for name in names))
+        for pattern, names in fold(predicted)
+    ]
+    rest_ms = plan.prediction.request_ms - sum(predicted.values())
+    found.append(Difference(_ALL_ELSE, row.request_ms - sum(measured.values()), rest_ms))
+    return sorted(found, key=lambda difference: -abs(difference.excess_ms))
+
+
+def responsible(row: Attributed, plan: Plan, workload: Workload) -> str:
+    """The layers that most of the difference between a request's time and its prediction comes from, in words."""
+    sign = 1 if row.request_ms > plan.prediction.request_ms else -1
+    most = [each for each in differences(row, plan, workload) if each.excess_ms * sign > 0][:_NAMED]
+    return ", ".join(f"{each.what} {_signed_ms(each.excess_ms)}" for each in most)
+
+
+def attribution_report(row: Attributed, original: Attributed, plan: Plan, workload: Workload, width: int) -> Group:
+    """Each phase's step in tables, then the request against its prediction."""
+    parts: list[RenderableType] = []
+    for phase, step in row.steps.items():
+        timed = units.duration_ms(row.phase_ms[phase])
+        head = f"{row.label}, {phase}: {units.duration_us(step.step_us)} a step with the profiler, {timed} without"
+        parts += [Text(head, style="bold"), _parts_table(step_parts(step, original.steps[phase], plan), step), Text("")]
+        parts += [
+            _gaps_text(step),
+            Text(""),
+            _layers_table(step, plan),
+            Text(""),
+            _kernels_table(step, width),
+            Text(""),
+        ]
+    found = differences(row, plan, workload)
+    parts += [Text(f"{row.label}: a request against its prediction", style="bold"), _differences_table(found)]
+    return Group(*parts)
+
+
+def attribution_object(row: Attributed, original: Attributed, plan: Plan, workload: Workload) -> dict[str, Any]:
+    """The same in full, as JSON."""
+    steps = {
+        phase: {
+            "step_us": step.step_us,
+            "parts": [asdict(part) for part in step_parts(step, original.steps[phase], plan)],
+            "layers_us": step.layer_us(_alone_us(plan, phase)),
+            "kernels": [asdict(kernel) for kernel in step.kernels],
+        }
+        for phase, step in row.steps.items()
+    }
+    found = differences(row, plan, workload)
+    return {"steps": steps, "differences": [{**asdict(each), "excess_ms": each.excess_ms} for each in found]}
+
+
+def trace_object(rows: Mapping[str, Mapping[str, StepProfile]]) -> dict[str, Any]:
+    """A trace that chrome://tracing and Perfetto open: for each model and phase its kernels, and above them their layers.
+
+    Args:
+        rows: By what a model is called, its steps by phase.
+    """
+    events: list[dict[str, Any]] = []
+    steps = [(f"{label}, {phase}", step) for label, by_phase in rows.items() for phase, step in by_phase.items()]
+    for process, (name, step) in enumerate(steps):
+        events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})
+        for thread, track in enumerate(("layers", "kernels")):
+            events.append(
+                {"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": track}}
+            )  # fmt: skip
+        for what, start_us, duration_us in _owners(step):
+            events.append(
+                {"ph": "X", "name": what, "pid": process, "tid": 0, "ts": start_us, "dur": duration_us}
+            )  # fmt: skip
+        for kernel in step.kernels:
+            place = {"pid": process, "tid": 1, "ts": kernel.start_us, "dur": kernel.duration_us}
+            args = {"kind": kernel.kind, "layer": as_one(kernel.layers)}
+            events.append({"ph": "X", "name": kernel.name, **place, "args": args})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def as_one(names: tuple[str, ...]) -> str:
+    """Layers that a kernel computes at once: `model.layers.0.self_attn.q_proj + k_proj`."""
+    parents = {name.rpartition(".")[0] for name in names}
+    if len(names) < 2 or len(parents) > 1:
+        return " + ".join(names)
+    return " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
+
+
+def _owners(step: StepProfile) -> Iterator[tuple[str, float, float]]:
+    """(layer or kind, start, duration) of kernels in a row that belong to one."""
+    what, start_us, end_us = "", 0.0, 0.0
+    for kernel in step.kernels:
+        owner = as_one(kernel.layers) or kernel.kind
+        if owner != what:
+            if what:
+                yield what, start_us, end_us - start_us
+            what, start_us = owner, kernel.start_us
+        end_us = kernel.start_us + kernel.duration_us
+    if what:
+        yield what, start_us, end_us - start_us
+
+
+def _alone_us(plan: Plan, phase: str) -> dict[str, float]:
+    """Microseconds of one run of the phase by each layer's own timing."""
+    return {layer.name: layer.latency_us[phase] for layer in plan.layers if layer.latency_us.get(phase)}
+
+
+def _parts_table(parts: list[Part], step: StepProfile) -> Table:
+    table = plain_table()
+    table.add_column("Where the time goes", overflow="fold", ratio=1)
+    for head in ("Time", "Share", "Unquan-\ntized", "By own\ntiming"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for part in parts:
+        alone = units.MISSING if part.alone_us is None else units.duration_us(part.alone_us)
+        share = f"{part.time_us / step.step_us:.1%}"
+        cells = (units.duration_us(part.time_us), share, units.duration_us(part.original_us), alone)
+        table.add_row(Text(part.what), *cells)
+    total = units.duration_us(sum(part.time_us for part in parts))
+    before = units.duration_us(sum(part.original_us for part in parts))
+    table.add_row("step", total, "100%", before, "", style="bold")
+    return table
+
+
+def _gaps_text(step: StepProfile) -> Text:
+    gaps = [duration_us for _, duration_us in step.gaps()]
+    longest = units.duration_us(max(gaps, default=0.0))
+    return Text(f"{len(step.kernels)} kernels, {len(gaps)} gaps between them, the longest {longest}")
+
+
+def _layers_table(step: StepProfile, plan: Plan) -> Table:
+    """The single layers that take longest."""
+    alone = _alone_us(plan, step.phase)
+    formats = {layer.name: layer.format for layer in plan.layers}
+    table = plain_table()
+    table.add_column("Slowest layers", overflow="fold", ratio=1)
+    table.add_column("Format", no_wrap=True)
+    table.add_column("Time", justify="right", no_wrap=True)
+    table.add_column("By own\ntiming", justify="right", no_wrap=True)
+    times = sorted(step.layer_us(alone).items(), key=lambda item: -item[1])
+    for name, time_us in times[:_LAYERS]:
+        own = units.duration_us(alone[name]) if name in alone else units.MISSING
+        table.add_row(Text(name), Text(formats.get(name, "not searched")), units.duration_us(time_us), own)
+    return table
+
+
+def _kernels_table(step: StepProfile, width: int) -> Table:
+    """The kernels that take longest, all runs of one together."""
+    sums: dict[tuple[str, str], tuple[int, float]] = {}
+    for kernel in step.kernels:
+        runs, time_us = sums.get((kernel.name, kernel.kind), (0, 0.0))
+        sums[kernel.name, kernel.kind] = (runs + 1, time_us + kernel.duration_us)
+    table = plain_table()
+    table.add_column("Slowest kernels", overflow="fold" if width >= WIDE else "ellipsis", no_wrap=width < WIDE, ratio=1)
+    table.add_column("What", no_wrap=True)
+    table.add_column("Runs", justify="right", no_wrap=True)
+    table.add_column("Time", justify="right", no_wrap=True)
+    for (name, kind), (runs, time_us) in sorted(sums.items(), key=lambda item: -item[1][1])[:_KERNELS]:
+        what = "linear" if kind == LINEAR else kind
+        table.add_row(Text(name), what, str(runs), units.duration_us(time_us))
+    return table
+
+
+def _differences_table(found: list[Difference]) -> Table:
+    table = plain_table()
+    table.add_column("Largest differences", overflow="fold", ratio=1)
+    for head in ("In the\nmodel", "Pre-\ndicted", "Difference"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for each in found[:_DIFFERENCES]:
+        times = (units.duration_ms(each.time_ms), units.duration_ms(each.predicted_ms))
+        table.add_row(Text(each.what), *times, _signed_ms(each.excess_ms))
+    total = (sum(each.time_ms for each in found), sum(each.predicted_ms for each in found))
+    row = (*map(units.duration_ms, total), _signed_ms(total[0] - total[1]))
+    table.add_row("request", *row, style="bold")
+    return table
+
+
+def _signed_ms(milliseconds: float) -> str:
+    return f"{'+' if milliseconds > 0 else ''}{units.duration_ms(milliseconds)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,8 +64,12 @@ def _write_trace(path: Path, rows: Sequence[BenchRow]) -> None:
     from autoquant.report.attribution import trace_object
     from autoquant.report.json_output import dumps
 
-    write_file(path, dumps(trace_object({row.label: row.steps for row in rows})).encode())
+    write_file(path, dumps(trace_object({_called(row): row.steps for row in rows})).encode())
     typer.echo(f"wrote {path}", err=True)
+
+
+def _called(row: BenchRow) -> str:
+    return row.label if row.plan_id is None else f"{row.label} ({row.plan_id})"
 
 
 def _print_json(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool) -> None:
@@ -85,8 +90,7 @@ def _print_text(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: W
     print_table(lambda width: bench_table(rows, workload, width))
     for row in rows:
         if attribute and row.plan_id is not None:
-            plan = plans[row.plan_id]
             typer.echo()
-            print_table(lambda width, row=row, plan=plan: attribution_report(row, rows[0], plan, workload, width))
+            print_table(partial(attribution_report, row, rows[0], plans[row.plan_id], workload))
     for note in bench_notes(rows, plans, workload):
         typer.echo(note)

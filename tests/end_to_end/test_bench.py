@@ -45,6 +45,42 @@ def test_python_gives_rows_in_the_order_of_the_plans(searched, study, uniform):
     assert [row.plan_id for row in rows] == [None, *(plan.plan_id for plan in uniform[::-1])]
 
 
+def test_every_microsecond_of_a_step_is_attributed_and_the_differences_add_up(searched, uniform, run):
+    plan = uniform[0]
+    result = run("bench", searched.db, "--plan", plan.plan_id, "--attribute", "--json")
+    assert result.exit_code == 0, result.stderr
+    original, timed = json.loads(result.stdout)
+    assert "attribution" not in original
+    steps = timed["attribution"]["steps"]
+    assert list(steps) == ["prefill", "decode"]
+    for step in steps.values():
+        assert sum(part["time_us"] for part in step["parts"]) == pytest.approx(step["step_us"])
+        assert set(step["layers_us"]) >= {layer.name for layer in plan.layers}
+        assert not any(part["what"] == "not attributed" for part in step["parts"])
+    differences = timed["attribution"]["differences"]
+    assert sum(each["time_ms"] for each in differences) == pytest.approx(timed["request_ms"])
+    assert sum(each["predicted_ms"] for each in differences) == pytest.approx(timed["predicted_request_ms"])
+
+
+def test_the_attribution_is_shown_and_written_as_a_trace(searched, uniform, run, tmp_path):
+    trace = tmp_path / "trace.json"
+    result = run("bench", searched.db, "--plan", uniform[0].plan_id, "--attribute", "--trace", trace)
+    assert result.exit_code == 0, result.stderr
+    shown = [line for line in result.stdout.splitlines() if not line.startswith("note: ")]
+    assert all(len(line) <= 80 for line in shown), max(shown, key=len)
+    text = " ".join(result.stdout.split())
+    assert "mlp.down_proj" in text and "attention" in text and "gaps" in text
+    assert "Slowest kernels" in text and "Largest differences" in text
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"model.layers.1.mlp.down_proj", "attention"} <= {event["name"] for event in events if event["ph"] == "X"}
+    assert f"wrote {trace}" in result.stderr
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_timed(searched, uniform, run, tmp_path):
+    result = run("bench", searched.db, "--plan", uniform[0].plan_id, "--trace", tmp_path / "nowhere" / "trace.json")
+    assert result.exit_code == 2 and "there is no folder" in result.stderr and result.stdout == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,6 +6,7 @@ its kernels are matched, by name and order, with those of a run in which the sam
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -18,15 +19,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from autoquant.profiler.device import synchronize
 from autoquant.profiler.operators import Operator, Weights, named_kernels, operators
 from autoquant.profiler.phases import Phases
-from autoquant.profiler.steps import LINEAR, UNKNOWN, KernelTime, StepProfile, glue_kind
+from autoquant.profiler.steps import LINEAR, UNKNOWN, KernelTime, StepProfile, glue_kind, median_step
 
 _STEP = "autoquant step"
-_WARM_UP_STEPS = 1
-_STEPS = 5
+_STEPS, _FEWEST_STEPS = 10, 4
+_ENOUGH_S = 5.0
 
 
 def attribute(phases: Phases, module: nn.Module, layers: Mapping[str, str], device: str) -> dict[str, StepProfile]:
-    """Profile one step of every phase, the one of median time of several.
+    """Profile one step of every phase, each kernel with its median time over several.
 
     Timings taken after this in the same process are slower: the profiler leaves its hooks behind.
 
@@ -48,24 +49,21 @@ class _Launch:
 
 
 def _profile(phases: Phases, phase: str, weights: Weights, device: str) -> StepProfile:
-    launched = _runs(phases, phase, phases.run_launched, device, 1 if device == "cuda" else _STEPS)
+    launched = _runs(phases, phase, phases.run_launched, device)
     if device != "cuda":
-        return _median([_host_step(phase, run, weights) for run in launched])
+        return median_step([_host_step(phase, run, weights) for run in launched])
     launches = _launches(launched[-1], weights)
-    replayed = _runs(phases, phase, phases.run, device, _STEPS)
-    return _median([_device_step(phase, run, launches, weights) for run in replayed])
+    replayed = _runs(phases, phase, phases.run, device)
+    return median_step([_device_step(phase, run, launches, weights) for run in replayed])
 
 
-def _median(steps: Sequence[StepProfile]) -> StepProfile:
-    return sorted(steps, key=lambda step: step.step_us)[len(steps) // 2]
-
-
-def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: str, count: int) -> list[Any]:
-    """What the profiler saw of `count` steps, each by itself, after some that warm it up."""
-    results = []
+def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: str) -> list[Any]:
+    """What the profiler saw of several steps, each by itself, after one that warms it up."""
+    results: list[Any] = []
     left = 0
+    started = time.monotonic()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    for _ in range(_WARM_UP_STEPS + count):
+    while len(results) < _STEPS and (len(results) < _FEWEST_STEPS or time.monotonic() - started < _ENOUGH_S):
         if left == 0:
             phases.reset(phase)
             left = phases.limit(phase)
@@ -77,7 +75,7 @@ def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: str, co
             synchronize(device)
         assert profiler.profiler is not None
         results.append(profiler.profiler.kineto_results)
-    return results[_WARM_UP_STEPS:]
+    return results[1:]
 
 
 def _host_step(phase: str, results: Any, weights: Weights) -> StepProfile:

@@ -6,8 +6,9 @@ Times are microseconds. The kernels' times and the gaps add up to the step's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 LINEAR = "linear"
 OTHER = "other"
@@ -87,6 +88,35 @@ class StepProfile:
             if kernel.kind != LINEAR:
                 times[kernel.kind] = times.get(kernel.kind, 0.0) + kernel.duration_us
         return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def median_step(steps: Sequence[StepProfile]) -> StepProfile:
+    """The step in which every kernel, and every gap, takes its median time over repetitions of one step.
+
+    Where the repetitions did not run the same kernels, the one of median time.
+    """
+    by_time = sorted(steps, key=lambda step: step.step_us)
+    if len({tuple(kernel.name for kernel in step.kernels) for step in steps}) > 1:
+        return by_time[len(steps) // 2]
+    kernels: list[KernelTime] = []
+    end_us = 0.0
+    for repeated in zip(*(_with_gaps(step) for step in steps), strict=True):
+        start_us = end_us + statistics.median(gap_us for gap_us, _ in repeated)
+        duration_us = statistics.median(kernel.duration_us for _, kernel in repeated)
+        kernels.append(replace(repeated[0][1], start_us=start_us, duration_us=duration_us))
+        end_us = start_us + duration_us
+    last_us = statistics.median(_after_last(step) for step in steps)
+    return replace(steps[0], step_us=end_us + last_us, kernels=tuple(kernels))
+
+
+def _with_gaps(step: StepProfile) -> list[tuple[float, KernelTime]]:
+    """Each kernel, and how long nothing ran before it."""
+    ends = [0.0, *(kernel.start_us + kernel.duration_us for kernel in step.kernels)]
+    return [(kernel.start_us - end, kernel) for kernel, end in zip(step.kernels, ends, strict=False)]
+
+
+def _after_last(step: StepProfile) -> float:
+    return step.step_us - max((kernel.start_us + kernel.duration_us for kernel in step.kernels), default=0.0)
 
 
 def glue_kind(name: str) -> str:

@@ -22,6 +22,7 @@ _LAYERS = 5
 _KERNELS = 10
 _DIFFERENCES = 6
 _NAMED = 3
+_SLOWED = 1.5
 
 
 class Attributed(Protocol):
@@ -68,7 +69,7 @@ class Difference:
         return self.time_ms - self.predicted_ms
 
 
-def step_parts(step: StepProfile, original: StepProfile, plan: Plan) -> list[Part]:
+def step_parts(step: StepProfile, original: StepProfile, plan: Plan | None) -> list[Part]:
     """Every microsecond of a step: linears first, those that take longest before others, then glue, then gaps."""
     alone = _alone_us(plan, step.phase)
     ours, theirs = step.layer_us(alone), original.layer_us(alone)
@@ -118,8 +119,20 @@ def responsible(row: Attributed, plan: Plan, workload: Workload) -> str:
     return ", ".join(f"{each.what} {_signed_ms(each.excess_ms)}" for each in most)
 
 
-def attribution_report(row: Attributed, original: Attributed, plan: Plan, workload: Workload, width: int) -> Group:
-    """Each phase's step in tables, then the request against its prediction."""
+def slowed_notes(row: Attributed) -> list[str]:
+    """Phases whose step took so much longer when it was profiled that its parts mean little."""
+    ratios = {phase: step.step_us / 1e3 / row.phase_ms[phase] for phase, step in row.steps.items()}
+    return [
+        f"a {phase} step took {ratio:.1f} times longer with the profiler; close other programs for shares to trust"
+        for phase, ratio in ratios.items()
+        if ratio > _SLOWED
+    ]
+
+
+def attribution_report(
+    row: Attributed, original: Attributed, plan: Plan | None, workload: Workload, width: int
+) -> Group:
+    """Each phase's step in tables, then, for a plan, the request against its prediction."""
     parts: list[RenderableType] = []
     for phase, step in row.steps.items():
         timed = units.duration_ms(row.phase_ms[phase])
@@ -133,6 +146,8 @@ def attribution_report(row: Attributed, original: Attributed, plan: Plan, worklo
             _kernels_table(step, width),
             Text(""),
         ]
+    if plan is None:
+        return Group(*parts)
     found = differences(row, plan, workload)
     parts += [Text(f"{row.label}: a request against its prediction", style="bold"), _differences_table(found)]
     return Group(*parts)
@@ -200,9 +215,10 @@ def _owners(step: StepProfile) -> Iterator[tuple[str, float, float]]:
         yield what, start_us, end_us - start_us
 
 
-def _alone_us(plan: Plan, phase: str) -> dict[str, float]:
+def _alone_us(plan: Plan | None, phase: str) -> dict[str, float]:
     """Microseconds of one run of the phase by each layer's own timing."""
-    return {layer.name: layer.latency_us[phase] for layer in plan.layers if layer.latency_us.get(phase)}
+    layers = plan.layers if plan else ()
+    return {layer.name: layer.latency_us[phase] for layer in layers if layer.latency_us.get(phase)}
 
 
 def _parts_table(parts: list[Part], step: StepProfile) -> Table:
@@ -227,10 +243,10 @@ def _gaps_text(step: StepProfile) -> Text:
     return Text(f"{len(step.kernels)} kernels, {len(gaps)} gaps between them, the longest {longest}")
 
 
-def _layers_table(step: StepProfile, plan: Plan) -> Table:
+def _layers_table(step: StepProfile, plan: Plan | None) -> Table:
     """The single layers that take longest."""
     alone = _alone_us(plan, step.phase)
-    formats = {layer.name: layer.format for layer in plan.layers}
+    formats = {layer.name: layer.format for layer in plan.layers} if plan else {}
     table = plain_table()
     table.add_column("Slowest layers", overflow="fold", ratio=1)
     table.add_column("Format", no_wrap=True)
@@ -239,7 +255,7 @@ def _layers_table(step: StepProfile, plan: Plan) -> Table:
     times = sorted(step.layer_us(alone).items(), key=lambda item: -item[1])
     for name, time_us in times[:_LAYERS]:
         own = units.duration_us(alone[name]) if name in alone else units.MISSING
-        table.add_row(Text(name), Text(formats.get(name, "not searched")), units.duration_us(time_us), own)
+        table.add_row(Text(name), Text(formats.get(name, units.MISSING)), units.duration_us(time_us), own)
     return table
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from autoquant.records import Plan, Workload
 from autoquant.report import units
-from autoquant.report.attribution import Attributed, responsible
+from autoquant.report.attribution import Attributed, responsible, slowed_notes
 from autoquant.report.tables import WIDE, plain_table
 from autoquant.report.words import is_off
 
@@ -63,6 +63,7 @@ def bench_table(rows: Sequence[BenchLine], workload: Workload, width: int = 80) 
 def bench_notes(rows: Sequence[BenchLine], plans: Mapping[str, Plan], workload: Workload) -> list[str]:
     """What else there is to say, a line each: above all, what makes a request take another time than predicted."""
     notes = [f"note: {row.label}: {note}" for row in rows for note in row.notes]
+    notes += [f"note: {row.label}: {note}" for row in rows for note in slowed_notes(row)]
     for row in rows:
         if row.plan_id is None or row.predicted_request_ms is None or not is_off(_relative_error(row) or 0.0):
             continue

@@ -54,11 +54,14 @@ class Weights:
         self._module = module
         self._names: dict[int, dict[str, None]] = {}
         self._owners: dict[str, str] = {}
-        for name, parameter in layers.items():
+        named = {id(module.get_parameter(parameter)) for parameter in layers.values()}
+        others = {
+            name: f"{name}.weight"
+            for name, child in module.named_modules()
+            if isinstance(child, nn.Linear) and id(child.weight) not in named
+        }
+        for name, parameter in {**layers, **others}.items():
             self._add(name, parameter)
-        for owner, child in module.named_modules():
-            if isinstance(child, nn.Linear) and not self._names.keys() & set(_places(child.weight)):
-                self._add(owner, f"{owner}.weight")
         embeddings = [child.weight for child in module.modules() if isinstance(child, nn.Embedding)]
         self._embeddings = {place for weight in embeddings for place in _places(weight)}
 
@@ -150,17 +153,21 @@ def operators(step: Any, weights: Weights) -> list[Operator]:
 def _outermost(event: Any, called: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:
     """The outermost operators inside an event, each with the linear that is being called, where that is not compiled.
 
-    Ranges, and the compiler's own bookkeeping around its kernels, are looked into.
+    Ranges, and compiled regions around their kernels, are looked into.
     """
     if event.tag != _EventType.TorchOp:
         return
     if event.name.startswith(_LAYER):
         called = (event.name.removeprefix(_LAYER),)
-    elif "::" in event.name or any(hasattr(value, "storage_data_ptr") for value in event.extra_fields.inputs):
+    elif "::" in event.name or not event.children or _takes_tensors(event):
         yield event, called
         return
     for child in event.children:
         yield from _outermost(child, called)
+
+
+def _takes_tensors(event: Any) -> bool:
+    return any(hasattr(value, "storage_data_ptr") for value in event.extra_fields.inputs)
 
 
 def _inputs(event: Any) -> Iterator[int]:

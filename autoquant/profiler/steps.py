@@ -14,10 +14,11 @@ LINEAR = "linear"
 OTHER = "other"
 UNKNOWN = "not attributed"
 _GLUE = (
-    ("attention", r"sdpa|scaled_dot_product|flash|fmha|softmax|aten::b(add)?bmm"),
+    ("guards of compiled code", r"torchdynamo|aotdispatcher|pregraph"),
+    ("attention", r"sdpa|scaled_dot_product|flash|fmha|softmax|aten::(badd)?bmm"),
     ("activation rounding", r"amax|quantize|qparams|scale_activations"),
     ("norms", r"rsqrt|norm"),
-    ("copies and casts", r"(?<!_to)_copy|clone|cat_|memcpy|memset|aten::(copy_|cat|_?to\b|contiguous|_to_copy)"),
+    ("copies and casts", r"(?<!_to)_copy|clone|memcpy|memset|aten::(copy_|cat|to\b|contiguous|_to_copy)"),
 )
 GLUE = (*(kind for kind, _ in _GLUE), OTHER)
 

@@ -14,7 +14,7 @@ from autoquant.records import Workload
 from autoquant.store import open_store
 from autoquant.tuner.study import Study
 
-from .conftest import MIXED, ORIGINAL, STUDY, fill
+from .conftest import MIXED, ORIGINAL, SMALL, STUDY, fill
 
 
 @pytest.fixture
@@ -104,6 +104,12 @@ def test_it_ends_with_the_front_the_recommendation_and_the_next_commands(runner,
     assert "perplexity +0.40%, 95% interval +0.30..+0.50%" in result.stdout
     assert "autoquant pareto plan.db" in result.stdout
     assert "autoquant apply plan.db --out DIR" in result.stdout
+
+
+def test_plans_that_were_predicted_badly_come_with_the_command_that_says_why(runner, driver):
+    result = runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
+    assert "differ by more than 10%: front 2 +20%, front 1 +12%." in result.stdout
+    assert f"autoquant bench plan.db --plan {SMALL} --plan {MIXED} --attribute" in result.stdout
 
 
 def test_json_is_alone_on_stdout_and_progress_goes_to_stderr(runner, driver):

@@ -4,7 +4,7 @@ from autoquant.cli.main import app
 from autoquant.store import open_store
 
 from . import conftest
-from .conftest import BLOCKS, MIXED, SHAPES, SMALL, UNPROVEN
+from .conftest import BLOCKS, MIXED, SHAPES, SMALL, UNIFORM, UNPROVEN
 
 
 def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database):
@@ -44,7 +44,13 @@ def test_text_groups_alike_layers_and_shows_the_coverage(runner, database):
     assert "97.00% in decode" in result.stdout
     assert "model.layers.0-29.conv" in result.stdout
     assert len(result.stdout.splitlines()) < 80, "90 layers must not take 90 blocks"
-    assert max(map(len, result.stdout.splitlines()[6:])) <= 100
+    assert max(len(line) for line in result.stdout.splitlines()[6:] if "autoquant bench" not in line) <= 100
+
+
+def test_a_plan_that_was_predicted_badly_comes_with_the_command_that_says_why(runner, database):
+    shown = runner.invoke(app, ["show", str(database), "--plan", MIXED]).stdout
+    assert f"autoquant bench {database} --plan {MIXED} --attribute" in shown
+    assert "--attribute" not in runner.invoke(app, ["show", str(database), "--plan", UNIFORM]).stdout
 
 
 def test_a_plan_that_could_not_be_proven_says_why(runner, database):

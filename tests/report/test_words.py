@@ -1,4 +1,4 @@
-from autoquant.report.words import recommendation, source_name
+from autoquant.report.words import off_predictions, recommendation, source_name
 
 ROW = {
     "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0, "speedup": 2.0,
@@ -39,3 +39,22 @@ def test_the_original_as_winner_and_no_winner_are_said_plainly():
 def test_models_are_called_by_the_end_of_their_path():
     assert source_name({"path": "/models/tiny/"}) == "tiny"
     assert source_name({}) == "live module"
+
+
+def test_plans_that_were_predicted_badly_are_named_with_the_command_that_says_why():
+    rows = [
+        {**ROW, "plan_id": "far", "label": "front 2", "predicted_request_ms": 60.0},
+        {**ROW, "plan_id": "near", "predicted_request_ms": 91.0},
+        {**ROW, "plan_id": "above", "label": "front 3", "predicted_request_ms": 112.0},
+        {**ORIGINAL, "predicted_request_ms": 10.0},
+    ]
+    said, command = off_predictions(rows, "'my plan.db'")
+    assert "by more than 10%: front 2 -40%, front 3 +12%." in said
+    assert command.endswith("autoquant bench 'my plan.db' --plan far --plan above --attribute")
+    assert off_predictions(rows[1:2], "plan.db") == []
+
+
+def test_of_many_bad_predictions_the_worst_are_named():
+    rows = [{**ROW, "plan_id": f"p{i}", "label": f"front {i}", "predicted_request_ms": 150.0 + i} for i in range(5)]
+    said, command = off_predictions(rows, "plan.db")
+    assert "front 4 +54%" in said and "and 2 more" in said and command.count("--plan") == 3

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from sqlalchemy import Engine, select
-from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
-from autoquant.errors import PlanError, StoreError
+from autoquant.errors import PlanError
 from autoquant.records import (
     Device,
     LinearShape,
@@ -42,6 +41,7 @@ from autoquant.store.schema import (
     StudyRow,
     TimingRow,
 )
+from autoquant.store.session import transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +74,8 @@ class Store:
     def close(self) -> None:
         self.engine.dispose()
 
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        try:
-            with Session(self.engine) as session, session.begin():
-                yield session
-        except DatabaseError as error:
-            raise StoreError(f"the database refused: {error.orig}") from error
+    def _session(self) -> AbstractContextManager[Session]:
+        return transaction(self.engine)
 
     # -- devices and timings -------------------------------------------------------------------------------------
 
@@ -104,7 +99,7 @@ class Store:
         """Every measurement made on `device` under `protocol`."""
         with self._session() as session:
             rows = session.scalars(select(TimingRow).filter_by(device_key=device.key, protocol=protocol))
-            return {measurement.subject: measurement for measurement in map(_measurement, rows)}
+            return {measurement.subject: measurement for measurement in map(measurement_from, rows)}
 
     def put_timings(self, device: Device, protocol: str, measurements: Iterable[Measurement]) -> None:
         """Keep measurements that were made against one another, in one transaction."""
@@ -308,7 +303,8 @@ def _plain(record: Any) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(asdict(record))))
 
 
-def _measurement(row: TimingRow) -> Measurement:
+def measurement_from(row: TimingRow) -> Measurement:
+    """Rebuild a `Measurement` from its row."""
     subject = TimingSubject(
         shape=LinearShape(n=row.n, k=row.k, bias=row.bias, dtype=row.dtype),
         m=row.m,

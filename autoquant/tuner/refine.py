@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import inspect
+
 from autoquant.records import LayerChoice, Plan, Proof
+from autoquant.store import Store
 from autoquant.tuner.planning import PlanContext, explain, make_plan, make_problem, with_multipliers
 from autoquant.tuner.solve import fastest
 
@@ -85,12 +88,34 @@ def _open(storage_url: str, study_id: str, seed: int) -> optuna.Study:
         warnings.simplefilter("ignore")  # experimental features of the sampler
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4)
         return optuna.create_study(
-            study_name=f"autoquant-{study_id}",
+            study_name=_study_name(study_id),
             storage=optuna.storages.RDBStorage(storage_url),
             directions=["minimize", "minimize"],
             sampler=sampler,
             load_if_exists=True,
         )
+
+
+def forget(store: Store, study_id: str) -> int | None:
+    """Delete Optuna's study that belongs to a study: how many trials it had, or None where there is none."""
+    if not inspect(store.engine).has_table("studies"):  # looked for first: Optuna would make its tables to look
+        return None
+    import optuna
+
+    storage = optuna.storages.RDBStorage(store.engine.url.render_as_string(hide_password=False))
+    try:
+        found = {study.study_name: study for study in optuna.get_all_study_summaries(storage, include_best_trial=False)}
+        if (study := found.get(_study_name(study_id))) is None:
+            return None
+        optuna.delete_study(study_name=study.study_name, storage=storage)
+        return int(study.n_trials)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _study_name(study_id: str) -> str:
+    return f"autoquant-{study_id}"
 
 
 def _objectives(proof: Proof) -> tuple[float, float]:

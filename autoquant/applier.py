@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from autoquant import checkpoint
 from autoquant.candidates import get_format
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
+from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
@@ -62,6 +63,8 @@ def apply(plan: Plan, model: nn.Module, *, listener: Listener = ignore) -> nn.Mo
         listener(StageProgress("apply", done, layer.name))
         if layer.format != original_format(layer.shape.dtype):
             _replace(model, layer)
+    for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
+        _join(model, [layer for layer in plan.layers if layer.name in names])
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
     return model
 
@@ -158,13 +161,24 @@ def _replace(model: nn.Module, layer: LayerChoice) -> None:
     fmt = get_format(layer.format)
     parameter = model.get_parameter(layer.parameters[0])
     routed = RoutedWeight.wrap(fmt.store(parameter.data), fmt.id, layer.route, parameter.dtype)
-    replacement = nn.Parameter(routed, requires_grad=False)
-    for name in layer.parameters:
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = replacement
+    _put(model, layer, routed)
     placed = model.get_parameter(layer.parameters[0]).data
     if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:
         raise ModelError(f"{layer.name} did not become {fmt.id}: its module puts another weight in place")
+
+
+def _join(model: nn.Module, layers: Sequence[LayerChoice]) -> None:
+    """Store the layers' weights behind one another, so that they can be multiplied as one."""
+    weights = [model.get_parameter(layer.parameters[0]).data for layer in layers]
+    for layer, weight in zip(layers, join(weights), strict=True):
+        _put(model, layer, weight)
+
+
+def _put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:
+    replacement = nn.Parameter(weight, requires_grad=False)
+    for name in layer.parameters:
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = replacement
 
 
 def _formats_text(plan: Plan) -> str:
@@ -199,6 +213,7 @@ def load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str 
         model_factory=source.get("model_factory"),
         tokenizer=source.get("tokenizer"),
         trust_pickle=bool(source.get("trust_pickle")),
+        sample_inputs=source.get("sample_inputs"),
     )
     if loaded.content_hash != plan.model_hash:
         raise ModelError(
@@ -216,17 +231,21 @@ def _skeleton(loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFa
 
 
 def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> None:
-    args = _check_inputs(loaded)
+    args, keywords = _check_inputs(loaded)
     with torch.no_grad():
-        before, after = (output_tensor(module(*args)) for module in (loaded.module, again))
+        before, after = (output_tensor(module(*args, **keywords)) for module in (loaded.module, again))
     if not torch.equal(before, after):
         raise CheckpointError(f"what was written for {target} does not compute the same logits; please report this")
 
 
-def _check_inputs(loaded: LoadedModel) -> tuple[Any, ...]:
-    if loaded.example_inputs is not None:
-        return loaded.example_inputs
+def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    inputs = loaded.example_inputs
+    if inputs is not None:
+        return ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     if loaded.kind in ("causal_lm", "token_lm"):
         tokens = min(_CHECK_TOKENS, loaded.max_positions or _CHECK_TOKENS)
-        return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,)
-    raise CheckpointError("this model has no sample inputs to check a checkpoint with: use autoquant.apply from Python")
+        return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,), {}
+    raise CheckpointError(
+        "this model has no sample inputs to check a checkpoint with: search it with --sample-inputs, or use autoquant.apply"
+        " from Python"
+    )

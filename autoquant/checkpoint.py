@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates import get_format
+from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError
 from autoquant.models import LoadedModel
@@ -77,6 +78,7 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
         "source": asdict(loaded.source),
         "ties": ties,
         "routed": {name: _describe(weight) for name, weight in routed.items()},
+        "joined": _joined_names(plan),
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if _packed_for_this_cpu(packed) else None,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -109,6 +111,8 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
             raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
         route = tuple((upper, kernel) for upper, kernel in description["route"])
         tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+    for names in manifest.get("joined", []):
+        tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
     if module is None:
         try:
             module = build_architecture(manifest["source"], folder, dtype, meta=True)
@@ -143,6 +147,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _packed_for_this_cpu(packed: Mapping[str, torch.Tensor]) -> bool:
     """Whether a tensor's packing depends on the CPU's instruction set."""
     return any(type(tensor).__name__ == "Int4OpaqueTensor" for tensor in packed.values())
+
+
+def _joined_names(plan: Plan) -> list[list[str]]:
+    """Parameter names of the layers that are computed as one."""
+    groups = dict.fromkeys(layer.joined for layer in plan.layers if layer.joined)
+    return [[layer.parameters[0] for layer in plan.layers if layer.name in names] for names in groups]
 
 
 def _describe(weight: RoutedWeight) -> dict[str, Any]:

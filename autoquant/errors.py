@@ -3,6 +3,8 @@
 AutoquantError
 ├── ModelError        the model cannot be read, or is not the one a plan was made for
 ├── TextError         the evaluation text is missing, unreadable or too short
+├── QualityError      the user's quality function fails or gives no losses
+├── TaskError         no such task, or lm-eval is missing or cannot run it
 ├── WorkloadError     a workload, limit or size that cannot be parsed or does not fit the model
 ├── DeviceError       the device asked for is not there
 ├── CandidateError    a candidate name, format or kernel that does not exist or misbehaves
@@ -25,6 +27,14 @@ class ModelError(AutoquantError):
 
 class TextError(AutoquantError):
     """The evaluation text is missing, unreadable or too short."""
+
+
+class QualityError(AutoquantError):
+    """The user's quality function fails or gives no losses."""
+
+
+class TaskError(AutoquantError):
+    """No such task, or lm-eval is missing or cannot run it."""
 
 
 class WorkloadError(AutoquantError):

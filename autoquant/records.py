@@ -242,6 +242,7 @@ class LayerChoice:
         numerics: Key of the score that stands for this choice: format values and activation precision.
         loss: Predicted loss of this choice alone.
         memory_bytes: Bytes that the stored weight takes.
+        joined: Names of the layers that are computed as one, this one among them; empty where it is computed alone.
     """
 
     name: str
@@ -253,6 +254,7 @@ class LayerChoice:
     memory_bytes: int
     loss: float
     parameters: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
     reason: str = ""
 
 
@@ -296,6 +298,11 @@ class Interval:
     high: float
 
 
+def request_time(phase_times: Mapping[str, float], calls: Mapping[str, int]) -> float:
+    """Time of one request, in the unit of its phases: the sum over phases of calls times the time of one."""
+    return sum(calls[phase] * time for phase, time in phase_times.items())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
     """What was measured of a plan by really applying it.
@@ -325,6 +332,26 @@ class Proof:
     memory_bytes: int
     execution: str = "compiled"
     notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """One metric of one task of lm-evaluation-harness, for one model.
+
+    Attributes:
+        metric: Its name, with lm-eval's filter after a comma where there is one.
+        stderr: Standard error of `value` (None where lm-eval has none).
+        samples: How many the value is over (None for a group of tasks).
+        limit: How many were asked for at most (None: all).
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int | None
+    limit: int | None
+    lm_eval_version: str
 
 
 def to_json(record: Any) -> str:
@@ -365,11 +392,12 @@ def workload_from(data: Mapping[str, Any]) -> Workload:
 
 def layer_from(data: Mapping[str, Any]) -> LayerChoice:
     """Rebuild a `LayerChoice` from its JSON object."""
-    rest = {key: value for key, value in data.items() if key not in ("shape", "route", "parameters")}
+    rest = {key: value for key, value in data.items() if key not in ("shape", "route", "parameters", "joined")}
     return LayerChoice(
         shape=_shape(data["shape"]),
         route=tuple(RouteStep(**step) for step in data["route"]),
         parameters=tuple(data["parameters"]),
+        joined=tuple(data.get("joined", ())),
         **rest,
     )
 

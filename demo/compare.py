@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 
 import autoquant
@@ -30,14 +31,10 @@ def main() -> None:
     workload = Workload.parse(arguments.workload)
     original = load_model(arguments.model).module
     quantized = autoquant.load(arguments.quantized)
-    compiled = not arguments.eager
+    make = partial(make_phases, kind="causal_lm", workload=workload, device="cpu", compiled=not arguments.eager)
     phases = []
     for module in (quantized, original):
-        ready, note = make_warm(
-            lambda regions, m=module: make_phases(
-                m, "causal_lm", workload, device="cpu", compiled=compiled, regions=regions
-            )
-        )
+        ready, note = make_warm(partial(make, module))
         phases.append(ready)
         if note:
             print(f"note: {note}")

@@ -77,6 +77,7 @@ class Format:
         dequantize: Stored tensor to the float32 `[n, k]` numbers that its kernels multiply with.
         kernels: In order of preference where they are equally fast.
         unsupported: (shape, m, device type) to a reason or None; m is not looked at.
+        joins: Every tensor inside has a row for each of the weight's, so that weights behind one another are one weight.
         by_default: Device type to whether a search that names no candidates tries the format there.
     """
 
@@ -87,6 +88,7 @@ class Format:
     unsupported: Unsupported = always_supported
     description: str = ""
     tensor_type: type[torch.Tensor] = torch.Tensor
+    joins: bool = False
     by_default: Callable[[str], bool] = always_by_default
     values: str = field(init=False)
 

@@ -123,6 +123,7 @@ FORMATS = (
         quantize=functools.partial(_quantize, per_row=True),
         dequantize=_dequantize,
         tensor_type=Float8Tensor,
+        joins=True,
         kernels=(*_kernels(per_row=True), *_GEMLITE_KERNELS),
         description="float8 e4m3 weights, one scale a row",
     ),

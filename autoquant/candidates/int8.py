@@ -95,6 +95,7 @@ FORMATS = (
         quantize=lambda weight: _drop_zero_point(_quantize(weight)),
         dequantize=_dequantize,
         tensor_type=Int8Tensor,
+        joins=True,
         kernels=(
             Kernel(
                 id="int8pack-mm",

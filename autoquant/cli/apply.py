@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoquant.cli.output import Database, opened_study
-from autoquant.cli.show import recommended_plan
+from autoquant.cli.plans import ModelOption, PlanOption, recommended_plan, source_path
 from autoquant.cli.values import fraction
 
 if TYPE_CHECKING:
@@ -20,18 +20,12 @@ if TYPE_CHECKING:
 def apply(
     database: Database,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the quantized model.", show_default=False)],
-    plan: Annotated[
-        str | None,
-        typer.Option(metavar="ID", help="Which plan (the beginning of its id will do).", show_default="recommended"),
-    ] = None,
+    plan: PlanOption = None,
     max_ppl_increase: Annotated[
         str | None,
         typer.Option(metavar="PERCENT", help="Take the fastest plan within this increase.", show_default=False),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Where the model is, if not where it was.", show_default=False),
-    ] = None,
+    model: ModelOption = None,
 ) -> None:
     """Write the model quantized by a plan into DIR, reload it and compare it with what was meant to be written."""
     if plan is not None and max_ppl_increase is not None:
@@ -55,22 +49,6 @@ def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
     if increase is not None:
         return study.best(increase, study.facts.limits.get("max_memory_bytes"))
     return recommended_plan(study)
-
-
-def source_path(study: Study) -> str:
-    """Where the model that was searched lay.
-
-    Raises:
-        ModelError: It was a live module.
-    """
-    from autoquant.errors import ModelError
-
-    path = study.facts.source.get("path")
-    if not path:
-        raise ModelError(
-            "this study searched a live module, which has no path: say where the model is with --model PATH"
-        )
-    return str(path)
 
 
 def _print_report(plan: Plan, report: AppliedReport) -> None:

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from autoquant.cli.apply import source_path
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
-from autoquant.cli.show import recommended_plan
-
-if TYPE_CHECKING:
-    from autoquant.records import Plan
-    from autoquant.tuner.study import Study
+from autoquant.cli.plans import ModelOption, PlansOption, chosen_plans, source_path
 
 
 def bench(
     database: Database,
-    plan: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID", help="Which plan (the beginning of its id will do); repeatable.", show_default="recommended"
-        ),
-    ] = None,
+    plan: PlansOption = None,
     compare: Annotated[
         str | None,
         typer.Option(metavar="KIND", help="Also all proven plans of a kind: uniform or front.", show_default=False),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Where the model is, if not where it was.", show_default=False),
-    ] = None,
+    model: ModelOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Time plans in the whole model, compiled, in turn with the unquantized model, and compare with what was predicted."""
@@ -39,7 +26,7 @@ def bench(
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
-        plans = _chosen(study, plan or [], compare)
+        plans = chosen_plans(study, plan or [], compare)
         source = model or source_path(study)
         from autoquant.tuner.bench import bench as measure  # imports torch: after all that can be refused without it
 
@@ -56,20 +43,3 @@ def bench(
     print_table(lambda width: bench_table(rows, workload, width))
     for note in bench_notes(rows):
         typer.echo(note)
-
-
-def _chosen(study: Study, ids: list[str], kind: str | None) -> list[Plan]:
-    """The plans named, or the recommended one; then those of the kind. The unquantized model takes part anyway."""
-    from autoquant.errors import PlanError
-
-    named = [study.plan(plan_id) for plan_id in ids] or [recommended_plan(study)]
-    if others := {each.study_id for each in named} - {study.study_id}:
-        raise PlanError(f"the plans are of different studies ({study.study_id} and {others.pop()}): time one at a time")
-    proven = study.proofs()
-    named += [each for each in study.plans() if each.kind == kind and each.plan_id in proven]
-    chosen = {each.plan_id: each for each in named if each.kind != "original"}
-    if not chosen:
-        raise PlanError(
-            "the unquantized model takes part anyway: say which plan to time beside it with --plan or --compare"
-        )
-    return list(chosen.values())

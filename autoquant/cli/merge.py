@@ -16,14 +16,15 @@ def merge(
         Path, typer.Argument(metavar="OTHER.DB", help="Database to copy from; it is only read.", show_default=False)
     ],
 ) -> None:
-    """Copy timings, devices, rooflines, models and losses of OTHER.DB into PLAN.DB, all of them or none.
+    """Copy what was measured of devices and unquantized models in OTHER.DB into PLAN.DB, all of it or nothing.
 
-    What PLAN.DB holds already is kept as it is. Studies, with their plans and proofs, are not copied: a search in PLAN.DB
-    finds what was measured and makes them again.
+    Timings, rooflines, losses and task scores of unquantized models travel; what PLAN.DB holds already is kept as it is.
+    Studies, with their plans, proofs and task scores, are not copied: a search in PLAN.DB makes them again and times nothing
+    twice.
     """
     from autoquant.store.merge import merge as copy_facts
 
     with opened_store(database) as store:
         merged = copy_facts(store, other)
     for name, rows in merged.items():
-        typer.echo(f"{name:<10}{rows.added:>8} added{rows.known:>8} known")
+        typer.echo(f"{name:<12}{rows.added:>8} added{rows.known:>8} known")

@@ -1,4 +1,4 @@
-"""`autoquant rm`: a study with its plans and proofs goes; what was measured stays."""
+"""`autoquant rm`: a study goes with its plans and what was measured of them; what belongs to devices and models stays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def rm(
     ],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove a study with its plans and proofs. Timings and losses are kept: the same search does not measure them again."""
+    """Remove a study with its plans, their proofs and their task scores.
+
+    Timings, losses and task scores of the unquantized model are kept: the same search does not measure them again.
+    """
     from autoquant.report.words import study_line
     from autoquant.store.remove import find_study
     from autoquant.tuner.remove import remove
@@ -35,11 +38,11 @@ def rm(
             return
         removed = remove(store, study_id)
     typer.echo(f"Removed {words}: {_counted(removed)}.")
-    typer.echo("Timings and losses are kept.")
+    typer.echo("Timings, losses and task scores of the unquantized model are kept.")
 
 
 def _confirmed(question: str) -> bool:
-    """Ask on the terminal.
+    """Ask on stderr, so that stdout holds nothing but what was done; anything but yes is no.
 
     Raises:
         AutoquantError: There is nobody to ask.
@@ -48,12 +51,15 @@ def _confirmed(question: str) -> bool:
 
     if not sys.stdin.isatty():
         raise AutoquantError("nothing was removed: there is no terminal to ask for confirmation on; say --yes")
-    return typer.confirm(question, err=True)
+    typer.echo(f"{question} [y/N]: ", err=True, nl=False)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _counted(removed: Removed) -> str:
     rows = removed.rows
     parts = [f"{rows.plans} plans", f"{rows.proofs} proofs", f"{rows.references} references of the unquantized model"]
+    if rows.task_scores:
+        parts.append(f"{rows.task_scores} task scores of its plans")
     if removed.trials is not None:
         parts.append(f"Optuna's study of it with {removed.trials} trials")
     return ", ".join(parts)

@@ -35,8 +35,25 @@ def search(
         ),
     ],
     eval_text: Annotated[
-        str, typer.Option("--eval-text", metavar="FILE", help="Text that quality is measured on.", show_default=False)
-    ],
+        str | None,
+        typer.Option("--eval-text", metavar="FILE", help="Text that quality is measured on.", show_default=False),
+    ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:CALLABLE",
+            help="Instead of text: takes the module and calibration, selection or report; returns a loss per sample.",
+            show_default=False,
+        ),
+    ] = None,
+    sample_inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:CALLABLE",
+            help="Returns the inputs (tuple or dict) of a module that is no language model.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")] = "auto",
     db: Annotated[str, typer.Option(metavar="FILE", help="Database; an existing one is continued.")] = "plan.db",
     workload: Annotated[
@@ -59,6 +76,9 @@ def search(
             show_default=False,
         ),
     ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Also try layers that read the same input as one (q, k, v; gate, up).")
+    ] = False,
     time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
     model_factory: Annotated[
@@ -78,6 +98,7 @@ def search(
 
     Ctrl-C keeps everything measured so far; the same command goes on from there.
     """
+    _check_judge(eval_text, quality)
     increase = fraction(max_ppl_increase, "--max-ppl-increase")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
     budget_s = duration_s(time_budget, "--time-budget")
@@ -94,6 +115,8 @@ def search(
             study = driver.search(
                 model,
                 eval_text=eval_text,
+                quality=quality,
+                sample_inputs=sample_inputs,
                 db=db,
                 device=device,
                 dtype=dtype.value,
@@ -102,6 +125,7 @@ def search(
                 max_ppl_increase=increase,
                 max_memory_bytes=memory,
                 candidates=tuple(candidates or ("*",)),
+                fuse=fuse,
                 time_budget_s=budget_s,
                 seed=seed,
                 model_factory=model_factory,
@@ -115,6 +139,15 @@ def search(
         )
         raise typer.Exit(130) from None
     _report(study, db, as_json=as_json)
+
+
+def _check_judge(eval_text: str | None, quality: str | None) -> None:
+    if eval_text is None and quality is None:
+        raise typer.BadParameter(
+            "give a text like what the model will read, or a loss of your own with --quality", param_hint="--eval-text"
+        )
+    if eval_text is not None and quality is not None:
+        raise typer.BadParameter("cannot be combined with --quality", param_hint="--eval-text")
 
 
 def _report(study: Study, db: str, *, as_json: bool) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+from autoquant.cli.plans import PlanOption, recommended_plan
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Proof
@@ -15,10 +16,7 @@ if TYPE_CHECKING:
 
 def show(
     database: Database,
-    plan: Annotated[
-        str | None,
-        typer.Option(metavar="ID", help="Which plan (the beginning of its id will do).", show_default="recommended"),
-    ] = None,
+    plan: PlanOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show one plan layer by layer: format, kernels, predicted time, loss and memory, and why."""
@@ -32,16 +30,6 @@ def show(
             print_json(plan_object(chosen, row, proof, study.facts.recording))
         else:
             _print_text(study, chosen, row, proof)
-
-
-def recommended_plan(study: Study) -> Plan:
-    """The best plan under the limits of the search.
-
-    Raises:
-        PlanError: None is within them; the message says what there is.
-    """
-    limits = study.facts.limits
-    return study.best(limits.get("max_ppl_increase"), limits.get("max_memory_bytes"))
 
 
 def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Proof | None) -> None:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autoquant.errors import QualityError
 from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.text import Part, TextParts
+from autoquant.models.quiet import first_line
 from autoquant.profiler.phases import output_tensor
 
 _ROWS_AT_ONCE = 128
@@ -105,13 +107,31 @@ class FunctionQuality:
         self.key = key
 
     def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]:
-        """What the function returns, as floats."""
-        with torch.no_grad():
-            value = self._function(module, part)
+        """What the function returns, as floats.
+
+        Raises:
+            QualityError: It fails, or returns something else than losses.
+        """
+        try:
+            with torch.no_grad():
+                value = self._function(module, part)
+        except Exception as error:
+            raise QualityError(
+                f"the quality function {self.key} failed on the {part} part ({type(error).__name__}: {first_line(error)})"
+            ) from error
         if hasattr(value, "tolist"):  # a tensor or an array
             value = value.reshape(-1).tolist()
         samples: Sequence[Any] = value if isinstance(value, Sequence) else [value]
-        return tuple(float(sample) for sample in samples)
+        try:
+            losses = tuple(float(sample) for sample in samples)
+        except (TypeError, ValueError):
+            losses = ()
+        if not losses:
+            raise QualityError(
+                f"the quality function {self.key} returned no losses for the {part} part ({type(value).__name__}): it must"
+                " return one number per sample"
+            )
+        return losses
 
     def compare(self, module: nn.Module, reference: nn.Module, part: Part) -> Comparison:
         return Comparison(self.losses(module, part), self.losses(reference, part), None)

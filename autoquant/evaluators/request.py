@@ -12,6 +12,7 @@ from autoquant.profiler.device import release_memory, synchronize
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.profiler.phases import Phases
 from autoquant.profiler.timing import first_line
+from autoquant.records import request_time
 
 _WARM_UP_CALLS = 2
 _MAX_RELATIVE_ERROR = 0.1
@@ -31,9 +32,7 @@ class RequestTimes:
 
     def request_ms(self, calls: Mapping[str, int]) -> tuple[float, float]:
         """Milliseconds of one request by the plan and by the unquantized model."""
-        plan = sum(calls[phase] * ms for phase, ms in self.plan_ms.items())
-        original = sum(calls[phase] * ms for phase, ms in self.original_ms.items())
-        return plan, original
+        return request_time(self.plan_ms, calls), request_time(self.original_ms, calls)
 
 
 class WrongResultError(Exception):
@@ -64,11 +63,11 @@ def warm_up(phases: Phases) -> None:
             release_memory()  # what the compiler leaves behind, before the next phase is compiled
 
 
-def make_warm(make: Callable[[bool], Phases]) -> tuple[Phases, str]:
+def make_warm(make: Callable[..., Phases]) -> tuple[Phases, str]:
     """Make phases and warm them up: with blocks as nested regions or, where that does not work, whole.
 
     Args:
-        make: Given whether there are to be nested regions, makes the phases.
+        make: `make_phases` with all its arguments but `regions`.
 
     Returns:
         The phases, and why their model was compiled whole; empty where it was not.
@@ -77,12 +76,12 @@ def make_warm(make: Callable[[bool], Phases]) -> tuple[Phases, str]:
         WrongResultError: The model computes something else when it is compiled whole, too.
     """
     try:
-        phases = make(True)
+        phases = make(regions=True)
         warm_up(phases)
         return phases, ""
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises
         reason = first_line(error)
-    phases = make(False)
+    phases = make(regions=False)
     warm_up(phases)
     return phases, f"compiled whole, not block by block: {reason}"
 

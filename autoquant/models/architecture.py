@@ -32,7 +32,7 @@ def build_architecture(source: Mapping[str, Any], folder: Path, dtype: torch.dty
             return _from_config(folder, dtype)
     if source["kind"] == "state_dict" and source.get("model_factory"):
         with current_folder_importable(), place:
-            return factory._call(factory._import(source["model_factory"]), source["model_factory"])
+            return factory._call(factory.factory_of(source["model_factory"]), source["model_factory"])
     raise ModelError(
         f"the architecture of a model that came as {source['kind']} is not saved with it: call autoquant.load(folder, model) "
         "with a module of it"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,10 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelError
+from autoquant.models.named import call_named, import_named
 from autoquant.models.quiet import current_folder_importable, first_line, some
+
+_OPTION = "--model-factory"
 
 
 def build(spec: str, state: Mapping[str, Any], path: Path) -> nn.Module:
@@ -25,7 +26,7 @@ def build(spec: str, state: Mapping[str, Any], path: Path) -> nn.Module:
         ModelError: The factory cannot be imported, fails or returns no module, or the weights do not fit its module.
     """
     with current_folder_importable():
-        factory = _import(spec)
+        factory = factory_of(spec)
         module = _build_on_meta(factory, spec, state, path)
         if module is None:
             module = _call(factory, spec)
@@ -35,32 +36,13 @@ def build(spec: str, state: Mapping[str, Any], path: Path) -> nn.Module:
     return module
 
 
-def _import(spec: str) -> Callable[[], Any]:
-    place, _, name = spec.partition(":")
-    if not place or not name:
-        raise ModelError(f"cannot read --model-factory {spec!r}: write it as package.module:callable")
-    try:
-        module = importlib.import_module(place)
-    except (Exception, SystemExit) as error:
-        raise ModelError(
-            f"cannot import {place} of --model-factory ({first_line(error)}): run where it can be imported from"
-        ) from error
-    try:
-        factory = reduce(getattr, name.split("."), module)
-    except AttributeError as error:
-        raise ModelError(f"{place} has no {name}: check --model-factory {spec}") from error
-    if not callable(factory):
-        raise ModelError(
-            f"{name} in {place} cannot be called: --model-factory needs a callable that returns the module"
-        )
-    return factory
+def factory_of(spec: str) -> Callable[[], Any]:
+    """The callable of `--model-factory`."""
+    return import_named(spec, _OPTION, "returns the module")
 
 
 def _call(factory: Callable[[], Any], spec: str) -> nn.Module:
-    try:
-        module = factory()
-    except (Exception, SystemExit) as error:
-        raise ModelError(f"--model-factory {spec} failed ({type(error).__name__}: {first_line(error)})") from error
+    module = call_named(factory, spec, _OPTION)
     if not isinstance(module, nn.Module):
         raise ModelError(f"--model-factory {spec} returned a {type(module).__name__}: it must return an nn.Module")
     return module

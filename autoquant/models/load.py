@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import nn
 from autoquant.errors import ModelError
 from autoquant.models import exported, huggingface, torchfile
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
-from autoquant.models.loaded import LoadedModel, ModelSource, max_positions, model_kind, settle
+from autoquant.models.loaded import LoadedModel, ModelSource, main_dtype, max_positions, model_kind, settle
+from autoquant.models.named import make_inputs
 from autoquant.models.quiet import quiet
 from autoquant.models.request import Request
 from autoquant.models.targets import dtype_name, resolve_device, resolve_dtype
@@ -31,6 +33,7 @@ def load_model(
     model_factory: str | None = None,
     tokenizer: str | None = None,
     trust_pickle: bool = False,
+    sample_inputs: str | None = None,
 ) -> LoadedModel:
     """Load a model from a folder, a file or the hub, ready to run.
 
@@ -42,6 +45,7 @@ def load_model(
         model_factory: `package.module:callable` that returns the module; looked for in the current directory too.
         tokenizer: A tokenizer folder or a `tokenizer.json`; a Hugging Face folder brings its own.
         trust_pickle: Allow the file to run code on loading. Without it no code in any model file is ever run.
+        sample_inputs: `package.module:callable` that returns the arguments of one forward pass, a tuple or a dict.
 
     Raises:
         ModelError: The model cannot be read; the message says why and what to do, in one line.
@@ -59,7 +63,11 @@ def load_model(
         trust_pickle=trust_pickle,
     )
     with quiet():
-        return _load(request)
+        loaded = _load(request)
+        if sample_inputs is not None:
+            _give_inputs(loaded, sample_inputs)
+            loaded.source = replace(loaded.source, sample_inputs=sample_inputs)
+    return loaded
 
 
 def take_model(
@@ -70,6 +78,7 @@ def take_model(
     model_factory: str | None,
     tokenizer: Any | None,
     trust_pickle: bool,
+    sample_inputs: str | None = None,
 ) -> LoadedModel:
     """Load a model from where it is, or take a live module as it is.
 
@@ -77,9 +86,18 @@ def take_model(
         ModelError, DeviceError, WorkloadError: As for `load_model`.
     """
     if isinstance(model, nn.Module):
-        return from_module(model, device=device, dtype=None if dtype == "auto" else dtype, tokenizer=tokenizer)
+        loaded = from_module(model, device=device, dtype=None if dtype == "auto" else dtype, tokenizer=tokenizer)
+        if sample_inputs is not None:
+            _give_inputs(loaded, sample_inputs)
+        return loaded
     return load_model(
-        model, dtype=dtype, device=device, model_factory=model_factory, tokenizer=tokenizer, trust_pickle=trust_pickle
+        model,
+        dtype=dtype,
+        device=device,
+        model_factory=model_factory,
+        tokenizer=tokenizer,
+        trust_pickle=trust_pickle,
+        sample_inputs=sample_inputs,
     )
 
 
@@ -109,6 +127,11 @@ def _load_file(path: Path, request: Request) -> LoadedModel:
     if suffix in (".pt", ".pth"):
         return torchfile.load_torch_file(path, request)
     raise ModelError(f"{path} is not a kind of model file that can be read: give {_FORMS}")
+
+
+def _give_inputs(loaded: LoadedModel, sample_inputs: str) -> None:
+    """Let the model's example inputs be what the callable named returns."""
+    loaded.example_inputs = make_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
 
 
 def from_module(

@@ -27,6 +27,7 @@ class ModelSource:
         model_factory: `package.module:callable` that built the module.
         tokenizer: Path of a tokenizer given apart from the model.
         trust_pickle: Whether the user allowed the file to run code.
+        sample_inputs: `package.module:callable` that made the example inputs.
     """
 
     kind: SourceKind
@@ -34,6 +35,7 @@ class ModelSource:
     model_factory: str | None = None
     tokenizer: str | None = None
     trust_pickle: bool = False
+    sample_inputs: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -46,7 +48,8 @@ class LoadedModel:
         kind: `causal_lm`, a Hugging Face model that generates with a cache; `token_lm`, takes integer ids
             [batch, tokens] as its only input and gives logits [batch, tokens, vocab], bare or as `.logits`; `module`,
             anything else.
-        example_inputs: Positional inputs saved with an exported program, on the device and in the dtype.
+        example_inputs: Arguments of one forward pass, on the device and in the dtype: those of `sample_inputs`, positional or
+            by name, or the positional ones saved with an exported program.
         max_positions: Longest sequence in tokens, where the configuration says so.
         stored_dtype: The dtype that most of the stored weights have, e.g. `bfloat16`.
     """
@@ -56,7 +59,7 @@ class LoadedModel:
     source: ModelSource
     tokenizer: Any | None
     kind: ModelKind
-    example_inputs: tuple[Any, ...] | None
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None
     max_positions: int | None
     stored_dtype: str
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates import get_format
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
+from autoquant.candidates.joined import Whole, whole_of
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import content_key
 
@@ -36,12 +37,15 @@ def share(module: nn.Module) -> nn.Module:
 def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
     """A copy that computes the same from the same tensors, and compiles to the same kernels in less time.
 
+    Weights that lie behind one another (see `autoquant.candidates.joined`) are multiplied as one.
+
     Args:
         regions: Make repeated blocks nested regions, which the compiler reuses where they are alike.
     """
     ready = share(module)
     blocks = [block for block in _repeated_blocks(ready) if regions and _nests(block)]
-    makes = {name: _take_apart(owner) for name, owner in ready.named_modules() if _has_wrapped_weight(owner)}
+    wholes: dict[Any, torch.Tensor] = {}
+    makes = {name: _take_apart(owner, wholes) for name, owner in ready.named_modules() if _has_wrapped_weight(owner)}
     names = {block: name for name, block in ready.named_modules()}
     for block in blocks:
         prefix = f"{names[block]}."
@@ -56,7 +60,30 @@ def compile_forward(function: Callable[..., Any]) -> Callable[..., Any]:
     Compiled code is kept per code object, so each model gets a copy of its own: otherwise every further plan would add to the
     first one's list, whose guards are tried in turn on each call, until the compiler's recompile limit is hit.
     """
-    return torch.compile(_copy(function, function.__name__), dynamic=False)
+    return torch.compile(_copy(function, function.__name__), dynamic=False, backend=_backend)
+
+
+def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """Inductor, after products that several linears ask for are computed once."""
+    from torch._inductor.compile_fx import compile_fx
+
+    for part in graph.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            _compute_once(part)
+    return compile_fx(graph, inputs)
+
+
+def _compute_once(graph: torch.fx.GraphModule) -> None:
+    """Let every product with the same input and weight be the first one of them."""
+    known: dict[Any, torch.fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node.target not in _PRODUCTS.values():
+            continue
+        first = known.setdefault((node.target, node.args), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
 class GraphedStep:
@@ -126,15 +153,18 @@ def _nests(block: nn.Module) -> bool:
     """Whether the compiler takes what this block calls in a nested region."""
     for owner in block.modules():
         for parameter in owner.parameters(recurse=False):
-            if not is_traceable_wrapper_subclass(parameter):
-                continue
-            if not _has_wrapped_weight(owner):  # nobody but a plain linear is taken apart
-                return False
-            if isinstance(parameter, RoutedWeight):
-                fmt = get_format(parameter.format_id)
-                if not all(fmt.kernel(kernel).nests for _, kernel in parameter.route):
-                    return False
+            if is_traceable_wrapper_subclass(parameter) and not (
+                _has_wrapped_weight(owner) and _kernels_nest(parameter)
+            ):
+                return False  # nobody but a plain linear is taken apart
     return True
+
+
+def _kernels_nest(weight: torch.Tensor) -> bool:
+    if not isinstance(weight, RoutedWeight):
+        return True
+    fmt = get_format(weight.format_id)
+    return all(fmt.kernel(kernel).nests for _, kernel in weight.route)
 
 
 _REGION_CLASSES: dict[tuple[type, str], type[nn.Module]] = {}
@@ -161,46 +191,76 @@ def _has_wrapped_weight(owner: nn.Module) -> bool:
     )
 
 
-def _take_apart(owner: Any) -> str:
+def _take_apart(owner: Any, wholes: dict[Any, torch.Tensor]) -> str:
     """Replace a linear's weight by the plain tensors inside; they are put together where they are multiplied.
+
+    Args:
+        wholes: Tensors by where they lie, so that linears of one whole hold the same ones.
 
     Returns:
         Key of what the weight is made of and how it is multiplied, whatever its numbers.
     """
-    parts, rebuild = flatten_tensor(owner.weight)
-    make = content_key([repr(rebuild), owner.weight.code_key() if isinstance(owner.weight, RoutedWeight) else ""])
+    weight = owner.weight
+    whole = whole_of(weight) if isinstance(weight, RoutedWeight) else None
+    if whole is None:
+        parts, rebuild = flatten_tensor(weight)
+        whole, rows = Whole(tuple(parts), rebuild, 0), None
+    else:
+        rows = (whole.start, weight.shape[0])
+    code = weight.code_key() if isinstance(weight, RoutedWeight) else ""
     del owner._parameters["weight"]
-    for position, part in enumerate(parts):
-        owner.register_buffer(_part_name(position), part, persistent=False)
-    owner.__class__ = _linear_class(type(owner), make, rebuild, len(parts))
-    return make
+    for position, part in enumerate(whole.parts):
+        place = (part.data_ptr(), part.dtype, part.shape, part.stride())
+        owner.register_buffer(_part_name(position), wholes.setdefault(place, part), persistent=False)
+    make = content_key([repr(whole.rebuild), code])
+    owner.__class__ = _linear_class(type(owner), _product(make, whole.rebuild), len(whole.parts), rows)
+    return content_key([make, rows])
 
 
 def _part_name(position: int) -> str:
     return f"weight_part{position}"
 
 
-_LINEAR_CLASSES: dict[tuple[type, str], type[nn.Module]] = {}
+_PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {}
 
 
-def _linear_class(kind: type[nn.Module], make: str, rebuild: Rebuild, count: int) -> type[nn.Module]:
-    """`kind` that computes with parts; one class for all weights of the same make.
+def _product(make: str, rebuild: Rebuild) -> Callable[..., torch.Tensor]:
+    """x `[..., k]`, bias or None and the parts of a weight of this make, to the linear's result.
 
     The compiler's first stage takes the product as one function of plain tensors: it knows nothing of subclasses made on the
     way. The second looks into it. Both tell functions apart by their names alone, so the name says what it computes.
     """
-    key = (kind, make)
-    if key not in _LINEAR_CLASSES:
-        names = [_part_name(position) for position in range(count)]
+    if make not in _PRODUCTS:
 
         def linear(x: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
             return F.linear(x, unflatten_tensor(rebuild, list(parts)), bias)
 
         linear.__name__ = linear.__qualname__ = f"linear_{make}"
-        product: Callable[..., torch.Tensor] = torch.compiler.allow_in_graph(linear)  # type: ignore[no-untyped-call]
+        _PRODUCTS[make] = torch.compiler.allow_in_graph(linear)  # type: ignore[no-untyped-call]
+    return _PRODUCTS[make]
+
+
+_LINEAR_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
+def _linear_class(
+    kind: type[nn.Module], product: Callable[..., torch.Tensor], count: int, rows: tuple[int, int] | None
+) -> type[nn.Module]:
+    """`kind` that computes with `count` parts; one class for all weights of the same make.
+
+    Args:
+        rows: First and number of those that are this linear's, where the parts are those of several.
+    """
+    key = (kind, product, rows)
+    if key not in _LINEAR_CLASSES:
+        names = [_part_name(position) for position in range(count)]
 
         def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-            return product(x, self.bias, *[getattr(self, name) for name in names])
+            parts = [getattr(self, name) for name in names]
+            if rows is None:
+                return product(x, self.bias, *parts)
+            y = product(x, None, *parts).narrow(-1, *rows)
+            return y if self.bias is None else y + self.bias
 
         _LINEAR_CLASSES[key] = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     return _LINEAR_CLASSES[key]

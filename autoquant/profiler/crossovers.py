@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import isqrt
 
-from autoquant.candidates import Format, Kernel
-from autoquant.records import LinearShape, Measurement, TimingSubject
+from autoquant.candidates import Kernel
+from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Route, TimingSubject
 
-Cell = tuple[LinearShape, int]
+_RouteOfShape = tuple[LinearShape, str, Route]
 Timings = Mapping[TimingSubject, Measurement]
 Measure = Callable[[Sequence[TimingSubject]], Timings]
 
@@ -47,11 +48,14 @@ class FormatTimings:
         timed = {kernel: latency for kernel, latency in usable.items() if latency is not None}
         return min(timed, key=lambda kernel: timed[kernel], default=None)
 
+    def rows(self) -> list[int]:
+        """The m at which something was measured, in order."""
+        own = (self._shape, self._format, self._working_set)
+        return sorted({s.m for s in self._timings if (s.shape, s.format, s.working_set_bytes) == own})
+
     def interval(self, low: int, high: int, before: str, after: str) -> tuple[int, int]:
         """Between which m `after` overtakes `before`, as far as what was measured between `low` and `high` tells."""
-        own = (self._shape, self._format, self._working_set)
-        rows = {s.m for s in self._timings if (s.shape, s.format, s.working_set_bytes) == own}
-        for m in sorted(m for m in rows if low < m < high):
+        for m in (m for m in self.rows() if low < m < high):
             first, second = self.latency_us(before, m), self.latency_us(after, m)
             if second is not None and (first is None or second < first):
                 return low, m
@@ -60,50 +64,79 @@ class FormatTimings:
         return low, high
 
 
-def measure_crossovers(
-    cells: Sequence[Cell],
-    candidates: Sequence[tuple[Format, Kernel]],
-    timings: Timings,
-    working_set: int,
-    measure: Measure,
-) -> dict[TimingSubject, Measurement]:
-    """Bisect between every two neighbouring m of a shape at which a format's route changes its kernel.
+def settled(plans: Sequence[Plan], timings: Timings, working_set: int, measure: Measure) -> list[Plan]:
+    """The plans with every change of kernel in their routes bisected, and put where it was found.
 
     Args:
-        timings: What is known of the cells.
+        timings: What was measured at the m that the routes were made from. At those the routes stay as they are.
         measure: Times subjects, or takes them from the store.
-
-    Returns:
-        The measurements made on the way: at each m in between, both kernels.
     """
-    formats: dict[str, list[Kernel]] = {}
-    for fmt, kernel in candidates:
-        formats.setdefault(fmt.id, []).append(kernel)
-    rows: dict[LinearShape, list[int]] = {}
-    for shape, m in cells:
-        rows.setdefault(shape, []).append(m)
+    keys = dict.fromkeys(key for plan in plans for key in _keys(plan) if len(key[2]) > 1)
     made: dict[TimingSubject, Measurement] = {}
     while True:
         known = {**timings, **made}
-        wanted = {
-            subject: None
-            for shape, all_m in rows.items()
-            for format_id, kernels in formats.items()
-            for subject in _halves(FormatTimings(shape, format_id, working_set, known), kernels, sorted(all_m))
-            if subject not in known
-        }
+        found = {key: _changes(key, FormatTimings(*key[:2], working_set, timings), working_set, known) for key in keys}
+        halves = (subject for changes in found.values() for change in changes for subject in change.halves())
+        wanted = [subject for subject in dict.fromkeys(halves) if subject not in known]
         if not wanted:
-            return made
-        made |= measure(list(wanted))
+            break
+        made |= measure(wanted)
+    routes = {key: _moved(key[2], changes) for key, changes in found.items()}
+    return [
+        replace(
+            plan,
+            layers=tuple(
+                replace(layer, route=routes.get(key, layer.route))
+                for layer, key in zip(plan.layers, _keys(plan), strict=True)
+            ),
+        )
+        for plan in plans
+    ]
 
 
-def _halves(timings: FormatTimings, kernels: Sequence[Kernel], rows: Sequence[int]) -> Iterator[TimingSubject]:
-    """The subjects that halve an interval in which a crossover lies."""
-    for allowed in numerics_sets(kernels):
-        for low, high in pairwise(rows):
-            before, after = (timings.fastest(kernels, allowed, m) for m in (low, high))
-            if before is None or after is None or before == after:
-                continue
-            start, end = timings.interval(low, high, before, after)
-            if end > CLOSE_ENOUGH * start:
-                yield from (timings.subject(kernel, isqrt(start * end)) for kernel in (before, after))
+def _keys(plan: Plan) -> list[_RouteOfShape]:
+    """What each layer's route was timed at: the shape of all where several layers are computed as one."""
+    rows = {layer.name: layer.shape.n for layer in plan.layers}
+
+    def shape(layer: LayerChoice) -> LinearShape:
+        if not layer.joined:
+            return layer.shape
+        return replace(layer.shape, n=sum(rows[name] for name in layer.joined), bias=False)
+
+    return [(shape(layer), layer.format, layer.route) for layer in plan.layers]
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A route's change of kernel, which lies between `low` and `high` rows."""
+
+    timings: FormatTimings
+    before: str
+    after: str
+    low: int
+    high: int
+
+    def halves(self) -> Iterator[TimingSubject]:
+        """What to time next; nothing where the change is known well enough."""
+        if self.high > CLOSE_ENOUGH * self.low:
+            for kernel in (self.before, self.after):
+                yield self.timings.subject(kernel, isqrt(self.low * self.high))
+
+
+def _changes(key: _RouteOfShape, first: FormatTimings, working_set: int, known: Timings) -> list[_Change]:
+    shape, format_id, route = key
+    timings = FormatTimings(shape, format_id, working_set, known)
+    changes = []
+    for step, following in pairwise(route):
+        assert step.upper_m is not None  # only the last step has no end
+        low = max(m for m in first.rows() if m <= step.upper_m)
+        high = min(m for m in first.rows() if m > step.upper_m)
+        between = timings.interval(low, high, step.kernel, following.kernel)
+        changes.append(_Change(timings, step.kernel, following.kernel, *between))
+    return changes
+
+
+def _moved(route: Route, changes: Sequence[_Change]) -> Route:
+    """The route with each change at the geometric mean of the two m between which it was measured."""
+    moved = (replace(step, upper_m=isqrt(c.low * c.high)) for step, c in zip(route, changes, strict=False))
+    return (*moved, route[-1])

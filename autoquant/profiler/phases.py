@@ -72,7 +72,10 @@ def make_phases(
         ids = torch.zeros((workload.batch, workload.phases[0].tokens), dtype=torch.long, device=device)
         return _ForwardPhases(module, workload, (ids,), compiled, regions)
     if sample_inputs is None:
-        raise WorkloadError("this model needs sample inputs: call it from Python with sample_inputs=...")
+        raise WorkloadError(
+            "this model needs sample inputs: give autoquant search --sample-inputs package.module:callable, or call it from"
+            " Python with sample_inputs=..."
+        )
     return _ForwardPhases(module, workload, sample_inputs, compiled, regions)
 
 

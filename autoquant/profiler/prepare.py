@@ -11,7 +11,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -77,8 +78,8 @@ def prepare(
         elif not is_registered_here(subject.format):  # another process would not know it
             waiting.append(subject)
     library = [subject for subject in waiting if _kernel(subject).opaque]
-    with _Workers(device, device_name, _fitting(waiting, device_name)) as workers:
-        workers.start(len(waiting))
+    with _workers(device, device_name) as workers:
+        workers.start(waiting)
         campaign = _Campaign(decided, roofline(), on_progress)
         campaign.take(workers.run(library, tune=False), tuned=False)
         compiled = [subject for subject in waiting if not _kernel(subject).opaque]
@@ -86,6 +87,39 @@ def prepare(
         campaign.take(workers.run(campaign.worth_tuning(library), tune=True), tuned=True)
     campaign.drop_the_beaten()
     return Prepared(campaign.decided, len(campaign.seen), campaign.work_s)
+
+
+_kept: ContextVar[dict[str, _Workers] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def workers_kept() -> Iterator[None]:
+    """Within it the processes that one call of `prepare` started wait for the next."""
+    kept: dict[str, _Workers] = {}
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+        for workers in kept.values():
+            workers.end()
+
+
+@contextmanager
+def _workers(device: Device, device_name: str) -> Iterator[_Workers]:
+    kept = _kept.get()
+    workers = kept.pop(device_name, None) if kept is not None else None
+    workers = workers or _Workers(device, device_name)
+    try:
+        yield workers
+    except BaseException:
+        workers.end()  # some are at work that nobody waits for
+        raise
+    if kept is None:
+        workers.end()
+    else:
+        workers.rest()
+        kept[device_name] = workers
 
 
 class _Campaign:
@@ -150,36 +184,31 @@ def _unsupported_reason(subject: TimingSubject, device_type: str) -> str | None:
     return fmt.unsupported_reason(fmt.kernel(subject.kernel), subject.shape, subject.m, device_type)
 
 
-def _fitting(subjects: Sequence[TimingSubject], device_name: str) -> int:
-    """How many processes there is work and memory for: each holds a weight in several forms."""
-    import torch
-
-    if torch.device(device_name).type != "cuda" or not subjects:
-        return len(subjects)
-    largest = max(_BYTES_PER_WEIGHT * subject.shape.n * subject.shape.k for subject in subjects)
-    free, _ = torch.cuda.mem_get_info(device_name)
-    return min(len(subjects), max(1, int(free // (largest + _CONTEXT_BYTES))))
-
-
 class _Workers:
     """Processes that try candidates out, one at a time each; one that dies is replaced, and what it was at has failed."""
 
-    def __init__(self, device: Device, device_name: str, most: int) -> None:
+    def __init__(self, device: Device, device_name: str) -> None:
         self._context = multiprocessing.get_context("spawn")
+        self._device_name = device_name
         self._arguments = (device_name, str(tuning_folder(device)), device.versions.get("compiler") != "none")
-        self._count = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 1), most)
         self._processes: dict[Connection, BaseProcess] = {}
 
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
+        """End all processes."""
         for connection in list(self._processes):
             self._end(connection)
 
-    def start(self, pieces: int) -> None:
-        """Have processes ready for so many pieces of work."""
-        while len(self._processes) < min(self._count, pieces):
+    def rest(self) -> None:
+        """Have the processes, none of which is at work, give back the device's memory."""
+        self._bury()
+        for connection in self._processes:
+            connection.send(None)
+
+    def start(self, subjects: Sequence[TimingSubject]) -> None:
+        """Have processes ready for this work: as many as there are cores and memory for."""
+        self._bury()
+        most = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 1), len(subjects), self._fitting(subjects))
+        while len(self._processes) < most:
             self._begin()
 
     def run(self, subjects: Sequence[TimingSubject], *, tune: bool) -> Iterator[_Answer]:
@@ -190,7 +219,7 @@ class _Workers:
         """
         waiting = list(reversed(_by_shape(subjects)))
         at_work: dict[Connection, TimingSubject] = {}
-        self.start(len(waiting))
+        self.start(waiting)
         idle = list(self._processes)
         while waiting or at_work:
             while waiting and idle:
@@ -208,6 +237,17 @@ class _Workers:
                     idle.append(self._begin())
                 yield answer
 
+    def _fitting(self, subjects: Sequence[TimingSubject]) -> int:
+        """How many processes there is memory for: each holds a weight in several forms."""
+        import torch
+
+        if torch.device(self._device_name).type != "cuda" or not subjects:
+            return len(subjects)
+        largest = max(_BYTES_PER_WEIGHT * subject.shape.n * subject.shape.k for subject in subjects)
+        free, _ = torch.cuda.mem_get_info(self._device_name)
+        started = len(self._processes)
+        return max(1, started + int((free - started * largest) // (largest + _CONTEXT_BYTES)))
+
     def _begin(self) -> Connection:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
@@ -215,6 +255,12 @@ class _Workers:
         theirs.close()
         self._processes[ours] = process
         return ours
+
+    def _bury(self) -> None:
+        """Forget processes that died at rest."""
+        for connection, process in list(self._processes.items()):
+            if not process.is_alive():
+                self._end(connection)
 
     def _end(self, connection: Connection) -> int | None:
         """End a process; returns how it exited."""
@@ -259,9 +305,15 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
     problem: Problem | None = None
     while True:
         try:
-            subject, tune = connection.recv()
+            work = connection.recv()
         except EOFError:
             break
+        if work is None:
+            problem = None
+            if torch.device(device_name).type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        subject, tune = work
         started = time.monotonic()
         fmt = get_format(subject.format)
         try:

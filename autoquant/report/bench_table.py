@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from autoquant.records import Workload
 from autoquant.report import units
+from autoquant.report.tables import WIDE, plain_table
 
 LARGEST_ERROR = 0.1
 """Above this difference between predicted and measured request time the report says so."""
@@ -46,7 +46,7 @@ class BenchLine(Protocol):
 
 def bench_table(rows: Sequence[BenchLine], workload: Workload, width: int = 80) -> Table:
     """One line a model; the first is the unquantized one."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, expand=width < 120)
+    table = plain_table(expand=width < WIDE)
     table.add_column("Label", overflow="fold", ratio=1)
     columns = []
     for phase in workload.phases:

@@ -56,6 +56,7 @@ def layer_object(layer: LayerChoice) -> dict[str, Any]:
         "latency_us": dict(layer.latency_us),
         "loss": layer.loss,
         "memory_bytes": layer.memory_bytes,
+        "joined": list(layer.joined),
         "reason": layer.reason,
     }
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables import quality_word, route_text
+from autoquant.report.tables import plain_table, quality_word, route_text
 from autoquant.tuner.compare import LayerChange, summed
 
 _MEASURED = (
@@ -63,7 +62,7 @@ def change_groups(changes: Sequence[LayerChange]) -> list[tuple[str, tuple[Layer
 
 def changes_table(changes: Sequence[LayerChange]) -> Table:
     """The changes by groups of layers, with the predicted differences."""
-    table = _table()
+    table = plain_table()
     table.add_column("Layers", overflow="fold", ratio=3)
     table.add_column("Before -> after", overflow="fold", ratio=3)
     table.add_column("Request,\npredicted", justify="right", no_wrap=True)
@@ -87,7 +86,7 @@ def changes_table(changes: Sequence[LayerChange]) -> Table:
 
 def totals_table(pair: PlanPair) -> Table:
     """What the plans take in total: predicted, and measured where both are proven."""
-    table = _table()
+    table = plain_table()
     table.add_column("In total", ratio=1)
     for plan in (pair.before, pair.after):
         table.add_column(Text(f"{plan.label}\n{plan.plan_id}"), justify="right", overflow="fold")
@@ -191,7 +190,3 @@ def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> dic
     """Both, and the differences. Ends of intervals are not subtracted: that gives no interval."""
     differences = {name: after[name] - before[name] for name in before if not name.endswith(("_low", "_high"))}
     return {"before": dict(before), "after": dict(after), "difference": differences}
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, expand=True)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from autoquant.report import units
+from autoquant.report.tables import plain_table
 from autoquant.report.words import device_words, limits_words, source_name
 
 
 def studies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A study a line; `rows` are those of `autoquant.tuner.overview.study_rows`."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, expand=True)
+    table = plain_table()
     table.add_column("Study", no_wrap=True)
     table.add_column("Model, device,\nworkload", overflow="fold", ratio=3)
-    table.add_column("Limits", overflow="fold", ratio=2)
+    table.add_column("Limits", no_wrap=True)
     table.add_column("Proven\nplans", justify="right", no_wrap=True)
     table.add_column("Com-\nplete", no_wrap=True)
     table.add_column("Recommended", no_wrap=True)
@@ -27,7 +27,7 @@ def studies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells = [
             row["study_id"],
             "\n".join(about),
-            limits_words(row["limits"]).replace(", ", "\n"),
+            limits_words(row["limits"]).replace(" at most ", " <= ").replace(", ", "\n"),
             str(row["proven"]),
             "yes" if row["complete"] else "no",
             row["recommended"] or units.MISSING,

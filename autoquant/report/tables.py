@@ -57,7 +57,7 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
     wide = width >= WIDE
     unit, times = units.common_ms([row["measured_request_ms"] for row in rows])
     memory_unit, memory = units.common_bytes([row["memory_bytes"] for row in rows])
-    table = _table(caption=_LEGEND)
+    table = plain_table(caption=_LEGEND)
     table.add_column("", no_wrap=True, width=2)
     table.add_column("Plan", no_wrap=True)
     table.add_column("Label", overflow="fold", ratio=1)
@@ -94,7 +94,7 @@ def quality_word(rows: Sequence[Mapping[str, Any]]) -> str:
 def layers_table(plan: Plan, width: int = 80) -> Table:
     """A plan layer by layer. Layers that differ in a number of their name only and got the same share a line."""
     wide = width >= WIDE
-    table = _table()
+    table = plain_table()
     table.add_column("Layers" if wide else "Layers, and why", overflow="fold", ratio=3)
     table.add_column("Format, kernel by rows", overflow="fold", ratio=2)
     table.add_column("Predicted time", justify="right", no_wrap=True)
@@ -110,7 +110,7 @@ def layers_table(plan: Plan, width: int = 80) -> Table:
             name.append(f"\n{why}", style="italic")
         cells = [
             name,
-            Text(f"{layers[0].format}\n{route_text(layers[0].route)}"),
+            Text(f"{layers[0].format}\n{route_text(layers[0].route)}{_joined_text(layers[0])}"),
             Text("\n".join(_phases(layers))),
             Text(units.digits(sum(layer.loss for layer in layers), 2)),
             Text(units.size(sum(layer.memory_bytes for layer in layers))),
@@ -123,13 +123,19 @@ def layer_groups(layers: Sequence[LayerChoice]) -> list[tuple[str, tuple[LayerCh
     """Layers of one shape with one format and route, folded by name, in the order of the plan."""
     alike: dict[tuple[Any, ...], list[LayerChoice]] = {}
     for layer in layers:
-        alike.setdefault((layer.shape, layer.format, layer.route), []).append(layer)
+        alike.setdefault((layer.shape, layer.format, layer.route, bool(layer.joined)), []).append(layer)
     groups = []
     for members in alike.values():
         by_name = {layer.name: layer for layer in members}
         groups += [(pattern, tuple(by_name[name] for name in names)) for pattern, names in fold(by_name)]
     position = {layer.name: index for index, layer in enumerate(layers)}
     return sorted(groups, key=lambda group: position[group[1][0].name])
+
+
+def _joined_text(layer: LayerChoice) -> str:
+    """What a layer is computed as one with."""
+    others = [name.rpartition(".")[2] for name in layer.joined if name != layer.name]
+    return f"\nas one with\n{', '.join(others)}" if others else ""
 
 
 def route_text(route: Route) -> str:
@@ -151,7 +157,7 @@ def reasons(layers: Sequence[LayerChoice]) -> str:
 
 def coverage_table(recording: Recording) -> Table:
     """What share of the model is searched, and what is left as it is."""
-    table = _table()
+    table = plain_table()
     table.add_column("Not searched", overflow="fold", ratio=2)
     table.add_column("Weights", justify="right", no_wrap=True)
     table.add_column("Why", overflow="fold", ratio=3)
@@ -176,7 +182,7 @@ def coverage_line(recording: Recording) -> str:
 def candidates_table(candidates: Sequence[CandidateLine], width: int = 80) -> Table:
     """What could be used on a device, and why the rest cannot."""
     wide = width >= WIDE
-    table = _table()
+    table = plain_table()
     table.add_column("Format", no_wrap=True)
     table.add_column("Kernel", no_wrap=wide, overflow="fold")
     if wide:
@@ -197,7 +203,8 @@ def candidates_table(candidates: Sequence[CandidateLine], width: int = 80) -> Ta
     return table
 
 
-def _table(caption: str | None = None) -> Table:
+def plain_table(caption: str | None = None, *, expand: bool = True) -> Table:
+    """An empty table in the look of all of them; `expand` fills the terminal's width."""
     return Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -205,7 +212,7 @@ def _table(caption: str | None = None) -> Table:
         show_edge=False,
         caption=caption,
         caption_justify="left",
-        expand=True,
+        expand=expand,
     )
 
 

@@ -1,19 +1,23 @@
-"""Copying what was measured from one database into another. Studies are not copied: their plans can be searched for again
-without measuring anything twice."""
+"""Copying what was measured from one database into another.
+
+What belongs to devices and models travels: timings, rooflines, losses, task scores of unquantized models. What belongs to a
+study does not (plans, proofs, references, task scores of plans): the same search makes it again, timing nothing twice.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import UniqueConstraint, insert, select
+from sqlalchemy import Select, UniqueConstraint, insert, select
 from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
 from autoquant.store.connect import open_read_only
 from autoquant.store.repository import Store
-from autoquant.store.schema import Base, DeviceRow, LossRow, ModelRow, RooflineRow, TimingRow
+from autoquant.store.schema import Base, DeviceRow, LossRow, ModelRow, RooflineRow, TaskScoreRow, TimingRow
 from autoquant.store.session import transaction
 
 _MERGED: dict[str, type[Base]] = {
@@ -22,6 +26,7 @@ _MERGED: dict[str, type[Base]] = {
     "timings": TimingRow,
     "models": ModelRow,
     "losses": LossRow,
+    "task scores": TaskScoreRow,
 }
 """In an order in which rows come after those that they refer to."""
 
@@ -35,7 +40,7 @@ class MergedRows:
 
 
 def merge(store: Store, other: str | os.PathLike[str]) -> dict[str, MergedRows]:
-    """Copy devices, rooflines, timings, models and losses of the database file `other` into `store`, in one transaction.
+    """Copy what was measured of devices and unquantized models in the database file `other` into `store`, in one transaction.
 
     Rows whose key is known stay as they are in `store`; `other` is only read.
 
@@ -56,12 +61,17 @@ def merge(store: Store, other: str | os.PathLike[str]) -> dict[str, MergedRows]:
 def _copy(reading: Session, writing: Session, row: type[Base]) -> MergedRows:
     key = _key(row)
     known = set(map(tuple, writing.execute(select(*(row.__table__.c[name] for name in key)))))
-    columns = [column for column in row.__table__.columns if column.name != "id"]
-    facts = [dict(fact) for fact in reading.execute(select(*columns)).mappings()]
+    facts = [dict(fact) for fact in reading.execute(_travelling(row)).mappings()]
     new = [fact for fact in facts if tuple(fact[name] for name in key) not in known]
     if new:
         writing.execute(insert(row), new)
     return MergedRows(added=len(new), known=len(facts) - len(new))
+
+
+def _travelling(row: type[Base]) -> Select[Any]:
+    """The rows that are copied, without the numbers that only their own database knows them by."""
+    columns = select(*(column for column in row.__table__.columns if column.name != "id"))
+    return columns.where(TaskScoreRow.subject.in_(select(ModelRow.hash))) if row is TaskScoreRow else columns
 
 
 def _key(row: type[Base]) -> list[str]:

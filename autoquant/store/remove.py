@@ -1,4 +1,5 @@
-"""Removing a study. What was measured stays: timings, rooflines and losses belong to devices and models, not to studies."""
+"""Removing a study. Timings, rooflines, losses and task scores of the unquantized model stay: they belong to devices and
+models, not to studies."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from autoquant.errors import PlanError
 from autoquant.store.repository import Store
-from autoquant.store.schema import PlanRow, ProofRow, ReferenceRow, StudyRow
+from autoquant.store.schema import Base, PlanRow, ProofRow, ReferenceRow, StudyRow, TaskScoreRow
 from autoquant.store.session import transaction
 
 
@@ -20,6 +21,7 @@ class RemovedRows:
     plans: int
     proofs: int
     references: int
+    task_scores: int
 
 
 def find_study(store: Store, beginning: str) -> str:
@@ -39,14 +41,16 @@ def find_study(store: Store, beginning: str) -> str:
 
 
 def remove_study(store: Store, study_id: str) -> RemovedRows:
-    """Delete a study with its plans, their proofs and the numbers of the unquantized model, in one transaction."""
+    """Delete a study with its plans, their proofs and task scores, and what they were compared with, in one transaction."""
     plans = select(PlanRow.id).filter_by(study_id=study_id)
     with transaction(store.engine) as session:
         removed = RemovedRows(
             plans=_count(session, PlanRow, PlanRow.study_id == study_id),
             proofs=_count(session, ProofRow, ProofRow.plan_id.in_(plans)),
             references=_count(session, ReferenceRow, ReferenceRow.study_id == study_id),
+            task_scores=_count(session, TaskScoreRow, TaskScoreRow.subject.in_(plans)),
         )
+        session.execute(delete(TaskScoreRow).where(TaskScoreRow.subject.in_(plans)))
         session.execute(delete(ProofRow).where(ProofRow.plan_id.in_(plans)))
         session.execute(delete(PlanRow).where(PlanRow.study_id == study_id))
         session.execute(delete(ReferenceRow).where(ReferenceRow.study_id == study_id))
@@ -54,5 +58,5 @@ def remove_study(store: Store, study_id: str) -> RemovedRows:
     return removed
 
 
-def _count(session: Session, table: type[PlanRow | ProofRow | ReferenceRow], condition: ColumnElement[bool]) -> int:
+def _count(session: Session, table: type[Base], condition: ColumnElement[bool]) -> int:
     return session.scalar(select(func.count()).select_from(table).where(condition)) or 0

@@ -23,6 +23,7 @@ from autoquant.records import (
     Proof,
     Recording,
     Roofline,
+    TaskScore,
     TimingSubject,
     Workload,
     layer_from,
@@ -39,7 +40,9 @@ from autoquant.store.schema import (
     ReferenceRow,
     RooflineRow,
     StudyRow,
+    TaskScoreRow,
     TimingRow,
+    now,
 )
 from autoquant.store.session import transaction
 
@@ -297,6 +300,30 @@ class Store:
             )
             return {row.plan_id: row.reason for row in rows if row.proof is None}
 
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    def put_task_scores(self, subject: str, dtype: str, scores: Iterable[TaskScore]) -> None:
+        """Keep what a plan, or the unquantized model of a content hash, scored; the same measured again replaces it."""
+        with self._session() as session:
+            for score in scores:
+                columns = asdict(score)
+                columns["samples_limit"] = columns.pop("limit") or 0
+                found = {name: columns.pop(name) for name in ("value", "stderr", "samples")}
+                key = {"subject": subject, "dtype": dtype, **columns}
+                row = session.scalars(select(TaskScoreRow).filter_by(**key)).first()
+                if row is None:
+                    session.add(TaskScoreRow(**key, **found))
+                else:
+                    row.value, row.stderr, row.samples, row.created = *found.values(), now()
+
+    def task_scores(self, subject: str, dtype: str) -> list[TaskScore]:
+        """What a plan, or the unquantized model of a content hash, scored, in the order in which it was first measured."""
+        with self._session() as session:
+            rows = session.scalars(
+                select(TaskScoreRow).filter_by(subject=subject, dtype=dtype).order_by(TaskScoreRow.id)
+            )
+            return [_task_score(row) for row in rows]
+
 
 def _plain(record: Any) -> dict[str, Any]:
     """A record as JSON-ready dicts and lists."""
@@ -334,6 +361,18 @@ def _study(row: StudyRow, model: ModelRow, device: DeviceRow) -> StudyFacts:
         recommended=row.recommended,
         complete=row.complete,
         spent_s=row.spent_s,
+    )
+
+
+def _task_score(row: TaskScoreRow) -> TaskScore:
+    return TaskScore(
+        task=row.task,
+        metric=row.metric,
+        value=row.value,
+        stderr=row.stderr,
+        samples=row.samples,
+        limit=row.samples_limit or None,
+        lm_eval_version=row.lm_eval_version,
     )
 
 

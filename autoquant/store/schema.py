@@ -144,6 +144,24 @@ class ProofRow(Base):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
+class TaskScoreRow(Base):
+    """One `TaskScore`. The subject is a plan's id, or the hash of the unquantized model; a limit of 0 is none."""
+
+    __tablename__ = "task_score"
+    __table_args__ = (UniqueConstraint("subject", "dtype", "task", "metric", "samples_limit", "lm_eval_version"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    subject: Mapped[str]
+    dtype: Mapped[str]
+    task: Mapped[str]
+    metric: Mapped[str]
+    samples_limit: Mapped[int]
+    lm_eval_version: Mapped[str]
+    value: Mapped[float]
+    stderr: Mapped[float | None]
+    samples: Mapped[int | None]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
 class ReferenceRow(Base):
     """Numbers of the unquantized model that proofs are compared with, by name (losses per window, phase times)."""
 

@@ -15,7 +15,7 @@ from autoquant.models import LoadedModel
 from autoquant.profiler.compiled import share
 from autoquant.profiler.device import compile_failure
 from autoquant.profiler.phases import Phases, make_phases
-from autoquant.records import ORIGINAL_LABEL, Plan, Workload
+from autoquant.records import ORIGINAL_LABEL, Plan, Workload, request_time
 from autoquant.store import StudyFacts
 
 
@@ -81,48 +81,39 @@ def bench(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listen
 
 def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entrant:
     device = facts.device.type
-    before = _allocated(device)
     module = loaded.module
     if plan is not None:
         module = share(loaded.module)
         apply(plan, module)
-    compiled = device != "cpu" or compile_failure() is None
-    make = partial(_phases, loaded, module, facts, compiled)
-    phases, note = make_warm(make)
     memory = module_bytes(module)
-    peak = None
-    if device == "cuda":
-        beside = torch.cuda.max_memory_allocated() - before
-        peak = beside if plan is not None else memory + beside
+    on_cuda = device == "cuda"
+    before = 0
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    phases, note = make_warm(
+        partial(
+            make_phases,
+            module,
+            loaded.kind,
+            facts.workload,
+            device=device,
+            sample_inputs=loaded.example_inputs,
+            compiled=device != "cpu" or compile_failure() is None,
+            max_positions=loaded.max_positions,
+        )
+    )
+    peak = memory + torch.cuda.max_memory_allocated() - before if on_cuda else None
     return _Entrant(plan, phases, memory, peak, note)
 
 
-def _phases(loaded: LoadedModel, module: torch.nn.Module, facts: StudyFacts, compiled: bool, regions: bool) -> Phases:
-    return make_phases(
-        module,
-        loaded.kind,
-        facts.workload,
-        device=facts.device.type,
-        sample_inputs=loaded.example_inputs,
-        compiled=compiled,
-        regions=regions,
-        max_positions=loaded.max_positions,
-    )
-
-
-def _allocated(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else 0
-
-
 def _row(entrant: _Entrant, phase_ms: Mapping[str, float], workload: Workload, busy: str) -> BenchRow:
-    calls = workload.calls()
     plan = entrant.plan
     return BenchRow(
         plan_id=plan.plan_id if plan else None,
         label=plan.label if plan else ORIGINAL_LABEL,
         phase_ms=phase_ms,
-        request_ms=sum(calls[phase] * ms for phase, ms in phase_ms.items()),
+        request_ms=request_time(phase_ms, workload.calls()),
         predicted_request_ms=plan.prediction.request_ms if plan else None,
         memory_bytes=entrant.memory_bytes,
         peak_bytes=entrant.peak_bytes,

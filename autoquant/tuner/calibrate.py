@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from autoquant.records import LayerChoice, Plan, Proof, Site, route_kernel
+from autoquant.records import LayerChoice, Plan, Proof, Site, request_time, route_kernel
 from autoquant.tuner.planning import PlanContext, predict
 
 _STRENGTH = 0.05
@@ -45,7 +45,7 @@ class Calibration:
 
     def rest_request_ms(self, calls: Mapping[str, int]) -> float:
         """Milliseconds of a request outside the linears."""
-        return sum(calls[phase] * ms for phase, ms in self.rest_ms.items())
+        return request_time(self.rest_ms, calls)
 
 
 def candidate_of(choice: LayerChoice, site: Site, phase: str) -> str:

@@ -119,19 +119,18 @@ def _routes(site: Site, kernels: Sequence[Kernel], measured: FormatTimings) -> l
         best = [(m, measured.fastest(kernels, allowed, m)) for m in rows]
         usable = [(m, kernel) for m, kernel in best if kernel is not None]
         if len(usable) == len(rows):
-            routes[_merge(usable, measured)] = None
+            routes[_merge(usable)] = None
     return list(routes)
 
 
-def _merge(best: Sequence[tuple[int, str]], measured: FormatTimings) -> Route:
-    """Kernels by m to a route: the change lies at the geometric mean of the two m between which it was measured."""
+def _merge(best: Sequence[tuple[int, str]]) -> Route:
+    """Kernels by m to a route: where the kernel changes is not known yet, and taken to be the geometric mean of two m."""
     steps: list[RouteStep] = []
     for (m, kernel), following in zip(best, [*best[1:], None], strict=True):
         if following is None:
             steps.append(RouteStep(upper_m=None, kernel=kernel))
         elif following[1] != kernel:
-            low, high = measured.interval(m, following[0], kernel, following[1])
-            steps.append(RouteStep(upper_m=max(low, isqrt(low * high)), kernel=kernel))
+            steps.append(RouteStep(upper_m=isqrt(m * following[0]), kernel=kernel))
     return tuple(steps)
 
 

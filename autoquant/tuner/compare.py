@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoquant.errors import PlanError
-from autoquant.records import LayerChoice, Plan, Workload
+from autoquant.records import LayerChoice, Plan, Workload, request_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +40,6 @@ def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
     return [_change(a, b, workload) for a, b in pairs if (a.format, a.route) != (b.format, b.route)]
 
 
-def request_us(layer: LayerChoice, workload: Workload) -> float:
-    """Predicted microseconds that a layer takes of one request."""
-    calls = workload.calls()
-    return sum(calls[phase] * latency_us for phase, latency_us in layer.latency_us.items())
-
-
 def summed(parts: Sequence[LayerChange]) -> tuple[float, float, int]:
     """Microseconds of a request, loss and bytes of several changes together."""
     return (
@@ -56,10 +50,11 @@ def summed(parts: Sequence[LayerChange]) -> tuple[float, float, int]:
 
 
 def _change(before: LayerChoice, after: LayerChoice, workload: Workload) -> LayerChange:
+    calls = workload.calls()
     return LayerChange(
         before=before,
         after=after,
-        request_us=request_us(after, workload) - request_us(before, workload),
+        request_us=request_time(after.latency_us, calls) - request_time(before.latency_us, calls),
         loss=after.loss - before.loss,
         memory_bytes=after.memory_bytes - before.memory_bytes,
     )

@@ -18,6 +18,7 @@ from autoquant.evaluators.sensitivity import METHOD
 from autoquant.evaluators.text import read_text
 from autoquant.events import Listener, ignore
 from autoquant.models import LoadedModel, resolve_device, take_model
+from autoquant.models.named import quality_function
 from autoquant.profiler.device import fingerprint
 from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.profile import with_original
@@ -49,8 +50,9 @@ def search(
     model_factory: str | None = None,
     tokenizer: Any | None = None,
     trust_pickle: bool = False,
-    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
-    quality: QualityFunction | None = None,
+    sample_inputs: Sequence[Any] | Mapping[str, Any] | str | None = None,
+    fuse: bool = False,
+    quality: QualityFunction | str | None = None,
     listener: Listener = ignore,
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
@@ -67,9 +69,11 @@ def search(
         max_memory_bytes: Limit on the bytes of all parameters.
         candidates: Globs over `FORMAT/KERNEL`; `*` leaves out what `autoquant candidates` calls opt-in.
         time_budget_s: What refinement may fill up, counted over all runs of the same search.
-        sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model.
+        sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model; or
+            `package.module:callable` of a function without arguments that returns them.
+        fuse: Time linears that read the same input as one, too, and compute them so where that is faster.
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
-            name, so give a changed function another name.
+            name, so give a changed function another name. A string `package.module:callable` is imported.
         listener: Told what is going on.
 
     Returns:
@@ -84,14 +88,21 @@ def search(
     pairs = select(candidates, place.partition(":")[0])
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
-    if quality is None:
+    own = _own_quality(quality)
+    if own is None:
         _check_text(eval_text)
     loaded = take_model(
-        model, dtype=dtype, device=place, model_factory=model_factory, tokenizer=tokenizer, trust_pickle=trust_pickle
+        model,
+        dtype=dtype,
+        device=place,
+        model_factory=model_factory,
+        tokenizer=tokenizer,
+        trust_pickle=trust_pickle,
+        sample_inputs=sample_inputs if isinstance(sample_inputs, str) else None,
     )
-    measure = _quality(loaded, eval_text, quality, place)
+    measure = own or _text_quality(loaded, eval_text, place)
     workload = workload or default_workload(loaded.kind, batch)
-    inputs = sample_inputs if sample_inputs is not None else loaded.example_inputs
+    inputs = loaded.example_inputs if sample_inputs is None or isinstance(sample_inputs, str) else sample_inputs
     make_phases(
         loaded.module, loaded.kind, workload, device=place, sample_inputs=inputs, max_positions=loaded.max_positions
     )
@@ -106,7 +117,7 @@ def search(
         "seed": seed,
         "protocol": PROTOCOL,
         "method": METHOD,
-    }
+    } | ({"fuse": True} if fuse else {})
     store = open_store(db)
     study_id = content_key(identity, 8)
     store.put_device(hardware)
@@ -130,6 +141,7 @@ def search(
         hardware=hardware,
         candidates=with_original(pairs, loaded.dtype),
         sample_inputs=inputs,
+        fuse=fuse,
         max_ppl_increase=max_ppl_increase,
         max_memory_bytes=max_memory_bytes,
         time_budget_s=time_budget_s,
@@ -144,19 +156,26 @@ def search(
 
 def _check_text(eval_text: str | os.PathLike[str] | None) -> None:
     if eval_text is None:
-        raise TextError("no evaluation text: give --eval-text FILE (a plain UTF-8 text like what the model will read)")
+        raise TextError(
+            "no evaluation text: give --eval-text FILE (a plain UTF-8 text like what the model will read), or"
+            " --quality package.module:callable (a loss of your own)"
+        )
     if not Path(eval_text).is_file():
         raise TextError(f"there is no text file at {eval_text}")
 
 
-def _quality(
-    loaded: LoadedModel, eval_text: str | os.PathLike[str] | None, quality: QualityFunction | None, device: str
-) -> TextQuality | FunctionQuality:
-    if quality is not None:
-        return FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
+def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:
+    """The user's function under its qualified name, by which the same function is the same from Python and by its name."""
+    if isinstance(quality, str):
+        return FunctionQuality(quality_function(quality), quality.replace(":", "."))
+    return None if quality is None else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
+
+
+def _text_quality(loaded: LoadedModel, eval_text: str | os.PathLike[str] | None, device: str) -> TextQuality:
     if loaded.kind == "module":
         raise TextError(
-            "this model takes no token ids, so text cannot judge it: call autoquant.search(..., quality=...)"
+            "this model takes no token ids, so text cannot judge it: give --quality package.module:callable instead of"
+            " --eval-text (from Python: quality=...)"
         )
     if loaded.tokenizer is None:
         raise TextError("this model has no tokenizer: give one with --tokenizer FOLDER")

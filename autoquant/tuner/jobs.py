@@ -126,6 +126,7 @@ class BenchSpec:
             model_factory=self.source.model_factory,
             tokenizer=self.source.tokenizer,
             trust_pickle=self.source.trust_pickle,
+            sample_inputs=self.source.sample_inputs,
         )
         if loaded.content_hash != self.content_hash:
             raise ModelError(f"{self.source.path} was changed while it was searched")

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
-from autoquant.records import ORIGINAL_LABEL, LayerChoice, Plan, PlanKind, Prediction, Workload, content_key
+from autoquant.records import (
+    ORIGINAL_LABEL,
+    LayerChoice,
+    Plan,
+    PlanKind,
+    Prediction,
+    Workload,
+    content_key,
+    request_time,
+)
 from autoquant.tuner.solve import Picks, Problem, fastest, front, undominated
+
+
+class Joins(Protocol):
+    """Joins layers of a plan; see `autoquant.tuner.fusion`."""
+
+    def join(self, choices: Sequence[LayerChoice]) -> list[LayerChoice]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +34,7 @@ class PlanContext:
     Attributes:
         other_bytes: Bytes of the parameters that are not searched.
         rest_ms: Milliseconds of a request outside the linears, as measured on the unquantized model (0 until then).
+        fusion: Joins layers that read the same input; None where every layer is computed alone.
     """
 
     study_id: str
@@ -26,12 +43,12 @@ class PlanContext:
     workload: Workload
     other_bytes: int
     rest_ms: float = 0.0
+    fusion: Joins | None = None
 
 
 def request_us(choice: LayerChoice, workload: Workload) -> float:
     """Microseconds that the layer takes in one request."""
-    calls = workload.calls()
-    return sum(calls[phase] * latency for phase, latency in choice.latency_us.items())
+    return request_time(choice.latency_us, workload.calls())
 
 
 def request_ms(choice: LayerChoice, workload: Workload) -> float:
@@ -48,7 +65,9 @@ def make_problem(options: Sequence[Sequence[LayerChoice]], workload: Workload) -
 
 def make_plan(choices: Sequence[LayerChoice], label: str, kind: PlanKind, context: PlanContext) -> Plan:
     """A plan of these choices. Its id is a hash of what it does, so the same plan has the same id in every run."""
-    does = [(c.name, c.format, [(s.upper_m, s.kernel) for s in c.route]) for c in choices]
+    if context.fusion is not None:
+        choices = context.fusion.join(choices)
+    does = [(c.name, c.format, [(s.upper_m, s.kernel) for s in c.route], *filter(None, [c.joined])) for c in choices]
     return Plan(
         plan_id=content_key([context.study_id, does], 8),
         study_id=context.study_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,20 +84,18 @@ class Prover:
 
     def _warm_phases(self, module: nn.Module) -> tuple[Phases, str]:
         """The phases, ready to be timed, and a note on how they were compiled."""
-
-        def make(regions: bool) -> Phases:
-            return make_phases(
+        return make_warm(
+            partial(
+                make_phases,
                 module,
                 self.loaded.kind,
                 self.workload,
                 device=self.device,
                 sample_inputs=self.sample_inputs,
                 compiled=self.execution == "compiled",
-                regions=regions,
                 max_positions=self.loaded.max_positions,
             )
-
-        return make_warm(make)
+        )
 
 
 @contextmanager

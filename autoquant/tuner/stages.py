@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from autoquant.candidates import Format, Kernel, get_format
@@ -16,9 +15,10 @@ from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import METHOD, Change
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
-from autoquant.profiler.crossovers import Cell, measure_crossovers
+from autoquant.profiler.crossovers import Timings, settled
 from autoquant.profiler.device import compile_failure, release_memory
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
+from autoquant.profiler.prepare import workers_kept
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.timing import first_line
 from autoquant.records import (
@@ -28,6 +28,7 @@ from autoquant.records import (
     Plan,
     Proof,
     Recording,
+    Site,
     TimingSubject,
     Workload,
     route_kernel,
@@ -36,6 +37,7 @@ from autoquant.store import Store
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import SiteChoices, format_facts, numerics_key, scored, site_choices
+from autoquant.tuner.fusion import Fusion, fusion_subjects, make_fusion
 from autoquant.tuner.jobs import Bench, ProveJob, Scored, ScoreJob
 from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
@@ -61,6 +63,7 @@ class Stages:
     hardware: Device
     candidates: list[tuple[Format, Kernel]]
     sample_inputs: Any
+    fuse: bool
     max_ppl_increase: float | None
     max_memory_bytes: int | None
     time_budget_s: float
@@ -73,6 +76,7 @@ class Stages:
     failed: dict[str, str] = field(default_factory=dict)
     selection: tuple[float, ...] = ()
     runner: Runner = field(init=False)
+    fusion: Fusion | None = None
 
     def go(self) -> None:
         facts = self.store.study(self.study_id)
@@ -84,8 +88,11 @@ class Stages:
         recording = facts.recording or self._record()
         self.runner = self._runner()
         try:
-            options, originals = self._options(recording)
+            working_set = self._working_set(recording)
+            timings = self._profile(recording.sites, working_set)
+            options, originals = self._options(recording, timings, working_set)
             self._prove_all(options, originals, recording)
+            self._settle_routes(timings, working_set)
         finally:
             self.runner.close()
         self._spend(complete=True)
@@ -117,13 +124,32 @@ class Stages:
         self.store.update_study(self.study_id, recording=recording)
         return recording
 
-    def _options(self, recording: Recording) -> tuple[list[list[LayerChoice]], list[LayerChoice]]:
+    def _working_set(self, recording: Recording) -> int:
+        element_bytes = mean_element_bytes(self.loaded.module, recording)
+        return working_set_bytes([site.shape for site in recording.sites], self.hardware, element_bytes)
+
+    def _time(self, subjects: Sequence[TimingSubject]) -> dict[TimingSubject, Measurement]:
+        """Timings of the subjects, from the store or measured now."""
+        return measure_all(
+            subjects, runner=self.runner, hardware=self.hardware, store=self.store, listener=self.listener
+        )
+
+    def _profile(self, sites: Sequence[Site], working_set: int) -> dict[TimingSubject, Measurement]:
+        """Timings of every candidate at the workload's m, of siblings as one too where that is asked for."""
+        subjects = subjects_of(cells_of(sites), self.candidates, working_set)
+        if self.fuse:
+            subjects = list(dict.fromkeys([*subjects, *fusion_subjects(sites, self.candidates, working_set)]))
+        timings = self._time(subjects)
+        if self.fuse:
+            self.fusion = make_fusion(sites, self.candidates, timings, self.workload, working_set)
+        self._spend()
+        return timings
+
+    def _options(
+        self, recording: Recording, timings: Timings, working_set: int
+    ) -> tuple[list[list[LayerChoice]], list[LayerChoice]]:
         """Scored choices per site, and the unquantized choice per site."""
         sites = recording.sites
-        element_bytes = mean_element_bytes(self.loaded.module, recording)
-        working_set = working_set_bytes([site.shape for site in sites], self.hardware, element_bytes)
-        timings = self._profile(cells_of(sites), working_set)
-        self._spend()
         formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
         facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
         choices = [site_choices(site, self.candidates, timings, facts, self.workload, working_set) for site in sites]
@@ -131,16 +157,6 @@ class Stages:
         losses = self._score(choices)
         filled = [scored(choice, losses) for choice in choices]
         return [list(choice.choices) for choice in filled], [choice.original for choice in filled]
-
-    def _profile(self, cells: Sequence[Cell], working_set: int) -> dict[TimingSubject, Measurement]:
-        """Timings of every candidate at the workload's m; on GPUs, where a format has many kernels, crossovers too."""
-        measure = partial(
-            measure_all, runner=self.runner, hardware=self.hardware, store=self.store, listener=self.listener
-        )
-        timings = measure(subjects_of(cells, self.candidates, working_set))
-        if self.hardware.type == "cuda":
-            timings |= measure_crossovers(cells, self.candidates, timings, working_set, measure)
-        return timings
 
     def _tell_dropped(self, choices: Sequence[SiteChoices]) -> None:
         counts: dict[tuple[str, str], int] = {}
@@ -189,6 +205,7 @@ class Stages:
             dtype=self.loaded.dtype,
             workload=self.workload,
             other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
+            fusion=self.fusion,
         )
         original = original_plan(originals, context)
         self.listener(StageStarted("prove", 1 + FRONT_PLANS))
@@ -203,7 +220,11 @@ class Stages:
         for plan in uniform:
             self._prove(predicted(plan, calibration, sites, context))
         calibration = fit([original, *uniform], self.proofs, sites)
-        context = replace(context, rest_ms=calibration.rest_request_ms(self.workload.calls()))
+        context = replace(
+            context,
+            rest_ms=calibration.rest_request_ms(self.workload.calls()),
+            fusion=self.fusion.changed(calibration.choice) if self.fusion else None,
+        )
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]
@@ -278,6 +299,21 @@ class Stages:
             slowest_s = max(slowest_s, time.monotonic() - began)
             count += 1
         self.listener(StageFinished("refine", f"{count} further plans proven"))
+
+    def _settle_routes(self, timings: Timings, working_set: int) -> None:
+        """On GPUs, where a format has many kernels: measure at which m they change in the plans of the front.
+
+        At the m of the workload the routes stay as they are, and so does what was proven of the plans.
+        """
+        if self.hardware.type != "cuda":
+            return
+        front = {row["plan_id"] for row in Study(self.store, self.study_id).rows() if row["on_front"]}
+        plans = [plan for plan_id, plan in self.plans.items() if plan_id in front]
+        with workers_kept():  # each halving would wait for new ones otherwise
+            plans = settled(plans, timings, working_set, self._time)
+        for plan in plans:
+            self.store.put_plan(plan)
+        self._spend()
 
     # -- accounts --------------------------------------------------------------------------------------------------
 

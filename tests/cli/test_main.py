@@ -12,7 +12,7 @@ from autoquant.cli import main
 from autoquant.cli.main import app
 
 COMMANDS = (
-    "search", "pareto", "show", "diff", "apply", "bench", "candidates", "profile", "studies", "rm", "merge",
+    "search", "pareto", "show", "diff", "apply", "bench", "eval", "candidates", "profile", "studies", "rm", "merge",
     "export-timings",
 )  # fmt: skip
 

@@ -33,12 +33,13 @@ def test_it_says_what_was_added_and_what_was_known(runner, database, other):
     put(database, 1)
     result = runner.invoke(app, ["merge", str(database), str(other)])
     assert result.exit_code == 0
-    assert [line.split() for line in result.stdout.splitlines()] == [
+    assert [line.rsplit(maxsplit=4) for line in result.stdout.splitlines()] == [
         ["devices", "0", "added", "1", "known"],
         ["rooflines", "0", "added", "0", "known"],
         ["timings", "2", "added", "1", "known"],
         ["models", "0", "added", "0", "known"],
         ["losses", "0", "added", "0", "known"],
+        ["task scores", "0", "added", "0", "known"],
     ]
     store = open_store(database)
     assert sorted(subject.m for subject in store.timings(DEVICE, "1")) == [1, 16, 256]
@@ -70,4 +71,4 @@ def test_a_missing_other_database_is_one_line_and_stays_missing(runner, database
 
 def test_help_says_that_studies_are_not_copied(runner):
     help_text = " ".join(runner.invoke(app, ["merge", "--help"]).stdout.split())
-    assert "Studies, with their plans and proofs, are not copied" in help_text
+    assert "Studies, with their plans, proofs and task scores, are not copied" in help_text

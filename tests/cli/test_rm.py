@@ -7,29 +7,32 @@ import sys
 import pytest
 
 from autoquant.cli.main import app
-from autoquant.records import LinearShape, Measurement, TimingSubject
+from autoquant.records import LinearShape, Measurement, TaskScore, TimingSubject
 from autoquant.store import open_store
 
 from . import conftest
-from .conftest import DEVICE, MODEL_HASH, STUDY
+from .conftest import DEVICE, MIXED, MODEL_HASH, STUDY
 
 SHAPE = LinearShape(n=256, k=256, bias=False, dtype="bf16")
+SCORE = TaskScore(task="arc", metric="acc", value=0.5, stderr=None, samples=9, limit=None, lm_eval_version="0.4")
 SUBJECT = TimingSubject(shape=SHAPE, m=1, format="bf16/plain", kernel="torch", working_set_bytes=2**20)
 
 
 @pytest.fixture
 def measured(database):
-    """The finished search with a timing and a loss beside it."""
+    """The finished search with a timing, a loss and task scores beside it."""
     store = open_store(database)
     store.put_timings(DEVICE, "1", [Measurement(subject=SUBJECT, outcome="ok", samples_us=(1.0, 2.0))])
     store.put_losses(MODEL_HASH, "text", "isolated", {("model.layers.0.q_proj", "int8-row:a16"): 0.5})
+    for subject in (MODEL_HASH, MIXED):
+        store.put_task_scores(subject, "bf16", [SCORE])
     store.close()
     return database
 
 
 def counts(database):
     connection = sqlite3.connect(database)
-    tables = ("study", "plan", "proof", "timing", "loss", "model", "device")
+    tables = ("study", "plan", "proof", "timing", "loss", "model", "device", "task_score")
     try:
         return {name: connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
     finally:
@@ -42,7 +45,9 @@ def test_a_study_goes_with_its_plans_and_proofs_and_measurements_stay(runner, me
     assert f"Removed study {STUDY} (tiny-model on Test CPU" in result.stdout
     assert "5 plans, 5 proofs" in result.stdout
     assert "Optuna" not in result.stdout
-    assert counts(measured) == {"study": 0, "plan": 0, "proof": 0, "timing": 1, "loss": 1, "model": 1, "device": 1}
+    assert "1 task scores of its plans" in result.stdout
+    left = {"study": 0, "plan": 0, "proof": 0, "timing": 1, "loss": 1, "model": 1, "device": 1, "task_score": 1}
+    assert counts(measured) == left
     assert [path.name for path in measured.parent.iterdir()] == ["plan.db"]
 
 

@@ -55,6 +55,8 @@ def test_options_reach_the_driver_as_values(runner, driver):
     assert call == {
         "model": "model",
         "eval_text": "text.txt",
+        "quality": None,
+        "sample_inputs": None,
         "db": "my.db",
         "device": "cpu",
         "dtype": "bf16",
@@ -69,6 +71,23 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "tokenizer": "tok",
         "trust_pickle": True,
     }
+
+
+def test_a_quality_of_ones_own_needs_no_text(runner, driver):
+    result = runner.invoke(app, ["search", "model.pt", "--quality", "a.b:loss", "--sample-inputs", "a.b:inputs"])
+    assert result.exit_code == 0, result.stderr
+    call = driver.calls[0]
+    assert (call["eval_text"], call["quality"], call["sample_inputs"]) == (None, "a.b:loss", "a.b:inputs")
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [([], "--quality"), (["--eval-text", "text.txt", "--quality", "a:b"], "cannot be combined with --quality")],
+)
+def test_a_model_is_judged_by_text_or_by_a_function(runner, driver, options, advice):
+    result = runner.invoke(app, ["search", "model", *options])
+    assert result.exit_code == 2 and advice in result.stderr and len(result.stderr.splitlines()) == 1
+    assert driver.calls == []
 
 
 def test_defaults_are_those_of_the_issue(runner, driver):

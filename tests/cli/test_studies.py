@@ -61,7 +61,7 @@ def test_text_fits_80_columns_with_whole_ids(runner, database):
     row = next(line for line in lines if STUDY in line)
     assert "tiny-model" in row and "4" in row and "yes" in row and MIXED in row
     assert next(line for line in lines if EARLIER in line).split()[-2:] == ["no", "-"]
-    assert "increase at most" in result.stdout and "3072 MiB" in result.stdout
+    assert "increase <= 1.00%" in result.stdout and "memory <= 3072 MiB" in result.stdout, "limits are not wrapped"
 
 
 def test_a_database_without_a_study_is_an_empty_list(runner, tmp_path):

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from autoquant.cli.main import app
 
 from . import quick
 from .tiny import save_llama, save_text
@@ -71,6 +74,16 @@ def folder_print(folder):
         str(entry.relative_to(folder)): hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else ""
         for entry in sorted(Path(folder).rglob("*"))
     }
+
+
+@pytest.fixture
+def run():
+    """The command in this process."""
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,6 @@ FRONT_FIELDS = {
 }
 
 
-@pytest.fixture
-def run():
-    """The command in this process."""
-
-    def invoke(*arguments):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-    return invoke
-
-
 @pytest.fixture(scope="module")
 def applied(searched, study, tmp_path_factory):
     """(plan, folder) of the front's first quantized plan that rounds no activations."""

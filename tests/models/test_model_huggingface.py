@@ -36,6 +36,7 @@ def test_the_source_says_how_to_load_the_model_again(save_llama):
         "model_factory": None,
         "tokenizer": None,
         "trust_pickle": False,
+        "sample_inputs": None,
     }
 
 

@@ -30,5 +30,5 @@ def other_load(monkeypatch):
         def share(self):
             return shares.pop(0) if len(shares) > 1 else shares[0]
 
-    monkeypatch.setattr(timing, "OtherLoad", Watch)
+    monkeypatch.setattr(timing, "watch_load", lambda _device: Watch())
     return shares

@@ -7,7 +7,9 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates import get_format
+from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.profiler import compiled as compiled_module
 from autoquant.profiler.compiled import compile_forward, ready_to_compile, share
 from autoquant.records import RouteStep
 
@@ -147,3 +149,81 @@ def test_a_weight_that_another_module_multiplies_with_is_left_to_it():
     quantize(module[1], INT8)
     ready = ready_to_compile(module)
     assert isinstance(ready[1].weight, RoutedWeight) and torch.equal(ready(X), module(X))
+
+
+class Siblings(nn.Module):
+    """Three linears that read the same input, one of them with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = nn.Linear(64, 96), nn.Linear(64, 32, bias=False), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x) * 2, self.v(x + 1)], dim=-1)
+
+
+def siblings(names):
+    module = Siblings().to(torch.bfloat16).eval().requires_grad_(False)
+    for linear in (module.q, module.k, module.v):
+        quantize(linear, INT8_DEQUANTIZED)
+    owners = [getattr(module, name) for name in names]
+    for owner, weight in zip(owners, join([owner.weight.data for owner in owners]), strict=True):
+        owner.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def products(module, monkeypatch):
+    """How many products a compiled module computes, and its result."""
+    counts = []
+
+    def count(graph):
+        real(graph)
+        counts.append(sum(node.target in compiled_module._PRODUCTS.values() for node in graph.graph.nodes))
+
+    real = compiled_module._compute_once
+    monkeypatch.setattr(compiled_module, "_compute_once", count)
+    torch._dynamo.reset()
+    ready = ready_to_compile(module)
+    with torch.no_grad():
+        result = compile_forward(lambda x: ready(x))(X)
+    return sum(counts), result
+
+
+@pytest.mark.parametrize(
+    ("joined", "expected"),
+    [(("q",), 3), (("q", "k"), 2), (("q", "k", "v"), 2)],  # v reads another input than its siblings here
+)
+def test_joined_weights_of_one_input_are_multiplied_as_one(joined, expected, monkeypatch):
+    module = siblings(joined)
+    count, result = products(module, monkeypatch)
+    assert count == expected
+    with torch.no_grad():
+        torch.testing.assert_close(result, module(X), rtol=0.02, atol=0.02)
+
+
+def test_blocks_of_joined_weights_are_one_region():
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Wrapped() for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = siblings(("q", "k", "v")), nn.Linear(160, 64).to(torch.bfloat16)
+
+        def forward(self, x):
+            return self.out(self.inner(x))
+
+    module = Layers().eval().requires_grad_(False)
+    ready = ready_to_compile(module)
+    assert regions(ready) == (3, 1)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(compile_forward(lambda x: ready(x))(X), module(X), rtol=0.05, atol=0.05)

@@ -1,11 +1,13 @@
 """Where kernels overtake each other, found on made-up latencies."""
 
+from dataclasses import replace
+
 import pytest
 import torch.nn.functional as F
 
 from autoquant.candidates import A8_ROW, A16, Format, Kernel
-from autoquant.profiler.crossovers import CLOSE_ENOUGH, FormatTimings, measure_crossovers
-from autoquant.records import LinearShape, Measurement, TimingSubject
+from autoquant.profiler.crossovers import CLOSE_ENOUGH, FormatTimings, settled
+from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Prediction, RouteStep, TimingSubject
 
 SHAPE = LinearShape(n=64, k=64, bias=False, dtype="bfloat16")
 WORKING_SET = 1 << 20
@@ -35,46 +37,72 @@ def latency_us(kernel, m):
     return {"few": float(m), "many": 100.5, "dynamic": 33.0}[kernel]
 
 
-def measured(rows, asked=None):
+def known_at(rows):
+    return {
+        s: timed(s.kernel, s.m, latency_us(s.kernel, s.m)) for k in KERNELS for m in rows if (s := subject(k.id, m))
+    }
+
+
+def choice(*steps):
+    route = tuple(RouteStep(upper_m=upper_m, kernel=kernel) for upper_m, kernel in steps)
+    return LayerChoice(
+        name="a", shape=SHAPE, format="own/plain", route=route, numerics="", latency_us={}, memory_bytes=1, loss=0.0
+    )
+
+
+def settle(rows, *steps):
+    """Where the route's kernels change once that was measured, and what was timed for it."""
+    asked = []
+
     def measure(subjects):
-        if asked is not None:
-            asked.extend((s.kernel, s.m) for s in subjects)
+        asked.extend((s.kernel, s.m) for s in subjects)
         return {s: timed(s.kernel, s.m, latency_us(s.kernel, s.m)) for s in subjects}
 
-    known = measure([subject(kernel.id, m) for kernel in KERNELS for m in rows])
-    if asked is not None:
-        asked.clear()
-    return known | measure_crossovers([(SHAPE, m) for m in rows], CANDIDATES, known, WORKING_SET, measure)
+    plan = Plan(
+        plan_id="p",
+        study_id="s",
+        label="l",
+        kind="front",
+        model_hash="h",
+        dtype="bfloat16",
+        layers=(choice(*steps), choice(*steps)),
+        prediction=Prediction(request_ms=1.0, linear_ms=1.0, loss=0.0, memory_bytes=1),
+    )
+    (found,) = settled([plan], known_at(rows), WORKING_SET, measure)
+    route = found.layers[0].route
+    assert found.layers[0] == found.layers[1] and replace(found, layers=plan.layers) == plan
+    assert [step.kernel for step in route] == [kernel for _, kernel in steps] and route[-1].upper_m is None
+    return [step.upper_m for step in route[:-1]], asked
 
 
-@pytest.mark.parametrize(("pair", "true"), [(("few", "many"), 100), (("few", "dynamic"), 33)])
-def test_a_crossover_is_found_to_within_a_factor_of_two(pair, true):
-    timings = FormatTimings(SHAPE, "own/plain", WORKING_SET, measured([1, 2048]))
-    low, high = timings.interval(1, 2048, *pair)
-    assert low <= true <= high and high <= CLOSE_ENOUGH * low
+@pytest.mark.parametrize(("after", "true"), [("many", 100), ("dynamic", 33)])
+def test_a_change_of_kernel_is_found_to_within_a_factor_of_two(after, true):
+    (found,), _ = settle([1, 2048], (45, "few"), (None, after))
+    assert true / CLOSE_ENOUGH <= found <= true * CLOSE_ENOUGH
 
 
 def test_only_the_kernels_that_meet_are_measured_in_between_and_few_times():
-    asked = []
-    measured([1, 2048], asked)
-    assert {kernel for kernel, _ in asked} == {"few", "many", "dynamic"}
-    assert len(asked) == len(set(asked)) <= 2 * 2 * 4  # two crossovers, at most four halvings of 1 to 2048
+    _, asked = settle([1, 2048], (45, "few"), (None, "many"))
+    assert {kernel for kernel, _ in asked} == {"few", "many"}
+    assert len(asked) == len(set(asked)) <= 2 * 4  # at most four halvings of 1 to 2048
 
 
-def test_nothing_is_measured_where_no_kernel_changes():
-    asked = []
-    measured([1, 16], asked)
-    assert asked == []
+def test_every_change_of_a_route_is_settled_between_the_rows_it_was_made_from():
+    (first, second), asked = settle([1, 16, 2048], (4, "dynamic"), (181, "few"), (None, "many"))
+    assert 1 <= first <= 16 and 100 / CLOSE_ENOUGH <= second <= 100 * CLOSE_ENOUGH
+    assert {m for kernel, m in asked if kernel == "dynamic"} <= set(range(2, 16))
+
+
+def test_nothing_is_measured_for_a_route_of_one_kernel():
+    assert settle([1, 2048], (None, "many")) == ([], [])
 
 
 def test_neighbours_that_are_close_are_left_as_they_are():
-    asked = []
-    measured([90, 110], asked)
-    assert asked == []
+    assert settle([90, 110], (99, "few"), (None, "many")) == ([99], [])
 
 
 def test_the_fastest_kernel_is_one_of_the_allowed_numerics_that_was_timed():
-    timings = FormatTimings(SHAPE, "own/plain", WORKING_SET, measured([8, 512]))
+    timings = FormatTimings(SHAPE, "own/plain", WORKING_SET, known_at([8, 512]))
     assert timings.fastest(KERNELS, (A16, A8_ROW), 512) == "dynamic"
     assert timings.fastest(KERNELS, (A16,), 512) == "many"
     assert timings.fastest(KERNELS, (A16, A8_ROW), 8) == "few"

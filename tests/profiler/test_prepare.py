@@ -9,7 +9,7 @@ import torch
 from autoquant.candidates import registry
 from autoquant.profiler import prepare as module
 from autoquant.profiler.device import fingerprint
-from autoquant.profiler.prepare import prepare
+from autoquant.profiler.prepare import prepare, workers_kept
 from autoquant.records import LinearShape, Roofline, TimingSubject
 
 SHAPE = LinearShape(n=64, k=64, bias=True, dtype="bfloat16")
@@ -100,3 +100,21 @@ def test_no_worker_is_left_when_preparation_ends():
     assert found.tried == 2
     assert not [child for child in multiprocessing.active_children() if child.name.startswith("SpawnProcess")]
     assert torch.get_num_threads() >= 1
+
+
+def test_processes_are_kept_for_the_next_call_where_that_is_asked_for(monkeypatch):
+    import multiprocessing
+
+    started = []
+    begin = module._Workers._begin
+    monkeypatch.setattr(module._Workers, "_begin", lambda self: started.append(1) or begin(self))
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    with workers_kept():
+        for m in (2, 3, 4):
+            assert prepared(subject("bfloat16/plain", "matmul", m)).tried == 1
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        process.join()
+        assert prepared(subject("bfloat16/plain", "matmul", 5)).tried == 1  # by another one
+    assert len(started) == 2
+    assert not multiprocessing.active_children()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from autoquant.errors import PlanError, StoreError
-from autoquant.records import Roofline, workload_from
+from autoquant.records import Roofline, TaskScore, workload_from
 
 from .made_up import DEVICE, MODEL, STUDY, WORKLOAD, fill, measurement, plan, proof, recording
 
@@ -64,6 +64,28 @@ def test_a_roofline_measured_again_replaces_the_old_one(filled, query):
     for bandwidth in (1.0, 2.0):
         filled.put_roofline(DEVICE, Roofline(bandwidth_bytes_per_s=bandwidth, flops_per_s={}))
     assert query("SELECT bandwidth_bytes_per_s FROM roofline") == [(2.0,)]
+
+
+def task_score(**changes):
+    base = {"task": "arc", "metric": "acc", "value": 1 / 3, "stderr": 0.01, "samples": 9, "limit": 9}
+    return TaskScore(**(base | {"lm_eval_version": "0.4.13"} | changes))
+
+
+def test_task_scores_come_back_as_they_went_in_and_belong_to_their_subject(filled):
+    scores = [task_score(), task_score(metric="acc_norm", stderr=None), task_score(limit=None, samples=None)]
+    filled.put_task_scores("abcd0001", "bfloat16", scores)
+    filled.put_task_scores(MODEL, "bfloat16", [task_score(value=0.5)])
+    assert filled.task_scores("abcd0001", "bfloat16") == scores
+    assert filled.task_scores(MODEL, "bfloat16") == [task_score(value=0.5)]
+    assert filled.task_scores(MODEL, "float32") == []
+
+
+def test_a_task_score_measured_again_replaces_the_old_one_of_the_same_limit_and_version(filled):
+    for value in (0.25, 0.5):
+        filled.put_task_scores(MODEL, "bfloat16", [task_score(value=value, limit=None)])
+    others = [task_score(limit=None, lm_eval_version="0.5"), task_score(limit=8)]
+    filled.put_task_scores(MODEL, "bfloat16", others)
+    assert filled.task_scores(MODEL, "bfloat16") == [task_score(value=0.5, limit=None), *others]
 
 
 def test_losses_come_back_as_they_went_in_and_are_kept_once(filled, query):

@@ -12,7 +12,7 @@ from autoquant.store import open_store
 from autoquant.store.connect import VERSION_TABLE, open_read_only
 from autoquant.store.merge import MergedRows, merge
 
-from .made_up import DEVICE, MODEL, STUDY, fill, measurement, plan, proof
+from .made_up import DEVICE, MODEL, STUDY, fill, measurement, plan, proof, task_score
 
 OTHER_DEVICE = replace(DEVICE, name="Other CPU")
 
@@ -28,6 +28,8 @@ def facts(path, latency, rows_m=(1,), losses=("a",)):
     store.put_losses(MODEL, "text", "isolated", {(layer, "int8+a16"): latency / 3 for layer in losses})
     store.put_plan(plan())
     store.put_proof("abcd0001", proof())
+    store.put_task_scores(MODEL, "bfloat16", [task_score(latency / 4)])
+    store.put_task_scores("abcd0001", "bfloat16", [task_score(latency / 5)])
     return store
 
 
@@ -56,11 +58,18 @@ def test_everything_measured_arrives_in_an_empty_database_and_no_study_does(stor
         "timings": MergedRows(added=4, known=0),
         "models": MergedRows(added=1, known=0),
         "losses": MergedRows(added=2, known=0),
+        "task scores": MergedRows(added=1, known=0),
     }
     for table in ("device", "roofline", "timing", "model", "loss"):
         assert dump(path, table) == dump(other, table) != set()
     for table in ("study", "plan", "proof"):
         assert dump(path, table) == set() != dump(other, table)
+
+
+def test_task_scores_of_the_unquantized_model_travel_and_those_of_plans_stay_with_their_study(store, other):
+    merge(store, other)
+    assert store.task_scores(MODEL, "bfloat16") == [task_score(0.5)]
+    assert store.task_scores("abcd0001", "bfloat16") == []
 
 
 def test_what_is_there_already_is_kept(path, other):
@@ -75,6 +84,8 @@ def test_what_is_there_already_is_kept(path, other):
     assert times == {1: 1.0, 8: 2.0}
     assert store.losses(MODEL, "text", "isolated") == {("a", "int8+a16"): 1 / 3, ("b", "int8+a16"): 2 / 3}
     assert store.roofline(DEVICE).bandwidth_bytes_per_s == 1.0
+    assert merged["task scores"] == MergedRows(added=0, known=1)
+    assert store.task_scores(MODEL, "bfloat16") == [task_score(0.25)]
     assert store.studies() == [STUDY]
     store.close()
 
@@ -111,7 +122,7 @@ def test_a_merge_that_fails_leaves_nothing(store, path, other):
         )
     with pytest.raises(StoreError, match="disk full"):
         merge(store, other)
-    assert all(dump(path, table) == set() for table in ("device", "roofline", "timing", "model", "loss"))
+    assert all(dump(path, table) == set() for table in ("device", "roofline", "timing", "model", "loss", "task_score"))
 
 
 @pytest.mark.parametrize(("revision", "what"), [("9999", "newer autoquant"), ("0001", "older autoquant")])

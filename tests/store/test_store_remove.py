@@ -6,7 +6,7 @@ from sqlalchemy import text
 from autoquant.errors import PlanError, StoreError
 from autoquant.store.remove import RemovedRows, find_study, remove_study
 
-from .made_up import DEVICE, MODEL, STUDY, fill, measurement, plan, proof
+from .made_up import DEVICE, MODEL, STUDY, fill, measurement, plan, proof, task_score
 
 OTHER = "5tuff001"
 
@@ -15,29 +15,34 @@ OTHER = "5tuff001"
 def two_studies(filled):
     fill(filled, OTHER)
     filled.put_timings(DEVICE, "1", [measurement()])
+    filled.put_task_scores(MODEL, "bfloat16", [task_score()])
     filled.put_losses(MODEL, "text", "isolated", {("a", "int8+a16"): 0.5})
     for study_id, plan_ids in ((STUDY, ("one", "two")), (OTHER, ("three",))):
         filled.put_reference(study_id, "losses", {"report": [1.0]})
         for plan_id in plan_ids:
             filled.put_plan(plan(plan_id, study_id=study_id))
             filled.put_proof(plan_id, proof(plan_id))
+            filled.put_task_scores(plan_id, "bfloat16", [task_score()])
     return filled
 
 
 def test_only_the_rows_of_that_study_go(two_studies):
-    assert remove_study(two_studies, STUDY) == RemovedRows(plans=2, proofs=2, references=1)
+    assert remove_study(two_studies, STUDY) == RemovedRows(plans=2, proofs=2, references=1, task_scores=2)
     assert two_studies.studies() == [OTHER]
     assert [kept.plan_id for kept in two_studies.plans(OTHER)] == ["three"]
     assert set(two_studies.proofs(OTHER)) == {"three"}
     assert two_studies.references(OTHER) == {"losses": {"report": [1.0]}}
+    assert two_studies.task_scores("three", "bfloat16") == [task_score()]
     assert two_studies.plans(STUDY) == []
+    assert two_studies.task_scores("one", "bfloat16") == two_studies.task_scores("two", "bfloat16") == []
     assert two_studies.references(STUDY) == {}
 
 
-def test_timings_and_losses_stay(two_studies):
+def test_what_belongs_to_devices_and_models_stays(two_studies):
     remove_study(two_studies, STUDY)
     assert list(two_studies.timings(DEVICE, "1").values()) == [measurement()]
     assert two_studies.losses(MODEL, "text", "isolated") == {("a", "int8+a16"): 0.5}
+    assert two_studies.task_scores(MODEL, "bfloat16") == [task_score()], "the unquantized model's"
 
 
 def test_a_removal_that_fails_removes_nothing(two_studies):
@@ -48,6 +53,7 @@ def test_a_removal_that_fails_removes_nothing(two_studies):
     assert len(two_studies.plans(STUDY)) == 2
     assert set(two_studies.proofs(STUDY)) == {"one", "two"}
     assert two_studies.references(STUDY) != {}
+    assert two_studies.task_scores("one", "bfloat16") == [task_score()]
 
 
 def test_a_study_is_found_by_the_beginning_of_its_id(two_studies):

@@ -1,0 +1,66 @@
+"""Which plans, and which model, a command is about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from autoquant.records import Plan
+    from autoquant.tuner.study import Study
+
+_WHICH = "Which plan (the beginning of its id will do)"
+
+PlanOption = Annotated[str | None, typer.Option(metavar="ID", help=f"{_WHICH}.", show_default="recommended")]
+PlansOption = Annotated[
+    list[str] | None, typer.Option(metavar="ID", help=f"{_WHICH}; repeatable.", show_default="recommended")
+]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Where the model is, if not where it was.", show_default=False)
+]
+
+
+def recommended_plan(study: Study) -> Plan:
+    """The best plan under the limits of the search.
+
+    Raises:
+        PlanError: None is within them; the message says what there is.
+    """
+    limits = study.facts.limits
+    return study.best(limits.get("max_ppl_increase"), limits.get("max_memory_bytes"))
+
+
+def chosen_plans(study: Study, ids: list[str], kind: str | None = None) -> list[Plan]:
+    """The plans named, or the recommended one; then those of the kind. The unquantized model takes part anyway.
+
+    Raises:
+        PlanError: They are of several studies, or there is none but the unquantized model.
+    """
+    from autoquant.errors import PlanError
+
+    named = [study.plan(plan_id) for plan_id in ids] or [recommended_plan(study)]
+    if others := {each.study_id for each in named} - {study.study_id}:
+        raise PlanError(f"the plans are of different studies ({study.study_id} and {others.pop()}): give those of one")
+    proven = study.proofs()
+    named += [each for each in study.plans() if each.kind == kind and each.plan_id in proven]
+    chosen = {each.plan_id: each for each in named if each.kind != "original"}
+    if not chosen:
+        raise PlanError("the unquantized model takes part anyway: say with --plan which plan to set beside it")
+    return list(chosen.values())
+
+
+def source_path(study: Study) -> str:
+    """Where the model that was searched lay.
+
+    Raises:
+        ModelError: It was a live module.
+    """
+    from autoquant.errors import ModelError
+
+    path = study.facts.source.get("path")
+    if not path:
+        raise ModelError(
+            "this study searched a live module, which has no path: say where the model is with --model PATH"
+        )
+    return str(path)

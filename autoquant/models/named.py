@@ -1,0 +1,90 @@
+"""What a user names as `package.module:callable`: imported, called, and every failure told in one line."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from autoquant.errors import ModelError
+from autoquant.models.quiet import current_folder_importable, first_line
+
+
+def import_named(spec: str, option: str, use: str) -> Callable[..., Any]:
+    """The callable that `spec` names; the caller says whether the current folder can be imported from.
+
+    Args:
+        spec: `package.module:callable`.
+        option: Where the user wrote it, for messages.
+        use: What the callable is for, e.g. `returns the module`.
+
+    Raises:
+        ModelError: It cannot be imported, is not there, or cannot be called.
+    """
+    place, _, name = spec.partition(":")
+    if not place or not name:
+        raise ModelError(f"cannot read {option} {spec!r}: write it as package.module:callable")
+    try:
+        module = importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        raise ModelError(
+            f"cannot import {place} of {option} ({first_line(error)}): run where it can be imported from"
+        ) from error
+    try:
+        found = reduce(getattr, name.split("."), module)
+    except AttributeError as error:
+        raise ModelError(f"{place} has no {name}: check {option} {spec}") from error
+    if not callable(found):
+        raise ModelError(f"{name} in {place} cannot be called: {option} needs a callable that {use}")
+    function: Callable[..., Any] = found
+    return function
+
+
+def call_named(function: Callable[[], Any], spec: str, option: str) -> Any:
+    """What the callable returns.
+
+    Raises:
+        ModelError: It failed.
+    """
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{option} {spec} failed ({type(error).__name__}: {first_line(error)})") from error
+
+
+def quality_function(spec: str) -> Callable[..., Any]:
+    """The function of `--quality`. What it imports when it is called must not be in the current folder only.
+
+    Raises:
+        ModelError: See `import_named`.
+    """
+    with current_folder_importable():
+        return import_named(spec, "--quality", "takes (module, part) and returns losses")
+
+
+def make_inputs(spec: str, device: str, dtype: torch.dtype | None) -> tuple[Any, ...] | dict[str, Any]:
+    """What the callable of `--sample-inputs` returns, with its tensors on `device` and the floating ones in `dtype`.
+
+    Raises:
+        ModelError: See `import_named`; or it returns neither positional nor keyword arguments.
+    """
+    with current_folder_importable():
+        inputs = call_named(
+            import_named(spec, "--sample-inputs", "returns a tuple or dict of inputs"), spec, "--sample-inputs"
+        )
+    if not isinstance(inputs, (tuple, list, Mapping)):
+        raise ModelError(
+            f"--sample-inputs {spec} returned a {type(inputs).__name__}: it must return a tuple of positional arguments or"
+            " a dict of keyword arguments of one forward pass"
+        )
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    placed = tree_map_only(torch.Tensor, place, dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs))
+    made: tuple[Any, ...] | dict[str, Any] = placed
+    return made

@@ -1,0 +1,139 @@
+"""Linears that read the same input computed as one, where every one of them gets the same format and that is faster.
+
+The shape of all of them together is timed like any other. A plan's choices are made layer by layer; then those of siblings that
+came out with one format are joined, if one product of all takes less time than theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from autoquant.candidates import Format, Kernel, get_format
+from autoquant.profiler.measure import cells_of, subjects_of
+from autoquant.records import LayerChoice, LinearShape, Measurement, Site, TimingSubject, Workload
+from autoquant.tuner.choices import FormatFacts, site_choices
+from autoquant.tuner.planning import request_us
+
+Change = Callable[[LayerChoice, Site], LayerChoice]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sites that could be computed as one.
+
+    Attributes:
+        names: Theirs.
+        site: All of them as one site.
+        choices: What that site could get, timed at its shape; losses are not filled in.
+    """
+
+    names: tuple[str, ...]
+    site: Site
+    choices: tuple[LayerChoice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """All groups of a model."""
+
+    groups: tuple[Group, ...]
+    workload: Workload
+
+    def changed(self, change: Change) -> Fusion:
+        """The same groups with every choice changed (calibrated, say)."""
+        return replace(
+            self,
+            groups=tuple(
+                replace(group, choices=tuple(change(choice, group.site) for choice in group.choices))
+                for group in self.groups
+            ),
+        )
+
+    def join(self, choices: Sequence[LayerChoice]) -> list[LayerChoice]:
+        """A plan's choices with those joined that can be and are faster so."""
+        by_name = {choice.name: choice for choice in choices}
+        for group in self.groups:
+            members = [by_name[name] for name in group.names]
+            if best := self._best(group, members):
+                total = sum(member.shape.n for member in members)
+                for member in members:
+                    by_name[member.name] = _joined(member, best, member.shape.n / total, group.names)
+        return [by_name[choice.name] for choice in choices]
+
+    def _best(self, group: Group, members: Sequence[LayerChoice]) -> LayerChoice | None:
+        """The fastest way to compute the members as one, if it is faster than they are and no less exact."""
+        if len({member.format for member in members}) > 1:
+            return None
+        allowed = set.intersection(*(_numerics(member) for member in members))
+        possible = [
+            choice
+            for choice in group.choices
+            if choice.format == members[0].format and _numerics(choice) <= allowed | {"a16"}
+        ]
+        best = min(possible, key=lambda choice: request_us(choice, self.workload), default=None)
+        separate_us = sum(request_us(member, self.workload) for member in members)
+        return best if best is not None and request_us(best, self.workload) < separate_us else None
+
+
+def sibling_sites(sites: Sequence[Site]) -> list[tuple[tuple[str, ...], Site]]:
+    """The groups of sites that read the same input in the same phases, each as one site of the shape of all."""
+    by_name = {site.name: site for site in sites}
+    found: dict[tuple[str, ...], Site] = {}
+    for site in sites:
+        members = [by_name[name] for name in site.siblings if name in by_name]
+        alike = [other for other in members if (other.shape.k, other.uses) == (site.shape.k, site.uses)]
+        names = tuple(other.name for other in alike)
+        if len(names) < 2 or names in found:
+            continue
+        shape = LinearShape(n=sum(other.shape.n for other in alike), k=site.shape.k, bias=False, dtype=site.shape.dtype)
+        found[names] = Site(name=" + ".join(names), parameters=(), shape=shape, uses=site.uses)
+    return list(found.items())
+
+
+def joining(candidates: Sequence[tuple[Format, Kernel]]) -> list[tuple[Format, Kernel]]:
+    """The candidates whose weights can be joined."""
+    return [(fmt, kernel) for fmt, kernel in candidates if fmt.joins]
+
+
+def fusion_subjects(
+    sites: Sequence[Site], candidates: Sequence[tuple[Format, Kernel]], working_set: int
+) -> list[TimingSubject]:
+    """What has to be timed to know which siblings are faster as one."""
+    cells = cells_of([site for _, site in sibling_sites(sites)])
+    return subjects_of(cells, joining(candidates), working_set)
+
+
+def make_fusion(
+    sites: Sequence[Site],
+    candidates: Sequence[tuple[Format, Kernel]],
+    timings: Mapping[TimingSubject, Measurement],
+    workload: Workload,
+    working_set: int,
+) -> Fusion:
+    """The groups of a model's sites with what each could get."""
+    groups = []
+    for names, site in sibling_sites(sites):
+        choices: list[LayerChoice] = []
+        for fmt in dict.fromkeys(fmt for fmt, _ in joining(candidates)):
+            kernels = [(fmt, kernel) for of, kernel in candidates if of.id == fmt.id]
+            # Memory and exactness are those of the members; a format is only compared with itself here.
+            facts = {(fmt.id, site.shape): FormatFacts(0, 0.0)}
+            choices += site_choices(site, kernels, timings, facts, workload, working_set).choices
+        groups.append(Group(names, site, tuple(choices)))
+    return Fusion(tuple(groups), workload)
+
+
+def _joined(member: LayerChoice, whole: LayerChoice, share: float, names: tuple[str, ...]) -> LayerChoice:
+    return replace(
+        member,
+        route=whole.route,
+        latency_us={phase: us * share for phase, us in whole.latency_us.items()},
+        joined=names,
+    )
+
+
+def _numerics(choice: LayerChoice) -> set[str]:
+    """The numerics of the kernels that the route uses."""
+    fmt = get_format(choice.format)
+    return {fmt.kernel(step.kernel).numerics for step in choice.route}

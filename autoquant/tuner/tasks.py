@@ -1,0 +1,61 @@
+"""Plans and the unquantized model scored on the same tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoquant.applier import apply, load_searched
+from autoquant.errors import TaskError
+from autoquant.evaluators.tasks import Tasks
+from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.models import LoadedModel
+from autoquant.profiler.compiled import share
+from autoquant.records import ORIGINAL_LABEL, Plan, TaskScore
+from autoquant.store import Store, StudyFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRow:
+    """What one model scored; `plan_id` is None for the unquantized one."""
+
+    plan_id: str | None
+    label: str
+    scores: tuple[TaskScore, ...]
+
+
+def score_tasks(
+    plans: Sequence[Plan], model: str, facts: StudyFacts, tasks: Tasks, store: Store, listener: Listener = ignore
+) -> list[TaskRow]:
+    """Score the unquantized model, then each plan on a copy that shares what it leaves alone; every score is kept at once.
+
+    Args:
+        plans: At least one, all of one study.
+        model: Where the model lies that was searched.
+        facts: The plans' study.
+        store: Where scores are kept.
+
+    Raises:
+        ModelError: What lies at `model` is another model.
+        TaskError: It is no language model with a tokenizer, or a task cannot be run.
+    """
+    loaded = load_searched(plans[0], model, facts, None)
+    if loaded.kind != "causal_lm" or loaded.tokenizer is None:
+        raise TaskError("tasks need a Hugging Face causal language model with its tokenizer: this model is none")
+    listener(StageStarted("tasks", 1 + len(plans)))
+    rows = []
+    for done, plan in enumerate([None, *plans]):
+        listener(StageProgress("tasks", done, plan.label if plan else ORIGINAL_LABEL))
+        rows.append(_score(loaded, plan, tasks))
+        subject = plan.plan_id if plan else loaded.content_hash
+        store.put_task_scores(subject, loaded.dtype, rows[-1].scores)
+    listener(StageFinished("tasks", f"{len(rows)} models on {', '.join(tasks.names)}"))
+    return rows
+
+
+def _score(loaded: LoadedModel, plan: Plan | None, tasks: Tasks) -> TaskRow:
+    module = share(loaded.module)
+    if plan is not None:
+        apply(plan, module)
+    scores = tasks.score(module, loaded.tokenizer)
+    return TaskRow(plan_id=plan.plan_id if plan else None, label=plan.label if plan else ORIGINAL_LABEL, scores=scores)

@@ -25,6 +25,13 @@ class Dtype(StrEnum):
     FAST16 = "fast16"
 
 
+class Minimize(StrEnum):
+    """What the recommended plan has least of."""
+
+    TIME = "time"
+    MEMORY = "memory"
+
+
 def search(
     model: Annotated[
         str,
@@ -68,6 +75,9 @@ def search(
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False)
     ] = None,
+    minimize: Annotated[
+        Minimize, typer.Option(help="What the recommended plan has least of, within the limits.")
+    ] = Minimize.TIME,
     candidates: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,7 +87,8 @@ def search(
         ),
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="Also try layers that read the same input as one (q, k, v; gate, up).")
+        bool,
+        typer.Option("--fuse/--no-fuse", help="Also try layers that read the same input as one (q, k, v; gate, up)."),
     ] = False,
     time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
@@ -124,6 +135,7 @@ def search(
                 batch=batch,
                 max_ppl_increase=increase,
                 max_memory_bytes=memory,
+                minimize=minimize.value,
                 candidates=tuple(candidates or ("*",)),
                 fuse=fuse,
                 time_budget_s=budget_s,

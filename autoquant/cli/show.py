@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
-from autoquant.cli.plans import PlanOption, recommended_plan
+from autoquant.cli.plans import PlanOption
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Proof
@@ -21,7 +21,7 @@ def show(
 ) -> None:
     """Show one plan layer by layer: format, kernels, predicted time, loss and memory, and why."""
     with opened_study(database, plan_id=plan) as study:
-        chosen = recommended_plan(study) if plan is None else study.plan(plan)
+        chosen = study.best_of_search() if plan is None else study.plan(plan)
         row = next((row for row in study.rows() if row["plan_id"] == chosen.plan_id), None)
         proof = study.proofs().get(chosen.plan_id)
         if as_json:

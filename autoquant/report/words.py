@@ -33,7 +33,8 @@ def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
     if row is None:
         return f"No proven plan is within the limits ({limits_words(limits)}): allow more, or take one from the table."
     if row["label"] == ORIGINAL_LABEL:
-        return f"Recommended: the unquantized model. No faster plan is within the limits ({limits_words(limits)})."
+        other = "smaller" if limits.get("minimize") == "memory" else "faster"
+        return f"Recommended: the unquantized model. No {other} plan is within the limits ({limits_words(limits)})."
     original = next((other for other in rows if other["label"] == ORIGINAL_LABEL), None)
     what = "perplexity" if row["perplexity"] is not None else "loss"
     lines = [
@@ -100,10 +101,12 @@ def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
 
 
 def limits_words(limits: Mapping[str, Any]) -> str:
-    """The limits of a study in words."""
+    """The limits of a study in words, and what is minimized within them if it is not time."""
     parts = []
     if limits.get("max_ppl_increase") is not None:
         parts.append(f"increase at most {units.percent(limits['max_ppl_increase'])}")
     if limits.get("max_memory_bytes") is not None:
         parts.append(f"memory at most {units.size(limits['max_memory_bytes'])}")
+    if limits.get("minimize") == "memory":
+        parts.append("least memory")
     return ", ".join(parts) or "none set"

@@ -46,7 +46,7 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "--eval-text", "text.txt", "--db", "my.db", "--device", "cpu", "--dtype", "bf16", "--batch", "4",
         "--workload", "prefill=128,decode=64", "--max-ppl-increase", "0.5%", "--max-memory", "2GiB",
         "--candidates", "int8*", "--candidates", "int4*", "--time-budget", "90s", "--seed", "7",
-        "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle",
+        "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle", "--fuse", "--minimize", "memory",
     ]  # fmt: skip
     result = runner.invoke(app, ["search", "model", *options])
     assert result.exit_code == 0, result.stderr
@@ -64,6 +64,8 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "batch": 4,
         "max_ppl_increase": pytest.approx(0.005),
         "max_memory_bytes": 2**31,
+        "minimize": "memory",
+        "fuse": True,
         "candidates": ("int8*", "int4*"),
         "time_budget_s": 90.0,
         "seed": 7,

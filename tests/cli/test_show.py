@@ -22,6 +22,7 @@ def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database)
         "latency_us": {"prefill": 120.0, "decode": 35.5},
         "loss": 0.0001,
         "memory_bytes": 65536,
+        "joined": [],
         "reason": "fastest within the limit",
     }
     assert shown["measured_phase_ms"]["prefill"] == 31.25

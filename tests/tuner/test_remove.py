@@ -46,6 +46,13 @@ def test_the_trials_of_the_study_go_with_it_and_those_of_others_stay(store, ask)
     assert ask("SELECT count(*) FROM trial_params") == [(2,)]
 
 
+def test_trials_of_every_objective_go(store, ask):
+    optuna_study(store, STUDY, trials=3)
+    optuna_study(store, f"{STUDY}-memory", trials=2)
+    assert remove(store, STUDY).trials == 5
+    assert ask("SELECT count(*) FROM studies") == [(0,)]
+
+
 def test_a_study_that_optuna_never_saw_leaves_optuna_alone(store, ask):
     optuna_study(store, "another1", trials=1)
     assert remove(store, STUDY).trials is None

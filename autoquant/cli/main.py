@@ -27,6 +27,7 @@ from autoquant.cli.export_timings import export_timings
 from autoquant.cli.merge import merge
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
+from autoquant.cli.recipes import recipes
 from autoquant.cli.rm import rm
 from autoquant.cli.search import search
 from autoquant.cli.show import show
@@ -106,6 +107,7 @@ app.command(short_help="Time plans in the whole model, in turn.")(bench)
 app.command("eval", short_help="Score plans on tasks of lm-evaluation-harness.")(evaluate)
 app.command(short_help="List formats and kernels for a device.")(candidates)
 app.command(short_help="Time linears by every candidate, without a search.")(profile)
+app.command(short_help="List the recipes that a search can take options from.")(recipes)
 app.command(short_help="List the studies of a database.")(studies)
 app.command(short_help="Remove a study; what was measured stays.")(rm)
 app.command(short_help="Copy timings and losses of another database.")(merge)

@@ -58,6 +58,21 @@ def print_table(make: Callable[[int], RenderableType]) -> None:
     console.print(make(console.width))
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before long work is done, a file that could not be written after it.
+
+    Raises:
+        AutoquantError: It lies in no folder that can be written into.
+    """
+    from autoquant.errors import AutoquantError
+    from autoquant.store.connect import is_writable
+
+    if path.is_dir():
+        raise AutoquantError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir() or not is_writable(path.parent):
+        raise AutoquantError(f"cannot write {path}: {path.parent} is not a folder that can be written into")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file in one go.
 

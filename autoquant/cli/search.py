@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoquant.cli.output import JsonFlag, print_json, print_table
+from autoquant.cli.recipe_option import RecipeOption, SaveRecipeOption, check_save, command_line_wins, save_recipe
 from autoquant.cli.values import duration_s, fraction, size_bytes
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Minimize(StrEnum):
 
 
 def search(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -41,6 +43,7 @@ def search(
             show_default=False,
         ),
     ],
+    _recipe: RecipeOption = None,
     eval_text: Annotated[
         str | None,
         typer.Option("--eval-text", metavar="FILE", help="Text that quality is measured on.", show_default=False),
@@ -103,13 +106,16 @@ def search(
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Load a pickled model: runs the code that is in it.")
     ] = False,
+    save_as: SaveRecipeOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Search MODEL for its fastest quantization within a quality budget, measured on this device.
 
     Ctrl-C keeps everything measured so far; the same command goes on from there.
     """
+    eval_text, quality = command_line_wins(context, "eval_text", "quality")
     _check_judge(eval_text, quality)
+    check_save(save_as)
     increase = fraction(max_ppl_increase, "--max-ppl-increase")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
     budget_s = duration_s(time_budget, "--time-budget")
@@ -150,6 +156,8 @@ def search(
             f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True
         )
         raise typer.Exit(130) from None
+    if save_as is not None:
+        save_recipe(context, save_as)
     _report(study, db, as_json=as_json)
 
 

@@ -1,44 +1,16 @@
 """`autoquant search` with a driver that only notes how it was called."""
 
 import json
-import sys
-from types import ModuleType
 
 import pytest
 
-import autoquant.tuner
 from autoquant.cli.main import app
 from autoquant.errors import ModelError
-from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import Workload
 from autoquant.store import open_store
 from autoquant.tuner.study import Study
 
 from .conftest import MIXED, ORIGINAL, STUDY, fill
-
-
-@pytest.fixture
-def driver(monkeypatch, database):
-    """A stand-in for `autoquant.tuner.driver`, whose `calls` are the keyword arguments it got."""
-    module = ModuleType("autoquant.tuner.driver")
-    module.calls = []
-    module.error = None
-
-    def search(model, **options):
-        module.calls.append({"model": model, **options})
-        listener = options["listener"]
-        listener(StageStarted("timing", 2))
-        listener(StageProgress("timing", 1, "int8-row at m=1"))
-        listener(Notice("a layer was left alone"))
-        listener(StageFinished("timing", "2 timings"))
-        if module.error is not None:
-            raise module.error
-        return Study.open(database)
-
-    module.search = search
-    monkeypatch.setitem(sys.modules, "autoquant.tuner.driver", module)
-    monkeypatch.setattr(autoquant.tuner, "driver", module, raising=False)
-    return module
 
 
 def test_options_reach_the_driver_as_values(runner, driver):

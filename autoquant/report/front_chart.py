@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def _round_ticks(axis: _Axis, cells_apart: int) -> list[float]:
 def _draw_line(grid: list[list[str]], rows: Sequence[Row], times: _Axis, increases: _Axis, glyphs: _Glyphs) -> None:
     """From each step of the front to the right until the next one, then down to it."""
     cells = [_cells(row, times, increases) for row in staircase(rows)]
-    for (column, line), (next_column, next_line) in zip(cells, cells[1:], strict=False):
+    for (column, line), (next_column, next_line) in itertools.pairwise(cells):
         for between in range(column, next_column):
             grid[line][between] = glyphs.across
         for between in range(next_line + 1, line):

@@ -76,9 +76,9 @@ def changes_table(changes: Sequence[LayerChange]) -> Table:
         cells = [
             name,
             Text(f"{_choice(first.before)}\n-> {_choice(first.after)}"),
-            Text(signed(request_us, units.duration_us)),
-            Text(signed(loss, lambda value: units.digits(value, 2))),
-            Text(signed(memory_bytes, units.size)),
+            Text(units.signed(request_us, units.duration_us)),
+            Text(units.signed(loss, lambda value: units.digits(value, 2))),
+            Text(units.signed(memory_bytes, units.size)),
         ]
         table.add_row(*cells, end_section=True)
     return table
@@ -113,11 +113,6 @@ def difference_object(pair: PlanPair) -> dict[str, Any]:
     }
 
 
-def signed(value: float, write: Callable[[float], str]) -> str:
-    """A difference with its sign, its size written by `write`."""
-    return f"{'+' if value > 0 else '-' if value < 0 else ''}{write(abs(value))}"
-
-
 def _predicted_rows(pair: PlanPair) -> list[tuple[str, str, str, str]]:
     a, b = pair.before.prediction, pair.after.prediction
     return [
@@ -146,7 +141,7 @@ def _measured_rows(pair: PlanPair) -> list[tuple[str, str, str, str]]:
 
 
 def _row(name: str, before: float, after: float, write: Callable[[float], str]) -> tuple[str, str, str, str]:
-    return name, write(before), write(after), signed(after - before, write)
+    return name, write(before), write(after), units.signed(after - before, write)
 
 
 def _interval(row: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from autoquant.errors import PlanError
 from autoquant.records import (
     Device,
+    LayerChoice,
     LinearShape,
     Measurement,
     Outcome,
@@ -194,6 +195,19 @@ class Store:
                 raise PlanError(f"no study {study_id} in this database")
             for name, value in columns.items():
                 setattr(row, name, _plain(value) if isinstance(value, Recording) else value)
+
+    def put_options(self, study_id: str, options: Sequence[Sequence[LayerChoice]]) -> None:
+        """Keep what plans are solved from: the choices of every layer, with what is predicted of them."""
+        self.update_study(study_id, problem={"options": [[_plain(choice) for choice in layer] for layer in options]})
+
+    def options(self, study_id: str) -> dict[str, list[LayerChoice]] | None:
+        """The choices that plans were solved from, by layer name; None where the search has not come so far."""
+        with self._session() as session:
+            problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
+        if problem is None:
+            return None
+        layers = [[layer_from(choice) for choice in layer] for layer in problem["options"]]
+        return {layer[0].name: layer for layer in layers}
 
     def studies(self) -> list[str]:
         """Study ids, the one last worked on first."""

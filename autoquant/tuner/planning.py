@@ -19,6 +19,7 @@ from autoquant.records import (
     content_key,
     request_time,
 )
+from autoquant.tuner.alternatives import next_faster, next_more_exact
 from autoquant.tuner.solve import Picks, Problem, fastest, front, smallest, undominated
 
 
@@ -205,18 +206,14 @@ def explain(layer: Sequence[LayerChoice], index: int, workload: Workload) -> str
     """Why this option, in words: what the next more exact and the next faster one would have cost."""
     own = layer[index]
     parts = []
-    exacter = [c for c in layer if c.loss < own.loss]
-    faster = [c for c in layer if request_ms(c, workload) < request_ms(own, workload)]
-    if exacter:
-        other = min(exacter, key=lambda c: request_ms(c, workload))
-        cost = request_ms(other, workload) - request_ms(own, workload)
+    if other := next_more_exact(own, layer, workload):
+        cost_us = request_us(other, workload) - request_us(own, workload)
         parts.append(
-            f"more exact {other.format} would take {cost * 1e3:+.0f} us a request for {other.loss - own.loss:+.2g} loss"
+            f"more exact {other.format} would take {cost_us:+.0f} us a request for {other.loss - own.loss:+.2g} loss"
         )
-    if faster:
-        other = min(faster, key=lambda c: c.loss)
-        gain = request_ms(other, workload) - request_ms(own, workload)
-        parts.append(f"faster {other.format} would take {gain * 1e3:+.0f} us for {other.loss - own.loss:+.2g} loss")
+    if other := next_faster(own, layer, workload):
+        gain_us = request_us(other, workload) - request_us(own, workload)
+        parts.append(f"faster {other.format} would take {gain_us:+.0f} us for {other.loss - own.loss:+.2g} loss")
     return "; ".join(parts) or "fastest and most exact of all"
 
 

@@ -230,6 +230,7 @@ class Stages:
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]
+        self.store.put_options(self.study_id, options)
         known = {plan.plan_id for plan in (original, *uniform)}
         count = max(FRONT_PLANS, LEAST_PLANS - len(known))
         plans = front_plans(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from autoquant.errors import PlanError
 from autoquant.records import ORIGINAL_LABEL, Objective, Plan, Proof
 from autoquant.store import Store, StudyFacts, open_store
+from autoquant.tuner.alternatives import Alternatives, alternatives
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,6 +124,14 @@ class Study:
             return self.best_of_search()
         except PlanError:
             return None
+
+    def alternatives(self, plan: Plan) -> Alternatives | None:
+        """What else each layer of a plan could have, by layer name; None where the search did not keep it."""
+        options = self.store.options(self.study_id)
+        if options is None:
+            return None
+        workload = self.facts.workload
+        return {layer.name: alternatives(layer, options.get(layer.name, []), workload) for layer in plan.layers}
 
     def pareto(self) -> pd.DataFrame:
         """Every proven plan, fastest first, with the columns of `COLUMNS`.

@@ -56,11 +56,11 @@ def recipe_defaults(recipe: Recipe, command: Any, context: typer.Context) -> dic
         RecipeError: The command has no such option, or not with such a value; the message names file and key.
     """
     known = {_key(parameter): parameter for parameter in command.params}
-    return {
-        known[key].name: _checked(recipe, key, value, known[key], context)
-        for key, value in recipe.options.items()
-        if _is_taken(recipe, key, known)
-    }
+    defaults = {}
+    for key, value in recipe.options.items():
+        parameter = _parameter(recipe, key, known)
+        defaults[parameter.name] = _checked(recipe, key, value, parameter, context)
+    return defaults
 
 
 def command_line_wins(context: typer.Context, *names: str) -> list[Any]:
@@ -111,7 +111,7 @@ def _key(parameter: Any) -> str:
     return str(parameter.opts[0]).removeprefix("--")
 
 
-def _is_taken(recipe: Recipe, key: str, known: Mapping[str, Any]) -> bool:
+def _parameter(recipe: Recipe, key: str, known: Mapping[str, Any]) -> Any:
     from difflib import get_close_matches
 
     from autoquant.errors import RecipeError
@@ -122,7 +122,7 @@ def _is_taken(recipe: Recipe, key: str, known: Mapping[str, Any]) -> bool:
         close = get_close_matches(key, known, 1)
         meant = f"did you mean {close[0]}?" if close else "`autoquant search --help` lists them"
         raise RecipeError(f"{recipe.path}: a search has no option {key!r}; {meant}")
-    return True
+    return known[key]
 
 
 def _checked(recipe: Recipe, key: str, value: Value, parameter: Any, context: typer.Context) -> Any:

@@ -25,6 +25,7 @@ from autoquant.records import (
     Device,
     LayerChoice,
     Measurement,
+    Objective,
     Plan,
     Proof,
     Recording,
@@ -66,6 +67,7 @@ class Stages:
     fuse: bool
     max_ppl_increase: float | None
     max_memory_bytes: int | None
+    minimize: Objective
     time_budget_s: float
     seed: int
     listener: Listener
@@ -228,6 +230,7 @@ class Stages:
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]
+        self.store.put_options(self.study_id, options)
         known = {plan.plan_id for plan in (original, *uniform)}
         count = max(FRONT_PLANS, LEAST_PLANS - len(known))
         plans = front_plans(
@@ -236,6 +239,7 @@ class Stages:
             count=count + len(known),
             max_loss=self._expected_loss(),
             max_memory_bytes=self.max_memory_bytes,
+            minimize=self.minimize,
         )
         for plan in [plan for plan in plans if plan.plan_id not in known][:count]:
             self._prove(plan)
@@ -289,6 +293,7 @@ class Stages:
             seed=self.seed,
             known=known,
             max_memory_bytes=self.max_memory_bytes,
+            minimize=self.minimize,
         ):
             if self._left_s() < max(slowest_s, _SHORTEST_PROOF_S):
                 tell(None)

@@ -71,17 +71,6 @@ def smallest(problem: Problem, max_loss: float | None = None) -> Picks | None:
     return _minimise(problem, objective, max_loss=max_loss)
 
 
-def weighted(problem: Problem, loss_weight: float, memory_weight: float = 0.0) -> Picks:
-    """The solution of least `time + loss_weight * loss + memory_weight * memory`.
-
-    Each layer decides alone, whatever is to be taken together.
-    """
-    return tuple(
-        int(np.argmin(time + loss_weight * loss + memory_weight * memory))
-        for time, loss, memory in zip(problem.time, problem.loss, problem.memory, strict=True)
-    )
-
-
 def front(problem: Problem, points: int = 24) -> list[Picks]:
     """Exact points of the front over time, loss and memory, fastest first.
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from autoquant.tuner.solve import Problem, fastest, front, smallest, undominated, weighted
+from autoquant.tuner.solve import Problem, fastest, front, smallest, undominated
 
 SEEDS = range(40)
 
@@ -183,15 +183,6 @@ def test_the_front_has_no_point_twice():
 def test_undominated_leaves_out_what_is_beaten_and_keeps_what_is_equal():
     problem = Problem.build([[(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.5, 2.0, 1.0)]])
     assert undominated(problem, [(0,), (1,), (2,), (3,)]) == [(0,), (2,), (3,)]
-
-
-def test_weighted_lets_each_layer_decide_alone():
-    problem = random_problem(5)
-    loss_weight, memory_weight = 100.0, 1e-6
-    picks = weighted(problem, loss_weight, memory_weight)
-    for layer, pick in enumerate(picks):
-        costs = problem.time[layer] + loss_weight * problem.loss[layer] + memory_weight * problem.memory[layer]
-        assert costs[pick] == costs.min()
 
 
 def test_layers_with_one_option_get_it():

@@ -130,3 +130,15 @@ def test_why_of_a_search_that_kept_no_options_says_so(runner, database):
     result = runner.invoke(app, ["show", str(database), "--why"])
     assert result.exit_code == 0
     assert "What else the layers could have had is not in the database" in result.stdout
+
+
+def test_why_of_layers_computed_as_one_says_what_is_not_counted(runner, solved):
+    store = open_store(solved)
+    mixed = store.plan(MIXED)
+    names = tuple(layer.name for layer in mixed.layers[:2])
+    layers = tuple(replace(layer, joined=names) if layer.name in names else layer for layer in mixed.layers)
+    store.put_plan(replace(mixed, layers=layers))
+    store.close()
+    note = "what the others would lose is not counted"
+    assert note in runner.invoke(app, ["show", str(solved), "--why"]).stdout
+    assert note not in runner.invoke(app, ["show", str(solved), "--why", "--plan", SMALL]).stdout

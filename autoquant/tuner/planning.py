@@ -15,6 +15,7 @@ from autoquant.records import (
     Plan,
     PlanKind,
     Prediction,
+    Route,
     Workload,
     content_key,
     request_time,
@@ -36,7 +37,7 @@ class PlanContext:
     Attributes:
         other_bytes: Bytes of the parameters that are not searched.
         rest_ms: Milliseconds of a request outside the linears, as measured on the unquantized model (0 until then).
-        fusion: Joins layers that read the same input; None where every layer is computed alone.
+        fusion: Joins layers that were chosen one by one and read the same input; None where that is not wanted.
     """
 
     study_id: str
@@ -59,9 +60,18 @@ def request_ms(choice: LayerChoice, workload: Workload) -> float:
 
 
 def make_problem(options: Sequence[Sequence[LayerChoice]], workload: Workload) -> Problem:
-    """The additive model: milliseconds per request, loss and bytes of every option of every layer."""
+    """The additive model: milliseconds per request, loss and bytes of every option of every layer.
+
+    Options that compute layers as one are taken by all of them or by none.
+    """
+    together: dict[tuple[tuple[str, ...], str, Route], list[tuple[int, int]]] = {}
+    for position, layer in enumerate(options):
+        for index, choice in enumerate(layer):
+            if choice.joined:
+                together.setdefault((choice.joined, choice.format, choice.route), []).append((position, index))
     return Problem.build(
-        [[(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer] for layer in options]
+        [[(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer] for layer in options],
+        list(together.values()),
     )
 
 
@@ -103,16 +113,14 @@ def uniform_plans(
     options: Sequence[Sequence[LayerChoice]], originals: Sequence[LayerChoice], context: PlanContext
 ) -> list[Plan]:
     """For each format and each of its numerics: every layer that can have it gets it, by its fastest route."""
+    alone = [[choice for choice in layer if not choice.joined] for layer in options]
     keys = dict.fromkeys(
-        (choice.format, choice.numerics)
-        for layer in options
-        for choice in layer
-        if choice.format != originals[0].format
+        (choice.format, choice.numerics) for layer in alone for choice in layer if choice.format != originals[0].format
     )
     plans: dict[str, Plan] = {}
     for fmt, numerics in keys:
         chosen = []
-        for layer, original in zip(options, originals, strict=True):
+        for layer, original in zip(alone, originals, strict=True):
             same = [c for c in layer if c.format == fmt]
             exact = [c for c in same if c.numerics == numerics] or same
             if exact:
@@ -209,12 +217,16 @@ def explain(layer: Sequence[LayerChoice], index: int, workload: Workload) -> str
     if other := next_more_exact(own, layer, workload):
         cost_us = request_us(other, workload) - request_us(own, workload)
         parts.append(
-            f"more exact {other.format} would take {cost_us:+.0f} us a request for {other.loss - own.loss:+.2g} loss"
+            f"more exact {_called(other)} would take {cost_us:+.0f} us a request for {other.loss - own.loss:+.2g} loss"
         )
     if other := next_faster(own, layer, workload):
         gain_us = request_us(other, workload) - request_us(own, workload)
-        parts.append(f"faster {other.format} would take {gain_us:+.0f} us for {other.loss - own.loss:+.2g} loss")
+        parts.append(f"faster {_called(other)} would take {gain_us:+.0f} us for {other.loss - own.loss:+.2g} loss")
     return "; ".join(parts) or "fastest and most exact of all"
+
+
+def _called(choice: LayerChoice) -> str:
+    return f"{choice.format} as one with others" if choice.joined else choice.format
 
 
 def with_multipliers(

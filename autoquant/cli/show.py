@@ -58,7 +58,7 @@ def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Pro
 
 
 def _print_why(study: Study, plan: Plan) -> None:
-    from autoquant.report.why_table import ALONE, NOTHING_KEPT, why_table
+    from autoquant.report.why_table import NOTHING_KEPT, TOGETHER, together, why_table
 
     typer.echo()
     found = study.alternatives(plan)
@@ -66,5 +66,5 @@ def _print_why(study: Study, plan: Plan) -> None:
         typer.echo(NOTHING_KEPT)
         return
     print_table(lambda _width: why_table(plan, found))
-    if any(layer.joined for layer in plan.layers):
-        typer.echo(ALONE)
+    if together(plan, found):
+        typer.echo(TOGETHER)

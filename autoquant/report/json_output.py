@@ -78,6 +78,7 @@ def alternative_objects(found: Sequence[Alternative] | None) -> list[dict[str, A
             "format": each.choice.format,
             "route": _route(each.choice),
             "numerics": each.choice.numerics,
+            "joined": list(each.choice.joined),
             "request_us": each.request_us,
             "loss": each.loss,
             "memory_bytes": each.memory_bytes,

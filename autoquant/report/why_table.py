@@ -11,14 +11,14 @@ from rich.text import Text
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables import plain_table, route_text
+from autoquant.report.tables import joined_text, plain_table, route_text
 from autoquant.tuner.alternatives import Alternative, Alternatives
 
 NOTHING_KEPT = (
     "What else the layers could have had is not in the database: this search was made by an older autoquant, or has not "
     "come as far as to solve for plans."
 )
-ALONE = "Layers computed as one are compared with being computed alone; what the others would lose is not counted."
+TOGETHER = "Layers are computed as one by all of them or none: what a change would cost the others is not counted."
 
 
 def why_table(plan: Plan, found: Alternatives) -> Table:
@@ -41,11 +41,19 @@ def why_table(plan: Plan, found: Alternatives) -> Table:
     return table
 
 
+def together(plan: Plan, found: Alternatives) -> bool:
+    """Whether layers of the plan, or of an alternative, are computed as one."""
+    others = (each.choice for layer in plan.layers for each in found[layer.name])
+    return any(choice.joined for choice in (*plan.layers, *others))
+
+
 def _groups(plan: Plan, found: Alternatives) -> list[tuple[str, tuple[LayerChoice, ...]]]:
     """Layers of one shape with one choice and the same alternatives, folded by name, in the order of the plan."""
     alike: dict[tuple[Any, ...], dict[str, LayerChoice]] = {}
     for layer in plan.layers:
-        instead = tuple((each.gains, each.choice.format, each.choice.route) for each in found[layer.name])
+        instead = tuple(
+            (each.gains, each.choice.format, each.choice.route, bool(each.choice.joined)) for each in found[layer.name]
+        )
         key = (layer.shape, layer.format, layer.route, bool(layer.joined), instead)
         alike.setdefault(key, {})[layer.name] = layer
     return [
@@ -67,4 +75,4 @@ def _cells(alike: Sequence[Alternative]) -> list[Text]:
 
 
 def _choice(layer: LayerChoice) -> str:
-    return f"{layer.format}\n{route_text(layer.route)}"
+    return f"{layer.format}\n{route_text(layer.route)}{joined_text(layer)}"

@@ -53,15 +53,15 @@ def next_smaller(own: LayerChoice, options: Iterable[LayerChoice]) -> LayerChoic
 def alternatives(own: LayerChoice, options: Sequence[LayerChoice], workload: Workload) -> tuple[Alternative, ...]:
     """The next more exact, the next faster and the next smaller choice; one that is several of these is named once.
 
-    A layer that is computed as one with others is compared with being computed alone.
+    A choice that computes layers as one counts as what this layer has of it; that the others have to go along is not counted.
 
     Args:
         options: All choices that plans were solved from for this layer.
     """
-    same = [c for c in options if (c.format, c.numerics) == (own.format, own.numerics)]
+    same = [c for c in options if (c.format, c.numerics, c.joined) == (own.format, own.numerics, own.joined)]
     others = [c for c in options if c not in same]
     # Predictions were calibrated while plans were proven: like is compared with like.
-    base = own if own.joined or not same else min(same, key=_time_us(workload))
+    base = min(same, key=_time_us(workload), default=own)
     found: list[tuple[Gain, LayerChoice | None]] = [
         ("more exact", next_more_exact(base, others, workload)),
         ("faster", next_faster(base, others, workload)),

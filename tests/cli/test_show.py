@@ -103,6 +103,7 @@ def test_json_says_what_the_next_better_and_the_next_cheaper_choice_would_change
         "format": "bf16",
         "route": [{"upper_m": None, "kernel": "torch"}],
         "numerics": "bf16:a16",
+        "joined": [],
         "request_us": pytest.approx(80.0 + 128 * 24.5),
         "loss": pytest.approx(-0.0001),
         "memory_bytes": 65536,
@@ -130,3 +131,15 @@ def test_why_of_a_search_that_kept_no_options_says_so(runner, database):
     result = runner.invoke(app, ["show", str(database), "--why"])
     assert result.exit_code == 0
     assert "What else the layers could have had is not in the database" in result.stdout
+
+
+def test_why_of_layers_computed_as_one_says_what_is_not_counted(runner, solved):
+    store = open_store(solved)
+    mixed = store.plan(MIXED)
+    names = tuple(layer.name for layer in mixed.layers[:2])
+    layers = tuple(replace(layer, joined=names) if layer.name in names else layer for layer in mixed.layers)
+    store.put_plan(replace(mixed, layers=layers))
+    store.close()
+    note = "what a change would cost the others is not counted"
+    assert note in runner.invoke(app, ["show", str(solved), "--why"]).stdout
+    assert note not in runner.invoke(app, ["show", str(solved), "--why", "--plan", SMALL]).stdout

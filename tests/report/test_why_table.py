@@ -6,7 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
-from autoquant.report.why_table import why_table
+from autoquant.report.why_table import together, why_table
 from autoquant.tuner.alternatives import Alternative
 
 
@@ -70,3 +70,13 @@ def test_a_choice_that_is_joined_is_another_block():
     file = io.StringIO()
     Console(file=file, width=120).print(why_table(plan, {layer.name: (CHEAP,) for layer in LAYERS}))
     assert file.getvalue().count("faster, smaller:") == 2
+
+
+def test_an_alternative_that_computes_layers_as_one_says_with_which():
+    names = tuple(layer.name for layer in LAYERS[:2])
+    fused = replace(CHEAP, choice=replace(CHEAP.choice, name=names[0], joined=names))
+    found = {layer.name: (CHEAP,) for layer in LAYERS}
+    assert not together(PLAN, found)
+    found[names[0]] = (fused,)
+    assert together(PLAN, found)
+    assert any("as one with" in line for line in lines(found))

@@ -60,9 +60,17 @@ def test_a_choice_predicted_before_calibration_is_not_its_own_alternative():
     assert others["int4/plain"].request_us == -300.0, "against what the options say of the same choice"
 
 
+JOINED = replace(INT8, latency_us={"prefill": 400.0, "decode": 0.0}, joined=("layer", "other"))
+
+
 def test_a_layer_computed_as_one_is_compared_by_its_share_of_that():
-    joined = replace(INT8, latency_us={"prefill": 400.0, "decode": 0.0}, joined=("layer", "other"))
-    assert found(joined)["int4/plain"].request_us == -100.0
+    assert found(JOINED)["int4/plain"].request_us == -100.0
+    assert found(JOINED, [*OPTIONS, JOINED])["int4/plain"].request_us == -100.0
+
+
+def test_being_computed_as_one_is_another_choice_than_the_same_format_alone():
+    faster = next(each for each in alternatives(INT8, [*OPTIONS, JOINED], WORKLOAD) if "faster" in each.gains)
+    assert (faster.choice, faster.request_us, faster.loss) == (JOINED, -200.0, 0.0)
 
 
 def test_a_study_knows_them_by_layer_once_its_options_are_kept(store):

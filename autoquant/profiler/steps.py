@@ -15,7 +15,7 @@ OTHER = "other"
 UNKNOWN = "not attributed"
 _GLUE = (
     ("guards of compiled code", r"torchdynamo|aotdispatcher|pregraph"),
-    ("attention", r"sdpa|scaled_dot_product|flash|fmha|softmax|aten::(badd)?bmm"),
+    ("attention", r"softmax|^(?!.*(cpp|poi|red|per)_fused).*(sdpa|scaled_dot_product|flash|fmha|aten::(badd)?bmm)"),
     ("activation rounding", r"amax|quantize|qparams|scale_activations"),
     ("norms", r"rsqrt|norm"),
     ("copies and casts", r"(?<!_to)_copy|clone|memcpy|memset|aten::(copy_|cat|to\b|contiguous|_to_copy)"),

@@ -13,6 +13,7 @@ from torch import nn
 
 from autoquant.applier import apply, module_bytes
 from autoquant.candidates import get_format
+from autoquant.candidates.gemlite import untuned
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.evaluators.quality import Quality
 from autoquant.evaluators.request import make_warm, time_requests
@@ -47,7 +48,10 @@ class Prover:
         module = share(self.loaded.module)
         apply(plan, module)
         release_memory()
-        with worst_numerics(module, plan):
+        with (
+            worst_numerics(module, plan),
+            untuned(),
+        ):  # windows have other m than the workload; how fast is no matter here
             report = self.quality.compare(module, self.loaded.module, "report")
             selection = self.quality.losses(module, "selection")
         if not self.selection:

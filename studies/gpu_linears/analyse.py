@@ -92,10 +92,10 @@ def print_repeatability(first: pd.DataFrame, second: pd.DataFrame) -> None:
     print(f"spread within a comparison (interquartile range over median): median {spread:.2%}")
 
 
-def model_ms(latency_us: pd.Series) -> dict[str, float]:
+def model_ms(latency_us: pd.Series, per_layer: dict[tuple[int, int], int] = PER_LAYER) -> dict[str, float]:
     """Milliseconds of the linears of 32 layers in a prefill of 2,048 tokens, a decode step, and a request."""
     sums = {
-        m: sum(count * latency_us[n, k, m] for (n, k), count in PER_LAYER.items()) * LAYERS / 1e3 for m in (1, 2048)
+        m: sum(count * latency_us[n, k, m] for (n, k), count in per_layer.items()) * LAYERS / 1e3 for m in (1, 2048)
     }
     return {"prefill": sums[2048], "decode": sums[1], "request": PREFILLS * sums[2048] + STEPS * sums[1]}
 

@@ -2,7 +2,8 @@
 
     python whole_model.py --timings timings.db --out OUT [--batch 1] [--layers 32] [--seconds 500]
 
-`timings.db` holds what `autoquant profile` measured of the model's shapes (studies/gpu_linears). Every model is compiled and
+`timings.db` holds what `autoquant profile` measured of the model's shapes (studies/gpu_linears), and of 6144x4096 and 28672x4096:
+q, k and v as one, gate and up as one. Every model is compiled and
 captured the same way; latencies are of CUDA graphs. Results are printed and written as they come.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +24,6 @@ from autoquant.candidates import select
 from autoquant.evaluators.request import WrongResultError, time_requests, warm_up
 from autoquant.profiler.compiled import share
 from autoquant.profiler.device import fingerprint
-from autoquant.profiler.measure import working_set_bytes
 from autoquant.profiler.phases import make_phases
 from autoquant.profiler.profile import with_original
 from autoquant.profiler.record import record
@@ -30,15 +31,18 @@ from autoquant.profiler.timing import PROTOCOL, first_line
 from autoquant.records import Measurement, Plan, Workload
 from autoquant.store import open_store
 from autoquant.tuner.choices import format_facts, site_choices
+from autoquant.tuner.fusion import make_fusion
 from autoquant.tuner.planning import PlanContext, make_plan, request_ms
 
 PROMPT, STEPS = 2048, 256
-ATTRIBUTED = ("8 bits", "torchao float8 weight-only")
+ATTRIBUTED = ("8 bits, fused", "torchao float8 weight-only")
 PLANS = {
     "8 bits": ("float8*", "int8*"),
     "any bits": ("float8*", "int8*", "int4-g128*"),
+    "4 bits": ("int4-g128*",),
     "float8 rows": ("float8-row*",),
 }
+FUSED = ", fused"
 
 
 def build(layers: int, small: bool) -> nn.Module:
@@ -63,14 +67,14 @@ def build(layers: int, small: bool) -> nn.Module:
 
 
 def make_plans(module: nn.Module, workload: Workload, device: str, timings_db: str) -> dict[str, Plan]:
-    """For each set of formats, the fastest choice of every layer by its own timings."""
+    """For each set of formats, the fastest choice of every layer by its own timings, with and without siblings as one."""
     hardware = fingerprint(device)
     store = open_store(timings_db, create=False)
     timings = store.timings(hardware, PROTOCOL)
     print(f"{len(timings)} timings of {hardware.name}", flush=True)
     recording = record(module, make_phases(module, "causal_lm", workload, device=device))
     shapes = list(dict.fromkeys(site.shape for site in recording.sites))
-    working_set = working_set_bytes([site.shape for site in recording.sites], hardware, 2)
+    working_set = max(subject.working_set_bytes for subject in timings)
     context = PlanContext(
         study_id="whole-model", model_hash="random", dtype="bfloat16", workload=workload, other_bytes=0
     )
@@ -83,8 +87,16 @@ def make_plans(module: nn.Module, workload: Workload, device: str, timings_db: s
             choices = site_choices(site, pairs, _Complete(timings), facts, workload, working_set).choices
             chosen.append(min(choices, key=lambda choice: request_ms(choice, workload)))
         plans[label] = make_plan(chosen, label, "front", context)
+        fusion = make_fusion(recording.sites, pairs, _Complete(timings), workload, working_set)
+        fused = make_plan(chosen, label + FUSED, "front", replace(context, fusion=fusion))
+        if any(layer.joined for layer in fused.layers):
+            plans[fused.label] = fused
+    for label, plan in plans.items():
+        joined = sum(bool(layer.joined) for layer in plan.layers)
         print(
-            label, plans[label].formats(), f"linears {plans[label].prediction.linear_ms:.0f} ms a request", flush=True
+            f"{label}: {plan.formats()}, {joined} computed with others,",
+            f"linears {plan.prediction.linear_ms:.1f} ms a request",
+            flush=True,
         )
     return plans
 
@@ -186,7 +198,7 @@ def write_attribution(out: Path, batch: int, models: dict[str, object]) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--timings", required=True)
+    parser.add_argument("--timings", help="without it only torchao's settings are measured")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=32)
@@ -205,13 +217,14 @@ def main() -> None:
     module = build(arguments.layers, arguments.small)
     print(f"built {time.monotonic() - started:.0f} s", flush=True)
     makers: dict[str, Callable[[nn.Module], object]] = {}
-    if not arguments.small:
+    if arguments.timings:
         plans = make_plans(module, workload, device, arguments.timings)
         makers |= {label: lambda copy, plan=plan: apply(plan, copy) for label, plan in plans.items()}
     makers |= torchao_settings()
     original = make_phases(module, "causal_lm", workload, device=device, compiled=True)
     warm_up(original)
     print(f"bf16 ready {time.monotonic() - started:.0f} s", flush=True)
+    attributed: dict[str, object] = {}
     for label, make in makers.items():
         if time.monotonic() - started > arguments.seconds or (arguments.only and label not in arguments.only):
             continue
@@ -223,8 +236,10 @@ def main() -> None:
         with (arguments.out / f"rows-{arguments.batch}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if label in ATTRIBUTED and device == "cuda":
-            write_attribution(arguments.out, arguments.batch, {"bf16": original, label: phases})
+            attributed[label] = phases
         del phases, measured
+    if attributed:  # last: what is timed after a profiler was at work is slower
+        write_attribution(arguments.out, arguments.batch, {"bf16": original, **attributed})
     print(f"done {time.monotonic() - started:.0f} s", flush=True)
 
 

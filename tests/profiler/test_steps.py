@@ -63,6 +63,7 @@ def test_repetitions_that_ran_other_kernels_are_not_mixed():
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("aten::_scaled_dot_product_cudnn_attention void cudnn::fusion::lean_reduction_kernel", "attention"),
         ("aten::bmm", "attention"),
+        ("cpp_fused__scaled_dot_product_flash_attention_for_cpu_clone_3", "copies and casts"),
         ("triton_red_fused__to_copy_abs_amax_arange_bmm_cat_clamp_mean_rsqrt_2", "activation rounding"),
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_14", "norms"),
         ("triton_poi_fused__to_copy__unsafe_view_add_arange_bmm_cat_clone_cos_embedding", "copies and casts"),

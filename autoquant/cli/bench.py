@@ -52,7 +52,7 @@ def bench(
             rows = measure(plans, source, study.facts, listener, attribution=attribute or trace is not None)
         workload = study.facts.workload
     by_id = {each.plan_id: each for each in plans}
-    if trace is not None:
+    if trace is not None and rows[0].steps:
         _write_trace(trace, rows)
     if as_json:
         _print_json(rows, by_id, workload, attribute)
@@ -78,7 +78,7 @@ def _print_json(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: W
 
     objects = bench_objects(rows, workload)
     for row, shown in zip(rows, objects, strict=True):
-        if attribute and row.plan_id is not None:
+        if attribute and row.steps and row.plan_id is not None:
             shown["attribution"] = attribution_object(row, rows[0], plans[row.plan_id], workload)
     print_json(objects)
 
@@ -89,7 +89,7 @@ def _print_text(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: W
 
     print_table(lambda width: bench_table(rows, workload, width))
     for row in rows:
-        if attribute and row.plan_id is not None:
+        if attribute and row.steps and row.plan_id is not None:
             typer.echo()
             print_table(partial(attribution_report, row, rows[0], plans[row.plan_id], workload))
     for note in bench_notes(rows, plans, workload):

@@ -16,6 +16,7 @@ from torch import nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from autoquant.errors import DeviceError
 from autoquant.profiler.device import synchronize
 from autoquant.profiler.operators import Operator, Weights, named_kernels, operators
 from autoquant.profiler.phases import Phases
@@ -34,7 +35,12 @@ def attribute(phases: Phases, module: nn.Module, layers: Mapping[str, str], devi
     Args:
         phases: Runs `module`; already warm.
         layers: See `Weights`.
+
+    Raises:
+        DeviceError: The profiler does not see what the device does.
     """
+    if device not in ("cpu", "cuda"):
+        raise DeviceError(f"PyTorch's profiler does not see the kernels of {device}")
     weights = Weights(module, layers)
     with weights.ranges(), named_kernels():
         return {phase.name: _profile(phases, phase.name, weights, device) for phase in phases.workload.phases}
@@ -116,6 +122,10 @@ def _device_events(results: Any) -> list[Any]:
         for event in results.events()
         if event.device_type() == DeviceType.CUDA and not event.is_user_annotation() and event.name() != _STEP
     ]
+    if not events:
+        raise DeviceError(
+            "PyTorch's profiler saw no kernel on the GPU: its counters may be kept to the administrator here"
+        )
     return sorted(events, key=lambda event: event.start_ns())
 
 

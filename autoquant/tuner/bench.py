@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoquant.applier import apply, load_searched, module_bytes
+from autoquant.errors import DeviceError
 from autoquant.evaluators.request import make_warm, time_in_turn
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
 from autoquant.models import LoadedModel
@@ -103,8 +104,10 @@ def _attributed(
     attributed = []
     for done, (row, entrant) in enumerate(zip(rows, entrants, strict=True)):
         listener(StageProgress("attribute", done, row.label))
-        steps = attribute(entrant.phases, entrant.module, layers, facts.device.type)
-        attributed.append(replace(row, steps=steps))
+        try:
+            attributed.append(replace(row, steps=attribute(entrant.phases, entrant.module, layers, facts.device.type)))
+        except DeviceError as error:
+            attributed.append(replace(row, notes=(*row.notes, f"not attributed: {error}")))
     listener(StageFinished("attribute", f"{len(rows)} models"))
     return attributed
 

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from autoquant.errors import DeviceError
+from autoquant.tuner import bench as bench_module
 from autoquant.tuner.bench import bench
 
 
@@ -74,6 +76,17 @@ def test_the_attribution_is_shown_and_written_as_a_trace(searched, uniform, run,
     events = json.loads(trace.read_text())["traceEvents"]
     assert {"model.layers.1.mlp.down_proj", "attention"} <= {event["name"] for event in events if event["ph"] == "X"}
     assert f"wrote {trace}" in result.stderr
+
+
+def test_timings_stand_where_the_profiler_sees_nothing(searched, uniform, run, monkeypatch, tmp_path):
+    def blind(*_arguments):
+        raise DeviceError("the profiler sees nothing here")
+
+    monkeypatch.setattr(bench_module, "attribute", blind)
+    trace = tmp_path / "trace.json"
+    result = run("bench", searched.db, "--plan", uniform[0].plan_id, "--attribute", "--trace", trace)
+    assert result.exit_code == 0, result.stderr
+    assert "not attributed: the profiler sees nothing here" in result.stdout and not trace.exists()
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_timed(searched, uniform, run, tmp_path):

@@ -8,16 +8,14 @@ import torch
 from torch import nn
 from torch._C._autograd import DeviceType
 
+from autoquant.errors import DeviceError
 from autoquant.profiler.attribution import _STEP, _device_step, _launches, _runs, attribute, match_launches
-from autoquant.profiler.device import compile_failure
 from autoquant.profiler.operators import Weights, named_kernels
 from autoquant.profiler.phases import make_phases
 from autoquant.profiler.steps import LINEAR, UNKNOWN
 from autoquant.records import Workload
 
 from .test_compiled import INT8, INT8_DEQUANTIZED, X, quantized_blocks, siblings
-
-compiles = pytest.mark.skipif(compile_failure() is not None, reason="no C++ compiler here")
 
 
 def phases_of(module, *, inputs=(X,), compiled):
@@ -39,7 +37,6 @@ def linears(module):
     return {name for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
-@compiles
 def test_blocks_that_share_their_code_are_told_apart():
     module = quantized_blocks(INT8, INT8, INT8_DEQUANTIZED, None)
     step = profiled(module)
@@ -49,7 +46,6 @@ def test_blocks_that_share_their_code_are_told_apart():
     assert attributed == pytest.approx(step.step_us)
 
 
-@compiles
 def test_the_compilers_kernels_count_for_the_layer_whose_weight_they_dequantize_and_so_do_the_products():
     step = profiled(quantized_blocks(INT8_DEQUANTIZED, INT8_DEQUANTIZED))
     for layer in ("layers.0.up", "layers.1.down"):
@@ -57,13 +53,11 @@ def test_the_compilers_kernels_count_for_the_layer_whose_weight_they_dequantize_
         assert any(name.startswith("cpp_") for name in names) and any(name.endswith("mm") for name in names)
 
 
-@compiles
 def test_layers_computed_as_one_have_their_kernels_together():
     step = profiled(siblings(("q", "k", "v")))
     assert ("q", "k", "v") in {kernel.layers for kernel in step.kernels if kernel.name.endswith("mm")}
 
 
-@compiles
 def test_the_compilers_kernels_are_left_as_they_were():
     profiled(quantized_blocks(INT8_DEQUANTIZED, INT8_DEQUANTIZED))
 
@@ -103,7 +97,7 @@ class Tied(nn.Module):
         return self.head(torch.relu(self.embed(ids)))
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=compiles)])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_an_embedding_that_shares_the_heads_weight_is_not_the_heads_time(compiled):
     ids = torch.arange(6).unsqueeze(0)
     step = profiled(Tied().eval().requires_grad_(False), inputs=(ids,), compiled=compiled)
@@ -175,6 +169,14 @@ def test_time_in_which_two_kernels_run_counts_once(launched):
     step = _device_step("decode", Device(results, kernels), [], weights)
     assert [kernel.duration_us for kernel in step.kernels] == pytest.approx([1.0, 1.0, 0.0])
     assert step.step_us == pytest.approx(2.0) and step.gaps() == []
+
+
+def test_a_gpu_of_which_the_profiler_sees_nothing_is_an_error_with_a_reason(launched):
+    results, weights = launched
+    with pytest.raises(DeviceError, match="saw no kernel on the GPU"):
+        _device_step("decode", Device(results, []), [], weights)
+    with pytest.raises(DeviceError, match="does not see the kernels of mps"):
+        attribute(phases_of(quantized_blocks(None, None), compiled=False), nn.Linear(1, 1), {}, "mps")
 
 
 def test_kernels_are_matched_by_name_and_order_and_what_is_left_over_is_not():

@@ -1,48 +1,40 @@
 """A Llama-3-8B with random weights on one GPU: plans and torchao's uniform settings in the whole model, in turn with bf16.
 
-    python whole_model.py --timings timings.db --out OUT [--batch 1] [--layers 32] [--seconds 500]
+    python whole_model.py --timings timings.db --out OUT [--fuse] [--batch 1] [--layers 32] [--seconds 500]
+    python whole_model.py --timings timings.db --out OUT --plans 12 --layers 8
 
-`timings.db` holds what `autoquant profile` measured of the model's shapes (studies/gpu_linears), and of 6144x4096 and 28672x4096:
-q, k and v as one, gate and up as one. Every model is compiled and
-captured the same way; latencies are of CUDA graphs. Results are printed and written as they come.
+`timings.db` holds what `autoquant profile` measured of the model's shapes; where something is missing, this says how to make
+it. `--fuse` adds plans whose q, k and v, and gate and up, are computed as one (6144x4096 and 28672x4096). `--plans` measures
+plans of different make instead, torchao's settings left out. Every model is compiled and captured the same way; latencies are of
+CUDA graphs, memory is that of the weights as stored. Each row says what was predicted from the timings: the unquantized model's time in the same rounds,
+with its linears' times exchanged for the plan's. Rows are printed, and written to OUT, as they come.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, make_planner
 from torch import nn
 
 from autoquant.applier import apply, module_bytes
-from autoquant.candidates import select
 from autoquant.evaluators.request import WrongResultError, time_requests, warm_up
 from autoquant.profiler.compiled import share
-from autoquant.profiler.device import fingerprint
+from autoquant.profiler.device import release_memory
 from autoquant.profiler.phases import make_phases
-from autoquant.profiler.profile import with_original
-from autoquant.profiler.record import record
-from autoquant.profiler.timing import PROTOCOL, first_line
-from autoquant.records import Measurement, Plan, Workload
-from autoquant.store import open_store
-from autoquant.tuner.choices import format_facts, site_choices
-from autoquant.tuner.fusion import make_fusion
-from autoquant.tuner.planning import PlanContext, make_plan, request_ms
+from autoquant.profiler.timing import first_line
+from autoquant.records import Plan, Workload, request_time
 
 PROMPT, STEPS = 2048, 256
 ATTRIBUTED = ("8 bits, fused", "torchao float8 weight-only")
-PLANS = {
-    "8 bits": ("float8*", "int8*"),
-    "any bits": ("float8*", "int8*", "int4-g128*"),
-    "4 bits": ("int4-g128*",),
-    "float8 rows": ("float8-row*",),
-}
-FUSED = ", fused"
+SMALL_PROMPT, SMALL_STEPS = 64, 8
 
 
 def build(layers: int, small: bool) -> nn.Module:
@@ -64,48 +56,6 @@ def build(layers: int, small: bool) -> nn.Module:
         module = LlamaForCausalLM(config).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     return module
-
-
-def make_plans(module: nn.Module, workload: Workload, device: str, timings_db: str) -> dict[str, Plan]:
-    """For each set of formats, the fastest choice of every layer by its own timings, with and without siblings as one."""
-    hardware = fingerprint(device)
-    store = open_store(timings_db, create=False)
-    timings = store.timings(hardware, PROTOCOL)
-    print(f"{len(timings)} timings of {hardware.name}", flush=True)
-    recording = record(module, make_phases(module, "causal_lm", workload, device=device))
-    shapes = list(dict.fromkeys(site.shape for site in recording.sites))
-    working_set = max(subject.working_set_bytes for subject in timings)
-    context = PlanContext(
-        study_id="whole-model", model_hash="random", dtype="bfloat16", workload=workload, other_bytes=0
-    )
-    plans = {}
-    for label, globs in PLANS.items():
-        pairs = with_original(select(globs, torch.device(device).type), "bfloat16")
-        facts = format_facts(list({fmt.id: fmt for fmt, _ in pairs}.values()), shapes, device)
-        chosen = []
-        for site in recording.sites:
-            choices = site_choices(site, pairs, _Complete(timings), facts, workload, working_set).choices
-            chosen.append(min(choices, key=lambda choice: request_ms(choice, workload)))
-        plans[label] = make_plan(chosen, label, "front", context)
-        fusion = make_fusion(recording.sites, pairs, _Complete(timings), workload, working_set)
-        fused = make_plan(chosen, label + FUSED, "front", replace(context, fusion=fusion))
-        if any(layer.joined for layer in fused.layers):
-            plans[fused.label] = fused
-    for label, plan in plans.items():
-        joined = sum(bool(layer.joined) for layer in plan.layers)
-        print(
-            f"{label}: {plan.formats()}, {joined} computed with others,",
-            f"linears {plan.prediction.linear_ms:.1f} ms a request",
-            flush=True,
-        )
-    return plans
-
-
-class _Complete(dict):  # type: ignore[type-arg]
-    """Timings; what was not measured says so."""
-
-    def __missing__(self, subject):  # noqa: ANN001, ANN204
-        return Measurement(subject=subject, outcome="unsupported", reason="not timed")
 
 
 def torchao_settings() -> dict[str, Callable[[nn.Module], None]]:
@@ -156,12 +106,13 @@ def attribution(phases, phase: str, out: Path) -> list[tuple[str, float]]:  # no
 
 
 def measure(label: str, module: nn.Module, original, workload: Workload, device: str, make):  # noqa: ANN001, ANN201
-    """One model, made from a copy of the original: its row and its phases; None where it does not run."""
+    """One model, made from a copy of the original: its row, and its phases (None where it does not run)."""
+    row = {"label": label, "batch": workload.batch, "layers": module.config.num_hidden_layers}
     copy = share(module)
-    make(copy)
     began = time.monotonic()
     note = ""
     try:
+        make(copy)
         phases = make_phases(copy, "causal_lm", workload, device=device, compiled=True)
         try:
             warm_up(phases)
@@ -173,17 +124,46 @@ def measure(label: str, module: nn.Module, original, workload: Workload, device:
         compile_s = time.monotonic() - began
         times = time_requests(phases, original, device)
     except Exception as error:  # noqa: BLE001 - a configuration that does not run is a result
-        print(f"{label}: {first_line(error)}", flush=True)
-        return None
+        return row | {"failed": first_line(error)}, None
     request, before = times.request_ms(workload.calls())
-    row = {
-        "label": label, "batch": workload.batch, "compile_s": round(compile_s, 1),
+    return row | {
+        "compile_s": round(compile_s, 1),
         **{f"{phase}_ms": round(ms, 3) for phase, ms in times.plan_ms.items()},
         **{f"bf16_{phase}_ms": round(ms, 3) for phase, ms in times.original_ms.items()},
         "request_ms": round(request, 1), "bf16_request_ms": round(before, 1), "speedup": round(before / request, 3),
         "memory_gib": round(module_bytes(copy) / 2**30, 2), "note": note or times.note,
+    }, phases  # fmt: skip
+
+
+def predict(row: dict[str, object], planner: Planner, plan: Plan) -> dict[str, object]:
+    """What the timings say of the row's plan: bf16's time less bf16's linears plus the plan's."""
+    before, after = planner.linear_ms(None), planner.linear_ms(plan)
+    phase_ms = {phase: row[f"bf16_{phase}_ms"] - before[phase] + after[phase] for phase in after}
+    request_ms = request_time(phase_ms, planner.workload.calls())
+    return {
+        **{f"linear_{phase}_ms": round(ms, 3) for phase, ms in after.items()},
+        **{f"predicted_{phase}_ms": round(ms, 3) for phase, ms in phase_ms.items()},
+        "predicted_request_ms": round(request_ms, 1), "prediction_error": round(request_ms / row["request_ms"] - 1, 4),
     }  # fmt: skip
-    return row, phases
+
+
+def make_plans(planner: Planner, arguments: argparse.Namespace) -> dict[str, Plan]:
+    """The plans that were asked for, by label; those that are another one's again are left out, and said."""
+    makes = dict(list(DIFFERENT.items())[: arguments.plans]) if arguments.plans else FASTEST
+    makes = makes | (FASTEST_FUSED if arguments.fuse and not arguments.plans else {})
+    makes = {label: make for label, make in makes.items() if not arguments.only or label in arguments.only}
+    planner.check(list(makes.values()), arguments.timings, arguments.out / "shapes.txt")
+    plans: dict[str, Plan] = {}
+    for label, make in makes.items():
+        plan = planner.plan(label, make)
+        again = next((known for known, other in plans.items() if other.plan_id == plan.plan_id), None)
+        joined = sum(bool(layer.joined) for layer in plan.layers)
+        linear_ms = request_time(planner.linear_ms(plan), planner.workload.calls())
+        print(f"{label}: {plan.formats()}, {joined} computed with others, linears {linear_ms:.1f} ms a request", end="")
+        print(f"; the same plan as {again}, not measured again" if again else "", flush=True)
+        if not again:
+            plans[label] = plan
+    return plans
 
 
 def write_attribution(out: Path, batch: int, models: dict[str, object]) -> None:
@@ -204,8 +184,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=500, help="no further model is begun after these")
     parser.add_argument("--small", action="store_true", help="a small model on the CPU, to try this script")
+    parser.add_argument("--fuse", action="store_true", help="also plans that compute layers as one")
+    parser.add_argument(
+        "--plans", type=int, default=0, metavar="N", help=f"N of {len(DIFFERENT)} plans of different make"
+    )
     parser.add_argument("--only", nargs="*", help="names of the models to measure")
     return parser.parse_args()
+
+
+def summarise(rows: list[dict[str, object]]) -> None:
+    """How far predictions were off."""
+    errors = [abs(row["prediction_error"]) for row in rows if "prediction_error" in row]
+    if errors:
+        print(
+            f"predicted request time: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, ", end=""
+        )
+        print(f"{len(errors)} plans", flush=True)
 
 
 def main() -> None:
@@ -213,36 +207,52 @@ def main() -> None:
     arguments = parse()
     started = time.monotonic()
     device = "cpu" if arguments.small else "cuda"
-    workload = Workload.parse(f"prefill={PROMPT // arguments.batch},decode={STEPS}", arguments.batch)
+    prompt, steps = (SMALL_PROMPT, SMALL_STEPS) if arguments.small else (PROMPT, STEPS)
+    workload = Workload.parse(f"prefill={prompt // arguments.batch},decode={steps}", arguments.batch)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     module = build(arguments.layers, arguments.small)
     print(f"built {time.monotonic() - started:.0f} s", flush=True)
-    makers: dict[str, Callable[[nn.Module], object]] = {}
+    plans: dict[str, Plan] = {}
     if arguments.timings:
-        plans = make_plans(module, workload, device, arguments.timings)
-        makers |= {label: lambda copy, plan=plan: apply(plan, copy) for label, plan in plans.items()}
-    makers |= torchao_settings()
+        planner = make_planner(module, workload, device, arguments.timings)
+        plans = make_plans(planner, arguments)
+    makers: dict[str, Callable[[nn.Module], object]] = {
+        label: lambda copy, plan=plan: apply(plan, copy) for label, plan in plans.items()
+    }
+    if not arguments.plans:
+        makers |= {
+            label: make for label, make in torchao_settings().items() if not arguments.only or label in arguments.only
+        }
     original = make_phases(module, "causal_lm", workload, device=device, compiled=True)
     warm_up(original)
     print(f"bf16 ready {time.monotonic() - started:.0f} s", flush=True)
     attributed: dict[str, object] = {}
+    rows: list[dict[str, object]] = []
     for label, make in makers.items():
-        if time.monotonic() - started > arguments.seconds or (arguments.only and label not in arguments.only):
+        if time.monotonic() - started > arguments.seconds:
+            print(f"{label}: not measured, {arguments.seconds:.0f} s are over", flush=True)
             continue
-        measured = measure(label, module, original, workload, device, make)
-        if measured is None:
-            continue
-        row, phases = measured
+        row, phases = measure(label, module, original, workload, device, make)
+        if phases is not None and label in plans:
+            row |= predict(row, planner, plans[label])
+        rows.append(row)
         print(json.dumps(row), flush=True)
-        with (arguments.out / f"rows-{arguments.batch}.jsonl").open("a") as file:
+        name = "plans" if arguments.plans else "rows"
+        with (arguments.out / f"{name}-{arguments.batch}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if label in ATTRIBUTED and device == "cuda":
+        if label in ATTRIBUTED and device == "cuda" and phases is not None and not arguments.plans:
             attributed[label] = phases
-        del phases, measured
+        del phases
+        release_memory()
+    summarise(rows)
     if attributed:  # last: what is timed after a profiler was at work is slower
         write_attribution(arguments.out, arguments.batch, {"bf16": original, **attributed})
     print(f"done {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    try:
+        with torch.no_grad():
+            main()
+    except TimingsMissing as error:
+        sys.exit(str(error))

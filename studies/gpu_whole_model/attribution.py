@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from plans import FASTEST, FASTEST_FUSED, make_planner
 from rich.console import Console
 from torch import nn
-from whole_model import PROMPT, STEPS, build, make_plans, torchao_settings
+from whole_model import PROMPT, STEPS, build, torchao_settings
 
 from autoquant.applier import apply, module_bytes
 from autoquant.evaluators.request import WrongResultError, time_in_turn, warm_up
@@ -61,7 +62,12 @@ def make_models(arguments: argparse.Namespace, workload: Workload, device: str) 
     """The unquantized model, and those asked for."""
     module = build(arguments.layers, arguments.small)
     models = [make_ready("bf16", module, workload, device)]
-    plans = make_plans(module, workload, device, arguments.timings) if arguments.timings else {}
+    plans: dict[str, Plan] = {}
+    if arguments.timings:
+        planner = make_planner(module, workload, device, arguments.timings)
+        makes = {label: make for label, make in (FASTEST | FASTEST_FUSED).items() if label in arguments.only}
+        planner.check(list(makes.values()), arguments.timings, arguments.out / "shapes.txt")
+        plans = {label: planner.plan(label, make) for label, make in makes.items()}
     makers = {label: partial(apply, plan) for label, plan in plans.items()} | torchao_settings()
     for label in arguments.only:
         if label not in makers:

@@ -6,8 +6,8 @@
 `timings.db` holds what `autoquant profile` measured of the model's shapes; where something is missing, this says how to make
 it. `--fuse` adds plans whose q, k and v, and gate and up, are computed as one (6144x4096 and 28672x4096). `--plans` measures
 plans of different make instead, torchao's settings left out. Every model is compiled and captured the same way; latencies are of
-CUDA graphs, memory is that of the weights as stored. Each row says what was predicted from the timings: the unquantized model's time in the same rounds,
-with its linears' times exchanged for the plan's. Rows are printed, and written to OUT, as they come.
+CUDA graphs, memory is that of the weights as stored. Each row says what was predicted from the timings: the unquantized model's
+time in the same rounds, with its linears' times exchanged for the plan's. Rows are printed, and written to OUT, as they come.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from autoquant.profiler.timing import first_line
 from autoquant.records import Plan, Workload, request_time
 
 PROMPT, STEPS = 2048, 256
-ATTRIBUTED = ("8 bits, fused", "torchao float8 weight-only")
 SMALL_PROMPT, SMALL_STEPS = 64, 8
 
 
@@ -76,33 +75,6 @@ def torchao_settings() -> dict[str, Callable[[nn.Module], None]]:
         "torchao float8 dynamic rows": setting(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())),
         "torchao int8 dynamic": setting(Int8DynamicActivationInt8WeightConfig()),
     }
-
-
-def attribution(phases, phase: str, out: Path) -> list[tuple[str, float]]:  # noqa: ANN001
-    """Microseconds a step by kernel, most first, from the profiler; with the gaps between kernels."""
-    phases.reset(phase)
-    phases.run(phase)
-    torch.cuda.synchronize()
-    steps = 3 if phase == "decode" else 1
-    if phase == "prefill":
-        phases.reset(phase)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            phases.run(phase)
-        torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(out))
-    events = [
-        event
-        for event in json.loads(out.read_text())["traceEvents"]
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
-    sums: dict[str, float] = {}
-    for event in events:
-        sums[event["name"][:90]] = sums.get(event["name"][:90], 0.0) + event["dur"] / steps
-    span = max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)
-    sums["(gaps)"] = span / steps - sum(sums.values())
-    out.unlink()
-    return sorted(sums.items(), key=lambda item: -item[1])
 
 
 def measure(label: str, module: nn.Module, original, workload: Workload, device: str, make):  # noqa: ANN001, ANN201
@@ -166,15 +138,6 @@ def make_plans(planner: Planner, arguments: argparse.Namespace) -> dict[str, Pla
     return plans
 
 
-def write_attribution(out: Path, batch: int, models: dict[str, object]) -> None:
-    """Where the microseconds of a decode step go, for each model."""
-    with (out / f"attribution-{batch}.txt").open("a") as file:
-        for name, phases in models.items():
-            table = attribution(phases, "decode", out / "trace.json")
-            lines = "".join(f"{us:9.1f} us {kernel}\n" for kernel, us in table[:25])
-            file.write(f"== decode step of {name}\n{lines}")
-
-
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,7 +189,6 @@ def main() -> None:
     original = make_phases(module, "causal_lm", workload, device=device, compiled=True)
     warm_up(original)
     print(f"bf16 ready {time.monotonic() - started:.0f} s", flush=True)
-    attributed: dict[str, object] = {}
     rows: list[dict[str, object]] = []
     for label, make in makers.items():
         if time.monotonic() - started > arguments.seconds:
@@ -240,13 +202,9 @@ def main() -> None:
         name = "plans" if arguments.plans else "rows"
         with (arguments.out / f"{name}-{arguments.batch}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if label in ATTRIBUTED and device == "cuda" and phases is not None and not arguments.plans:
-            attributed[label] = phases
         del phases
         release_memory()
     summarise(rows)
-    if attributed:  # last: what is timed after a profiler was at work is slower
-        write_attribution(arguments.out, arguments.batch, {"bf16": original, **attributed})
     print(f"done {time.monotonic() - started:.0f} s", flush=True)
 
 

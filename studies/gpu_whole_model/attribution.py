@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from plans import FASTEST, FASTEST_FUSED, make_planner
+from plans import FASTEST, FASTEST_FUSED, TimingsMissing, make_planner
 from rich.console import Console
 from torch import nn
 from whole_model import PROMPT, STEPS, build, torchao_settings
@@ -132,5 +133,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    try:
+        with torch.no_grad():
+            main()
+    except TimingsMissing as error:
+        sys.exit(str(error))

@@ -83,7 +83,7 @@ DIFFERENT = {
 }
 
 
-class TimingsMissing(Exception):  # noqa: N818 - what it says
+class TimingsMissing(Exception):
     """The database lacks timings; the message says how to make them."""
 
 

@@ -5,9 +5,10 @@
 
 `timings.db` holds what `autoquant profile` measured of the model's shapes; where something is missing, this says how to make
 it. `--fuse` adds plans whose q, k and v, and gate and up, are computed as one (6144x4096 and 28672x4096). `--plans` measures
-plans of different make instead, torchao's settings left out. Every model is compiled and captured the same way; latencies are of
-CUDA graphs, memory is that of the weights as stored. Each row says what was predicted from the timings: the unquantized model's time in the same rounds,
-with its linears' times exchanged for the plan's. Rows are printed, and written to OUT, as they come.
+plans of different make instead, without torchao's settings. Every model is compiled and captured the same way and timed in turn
+with bf16; latencies are of CUDA graphs, memory is that of the weights as stored. A plan's row says what the timings predicted of
+it: bf16's time in the same rounds with its linears' times exchanged for the plan's. Rows are printed, and written to OUT, as
+they come.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def measure(label: str, module: nn.Module, original, workload: Workload, device:
         **{f"{phase}_ms": round(ms, 3) for phase, ms in times.plan_ms.items()},
         **{f"bf16_{phase}_ms": round(ms, 3) for phase, ms in times.original_ms.items()},
         "request_ms": round(request, 1), "bf16_request_ms": round(before, 1), "speedup": round(before / request, 3),
-        "memory_gib": round(module_bytes(copy) / 2**30, 2), "note": note or times.note,
+        "memory_gib": round(module_bytes(copy) / 2**30, 3), "note": note or times.note,
     }, phases  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def measure(label: str, module: nn.Module, original, workload: Workload, device:
         **{f"{phase}_ms": round(ms, 3) for phase, ms in times.plan_ms.items()},
         **{f"bf16_{phase}_ms": round(ms, 3) for phase, ms in times.original_ms.items()},
         "request_ms": round(request, 1), "bf16_request_ms": round(before, 1), "speedup": round(before / request, 3),
-        "memory_gib": round(module_bytes(copy) / 2**30, 2), "note": note or times.note,
+        "memory_gib": round(module_bytes(copy) / 2**30, 3), "note": note or times.note,
     }, phases  # fmt: skip
 
 

@@ -5,11 +5,11 @@
 - `path` attributes the true divergence of a model whose layers are all changed to its layers.
 """
 
-from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, Losses, OnScored, Sensitivity
+from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, Losses, OnScored, Sensitivity, check_text
 from autoquant.evaluators.sensitivity.fisher import FISHER
 from autoquant.evaluators.sensitivity.isolated import ISOLATED
 from autoquant.evaluators.sensitivity.path import PATH
 
 SENSITIVITIES = {method.id: method for method in (ISOLATED, FISHER, PATH)}
 
-__all__ = ["EVERY_LAYER", "SENSITIVITIES", "Change", "Losses", "OnScored", "Sensitivity"]
+__all__ = ["EVERY_LAYER", "SENSITIVITIES", "Change", "Losses", "OnScored", "Sensitivity", "check_text"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from autoquant.candidates import Format
+from autoquant.errors import QualityError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.records import Site
 
@@ -64,3 +65,14 @@ def by_site(changes: Sequence[Change]) -> dict[str, list[Change]]:
 def parameter_of(module: nn.Module, site: Site) -> nn.Parameter:
     """The site's weight in `module`."""
     return module.get_parameter(site.parameters[0])
+
+
+def check_text(quality: TextQuality | FunctionQuality, method: str) -> TextQuality:
+    """The quality, which must be text.
+
+    Raises:
+        QualityError: It is a function.
+    """
+    if isinstance(quality, TextQuality):
+        return quality
+    raise QualityError(f"--sensitivity {method} needs a text: with --quality use --sensitivity isolated")

@@ -23,14 +23,21 @@ from torch import nn
 
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
-from autoquant.evaluators.sensitivity.base import Change, OnScored, Sensitivity, by_site, parameter_of
+from autoquant.evaluators.sensitivity.base import (
+    EVERY_LAYER,
+    Change,
+    OnScored,
+    Sensitivity,
+    by_site,
+    check_text,
+    parameter_of,
+)
 from autoquant.evaluators.sensitivity.gradients import Place, backpropagate, changed_output
 from autoquant.evaluators.sensitivity.together import (
     Calibration,
-    check_text,
+    by_numerics,
     dtypes_of,
     room_for_model,
-    score_whole,
 )
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
 
@@ -56,9 +63,13 @@ def fisher_losses(
         ]
         rounds = -(-_LEAST_ROWS // calibration.rows)
         _observe(calibration, sites, rounds)
+        losses: dict[tuple[str, str], float] = {}
         for site in sites:
-            on_scored(site.name, site.losses(rounds * calibration.rows))
-        score_whole(calibration, changes, dtypes, on_scored)
+            losses |= site.losses(rounds * calibration.rows)
+        for numerics, of in by_numerics(changes).items():
+            own = {(change.site.name, numerics): losses[change.site.name, numerics] for change in of}
+            whole = calibration.whole(calibration.sites(of, dtypes))
+            on_scored(numerics, own | {(EVERY_LAYER, numerics): whole})
 
 
 def _observe(calibration: Calibration, sites: Sequence[_FisherSite], rounds: int) -> None:

@@ -40,24 +40,33 @@ class _Observed(torch.autograd.Function):
     """A linear whose place sees the gradient. `anchor` has it differentiated even where x has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, _anchor: torch.Tensor, place: Place) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, _anchor: torch.Tensor, place: Place, observed: set[int]) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.place = place
+        ctx.observed = observed
         return place.output(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         (gradient,) = gradients
+        ctx.observed.add(id(ctx.place))
         ctx.place.observe(x, gradient)
-        return gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None, None, None
+        return gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class PlacedLinears(TorchFunctionMode):
-    """While active, every linear on a parameter of `places` (by identity) computes as its place says."""
+    """While active, every linear on a parameter of `places` (by identity) computes as its place says.
+
+    Attributes:
+        computed: Identities of the places that computed something.
+        observed: Of those, the ones that a gradient has come back to.
+    """
 
     def __init__(self, places: Mapping[int, Place]) -> None:
         super().__init__()
+        self.computed: set[int] = set()
+        self.observed: set[int] = set()
         self._places = places
         self._anchor: torch.Tensor | None = None
 
@@ -71,11 +80,12 @@ class PlacedLinears(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _product(self, x: torch.Tensor, place: Place) -> torch.Tensor:
+        self.computed.add(id(place))
         if not torch.is_grad_enabled():
             return place.output(x)
         if self._anchor is None:
             self._anchor = torch.zeros((), device=x.device, requires_grad=True)
-        observed: torch.Tensor = _Observed.apply(x, self._anchor, place)  # type: ignore[no-untyped-call]
+        observed: torch.Tensor = _Observed.apply(x, self._anchor, place, self.observed)  # type: ignore[no-untyped-call]
         return observed
 
 
@@ -108,17 +118,21 @@ def backpropagate(
         seed: Takes the logits `[batch, tokens, vocabulary]` and returns as many numbers, constant under differentiation.
 
     Raises:
-        QualityError: The model does not let gradients through.
+        QualityError: The model does not let gradients through to every linear.
     """
     mode = PlacedLinears(places)
     with _frozen(module), _checkpointed(module, lambda: (nullcontext(), mode)), torch.enable_grad():
         with mode:
             logits = batch_logits(module, ids)
-        if not logits.requires_grad:
-            raise QualityError("this model gives no gradients: use --sensitivity isolated, which needs none")
-        with torch.no_grad():
-            vector = seed(logits.detach())
-        logits.backward(vector)  # type: ignore[no-untyped-call]
+        if logits.requires_grad:
+            with torch.no_grad():
+                vector = seed(logits.detach())
+            logits.backward(vector)  # type: ignore[no-untyped-call]
+    if missing := len(mode.computed - mode.observed):
+        raise QualityError(
+            f"no gradient reaches {missing} of {len(mode.computed)} linears of this model: use --sensitivity isolated, which"
+            " needs none"
+        )
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from torch import nn
 
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
-from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, OnScored, Sensitivity
+from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, OnScored, Sensitivity, check_text
 from autoquant.evaluators.sensitivity.gradients import backpropagate
-from autoquant.evaluators.sensitivity.together import Calibration, PathSite, by_numerics, check_text, dtypes_of
+from autoquant.evaluators.sensitivity.together import Calibration, PathSite, by_numerics, dtypes_of
 
 REACH = 0.7
 POINTS = 1

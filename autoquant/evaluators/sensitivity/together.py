@@ -10,26 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoquant.candidates import A16
-from autoquant.errors import QualityError
 from autoquant.evaluators.kept import KeptTensor
-from autoquant.evaluators.quality import FunctionQuality, TextQuality, divergence_sum
-from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, OnScored, parameter_of
+from autoquant.evaluators.quality import TextQuality, divergence_sum
+from autoquant.evaluators.sensitivity.base import Change, parameter_of
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits, changed_output
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
 
 _LOGITS_AT_ONCE = 1 << 25
 _KEPT_BYTES = 1 << 30
-
-
-def check_text(quality: TextQuality | FunctionQuality, method: str) -> TextQuality:
-    """The quality, which must be text.
-
-    Raises:
-        QualityError: It is a function.
-    """
-    if isinstance(quality, TextQuality):
-        return quality
-    raise QualityError(f"--sensitivity {method} needs a text: with --quality use --sensitivity isolated")
 
 
 def by_numerics(changes: Sequence[Change]) -> dict[str, list[Change]]:
@@ -144,11 +132,3 @@ class Calibration:
                 logits = batch_logits(self.module, batch)
             total += divergence_sum(reference.flatten(0, 1), logits.flatten(0, 1))
         return max(total / self.rows, 0.0)
-
-
-def score_whole(
-    calibration: Calibration, changes: Sequence[Change], dtypes: Mapping[str, torch.dtype], on_scored: OnScored
-) -> None:
-    """What each numerics costs in all the layers that it has changes of."""
-    for numerics, of in by_numerics(changes).items():
-        on_scored(numerics, {(EVERY_LAYER, numerics): calibration.whole(calibration.sites(of, dtypes))})

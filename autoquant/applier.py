@@ -124,6 +124,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, device: str = "c
 
     Args:
         model: Needed only where a live module was searched: a module of the same architecture, whose weights are replaced.
+        device: Where it will run. Moved later, layers computed as one no longer are: each gets memory of its own.
 
     Raises:
         CheckpointError: The folder is no such model, is damaged, or was packed for another CPU.

@@ -111,8 +111,6 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
             raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
         route = tuple((upper, kernel) for upper, kernel in description["route"])
         tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
-    for names in manifest.get("joined", []):
-        tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
     if module is None:
         try:
             module = build_architecture(manifest["source"], folder, dtype, meta=True)
@@ -122,7 +120,11 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
         if without_values(module):  # a tensor that is neither parameter nor buffer: only real construction fills it
             module = build_architecture(manifest["source"], folder, dtype, meta=False)
     _assign(module, tensors, manifest["ties"], folder)
-    return module.to(device) if device != "cpu" else module
+    module = module.to(device) if device != "cpu" else module
+    for names in manifest.get("joined", []):  # last: being moved, each weight would get memory of its own again
+        joined = join([module.get_parameter(name).data for name in names])
+        _assign(module, dict(zip(names, joined, strict=True)), manifest["ties"], folder)
+    return module
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from autoquant.errors import WorkloadError
 Outcome = Literal["ok", "unsupported", "bounded", "beaten", "incorrect", "failed"]
 """`bounded`: never prepared, since the roofline shows that it cannot win. `beaten`: tried out, and far behind."""
 PlanKind = Literal["original", "uniform", "front", "refined"]
+Objective = Literal["time", "memory"]
+"""What the recommended plan has least of, within the limits: time of a request, or bytes of all parameters."""
 ORIGINAL_LABEL = "original"
 
 

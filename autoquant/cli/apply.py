@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoquant.cli.output import Database, opened_study
-from autoquant.cli.plans import ModelOption, PlanOption, recommended_plan, source_path
+from autoquant.cli.plans import ModelOption, PlanOption, source_path
 from autoquant.cli.values import fraction
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
         return study.plan(plan_id)
     if increase is not None:
         return study.best(increase, study.facts.limits.get("max_memory_bytes"))
-    return recommended_plan(study)
+    return study.best_of_search()
 
 
 def _print_report(plan: Plan, report: AppliedReport) -> None:

@@ -21,11 +21,17 @@ from typer.core import TyperGroup
 from autoquant.cli.apply import apply
 from autoquant.cli.bench import bench
 from autoquant.cli.candidates import candidates
+from autoquant.cli.diff import diff
 from autoquant.cli.eval import evaluate
+from autoquant.cli.export_timings import export_timings
+from autoquant.cli.merge import merge
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
+from autoquant.cli.recipes import recipes
+from autoquant.cli.rm import rm
 from autoquant.cli.search import search
 from autoquant.cli.show import show
+from autoquant.cli.studies import studies
 from autoquant.errors import AutoquantError
 
 DEBUG_VARIABLE = "AUTOQUANT_DEBUG"
@@ -95,11 +101,17 @@ app = typer.Typer(
 app.command(short_help="Search for the fastest plans of a model.")(search)
 app.command(short_help="Show the measured front of a search.")(pareto)
 app.command(short_help="Show one plan layer by layer, with why.")(show)
+app.command(short_help="Show what changes between two plans, and what it buys.")(diff)
 app.command(short_help="Write the quantized model to disk.")(apply)
 app.command(short_help="Time plans in the whole model, in turn.")(bench)
 app.command("eval", short_help="Score plans on tasks of lm-evaluation-harness.")(evaluate)
 app.command(short_help="List formats and kernels for a device.")(candidates)
 app.command(short_help="Time linears by every candidate, without a search.")(profile)
+app.command(short_help="List the recipes that a search can take options from.")(recipes)
+app.command(short_help="List the studies of a database.")(studies)
+app.command(short_help="Remove a study; what was measured stays.")(rm)
+app.command(short_help="Copy timings and losses of another database.")(merge)
+app.command(short_help="Print every timing of a database as CSV or JSON.")(export_timings)
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from autoquant.store import Store
     from autoquant.tuner.study import Study
 
 Database = Annotated[str, typer.Argument(metavar="PLAN.DB", help="Database that a search wrote.", show_default=False)]
@@ -22,16 +23,24 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of te
 
 
 @contextmanager
-def opened_study(database: str, *, study_id: str | None = None, plan_id: str | None = None) -> Iterator[Study]:
-    """A study of an existing database: the one named, the one of a plan, or the one last worked on."""
+def opened_store(database: str) -> Iterator[Store]:
+    """An existing database, closed at the end."""
     from autoquant.store import open_store
-    from autoquant.tuner.study import Study
 
     store = open_store(database, create=False)
     try:
-        yield Study(store, store.plan(plan_id).study_id if plan_id is not None else study_id)
+        yield store
     finally:
         store.close()
+
+
+@contextmanager
+def opened_study(database: str, *, study_id: str | None = None, plan_id: str | None = None) -> Iterator[Study]:
+    """A study of an existing database: the one named, the one of a plan, or the one last worked on."""
+    from autoquant.tuner.study import Study
+
+    with opened_store(database) as store:
+        yield Study(store, store.plan(plan_id).study_id if plan_id is not None else study_id)
 
 
 def print_json(value: Any) -> None:
@@ -47,6 +56,21 @@ def print_table(make: Callable[[int], RenderableType]) -> None:
 
     console = Console(file=sys.stdout, highlight=False)
     console.print(make(console.width))
+
+
+def check_place(path: Path) -> None:
+    """Refuse, before long work is done, a file that could not be written after it.
+
+    Raises:
+        AutoquantError: It lies in no folder that can be written into.
+    """
+    from autoquant.errors import AutoquantError
+    from autoquant.store.connect import is_writable
+
+    if path.is_dir():
+        raise AutoquantError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir() or not is_writable(path.parent):
+        raise AutoquantError(f"cannot write {path}: {path.parent} is not a folder that can be written into")
 
 
 def write_file(path: Path, content: bytes) -> None:

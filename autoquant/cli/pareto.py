@@ -1,4 +1,4 @@
-"""`autoquant pareto`: the measured front as a table, JSON, CSV or picture."""
+"""`autoquant pareto`: the measured front as a table, JSON, CSV, picture, or a drawing in characters."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def pareto(
     ] = None,
     as_json: JsonFlag = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
+    chart: Annotated[bool, typer.Option("--chart", help="Also draw the front in characters, below the table.")] = False,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the front into a .png, .svg or .html file.", show_default=False),
@@ -30,6 +31,8 @@ def pareto(
     """Show the proven plans, fastest first: request time, quality and memory, all measured."""
     if as_json and as_csv:
         raise typer.BadParameter("cannot be combined with --csv", param_hint="--json")
+    if chart and (as_json or as_csv):
+        raise typer.BadParameter("cannot be combined with --json or --csv", param_hint="--chart")
     if plot is not None:
         _check_suffix(plot)
     with opened_study(database, study_id=study) as opened:
@@ -41,7 +44,7 @@ def pareto(
         elif as_csv:
             _print_csv(rows)
         else:
-            _print_text(opened, rows)
+            _print_text(opened, rows, chart=chart)
 
 
 def _check_suffix(path: Path) -> None:
@@ -71,7 +74,14 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
     writer.writerows(rows)
 
 
-def _print_text(study: Study, rows: list[dict[str, Any]]) -> None:
+def _print_chart(rows: list[dict[str, Any]]) -> None:
+    from autoquant.report.front_chart import FrontChart
+
+    print_table(lambda _width: FrontChart(rows))
+    typer.echo()
+
+
+def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> None:
     from autoquant.report.tables import front_table
     from autoquant.report.words import recommendation, study_line
 
@@ -83,6 +93,8 @@ def _print_text(study: Study, rows: list[dict[str, Any]]) -> None:
     if rows:
         print_table(lambda width: front_table(rows, width))
         typer.echo()
+    if rows and chart:
+        _print_chart(rows)
     typer.echo(recommendation(rows, facts.limits))
     for plan_id, reason in study.store.failed_proofs(study.study_id).items():
         typer.echo(f"Plan {plan_id} could not be proven: {reason}")

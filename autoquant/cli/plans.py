@@ -21,16 +21,6 @@ ModelOption = Annotated[
 ]
 
 
-def recommended_plan(study: Study) -> Plan:
-    """The best plan under the limits of the search.
-
-    Raises:
-        PlanError: None is within them; the message says what there is.
-    """
-    limits = study.facts.limits
-    return study.best(limits.get("max_ppl_increase"), limits.get("max_memory_bytes"))
-
-
 def chosen_plans(study: Study, ids: list[str], kind: str | None = None) -> list[Plan]:
     """The plans named, or the recommended one; then those of the kind. The unquantized model takes part anyway.
 
@@ -39,7 +29,7 @@ def chosen_plans(study: Study, ids: list[str], kind: str | None = None) -> list[
     """
     from autoquant.errors import PlanError
 
-    named = [study.plan(plan_id) for plan_id in ids] or [recommended_plan(study)]
+    named = [study.plan(plan_id) for plan_id in ids] or [study.best_of_search()]
     if others := {each.study_id for each in named} - {study.study_id}:
         raise PlanError(f"the plans are of different studies ({study.study_id} and {others.pop()}): give those of one")
     proven = study.proofs()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoquant.cli.output import JsonFlag, print_json, print_table, write_file
+from autoquant.cli.output import JsonFlag, check_place, print_json, print_table, write_file
 from autoquant.cli.search import Dtype
 
 if TYPE_CHECKING:
@@ -109,14 +109,11 @@ def profile(
 
 def _check_plot(path: Path) -> None:
     """Refuse before anything is timed what could not be written afterwards."""
-    from autoquant.errors import AutoquantError
     from autoquant.report.plots import SUFFIXES
-    from autoquant.store.connect import is_writable
 
     if path.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")
-    if not path.parent.is_dir() or not is_writable(path.parent):
-        raise AutoquantError(f"cannot write {path}: {path.parent} is not a folder that can be written into")
+    check_place(path)
 
 
 def _draw(latencies: Latencies, path: Path) -> None:

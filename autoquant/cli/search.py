@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoquant.cli.output import JsonFlag, print_json, print_table
+from autoquant.cli.recipe_option import RecipeOption, SaveRecipeOption, check_save, command_line_wins, save_recipe
 from autoquant.cli.values import duration_s, fraction, size_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +34,15 @@ class Sensitivity(StrEnum):
     PATH = "path"
 
 
+class Minimize(StrEnum):
+    """What the recommended plan has least of."""
+
+    TIME = "time"
+    MEMORY = "memory"
+
+
 def search(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -42,6 +51,7 @@ def search(
             show_default=False,
         ),
     ],
+    _recipe: RecipeOption = None,
     eval_text: Annotated[
         str | None,
         typer.Option("--eval-text", metavar="FILE", help="Text that quality is measured on.", show_default=False),
@@ -76,6 +86,9 @@ def search(
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False)
     ] = None,
+    minimize: Annotated[
+        Minimize, typer.Option(help="What the recommended plan has least of, within the limits.")
+    ] = Minimize.TIME,
     candidates: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,7 +98,8 @@ def search(
         ),
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="Also try layers that read the same input as one (q, k, v; gate, up).")
+        bool,
+        typer.Option("--fuse/--no-fuse", help="Also try layers that read the same input as one (q, k, v; gate, up)."),
     ] = False,
     time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
     sensitivity: Annotated[
@@ -107,15 +121,18 @@ def search(
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Load a pickled model: runs the code that is in it.")
     ] = False,
+    save_as: SaveRecipeOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Search MODEL for its fastest quantization within a quality budget, measured on this device.
 
     Ctrl-C keeps everything measured so far; the same command goes on from there.
     """
+    eval_text, quality = command_line_wins(context, "eval_text", "quality")
     _check_judge(eval_text, quality)
     if quality is not None and sensitivity is not Sensitivity.ISOLATED:
         raise typer.BadParameter("needs a text: with --quality only isolated works", param_hint="--sensitivity")
+    check_save(save_as)
     increase = fraction(max_ppl_increase, "--max-ppl-increase")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
     budget_s = duration_s(time_budget, "--time-budget")
@@ -141,6 +158,7 @@ def search(
                 batch=batch,
                 max_ppl_increase=increase,
                 max_memory_bytes=memory,
+                minimize=minimize.value,
                 candidates=tuple(candidates or ("*",)),
                 fuse=fuse,
                 time_budget_s=budget_s,
@@ -156,6 +174,8 @@ def search(
             f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True
         )
         raise typer.Exit(130) from None
+    if save_as is not None:
+        save_recipe(context, save_as)
     _report(study, db, as_json=as_json)
 
 

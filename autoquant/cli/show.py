@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
-from autoquant.cli.plans import PlanOption, recommended_plan
+from autoquant.cli.plans import PlanOption
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Proof
@@ -17,22 +17,25 @@ if TYPE_CHECKING:
 def show(
     database: Database,
     plan: PlanOption = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="Also what the next better and the next cheaper choices would change.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Show one plan layer by layer: format, kernels, predicted time, loss and memory, and why."""
     with opened_study(database, plan_id=plan) as study:
-        chosen = recommended_plan(study) if plan is None else study.plan(plan)
+        chosen = study.best_of_search() if plan is None else study.plan(plan)
         row = next((row for row in study.rows() if row["plan_id"] == chosen.plan_id), None)
         proof = study.proofs().get(chosen.plan_id)
         if as_json:
             from autoquant.report.json_output import plan_object
 
-            print_json(plan_object(chosen, row, proof, study.facts.recording))
+            print_json(plan_object(chosen, row, proof, study.facts.recording, study.alternatives(chosen)))
         else:
-            _print_text(study, chosen, row, proof)
+            _print_text(study, chosen, row, proof, why=why)
 
 
-def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Proof | None) -> None:
+def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Proof | None, *, why: bool) -> None:
     from autoquant.report.tables import coverage_line, coverage_table, layers_table
     from autoquant.report.words import plan_lines, study_line
 
@@ -43,6 +46,8 @@ def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Pro
         typer.echo(line)
     typer.echo()
     print_table(lambda width: layers_table(plan, width))
+    if why:
+        _print_why(study, plan)
     recording = facts.recording
     if recording is None:
         return
@@ -50,3 +55,16 @@ def _print_text(study: Study, plan: Plan, row: dict[str, Any] | None, proof: Pro
     if recording.skipped:
         typer.echo()
         print_table(lambda _width: coverage_table(recording))
+
+
+def _print_why(study: Study, plan: Plan) -> None:
+    from autoquant.report.why_table import NOTHING_KEPT, TOGETHER, together, why_table
+
+    typer.echo()
+    found = study.alternatives(plan)
+    if found is None:
+        typer.echo(NOTHING_KEPT)
+        return
+    print_table(lambda _width: why_table(plan, found))
+    if together(plan, found):
+        typer.echo(TOGETHER)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from autoquant.records import LayerChoice, Plan, Proof, Recording
+from autoquant.tuner.alternatives import Alternative, Alternatives
 
 
 def dumps(value: Any) -> str:
@@ -17,9 +18,14 @@ def dumps(value: Any) -> str:
 
 
 def plan_object(
-    plan: Plan, row: Mapping[str, Any] | None, proof: Proof | None, recording: Recording | None
+    plan: Plan,
+    row: Mapping[str, Any] | None,
+    proof: Proof | None,
+    recording: Recording | None,
+    alternatives: Alternatives | None,
 ) -> dict[str, Any]:
-    """A plan with its layers, what was measured of it (both None where unproven) and what it covers."""
+    """A plan with its layers, what was measured of it (both None where unproven), what it covers, and what else its layers
+    could have (None where that is not known)."""
     head = {
         "plan_id": plan.plan_id,
         "label": plan.label,
@@ -40,25 +46,45 @@ def plan_object(
         "model_hash": plan.model_hash,
         "dtype": plan.dtype,
         "formats": plan.formats(),
-        "layers": [layer_object(layer) for layer in plan.layers],
+        "layers": [layer_object(layer, (alternatives or {}).get(layer.name)) for layer in plan.layers],
         "coverage": coverage_object(recording) if recording else None,
     }
 
 
-def layer_object(layer: LayerChoice) -> dict[str, Any]:
-    """What one layer gets, and why."""
+def layer_object(layer: LayerChoice, alternatives: Sequence[Alternative] | None) -> dict[str, Any]:
+    """What one layer gets, and why; differences of alternatives are of one request."""
     return {
         "name": layer.name,
         "shape": asdict(layer.shape),
         "format": layer.format,
-        "route": [{"upper_m": step.upper_m, "kernel": step.kernel} for step in layer.route],
+        "route": _route(layer),
         "numerics": layer.numerics,
         "latency_us": dict(layer.latency_us),
         "loss": layer.loss,
         "memory_bytes": layer.memory_bytes,
         "joined": list(layer.joined),
         "reason": layer.reason,
+        "alternatives": alternative_objects(alternatives),
     }
+
+
+def alternative_objects(found: Sequence[Alternative] | None) -> list[dict[str, Any]] | None:
+    """A layer's alternatives for programs; None where they are not known."""
+    if found is None:
+        return None
+    return [
+        {
+            "gains": list(each.gains),
+            "format": each.choice.format,
+            "route": _route(each.choice),
+            "numerics": each.choice.numerics,
+            "joined": list(each.choice.joined),
+            "request_us": each.request_us,
+            "loss": each.loss,
+            "memory_bytes": each.memory_bytes,
+        }
+        for each in found
+    ]
 
 
 def coverage_object(recording: Recording) -> dict[str, Any]:
@@ -69,6 +95,10 @@ def coverage_object(recording: Recording) -> dict[str, Any]:
         "flops_share": dict(recording.flops_share),
         "skipped": [asdict(skipped) for skipped in recording.skipped],
     }
+
+
+def _route(layer: LayerChoice) -> list[dict[str, Any]]:
+    return [asdict(step) for step in layer.route]
 
 
 def _finite(value: Any) -> Any:

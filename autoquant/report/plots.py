@@ -10,6 +10,7 @@ from typing import Any
 
 from autoquant.records import ORIGINAL_LABEL
 from autoquant.report import units
+from autoquant.report.front_scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
 from autoquant.report.labels import Box, nearest_point, place_labels
 from autoquant.report.tables import quality_word
 
@@ -20,11 +21,8 @@ _FRONT, _OTHER, _RECOMMENDED, _INK = "#1f4e79", "#b8c4d0", "#f0a020", "#222222"
 _GREY, _THIN = "#6b7885", "#8a949e"
 _SEARCHED_FRONT, _SEARCHED = "searched, on the front", "searched"
 _SIZE_INCHES, _DPI = (9.0, 5.6), 120
-_WIDE_TIMES, _WIDE_INCREASES = 8.0, 12.0  # ratios above which an axis is logarithmic
 _LABEL_LENGTH = 28
 _POINT_AREA = (30.0, 190.0)
-
-Row = Mapping[str, Any]
 
 
 def render(rows: Sequence[Row], suffix: str, title: str) -> bytes:
@@ -33,26 +31,13 @@ def render(rows: Sequence[Row], suffix: str, title: str) -> bytes:
     Raises:
         ValueError: `suffix` is none of `SUFFIXES`.
     """
-    shown = [row for row in rows if _drawable(row)]
-    note = "" if len(shown) == len(rows) else f"not shown: {len(rows) - len(shown)} plans without finite quality"
+    shown = [row for row in rows if drawable(row)]
+    note = left_out_note(rows)
     if suffix == ".html":
         return _page(shown, title, note).encode()
     if suffix in (".png", ".svg"):
         return _picture(shown, suffix.removeprefix("."), title, note)
     raise ValueError(f"cannot draw {suffix!r}: one of {', '.join(SUFFIXES)}")
-
-
-def _drawable(row: Row) -> bool:
-    return all(math.isfinite(row[name]) for name in ("measured_request_ms", "perplexity_increase"))
-
-
-def staircase(rows: Sequence[Row]) -> list[Row]:
-    """The rows that no other beats in time and quality, fastest first (memory left aside: the picture has two axes)."""
-    steps: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row["measured_request_ms"], row["perplexity_increase"])):
-        if not steps or row["perplexity_increase"] < steps[-1]["perplexity_increase"]:
-            steps.append(row)
-    return steps
 
 
 def _picture(rows: Sequence[Row], kind: str, title: str, note: str) -> bytes:
@@ -84,28 +69,16 @@ def _picture(rows: Sequence[Row], kind: str, title: str, note: str) -> bytes:
     return buffer.getvalue()
 
 
-def _wide_times(rows: Sequence[Row]) -> bool:
-    times = [row["measured_request_ms"] for row in rows]
-    return bool(times) and max(times) > _WIDE_TIMES * min(times) > 0
-
-
-def _increase_threshold(rows: Sequence[Row]) -> float | None:
-    """Percent below which the quality axis is linear when the range is too wide for one scale; None for plain."""
-    increases = sorted(abs(row["perplexity_increase"]) * 100 for row in rows)
-    middle = increases[len(increases) // 2] if increases else 0.0
-    return max(middle, 0.1) if increases and increases[-1] > _WIDE_INCREASES * max(middle, 0.1) else None
-
-
 def _set_scales(axes: Any, rows: Sequence[Row]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
     axes.margins(0.12)
-    if _wide_times(rows):
+    if wide_times(rows):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
-    threshold = _increase_threshold(rows)
+    threshold = increase_threshold(rows)
     if threshold is not None:
         linear_to = 10 ** math.ceil(math.log10(threshold))
         axes.set_yscale("symlog", linthresh=linear_to, linscale=1.5)
@@ -292,7 +265,7 @@ def _page(rows: Sequence[Row], title: str, note: str) -> str:
         template="plotly_white",
         hovermode="closest",
         legend={"orientation": "h", "y": -0.15},
-        xaxis={"title": {"text": "Time of one request [ms]"}, "type": "log" if _wide_times(rows) else "linear"},
+        xaxis={"title": {"text": "Time of one request [ms]"}, "type": "log" if wide_times(rows) else "linear"},
         yaxis={"title": {"text": f"{word} increase [%]"}, "range": _page_range(rows)},
     )
     return str(figure.to_html(include_plotlyjs=True, full_html=True))
@@ -354,7 +327,7 @@ def _hover(row: Row) -> str:
 
 def _page_range(rows: Sequence[Row]) -> list[float] | None:
     """Begin with the part where choices are made; the reader can zoom out to the plans far above it."""
-    threshold = _increase_threshold(rows)
+    threshold = increase_threshold(rows)
     if threshold is None:
         return None
     lowest = min(row["perplexity_increase_low"] * 100 for row in rows)

@@ -110,7 +110,7 @@ def layers_table(plan: Plan, width: int = 80) -> Table:
             name.append(f"\n{why}", style="italic")
         cells = [
             name,
-            Text(f"{layers[0].format}\n{route_text(layers[0].route)}{_joined_text(layers[0])}"),
+            Text(f"{layers[0].format}\n{route_text(layers[0].route)}{joined_text(layers[0])}"),
             Text("\n".join(_phases(layers))),
             Text(units.digits(sum(layer.loss for layer in layers), 2)),
             Text(units.size(sum(layer.memory_bytes for layer in layers))),
@@ -132,7 +132,7 @@ def layer_groups(layers: Sequence[LayerChoice]) -> list[tuple[str, tuple[LayerCh
     return sorted(groups, key=lambda group: position[group[1][0].name])
 
 
-def _joined_text(layer: LayerChoice) -> str:
+def joined_text(layer: LayerChoice) -> str:
     """What a layer is computed as one with."""
     others = [name.rpartition(".")[2] for name in layer.joined if name != layer.name]
     return f"\nas one with\n{', '.join(others)}" if others else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 MISSING = "-"
 _TIME_UNITS_US = (("s", 1e6), ("ms", 1e3), ("µs", 1.0))
@@ -45,6 +45,11 @@ def size(value: float) -> str:
     """Bytes as KiB, MiB or GiB (MiB up to 10 GiB, so that models of one size compare at a glance)."""
     unit, scale = next((pair for pair in _BYTE_UNITS if value >= pair[1] * (10 if pair[0] == "GiB" else 1)), ("B", 1))
     return f"{digits(value / scale)} {unit}" if unit != "B" else f"{value:.0f} B"
+
+
+def signed(value: float, write: Callable[[float], str]) -> str:
+    """A difference with its sign, its size written by `write`."""
+    return f"{'+' if value > 0 else '-' if value < 0 else ''}{write(abs(value))}"
 
 
 def percent(fraction: float, *, signed: bool = False) -> str:

@@ -31,9 +31,10 @@ def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
     if not rows:
         return "No plan has been proven yet: run the same command again with a larger --time-budget."
     if row is None:
-        return f"No proven plan is within the limits ({_limits(limits)}): allow more, or take one from the table."
+        return f"No proven plan is within the limits ({limits_words(limits)}): allow more, or take one from the table."
     if row["label"] == ORIGINAL_LABEL:
-        return f"Recommended: the unquantized model. No faster plan is within the limits ({_limits(limits)})."
+        other = "smaller" if limits.get("minimize") == "memory" else "faster"
+        return f"Recommended: the unquantized model. No {other} plan is within the limits ({limits_words(limits)})."
     original = next((other for other in rows if other["label"] == ORIGINAL_LABEL), None)
     what = "perplexity" if row["perplexity"] is not None else "loss"
     lines = [
@@ -99,10 +100,13 @@ def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
     return f"{stored} instead of {units.size(original['memory_bytes'])} ({share:.0%})"
 
 
-def _limits(limits: Mapping[str, Any]) -> str:
+def limits_words(limits: Mapping[str, Any]) -> str:
+    """The limits of a study in words, and what is minimized within them if it is not time."""
     parts = []
     if limits.get("max_ppl_increase") is not None:
         parts.append(f"increase at most {units.percent(limits['max_ppl_increase'])}")
     if limits.get("max_memory_bytes") is not None:
         parts.append(f"memory at most {units.size(limits['max_memory_bytes'])}")
+    if limits.get("minimize") == "memory":
+        parts.append("least memory")
     return ", ".join(parts) or "none set"

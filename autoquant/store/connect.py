@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DatabaseError
+from sqlalchemy.pool import NullPool
 
 from autoquant.errors import StoreError
 from autoquant.store.repository import Store
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 APPLICATION_ID = 0x41514E54  # "AQNT", in the SQLite header: tells our files from other programs'
 VERSION_TABLE = "autoquant_schema"
@@ -44,6 +49,30 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     return Store(engine)
 
 
+def open_read_only(path: str | os.PathLike[str]) -> Store:
+    """Open a database file of today's schema for reading only: the file keeps every byte.
+
+    Raises:
+        StoreError: The file is missing, damaged, of another program, or of an older or newer autoquant.
+    """
+    file = Path(path)
+    _check_file(file, create=False, write=False)
+    # A file without a log beside it is open nowhere. Only `immutable` keeps SQLite from making a log, and leaving it there.
+    mode = "mode=ro" if Path(f"{file}-wal").exists() else "mode=ro&immutable=1"
+    uri = f"{file.absolute().as_uri()}?{mode}"
+    engine = create_engine(
+        "sqlite://",
+        creator=lambda: sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
+        poolclass=NullPool,
+    )
+    event.listen(engine, "begin", _begin_sqlite)
+    try:
+        _check_revision(engine, str(path))
+    except DatabaseError as error:
+        raise StoreError(f"cannot use {path} as a database: {error.orig}") from error
+    return Store(engine)
+
+
 def check_address(address: str | os.PathLike[str], *, create: bool = True) -> None:
     """Refuse, without touching anything, a file that `open_store` would refuse.
 
@@ -56,7 +85,7 @@ def check_address(address: str | os.PathLike[str], *, create: bool = True) -> No
         _check_file(Path(url.database), create=create)
 
 
-def _check_file(path: Path, *, create: bool) -> None:
+def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     """Refuse what SQLite would only find out after writing. The file is opened read-only here."""
     if path.is_dir():
         raise StoreError(f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}")
@@ -69,7 +98,7 @@ def _check_file(path: Path, *, create: bool) -> None:
         if not is_writable(folder):
             raise StoreError(f"cannot write into {folder}; choose another place with --db")
         return
-    if not is_writable(path) or not is_writable(path.parent):
+    if write and not (is_writable(path) and is_writable(path.parent)):
         raise StoreError(f"cannot write to {path} (read-only); copy it somewhere writable")
     _check_header(path)
 
@@ -113,21 +142,41 @@ def _begin_sqlite(connection: Connection) -> None:
 def _migrate(engine: Engine, address: str) -> None:
     """Bring the schema to the newest revision, each step in one transaction."""
     from alembic import command  # deferred: only opening a database needs it
-    from alembic.config import Config
-    from alembic.script import ScriptDirectory
 
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    script = ScriptDirectory.from_config(config)
-    current = _revision(engine)
-    if current == script.get_current_head():
+    config = _migrations()
+    if _is_newest(engine, address, config):
         return
-    known = {revision.revision for revision in script.walk_revisions()}
-    if current is not None and current not in known:
-        raise StoreError(f"{address} was written by a newer autoquant (schema {current}); upgrade autoquant to read it")
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def _check_revision(engine: Engine, address: str) -> None:
+    """Refuse a schema that would have to be migrated before it can be read."""
+    if not _is_newest(engine, address, _migrations()):
+        raise StoreError(
+            f"{address} was written by an older autoquant; `autoquant studies {address}` brings it up to date"
+        )
+
+
+def _migrations() -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
+
+
+def _is_newest(engine: Engine, address: str, config: Config) -> bool:
+    """Whether the schema is the newest; one that is newer than that is refused."""
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory.from_config(config)
+    current = _revision(engine)
+    known = {revision.revision for revision in script.walk_revisions()}
+    if current is not None and current not in known:
+        raise StoreError(f"{address} was written by a newer autoquant (schema {current}); upgrade autoquant to read it")
+    return current == script.get_current_head()
 
 
 def _revision(engine: Engine) -> str | None:

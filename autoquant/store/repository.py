@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from sqlalchemy import Engine, select
-from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
-from autoquant.errors import PlanError, StoreError
+from autoquant.errors import PlanError
 from autoquant.records import (
     Device,
+    LayerChoice,
     LinearShape,
     Measurement,
     Outcome,
@@ -45,6 +45,7 @@ from autoquant.store.schema import (
     TimingRow,
     now,
 )
+from autoquant.store.session import transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +78,8 @@ class Store:
     def close(self) -> None:
         self.engine.dispose()
 
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        try:
-            with Session(self.engine) as session, session.begin():
-                yield session
-        except DatabaseError as error:
-            raise StoreError(f"the database refused: {error.orig}") from error
+    def _session(self) -> AbstractContextManager[Session]:
+        return transaction(self.engine)
 
     # -- devices and timings -------------------------------------------------------------------------------------
 
@@ -107,7 +103,7 @@ class Store:
         """Every measurement made on `device` under `protocol`."""
         with self._session() as session:
             rows = session.scalars(select(TimingRow).filter_by(device_key=device.key, protocol=protocol))
-            return {measurement.subject: measurement for measurement in map(_measurement, rows)}
+            return {measurement.subject: measurement for measurement in map(measurement_from, rows)}
 
     def put_timings(self, device: Device, protocol: str, measurements: Iterable[Measurement]) -> None:
         """Keep measurements that were made against one another, in one transaction."""
@@ -199,6 +195,19 @@ class Store:
                 raise PlanError(f"no study {study_id} in this database")
             for name, value in columns.items():
                 setattr(row, name, _plain(value) if isinstance(value, Recording) else value)
+
+    def put_options(self, study_id: str, options: Sequence[Sequence[LayerChoice]]) -> None:
+        """Keep what plans are solved from: the choices of every layer, with what is predicted of them."""
+        self.update_study(study_id, problem={"options": [[_plain(choice) for choice in layer] for layer in options]})
+
+    def options(self, study_id: str) -> dict[str, list[LayerChoice]] | None:
+        """The choices that plans were solved from, by layer name; None where the search has not come so far."""
+        with self._session() as session:
+            problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
+        if problem is None:
+            return None
+        layers = [[layer_from(choice) for choice in layer] for layer in problem["options"]]
+        return {layer[0].name: layer for layer in layers}
 
     def studies(self) -> list[str]:
         """Study ids, the one last worked on first."""
@@ -335,7 +344,8 @@ def _plain(record: Any) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(asdict(record))))
 
 
-def _measurement(row: TimingRow) -> Measurement:
+def measurement_from(row: TimingRow) -> Measurement:
+    """Rebuild a `Measurement` from its row."""
     subject = TimingSubject(
         shape=LinearShape(n=row.n, k=row.k, bias=row.bias, dtype=row.dtype),
         m=row.m,

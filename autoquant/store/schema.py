@@ -100,7 +100,10 @@ class LossRow(Base):
 
 
 class StudyRow(Base):
-    """One search: a model, a device, a workload and a text. Limits are not part of it: they are solved for again."""
+    """One search: a model, a device, a workload and a text. Limits are not part of it: they are solved for again.
+
+    `problem` holds what plans were solved from: the options of every layer. It is large, and read only when asked for.
+    """
 
     __tablename__ = "study"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -110,7 +113,7 @@ class StudyRow(Base):
     workload: Mapped[dict[str, Any]]
     limits: Mapped[dict[str, Any]]
     recording: Mapped[dict[str, Any] | None]
-    problem: Mapped[dict[str, Any] | None]
+    problem: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     recommended: Mapped[str | None]
     complete: Mapped[bool] = mapped_column(default=False)
     spent_s: Mapped[float] = mapped_column(default=0.0)

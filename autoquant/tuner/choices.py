@@ -74,6 +74,13 @@ def format_facts(
     return facts
 
 
+def memory_bytes(site: Site, format_id: str, facts: Mapping[tuple[str, LinearShape], FormatFacts]) -> int:
+    """Bytes of a site's weight in a format, with the original's where that is kept for another use."""
+    original = original_format(site.shape.dtype)
+    kept = facts[original, site.shape].memory_bytes if site.kept and format_id != original else 0
+    return facts[format_id, site.shape].memory_bytes + kept
+
+
 def site_choices(
     site: Site,
     candidates: Sequence[tuple[Format, Kernel]],
@@ -88,18 +95,13 @@ def site_choices(
     by_format: dict[str, tuple[Format, list[Kernel]]] = {}
     for fmt, kernel in candidates:
         by_format.setdefault(fmt.id, (fmt, []))[1].append(kernel)
-    original = original_format(site.shape.dtype)
-    kept_bytes = facts[original, site.shape].memory_bytes if site.kept else 0
     for fmt, kernels in by_format.values():
         measured = FormatTimings(site.shape, fmt.id, working_set, timings)
         routes = _routes(site, kernels, measured)
         if not routes:
             dropped[fmt.id] = _first_reason(site, kernels, measured, timings)
-        kept_too = 0 if fmt.id == original else kept_bytes
-        choices += [
-            _choice(site, fmt, route, measured, facts[fmt.id, site.shape].memory_bytes + kept_too) for route in routes
-        ]
-    kept = _prune(choices, facts, workload, original, dropped)
+        choices += [_choice(site, fmt, route, measured, memory_bytes(site, fmt.id, facts)) for route in routes]
+    kept = _prune(choices, facts, workload, original_format(site.shape.dtype), dropped)
     return SiteChoices(site, tuple(kept), dropped)
 
 

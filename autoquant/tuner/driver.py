@@ -23,10 +23,7 @@ from autoquant.profiler.device import fingerprint
 from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.profile import with_original
 from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import (
-    Workload,
-    content_key,
-)
+from autoquant.records import Objective, Workload, content_key
 from autoquant.store import open_store
 from autoquant.store.connect import check_address
 from autoquant.tuner.stages import Stages
@@ -44,6 +41,7 @@ def search(
     batch: int = 1,
     max_ppl_increase: float | None = 0.01,
     max_memory_bytes: int | None = None,
+    minimize: Objective = "time",
     candidates: Sequence[str] = ("*",),
     time_budget_s: float = 600.0,
     seed: int = 0,
@@ -68,6 +66,7 @@ def search(
         workload: `prefill=TOKENS,decode=STEPS` or a `Workload`; for a module with sample inputs, one forward pass.
         max_ppl_increase: Limit of the recommended plan, a fraction (None: no limit).
         max_memory_bytes: Limit on the bytes of all parameters.
+        minimize: What the recommended plan has least of within the limits: request time, or the bytes of all parameters.
         candidates: Globs over `FORMAT/KERNEL`; `*` leaves out what `autoquant candidates` calls opt-in.
         time_budget_s: What refinement may fill up, counted over all runs of the same search.
         sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model; or
@@ -126,7 +125,8 @@ def search(
     study_id = content_key(identity, 8)
     store.put_device(hardware)
     store.put_model(loaded.content_hash, asdict(loaded.source))
-    limits = {"max_ppl_increase": max_ppl_increase, "max_memory_bytes": max_memory_bytes}
+    limits: dict[str, Any] = {"max_ppl_increase": max_ppl_increase, "max_memory_bytes": max_memory_bytes}
+    limits |= {"minimize": minimize} if minimize != "time" else {}
     store.put_study(
         study_id,
         model_hash=loaded.content_hash,
@@ -149,6 +149,7 @@ def search(
         sensitivity=method,
         max_ppl_increase=max_ppl_increase,
         max_memory_bytes=max_memory_bytes,
+        minimize=minimize,
         time_budget_s=time_budget_s,
         seed=seed,
         listener=listener,

@@ -1,21 +1,20 @@
 """Linears that read the same input computed as one, where every one of them gets the same format and that is faster.
 
-The shape of all of them together is timed like any other. A plan's choices are made layer by layer; then those of siblings that
-came out with one format are joined, if one product of all takes less time than theirs.
+The shape of all of them together is timed like any other. Each way to compute them as one is a further choice of every one of
+them, its time divided among them by their rows, and the solver gives it to all of them or to none. Uniform plans are made layer
+by layer instead, and siblings joined where one product of all takes less time than theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoquant.candidates import Format, Kernel, get_format
 from autoquant.profiler.measure import cells_of, subjects_of
 from autoquant.records import LayerChoice, LinearShape, Measurement, Site, TimingSubject, Workload
-from autoquant.tuner.choices import FormatFacts, site_choices
+from autoquant.tuner.choices import FormatFacts, SiteChoices, memory_bytes, site_choices
 from autoquant.tuner.planning import request_us
-
-Change = Callable[[LayerChoice, Site], LayerChoice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +24,19 @@ class Group:
     Attributes:
         names: Theirs.
         site: All of them as one site.
-        choices: What that site could get, timed at its shape; losses are not filled in.
+        choices: What that site could get, timed at its shape; losses and memory are not filled in.
+        dropped: Why it could not get the rest, by format.
     """
 
     names: tuple[str, ...]
     site: Site
     choices: tuple[LayerChoice, ...]
+    dropped: Mapping[str, str]
+
+    def reasons(self) -> Iterator[str]:
+        """What it cannot get, with the reason why."""
+        for format_id, reason in self.dropped.items():
+            yield f"{format_id}: {reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +46,32 @@ class Fusion:
     groups: tuple[Group, ...]
     workload: Workload
 
-    def changed(self, change: Change) -> Fusion:
-        """The same groups with every choice changed (calibrated, say)."""
-        return replace(
-            self,
-            groups=tuple(
-                replace(group, choices=tuple(change(choice, group.site) for choice in group.choices))
-                for group in self.groups
-            ),
-        )
+    def offered(
+        self, choices: Sequence[SiteChoices], facts: Mapping[tuple[str, LinearShape], FormatFacts]
+    ) -> list[SiteChoices]:
+        """The choices of all sites, with being computed as one among those of every member of a group.
+
+        Args:
+            facts: Of each format at the members' shapes; one that a member cannot have is not offered.
+        """
+        sites = {choice.site.name: choice.site for choice in choices}
+        added: dict[str, list[LayerChoice]] = {name: [] for name in sites}
+        for group in self.groups:
+            members = [sites[name] for name in group.names]
+            for whole in group.choices:
+                if all((whole.format, member.shape) in facts for member in members):
+                    for member in members:
+                        own = _own(member, whole, memory_bytes(member, whole.format, facts))
+                        added[member.name].append(_joined(own, whole, group))
+        return [replace(choice, choices=(*choice.choices, *added[choice.site.name])) for choice in choices]
 
     def join(self, choices: Sequence[LayerChoice]) -> list[LayerChoice]:
-        """A plan's choices with those joined that can be and are faster so."""
+        """A plan's choices, made layer by layer, with those joined that can be and are faster so."""
         by_name = {choice.name: choice for choice in choices}
         for group in self.groups:
             members = [by_name[name] for name in group.names]
             if best := self._best(group, members):
-                total = sum(member.shape.n for member in members)
-                for member in members:
-                    by_name[member.name] = _joined(member, best, member.shape.n / total, group.names)
+                by_name |= {member.name: _joined(member, best, group) for member in members}
         return [by_name[choice.name] for choice in choices]
 
     def _best(self, group: Group, members: Sequence[LayerChoice]) -> LayerChoice | None:
@@ -115,21 +128,49 @@ def make_fusion(
     groups = []
     for names, site in sibling_sites(sites):
         choices: list[LayerChoice] = []
+        dropped: dict[str, str] = {}
         for fmt in dict.fromkeys(fmt for fmt, _ in joining(candidates)):
             kernels = [(fmt, kernel) for of, kernel in candidates if of.id == fmt.id]
             # Memory and exactness are those of the members; a format is only compared with itself here.
             facts = {(fmt.id, site.shape): FormatFacts(0, 0.0)}
-            choices += site_choices(site, kernels, timings, facts, workload, working_set).choices
-        groups.append(Group(names, site, tuple(choices)))
+            found = site_choices(site, kernels, timings, facts, workload, working_set)
+            choices += found.choices
+            dropped |= found.dropped
+        groups.append(Group(names, site, tuple(choices), dropped))
     return Fusion(tuple(groups), workload)
 
 
-def _joined(member: LayerChoice, whole: LayerChoice, share: float, names: tuple[str, ...]) -> LayerChoice:
+def complete(options: Sequence[Sequence[LayerChoice]]) -> list[list[LayerChoice]]:
+    """The options of all layers, less those that compute layers as one where one of them lacks it (it was not scored)."""
+    names = {(choice.name, choice.joined, choice.format, choice.route) for layer in options for choice in layer}
+    return [
+        [c for c in layer if all((name, c.joined, c.format, c.route) in names for name in c.joined)]
+        for layer in options
+    ]
+
+
+def _own(member: Site, whole: LayerChoice, stored_bytes: int) -> LayerChoice:
+    """A member's part of what all of them get, without the time."""
+    return LayerChoice(
+        name=member.name,
+        parameters=member.parameters,
+        shape=member.shape,
+        format=whole.format,
+        route=whole.route,
+        numerics=whole.numerics,
+        latency_us={},
+        memory_bytes=stored_bytes,
+        loss=0.0,
+    )
+
+
+def _joined(member: LayerChoice, whole: LayerChoice, group: Group) -> LayerChoice:
+    share = member.shape.n / group.site.shape.n
     return replace(
         member,
         route=whole.route,
         latency_us={phase: us * share for phase, us in whole.latency_us.items()},
-        joined=names,
+        joined=group.names,
     )
 
 

@@ -11,15 +11,18 @@ import numpy as np
 from autoquant.records import (
     ORIGINAL_LABEL,
     LayerChoice,
+    Objective,
     Plan,
     PlanKind,
     Prediction,
+    Route,
     Workload,
     content_key,
     request_time,
 )
 from autoquant.tuner.additivity import ADDITION, LossMap
-from autoquant.tuner.solve import Picks, Problem, fastest, front, undominated
+from autoquant.tuner.alternatives import next_faster, next_more_exact
+from autoquant.tuner.solve import Picks, Problem, fastest, front, smallest, undominated
 
 
 class Joins(Protocol):
@@ -35,7 +38,7 @@ class PlanContext:
     Attributes:
         other_bytes: Bytes of the parameters that are not searched.
         rest_ms: Milliseconds of a request outside the linears, as measured on the unquantized model (0 until then).
-        fusion: Joins layers that read the same input; None where every layer is computed alone.
+        fusion: Joins layers that were chosen one by one and read the same input; None where that is not wanted.
         loss_map: From the layers' summed losses to the loss of a plan.
     """
 
@@ -60,9 +63,18 @@ def request_ms(choice: LayerChoice, workload: Workload) -> float:
 
 
 def make_problem(options: Sequence[Sequence[LayerChoice]], workload: Workload) -> Problem:
-    """The additive model: milliseconds per request, loss and bytes of every option of every layer."""
+    """The additive model: milliseconds per request, loss and bytes of every option of every layer.
+
+    Options that compute layers as one are taken by all of them or by none.
+    """
+    together: dict[tuple[tuple[str, ...], str, Route], list[tuple[int, int]]] = {}
+    for position, layer in enumerate(options):
+        for index, choice in enumerate(layer):
+            if choice.joined:
+                together.setdefault((choice.joined, choice.format, choice.route), []).append((position, index))
     return Problem.build(
-        [[(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer] for layer in options]
+        [[(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer] for layer in options],
+        list(together.values()),
     )
 
 
@@ -104,16 +116,14 @@ def uniform_plans(
     options: Sequence[Sequence[LayerChoice]], originals: Sequence[LayerChoice], context: PlanContext
 ) -> list[Plan]:
     """For each format and each of its numerics: every layer that can have it gets it, by its fastest route."""
+    alone = [[choice for choice in layer if not choice.joined] for layer in options]
     keys = dict.fromkeys(
-        (choice.format, choice.numerics)
-        for layer in options
-        for choice in layer
-        if choice.format != originals[0].format
+        (choice.format, choice.numerics) for layer in alone for choice in layer if choice.format != originals[0].format
     )
     plans: dict[str, Plan] = {}
     for fmt, numerics in keys:
         chosen = []
-        for layer, original in zip(options, originals, strict=True):
+        for layer, original in zip(alone, originals, strict=True):
             same = [c for c in layer if c.format == fmt]
             exact = [c for c in same if c.numerics == numerics] or same
             if exact:
@@ -134,30 +144,51 @@ def front_plans(
     count: int,
     max_loss: float | None,
     max_memory_bytes: int | None,
+    minimize: Objective = "time",
 ) -> list[Plan]:
-    """Plans of the exact front, spread over it, the fastest one within the limits among them and first.
+    """Plans of the exact front, spread over it, the fastest (or smallest) one within the limits among them and first.
 
     Args:
         max_loss: The plan loss that the user's limit on quality is expected to allow (None: no limit).
     """
     problem = make_problem(options, context.workload)
-    budget = None if max_memory_bytes is None else max_memory_bytes - context.other_bytes
     chosen: list[Picks] = []
-    budget_loss = None if max_loss is None else context.loss_map.summed(max_loss)
-    target = fastest(problem, max_loss=budget_loss, max_memory=budget)
+    summed = None if max_loss is None else context.loss_map.summed(max_loss)
+    target = least(problem, context, minimize, max_loss=summed, max_memory_bytes=max_memory_bytes)
     if target is not None:
         chosen.append(target)
     points = front(problem)
     chosen += spread(problem, undominated(problem, points), count - len(chosen), taken=chosen)
+    wanted = f"front: {'fastest' if minimize == 'time' else 'smallest'} within limits"
     plans = []
     for number, picks in enumerate(chosen, start=1):
         layers = [
             replace(layer[i], reason=explain(layer, i, context.workload))
             for layer, i in zip(options, picks, strict=True)
         ]
-        label = "front: fastest within limits" if target is not None and number == 1 else f"front {number}"
+        label = wanted if target is not None and number == 1 else f"front {number}"
         plans.append(make_plan(layers, label, "front", context))
     return plans
+
+
+def least(
+    problem: Problem,
+    context: PlanContext,
+    minimize: Objective,
+    *,
+    max_loss: float | None,
+    max_memory_bytes: int | None,
+) -> Picks | None:
+    """The fastest or the smallest solution within the limits, or None where there is none.
+
+    Args:
+        max_memory_bytes: Limit on the bytes of all parameters, those that are not searched among them.
+    """
+    budget = None if max_memory_bytes is None else max_memory_bytes - context.other_bytes
+    if minimize == "time":
+        return fastest(problem, max_loss=max_loss, max_memory=budget)
+    picks = smallest(problem, max_loss=max_loss)
+    return picks if picks is None or budget is None or problem.totals(picks)[2] <= budget else None
 
 
 def spread(problem: Problem, points: Sequence[Picks], count: int, taken: Sequence[Picks] = ()) -> list[Picks]:
@@ -187,19 +218,19 @@ def explain(layer: Sequence[LayerChoice], index: int, workload: Workload) -> str
     """Why this option, in words: what the next more exact and the next faster one would have cost."""
     own = layer[index]
     parts = []
-    exacter = [c for c in layer if c.loss < own.loss]
-    faster = [c for c in layer if request_ms(c, workload) < request_ms(own, workload)]
-    if exacter:
-        other = min(exacter, key=lambda c: request_ms(c, workload))
-        cost = request_ms(other, workload) - request_ms(own, workload)
+    if other := next_more_exact(own, layer, workload):
+        cost_us = request_us(other, workload) - request_us(own, workload)
         parts.append(
-            f"more exact {other.format} would take {cost * 1e3:+.0f} us a request for {other.loss - own.loss:+.2g} loss"
+            f"more exact {_called(other)} would take {cost_us:+.0f} us a request for {other.loss - own.loss:+.2g} loss"
         )
-    if faster:
-        other = min(faster, key=lambda c: c.loss)
-        gain = request_ms(other, workload) - request_ms(own, workload)
-        parts.append(f"faster {other.format} would take {gain * 1e3:+.0f} us for {other.loss - own.loss:+.2g} loss")
+    if other := next_faster(own, layer, workload):
+        gain_us = request_us(other, workload) - request_us(own, workload)
+        parts.append(f"faster {_called(other)} would take {gain_us:+.0f} us for {other.loss - own.loss:+.2g} loss")
     return "; ".join(parts) or "fastest and most exact of all"
+
+
+def _called(choice: LayerChoice) -> str:
+    return f"{choice.format} as one with others" if choice.joined else choice.format
 
 
 def with_multipliers(

@@ -13,11 +13,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from autoquant.records import LayerChoice, Plan, Proof
-from autoquant.tuner.planning import PlanContext, explain, make_plan, make_problem, with_multipliers
-from autoquant.tuner.solve import fastest
+from sqlalchemy import inspect
+
+from autoquant.records import LayerChoice, Objective, Plan, Proof
+from autoquant.store import Store
+from autoquant.tuner.planning import PlanContext, explain, least, make_plan, make_problem, with_multipliers
 
 if TYPE_CHECKING:
     import optuna
@@ -39,6 +41,7 @@ def proposals(
     seed: int,
     known: Mapping[str, tuple[Plan, Proof]],
     max_memory_bytes: int | None,
+    minimize: Objective = "time",
 ) -> Iterator[tuple[Plan, Callable[[Proof | None], None]]]:
     """New plans, each with a function that takes its proof (None: it could not be proven) before the next is asked for.
 
@@ -54,13 +57,13 @@ def proposals(
     losses = [_summed(plan) for plan, _ in known.values() if _summed(plan) > 0]
     if not losses:
         return
-    study = _open(storage_url, context.study_id, seed)
-    _warm_start(study, known, _space(options, losses))
+    study = _open(storage_url, _study_name(context.study_id, minimize), seed)
+    _warm_start(study, known, _space(options, losses), minimize)
     seen = set(known)
     repeats = 0
     while repeats < _FAILED_TRIALS_IN_A_ROW:
         trial = study.ask()
-        plan = _propose(trial, options, context, losses, max_memory_bytes)
+        plan = _propose(trial, options, context, losses, max_memory_bytes, minimize)
         if plan is None or plan.plan_id in seen:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             repeats += 1
@@ -73,7 +76,7 @@ def proposals(
             if proof is None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
-                study.tell(trial, _objectives(proof))
+                study.tell(trial, _objectives(proof, minimize))
 
         yield plan, tell
 
@@ -83,14 +86,14 @@ def _summed(plan: Plan) -> float:
     return sum(layer.loss for layer in plan.layers)
 
 
-def _open(storage_url: str, study_id: str, seed: int) -> optuna.Study:
+def _open(storage_url: str, study_name: str, seed: int) -> optuna.Study:
     import optuna
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental features of the sampler
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4)
         return optuna.create_study(
-            study_name=f"autoquant-{study_id}",
+            study_name=study_name,
             storage=optuna.storages.RDBStorage(storage_url),
             directions=["minimize", "minimize"],
             sampler=sampler,
@@ -98,9 +101,38 @@ def _open(storage_url: str, study_id: str, seed: int) -> optuna.Study:
         )
 
 
-def _objectives(proof: Proof) -> tuple[float, float]:
-    """Request time against the unquantized model, and the quality that the limit is checked on (never the report part)."""
-    return proof.request_ms / proof.original_request_ms, proof.selection_increase.value
+def forget(store: Store, study_id: str) -> int | None:
+    """Delete what Optuna keeps of a study, whatever was minimized: how many trials that was, or None where there is nothing."""
+    if not inspect(store.engine).has_table("studies"):  # looked for first: Optuna would make its tables to look
+        return None
+    import optuna
+
+    storage = optuna.storages.RDBStorage(store.engine.url.render_as_string(hide_password=False))
+    try:
+        names = {_study_name(study_id, minimize) for minimize in get_args(Objective)}
+        found = [
+            study
+            for study in optuna.get_all_study_summaries(storage, include_best_trial=False)
+            if study.study_name in names
+        ]
+        for study in found:
+            optuna.delete_study(study_name=study.study_name, storage=storage)
+        return sum(int(study.n_trials) for study in found) if found else None
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _study_name(study_id: str, minimize: Objective) -> str:
+    """Trials of one objective are no lesson for the other."""
+    return f"autoquant-{study_id}{'' if minimize == 'time' else f'-{minimize}'}"
+
+
+def _objectives(proof: Proof, minimize: Objective) -> tuple[float, float]:
+    """Request time against the unquantized model, or bytes; and the quality that the limit is checked on (never the report
+    part)."""
+    cost = proof.request_ms / proof.original_request_ms if minimize == "time" else float(proof.memory_bytes)
+    return cost, proof.selection_increase.value
 
 
 def _space(options: Sequence[Sequence[LayerChoice]], losses: Sequence[float]) -> dict[str, Any]:
@@ -116,7 +148,9 @@ def _space(options: Sequence[Sequence[LayerChoice]], losses: Sequence[float]) ->
     }
 
 
-def _warm_start(study: optuna.Study, known: Mapping[str, tuple[Plan, Proof]], space: Mapping[str, Any]) -> None:
+def _warm_start(
+    study: optuna.Study, known: Mapping[str, tuple[Plan, Proof]], space: Mapping[str, Any], minimize: Objective
+) -> None:
     """Tell the study of the plans that the exact front gave: all scales 1, the budget being their loss."""
     import optuna
 
@@ -130,7 +164,7 @@ def _warm_start(study: optuna.Study, known: Mapping[str, tuple[Plan, Proof]], sp
             optuna.trial.create_trial(
                 params=parameters,
                 distributions=dict(space),
-                values=list(_objectives(proof)),
+                values=list(_objectives(proof, minimize)),
                 user_attrs={"plan_id": plan.plan_id},
             )
         )
@@ -142,6 +176,7 @@ def _propose(
     context: PlanContext,
     losses: Sequence[float],
     max_memory_bytes: int | None,
+    minimize: Objective,
 ) -> Plan | None:
     values = {
         name: trial.suggest_float(name, space.low, space.high, log=True)
@@ -154,8 +189,7 @@ def _propose(
         for position, layer in enumerate(options)
     }
     problem = make_problem(with_multipliers(options, multiplier), context.workload)
-    budget = None if max_memory_bytes is None else max_memory_bytes - context.other_bytes
-    picks = fastest(problem, max_loss=values["loss budget"], max_memory=budget)
+    picks = least(problem, context, minimize, max_loss=values["loss budget"], max_memory_bytes=max_memory_bytes)
     if picks is None:
         return None
     layers = [

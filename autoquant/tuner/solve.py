@@ -25,17 +25,27 @@ _TIE_BREAK = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One array per layer and objective, an entry per option."""
+    """One array per layer and objective, an entry per option.
+
+    Attributes:
+        together: Sets of options, each as (layer, option), of which all are taken or none.
+    """
 
     time: tuple[Vector, ...]
     loss: tuple[Vector, ...]
     memory: tuple[Vector, ...]
+    together: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @classmethod
-    def build(cls, options: Sequence[Sequence[tuple[float, float, float]]]) -> Problem:
+    def build(
+        cls,
+        options: Sequence[Sequence[tuple[float, float, float]]],
+        together: Sequence[Sequence[tuple[int, int]]] = (),
+    ) -> Problem:
         """From (time, loss, memory) triples per layer."""
         columns = [np.asarray(layer, dtype=np.float64).reshape(-1, 3).T for layer in options]
-        return cls(tuple(c[0] for c in columns), tuple(c[1] for c in columns), tuple(c[2] for c in columns))
+        time, loss, memory = (tuple(c[objective] for c in columns) for objective in range(3))
+        return cls(time, loss, memory, tuple(map(tuple, together)))
 
     def totals(self, picks: Picks) -> tuple[float, float, float]:
         """Summed (time, loss, memory) of a solution."""
@@ -59,14 +69,6 @@ def smallest(problem: Problem, max_loss: float | None = None) -> Picks | None:
     """The solution of least memory within a loss budget; among equals the faster one."""
     objective = _scaled(problem.memory) + _TIE_BREAK * (_scaled(problem.time) + _scaled(problem.loss))
     return _minimise(problem, objective, max_loss=max_loss)
-
-
-def weighted(problem: Problem, loss_weight: float, memory_weight: float = 0.0) -> Picks:
-    """The solution of least `time + loss_weight * loss + memory_weight * memory` (each layer decides alone)."""
-    return tuple(
-        int(np.argmin(time + loss_weight * loss + memory_weight * memory))
-        for time, loss, memory in zip(problem.time, problem.loss, problem.memory, strict=True)
-    )
 
 
 def front(problem: Problem, points: int = 24) -> list[Picks]:
@@ -151,6 +153,10 @@ def _minimise(
     owners = np.repeat(np.arange(len(sizes)), sizes)
     rows = [csr_array((np.ones(count), (owners, np.arange(count))), shape=(len(sizes), count))]
     lower, upper = [np.ones(len(sizes))], [np.ones(len(sizes))]
+    if problem.together:
+        rows.append(_equalities(problem, sizes))
+        lower.append(np.zeros(rows[-1].shape[0]))
+        upper.append(np.zeros(rows[-1].shape[0]))
     for layers, budget in ((problem.loss, max_loss), (problem.memory, max_memory)):
         if budget is None:
             continue
@@ -190,15 +196,33 @@ def _minimise(
     return _without_waste(problem, picks)
 
 
+def _equalities(problem: Problem, sizes: Sequence[int]) -> csr_array:
+    """A row for every option that is taken exactly if the first one of its set is."""
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    pairs = [(first, other) for first, *others in problem.together for other in others]
+    columns = [[int(starts[layer]) + option for layer, option in pair] for pair in pairs]
+    signs = np.tile([1.0, -1.0], len(pairs))
+    rows = np.repeat(np.arange(len(pairs)), 2)
+    return csr_array((signs, (rows, np.concatenate(columns))), shape=(len(pairs), int(starts[-1])))
+
+
 def _over(total: float, budget: float | None) -> bool:
     return budget is not None and total > budget * (1 + 1e-12)
 
 
 def _without_waste(problem: Problem, picks: Picks) -> Picks:
-    """The picks with every option replaced that another one of its layer equals or beats in time, loss and memory."""
+    """The picks with every option replaced that another one of its layer equals or beats in time, loss and memory.
+
+    Options that are taken together with others neither replace one nor are replaced.
+    """
+    bound = {option for options in problem.together for option in options}
     better = []
-    for time, loss, memory, i in zip(problem.time, problem.loss, problem.memory, picks, strict=True):
+    for layer, (time, loss, memory, i) in enumerate(
+        zip(problem.time, problem.loss, problem.memory, picks, strict=True)
+    ):
         fits = (time <= time[i]) & (loss <= loss[i]) & (memory <= memory[i])
-        candidates = np.flatnonzero(fits)
+        candidates = (
+            [i] if (layer, i) in bound else [j for j in np.flatnonzero(fits).tolist() if (layer, j) not in bound]
+        )
         better.append(int(min(candidates, key=lambda j: (time[j], loss[j], memory[j]))))
     return tuple(better)

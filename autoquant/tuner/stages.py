@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ from autoquant.records import (
     Device,
     LayerChoice,
     Measurement,
+    Objective,
     Plan,
     Proof,
     Recording,
@@ -37,7 +39,7 @@ from autoquant.tuner.additivity import ADDITION, LossMap
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import SiteChoices, format_facts, scored, site_choices
-from autoquant.tuner.fusion import Fusion, fusion_subjects, make_fusion
+from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
 from autoquant.tuner.jobs import Bench, ProveJob
 from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
@@ -68,6 +70,7 @@ class Stages:
     sensitivity: Sensitivity
     max_ppl_increase: float | None
     max_memory_bytes: int | None
+    minimize: Objective
     time_budget_s: float
     seed: int
     listener: Listener
@@ -88,6 +91,9 @@ class Stages:
             return self._recommend()
         if reason := compile_failure() if self.hardware.type == "cpu" else None:
             self.listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
+            if self.fuse:
+                self.listener(Notice("layers are not computed as one, since torch.compile does that"))
+                self.fuse = False
         recording = facts.recording or self._record()
         self.runner = self._runner()
         try:
@@ -145,6 +151,7 @@ class Stages:
         timings = self._time(subjects)
         if self.fuse:
             self.fusion = make_fusion(sites, self.candidates, timings, self.workload, working_set)
+            self._tell_fusion(self.fusion)
         self._spend()
         return timings
 
@@ -157,6 +164,8 @@ class Stages:
         facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
         choices = [site_choices(site, self.candidates, timings, facts, self.workload, working_set) for site in sites]
         self._tell_dropped(choices)
+        if self.fusion:
+            choices = self.fusion.offered(choices, facts)
         scores = score(
             choices,
             method=self.sensitivity,
@@ -170,7 +179,16 @@ class Stages:
         self.loss_map = scores.loss_map
         self._spend()
         filled = [scored(choice, scores.losses) for choice in choices]
-        return [list(choice.choices) for choice in filled], [choice.original for choice in filled]
+        return complete([choice.choices for choice in filled]), [choice.original for choice in filled]
+
+    def _tell_fusion(self, fusion: Fusion) -> None:
+        """What cannot be computed as one, and why."""
+        if not fusion.groups:
+            self.listener(Notice("no layers read the same input: nothing can be computed as one"))
+        elif not any(group.choices or group.dropped for group in fusion.groups):
+            self.listener(Notice("layers are not computed as one: no candidate's weights can lie behind one another"))
+        for reason, count in Counter(reason for group in fusion.groups for reason in group.reasons()).items():
+            self.listener(Notice(f"{count} of {len(fusion.groups)} groups not computed as one by {reason}"))
 
     def _tell_dropped(self, choices: Sequence[SiteChoices]) -> None:
         counts: dict[tuple[str, str], int] = {}
@@ -209,11 +227,12 @@ class Stages:
         context = replace(
             context,
             rest_ms=calibration.rest_request_ms(self.workload.calls()),
-            fusion=self.fusion.changed(calibration.choice) if self.fusion else None,
+            fusion=None,  # from here on the solver chooses what is computed as one
         )
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]
+        self.store.put_options(self.study_id, options)
         known = {plan.plan_id for plan in (original, *uniform)}
         count = max(FRONT_PLANS, LEAST_PLANS - len(known))
         plans = front_plans(
@@ -222,6 +241,7 @@ class Stages:
             count=count + len(known),
             max_loss=self._expected_loss(),
             max_memory_bytes=self.max_memory_bytes,
+            minimize=self.minimize,
         )
         for plan in [plan for plan in plans if plan.plan_id not in known][:count]:
             self._prove(plan)
@@ -275,6 +295,7 @@ class Stages:
             seed=self.seed,
             known=known,
             max_memory_bytes=self.max_memory_bytes,
+            minimize=self.minimize,
         ):
             if self._left_s() < max(slowest_s, _SHORTEST_PROOF_S):
                 tell(None)

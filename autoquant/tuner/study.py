@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import PlanError
-from autoquant.records import ORIGINAL_LABEL, Plan, Proof
+from autoquant.records import ORIGINAL_LABEL, Objective, Plan, Proof
 from autoquant.store import Store, StudyFacts, open_store
+from autoquant.tuner.alternatives import Alternatives, alternatives
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TIE_FRACTION = 0.01  # request times closer than this are a tie, decided by quality
+TIE_FRACTION = 0.01  # request times (or bytes) closer than this are a tie, decided by quality (or request time)
 
 COLUMNS = (
     "plan_id",
@@ -70,11 +71,17 @@ class Study:
         """The plan whose id starts with `plan_id`."""
         return self.store.plan(plan_id)
 
-    def best(self, max_ppl_increase: float | None = None, max_memory_bytes: int | None = None) -> Plan:
-        """The fastest proven plan within the limits.
+    def best(
+        self,
+        max_ppl_increase: float | None = None,
+        max_memory_bytes: int | None = None,
+        minimize: Objective = "time",
+    ) -> Plan:
+        """The fastest, or the smallest, proven plan within the limits.
 
         A plan is within `max_ppl_increase` (a fraction) when the upper end of the 95 % interval of its increase on the
-        selection part is. Request times within 1 % of one another are ties; the better quality wins.
+        selection part is. Request times within 1 % of one another are ties, and the better quality wins; so are sizes, and
+        the faster plan wins.
 
         Raises:
             PlanError: No proven plan is within the limits.
@@ -90,17 +97,41 @@ class Study:
         if not within:
             raise PlanError(_nothing_within(proofs.values(), max_ppl_increase, max_memory_bytes))
         times = request_times(proofs.values())
-        fastest = min(times[proof.plan_id] for proof in within)
-        ties = [proof for proof in within if times[proof.plan_id] <= fastest * (1 + TIE_FRACTION)]
-        return plans[min(ties, key=lambda proof: (proof.selection_increase.high, times[proof.plan_id])).plan_id]
+        costs = {proof.plan_id: times[proof.plan_id] if minimize == "time" else proof.memory_bytes for proof in within}
+        least = min(costs.values())
+        ties = [proof for proof in within if costs[proof.plan_id] <= least * (1 + TIE_FRACTION)]
+
+        def preference(proof: Proof) -> tuple[float, float]:
+            quality, time = proof.selection_increase.high, times[proof.plan_id]
+            return (quality, time) if minimize == "time" else (time, quality)
+
+        return plans[min(ties, key=preference).plan_id]
+
+    def best_of_search(self) -> Plan:
+        """The best plan by what the last search was asked for: its limits, and what it minimized.
+
+        Raises:
+            PlanError: No proven plan is within the limits.
+        """
+        limits = self.facts.limits
+        return self.best(
+            limits.get("max_ppl_increase"), limits.get("max_memory_bytes"), limits.get("minimize") or "time"
+        )
 
     def recommended(self) -> Plan | None:
-        """The best plan under the limits of the last search, or None where no plan is within them."""
-        limits = self.facts.limits
+        """The best plan of the search, or None where no plan is within its limits."""
         try:
-            return self.best(limits.get("max_ppl_increase"), limits.get("max_memory_bytes"))
+            return self.best_of_search()
         except PlanError:
             return None
+
+    def alternatives(self, plan: Plan) -> Alternatives | None:
+        """What else each layer of a plan could have, by layer name; None where the search did not keep it."""
+        options = self.store.options(self.study_id)
+        if options is None:
+            return None
+        workload = self.facts.workload
+        return {layer.name: alternatives(layer, options.get(layer.name, []), workload) for layer in plan.layers}
 
     def pareto(self) -> pd.DataFrame:
         """Every proven plan, fastest first, with the columns of `COLUMNS`.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
 
+import autoquant.tuner
+from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import (
     Device,
     Interval,
@@ -23,6 +27,7 @@ from autoquant.records import (
     Workload,
 )
 from autoquant.store import Store, open_store
+from autoquant.tuner.study import Study
 
 STUDY = "5tudy0000001"
 MODEL_HASH = "m0del"
@@ -151,3 +156,27 @@ def database(tmp_path: Path) -> Path:
 @pytest.fixture
 def runner() -> CliRunner:
     return CliRunner()
+
+
+@pytest.fixture
+def driver(monkeypatch, database):
+    """A stand-in for `autoquant.tuner.driver`, whose `calls` are the keyword arguments it got."""
+    module = ModuleType("autoquant.tuner.driver")
+    module.calls = []
+    module.error = None
+
+    def search(model, **options):
+        module.calls.append({"model": model, **options})
+        listener = options["listener"]
+        listener(StageStarted("timing", 2))
+        listener(StageProgress("timing", 1, "int8-row at m=1"))
+        listener(Notice("a layer was left alone"))
+        listener(StageFinished("timing", "2 timings"))
+        if module.error is not None:
+            raise module.error
+        return Study.open(database)
+
+    module.search = search
+    monkeypatch.setitem(sys.modules, "autoquant.tuner.driver", module)
+    monkeypatch.setattr(autoquant.tuner, "driver", module, raising=False)
+    return module

@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from autoquant.cli import main
 from autoquant.cli.main import app
 
-COMMANDS = ("search", "pareto", "show", "apply", "bench", "eval", "candidates", "profile")
+COMMANDS = (
+    "search", "pareto", "show", "diff", "apply", "bench", "eval", "candidates", "profile", "studies", "rm", "merge",
+    "export-timings", "recipes",
+)  # fmt: skip
 
 
 def autoquant(*arguments, cwd=None, python=(), environment=None):

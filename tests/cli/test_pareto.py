@@ -1,12 +1,16 @@
 import csv
 import io
 import json
+import sqlite3
+from pathlib import Path
 
 import pytest
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
+from autoquant.tuner.study import COLUMNS
 
+from . import conftest
 from .conftest import MIXED, ORIGINAL, SMALL, STUDY, UNIFORM
 
 FIELDS = {
@@ -99,3 +103,35 @@ def test_a_database_without_a_study_says_what_to_do(runner, tmp_path):
     result = runner.invoke(app, ["pareto", str(tmp_path / "plan.db"), "--json"])
     assert result.exit_code == 2
     assert "run `autoquant search` first" in result.stderr
+
+
+def test_chart_is_drawn_below_the_table(runner, database):
+    plain = runner.invoke(app, ["pareto", str(database)]).stdout
+    charted = runner.invoke(app, ["pareto", str(database), "--chart"]).stdout
+    assert "Time of one request" not in plain
+    assert charted.index("1.60x") < charted.index("Time of one request [ms]") < charted.index("Recommended:")
+    assert "★ recommended   ■ unquantized   ● on the front" in charted
+
+
+def test_chart_of_a_study_without_proofs_says_what_to_do(runner, tmp_path):
+    store = open_store(tmp_path / "plan.db")
+    conftest.fill(store, {})
+    store.close()
+    with sqlite3.connect(tmp_path / "plan.db") as connection:
+        connection.execute("DELETE FROM proof")
+    result = runner.invoke(app, ["pareto", str(tmp_path / "plan.db"), "--chart"])
+    assert result.exit_code == 0 and "No plan has been proven yet" in result.stdout
+
+
+@pytest.mark.parametrize("other", ["--json", "--csv"])
+def test_chart_beside_what_programs_read_is_refused(runner, database, other):
+    result = runner.invoke(app, ["pareto", str(database), "--chart", other])
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_csv_has_the_documented_columns_in_their_order(runner, database):
+    result = runner.invoke(app, ["pareto", str(database), "--csv"])
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    first_cells = [line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")]
+    assert result.stdout.splitlines()[0].split(",") == list(COLUMNS)
+    assert [cell for cell in first_cells if cell in COLUMNS] == list(COLUMNS)

@@ -1,15 +1,11 @@
 """`autoquant search` with a driver that only notes how it was called."""
 
 import json
-import sys
-from types import ModuleType
 
 import pytest
 
-import autoquant.tuner
 from autoquant.cli.main import app
 from autoquant.errors import ModelError
-from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import Workload
 from autoquant.store import open_store
 from autoquant.tuner.study import Study
@@ -17,36 +13,12 @@ from autoquant.tuner.study import Study
 from .conftest import MIXED, ORIGINAL, STUDY, fill
 
 
-@pytest.fixture
-def driver(monkeypatch, database):
-    """A stand-in for `autoquant.tuner.driver`, whose `calls` are the keyword arguments it got."""
-    module = ModuleType("autoquant.tuner.driver")
-    module.calls = []
-    module.error = None
-
-    def search(model, **options):
-        module.calls.append({"model": model, **options})
-        listener = options["listener"]
-        listener(StageStarted("timing", 2))
-        listener(StageProgress("timing", 1, "int8-row at m=1"))
-        listener(Notice("a layer was left alone"))
-        listener(StageFinished("timing", "2 timings"))
-        if module.error is not None:
-            raise module.error
-        return Study.open(database)
-
-    module.search = search
-    monkeypatch.setitem(sys.modules, "autoquant.tuner.driver", module)
-    monkeypatch.setattr(autoquant.tuner, "driver", module, raising=False)
-    return module
-
-
 def test_options_reach_the_driver_as_values(runner, driver):
     options = [
         "--eval-text", "text.txt", "--db", "my.db", "--device", "cpu", "--dtype", "bf16", "--batch", "4",
         "--workload", "prefill=128,decode=64", "--max-ppl-increase", "0.5%", "--max-memory", "2GiB",
         "--candidates", "int8*", "--candidates", "int4*", "--time-budget", "90s", "--seed", "7",
-        "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle",
+        "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle", "--fuse", "--minimize", "memory",
     ]  # fmt: skip
     result = runner.invoke(app, ["search", "model", *options])
     assert result.exit_code == 0, result.stderr
@@ -64,6 +36,8 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "batch": 4,
         "max_ppl_increase": pytest.approx(0.005),
         "max_memory_bytes": 2**31,
+        "minimize": "memory",
+        "fuse": True,
         "candidates": ("int8*", "int4*"),
         "time_budget_s": 90.0,
         "sensitivity": "isolated",

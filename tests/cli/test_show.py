@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
+
+import pytest
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
 
 from . import conftest
-from .conftest import BLOCKS, MIXED, SHAPES, SMALL, UNPROVEN
+from .conftest import BLOCKS, MIXED, SHAPES, SMALL, STUDY, UNPROVEN
 
 
 def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database):
@@ -22,7 +25,9 @@ def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database)
         "latency_us": {"prefill": 120.0, "decode": 35.5},
         "loss": 0.0001,
         "memory_bytes": 65536,
+        "joined": [],
         "reason": "fastest within the limit",
+        "alternatives": None,
     }
     assert shown["measured_phase_ms"]["prefill"] == 31.25
     assert shown["notes"] == ["timed once only"]
@@ -66,3 +71,75 @@ def test_without_a_plan_within_the_limits_it_says_so(runner, tmp_path):
     result = runner.invoke(app, ["show", str(tmp_path / "plan.db")])
     assert result.exit_code == 2
     assert "no proven plan has" in result.stderr
+
+
+@pytest.fixture
+def solved(database):
+    """The finished search with what its plans were solved from: unquantized, int8 and int4 for every layer."""
+    store = open_store(database)
+    shapes = {choice.name: (choice.shape.n, choice.shape.k) for choice in store.plan(MIXED).layers}
+    int4 = {"latency_us": {"prefill": 100.0, "decode": 30.0}, "loss": 0.01}
+    bf16 = {"latency_us": {"prefill": 200.0, "decode": 60.0}}
+    store.put_options(
+        STUDY,
+        [
+            [
+                replace(conftest.layer(name, shape, "bf16"), **bf16),
+                conftest.layer(name, shape, "int8-row"),
+                replace(conftest.layer(name, shape, "int4-g32"), **int4),
+            ]
+            for name, shape in shapes.items()
+        ],
+    )
+    store.close()
+    return database
+
+
+def test_json_says_what_the_next_better_and_the_next_cheaper_choice_would_change(runner, solved):
+    shown = json.loads(runner.invoke(app, ["show", str(solved), "--json"]).stdout)
+    better, cheaper = shown["layers"][0]["alternatives"]
+    assert better == {
+        "gains": ["more exact"],
+        "format": "bf16",
+        "route": [{"upper_m": None, "kernel": "torch"}],
+        "numerics": "bf16:a16",
+        "joined": [],
+        "request_us": pytest.approx(80.0 + 128 * 24.5),
+        "loss": pytest.approx(-0.0001),
+        "memory_bytes": 65536,
+    }
+    assert (cheaper["format"], cheaper["gains"]) == ("int4-g32", ["faster"])
+    assert cheaper["request_us"] == pytest.approx(-20.0 - 128 * 5.5)
+
+
+def test_json_of_a_search_that_kept_no_options_has_null(runner, database):
+    shown = json.loads(runner.invoke(app, ["show", str(database), "--json"]).stdout)
+    assert {layer["alternatives"] for layer in shown["layers"]} == {None}
+
+
+def test_why_is_a_further_table(runner, solved):
+    plain = runner.invoke(app, ["show", str(solved)]).stdout
+    result = runner.invoke(app, ["show", str(solved), "--why"])
+    assert result.exit_code == 0
+    assert "Instead" not in plain and "Instead" in result.stdout
+    table = result.stdout[result.stdout.index("Layers, as they are") :].splitlines()
+    assert max(map(len, table[:20])) <= 80
+    assert any("more exact:" in line for line in table) and any("faster:" in line for line in table)
+
+
+def test_why_of_a_search_that_kept_no_options_says_so(runner, database):
+    result = runner.invoke(app, ["show", str(database), "--why"])
+    assert result.exit_code == 0
+    assert "What else the layers could have had is not in the database" in result.stdout
+
+
+def test_why_of_layers_computed_as_one_says_what_is_not_counted(runner, solved):
+    store = open_store(solved)
+    mixed = store.plan(MIXED)
+    names = tuple(layer.name for layer in mixed.layers[:2])
+    layers = tuple(replace(layer, joined=names) if layer.name in names else layer for layer in mixed.layers)
+    store.put_plan(replace(mixed, layers=layers))
+    store.close()
+    note = "what a change would cost the others is not counted"
+    assert note in runner.invoke(app, ["show", str(solved), "--why"]).stdout
+    assert note not in runner.invoke(app, ["show", str(solved), "--why", "--plan", SMALL]).stdout

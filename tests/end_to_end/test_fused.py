@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 from typer.testing import CliRunner
 
 import autoquant
@@ -16,9 +17,13 @@ from autoquant.applier import apply, apply_to_disk, module_bytes
 from autoquant.candidates.flat import flatten_tensor
 from autoquant.candidates.joined import whole_of
 from autoquant.cli.main import app
+from autoquant.events import Notice
 from autoquant.models import load_model
+from autoquant.profiler import compiled
 from autoquant.profiler.measure import cells_of
+from autoquant.records import RouteStep
 from autoquant.store import open_store
+from autoquant.tuner import stages
 from autoquant.tuner.fusion import sibling_sites
 
 from . import quick
@@ -43,7 +48,21 @@ def logits(module):
         return module(IDS).logits
 
 
-def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its_own(files, tmp_path):
+def apart(plan):
+    return replace(plan, layers=tuple(replace(layer, joined=()) for layer in plan.layers))
+
+
+@pytest.fixture
+def fused_db(searched, fused, tmp_path):
+    """A store with that plan, and the plan."""
+    db = shutil.copy(searched.db, tmp_path / "plan.db")
+    plan = replace(fused, plan_id="f05ed0000000", label="fused")
+    open_store(db).put_plan(plan)
+    return db, plan
+
+
+def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its_own(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "compile_failure", lambda: None)  # as if models were compiled, which takes a minute
     model, text = files
     db = tmp_path / "plan.db"
     alone = quick.search(model, text, db)
@@ -62,10 +81,19 @@ def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its
             assert layer.joined in {(), *groups}
 
 
+def test_where_nothing_is_compiled_nothing_is_computed_as_one_and_a_notice_says_so(files, tmp_path):
+    model, text = files
+    heard = []
+    study = quick.search(model, text, tmp_path / "plan.db", fuse=True, listener=heard.append)
+    assert not any(layer.joined for plan in study.plans() for layer in plan.layers)
+    notices = [event.text for event in heard if isinstance(event, Notice)]
+    assert "layers are not computed as one, since torch.compile does that" in notices
+
+
 def test_joined_weights_lie_behind_one_another_and_compute_the_same(files, fused):
     model, _ = files
     alone, together = (load_model(str(model), device="cpu").module for _ in range(2))
-    apply(replace(fused, layers=tuple(replace(layer, joined=()) for layer in fused.layers)), alone)
+    apply(apart(fused), alone)
     apply(fused, together)
     assert torch.equal(logits(alone), logits(together)) and module_bytes(alone) == module_bytes(together)
     attention = together.model.layers[0].self_attn
@@ -88,10 +116,71 @@ def test_a_saved_model_has_the_original_names_and_is_joined_again_when_it_is_loa
     assert parts[0].untyped_storage().data_ptr() == parts[1].untyped_storage().data_ptr()
 
 
-def test_show_says_what_is_computed_as_one(searched, fused, tmp_path):
-    db = shutil.copy(searched.db, tmp_path / "plan.db")
-    plan = replace(fused, plan_id="f05ed0000000", label="fused")
-    open_store(db).put_plan(plan)
+@pytest.mark.parametrize("fmt", ["int8-row/plain", "float8-row/plain"])
+def test_fusion_is_undone_in_what_is_saved_for_others_to_read(files, fused, study, fmt, tmp_path):
+    route = (RouteStep(upper_m=None, kernel="dequantize-matmul"),)
+    plan = replace(fused, layers=tuple(replace(layer, format=fmt, route=route) for layer in fused.layers))
+    model, _ = files
+    apply_to_disk(plan, model, tmp_path / "fused", facts=study.facts)
+    apply_to_disk(apart(plan), model, tmp_path / "apart", facts=study.facts)
+    written = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("fused", "apart")]
+    assert written[0] == written[1] and "packed.pt" not in written[0]
+    with (
+        safe_open(tmp_path / "fused" / "model.safetensors", framework="pt") as ours,
+        safe_open(tmp_path / "apart" / "model.safetensors", framework="pt") as theirs,
+    ):
+        assert ours.metadata() == theirs.metadata() and set(ours.keys()) == set(theirs.keys())
+        for name in theirs.keys():  # noqa: SIM118 - not a dict
+            one, other = ours.get_tensor(name), theirs.get_tensor(name)
+            assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+def test_a_model_that_is_loaded_for_another_device_is_joined_there(files, fused, study, tmp_path, monkeypatch):
+    def moved(module, device):
+        """Give every parameter memory of its own, as a move does."""
+        assert device == "elsewhere"
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+        return module
+
+    model, _ = files
+    apply_to_disk(fused, model, tmp_path / "out", facts=study.facts)
+    monkeypatch.setattr(nn.Module, "to", moved)
+    mlp = autoquant.load(tmp_path / "out", device="elsewhere").model.layers[1].mlp
+    assert whole_of(mlp.up_proj.weight.data).start == 128
+
+
+def test_apply_writes_a_fused_plan_and_says_what_it_is(fused_db, run, tmp_path):
+    db, plan = fused_db
+    result = run("apply", db, "--plan", plan.plan_id, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert f"Plan {plan.plan_id} (fused) applied to 15 layers" in result.stdout
+    loaded = autoquant.load(tmp_path / "out")
+    assert whole_of(loaded.model.layers[0].self_attn.v_proj.weight.data).start == 96
+    assert loaded(IDS).logits.shape[:2] == IDS.shape
+
+
+def test_bench_computes_the_layers_of_a_fused_plan_as_one(fused_db, run, monkeypatch):
+    monkeypatch.setattr("autoquant.tuner.bench.compile_failure", lambda: None)
+    counts = []
+
+    def count(graph):
+        before = len(graph.graph.nodes)
+        compute_once(graph)
+        counts.append(before - len(graph.graph.nodes))
+
+    compute_once = compiled._compute_once
+    monkeypatch.setattr(compiled, "_compute_once", count)
+    db, plan = fused_db
+    result = run("bench", db, "--plan", plan.plan_id, "--json")
+    assert result.exit_code == 0, result.stderr
+    row = json.loads(result.stdout)[1]
+    assert row["plan_id"] == plan.plan_id and row["request_ms"] > 0
+    assert set(counts) == {0, 3}, "of q, k, v two products are saved, of gate and up one, in a graph of a block"
+
+
+def test_show_says_what_is_computed_as_one(fused_db):
+    db, plan = fused_db
     runner = CliRunner()
     text = runner.invoke(app, ["show", str(db), "--plan", plan.plan_id]).stdout
     table = text[text.index("Layers, and why") :].partition("linear layers hold")[0].splitlines()[:-1]

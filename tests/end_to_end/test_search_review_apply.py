@@ -148,6 +148,19 @@ def test_another_limit_recommends_another_plan(run, searched, study, tmp_path):
 # -- pareto and show ---------------------------------------------------------------------------------------------------
 
 
+def test_the_smallest_plan_is_asked_for_by_a_recipe_that_replays(run, searched, study, tmp_path):
+    db, saved = tmp_path / "plan.db", tmp_path / "saved.toml"
+    study.store.engine.dispose()
+    shutil.copy(searched.db, db)
+    options = ("--recipe", "smallest-within-1pct", "--max-ppl-increase", "1000%", "--time-budget", "12s", "--json")
+    first = run(*searched.search(*options, "--db", db, "--save-recipe", saved))
+    again = run("search", "--recipe", saved, "--json")
+    assert (first.exit_code, again.exit_code) == (0, 0), first.stderr + again.stderr
+    assert "nothing measured" in again.stderr and again.stdout == first.stdout
+    smallest = min(proof.memory_bytes for proof in study.proofs().values())
+    assert json.loads(first.stdout)["recommended"]["memory_bytes"] <= smallest * 1.01
+
+
 def test_pareto_as_json_has_an_object_for_each_proven_plan(run, searched, study):
     front = json.loads(run("pareto", searched.db, "--json").stdout)
     assert {row["plan_id"] for row in front} == set(study.proofs())
@@ -199,6 +212,24 @@ def test_show_as_json_tells_every_layer(run, searched, study, kind):
         assert set(layer["latency_us"]) == {"prefill", "decode"}
         assert layer["route"][-1]["upper_m"] is None and all(step["kernel"] for step in layer["route"])
         assert layer["reason"]
+
+
+def test_what_another_choice_would_change_is_what_plans_with_it_predict(run, searched, study):
+    plans = {plan.label: plan for plan in study.plans()}
+    workload = study.facts.workload
+    shown = json.loads(run("show", searched.db, "--plan", plans["original"].plan_id, "--json").stdout)
+    assert all(layer["alternatives"] for layer in shown["layers"]), "every layer could be smaller"
+    front = next(plan for plan in study.plans() if plan.kind == "front")
+    options = study.store.options(study.study_id)
+    for layer in front.layers:
+        assert layer.loss in [option.loss for option in options[layer.name] if option.format == layer.format]
+        for other in study.alternatives(front)[layer.name]:
+            own = sum(workload.calls()[phase] * us for phase, us in layer.latency_us.items())
+            its = sum(workload.calls()[phase] * us for phase, us in other.choice.latency_us.items())
+            assert other.request_us == pytest.approx(its - own)
+            assert other.memory_bytes == other.choice.memory_bytes - layer.memory_bytes
+            better = {"more exact": other.loss, "faster": other.request_us, "smaller": other.memory_bytes}
+            assert all(better[gain] < 0 for gain in other.gains)
 
 
 def test_looking_at_a_database_changes_nothing_in_it(run, searched):

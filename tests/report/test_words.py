@@ -33,6 +33,8 @@ def test_a_uniform_winner_is_called_uniform():
 def test_the_original_as_winner_and_no_winner_are_said_plainly():
     assert "the unquantized model" in recommendation([{**ORIGINAL, "recommended": True}], LIMITS)
     assert "increase at most 1.00%" in recommendation([ORIGINAL], LIMITS)
+    smallest = recommendation([{**ORIGINAL, "recommended": True}], {**LIMITS, "minimize": "memory"})
+    assert "No smaller plan is within the limits (increase at most 1.00%, least memory)" in smallest
     assert "No plan has been proven yet" in recommendation([], LIMITS)
 
 

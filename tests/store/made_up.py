@@ -18,6 +18,7 @@ from autoquant.records import (
     Site,
     SiteUse,
     Skipped,
+    TaskScore,
     TimingSubject,
     Workload,
 )
@@ -84,6 +85,12 @@ def proof(plan_id="abcd0001", **changes):
         "notes": ("timed while others used 30% of the machine", "two"),
     }
     return Proof(plan_id=plan_id, **(values | changes))
+
+
+def task_score(value=0.5):
+    return TaskScore(
+        task="arc", metric="acc", value=value, stderr=0.01, samples=200, limit=200, lm_eval_version="0.4.13"
+    )
 
 
 def fill(store, study_id=STUDY):

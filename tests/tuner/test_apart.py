@@ -245,7 +245,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(spec, tmp_path):
     assert len(result.stdout.splitlines()) == 1
 
 
-@pytest.mark.parametrize("job", [LoadJob(), ScoreJob([])])
+@pytest.mark.parametrize("job", [LoadJob(), ScoreJob([], "isolated")])
 def test_a_model_that_was_changed_is_refused(spec, job):
     runner = Apart(replace(spec, content_hash="another"))
     with pytest.raises(ModelError, match="changed while"):

@@ -8,8 +8,9 @@ import pytest
 
 from autoquant.candidates import get_format
 from autoquant.records import LinearShape, Measurement, RouteStep, SiteUse, TimingSubject, layer_from, to_json
-from autoquant.tuner.fusion import fusion_subjects, make_fusion, sibling_sites
-from autoquant.tuner.planning import make_plan
+from autoquant.tuner.choices import FormatFacts, SiteChoices, scored
+from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion, sibling_sites
+from autoquant.tuner.planning import front_plans, make_plan, uniform_plans
 
 from .made_up import CONTEXT, WORKING_SET, WORKLOAD, make_site
 
@@ -108,13 +109,86 @@ def test_a_kernel_that_rounds_activations_is_used_where_every_member_rounds_them
     assert joined[0].joined == (Q, K) and [step.kernel for step in joined[0].route] == ["int-mm"]
 
 
-def test_changed_latencies_decide():
+def unquantized(site, us=5.0):
+    return choice(site, us, "bfloat16+a16", ("matmul",), "bfloat16/plain")
+
+
+def offered(whole, memory=64 * 64):
+    """Options of all sites: q is fastest unquantized, k by int8; both as one by int8 where they are members."""
     q, k, other = sites()
-    layers = [choice(q, 6.0), choice(k, 4.0), choice(other, 7.0)]
-    twice = fusion(9.0).changed(
-        lambda one, site: replace(one, latency_us={phase: 2 * us for phase, us in one.latency_us.items()})
-    )
-    assert twice.join(layers) == layers
+    alone = {Q: [unquantized(q), choice(q, 6.0)], K: [unquantized(k), choice(k, 4.0)], OTHER: [unquantized(other)]}
+    facts = {("int8-row/plain", site.shape): FormatFacts(memory, 0.01) for site in (q, k)}
+    return whole.offered([SiteChoices(site, tuple(alone[site.name]), {}) for site in sites()], facts)
+
+
+def with_losses(choices, missing=()):
+    losses = {(site.name, key): 0.25 for site in sites() for key in ("int8-row+a16", "int8-row+a8-row")}
+    losses |= {(site.name, "bfloat16+a16"): 0.0 for site in sites()}
+    known = {key: loss for key, loss in losses.items() if key not in missing}
+    return complete([scored(one, known).choices for one in choices])
+
+
+def fastest_plan(options):
+    return front_plans(options, CONTEXT, count=1, max_loss=None, max_memory_bytes=None)[0]
+
+
+def test_members_that_would_get_different_formats_alone_are_one_where_that_is_faster_than_both():
+    plan = fastest_plan(with_losses(offered(fusion(8.5))))
+    assert [(layer.format, layer.joined) for layer in plan.layers] == [
+        ("int8-row/plain", (Q, K)),
+        ("int8-row/plain", (Q, K)),
+        ("bfloat16/plain", ()),
+    ]
+    assert sum(layer.latency_us["prefill"] for layer in plan.layers[:2]) == pytest.approx(8.5)
+    assert [layer.loss for layer in plan.layers] == [0.25, 0.25, 0.0]
+    apart = fastest_plan(with_losses(offered(fusion(9.5))))
+    assert [(layer.format, layer.joined) for layer in apart.layers] == [
+        ("bfloat16/plain", ()),
+        ("int8-row/plain", ()),
+        ("bfloat16/plain", ()),
+    ]
+
+
+def test_what_is_offered_as_one_names_all_numerics_so_that_each_member_is_scored_for_it():
+    both = [one for one in offered(fusion(8.5, 1.0))[0].choices if one.joined]
+    assert {key for one in both for key in one.numerics.split()} == {"int8-row+a16", "int8-row+a8-row"}
+    assert {one.memory_bytes for one in both} == {64 * 64}
+
+
+def test_nothing_is_one_of_which_a_member_was_not_scored():
+    options = with_losses(offered(fusion(1.0)), missing=[(K, "int8-row+a16")])
+    assert not any(one.joined for layer in options for one in layer)
+
+
+def test_a_format_that_a_member_cannot_have_is_not_offered_for_all():
+    q, _, _ = sites()
+    choices = [SiteChoices(site, (unquantized(site),), {}) for site in sites()]
+    facts = {("int8-row/plain", q.shape): FormatFacts(1, 0.01)}
+    assert fusion(1.0).offered(choices, facts) == choices
+
+
+def test_uniform_plans_join_what_they_chose_layer_by_layer():
+    options = with_losses(offered(fusion(9.0)))
+    context = replace(CONTEXT, fusion=fusion(9.0))
+    [plan] = uniform_plans(options, [layer[0] for layer in options], context)
+    assert [layer.joined for layer in plan.layers] == [(Q, K), (Q, K), ()]
+    apart = uniform_plans(options, [layer[0] for layer in options], CONTEXT)[0]
+    assert not any(layer.joined for layer in apart.layers)
+
+
+def test_the_reason_of_a_choice_says_where_another_one_is_as_one_with_others():
+    options = with_losses(offered(fusion(7.0)))
+    exact = front_plans(options, CONTEXT, count=1, max_loss=0.0, max_memory_bytes=None)[0]
+    assert "faster int8-row/plain as one with others would take" in exact.layers[0].reason
+
+
+def test_a_group_that_was_not_timed_says_why():
+    failed = {
+        subject: Measurement(subject=subject, outcome="unsupported", reason="too wide")
+        for subject in fusion_subjects(sites(), CANDIDATES, WORKING_SET)
+    }
+    [group] = make_fusion(sites(), CANDIDATES, failed, WORKLOAD, WORKING_SET).groups
+    assert group.choices == () and list(group.reasons()) == ["int8-row/plain: too wide"]
 
 
 def test_a_plan_is_another_one_when_its_layers_are_joined_and_is_predicted_so():

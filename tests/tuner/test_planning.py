@@ -138,6 +138,15 @@ def test_front_plans_begin_with_the_fastest_within_the_limits():
     assert plans[0].prediction.loss <= 0.06
 
 
+def test_front_plans_for_memory_begin_with_the_smallest_within_the_limits():
+    plans = front_plans(layers(), CONTEXT, count=5, max_loss=0.16, max_memory_bytes=None, minimize="memory")
+    assert plans[0].label == "front: smallest within limits"
+    assert plans[0].formats() == {"int4/plain": 3, "int8/plain": 1}
+    smallest = plans[0].prediction.memory_bytes
+    plans = front_plans(layers(), CONTEXT, count=1, max_loss=0.16, max_memory_bytes=smallest - 1, minimize="memory")
+    assert "within limits" not in plans[0].label
+
+
 def test_front_plans_keep_to_the_memory_limit_of_the_whole_model():
     limit = CONTEXT.other_bytes + 4 * 50 - 1
     plan = front_plans(layers(), CONTEXT, count=1, max_loss=None, max_memory_bytes=limit)[0]

@@ -150,6 +150,19 @@ def test_proposals_keep_to_the_memory_limit(propose, options):
         assert plan.prediction.memory_bytes <= limit
 
 
+def test_a_search_for_memory_learns_bytes_apart_from_what_was_learnt_of_time(propose, options, store):
+    known = first_proofs(options)
+    take(propose(known), 2)
+    plans = take(propose(known, minimize="memory"), 3)
+    url = store.engine.url.render_as_string(hide_password=False)
+    study = optuna.load_study(study_name=f"{STUDY_NAME}-memory", storage=url)
+    finished = {trial.user_attrs.get("plan_id"): trial.values for trial in study.get_trials()}
+    assert plans
+    for plan in plans:
+        proof = prove(plan)
+        assert finished[plan.plan_id] == pytest.approx([proof.memory_bytes, proof.selection_increase.value])
+
+
 def test_the_same_seed_proposes_the_same(options, tmp_path):
     runs = []
     for name in ("one", "two"):

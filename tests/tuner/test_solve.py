@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from autoquant.tuner.solve import Problem, fastest, front, smallest, undominated, weighted
+from autoquant.tuner.solve import Problem, fastest, front, smallest, undominated
 
 SEEDS = range(40)
 
@@ -33,10 +33,29 @@ def tied_problem(seed):
     )
 
 
+def joined_problem(seed):
+    """A random problem whose first layers have two further options, each taken by all of them or none; often they pay."""
+    draw = np.random.default_rng(seed + 500)
+    alone = random_problem(seed)
+    members = int(draw.integers(2, len(alone.time) + 1))
+    layers = [np.column_stack(columns) for columns in zip(alone.time, alone.loss, alone.memory, strict=True)]
+    together = []
+    for _ in range(2):
+        together.append([(member, len(layers[member])) for member in range(members)])
+        for member in range(members):
+            row = (draw.uniform(0.1, 2), draw.exponential(0.01), draw.integers(1000, 10**6))
+            layers[member] = np.vstack((layers[member], row))
+    return Problem.build([[tuple(option) for option in layer.tolist()] for layer in layers], together)
+
+
 def every_solution(problem):
     """(time, loss, memory) of every solution."""
     options = itertools.product(*(range(len(layer)) for layer in problem.time))
-    return np.array([problem.totals(picks) for picks in options])
+    return np.array([problem.totals(picks) for picks in options if keeps_together(problem, picks)])
+
+
+def keeps_together(problem, picks):
+    return all(len({picks[layer] == option for layer, option in options}) == 1 for options in problem.together)
 
 
 def budgets(solutions, seed):
@@ -53,9 +72,10 @@ def is_within(solutions, max_loss, max_memory):
     return (solutions[:, 1] <= loss) & (solutions[:, 2] <= memory)
 
 
-def test_the_fastest_within_budgets_is_the_one_that_trying_everything_finds():
+@pytest.mark.parametrize("make", [random_problem, joined_problem])
+def test_the_fastest_within_budgets_is_the_one_that_trying_everything_finds(make):
     for seed in SEEDS:
-        problem = random_problem(seed)
+        problem = make(seed)
         solutions = every_solution(problem)
         for max_loss, max_memory in budgets(solutions, seed):
             within = solutions[is_within(solutions, max_loss, max_memory)]
@@ -64,13 +84,15 @@ def test_the_fastest_within_budgets_is_the_one_that_trying_everything_finds():
                 assert picks is None, seed
             else:
                 found = np.array(problem.totals(picks))
+                assert keeps_together(problem, picks), seed
                 assert is_within(found[None], max_loss, max_memory).all(), seed
                 assert found[0] == pytest.approx(within[:, 0].min(), rel=1e-5), seed
 
 
-def test_the_smallest_within_a_loss_budget_is_the_one_that_trying_everything_finds():
+@pytest.mark.parametrize("make", [random_problem, joined_problem])
+def test_the_smallest_within_a_loss_budget_is_the_one_that_trying_everything_finds(make):
     for seed in SEEDS:
-        problem = random_problem(seed)
+        problem = make(seed)
         solutions = every_solution(problem)
         for max_loss, _ in budgets(solutions, seed):
             within = solutions[is_within(solutions, max_loss, None)]
@@ -121,7 +143,15 @@ def test_an_option_far_slower_than_all_others_does_not_blur_them():
     assert fastest(Problem.build(slow * 3)) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("make", [random_problem, tied_problem])
+def test_options_taken_together_are_found_where_each_alone_would_be_slower_than_another():
+    apart = [(2.0, 0.0, 1.0), (1.0, 9.0, 1.0)]
+    problem = Problem.build([[*apart, (0.5, 0.1, 1.0)], [*apart, (1.2, 0.1, 1.0)]], [[(0, 2), (1, 2)]])
+    assert fastest(problem) == (2, 2) and fastest(problem, max_loss=0.1) == (0, 0)
+    slower = Problem.build([[*apart, (0.5, 0.1, 1.0)], [*apart, (1.6, 0.1, 1.0)]], [[(0, 2), (1, 2)]])
+    assert fastest(slower) == (1, 1)
+
+
+@pytest.mark.parametrize("make", [random_problem, joined_problem, tied_problem])
 def test_the_front_holds_nothing_that_any_solution_beats(make):
     for seed in range(8):
         problem = make(seed)
@@ -153,15 +183,6 @@ def test_the_front_has_no_point_twice():
 def test_undominated_leaves_out_what_is_beaten_and_keeps_what_is_equal():
     problem = Problem.build([[(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.5, 2.0, 1.0)]])
     assert undominated(problem, [(0,), (1,), (2,), (3,)]) == [(0,), (2,), (3,)]
-
-
-def test_weighted_lets_each_layer_decide_alone():
-    problem = random_problem(5)
-    loss_weight, memory_weight = 100.0, 1e-6
-    picks = weighted(problem, loss_weight, memory_weight)
-    for layer, pick in enumerate(picks):
-        costs = problem.time[layer] + loss_weight * problem.loss[layer] + memory_weight * problem.memory[layer]
-        assert costs[pick] == costs.min()
 
 
 def test_layers_with_one_option_get_it():

@@ -58,6 +58,20 @@ def test_ties_in_time_go_to_the_better_quality(study_of):
     assert study.best(0.01).plan_id == "good"
 
 
+def test_the_smallest_plan_within_the_limits_can_be_asked_for(study_of):
+    study = study_of(
+        original(),
+        make_proof("small", ms=9, memory=50, increase=0.02),
+        make_proof("slow", ms=15, memory=100, increase=0.001),
+        make_proof("quick", ms=5, memory=101, increase=0.009),
+        make_proof("large", ms=4, memory=102, increase=0.0),
+    )
+    assert study.best(0.03, minimize="memory").plan_id == "small"
+    assert study.best(0.01, minimize="memory").plan_id == "quick", (
+        "sizes within 1 % are a tie, and the faster plan wins"
+    )
+
+
 def test_without_a_plan_within_the_limits_the_error_says_what_there_is(study_of):
     study = study_of(original(), make_proof("a", memory=90))
     with pytest.raises(PlanError, match=r"no proven plan has at most 89 bytes \(smallest: 90\); allow more"):
@@ -80,6 +94,17 @@ def test_errors_are_one_line(study_of):
 
 def test_the_recommended_plan_is_the_best_under_the_limits_of_the_search(study_of):
     study = study_of(original(), make_proof("a", ms=5, increase=0.02), make_proof("b", ms=8, increase=0.004))
+    assert study.recommended().plan_id == "b"
+
+
+def test_a_search_for_the_smallest_plan_recommends_it(study_of, store):
+    study = study_of(original(), make_proof("a", ms=5, memory=150), make_proof("b", ms=8, memory=90))
+    facts = study.facts
+    limits = {"max_ppl_increase": 0.01, "max_memory_bytes": None}
+    same = {"model_hash": "m0del", "device": facts.device, "identity": {}, "workload": facts.workload}
+    store.put_study(STUDY, limits=limits, **same)
+    assert study.recommended().plan_id == "a"
+    store.put_study(STUDY, limits=limits | {"minimize": "memory"}, **same)
     assert study.recommended().plan_id == "b"
 
 

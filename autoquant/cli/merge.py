@@ -1,0 +1,30 @@
+"""`autoquant merge`: what was measured into another database is copied into this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoquant.cli.output import Database, opened_store
+
+
+def merge(
+    database: Database,
+    other: Annotated[
+        Path, typer.Argument(metavar="OTHER.DB", help="Database to copy from; it is only read.", show_default=False)
+    ],
+) -> None:
+    """Copy what was measured of devices and unquantized models in OTHER.DB into PLAN.DB, all of it or nothing.
+
+    Timings, rooflines, losses and task scores of unquantized models travel; what PLAN.DB holds already is kept as it is.
+    Studies, with their plans, proofs and task scores, are not copied: a search in PLAN.DB makes them again and times nothing
+    twice.
+    """
+    from autoquant.store.merge import merge as copy_facts
+
+    with opened_store(database) as store:
+        merged = copy_facts(store, other)
+    for name, rows in merged.items():
+        typer.echo(f"{name:<12}{rows.added:>8} added{rows.known:>8} known")

@@ -1,0 +1,148 @@
+"""`--recipe` and `--save-recipe`: options read from a file where the command line does not give them, and written to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoquant.cli.output import check_place, write_file
+
+if TYPE_CHECKING:
+    from autoquant.recipes import Recipe, Value
+
+_NEVER_TAKEN = ("json", "recipe", "save-recipe", "trust-pickle")
+_PATHS = ("model", "eval-text", "tokenizer")
+
+
+def take_recipe(context: typer.Context, asked: str | None) -> str | None:
+    """Make a recipe's options the defaults of this call. Runs before any other option is looked at.
+
+    Raises:
+        RecipeError: There is no such recipe, or it has an option or value that the command does not take.
+    """
+    if asked is not None:
+        from autoquant.recipes import find_recipe
+
+        context.default_map = recipe_defaults(find_recipe(asked), context.command, context)
+    return asked
+
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Take options from a recipe (see `autoquant recipes`); those given here win.",
+        show_default=False,
+        callback=take_recipe,
+        is_eager=True,
+    ),
+]
+SaveRecipeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-recipe", metavar="FILE", help="Write all options of this search into a recipe.", show_default=False
+    ),
+]
+
+
+def recipe_defaults(recipe: Recipe, command: Any, context: typer.Context) -> dict[str, Any]:
+    """A recipe's values by parameter of a command, as they would come from the command line.
+
+    Raises:
+        RecipeError: The command has no such option, or not with such a value; the message names file and key.
+    """
+    known = {_key(parameter): parameter for parameter in command.params}
+    defaults = {}
+    for key, value in recipe.options.items():
+        parameter = _parameter(recipe, key, known)
+        defaults[parameter.name] = _checked(recipe, key, value, parameter, context)
+    return defaults
+
+
+def command_line_wins(context: typer.Context, *names: str) -> list[Any]:
+    """The values of parameters that exclude one another: where the command line gives some, the recipe's are forgotten."""
+    given = [name for name in names if _is_given(context, name)]
+    for name in names:
+        if given and name not in given:
+            context.params[name] = None
+    return [context.params[name] for name in names]
+
+
+def check_save(path: Path | None) -> None:
+    """Refuse before a search what could not be written after it."""
+    if path is None:
+        return
+    from autoquant.recipes import SUFFIX
+
+    if path.suffix != SUFFIX:
+        raise typer.BadParameter(f"{path} must end in {SUFFIX}", param_hint="--save-recipe")
+    check_place(path)
+
+
+def save_recipe(context: typer.Context, path: Path) -> None:
+    """Write every option of this call that has a value, defaults too, so that `--recipe` replays it anywhere on the machine."""
+    from autoquant.recipes import written
+
+    options = _configuration(context)
+    write_file(path, written(f"Saved from a search of {options['model']}", options).encode())
+    typer.echo(f"wrote {path}", err=True)
+    if context.params["trust_pickle"]:
+        typer.echo(f"note: {path} does not hold --trust-pickle: say so again with each replay", err=True)
+
+
+def _configuration(context: typer.Context) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for parameter in context.command.params:
+        key, value = _key(parameter), context.params.get(parameter.name or "")
+        if value is None or value == [] or key in _NEVER_TAKEN:
+            continue
+        if key in _PATHS and Path(value).exists():
+            value = str(Path(value).resolve())
+        found[key] = [str(part) for part in value] if isinstance(value, (list, tuple)) else value
+    return found
+
+
+def _key(parameter: Any) -> str:
+    """What a parameter is called in a recipe: the name of its option without the dashes."""
+    return str(parameter.opts[0]).removeprefix("--")
+
+
+def _parameter(recipe: Recipe, key: str, known: Mapping[str, Any]) -> Any:
+    from difflib import get_close_matches
+
+    from autoquant.errors import RecipeError
+
+    if key in _NEVER_TAKEN:
+        raise RecipeError(f"{recipe.path}: {key} is not taken from a recipe, give --{key} on the command line")
+    if key not in known:
+        close = get_close_matches(key, known, 1)
+        meant = f"did you mean {close[0]}?" if close else "`autoquant search --help` lists them"
+        raise RecipeError(f"{recipe.path}: a search has no option {key!r}; {meant}")
+    return known[key]
+
+
+def _checked(recipe: Recipe, key: str, value: Value, parameter: Any, context: typer.Context) -> Any:
+    """A value that the parameter takes: flags want a bool, repeatable options a list, the rest is read like text."""
+    from autoquant.errors import RecipeError
+
+    flag, many = bool(getattr(parameter, "is_flag", False)), bool(getattr(parameter, "multiple", False))
+    wanted = "true or false" if flag else "a list of texts" if many else "one text or number"
+    if isinstance(value, bool) != flag or isinstance(value, list) != many:
+        raise RecipeError(f"{recipe.path}: {key} must be {wanted}")
+    plain = value if flag or many else str(value)
+    try:
+        parameter.process_value(context, plain)
+    except Exception as error:
+        if (message := getattr(error, "message", None)) is None:
+            raise
+        raise RecipeError(f"{recipe.path}: {key}: {message}") from error
+    return plain
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

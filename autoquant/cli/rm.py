@@ -1,0 +1,65 @@
+"""`autoquant rm`: a study goes with its plans and what was measured of them; what belongs to devices and models stays."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autoquant.cli.output import Database, opened_store
+
+if TYPE_CHECKING:
+    from autoquant.tuner.remove import Removed
+
+
+def rm(
+    database: Database,
+    study: Annotated[
+        str,
+        typer.Argument(metavar="STUDY_ID", help="Which study (the beginning of its id will do).", show_default=False),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a study with its plans, their proofs and their task scores.
+
+    Timings, losses and task scores of the unquantized model are kept: the same search does not measure them again.
+    """
+    from autoquant.report.words import study_line
+    from autoquant.store.remove import find_study
+    from autoquant.tuner.remove import remove
+
+    with opened_store(database) as store:
+        study_id = find_study(store, study)
+        facts = store.study(study_id)
+        words = f"study {study_id} ({study_line(facts.source, facts.device, facts.workload)})"
+        if not yes and not _confirmed(f"Remove {words} with its {len(store.plans(study_id))} plans?"):
+            typer.echo("Nothing was removed.")
+            return
+        removed = remove(store, study_id)
+    typer.echo(f"Removed {words}: {_counted(removed)}.")
+    typer.echo("Timings, losses and task scores of the unquantized model are kept.")
+
+
+def _confirmed(question: str) -> bool:
+    """Ask on stderr, so that stdout holds nothing but what was done; anything but yes is no.
+
+    Raises:
+        AutoquantError: There is nobody to ask.
+    """
+    from autoquant.errors import AutoquantError
+
+    if not sys.stdin.isatty():
+        raise AutoquantError("nothing was removed: there is no terminal to ask for confirmation on; say --yes")
+    typer.echo(f"{question} [y/N]: ", err=True, nl=False)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _counted(removed: Removed) -> str:
+    rows = removed.rows
+    parts = [f"{rows.plans} plans", f"{rows.proofs} proofs", f"{rows.references} references of the unquantized model"]
+    if rows.task_scores:
+        parts.append(f"{rows.task_scores} task scores of its plans")
+    if removed.trials is not None:
+        parts.append(f"Optuna's study of it with {removed.trials} trials")
+    return ", ".join(parts)

@@ -1,0 +1,63 @@
+"""Every timing of a database as plain rows, whatever device, version or protocol it was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+
+from autoquant.errors import StoreError
+from autoquant.store.repository import Store, measurement_from
+from autoquant.store.schema import DeviceRow, TimingRow
+from autoquant.store.session import transaction
+
+COLUMNS = (
+    "device",
+    "device_key",
+    "versions",
+    "protocol",
+    "n",
+    "k",
+    "bias",
+    "dtype",
+    "m",
+    "format",
+    "kernel",
+    "working_set_bytes",
+    "outcome",
+    "latency_us",
+    "spread_us",
+    "relative_error",
+    "reason",
+)
+
+
+def timing_rows(store: Store, device_part: str = "") -> list[dict[str, Any]]:
+    """Timings with the fields of `COLUMNS`, in the order in which they were made.
+
+    `latency_us` is the median of the samples and `spread_us` their interquartile range, both None where there are none.
+    `device_key` tells apart devices of one name (threads, driver, cache), `versions` is a dict.
+
+    Args:
+        device_part: Only devices whose name contains this, in capitals or not.
+
+    Raises:
+        StoreError: No device has such a name.
+    """
+    with transaction(store.engine) as session:
+        devices = {row.key: row.fingerprint for row in session.scalars(select(DeviceRow))}
+        chosen = [key for key, device in devices.items() if device_part.lower() in device["name"].lower()]
+        if device_part and not chosen:
+            names = ", ".join(sorted({device["name"] for device in devices.values()}))
+            raise StoreError(f"no device here has {device_part!r} in its name; devices: {names or 'none'}")
+        rows = session.scalars(select(TimingRow).where(TimingRow.device_key.in_(chosen)).order_by(TimingRow.id))
+        return [_row(row, devices[row.device_key]) for row in rows]
+
+
+def _row(row: TimingRow, device: dict[str, Any]) -> dict[str, Any]:
+    found = {
+        "device": device["name"],
+        "versions": device["versions"],
+        "spread_us": measurement_from(row).spread_us if row.samples_us else None,
+    }
+    return {name: found[name] if name in found else getattr(row, name) for name in COLUMNS}

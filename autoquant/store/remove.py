@@ -1,0 +1,62 @@
+"""Removing a study. Timings, rooflines, losses and task scores of the unquantized model stay: they belong to devices and
+models, not to studies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy.orm import Session
+
+from autoquant.errors import PlanError
+from autoquant.store.repository import Store
+from autoquant.store.schema import Base, PlanRow, ProofRow, ReferenceRow, StudyRow, TaskScoreRow
+from autoquant.store.session import transaction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemovedRows:
+    """How many rows went with a study."""
+
+    plans: int
+    proofs: int
+    references: int
+    task_scores: int
+
+
+def find_study(store: Store, beginning: str) -> str:
+    """The id of the only study whose id starts with `beginning`; a whole id stands for itself.
+
+    Raises:
+        PlanError: None does, or several do.
+    """
+    known = store.studies()
+    found = [study_id for study_id in known if study_id.startswith(beginning)]
+    if beginning in found:
+        return beginning
+    if len(found) != 1:
+        what = "no study" if not found else f"{len(found)} studies"
+        raise PlanError(f"{what} with id {beginning!r} here; studies: {', '.join(found or known) or 'none'}")
+    return found[0]
+
+
+def remove_study(store: Store, study_id: str) -> RemovedRows:
+    """Delete a study with its plans, their proofs and task scores, and what they were compared with, in one transaction."""
+    plans = select(PlanRow.id).filter_by(study_id=study_id)
+    with transaction(store.engine) as session:
+        removed = RemovedRows(
+            plans=_count(session, PlanRow, PlanRow.study_id == study_id),
+            proofs=_count(session, ProofRow, ProofRow.plan_id.in_(plans)),
+            references=_count(session, ReferenceRow, ReferenceRow.study_id == study_id),
+            task_scores=_count(session, TaskScoreRow, TaskScoreRow.subject.in_(plans)),
+        )
+        session.execute(delete(TaskScoreRow).where(TaskScoreRow.subject.in_(plans)))
+        session.execute(delete(ProofRow).where(ProofRow.plan_id.in_(plans)))
+        session.execute(delete(PlanRow).where(PlanRow.study_id == study_id))
+        session.execute(delete(ReferenceRow).where(ReferenceRow.study_id == study_id))
+        session.execute(delete(StudyRow).where(StudyRow.id == study_id))
+    return removed
+
+
+def _count(session: Session, table: type[Base], condition: ColumnElement[bool]) -> int:
+    return session.scalar(select(func.count()).select_from(table).where(condition)) or 0

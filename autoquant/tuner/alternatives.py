@@ -1,0 +1,88 @@
+"""What else a layer could have got, and what that would change. No torch.
+
+The measure is the additive model that plans are solved with: each layer's time, loss and bytes by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from autoquant.records import LayerChoice, Workload, request_time
+
+Gain = Literal["more exact", "faster", "smaller"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Another choice for a layer, with the predicted differences (its own less those of what the layer has).
+
+    Attributes:
+        gains: In what it is the next better one.
+        request_us: Microseconds in one request, all phases with all their calls.
+    """
+
+    gains: tuple[Gain, ...]
+    choice: LayerChoice
+    request_us: float
+    memory_bytes: int
+    loss: float
+
+
+Alternatives = Mapping[str, Sequence[Alternative]]
+"""By layer name."""
+
+
+def next_more_exact(own: LayerChoice, options: Iterable[LayerChoice], workload: Workload) -> LayerChoice | None:
+    """Of those with less loss the fastest, or None where nothing has less."""
+    return min((c for c in options if c.loss < own.loss), key=_time_us(workload), default=None)
+
+
+def next_faster(own: LayerChoice, options: Iterable[LayerChoice], workload: Workload) -> LayerChoice | None:
+    """Of those that take less time the one with least loss, or None where nothing takes less."""
+    time_us = _time_us(workload)
+    return min((c for c in options if time_us(c) < time_us(own)), key=lambda c: c.loss, default=None)
+
+
+def next_smaller(own: LayerChoice, options: Iterable[LayerChoice]) -> LayerChoice | None:
+    """Of those that take fewer bytes the one with least loss, or None where nothing takes fewer."""
+    return min((c for c in options if c.memory_bytes < own.memory_bytes), key=lambda c: c.loss, default=None)
+
+
+def alternatives(own: LayerChoice, options: Sequence[LayerChoice], workload: Workload) -> tuple[Alternative, ...]:
+    """The next more exact, the next faster and the next smaller choice; one that is several of these is named once.
+
+    A choice that computes layers as one counts as what this layer has of it; that the others have to go along is not counted.
+
+    Args:
+        options: All choices that plans were solved from for this layer.
+    """
+    same = [c for c in options if (c.format, c.numerics, c.joined) == (own.format, own.numerics, own.joined)]
+    others = [c for c in options if c not in same]
+    # Predictions were calibrated while plans were proven: like is compared with like.
+    base = min(same, key=_time_us(workload), default=own)
+    found: list[tuple[Gain, LayerChoice | None]] = [
+        ("more exact", next_more_exact(base, others, workload)),
+        ("faster", next_faster(base, others, workload)),
+        ("smaller", next_smaller(base, others)),
+    ]
+    distinct = [c for c in others if any(c is choice for _, choice in found)]
+    made = [_alternative(base, c, tuple(gain for gain, choice in found if choice is c), workload) for c in distinct]
+    return tuple(sorted(made, key=lambda made: [gain for gain, _ in found].index(made.gains[0])))
+
+
+def _alternative(base: LayerChoice, choice: LayerChoice, gains: tuple[Gain, ...], workload: Workload) -> Alternative:
+    time_us = _time_us(workload)
+    return Alternative(
+        gains=gains,
+        choice=choice,
+        request_us=time_us(choice) - time_us(base),
+        memory_bytes=choice.memory_bytes - base.memory_bytes,
+        loss=choice.loss - base.loss,
+    )
+
+
+def _time_us(workload: Workload) -> Callable[[LayerChoice], float]:
+    calls = workload.calls()
+    return lambda choice: request_time(choice.latency_us, calls)

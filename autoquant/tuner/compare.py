@@ -1,0 +1,60 @@
+"""What changes from one plan of a study to another, layer by layer. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoquant.errors import PlanError
+from autoquant.records import LayerChoice, Plan, Workload, request_time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChange:
+    """A layer that gets another format or route, with the predicted differences (after less before).
+
+    Attributes:
+        request_us: Microseconds in one request, all phases with all their calls.
+    """
+
+    before: LayerChoice
+    after: LayerChoice
+    request_us: float
+    loss: float
+    memory_bytes: int
+
+
+def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
+    """The layers whose format or route differs, in the order of the plan.
+
+    Raises:
+        PlanError: The plans are of different studies.
+    """
+    if before.study_id != after.study_id:
+        raise PlanError(
+            f"plan {after.plan_id} is of study {after.study_id}, plan {before.plan_id} of {before.study_id}: "
+            "compare plans of one study, `autoquant pareto --study ID` lists them"
+        )
+    choices = {layer.name: layer for layer in after.layers}
+    pairs = [(layer, choices[layer.name]) for layer in before.layers]
+    return [_change(a, b, workload) for a, b in pairs if (a.format, a.route) != (b.format, b.route)]
+
+
+def summed(parts: Sequence[LayerChange]) -> tuple[float, float, int]:
+    """Microseconds of a request, loss and bytes of several changes together."""
+    return (
+        sum(part.request_us for part in parts),
+        sum(part.loss for part in parts),
+        sum(part.memory_bytes for part in parts),
+    )
+
+
+def _change(before: LayerChoice, after: LayerChoice, workload: Workload) -> LayerChange:
+    calls = workload.calls()
+    return LayerChange(
+        before=before,
+        after=after,
+        request_us=request_time(after.latency_us, calls) - request_time(before.latency_us, calls),
+        loss=after.loss - before.loss,
+        memory_bytes=after.memory_bytes - before.memory_bytes,
+    )

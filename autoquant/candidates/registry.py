@@ -82,9 +82,9 @@ def _matches(pair: tuple[Format, Kernel], glob: str, device_type: str | None = N
 @functools.cache
 def _built_in() -> dict[str, Format]:
     # Deferred: torchao takes a second to import.
-    from autoquant.candidates import float8, floats, int4, int4_gpu, int8, microscaling
+    from autoquant.candidates import float8, floats, int4, int4_gpu, int8, low_bit, microscaling
 
-    modules = (floats, float8, microscaling, int8, int4, int4_gpu)
+    modules = (floats, float8, microscaling, int8, int4, int4_gpu, low_bit)
     return {fmt.id: fmt for module in modules for fmt in module.FORMATS}
 
 

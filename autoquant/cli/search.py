@@ -26,6 +26,14 @@ class Dtype(StrEnum):
     FAST16 = "fast16"
 
 
+class Sensitivity(StrEnum):
+    """How what a change costs is found out; described in `autoquant.evaluators.sensitivity`."""
+
+    ISOLATED = "isolated"
+    FISHER = "fisher"
+    PATH = "path"
+
+
 class Minimize(StrEnum):
     """What the recommended plan has least of."""
 
@@ -94,6 +102,13 @@ def search(
         typer.Option("--fuse/--no-fuse", help="Also try layers that read the same input as one (q, k, v; gate, up)."),
     ] = False,
     time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
+    sensitivity: Annotated[
+        Sensitivity,
+        typer.Option(
+            help="What tells a layer's loss: isolated measures each change alone; fisher and path, which need a text, predict"
+            " all from a few gradients."
+        ),
+    ] = Sensitivity.ISOLATED,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
     model_factory: Annotated[
         str | None,
@@ -115,6 +130,8 @@ def search(
     """
     eval_text, quality = command_line_wins(context, "eval_text", "quality")
     _check_judge(eval_text, quality)
+    if quality is not None and sensitivity is not Sensitivity.ISOLATED:
+        raise typer.BadParameter("needs a text: with --quality only isolated works", param_hint="--sensitivity")
     check_save(save_as)
     increase = fraction(max_ppl_increase, "--max-ppl-increase")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
@@ -145,6 +162,7 @@ def search(
                 candidates=tuple(candidates or ("*",)),
                 fuse=fuse,
                 time_budget_s=budget_s,
+                sensitivity=sensitivity.value,
                 seed=seed,
                 model_factory=model_factory,
                 tokenizer=tokenizer,

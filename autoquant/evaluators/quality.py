@@ -161,10 +161,10 @@ def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 def divergence_sum(reference: torch.Tensor, logits: torch.Tensor) -> float:
     """Sum over rows of the Kullback-Leibler divergence KL(reference || model) in nats, both `[rows, vocabulary]` logits."""
-    total = 0.0
+    parts = []
     for start in range(0, logits.shape[0], _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         log_p = F.log_softmax(reference[rows].float(), dim=-1)
         log_q = F.log_softmax(logits[rows].float(), dim=-1)
-        total += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
-    return total
+        parts.append(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+    return float(sum(torch.stack(parts).tolist()))

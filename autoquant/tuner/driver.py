@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from autoquant.candidates import select
-from autoquant.errors import TextError
+from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
-from autoquant.evaluators.sensitivity import METHOD
+from autoquant.evaluators.sensitivity import SENSITIVITIES, Sensitivity, check_text
 from autoquant.evaluators.text import read_text
 from autoquant.events import Listener, ignore
 from autoquant.models import LoadedModel, resolve_device, take_model
@@ -51,6 +51,7 @@ def search(
     sample_inputs: Sequence[Any] | Mapping[str, Any] | str | None = None,
     fuse: bool = False,
     quality: QualityFunction | str | None = None,
+    sensitivity: str = "isolated",
     listener: Listener = ignore,
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
@@ -73,6 +74,8 @@ def search(
         fuse: Time linears that read the same input as one, too, and compute them so where that is faster.
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
             name, so give a changed function another name. A string `package.module:callable` is imported.
+        sensitivity: How what each change costs is found out, a name of `autoquant.evaluators.sensitivity.SENSITIVITIES`; a
+            quality function takes `isolated`.
         listener: Told what is going on.
 
     Returns:
@@ -88,6 +91,7 @@ def search(
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
     own = _own_quality(quality)
+    method = _method(sensitivity, own)
     if own is None:
         _check_text(eval_text)
     loaded = take_model(
@@ -115,7 +119,7 @@ def search(
         "candidates": [f"{fmt.id}/{kernel.id}" for fmt, kernel in pairs],
         "seed": seed,
         "protocol": PROTOCOL,
-        "method": METHOD,
+        "method": method.version,
     } | ({"fuse": True} if fuse else {})
     store = open_store(db)
     study_id = content_key(identity, 8)
@@ -142,6 +146,7 @@ def search(
         candidates=with_original(pairs, loaded.dtype),
         sample_inputs=inputs,
         fuse=fuse,
+        sensitivity=method,
         max_ppl_increase=max_ppl_increase,
         max_memory_bytes=max_memory_bytes,
         minimize=minimize,
@@ -153,6 +158,15 @@ def search(
     )
     run.go()
     return Study(store, study_id)
+
+
+def _method(name: str, own: FunctionQuality | None) -> Sensitivity:
+    method = SENSITIVITIES.get(name)
+    if method is None:
+        raise QualityError(f"no sensitivity {name!r}: choose one of {', '.join(SENSITIVITIES)}")
+    if own is not None and not method.functions:
+        check_text(own, method.id)
+    return method
 
 
 def _check_text(eval_text: str | os.PathLike[str] | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from autoquant.candidates import get_format
 from autoquant.errors import ModelError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
-from autoquant.evaluators.sensitivity import Change, isolated_losses
+from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, StageProgress
 from autoquant.models import LoadedModel, load_model
@@ -162,9 +162,9 @@ class Limited:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Told by `ScoreJob`: one site's losses by (site name, numerics)."""
+    """Told by `ScoreJob`: losses by (site name, numerics), with a word for what they are of."""
 
-    site: Site
+    subject: str
     losses: Mapping[tuple[str, str], float]
 
 
@@ -231,20 +231,26 @@ class _Relay:
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """Isolated losses of changes, each (site, numerics, format id, activation); tells `Scored` for each site."""
+    """Losses of changes, each (site, numerics, format id, activation), by one sensitivity; tells `Scored`."""
 
     needs_model: ClassVar[bool] = True
 
     changes: Sequence[tuple[Site, str, str, str]]
+    sensitivity: str
+
+    @classmethod
+    def of(cls, method: Sensitivity, changes: Sequence[Change]) -> ScoreJob:
+        return cls(
+            [(change.site, change.numerics, change.format.id, change.activation) for change in changes], method.id
+        )
 
     def run(self, bench: Bench, tell: Tell) -> None:
         changes = [
             Change(site, numerics, get_format(format_id), activation)
             for site, numerics, format_id, activation in self.changes
         ]
-        isolated_losses(
-            bench.loaded.module, changes, bench.quality, lambda site, losses: tell(Scored(site, dict(losses)))
-        )
+        score = SENSITIVITIES[self.sensitivity].score
+        score(bench.loaded.module, changes, bench.quality, lambda subject, losses: tell(Scored(subject, dict(losses))))
 
 
 @dataclass(frozen=True, slots=True)

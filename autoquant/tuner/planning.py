@@ -20,6 +20,7 @@ from autoquant.records import (
     content_key,
     request_time,
 )
+from autoquant.tuner.additivity import ADDITION, LossMap
 from autoquant.tuner.alternatives import next_faster, next_more_exact
 from autoquant.tuner.solve import Picks, Problem, fastest, front, smallest, undominated
 
@@ -38,6 +39,7 @@ class PlanContext:
         other_bytes: Bytes of the parameters that are not searched.
         rest_ms: Milliseconds of a request outside the linears, as measured on the unquantized model (0 until then).
         fusion: Joins layers that were chosen one by one and read the same input; None where that is not wanted.
+        loss_map: From the layers' summed losses to the loss of a plan.
     """
 
     study_id: str
@@ -47,6 +49,7 @@ class PlanContext:
     other_bytes: int
     rest_ms: float = 0.0
     fusion: Joins | None = None
+    loss_map: LossMap = ADDITION
 
 
 def request_us(choice: LayerChoice, workload: Workload) -> float:
@@ -93,12 +96,12 @@ def make_plan(choices: Sequence[LayerChoice], label: str, kind: PlanKind, contex
 
 
 def predict(choices: Sequence[LayerChoice], context: PlanContext) -> Prediction:
-    """Sums of the additive model."""
+    """Sums of the additive model, the loss as its map makes it of the sum."""
     linear_ms = sum(request_ms(choice, context.workload) for choice in choices)
     return Prediction(
         request_ms=linear_ms + context.rest_ms,
         linear_ms=linear_ms,
-        loss=sum(choice.loss for choice in choices),
+        loss=context.loss_map.plan_loss(sum(choice.loss for choice in choices)),
         memory_bytes=sum(choice.memory_bytes for choice in choices) + context.other_bytes,
     )
 
@@ -146,11 +149,12 @@ def front_plans(
     """Plans of the exact front, spread over it, the fastest (or smallest) one within the limits among them and first.
 
     Args:
-        max_loss: What the user's limit on quality is expected to allow (None: no limit).
+        max_loss: The plan loss that the user's limit on quality is expected to allow (None: no limit).
     """
     problem = make_problem(options, context.workload)
     chosen: list[Picks] = []
-    target = least(problem, context, minimize, max_loss=max_loss, max_memory_bytes=max_memory_bytes)
+    summed = None if max_loss is None else context.loss_map.summed(max_loss)
+    target = least(problem, context, minimize, max_loss=summed, max_memory_bytes=max_memory_bytes)
     if target is not None:
         chosen.append(target)
     points = front(problem)

@@ -54,7 +54,7 @@ def proposals(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    losses = [plan.prediction.loss for plan, _ in known.values() if plan.prediction.loss > 0]
+    losses = [_summed(plan) for plan, _ in known.values() if _summed(plan) > 0]
     if not losses:
         return
     study = _open(storage_url, _study_name(context.study_id, minimize), seed)
@@ -79,6 +79,11 @@ def proposals(
                 study.tell(trial, _objectives(proof, minimize))
 
         yield plan, tell
+
+
+def _summed(plan: Plan) -> float:
+    """The layers' losses added up: what the solver has a budget for."""
+    return sum(layer.loss for layer in plan.layers)
 
 
 def _open(storage_url: str, study_name: str, seed: int) -> optuna.Study:
@@ -151,12 +156,10 @@ def _warm_start(
 
     told = {trial.user_attrs.get("plan_id") for trial in study.get_trials(deepcopy=False)}
     for plan, proof in known.values():
-        if plan.kind != "front" or plan.plan_id in told or plan.prediction.loss <= 0:
+        if plan.kind != "front" or plan.plan_id in told or _summed(plan) <= 0:
             continue
         budget = space["loss budget"]
-        parameters = dict.fromkeys(space, 1.0) | {
-            "loss budget": min(max(plan.prediction.loss, budget.low), budget.high)
-        }
+        parameters = dict.fromkeys(space, 1.0) | {"loss budget": min(max(_summed(plan), budget.low), budget.high)}
         study.add_trial(
             optuna.trial.create_trial(
                 params=parameters,

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoquant.candidates import Format, Kernel, get_format
+from autoquant.candidates import Format, Kernel
 from autoquant.errors import CandidateError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
-from autoquant.evaluators.sensitivity import METHOD, Change
+from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
 from autoquant.profiler.crossovers import Timings, settled
@@ -33,18 +33,19 @@ from autoquant.records import (
     Site,
     TimingSubject,
     Workload,
-    route_kernel,
 )
 from autoquant.store import Store
+from autoquant.tuner.additivity import ADDITION, LossMap
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
-from autoquant.tuner.choices import SiteChoices, format_facts, numerics_key, scored, site_choices
+from autoquant.tuner.choices import SiteChoices, format_facts, scored, site_choices
 from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
-from autoquant.tuner.jobs import Bench, ProveJob, Scored, ScoreJob
+from autoquant.tuner.jobs import Bench, ProveJob
 from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
 from autoquant.tuner.refine import proposals
 from autoquant.tuner.runners import start_runner
+from autoquant.tuner.scoring import score
 from autoquant.tuner.study import Study
 
 FRONT_PLANS = 3
@@ -66,6 +67,7 @@ class Stages:
     candidates: list[tuple[Format, Kernel]]
     sample_inputs: Any
     fuse: bool
+    sensitivity: Sensitivity
     max_ppl_increase: float | None
     max_memory_bytes: int | None
     minimize: Objective
@@ -80,6 +82,7 @@ class Stages:
     selection: tuple[float, ...] = ()
     runner: Runner = field(init=False)
     fusion: Fusion | None = None
+    loss_map: LossMap = ADDITION
 
     def go(self) -> None:
         facts = self.store.study(self.study_id)
@@ -163,8 +166,19 @@ class Stages:
         self._tell_dropped(choices)
         if self.fusion:
             choices = self.fusion.offered(choices, facts)
-        losses = self._score(choices)
-        filled = [scored(choice, losses) for choice in choices]
+        scores = score(
+            choices,
+            method=self.sensitivity,
+            model_hash=self.loaded.content_hash,
+            quality_key=f"{self.quality.key}-{self.loaded.dtype}",
+            device_type=self.hardware.type,
+            runner=self.runner,
+            store=self.store,
+            listener=self.listener,
+        )
+        self.loss_map = scores.loss_map
+        self._spend()
+        filled = [scored(choice, scores.losses) for choice in choices]
         return complete([choice.choices for choice in filled]), [choice.original for choice in filled]
 
     def _tell_fusion(self, fusion: Fusion) -> None:
@@ -184,35 +198,6 @@ class Stages:
         for (format_id, reason), count in counts.items():
             self.listener(Notice(f"{format_id} not considered for {count} of {len(choices)} layers: {reason}"))
 
-    def _score(self, choices: Sequence[SiteChoices]) -> dict[tuple[str, str], float]:
-        """Isolated losses of every numerics that a remaining choice uses, from the store or measured now."""
-        key = (self.loaded.content_hash, f"{self.quality.key}-{self.loaded.dtype}", METHOD)
-        known = self.store.losses(*key)
-        changes = [
-            change
-            for choice in choices
-            for change in _changes(choice)
-            if (change.site.name, change.numerics) not in known
-        ]
-        sites = len({change.site.name for change in changes})
-        self.listener(StageStarted("score", sites))
-        done = 0
-
-        def on_message(message: Scored) -> None:
-            nonlocal done
-            done += 1
-            self.store.put_losses(*key, message.losses)
-            self.listener(StageProgress("score", done, message.site.name))
-
-        if changes:
-            job = ScoreJob([(change.site, change.numerics, change.format.id, change.activation) for change in changes])
-            self.runner.run(job, on_message)
-        self.listener(
-            StageFinished("score", f"{len(changes)} changes of {sites} layers scored now, {len(known)} known")
-        )
-        self._spend()
-        return self.store.losses(*key)
-
     def _prove_all(self, options: list[list[LayerChoice]], originals: list[LayerChoice], recording: Recording) -> None:
         self.plans = {plan.plan_id: plan for plan in self.store.plans(self.study_id)}
         self.proofs = self.store.proofs(self.study_id)
@@ -224,6 +209,7 @@ class Stages:
             workload=self.workload,
             other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
             fusion=self.fusion,
+            loss_map=self.loss_map,
         )
         original = original_plan(originals, context)
         self.listener(StageStarted("prove", 1 + FRONT_PLANS))
@@ -283,7 +269,7 @@ class Stages:
         return proof
 
     def _expected_loss(self) -> float | None:
-        """The summed loss that the limit is expected to allow, from how the proven plans' increase compares with theirs."""
+        """The loss of a plan that the limit is expected to allow, from how the proven plans' increase compares with theirs."""
         if self.max_ppl_increase is None:
             return None
         allowed = math.log1p(self.max_ppl_increase) if self.quality.logarithmic else self.max_ppl_increase
@@ -355,15 +341,3 @@ class Stages:
     def _recommend(self) -> None:
         best = Study(self.store, self.study_id).recommended()
         self.store.update_study(self.study_id, recommended=best.plan_id if best else None)
-
-
-def _changes(choices: SiteChoices) -> list[Change]:
-    """Every numerics that a choice of the site uses."""
-    found: dict[str, Change] = {}
-    for choice in choices.choices:
-        fmt = get_format(choice.format)
-        for use in choices.site.uses:
-            kernel = fmt.kernel(route_kernel(choice.route, use.m))
-            key = numerics_key(fmt, kernel.numerics)
-            found.setdefault(key, Change(choices.site, key, fmt, kernel.numerics))
-    return list(found.values())

@@ -24,6 +24,9 @@ WEIGHT_ERROR = {  # relative error of the stored numbers of a bfloat16 weight, i
     "int4-g32": 0.09,
     "int4-g64": 0.1,
     "int4-g128": 0.11,
+    "int3-g32": 0.22,
+    "int3-g64": 0.24,
+    "int2-g32": 0.5,
 }
 
 

@@ -40,6 +40,7 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "fuse": True,
         "candidates": ("int8*", "int4*"),
         "time_budget_s": 90.0,
+        "sensitivity": "isolated",
         "seed": 7,
         "model_factory": "a.b:c",
         "tokenizer": "tok",
@@ -125,3 +126,25 @@ def test_without_a_plan_within_the_limits_the_recommendation_is_null(runner, dri
     assert json.loads(as_json.stdout)["recommended"] is None
     assert "No proven plan is within the limits" in as_text.stdout
     assert ORIGINAL[:6] in as_text.stdout
+
+
+def test_the_sensitivity_reaches_the_driver(runner, driver):
+    from autoquant.evaluators.sensitivity import SENSITIVITIES
+
+    for name in SENSITIVITIES:
+        assert runner.invoke(app, ["search", "m", "--eval-text", "t", "--sensitivity", name]).exit_code == 0
+    assert [call["sensitivity"] for call in driver.calls] == list(SENSITIVITIES)
+    assert runner.invoke(app, ["search", "m", "--eval-text", "t"]).exit_code == 0
+    assert driver.calls[-1]["sensitivity"] == "isolated"
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--eval-text", "t", "--sensitivity", "guess"], "'guess'"),
+        (["--quality", "a:b", "--sensitivity", "fisher"], "with --quality only isolated works"),
+    ],
+)
+def test_a_sensitivity_that_does_not_fit_is_refused(runner, driver, options, advice):
+    result = runner.invoke(app, ["search", "m", *options])
+    assert result.exit_code == 2 and advice in result.stderr and not driver.calls

@@ -177,3 +177,12 @@ def test_a_whole_workload_can_be_given_as_a_record(search):
     plan = study.plans()[0]
     proof = study.proofs()[plan.plan_id]
     assert proof.request_ms == pytest.approx(3 * proof.phase_ms["forward"])
+
+
+def test_a_quality_function_takes_no_sensitivity_that_needs_gradients(search, tmp_path):
+    from autoquant.errors import QualityError
+
+    for name, advice in (("fisher", "needs a text"), ("guess", "choose one of isolated, fisher, path")):
+        with pytest.raises(QualityError, match=advice):
+            search(sensitivity=name)
+    assert not (tmp_path / "plan.db").exists()

@@ -10,7 +10,7 @@ from torch import nn
 
 from autoquant.candidates import A8_ROW, A16, Format, Kernel, get_format
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
-from autoquant.evaluators.sensitivity import Change, isolated_losses
+from autoquant.evaluators.sensitivity import SENSITIVITIES, Change
 from autoquant.evaluators.text import TextParts
 from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
@@ -57,8 +57,8 @@ def sites_of(module):
 def losses_of(module, sites, quality, how=HOW):
     found, order = {}, []
 
-    def on_site(site, losses):
-        order.append(site.name)
+    def on_scored(name, losses):
+        order.append(name)
         found.update(losses)
 
     changes = [
@@ -66,7 +66,7 @@ def losses_of(module, sites, quality, how=HOW):
         for site in sites
         for numerics, (fmt, activation) in how.items()
     ]
-    isolated_losses(module, changes, quality, on_site)
+    SENSITIVITIES["isolated"].score(module, changes, quality, on_scored)
     assert order == [site.name for site in sites]
     return found
 
@@ -166,12 +166,12 @@ def test_a_change_that_changes_nothing_is_not_run(quality):
 
 
 def test_weights_too_large_to_keep_give_the_same_losses(quality, monkeypatch):
-    from autoquant.evaluators import sensitivity
+    from autoquant.evaluators.sensitivity import weights
 
     module = lively_llama()
     sites = list(sites_of(module).values())[:3]
     kept = losses_of(module, sites, quality)
-    monkeypatch.setattr(sensitivity, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(weights, "KEPT_BYTES", 0)
     assert losses_of(module, sites, quality) == kept
 
 

@@ -110,14 +110,16 @@ def wait_until(condition, seconds=20):
 def test_scores_from_another_process_are_those_of_this_one(bench, shared):
     phases = make_phases(bench.loaded.module, "causal_lm", WORKLOAD, device="cpu")
     sites = record(bench.loaded.module, phases).sites
-    job = ScoreJob([(site, f"int8-row+{how}", "int8-row/plain", how) for site in sites for how in ("a16", "a8-row")])
+    job = ScoreJob(
+        [(site, f"int8-row+{how}", "int8-row/plain", how) for site in sites for how in ("a16", "a8-row")], "isolated"
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     _, here = run(Here(bench), job)
     torch.set_num_threads(threads)
     _, apart = run(shared, job)
     assert all(isinstance(message, Scored) for message in apart)
-    assert [(m.site, m.losses) for m in apart] == [(m.site, m.losses) for m in here]
+    assert [(m.subject, m.losses) for m in apart] == [(m.subject, m.losses) for m in here]
     assert max(loss for message in apart for loss in message.losses.values()) > 0
 
 
@@ -243,7 +245,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(spec, tmp_path):
     assert len(result.stdout.splitlines()) == 1
 
 
-@pytest.mark.parametrize("job", [LoadJob(), ScoreJob([])])
+@pytest.mark.parametrize("job", [LoadJob(), ScoreJob([], "isolated")])
 def test_a_model_that_was_changed_is_refused(spec, job):
     runner = Apart(replace(spec, content_hash="another"))
     with pytest.raises(ModelError, match="changed while"):

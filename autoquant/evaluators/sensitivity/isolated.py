@@ -7,69 +7,46 @@ on are run; what came before is the same for every change and taken from the unq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from autoquant.candidates import A16, ACTIVATION_ROUNDING, Format
+from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.evaluators.emulate import EmulatedLinear, in_float32
 from autoquant.evaluators.prefix import BlockChain
 from autoquant.evaluators.quality import FunctionQuality, TextQuality, divergence_sum, next_token_logits
-from autoquant.records import Site
-
-METHOD = "isolated-1"
-_KEPT_BYTES = 32 << 20
-_SAME_WITHIN = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One thing that can be done to a site: the numbers of a format under an activation rounding."""
-
-    site: Site
-    numerics: str
-    format: Format
-    activation: str
-
-
-OnSite = Callable[[Site, Mapping[tuple[str, str], float]], None]
-"""Told each site's losses, by (site name, numerics), as soon as they are known."""
+from autoquant.evaluators.sensitivity.base import Change, OnScored, Sensitivity, by_site, parameter_of
+from autoquant.evaluators.sensitivity.weights import ChangedWeights, room_for_site
 
 
 def isolated_losses(
-    module: nn.Module, changes: Sequence[Change], quality: TextQuality | FunctionQuality, on_site: OnSite
+    module: nn.Module, changes: Sequence[Change], quality: TextQuality | FunctionQuality, on_scored: OnScored
 ) -> None:
     """Score every change on the calibration part.
 
     A change that leaves the weight's numbers (to within 1e-5) and the activation as they are costs 0 and is not run.
     """
-    by_site: dict[str, list[Change]] = {}
-    for change in changes:
-        by_site.setdefault(change.site.name, []).append(change)
+    sites = by_site(changes)
     if isinstance(quality, TextQuality):
-        _text_losses(module, by_site, quality, on_site)
+        _text_losses(module, sites, quality, on_scored)
     else:
-        _function_losses(module, by_site, quality, on_site)
+        _function_losses(module, sites, quality, on_scored)
 
 
-def parameter_of(module: nn.Module, site: Site) -> nn.Parameter:
-    """The site's weight in `module`."""
-    return module.get_parameter(site.parameters[0])
-
-
-def _text_losses(module: nn.Module, by_site: Mapping[str, list[Change]], quality: TextQuality, on_site: OnSite) -> None:
+def _text_losses(
+    module: nn.Module, sites: Mapping[str, list[Change]], quality: TextQuality, on_scored: OnScored
+) -> None:
     windows = list(quality.windows("calibration"))
     tokens = sum(ids.shape[1] for ids in windows)
-    dtypes = {name: parameter_of(module, changes[0].site).dtype for name, changes in by_site.items()}
+    dtypes = {name: parameter_of(module, changes[0].site).dtype for name, changes in sites.items()}
     with in_float32(module):
         chain = BlockChain(module, lambda: next_token_logits(module, windows[0]))
         runs = [_Run(module, chain, ids) for ids in windows]
-        for name, changes in by_site.items():
+        for name, changes in sites.items():
             totals = dict.fromkeys((change.numerics for change in changes), 0.0)
             parameter = parameter_of(module, changes[0].site)
-            weights = _Weights(parameter, dtypes[name], len(changes))
+            weights = ChangedWeights(parameter, dtypes[name], room_for_site(parameter, len(changes)))
             for run in runs:
                 reference = run.reference()
                 for change in changes:
@@ -79,7 +56,7 @@ def _text_losses(module: nn.Module, by_site: Mapping[str, list[Change]], quality
                     with EmulatedLinear(parameter, weight, ACTIVATION_ROUNDING[change.activation]):
                         totals[change.numerics] += divergence_sum(reference, run.logits(chain.start(parameter)))
             losses = {(name, numerics): max(total / tokens, 0.0) for numerics, total in totals.items()}
-            on_site(changes[0].site, losses)
+            on_scored(name, losses)
 
 
 class _Run:
@@ -101,46 +78,15 @@ class _Run:
         return self.logits(len(self._chain.blocks))
 
 
-class _Weights:
-    """A site's weight under each change, kept while they are small and made again where they are not."""
-
-    def __init__(self, parameter: torch.Tensor, dtype: torch.dtype, count: int) -> None:
-        self._parameter = parameter.detach()
-        self._dtype = dtype
-        self._kept: dict[str, torch.Tensor | None] = {}
-        self._keep = 4 * parameter.numel() * count <= _KEPT_BYTES
-        self._same: set[str] = set()
-
-    def changed(self, change: Change) -> torch.Tensor | None:
-        """The float32 numbers, or None where neither they nor the activation change."""
-        key = change.numerics
-        if key in self._same:
-            return None
-        if key in self._kept:
-            return self._kept[key]
-        weight = change.format.dequantize(change.format.store(self._parameter.to(self._dtype))).float()
-        if change.activation == A16 and _is_same(weight, self._parameter.float()):
-            self._same.add(key)
-            return None
-        if self._keep:
-            self._kept[key] = weight
-        return weight
-
-
-def _is_same(weight: torch.Tensor, original: torch.Tensor) -> bool:
-    """Whether two weights are equal but for numbers too small to matter (what float16 loses of bfloat16)."""
-    return bool((weight - original).norm() <= _SAME_WITHIN * original.norm())
-
-
 def _function_losses(
-    module: nn.Module, by_site: Mapping[str, list[Change]], quality: FunctionQuality, on_site: OnSite
+    module: nn.Module, sites: Mapping[str, list[Change]], quality: FunctionQuality, on_scored: OnScored
 ) -> None:
     """Increase of the mean loss over the unquantized model's, never below 0."""
     reference = quality.losses(module, "calibration")
     base = sum(reference) / len(reference)
-    for name, changes in by_site.items():
+    for name, changes in sites.items():
         parameter = parameter_of(module, changes[0].site)
-        weights = _Weights(parameter, parameter.dtype, len(changes))
+        weights = ChangedWeights(parameter, parameter.dtype, room_for_site(parameter, len(changes)))
         losses: dict[tuple[str, str], float] = {}
         for change in changes:
             weight = weights.changed(change)
@@ -150,4 +96,14 @@ def _function_losses(
             with EmulatedLinear(parameter, weight.to(parameter.dtype), ACTIVATION_ROUNDING[change.activation]):
                 changed = quality.losses(module, "calibration")
             losses[name, change.numerics] = max(sum(changed) / len(changed) - base, 0.0)
-        on_site(changes[0].site, losses)
+        on_scored(name, losses)
+
+
+ISOLATED = Sensitivity(
+    id="isolated",
+    version="isolated-1",
+    score=isolated_losses,
+    together=False,
+    functions=True,
+    description="each layer's divergence measured alone: exact, slow",
+)

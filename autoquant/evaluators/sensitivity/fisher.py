@@ -1,0 +1,149 @@
+"""Fisher output: the divergence to second order, from one backward pass for all layers and formats.
+
+A change that adds dY to a linear's output moves the logits by J dY, and to second order KL = 1/2 (J dY)' F (J dY) with
+F = diag(p) - p p' of each token's distribution p: the Fisher information of the logits. A random vector v with E[v v'] = F
+makes that 1/2 E[(g . dY)^2], g = J' v being what one backward pass from v gives every layer at once (the gradient that
+nvidia-modelopt scores with, but for labels of the text; MacKay, "A Practical Bayesian Framework", 1992, for the form). Here
+v = sqrt(p) * r - p (sqrt(p) . r) with random signs r, whose products vary less than those of sampled labels. What remains for
+each change is to compute dY, a product of the layer's own size.
+
+g . dY sums over all tokens, and its square is a single number a window. The squares token by token are thousands, hence
+precise, but leave out how the errors of different tokens act together (one that all keys have does nothing to attention,
+one that all values have adds up). The ratio of the two is much the same for all changes of a layer: it is estimated from
+runs of tokens over all changes together, and the token's squares are multiplied by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoquant.evaluators.emulate import in_float32
+from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.sensitivity.base import (
+    EVERY_LAYER,
+    Change,
+    OnScored,
+    Sensitivity,
+    by_site,
+    check_text,
+    parameter_of,
+)
+from autoquant.evaluators.sensitivity.gradients import Place, backpropagate, changed_output
+from autoquant.evaluators.sensitivity.together import (
+    Calibration,
+    by_numerics,
+    dtypes_of,
+    room_for_model,
+)
+from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
+
+_LEAST_ROWS = 3000
+_RUN_TOKENS = 32
+
+
+def fisher_losses(
+    module: nn.Module, changes: Sequence[Change], quality: TextQuality | FunctionQuality, on_scored: OnScored
+) -> None:
+    """Score every change on the calibration part, all at once; then what each numerics costs in all layers.
+
+    A text of few windows is gone through several times, with other random signs.
+    """
+    text = check_text(quality, FISHER.id)
+    dtypes = dtypes_of(module, changes)
+    with torch.no_grad(), in_float32(module):
+        calibration = Calibration(module, text)
+        room = room_for_model(module)
+        sites = [
+            _FisherSite(parameter_of(module, of[0].site), of, dtypes[name], room)
+            for name, of in by_site(changes).items()
+        ]
+        rounds = -(-_LEAST_ROWS // calibration.rows)
+        _observe(calibration, sites, rounds)
+        losses: dict[tuple[str, str], float] = {}
+        for site in sites:
+            losses |= site.losses(rounds * calibration.rows)
+        for numerics, of in by_numerics(changes).items():
+            own = {(change.site.name, numerics): losses[change.site.name, numerics] for change in of}
+            whole = calibration.whole(calibration.sites(of, dtypes))
+            on_scored(numerics, own | {(EVERY_LAYER, numerics): whole})
+
+
+def _observe(calibration: Calibration, sites: Sequence[_FisherSite], rounds: int) -> None:
+    generator = torch.Generator(calibration.device).manual_seed(0)
+    places: dict[int, Place] = {id(site.parameter): site for site in sites}
+    for _ in range(rounds):
+        for batch in calibration.batches:
+            backpropagate(calibration.module, batch, places, lambda logits: fisher_vector(logits, generator))
+            for site in sites:
+                site.end_of_pass()
+
+
+def fisher_vector(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random v for each row of logits `[..., vocabulary]`, with E[v v'] = diag(p) - p p' and p their softmax."""
+    root = logits.float().softmax(-1).sqrt_()
+    signed = torch.randint(0, 2, root.shape, generator=generator, device=root.device, dtype=torch.int8).mul_(2).sub_(1)
+    signed = root * signed
+    return signed.sub_(root.square() * signed.sum(-1, keepdim=True)).to(logits.dtype)
+
+
+class _FisherSite:
+    """One site in the unquantized model, with sums of (g . dY)^2 over tokens and over runs of tokens, for each change."""
+
+    def __init__(self, parameter: torch.Tensor, changes: Sequence[Change], dtype: torch.dtype, room: Room) -> None:
+        self.name = changes[0].site.name
+        self.parameter = parameter
+        self._changes = changes
+        self._weights = ChangedWeights(parameter, dtype, room)
+        self._products: dict[tuple[str, int], torch.Tensor] = {}
+        self._sums = torch.zeros(2, len(changes), device=parameter.device)
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.parameter)
+
+    def weight(self) -> torch.Tensor:
+        return self.parameter
+
+    def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add g . dY of every row and change to what other uses of the same weight gave for these rows."""
+        original = self.output(x)
+        for change in self._changes:
+            weight = self._weights.changed(change)
+            if weight is None:
+                continue
+            difference = changed_output(x, weight, change.activation).sub_(original)
+            product = difference.mul_(gradient).sum(-1).flatten()
+            key = (change.numerics, len(product))
+            self._products[key] = self._products[key] + product if key in self._products else product
+
+    def end_of_pass(self) -> None:
+        """Square what one backward pass gave."""
+        columns = {change.numerics: column for column, change in enumerate(self._changes)}
+        for (numerics, rows), product in self._products.items():
+            runs = F.pad(product, (0, -rows % _RUN_TOKENS)).reshape(-1, _RUN_TOKENS)
+            self._sums[0, columns[numerics]] += product.square().sum()
+            self._sums[1, columns[numerics]] += runs.sum(-1).square().sum()
+        self._products.clear()
+
+    def losses(self, rows: int) -> dict[tuple[str, str], float]:
+        """Mean divergence per token in nats, by (site, numerics)."""
+        by_token, by_run = self._sums.tolist()
+        ratios = [run / token for token, run in zip(by_token, by_run, strict=True) if token > 0]
+        ratio = sum(ratios) / len(ratios) if ratios else 0.0
+        return {
+            (self.name, change.numerics): 0.5 * ratio * token / rows
+            for change, token in zip(self._changes, by_token, strict=True)
+        }
+
+
+FISHER = Sensitivity(
+    id="fisher",
+    version="fisher-1",
+    score=fisher_losses,
+    together=True,
+    functions=False,
+    description="the divergence to second order, from gradients of the unquantized model: fast",
+)

@@ -1,0 +1,182 @@
+"""One forward and one backward pass in which every linear of interest computes, and sees its gradient, as it is told to.
+
+The blocks of the model are checkpointed (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016): each one's input
+is kept, and what lies inside is computed again when the gradients get there. The activations of one block are held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from autoquant.candidates import A16, ACTIVATION_ROUNDING
+from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.errors import QualityError
+from autoquant.profiler.phases import output_tensor
+
+
+class Place(Protocol):
+    """What is done at one site."""
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """The product `[..., n]` of x `[..., k]`, without the bias."""
+
+    def weight(self) -> torch.Tensor:
+        """`[n, k]`: what gradients are passed back through."""
+
+    def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Takes the input `[..., k]` and the gradient of the output `[..., n]`."""
+
+
+class _Observed(torch.autograd.Function):
+    """A linear whose place sees the gradient. `anchor` has it differentiated even where x has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, _anchor: torch.Tensor, place: Place, observed: set[int]) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.place = place
+        ctx.observed = observed
+        return place.output(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        (gradient,) = gradients
+        ctx.observed.add(id(ctx.place))
+        ctx.place.observe(x, gradient)
+        return gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class PlacedLinears(TorchFunctionMode):
+    """While active, every linear on a parameter of `places` (by identity) computes as its place says.
+
+    Attributes:
+        computed: Identities of the places that computed something.
+        observed: Of those, the ones that a gradient has come back to.
+    """
+
+    def __init__(self, places: Mapping[int, Place]) -> None:
+        super().__init__()
+        self.computed: set[int] = set()
+        self.observed: set[int] = set()
+        self._places = places
+        self._anchor: torch.Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in LINEAR_FUNCTIONS:
+            x, weight, bias = linear_arguments(args, kwargs)
+            place = self._places.get(id(weight))
+            if place is not None:
+                y = self._product(x, place)
+                return y if bias is None else y + bias
+        return func(*args, **(kwargs or {}))
+
+    def _product(self, x: torch.Tensor, place: Place) -> torch.Tensor:
+        self.computed.add(id(place))
+        if not torch.is_grad_enabled():
+            return place.output(x)
+        if self._anchor is None:
+            self._anchor = torch.zeros((), device=x.device, requires_grad=True)
+        observed: torch.Tensor = _Observed.apply(x, self._anchor, place, self.observed)  # type: ignore[no-untyped-call]
+        return observed
+
+
+def batch_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`, without a cache."""
+    return output_tensor(module(ids, use_cache=False) if hasattr(module, "generate") else module(ids))
+
+
+def changed_output(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
+    """x `[..., k]`, rounded as the activation says, times a weight `[n, k]`."""
+    return F.linear(x if activation == A16 else _rounded(x, activation), weight)
+
+
+def _rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """Each window on its own, as in a call of its own: some roundings have one scale for all rows of a call."""
+    rounding = ACTIVATION_ROUNDING[activation]
+    return rounding(x) if x.ndim < 3 or len(x) == 1 else torch.stack([rounding(window) for window in x])
+
+
+def backpropagate(
+    module: nn.Module,
+    ids: torch.Tensor,
+    places: Mapping[int, Place],
+    seed: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Run windows `[batch, tokens]` forward and back; every place observes the gradient of `sum(seed * logits)`.
+
+    Args:
+        places: By the identity of the parameter.
+        seed: Takes the logits `[batch, tokens, vocabulary]` and returns as many numbers, constant under differentiation.
+
+    Raises:
+        QualityError: The model does not let gradients through to every linear.
+    """
+    mode = PlacedLinears(places)
+    with _frozen(module), _checkpointed(module, lambda: (nullcontext(), mode)), torch.enable_grad():
+        with mode:
+            logits = batch_logits(module, ids)
+        if logits.requires_grad:
+            with torch.no_grad():
+                vector = seed(logits.detach())
+            logits.backward(vector)  # type: ignore[no-untyped-call]
+    if missing := len(mode.computed - mode.observed):
+        raise QualityError(
+            f"no gradient reaches {missing} of {len(mode.computed)} linears of this model: use --sensitivity isolated, which"
+            " needs none"
+        )
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter collects a gradient."""
+    thawed = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+
+
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+
+@contextmanager
+def _checkpointed(module: nn.Module, contexts: Contexts) -> Iterator[None]:
+    """The model's blocks, if it has a list of them, forget what is inside until the gradients need it."""
+    blocks = _blocks(module)
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(
+                checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                determinism_check="none",
+                context_fn=contexts,
+            )
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _blocks(module: nn.Module) -> Sequence[nn.Module]:
+    """The heaviest list of modules: what BlockChain looks at first, whether or not it is a chain."""
+    lists = [
+        child for child in module.modules() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
+    ]
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))

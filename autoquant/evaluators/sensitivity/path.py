@@ -1,0 +1,76 @@
+"""Path integral: what each layer has in the divergence of a model whose layers are all changed at once, part of the way.
+
+Let every linear compute (1 - t) y + t y', y its unquantized output and y' the changed one, and F(t) be the divergence of that
+model. The integral of dF/dy_i . (y'_i - y_i) over t from 0 to 1 is layer i's share of F(1), and the shares sum to it (Aumann
+and Shapley, "Values of Non-Atomic Games", 1974; as integrated gradients in Sundararajan et al., 2017). Other layers' errors
+are in the share, to the degree that they act together: what measuring a layer alone leaves out.
+
+In a mixed plan the others are changed less than in the uniform model at t = 1, whose shares are too large for it. So the
+integral ends at `REACH`, and is divided by its square, by which a divergence of second order has grown there. One numerics
+costs one forward and backward pass for each of the `POINTS` (Gauss-Legendre; exact to second order already with one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoquant.evaluators.emulate import in_float32
+from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, OnScored, Sensitivity, check_text
+from autoquant.evaluators.sensitivity.gradients import backpropagate
+from autoquant.evaluators.sensitivity.together import Calibration, PathSite, by_numerics, dtypes_of
+
+REACH = 0.7
+POINTS = 1
+
+
+def path_losses(
+    module: nn.Module, changes: Sequence[Change], quality: TextQuality | FunctionQuality, on_scored: OnScored
+) -> None:
+    """Score the changes of one numerics after the other, each with what it costs in all of these layers."""
+    text = check_text(quality, PATH.id)
+    dtypes = dtypes_of(module, changes)
+    with torch.no_grad(), in_float32(module):
+        calibration = Calibration(module, text)
+        for numerics, of in by_numerics(changes).items():
+            sites = calibration.sites(of, dtypes)
+            shares = path_shares(calibration, sites)
+            losses = {(name, numerics): share for name, share in shares.items()}
+            on_scored(numerics, losses | {(EVERY_LAYER, numerics): calibration.whole(sites)})
+
+
+def path_shares(
+    calibration: Calibration, sites: Sequence[PathSite], *, reach: float = REACH, points: int = POINTS
+) -> dict[str, float]:
+    """Mean divergence per token in nats that each site accounts for, by its name."""
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    total = torch.zeros(len(sites), device=calibration.device)
+    for node, weight in zip(nodes, weights, strict=True):
+        for site in sites:
+            site.stand_at(reach * (float(node) + 1) / 2)
+        for number, batch in enumerate(calibration.batches):
+            seed = partial(divergence_gradient, calibration.reference(number))
+            backpropagate(calibration.module, batch, {id(site.parameter): site for site in sites}, seed)
+        total += float(weight) / 2 / reach * torch.stack([site.inner for site in sites])
+    shares = (total / calibration.rows).tolist()
+    return {site.name: max(share, 0.0) for site, share in zip(sites, shares, strict=True)}
+
+
+def divergence_gradient(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The gradient of the summed KL(reference || logits) in the logits: the difference of the two distributions."""
+    return (logits.float().softmax(-1) - reference.float().softmax(-1)).to(logits.dtype)
+
+
+PATH = Sensitivity(
+    id="path",
+    version="path-1",
+    score=path_losses,
+    together=True,
+    functions=False,
+    description="each layer's share where all layers are changed part of the way, from gradients of the true divergence",
+)

@@ -1,0 +1,134 @@
+"""Changing the linears of a whole model at once, all or part of the way, on the calibration windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoquant.candidates import A16
+from autoquant.evaluators.kept import KeptTensor
+from autoquant.evaluators.quality import TextQuality, divergence_sum
+from autoquant.evaluators.sensitivity.base import Change, parameter_of
+from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits, changed_output
+from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
+
+_LOGITS_AT_ONCE = 1 << 25
+_KEPT_BYTES = 1 << 30
+
+
+def by_numerics(changes: Sequence[Change]) -> dict[str, list[Change]]:
+    """The changes of each numerics, by its key, in order."""
+    found: dict[str, list[Change]] = {}
+    for change in changes:
+        found.setdefault(change.numerics, []).append(change)
+    return found
+
+
+def dtypes_of(module: nn.Module, changes: Sequence[Change]) -> dict[str, torch.dtype]:
+    """The dtype of each site's weight, by the site's name: to be asked before they are widened."""
+    return {change.site.name: parameter_of(module, change.site).dtype for change in changes}
+
+
+def room_for_model(module: nn.Module) -> Room:
+    """Room for as many bytes as the model's parameters take in float32, or on a GPU for half of what is free there."""
+    device = next(module.parameters()).device
+    if device.type == "cuda":
+        return Room(torch.cuda.mem_get_info(device)[0] // 2)
+    return Room(4 * sum(parameter.numel() for parameter in module.parameters()))
+
+
+class PathSite:
+    """One site on the way from the unquantized output (position 0) to the changed one (1).
+
+    Attributes:
+        name: The site's.
+        parameter: Its weight in float32.
+        inner: Sum over the rows since the site took its position of gradient . (changed output - unquantized output), a
+            scalar on the device.
+    """
+
+    def __init__(self, parameter: torch.Tensor, change: Change, weights: ChangedWeights) -> None:
+        self.name = change.site.name
+        self.parameter = parameter
+        self._change = change
+        self._weights = weights
+        self.stand_at(0.0)
+
+    def stand_at(self, position: float) -> None:
+        self._position = position
+        self.inner = torch.zeros((), device=self.parameter.device)
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        changed = self._weights.changed(self._change)
+        if changed is None:
+            return F.linear(x, self.parameter)
+        if self._change.activation == A16 or self._position == 1.0:
+            return changed_output(x, self.weight(), self._change.activation)
+        return F.linear(x, self.parameter).lerp_(changed_output(x, changed, self._change.activation), self._position)
+
+    def weight(self) -> torch.Tensor:
+        changed = self._weights.changed(self._change)
+        return self.parameter if changed is None else torch.lerp(self.parameter, changed, self._position)
+
+    def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        changed = self._weights.changed(self._change)
+        if changed is None:
+            return
+        if self._change.activation == A16:
+            difference = F.linear(x, changed - self.parameter)
+        else:
+            difference = changed_output(x, changed, self._change.activation).sub_(F.linear(x, self.parameter))
+        self.inner += difference.mul_(gradient).sum()
+
+
+class Calibration:
+    """A model in float32 and the windows that it is scored on, in batches, with its unquantized logits.
+
+    Attributes:
+        batches: Windows `[batch, tokens]`, as many at once as their logits may take memory. A model that is no Hugging Face one
+            gets them one at a time, since a program that was exported may take no other number.
+        rows: How many tokens they have.
+    """
+
+    def __init__(self, module: nn.Module, quality: TextQuality) -> None:
+        self.module = module
+        windows = torch.cat(list(quality.windows("calibration")))
+        self.device = windows.device
+        self.rows = windows.numel()
+        fits = 1
+        if hasattr(module, "generate"):
+            fits = _LOGITS_AT_ONCE // batch_logits(module, windows[:1]).numel()
+        self.batches = torch.split(windows, max(1, fits))
+        # On a GPU to compute them again is faster than to fetch them.
+        most_bytes = 0 if self.device.type == "cuda" else _KEPT_BYTES // len(self.batches)
+        self._kept = [KeptTensor(most_bytes) for _ in self.batches]
+
+    def reference(self, number: int) -> torch.Tensor:
+        """Logits `[batch, tokens, vocabulary]` of the unquantized model on a batch."""
+        return self._kept[number].get(partial(batch_logits, self.module, self.batches[number]))
+
+    def sites(self, changes: Sequence[Change], dtypes: Mapping[str, torch.dtype]) -> list[PathSite]:
+        """The sites that one numerics changes."""
+        room = room_for_model(self.module)
+        found = []
+        for change in changes:
+            parameter = parameter_of(self.module, change.site)
+            weights = ChangedWeights(parameter, dtypes[change.site.name], room)
+            found.append(PathSite(parameter, change, weights))
+        return found
+
+    def whole(self, sites: Sequence[PathSite]) -> float:
+        """Mean divergence per token in nats where all these sites are changed."""
+        for site in sites:
+            site.stand_at(1.0)
+        total = 0.0
+        for number, batch in enumerate(self.batches):
+            reference = self.reference(number)
+            with PlacedLinears({id(site.parameter): site for site in sites}):
+                logits = batch_logits(self.module, batch)
+            total += divergence_sum(reference.flatten(0, 1), logits.flatten(0, 1))
+        return max(total / self.rows, 0.0)

@@ -1,0 +1,65 @@
+"""Weights as formats would have them, made when they are needed and kept while there is room."""
+
+from __future__ import annotations
+
+import torch
+
+from autoquant.candidates import A16
+from autoquant.evaluators.sensitivity.base import Change
+
+KEPT_BYTES = 32 << 20
+_SAME_WITHIN = 1e-5
+
+
+class Room:
+    """How many bytes may be kept; shared by weights that are there at the same time."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self._free_bytes = free_bytes
+
+    def take(self, size_bytes: int) -> bool:
+        """Whether there was room for that much; it is taken then."""
+        if size_bytes > self._free_bytes:
+            return False
+        self._free_bytes -= size_bytes
+        return True
+
+
+class ChangedWeights:
+    """A site's weight under each change, kept while there is room and made again where there is none.
+
+    Args:
+        parameter: The weight `[n, k]` in float32.
+        dtype: The model's own, which formats are made from.
+        room: Where they are kept.
+    """
+
+    def __init__(self, parameter: torch.Tensor, dtype: torch.dtype, room: Room) -> None:
+        self._parameter = parameter.detach()
+        self._dtype = dtype
+        self._room = room
+        self._kept: dict[str, torch.Tensor | None] = {}
+
+    def changed(self, change: Change) -> torch.Tensor | None:
+        """The float32 numbers, or None where neither they nor the activation change."""
+        key = change.numerics
+        if key in self._kept:
+            return self._kept[key]
+        weight = change.format.dequantize(change.format.store(self._parameter.to(self._dtype))).float()
+        if change.activation == A16 and _is_same(weight, self._parameter.float()):
+            self._kept[key] = None
+            return None
+        if self._room.take(weight.nbytes):
+            self._kept[key] = weight
+        return weight
+
+
+def room_for_site(parameter: torch.Tensor, count: int) -> Room:
+    """Room for all of `count` changes of one site where they are small, else for none: there they would crowd the memory."""
+    wanted = 4 * parameter.numel() * count
+    return Room(wanted if wanted <= KEPT_BYTES else 0)
+
+
+def _is_same(weight: torch.Tensor, original: torch.Tensor) -> bool:
+    """Whether two weights are equal but for numbers too small to matter (what float16 loses of bfloat16)."""
+    return bool((weight - original).norm() <= _SAME_WITHIN * original.norm())

@@ -1,0 +1,79 @@
+"""From the summed losses of layers to the loss of a plan: layers that are changed together do not simply add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_STEEPEST = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossMap:
+    """Plan loss as a rising function of the layers' sum s: s + curvature s^2, the part above the sum.
+
+    Errors make one another worse until there is little left to lose. With a negative curvature the plan loss saturates
+    instead: s / (1 + |curvature| s), the same to second order.
+
+    Attributes:
+        curvature: Per nat (or unit of the user's own loss); 0 is plain addition.
+    """
+
+    curvature: float = 0.0
+
+    def plan_loss(self, summed: float) -> float:
+        """What a plan is predicted to cost whose layers' losses sum to `summed`."""
+        if self.curvature >= 0:
+            return summed * (1 + self.curvature * summed)
+        return summed / (1 - self.curvature * summed)
+
+    def summed(self, plan_loss: float) -> float:
+        """The sum that `plan_loss` is predicted from; infinite above all that is ever predicted."""
+        if self.curvature == 0:
+            return plan_loss
+        if self.curvature > 0:
+            return (math.sqrt(1 + 4 * self.curvature * plan_loss) - 1) / (2 * self.curvature)
+        rest = 1 + self.curvature * plan_loss
+        return plan_loss / rest if rest > 0 else math.inf
+
+
+ADDITION = LossMap()
+"""The plan loss is the sum."""
+
+
+def fit_loss_map(pairs: Sequence[tuple[float, float]]) -> LossMap:
+    """The map with the least squared error of log loss over (sum of layers' losses, measured loss of them together).
+
+    Pairs that are not positive say nothing; without any other the losses are added.
+    """
+    from scipy.optimize import minimize_scalar
+
+    known = np.array([pair for pair in pairs if min(pair) > 0], dtype=np.float64).reshape(-1, 2)
+    if not len(known):
+        return ADDITION
+    summed, measured = known.T
+
+    def error(curvature: float) -> float:
+        loss_map = LossMap(curvature)
+        predicted = np.array([loss_map.plan_loss(s) for s in summed])
+        return float(np.square(np.log(predicted / measured)).sum())
+
+    steepest = _STEEPEST / float(summed.max())
+    best = minimize_scalar(error, bounds=(-steepest, steepest), method="bounded", options={"xatol": 1e-6 * steepest})
+    return LossMap(float(best.x))
+
+
+def together_pairs(losses: Mapping[tuple[str, str], float], every_layer: str) -> list[tuple[float, float]]:
+    """For each numerics that was measured in all layers at once: the sum of the layers' losses, and that measurement.
+
+    Args:
+        losses: By (layer, numerics), under the layer `every_layer` the measurements.
+    """
+    sums: dict[str, float] = {}
+    for (layer, numerics), loss in losses.items():
+        if layer != every_layer:
+            sums[numerics] = sums.get(numerics, 0.0) + loss
+    return [(sums.get(numerics, 0.0), loss) for (layer, numerics), loss in losses.items() if layer == every_layer]

@@ -1,0 +1,101 @@
+"""The score stage: what every change that a choice needs is predicted to cost, from the store or found out now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autoquant.candidates import get_format
+from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
+from autoquant.events import Listener, StageFinished, StageProgress, StageStarted
+from autoquant.records import route_kernel
+from autoquant.store import Store
+from autoquant.tuner.additivity import LossMap, fit_loss_map, together_pairs
+from autoquant.tuner.apart import Runner
+from autoquant.tuner.choices import SiteChoices, numerics_key
+from autoquant.tuner.jobs import Scored, ScoreJob
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Losses by (site name, numerics), and how they make up that of a plan."""
+
+    losses: Mapping[tuple[str, str], float]
+    loss_map: LossMap
+
+
+def score(
+    choices: Sequence[SiteChoices],
+    *,
+    method: Sensitivity,
+    model_hash: str,
+    quality_key: str,
+    device_type: str,
+    runner: Runner,
+    store: Store,
+    listener: Listener,
+) -> Scores:
+    """Score every change that the choices use and the store does not know by this method on this text."""
+    known = store.losses(model_hash, quality_key, method.version)
+    changes = (
+        _changes_together(choices, known, device_type)
+        if method.together
+        else [change for change in _changes(choices) if (change.site.name, change.numerics) not in known]
+    )
+    count = len({change.numerics if method.together else change.site.name for change in changes})
+    listener(StageStarted("score", count))
+    done = 0
+
+    def on_message(message: Scored) -> None:
+        nonlocal done
+        done += 1
+        new = {key: loss for key, loss in message.losses.items() if key not in known}
+        store.put_losses(model_hash, quality_key, method.version, new)
+        listener(StageProgress("score", done, message.subject))
+
+    if changes:
+        runner.run(ScoreJob.of(method, changes), on_message)
+    losses = store.losses(model_hash, quality_key, method.version)
+    loss_map = fit_loss_map(together_pairs(losses, EVERY_LAYER))
+    listener(StageFinished("score", _summary(method, changes, len(known), loss_map)))
+    return Scores({key: loss for key, loss in losses.items() if key[0] != EVERY_LAYER}, loss_map)
+
+
+def _summary(method: Sensitivity, changes: Sequence[Change], known: int, loss_map: LossMap) -> str:
+    sites = len({change.site.name for change in changes})
+    text = f"sensitivity {method.id}: {len(changes)} changes of {sites} layers scored now, {known} known"
+    if loss_map.curvature:
+        text += f"; a sum of 0.1 predicts {loss_map.plan_loss(0.1):.3g}"
+    return text
+
+
+def _changes(choices: Sequence[SiteChoices]) -> list[Change]:
+    """Every numerics that a choice of a site uses, site by site."""
+    found: dict[tuple[str, str], Change] = {}
+    for of_site in choices:
+        for choice in of_site.choices:
+            fmt = get_format(choice.format)
+            for use in of_site.site.uses:
+                kernel = fmt.kernel(route_kernel(choice.route, use.m))
+                key = numerics_key(fmt, kernel.numerics)
+                found.setdefault((of_site.site.name, key), Change(of_site.site, key, fmt, kernel.numerics))
+    return list(found.values())
+
+
+def _changes_together(
+    choices: Sequence[SiteChoices], known: Mapping[tuple[str, str], float], device_type: str
+) -> list[Change]:
+    """Each numerics that any choice uses and that is not known, at every site whose shape its format takes.
+
+    What is changed together must not depend on which choices timings have left over.
+    """
+    used: dict[str, Change] = {}
+    for change in _changes(choices):
+        used.setdefault(change.numerics, change)
+    return [
+        Change(of_site.site, key, change.format, change.activation)
+        for key, change in used.items()
+        if (EVERY_LAYER, key) not in known
+        for of_site in choices
+        if change.format.unsupported(of_site.site.shape, 1, device_type) is None
+    ]

@@ -1,0 +1,151 @@
+"""The score stage: which changes are asked for, what is kept under which method, and what is said of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models.tiny_models import tiny_llama
+
+from autoquant.evaluators.quality import TextQuality
+from autoquant.evaluators.sensitivity import SENSITIVITIES, fisher
+from autoquant.evaluators.text import TextParts
+from autoquant.events import StageFinished, StageProgress, StageStarted
+from autoquant.models import from_module
+from autoquant.profiler.phases import make_phases
+from autoquant.profiler.record import record
+from autoquant.records import LayerChoice, RouteStep, Workload
+from autoquant.store import open_store
+from autoquant.tuner.apart import Here
+from autoquant.tuner.choices import SiteChoices
+from autoquant.tuner.jobs import Bench
+from autoquant.tuner.scoring import score
+
+WORKLOAD = Workload.parse("prefill=4")
+INT8, ORIGINAL = "int8-row/plain", "bfloat16/plain"
+A16, A8 = "int8-row+a16", "int8-row+a8-row"
+
+
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch):
+    monkeypatch.setattr(fisher, "_LEAST_ROWS", 60)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    generator = torch.Generator().manual_seed(5)
+    windows = {
+        part: torch.randint(0, 64, (2, 20), generator=generator) for part in ("calibration", "selection", "report")
+    }
+    loaded = from_module(tiny_llama().requires_grad_(False))
+    return Bench(
+        load=lambda: loaded,
+        quality=TextQuality(TextParts(windows), "cpu"),
+        workload=WORKLOAD,
+        device="cpu",
+        execution="eager",
+        sample_inputs=None,
+    )
+
+
+def choice(site, format_id, kernel):
+    return LayerChoice(
+        name=site.name,
+        shape=site.shape,
+        format=format_id,
+        route=(RouteStep(upper_m=None, kernel=kernel),),
+        numerics="",
+        latency_us={},
+        memory_bytes=0,
+        loss=0.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def choices(bench):
+    """int8 by two numerics everywhere, but for the first site, which timings have left one."""
+    phases = make_phases(bench.loaded.module, "causal_lm", WORKLOAD, device="cpu")
+    sites = record(bench.loaded.module, phases).sites
+    made = []
+    for number, site in enumerate(sites):
+        all_three = [choice(site, ORIGINAL, "matmul"), choice(site, INT8, "int-mm"), choice(site, INT8, "int8pack-mm")]
+        made.append(SiteChoices(site, tuple(all_three if number else all_three[:2]), {}))
+    return made
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = open_store(tmp_path / "plan.db")
+    opened.put_model("m0del", {})
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def run(bench, choices, store):
+    def go(method, some=choices):
+        events = []
+        runner = Here(bench)
+        scores = score(
+            some,
+            method=SENSITIVITIES[method],
+            model_hash="m0del",
+            quality_key="text",
+            device_type="cpu",
+            runner=runner,
+            store=store,
+            listener=events.append,
+        )
+        return scores, events
+
+    return go
+
+
+def test_isolated_losses_are_measured_for_what_choices_use(run, choices):
+    scores, events = run("isolated")
+    names = [of_site.site.name for of_site in choices]
+    assert (names[0], A16) not in scores.losses and (names[0], A8) in scores.losses
+    assert all((name, A16) in scores.losses for name in names[1:])
+    assert scores.loss_map.curvature == 0
+    assert events[0] == StageStarted("score", len(choices))
+
+
+@pytest.mark.parametrize("method", ["fisher", "path"])
+def test_the_others_score_a_numerics_in_every_layer_whatever_timings_left_over(run, choices, method):
+    scores, events = run(method)
+    assert set(scores.losses) == {(of.site.name, key) for of in choices for key in (A16, A8, "bfloat16+a16")}
+    assert scores.loss_map.curvature != 0
+    assert events[0] == StageStarted("score", 3)
+    assert [event.done for event in events if isinstance(event, StageProgress)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("method", list(SENSITIVITIES))
+def test_what_is_known_is_not_scored_again_and_predicts_the_same(run, method, monkeypatch):
+    first, events = run(method)
+    assert f"sensitivity {method}: " in events[-1].summary
+    assert isinstance(events[-1], StageFinished) and "scored now" in events[-1].summary
+    monkeypatch.setattr(Here, "run", None)
+    again, events = run(method)
+    assert again == first
+    assert f"sensitivity {method}: 0 changes of 0 layers scored now" in events[-1].summary
+
+
+def test_losses_of_different_methods_never_mix(run, store):
+    found = {method: run(method)[0].losses for method in SENSITIVITIES}
+    kept = {method.version: store.losses("m0del", "text", method.version) for method in SENSITIVITIES.values()}
+    assert len(kept) == 3 and all(kept.values())
+    for method, losses in found.items():
+        version = SENSITIVITIES[method].version
+        assert all(kept[version][key] == loss for key, loss in losses.items())
+    key = max(found["path"], key=found["path"].get)
+    assert len({losses[key] for losses in found.values()}) == 3
+
+
+def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(run, store):
+    whole, _ = run("path")
+    store.engine.dispose()
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql(f"DELETE FROM loss WHERE numerics = '{A8}' AND layer LIKE '%layers.1%'")
+        connection.exec_driver_sql(f"DELETE FROM loss WHERE numerics = '{A8}' AND layer = '*'")
+    again, events = run("path")
+    assert again.losses == pytest.approx(whole.losses)
+    assert events[0] == StageStarted("score", 1)

@@ -208,7 +208,7 @@ def test_a_workload_longer_than_the_models_positions(here):
     assert "64" in refused(here, *search(workload="prefill=60,decode=5"))
 
 
-@pytest.mark.parametrize("globs", ["int3*", "int8", "nothing/*/at-all", ""])
+@pytest.mark.parametrize("globs", ["int5*", "int8", "nothing/*/at-all", ""])
 def test_a_candidate_glob_that_matches_nothing(here, globs):
     assert "no candidate matches" in refused(here, *search(candidates=globs))
 
@@ -295,7 +295,7 @@ def test_a_model_that_cannot_be_timed(here):
         {"workload": "decode=4"},
         {"batch": "2"},
         {"rows": None, "workload": "decode"},
-        {"candidates": "int3*"},
+        {"candidates": "int5*"},
         {"device": "toaster"},
         {"dtype": "int3"},
         {"plot": "picture.gif"},

@@ -160,20 +160,18 @@ def true_divergences(
     loaded: LoadedModel, sites: Sequence[Site], arguments: argparse.Namespace, path: Path
 ) -> tuple[list[tuple[str, Plan]], np.ndarray]:
     """Random plans with their regions, and the mean KL per token of each on the report text."""
-    if path.exists():
-        kept = json.loads(path.read_text())
-        return [(region, plan) for region, plan in kept["plans"]], np.array(kept["kl"])
-    report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
     plans = random_plans(sites, arguments.seed)
-    dtypes = {site.name: getattr(torch, site.shape.dtype) for site in sites}
-    with in_float32(loaded.module):
-        calibration = Calibration(loaded.module, quality(report, arguments.device))
-        kl = []
-        for number, (_, plan) in enumerate(plans):
-            kl.append(calibration.whole(calibration.sites(changes(sites, plan), dtypes)))
-            print(f"plan {number + 1} of {len(plans)}: {kl[-1]:.4f}", flush=True)
-    bits = [average_bits(plan, sites) for _, plan in plans]
-    path.write_text(json.dumps({"plans": plans, "bits": bits, "kl": kl}))
+    kl: list[float] = json.loads(path.read_text())["kl"] if path.exists() else []
+    if len(kl) < len(plans):
+        report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
+        dtypes = {site.name: getattr(torch, site.shape.dtype) for site in sites}
+        bits = [average_bits(plan, sites) for _, plan in plans]
+        with in_float32(loaded.module):
+            calibration = Calibration(loaded.module, quality(report, arguments.device))
+            for number, (_, plan) in enumerate(plans[len(kl) :], start=len(kl) + 1):
+                kl.append(calibration.whole(calibration.sites(changes(sites, plan), dtypes)))
+                path.write_text(json.dumps({"plans": plans, "bits": bits, "kl": kl}))
+                print(f"plan {number} of {len(plans)}: {kl[-1]:.4f}", flush=True)
     return plans, np.array(kl)
 
 

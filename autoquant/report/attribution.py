@@ -263,8 +263,9 @@ def _kernels_table(step: StepProfile, width: int) -> Table:
     """The kernels that take longest, all runs of one together."""
     sums: dict[tuple[str, str], tuple[int, float]] = {}
     for kernel in step.kernels:
-        runs, time_us = sums.get((kernel.name, kernel.kind), (0, 0.0))
-        sums[kernel.name, kernel.kind] = (runs + 1, time_us + kernel.duration_us)
+        name = kernel.name.removeprefix("void ").split("(")[0]  # without the types of a C++ function's arguments
+        runs, time_us = sums.get((name, kernel.kind), (0, 0.0))
+        sums[name, kernel.kind] = (runs + 1, time_us + kernel.duration_us)
     table = plain_table()
     table.add_column("Slowest kernels", overflow="fold" if width >= WIDE else "ellipsis", no_wrap=width < WIDE, ratio=1)
     table.add_column("What", no_wrap=True)

@@ -85,7 +85,7 @@ def searches(bits: Sequence[float], losses: np.ndarray, limit: float, seed: int)
 
         def increase(plan: int, part: str, parts: dict[str, np.ndarray] = parts):  # noqa: ANN202
             chosen = parts[part]
-            return paired_increase(losses[plan + 1, chosen], losses[0, chosen], logarithmic=True)
+            return paired_increase(losses[plan + 1, chosen].tolist(), losses[0, chosen].tolist(), logarithmic=True)
 
         plan = next((plan for plan in by_bits if increase(plan, "selection").high <= limit), None)
         if plan is None:

@@ -1,0 +1,307 @@
+"use strict";
+// Draws what the data says, in the colours of the look, for the width of the window; and switches plan, shape and look.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const byId = (id) => document.getElementById(id);
+  const root = document.documentElement;
+  const state = { plan: data.picked, shape: 0, everything: false };
+  const NARROW_PX = 600;
+
+  // -- colours and look ------------------------------------------------------------------------------------------
+
+  const probe = document.body.appendChild(document.createElement("span"));
+  probe.hidden = true;
+
+  /** What a colour of style.css is in the present look. */
+  function colour(name) {
+    probe.style.color = name;
+    return getComputedStyle(probe).color;
+  }
+
+  /** A copy of a chart in which every colour's name is replaced by the colour. */
+  function coloured(value) {
+    if (typeof value === "string") return value.startsWith("var(--") ? colour(value) : value;
+    if (Array.isArray(value)) return value.map(coloured);
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, coloured(each)]));
+    }
+    return value;
+  }
+
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.look ? root.dataset.look === "dark" : prefersDark.matches);
+
+  function setLook(look) {
+    if (look) root.dataset.look = look;
+    byId("look").textContent = isDark() ? "Light look" : "Dark look";
+    drawAll();
+  }
+
+  // -- drawing ---------------------------------------------------------------------------------------------------
+
+  /** Draw a chart in place of what was there, with the common layout. */
+  function draw(id, chart, height) {
+    const place = byId(id);
+    const narrow = place.clientWidth < NARROW_PX;
+    const legendPx = chart.layout.showlegend ? legendHeight(chart.data, place.clientWidth) : 0;
+    const axis = { gridcolor: "var(--line)", zerolinecolor: "var(--line)", linecolor: "var(--muted)", automargin: true,
+      fixedrange: narrow };
+    const layout = {
+      font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 13, color: "var(--ink)" },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      margin: { l: narrow ? 44 : 60, r: 14, t: 14, b: 50 + legendPx },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", itemclick: "toggle" },
+      hoverlabel: { bgcolor: "var(--panel)", bordercolor: "var(--muted)", font: { color: "var(--ink)" }, align: "left" },
+      dragmode: narrow ? false : "zoom",
+      height: height + legendPx,
+      ...chart.layout,
+    };
+    for (const name of Object.keys(layout)) {
+      if (/^[xy]axis/.test(name)) {
+        const own = layout[name];
+        layout[name] = { ...axis, ...own };
+        if (own.title) layout[name].title = { ...own.title, standoff: 8 };
+      }
+    }
+    const config = { displaylogo: false, responsive: false, displayModeBar: narrow ? false : "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+    return Plotly.react(place, coloured(chart.data), coloured(layout), config);
+  }
+
+  /** Pixels that a legend below a chart takes: as many entries beside one another as have room. */
+  function legendHeight(traces, width) {
+    const names = traces.map((trace) => trace.name).filter(Boolean);
+    const widest = Math.max(...names.map((name) => name.length)) * 7.5 + 52;
+    return Math.ceil(names.length / Math.max(1, Math.floor(width / widest))) * 21 + 8;
+  }
+
+  /** The ring around the picked plan. */
+  function ring(x, y, size) {
+    return { type: "scatter", mode: "markers", x: [x], y: [y], hoverinfo: "skip",
+      marker: { symbol: "circle-open", size, color: "var(--ink)", line: { width: 2 } } };
+  }
+
+  function drawFront() {
+    const plan = data.plans[state.plan];
+    const chart = { data: [...data.front.data, ring(plan.x, plan.y, 34)], layout: { ...data.front.layout } };
+    if (state.everything) chart.layout.yaxis = { ...chart.layout.yaxis, range: null, type: "log" };
+    clickable(draw("front-chart", chart, byId("front-chart").clientWidth < NARROW_PX ? 400 : 500));
+    const [words, button] = byId("beyond").children;
+    byId("beyond").hidden = data.front.beyond === 0;
+    words.textContent = state.everything ? "All plans are shown, on a logarithmic axis."
+      : `${data.front.beyond} of ${data.plans.length} plans lie above what is shown.`;
+    button.textContent = state.everything ? "Show the part near the front" : "Show all plans";
+  }
+
+  function drawPrediction() {
+    const plan = data.plans[state.plan];
+    const chart = { data: [...data.prediction.data, ring(plan.time_ms, plan.predicted_ms, 26)], layout: data.prediction.layout };
+    clickable(draw("prediction-chart", chart, 380));
+  }
+
+  /** Pick the plan of a point that is clicked; the charts keep their place, so once is enough. */
+  function clickable(drawn) {
+    drawn.then((place) => {
+      if (place.dataset.clickable) return;
+      place.dataset.clickable = "yes";
+      place.on("plotly_click", (event) => {
+        const point = event.points.find((each) => each.customdata !== undefined);
+        if (point) pick(point.customdata);
+      });
+    });
+  }
+
+  function drawShares() {
+    const plan = data.plans[state.plan];
+    for (const name of ["time", "loss"]) draw(`${name}-chart`, plan[name], 70 + 28 * plan.time.layout.bars);
+  }
+
+  function drawShape() {
+    if (!data.shapes.length) return;
+    draw("latency-chart", data.shapes[state.shape], 420);
+    document.querySelectorAll("table.shape").forEach((table, index) => { table.hidden = index !== state.shape; });
+  }
+
+  // -- the heat map of formats -----------------------------------------------------------------------------------
+
+  /** Layers of the picked plan by place: cells[row][column] is a list of [layer, choice]. */
+  function cellsOf(plan) {
+    const cells = data.rows.map(() => data.columns.map(() => []));
+    plan.choices.forEach((choice, index) => {
+      const layer = data.layers[index];
+      cells[layer.row][layer.column].push([layer, data.choices[choice]]);
+    });
+    return cells;
+  }
+
+  /** The format that most layers of a cell have; undefined where the cell is empty. */
+  function mainFormat(cell) {
+    const counts = new Map();
+    for (const [, choice] of cell) counts.set(choice.format, (counts.get(choice.format) || 0) + 1);
+    return [...counts.entries()].sort((a, b) => b[1] - a[1])[0];
+  }
+
+  function cellText(cell) {
+    const main = mainFormat(cell);
+    return main ? data.formats[main[0]].code + (main[1] < cell.length ? "+" : "") : "";
+  }
+
+  function cellHover(cell) {
+    const lines = cell.slice(0, 6).map(([layer, choice]) => `<b>${escaped(layer.name)}</b><br>${escaped(data.formats[choice.format].id)}<br>`
+      + `${escaped(choice.route)}<br>${choice.time} a request, loss ${choice.loss}, ${choice.memory}`);
+    return lines.join("<br>") + (cell.length > 6 ? `<br>and ${cell.length - 6} more` : "");
+  }
+
+  function escaped(text) {
+    return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  }
+
+  /** Rows are types, columns blocks; where the blocks do not fit beside one another they go on below, in bands. */
+  function drawLayers() {
+    const cells = cellsOf(data.plans[state.plan]);
+    const place = byId("layers-chart");
+    const labelPx = Math.min(Math.max(...data.rows.map((row) => row.length)) * 7.2 + 16, place.clientWidth * 0.4);
+    const perBand = Math.max(1, Math.floor((place.clientWidth - labelPx - 14) / 26));
+    const bands = [];
+    for (let start = 0; start < data.columns.length; start += perBand) bands.push([start, Math.min(start + perBand, data.columns.length)]);
+    const widest = bands[0][1] - bands[0][0];
+    const bandPx = 24 * data.rows.length + 34;
+    const height = bandPx * bands.length + 20;
+    const fills = data.formats.flatMap((format, index) => [index, index + 1].map(
+      (edge) => [edge / data.formats.length, `var(--h${format.colour})`]));
+    const chart = { data: [], layout: { margin: { l: labelPx, r: 14, t: 4, b: 30 }, showlegend: false } };
+    bands.forEach(([start, end], band) => {
+      const suffix = band ? String(band + 1) : "";
+      const slice = cells.map((row) => row.slice(start, end));
+      chart.data.push({
+        type: "heatmap", xaxis: `x${suffix}`, yaxis: `y${suffix}`, xgap: 2, ygap: 2, showscale: false,
+        zmin: 0, zmax: data.formats.length, colorscale: fills,
+        x: slice[0].map((_, index) => index), y: data.rows.map((_, index) => index),
+        z: slice.map((row) => row.map((cell) => (cell.length ? mainFormat(cell)[0] + 0.5 : null))),
+        text: slice.map((row) => row.map(cellText)), texttemplate: "%{text}", textfont: { size: 11, color: "var(--ink)" },
+        hovertext: slice.map((row) => row.map(cellHover)), hovertemplate: "%{hovertext}<extra></extra>", hoverongaps: false,
+      });
+      const top = 1 - (band * bandPx) / (height - 34);
+      chart.layout[`xaxis${suffix}`] = {
+        range: [-0.5, widest - 0.5], anchor: `y${suffix}`, showgrid: false, zeroline: false, fixedrange: true,
+        tickvals: slice[0].map((_, index) => index), ticktext: data.columns.slice(start, end), tickangle: 0,
+      };
+      chart.layout[`yaxis${suffix}`] = {
+        range: [data.rows.length - 0.5, -0.5], anchor: `x${suffix}`, showgrid: false, zeroline: false, fixedrange: true,
+        automargin: false, domain: [Math.max(0, top - (bandPx - 34) / (height - 34)), top],
+        tickvals: data.rows.map((_, index) => index), ticktext: data.rows.map((row) => fitted(row, labelPx)),
+      };
+    });
+    draw("layers-chart", chart, height);
+  }
+
+  /** A label cut where it has no room; the table has it whole. */
+  function fitted(text, px) {
+    const most = Math.max(4, Math.floor((px - 16) / 6.6));
+    return escaped(text.length > most ? `…${text.slice(text.length - most + 1)}` : text);
+  }
+
+  // -- words and tables of the picked plan -----------------------------------------------------------------------
+
+  function element(tag, text, attributes = {}) {
+    const made = document.createElement(tag);
+    if (text !== undefined) made.textContent = text;
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    return made;
+  }
+
+  /** Fill a table: the first cell of a row is its head; on narrow windows the others bring the heads of their columns. */
+  function fillTable(id, rows) {
+    const heads = [...byId(id).tHead.querySelectorAll("th")];
+    byId(id).tBodies[0].replaceChildren(...rows.map((row) => {
+      const line = element("tr");
+      row.forEach((text, index) => line.append(index === 0 ? element("th", text, { scope: "row" })
+        : element("td", text, { "data-label": heads[index].textContent, class: heads[index].className })));
+      return line;
+    }));
+  }
+
+  function writePlan() {
+    const plan = data.plans[state.plan];
+    byId("plan-title").textContent = `${plan.glyph} ${plan.number}. ${plan.label} (plan ${plan.short}; ${plan.family})`;
+    byId("plan-facts").replaceChildren(...plan.facts.map(([term, value]) => {
+      const pair = element("div");
+      pair.append(element("dt", term), element("dd", value));
+      return pair;
+    }));
+    const counts = new Map();
+    for (const choice of plan.choices) counts.set(data.choices[choice].format, (counts.get(data.choices[choice].format) || 0) + 1);
+    byId("formats").replaceChildren(...[...counts.entries()].sort((a, b) => b[1] - a[1]).map(([index, count]) => {
+      const format = data.formats[index];
+      const item = element("li");
+      item.append(element("span", format.code, { class: "swatch", style: `background: var(--h${format.colour})` }),
+        ` ${format.id}${format.unquantized ? " (left alone)" : ""}, ${count} layers`);
+      return item;
+    }));
+    fillTable("layers-table", plan.choices.map((index, layer) => {
+      const choice = data.choices[index];
+      return [data.layers[layer].name, data.layers[layer].shape, data.formats[choice.format].id, choice.route, choice.time, choice.loss,
+        choice.memory, choice.reason];
+    }));
+    fillTable("phases-table", plan.phases);
+    fillTable("left-table", plan.left_alone);
+    byId("left-table").hidden = plan.left_alone.length === 0;
+    byId("none-left").hidden = plan.left_alone.length > 0;
+    writeShares(plan);
+    byId("plan-select").value = String(state.plan);
+    document.querySelectorAll("tr[data-plan]").forEach((row) => row.classList.toggle("picked", Number(row.dataset.plan) === state.plan));
+    document.querySelectorAll("button.pick").forEach((button) => {
+      button.setAttribute("aria-pressed", String(Number(button.dataset.plan) === state.plan));
+    });
+  }
+
+  function writeShares(plan) {
+    const head = element("tr");
+    head.append(element("th", "Type of layer", { scope: "col" }));
+    for (const name of plan.shares.heads) head.append(element("th", name, { scope: "col", class: "number" }));
+    byId("shares-table").tHead.replaceChildren(head);
+    fillTable("shares-table", plan.shares.rows);
+  }
+
+  // -- what the reader does --------------------------------------------------------------------------------------
+
+  function pick(index) {
+    state.plan = index;
+    history.replaceState(null, "", `#plan-${data.plans[index].short}`);
+    writePlan();
+    drawFront();
+    drawLayers();
+    drawShares();
+    drawPrediction();
+  }
+
+  function drawAll() {
+    drawFront();
+    drawLayers();
+    drawShares();
+    drawPrediction();
+    drawShape();
+  }
+
+  for (const [index, plan] of data.plans.entries()) {
+    byId("plan-select").append(element("option", `${plan.glyph} ${plan.number}. ${plan.label} (${plan.short})`, { value: index }));
+  }
+  const named = data.plans.findIndex((plan) => location.hash === `#plan-${plan.short}`);
+  if (named >= 0) state.plan = named;
+  byId("plan-select").addEventListener("change", (event) => pick(Number(event.target.value)));
+  document.querySelectorAll("button.pick").forEach((button) => button.addEventListener("click", () => pick(Number(button.dataset.plan))));
+  const shapes = byId("shape-select");
+  if (shapes) shapes.addEventListener("change", () => { state.shape = Number(shapes.value); drawShape(); });
+  byId("beyond").querySelector("button").addEventListener("click", () => { state.everything = !state.everything; drawFront(); });
+  byId("look").addEventListener("click", () => setLook(isDark() ? "light" : "dark"));
+  prefersDark.addEventListener("change", () => setLook());
+  let width = innerWidth;
+  let waiting;
+  addEventListener("resize", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => { if (innerWidth !== width) { width = innerWidth; drawAll(); } }, 120);
+  });
+  writePlan();
+  setLook();
+})();

@@ -187,7 +187,7 @@ def _draw_panel(
 def _set_ticks(axes: Any, all_m: Sequence[int]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axes.xaxis.set_major_locator(FixedLocator(_ticks(all_m)))
+    axes.xaxis.set_major_locator(FixedLocator(spaced_ticks(all_m)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
     low, high = axes.get_ylim()
@@ -197,7 +197,7 @@ def _set_ticks(axes: Any, all_m: Sequence[int]) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _ticks(all_m: Sequence[int]) -> list[int]:
+def spaced_ticks(all_m: Sequence[int]) -> list[int]:
     """Measured m that are far enough apart on a logarithmic axis for their numbers to be written."""
     span = math.log2(max(all_m) / min(all_m)) or 1.0
     ticks: list[int] = []

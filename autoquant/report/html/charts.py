@@ -14,7 +14,7 @@ from autoquant.profiler.latencies import Row
 from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
 from autoquant.report.front_scales import increase_threshold, wide_times
-from autoquant.report.html.points import FAMILIES, Point
+from autoquant.report.html.points import FAMILIES, Family, Point
 from autoquant.report.latency_plot import (
     FLOORS,
     SYMBOLS,
@@ -23,32 +23,58 @@ from autoquant.report.latency_plot import (
     floor_line,
     latency_range_us,
     measured_m,
+    spaced_ticks,
 )
 
 Chart = dict[str, Any]
 """`data` and `layout` as plotly wants them."""
 
-INK, MUTED, ELSE = "var(--ink)", "var(--muted)", "var(--else)"
+INK, MUTED = "var(--ink)", "var(--muted)"
 _PATTERNS = ("", "/", ".", "x")
 _SMALLEST_PX, _LARGEST_PX = 10.0, 24.0
 
 
 def front_chart(points: Sequence[Point], quality: str) -> Chart:
-    """Request time against quality, a trace for each family; `ranges` are the ends of the axis of quality near the front
-    and for all plans (None where these are the same)."""
+    """Request time against quality, a trace for each family.
+
+    It begins with the part where choices are made: `beyond` counts the plans above it, and `everything` is an axis of quality
+    that shows these too (None where there are none).
+    """
     shown = [point for point in points if point.drawable]
-    traces = [_front_line(shown)]
+    traces = [_front_line(shown)] if shown else []
     for name, family in FAMILIES.items():
         members = [point for point in shown if point.family == name]
         if members:
-            traces.append(_family_trace(family.name, family.symbol, family.colour, members, points))
+            traces.append(_family_trace(family, members, points))
+    beyond = _beyond(shown)
+    near = [point for point in shown if point not in beyond]
     layout = {
-        "xaxis": {"title": {"text": "Time of one request [ms]"}, "type": "log" if _wide(shown) else "linear"},
-        "yaxis": {"title": {"text": quality}, "range": _near_range(shown)},
+        "xaxis": {
+            "title": {"text": "Time of one request [ms]"},
+            **_axis([p.request_ms for p in shown], log=_wide(shown)),
+        },
+        "yaxis": {"title": {"text": quality}, **_axis(_heights(near), log=False)},
         "hovermode": "closest",
         "showlegend": False,
     }
-    return {"data": traces, "layout": layout, "beyond": len(_beyond(shown))}
+    heights = _heights(shown)
+    everything = _axis(heights, log=min(heights) > 0) if beyond else None
+    return {"data": traces, "layout": layout, "beyond": len(beyond), "everything": everything}
+
+
+def _heights(points: Sequence[Point]) -> list[float]:
+    """What an axis of quality must show: the points with their intervals."""
+    ends = [end for point in points for end in (point.quality, point.low, point.high)]
+    return [end for end in ends if math.isfinite(end)]
+
+
+def _axis(values: Sequence[float], *, log: bool) -> Chart:
+    """An axis that all the values are on, with some room around them; ends of a logarithmic one are logarithms."""
+    if not values:
+        return {"type": "linear"}
+    low, high = (math.log10(end) if log else end for end in (min(values), max(values)))
+    room = (high - low) * 0.07 or abs(high) * 0.01 or 1.0
+    return {"type": "log" if log else "linear", "range": [low - room, high + room]}
 
 
 def _wide(points: Sequence[Point]) -> bool:
@@ -70,11 +96,12 @@ def _front_line(points: Sequence[Point]) -> Chart:
     }
 
 
-def _family_trace(name: str, symbol: str, colour: str, members: Sequence[Point], points: Sequence[Point]) -> Chart:
+def _family_trace(family: Family, members: Sequence[Point], points: Sequence[Point]) -> Chart:
+    grow = 1.3 if family.name == "recommended" else 1.0  # a star of the same extent has less ink
     return {
         "type": "scatter",
         "mode": "markers+text",
-        "name": name,
+        "name": family.name,
         "x": [point.request_ms for point in members],
         "y": [point.quality for point in members],
         "error_y": {
@@ -87,11 +114,10 @@ def _family_trace(name: str, symbol: str, colour: str, members: Sequence[Point],
             "width": 3,
         },
         "marker": {
-            "symbol": symbol,
-            "color": colour,
-            "opacity": 1,
-            "size": [_size_px(point, points) * (1.3 if name == "recommended" else 1.0) for point in members],
-            "line": {"color": colour if symbol.endswith("open") else INK, "width": 2 if symbol.endswith("open") else 1},
+            "symbol": family.symbol,
+            "color": family.colour,
+            "size": [_size_px(point, points) * grow for point in members],
+            "line": _outline(family),
         },
         "text": [f"<b>{point.number}</b>" for point in members],
         "textposition": "top right",
@@ -100,6 +126,11 @@ def _family_trace(name: str, symbol: str, colour: str, members: Sequence[Point],
         "hovertemplate": "%{hovertext}<extra></extra>",
         "customdata": [point.index for point in members],
     }
+
+
+def _outline(family: Family) -> Chart:
+    """Open symbols are nothing but their outline."""
+    return {"color": family.colour, "width": 2} if family.symbol.endswith("open") else {"color": INK, "width": 1}
 
 
 def _size_px(point: Point, points: Sequence[Point]) -> float:
@@ -137,15 +168,6 @@ def _beyond(points: Sequence[Point]) -> list[Point]:
     return [] if limit is None else [point for point in points if point.quality > limit]
 
 
-def _near_range(points: Sequence[Point]) -> list[float] | None:
-    """Begin with the part where choices are made."""
-    limit = _limit(points)
-    if limit is None or not _beyond(points):
-        return None
-    lowest = min(point.low if math.isfinite(point.low) else point.quality for point in points)
-    return [lowest - 0.05 * (limit - lowest), limit]
-
-
 def share_chart(
     title: str, types: Sequence[str], parts: Mapping[str, Sequence[float | None]], before: Sequence[float | None]
 ) -> Chart:
@@ -161,7 +183,12 @@ def share_chart(
             "marker": {
                 "color": f"var(--c{index + 1})",
                 "line": {"color": INK, "width": 0.6},
-                "pattern": {"shape": _PATTERNS[index % len(_PATTERNS)], "fgcolor": "var(--panel)", "size": 7},
+                "pattern": {
+                    "shape": _PATTERNS[index % len(_PATTERNS)],
+                    "fillmode": "overlay",
+                    "fgcolor": "var(--panel)",
+                    "size": 7,
+                },
             },
             "hovertemplate": f"%{{y}}, {html.escape(name)}: %{{x:.4~g}}<extra></extra>",
         }
@@ -181,18 +208,19 @@ def share_chart(
         )
     layout = {
         "barmode": "stack",
-        "xaxis": {"title": {"text": title}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": title}, "rangemode": "tozero", "exponentformat": "power"},
         "yaxis": {"autorange": "reversed", "automargin": True, "showgrid": False},
         "showlegend": len(traces) > 1,
-        "bars": len(labels),
+        "legend": {"traceorder": "normal"},
     }
-    return {"data": traces, "layout": layout}
+    return {"data": traces, "layout": layout, "bars": len(labels)}
 
 
 def prediction_chart(points: Sequence[Point]) -> Chart:
     """Predicted against measured request time of every plan, with the line on which they agree."""
     times = [time for point in points for time in (point.request_ms, point.row["predicted_request_ms"])]
-    ends = [min(times) * 0.95, max(times) * 1.05]
+    axis = _axis([time for time in times if math.isfinite(time)], log=False)
+    ends = axis["range"]
     traces: list[Chart] = [
         {
             "type": "scatter",
@@ -206,23 +234,23 @@ def prediction_chart(points: Sequence[Point]) -> Chart:
     for name, family in FAMILIES.items():
         members = [point for point in points if point.family == name]
         if members:
-            traces.append(_prediction_trace(family.symbol, family.colour, members))
+            traces.append(_prediction_trace(family, members))
     layout = {
-        "xaxis": {"title": {"text": "Measured request [ms]"}},
-        "yaxis": {"title": {"text": "Predicted request [ms]"}},
+        "xaxis": {"title": {"text": "Measured request [ms]"}, **axis},
+        "yaxis": {"title": {"text": "Predicted request [ms]"}, **axis},
         "hovermode": "closest",
         "showlegend": False,
     }
     return {"data": traces, "layout": layout}
 
 
-def _prediction_trace(symbol: str, colour: str, members: Sequence[Point]) -> Chart:
+def _prediction_trace(family: Family, members: Sequence[Point]) -> Chart:
     return {
         "type": "scatter",
         "mode": "markers+text",
         "x": [point.request_ms for point in members],
         "y": [point.row["predicted_request_ms"] for point in members],
-        "marker": {"symbol": symbol, "color": colour, "size": 11, "line": {"color": INK, "width": 1}},
+        "marker": {"symbol": family.symbol, "color": family.colour, "size": 11, "line": _outline(family)},
         "text": [str(point.number) for point in members],
         "textposition": "top right",
         "textfont": {"size": 11, "color": INK},
@@ -259,13 +287,28 @@ def latency_chart(
     styles = {UNQUANTIZED: (INK, "square", 3.2)}
     styles |= {name: (f"var(--c{index + 1})", SYMBOLS[index], 1.8) for index, name in enumerate(drawn)}
     traces += [_latency_trace(name, lines[name], *style) for name, style in styles.items() if name in lines]
-    ends = [math.log10(end) for end in latency_range_us(roofline, shape, lines)] if lines else None
+    ticks = spaced_ticks(all_m) if all_m else []
     layout = {
-        "xaxis": {"title": {"text": "m, rows of the activation"}, "type": "log", "tickvals": all_m},
-        "yaxis": {"title": {"text": "Latency of one linear [µs]"}, "type": "log", "range": ends, "dtick": "D2"},
+        "xaxis": {"title": {"text": "m, rows of the activation"}, "type": "log", "tickvals": ticks, "tickangle": 0},
+        "yaxis": {
+            "title": {"text": "Latency of one linear [µs]"},
+            **(_latency_axis(roofline, shape, lines) if lines else {}),
+        },
         "showlegend": True,
     }
     return {"data": traces, "layout": layout}
+
+
+def _latency_axis(roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]) -> Chart:
+    low, high = latency_range_us(roofline, shape, lines)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit * 10.0**power:.1g}") for power in powers for digit in (1, 2, 5)]
+    return {
+        "type": "log",
+        "range": [math.log10(low), math.log10(high)],
+        "tickvals": [tick for tick in ticks if low <= tick <= high],
+        "ticktext": [f"{tick:g}" for tick in ticks if low <= tick <= high],
+    }
 
 
 def _latency_trace(name: str, line: Line, colour: str, symbol: str, width: float) -> Chart:

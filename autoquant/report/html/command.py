@@ -27,19 +27,23 @@ def search_command(study: Study) -> Command:
     if kept is not None:
         return Command(_written(kept["options"]), "With every option that has a value, defaults among them.")
     facts = study.facts
+    own_quality = all(proof.perplexity is None for proof in study.proofs().values())
     if not facts.source.get("path"):
         return Command("", "The search was started from Python with a live module: there is no command to repeat it.")
     return Command(
-        _written(dict(_known_options(facts))),
-        "Put together from what the study is known by: the database does not hold the command itself, and of what quality "
-        "was measured with only a key.",
+        _written(dict(_known_options(facts, own_quality=own_quality))),
+        "The database does not hold the command itself. This one is put together from what the study is known by; FILE stands "
+        "for the text, of which there is only a key.",
     )
 
 
-def _known_options(facts: StudyFacts) -> Iterator[tuple[str, Any]]:
+def _known_options(facts: StudyFacts, *, own_quality: bool) -> Iterator[tuple[str, Any]]:
     identity, limits, source = facts.identity, facts.limits, facts.source
     yield "model", source["path"]
-    yield "eval-text", "FILE"
+    if own_quality:
+        yield "quality", ":".join(str(identity.get("quality", "")).rsplit(".", 1))
+    else:
+        yield "eval-text", "FILE"
     for name in _FUNCTIONS:
         if source.get(name):
             yield name.replace("_", "-"), source[name]

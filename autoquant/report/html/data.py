@@ -38,6 +38,7 @@ def page_data(study: Study, database: str) -> tuple[dict[str, Any], dict[str, An
     """
     facts, points, kernels = study.facts, front_points(study), kernel_map(study)
     rows = [point.row for point in points]
+    off = off_predictions(rows, database)
     shapes = {shape: format_lines(timings) for shape, timings in kernels.shapes.items()}
     drawn, not_drawn = drawn_formats(shapes)
     context = {
@@ -50,7 +51,8 @@ def page_data(study: Study, database: str) -> tuple[dict[str, Any], dict[str, An
         "families": [family for family in reversed(FAMILIES.values()) if any(p.family == family.name for p in points)],
         "memory_ends": [units.size(end(point.memory_bytes for point in points)) for end in (min, max)],
         "left_out": left_out_note(rows),
-        "off": off_predictions(rows, database),
+        "off": off[:1],
+        "off_command": off[1].partition(": ")[2] if off else "",
         "kernel_tables": [_kernel_table(shape, kernels) for shape in kernels.shapes],
         "not_drawn": not_drawn,
         "has_roofline": kernels.roofline is not None,

@@ -6,6 +6,9 @@
   const root = document.documentElement;
   const state = { plan: data.picked, shape: 0, everything: false };
   const NARROW_PX = 600;
+  // Where plotly can write beside a point, and which way that is.
+  const SIDES = [["top right", 1, -1], ["top left", -1, -1], ["bottom right", 1, 1], ["bottom left", -1, 1], ["middle right", 1, 0],
+    ["middle left", -1, 0], ["top center", 0, -1], ["bottom center", 0, 1]];
 
   // -- colours and look ------------------------------------------------------------------------------------------
 
@@ -82,22 +85,57 @@
       marker: { symbol: "circle-open", size, color: "var(--ink)", line: { width: 2 } } };
   }
 
+  /** Put each point's number on the side of it where it covers least. `height` is the chart's. */
+  function withLabels(chart, id, height) {
+    const width = byId(id).clientWidth - 80;
+    const at = (value, axis) => ((axis.type === "log" ? Math.log10(value) : value) - axis.range[0]) / (axis.range[1] - axis.range[0]);
+    const points = chart.data.flatMap((trace, number) => (trace.customdata || []).map((_, index) => ({
+      number, index, x: at(trace.x[index], chart.layout.xaxis) * width, y: (1 - at(trace.y[index], chart.layout.yaxis)) * (height - 70),
+      radius: (Array.isArray(trace.marker.size) ? trace.marker.size[index] : trace.marker.size) / 2,
+      wide: String(trace.text[index]).replace(/<[^>]*>/g, "").length * 8,
+    })));
+    const taken = points.map((point) => [point.x - point.radius, point.y - point.radius, point.x + point.radius, point.y + point.radius]);
+    const sides = chart.data.map(() => []);
+    for (const point of points.reverse()) {
+      const [side, box] = SIDES.map(([name, right, down]) => {
+        const reach = point.radius + 4;
+        const x = point.x + right * (reach + point.wide / 2) - point.wide / 2;
+        const y = point.y + down * (reach + 6) - 6;
+        return [name, [x, y, x + point.wide, y + 12]];
+      }).map(([name, place]) => [name, place, taken.reduce((sum, other) => sum + overlap(place, other), 0)])
+        .reduce((best, each) => (each[2] < best[2] ? each : best));
+      taken.push(box);
+      sides[point.number][point.index] = side;
+    }
+    const data = chart.data.map((trace, number) => (trace.customdata ? { ...trace, textposition: sides[number] } : trace));
+    return { ...chart, data };
+  }
+
+  /** Square pixels that two boxes share. */
+  function overlap(a, b) {
+    return Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
+  }
+
   function drawFront() {
     const plan = data.plans[state.plan];
-    const chart = { data: [...data.front.data, ring(plan.x, plan.y, 34)], layout: { ...data.front.layout } };
-    if (state.everything) chart.layout.yaxis = { ...chart.layout.yaxis, range: null, type: "log" };
-    clickable(draw("front-chart", chart, byId("front-chart").clientWidth < NARROW_PX ? 400 : 500));
+    const layout = { ...data.front.layout };
+    if (state.everything) layout.yaxis = { ...layout.yaxis, ...data.front.everything };
+    const height = byId("front-chart").clientWidth < NARROW_PX ? 400 : 500;
+    const labelled = withLabels({ data: data.front.data, layout }, "front-chart", height);
+    labelled.data.push(ring(plan.x, plan.y, 34));
+    clickable(draw("front-chart", labelled, height));
     const [words, button] = byId("beyond").children;
     byId("beyond").hidden = data.front.beyond === 0;
-    words.textContent = state.everything ? "All plans are shown, on a logarithmic axis."
+    words.textContent = state.everything ? "All plans are shown."
       : `${data.front.beyond} of ${data.plans.length} plans lie above what is shown.`;
     button.textContent = state.everything ? "Show the part near the front" : "Show all plans";
   }
 
   function drawPrediction() {
     const plan = data.plans[state.plan];
-    const chart = { data: [...data.prediction.data, ring(plan.time_ms, plan.predicted_ms, 26)], layout: data.prediction.layout };
-    clickable(draw("prediction-chart", chart, 380));
+    const labelled = withLabels(data.prediction, "prediction-chart", 380);
+    labelled.data.push(ring(plan.time_ms, plan.predicted_ms, 26));
+    clickable(draw("prediction-chart", labelled, 380));
   }
 
   /** Pick the plan of a point that is clicked; the charts keep their place, so once is enough. */
@@ -114,7 +152,7 @@
 
   function drawShares() {
     const plan = data.plans[state.plan];
-    for (const name of ["time", "loss"]) draw(`${name}-chart`, plan[name], 70 + 28 * plan.time.layout.bars);
+    for (const name of ["time", "loss"]) draw(`${name}-chart`, plan[name], 70 + 28 * plan.time.bars);
   }
 
   function drawShape() {
@@ -179,7 +217,7 @@
         zmin: 0, zmax: data.formats.length, colorscale: fills,
         x: slice[0].map((_, index) => index), y: data.rows.map((_, index) => index),
         z: slice.map((row) => row.map((cell) => (cell.length ? mainFormat(cell)[0] + 0.5 : null))),
-        text: slice.map((row) => row.map(cellText)), texttemplate: "%{text}", textfont: { size: 11, color: "var(--ink)" },
+        text: slice.map((row) => row.map(cellText)), texttemplate: "%{text}", textfont: { size: 12, color: "var(--ink)" },
         hovertext: slice.map((row) => row.map(cellHover)), hovertemplate: "%{hovertext}<extra></extra>", hoverongaps: false,
       });
       const top = 1 - (band * bandPx) / (height - 34);
@@ -302,6 +340,7 @@
     clearTimeout(waiting);
     waiting = setTimeout(() => { if (innerWidth !== width) { width = innerWidth; drawAll(); } }, 120);
   });
+  if (innerWidth < NARROW_PX) document.querySelectorAll("details").forEach((each) => { each.open = false; });
   writePlan();
   setLook();
 })();

@@ -45,10 +45,17 @@ def verdict(points: Sequence[Point], facts: StudyFacts) -> Verdict:
         return Verdict("Leave the model as it is.", (said, *_beyond_limits(points, other), *unfinished))
     named = f"plan {point.short_id} ({point.row['label']})"
     tiles = (_speed(point), _quality(point), _memory(point, original))
-    sentence = f"Use {named}: {_than(point.row['speedup'])}, {tiles[1].name.lower()} {tiles[1].value}, memory {tiles[2].value}."
-    said = f"It is the {_aim(facts.limits)} proven plan within the limits of the search ({limits})."
+    quality = f"{tiles[1].name.lower()} {tiles[1].value} ({tiles[1].detail})"
+    said = (
+        f"It is the {_aim(facts.limits)} proven plan within the limits of the search ({limits}): {quality}, memory "
+        f"{tiles[2].detail}."
+    )
     uniform = ("It is a uniform plan: choosing layer by layer brought nothing more here.",)
-    return Verdict(sentence, (said, *(uniform if point.row["kind"] == "uniform" else ()), *unfinished), tiles)
+    return Verdict(
+        f"Use {named}: {_than(point.row['speedup'])}.",
+        (said, *(uniform if point.row["kind"] == "uniform" else ()), *unfinished),
+        tiles,
+    )
 
 
 def _aim(limits: Any) -> str:

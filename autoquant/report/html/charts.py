@@ -116,6 +116,7 @@ def _family_trace(family: Family, members: Sequence[Point], points: Sequence[Poi
         "marker": {
             "symbol": family.symbol,
             "color": family.colour,
+            "opacity": 1,
             "size": [_size_px(point, points) * grow for point in members],
             "line": _outline(family),
         },

@@ -70,5 +70,6 @@ def _written(options: Mapping[str, Any]) -> str:
         if name == "model" or value is False:
             continue
         values = value if isinstance(value, list) else [value]
-        lines += [f"--{name}" if each is True else f"--{name} {shlex.quote(str(each))}" for each in values]
+        given = (f"--{name}" if each is True else f"--{name} {shlex.quote(str(each))}" for each in values)
+        lines.append(" ".join(given))
     return " \\\n    ".join(lines)

@@ -6,6 +6,7 @@
   const root = document.documentElement;
   const state = { plan: data.picked, shape: 0, everything: false };
   const NARROW_PX = 600;
+  const LEGEND = { orientation: "h", x: 0, xanchor: "left", xref: "container", y: 0, yref: "container", yanchor: "bottom" };
   // Where plotly can write beside a point, and which way that is.
   const SIDES = [["top right", 1, -1], ["top left", -1, -1], ["bottom right", 1, 1], ["bottom left", -1, 1], ["middle right", 1, 0],
     ["middle left", -1, 0], ["top center", 0, -1], ["bottom center", 0, 1]];
@@ -54,12 +55,13 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: narrow ? 44 : 60, r: 14, t: 14, b: 50 + legendPx },
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", itemclick: "toggle" },
+      legend: LEGEND,
       hoverlabel: { bgcolor: "var(--panel)", bordercolor: "var(--muted)", font: { color: "var(--ink)" }, align: "left" },
       dragmode: narrow ? false : "zoom",
       height: height + legendPx,
       ...chart.layout,
     };
+    if (chart.layout.legend) layout.legend = { ...LEGEND, ...chart.layout.legend };
     for (const name of Object.keys(layout)) {
       if (/^[xy]axis/.test(name)) {
         const own = layout[name];
@@ -102,7 +104,8 @@
         const x = point.x + right * (reach + point.wide / 2) - point.wide / 2;
         const y = point.y + down * (reach + 6) - 6;
         return [name, [x, y, x + point.wide, y + 12]];
-      }).map(([name, place]) => [name, place, taken.reduce((sum, other) => sum + overlap(place, other), 0)])
+      }).map(([name, place]) => [name, place, taken.reduce((sum, other) => sum + overlap(place, other), 0)
+        + (place[0] < 0 || place[2] > width || place[1] < 0 || place[3] > height - 70 ? 1000 : 0)])
         .reduce((best, each) => (each[2] < best[2] ? each : best));
       taken.push(box);
       sides[point.number][point.index] = side;
@@ -200,7 +203,9 @@
     const cells = cellsOf(data.plans[state.plan]);
     const place = byId("layers-chart");
     const labelPx = Math.min(Math.max(...data.rows.map((row) => row.length)) * 7.2 + 16, place.clientWidth * 0.4);
-    const perBand = Math.max(1, Math.floor((place.clientWidth - labelPx - 14) / 26));
+    const cellPx = 7 * Math.max(...cells.flat().map((cell) => cellText(cell).length)) + 7;
+    const fitting = Math.max(1, Math.floor((place.clientWidth - labelPx - 14) / cellPx));
+    const perBand = Math.ceil(data.columns.length / Math.ceil(data.columns.length / fitting));
     const bands = [];
     for (let start = 0; start < data.columns.length; start += perBand) bands.push([start, Math.min(start + perBand, data.columns.length)]);
     const widest = bands[0][1] - bands[0][0];
@@ -217,7 +222,7 @@
         zmin: 0, zmax: data.formats.length, colorscale: fills,
         x: slice[0].map((_, index) => index), y: data.rows.map((_, index) => index),
         z: slice.map((row) => row.map((cell) => (cell.length ? mainFormat(cell)[0] + 0.5 : null))),
-        text: slice.map((row) => row.map(cellText)), texttemplate: "%{text}", textfont: { size: 12, color: "var(--ink)" },
+        text: slice.map((row) => row.map(cellText)), texttemplate: "%{text}", textfont: { size: 11.5, color: "var(--ink)" },
         hovertext: slice.map((row) => row.map(cellHover)), hovertemplate: "%{hovertext}<extra></extra>", hoverongaps: false,
       });
       const top = 1 - (band * bandPx) / (height - 34);

@@ -58,6 +58,7 @@
       legend: LEGEND,
       hoverlabel: { bgcolor: "var(--panel)", bordercolor: "var(--muted)", font: { color: "var(--ink)" }, align: "left" },
       dragmode: narrow ? false : "zoom",
+      width: place.clientWidth,
       height: height + legendPx,
       ...chart.layout,
     };

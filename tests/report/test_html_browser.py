@@ -117,7 +117,7 @@ def test_the_keyboard_picks_a_plan_and_everything_of_it_follows(opened):
     assert "front 2" in title(page)
     assert page.locator("#formats li").all_text_contents() == [
         f"i4b {INT4}, 24 layers",
-        "b16 bfloat16/plain (left alone), 1 layers",
+        "b16 bfloat16/plain (left alone), 1 layer",
     ]
     cells = page.locator("#layers-chart .heatmap-label").all_text_contents()
     assert cells.count("i4b") == 24 and cells.count("b16") == 1

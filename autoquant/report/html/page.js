@@ -6,6 +6,8 @@
   const root = document.documentElement;
   const state = { plan: data.picked, shape: 0, everything: false };
   const NARROW_PX = 600;
+  const [CELL_PX, BETWEEN_PX] = [24, 36];
+  const MOST_COVERED_PX2 = 40;
   const LEGEND = { orientation: "h", x: 0, xanchor: "left", xref: "container", y: 0, yref: "container", yanchor: "bottom" };
   // Where plotly can write beside a point, and which way that is.
   const SIDES = [["top right", 1, -1], ["top left", -1, -1], ["bottom right", 1, 1], ["bottom left", -1, 1], ["middle right", 1, 0],
@@ -88,7 +90,7 @@
       marker: { symbol: "circle-open", size, color: "var(--ink)", line: { width: 2 } } };
   }
 
-  /** Put each point's number on the side of it where it covers least. `height` is the chart's. */
+  /** Put each point's number on the side of it where it covers least, and leave it out where it covers much. */
   function withLabels(chart, id, height) {
     const width = byId(id).clientWidth - 80;
     const at = (value, axis) => ((axis.type === "log" ? Math.log10(value) : value) - axis.range[0]) / (axis.range[1] - axis.range[0]);
@@ -99,8 +101,9 @@
     })));
     const taken = points.map((point) => [point.x - point.radius, point.y - point.radius, point.x + point.radius, point.y + point.radius]);
     const sides = chart.data.map(() => []);
+    const texts = chart.data.map((trace) => [...(trace.text || [])]);
     for (const point of points.reverse()) {
-      const [side, box] = SIDES.map(([name, right, down]) => {
+      const [side, box, covered] = SIDES.map(([name, right, down]) => {
         const reach = point.radius + 4;
         const x = point.x + right * (reach + point.wide / 2) - point.wide / 2;
         const y = point.y + down * (reach + 6) - 6;
@@ -108,10 +111,12 @@
       }).map(([name, place]) => [name, place, taken.reduce((sum, other) => sum + overlap(place, other), 0)
         + (place[0] < 0 || place[2] > width || place[1] < 0 || place[3] > height - 70 ? 1000 : 0)])
         .reduce((best, each) => (each[2] < best[2] ? each : best));
-      taken.push(box);
+      if (covered > MOST_COVERED_PX2) texts[point.number][point.index] = "";
+      else taken.push(box);
       sides[point.number][point.index] = side;
     }
-    const data = chart.data.map((trace, number) => (trace.customdata ? { ...trace, textposition: sides[number] } : trace));
+    const data = chart.data.map((trace, number) => (trace.customdata
+      ? { ...trace, textposition: sides[number], text: texts[number] } : trace));
     return { ...chart, data };
   }
 
@@ -208,35 +213,34 @@
     const fitting = Math.max(1, Math.floor((place.clientWidth - labelPx - 14) / cellPx));
     const perBand = Math.ceil(data.columns.length / Math.ceil(data.columns.length / fitting));
     const bands = [];
-    for (let start = 0; start < data.columns.length; start += perBand) bands.push([start, Math.min(start + perBand, data.columns.length)]);
-    const widest = bands[0][1] - bands[0][0];
-    const bandPx = 24 * data.rows.length + 34;
-    const height = bandPx * bands.length + 20;
+    for (let start = 0; start < data.columns.length; start += perBand) {
+      const columns = data.columns.map((_, column) => column).slice(start, start + perBand);
+      bands.push({ columns, rows: data.rows.map((_, row) => row).filter((row) => columns.some((column) => cells[row][column].length)) });
+    }
+    const insidePx = bands.reduce((sum, band) => sum + CELL_PX * band.rows.length, 0) + BETWEEN_PX * (bands.length - 1);
     const fills = data.formats.flatMap((format, index) => [index, index + 1].map(
       (edge) => [edge / data.formats.length, `var(--h${format.colour})`]));
-    const chart = { data: [], layout: { margin: { l: labelPx, r: 14, t: 4, b: 30 }, showlegend: false } };
-    bands.forEach(([start, end], band) => {
-      const suffix = band ? String(band + 1) : "";
-      const slice = cells.map((row) => row.slice(start, end));
+    const chart = { data: [], layout: { margin: { l: labelPx, r: 14, t: 4, b: BETWEEN_PX }, showlegend: false } };
+    let usedPx = 0;
+    bands.forEach(({ columns, rows }, number) => {
+      const suffix = number ? String(number + 1) : "";
+      const band = rows.map((row) => columns.map((column) => cells[row][column]));
       chart.data.push({
         type: "heatmap", xaxis: `x${suffix}`, yaxis: `y${suffix}`, xgap: 2, ygap: 2, showscale: false,
-        zmin: 0, zmax: data.formats.length, colorscale: fills,
-        x: slice[0].map((_, index) => index), y: data.rows.map((_, index) => index),
-        z: slice.map((row) => row.map((cell) => (cell.length ? mainFormat(cell)[0] + 0.5 : null))),
-        text: slice.map((row) => row.map(cellText)), texttemplate: "%{text}", textfont: { size: 11.5, color: "var(--ink)" },
-        hovertext: slice.map((row) => row.map(cellHover)), hovertemplate: "%{hovertext}<extra></extra>", hoverongaps: false,
+        zmin: 0, zmax: data.formats.length, colorscale: fills, x: columns.map((_, index) => index), y: rows.map((_, index) => index),
+        z: band.map((row) => row.map((cell) => (cell.length ? mainFormat(cell)[0] + 0.5 : null))),
+        text: band.map((row) => row.map(cellText)), texttemplate: "%{text}", textfont: { size: 11.5, color: "var(--ink)" },
+        hovertext: band.map((row) => row.map(cellHover)), hovertemplate: "%{hovertext}<extra></extra>", hoverongaps: false,
       });
-      const top = 1 - (band * bandPx) / (height - 34);
-      chart.layout[`xaxis${suffix}`] = {
-        range: [-0.5, widest - 0.5], anchor: `y${suffix}`, showgrid: false, zeroline: false, fixedrange: true,
-        tickvals: slice[0].map((_, index) => index), ticktext: data.columns.slice(start, end), tickangle: 0,
-      };
-      chart.layout[`yaxis${suffix}`] = {
-        range: [data.rows.length - 0.5, -0.5], anchor: `x${suffix}`, showgrid: false, zeroline: false, fixedrange: true,
-        automargin: false, domain: [Math.max(0, top - (bandPx - 34) / (height - 34)), top],
-        tickvals: data.rows.map((_, index) => index), ticktext: data.rows.map((row) => fitted(row, labelPx)),
-      };
+      const common = { showgrid: false, zeroline: false, fixedrange: true };
+      chart.layout[`xaxis${suffix}`] = { ...common, anchor: `y${suffix}`, range: [-0.5, bands[0].columns.length - 0.5], tickangle: 0,
+        tickvals: columns.map((_, index) => index), ticktext: columns.map((column) => data.columns[column]) };
+      const ends = [usedPx, usedPx + CELL_PX * rows.length].map((px) => Math.max(0, 1 - px / insidePx));
+      chart.layout[`yaxis${suffix}`] = { ...common, anchor: `x${suffix}`, range: [rows.length - 0.5, -0.5], automargin: false,
+        domain: ends.reverse(), tickvals: rows.map((_, index) => index), ticktext: rows.map((row) => fitted(data.rows[row], labelPx)) };
+      usedPx += CELL_PX * rows.length + BETWEEN_PX;
     });
+    const height = insidePx + 4 + BETWEEN_PX;
     draw("layers-chart", chart, height);
   }
 
@@ -280,7 +284,7 @@
       const format = data.formats[index];
       const item = element("li");
       item.append(element("span", format.code, { class: "swatch", style: `background: var(--h${format.colour})` }),
-        ` ${format.id}${format.unquantized ? " (left alone)" : ""}, ${count} layers`);
+        ` ${format.id}${format.unquantized ? " (left alone)" : ""}, ${count} ${count === 1 ? "layer" : "layers"}`);
       return item;
     }));
     fillTable("layers-table", plan.choices.map((index, layer) => {

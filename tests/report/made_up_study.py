@@ -35,6 +35,7 @@ ATTENTION = LinearShape(n=256, k=256, bias=False, dtype="bfloat16")
 MLP = LinearShape(n=256, k=1024, bias=True, dtype="bfloat16")
 FUSED = LinearShape(n=768, k=256, bias=False, dtype="bfloat16")
 ROUTED = (RouteStep(upper_m=16, kernel="weight-only"), RouteStep(upper_m=None, kernel="integer"))
+NOISE = "measured while others used 40% of the machine"
 LEFT_ALONE = f"costs too much {EVIL}"
 ORIGINAL, UNIFORM, FRONT, FAST, FAR, UNPROVEN = (letter * 8 for letter in "abcdef")
 # Label, kind, request ms as predicted and as measured, increase, share of the memory, format by type of layer.
@@ -135,7 +136,9 @@ def timings(working_set_bytes: int, factor: float = 1.0) -> list[Measurement]:
             for fmt, kernel, base in ((PLAIN, "matmul", 40.0), (INT8, "weight-only", 10.0), (INT8, "integer", 20.0)):
                 time_us = factor * (base + m * (0.5 if kernel == "weight-only" else 0.1)) * shape.n / 256
                 own = replace(subject, format=fmt, kernel=kernel)
-                found.append(Measurement(subject=own, outcome="ok", samples_us=(time_us,), relative_error=0.001))
+                found.append(
+                    Measurement(subject=own, outcome="ok", samples_us=(time_us,), relative_error=0.001, reason=NOISE)
+                )
             own = replace(subject, format="float8-row/plain", kernel="scaled-mm")
             found.append(Measurement(subject=own, outcome="failed", reason=f"the kernel failed {EVIL}"))
     return found

@@ -17,7 +17,7 @@ from autoquant.store.schema import RooflineRow
 from autoquant.store.session import transaction
 from autoquant.tuner.study import Study
 from report import made_up_study
-from report.made_up_study import EVIL, FAR, FRONT, INT4, INT8, LEFT_ALONE, PLANS, WORKLOAD
+from report.made_up_study import EVIL, FAR, FRONT, INT4, INT8, LEFT_ALONE, NOISE, PLANS, WORKLOAD
 
 OWN_TAGS = {
     "html", "head", "meta", "title", "style", "body", "header", "main", "section", "div", "p", "h1", "h2", "h3", "button",
@@ -210,6 +210,10 @@ def test_the_kernel_map_has_a_chart_with_the_limits_for_every_shape(data, outlin
         pytest.approx(26.4),
         pytest.approx(71.2),
     ]  # the faster kernel at each m
+
+
+def test_a_timing_that_others_disturbed_says_so(outline):
+    assert outline.text("td").count(NOISE) == 27
 
 
 def test_without_a_roofline_the_page_says_how_to_get_one(tmp_path, study):

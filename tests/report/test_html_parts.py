@@ -88,6 +88,13 @@ def test_the_command_that_the_study_came_from_is_given_back(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_password_is_not_shown(tmp_path):
+    opened = study(tmp_path)
+    options = {"model": "m", "db": "postgresql://me:secret@host/plans"}
+    opened.store.put_reference(STUDY, "command", {"options": options})
+    assert "postgresql://me:***@host/plans" in search_command(opened).text
+
+
 def test_an_older_study_tells_what_is_known_of_its_command(tmp_path):
     command = search_command(study(tmp_path))
     assert "autoquant search '/somewhere/<b>tiny' \\\n    --eval-text FILE" in command.text

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.store import StudyFacts
+from autoquant.store.connect import shown_address
 from autoquant.tuner.study import Study
 
 _FUNCTIONS = ("model_factory", "tokenizer", "sample_inputs")
@@ -69,7 +70,7 @@ def _written(options: Mapping[str, Any]) -> str:
     for name, value in options.items():
         if name == "model" or value is False:
             continue
-        values = value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [shown_address(value) if name == "db" else value]
         given = (f"--{name}" if each is True else f"--{name} {shlex.quote(str(each))}" for each in values)
         lines.append(" ".join(given))
     return " \\\n    ".join(lines)

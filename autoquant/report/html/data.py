@@ -107,6 +107,7 @@ def _kernel_table(shape: LinearShape, kernels: KernelMap) -> dict[str, Any]:
                 units.duration_us(row["latency_us"]),
                 units.duration_us(row["spread_us"]),
                 units.MISSING if row["relative_error"] is None else units.digits(row["relative_error"], 2),
+                row["reason"],
             )
             for row in sorted(timed, key=lambda row: (row["m"], row["latency_us"]))
         ],

@@ -13,7 +13,7 @@ from autoquant.profiler.latencies import Latencies, Row, is_original
 from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.plots import SUFFIXES
+from autoquant.report.plots import PAGE_CONFIG, SUFFIXES
 from autoquant.report.profile_tables import best_route
 from autoquant.report.words import device_words
 
@@ -270,7 +270,7 @@ def _page(
         template="plotly_white",
         height=380 * rows + 120,
     )
-    return str(figure.to_html(include_plotlyjs=True, full_html=True))
+    return str(figure.to_html(include_plotlyjs=True, full_html=True, config=PAGE_CONFIG))
 
 
 def _traces(

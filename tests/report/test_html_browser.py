@@ -93,6 +93,12 @@ def test_hovering_over_a_point_tells_what_the_plan_is_made_of(opened):
     assert "front 2" in hover and f"24 x {INT4}" in hover and "perplexity 20.400" in hover
 
 
+def test_no_chart_offers_to_be_sent_away(opened):
+    page = opened()
+    titles = page.locator(".modebar-btn").evaluate_all("(all) => [...new Set(all.map((each) => each.dataset.title))]")
+    assert sorted(titles) == ["Download plot as a PNG", "Pan", "Reset axes", "Zoom"]
+
+
 def hover_over(page, plan_id):
     """Move the mouse to a plan's point of the front; returns where that is."""
     page.locator("#front-chart").scroll_into_view_if_needed()

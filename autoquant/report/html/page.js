@@ -72,8 +72,9 @@
         if (own.title) layout[name].title = { ...own.title, standoff: 8 };
       }
     }
-    const config = { displaylogo: false, responsive: false, displayModeBar: narrow ? false : "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+    // Named one by one: what plotly offers otherwise includes sending the chart to a server.
+    const config = { displaylogo: false, responsive: false, displayModeBar: narrow ? false : "hover", plotlyServerURL: "",
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     return Plotly.react(place, coloured(chart.data), coloured(layout), config);
   }
 

@@ -30,7 +30,8 @@ DEVICE = Device(
     type="cpu", name="Test & Co CPU", capability="", threads=2, cache_bytes=2**24, versions={"torch": "2.13"}
 )
 WORKLOAD = Workload.parse("prefill=64,decode=16")
-PLAIN, INT8, INT4, INT4_SMALL = "bfloat16/plain", "int8-row/plain", "int4-g64/packed", "int4-g128/packed"
+PLAIN, INT8, INT4 = "bfloat16/plain", "int8-row/plain", "int4-g64/packed"
+INT4_SMALL = f"int4-g128/{EVIL}"
 ATTENTION = LinearShape(n=256, k=256, bias=False, dtype="bfloat16")
 MLP = LinearShape(n=256, k=1024, bias=True, dtype="bfloat16")
 FUSED = LinearShape(n=768, k=256, bias=False, dtype="bfloat16")

@@ -28,6 +28,7 @@ from autoquant.cli.merge import merge
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
 from autoquant.cli.recipes import recipes
+from autoquant.cli.report import report
 from autoquant.cli.rm import rm
 from autoquant.cli.search import search
 from autoquant.cli.show import show
@@ -101,6 +102,7 @@ app = typer.Typer(
 app.command(short_help="Search for the fastest plans of a model.")(search)
 app.command(short_help="Show the measured front of a search.")(pareto)
 app.command(short_help="Show one plan layer by layer, with why.")(show)
+app.command(short_help="Write everything about a search as one HTML page.")(report)
 app.command(short_help="Show what changes between two plans, and what it buys.")(diff)
 app.command(short_help="Write the quantized model to disk.")(apply)
 app.command(short_help="Time plans in the whole model, in turn.")(bench)

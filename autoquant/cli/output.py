@@ -85,3 +85,32 @@ def write_file(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise AutoquantError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that whoever opens it finds all of it, or what was there before.
+
+    Raises:
+        AutoquantError: The place is not writable; what was there is untouched.
+    """
+    import os
+    import tempfile
+    from contextlib import suppress
+
+    from autoquant.errors import AutoquantError
+
+    try:
+        descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(scratch, 0o666 & ~mask)
+            os.replace(scratch, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(scratch)
+            raise
+    except OSError as error:
+        raise AutoquantError(f"cannot write {path}: {error.strerror or error}") from error

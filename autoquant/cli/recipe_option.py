@@ -87,14 +87,15 @@ def save_recipe(context: typer.Context, path: Path) -> None:
     """Write every option of this call that has a value, defaults too, so that `--recipe` replays it anywhere on the machine."""
     from autoquant.recipes import written
 
-    options = _configuration(context)
+    options = configuration(context)
     write_file(path, written(f"Saved from a search of {options['model']}", options).encode())
     typer.echo(f"wrote {path}", err=True)
     if context.params["trust_pickle"]:
         typer.echo(f"note: {path} does not hold --trust-pickle: say so again with each replay", err=True)
 
 
-def _configuration(context: typer.Context) -> dict[str, Value]:
+def configuration(context: typer.Context) -> dict[str, Value]:
+    """Every option of this call that has a value, by its name without the dashes."""
     found: dict[str, Value] = {}
     for parameter in context.command.params:
         key, value = _key(parameter), context.params.get(parameter.name or "")

@@ -57,7 +57,9 @@ def _confirmed(question: str) -> bool:
 
 def _counted(removed: Removed) -> str:
     rows = removed.rows
-    parts = [f"{rows.plans} plans", f"{rows.proofs} proofs", f"{rows.references} references of the unquantized model"]
+    parts = [f"{rows.plans} plans", f"{rows.proofs} proofs"]
+    if rows.references:
+        parts.append("the command that it came from")
     if rows.task_scores:
         parts.append(f"{rows.task_scores} task scores of its plans")
     if removed.trials is not None:

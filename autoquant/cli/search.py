@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoquant.cli.output import JsonFlag, print_json, print_table
-from autoquant.cli.recipe_option import RecipeOption, SaveRecipeOption, check_save, command_line_wins, save_recipe
+from autoquant.cli.recipe_option import (
+    RecipeOption,
+    SaveRecipeOption,
+    check_save,
+    command_line_wins,
+    configuration,
+    save_recipe,
+)
 from autoquant.cli.values import duration_s, fraction, size_bytes
 
 if TYPE_CHECKING:
@@ -174,6 +181,7 @@ def search(
             f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True
         )
         raise typer.Exit(130) from None
+    study.store.put_reference(study.study_id, "command", {"options": configuration(context)})
     if save_as is not None:
         save_recipe(context, save_as)
     _report(study, db, as_json=as_json)

@@ -14,7 +14,7 @@ from autoquant.tuner.alternatives import Alternative, Alternatives
 
 def dumps(value: Any) -> str:
     """`value` as indented JSON without NaN or Infinity, which JSON does not have."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False, default=str)
+    return json.dumps(finite(value), indent=2, allow_nan=False, default=str)
 
 
 def plan_object(
@@ -101,11 +101,12 @@ def _route(layer: LayerChoice) -> list[dict[str, Any]]:
     return [asdict(step) for step in layer.route]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, and with texts as keys."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

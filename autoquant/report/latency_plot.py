@@ -10,19 +10,19 @@ from typing import Any
 
 from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import Latencies, Row, is_original
-from autoquant.records import LinearShape
+from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.plots import SUFFIXES
+from autoquant.report.plots import PAGE_CONFIG, SUFFIXES
 from autoquant.report.profile_tables import best_route
 from autoquant.report.words import device_words
 
 _MOST_LINES = 9
 _INK, _GREY, _GRID = "#000000", "#6b7885", "#e4e8ec"
 # Okabe and Ito's palette, told apart by those who see fewer colours; the markers differ too.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4b9a", "#8c6d31", "#4d4d4d")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4b9a", "#8c6d31", "#4d4d4d")
 _MARKERS = ("o", "^", "D", "v", "P", "X", "<", ">", "p")
-_SYMBOLS = (
+SYMBOLS = (
     "circle",
     "triangle-up",
     "diamond",
@@ -33,7 +33,7 @@ _SYMBOLS = (
     "triangle-right",
     "pentagon",
 )
-_ORIGINAL = "unquantized"
+UNQUANTIZED = "unquantized"
 _PANEL_INCHES, _DPI = (4.1, 3.6), 120
 _LEGEND_INCHES = 2.5
 _TITLE_LENGTH = 44
@@ -44,7 +44,7 @@ Line = Mapping[int, Row]  # by m, the fastest row of a format
 
 
 @dataclass(frozen=True, slots=True)
-class _Floor:
+class Floor:
     """The limit for weights of so many bits: its line style here and there, and what it multiplies at best."""
 
     label: str
@@ -54,10 +54,10 @@ class _Floor:
     arithmetic: tuple[str, ...]
 
 
-_FLOORS = (
-    _Floor("limit, 16-bit weights", 2.0, (7, 3), "longdash", ("bfloat16", "float16")),
-    _Floor("limit, 8-bit weights", 1.0, (4, 2), "dash", ("int8", "float8")),
-    _Floor("limit, 4-bit weights", 0.5, (1.5, 1.5), "dot", ("int8", "float8")),
+FLOORS = (
+    Floor("limit, 16-bit weights", 2.0, (7, 3), "longdash", ("bfloat16", "float16")),
+    Floor("limit, 8-bit weights", 1.0, (4, 2), "dash", ("int8", "float8")),
+    Floor("limit, 4-bit weights", 0.5, (1.5, 1.5), "dot", ("int8", "float8")),
 )
 
 
@@ -79,7 +79,7 @@ def render_latencies(latencies: Latencies, suffix: str) -> bytes:
 
 def format_lines(rows: Sequence[Row]) -> dict[str, Line]:
     """The fastest kernel of each format by m; the weight as it is goes by the name of `unquantized`."""
-    names = {row["format"]: _ORIGINAL if is_original(row) else row["format"] for row in rows}
+    names = {row["format"]: UNQUANTIZED if is_original(row) else row["format"] for row in rows}
     lines = {name: best_route([row for row in rows if row["format"] == fmt]) for fmt, name in names.items()}
     return {name: line for name, line in lines.items() if line}
 
@@ -88,43 +88,44 @@ def drawn_formats(panels: Mapping[LinearShape, Mapping[str, Line]]) -> tuple[lis
     """Formats that get a line, in the order of the registry, and those that do not: where there are too many, the slowest."""
     gains: dict[str, float] = {}
     for lines in panels.values():
-        best = {m: min(line[m]["latency_us"] for line in lines.values() if m in line) for m in _all_m(lines)}
+        best = {m: min(line[m]["latency_us"] for line in lines.values() if m in line) for m in measured_m(lines)}
         for name, line in lines.items():
             gain = max(best[m] / row["latency_us"] for m, row in line.items())
             gains[name] = max(gains.get(name, 0.0), gain)
-    gains.pop(_ORIGINAL, None)
+    gains.pop(UNQUANTIZED, None)
     chosen = sorted(gains, key=lambda name: -gains[name])[:_MOST_LINES]
     return [name for name in gains if name in chosen], [name for name in gains if name not in chosen]
 
 
-def floor_line(
-    latencies: Latencies, shape: LinearShape, floor: _Floor, all_m: Sequence[int]
-) -> list[tuple[float, float]]:
+def floor_line(roofline: Roofline, shape: LinearShape, floor: Floor, all_m: Sequence[int]) -> list[tuple[float, float]]:
     """Points (m, microseconds) of a limit, a little beyond the measured m on both sides."""
     first, last = min(all_m) / 1.25, max(all_m) * 1.25
-    known = latencies.roofline.flops_per_s
+    known = roofline.flops_per_s
     arithmetic = max(floor.arithmetic, key=lambda name: known.get(name, 0.0))
     weight_bytes = floor.bytes_per_weight * shape.n * shape.k
     points = []
     for step in range(_FLOOR_POINTS + 1):
         m = first * (last / first) ** (step / _FLOOR_POINTS)
-        points.append((m, floor_us(latencies.roofline, shape, m, weight_bytes, arithmetic)))
+        points.append((m, floor_us(roofline, shape, m, weight_bytes, arithmetic)))
     return points
 
 
-def latency_range_us(latencies: Latencies, shape: LinearShape, lines: Mapping[str, Line]) -> tuple[float, float]:
+def latency_range_us(roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]) -> tuple[float, float]:
     """Ends of a panel's latency axis: from the lowest limit or latency to where no choice would be made any more."""
-    all_m = _all_m(lines)
-    limits = [time_us for floor in _FLOORS for _, time_us in floor_line(latencies, shape, floor, all_m)]
+    all_m = measured_m(lines)
+    limits: list[float] = []
+    if roofline is not None:
+        limits = [time_us for floor in FLOORS for _, time_us in floor_line(roofline, shape, floor, all_m)]
     slowest = {name: max(row["latency_us"] for row in line.values()) for name, line in lines.items()}
     fastest = min(row["latency_us"] for line in lines.values() for row in line.values())
-    highest = max(*slowest.values(), *limits)
-    if _ORIGINAL in slowest:
-        highest = min(highest, _TALLEST * max(slowest[_ORIGINAL], *limits))
-    return min(fastest, *limits) / 1.3, highest * 1.3
+    highest = max([*slowest.values(), *limits])
+    if UNQUANTIZED in slowest:
+        highest = min(highest, _TALLEST * max([slowest[UNQUANTIZED], *limits]))
+    return min([fastest, *limits]) / 1.3, highest * 1.3
 
 
-def _all_m(lines: Mapping[str, Line]) -> list[int]:
+def measured_m(lines: Mapping[str, Line]) -> list[int]:
+    """Every m that a line has a point at."""
     return sorted({m for line in lines.values() for m in line})
 
 
@@ -164,18 +165,18 @@ def _draw_panel(
     axes.set_title(_panel_title(latencies, shape), loc="left", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    all_m = _all_m(lines)
+    all_m = measured_m(lines)
     if not all_m:
         axes.text(0.5, 0.5, "nothing could be timed", transform=axes.transAxes, ha="center", color=_GREY)
         return
-    for floor in _FLOORS:
-        points = floor_line(latencies, shape, floor, all_m)
+    for floor in FLOORS:
+        points = floor_line(latencies.roofline, shape, floor, all_m)
         axes.plot(*zip(*points, strict=True), color=_GREY, linewidth=1.1, dashes=floor.dash, zorder=2)
     for name, style in _styles(drawn).items():
         if name in lines:
             line = lines[name]
             axes.plot(list(line), [row["latency_us"] for row in line.values()], **style)
-    axes.set_ylim(*latency_range_us(latencies, shape, lines))
+    axes.set_ylim(*latency_range_us(latencies.roofline, shape, lines))
     _set_ticks(axes, all_m)
     axes.grid(color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -186,7 +187,7 @@ def _draw_panel(
 def _set_ticks(axes: Any, all_m: Sequence[int]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axes.xaxis.set_major_locator(FixedLocator(_ticks(all_m)))
+    axes.xaxis.set_major_locator(FixedLocator(spaced_ticks(all_m)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
     low, high = axes.get_ylim()
@@ -196,7 +197,7 @@ def _set_ticks(axes: Any, all_m: Sequence[int]) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _ticks(all_m: Sequence[int]) -> list[int]:
+def spaced_ticks(all_m: Sequence[int]) -> list[int]:
     """Measured m that are far enough apart on a logarithmic axis for their numbers to be written."""
     span = math.log2(max(all_m) / min(all_m)) or 1.0
     ticks: list[int] = []
@@ -210,7 +211,7 @@ def _styles(drawn: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How each line is drawn."""
     styles: dict[str, dict[str, Any]] = {
         name: {
-            "color": _COLOURS[index],
+            "color": COLOURS[index],
             "marker": _MARKERS[index],
             "markersize": 5,
             "linewidth": 1.3,
@@ -221,7 +222,7 @@ def _styles(drawn: Sequence[str]) -> dict[str, dict[str, Any]]:
         for index, name in enumerate(drawn)
     }
     return {
-        _ORIGINAL: {"color": _INK, "marker": "s", "markersize": 6, "linewidth": 2.8, "zorder": 3},
+        UNQUANTIZED: {"color": _INK, "marker": "s", "markersize": 6, "linewidth": 2.8, "zorder": 3},
         **styles,
     }
 
@@ -230,7 +231,7 @@ def _legend(drawn: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], label=name, **style) for name, style in _styles(drawn).items()]
-    floors = [Line2D([], [], color=_GREY, linewidth=1.1, dashes=floor.dash, label=floor.label) for floor in _FLOORS]
+    floors = [Line2D([], [], color=_GREY, linewidth=1.1, dashes=floor.dash, label=floor.label) for floor in FLOORS]
     return [*lines, *floors]
 
 
@@ -259,7 +260,7 @@ def _page(
             figure.add_scatter(showlegend=trace["name"] not in shown, legendgroup=trace["name"], **trace, **place)
             shown.add(trace["name"])
         if lines:
-            ends = [math.log10(end) for end in latency_range_us(latencies, shape, lines)]
+            ends = [math.log10(end) for end in latency_range_us(latencies.roofline, shape, lines)]
             figure.update_yaxes(range=ends, **place)
     figure.update_xaxes(type="log", title_text="m", dtick="D2")
     figure.update_yaxes(type="log", title_text="µs", dtick="D2")
@@ -269,17 +270,17 @@ def _page(
         template="plotly_white",
         height=380 * rows + 120,
     )
-    return str(figure.to_html(include_plotlyjs=True, full_html=True))
+    return str(figure.to_html(include_plotlyjs=True, full_html=True, config=PAGE_CONFIG))
 
 
 def _traces(
     latencies: Latencies, shape: LinearShape, lines: Mapping[str, Line], drawn: Sequence[str]
 ) -> list[dict[str, Any]]:
     """What plotly draws in one panel."""
-    all_m = _all_m(lines)
+    all_m = measured_m(lines)
     traces: list[dict[str, Any]] = []
-    for floor in _FLOORS if all_m else ():
-        points = floor_line(latencies, shape, floor, all_m)
+    for floor in FLOORS if all_m else ():
+        points = floor_line(latencies.roofline, shape, floor, all_m)
         traces.append(
             {
                 "name": floor.label,
@@ -290,7 +291,7 @@ def _traces(
                 "hoverinfo": "skip",
             }
         )
-    symbols = dict(zip(drawn, _SYMBOLS, strict=False))
+    symbols = dict(zip(drawn, SYMBOLS, strict=False))
     for name, style in _styles(drawn).items():
         if name in lines:
             line = lines[name]

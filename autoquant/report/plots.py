@@ -15,6 +15,8 @@ from autoquant.report.labels import Box, nearest_point, place_labels
 from autoquant.report.tables import quality_word
 
 SUFFIXES = (".png", ".svg", ".html")
+PAGE_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud"]}
+"""For plotly: its pages offer to send the chart to a server otherwise."""
 
 # Told apart by shape and brightness, so that the picture reads in greyscale.
 _FRONT, _OTHER, _RECOMMENDED, _INK = "#1f4e79", "#b8c4d0", "#f0a020", "#222222"
@@ -268,7 +270,7 @@ def _page(rows: Sequence[Row], title: str, note: str) -> str:
         xaxis={"title": {"text": "Time of one request [ms]"}, "type": "log" if wide_times(rows) else "linear"},
         yaxis={"title": {"text": f"{word} increase [%]"}, "range": _page_range(rows)},
     )
-    return str(figure.to_html(include_plotlyjs=True, full_html=True))
+    return str(figure.to_html(include_plotlyjs=True, full_html=True, config=PAGE_CONFIG))
 
 
 def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from rich import box
@@ -100,7 +101,17 @@ def best_route(rows: Sequence[Row]) -> dict[int, Row]:
     return {m: row for m, row in found.items() if row is not None}
 
 
-def reason_lines(rows: Sequence[Row]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Untimed:
+    """Candidates that have no latency at some m, for one reason."""
+
+    outcome: str
+    reason: str
+    candidates: tuple[str, ...]
+    rows_m: tuple[int, ...]
+
+
+def untimed(rows: Sequence[Row]) -> list[Untimed]:
     """Why candidates have no latency, each reason once with whom and where it concerns."""
     found: dict[tuple[str, str], dict[str, set[int]]] = {}
     first_reasons: dict[tuple[str, str], str] = {}
@@ -108,12 +119,19 @@ def reason_lines(rows: Sequence[Row]) -> list[str]:
         if row["outcome"] != "ok":
             reason = first_reasons.setdefault((row["outcome"], _candidate(row)), row["reason"])
             found.setdefault((row["outcome"], reason), {}).setdefault(_candidate(row), set()).add(row["m"])
-    every = set(_all_m(rows))
+    return [
+        Untimed(outcome, reason, tuple(candidates), tuple(sorted(set().union(*candidates.values()))))
+        for (outcome, reason), candidates in sorted(found.items(), key=lambda item: list(_SHORT).index(item[0][0]))
+    ]
+
+
+def reason_lines(rows: Sequence[Row]) -> list[str]:
+    """`untimed`, a line each."""
+    every = tuple(_all_m(rows))
     lines = []
-    for (outcome, reason), candidates in sorted(found.items(), key=lambda item: list(_SHORT).index(item[0][0])):
-        concerned = set().union(*candidates.values())
-        where = "" if concerned == every else f" at m={', '.join(map(str, sorted(concerned)))}"
-        lines.append(f"{outcome}{where}: {', '.join(candidates)}: {reason}")
+    for each in untimed(rows):
+        where = "" if each.rows_m == every else f" at m={', '.join(map(str, each.rows_m))}"
+        lines.append(f"{each.outcome}{where}: {', '.join(each.candidates)}: {each.reason}")
     return lines
 
 

@@ -161,7 +161,7 @@ def coverage_table(recording: Recording) -> Table:
     table.add_column("Not searched", overflow="fold", ratio=2)
     table.add_column("Weights", justify="right", no_wrap=True)
     table.add_column("Why", overflow="fold", ratio=3)
-    lines = _skipped_lines(recording.skipped)
+    lines = skipped_lines(recording.skipped)
     for pattern, share, reason in lines[:_SKIPPED_ROWS]:
         table.add_row(Text(pattern), units.percent(share), Text(reason))
     rest = lines[_SKIPPED_ROWS:]
@@ -245,7 +245,8 @@ def _phases(layers: Sequence[LayerChoice]) -> list[str]:
     return [f"{phase} {units.duration_us(total)}" for phase, total in totals.items()]
 
 
-def _skipped_lines(skipped: Sequence[Skipped]) -> list[tuple[str, float, str]]:
+def skipped_lines(skipped: Sequence[Skipped]) -> list[tuple[str, float, str]]:
+    """What is not searched as (names, share of the parameters, reason), the largest share first."""
     by_reason: dict[str, dict[str, Skipped]] = {}
     for item in skipped:
         by_reason.setdefault(item.reason, {})[item.name] = item

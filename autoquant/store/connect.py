@@ -85,6 +85,11 @@ def check_address(address: str | os.PathLike[str], *, create: bool = True) -> No
         _check_file(Path(url.database), create=create)
 
 
+def shown_address(address: str) -> str:
+    """An address as it may be shown to others: a URL without its password."""
+    return make_url(address).render_as_string(hide_password=True) if "://" in address else address
+
+
 def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     """Refuse what SQLite would only find out after writing. The file is opened read-only here."""
     if path.is_dir():

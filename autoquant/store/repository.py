@@ -237,6 +237,7 @@ class Store:
             return _study(row, model, device)
 
     def put_reference(self, study_id: str, name: str, value: Mapping[str, Any]) -> None:
+        """Keep `value` under a name of the study's; one of the same name is replaced."""
         with self._session() as session:
             row = session.scalars(select(ReferenceRow).filter_by(study_id=study_id, name=name)).first()
             if row is None:
@@ -245,7 +246,7 @@ class Store:
                 row.value = dict(value)
 
     def references(self, study_id: str) -> dict[str, dict[str, Any]]:
-        """Numbers of the unquantized model, by name."""
+        """What else is known of a study, by name."""
         with self._session() as session:
             return {row.name: row.value for row in session.scalars(select(ReferenceRow).filter_by(study_id=study_id))}
 

@@ -166,7 +166,7 @@ class TaskScoreRow(Base):
 
 
 class ReferenceRow(Base):
-    """Numbers of the unquantized model that proofs are compared with, by name (losses per window, phase times)."""
+    """What else is known of a study, by name: the command that it came from."""
 
     __tablename__ = "reference"
     __table_args__ = (UniqueConstraint("study_id", "name"),)

@@ -148,3 +148,9 @@ def test_the_sensitivity_reaches_the_driver(runner, driver):
 def test_a_sensitivity_that_does_not_fit_is_refused(runner, driver, options, advice):
     result = runner.invoke(app, ["search", "m", *options])
     assert result.exit_code == 2 and advice in result.stderr and not driver.calls
+
+
+def test_the_study_keeps_the_command_that_it_came_from(runner, driver, database):
+    runner.invoke(app, ["search", "model", "--eval-text", "text.txt", "--batch", "3"])
+    options = Study.open(database).store.references(STUDY)["command"]["options"]
+    assert options["model"] == "model" and options["batch"] == 3 and options["max-ppl-increase"] == "1%"

@@ -145,6 +145,16 @@ def test_another_limit_recommends_another_plan(run, searched, study, tmp_path):
     assert careful.selection_increase.high <= 0
 
 
+def test_a_report_of_the_search_has_its_command_its_plans_and_its_kernels(searched, study, tmp_path):
+    out = tmp_path / "report.html"
+    result = CliRunner().invoke(app, ["report", str(searched.db), "--out", str(out)])
+    assert result.exit_code == 0, result.stderr
+    page = out.read_text(encoding="utf-8")
+    assert f"autoquant search {searched.model}" in page and "--eval-text" in page and "FILE stands for" not in page
+    assert all(row["label"] in page for row in study.rows())
+    assert "int8-row/plain/int8pack-mm" in page and "15 linear layers hold" in page
+
+
 # -- pareto and show ---------------------------------------------------------------------------------------------------
 
 

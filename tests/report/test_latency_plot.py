@@ -2,7 +2,7 @@ import pytest
 
 from autoquant.profiler.floor import floor_us
 from autoquant.report.latency_plot import (
-    _FLOORS,
+    FLOORS,
     drawn_formats,
     floor_line,
     format_lines,
@@ -38,8 +38,8 @@ def test_at_most_nine_formats_and_unquantized_are_drawn_and_the_rest_is_named():
 
 
 def test_limits_are_those_of_the_roofline_for_16_8_and_4_bits():
-    for floor, bits, arithmetic in zip(_FLOORS, (16, 8, 4), ("bfloat16", "int8", "int8"), strict=True):
-        points = floor_line(latencies(), FIRST, floor, ROWS)
+    for floor, bits, arithmetic in zip(FLOORS, (16, 8, 4), ("bfloat16", "int8", "int8"), strict=True):
+        points = floor_line(latencies().roofline, FIRST, floor, ROWS)
         assert points[0][0] < 1 and points[-1][0] > 512
         for m, time_us in points:
             expected = floor_us(ROOFLINE, FIRST, m, bits / 8 * 512 * 256, arithmetic)
@@ -47,8 +47,8 @@ def test_limits_are_those_of_the_roofline_for_16_8_and_4_bits():
 
 
 def test_a_panel_shows_the_limits_and_cuts_off_what_is_far_slower_than_unquantized():
-    low, high = latency_range_us(latencies(), FIRST, format_lines(latencies().shapes()[FIRST]))
-    assert low < floor_line(latencies(), FIRST, _FLOORS[2], ROWS)[0][1]
+    low, high = latency_range_us(latencies().roofline, FIRST, format_lines(latencies().shapes()[FIRST]))
+    assert low < floor_line(latencies().roofline, FIRST, FLOORS[2], ROWS)[0][1]
     assert 400.0 < high < 9000.0
 
 

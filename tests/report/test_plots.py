@@ -40,6 +40,7 @@ def test_the_page_needs_no_network_and_tells_each_plan_on_hover():
     page = render(ROWS, ".html", TITLE).decode()
     assert 'src="http' not in page
     assert "Plotly.newPlot" in page
+    assert '"modeBarButtonsToRemove": ["sendChartToCloud"]' in page
     assert "uniform int8-row" in page
     assert "plan front 1" in page
 

@@ -1,0 +1,33 @@
+"""`autoquant report`: everything about a search as one HTML file."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoquant.cli.output import Database, check_place, opened_study, replace_file
+
+_SUFFIXES = (".html", ".htm")
+
+
+def report(
+    database: Database,
+    out: Annotated[Path, typer.Option(metavar="FILE.HTML", help="Where to write it.")] = Path("report.html"),
+    study: Annotated[
+        str | None, typer.Option(metavar="ID", help="Which study; the last one if left out.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a report of a search: front, plans layer by layer, kernels, coverage. One file that needs no network."""
+    if out.suffix.lower() not in _SUFFIXES:
+        raise typer.BadParameter(f"{out} must end in .html", param_hint="--out")
+    check_place(out)
+    from autoquant.report.html.page import render_report
+    from autoquant.store.connect import shown_address
+
+    with opened_study(database, study_id=study) as opened:
+        page = render_report(opened, shlex.quote(shown_address(database)))
+    replace_file(out, page)
+    typer.echo(f"wrote {out}", err=True)

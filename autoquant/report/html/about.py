@@ -1,0 +1,69 @@
+"""What a study's numbers stand on: model, device, versions, workload, texts, limits; and what it does not cover."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import metadata
+
+from autoquant.records import Workload
+from autoquant.report import units
+from autoquant.report.words import limits_words
+from autoquant.store import StudyFacts
+from autoquant.tuner.study import Study
+
+Fact = tuple[str, str]
+_PARTS = (
+    "its windows are dealt to three disjoint parts: calibration scores single layers, selection checks the limits, and report "
+    "is what the perplexities shown here are of"
+)
+
+
+def about(study: Study) -> list[Fact]:
+    """Terms with what is known, in words."""
+    facts = study.facts
+    return [fact for fact in _facts(study, facts) if fact[1]]
+
+
+def _facts(study: Study, facts: StudyFacts) -> Iterator[Fact]:
+    device, identity = facts.device, facts.identity
+    yield "Model", str(facts.source.get("path") or "a live module")
+    yield "Content hash", facts.model_hash
+    yield "Unquantized as", str(identity.get("dtype", ""))
+    yield "Device", device.name
+    yield "Capability", device.capability
+    yield "Threads", str(device.threads) if device.type == "cpu" else ""
+    yield "Last-level cache", units.size(device.cache_bytes)
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in device.versions.items())
+    yield "Workload", workload_words(facts.workload)
+    yield "Quality", _quality(study, facts)
+    yield "Sensitivity", str(identity.get("method", ""))
+    yield "Limits", limits_words(facts.limits)
+    yield "Layers as one", "tried where layers read the same input" if identity.get("fuse") else ""
+    yield "Candidates", f"{len(identity.get('candidates', ()))} pairs of format and kernel, and the weight as it is"
+    yield "Seed", str(identity.get("seed", ""))
+    yield "Timing protocol", str(identity.get("protocol", ""))
+    yield "Time spent", units.clock_s(facts.spent_s)
+    yield "Study", f"{facts.study_id}{'' if facts.complete else ', not at its end'}"
+    yield "Report made by", f"autoquant {metadata.version('autoquant')}"
+
+
+def workload_words(workload: Workload) -> str:
+    """One request in words."""
+    phases = [
+        f"{phase.calls} x {phase.name}{f' of {phase.tokens} tokens' if phase.tokens > 1 else ''}"
+        for phase in workload.phases
+    ]
+    return f"{', '.join(phases)}; batch {workload.batch}"
+
+
+def _quality(study: Study, facts: StudyFacts) -> str:
+    key = str(facts.identity.get("quality", ""))
+    if not _is_text(study):
+        return f"a loss of the user's own, {key}" if key else ""
+    path = study.store.references(study.study_id).get("command", {}).get("options", {}).get("eval-text")
+    return f"the text {path or 'given to the search'}{f' (key {key})' if key else ''}; {_PARTS}"
+
+
+def _is_text(study: Study) -> bool:
+    """A text is measured by perplexity, a function of the user's own by what it returns."""
+    return any(proof.perplexity is not None for proof in study.proofs().values())

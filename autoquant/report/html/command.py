@@ -1,0 +1,76 @@
+"""The command that a study came from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant.store import StudyFacts
+from autoquant.store.connect import shown_address
+from autoquant.tuner.study import Study
+
+_FUNCTIONS = ("model_factory", "tokenizer", "sample_inputs")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command line, an option a line, and what has to be said of it."""
+
+    text: str
+    note: str
+
+
+def search_command(study: Study) -> Command:
+    """The command as it was given, or, where the database does not hold it, what the study itself says of it."""
+    kept = study.store.references(study.study_id).get("command")
+    if kept is not None:
+        return Command(_written(kept["options"]), "With every option that has a value, defaults among them.")
+    facts = study.facts
+    own_quality = all(proof.perplexity is None for proof in study.proofs().values())
+    if not facts.source.get("path"):
+        return Command("", "The search was started from Python with a live module: there is no command to repeat it.")
+    return Command(
+        _written(dict(_known_options(facts, own_quality=own_quality))),
+        "The database does not hold the command itself. This one is put together from what the study is known by; FILE stands "
+        "for the text, of which there is only a key.",
+    )
+
+
+def _known_options(facts: StudyFacts, *, own_quality: bool) -> Iterator[tuple[str, Any]]:
+    identity, limits, source = facts.identity, facts.limits, facts.source
+    yield "model", source["path"]
+    if own_quality:
+        yield "quality", ":".join(str(identity.get("quality", "")).rsplit(".", 1))
+    else:
+        yield "eval-text", "FILE"
+    for name in _FUNCTIONS:
+        if source.get(name):
+            yield name.replace("_", "-"), source[name]
+    yield "device", facts.device.type
+    workload = str(facts.workload).partition(" ")[0]
+    if not workload.startswith("forward"):
+        yield "workload", workload
+    yield "batch", facts.workload.batch
+    if limits.get("max_ppl_increase") is not None:
+        yield "max-ppl-increase", limits["max_ppl_increase"]
+    if limits.get("max_memory_bytes") is not None:
+        yield "max-memory", limits["max_memory_bytes"]
+    yield "minimize", limits.get("minimize", "time")
+    yield "candidates", list(identity.get("candidates", ()))
+    yield "fuse", bool(identity.get("fuse"))
+    if "method" in identity:
+        yield "sensitivity", str(identity["method"]).rpartition("-")[0]
+    yield "seed", identity.get("seed", 0)
+
+
+def _written(options: Mapping[str, Any]) -> str:
+    lines = [f"autoquant search {shlex.quote(str(options['model']))}"]
+    for name, value in options.items():
+        if name == "model" or value is False:
+            continue
+        values = value if isinstance(value, list) else [shown_address(value) if name == "db" else value]
+        given = (f"--{name}" if each is True else f"--{name} {shlex.quote(str(each))}" for each in values)
+        lines.append(" ".join(given))
+    return " \\\n    ".join(lines)

@@ -1,0 +1,70 @@
+"""What a study's device was timed at: the rows of `autoquant.profiler.latencies`, by shape, from the store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant.profiler.latencies import Row
+from autoquant.records import LinearShape, Measurement, Roofline
+from autoquant.tuner.study import Study
+
+
+@dataclass(frozen=True, slots=True)
+class KernelMap:
+    """Timings of a study's shapes.
+
+    Attributes:
+        shapes: Rows by shape, those of the model's layers first; the others are layers computed as one.
+        names: What the layers of a shape are called.
+        roofline: Of the device; None where it was not measured.
+    """
+
+    shapes: Mapping[LinearShape, tuple[Row, ...]]
+    names: Mapping[LinearShape, tuple[str, ...]]
+    roofline: Roofline | None
+
+    def rows(self) -> list[Row]:
+        """The rows of all shapes."""
+        return [row for rows in self.shapes.values() for row in rows]
+
+
+def kernel_map(study: Study) -> KernelMap:
+    """Timings that the study could choose from: made on its device, under its protocol, with weights as cold as its own."""
+    facts = study.facts
+    names: dict[LinearShape, tuple[str, ...]] = {}
+    for site in facts.recording.sites if facts.recording else ():
+        names[site.shape] = (*names.get(site.shape, ()), site.name)
+    timings = study.store.timings(facts.device, str(facts.identity.get("protocol")))
+    used = Counter(subject.working_set_bytes for subject in timings if subject.shape in names)
+    if not used:
+        return KernelMap({}, names, study.store.roofline(facts.device))
+    # A search times all its shapes with one working set; that of another model in the same database covers fewer of them.
+    working_set, _ = max(used.items(), key=lambda item: (item[1], item[0]))
+    found: dict[LinearShape, list[Row]] = {shape: [] for shape in names}
+    for subject, measurement in timings.items():
+        if subject.working_set_bytes == working_set:
+            found.setdefault(subject.shape, []).append(_row(measurement))
+    shapes = {shape: tuple(rows) for shape, rows in found.items() if rows}
+    return KernelMap(shapes, names, study.store.roofline(facts.device))
+
+
+def _row(measurement: Measurement) -> dict[str, Any]:
+    subject, timed = measurement.subject, bool(measurement.samples_us)
+    return {
+        "n": subject.shape.n,
+        "k": subject.shape.k,
+        "bias": subject.shape.bias,
+        "dtype": subject.shape.dtype,
+        "m": subject.m,
+        "format": subject.format,
+        "kernel": subject.kernel,
+        "outcome": measurement.outcome,
+        "latency_us": measurement.latency_us if timed else None,
+        "spread_us": measurement.spread_us if timed else None,
+        "relative_error": measurement.relative_error,
+        "floor_us": None,
+        "reason": measurement.reason,
+    }

@@ -1,0 +1,52 @@
+"""Layers by type and block: `model.layers.3.self_attn.q_proj` stands in row `self_attn.q_proj`, column `3`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+OUTSIDE = "-"
+"""The column of layers that are in no block, the head among them."""
+_Type = tuple[tuple[str, ...], tuple[str, ...]]  # what stands before the block's number, and after it
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGrid:
+    """Rows are types of layers in the order of the model, columns are blocks; `places` is (row, column) by layer name.
+
+    Several layers share a place where a block has a list of its own, such as experts.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    places: Mapping[str, tuple[int, int]]
+
+
+def layer_grid(names: Iterable[str]) -> LayerGrid:
+    """Where each layer stands. The first number in a name is its block, those after it are not told apart."""
+    split = {name: _split(name) for name in names}
+    types = list(dict.fromkeys(layer_type for layer_type, _ in split.values()))
+    blocks: list[int | None] = [*sorted({block for _, block in split.values() if block is not None})]
+    if any(block is None for _, block in split.values()):
+        blocks.append(None)
+    places = {name: (types.index(layer_type), blocks.index(block)) for name, (layer_type, block) in split.items()}
+    columns = tuple(OUTSIDE if block is None else str(block) for block in blocks)
+    return LayerGrid(tuple(_labels(types)), columns, places)
+
+
+def _split(name: str) -> tuple[_Type, int | None]:
+    parts = name.split(".")
+    position = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    if position is None:
+        return (tuple(parts), ()), None
+    rest = tuple("*" if part.isdecimal() else part for part in parts[position + 1 :])
+    return (tuple(parts[:position]), rest), int(parts[position])
+
+
+def _labels(types: list[_Type]) -> list[str]:
+    """What comes after the block's number, or all of it where that does not tell types apart."""
+    short = [".".join(after or before) or "layer" for before, after in types]
+    return [
+        label if short.count(label) == 1 else ".".join([*before, "*", *after])
+        for label, (before, after) in zip(short, types, strict=True)
+    ]

@@ -1,0 +1,117 @@
+"""Proven plans as points of the front: where they stand, what they are, and how they are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autoquant.records import ORIGINAL_LABEL, Plan, Proof
+from autoquant.report import units
+from autoquant.report.front_scales import Row, drawable
+from autoquant.report.tables import short_ids
+from autoquant.tuner.study import Study
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Plans of one look: `symbol` is plotly's, `glyph` the same as a character."""
+
+    name: str
+    symbol: str
+    glyph: str
+    colour: str
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("searched, dominated", "circle-open", "○", "var(--muted)"),
+        Family("uniform, dominated", "diamond-open", "◇", "var(--muted)"),
+        Family("searched, on the front", "circle", "●", "var(--c1)"),
+        Family("uniform, on the front", "diamond", "◆", "var(--c3)"),
+        Family("unquantized", "square", "■", "var(--c9)"),
+        Family("recommended", "star", "★", "var(--c5)"),
+    )
+}
+"""In the order in which they are drawn, the last on top."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A proven plan. `number` is its place by request time, from 1; `base` the quality of the unquantized model.
+
+    `quality`, `low` and `high` are perplexity, or the user's own loss, with the ends of its paired interval.
+    """
+
+    index: int
+    short_id: str
+    plan: Plan
+    proof: Proof
+    row: Row
+    request_ms: float
+    quality: float
+    low: float
+    high: float
+    base: float
+    family: str
+    quality_text: str
+
+    @property
+    def number(self) -> int:
+        return self.index + 1
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.proof.memory_bytes
+
+    @property
+    def formats(self) -> Mapping[str, int]:
+        """The plan's make-up."""
+        return self.plan.formats()
+
+    @property
+    def drawable(self) -> bool:
+        """Whether it has finite numbers on both axes."""
+        return drawable(self.row) and math.isfinite(self.quality)
+
+
+def front_points(study: Study) -> list[Point]:
+    """Every proven plan, fastest first."""
+    rows, proofs = study.rows(), study.proofs()
+    plans = {plan.plan_id: plan for plan in study.plans()}
+    short = short_ids([row["plan_id"] for row in rows])
+    return [
+        _point(index, short[row["plan_id"]], plans[row["plan_id"]], proofs[row["plan_id"]], row)
+        for index, row in enumerate(rows)
+    ]
+
+
+def _point(index: int, short_id: str, plan: Plan, proof: Proof, row: Row) -> Point:
+    own_loss = row["perplexity"] is None
+    quality = proof.loss if own_loss else row["perplexity"]
+    factor = 1 + row["perplexity_increase"]
+    base = quality / factor if factor else math.nan
+    return Point(
+        index=index,
+        short_id=short_id,
+        plan=plan,
+        proof=proof,
+        row=row,
+        request_ms=row["measured_request_ms"],
+        quality=quality,
+        low=base * (1 + row["perplexity_increase_low"]),
+        high=base * (1 + row["perplexity_increase_high"]),
+        base=base,
+        family=_family(row),
+        quality_text=f"{'loss' if own_loss else 'perplexity'} {units.digits(quality, 5)}",
+    )
+
+
+def _family(row: Row) -> str:
+    if row["recommended"]:
+        return "recommended"
+    if row["label"] == ORIGINAL_LABEL:
+        return "unquantized"
+    kind = "uniform" if row["kind"] == "uniform" else "searched"
+    return f"{kind}, {'on the front' if row['on_front'] else 'dominated'}"

@@ -1,0 +1,103 @@
+"""What a report says first: use this plan, or leave the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant.records import ORIGINAL_LABEL
+from autoquant.report import units
+from autoquant.report.html.points import Point
+from autoquant.report.words import limits_words
+from autoquant.store import StudyFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number, large, with what it is compared with."""
+
+    name: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A headline, sentences below it, and the numbers that it rests on (none where nothing is recommended)."""
+
+    headline: str
+    sentences: tuple[str, ...]
+    tiles: tuple[Tile, ...] = ()
+
+
+def verdict(points: Sequence[Point], facts: StudyFacts) -> Verdict:
+    """The recommended plan in a sentence, or why there is none."""
+    unfinished = () if facts.complete else ("This search has not come to its end: more plans may be proven.",)
+    limits = limits_words(facts.limits)
+    point = next((point for point in points if point.row["recommended"]), None)
+    original = next((point for point in points if point.row["label"] == ORIGINAL_LABEL), None)
+    if point is None:
+        return Verdict("No plan can be recommended.", (f"No proven plan is within the limits ({limits}).", *unfinished))
+    if point is original:
+        other = "smaller" if facts.limits.get("minimize") == "memory" else "faster"
+        said = f"No {other} plan is within the limits of this search ({limits})."
+        return Verdict("Leave the model as it is.", (said, *_beyond_limits(points, other), *unfinished))
+    named = f"plan {point.short_id} ({point.row['label']})"
+    tiles = (_speed(point), _quality(point), _memory(point, original))
+    quality = f"{tiles[1].name.lower()} {tiles[1].value} ({tiles[1].detail})"
+    said = (
+        f"It is the {_aim(facts.limits)} proven plan within the limits of the search ({limits}): {quality}, memory "
+        f"{tiles[2].detail}."
+    )
+    uniform = ("It is a uniform plan: choosing layer by layer brought nothing more here.",)
+    return Verdict(
+        f"Use {named}: {_than(point.row['speedup'])}.",
+        (said, *(uniform if point.row["kind"] == "uniform" else ()), *unfinished),
+        tiles,
+    )
+
+
+def _aim(limits: Any) -> str:
+    return "smallest" if limits.get("minimize") == "memory" else "fastest"
+
+
+def _than(speedup: float) -> str:
+    return f"{speedup:.2f} times faster" if speedup >= 1 else f"{1 / speedup:.2f} times slower"
+
+
+def _beyond_limits(points: Sequence[Point], other: str) -> tuple[str, ...]:
+    """The best of what the limits do not allow."""
+    key = {"smaller": lambda point: point.memory_bytes, "faster": lambda point: point.request_ms}[other]
+    best = min(points, key=key)
+    if best.row["label"] == ORIGINAL_LABEL:
+        return (f"No proven plan is {other} at all.",)
+    return (
+        f"The {'smallest' if other == 'smaller' else 'fastest'} of all, plan {best.short_id} ({best.row['label']}), is "
+        f"{_than(best.row['speedup'])} with {_quality(best).name.lower()} {_quality(best).value} "
+        f"and takes {units.size(best.memory_bytes)}.",
+    )
+
+
+def _speed(point: Point) -> Tile:
+    time, speedup = point.request_ms, point.row["speedup"]
+    detail = f"{units.duration_ms(time)} a request instead of {units.duration_ms(time * speedup)}"
+    return Tile("Speed", f"{speedup:.2f}x", detail)
+
+
+def _quality(point: Point) -> Tile:
+    row = point.row
+    ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
+    name = "Loss" if row["perplexity"] is None else "Perplexity"
+    return Tile(name, units.percent(row["perplexity_increase"], signed=True), f"95 % interval {ends}")
+
+
+def _memory(point: Point, original: Point | None) -> Tile:
+    stored = units.size(point.memory_bytes)
+    if original is None or not original.memory_bytes:
+        return Tile("Memory", stored, "of all parameters")
+    return Tile(
+        "Memory",
+        f"{point.memory_bytes / original.memory_bytes:.0%}",
+        f"{stored} instead of {units.size(original.memory_bytes)}",
+    )

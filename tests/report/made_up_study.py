@@ -1,0 +1,177 @@
+"""A small finished search with timings, made up, in a database. Names and reasons are such as would break a careless page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autoquant.records import (
+    Device,
+    Interval,
+    LayerChoice,
+    LinearShape,
+    Measurement,
+    Plan,
+    Prediction,
+    Proof,
+    Recording,
+    Roofline,
+    RouteStep,
+    Site,
+    SiteUse,
+    Skipped,
+    TimingSubject,
+    Workload,
+)
+
+STUDY, MODEL_HASH, PROTOCOL = "5tudy001", "m0del", "3"
+MODEL_PATH = "/somewhere/<b>tiny"
+EVIL = '</script><script>window.broken = 1</script><img src="x" onerror="window.broken = 1">'
+DEVICE = Device(
+    type="cpu", name="Test & Co CPU", capability="", threads=2, cache_bytes=2**24, versions={"torch": "2.13"}
+)
+WORKLOAD = Workload.parse("prefill=64,decode=16")
+PLAIN, INT8, INT4 = "bfloat16/plain", "int8-row/plain", "int4-g64/packed"
+INT4_SMALL = f"int4-g128/{EVIL}"
+ATTENTION = LinearShape(n=256, k=256, bias=False, dtype="bfloat16")
+MLP = LinearShape(n=256, k=1024, bias=True, dtype="bfloat16")
+FUSED = LinearShape(n=768, k=256, bias=False, dtype="bfloat16")
+ROUTED = (RouteStep(upper_m=16, kernel="weight-only"), RouteStep(upper_m=None, kernel="integer"))
+NOISE = "measured while others used 40% of the machine"
+LEFT_ALONE = f"costs too much {EVIL}"
+ORIGINAL, UNIFORM, FRONT, FAST, FAR, UNPROVEN = (letter * 8 for letter in "abcdef")
+# Label, kind, request ms as predicted and as measured, increase, share of the memory, format by type of layer.
+PLANS = {
+    ORIGINAL: ("original", "original", 100.0, 101.0, 0.0, 1.0, {}),
+    UNIFORM: ("uniform int8-row", "uniform", 60.0, 66.0, 0.004, 0.5, {"q_proj": INT8, "down_proj": INT8}),
+    FRONT: ("front 1", "front", 50.0, 50.0, 0.005, 0.4, {"q_proj": INT4, "down_proj": INT8}),
+    FAST: ("front 2", "front", 45.0, 44.0, 0.02, 0.3, {"q_proj": INT4, "down_proj": INT4}),
+    FAR: ("front 3", "front", 43.0, 43.0, 9.0, 0.2, {"q_proj": INT4_SMALL, "down_proj": INT4_SMALL}),
+}  # fmt: skip
+
+
+def choice(name: str, fmt: str, number: int) -> LayerChoice:
+    shape = ATTENTION if name.endswith(("q_proj", "head")) else MLP
+    quantized = fmt != PLAIN
+    return LayerChoice(
+        name=name,
+        shape=shape,
+        format=fmt,
+        route=ROUTED if quantized else (RouteStep(upper_m=None, kernel="matmul"),),
+        numerics=f"{fmt}+a16",
+        latency_us={"prefill": 100.0 if quantized else 200.0, "decode": 50.0 + number},
+        memory_bytes=shape.n * shape.k * (1 if quantized else 2),
+        loss=0.001 * (number + 1) if quantized else 0.0,
+        parameters=(f"{name}.weight",),
+        reason="fast enough" if quantized else LEFT_ALONE,
+    )
+
+
+def make_plan(plan_id: str, blocks: int) -> Plan:
+    label, kind, predicted, _, _, share, formats = PLANS[plan_id]
+    names = [f"model.layers.{block}.{part}" for block in range(blocks) for part in ("attn.q_proj", "mlp.down_proj")]
+    layers = [choice(name, formats.get(name.rpartition(".")[2], PLAIN), n % 2) for n, name in enumerate(names)]
+    layers.append(choice("lm_head", PLAIN, 0))
+    return Plan(
+        plan_id=plan_id,
+        study_id=STUDY,
+        label=label,
+        kind=kind,
+        model_hash=MODEL_HASH,
+        dtype="bfloat16",
+        layers=tuple(layers),
+        prediction=Prediction(
+            request_ms=predicted,
+            linear_ms=20.0,
+            loss=sum(layer.loss for layer in layers),
+            memory_bytes=int(share * 2**20),
+        ),
+    )
+
+
+def make_proof(plan_id: str) -> Proof:
+    _, _, _, measured, increase, share, _ = PLANS[plan_id]
+    half = 0.001 if increase else 0.0
+    interval = Interval(value=increase, low=increase - half, high=increase + half)
+    return Proof(
+        plan_id=plan_id,
+        request_ms=measured,
+        phase_ms={"prefill": measured / 10, "decode": measured / 20},
+        original_request_ms=101.0,
+        original_phase_ms={"prefill": 10.0, "decode": 5.0},
+        perplexity=20 * (1 + increase),
+        loss=3.0 * (1 + increase),
+        increase=interval,
+        selection_increase=interval,
+        kl=increase / 2,
+        memory_bytes=int(share * 2**20),
+        notes=(f"a note {EVIL}",),
+    )
+
+
+def recording(plan: Plan) -> Recording:
+    return Recording(
+        sites=tuple(
+            Site(
+                name=layer.name,
+                parameters=layer.parameters,
+                shape=layer.shape,
+                uses=(SiteUse(phase="prefill", m=64, calls=1), SiteUse(phase="decode", m=1, calls=1)),
+            )
+            for layer in plan.layers
+        ),
+        skipped=(Skipped(name=f"conv{EVIL}", numel=1000, share=0.06, reason="not a linear layer"),),
+        weights_share=0.94,
+        flops_share={"prefill": 0.91, "decode": 0.97},
+        parameter_bytes=2**20,
+    )
+
+
+def timings(working_set_bytes: int, factor: float = 1.0) -> list[Measurement]:
+    """Of three shapes at three m: bfloat16, int8 by two kernels, and one that failed."""
+    found = []
+    for shape in (ATTENTION, MLP, FUSED):
+        for m in (1, 64, 512):
+            subject = TimingSubject(
+                shape=shape, m=m, format=PLAIN, kernel="matmul", working_set_bytes=working_set_bytes
+            )
+            for fmt, kernel, base in ((PLAIN, "matmul", 40.0), (INT8, "weight-only", 10.0), (INT8, "integer", 20.0)):
+                time_us = factor * (base + m * (0.5 if kernel == "weight-only" else 0.1)) * shape.n / 256
+                own = replace(subject, format=fmt, kernel=kernel)
+                found.append(
+                    Measurement(subject=own, outcome="ok", samples_us=(time_us,), relative_error=0.001, reason=NOISE)
+                )
+            own = replace(subject, format="float8-row/plain", kernel="scaled-mm")
+            found.append(Measurement(subject=own, outcome="failed", reason=f"the kernel failed {EVIL}"))
+    return found
+
+
+def fill(
+    store, *, blocks: int = 4, limits: dict | None = None, timed: bool = True, plans=tuple(PLANS), complete=True
+) -> None:
+    """Keep the study and `plans` of it; with a limit of 1 % `FRONT` is the recommended one."""
+    store.put_device(DEVICE)
+    store.put_model(MODEL_HASH, {"kind": "huggingface", "path": MODEL_PATH})
+    store.put_study(
+        STUDY,
+        model_hash=MODEL_HASH,
+        device=DEVICE,
+        identity={
+            "protocol": PROTOCOL, "quality": "k3y", "dtype": "bfloat16", "method": "isolated-1", "seed": 7,
+            "candidates": ["int8-row/plain/weight-only", "int8-row/plain/integer"],
+        },
+        workload=WORKLOAD,
+        limits={"max_ppl_increase": 0.01, "max_memory_bytes": None} if limits is None else limits,
+    )  # fmt: skip
+    store.update_study(STUDY, recording=recording(make_plan(ORIGINAL, blocks)), complete=complete)
+    for plan_id in plans:
+        store.put_plan(make_plan(plan_id, blocks))
+        store.put_proof(plan_id, make_proof(plan_id))
+    store.put_plan(replace(make_plan(FAST, blocks), plan_id=UNPROVEN, label="refined 1", kind="refined"))
+    store.put_proof(UNPROVEN, None, f"the compiler failed {EVIL}")
+    if timed:
+        store.put_timings(DEVICE, PROTOCOL, timings(2**24))
+        store.put_timings(DEVICE, PROTOCOL, timings(2**20, factor=100.0)[:4])  # as another model left them
+        store.put_timings(DEVICE, "2", timings(2**24, factor=0.001))  # of an older protocol
+        store.put_roofline(
+            DEVICE, Roofline(bandwidth_bytes_per_s=5e10, flops_per_s={"bfloat16": 3e11, "float32": 1e11, "int8": 6e11})
+        )

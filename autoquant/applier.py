@@ -28,6 +28,7 @@ from autoquant.records import LayerChoice, Plan
 from autoquant.store import StudyFacts
 
 _CHECK_TOKENS = 48
+_RIGHT_MODEL = "give the model that was searched"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,11 +145,13 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
             try:
                 parameter = model.get_parameter(name)
             except AttributeError:
-                raise ModelError(f"the plan is for another model: this one has no parameter {name}") from None
+                raise ModelError(
+                    f"the plan is for another model: this one has no parameter {name}; {_RIGHT_MODEL}"
+                ) from None
             wanted = (layer.shape.n, layer.shape.k)
             if tuple(parameter.shape) != wanted:
                 raise ModelError(
-                    f"the plan is for another model: {name} is {tuple(parameter.shape)} here, not {wanted}"
+                    f"the plan is for another model: {name} is {tuple(parameter.shape)} here, not {wanted}; {_RIGHT_MODEL}"
                 )
             dtype = str(parameter.dtype).removeprefix("torch.")
             if isinstance(parameter.data, RoutedWeight) or dtype != layer.shape.dtype:

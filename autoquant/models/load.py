@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelError
+from autoquant.hints import did_you_mean_path
 from autoquant.models import exported, huggingface, torchfile
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.loaded import LoadedModel, ModelSource, main_dtype, max_positions, model_kind, settle
@@ -108,7 +109,7 @@ def _load(request: Request) -> LoadedModel:
     if path.is_file():
         return _load_file(path, request)
     if path.exists() or not _may_be_on_hub(request.name):
-        raise ModelError(f"there is no model at {request.name}: give {_FORMS}")
+        raise ModelError(f"there is no model at {request.name}{did_you_mean_path(path)}: give {_FORMS}")
     return huggingface.load_folder(huggingface.download(request.name), request, request.name)
 
 

@@ -17,6 +17,7 @@ from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQ
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Sensitivity, check_text
 from autoquant.evaluators.text import read_text
 from autoquant.events import Listener, ignore
+from autoquant.hints import did_you_mean_path
 from autoquant.models import LoadedModel, resolve_device, take_model
 from autoquant.models.named import quality_function
 from autoquant.profiler.device import fingerprint
@@ -176,7 +177,10 @@ def _check_text(eval_text: str | os.PathLike[str] | None) -> None:
             " --quality package.module:callable (a loss of your own)"
         )
     if not Path(eval_text).is_file():
-        raise TextError(f"there is no text file at {eval_text}")
+        raise TextError(
+            f"there is no text file at {eval_text}{did_you_mean_path(eval_text)}: give a plain UTF-8 text like what the model"
+            " will read"
+        )
 
 
 def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:

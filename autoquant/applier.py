@@ -20,7 +20,7 @@ from autoquant.candidates.floats import original_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError, PlanError
-from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import settle
 from autoquant.profiler.phases import output_tensor
@@ -90,6 +90,7 @@ def apply_to_disk(
         ModelError: The model is not the one that was searched (its content has another hash).
         CheckpointError: `out` cannot be written, or what was written does not compute the same, bit for bit.
     """
+    listener = logged(listener)
     target = Path(out).absolute()
     _check_target(target)
     loaded = load_searched(plan, model, facts, device)

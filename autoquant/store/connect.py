@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from pathlib import Path
@@ -18,6 +19,8 @@ from autoquant.store.repository import Store
 
 if TYPE_CHECKING:
     from alembic.config import Config
+
+_log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x41514E54  # "AQNT", in the SQLite header: tells our files from other programs'
 VERSION_TABLE = "autoquant_schema"
@@ -47,6 +50,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     except StoreError:
         engine.dispose()
         raise
+    _log.info("opened the database %s", url.render_as_string())
     return Store(engine)
 
 
@@ -149,6 +153,7 @@ def _migrate(engine: Engine, address: str) -> None:
     config = _migrations()
     if _is_newest(engine, address, config):
         return
+    _log.info("bringing the schema of %s up to date", engine.url.render_as_string())
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

@@ -91,7 +91,7 @@ def bench(
     listener(StageFinished("compile", f"{len(entrants)} models"))
     times, busy = time_in_turn([entrant.phases for entrant in entrants], facts.device.type)
     if busy:
-        listener(Notice(f"{busy}; close other programs for timings to trust"))
+        listener(Notice(f"{busy}, with other programs closed"))
     rows = [_row(entrant, phase_ms, facts.workload, busy) for entrant, phase_ms in zip(entrants, times, strict=True)]
     return _attributed(rows, entrants, facts, listener) if attribution else rows
 

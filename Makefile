@@ -4,7 +4,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 TEST := .venv-test
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/python demo/run.py
@@ -17,6 +17,9 @@ lint: $(TEST)/installed
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
 	$(TEST)/bin/lint-imports
+
+docs: $(TEST)/installed
+	$(TEST)/bin/mkdocs build
 
 $(DEMO)/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(DEMO)

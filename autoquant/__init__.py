@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,9 @@ _HOMES = {
     "register": "autoquant.candidates",
     "search": "autoquant.tuner.driver",
 }
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until a program asks for what is logged
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from autoquant.candidates.floats import original_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError, PlanError
-from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import settle
 from autoquant.profiler.phases import output_tensor
@@ -28,6 +28,7 @@ from autoquant.records import LayerChoice, Plan
 from autoquant.store import StudyFacts
 
 _CHECK_TOKENS = 48
+_RIGHT_MODEL = "give the model that was searched"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,7 @@ def apply_to_disk(
         ModelError: The model is not the one that was searched (its content has another hash).
         CheckpointError: `out` cannot be written, or what was written does not compute the same, bit for bit.
     """
+    listener = logged(listener)
     target = Path(out).absolute()
     _check_target(target)
     loaded = load_searched(plan, model, facts, device)
@@ -144,11 +146,13 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
             try:
                 parameter = model.get_parameter(name)
             except AttributeError:
-                raise ModelError(f"the plan is for another model: this one has no parameter {name}") from None
+                raise ModelError(
+                    f"the plan is for another model: this one has no parameter {name}; {_RIGHT_MODEL}"
+                ) from None
             wanted = (layer.shape.n, layer.shape.k)
             if tuple(parameter.shape) != wanted:
                 raise ModelError(
-                    f"the plan is for another model: {name} is {tuple(parameter.shape)} here, not {wanted}"
+                    f"the plan is for another model: {name} is {tuple(parameter.shape)} here, not {wanted}; {_RIGHT_MODEL}"
                 )
             dtype = str(parameter.dtype).removeprefix("torch.")
             if isinstance(parameter.data, RoutedWeight) or dtype != layer.shape.dtype:

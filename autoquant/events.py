@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,5 +43,26 @@ Event = StageStarted | StageProgress | StageFinished | Notice
 Listener = Callable[[Event], None]
 
 
+_log = logging.getLogger(__name__)
+
+
 def ignore(_event: Event) -> None:
     """The listener that does nothing."""
+
+
+def logged(listener: Listener) -> Listener:
+    """The listener, with every event in the log too: notices as warnings, the rest as information."""
+
+    def log_and_tell(event: Event) -> None:
+        match event:
+            case StageStarted():
+                _log.info("%s: %d to do", event.stage, event.total)
+            case StageProgress():
+                _log.info("%s: %d done, now %s", event.stage, event.done, event.what)
+            case StageFinished():
+                _log.info("%s: %s", event.stage, event.summary)
+            case Notice():
+                _log.warning("%s", event.text)
+        listener(event)
+
+    return log_and_tell

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 
 from autoquant.candidates.base import Format, Kernel
 from autoquant.errors import CandidateError
+from autoquant.hints import did_you_mean
 from autoquant.records import LinearShape
 
 ENTRY_POINT_GROUP = "autoquant.candidates"
@@ -68,7 +69,9 @@ def select(globs: Sequence[str], device_type: str | None = None) -> list[tuple[F
     chosen = [pair for pair in every if any(_matches(pair, glob, device_type) for glob in globs)]
     for glob in globs:
         if not any(_matches(pair, glob) for pair in every):
-            raise CandidateError(f"no candidate matches {glob!r}; `autoquant candidates` lists them")
+            raise CandidateError(
+                f"no candidate matches {glob!r}{did_you_mean(glob, formats())}; `autoquant candidates` lists them"
+            )
     return chosen
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+from autoquant.cli.plans import complete_plan
 
 if TYPE_CHECKING:
     from autoquant.report.plan_diff import PlanPair
@@ -16,10 +17,22 @@ if TYPE_CHECKING:
 def diff(
     database: Database,
     plan_a: Annotated[
-        str, typer.Argument(metavar="PLAN_A", help="Before (the beginning of its id will do).", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PLAN_A",
+            help="Before (the beginning of its id will do).",
+            show_default=False,
+            autocompletion=complete_plan,
+        ),
     ],
     plan_b: Annotated[
-        str, typer.Argument(metavar="PLAN_B", help="After (the beginning of its id will do).", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PLAN_B",
+            help="After (the beginning of its id will do).",
+            show_default=False,
+            autocompletion=complete_plan,
+        ),
     ],
     as_json: JsonFlag = False,
 ) -> None:

@@ -10,8 +10,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -37,19 +37,22 @@ from autoquant.errors import AutoquantError
 
 DEBUG_VARIABLE = "AUTOQUANT_DEBUG"
 _DEBUG_OPTION = "--debug"
+_VERBOSE_OPTION = "--verbose"
 _TALKATIVE = ("torchao", "torch.utils._pytree", "transformers")
 
 
 class OneLineErrors(TyperGroup):
-    """A group that reports errors in one line, whoever raised them, and takes --debug anywhere on the line."""
+    """A group that reports errors in one line, whoever raised them, and takes --debug and --verbose anywhere on the line."""
 
     def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         debug = wants_debug(given)
-        given = [argument for argument in given if argument != _DEBUG_OPTION]
+        logging_or_not = logged_to_stderr() if _VERBOSE_OPTION in given else nullcontext()
+        given = [argument for argument in given if argument not in (_DEBUG_OPTION, _VERBOSE_OPTION)]
         options["standalone_mode"] = False
         try:
-            result = super().main(given, *positional, **options)
+            with logging_or_not:
+                result = super().main(given, *positional, **options)
             sys.stdout.flush()
         except BrokenPipeError:
             _drop_output()
@@ -63,6 +66,21 @@ class OneLineErrors(TyperGroup):
             typer.echo(f"error: {message}", err=True)
             sys.exit(code)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+@contextmanager
+def logged_to_stderr() -> Iterator[None]:
+    """What autoquant logs goes to stderr, a line each."""
+    logger, handler = logging.getLogger("autoquant"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def wants_debug(arguments: Sequence[str]) -> bool:
@@ -94,7 +112,6 @@ def _drop_output() -> None:
 
 app = typer.Typer(
     cls=OneLineErrors,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -131,6 +148,7 @@ def autoquant(
     _debug: Annotated[
         bool, typer.Option(_DEBUG_OPTION, help=f"Show tracebacks (also with {DEBUG_VARIABLE}=1).")
     ] = False,
+    _verbose: Annotated[bool, typer.Option(_VERBOSE_OPTION, help="Log on stderr what is done, step by step.")] = False,
 ) -> None:
     """Find how each layer of a PyTorch model is best quantized on this device: measured speed against quality."""
     if context.invoked_subcommand is None:

@@ -70,7 +70,9 @@ def check_place(path: Path) -> None:
     if path.is_dir():
         raise AutoquantError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir() or not is_writable(path.parent):
-        raise AutoquantError(f"cannot write {path}: {path.parent} is not a folder that can be written into")
+        raise AutoquantError(
+            f"cannot write {path}: {path.parent} is not a folder that can be written into; make it first, or choose another place"
+        )
 
 
 def write_file(path: Path, content: bytes) -> None:

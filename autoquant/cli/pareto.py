@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table, write_file
+from autoquant.cli.output import Database, JsonFlag, check_place, opened_study, print_json, print_table, write_file
 
 if TYPE_CHECKING:
     from autoquant.tuner.study import Study
@@ -35,6 +35,7 @@ def pareto(
         raise typer.BadParameter("cannot be combined with --json or --csv", param_hint="--chart")
     if plot is not None:
         _check_suffix(plot)
+        check_place(plot)
     with opened_study(database, study_id=study) as opened:
         rows = opened.rows()
         if plot is not None:

@@ -12,9 +12,29 @@ if TYPE_CHECKING:
 
 _WHICH = "Which plan (the beginning of its id will do)"
 
-PlanOption = Annotated[str | None, typer.Option(metavar="ID", help=f"{_WHICH}.", show_default="recommended")]
+
+def complete_plan(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """For the shell: ids of the plans of the last search in the database on the line, with what they are."""
+    from autoquant.errors import AutoquantError
+    from autoquant.store.connect import open_read_only
+
+    # An option that has no value yet keeps click from telling the arguments apart.
+    given = [context.params.get("database"), *context.args]
+    database = next((word for word in given if word), "plan.db")
+    try:
+        store = open_read_only(database)
+        plans = store.plans(store.study().study_id)
+    except AutoquantError:
+        return []
+    return [(plan.plan_id, plan.label) for plan in plans if plan.plan_id.startswith(incomplete)]
+
+
+PlanOption = Annotated[
+    str | None, typer.Option(metavar="ID", help=f"{_WHICH}.", show_default="recommended", autocompletion=complete_plan)
+]
 PlansOption = Annotated[
-    list[str] | None, typer.Option(metavar="ID", help=f"{_WHICH}; repeatable.", show_default="recommended")
+    list[str] | None,
+    typer.Option(metavar="ID", help=f"{_WHICH}; repeatable.", show_default="recommended", autocompletion=complete_plan),
 ]
 ModelOption = Annotated[
     str | None, typer.Option(metavar="PATH", help="Where the model is, if not where it was.", show_default=False)

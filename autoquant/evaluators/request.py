@@ -107,7 +107,7 @@ def time_in_turn(models: Sequence[Phases], device: str) -> tuple[list[dict[str, 
         if share <= HIGHEST_OTHER_LOAD:
             return times, ""
         time.sleep(attempt)
-    return times, f"timed while others used {share:.0%} of the machine"
+    return times, f"timed while others used {share:.0%} of the machine: `autoquant bench` times it again"
 
 
 def _time_in_turn(models: Sequence[Phases], device: str) -> list[dict[str, float]]:

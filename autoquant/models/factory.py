@@ -14,6 +14,7 @@ from autoquant.models.named import call_named, import_named
 from autoquant.models.quiet import current_folder_importable, first_line, some
 
 _OPTION = "--model-factory"
+_OTHER = "give the factory of the model that was saved"
 
 
 def build(spec: str, state: Mapping[str, Any], path: Path) -> nn.Module:
@@ -76,7 +77,7 @@ def _fill(module: nn.Module, state: Mapping[str, Any], spec: str, path: Path) ->
         result = module.load_state_dict(state, strict=False, assign=True)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [first_line(error)]
-        raise ModelError(f"{path} does not fit --model-factory {spec}: {some(lines, 2)}") from error
+        raise ModelError(f"{path} does not fit --model-factory {spec}: {some(lines, 2)}; {_OTHER}") from error
     covered = {name for group in ties if any(name in state for name in group) for name in group}
     problems = []
     if missing := [name for name in result.missing_keys if name not in covered]:
@@ -84,7 +85,7 @@ def _fill(module: nn.Module, state: Mapping[str, Any], spec: str, path: Path) ->
     if result.unexpected_keys:
         problems.append(f"the module has no {some(list(result.unexpected_keys))}")
     if problems:
-        raise ModelError(f"{path} does not fit --model-factory {spec}: {'; '.join(problems)}")
+        raise ModelError(f"{path} does not fit --model-factory {spec}: {'; '.join(problems)}; {_OTHER}")
     for group in ties:
         _check_same(group, state, spec, path)
     tie(module, [sorted(group, key=lambda name: name not in state) for group in ties])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelError
+from autoquant.hints import did_you_mean_path
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
 from autoquant.models.quiet import first_line, no_progress_bars, some
@@ -85,6 +86,9 @@ def _no_config(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return f"{folder} is empty: give a folder that save_pretrained() wrote, or a model file"
+    models = [name for name in names if (folder / name / "config.json").is_file()]
+    if models:
+        return f"{folder} has no config.json: give the model's own folder, {folder / models[0]}"
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
     if weights:
         return f"{folder} has {weights[0]} but no config.json: put the model's config.json beside it"
@@ -219,6 +223,6 @@ def download(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
     except Exception as error:
         raise ModelError(
-            f"{name} is neither a folder here nor a model that can be fetched from the hub ({first_line(error)}):"
-            " check the spelling and the network, or give a folder"
+            f"{name} is neither a folder here{did_you_mean_path(name)} nor a model that can be fetched from the"
+            f" hub ({first_line(error)}): check the spelling and the network, or give a folder"
         ) from error

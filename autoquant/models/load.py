@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelError
+from autoquant.hints import did_you_mean_path
 from autoquant.models import exported, huggingface, torchfile
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.loaded import LoadedModel, ModelSource, main_dtype, max_positions, model_kind, settle
@@ -19,6 +22,8 @@ from autoquant.models.named import make_inputs
 from autoquant.models.quiet import quiet
 from autoquant.models.request import Request
 from autoquant.models.targets import dtype_name, resolve_device, resolve_dtype
+
+_log = logging.getLogger(__name__)
 
 _FORMS = "a Hugging Face folder, or a .safetensors, .pt, .pth or .pt2 file"
 _FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".gguf", ".onnx", ".ckpt", ".json")
@@ -62,11 +67,16 @@ def load_model(
         tokenizer=tokenizer,
         trust_pickle=trust_pickle,
     )
+    started = time.monotonic()
     with quiet():
         loaded = _load(request)
         if sample_inputs is not None:
             _give_inputs(loaded, sample_inputs)
             loaded.source = replace(loaded.source, sample_inputs=sample_inputs)
+    _log.info(
+        "loaded %s in %.1f s: %s, %s on %s, content %s",
+        *(model, time.monotonic() - started, loaded.kind, loaded.dtype, device, loaded.content_hash),
+    )
     return loaded
 
 
@@ -108,7 +118,7 @@ def _load(request: Request) -> LoadedModel:
     if path.is_file():
         return _load_file(path, request)
     if path.exists() or not _may_be_on_hub(request.name):
-        raise ModelError(f"there is no model at {request.name}: give {_FORMS}")
+        raise ModelError(f"there is no model at {request.name}{did_you_mean_path(path)}: give {_FORMS}")
     return huggingface.load_folder(huggingface.download(request.name), request, request.name)
 
 

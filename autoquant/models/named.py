@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from autoquant.errors import ModelError
+from autoquant.hints import did_you_mean
 from autoquant.models.quiet import current_folder_importable, first_line
 
 
@@ -37,7 +38,7 @@ def import_named(spec: str, option: str, use: str) -> Callable[..., Any]:
     try:
         found = reduce(getattr, name.split("."), module)
     except AttributeError as error:
-        raise ModelError(f"{place} has no {name}: check {option} {spec}") from error
+        raise ModelError(f"{place} has no {name}{did_you_mean(name, vars(module))}: check {option} {spec}") from error
     if not callable(found):
         raise ModelError(f"{name} in {place} cannot be called: {option} needs a callable that {use}")
     function: Callable[..., Any] = found
@@ -53,7 +54,10 @@ def call_named(function: Callable[[], Any], spec: str, option: str) -> Any:
     try:
         return function()
     except (Exception, SystemExit) as error:
-        raise ModelError(f"{option} {spec} failed ({type(error).__name__}: {first_line(error)})") from error
+        raise ModelError(
+            f"{option} {spec} failed ({type(error).__name__}: {first_line(error)}): mend it, it is called without arguments;"
+            " --debug shows where it failed"
+        ) from error
 
 
 def quality_function(spec: str) -> Callable[..., Any]:

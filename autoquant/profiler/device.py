@@ -48,13 +48,14 @@ def fingerprint(device: str) -> Device:
 
 @functools.cache
 def compile_failure() -> str | None:
-    """Why `torch.compile` does not work on this CPU (no C++ compiler, say), or None where it does."""
+    """Why `torch.compile` does not work on this CPU (no C++ compiler, say) and what to do, or None where it does."""
     if os.environ.get("AUTOQUANT_EAGER"):
-        return "AUTOQUANT_EAGER is set"
+        return "AUTOQUANT_EAGER is set; unset it to compile"
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8))
     except Exception as error:  # noqa: BLE001 - any failure of the compiler means eager execution, with its reason
-        return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return f"{reason}; install a C++ compiler (g++ or clang++) to compile"
     return None
 
 

@@ -19,6 +19,7 @@ from autoquant.records import Device, LinearShape, Measurement, Site, TimingSubj
 from autoquant.store import Store
 
 STAGE = "profile"
+_UNUSED = "it is not used there"
 _SMALLEST_WORKING_SET = 1 << 20
 
 
@@ -160,7 +161,11 @@ def _tell_unusable(result: dict[TimingSubject, Measurement], listener: Listener)
             unusable.setdefault((subject.candidate, measurement.outcome), []).append(measurement)
     for (candidate, outcome), measurements in unusable.items():
         where = ", ".join(dict.fromkeys(f"m={m.subject.m}" for m in measurements))
-        listener(Notice(f"{candidate} is {outcome} in {len(measurements)} cases ({where}): {measurements[0].reason}"))
+        listener(
+            Notice(
+                f"{candidate} is {outcome} in {len(measurements)} cases ({where}): {measurements[0].reason}; {_UNUSED}"
+            )
+        )
 
 
 def _summary(result: dict[TimingSubject, Measurement], measured: int) -> str:

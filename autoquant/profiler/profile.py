@@ -17,7 +17,7 @@ from autoquant.candidates import Format, Kernel, get_format, select
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
 from autoquant.errors import WorkloadError
-from autoquant.events import Listener, Notice, ignore
+from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import LoadedModel, dtype_name, resolve_device, resolve_dtype, take_model
 from autoquant.profiler import measure
 from autoquant.profiler.device import compile_failure, fingerprint
@@ -133,6 +133,7 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
     Raises:
         AutoquantError: As for `profile`.
     """
+    listener = logged(listener)
     _check(request)
     device_name = resolve_device(request.device)
     check_address(request.db)

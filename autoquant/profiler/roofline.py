@@ -53,7 +53,11 @@ def known_roofline(device: Device, device_name: str, store: Store, listener: Lis
             store.put_roofline(device, roofline)
             break
     else:
-        listener(Notice(f"roofline measured while others used {share:.0%} of the machine: not kept"))
+        listener(
+            Notice(
+                f"roofline measured while others used {share:.0%} of the machine: not kept; close other programs and run again"
+            )
+        )
     rates = ", ".join(f"{name} {rate / 1e12:.3g} Tflop/s" for name, rate in roofline.flops_per_s.items())
     listener(StageFinished(_STAGE, f"memory {roofline.bandwidth_bytes_per_s / 1e9:.3g} GB/s; {rates}"))
     return roofline

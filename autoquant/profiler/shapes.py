@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoquant.errors import WorkloadError
+from autoquant.hints import did_you_mean_path
 from autoquant.records import LinearShape
 
 NamedShapes = dict[LinearShape, tuple[str, ...]]
@@ -40,7 +41,10 @@ def read_shapes(path: str | os.PathLike[str], dtype: str) -> ListedShapes:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise WorkloadError(f"cannot read shapes from {path}: {error.strerror or error}") from error
+        raise WorkloadError(
+            f"cannot read shapes from {path}: {error.strerror or error}{did_you_mean_path(path)}; give a text file with one"
+            " linear a line, e.g. 4096x4096"
+        ) from error
     except UnicodeDecodeError as error:
         raise WorkloadError(f"{path} is no text: {_FORM}, one linear a line") from error
     return parse_shapes(text.splitlines(), dtype, origin=str(path))

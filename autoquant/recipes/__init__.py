@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoquant.errors import RecipeError
+from autoquant.hints import did_you_mean
 
 Value = str | int | float | bool | list[str]
 
@@ -74,7 +75,9 @@ def find_recipe(asked: str) -> Recipe:
         return read_recipe(Path(asked))
     files = recipe_files()
     if asked not in files:
-        raise RecipeError(f"no recipe {asked!r}: take one of {', '.join(files)}, or give the path of a .toml file")
+        raise RecipeError(
+            f"no recipe {asked!r}{did_you_mean(asked, files)}: take one of {', '.join(files)}, or give the path of a .toml file"
+        )
     return read_recipe(files[asked])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from autoquant.events import Event, Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.events import Event, Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
 from autoquant.report.units import clock_s
 
 _REFRESH_S = 0.1
@@ -21,7 +22,10 @@ _REFRESH_S = 0.1
 
 @contextmanager
 def listening(stream: TextIO | None = None) -> Iterator[Listener]:
-    """A listener that writes to `stream` (stderr where None), live if that is a terminal."""
+    """A listener that writes to `stream` (stderr where None), live if that is a terminal; none where what is done is logged."""
+    if logging.getLogger("autoquant").isEnabledFor(logging.INFO):  # the log tells more, also what is told here
+        yield ignore
+        return
     stream = stream or sys.stderr
     if not stream.isatty():
         yield PlainListener(stream)

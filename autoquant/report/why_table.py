@@ -16,7 +16,7 @@ from autoquant.tuner.alternatives import Alternative, Alternatives
 
 NOTHING_KEPT = (
     "What else the layers could have had is not in the database: this search was made by an older autoquant, or has not "
-    "come as far as to solve for plans."
+    "come as far as to solve for plans. The same `autoquant search` goes on to it."
 )
 TOGETHER = "Layers are computed as one by all of them or none: what a change would cost the others is not counted."
 

@@ -65,7 +65,7 @@ def plan_lines(
         f"{units.size(predicted.memory_bytes)}",
     ]
     if row is None:
-        lines.append(f"Not proven{f': {failure}' if failure else ' yet'}")
+        lines.append(f"Not proven{f': {failure}' if failure else ' yet: the same search goes on to prove it'}")
         return lines
     quality = "" if row["perplexity"] is None else f"perplexity {units.digits(row['perplexity'], 5)}, "
     divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from pathlib import Path
@@ -13,10 +14,13 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
 from autoquant.errors import StoreError
+from autoquant.hints import did_you_mean_path
 from autoquant.store.repository import Store
 
 if TYPE_CHECKING:
     from alembic.config import Config
+
+_log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x41514E54  # "AQNT", in the SQLite header: tells our files from other programs'
 VERSION_TABLE = "autoquant_schema"
@@ -46,6 +50,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     except StoreError:
         engine.dispose()
         raise
+    _log.info("opened the database %s", url.render_as_string())
     return Store(engine)
 
 
@@ -96,7 +101,9 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
         raise StoreError(f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}")
     if not path.exists() or path.stat().st_size == 0:
         if not create:
-            raise StoreError(f"no database at {path}; `autoquant search ... --db {path}` makes one")
+            raise StoreError(
+                f"no database at {path}{did_you_mean_path(path)}; `autoquant search ... --db {path}` makes one"
+            )
         folder = path.parent
         if not folder.is_dir():
             raise StoreError(f"the folder {folder} does not exist; make it first")
@@ -119,14 +126,14 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(100)
     if len(header) < 100 or header[:16] != b"SQLite format 3\0":
-        raise StoreError(f"{path} is not an autoquant database (no SQLite file); choose another --db")
+        raise StoreError(f"{path} is not an autoquant database (no SQLite file); give another file for the database")
     application = int.from_bytes(header[68:72], "big")
     if application != APPLICATION_ID:
-        raise StoreError(f"{path} belongs to another program; choose another --db")
+        raise StoreError(f"{path} belongs to another program; give another file for the database")
     page = int.from_bytes(header[16:18], "big")
     page = 65536 if page == 1 else page
     if path.stat().st_size < page * int.from_bytes(header[28:32], "big") and not Path(f"{path}-wal").exists():
-        raise StoreError(f"{path} is truncated; restore it or choose another --db")
+        raise StoreError(f"{path} is truncated; restore it or give another file for the database")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
@@ -151,6 +158,7 @@ def _migrate(engine: Engine, address: str) -> None:
     config = _migrations()
     if _is_newest(engine, address, config):
         return
+    _log.info("bringing the schema of %s up to date", engine.url.render_as_string())
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
@@ -180,7 +188,10 @@ def _is_newest(engine: Engine, address: str, config: Config) -> bool:
     current = _revision(engine)
     known = {revision.revision for revision in script.walk_revisions()}
     if current is not None and current not in known:
-        raise StoreError(f"{address} was written by a newer autoquant (schema {current}); upgrade autoquant to read it")
+        raise StoreError(
+            f"{address} was written by a newer autoquant (schema {current}); upgrade autoquant to read it, or give another"
+            " file for the database"
+        )
     return current == script.get_current_head()
 
 

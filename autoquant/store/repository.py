@@ -285,7 +285,8 @@ class Store:
             rows = session.scalars(select(PlanRow).where(PlanRow.id.startswith(plan_id, autoescape=True))).all()
             if len(rows) != 1:
                 what = "no plan" if not rows else f"{len(rows)} plans"
-                raise PlanError(f"{what} with id {plan_id!r}: `autoquant pareto` lists them")
+                where = self.engine.url.database or "PLAN.DB"
+                raise PlanError(f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a search")
             return _plan(rows[0])
 
     def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 TOLD, DONE, RAISED, DIED = "told", "done", "raised", "died"
 WORKER = "autoquant.tuner.worker"
 Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -111,6 +113,7 @@ class Apart:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,
             )
+        _log.info("started worker process %d", self._process.pid)
         self._connection = Connection(ours.detach())
         try:
             send(self._connection, sys.path)

@@ -12,7 +12,7 @@ from torch import nn
 from autoquant.applier import apply, load_searched, module_bytes
 from autoquant.errors import DeviceError
 from autoquant.evaluators.request import make_warm, time_in_turn
-from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel
 from autoquant.profiler.attribution import attribute
 from autoquant.profiler.compiled import share
@@ -81,6 +81,7 @@ def bench(
         ModelError: What lies at `model` is another model.
         WrongResultError: A plan's compiled code computes something else than it does eagerly.
     """
+    listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
     listener(StageStarted("compile", 1 + len(plans)))
     entrants = []
@@ -90,7 +91,7 @@ def bench(
     listener(StageFinished("compile", f"{len(entrants)} models"))
     times, busy = time_in_turn([entrant.phases for entrant in entrants], facts.device.type)
     if busy:
-        listener(Notice(f"{busy}; close other programs for timings to trust"))
+        listener(Notice(f"{busy}, with other programs closed"))
     rows = [_row(entrant, phase_ms, facts.workload, busy) for entrant, phase_ms in zip(entrants, times, strict=True)]
     return _attributed(rows, entrants, facts, listener) if attribution else rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Sensitivity, check_text
 from autoquant.evaluators.text import read_text
-from autoquant.events import Listener, ignore
+from autoquant.events import Listener, ignore, logged
+from autoquant.hints import did_you_mean_path
 from autoquant.models import LoadedModel, resolve_device, take_model
 from autoquant.models.named import quality_function
 from autoquant.profiler.device import fingerprint
@@ -28,6 +30,8 @@ from autoquant.store import open_store
 from autoquant.store.connect import check_address
 from autoquant.tuner.stages import Stages
 from autoquant.tuner.study import Study
+
+_log = logging.getLogger(__name__)
 
 
 def search(
@@ -85,6 +89,7 @@ def search(
         AutoquantError: Something the user can mend; the message says what.
     """
     started = time.monotonic()
+    listener = logged(listener)
     place = resolve_device(device)
     check_address(db)
     pairs = select(candidates, place.partition(":")[0])
@@ -156,6 +161,7 @@ def search(
         started=started,
         spent_before_s=store.study(study_id).spent_s,
     )
+    _log.info("study %s in %s: %s candidates, workload %s", study_id, db, len(pairs), workload)
     run.go()
     return Study(store, study_id)
 
@@ -176,7 +182,10 @@ def _check_text(eval_text: str | os.PathLike[str] | None) -> None:
             " --quality package.module:callable (a loss of your own)"
         )
     if not Path(eval_text).is_file():
-        raise TextError(f"there is no text file at {eval_text}")
+        raise TextError(
+            f"there is no text file at {eval_text}{did_you_mean_path(eval_text)}: give a plain UTF-8 text like what the model"
+            " will read"
+        )
 
 
 def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:

@@ -27,7 +27,11 @@ def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Ru
             return _apart(bench, bench.quality, formats)
         except AutoquantError as error:
             reason = str(error)
-    listener(Notice(f"everything runs in one process, which a crashing kernel would end: {reason}"))
+    listener(
+        Notice(
+            f"everything runs in one process, which a crashing kernel would end: {reason}; if it does, the same command goes on"
+        )
+    )
     return Here(bench)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -51,6 +52,7 @@ from autoquant.tuner.study import Study
 FRONT_PLANS = 3
 LEAST_PLANS = 10
 _SHORTEST_PROOF_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,7 +89,12 @@ class Stages:
     def go(self) -> None:
         facts = self.store.study(self.study_id)
         if facts.complete and facts.spent_s >= self.time_budget_s:
-            self.listener(Notice(f"study {self.study_id} is complete: solved again for the limits, nothing measured"))
+            self.listener(
+                Notice(
+                    f"study {self.study_id} is complete: solved again for the limits, nothing measured; a larger --time-budget"
+                    " refines it"
+                )
+            )
             return self._recommend()
         if reason := compile_failure() if self.hardware.type == "cpu" else None:
             self.listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
@@ -184,9 +191,15 @@ class Stages:
     def _tell_fusion(self, fusion: Fusion) -> None:
         """What cannot be computed as one, and why."""
         if not fusion.groups:
-            self.listener(Notice("no layers read the same input: nothing can be computed as one"))
+            self.listener(
+                Notice("no layers read the same input: nothing can be computed as one; --fuse can be left out")
+            )
         elif not any(group.choices or group.dropped for group in fusion.groups):
-            self.listener(Notice("layers are not computed as one: no candidate's weights can lie behind one another"))
+            self.listener(
+                Notice(
+                    "layers are not computed as one: no candidate's weights can lie behind one another; allow others"
+                )
+            )
         for reason, count in Counter(reason for group in fusion.groups for reason in group.reasons()).items():
             self.listener(Notice(f"{count} of {len(fusion.groups)} groups not computed as one by {reason}"))
 
@@ -261,9 +274,10 @@ class Stages:
             reason = first_line(error)
             self.failed[plan.plan_id] = reason
             self.store.put_proof(plan.plan_id, None, reason)
-            self.listener(Notice(f"plan {plan.label} could not be proven: {reason}"))
+            self.listener(Notice(f"plan {plan.label} could not be proven: {reason}; the search goes on without it"))
             return None
         self.store.put_proof(plan.plan_id, proof)
+        _log.info("proved %s: %.4g ms a request, increase %+.3g", plan.label, proof.request_ms, proof.increase.value)
         self.proofs[plan.plan_id] = proof
         self._spend()
         return proof

@@ -197,8 +197,11 @@ def _nothing_within(proofs: Any, max_ppl_increase: float | None, max_memory_byte
     if max_ppl_increase is not None:
         limits.append(f"an increase of at most {max_ppl_increase:.3%}")
     if max_memory_bytes is not None:
-        limits.append(f"at most {max_memory_bytes:,} bytes (smallest: {min(p.memory_bytes for p in proofs):,})")
-    return f"no proven plan has {' and '.join(limits)}; allow more, see `autoquant pareto`"
+        limits.append(f"at most {max_memory_bytes:,} bytes (smallest: {min(p.memory_bytes for p in proofs)})")
+    return (
+        f"no proven plan has {' and '.join(limits)}; allow more (the same `autoquant search` with another limit measures nothing"
+        " anew) or take one that `autoquant pareto` lists"
+    )
 
 
 def _front(proofs: Mapping[str, Proof], times: Mapping[str, float]) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from autoquant.applier import apply, load_searched
 from autoquant.errors import TaskError
 from autoquant.evaluators.tasks import Tasks
-from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel
 from autoquant.profiler.compiled import share
 from autoquant.records import ORIGINAL_LABEL, Plan, TaskScore
@@ -39,6 +39,7 @@ def score_tasks(
         ModelError: What lies at `model` is another model.
         TaskError: It is no language model with a tokenizer, or a task cannot be run.
     """
+    listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
     if loaded.kind != "causal_lm" or loaded.tokenizer is None:
         raise TaskError("tasks need a Hugging Face causal language model with its tokenizer: this model is none")

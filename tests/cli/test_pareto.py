@@ -131,7 +131,7 @@ def test_chart_beside_what_programs_read_is_refused(runner, database, other):
 
 def test_csv_has_the_documented_columns_in_their_order(runner, database):
     result = runner.invoke(app, ["pareto", str(database), "--csv"])
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    first_cells = [line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")]
+    page = (Path(__file__).parents[2] / "docs/guides/reading-a-front.md").read_text()
+    first_cells = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert result.stdout.splitlines()[0].split(",") == list(COLUMNS)
     assert [cell for cell in first_cells if cell in COLUMNS] == list(COLUMNS)

@@ -13,13 +13,15 @@ if __name__ == "__main__":
 import torch
 
 from autoquant.evaluators import request
-from autoquant.profiler import clocks, timing
+from autoquant.profiler import clocks, roofline, timing
 from autoquant.tuner import driver, stages
 
 SHORTER = (
     (timing, "HIGHEST_OTHER_LOAD", 9.0),
     (request, "HIGHEST_OTHER_LOAD", 9.0),
     (timing, "_MAX_ROUNDS", 4),
+    (roofline, "HIGHEST_OTHER_LOAD", 9.0),
+    (roofline, "_PRODUCT_SIDE", {"cpu": 128, "cuda": 1024}),
     (clocks, "_HOST_SAMPLE_S", 2e-4),
     (request, "_ROUNDS", 3),
     (request, "_CALLS_PER_ROUND", 4),

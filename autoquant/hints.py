@@ -1,0 +1,24 @@
+"""What somebody probably meant who misspelt a name or a path, for the end of an error message."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+
+def did_you_mean(asked: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` with the nearest of the names that exist, or nothing where none is near."""
+    close = get_close_matches(asked, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def did_you_mean_path(asked: str | os.PathLike[str]) -> str:
+    """The same for a path that does not exist, from what lies in its folder."""
+    path = Path(asked).expanduser()
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    return did_you_mean(str(path), (str(path.parent / name) for name in names))

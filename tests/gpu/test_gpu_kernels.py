@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING, formats, select
+from autoquant.candidates import ACTIVATION_ROUNDING, formats, select, timed
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.profiler.timing import MAX_RELATIVE_ERROR
 from autoquant.records import LinearShape, RouteStep
@@ -35,7 +35,7 @@ def tensors(m, seed=0):
     return weight.bfloat16(), normal(N).bfloat16(), normal(1, m, K).bfloat16()
 
 
-CANDIDATES = {f"{fmt.id}/{kernel.id}": (fmt, kernel) for fmt, kernel in select(["*"])}
+CANDIDATES = {f"{fmt.id}/{kernel.id}": (fmt, kernel) for fmt, kernel in timed(select(["*"]))}
 
 
 @pytest.mark.parametrize("m", ROWS)

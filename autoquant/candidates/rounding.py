@@ -188,7 +188,7 @@ class Rounding:
 HQQ = Rounding(id="hqq", round=hqq, needs_inputs=False, description="half-quadratic rounding")
 GPTQ = Rounding(id="gptq", round=gptq, needs_inputs=True, description="rounded for the layer's inputs (GPTQ)")
 CLIP = Rounding(id="clip", round=clip, needs_inputs=True, description="clipped for the layer's inputs (as AWQ does)")
-ROUNDINGS = (HQQ,)
+ROUNDINGS = (HQQ, CLIP, GPTQ)
 
 
 def rounded_formats(

@@ -166,7 +166,7 @@ class TaskScoreRow(Base):
 
 
 class ReferenceRow(Base):
-    """Numbers of the unquantized model that proofs are compared with, by name (losses per window, phase times)."""
+    """Numbers of the unquantized model that proofs are compared with, and the text that weights are rounded for, by name."""
 
     __tablename__ = "reference"
     __table_args__ = (UniqueConstraint("study_id", "name"),)

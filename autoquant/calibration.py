@@ -59,7 +59,7 @@ class Calibration:
         if not missing:
             return reasons
         with torch.no_grad():
-            for name, inputs in self._inputs(module, list(missing)):
+            for name, inputs in self.inputs(module, list(missing)):
                 weight = module.get_parameter(name).data
                 for fmt in missing[name]:
                     try:
@@ -80,7 +80,7 @@ class Calibration:
             raise CandidateError(f"{name} cannot be {fmt.id}: what it reads on the calibration text is not known")
         return stored
 
-    def _inputs(self, module: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, InputStatistics]]:
+    def inputs(self, module: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, InputStatistics]]:
         """What was found of each parameter's inputs, block by block."""
         parameters = {name: module.get_parameter(name) for name in names}
         device = next(iter(parameters.values())).device

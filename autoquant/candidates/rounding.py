@@ -53,19 +53,20 @@ class Grid:
         """The smallest integer is -half, the largest half - 1."""
         return 1 << (self.bits - 1)
 
-    def fitted(
-        self, groups: torch.Tensor, dtype: torch.dtype, shrink: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero `[..., 1]` in float32, exact in `dtype`, with which groups `[..., group]`, shrunk, just fit in.
-
-        What lies outside after shrinking is clipped.
-        """
+    def ends(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest number `[..., 1]` that each of groups `[..., group]` needs."""
+        low, high = torch.aminmax(groups, dim=-1, keepdim=True)
         if self.symmetric:
-            scale = (shrink * groups.abs().amax(-1, keepdim=True) / (self.half - 0.5)).clamp(min=_SMALLEST_SCALE)
-            scale = scale.to(dtype).float()
+            high = torch.maximum(-low, high)
+            low = -high
+        return low, high
+
+    def fitted(self, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero in float32, exact in `dtype`, with which the grid just spans `ends`; what lies beyond is clipped."""
+        if self.symmetric:
+            scale = (high / (self.half - 0.5)).clamp_(min=_SMALLEST_SCALE).to(dtype).float()
             return scale, torch.zeros_like(scale)
-        low, high = (shrink * end for end in torch.aminmax(groups, dim=-1, keepdim=True))
-        scale = ((high - low) / (2 * self.half - 1)).clamp(min=_SMALLEST_STEP).to(dtype).float()
+        scale = ((high - low) / (2 * self.half - 1)).clamp_(min=_SMALLEST_STEP).to(dtype).float()
         return scale, (low + scale * self.half).to(dtype).float()
 
     def integers(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -75,16 +76,17 @@ class Grid:
     def best(
         self, groups: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`fitted` with the shrinking, one for each group, that makes the weighted squared error least.
+        """Scale and zero `[..., 1]` of groups `[..., group]`, clipped where that makes the weighted squared error less.
 
         The search for a clipping range of AWQ (Lin et al., "AWQ: Activation-aware Weight Quantization", 2023).
 
         Args:
             importance: Of each number, broadcast to `[..., group]`.
         """
+        low, high = self.ends(groups)
         least = scale = zero = None
         for shrink in _SHRINKS:
-            tried = self.fitted(groups, dtype, shrink)
+            tried = self.fitted(shrink * low, shrink * high, dtype)
             off = self.integers(groups, *tried).mul_(tried[0]).add_(tried[1]).sub_(groups)
             error = off.square_().mul_(importance).sum(-1, keepdim=True)
             if least is None or scale is None or zero is None:

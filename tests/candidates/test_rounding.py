@@ -103,6 +103,14 @@ def test_rounding_packs_integers_as_rounding_to_nearest_does():
     assert like == same and all(torch.equal(a, b) for a, b in zip(own, wanted, strict=True))
 
 
+@pytest.mark.parametrize("rounding", ["hqq", "gptq"])
+def test_layouts_hold_the_same_numbers(rounding):
+    weight, inputs = heavy_tailed(), statistics(correlated_inputs())
+    packed, gemlite = (get_format(f"int4-g64-{rounding}/{layout}") for layout in ("cpu-packed", "gemlite"))
+    numbers, others = (fmt.dequantize(fmt.store(weight, inputs)) for fmt in (packed, gemlite))
+    assert (numbers - others).norm() < 0.01 * numbers.norm()
+
+
 def test_compensation_still_works_on_fewer_rows_than_inputs():
     weight, x = heavy_tailed(), correlated_inputs(rows=40)
     assert output_error(named("int3-g64", "gptq"), weight, x) < 0.5 * output_error(named("int3-g64"), weight, x)

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from autoquant import checkpoint
+from autoquant.calibration import Calibration, Windows
 from autoquant.candidates import get_format
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.errors import CheckpointError, ModelError, PlanError
+from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import settle
@@ -45,25 +46,31 @@ class AppliedReport:
     loaded_again: bool
 
 
-def apply(plan: Plan, model: nn.Module, *, listener: Listener = ignore) -> nn.Module:
+def apply(
+    plan: Plan, model: nn.Module, *, calibration: Windows | Calibration | None = None, listener: Listener = ignore
+) -> nn.Module:
     """Replace the weights of `model`, in place and one at a time, by what `plan` says.
 
     Args:
         model: The model that was searched, loaded in the plan's dtype.
+        calibration: The token ids of the search, `study.calibration`, for a plan with weights that are rounded for their layers'
+            inputs: from them the same bits are made again (on the same device, with as many threads).
 
     Returns:
         The same module.
 
     Raises:
+        PlanError: The plan needs a calibration.
         ModelError: A layer of the plan is not in the model, or has another shape or dtype. Nothing has been changed then.
         CandidateError: A weight could not be quantized as planned.
     """
     _check_fits(plan, model)
+    made = _prepared(plan, model, calibration)
     listener(StageStarted("apply", len(plan.layers)))
     for done, layer in enumerate(plan.layers):
         listener(StageProgress("apply", done, layer.name))
         if layer.format != original_format(layer.shape.dtype):
-            _replace(model, layer)
+            _replace(model, layer, made)
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
@@ -95,7 +102,7 @@ def apply_to_disk(
     _check_target(target)
     loaded = load_searched(plan, model, facts, device)
     original_bytes = module_bytes(loaded.module)
-    apply(plan, loaded.module, listener=listener)
+    apply(plan, loaded.module, calibration=facts.calibration, listener=listener)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         files = checkpoint.write(loaded, plan, scratch)
@@ -162,10 +169,29 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
                 )
 
 
-def _replace(model: nn.Module, layer: LayerChoice) -> None:
+def _prepared(plan: Plan, model: nn.Module, calibration: Windows | Calibration | None) -> Calibration | None:
+    """The calibration with every weight of the plan that needs it; None where none does."""
+    wanted = {layer.parameters[0]: [get_format(layer.format)] for layer in plan.layers}
+    wanted = {name: [fmt] for name, (fmt,) in wanted.items() if fmt.needs_inputs}
+    if not wanted:
+        return None
+    if calibration is None:
+        names = ", ".join(sorted({fmt.values for (fmt,) in wanted.values()}))
+        raise PlanError(
+            f"plan {plan.plan_id} has weights rounded for their layers' inputs ({names}): give the text they were rounded for"
+            " with calibration=study.calibration"
+        )
+    made = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    for (name, format_id), reason in made.prepare(model, wanted).items():
+        raise CandidateError(f"{name} cannot be {format_id}: {reason}")
+    return made
+
+
+def _replace(model: nn.Module, layer: LayerChoice, made: Calibration | None) -> None:
     fmt = get_format(layer.format)
     parameter = model.get_parameter(layer.parameters[0])
-    routed = RoutedWeight.wrap(fmt.store(parameter.data), fmt.id, layer.route, parameter.dtype)
+    stored = made.stored(layer.parameters[0], fmt) if made and fmt.needs_inputs else fmt.store(parameter.data)
+    routed = RoutedWeight.wrap(stored, fmt.id, layer.route, parameter.dtype)
     _put(model, layer, routed)
     placed = model.get_parameter(layer.parameters[0]).data
     if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:

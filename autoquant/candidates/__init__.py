@@ -1,7 +1,25 @@
 """Formats, kernels, and the one ordered registry of them."""
 
-from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel
-from autoquant.candidates.registry import CandidateStatus, formats, get_format, register, select, survey
+from autoquant.candidates.base import (
+    A8_FLOAT8_ROW,
+    A8_FLOAT8_TENSOR,
+    A8_ROW,
+    A16,
+    ACTIVATION_ROUNDING,
+    Format,
+    InputStatistics,
+    Kernel,
+)
+from autoquant.candidates.registry import (
+    CandidateStatus,
+    formats,
+    get_format,
+    register,
+    select,
+    survey,
+    timed,
+    timed_as,
+)
 
 __all__ = [
     "A8_FLOAT8_ROW",
@@ -11,10 +29,13 @@ __all__ = [
     "ACTIVATION_ROUNDING",
     "CandidateStatus",
     "Format",
+    "InputStatistics",
     "Kernel",
     "formats",
     "get_format",
     "register",
     "select",
     "survey",
+    "timed",
+    "timed_as",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -22,6 +23,8 @@ A8_FLOAT8_ROW = "a8-float8-row"
 """Numerics of a kernel that rounds the activation to float8 (e4m3) with a scale for each row."""
 A8_FLOAT8_TENSOR = "a8-float8-tensor"
 """The same with one scale for the whole activation."""
+_DAMPING = 0.01
+_DAMPED_TIMES = 4
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -33,6 +36,11 @@ def always_supported(_shape: LinearShape, _m: int, _device_type: str) -> str | N
 def always_by_default(_device_type: str) -> bool:
     """The `by_default` of a format that every search tries."""
     return True
+
+
+def by_name_only(_device_type: str) -> bool:
+    """The `by_default` of a format that a search tries only where it is named."""
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +74,63 @@ class Kernel:
     description: str = ""
 
 
+class InputStatistics:
+    """What calibration found of a linear's input. Linears that read the same input share one.
+
+    Attributes:
+        hessian: Float32 `[k, k]`, the sum of x x' over the rows x of the input: half the Hessian of the squared error of each
+            output in its weights.
+    """
+
+    def __init__(self, hessian: torch.Tensor) -> None:
+        self.hessian = hessian
+
+    @functools.cached_property
+    def inverse_factor(self) -> torch.Tensor:
+        """Upper triangular `[k, k]`, U of U' U = inverse of the damped Hessian.
+
+        Damped by 1 % of the mean of its diagonal, as in GPTQ, and by ten times as much for as long as it is not positive
+        definite. Inputs that never were anything but 0 stand apart.
+
+        Raises:
+            CandidateError: The inputs were not finite.
+        """
+        diagonal = self.hessian.diagonal()
+        if not bool(diagonal.isfinite().all()):
+            raise CandidateError("the layer's inputs on the calibration text are not finite")
+        dead = (diagonal == 0).to(diagonal.dtype)
+        damping = _DAMPING * diagonal.mean()
+        for _ in range(_DAMPED_TIMES):
+            factor, failed = torch.linalg.cholesky_ex(self.hessian + torch.diag(dead + damping))
+            if not failed:
+                inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+                if not failed:
+                    return cast(torch.Tensor, inverse)
+            damping = 10 * damping
+        raise CandidateError("the layer's inputs on the calibration text have no positive definite Hessian")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """How a weight is stored, and the kernels that compute with it.
 
     Attributes:
         id: `VALUES/LAYOUT`, e.g. `int8-row/plain`. Formats with the same `VALUES` hold the same numbers.
-        quantize: Weight `[n, k]` in the model's dtype to the stored tensor, whose shape is `[n, k]` too.
+        quantize: Weight `[n, k]` in the model's dtype to the stored tensor, whose shape is `[n, k]` too; where it `needs_inputs`,
+            weight and `InputStatistics`.
         tensor_type: What `quantize` must return; anything else (a library that leaves the weight alone) is an error.
         dequantize: Stored tensor to the float32 `[n, k]` numbers that its kernels multiply with.
         kernels: In order of preference where they are equally fast.
         unsupported: (shape, m, device type) to a reason or None; m is not looked at.
         joins: Every tensor inside has a row for each of the weight's, so that weights behind one another are one weight.
         by_default: Device type to whether a search that names no candidates tries the format there.
+        needs_inputs: The numbers depend on the layer's inputs on a calibration text, not on the weight alone.
+        rounds: Id of the format that this one is, but for how its numbers were found: it has the same stored tensors and kernels,
+            whose timings stand for both. Empty for a format of its own.
     """
 
     id: str
-    quantize: Callable[[torch.Tensor], torch.Tensor]
+    quantize: Callable[..., torch.Tensor]
     dequantize: Callable[[torch.Tensor], torch.Tensor]
     kernels: tuple[Kernel, ...]
     unsupported: Unsupported = always_supported
@@ -90,6 +138,8 @@ class Format:
     tensor_type: type[torch.Tensor] = torch.Tensor
     joins: bool = False
     by_default: Callable[[str], bool] = always_by_default
+    needs_inputs: bool = False
+    rounds: str = ""
     values: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,13 +162,25 @@ class Format:
         known = ", ".join(kernel.id for kernel in self.kernels)
         raise CandidateError(f"format {self.id} has no kernel {kernel_id!r}; it has {known}")
 
-    def store(self, weight: torch.Tensor) -> torch.Tensor:
+    @property
+    def timed_as(self) -> str:
+        """Id of the format whose timings, bytes and layout are this one's."""
+        return self.rounds or self.id
+
+    def store(self, weight: torch.Tensor, inputs: InputStatistics | None = None) -> torch.Tensor:
         """Quantize a weight `[n, k]` and check that it really was.
 
+        Args:
+            inputs: Of the layer; only a format that needs them looks at them.
+
         Raises:
-            CandidateError: The result has another type or shape than the format promises.
+            CandidateError: The result has another type or shape than the format promises, or the inputs are missing.
         """
-        stored = self.quantize(weight.detach())
+        if self.needs_inputs and inputs is None:
+            raise CandidateError(
+                f"{self.id} is rounded for a layer's inputs on a calibration text, which were not given"
+            )
+        stored = self.quantize(weight.detach(), inputs) if self.needs_inputs else self.quantize(weight.detach())
         if type(stored) is not self.tensor_type or stored.shape != weight.shape:
             raise CandidateError(
                 f"{self.id} gave {type(stored).__name__} {tuple(stored.shape)} for a weight {tuple(weight.shape)}, "

@@ -13,8 +13,10 @@ from typing import cast
 
 import torch
 from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
-from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.candidates.base import A16, Format, Kernel, by_name_only
+from autoquant.candidates.rounding import Grid, Rounded, rounded_formats
 from autoquant.records import LinearShape
 
 GROUP_SIZES = (32, 64, 128)
@@ -54,6 +56,17 @@ def _transposed_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _quantize(weight: torch.Tensor, group: int) -> torch.Tensor:
     return cast(torch.Tensor, Int4OpaqueTensor.from_hp(weight.detach(), [1, group]))
+
+
+def _pack(rounded: Rounded, group: int) -> torch.Tensor:
+    """Integers as `Int4OpaqueTensor.from_hp` packs them."""
+    packed = Int4OpaqueTensor(
+        qdata=torch.ops.aten._convert_weight_to_int4pack_for_cpu(rounded.q + 8, 1),
+        scale_and_zero=pack_tinygemm_scales_and_zeros(rounded.scale, rounded.zero, rounded.scale.dtype),
+        block_size=[1, group],
+        shape=rounded.q.shape,
+    )
+    return cast(torch.Tensor, packed)
 
 
 def _dequantize(stored: torch.Tensor) -> torch.Tensor:
@@ -114,4 +127,10 @@ def _format(group: int) -> Format:
     )
 
 
-FORMATS = tuple(_format(group) for group in GROUP_SIZES)
+def _with_roundings(group: int) -> tuple[Format, ...]:
+    fmt = _format(group)
+    grid = Grid(bits=4, group=group, symmetric=False)
+    return fmt, *rounded_formats(fmt, grid, functools.partial(_pack, group=group), by_name_only)
+
+
+FORMATS = tuple(fmt for group in GROUP_SIZES for fmt in _with_roundings(group))

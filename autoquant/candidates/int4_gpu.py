@@ -19,14 +19,17 @@ from torchao.quantization.quant_primitives import (
 )
 from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
 from torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor import Int4TilePackedTo4dTensor
+from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
-from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int8
+from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, by_name_only, round_row_int8
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w4
 from autoquant.candidates.gpu import needs_cuda, needs_library
 from autoquant.candidates.int4 import GROUP_SIZES
 from autoquant.candidates.int4_gemlite_tensor import Int4GemliteTensor
+from autoquant.candidates.rounding import Grid, Rounded, rounded_formats
 from autoquant.records import LinearShape
 
+_TILE_ROWS, _TILE_COLUMNS = 8, 1024
 ToFloat = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 """A stored weight to its numbers `[n, k]` in a dtype."""
 
@@ -76,6 +79,21 @@ def _tinygemm_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return cast(torch.Tensor, ((q - 8) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).reshape(n, k))
 
 
+def _pack_tinygemm(rounded: Rounded, group: int) -> torch.Tensor:
+    """Integers as `Int4TilePackedTo4dTensor.from_hp` packs them, k and n padded for the kernel."""
+    n, k = rounded.q.shape
+    more_n, more_k = -n % _TILE_ROWS, -k % _TILE_COLUMNS
+    q = F.pad(rounded.q + 8, (0, more_k, 0, more_n))
+    scale, zero = (F.pad(part, (0, more_k // group, 0, more_n)) for part in (rounded.scale, rounded.zero))
+    packed = Int4TilePackedTo4dTensor(
+        qdata=torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8),
+        scale_and_zero=pack_tinygemm_scales_and_zeros(scale, zero, scale.dtype),
+        block_size=[1, group],
+        shape=rounded.q.shape,
+    )
+    return cast(torch.Tensor, packed)
+
+
 def _dequantize_matmul(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, to_float: ToFloat
 ) -> torch.Tensor:
@@ -119,6 +137,10 @@ def _tinygemm(group: int) -> Format:
 def _gemlite_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stored = cast(Int4GemliteTensor, weight)
     return linear_w4(x, stored.qdata, stored.scale, stored.offset, bias)
+
+
+def _pack_gemlite(rounded: Rounded) -> torch.Tensor:
+    return Int4GemliteTensor.pack(rounded.q + 8, rounded.scale, rounded.zero)
 
 
 def _gemlite_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) -> str | None:
@@ -213,4 +235,16 @@ def _mslk(group: int) -> Format:
     )
 
 
-FORMATS = tuple(make(group) for make in (_tinygemm, _gemlite, _mslk) for group in GROUP_SIZES)
+def _with_roundings(fmt: Format, group: int, pack: Callable[[Rounded], torch.Tensor]) -> tuple[Format, ...]:
+    return fmt, *rounded_formats(fmt, Grid(bits=4, group=group, symmetric=False), pack, by_name_only)
+
+
+FORMATS = (
+    *(
+        fmt
+        for group in GROUP_SIZES
+        for fmt in _with_roundings(_tinygemm(group), group, functools.partial(_pack_tinygemm, group=group))
+    ),
+    *(fmt for group in GROUP_SIZES for fmt in _with_roundings(_gemlite(group), group, _pack_gemlite)),
+    *map(_mslk, GROUP_SIZES),
+)

@@ -1,4 +1,4 @@
-"""int3 and int2 weights in groups along k, symmetric, rounded to nearest: for quality and memory only.
+"""int3 and int2 weights in groups along k, symmetric: for quality and memory only.
 
 No kernel here multiplies them faster than it would the dequantized weight, so a search tries them only when they are asked for
 by name. They are stored as bit planes, which take as many bits as they say whatever the number.
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
 
-from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.candidates.base import A16, Format, Kernel, by_name_only
+from autoquant.candidates.rounding import Grid, Rounded, rounded_formats
 from autoquant.records import LinearShape
 
 CHOICES = ((3, 32), (3, 64), (2, 32))
@@ -52,6 +53,11 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
         scale = (groups.abs().amax(-1) / (half - 0.5)).clamp(min=_SMALLEST_SCALE).to(weight.dtype)
         q = (groups / scale.float().unsqueeze(-1)).round().clamp(-half, half - 1) + half
         return cls(_planes(q.reshape(n, k).to(torch.uint8), bits), scale)
+
+    @classmethod
+    def pack(cls, rounded: Rounded, bits: int) -> BitPlaneTensor:
+        """Integers of a symmetric grid of `bits` bits."""
+        return cls(_planes((rounded.q + 2 ** (bits - 1)).to(torch.uint8), bits), rounded.scale)
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The `[n, k]` numbers."""
@@ -92,7 +98,7 @@ def make_format(bits: int, group: int) -> Format:
         dequantize=lambda stored: cast(BitPlaneTensor, stored).unpack(torch.float32),
         tensor_type=BitPlaneTensor,
         unsupported=functools.partial(_unsupported, group=group),
-        by_default=lambda _device_type: False,
+        by_default=by_name_only,
         kernels=(
             Kernel(
                 id="dequantize-matmul",
@@ -106,6 +112,13 @@ def make_format(bits: int, group: int) -> Format:
     )
 
 
-FORMATS = tuple(make_format(bits, group) for bits, group in CHOICES)
+def _with_roundings(bits: int, group: int) -> tuple[Format, ...]:
+    fmt = make_format(bits, group)
+    grid = Grid(bits=bits, group=group, symmetric=True)
+    pack = functools.partial(BitPlaneTensor.pack, bits=bits)
+    return fmt, *rounded_formats(fmt, grid, pack, fmt.by_default)
+
+
+FORMATS = tuple(fmt for choice in CHOICES for fmt in _with_roundings(*choice))
 
 torch.serialization.add_safe_globals([BitPlaneTensor])

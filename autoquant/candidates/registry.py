@@ -58,6 +58,8 @@ def get_format(format_id: str) -> Format:
 def select(globs: Sequence[str], device_type: str | None = None) -> list[tuple[Format, Kernel]]:
     """The candidates whose id `FORMAT/KERNEL` or format id matches one of the globs, in order.
 
+    A glob that matches a format does not also choose its other roundings: `int4*` is rounded to nearest, `int4*-gptq` is not.
+
     Args:
         device_type: Where they are for: the glob `*` leaves out the formats that must be asked for by name there. Without
             it, `*` chooses every candidate.
@@ -75,10 +77,26 @@ def select(globs: Sequence[str], device_type: str | None = None) -> list[tuple[F
     return chosen
 
 
+def timed(pairs: Iterable[tuple[Format, Kernel]]) -> list[tuple[Format, Kernel]]:
+    """The candidates that stand for these where time is measured: those that differ in their rounding alone are one."""
+    found = {(fmt.timed_as, kernel.id): (fmt, kernel) for fmt, kernel in pairs}
+    return [(fmt if fmt.id == name else get_format(name), kernel) for (name, _), (fmt, kernel) in found.items()]
+
+
+def timed_as(format_id: str) -> str:
+    """The format whose timings are this one's; a format that is not known here stands for itself."""
+    found = formats().get(format_id)
+    return found.timed_as if found else format_id
+
+
 def _matches(pair: tuple[Format, Kernel], glob: str, device_type: str | None = None) -> bool:
     fmt, kernel = pair
-    if glob == "*" and device_type is not None:
-        return fmt.by_default(device_type)
+    if glob == "*":
+        return device_type is None or fmt.by_default(device_type)
+    return _names(glob, fmt, kernel) and not (fmt.rounds and _names(glob, get_format(fmt.rounds), kernel))
+
+
+def _names(glob: str, fmt: Format, kernel: Kernel) -> bool:
     return any(fnmatch.fnmatch(name, glob) for name in (fmt.values, fmt.id, f"{fmt.id}/{kernel.id}"))
 
 

@@ -17,14 +17,20 @@ PARTS: tuple[Part, ...] = ("calibration", "selection", "report")
 WINDOW_TOKENS = 512
 WANTED_WINDOWS: Mapping[Part, int] = {"calibration": 3, "selection": 20, "report": 28}
 LEAST_WINDOWS: Mapping[Part, int] = {"calibration": 1, "selection": 6, "report": 8}
+INPUT_WINDOWS = 32
 _READ_CHARACTERS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
 class TextParts:
-    """Windows of token ids, `[windows, tokens]` per part. No token is in two parts."""
+    """Windows of token ids, `[windows, tokens]` per part. No token is in two parts.
+
+    Attributes:
+        inputs: Windows that weights are rounded for, where any are; None where no format looks at what a layer reads.
+    """
 
     windows: Mapping[Part, torch.Tensor]
+    inputs: torch.Tensor | None = None
 
     @property
     def key(self) -> str:
@@ -34,20 +40,27 @@ class TextParts:
             windows = self.windows[part]
             digest.update(f"{part}{tuple(windows.shape)}".encode())
             digest.update(windows.to(torch.int64).numpy().tobytes())
+        if self.inputs is not None:
+            digest.update(f"inputs{tuple(self.inputs.shape)}".encode())
+            digest.update(self.inputs.to(torch.int64).numpy().tobytes())
         return digest.hexdigest()[:12]
 
 
-def read_text(path: str | Path, tokenizer: Any, *, max_positions: int | None = None) -> TextParts:
+def read_text(path: str | Path, tokenizer: Any, *, max_positions: int | None = None, inputs: bool = False) -> TextParts:
     """Tokenize as much of a UTF-8 text file as the parts need.
 
     The first windows of the text are dealt to the parts in turn, so that every part sees the same mixture.
+
+    Args:
+        inputs: Also take windows that weights are rounded for: what follows the parts, or where too little does, the calibration
+            part.
 
     Raises:
         TextError: The file cannot be read, is no text, or is too short.
     """
     window = min(WINDOW_TOKENS, max_positions or WINDOW_TOKENS)
     wanted = sum(WANTED_WINDOWS.values())
-    tokens = _tokens(Path(path), tokenizer, wanted * window)
+    tokens = _tokens(Path(path), tokenizer, (wanted + (INPUT_WINDOWS if inputs else 0)) * window)
     available = len(tokens) // window
     least = sum(LEAST_WINDOWS.values())
     if available < least:
@@ -58,7 +71,16 @@ def read_text(path: str | Path, tokenizer: Any, *, max_positions: int | None = N
     counts = _counts(min(available, wanted))
     windows = torch.tensor(tokens[: sum(counts.values()) * window], dtype=torch.long).reshape(-1, window)
     order = deal(counts)
-    return TextParts({part: windows[[i for i, owner in enumerate(order) if owner == part]] for part in PARTS})
+    parts = {part: windows[[i for i, owner in enumerate(order) if owner == part]] for part in PARTS}
+    return TextParts(parts, _input_windows(tokens, window, wanted, parts["calibration"]) if inputs else None)
+
+
+def _input_windows(tokens: list[int], window: int, first: int, calibration: torch.Tensor) -> torch.Tensor:
+    """Whichever are more: the windows from `first` on, or those of the calibration part."""
+    count = min(len(tokens) // window - first, INPUT_WINDOWS)
+    if count <= len(calibration):
+        return calibration
+    return torch.tensor(tokens[first * window : (first + count) * window], dtype=torch.long).reshape(count, window)
 
 
 def _tokens(path: Path, tokenizer: Any, wanted: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import isqrt
 
-from autoquant.candidates import Kernel
+from autoquant.candidates import Kernel, timed_as
 from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Route, TimingSubject
 
 _RouteOfShape = tuple[LinearShape, str, Route]
@@ -103,7 +103,7 @@ def _keys(plan: Plan) -> list[_RouteOfShape]:
             return layer.shape
         return replace(layer.shape, n=sum(rows[name] for name in layer.joined), bias=False)
 
-    return [(shape(layer), layer.format, layer.route) for layer in plan.layers]
+    return [(shape(layer), timed_as(layer.format), layer.route) for layer in plan.layers]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
-from autoquant.candidates import Format, Kernel
+from autoquant.candidates import Format, Kernel, timed
 from autoquant.candidates.gemlite import load_tuning
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler.caches import tuning_folder, use_kernel_caches
@@ -43,11 +43,11 @@ def cells_of(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
 def subjects_of(
     cells: Sequence[tuple[LinearShape, int]], candidates: Sequence[tuple[Format, Kernel]], working_set: int
 ) -> list[TimingSubject]:
-    """Every candidate at every cell."""
+    """Every candidate at every cell; formats that differ in their rounding alone are one."""
     return [
         TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
         for shape, m in cells
-        for fmt, kernel in candidates
+        for fmt, kernel in timed(candidates)
     ]
 
 
@@ -81,7 +81,7 @@ def profile(
     if total and device.type == "cuda":
         decided = _prepare(missing, device, device_name, store, listener)
     listener(StageStarted(STAGE, total))
-    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in candidates}
+    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in timed(candidates)}
     compiled = device.versions.get("compiler") != "none"
     arena = Arena(subjects[0].working_set_bytes, device_name) if total else None
     done = 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from autoquant.candidates import Format, Kernel, get_format, select
+from autoquant.candidates import Format, Kernel, get_format, select, timed
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
 from autoquant.errors import WorkloadError
@@ -290,7 +290,7 @@ def _rows(
     device_name: str,
     roofline: Roofline,
 ) -> tuple[dict[str, Any], ...]:
-    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in candidates}
+    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in timed(candidates)}
     weight_bytes: dict[tuple[str, LinearShape], float | None] = {}
     rows = []
     for subject, measurement in measured.items():

@@ -47,10 +47,16 @@ from autoquant.store.schema import (
 )
 from autoquant.store.session import transaction
 
+_CALIBRATION = "calibration"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyFacts:
-    """What the store knows of a study."""
+    """What the store knows of a study.
+
+    Attributes:
+        calibration: Token ids `[windows, tokens]` that weights were rounded for; None where the search tried no such format.
+    """
 
     study_id: str
     model_hash: str
@@ -63,6 +69,7 @@ class StudyFacts:
     recommended: str | None
     complete: bool
     spent_s: float
+    calibration: Sequence[Sequence[int]] | None = None
 
 
 class Store:
@@ -234,7 +241,12 @@ class Store:
                 )
             model = session.get_one(ModelRow, row.model_hash)
             device = session.get_one(DeviceRow, row.device_key)
-            return _study(row, model, device)
+            calibration = session.scalars(select(ReferenceRow).filter_by(study_id=row.id, name=_CALIBRATION)).first()
+            return _study(row, model, device, calibration.value["windows"] if calibration else None)
+
+    def put_calibration(self, study_id: str, windows: Sequence[Sequence[int]]) -> None:
+        """Keep the token ids that the study's weights are rounded for."""
+        self.put_reference(study_id, _CALIBRATION, {"windows": [list(window) for window in windows]})
 
     def put_reference(self, study_id: str, name: str, value: Mapping[str, Any]) -> None:
         """Keep `value` under a name of the study's; one of the same name is replaced."""
@@ -364,7 +376,9 @@ def measurement_from(row: TimingRow) -> Measurement:
     )
 
 
-def _study(row: StudyRow, model: ModelRow, device: DeviceRow) -> StudyFacts:
+def _study(
+    row: StudyRow, model: ModelRow, device: DeviceRow, calibration: Sequence[Sequence[int]] | None
+) -> StudyFacts:
     return StudyFacts(
         study_id=row.id,
         model_hash=row.model_hash,
@@ -377,6 +391,7 @@ def _study(row: StudyRow, model: ModelRow, device: DeviceRow) -> StudyFacts:
         recommended=row.recommended,
         complete=row.complete,
         spent_s=row.spent_s,
+        calibration=calibration,
     )
 
 

@@ -166,7 +166,7 @@ class TaskScoreRow(Base):
 
 
 class ReferenceRow(Base):
-    """What else is known of a study, by name: the command that it came from."""
+    """What else is known of a study, by name: the command that it came from, and the text that weights are rounded for."""
 
     __tablename__ = "reference"
     __table_args__ = (UniqueConstraint("study_id", "name"),)

@@ -118,7 +118,7 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
     module = loaded.module
     if plan is not None:
         module = share(loaded.module)
-        apply(plan, module)
+        apply(plan, module, calibration=facts.calibration)
     memory = module_bytes(module)
     on_cuda = device == "cuda"
     before = 0

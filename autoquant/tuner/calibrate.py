@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.optimize import lsq_linear
 
+from autoquant.candidates import timed_as
 from autoquant.records import LayerChoice, Plan, Proof, Site, request_time, route_kernel
 from autoquant.tuner.planning import PlanContext, predict
 
@@ -52,7 +53,7 @@ def candidate_of(choice: LayerChoice, site: Site, phase: str) -> str:
     """The candidate that does most of the layer's work in a phase."""
     uses = [use for use in site.uses if use.phase == phase]
     m = max(uses, key=lambda use: use.m * use.calls).m
-    return f"{choice.format}/{route_kernel(choice.route, m)}"
+    return f"{timed_as(choice.format)}/{route_kernel(choice.route, m)}"
 
 
 def fit(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site]) -> Calibration:

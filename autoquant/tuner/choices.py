@@ -8,7 +8,7 @@ from math import isqrt
 
 import torch
 
-from autoquant.candidates import Format, Kernel
+from autoquant.candidates import Format, Kernel, get_format
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
 from autoquant.profiler.crossovers import FormatTimings, numerics_sets
@@ -59,7 +59,10 @@ def numerics_key(fmt: Format, numerics: str) -> str:
 def format_facts(
     formats: Sequence[Format], shapes: Sequence[LinearShape], device: str
 ) -> dict[tuple[str, LinearShape], FormatFacts]:
-    """Quantize one Gaussian weight of each shape by each format that takes it."""
+    """Quantize one Gaussian weight of each shape by each format that takes it.
+
+    One that differs from another in its rounding alone has that one's facts: what better rounding is worth, only scoring tells.
+    """
     facts = {}
     for shape in shapes:
         generator = torch.Generator(device).manual_seed(0)
@@ -67,10 +70,13 @@ def format_facts(
         for fmt in formats:
             if fmt.unsupported(shape, 1, weight.device.type):
                 continue
-            stored = fmt.store(weight)
-            error = ((fmt.dequantize(stored) - weight.float()).norm() / weight.float().norm()).item()
-            facts[fmt.id, shape] = FormatFacts(stored_bytes(stored), error)
-            trim_memory()
+            nearest = get_format(fmt.rounds) if fmt.rounds else fmt
+            if (nearest.id, shape) not in facts:
+                stored = nearest.store(weight)
+                error = ((nearest.dequantize(stored) - weight.float()).norm() / weight.float().norm()).item()
+                facts[nearest.id, shape] = FormatFacts(stored_bytes(stored), error)
+                trim_memory()
+            facts[fmt.id, shape] = facts[nearest.id, shape]
     return facts
 
 
@@ -96,7 +102,7 @@ def site_choices(
     for fmt, kernel in candidates:
         by_format.setdefault(fmt.id, (fmt, []))[1].append(kernel)
     for fmt, kernels in by_format.values():
-        measured = FormatTimings(site.shape, fmt.id, working_set, timings)
+        measured = FormatTimings(site.shape, fmt.timed_as, working_set, timings)
         routes = _routes(site, kernels, measured)
         if not routes:
             dropped[fmt.id] = _first_reason(site, kernels, measured, timings)

@@ -12,18 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from autoquant.candidates import select
+from autoquant.candidates import Format, Kernel, select
 from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Sensitivity, check_text
 from autoquant.evaluators.text import read_text
-from autoquant.events import Listener, ignore, logged
+from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.hints import did_you_mean_path
 from autoquant.models import LoadedModel, resolve_device, take_model
 from autoquant.models.named import quality_function
 from autoquant.profiler.device import fingerprint
 from autoquant.profiler.phases import default_workload, make_phases
-from autoquant.profiler.profile import with_original
+from autoquant.profiler.profile import Candidates, with_original
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Objective, Workload, content_key
 from autoquant.store import open_store
@@ -99,6 +99,8 @@ def search(
     method = _method(sensitivity, own)
     if own is None:
         _check_text(eval_text)
+    if own is not None:
+        pairs = _without_inputs(pairs, listener)
     loaded = take_model(
         model,
         dtype=dtype,
@@ -108,7 +110,7 @@ def search(
         trust_pickle=trust_pickle,
         sample_inputs=sample_inputs if isinstance(sample_inputs, str) else None,
     )
-    measure = own or _text_quality(loaded, eval_text, place)
+    measure = own or _text_quality(loaded, eval_text, place, inputs=any(fmt.needs_inputs for fmt, _ in pairs))
     workload = workload or default_workload(loaded.kind, batch)
     inputs = loaded.example_inputs if sample_inputs is None or isinstance(sample_inputs, str) else sample_inputs
     make_phases(
@@ -140,6 +142,8 @@ def search(
         workload=workload,
         limits=limits,
     )
+    if isinstance(measure, TextQuality) and measure.parts.inputs is not None:
+        store.put_calibration(study_id, measure.parts.inputs.tolist())
     run = Stages(
         store=store,
         study_id=study_id,
@@ -188,6 +192,13 @@ def _check_text(eval_text: str | os.PathLike[str] | None) -> None:
         )
 
 
+def _without_inputs(pairs: Candidates, listener: Listener) -> list[tuple[Format, Kernel]]:
+    """The candidates, less those whose weights are rounded for what layers read on a text, which there is none of."""
+    for name in dict.fromkeys(fmt.id for fmt, _ in pairs if fmt.needs_inputs):
+        listener(Notice(f"{name} not considered: it is rounded on a text (--eval-text), not by a quality function"))
+    return [(fmt, kernel) for fmt, kernel in pairs if not fmt.needs_inputs]
+
+
 def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:
     """The user's function under its qualified name, by which the same function is the same from Python and by its name."""
     if isinstance(quality, str):
@@ -195,7 +206,9 @@ def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | Non
     return None if quality is None else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
 
 
-def _text_quality(loaded: LoadedModel, eval_text: str | os.PathLike[str] | None, device: str) -> TextQuality:
+def _text_quality(
+    loaded: LoadedModel, eval_text: str | os.PathLike[str] | None, device: str, *, inputs: bool
+) -> TextQuality:
     if loaded.kind == "module":
         raise TextError(
             "this model takes no token ids, so text cannot judge it: give --quality package.module:callable instead of"
@@ -204,4 +217,5 @@ def _text_quality(loaded: LoadedModel, eval_text: str | os.PathLike[str] | None,
     if loaded.tokenizer is None:
         raise TextError("this model has no tokenizer: give one with --tokenizer FOLDER")
     assert eval_text is not None  # _check_text saw to it
-    return TextQuality(read_text(Path(eval_text), loaded.tokenizer, max_positions=loaded.max_positions), device)
+    parts = read_text(Path(eval_text), loaded.tokenizer, max_positions=loaded.max_positions, inputs=inputs)
+    return TextQuality(parts, device)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 
-from autoquant.candidates import get_format
+from autoquant.calibration import Calibration
+from autoquant.candidates import Format, get_format
 from autoquant.errors import ModelError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
-from autoquant.events import Event, StageProgress
+from autoquant.events import Event, Notice, StageProgress
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import ModelKind, ModelSource
 from autoquant.profiler.device import release_memory, trim_memory
@@ -36,6 +37,7 @@ class Bench:
     Attributes:
         load: Gives the model; called once, when it is first needed.
         own_process: Nothing but jobs runs in this process.
+        calibration: Weights rounded for their layers' inputs; None where no format needs those.
     """
 
     load: Callable[[], LoadedModel]
@@ -45,8 +47,13 @@ class Bench:
     execution: str
     sample_inputs: Any
     own_process: bool = False
+    calibration: Calibration | None = field(default=None, init=False)
     _loaded: LoadedModel | None = field(default=None, init=False)
     _prover: Prover | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.quality, TextQuality) and self.quality.parts.inputs is not None:
+            self.calibration = Calibration(self.quality.parts.inputs)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -67,6 +74,7 @@ class Bench:
                 device=self.device,
                 execution=self.execution,
                 sample_inputs=inputs,
+                calibration=self.calibration,
             )
         return self._prover
 
@@ -249,8 +257,33 @@ class ScoreJob:
             Change(site, numerics, get_format(format_id), activation)
             for site, numerics, format_id, activation in self.changes
         ]
+        if any(change.format.needs_inputs for change in changes):
+            changes = _with_inputs(changes, bench, tell)
         score = SENSITIVITIES[self.sensitivity].score
         score(bench.loaded.module, changes, bench.quality, lambda subject, losses: tell(Scored(subject, dict(losses))))
+
+
+def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Change]:
+    """The changes, with the weights of those that need inputs; those that cannot be made are told and left out."""
+    calibration = bench.calibration
+    assert calibration is not None  # the search lets in no format that needs inputs without a text
+    wanted: dict[str, dict[str, Format]] = {}
+    for change in changes:
+        if change.format.needs_inputs:
+            wanted.setdefault(change.site.parameters[0], {})[change.format.id] = change.format
+    tell(Notice("rounding weights for their layers' inputs"))
+    reasons = calibration.prepare(
+        bench.loaded.module, {name: list(formats.values()) for name, formats in wanted.items()}
+    )
+    for (name, format_id), reason in reasons.items():
+        tell(Notice(f"{format_id} not considered for {name}: {reason}"))
+    return [
+        replace(change, stored=partial(calibration.stored, change.site.parameters[0], change.format))
+        if change.format.needs_inputs
+        else change
+        for change in changes
+        if (change.site.parameters[0], change.format.id) not in reasons
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autoquant.applier import apply, module_bytes
+from autoquant.calibration import Calibration
 from autoquant.candidates import get_format
 from autoquant.candidates.gemlite import untuned
 from autoquant.candidates.routed import RoutedWeight
@@ -32,6 +33,7 @@ class Prover:
     Args:
         execution: `compiled`, or `eager` where the device cannot compile.
         selection: The unquantized model's losses on the selection part; measured by the first proof where empty.
+        calibration: Weights rounded for their layers' inputs, where plans hold any.
     """
 
     loaded: LoadedModel
@@ -41,12 +43,13 @@ class Prover:
     execution: str
     sample_inputs: Any = None
     selection: tuple[float, ...] = ()
+    calibration: Calibration | None = None
     _original: tuple[Phases, str] | None = None
 
     def prove(self, plan: Plan) -> Proof:
         """Apply `plan` to a copy that shares every weight that it leaves alone, and measure it."""
         module = share(self.loaded.module)
-        apply(plan, module)
+        apply(plan, module, calibration=self.calibration)
         release_memory()
         with (
             worst_numerics(module, plan),

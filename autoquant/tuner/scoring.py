@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from autoquant.candidates import get_format
 from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
-from autoquant.events import Listener, StageFinished, StageProgress, StageStarted
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import route_kernel
 from autoquant.store import Store
 from autoquant.tuner.additivity import LossMap, fit_loss_map, together_pairs
@@ -46,12 +46,14 @@ def score(
     listener(StageStarted("score", count))
     done = 0
 
-    def on_message(message: Scored) -> None:
+    def on_message(message: Scored | Notice) -> None:
         nonlocal done
+        if isinstance(message, Notice):
+            return listener(message)
         done += 1
         new = {key: loss for key, loss in message.losses.items() if key not in known}
         store.put_losses(model_hash, quality_key, method.version, new)
-        listener(StageProgress("score", done, message.subject))
+        return listener(StageProgress("score", done, message.subject))
 
     if changes:
         runner.run(ScoreJob.of(method, changes), on_message)

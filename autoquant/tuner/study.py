@@ -59,6 +59,11 @@ class Study:
         """What the store knows of the study: model, device, workload, limits, recording."""
         return self.store.study(self.study_id)
 
+    @property
+    def calibration(self) -> Sequence[Sequence[int]] | None:
+        """Token ids that weights of its plans are rounded for, for `autoquant.apply`; None where there are none."""
+        return self.facts.calibration
+
     def plans(self) -> list[Plan]:
         """Every plan made, proven or not."""
         return self.store.plans(self.study_id)

@@ -47,16 +47,16 @@ def score_tasks(
     rows = []
     for done, plan in enumerate([None, *plans]):
         listener(StageProgress("tasks", done, plan.label if plan else ORIGINAL_LABEL))
-        rows.append(_score(loaded, plan, tasks))
+        rows.append(_score(loaded, plan, tasks, facts))
         subject = plan.plan_id if plan else loaded.content_hash
         store.put_task_scores(subject, loaded.dtype, rows[-1].scores)
     listener(StageFinished("tasks", f"{len(rows)} models on {', '.join(tasks.names)}"))
     return rows
 
 
-def _score(loaded: LoadedModel, plan: Plan | None, tasks: Tasks) -> TaskRow:
+def _score(loaded: LoadedModel, plan: Plan | None, tasks: Tasks, facts: StudyFacts) -> TaskRow:
     module = share(loaded.module)
     if plan is not None:
-        apply(plan, module)
+        apply(plan, module, calibration=facts.calibration)
     scores = tasks.score(module, loaded.tokenizer)
     return TaskRow(plan_id=plan.plan_id if plan else None, label=plan.label if plan else ORIGINAL_LABEL, scores=scores)

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING, formats, get_format, select
+from autoquant.candidates import ACTIVATION_ROUNDING, get_format, select, timed
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LinearShape, RouteStep
 
 N, K = 64, 128
-CANDIDATES = {f"{fmt.id}/{kernel.id}": (fmt, kernel) for fmt, kernel in select(["*"])}
+CANDIDATES = {f"{fmt.id}/{kernel.id}": (fmt, kernel) for fmt, kernel in timed(select(["*"]))}
 WEIGHT_ERROR = {  # relative error of the stored numbers of a bfloat16 weight, in norm
     "float32": 0.0,
     "bfloat16": 0.0,
@@ -41,6 +41,9 @@ PAIRS = [
     for dtype in ("bfloat16", "float32")
     if supported(fmt, kernel, dtype)
 ]
+
+
+FORMATS = list({fmt.id: fmt for fmt, kernel in CANDIDATES.values() if supported(fmt, kernel, "float32")}.values())
 
 
 def tensors(dtype):
@@ -101,7 +104,7 @@ def test_a_kernel_takes_activations_that_do_not_lie_in_one_piece(fmt, kernel, dt
     assert relative_error(y, reference(fmt, kernel, stored, x, bias)) < tolerance(fmt, kernel, dtype)
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in formats().values() if supported(fmt, fmt.kernels[0], "float32")])
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.id)
 def test_a_format_keeps_the_weights_numbers_as_well_as_its_width_allows(fmt):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(N, K, generator=generator).bfloat16()

@@ -158,3 +158,22 @@ def test_dealing_gives_each_part_its_count_and_spreads_it():
 def test_dealing_starts_with_the_part_that_has_the_largest_share():
     assert deal({"calibration": 0, "selection": 0, "report": 2}) == ["report", "report"]
     assert deal({"calibration": 0, "selection": 0, "report": 0}) == []
+
+
+def test_windows_that_weights_are_rounded_for_follow_the_parts(numbers_file, monkeypatch):
+    monkeypatch.setattr(text, "INPUT_WINDOWS", 6)
+    path = numbers_file(80)
+    parts = read(path, inputs=True)
+    assert parts.inputs[:, 0].tolist() == [i * WINDOW for i in range(51, 57)]
+    plain = read(path)
+    assert plain.inputs is None and plain.key != parts.key
+    assert all(torch.equal(plain.windows[part], parts.windows[part]) for part in PARTS)
+    assert read(numbers_file(54), inputs=True).key != read(numbers_file(55), inputs=True).key
+
+
+@pytest.mark.parametrize(("windows", "expected"), [(20, 1), (53, 3), (54, 3), (55, 4)])
+def test_a_text_without_enough_of_them_gives_the_calibration_part(numbers_file, windows, expected):
+    parts = read(numbers_file(windows), inputs=True)
+    assert len(parts.inputs) == expected
+    is_calibration = torch.equal(parts.inputs, parts.windows["calibration"])
+    assert is_calibration is (windows < 55)

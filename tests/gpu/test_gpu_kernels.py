@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING, formats, select
+from autoquant.candidates import ACTIVATION_ROUNDING, formats, int4_gpu, select, timed
+from autoquant.candidates.rounding import Rounded
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.profiler.timing import MAX_RELATIVE_ERROR
 from autoquant.records import LinearShape, RouteStep
@@ -35,7 +36,7 @@ def tensors(m, seed=0):
     return weight.bfloat16(), normal(N).bfloat16(), normal(1, m, K).bfloat16()
 
 
-CANDIDATES = {f"{fmt.id}/{kernel.id}": (fmt, kernel) for fmt, kernel in select(["*"])}
+CANDIDATES = {f"{fmt.id}/{kernel.id}": (fmt, kernel) for fmt, kernel in timed(select(["*"]))}
 
 
 @pytest.mark.parametrize("m", ROWS)
@@ -66,6 +67,17 @@ def test_int4_layouts_hold_the_same_numbers():
     first, *others = by_layout.values()
     for other in others:
         assert ((first - other).norm() / first.norm()).item() < 0.003
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_rounding_packs_tiles_as_rounding_to_nearest_does(group):
+    weight, _, _ = tensors(1)
+    weight = weight[:500, :896].contiguous()  # padded to tiles
+    q, scale, zero = int4_gpu.tinygemm_rounding(weight, group)
+    nearest = formats()[f"int4-g{group}/tinygemm"]
+    packed = int4_gpu._pack_tinygemm(Rounded(q - 8, scale, zero), group)
+    assert torch.equal(nearest.dequantize(packed), nearest.dequantize(nearest.store(weight)))
+    assert packed.qdata.shape == nearest.store(weight).qdata.shape
 
 
 FORMATS = [

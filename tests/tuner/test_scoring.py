@@ -6,8 +6,9 @@ import pytest
 import torch
 from models.tiny_models import tiny_llama
 
+from autoquant.candidates import get_format
 from autoquant.evaluators.quality import TextQuality
-from autoquant.evaluators.sensitivity import SENSITIVITIES, fisher
+from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, fisher
 from autoquant.evaluators.text import TextParts
 from autoquant.events import StageFinished, StageProgress, StageStarted
 from autoquant.models import from_module
@@ -15,12 +16,14 @@ from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import LayerChoice, RouteStep, Workload
 from autoquant.store import open_store
+from autoquant.tuner import jobs
 from autoquant.tuner.apart import Here
 from autoquant.tuner.choices import SiteChoices
 from autoquant.tuner.jobs import Bench
 from autoquant.tuner.scoring import score
 
 WORKLOAD = Workload.parse("prefill=4")
+WINDOWS = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(5))
 INT8, ORIGINAL = "int8-row/plain", "bfloat16/plain"
 A16, A8 = "int8-row+a16", "int8-row+a8-row"
 
@@ -149,3 +152,33 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(run, store):
     again, events = run("path")
     assert again.losses == pytest.approx(whole.losses)
     assert events[0] == StageStarted("score", 1)
+
+
+def test_a_weight_that_cannot_be_rounded_for_its_inputs_is_left_out_with_the_reason():
+    llama = tiny_llama().requires_grad_(False)
+    llama.model.layers[1].input_layernorm.weight.data[3] = float("inf")
+    parts = TextParts({"calibration": WINDOWS, "selection": WINDOWS, "report": WINDOWS}, WINDOWS)
+    loaded = from_module(llama)
+    bench = Bench(
+        load=lambda: loaded,
+        quality=TextQuality(parts, "cpu"),
+        workload=WORKLOAD,
+        device="cpu",
+        execution="eager",
+        sample_inputs=None,
+    )
+    sites = record(llama, make_phases(llama, loaded.kind, WORKLOAD, device="cpu")).sites
+    gptq, nearest = get_format("int3-g32-gptq/bit-planes"), get_format("int3-g32/bit-planes")
+    changes = [Change(site, fmt.values, fmt, "a16") for site in sites for fmt in (nearest, gptq)]
+    told = []
+    left = jobs._with_inputs(changes, bench, told.append)
+    reasons = [event.text for event in told[1:]]
+    broken = "model.layers.1.self_attn.q_proj"
+    assert (
+        f"{gptq.id} not considered for {broken}.weight: the layer's inputs on the calibration text are not finite"
+        in reasons
+    )
+    assert len(left) == len(changes) - len(reasons)
+    assert (broken, nearest.values) in {(change.site.name, change.numerics) for change in left}
+    for change in left:
+        assert (change.stored is not None) is change.format.needs_inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from autoquant.candidates import Format
@@ -18,12 +19,17 @@ EVERY_LAYER = "*"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing that can be done to a site: the numbers of a format under an activation rounding."""
+    """One thing that can be done to a site: the numbers of a format under an activation rounding.
+
+    Attributes:
+        stored: Gives the weight in the format, where that is not made from the weight alone.
+    """
 
     site: Site
     numerics: str
     format: Format
     activation: str
+    stored: Callable[[], torch.Tensor] | None = None
 
 
 Losses = Mapping[tuple[str, str], float]

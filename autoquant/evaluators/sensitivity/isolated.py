@@ -14,10 +14,10 @@ from torch import nn
 
 from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.evaluators.emulate import EmulatedLinear, in_float32
-from autoquant.evaluators.prefix import BlockChain
 from autoquant.evaluators.quality import FunctionQuality, TextQuality, divergence_sum, next_token_logits
 from autoquant.evaluators.sensitivity.base import Change, OnScored, Sensitivity, by_site, parameter_of
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, room_for_site
+from autoquant.models.blocks import BlockChain
 
 
 def isolated_losses(

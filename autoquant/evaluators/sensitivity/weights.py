@@ -45,7 +45,8 @@ class ChangedWeights:
         key = change.numerics
         if key in self._kept:
             return self._kept[key]
-        weight = change.format.dequantize(change.format.store(self._parameter.to(self._dtype))).float()
+        stored = change.stored() if change.stored else change.format.store(self._parameter.to(self._dtype))
+        weight = change.format.dequantize(stored).float()
         if change.activation == A16 and _is_same(weight, self._parameter.float()):
             self._kept[key] = None
             return None

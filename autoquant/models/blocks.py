@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -69,6 +69,35 @@ class BlockChain:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
+
+    def step(self, index: int, before: Any, forward: Callable[[], Any]) -> Any:
+        """Run block `index` and no other of one forward pass, with what comes before all blocks; or what comes behind them.
+
+        Args:
+            index: As many as there are blocks: what comes behind the last one.
+            before: What the block before `index` gave.
+
+        Returns:
+            What the block gave; None behind the last one.
+        """
+        given: list[Any] = []
+
+        def end(_module: nn.Module, _args: Any, output: Any) -> None:
+            given.append(_copied(output))
+            raise _Ended
+
+        hooks = [block.register_forward_hook(end) for block in self.blocks[index : index + 1]]
+        try:
+            with self.starting_at(index, [before] * index), suppress(_Ended):
+                forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return given[0] if given else None
+
+
+class _Ended(Exception):
+    """The block that was to run has run."""
 
 
 class _Replay:

@@ -5,8 +5,8 @@ import torch
 from models.tiny_models import tiny_llama
 from torch import nn
 
-from autoquant.evaluators.prefix import BlockChain
 from autoquant.evaluators.quality import next_token_logits
+from autoquant.models.blocks import BlockChain
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 

@@ -1,0 +1,225 @@
+"""Rounding a weight better than to the nearest number, for the same storage and hence the same kernels.
+
+Each function takes a weight `[n, k]` and gives the integers, scales and zero points of a `Grid`; how these are packed is the
+format's affair. `hqq` looks at the weight alone. `gptq` also looks at the layer's inputs and makes the error of the output small,
+not that of the weight; `clip` does so with less work.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torchao.quantization.quant_primitives import (
+    _choose_qparams_and_quantize_affine_hqq,
+    _choose_qparams_and_quantize_scale_only_hqq,
+)
+
+from autoquant.candidates.base import Format, InputStatistics
+
+_SMALLEST_STEP = 1e-6
+_SMALLEST_SCALE = 1e-12
+_SHRINKS = torch.linspace(1.0, 0.35, 27).tolist()
+_COLUMNS_AT_ONCE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A weight as integers: w = q * scale + zero.
+
+    Attributes:
+        q: int32 `[n, k]`, from -2^(bits - 1) to 2^(bits - 1) - 1.
+        scale: `[n, k / group]`, in the weight's dtype.
+        zero: The same; all 0 for a symmetric grid.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The numbers that a format can hold: integers of `bits` bits, a scale (and a zero point) for every `group` along k."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    @property
+    def half(self) -> int:
+        """The smallest integer is -half, the largest half - 1."""
+        return 1 << (self.bits - 1)
+
+    def ends(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest number `[..., 1]` that each of groups `[..., group]` needs."""
+        low, high = torch.aminmax(groups, dim=-1, keepdim=True)
+        if self.symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        return low, high
+
+    def fitted(self, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero in float32, exact in `dtype`, with which the grid just spans `ends`; what lies beyond is clipped."""
+        if self.symmetric:
+            scale = (high / (self.half - 0.5)).clamp_(min=_SMALLEST_SCALE).to(dtype).float()
+            return scale, torch.zeros_like(scale)
+        scale = ((high - low) / (2 * self.half - 1)).clamp_(min=_SMALLEST_STEP).to(dtype).float()
+        return scale, (low + scale * self.half).to(dtype).float()
+
+    def integers(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """The nearest ones, as floats; the arguments broadcast."""
+        return ((weight - zero) / scale).round_().clamp_(-self.half, self.half - 1)
+
+    def best(
+        self, groups: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero `[..., 1]` of groups `[..., group]`, clipped where that makes the weighted squared error less.
+
+        The search for a clipping range of AWQ (Lin et al., "AWQ: Activation-aware Weight Quantization", 2023).
+
+        Args:
+            importance: Of each number, broadcast to `[..., group]`.
+        """
+        low, high = self.ends(groups)
+        least = scale = zero = None
+        for shrink in _SHRINKS:
+            tried = self.fitted(shrink * low, shrink * high, dtype)
+            off = self.integers(groups, *tried).mul_(tried[0]).add_(tried[1]).sub_(groups)
+            error = off.square_().mul_(importance).sum(-1, keepdim=True)
+            if least is None or scale is None or zero is None:
+                least, (scale, zero) = error, tried
+                continue
+            better = error < least
+            least = torch.minimum(error, least)
+            scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+        assert scale is not None and zero is not None
+        return scale, zero
+
+
+def hqq(weight: torch.Tensor, grid: Grid, _inputs: InputStatistics | None = None) -> Rounded:
+    """Half-quadratic quantization (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023).
+
+    torchao's: with a zero point that is optimised where errors count by a norm below 1, so that outliers weigh less; a symmetric
+    grid has none, and its scale is optimised by alternating least squares.
+    """
+    n, k = weight.shape
+    if grid.symmetric:
+        block = [1, grid.group]
+        _, scale = _choose_qparams_and_quantize_scale_only_hqq(weight, block, -grid.half, grid.half - 1)
+        zero = torch.zeros_like(scale)
+    else:
+        _, scale, zero, _ = _choose_qparams_and_quantize_affine_hqq(
+            weight, grid.bits, grid.group, compute_dtype=weight.dtype, device=str(weight.device)
+        )
+    scale, zero = scale.reshape(n, -1), zero.reshape(n, -1)
+    groups = weight.float().reshape(n, -1, grid.group)
+    q = grid.integers(groups, scale.float().unsqueeze(-1), zero.float().unsqueeze(-1))
+    return Rounded(q.reshape(n, k).to(torch.int32), scale, zero)
+
+
+def gptq(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None) -> Rounded:
+    """GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023).
+
+    Columns are rounded one after the other, and what each one's rounding does to the output is made up for by those that follow.
+    Each group's scale is chosen when its turn comes, with the clipping that suits the inputs best (`Grid.best`). Columns keep
+    their order: the order of activation needs every scale to be chosen beforehand, which costs more at 2 bits than it gains.
+    """
+    assert inputs is not None  # `Format.store` saw to it
+    n, k = weight.shape
+    dtype = weight.dtype
+    factor = inputs.inverse_factor
+    importance = inputs.hessian.diagonal()
+    left = weight.float().t().contiguous()  # `[k, n]`: columns of the weight lie together
+    q = torch.empty(k, n, dtype=torch.int8, device=weight.device)
+    scales, zeros = [], []
+    at_once = max(_COLUMNS_AT_ONCE, grid.group)
+    for start in range(0, k, at_once):
+        stop = min(start + at_once, k)
+        errors = torch.empty(stop - start, n, device=weight.device)
+        for column in range(start, stop):
+            if column % grid.group == 0:
+                group = slice(column, column + grid.group)
+                scale, zero = grid.best(left[group].t().contiguous(), importance[group], dtype)
+                scales.append(scale)
+                zeros.append(zero)
+                scale, zero = scale[:, 0], zero[:, 0]
+            rounded = grid.integers(left[column], scale, zero)
+            q[column] = rounded
+            error = (left[column] - (rounded * scale + zero)) / factor[column, column]
+            errors[column - start] = error
+            left[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+        left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return Rounded(q.t().to(torch.int32).contiguous(), torch.cat(scales, 1).to(dtype), torch.cat(zeros, 1).to(dtype))
+
+
+def clip(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None) -> Rounded:
+    """To nearest, each group clipped as suits the inputs best (`Grid.best`): AWQ's clipping without its scales.
+
+    Its scales divide the inputs, which a general model has no place for but one more operation of the layer. They are worth less
+    than `gptq`, which costs the layer nothing.
+    """
+    assert inputs is not None
+    n, k = weight.shape
+    groups = weight.float().reshape(n, -1, grid.group)
+    importance = inputs.hessian.diagonal().reshape(1, -1, grid.group)
+    scale, zero = grid.best(groups, importance, weight.dtype)
+    q = grid.integers(groups, scale, zero).reshape(n, k).to(torch.int32)
+    return Rounded(q, scale[..., 0].to(weight.dtype), zero[..., 0].to(weight.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """One way to round, which formats are made with.
+
+    Attributes:
+        id: Follows the storage in the format's id: `int4-g64-hqq`.
+        round: (weight `[n, k]`, grid, the layer's inputs or None) to integers.
+        needs_inputs: It cannot do without the layer's inputs.
+        description: What `autoquant candidates` adds to that of the storage.
+    """
+
+    id: str
+    round: Callable[[torch.Tensor, Grid, InputStatistics | None], Rounded]
+    needs_inputs: bool
+    description: str
+
+
+HQQ = Rounding(id="hqq", round=hqq, needs_inputs=False, description="half-quadratic rounding")
+GPTQ = Rounding(id="gptq", round=gptq, needs_inputs=True, description="rounded for the layer's inputs (GPTQ)")
+CLIP = Rounding(id="clip", round=clip, needs_inputs=True, description="clipped for the layer's inputs (as AWQ does)")
+ROUNDINGS = (HQQ, CLIP, GPTQ)
+
+
+def rounded_formats(
+    fmt: Format, grid: Grid, pack: Callable[[Rounded], torch.Tensor], by_default: Callable[[str], bool]
+) -> tuple[Format, ...]:
+    """A format that rounds to nearest, with every other rounding of its numbers: `int4-g64/L` gives `int4-g64-hqq/L` and so on.
+
+    Args:
+        pack: Integers of the grid to the format's stored tensor.
+        by_default: As for `Format`.
+    """
+
+    def quantize(weight: torch.Tensor, inputs: InputStatistics | None = None, *, rounding: Rounding) -> torch.Tensor:
+        return pack(rounding.round(weight, grid, inputs))
+
+    values, _, layout = fmt.id.partition("/")
+    return tuple(
+        Format(
+            id=f"{values}-{rounding.id}/{layout}",
+            quantize=functools.partial(quantize, rounding=rounding),
+            dequantize=fmt.dequantize,
+            kernels=fmt.kernels,
+            unsupported=fmt.unsupported,
+            description=f"{fmt.description}; {rounding.description}",
+            tensor_type=fmt.tensor_type,
+            joins=fmt.joins,
+            by_default=by_default,
+            needs_inputs=rounding.needs_inputs,
+            rounds=fmt.id,
+        )
+        for rounding in ROUNDINGS
+    )

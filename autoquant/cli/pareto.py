@@ -83,10 +83,12 @@ def _print_chart(rows: list[dict[str, Any]]) -> None:
 
 def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> None:
     from autoquant.report.tables import front_table
-    from autoquant.report.words import recommendation, study_line
+    from autoquant.report.words import constraints_words, recommendation, study_line
 
     facts = study.facts
     typer.echo(f"Study {facts.study_id}: {study_line(facts.source, facts.device, facts.workload)}")
+    if constrained := constraints_words(study.constraints.as_object()):
+        typer.echo(f"Constraints: {constrained}")
     if not facts.complete:
         typer.echo("This search has not come to its end; the same `autoquant search` goes on from here.")
     typer.echo()

@@ -31,7 +31,8 @@ def show(
         if as_json:
             from autoquant.report.json_output import plan_object
 
-            print_json(plan_object(chosen, row, proof, study.facts.recording, study.alternatives(chosen)))
+            found = plan_object(chosen, row, proof, study.facts.recording, study.alternatives(chosen))
+            print_json(found | {"constraints": study.constraints.as_object()})
         else:
             _print_text(study, chosen, row, proof, why=why, database=shlex.quote(database))
 
@@ -40,11 +41,13 @@ def _print_text(
     study: Study, plan: Plan, row: dict[str, Any] | None, proof: Proof | None, *, why: bool, database: str
 ) -> None:
     from autoquant.report.tables import coverage_line, coverage_table, layers_table
-    from autoquant.report.words import off_predictions, plan_lines, study_line
+    from autoquant.report.words import constraints_words, off_predictions, plan_lines, study_line
 
     facts = study.facts
     failure = study.store.failed_proofs(study.study_id).get(plan.plan_id)
     typer.echo(study_line(facts.source, facts.device, facts.workload))
+    if constrained := constraints_words(study.constraints.as_object()):
+        typer.echo(f"Constraints: {constrained}")
     for line in [*plan_lines(plan, row, proof, failure), *off_predictions([row] if row else [], database)]:
         typer.echo(line)
     typer.echo()

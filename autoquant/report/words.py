@@ -128,11 +128,19 @@ def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
     return f"{stored} instead of {units.size(original['memory_bytes'])} ({share:.0%})"
 
 
+def constraints_words(constraints: Mapping[str, Any]) -> str:
+    """The constraints of a study as its options; empty where it has none."""
+    parts = [f"--{name} {value}" for name in ("keep", "pin") for value in constraints.get(name, ())]
+    return " ".join(parts + [f"--fusable {engine}" for engine in [constraints.get("fusable")] if engine])
+
+
 def limits_words(limits: Mapping[str, Any]) -> str:
     """The limits of a study in words, and what is minimized within them if it is not time."""
     parts = []
     if limits.get("max_ppl_increase") is not None:
         parts.append(f"increase at most {units.percent(limits['max_ppl_increase'])}")
+    if limits.get("max_kl") is not None:
+        parts.append(f"KL at most {limits['max_kl']:g}")
     if limits.get("max_memory_bytes") is not None:
         parts.append(f"memory at most {units.size(limits['max_memory_bytes'])}")
     if limits.get("minimize") == "memory":

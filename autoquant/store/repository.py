@@ -196,9 +196,19 @@ class Store:
             for name, value in columns.items():
                 setattr(row, name, _plain(value) if isinstance(value, Recording) else value)
 
-    def put_options(self, study_id: str, options: Sequence[Sequence[LayerChoice]]) -> None:
-        """Keep what plans are solved from: the choices of every layer, with what is predicted of them."""
-        self.update_study(study_id, problem={"options": [[_plain(choice) for choice in layer] for layer in options]})
+    def put_options(
+        self, study_id: str, options: Sequence[Sequence[LayerChoice]], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep what plans are solved from: the choices of every layer, with what is predicted of them, and what all plans
+        have in common."""
+        layers = [[_plain(choice) for choice in layer] for layer in options]
+        self.update_study(study_id, problem={"options": layers, "about": dict(about or {})})
+
+    def options_about(self, study_id: str) -> dict[str, Any]:
+        """What all plans solved from the options have in common; empty where that is not known."""
+        with self._session() as session:
+            problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
+        return dict((problem or {}).get("about") or {})
 
     def options(self, study_id: str) -> dict[str, list[LayerChoice]] | None:
         """The choices that plans were solved from, by layer name; None where the search has not come so far."""

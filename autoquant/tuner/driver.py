@@ -26,6 +26,8 @@ from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Objective, Workload, content_key
 from autoquant.store import open_store
 from autoquant.store.connect import check_address
+from autoquant.tuner.constraints import Constraints
+from autoquant.tuner.limits import Limits
 from autoquant.tuner.stages import Stages
 from autoquant.tuner.study import Study
 
@@ -40,8 +42,12 @@ def search(
     workload: str | Workload | None = None,
     batch: int = 1,
     max_ppl_increase: float | None = 0.01,
+    max_kl: float | None = None,
     max_memory_bytes: int | None = None,
     minimize: Objective = "time",
+    keep: Sequence[str] = (),
+    pin: Sequence[str] = (),
+    fusable: str | None = None,
     candidates: Sequence[str] = ("*",),
     time_budget_s: float = 600.0,
     seed: int = 0,
@@ -65,8 +71,12 @@ def search(
         db: Path of the SQLite store, or an SQLAlchemy URL.
         workload: `prefill=TOKENS,decode=STEPS` or a `Workload`; for a module with sample inputs, one forward pass.
         max_ppl_increase: Limit of the recommended plan, a fraction (None: no limit).
+        max_kl: Limit of its mean divergence from the unquantized model, nats per token; needs a text.
         max_memory_bytes: Limit on the bytes of all parameters.
         minimize: What the recommended plan has least of within the limits: request time, or the bytes of all parameters.
+        keep: Globs over the names of layers that stay unquantized.
+        pin: `LAYERS=FORMATS`: the layers that the first glob matches get a candidate that the second one matches.
+        fusable: `vllm`: layers that vLLM computes as one get the same format.
         candidates: Globs over `FORMAT/KERNEL`; `*` leaves out what `autoquant candidates` calls opt-in.
         time_budget_s: What refinement may fill up, counted over all runs of the same search.
         sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model; or
@@ -90,7 +100,13 @@ def search(
     pairs = select(candidates, place.partition(":")[0])
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
+    limits = Limits(
+        max_ppl_increase=max_ppl_increase, max_kl=max_kl, max_memory_bytes=max_memory_bytes, minimize=minimize
+    )
+    constraints = Constraints.parse(keep, pin, fusable)
     own = _own_quality(quality)
+    if own is not None and max_kl is not None:
+        raise QualityError("--max-kl needs a text: with a loss of your own limit its increase, --max-ppl-increase")
     method = _method(sensitivity, own)
     if own is None:
         _check_text(eval_text)
@@ -121,19 +137,18 @@ def search(
         "protocol": PROTOCOL,
         "method": method.version,
     } | ({"fuse": True} if fuse else {})
+    identity |= {"constraints": constraints.as_object()} if constraints.as_object() else {}
     store = open_store(db)
     study_id = content_key(identity, 8)
     store.put_device(hardware)
     store.put_model(loaded.content_hash, asdict(loaded.source))
-    limits: dict[str, Any] = {"max_ppl_increase": max_ppl_increase, "max_memory_bytes": max_memory_bytes}
-    limits |= {"minimize": minimize} if minimize != "time" else {}
     store.put_study(
         study_id,
         model_hash=loaded.content_hash,
         device=hardware,
         identity=identity,
         workload=workload,
-        limits=limits,
+        limits=limits.as_object(),
     )
     run = Stages(
         store=store,
@@ -147,9 +162,8 @@ def search(
         sample_inputs=inputs,
         fuse=fuse,
         sensitivity=method,
-        max_ppl_increase=max_ppl_increase,
-        max_memory_bytes=max_memory_bytes,
-        minimize=minimize,
+        constraints=constraints,
+        limits=limits,
         time_budget_s=time_budget_s,
         seed=seed,
         listener=listener,

@@ -12,14 +12,13 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import inspect
 
 from autoquant.records import LayerChoice, Objective, Plan, Proof
 from autoquant.store import Store
-from autoquant.tuner.planning import PlanContext, explain, least, make_plan, make_problem, with_multipliers
+from autoquant.tuner.planning import PlanContext, least, make_problem, plan_of, with_multipliers
 
 if TYPE_CHECKING:
     import optuna
@@ -188,11 +187,6 @@ def _propose(
         * math.exp(math.log(values["scale with depth"]) * (2 * position / last - 1))
         for position, layer in enumerate(options)
     }
-    problem = make_problem(with_multipliers(options, multiplier), context.workload)
+    problem = make_problem(with_multipliers(options, multiplier), context.workload, context.bound.groups)
     picks = least(problem, context, minimize, max_loss=values["loss budget"], max_memory_bytes=max_memory_bytes)
-    if picks is None:
-        return None
-    layers = [
-        replace(layer[i], reason=explain(layer, i, context.workload)) for layer, i in zip(options, picks, strict=True)
-    ]
-    return make_plan(layers, f"refined {trial.number}", "refined", context)
+    return None if picks is None else plan_of(options, picks, f"refined {trial.number}", "refined", context)

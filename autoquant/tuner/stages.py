@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoquant.candidates import Format, Kernel
+from autoquant.candidates.floats import original_format
 from autoquant.errors import CandidateError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import Sensitivity
@@ -26,7 +25,6 @@ from autoquant.records import (
     Device,
     LayerChoice,
     Measurement,
-    Objective,
     Plan,
     Proof,
     Recording,
@@ -38,10 +36,12 @@ from autoquant.store import Store
 from autoquant.tuner.additivity import ADDITION, LossMap
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
-from autoquant.tuner.choices import SiteChoices, format_facts, scored, site_choices
+from autoquant.tuner.choices import SiteChoices, constrained_choices, format_facts, scored
+from autoquant.tuner.constraints import UNBOUND, Bound, Constraints, bind
 from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
 from autoquant.tuner.jobs import Bench, ProveJob
-from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
+from autoquant.tuner.limits import Limits
+from autoquant.tuner.planning import PlanContext, about_options, check_memory, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
 from autoquant.tuner.refine import proposals
 from autoquant.tuner.runners import start_runner
@@ -68,9 +68,8 @@ class Stages:
     sample_inputs: Any
     fuse: bool
     sensitivity: Sensitivity
-    max_ppl_increase: float | None
-    max_memory_bytes: int | None
-    minimize: Objective
+    constraints: Constraints
+    limits: Limits
     time_budget_s: float
     seed: int
     listener: Listener
@@ -83,6 +82,7 @@ class Stages:
     runner: Runner = field(init=False)
     fusion: Fusion | None = None
     loss_map: LossMap = ADDITION
+    bound: Bound = UNBOUND
 
     def go(self) -> None:
         facts = self.store.study(self.study_id)
@@ -95,6 +95,7 @@ class Stages:
                 self.listener(Notice("layers are not computed as one, since torch.compile does that"))
                 self.fuse = False
         recording = facts.recording or self._record()
+        self._bind(recording.sites)
         self.runner = self._runner()
         try:
             working_set = self._working_set(recording)
@@ -133,6 +134,21 @@ class Stages:
         self.store.update_study(self.study_id, recording=recording)
         return recording
 
+    def _bind(self, sites: Sequence[Site]) -> None:
+        """Find the layers that constraints are about, and tell what that comes to."""
+        ids = [(fmt.id, kernel.id) for fmt, kernel in self.candidates]
+        self.bound = bind(self.constraints, sites, ids, original_format(self.loaded.dtype))
+        for reason, count in Counter(filter(None, (self.constraints.reason(site.name) for site in sites))).items():
+            self.listener(Notice(f"{count} of {len(sites)} layers {reason}"))
+        if self.constraints.fusable:
+            grouped = sum(map(len, self.bound.groups))
+            self.listener(
+                Notice(
+                    f"{grouped} layers in {len(self.bound.groups)} groups of one format each, which"
+                    f" {self.constraints.fusable} fuses"
+                )
+            )
+
     def _working_set(self, recording: Recording) -> int:
         element_bytes = mean_element_bytes(self.loaded.module, recording)
         return working_set_bytes([site.shape for site in recording.sites], self.hardware, element_bytes)
@@ -162,10 +178,23 @@ class Stages:
         sites = recording.sites
         formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
         facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
-        choices = [site_choices(site, self.candidates, timings, facts, self.workload, working_set) for site in sites]
+        choices = [
+            constrained_choices(
+                site,
+                self.candidates,
+                timings,
+                facts,
+                self.workload,
+                working_set,
+                constraints=self.constraints,
+                bound=self.bound,
+            )
+            for site in sites
+        ]
         self._tell_dropped(choices)
         if self.fusion:
-            choices = self.fusion.offered(choices, facts)
+            offered = self.fusion.offered(choices, facts)
+            choices = [replace(each, choices=tuple(filter(self._admits, each.choices))) for each in offered]
         scores = score(
             choices,
             method=self.sensitivity,
@@ -179,7 +208,13 @@ class Stages:
         self.loss_map = scores.loss_map
         self._spend()
         filled = [scored(choice, scores.losses) for choice in choices]
-        return complete([choice.choices for choice in filled]), [choice.original for choice in filled]
+        options = self.bound.narrowed(complete([choice.choices for choice in filled]))
+        return complete(options), [choice.original for choice in filled]
+
+    def _admits(self, choice: LayerChoice) -> bool:
+        """Whether constraints let a layer have this choice."""
+        original = original_format(choice.shape.dtype)
+        return all(self.constraints.admits(choice.name, (choice.format, s.kernel), original) for s in choice.route)
 
     def _tell_fusion(self, fusion: Fusion) -> None:
         """What cannot be computed as one, and why."""
@@ -210,7 +245,9 @@ class Stages:
             other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
             fusion=self.fusion,
             loss_map=self.loss_map,
+            bound=self.bound,
         )
+        check_memory(options, context, self.limits.max_memory_bytes)
         original = original_plan(originals, context)
         self.listener(StageStarted("prove", 1 + FRONT_PLANS))
         self._prove(original)
@@ -232,16 +269,16 @@ class Stages:
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]
-        self.store.put_options(self.study_id, options)
+        self.store.put_options(self.study_id, options, about_options(context, logarithmic=self.quality.logarithmic))
         known = {plan.plan_id for plan in (original, *uniform)}
         count = max(FRONT_PLANS, LEAST_PLANS - len(known))
         plans = front_plans(
             options,
             context,
             count=count + len(known),
-            max_loss=self._expected_loss(),
-            max_memory_bytes=self.max_memory_bytes,
-            minimize=self.minimize,
+            max_loss=self.limits.expected_loss(self.plans, self.proofs, logarithmic=self.quality.logarithmic),
+            max_memory_bytes=self.limits.max_memory_bytes,
+            minimize=self.limits.minimize,
         )
         for plan in [plan for plan in plans if plan.plan_id not in known][:count]:
             self._prove(plan)
@@ -268,19 +305,6 @@ class Stages:
         self._spend()
         return proof
 
-    def _expected_loss(self) -> float | None:
-        """The loss of a plan that the limit is expected to allow, from how the proven plans' increase compares with theirs."""
-        if self.max_ppl_increase is None:
-            return None
-        allowed = math.log1p(self.max_ppl_increase) if self.quality.logarithmic else self.max_ppl_increase
-        ratios = []
-        for plan_id, proof in self.proofs.items():
-            loss = self.plans[plan_id].prediction.loss
-            high = proof.selection_increase.high
-            if self.plans[plan_id].kind == "uniform" and loss > allowed / 4 and math.isfinite(high) and high > 0:
-                ratios.append((math.log1p(high) if self.quality.logarithmic else high) / loss)
-        return allowed / (statistics.median(ratios) if ratios else 1.0)
-
     def _refine(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
         """Spend what is left of the time on plans that Optuna proposes."""
         known = {
@@ -294,8 +318,8 @@ class Stages:
             storage_url=self.store.engine.url.render_as_string(hide_password=False),
             seed=self.seed,
             known=known,
-            max_memory_bytes=self.max_memory_bytes,
-            minimize=self.minimize,
+            max_memory_bytes=self.limits.max_memory_bytes,
+            minimize=self.limits.minimize,
         ):
             if self._left_s() < max(slowest_s, _SHORTEST_PROOF_S):
                 tell(None)

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import PlanError
-from autoquant.records import ORIGINAL_LABEL, Objective, Plan, Proof
+from autoquant.records import Objective, Plan, Proof
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.tuner.alternatives import Alternatives, alternatives
+from autoquant.tuner.constraints import Constraints
+from autoquant.tuner.limits import Limits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +61,16 @@ class Study:
         """What the store knows of the study: model, device, workload, limits, recording."""
         return self.store.study(self.study_id)
 
+    @property
+    def limits(self) -> Limits:
+        """What the last search was asked for."""
+        return Limits.of(self.facts.limits)
+
+    @property
+    def constraints(self) -> Constraints:
+        """What every plan but the unquantized model meets."""
+        return Constraints.of_identity(self.facts.identity)
+
     def plans(self) -> list[Plan]:
         """Every plan made, proven or not."""
         return self.store.plans(self.study_id)
@@ -76,26 +88,36 @@ class Study:
         max_ppl_increase: float | None = None,
         max_memory_bytes: int | None = None,
         minimize: Objective = "time",
+        max_kl: float | None = None,
     ) -> Plan:
-        """The fastest, or the smallest, proven plan within the limits.
+        """The fastest, or the smallest, proven plan within the limits, see `Limits`, that meets the constraints of the search.
+        Request times within 1 % of one another are ties, and the better quality wins; so are sizes, and
+               the faster plan wins.
 
-        A plan is within `max_ppl_increase` (a fraction) when the upper end of the 95 % interval of its increase on the
-        selection part is. Request times within 1 % of one another are ties, and the better quality wins; so are sizes, and
-        the faster plan wins.
-
-        Raises:
-            PlanError: No proven plan is within the limits.
+               Raises:
+                   PlanError: No proven plan is within the limits.
         """
+        return self.best_within(
+            Limits(
+                max_ppl_increase=max_ppl_increase,
+                max_kl=max_kl,
+                max_memory_bytes=max_memory_bytes,
+                minimize=minimize,
+            )
+        )
+
+    def best_within(self, limits: Limits) -> Plan:
+        """As `best`."""
         proofs = self.proofs()
         plans = {plan.plan_id: plan for plan in self.plans()}
+        constraints, minimize = self.constraints, limits.minimize
         within = [
             proof
             for proof in proofs.values()
-            if _within(proof, plans[proof.plan_id], max_ppl_increase)
-            and (max_memory_bytes is None or proof.memory_bytes <= max_memory_bytes)
+            if limits.within(proof, plans[proof.plan_id]) and constraints.allow(plans[proof.plan_id])
         ]
         if not within:
-            raise PlanError(_nothing_within(proofs.values(), max_ppl_increase, max_memory_bytes))
+            raise PlanError(_nothing_within(proofs.values(), limits))
         times = request_times(proofs.values())
         costs = {proof.plan_id: times[proof.plan_id] if minimize == "time" else proof.memory_bytes for proof in within}
         least = min(costs.values())
@@ -113,10 +135,7 @@ class Study:
         Raises:
             PlanError: No proven plan is within the limits.
         """
-        limits = self.facts.limits
-        return self.best(
-            limits.get("max_ppl_increase"), limits.get("max_memory_bytes"), limits.get("minimize") or "time"
-        )
+        return self.best_within(self.limits)
 
     def recommended(self) -> Plan | None:
         """The best plan of the search, or None where no plan is within its limits."""
@@ -185,20 +204,23 @@ def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
     return {proof.plan_id: proof.request_ms / proof.original_request_ms * reference for proof in proofs}
 
 
-def _within(proof: Proof, plan: Plan, limit: float | None) -> bool:
-    return limit is None or plan.label == ORIGINAL_LABEL or proof.selection_increase.high <= limit
-
-
-def _nothing_within(proofs: Any, max_ppl_increase: float | None, max_memory_bytes: int | None) -> str:
+def _nothing_within(proofs: Any, limits: Limits) -> str:
     proofs = list(proofs)
     if not proofs:
         return "no plan has been proven yet: run `autoquant search` to the end"
-    limits = []
-    if max_ppl_increase is not None:
-        limits.append(f"an increase of at most {max_ppl_increase:.3%}")
-    if max_memory_bytes is not None:
-        limits.append(f"at most {max_memory_bytes:,} bytes (smallest: {min(p.memory_bytes for p in proofs):,})")
-    return f"no proven plan has {' and '.join(limits)}; allow more, see `autoquant pareto`"
+    parts = []
+    if limits.max_ppl_increase is not None:
+        parts.append(f"an increase of at most {limits.max_ppl_increase:.3%}")
+    if limits.max_kl is not None:
+        known = [proof.selection_kl.high for proof in proofs if proof.selection_kl]
+        least = f" (least: {min(known):.3g})" if known else " (proven before it was measured: search again)"
+        parts.append(f"a divergence of at most {limits.max_kl:g}{least}")
+    if limits.max_memory_bytes is not None:
+        smallest = min(proof.memory_bytes for proof in proofs)
+        parts.append(f"at most {limits.max_memory_bytes:,} bytes (smallest: {smallest:,})")
+    if not parts:
+        return "no proven plan meets --pin: loosen it and search again"
+    return f"no proven plan has {' and '.join(parts)}; allow more, see `autoquant pareto`"
 
 
 def _front(proofs: Mapping[str, Proof], times: Mapping[str, float]) -> set[str]:

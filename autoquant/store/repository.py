@@ -204,20 +204,18 @@ class Store:
         layers = [[_plain(choice) for choice in layer] for layer in options]
         self.update_study(study_id, problem={"options": layers, "about": dict(about or {})})
 
-    def options_about(self, study_id: str) -> dict[str, Any]:
-        """What all plans solved from the options have in common; empty where that is not known."""
-        with self._session() as session:
-            problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
-        return dict((problem or {}).get("about") or {})
-
     def options(self, study_id: str) -> dict[str, list[LayerChoice]] | None:
         """The choices that plans were solved from, by layer name; None where the search has not come so far."""
+        return self.options_and_about(study_id)[0]
+
+    def options_and_about(self, study_id: str) -> tuple[dict[str, list[LayerChoice]] | None, dict[str, Any]]:
+        """`options`, and what all plans solved from them have in common; empty where that is not known."""
         with self._session() as session:
             problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
         if problem is None:
-            return None
+            return None, {}
         layers = [[layer_from(choice) for choice in layer] for layer in problem["options"]]
-        return {layer[0].name: layer for layer in layers}
+        return {layer[0].name: layer for layer in layers}, dict(problem.get("about") or {})
 
     def studies(self) -> list[str]:
         """Study ids, the one last worked on first."""

@@ -49,6 +49,16 @@ class Limits:
         values |= {} if self.max_kl is None else {"max_kl": self.max_kl}
         return values | ({"minimize": self.minimize} if self.minimize != "time" else {})
 
+    def __str__(self) -> str:
+        parts = []
+        if self.max_ppl_increase is not None:
+            parts.append(f"increase at most {100 * self.max_ppl_increase:g}%")
+        if self.max_kl is not None:
+            parts.append(f"KL at most {self.max_kl:g}")
+        if self.max_memory_bytes is not None:
+            parts.append(f"memory at most {self.max_memory_bytes:,} bytes")
+        return f"{'fastest' if self.minimize == 'time' else 'smallest'} with {' and '.join(parts) or 'no limits'}"
+
     def within(self, proof: Proof, plan: Plan) -> bool:
         """Whether a proven plan keeps to all limits. The unquantized model does to those of quality, whatever they are."""
         if self.max_memory_bytes is not None and proof.memory_bytes > self.max_memory_bytes:

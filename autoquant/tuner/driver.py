@@ -22,12 +22,14 @@ from autoquant.models.named import quality_function
 from autoquant.profiler.device import fingerprint
 from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.profile import with_original
+from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Objective, Workload, content_key
-from autoquant.store import open_store
+from autoquant.records import Objective, Recording, Workload, content_key
+from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
-from autoquant.tuner.constraints import Constraints
+from autoquant.tuner.constraints import Constraints, bind
 from autoquant.tuner.limits import Limits
+from autoquant.tuner.planning import check_memory, context_of
 from autoquant.tuner.stages import Stages
 from autoquant.tuner.study import Study
 
@@ -140,6 +142,11 @@ def search(
     identity |= {"constraints": constraints.as_object()} if constraints.as_object() else {}
     store = open_store(db)
     study_id = content_key(identity, 8)
+    chosen = with_original(pairs, loaded.dtype)
+    recording = _known_recording(store, study_id, limits)
+    if recording is None and constraints.as_object():  # refused before anything is written
+        recording = record_model(loaded, workload, device=place, sample_inputs=inputs, listener=listener)
+        bind(constraints, recording.sites, [(fmt.id, kernel.id) for fmt, kernel in chosen], chosen[0][0].id)
     store.put_device(hardware)
     store.put_model(loaded.content_hash, asdict(loaded.source))
     store.put_study(
@@ -150,6 +157,8 @@ def search(
         workload=workload,
         limits=limits.as_object(),
     )
+    if recording is not None:
+        store.update_study(study_id, recording=recording)
     run = Stages(
         store=store,
         study_id=study_id,
@@ -158,7 +167,7 @@ def search(
         workload=workload,
         device=place,
         hardware=hardware,
-        candidates=with_original(pairs, loaded.dtype),
+        candidates=chosen,
         sample_inputs=inputs,
         fuse=fuse,
         sensitivity=method,
@@ -172,6 +181,18 @@ def search(
     )
     run.go()
     return Study(store, study_id)
+
+
+def _known_recording(store: Store, study_id: str, limits: Limits) -> Recording | None:
+    """What the store has recorded of this study, if anything. Where it has come further, the memory limit is checked."""
+    if study_id not in store.studies():
+        return None
+    facts = store.study(study_id)
+    options, about = store.options_and_about(study_id)
+    if options and about:
+        context = context_of(about, study_id=study_id, model_hash=facts.model_hash, workload=facts.workload)
+        check_memory(list(options.values()), context, limits.max_memory_bytes)
+    return facts.recording
 
 
 def _method(name: str, own: FunctionQuality | None) -> Sensitivity:

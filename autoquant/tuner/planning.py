@@ -161,8 +161,8 @@ def uniform_plans(
                 best, why = _fastest_of(exact, context.workload), f"every layer {fmt}"
             else:
                 best = _fastest_of([c for c in layer if c.format == layer[0].format], context.workload)
-                why = context.bound.reasons.get(name) or f"{fmt} cannot be used or never pays here"
-            chosen.append(replace(best, reason=why))
+                why = "" if name in context.bound.reasons else f"{fmt} cannot be used or never pays here"
+            chosen.append(replace(best, reason="; ".join(filter(None, [context.bound.reasons.get(name), why]))))
         label = f"uniform {numerics.replace('+', ' ')}"
         plan = make_plan(chosen, label, "uniform", context)
         plans.setdefault(plan.plan_id, plan)

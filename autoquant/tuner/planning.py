@@ -145,28 +145,43 @@ def uniform_plans(
 
     The others stay as they are; where a constraint does not let them, they get the first format that they can have.
     """
-    alone = [[choice for choice in layer if not choice.joined] for layer in options]
     keys = dict.fromkeys(
-        (choice.format, choice.numerics) for layer in alone for choice in layer if choice.format != originals[0].format
+        (choice.format, choice.numerics)
+        for layer in options
+        for choice in layer
+        if not choice.joined and choice.format != originals[0].format
     )
-    formats = {layer[0].name: {c.format for c in layer} for layer in alone}
     plans: dict[str, Plan] = {}
     for fmt, numerics in keys:
-        chosen = []
-        for layer in alone:
-            name = layer[0].name
-            same = [c for c in layer if c.format == fmt]
-            exact = [c for c in same if c.numerics == numerics] or same
-            if exact and all(fmt in formats[other] for other in context.bound.group_of(name)):
-                best, why = _fastest_of(exact, context.workload), f"every layer {fmt}"
-            else:
-                best = _fastest_of([c for c in layer if c.format == layer[0].format], context.workload)
-                why = "" if name in context.bound.reasons else f"{fmt} cannot be used or never pays here"
-            chosen.append(replace(best, reason="; ".join(filter(None, [context.bound.reasons.get(name), why]))))
+        chosen = [uniform_choice(layer, (fmt, numerics), options, context) for layer in options]
         label = f"uniform {numerics.replace('+', ' ')}"
         plan = make_plan(chosen, label, "uniform", context)
         plans.setdefault(plan.plan_id, plan)
     return list(plans.values())
+
+
+def uniform_choice(
+    layer: Sequence[LayerChoice],
+    key: tuple[str, str],
+    options: Sequence[Sequence[LayerChoice]],
+    context: PlanContext,
+) -> LayerChoice:
+    """The fastest route of a layer for a format and numerics, as one of `options`: all layers that can have it get it.
+
+    A layer that cannot, or one of whose group cannot, gets its first format: the unquantized one unless a constraint bars that.
+    """
+    fmt, numerics = key
+    alone = [choice for choice in layer if not choice.joined]
+    same = [choice for choice in alone if choice.format == fmt]
+    exact = [choice for choice in same if choice.numerics == numerics] or same
+    group = context.bound.group_of(layer[0].name)
+    others = [other for other in options if other[0].name in group] if group else []
+    if exact and all(any(c.format == fmt and not c.joined for c in other) for other in others):
+        best, why = _fastest_of(exact, context.workload), f"every layer {fmt}"
+    else:
+        best = _fastest_of([choice for choice in alone if choice.format == alone[0].format], context.workload)
+        why = "" if layer[0].name in context.bound.reasons else f"{fmt} cannot be used or never pays here"
+    return replace(best, reason="; ".join(filter(None, [context.bound.reasons.get(layer[0].name), why])))
 
 
 def _fastest_of(choices: Sequence[LayerChoice], workload: Workload) -> LayerChoice:

@@ -81,6 +81,11 @@ def smallest(problem: Problem, max_loss: float | None = None) -> Picks | None:
     return _minimise(problem, objective, max_loss=max_loss)
 
 
+def most_exact(problem: Problem, max_memory: float | None = None) -> Picks | None:
+    """The solution of least loss within a memory budget; among equals the faster one."""
+    return _minimise(problem, _scaled(problem.loss) + _TIE_BREAK * _scaled(problem.time), max_memory=max_memory)
+
+
 def front(problem: Problem, points: int = 24) -> list[Picks]:
     """Exact points of the front over time, loss and memory, fastest first.
 
@@ -88,7 +93,7 @@ def front(problem: Problem, points: int = 24) -> list[Picks]:
     solution is found, and once more with memory budgets between that one's and the smallest possible. Every solution is
     optimal for its budgets; those that another one beats in all three are left out.
     """
-    exact = _minimise(problem, _scaled(problem.loss) + _TIE_BREAK * _scaled(problem.time))
+    exact = most_exact(problem)
     quick = fastest(problem)
     tiny = smallest(problem)
     if exact is None or quick is None or tiny is None:

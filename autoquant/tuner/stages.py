@@ -26,6 +26,7 @@ from autoquant.records import (
     LayerChoice,
     Measurement,
     Plan,
+    PlanKind,
     Proof,
     Recording,
     Site,
@@ -35,6 +36,7 @@ from autoquant.records import (
 from autoquant.store import Store
 from autoquant.tuner.additivity import ADDITION, LossMap
 from autoquant.tuner.apart import Runner
+from autoquant.tuner.baselines import bits_plan, structural_plan
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import SiteChoices, constrained_choices, format_facts, scored
 from autoquant.tuner.constraints import UNBOUND, Bound, Constraints, bind
@@ -261,6 +263,7 @@ class Stages:
         for plan in uniform:
             self._prove(predicted(plan, calibration, sites, context))
         calibration = fit([original, *uniform], self.proofs, sites)
+        measured, fusing = options, context
         context = replace(
             context,
             rest_ms=calibration.rest_request_ms(self.workload.calls()),
@@ -271,19 +274,47 @@ class Stages:
         ]
         self.store.put_options(self.study_id, options, about_options(context, logarithmic=self.quality.logarithmic))
         known = {plan.plan_id for plan in (original, *uniform)}
-        count = max(FRONT_PLANS, LEAST_PLANS - len(known))
+        allowed = self.limits.expected_loss(self.plans, self.proofs, logarithmic=self.quality.logarithmic)
+        heuristic = structural_plan(measured, fusing, limits=self.limits, max_loss=allowed)
+        self._prove_baseline("heuristic", heuristic and predicted(heuristic, calibration, sites, context))
+        known |= {heuristic.plan_id} if heuristic else set()
+        count = max(FRONT_PLANS, LEAST_PLANS - len(known) - 1)  # one is left for the allocation by bits
         plans = front_plans(
             options,
             context,
-            count=count + len(known),
-            max_loss=self.limits.expected_loss(self.plans, self.proofs, logarithmic=self.quality.logarithmic),
+            count=count + 1 + len(known),
+            max_loss=allowed,
             max_memory_bytes=self.limits.max_memory_bytes,
             minimize=self.limits.minimize,
         )
-        for plan in [plan for plan in plans if plan.plan_id not in known][:count]:
+        new = [plan for plan in plans if plan.plan_id not in known]
+        for plan in new[:count]:
+            self._prove(plan)
+        self._prove_bits(options, context)
+        for plan in new[count:][: max(0, LEAST_PLANS - len(self.proofs))]:  # where bits alone gave nothing new
             self._prove(plan)
         self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
         self._refine(options, context)
+        self._prove_bits(options, context)  # of another recommended plan, where refinement found one
+
+    def _prove_bits(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
+        """Set beside the recommended plan what bits alone would choose in its place."""
+        recommended = Study(self.store, self.study_id).recommended()
+        if recommended is None:
+            self._prove_baseline("bits", None, "no plan is within the limits, whose bits it could have")
+        elif recommended.kind != "bits":
+            self._prove_baseline("bits", bits_plan(options, context, recommended))
+
+    def _prove_baseline(self, kind: PlanKind, plan: Plan | None, reason: str = "no formats to choose between") -> None:
+        """Prove a plan without layer-wise latency, or keep why there is none."""
+        same = self.plans.get(plan.plan_id) if plan else None
+        if same is not None and same.kind != kind:
+            reason = f"the same as plan {same.plan_id} ({same.label})"
+        elif plan is not None:
+            self._prove(plan)
+            return
+        self.store.put_reference(self.study_id, f"no {kind} plan", {"reason": reason})
+        self.listener(Notice(f"no {kind} plan: {reason}"))
 
     def _prove(self, plan: Plan) -> Proof | None:
         """Prove `plan` unless the store knows how that ends."""

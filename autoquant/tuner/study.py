@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import PlanError
-from autoquant.records import Objective, Plan, Proof
+from autoquant.records import BASELINES, Objective, Plan, Proof
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.tuner.alternatives import Alternatives, alternatives
 from autoquant.tuner.constraints import Constraints
 from autoquant.tuner.limits import Limits
+from autoquant.tuner.ties import TIE_FRACTION, most_exact, tied, ties
 
 if TYPE_CHECKING:
     import pandas as pd
-
-TIE_FRACTION = 0.01  # request times (or bytes) closer than this are a tie, decided by quality (or request time)
 
 COLUMNS = (
     "plan_id",
@@ -33,6 +32,7 @@ COLUMNS = (
     "memory_bytes",
     "on_front",
     "recommended",
+    "ties",
 )
 
 
@@ -79,6 +79,17 @@ class Study:
         """What was measured, by plan id."""
         return self.store.proofs(self.study_id)
 
+    def left_out(self) -> dict[str, str]:
+        """Why a plan of a kind that is always set beside the front is not there, by kind."""
+        kinds = {f"no {kind} plan": kind for kind in BASELINES}
+        there = {plan.kind for plan in self.plans()}
+        references = self.store.references(self.study_id)
+        return {
+            kind: str(references[name]["reason"])
+            for name, kind in kinds.items()
+            if name in references and kind not in there
+        }
+
     def plan(self, plan_id: str) -> Plan:
         """The plan whose id starts with `plan_id`."""
         return self.store.plan(plan_id)
@@ -91,11 +102,12 @@ class Study:
         max_kl: float | None = None,
     ) -> Plan:
         """The fastest, or the smallest, proven plan within the limits, see `Limits`, that meets the constraints of the search.
-        Request times within 1 % of one another are ties, and the better quality wins; so are sizes, and
-               the faster plan wins.
 
-               Raises:
-                   PlanError: No proven plan is within the limits.
+        Of request times within 1 % of one another the better quality wins; of such sizes the faster plan. Among that plan and
+        those that are a tie with it, see `autoquant.tuner.ties`, the most exact one is taken.
+
+        Raises:
+            PlanError: No proven plan is within the limits.
         """
         return self.best_within(
             Limits(
@@ -121,13 +133,15 @@ class Study:
         times = request_times(proofs.values())
         costs = {proof.plan_id: times[proof.plan_id] if minimize == "time" else proof.memory_bytes for proof in within}
         least = min(costs.values())
-        ties = [proof for proof in within if costs[proof.plan_id] <= least * (1 + TIE_FRACTION)]
+        close = [proof for proof in within if costs[proof.plan_id] <= least * (1 + TIE_FRACTION)]
 
         def preference(proof: Proof) -> tuple[float, float]:
             quality, time = proof.selection_increase.high, times[proof.plan_id]
             return (quality, time) if minimize == "time" else (time, quality)
 
-        return plans[min(ties, key=preference).plan_id]
+        best = min(close, key=preference)
+        rivals = close if minimize == "memory" else within
+        return plans[most_exact([best, *(proof for proof in rivals if tied(proof, best))]).plan_id]
 
     def best_of_search(self) -> Plan:
         """The best plan by what the last search was asked for: its limits, and what it minimized.
@@ -168,6 +182,7 @@ class Study:
         proofs = self.proofs()
         times = request_times(proofs.values())
         recommended = self.recommended()
+        tied_with = ties(proofs)
         front = _front(proofs, times)
         rows = [
             {
@@ -185,6 +200,7 @@ class Study:
                 "memory_bytes": proof.memory_bytes,
                 "on_front": plan.plan_id in front,
                 "recommended": recommended is not None and plan.plan_id == recommended.plan_id,
+                "ties": " ".join(tied_with[plan.plan_id]),
             }
             for plan in self.plans()
             if (proof := proofs.get(plan.plan_id)) is not None

@@ -100,5 +100,7 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
     typer.echo(recommendation(rows, facts.limits))
     for line in left_out_lines(study.left_out()):
         typer.echo(line)
+    if ended := study.refinement_ended():
+        typer.echo(f"Refinement: {ended}.")
     for plan_id, reason in study.store.failed_proofs(study.study_id).items():
         typer.echo(f"Plan {plan_id} could not be proven: {reason}")

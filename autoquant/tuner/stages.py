@@ -45,7 +45,7 @@ from autoquant.tuner.jobs import Bench, ProveJob
 from autoquant.tuner.limits import Limits
 from autoquant.tuner.planning import PlanContext, about_options, check_memory, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
-from autoquant.tuner.refine import proposals
+from autoquant.tuner.refine import growth_of, point_of, proposals
 from autoquant.tuner.runners import start_runner
 from autoquant.tuner.scoring import score
 from autoquant.tuner.study import Study
@@ -337,12 +337,13 @@ class Stages:
         return proof
 
     def _refine(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
-        """Spend what is left of the time on plans that Optuna proposes."""
+        """Spend what is left of the time on plans that Optuna proposes, as long as they make the front grow."""
         known = {
             plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
         }
         self.listener(StageStarted("refine", 0))
-        slowest_s, count = 0.0, 0
+        growth = growth_of(known, self.limits.minimize, self.limits.max_ppl_increase)
+        slowest_s, count, why = 0.0, 0, "no new plan proposed"
         for plan, tell in proposals(
             options,
             context,
@@ -354,13 +355,20 @@ class Stages:
         ):
             if self._left_s() < max(slowest_s, _SHORTEST_PROOF_S):
                 tell(None)
+                why = "the time budget is spent"
                 break
             began = time.monotonic()
             self.listener(StageProgress("refine", count, f"{plan.label}, {self._left_s():.0f} s left"))
-            tell(self._prove(plan))
+            proof = self._prove(plan)
+            tell(proof)
+            growth.add(point_of(proof, self.limits.minimize))
             slowest_s = max(slowest_s, time.monotonic() - began)
             count += 1
-        self.listener(StageFinished("refine", f"{count} further plans proven"))
+            if growth.ended:
+                why = f"the front's hypervolume grew by {growth.last_growth:.2%} over the last {growth.patience}"
+                break
+        self.store.put_reference(self.study_id, "refinement", {"plans": count, "ended": why})
+        self.listener(StageFinished("refine", f"{count} further plans proven; ended: {why}"))
 
     def _settle_routes(self, timings: Timings, working_set: int) -> None:
         """On GPUs, where a format has many kernels: measure at which m they change in the plans of the front.

@@ -90,6 +90,11 @@ class Study:
             if name in references and kind not in there
         }
 
+    def refinement_ended(self) -> str | None:
+        """Why the last refinement ended, or None where there was none."""
+        kept = self.store.references(self.study_id).get("refinement")
+        return None if kept is None else f"{kept['plans']} further plans proven; ended: {kept['ended']}"
+
     def plan(self, plan_id: str) -> Plan:
         """The plan whose id starts with `plan_id`."""
         return self.store.plan(plan_id)

@@ -6,6 +6,7 @@ AutoquantError
 ├── QualityError      the user's quality function fails or gives no losses
 ├── TaskError         no such task, or lm-eval is missing or cannot run it
 ├── WorkloadError     a workload, limit or size that cannot be parsed or does not fit the model
+├── ConstraintError   a pattern for layers or formats that matches nothing, or constraints that contradict each other
 ├── RecipeError       no such recipe, or its file has something that a search does not take
 ├── DeviceError       the device asked for is not there
 ├── CandidateError    a candidate name, format or kernel that does not exist or misbehaves
@@ -40,6 +41,10 @@ class TaskError(AutoquantError):
 
 class WorkloadError(AutoquantError):
     """A workload, limit or size that cannot be parsed or does not fit the model."""
+
+
+class ConstraintError(AutoquantError):
+    """A pattern for layers or formats that matches nothing, or constraints that contradict each other."""
 
 
 class RecipeError(AutoquantError):

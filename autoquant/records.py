@@ -17,7 +17,9 @@ from autoquant.errors import WorkloadError
 
 Outcome = Literal["ok", "unsupported", "bounded", "beaten", "incorrect", "failed"]
 """`bounded`: never prepared, since the roofline shows that it cannot win. `beaten`: tried out, and far behind."""
-PlanKind = Literal["original", "uniform", "front", "refined"]
+PlanKind = Literal["original", "uniform", "heuristic", "bits", "front", "refined", "solved"]
+BASELINES: tuple[PlanKind, ...] = ("uniform", "heuristic", "bits")
+"""Kinds of plans that are made without looking at each layer's latency: what a searched plan has to beat."""
 Objective = Literal["time", "memory"]
 """What the recommended plan has least of, within the limits: time of a request, or bytes of all parameters."""
 ORIGINAL_LABEL = "original"
@@ -319,6 +321,10 @@ class Proof:
         selection_increase: The same on the selection part, which is what limits are checked against.
         kl: Mean divergence to the unquantized model on the report part (None where not defined).
         memory_bytes: Bytes of all parameters as stored.
+        selection_kl: The divergence on the selection part, with its interval (None where not defined); so is what follows
+            in proofs of older versions.
+        selection_losses: Loss of each sample of the selection part: plans are compared sample by sample.
+        time_ratio: Request time over that of the unquantized model, with its interval from the spread of the rounds.
     """
 
     plan_id: str
@@ -334,6 +340,9 @@ class Proof:
     memory_bytes: int
     execution: str = "compiled"
     notes: tuple[str, ...] = field(default_factory=tuple)
+    selection_kl: Interval | None = None
+    selection_losses: tuple[float, ...] = ()
+    time_ratio: Interval | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,7 +416,8 @@ def layer_from(data: Mapping[str, Any]) -> LayerChoice:
 def proof_from(data: Mapping[str, Any]) -> Proof:
     """Rebuild a `Proof` from its JSON object."""
     rest = dict(data)
-    for name in ("increase", "selection_increase"):
-        rest[name] = Interval(**rest[name])
-    rest["notes"] = tuple(rest.get("notes", ()))
+    for name in ("increase", "selection_increase", "selection_kl", "time_ratio"):
+        rest[name] = Interval(**rest[name]) if rest.get(name) else None
+    for name in ("notes", "selection_losses"):
+        rest[name] = tuple(rest.get(name, ()))
     return Proof(**rest)

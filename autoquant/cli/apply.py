@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +48,7 @@ def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
     if plan_id is not None:
         return study.plan(plan_id)
     if increase is not None:
-        return study.best(increase, study.facts.limits.get("max_memory_bytes"))
+        return study.best_within(replace(study.limits, max_ppl_increase=increase, minimize="time"))
     return study.best_of_search()
 
 

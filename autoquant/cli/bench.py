@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from autoquant.tuner.bench import BenchRow
 
 
+_KINDS = ("uniform", "heuristic", "bits", "front", "refined")
+
+
 def bench(
     database: Database,
     plan: PlansOption = None,
     compare: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="Also all proven plans of a kind: uniform or front.", show_default=False),
+        typer.Option(metavar="KIND", help="Also all proven plans of a kind, e.g. uniform.", show_default=False),
     ] = None,
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Also say where the time of a step goes: layers, glue, gaps.")
@@ -37,8 +40,8 @@ def bench(
     as_json: JsonFlag = False,
 ) -> None:
     """Time plans in the whole model, compiled, in turn with the unquantized model, and compare with what was predicted."""
-    if compare is not None and compare not in ("uniform", "front"):
-        raise typer.BadParameter(f"{compare!r} is neither uniform nor front", param_hint="--compare")
+    if compare is not None and compare not in _KINDS:
+        raise typer.BadParameter(f"{compare!r} is none of {', '.join(_KINDS)}", param_hint="--compare")
     if trace is not None and not trace.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {trace.absolute().parent}", param_hint="--trace")
     from autoquant.report.progress import listening

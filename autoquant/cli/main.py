@@ -32,6 +32,7 @@ from autoquant.cli.report import report
 from autoquant.cli.rm import rm
 from autoquant.cli.search import search
 from autoquant.cli.show import show
+from autoquant.cli.solve import solve
 from autoquant.cli.studies import studies
 from autoquant.errors import AutoquantError
 
@@ -117,6 +118,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(short_help="Search for the fastest plans of a model.")(search)
+app.command(short_help="Solve a finished search for other limits, at once.")(solve)
 app.command(short_help="Show the measured front of a search.")(pareto)
 app.command(short_help="Show one plan layer by layer, with why.")(show)
 app.command(short_help="Write everything about a search as one HTML page.")(report)

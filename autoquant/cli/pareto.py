@@ -84,10 +84,12 @@ def _print_chart(rows: list[dict[str, Any]]) -> None:
 
 def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> None:
     from autoquant.report.tables import front_table
-    from autoquant.report.words import recommendation, study_line
+    from autoquant.report.words import constraints_words, left_out_lines, recommendation, study_line
 
     facts = study.facts
     typer.echo(f"Study {facts.study_id}: {study_line(facts.source, facts.device, facts.workload)}")
+    if constrained := constraints_words(study.constraints.as_object()):
+        typer.echo(f"Constraints: {constrained}")
     if not facts.complete:
         typer.echo("This search has not come to its end; the same `autoquant search` goes on from here.")
     typer.echo()
@@ -97,5 +99,9 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
     if rows and chart:
         _print_chart(rows)
     typer.echo(recommendation(rows, facts.limits))
+    for line in left_out_lines(study.left_out()):
+        typer.echo(line)
+    if ended := study.refinement_ended():
+        typer.echo(f"Refinement: {ended}.")
     for plan_id, reason in study.store.failed_proofs(study.study_id).items():
         typer.echo(f"Plan {plan_id} could not be proven: {reason}")

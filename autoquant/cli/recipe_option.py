@@ -99,7 +99,7 @@ def configuration(context: typer.Context) -> dict[str, Value]:
     found: dict[str, Value] = {}
     for parameter in context.command.params:
         key, value = _key(parameter), context.params.get(parameter.name or "")
-        if value is None or value == [] or key in _NEVER_TAKEN:
+        if value in (None, [], ()) or key in _NEVER_TAKEN:
             continue
         if key in _PATHS and Path(value).exists():
             value = str(Path(value).resolve())
@@ -120,7 +120,7 @@ def _parameter(recipe: Recipe, key: str, known: Mapping[str, Any]) -> Any:
     if key in _NEVER_TAKEN:
         raise RecipeError(f"{recipe.path}: {key} is not taken from a recipe, give --{key} on the command line")
     if key not in known:
-        close = get_close_matches(key, known, 1)
+        close = [name for name in known if name.startswith(key)] or get_close_matches(key, known, 1)
         meant = f"did you mean {close[0]}?" if close else "`autoquant search --help` lists them"
         raise RecipeError(f"{recipe.path}: a search has no option {key!r}; {meant}")
     return known[key]

@@ -17,7 +17,7 @@ from autoquant.cli.recipe_option import (
     configuration,
     save_recipe,
 )
-from autoquant.cli.values import duration_s, fraction, size_bytes
+from autoquant.cli.values import duration_s, fraction, nats, size_bytes
 
 if TYPE_CHECKING:
     from autoquant.tuner.study import Study
@@ -90,12 +90,38 @@ def search(
     max_ppl_increase: Annotated[
         str, typer.Option(metavar="PERCENT", help="Limit of the perplexity increase, e.g. 1% or 0.01.")
     ] = "1%",
+    max_kl: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NATS", help="Limit of the mean KL to the unquantized model, e.g. 0.02.", show_default=False
+        ),
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False)
     ] = None,
     minimize: Annotated[
         Minimize, typer.Option(help="What the recommended plan has least of, within the limits.")
     ] = Minimize.TIME,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Layers that stay unquantized, e.g. lm_head; repeatable.", show_default=False
+        ),
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB=GLOB",
+            help="Layers that get such formats, e.g. '*.q_proj=int8-row*'; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    fusable: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vllm", help="One format for what this engine fuses (q, k, v; gate, up).", show_default=False
+        ),
+    ] = None,
     candidates: Annotated[
         list[str] | None,
         typer.Option(
@@ -141,6 +167,7 @@ def search(
         raise typer.BadParameter("needs a text: with --quality only isolated works", param_hint="--sensitivity")
     check_save(save_as)
     increase = fraction(max_ppl_increase, "--max-ppl-increase")
+    divergence = None if max_kl is None else nats(max_kl, "--max-kl")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
     budget_s = duration_s(time_budget, "--time-budget")
 
@@ -164,8 +191,12 @@ def search(
                 workload=request,
                 batch=batch,
                 max_ppl_increase=increase,
+                max_kl=divergence,
                 max_memory_bytes=memory,
                 minimize=minimize.value,
+                keep=tuple(keep or ()),
+                pin=tuple(pin or ()),
+                fusable=fusable,
                 candidates=tuple(candidates or ("*",)),
                 fuse=fuse,
                 time_budget_s=budget_s,
@@ -200,7 +231,15 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     rows = study.rows()
     recommended = next((row for row in rows if row["recommended"]), None)
     if as_json:
-        print_json({"study_id": study.study_id, "recommended": recommended, "database": db})
+        print_json(
+            {
+                "study_id": study.study_id,
+                "recommended": recommended,
+                "database": db,
+                "limits": study.limits.as_object(),
+                "constraints": study.constraints.as_object(),
+            }
+        )
         return
     from autoquant.report.tables import front_table
     from autoquant.report.words import off_predictions, recommendation

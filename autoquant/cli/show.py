@@ -26,26 +26,33 @@ def show(
     """Show one plan layer by layer: format, kernels, predicted time, loss and memory, and why."""
     with opened_study(database, plan_id=plan) as study:
         chosen = study.best_of_search() if plan is None else study.plan(plan)
-        row = next((row for row in study.rows() if row["plan_id"] == chosen.plan_id), None)
+        rows = study.rows()
+        row = next((row for row in rows if row["plan_id"] == chosen.plan_id), None)
         proof = study.proofs().get(chosen.plan_id)
         if as_json:
             from autoquant.report.json_output import plan_object
 
-            print_json(plan_object(chosen, row, proof, study.facts.recording, study.alternatives(chosen)))
+            found = plan_object(chosen, row, proof, study.facts.recording, study.alternatives(chosen))
+            print_json(found | {"constraints": study.constraints.as_object()})
         else:
-            _print_text(study, chosen, row, proof, why=why, database=shlex.quote(database))
+            _print_text(study, chosen, rows, proof, why=why, database=shlex.quote(database))
 
 
 def _print_text(
-    study: Study, plan: Plan, row: dict[str, Any] | None, proof: Proof | None, *, why: bool, database: str
+    study: Study, plan: Plan, rows: list[dict[str, Any]], proof: Proof | None, *, why: bool, database: str
 ) -> None:
     from autoquant.report.tables import coverage_line, coverage_table, layers_table
-    from autoquant.report.words import off_predictions, plan_lines, study_line
+    from autoquant.report.words import constraints_words, off_predictions, plan_lines, study_line, ties_lines
 
     facts = study.facts
+    row = next((row for row in rows if row["plan_id"] == plan.plan_id), None)
     failure = study.store.failed_proofs(study.study_id).get(plan.plan_id)
     typer.echo(study_line(facts.source, facts.device, facts.workload))
+    if constrained := constraints_words(study.constraints.as_object()):
+        typer.echo(f"Constraints: {constrained}")
     for line in [*plan_lines(plan, row, proof, failure), *off_predictions([row] if row else [], database)]:
+        typer.echo(line)
+    for line in ties_lines(rows, row) if row else []:
         typer.echo(line)
     typer.echo()
     print_table(lambda width: layers_table(plan, width))

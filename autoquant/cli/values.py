@@ -32,6 +32,21 @@ def fraction(text: str, option: str) -> float:
     return value
 
 
+def nats(text: str, option: str) -> float:
+    """Read `0.02` as a divergence.
+
+    Raises:
+        WorkloadError: It is no number, or negative.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise WorkloadError(f"{option}: cannot read {text!r}; write nats per token such as 0.02")
+    return value
+
+
 def size_bytes(text: str, option: str) -> int:
     """Read `2GiB`, `500MB` or `123456` as bytes.
 

@@ -26,11 +26,15 @@ QualityFunction = Callable[[nn.Module, Part], Any]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Losses per sample of a model and of the unquantized one, and the mean divergence between them (None: not defined)."""
+    """Losses per sample of a model and of the unquantized one, and the mean divergence between them (None: not defined).
+
+    `sample_kl` has the divergence of each sample; empty where it is not defined.
+    """
 
     losses: tuple[float, ...]
     reference: tuple[float, ...]
     kl: float | None
+    sample_kl: tuple[float, ...] = ()
 
 
 class Quality(Protocol):
@@ -46,7 +50,13 @@ class Quality(Protocol):
 
     def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]: ...
 
-    def compare(self, module: nn.Module, reference: nn.Module, part: Part) -> Comparison: ...
+    def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
+        """Losses of both on the same samples.
+
+        Args:
+            known: The reference's losses, where they were measured before.
+        """
+        ...
 
 
 class TextQuality:
@@ -55,7 +65,7 @@ class TextQuality:
     Args:
         parts: The windows.
         device: Where the model lies.
-        keep_reference: Every comparison will be with the same reference, whose logits on the report part are kept on disk.
+        keep_reference: Every comparison will be with the same reference, whose logits are kept on disk.
     """
 
     logarithmic = True
@@ -66,8 +76,9 @@ class TextQuality:
         self._device = device
         self._kept: dict[tuple[Part, int], KeptTensor] = {}
         if keep_reference:
-            most_bytes = _KEPT_BYTES // max(1, len(parts.windows["report"]))
-            self._kept = {("report", number): KeptTensor(most_bytes) for number in range(len(parts.windows["report"]))}
+            compared: tuple[Part, ...] = ("report", "selection")
+            windows = [(part, number) for part in compared for number in range(len(parts.windows[part]))]
+            self._kept = {window: KeptTensor(_KEPT_BYTES // len(windows)) for window in windows}
 
     def windows(self, part: Part) -> Iterator[torch.Tensor]:
         """Token ids `[1, tokens]`, one window at a time."""
@@ -78,18 +89,20 @@ class TextQuality:
         """Mean negative log-likelihood in nats of each window's tokens but the first."""
         return tuple(window_loss(next_token_logits(module, ids), ids) for ids in self.windows(part))
 
-    def compare(self, module: nn.Module, reference: nn.Module, part: Part) -> Comparison:
-        losses, reference_losses, divergence, rows = [], [], 0.0, 0
+    def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
+        losses, reference_losses, divergences, rows = [], list(known), [], []
         for number, ids in enumerate(self.windows(part)):
             make = partial(next_token_logits, reference, ids)
             kept = self._kept.get((part, number))
             wanted = make() if kept is None else kept.get(make)
             logits = next_token_logits(module, ids)
             losses.append(window_loss(logits, ids))
-            reference_losses.append(window_loss(wanted, ids))
-            divergence += divergence_sum(wanted, logits)
-            rows += logits.shape[0]
-        return Comparison(tuple(losses), tuple(reference_losses), divergence / rows)
+            if not known:
+                reference_losses.append(window_loss(wanted, ids))
+            divergences.append(divergence_sum(wanted, logits))
+            rows.append(logits.shape[0])
+        each = tuple(divergence / count for divergence, count in zip(divergences, rows, strict=True))
+        return Comparison(tuple(losses), tuple(reference_losses), sum(divergences) / sum(rows), each)
 
 
 class FunctionQuality:
@@ -133,8 +146,8 @@ class FunctionQuality:
             )
         return losses
 
-    def compare(self, module: nn.Module, reference: nn.Module, part: Part) -> Comparison:
-        return Comparison(self.losses(module, part), self.losses(reference, part), None)
+    def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
+        return Comparison(self.losses(module, part), tuple(known) or self.losses(reference, part), None)
 
 
 def next_token_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from autoquant.evaluators.statistics import mean_interval
 from autoquant.profiler.device import release_memory, synchronize
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.profiler.phases import Phases
 from autoquant.profiler.timing import first_line
-from autoquant.records import request_time
+from autoquant.records import Interval, request_time
 
 _WARM_UP_CALLS = 2
 _MAX_RELATIVE_ERROR = 0.1
@@ -24,15 +26,27 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class RequestTimes:
-    """Median milliseconds of one call of each phase, of a plan and of the unquantized model timed in the same rounds."""
+    """Median milliseconds of one call of each phase, of a plan and of the unquantized model timed in the same rounds.
+
+    `rounds` has the pairs (plan, unquantized model) that these are medians of, phase by phase.
+    """
 
     plan_ms: Mapping[str, float]
     original_ms: Mapping[str, float]
     note: str = ""
+    rounds: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()
 
     def request_ms(self, calls: Mapping[str, int]) -> tuple[float, float]:
         """Milliseconds of one request by the plan and by the unquantized model."""
         return request_time(self.plan_ms, calls), request_time(self.original_ms, calls)
+
+    def ratio(self, calls: Mapping[str, int]) -> Interval:
+        """Request time of the plan over that of the unquantized model, with its 95 % interval from the spread of the rounds."""
+        plan_ms, original_ms = self.request_ms(calls)
+        value = plan_ms / original_ms
+        each = [request_time(plan, calls) / request_time(original, calls) for plan, original in self.rounds]
+        half = (interval := mean_interval(each)).high - interval.value if each else math.inf
+        return Interval(value=value, low=value - half, high=value + half)
 
 
 class WrongResultError(Exception):
@@ -88,21 +102,27 @@ def make_warm(make: Callable[..., Phases]) -> tuple[Phases, str]:
 
 def time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:
     """Time both models, already warm, in alternating order, and take medians over rounds; see `time_in_turn`."""
-    (original_ms, plan_ms), note = time_in_turn([original, plan], device)
-    return RequestTimes(plan_ms, original_ms, note)
+    (of_original, of_plan), note = rounds_in_turn([original, plan], device)
+    return RequestTimes(_medians(of_plan), _medians(of_original), note, tuple(zip(of_plan, of_original, strict=True)))
 
 
 def time_in_turn(models: Sequence[Phases], device: str) -> tuple[list[dict[str, float]], str]:
+    """As `rounds_in_turn`, with the medians over rounds for each model."""
+    rounds, note = rounds_in_turn(models, device)
+    return [_medians(taken) for taken in rounds], note
+
+
+def rounds_in_turn(models: Sequence[Phases], device: str) -> tuple[list[list[dict[str, float]]], str]:
     """Time models of one workload, already warm, round after round, each round beginning with another one.
 
     Repeated while the machine is busy with something else.
 
     Returns:
-        For each model its median milliseconds of one call of each phase, and a note where the machine stayed busy.
+        For each model and round milliseconds of one call of each phase, and a note where the machine stayed busy.
     """
     for attempt in range(_ATTEMPTS):
         watch = watch_load(device)
-        times = _time_in_turn(models, device)
+        times = _rounds_in_turn(models, device)
         share = watch.share()
         if share <= HIGHEST_OTHER_LOAD:
             return times, ""
@@ -110,16 +130,20 @@ def time_in_turn(models: Sequence[Phases], device: str) -> tuple[list[dict[str, 
     return times, f"timed while others used {share:.0%} of the machine: `autoquant bench` times it again"
 
 
-def _time_in_turn(models: Sequence[Phases], device: str) -> list[dict[str, float]]:
+def _rounds_in_turn(models: Sequence[Phases], device: str) -> list[list[dict[str, float]]]:
     names = [phase.name for phase in models[0].workload.phases]
-    samples: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in models]
+    samples: list[list[dict[str, float]]] = [[{} for _ in range(_ROUNDS)] for _ in models]
     pairs = list(zip(models, samples, strict=True))
     for round_number in range(_ROUNDS):
         first = round_number % len(pairs)
         for name in names:
             for phases, taken in pairs[first:] + pairs[:first]:
-                taken[name].append(_sample(phases, name, device))
-    return [{name: statistics.median(values) for name, values in taken.items()} for taken in samples]
+                taken[round_number][name] = _sample(phases, name, device)
+    return samples
+
+
+def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(taken[name] for taken in rounds) for name in rounds[0]}
 
 
 def _sample(phases: Phases, name: str, device: str) -> float:

@@ -22,21 +22,31 @@ def paired_increase(losses: Sequence[float], reference: Sequence[float], *, loga
     Returns:
         The increase as a fraction with its 95 % interval, from Student's t of the paired differences.
     """
-    from scipy.stats import t as student
-
     if len(losses) != len(reference) or not losses:
         raise ValueError(f"{len(losses)} losses for {len(reference)} reference losses")
-    differences = [a - b for a, b in zip(losses, reference, strict=True)]
-    count = len(differences)
-    mean = math.fsum(differences) / count
-    half = math.inf
-    if count > 1:
-        variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
-        half = float(student.ppf(0.5 + CONFIDENCE / 2, count - 1)) * math.sqrt(variance / count)
+    mean, half = _mean_and_half([a - b for a, b in zip(losses, reference, strict=True)])
     if logarithmic:
         return Interval(value=math.expm1(mean), low=math.expm1(mean - half), high=_expm1(mean + half))
-    scale = abs(math.fsum(reference) / count) or 1.0
+    scale = abs(math.fsum(reference) / len(reference)) or 1.0
     return Interval(value=mean / scale, low=(mean - half) / scale, high=(mean + half) / scale)
+
+
+def mean_interval(samples: Sequence[float]) -> Interval:
+    """Mean of samples with its 95 % interval, from Student's t."""
+    mean, half = _mean_and_half(samples)
+    return Interval(value=mean, low=mean - half, high=mean + half)
+
+
+def _mean_and_half(samples: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the length of its interval (infinite for a single sample)."""
+    from scipy.stats import t as student
+
+    count = len(samples)
+    mean = math.fsum(samples) / count
+    if count == 1:
+        return mean, math.inf
+    variance = math.fsum((sample - mean) ** 2 for sample in samples) / (count - 1)
+    return mean, float(student.ppf(0.5 + CONFIDENCE / 2, count - 1)) * math.sqrt(variance / count)
 
 
 def _expm1(x: float) -> float:

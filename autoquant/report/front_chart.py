@@ -35,10 +35,28 @@ class _Glyphs:
 
 
 _DRAWN = _Glyphs(
-    {"recommended": "★", "unquantized": "■", "on the front": "●", "uniform": "◇", "other": "·"}, *"─│┐│┤└┬"
+    {
+        "recommended": "★",
+        "unquantized": "■",
+        "on the front": "●",
+        "uniform": "◇",
+        "heuristic": "△",
+        "bits alone": "▽",
+        "other": "·",
+    },
+    *"─│┐│┤└┬",
 )
 _ASCII = _Glyphs(
-    {"recommended": ">", "unquantized": "#", "on the front": "*", "uniform": "u", "other": "."}, *"-|+||+|"
+    {
+        "recommended": ">",
+        "unquantized": "#",
+        "on the front": "*",
+        "uniform": "u",
+        "heuristic": "h",
+        "bits alone": "b",
+        "other": ".",
+    },
+    *"-|+||+|",
 )
 
 
@@ -178,7 +196,7 @@ def _family(row: Row) -> str:
         return "unquantized"
     if row["on_front"]:
         return "on the front"
-    return "uniform" if row["kind"] == "uniform" else "other"
+    return {"uniform": "uniform", "heuristic": "heuristic", "bits": "bits alone"}.get(row["kind"], "other")
 
 
 def _time_lines(axis: _Axis, margin: int, glyphs: _Glyphs) -> list[str]:

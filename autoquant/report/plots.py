@@ -21,7 +21,9 @@ PAGE_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToClou
 # Told apart by shape and brightness, so that the picture reads in greyscale.
 _FRONT, _OTHER, _RECOMMENDED, _INK = "#1f4e79", "#b8c4d0", "#f0a020", "#222222"
 _GREY, _THIN = "#6b7885", "#8a949e"
+_BASELINES = {"uniform": ("D", "uniform"), "heuristic": ("^", "structural heuristic"), "bits": ("v", "bits alone")}
 _SEARCHED_FRONT, _SEARCHED = "searched, on the front", "searched"
+_SYMBOLS = {"*": "star", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "o": "circle"}
 _SIZE_INCHES, _DPI = (9.0, 5.6), 120
 _LABEL_LENGTH = 28
 _POINT_AREA = (30.0, 190.0)
@@ -121,8 +123,9 @@ def _style(row: Row) -> dict[str, Any]:
     fill = _FRONT if row["on_front"] else _OTHER
     if row["label"] == ORIGINAL_LABEL:
         return {"marker": "s", "facecolor": fill, "edgecolor": _INK, "zorder": 5}
-    if row["kind"] == "uniform":
-        return {"marker": "D", "facecolor": "white", "edgecolor": fill if row["on_front"] else _GREY, "zorder": 4}
+    if row["kind"] in _BASELINES:
+        fill = fill if row["on_front"] else _GREY
+        return {"marker": _BASELINES[row["kind"]][0], "facecolor": "white", "edgecolor": fill, "zorder": 4}
     return {"marker": "o", "facecolor": fill, "edgecolor": "white", "zorder": 5 if row["on_front"] else 3}
 
 
@@ -159,7 +162,7 @@ def _draw_legend(figure: Any, rows: Sequence[Row]) -> None:
         ("recommended", 160.0),
         (_SEARCHED_FRONT, 60.0),
         (_SEARCHED, 60.0),
-        ("uniform", 45.0),
+        *((name, 45.0) for _, name in _BASELINES.values()),
         ("unquantized", 60.0),
     ):
         if name in families:
@@ -203,7 +206,7 @@ def _by_importance(rows: Sequence[Row]) -> list[Row]:
 
 
 def _needs_label(row: Row) -> bool:
-    return bool(row["recommended"] or row["label"] == ORIGINAL_LABEL or row["kind"] == "uniform")
+    return bool(row["recommended"] or row["label"] == ORIGINAL_LABEL or row["kind"] in _BASELINES)
 
 
 def _label(row: Row) -> str:
@@ -285,14 +288,14 @@ def _family(row: Row) -> str:
         return "recommended"
     if row["label"] == ORIGINAL_LABEL:
         return "unquantized"
-    if row["kind"] == "uniform":
-        return "uniform"
+    if row["kind"] in _BASELINES:
+        return _BASELINES[row["kind"]][1]
     return _SEARCHED_FRONT if row["on_front"] else _SEARCHED
 
 
 def _trace(members: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
     style = _style(members[0])
-    symbol = {"*": "star", "s": "square", "D": "diamond", "o": "circle"}[style["marker"]]
+    symbol = _SYMBOLS[style["marker"]]
     increases = [row["perplexity_increase"] * 100 for row in members]
     above = [row["perplexity_increase_high"] * 100 - y for row, y in zip(members, increases, strict=True)]
     below = [y - row["perplexity_increase_low"] * 100 for row, y in zip(members, increases, strict=True)]

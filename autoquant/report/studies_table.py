@@ -10,7 +10,7 @@ from rich.text import Text
 
 from autoquant.report import units
 from autoquant.report.tables import plain_table
-from autoquant.report.words import device_words, limits_words, source_name
+from autoquant.report.words import constraints_words, device_words, limits_words, source_name
 
 
 def studies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -26,7 +26,7 @@ def studies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         about = (source_name(row["source"]), device_words(row["device"]), str(row["workload"]))
         cells = [
             row["study_id"],
-            "\n".join(about),
+            "\n".join(filter(None, (*about, constraints_words(row["constraints"])))),
             limits_words(row["limits"]).replace(" at most ", " <= ").replace(", ", "\n"),
             str(row["proven"]),
             "yes" if row["complete"] else "no",
@@ -47,6 +47,7 @@ def studies_objects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "device": row["device"].name,
             "workload": str(row["workload"]),
             "limits": row["limits"],
+            "constraints": row["constraints"],
             "proven_plans": row["proven"],
             "complete": row["complete"],
             "recommended_plan_id": row["recommended"],

@@ -15,6 +15,7 @@ from autoquant.report.names import fold
 
 WIDE = 120
 _LEGEND = "> recommended   * on the front: no other is faster, better and smaller at once"
+_TIES_LEGEND = "> recommended   ~ a tie with it   * on the front: none is better in everything"
 _SKIPPED_ROWS = 12
 
 
@@ -57,7 +58,8 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
     wide = width >= WIDE
     unit, times = units.common_ms([row["measured_request_ms"] for row in rows])
     memory_unit, memory = units.common_bytes([row["memory_bytes"] for row in rows])
-    table = plain_table(caption=_LEGEND)
+    rivals = ties_of_recommended(rows)
+    table = plain_table(caption=_TIES_LEGEND if rivals else _LEGEND)
     table.add_column("", no_wrap=True, width=2)
     table.add_column("Plan", no_wrap=True)
     table.add_column("Label", overflow="fold", ratio=1)
@@ -74,7 +76,7 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
     table.add_column(Text(f"Memory\n[{memory_unit}]"), justify="right", no_wrap=True)
     ids = short_ids([row["plan_id"] for row in rows])
     for row, time, stored in zip(rows, times, memory, strict=True):
-        cells = [_mark(row), ids[row["plan_id"]], row["label"], time]
+        cells = [_mark(row, rivals), ids[row["plan_id"]], row["label"], time]
         cells += [_in_unit(row["predicted_request_ms"], unit)] if wide else []
         cells += [f"{row['speedup']:.2f}x"]
         cells += [_optional(row["perplexity"], 5)] if wide else []
@@ -216,8 +218,15 @@ def plain_table(caption: str | None = None, *, expand: bool = True) -> Table:
     )
 
 
-def _mark(row: Mapping[str, Any]) -> str:
-    return f"{'>' if row['recommended'] else ' '}{'*' if row['on_front'] else ' '}"
+def ties_of_recommended(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that noise alone tells apart from the recommended one."""
+    ids: list[str] = next((row.get("ties", "").split() for row in rows if row["recommended"]), [])
+    return [row for row in rows if row["plan_id"] in ids]
+
+
+def _mark(row: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
+    first = ">" if row["recommended"] else "~" if row in rivals else " "
+    return f"{first}{'*' if row['on_front'] else ' '}"
 
 
 def _optional(value: float | None, significant: int = 3) -> str:

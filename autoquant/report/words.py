@@ -10,6 +10,12 @@ from autoquant.report import units
 
 _LARGEST_ERROR = 0.1
 _OFF_PLANS = 3
+_TIES_SHOWN = 3
+_BASELINE_WORDS = {
+    "uniform": "a uniform plan",
+    "heuristic": "the structural heuristic",
+    "bits": "the allocation by bits alone",
+}
 
 
 def study_line(source: Mapping[str, Any], device: Device, workload: Workload) -> str:
@@ -47,9 +53,39 @@ def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
         f"95% interval {units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}",
         f"  memory {_memory(row, original)}",
     ]
-    if row["kind"] == "uniform":
-        lines.append("  It is a uniform plan: choosing layer by layer brought nothing more here.")
+    if row["kind"] in _BASELINE_WORDS:
+        lines.append(f"  It is {_BASELINE_WORDS[row['kind']]}: choosing layer by layer brought nothing more here.")
+        lines += [f"  {line}" for line in _searched(rows, row)]
+    lines += [f"  {line}" for line in ties_lines(rows, row)]
     return "\n".join(lines)
+
+
+def ties_lines(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[str]:
+    """Which plans noise alone tells apart from this one; empty for none."""
+    ids = str(row.get("ties", "")).split()
+    rivals = [f"{other['label']} ({other['plan_id']})" for other in rows if other["plan_id"] in ids]
+    if not rivals:
+        return []
+    more = f" and {len(rivals) - _TIES_SHOWN} more" if len(rivals) > _TIES_SHOWN else ""
+    return [
+        f"A tie with {', '.join(rivals[:_TIES_SHOWN])}{more}: neither speed nor quality differs by more than noise."
+    ]
+
+
+def _searched(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> list[str]:
+    """How the search's own plan of about this size or quality compares: the fastest that is no worse than the baseline."""
+    own = [r for r in rows if r["kind"] not in (*_BASELINE_WORDS, "original")]
+    as_good = [r for r in own if r["perplexity_increase"] <= baseline["perplexity_increase_high"]]
+    if not as_good:
+        return []
+    best = min(as_good, key=lambda r: r["measured_request_ms"])
+    change = best["measured_request_ms"] / baseline["measured_request_ms"] - 1
+    return [f"The search's own plan {best['plan_id']} ({best['label']}) of such quality takes {change:+.1%} time."]
+
+
+def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
+    """Why plans that are set beside every front are not there."""
+    return [f"No plan of kind {kind}: {reason}." for kind, reason in left_out.items()]
 
 
 def plan_lines(
@@ -128,11 +164,19 @@ def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
     return f"{stored} instead of {units.size(original['memory_bytes'])} ({share:.0%})"
 
 
+def constraints_words(constraints: Mapping[str, Any]) -> str:
+    """The constraints of a study as its options; empty where it has none."""
+    parts = [f"--{name} {value}" for name in ("keep", "pin") for value in constraints.get(name, ())]
+    return " ".join(parts + [f"--fusable {engine}" for engine in [constraints.get("fusable")] if engine])
+
+
 def limits_words(limits: Mapping[str, Any]) -> str:
     """The limits of a study in words, and what is minimized within them if it is not time."""
     parts = []
     if limits.get("max_ppl_increase") is not None:
         parts.append(f"increase at most {units.percent(limits['max_ppl_increase'])}")
+    if limits.get("max_kl") is not None:
+        parts.append(f"KL at most {limits['max_kl']:g}")
     if limits.get("max_memory_bytes") is not None:
         parts.append(f"memory at most {units.size(limits['max_memory_bytes'])}")
     if limits.get("minimize") == "memory":

@@ -203,18 +203,26 @@ class Store:
             for name, value in columns.items():
                 setattr(row, name, _plain(value) if isinstance(value, Recording) else value)
 
-    def put_options(self, study_id: str, options: Sequence[Sequence[LayerChoice]]) -> None:
-        """Keep what plans are solved from: the choices of every layer, with what is predicted of them."""
-        self.update_study(study_id, problem={"options": [[_plain(choice) for choice in layer] for layer in options]})
+    def put_options(
+        self, study_id: str, options: Sequence[Sequence[LayerChoice]], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep what plans are solved from: the choices of every layer, with what is predicted of them, and what all plans
+        have in common."""
+        layers = [[_plain(choice) for choice in layer] for layer in options]
+        self.update_study(study_id, problem={"options": layers, "about": dict(about or {})})
 
     def options(self, study_id: str) -> dict[str, list[LayerChoice]] | None:
         """The choices that plans were solved from, by layer name; None where the search has not come so far."""
+        return self.options_and_about(study_id)[0]
+
+    def options_and_about(self, study_id: str) -> tuple[dict[str, list[LayerChoice]] | None, dict[str, Any]]:
+        """`options`, and what all plans solved from them have in common; empty where that is not known."""
         with self._session() as session:
             problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
         if problem is None:
-            return None
+            return None, {}
         layers = [[layer_from(choice) for choice in layer] for layer in problem["options"]]
-        return {layer[0].name: layer for layer in layers}
+        return {layer[0].name: layer for layer in layers}, dict(problem.get("about") or {})
 
     def studies(self) -> list[str]:
         """Study ids, the one last worked on first."""

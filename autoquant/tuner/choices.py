@@ -11,6 +11,7 @@ import torch
 from autoquant.candidates import Format, Kernel, get_format
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
+from autoquant.errors import ConstraintError
 from autoquant.profiler.crossovers import FormatTimings, numerics_sets
 from autoquant.profiler.device import trim_memory
 from autoquant.records import (
@@ -24,6 +25,7 @@ from autoquant.records import (
     Workload,
     route_kernel,
 )
+from autoquant.tuner.constraints import Bound, Constraints
 from autoquant.tuner.planning import request_us
 
 _SAME_SIZE = 1.01
@@ -39,14 +41,22 @@ class FormatFacts:
 
 @dataclass(frozen=True, slots=True)
 class SiteChoices:
-    """What one site can get. `dropped` says why the rest cannot, by format."""
+    """What one site can get. `dropped` says why the rest cannot, by format.
+
+    Attributes:
+        barred: The unquantized choice, where a constraint bars the site from it.
+    """
 
     site: Site
     choices: tuple[LayerChoice, ...]
     dropped: Mapping[str, str]
+    barred: LayerChoice | None = None
 
     @property
     def original(self) -> LayerChoice:
+        """The unquantized choice."""
+        if self.barred is not None:
+            return self.barred
         wanted = original_format(self.site.shape.dtype)
         return next(choice for choice in self.choices if choice.format == wanted)
 
@@ -94,8 +104,14 @@ def site_choices(
     facts: Mapping[tuple[str, LinearShape], FormatFacts],
     workload: Workload,
     working_set: int,
+    *,
+    across_formats: bool = True,
 ) -> SiteChoices:
-    """All choices of one site that could be part of a front."""
+    """All choices of one site that could be part of a front.
+
+    Args:
+        across_formats: Leave out a format that another one beats in everything; other sites may need it otherwise.
+    """
     choices: list[LayerChoice] = []
     dropped: dict[str, str] = {}
     by_format: dict[str, tuple[Format, list[Kernel]]] = {}
@@ -107,8 +123,45 @@ def site_choices(
         if not routes:
             dropped[fmt.id] = _first_reason(site, kernels, measured, timings)
         choices += [_choice(site, fmt, route, measured, memory_bytes(site, fmt.id, facts)) for route in routes]
-    kept = _prune(choices, facts, workload, original_format(site.shape.dtype), dropped)
+    if across_formats:
+        kept = _prune(choices, facts, workload, original_format(site.shape.dtype), dropped)
+    else:
+        each = [[choice for choice in choices if choice.format == fmt] for fmt in by_format]
+        kept = [c for same in each for c in _prune(same, facts, workload, original_format(site.shape.dtype), dropped)]
     return SiteChoices(site, tuple(kept), dropped)
+
+
+def constrained_choices(
+    site: Site,
+    candidates: Sequence[tuple[Format, Kernel]],
+    timings: Mapping[TimingSubject, Measurement],
+    facts: Mapping[tuple[str, LinearShape], FormatFacts],
+    workload: Workload,
+    working_set: int,
+    *,
+    constraints: Constraints,
+    bound: Bound,
+) -> SiteChoices:
+    """The choices of one site that constraints leave it.
+
+    Raises:
+        ConstraintError: None of what the site is pinned to can be used.
+    """
+    original = original_format(site.shape.dtype)
+    same = not bound.group_of(site.name)
+
+    def made(pairs: Sequence[tuple[Format, Kernel]]) -> SiteChoices:
+        return site_choices(site, pairs, timings, facts, workload, working_set, across_formats=same)
+
+    admitted = [(f, k) for f, k in candidates if constraints.admits(site.name, (f.id, k.id), original)]
+    found = made(admitted)
+    if not found.choices:
+        why = "; ".join(dict.fromkeys(f"{fmt}: {reason}" for fmt, reason in found.dropped.items()))
+        raise ConstraintError(f"{site.name} is {bound.reasons[site.name]}, which cannot be used: {why}")
+    if any(choice.format == original for choice in found.choices):
+        return found
+    unquantized = made([(f, k) for f, k in candidates if f.id == original])
+    return replace(found, barred=unquantized.original)
 
 
 def _first_reason(
@@ -225,4 +278,4 @@ def scored(choices: SiteChoices, losses: Mapping[tuple[str, str], float]) -> Sit
         if all((name, key) in losses for key in keys):
             worst = max(keys, key=lambda key: losses[name, key])
             filled.append(replace(choice, numerics=worst, loss=losses[name, worst]))
-    return SiteChoices(choices.site, tuple(filled), choices.dropped)
+    return replace(choices, choices=tuple(filled))

@@ -24,10 +24,14 @@ from autoquant.models.named import quality_function
 from autoquant.profiler.device import fingerprint
 from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.profile import Candidates, with_original
+from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Objective, Workload, content_key
-from autoquant.store import open_store
+from autoquant.records import Objective, Recording, Workload, content_key
+from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
+from autoquant.tuner.constraints import Constraints, bind
+from autoquant.tuner.limits import Limits
+from autoquant.tuner.planning import check_memory, context_of
 from autoquant.tuner.stages import Stages
 from autoquant.tuner.study import Study
 
@@ -44,8 +48,12 @@ def search(
     workload: str | Workload | None = None,
     batch: int = 1,
     max_ppl_increase: float | None = 0.01,
+    max_kl: float | None = None,
     max_memory_bytes: int | None = None,
     minimize: Objective = "time",
+    keep: Sequence[str] = (),
+    pin: Sequence[str] = (),
+    fusable: str | None = None,
     candidates: Sequence[str] = ("*",),
     time_budget_s: float = 600.0,
     seed: int = 0,
@@ -69,8 +77,12 @@ def search(
         db: Path of the SQLite store, or an SQLAlchemy URL.
         workload: `prefill=TOKENS,decode=STEPS` or a `Workload`; for a module with sample inputs, one forward pass.
         max_ppl_increase: Limit of the recommended plan, a fraction (None: no limit).
+        max_kl: Limit of its mean divergence from the unquantized model, nats per token; needs a text.
         max_memory_bytes: Limit on the bytes of all parameters.
         minimize: What the recommended plan has least of within the limits: request time, or the bytes of all parameters.
+        keep: Globs over the names of layers that stay unquantized.
+        pin: `LAYERS=FORMATS`: the layers that the first glob matches get a candidate that the second one matches.
+        fusable: `vllm`: layers that vLLM computes as one get the same format.
         candidates: Globs over `FORMAT/KERNEL`; `*` leaves out what `autoquant candidates` calls opt-in.
         time_budget_s: What refinement may fill up, counted over all runs of the same search.
         sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model; or
@@ -95,7 +107,13 @@ def search(
     pairs = select(candidates, place.partition(":")[0])
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
+    limits = Limits(
+        max_ppl_increase=max_ppl_increase, max_kl=max_kl, max_memory_bytes=max_memory_bytes, minimize=minimize
+    )
+    constraints = Constraints.parse(keep, pin, fusable)
     own = _own_quality(quality)
+    if own is not None and max_kl is not None:
+        raise QualityError("--max-kl needs a text: with a loss of your own limit its increase, --max-ppl-increase")
     method = _method(sensitivity, own)
     if own is None:
         _check_text(eval_text)
@@ -128,22 +146,28 @@ def search(
         "protocol": PROTOCOL,
         "method": method.version,
     } | ({"fuse": True} if fuse else {})
+    identity |= {"constraints": constraints.as_object()} if constraints.as_object() else {}
     store = open_store(db)
     study_id = content_key(identity, 8)
+    chosen = with_original(pairs, loaded.dtype)
+    recording = _known_recording(store, study_id, limits)
+    if recording is None and constraints.as_object():  # refused before anything is written
+        recording = record_model(loaded, workload, device=place, sample_inputs=inputs, listener=listener)
+        bind(constraints, recording.sites, [(fmt.id, kernel.id) for fmt, kernel in chosen], chosen[0][0].id)
     store.put_device(hardware)
     store.put_model(loaded.content_hash, asdict(loaded.source))
-    limits: dict[str, Any] = {"max_ppl_increase": max_ppl_increase, "max_memory_bytes": max_memory_bytes}
-    limits |= {"minimize": minimize} if minimize != "time" else {}
     store.put_study(
         study_id,
         model_hash=loaded.content_hash,
         device=hardware,
         identity=identity,
         workload=workload,
-        limits=limits,
+        limits=limits.as_object(),
     )
     if isinstance(measure, TextQuality) and measure.parts.inputs is not None:
         store.put_calibration(study_id, measure.parts.inputs.tolist())
+    if recording is not None:
+        store.update_study(study_id, recording=recording)
     run = Stages(
         store=store,
         study_id=study_id,
@@ -152,13 +176,12 @@ def search(
         workload=workload,
         device=place,
         hardware=hardware,
-        candidates=with_original(pairs, loaded.dtype),
+        candidates=chosen,
         sample_inputs=inputs,
         fuse=fuse,
         sensitivity=method,
-        max_ppl_increase=max_ppl_increase,
-        max_memory_bytes=max_memory_bytes,
-        minimize=minimize,
+        constraints=constraints,
+        limits=limits,
         time_budget_s=time_budget_s,
         seed=seed,
         listener=listener,
@@ -168,6 +191,18 @@ def search(
     _log.info("study %s in %s: %s candidates, workload %s", study_id, db, len(pairs), workload)
     run.go()
     return Study(store, study_id)
+
+
+def _known_recording(store: Store, study_id: str, limits: Limits) -> Recording | None:
+    """What the store has recorded of this study, if anything. Where it has come further, the memory limit is checked."""
+    if study_id not in store.studies():
+        return None
+    facts = store.study(study_id)
+    options, about = store.options_and_about(study_id)
+    if options and about:
+        context = context_of(about, study_id=study_id, model_hash=facts.model_hash, workload=facts.workload)
+        check_memory(list(options.values()), context, limits.max_memory_bytes)
+    return facts.recording
 
 
 def _method(name: str, own: FunctionQuality | None) -> Sensitivity:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from autoquant.errors import PlanError
 from autoquant.records import (
     ORIGINAL_LABEL,
     LayerChoice,
@@ -22,6 +23,7 @@ from autoquant.records import (
 )
 from autoquant.tuner.additivity import ADDITION, LossMap
 from autoquant.tuner.alternatives import next_faster, next_more_exact
+from autoquant.tuner.constraints import UNBOUND, Bound
 from autoquant.tuner.solve import Picks, Problem, fastest, front, smallest, undominated
 
 
@@ -40,6 +42,7 @@ class PlanContext:
         rest_ms: Milliseconds of a request outside the linears, as measured on the unquantized model (0 until then).
         fusion: Joins layers that were chosen one by one and read the same input; None where that is not wanted.
         loss_map: From the layers' summed losses to the loss of a plan.
+        bound: Which layers get the same format, and why some could not get just anything.
     """
 
     study_id: str
@@ -50,6 +53,7 @@ class PlanContext:
     rest_ms: float = 0.0
     fusion: Joins | None = None
     loss_map: LossMap = ADDITION
+    bound: Bound = UNBOUND
 
 
 def request_us(choice: LayerChoice, workload: Workload) -> float:
@@ -62,10 +66,15 @@ def request_ms(choice: LayerChoice, workload: Workload) -> float:
     return request_us(choice, workload) / 1e3
 
 
-def make_problem(options: Sequence[Sequence[LayerChoice]], workload: Workload) -> Problem:
+def make_problem(
+    options: Sequence[Sequence[LayerChoice]], workload: Workload, groups: Sequence[Sequence[str]] = ()
+) -> Problem:
     """The additive model: milliseconds per request, loss and bytes of every option of every layer.
 
     Options that compute layers as one are taken by all of them or by none.
+
+    Args:
+        groups: Names of layers that get the same format.
     """
     together: dict[tuple[tuple[str, ...], str, Route], list[tuple[int, int]]] = {}
     for position, layer in enumerate(options):
@@ -75,7 +84,24 @@ def make_problem(options: Sequence[Sequence[LayerChoice]], workload: Workload) -
     return Problem.build(
         [[(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer] for layer in options],
         list(together.values()),
+        _same_format(options, groups),
     )
+
+
+def _same_format(
+    options: Sequence[Sequence[LayerChoice]], groups: Sequence[Sequence[str]]
+) -> list[list[tuple[int, list[int]]]]:
+    """For each group and format the options of each member that have it."""
+    positions = {layer[0].name: position for position, layer in enumerate(options)}
+    found: list[list[tuple[int, list[int]]]] = []
+    for group in groups:
+        members = [positions[name] for name in group]
+        formats = dict.fromkeys(choice.format for member in members for choice in options[member])
+        found += [
+            [(m, [i for i, choice in enumerate(options[m]) if choice.format == fmt]) for m in members]
+            for fmt in formats
+        ]
+    return found
 
 
 def make_plan(choices: Sequence[LayerChoice], label: str, kind: PlanKind, context: PlanContext) -> Plan:
@@ -115,26 +141,51 @@ def original_plan(originals: Sequence[LayerChoice], context: PlanContext) -> Pla
 def uniform_plans(
     options: Sequence[Sequence[LayerChoice]], originals: Sequence[LayerChoice], context: PlanContext
 ) -> list[Plan]:
-    """For each format and each of its numerics: every layer that can have it gets it, by its fastest route."""
-    alone = [[choice for choice in layer if not choice.joined] for layer in options]
+    """For each format and each of its numerics: every layer that can have it gets it, by its fastest route.
+
+    The others stay as they are; where a constraint does not let them, they get the first format that they can have.
+    """
     keys = dict.fromkeys(
-        (choice.format, choice.numerics) for layer in alone for choice in layer if choice.format != originals[0].format
+        (choice.format, choice.numerics)
+        for layer in options
+        for choice in layer
+        if not choice.joined and choice.format != originals[0].format
     )
     plans: dict[str, Plan] = {}
     for fmt, numerics in keys:
-        chosen = []
-        for layer, original in zip(alone, originals, strict=True):
-            same = [c for c in layer if c.format == fmt]
-            exact = [c for c in same if c.numerics == numerics] or same
-            if exact:
-                best = min(exact, key=lambda c: request_ms(c, context.workload))
-                chosen.append(replace(best, reason=f"every layer {fmt}"))
-            else:
-                chosen.append(replace(original, reason=f"{fmt} cannot be used or never pays here"))
+        chosen = [uniform_choice(layer, (fmt, numerics), options, context) for layer in options]
         label = f"uniform {numerics.replace('+', ' ')}"
         plan = make_plan(chosen, label, "uniform", context)
         plans.setdefault(plan.plan_id, plan)
     return list(plans.values())
+
+
+def uniform_choice(
+    layer: Sequence[LayerChoice],
+    key: tuple[str, str],
+    options: Sequence[Sequence[LayerChoice]],
+    context: PlanContext,
+) -> LayerChoice:
+    """The fastest route of a layer for a format and numerics, as one of `options`: all layers that can have it get it.
+
+    A layer that cannot, or one of whose group cannot, gets its first format: the unquantized one unless a constraint bars that.
+    """
+    fmt, numerics = key
+    alone = [choice for choice in layer if not choice.joined]
+    same = [choice for choice in alone if choice.format == fmt]
+    exact = [choice for choice in same if choice.numerics == numerics] or same
+    group = context.bound.group_of(layer[0].name)
+    others = [other for other in options if other[0].name in group] if group else []
+    if exact and all(any(c.format == fmt and not c.joined for c in other) for other in others):
+        best, why = _fastest_of(exact, context.workload), f"every layer {fmt}"
+    else:
+        best = _fastest_of([choice for choice in alone if choice.format == alone[0].format], context.workload)
+        why = "" if layer[0].name in context.bound.reasons else f"{fmt} cannot be used or never pays here"
+    return replace(best, reason="; ".join(filter(None, [context.bound.reasons.get(layer[0].name), why])))
+
+
+def _fastest_of(choices: Sequence[LayerChoice], workload: Workload) -> LayerChoice:
+    return min(choices, key=lambda choice: request_us(choice, workload))
 
 
 def front_plans(
@@ -151,7 +202,7 @@ def front_plans(
     Args:
         max_loss: The plan loss that the user's limit on quality is expected to allow (None: no limit).
     """
-    problem = make_problem(options, context.workload)
+    problem = make_problem(options, context.workload, context.bound.groups)
     chosen: list[Picks] = []
     summed = None if max_loss is None else context.loss_map.summed(max_loss)
     target = least(problem, context, minimize, max_loss=summed, max_memory_bytes=max_memory_bytes)
@@ -162,13 +213,63 @@ def front_plans(
     wanted = f"front: {'fastest' if minimize == 'time' else 'smallest'} within limits"
     plans = []
     for number, picks in enumerate(chosen, start=1):
-        layers = [
-            replace(layer[i], reason=explain(layer, i, context.workload))
-            for layer, i in zip(options, picks, strict=True)
-        ]
         label = wanted if target is not None and number == 1 else f"front {number}"
-        plans.append(make_plan(layers, label, "front", context))
+        plans.append(plan_of(options, picks, label, "front", context))
     return plans
+
+
+def plan_of(
+    options: Sequence[Sequence[LayerChoice]], picks: Picks, label: str, kind: PlanKind, context: PlanContext
+) -> Plan:
+    """The plan that takes these options, each with the reason why."""
+    layers = [replace(layer[i], reason=explain(layer, i, context)) for layer, i in zip(options, picks, strict=True)]
+    return make_plan(layers, label, kind, context)
+
+
+def about_options(context: PlanContext, *, logarithmic: bool) -> dict[str, Any]:
+    """What the store keeps beside the options, so that plans can be made without the model."""
+    return {
+        "other_bytes": context.other_bytes,
+        "rest_ms": context.rest_ms,
+        "dtype": context.dtype,
+        "curvature": context.loss_map.curvature,
+        "groups": [list(group) for group in context.bound.groups],
+        "reasons": dict(context.bound.reasons),
+        "logarithmic": logarithmic,
+    }
+
+
+def context_of(about: Mapping[str, Any], *, study_id: str, model_hash: str, workload: Workload) -> PlanContext:
+    """The context that `about_options` describes."""
+    return PlanContext(
+        study_id=study_id,
+        model_hash=model_hash,
+        dtype=about["dtype"],
+        workload=workload,
+        other_bytes=about["other_bytes"],
+        rest_ms=about["rest_ms"],
+        loss_map=LossMap(about["curvature"]),
+        bound=Bound(tuple(tuple(group) for group in about["groups"]), about["reasons"]),
+    )
+
+
+def check_memory(options: Sequence[Sequence[LayerChoice]], context: PlanContext, max_memory_bytes: int | None) -> None:
+    """Refuse a limit that no choice of formats can keep to.
+
+    Raises:
+        PlanError: The smallest of all plans is larger.
+    """
+    if max_memory_bytes is None:
+        return
+    picks = smallest(make_problem(options, context.workload, context.bound.groups))
+    assert picks is not None  # without a limit there is always a plan
+    least_bytes = context.other_bytes + sum(layer[i].memory_bytes for layer, i in zip(options, picks, strict=True))
+    if least_bytes > max_memory_bytes:
+        constrained = ", or fewer of --keep, --pin and --fusable" if context.bound.reasons else ""
+        raise PlanError(
+            f"no plan is as small as {max_memory_bytes:,} bytes: the smallest formats take {least_bytes:,}; allow at least"
+            f" that with --max-memory{constrained}"
+        )
 
 
 def least(
@@ -214,10 +315,11 @@ def spread(problem: Problem, points: Sequence[Picks], count: int, taken: Sequenc
     return [pool[i] for i in chosen]
 
 
-def explain(layer: Sequence[LayerChoice], index: int, workload: Workload) -> str:
-    """Why this option, in words: what the next more exact and the next faster one would have cost."""
-    own = layer[index]
-    parts = []
+def explain(layer: Sequence[LayerChoice], index: int, context: PlanContext) -> str:
+    """Why this option, in words: what constrains it, and what the next more exact and the next faster one would have cost."""
+    own, workload = layer[index], context.workload
+    constrained = context.bound.reasons.get(own.name)
+    parts = [constrained] if constrained else []
     if other := next_more_exact(own, layer, workload):
         cost_us = request_us(other, workload) - request_us(own, workload)
         parts.append(

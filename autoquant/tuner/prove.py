@@ -18,7 +18,7 @@ from autoquant.candidates.gemlite import untuned
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.evaluators.quality import Quality
 from autoquant.evaluators.request import make_warm, time_requests
-from autoquant.evaluators.statistics import paired_increase
+from autoquant.evaluators.statistics import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.profiler.compiled import share
 from autoquant.profiler.device import release_memory
@@ -56,9 +56,8 @@ class Prover:
             untuned(),
         ):  # windows have other m than the workload; how fast is no matter here
             report = self.quality.compare(module, self.loaded.module, "report")
-            selection = self.quality.losses(module, "selection")
-        if not self.selection:
-            self.selection = self.quality.losses(self.loaded.module, "selection")
+            selection = self.quality.compare(module, self.loaded.module, "selection", self.selection)
+        self.selection = selection.reference
         release_memory()
         original, original_note = self._original_phases()
         phases, note = original, original_note
@@ -77,11 +76,14 @@ class Prover:
             perplexity=torch.tensor(mean, dtype=torch.float64).exp().item() if logarithmic else None,
             loss=mean,
             increase=paired_increase(report.losses, report.reference, logarithmic=logarithmic),
-            selection_increase=paired_increase(selection, self.selection, logarithmic=logarithmic),
+            selection_increase=paired_increase(selection.losses, selection.reference, logarithmic=logarithmic),
             kl=report.kl,
             memory_bytes=module_bytes(module),
             execution=self.execution,
             notes=tuple(dict.fromkeys(filter(None, (times.note, note, original_note)))),
+            selection_kl=mean_interval(selection.sample_kl) if selection.sample_kl else None,
+            selection_losses=selection.losses,
+            time_ratio=times.ratio(self.workload.calls()),
         )
 
     def _original_phases(self) -> tuple[Phases, str]:

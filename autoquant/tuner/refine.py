@@ -3,7 +3,8 @@
 The additive model may misjudge what layers cost together. A trial scales the scores of each kind of layer (all query
 projections, all down projections, ...) and of the depth of the model, solves for a budget between those of the front, and
 proves the plan that comes out; the sampler learns which scalings and budgets gave plans that pay. The study is Optuna's own,
-kept in the same database, and starts from the plans already proven.
+kept in the same database, and starts from the plans already proven. It ends when the front does not grow any more: its
+hypervolume by no more than 0.5 % over 12 further plans.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import inspect
 
 from autoquant.records import LayerChoice, Objective, Plan, Proof
 from autoquant.store import Store
-from autoquant.tuner.planning import PlanContext, explain, least, make_plan, make_problem, with_multipliers
+from autoquant.tuner.hypervolume import Growth
+from autoquant.tuner.planning import PlanContext, least, make_problem, plan_of, with_multipliers
 
 if TYPE_CHECKING:
     import optuna
 
 _LOW, _HIGH = 0.25, 4.0
 _FAILED_TRIALS_IN_A_ROW = 8
+PATIENCE, LEAST_GROWTH = 12, 0.005
+_LIMITS_THAT_COUNT = 4.0
 
 
 def layer_kind(name: str) -> str:
@@ -79,6 +82,25 @@ def proposals(
                 study.tell(trial, _objectives(proof, minimize))
 
         yield plan, tell
+
+
+def growth_of(
+    known: Mapping[str, tuple[Plan, Proof]], minimize: Objective, max_ppl_increase: float | None = None
+) -> Growth:
+    """The front before refinement. What counts of it costs less than the unquantized model, and is no worse in quality than the
+    worst plan that was solved for, nor than four times the limit."""
+    points = {plan_id: _objectives(proof, minimize) for plan_id, (_, proof) in known.items()}
+    kinds = {plan_id: plan.kind for plan_id, (plan, _) in known.items()}
+    originals = [points[plan_id][0] for plan_id, kind in kinds.items() if kind == "original"]
+    solved = [points[plan_id][1] for plan_id, kind in kinds.items() if kind == "front"]
+    worst = [max(solved, default=0.0), _LIMITS_THAT_COUNT * (max_ppl_increase or math.inf)]
+    reference = (max(originals, default=1.0), min(worst) or 1.0)
+    return Growth(list(points.values()), reference, PATIENCE, LEAST_GROWTH)
+
+
+def point_of(proof: Proof | None, minimize: Objective) -> tuple[float, float] | None:
+    """A proven plan as the growth counts it."""
+    return None if proof is None else _objectives(proof, minimize)
 
 
 def _summed(plan: Plan) -> float:
@@ -188,11 +210,6 @@ def _propose(
         * math.exp(math.log(values["scale with depth"]) * (2 * position / last - 1))
         for position, layer in enumerate(options)
     }
-    problem = make_problem(with_multipliers(options, multiplier), context.workload)
+    problem = make_problem(with_multipliers(options, multiplier), context.workload, context.bound.groups)
     picks = least(problem, context, minimize, max_loss=values["loss budget"], max_memory_bytes=max_memory_bytes)
-    if picks is None:
-        return None
-    layers = [
-        replace(layer[i], reason=explain(layer, i, context.workload)) for layer, i in zip(options, picks, strict=True)
-    ]
-    return make_plan(layers, f"refined {trial.number}", "refined", context)
+    return None if picks is None else plan_of(options, picks, f"refined {trial.number}", "refined", context)

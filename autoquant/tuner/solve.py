@@ -29,23 +29,33 @@ class Problem:
 
     Attributes:
         together: Sets of options, each as (layer, option), of which all are taken or none.
+        alike: Sets of (layer, its options in the set), a layer each, of which every layer takes one or none does.
     """
 
     time: tuple[Vector, ...]
     loss: tuple[Vector, ...]
     memory: tuple[Vector, ...]
     together: tuple[tuple[tuple[int, int], ...], ...] = ()
+    alike: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...] = ()
 
     @classmethod
     def build(
         cls,
         options: Sequence[Sequence[tuple[float, float, float]]],
         together: Sequence[Sequence[tuple[int, int]]] = (),
+        alike: Sequence[Sequence[tuple[int, Sequence[int]]]] = (),
     ) -> Problem:
         """From (time, loss, memory) triples per layer."""
         columns = [np.asarray(layer, dtype=np.float64).reshape(-1, 3).T for layer in options]
         time, loss, memory = (tuple(c[objective] for c in columns) for objective in range(3))
-        return cls(time, loss, memory, tuple(map(tuple, together)))
+        same = tuple(tuple((layer, tuple(of)) for layer, of in members) for members in alike)
+        return cls(time, loss, memory, tuple(map(tuple, together)), same)
+
+    @property
+    def equalities(self) -> list[tuple[tuple[int, tuple[int, ...]], ...]]:
+        """`together` and `alike` in one form: of each set every layer takes one option, or none does."""
+        pairs = [tuple((layer, (option,)) for layer, option in options) for options in self.together]
+        return [*pairs, *self.alike]
 
     def totals(self, picks: Picks) -> tuple[float, float, float]:
         """Summed (time, loss, memory) of a solution."""
@@ -71,6 +81,11 @@ def smallest(problem: Problem, max_loss: float | None = None) -> Picks | None:
     return _minimise(problem, objective, max_loss=max_loss)
 
 
+def most_exact(problem: Problem, max_memory: float | None = None) -> Picks | None:
+    """The solution of least loss within a memory budget; among equals the faster one."""
+    return _minimise(problem, _scaled(problem.loss) + _TIE_BREAK * _scaled(problem.time), max_memory=max_memory)
+
+
 def front(problem: Problem, points: int = 24) -> list[Picks]:
     """Exact points of the front over time, loss and memory, fastest first.
 
@@ -78,7 +93,7 @@ def front(problem: Problem, points: int = 24) -> list[Picks]:
     solution is found, and once more with memory budgets between that one's and the smallest possible. Every solution is
     optimal for its budgets; those that another one beats in all three are left out.
     """
-    exact = _minimise(problem, _scaled(problem.loss) + _TIE_BREAK * _scaled(problem.time))
+    exact = most_exact(problem)
     quick = fastest(problem)
     tiny = smallest(problem)
     if exact is None or quick is None or tiny is None:
@@ -153,7 +168,7 @@ def _minimise(
     owners = np.repeat(np.arange(len(sizes)), sizes)
     rows = [csr_array((np.ones(count), (owners, np.arange(count))), shape=(len(sizes), count))]
     lower, upper = [np.ones(len(sizes))], [np.ones(len(sizes))]
-    if problem.together:
+    if problem.equalities:
         rows.append(_equalities(problem, sizes))
         lower.append(np.zeros(rows[-1].shape[0]))
         upper.append(np.zeros(rows[-1].shape[0]))
@@ -197,13 +212,17 @@ def _minimise(
 
 
 def _equalities(problem: Problem, sizes: Sequence[int]) -> csr_array:
-    """A row for every option that is taken exactly if the first one of its set is."""
+    """A row for every layer of a set: it takes as many options of the set as the set's first layer."""
     starts = np.concatenate(([0], np.cumsum(sizes)))
-    pairs = [(first, other) for first, *others in problem.together for other in others]
-    columns = [[int(starts[layer]) + option for layer, option in pair] for pair in pairs]
-    signs = np.tile([1.0, -1.0], len(pairs))
-    rows = np.repeat(np.arange(len(pairs)), 2)
-    return csr_array((signs, (rows, np.concatenate(columns))), shape=(len(pairs), int(starts[-1])))
+    pairs = [(first, other) for first, *others in problem.equalities for other in others]
+    entries = [
+        (sign, row, int(starts[layer]) + option)
+        for row, pair in enumerate(pairs)
+        for sign, (layer, options) in zip((1.0, -1.0), pair, strict=True)
+        for option in options
+    ]
+    signs, rows, columns = zip(*entries, strict=True) if entries else ((), (), ())
+    return csr_array((signs, (rows, columns)), shape=(len(pairs), int(starts[-1])))
 
 
 def _over(total: float, budget: float | None) -> bool:
@@ -213,16 +232,19 @@ def _over(total: float, budget: float | None) -> bool:
 def _without_waste(problem: Problem, picks: Picks) -> Picks:
     """The picks with every option replaced that another one of its layer equals or beats in time, loss and memory.
 
-    Options that are taken together with others neither replace one nor are replaced.
+    One that belongs to sets of `together` or `alike` is replaced within these only.
     """
-    bound = {option for options in problem.together for option in options}
+    sets: dict[tuple[int, int], set[int]] = {}
+    for number, members in enumerate(problem.equalities):
+        for layer, options in members:
+            for option in options:
+                sets.setdefault((layer, option), set()).add(number)
     better = []
     for layer, (time, loss, memory, i) in enumerate(
         zip(problem.time, problem.loss, problem.memory, picks, strict=True)
     ):
         fits = (time <= time[i]) & (loss <= loss[i]) & (memory <= memory[i])
-        candidates = (
-            [i] if (layer, i) in bound else [j for j in np.flatnonzero(fits).tolist() if (layer, j) not in bound]
-        )
+        own = sets.get((layer, i))
+        candidates = [j for j in np.flatnonzero(fits).tolist() if sets.get((layer, j)) == own]
         better.append(int(min(candidates, key=lambda j: (time[j], loss[j], memory[j]))))
     return tuple(better)

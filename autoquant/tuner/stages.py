@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoquant.candidates import Format, Kernel
+from autoquant.candidates.floats import original_format
 from autoquant.errors import CandidateError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import Sensitivity
@@ -27,8 +26,8 @@ from autoquant.records import (
     Device,
     LayerChoice,
     Measurement,
-    Objective,
     Plan,
+    PlanKind,
     Proof,
     Recording,
     Site,
@@ -38,13 +37,16 @@ from autoquant.records import (
 from autoquant.store import Store
 from autoquant.tuner.additivity import ADDITION, LossMap
 from autoquant.tuner.apart import Runner
+from autoquant.tuner.baselines import bits_plan, structural_plan
 from autoquant.tuner.calibrate import fit, predicted
-from autoquant.tuner.choices import SiteChoices, format_facts, scored, site_choices
+from autoquant.tuner.choices import SiteChoices, constrained_choices, format_facts, scored
+from autoquant.tuner.constraints import UNBOUND, Bound, Constraints, bind
 from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
 from autoquant.tuner.jobs import Bench, ProveJob
-from autoquant.tuner.planning import PlanContext, front_plans, original_plan, uniform_plans
+from autoquant.tuner.limits import Limits
+from autoquant.tuner.planning import PlanContext, about_options, check_memory, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
-from autoquant.tuner.refine import proposals
+from autoquant.tuner.refine import growth_of, point_of, proposals
 from autoquant.tuner.runners import start_runner
 from autoquant.tuner.scoring import score
 from autoquant.tuner.study import Study
@@ -70,9 +72,8 @@ class Stages:
     sample_inputs: Any
     fuse: bool
     sensitivity: Sensitivity
-    max_ppl_increase: float | None
-    max_memory_bytes: int | None
-    minimize: Objective
+    constraints: Constraints
+    limits: Limits
     time_budget_s: float
     seed: int
     listener: Listener
@@ -85,6 +86,7 @@ class Stages:
     runner: Runner = field(init=False)
     fusion: Fusion | None = None
     loss_map: LossMap = ADDITION
+    bound: Bound = UNBOUND
 
     def go(self) -> None:
         facts = self.store.study(self.study_id)
@@ -102,6 +104,7 @@ class Stages:
                 self.listener(Notice("layers are not computed as one, since torch.compile does that"))
                 self.fuse = False
         recording = facts.recording or self._record()
+        self._bind(recording.sites)
         self.runner = self._runner()
         try:
             working_set = self._working_set(recording)
@@ -140,6 +143,21 @@ class Stages:
         self.store.update_study(self.study_id, recording=recording)
         return recording
 
+    def _bind(self, sites: Sequence[Site]) -> None:
+        """Find the layers that constraints are about, and tell what that comes to."""
+        ids = [(fmt.id, kernel.id) for fmt, kernel in self.candidates]
+        self.bound = bind(self.constraints, sites, ids, original_format(self.loaded.dtype))
+        for reason, count in Counter(filter(None, (self.constraints.reason(site.name) for site in sites))).items():
+            self.listener(Notice(f"{count} of {len(sites)} layers {reason}"))
+        if self.constraints.fusable:
+            grouped = sum(map(len, self.bound.groups))
+            self.listener(
+                Notice(
+                    f"{grouped} layers in {len(self.bound.groups)} groups of one format each, which"
+                    f" {self.constraints.fusable} fuses"
+                )
+            )
+
     def _working_set(self, recording: Recording) -> int:
         element_bytes = mean_element_bytes(self.loaded.module, recording)
         return working_set_bytes([site.shape for site in recording.sites], self.hardware, element_bytes)
@@ -169,10 +187,23 @@ class Stages:
         sites = recording.sites
         formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
         facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
-        choices = [site_choices(site, self.candidates, timings, facts, self.workload, working_set) for site in sites]
+        choices = [
+            constrained_choices(
+                site,
+                self.candidates,
+                timings,
+                facts,
+                self.workload,
+                working_set,
+                constraints=self.constraints,
+                bound=self.bound,
+            )
+            for site in sites
+        ]
         self._tell_dropped(choices)
         if self.fusion:
-            choices = self.fusion.offered(choices, facts)
+            offered = self.fusion.offered(choices, facts)
+            choices = [replace(each, choices=tuple(filter(self._admits, each.choices))) for each in offered]
         scores = score(
             choices,
             method=self.sensitivity,
@@ -186,7 +217,13 @@ class Stages:
         self.loss_map = scores.loss_map
         self._spend()
         filled = [scored(choice, scores.losses) for choice in choices]
-        return complete([choice.choices for choice in filled]), [choice.original for choice in filled]
+        options = self.bound.narrowed(complete([choice.choices for choice in filled]))
+        return complete(options), [choice.original for choice in filled]
+
+    def _admits(self, choice: LayerChoice) -> bool:
+        """Whether constraints let a layer have this choice."""
+        original = original_format(choice.shape.dtype)
+        return all(self.constraints.admits(choice.name, (choice.format, s.kernel), original) for s in choice.route)
 
     def _tell_fusion(self, fusion: Fusion) -> None:
         """What cannot be computed as one, and why."""
@@ -223,7 +260,9 @@ class Stages:
             other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
             fusion=self.fusion,
             loss_map=self.loss_map,
+            bound=self.bound,
         )
+        check_memory(options, context, self.limits.max_memory_bytes)
         original = original_plan(originals, context)
         self.listener(StageStarted("prove", 1 + FRONT_PLANS))
         self._prove(original)
@@ -237,6 +276,7 @@ class Stages:
         for plan in uniform:
             self._prove(predicted(plan, calibration, sites, context))
         calibration = fit([original, *uniform], self.proofs, sites)
+        measured, fusing = options, context
         context = replace(
             context,
             rest_ms=calibration.rest_request_ms(self.workload.calls()),
@@ -245,21 +285,49 @@ class Stages:
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]
-        self.store.put_options(self.study_id, options)
+        self.store.put_options(self.study_id, options, about_options(context, logarithmic=self.quality.logarithmic))
         known = {plan.plan_id for plan in (original, *uniform)}
-        count = max(FRONT_PLANS, LEAST_PLANS - len(known))
+        allowed = self.limits.expected_loss(self.plans, self.proofs, logarithmic=self.quality.logarithmic)
+        heuristic = structural_plan(measured, fusing, limits=self.limits, max_loss=allowed)
+        self._prove_baseline("heuristic", heuristic and predicted(heuristic, calibration, sites, context))
+        known |= {heuristic.plan_id} if heuristic else set()
+        count = max(FRONT_PLANS, LEAST_PLANS - len(known) - 1)  # one is left for the allocation by bits
         plans = front_plans(
             options,
             context,
-            count=count + len(known),
-            max_loss=self._expected_loss(),
-            max_memory_bytes=self.max_memory_bytes,
-            minimize=self.minimize,
+            count=count + 1 + len(known),
+            max_loss=allowed,
+            max_memory_bytes=self.limits.max_memory_bytes,
+            minimize=self.limits.minimize,
         )
-        for plan in [plan for plan in plans if plan.plan_id not in known][:count]:
+        new = [plan for plan in plans if plan.plan_id not in known]
+        for plan in new[:count]:
+            self._prove(plan)
+        self._prove_bits(options, context)
+        for plan in new[count:][: max(0, LEAST_PLANS - len(self.proofs))]:  # where bits alone gave nothing new
             self._prove(plan)
         self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
         self._refine(options, context)
+        self._prove_bits(options, context)  # of another recommended plan, where refinement found one
+
+    def _prove_bits(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
+        """Set beside the recommended plan what bits alone would choose in its place."""
+        recommended = Study(self.store, self.study_id).recommended()
+        if recommended is None:
+            self._prove_baseline("bits", None, "no plan is within the limits, whose bits it could have")
+        elif recommended.kind != "bits":
+            self._prove_baseline("bits", bits_plan(options, context, recommended))
+
+    def _prove_baseline(self, kind: PlanKind, plan: Plan | None, reason: str = "no formats to choose between") -> None:
+        """Prove a plan without layer-wise latency, or keep why there is none."""
+        same = self.plans.get(plan.plan_id) if plan else None
+        if same is not None and same.kind != kind:
+            reason = f"the same as plan {same.plan_id} ({same.label})"
+        elif plan is not None:
+            self._prove(plan)
+            return
+        self.store.put_reference(self.study_id, f"no {kind} plan", {"reason": reason})
+        self.listener(Notice(f"no {kind} plan: {reason}"))
 
     def _prove(self, plan: Plan) -> Proof | None:
         """Prove `plan` unless the store knows how that ends."""
@@ -282,44 +350,39 @@ class Stages:
         self._spend()
         return proof
 
-    def _expected_loss(self) -> float | None:
-        """The loss of a plan that the limit is expected to allow, from how the proven plans' increase compares with theirs."""
-        if self.max_ppl_increase is None:
-            return None
-        allowed = math.log1p(self.max_ppl_increase) if self.quality.logarithmic else self.max_ppl_increase
-        ratios = []
-        for plan_id, proof in self.proofs.items():
-            loss = self.plans[plan_id].prediction.loss
-            high = proof.selection_increase.high
-            if self.plans[plan_id].kind == "uniform" and loss > allowed / 4 and math.isfinite(high) and high > 0:
-                ratios.append((math.log1p(high) if self.quality.logarithmic else high) / loss)
-        return allowed / (statistics.median(ratios) if ratios else 1.0)
-
     def _refine(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
-        """Spend what is left of the time on plans that Optuna proposes."""
+        """Spend what is left of the time on plans that Optuna proposes, as long as they make the front grow."""
         known = {
             plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
         }
         self.listener(StageStarted("refine", 0))
-        slowest_s, count = 0.0, 0
+        growth = growth_of(known, self.limits.minimize, self.limits.max_ppl_increase)
+        slowest_s, count, why = 0.0, 0, "no new plan proposed"
         for plan, tell in proposals(
             options,
             context,
             storage_url=self.store.engine.url.render_as_string(hide_password=False),
             seed=self.seed,
             known=known,
-            max_memory_bytes=self.max_memory_bytes,
-            minimize=self.minimize,
+            max_memory_bytes=self.limits.max_memory_bytes,
+            minimize=self.limits.minimize,
         ):
             if self._left_s() < max(slowest_s, _SHORTEST_PROOF_S):
                 tell(None)
+                why = "the time budget is spent"
                 break
             began = time.monotonic()
             self.listener(StageProgress("refine", count, f"{plan.label}, {self._left_s():.0f} s left"))
-            tell(self._prove(plan))
+            proof = self._prove(plan)
+            tell(proof)
+            growth.add(point_of(proof, self.limits.minimize))
             slowest_s = max(slowest_s, time.monotonic() - began)
             count += 1
-        self.listener(StageFinished("refine", f"{count} further plans proven"))
+            if growth.ended:
+                why = f"the front's hypervolume grew by {growth.last_growth:.2%} over the last {growth.patience}"
+                break
+        self.store.put_reference(self.study_id, "refinement", {"plans": count, "ended": why})
+        self.listener(StageFinished("refine", f"{count} further plans proven; ended: {why}"))
 
     def _settle_routes(self, timings: Timings, working_set: int) -> None:
         """On GPUs, where a format has many kernels: measure at which m they change in the plans of the front.

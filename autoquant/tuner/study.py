@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import PlanError
-from autoquant.records import ORIGINAL_LABEL, Objective, Plan, Proof
+from autoquant.records import BASELINES, Objective, Plan, Proof
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.tuner.alternatives import Alternatives, alternatives
+from autoquant.tuner.constraints import Constraints
+from autoquant.tuner.limits import Limits
+from autoquant.tuner.ties import TIE_FRACTION, most_exact, tied, ties
 
 if TYPE_CHECKING:
     import pandas as pd
-
-TIE_FRACTION = 0.01  # request times (or bytes) closer than this are a tie, decided by quality (or request time)
 
 COLUMNS = (
     "plan_id",
@@ -31,6 +32,7 @@ COLUMNS = (
     "memory_bytes",
     "on_front",
     "recommended",
+    "ties",
 )
 
 
@@ -64,6 +66,16 @@ class Study:
         """Token ids that weights of its plans are rounded for, for `autoquant.apply`; None where there are none."""
         return self.facts.calibration
 
+    @property
+    def limits(self) -> Limits:
+        """What the last search was asked for."""
+        return Limits.of(self.facts.limits)
+
+    @property
+    def constraints(self) -> Constraints:
+        """What every plan but the unquantized model meets."""
+        return Constraints.of_identity(self.facts.identity)
+
     def plans(self) -> list[Plan]:
         """Every plan made, proven or not."""
         return self.store.plans(self.study_id)
@@ -71,6 +83,22 @@ class Study:
     def proofs(self) -> dict[str, Proof]:
         """What was measured, by plan id."""
         return self.store.proofs(self.study_id)
+
+    def left_out(self) -> dict[str, str]:
+        """Why a plan of a kind that is always set beside the front is not there, by kind."""
+        kinds = {f"no {kind} plan": kind for kind in BASELINES}
+        there = {plan.kind for plan in self.plans()}
+        references = self.store.references(self.study_id)
+        return {
+            kind: str(references[name]["reason"])
+            for name, kind in kinds.items()
+            if name in references and kind not in there
+        }
+
+    def refinement_ended(self) -> str | None:
+        """Why the last refinement ended, or None where there was none."""
+        kept = self.store.references(self.study_id).get("refinement")
+        return None if kept is None else f"{kept['plans']} further plans proven; ended: {kept['ended']}"
 
     def plan(self, plan_id: str) -> Plan:
         """The plan whose id starts with `plan_id`."""
@@ -81,36 +109,49 @@ class Study:
         max_ppl_increase: float | None = None,
         max_memory_bytes: int | None = None,
         minimize: Objective = "time",
+        max_kl: float | None = None,
     ) -> Plan:
-        """The fastest, or the smallest, proven plan within the limits.
+        """The fastest, or the smallest, proven plan within the limits, see `Limits`, that meets the constraints of the search.
 
-        A plan is within `max_ppl_increase` (a fraction) when the upper end of the 95 % interval of its increase on the
-        selection part is. Request times within 1 % of one another are ties, and the better quality wins; so are sizes, and
-        the faster plan wins.
+        Of request times within 1 % of one another the better quality wins; of such sizes the faster plan. Among that plan and
+        those that are a tie with it, see `autoquant.tuner.ties`, the most exact one is taken.
 
         Raises:
             PlanError: No proven plan is within the limits.
         """
+        return self.best_within(
+            Limits(
+                max_ppl_increase=max_ppl_increase,
+                max_kl=max_kl,
+                max_memory_bytes=max_memory_bytes,
+                minimize=minimize,
+            )
+        )
+
+    def best_within(self, limits: Limits) -> Plan:
+        """As `best`."""
         proofs = self.proofs()
         plans = {plan.plan_id: plan for plan in self.plans()}
+        constraints, minimize = self.constraints, limits.minimize
         within = [
             proof
             for proof in proofs.values()
-            if _within(proof, plans[proof.plan_id], max_ppl_increase)
-            and (max_memory_bytes is None or proof.memory_bytes <= max_memory_bytes)
+            if limits.within(proof, plans[proof.plan_id]) and constraints.allow(plans[proof.plan_id])
         ]
         if not within:
-            raise PlanError(_nothing_within(proofs.values(), max_ppl_increase, max_memory_bytes))
+            raise PlanError(_nothing_within(proofs.values(), limits))
         times = request_times(proofs.values())
         costs = {proof.plan_id: times[proof.plan_id] if minimize == "time" else proof.memory_bytes for proof in within}
         least = min(costs.values())
-        ties = [proof for proof in within if costs[proof.plan_id] <= least * (1 + TIE_FRACTION)]
+        close = [proof for proof in within if costs[proof.plan_id] <= least * (1 + TIE_FRACTION)]
 
         def preference(proof: Proof) -> tuple[float, float]:
             quality, time = proof.selection_increase.high, times[proof.plan_id]
             return (quality, time) if minimize == "time" else (time, quality)
 
-        return plans[min(ties, key=preference).plan_id]
+        best = min(close, key=preference)
+        rivals = close if minimize == "memory" else within
+        return plans[most_exact([best, *(proof for proof in rivals if tied(proof, best))]).plan_id]
 
     def best_of_search(self) -> Plan:
         """The best plan by what the last search was asked for: its limits, and what it minimized.
@@ -118,10 +159,7 @@ class Study:
         Raises:
             PlanError: No proven plan is within the limits.
         """
-        limits = self.facts.limits
-        return self.best(
-            limits.get("max_ppl_increase"), limits.get("max_memory_bytes"), limits.get("minimize") or "time"
-        )
+        return self.best_within(self.limits)
 
     def recommended(self) -> Plan | None:
         """The best plan of the search, or None where no plan is within its limits."""
@@ -154,6 +192,7 @@ class Study:
         proofs = self.proofs()
         times = request_times(proofs.values())
         recommended = self.recommended()
+        tied_with = ties(proofs)
         front = _front(proofs, times)
         rows = [
             {
@@ -171,6 +210,7 @@ class Study:
                 "memory_bytes": proof.memory_bytes,
                 "on_front": plan.plan_id in front,
                 "recommended": recommended is not None and plan.plan_id == recommended.plan_id,
+                "ties": " ".join(tied_with[plan.plan_id]),
             }
             for plan in self.plans()
             if (proof := proofs.get(plan.plan_id)) is not None
@@ -190,22 +230,25 @@ def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
     return {proof.plan_id: proof.request_ms / proof.original_request_ms * reference for proof in proofs}
 
 
-def _within(proof: Proof, plan: Plan, limit: float | None) -> bool:
-    return limit is None or plan.label == ORIGINAL_LABEL or proof.selection_increase.high <= limit
-
-
-def _nothing_within(proofs: Any, max_ppl_increase: float | None, max_memory_bytes: int | None) -> str:
+def _nothing_within(proofs: Any, limits: Limits) -> str:
     proofs = list(proofs)
     if not proofs:
         return "no plan has been proven yet: run `autoquant search` to the end"
-    limits = []
-    if max_ppl_increase is not None:
-        limits.append(f"an increase of at most {max_ppl_increase:.3%}")
-    if max_memory_bytes is not None:
-        limits.append(f"at most {max_memory_bytes:,} bytes (smallest: {min(p.memory_bytes for p in proofs)})")
+    parts = []
+    if limits.max_ppl_increase is not None:
+        parts.append(f"an increase of at most {limits.max_ppl_increase:.3%}")
+    if limits.max_kl is not None:
+        known = [proof.selection_kl.high for proof in proofs if proof.selection_kl]
+        least = f" (least: {min(known):.3g})" if known else " (proven before it was measured: search again)"
+        parts.append(f"a divergence of at most {limits.max_kl:g}{least}")
+    if limits.max_memory_bytes is not None:
+        smallest = min(proof.memory_bytes for proof in proofs)
+        parts.append(f"at most {limits.max_memory_bytes:,} bytes (smallest: {smallest:,})")
+    if not parts:
+        return "no proven plan meets --pin: loosen it and search again"
     return (
-        f"no proven plan has {' and '.join(limits)}; allow more (the same `autoquant search` with another limit measures nothing"
-        " anew) or take one that `autoquant pareto` lists"
+        f"no proven plan has {' and '.join(parts)}; allow more (the same `autoquant search` with another limit measures"
+        " nothing anew) or take one that `autoquant pareto` lists"
     )
 
 

@@ -42,6 +42,7 @@ def test_json_lists_every_study_the_one_last_worked_on_first(runner, database):
         "device": "Test CPU",
         "workload": "prefill=512,decode=128",
         "limits": {"max_ppl_increase": 0.01, "max_memory_bytes": None},
+        "constraints": {},
         "proven_plans": 4,
         "complete": True,
         "recommended_plan_id": MIXED,

@@ -100,6 +100,15 @@ def test_the_original_every_uniform_plan_and_several_of_the_front_are_proven(stu
     assert {"uniform int8-row a16", "uniform int4-g32 a16"} <= labels
 
 
+def test_the_plans_that_have_to_be_beaten_are_proven_or_the_reason_is_kept(study):
+    proven = study.proofs()
+    kinds = {plan.kind for plan in study.plans() if plan.plan_id in proven}
+    left_out = study.left_out()
+    for kind in ("heuristic", "bits"):
+        assert (kind in kinds) != (kind in left_out), (kinds, left_out)
+        assert kind in kinds or re.match(r"the same as plan \w+ \(.+\)|no ", left_out[kind])
+
+
 def test_the_original_is_compared_with_itself_and_differs_in_nothing(study):
     original = next(plan for plan in study.plans() if plan.kind == "original")
     proof = study.proofs()[original.plan_id]

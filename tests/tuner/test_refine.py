@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from autoquant.tuner.planning import make_plan, original_plan, uniform_plans
-from autoquant.tuner.refine import layer_kind, proposals
+from autoquant.tuner.refine import growth_of, layer_kind, proposals
 
 from .made_up import CONTEXT, STUDY, choice, make_proof
 
@@ -201,3 +201,16 @@ def test_without_any_loss_there_is_nothing_to_refine(propose, options):
 )
 def test_the_kind_of_a_layer_is_its_name_without_numbers(name, kind):
     assert layer_kind(name) == kind
+
+
+def test_the_front_that_counts_lies_between_the_original_and_the_worst_plan_solved_for(options):
+    known = first_proofs(options)
+    growth = growth_of(known, "time")
+    front = [prove(plan).selection_increase.value for plan, _ in known.values() if plan.kind == "front"]
+    original = next(proof for plan, proof in known.values() if plan.kind == "original")
+    assert growth.reference == (original.request_ms / original.original_request_ms, max(front))
+    assert growth_of(known, "time", 0.001).reference[1] == pytest.approx(0.004)
+    assert len(growth.points) == len(known) and not growth.ended
+    for _ in range(growth.patience):
+        growth.add(None)
+    assert growth.ended

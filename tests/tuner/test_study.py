@@ -48,6 +48,21 @@ def test_a_memory_limit_counts_what_was_measured(study_of):
     assert study.best(0.01, 90).plan_id == "b"
 
 
+def test_a_limit_of_divergence_is_held_against_the_upper_end_of_its_interval(study_of):
+    from dataclasses import replace
+
+    from autoquant.records import Interval
+
+    def proof(plan_id, ms, kl, high):
+        return replace(make_proof(plan_id, ms=ms), selection_kl=Interval(value=kl, low=0.0, high=high))
+
+    study = study_of(original(), proof("a", 5, 0.01, 0.03), proof("b", 8, 0.015, 0.02), make_proof("old", ms=4))
+    assert study.best(max_kl=0.03).plan_id == "a"
+    assert study.best(max_kl=0.02).plan_id == "b"
+    assert study.best(max_kl=0.01).plan_id == "original"
+    assert study.best(max_ppl_increase=0.01, max_kl=0.02).plan_id == "b"
+
+
 def test_ties_in_time_go_to_the_better_quality(study_of):
     study = study_of(
         original(),

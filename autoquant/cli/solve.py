@@ -1,0 +1,78 @@
+"""`autoquant solve`: a finished search solved for other limits, without its model."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+from autoquant.cli.search import Minimize
+from autoquant.cli.values import fraction, nats, size_bytes
+
+if TYPE_CHECKING:
+    from autoquant.records import Plan
+    from autoquant.tuner.solve_again import Solved
+
+
+def solve(
+    database: Database,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(metavar="PERCENT", help="Limit of the perplexity increase.", show_default=False)
+    ] = None,
+    max_kl: Annotated[
+        str | None,
+        typer.Option(metavar="NATS", help="Limit of the mean KL to the unquantized model.", show_default=False),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory.", show_default=False)
+    ] = None,
+    minimize: Annotated[Minimize, typer.Option(help="What the plan has least of.")] = Minimize.TIME,
+    study: Annotated[
+        str | None, typer.Option(metavar="ID", help="Which study; the last one if left out.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Solve a finished search for other limits, at once: nothing is measured, and the plan is predicted, not proven.
+
+    Limits that are not given are not set. The plan is kept; `autoquant apply --plan` takes it.
+    """
+    increase = None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
+    divergence = None if max_kl is None else nats(max_kl, "--max-kl")
+    memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
+    from autoquant.tuner.limits import Limits
+    from autoquant.tuner.solve_again import AROUND, solve_again
+
+    limits = Limits(max_ppl_increase=increase, max_kl=divergence, max_memory_bytes=memory, minimize=minimize.value)
+    with opened_study(database, study_id=study) as opened:
+        solved = solve_again(opened, limits, AROUND)
+    if as_json:
+        print_json(_object(solved, limits.as_object()))
+    else:
+        _print_text(solved, shlex.quote(database))
+
+
+def _object(solved: Solved, limits: dict[str, Any]) -> dict[str, Any]:
+    def predicted(plan: Plan) -> dict[str, Any]:
+        return {"plan_id": plan.plan_id, "formats": plan.formats(), **asdict(plan.prediction)}
+
+    plan = {**predicted(solved.plan), "label": solved.plan.label, "kind": solved.plan.kind, "proven": solved.proven}
+    return {"limits": limits, "plan": plan, "around": [predicted(other) for other in solved.around]}
+
+
+def _print_text(solved: Solved, where: str) -> None:
+    from autoquant.report.predicted_table import predicted_table
+    from autoquant.report.words import plan_lines
+
+    print_table(lambda _width: predicted_table(solved.around, solved.plan))
+    plan = solved.plan
+    typer.echo()
+    for line in plan_lines(plan, None)[:2]:
+        typer.echo(line)
+    if solved.proven:
+        typer.echo(f"It was proven: autoquant show {where} --plan {plan.plan_id}")
+    else:
+        typer.echo("It is a prediction: `autoquant search` with these limits proves it.")
+    typer.echo(f"  autoquant apply {where} --plan {plan.plan_id} --out DIR")

@@ -1,0 +1,107 @@
+"""The limits of a search: what the recommended plan has to keep to, and what it has least of within them. No torch.
+
+A limit of quality is held against the upper end of the 95 % interval on the selection part, never the report part: that of the
+increase is paired, window by window; that of the divergence is of its mean over windows, which is paired by what it is.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant.records import ORIGINAL_LABEL, Objective, Plan, Proof
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """None: no limit.
+
+    Attributes:
+        max_ppl_increase: A fraction (of perplexity, or of the user's own loss).
+        max_kl: Mean divergence from the unquantized model, nats per token.
+        max_memory_bytes: Of all parameters.
+    """
+
+    max_ppl_increase: float | None = None
+    max_kl: float | None = None
+    max_memory_bytes: int | None = None
+    minimize: Objective = "time"
+
+    @classmethod
+    def of(cls, limits: Mapping[str, Any]) -> Limits:
+        """Those that the store keeps of a study."""
+        return cls(
+            max_ppl_increase=limits.get("max_ppl_increase"),
+            max_kl=limits.get("max_kl"),
+            max_memory_bytes=limits.get("max_memory_bytes"),
+            minimize=limits.get("minimize") or "time",
+        )
+
+    def as_object(self) -> dict[str, Any]:
+        """For the store and for programs; what was added later is left out where it is not set."""
+        values: dict[str, Any] = {
+            "max_ppl_increase": self.max_ppl_increase,
+            "max_memory_bytes": self.max_memory_bytes,
+        }
+        values |= {} if self.max_kl is None else {"max_kl": self.max_kl}
+        return values | ({"minimize": self.minimize} if self.minimize != "time" else {})
+
+    def __str__(self) -> str:
+        parts = []
+        if self.max_ppl_increase is not None:
+            parts.append(f"increase at most {100 * self.max_ppl_increase:g}%")
+        if self.max_kl is not None:
+            parts.append(f"KL at most {self.max_kl:g}")
+        if self.max_memory_bytes is not None:
+            parts.append(f"memory at most {self.max_memory_bytes:,} bytes")
+        return f"{'fastest' if self.minimize == 'time' else 'smallest'} with {' and '.join(parts) or 'no limits'}"
+
+    def within(self, proof: Proof, plan: Plan) -> bool:
+        """Whether a proven plan keeps to all limits. The unquantized model does to those of quality, whatever they are."""
+        if self.max_memory_bytes is not None and proof.memory_bytes > self.max_memory_bytes:
+            return False
+        if plan.label == ORIGINAL_LABEL:
+            return True
+        if self.max_ppl_increase is not None and proof.selection_increase.high > self.max_ppl_increase:
+            return False
+        return self.max_kl is None or (proof.selection_kl is not None and proof.selection_kl.high <= self.max_kl)
+
+    def expected_loss(
+        self, plans: Mapping[str, Plan], proofs: Mapping[str, Proof], *, logarithmic: bool
+    ) -> float | None:
+        """The predicted loss that the limits of quality are expected to allow, None where there are none.
+
+        It is learnt from the proven uniform plans how what was measured of them compares with what was predicted.
+
+        Args:
+            logarithmic: Losses are log-likelihoods, and the increase is one of perplexity.
+        """
+
+        def log(increase: float) -> float:
+            return math.log1p(increase) if logarithmic else increase
+
+        budgets = []
+        if self.max_ppl_increase is not None:
+            measured = {plan_id: proof.selection_increase.high for plan_id, proof in proofs.items()}
+            logs = {plan_id: log(high) for plan_id, high in measured.items() if math.isfinite(high) and high > 0}
+            budgets.append(_budget(log(self.max_ppl_increase), logs, plans))
+        if self.max_kl is not None:
+            divergences = {plan_id: proof.selection_kl.high for plan_id, proof in proofs.items() if proof.selection_kl}
+            budgets.append(_budget(self.max_kl, divergences, plans))
+        return min(budgets, default=None)
+
+
+def _budget(allowed: float, measured: Mapping[str, float], plans: Mapping[str, Plan]) -> float:
+    """`allowed` in units of predicted loss; harmless plans say nothing of the relation."""
+    ratios = [
+        high / plans[plan_id].prediction.loss
+        for plan_id, high in measured.items()
+        if plans[plan_id].kind == "uniform"
+        and plans[plan_id].prediction.loss > allowed / 4
+        and math.isfinite(high)
+        and high > 0
+    ]
+    return allowed / (statistics.median(ratios) if ratios else 1.0)

@@ -1,0 +1,120 @@
+"""Layers kept, pinned and fusable, from the command line; and the search solved again without its model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from autoquant.tuner.study import Study
+
+from .conftest import WORKLOAD, command
+
+KEPT, PINNED = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"
+CONSTRAINTS = ("--keep", KEPT, "--pin", "*.1.*.k_proj=int8-row*", "--fusable", "vllm")
+Q, K, V = (f"model.layers.1.self_attn.{name}_proj" for name in "qkv")
+
+
+@pytest.fixture(scope="module")
+def constrained(files, tmp_path_factory):
+    """(model, text, database, arguments of the search), searched."""
+    model, text = files
+    db = tmp_path_factory.mktemp("constrained") / "plan.db"
+    arguments = ["search", model, "--eval-text", text, "--db", db, "--device", "cpu", "--workload", WORKLOAD]
+    arguments += ["--candidates", "int8*", "--candidates", "int4*", "--time-budget", "1s", *CONSTRAINTS]
+    result = command(*arguments, "--max-kl", "0.5", "--max-ppl-increase", "50%", "--json")
+    assert result.returncode == 0, result.stderr
+    return model, text, db, arguments, result
+
+
+def formats(plan):
+    return {layer.name: layer.format for layer in plan.layers}
+
+
+def test_every_plan_but_the_original_honours_them(constrained):
+    study = Study.open(constrained[2])
+    plans = [plan for plan in study.plans() if plan.kind != "original"]
+    assert len(plans) >= 5
+    for plan in plans:
+        chosen = formats(plan)
+        assert chosen[KEPT] == "bfloat16/plain" and chosen[K].startswith("int8-row"), plan.label
+        assert chosen[Q] == chosen[K] == chosen[V], plan.label
+        assert chosen["model.layers.0.mlp.gate_proj"] == chosen["model.layers.0.mlp.up_proj"], plan.label
+        reasons = {layer.name: layer.reason for layer in plan.layers}
+        assert f"kept unquantized by --keep {KEPT}" in reasons[KEPT]
+        assert "pinned by --pin *.1.*.k_proj=int8-row*" in reasons[K]
+
+
+def test_the_original_which_fails_a_pin_is_shown_and_not_recommended(constrained):
+    study = Study.open(constrained[2])
+    assert "original" in {row["kind"] for row in study.rows()}
+    assert study.best().kind != "original"
+    assert study.best(max_ppl_increase=0.5, max_kl=0.5).kind != "original"
+
+
+def test_they_are_said_wherever_the_study_is_shown(constrained, run):
+    *_, db, _, result = constrained
+    wanted = {"keep": [KEPT], "pin": ["*.1.*.k_proj=int8-row*"], "fusable": "vllm"}
+    printed = json.loads(result.stdout)
+    assert printed["constraints"] == wanted and printed["limits"]["max_kl"] == 0.5
+    assert f"1 of 15 layers kept unquantized by --keep {KEPT}" in result.stderr
+    assert "10 layers in 4 groups of one format each, which vllm fuses" in result.stderr
+    assert json.loads(run("show", db, "--json").stdout)["constraints"] == wanted
+    assert json.loads(run("studies", db, "--json").stdout)[0]["constraints"] == wanted
+    for shown in (run("show", db), run("pareto", db)):
+        assert f"Constraints: --keep {KEPT} --pin *.1.*.k_proj=int8-row* --fusable vllm" in shown.stdout
+    assert "--fusable vllm" in run("studies", db).stdout
+
+
+def test_the_divergence_is_measured_on_the_selection_part_with_its_interval(constrained):
+    study = Study.open(constrained[2])
+    for plan_id, proof in study.proofs().items():
+        assert proof.selection_kl.low <= proof.selection_kl.value <= proof.selection_kl.high
+        assert proof.selection_kl.value == pytest.approx(proof.kl, rel=0.8, abs=1e-9), study.plan(plan_id).label
+        assert len(proof.selection_losses) > 1
+        assert proof.time_ratio.low <= proof.request_ms / proof.original_request_ms <= proof.time_ratio.high
+
+
+def test_it_is_solved_again_when_the_model_is_gone_and_the_plan_can_be_applied(constrained, run, tmp_path):
+    model, _, db, *_ = constrained
+    copy = tmp_path / "plan.db"
+    shutil.copy(db, copy)
+    away = model.rename(model.with_name("away"))
+    try:
+        result = run("solve", copy, "--max-kl", "0.002", "--json")
+        text = run("solve", copy, "--max-kl", "0.003", "--max-memory", "1GB")
+    finally:
+        away.rename(model)
+    assert result.exit_code == text.exit_code == 0, (result.stderr, text.stderr)
+    solved = json.loads(result.stdout)
+    plan = Study.open(copy).plan(solved["plan"]["plan_id"])
+    assert formats(plan)[KEPT] == "bfloat16/plain" and formats(plan)[Q] == formats(plan)[K]
+    assert solved["limits"]["max_kl"] == 0.002 and len(solved["around"]) >= 1
+    assert f"autoquant apply {copy} --plan" in text.stdout
+    applied = run("apply", copy, "--plan", plan.plan_id, "--out", tmp_path / "out")
+    assert applied.exit_code == 0, applied.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--keep", "nothing"], "no searched layer matches 'nothing'"),
+        (["--pin", "lm_head=int8*", "--keep", "lm_head"], "contradict each other"),
+        (["--max-kl", "little"], "write nats per token such as 0.02"),
+        (["--max-memory", "10"], "allow at least that with --max-memory"),
+    ],
+)
+def test_what_cannot_be_met_ends_with_one_line_and_exit_code_2(constrained, run, options, words):
+    _, _, db, arguments, _ = constrained
+    before = {row["plan_id"] for row in Study.open(db).rows()}
+    base = arguments[: -len(CONSTRAINTS)] if "--max-memory" not in options else arguments
+    result = run(*base, *options)
+    assert result.exit_code == 2 and words in result.stderr.splitlines()[-1], result.stderr
+    assert {row["plan_id"] for row in Study.open(db).rows()} == before
+
+
+def test_solve_refuses_limits_that_nothing_meets(constrained, run):
+    result = run("solve", constrained[2], "--max-memory", "10")
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert "no plan is as small as 10 bytes" in result.stderr

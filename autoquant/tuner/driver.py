@@ -16,7 +16,7 @@ from autoquant.candidates import Format, Kernel, select
 from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Sensitivity, check_text
-from autoquant.evaluators.text import read_text
+from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS, read_text
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.hints import did_you_mean_path
 from autoquant.models import LoadedModel, resolve_device, take_model
@@ -166,6 +166,8 @@ def search(
     )
     if isinstance(measure, TextQuality) and measure.parts.inputs is not None:
         store.put_calibration(study_id, measure.parts.inputs.tolist())
+        if (count := len(measure.parts.inputs)) < ENOUGH_INPUT_WINDOWS:
+            listener(Notice(f"weights are rounded for {count} windows of text only: a longer one serves -gptq better"))
     if recording is not None:
         store.update_study(study_id, recording=recording)
     run = Stages(

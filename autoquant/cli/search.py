@@ -136,12 +136,13 @@ def search(
     ] = False,
     time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
     sensitivity: Annotated[
-        Sensitivity,
+        Sensitivity | None,
         typer.Option(
-            help="What tells a layer's loss: isolated measures each change alone; fisher and path, which need a text, predict"
-            " all from a few gradients."
+            help="What tells a layer's loss: path and fisher, which need a text, predict all from a few gradients; isolated"
+            " measures each change alone. By default path, with --quality isolated.",
+            show_default=False,
         ),
-    ] = Sensitivity.ISOLATED,
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
     model_factory: Annotated[
         str | None,
@@ -163,7 +164,7 @@ def search(
     """
     eval_text, quality = command_line_wins(context, "eval_text", "quality")
     _check_judge(eval_text, quality)
-    if quality is not None and sensitivity is not Sensitivity.ISOLATED:
+    if quality is not None and sensitivity not in (None, Sensitivity.ISOLATED):
         raise typer.BadParameter("needs a text: with --quality only isolated works", param_hint="--sensitivity")
     check_save(save_as)
     increase = fraction(max_ppl_increase, "--max-ppl-increase")
@@ -200,7 +201,7 @@ def search(
                 candidates=tuple(candidates or ("*",)),
                 fuse=fuse,
                 time_budget_s=budget_s,
-                sensitivity=sensitivity.value,
+                sensitivity=sensitivity.value if sensitivity else None,
                 seed=seed,
                 model_factory=model_factory,
                 tokenizer=tokenizer,

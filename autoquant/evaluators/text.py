@@ -15,7 +15,7 @@ from autoquant.errors import TextError
 Part = Literal["calibration", "selection", "report"]
 PARTS: tuple[Part, ...] = ("calibration", "selection", "report")
 WINDOW_TOKENS = 512
-WANTED_WINDOWS: Mapping[Part, int] = {"calibration": 3, "selection": 20, "report": 28}
+WANTED_WINDOWS: Mapping[Part, int] = {"calibration": 8, "selection": 20, "report": 28}
 LEAST_WINDOWS: Mapping[Part, int] = {"calibration": 1, "selection": 6, "report": 8}
 INPUT_WINDOWS = 32
 ENOUGH_INPUT_WINDOWS = 16  # studies/rounding: with 3, GPTQ is worse than clipping alone
@@ -113,7 +113,8 @@ def _counts(available: int) -> dict[Part, int]:
     """How many windows each part gets: as wanted, or in proportion where the text is shorter."""
     wanted = sum(WANTED_WINDOWS.values())
     counts = {part: max(LEAST_WINDOWS[part], WANTED_WINDOWS[part] * available // wanted) for part in PARTS}
-    counts["report"] += available - sum(counts.values())
+    spare = available - sum(counts.values())
+    counts["report" if spare > 0 else "calibration"] += spare
     return counts
 
 

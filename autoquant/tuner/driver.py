@@ -15,7 +15,7 @@ from torch import nn
 from autoquant.candidates import Format, Kernel, select
 from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
-from autoquant.evaluators.sensitivity import SENSITIVITIES, Sensitivity, check_text
+from autoquant.evaluators.sensitivity import ISOLATED, PATH, SENSITIVITIES, Sensitivity, check_text
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS, read_text
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.hints import did_you_mean_path
@@ -63,7 +63,7 @@ def search(
     sample_inputs: Sequence[Any] | Mapping[str, Any] | str | None = None,
     fuse: bool = False,
     quality: QualityFunction | str | None = None,
-    sensitivity: str = "isolated",
+    sensitivity: str | None = None,
     listener: Listener = ignore,
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
@@ -90,8 +90,8 @@ def search(
         fuse: Time linears that read the same input as one, too, and compute them so where that is faster.
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
             name, so give a changed function another name. A string `package.module:callable` is imported.
-        sensitivity: How what each change costs is found out, a name of `autoquant.evaluators.sensitivity.SENSITIVITIES`; a
-            quality function takes `isolated`.
+        sensitivity: How what each change costs is found out, a name of `autoquant.evaluators.sensitivity.SENSITIVITIES`. None:
+            `path` on a text; a quality function takes `isolated` alone.
         listener: Told what is going on.
 
     Returns:
@@ -207,7 +207,9 @@ def _known_recording(store: Store, study_id: str, limits: Limits) -> Recording |
     return facts.recording
 
 
-def _method(name: str, own: FunctionQuality | None) -> Sensitivity:
+def _method(name: str | None, own: FunctionQuality | None) -> Sensitivity:
+    if name is None:
+        return PATH if own is None else ISOLATED
     method = SENSITIVITIES.get(name)
     if method is None:
         raise QualityError(f"no sensitivity {name!r}: choose one of {', '.join(SENSITIVITIES)}")

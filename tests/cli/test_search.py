@@ -44,7 +44,7 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "fuse": True,
         "candidates": ("int8*", "int4*"),
         "time_budget_s": 90.0,
-        "sensitivity": "isolated",
+        "sensitivity": None,
         "seed": 7,
         "model_factory": "a.b:c",
         "tokenizer": "tok",
@@ -139,7 +139,7 @@ def test_the_sensitivity_reaches_the_driver(runner, driver):
         assert runner.invoke(app, ["search", "m", "--eval-text", "t", "--sensitivity", name]).exit_code == 0
     assert [call["sensitivity"] for call in driver.calls] == list(SENSITIVITIES)
     assert runner.invoke(app, ["search", "m", "--eval-text", "t"]).exit_code == 0
-    assert driver.calls[-1]["sensitivity"] == "isolated"
+    assert driver.calls[-1]["sensitivity"] is None
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_parts_are_disjoint_whole_windows_of_the_text(numbers_file, windows):
     parts = read(numbers_file(windows, spare=WINDOW - 1))
     seen = torch.cat([parts.windows[part] for part in PARTS])
     starts = sorted(seen[:, 0].tolist())
-    assert starts == [i * WINDOW for i in range(min(windows, 51))]  # each window once, the first of the text
+    assert starts == [i * WINDOW for i in range(min(windows, 56))]  # each window once, the first of the text
     assert torch.equal(seen, seen[:, :1] + torch.arange(WINDOW)) and seen.dtype == torch.int64
     for part in PARTS:
         assert parts.windows[part][:, 0].tolist() == sorted(parts.windows[part][:, 0].tolist())
@@ -55,23 +55,23 @@ def test_parts_are_disjoint_whole_windows_of_the_text(numbers_file, windows):
 
 @pytest.mark.parametrize(
     ("windows", "expected"),
-    [(200, (3, 20, 28)), (51, (3, 20, 28)), (30, (1, 11, 18)), (45, (2, 17, 26)), (15, (1, 6, 8))],
+    [(200, (8, 20, 28)), (56, (8, 20, 28)), (30, (4, 10, 16)), (45, (6, 16, 23)), (16, (2, 6, 8)), (15, (1, 6, 8))],
 )
 def test_a_shorter_text_gives_each_part_its_share(numbers_file, windows, expected):
     assert counts(read(numbers_file(windows))) == expected
 
 
-@pytest.mark.parametrize("windows", range(15, 52))
+@pytest.mark.parametrize("windows", range(15, 57))
 def test_every_window_up_to_the_wanted_ones_is_used(numbers_file, windows):
     found = counts(read(numbers_file(windows)))
     assert sum(found) == windows and all(a >= b for a, b in zip(found, (1, 6, 8), strict=True))
 
 
 def test_every_part_is_spread_over_the_text(numbers_file):
-    parts = read(numbers_file(51))
-    for part, most in (("calibration", 18), ("selection", 4), ("report", 3)):
+    parts = read(numbers_file(56))
+    for part, most in (("calibration", 8), ("selection", 4), ("report", 3)):
         starts = [start // WINDOW for start in parts.windows[part][:, 0].tolist()]
-        gaps = [b - a for a, b in zip([-1, *starts], [*starts, 51], strict=True)]
+        gaps = [b - a for a, b in zip([-1, *starts], [*starts, 56], strict=True)]
         assert max(gaps) <= most
 
 
@@ -161,19 +161,19 @@ def test_dealing_starts_with_the_part_that_has_the_largest_share():
 
 
 def test_windows_that_weights_are_rounded_for_follow_the_parts(numbers_file, monkeypatch):
-    monkeypatch.setattr(text, "INPUT_WINDOWS", 6)
+    monkeypatch.setattr(text, "INPUT_WINDOWS", 10)
     path = numbers_file(80)
     parts = read(path, inputs=True)
-    assert parts.inputs[:, 0].tolist() == [i * WINDOW for i in range(51, 57)]
+    assert parts.inputs[:, 0].tolist() == [i * WINDOW for i in range(56, 66)]
     plain = read(path)
     assert plain.inputs is None and plain.key != parts.key
     assert all(torch.equal(plain.windows[part], parts.windows[part]) for part in PARTS)
-    assert read(numbers_file(54), inputs=True).key != read(numbers_file(55), inputs=True).key
+    assert read(numbers_file(64), inputs=True).key != read(numbers_file(65), inputs=True).key
 
 
-@pytest.mark.parametrize(("windows", "expected"), [(20, 1), (53, 3), (54, 3), (55, 4)])
+@pytest.mark.parametrize(("windows", "expected"), [(20, 2), (63, 8), (64, 8), (65, 9)])
 def test_a_text_without_enough_of_them_gives_the_calibration_part(numbers_file, windows, expected):
     parts = read(numbers_file(windows), inputs=True)
     assert len(parts.inputs) == expected
     is_calibration = torch.equal(parts.inputs, parts.windows["calibration"])
-    assert is_calibration is (windows < 55)
+    assert is_calibration is (windows < 65)

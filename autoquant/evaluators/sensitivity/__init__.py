@@ -12,4 +12,14 @@ from autoquant.evaluators.sensitivity.path import PATH
 
 SENSITIVITIES = {method.id: method for method in (ISOLATED, FISHER, PATH)}
 
-__all__ = ["EVERY_LAYER", "SENSITIVITIES", "Change", "Losses", "OnScored", "Sensitivity", "check_text"]
+__all__ = [
+    "EVERY_LAYER",
+    "ISOLATED",
+    "PATH",
+    "SENSITIVITIES",
+    "Change",
+    "Losses",
+    "OnScored",
+    "Sensitivity",
+    "check_text",
+]

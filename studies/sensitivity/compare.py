@@ -82,7 +82,7 @@ def main() -> None:
     print(table)
 
 
-def parse() -> argparse.Namespace:
+def parse(*, rounding: bool = False) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "calibration_text", "report_text", "out"):
         parser.add_argument(name)
@@ -94,6 +94,9 @@ def parse() -> argparse.Namespace:
         "--skip-windows", type=int, default=24, help="windows of the report text that are left out first"
     )
     parser.add_argument("--seed", type=int, default=0)
+    if rounding:
+        parser.add_argument("--rounding", choices=("hqq", "clip", "gptq"))
+        parser.add_argument("--refine", action="store_true")
     return parser.parse_args()
 
 
@@ -146,10 +149,13 @@ def random_plans(sites: Sequence[Site], seed: int) -> list[tuple[str, Plan]]:
     return plans
 
 
-def changes(sites: Sequence[Site], plan: Plan | None = None) -> list[Change]:
-    """Those of a plan, or every format at every site."""
+Changes = Mapping[tuple[str, str], Change]
+
+
+def changes(sites: Sequence[Site], plan: Plan | None = None, rounded: Changes | None = None) -> list[Change]:
+    """Those of a plan, or every format at every site; better rounded ones, by (site, format), where there are such."""
     return [
-        Change(site, name, fmt, A16)
+        (rounded or {}).get((site.name, name)) or Change(site, name, fmt, A16)
         for name, (fmt, _, _) in FORMATS.items()
         for site in sites
         if plan is None or plan[site.name] == name
@@ -176,7 +182,13 @@ def true_divergences(
 
 
 def score(
-    method: str, loaded: LoadedModel, sites: Sequence[Site], calibration: torch.Tensor, device: str, path: Path
+    method: str,
+    loaded: LoadedModel,
+    sites: Sequence[Site],
+    calibration: torch.Tensor,
+    device: str,
+    path: Path,
+    rounded: Changes | None = None,
 ) -> Scored:
     if path.exists():
         kept = json.loads(path.read_text())
@@ -185,7 +197,10 @@ def score(
     losses: Losses = {}
     with stopwatch(device) as seconds:
         SENSITIVITIES[method].score(
-            loaded.module, changes(sites), quality(calibration, device), lambda _subject, new: losses.update(new)
+            loaded.module,
+            changes(sites, None, rounded),
+            quality(calibration, device),
+            lambda _subject, new: losses.update(new),
         )
     scored = Scored(losses, *seconds)
     rows = [[name, numerics, loss] for (name, numerics), loss in losses.items()]

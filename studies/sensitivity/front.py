@@ -3,10 +3,11 @@
     python studies/sensitivity/front.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda] [--methods fisher,path]
 
 Arguments and OUT are those of compare.py, whose losses (`METHOD.json`) are used where they are there. For each budget of average
-bits the plan of least summed loss is found exactly. The plan of `--refine` budgets is then improved by true evaluations on the
-calibration text: the loss of each change to it is measured, the sums are solved again for a plan that differs in few layers, and
-the plan is kept if it is truly better. Divergences are mean KL per token to the unquantized model on the report text, in float32,
-with a paired 95 % interval of the ratio to the first method's plan. OUT gets `front.json` and `front.md`.
+bits the plan of least summed loss is found exactly. With `--refine` the plans of 3 and 3.5 bits are then improved by true
+evaluations on the calibration text: the loss of each change is measured, the sums are solved again for a plan that differs in few
+layers, and the plan is kept if it is truly better. With `--rounding gptq` (or hqq, clip) the last method allocates once more, with
+weights of fewer than 8 bits rounded so, for the calibration text. Divergences are mean KL per token to the unquantized model on
+the report text, in float32, with a paired 95 % interval of the ratio to the first method's plan. OUT gets `front.json`, `front.md`.
 """
 
 from __future__ import annotations
@@ -14,20 +15,37 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from compare import FORMATS, Losses, Plan, average_bits, changes, parse, quality, score, searched_sites, windows
+from compare import (
+    FORMATS,
+    Changes,
+    Losses,
+    Plan,
+    average_bits,
+    changes,
+    parse,
+    quality,
+    score,
+    searched_sites,
+    windows,
+)
 
+from autoquant.calibration import Calibration as Rounded
+from autoquant.candidates import A16
+from autoquant.candidates.low_bit import BitPlaneTensor
+from autoquant.candidates.rounding import ROUNDINGS, Grid, rounded_formats
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import divergence_sum
-from autoquant.evaluators.sensitivity import EVERY_LAYER
+from autoquant.evaluators.sensitivity import Change
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
 from autoquant.evaluators.sensitivity.together import Calibration, PathSite
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
 from autoquant.evaluators.statistics import paired_increase
-from autoquant.models import load_model
+from autoquant.models import LoadedModel, load_model
 from autoquant.records import Site
 from autoquant.tuner.solve import Problem, fastest
 
@@ -39,13 +57,20 @@ MOST_CHANGED = 12
 class Truth:
     """True divergences of plans on some windows; changed weights are kept, so that a plan costs its forward passes only."""
 
-    def __init__(self, module: torch.nn.Module, sites: Sequence[Site], ids: torch.Tensor, device: str) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        sites: Sequence[Site],
+        ids: torch.Tensor,
+        device: str,
+        rounded: Changes | None = None,
+    ) -> None:
         self.evaluations = 0
         self._calibration = Calibration(module, quality(ids, device))
         self._references = [self._calibration.reference(n) for n in range(len(self._calibration.batches))]
         self._sites: dict[tuple[str, str], PathSite] = {}
         room = Room(1 << 40)
-        with_change = {(change.site.name, change.numerics): change for change in changes(sites)}
+        with_change = {(change.site.name, change.numerics): change for change in changes(sites, None, rounded)}
         weights: dict[str, ChangedWeights] = {}
         for (name, numerics), change in with_change.items():
             parameter = module.get_parameter(change.site.parameters[0])
@@ -139,8 +164,29 @@ def _block(name: str) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
+def rounded_changes(loaded: LoadedModel, sites: Sequence[Site], ids: torch.Tensor, rounding: str) -> Changes:
+    """Changes to better rounded weights, made for what layers read on some windows."""
+    which = next(each for each in ROUNDINGS if each.id == rounding)
+    made = {}
+    for name, (nearest, bits, group) in FORMATS.items():
+        if bits < 8:
+            grid = Grid(bits=bits, group=group, symmetric=True)
+            pack = partial(BitPlaneTensor.pack, bits=bits)
+            made[name] = next(
+                fmt for fmt in rounded_formats(nearest, grid, pack, nearest.by_default) if f"-{which.id}/" in fmt.id
+            )
+    calibration = Rounded(ids.cpu())
+    with torch.no_grad():
+        calibration.prepare(loaded.module, {site.parameters[0]: list(made.values()) for site in sites})
+    return {
+        (site.name, name): Change(site, name, fmt, A16, partial(calibration.stored, site.parameters[0], fmt))
+        for name, fmt in made.items()
+        for site in sites
+    }
+
+
 def main() -> None:
-    arguments = parse()
+    arguments = parse(rounding=True)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     out = Path(arguments.out)
@@ -153,12 +199,21 @@ def main() -> None:
         method: score(method, loaded, sites, calibration, arguments.device, out / f"{method}.json").losses
         for method in arguments.methods.split(",")
     }
+    method = arguments.methods.split(",")[-1]
+    better = rounded_changes(loaded, sites, calibration, arguments.rounding) if arguments.rounding else None
+    if better:
+        label = f"{method}, {arguments.rounding}"
+        path = out / f"{method}-{arguments.rounding}.json"
+        found = score(method, loaded, sites, calibration, arguments.device, path, better)
     with in_float32(loaded.module):
         inner, truth = (Truth(loaded.module, sites, ids, arguments.device) for ids in (calibration, report))
         rows = [
             *(row(f"uniform {name}", {site.name: name for site in sites}, sites, truth) for name in FORMATS),
-            *fronts(losses, sites, inner, truth),
+            *fronts(losses, sites, inner if arguments.refine else None, truth),
         ]
+        if better:
+            truth = Truth(loaded.module, sites, report, arguments.device, better)
+            rows += [row(label, allocate(found.losses, sites, bits), sites, truth, bits) for bits in BUDGETS]
     (out / "front.json").write_text(json.dumps(rows))
     table = as_table(rows, next(iter(losses)))
     (out / "front.md").write_text(table)
@@ -180,16 +235,18 @@ def row(
     return found
 
 
-def fronts(losses: Mapping[str, Losses], sites: Sequence[Site], inner: Truth, truth: Truth) -> list[dict[str, object]]:
+def fronts(
+    losses: Mapping[str, Losses], sites: Sequence[Site], inner: Truth | None, truth: Truth
+) -> list[dict[str, object]]:
     rows = []
     for bits in BUDGETS:
         plan = heuristic(sites, bits)
         if plan:
             rows.append(row("heuristic", plan, sites, truth, bits))
         for method, of in losses.items():
-            plan = allocate({key: loss for key, loss in of.items() if key[0] != EVERY_LAYER}, sites, bits)
+            plan = allocate(of, sites, bits)
             rows.append(row(method, plan, sites, truth, bits))
-        if bits <= 3.5:
+        if inner and bits <= 3.5:
             began, inner.evaluations = time.monotonic(), 0
             plan = refine(plan, sites, bits, inner)
             used = {"seconds": time.monotonic() - began, "evaluations": inner.evaluations}

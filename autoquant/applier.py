@@ -44,11 +44,39 @@ class AppliedReport:
     loaded_again: bool
 
 
-def apply(plan: Plan, model: nn.Module, *, listener: Listener = ignore) -> nn.Module:
+class Quantized:
+    """Weights of one model as the last plan stored them: what the next plan leaves as it is need not be quantized again.
+
+    It holds nothing beyond the weights of one plan.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[str, str], torch.Tensor] = {}
+
+    def forget_all_but(self, plan: Plan) -> None:
+        """Free what the plan does not use."""
+        used = {(layer.parameters[0], layer.format) for layer in plan.layers if not layer.joined}
+        self._stored = {key: stored for key, stored in self._stored.items() if key in used}
+
+    def store(self, layer: LayerChoice, weight: torch.Tensor) -> torch.Tensor:
+        """The layer's weight in its format, from the last plan or quantized now."""
+        key = (layer.parameters[0], layer.format)
+        if key not in self._stored:
+            stored = get_format(layer.format).store(weight)
+            if layer.joined:  # copied into memory shared with others
+                return stored
+            self._stored[key] = stored
+        return self._stored[key]
+
+
+def apply(
+    plan: Plan, model: nn.Module, *, listener: Listener = ignore, quantized: Quantized | None = None
+) -> nn.Module:
     """Replace the weights of `model`, in place and one at a time, by what `plan` says.
 
     Args:
         model: The model that was searched, loaded in the plan's dtype.
+        quantized: Weights of the plan that was applied to the same model before.
 
     Returns:
         The same module.
@@ -58,11 +86,13 @@ def apply(plan: Plan, model: nn.Module, *, listener: Listener = ignore) -> nn.Mo
         CandidateError: A weight could not be quantized as planned.
     """
     _check_fits(plan, model)
+    quantized = quantized or Quantized()
+    quantized.forget_all_but(plan)
     listener(StageStarted("apply", len(plan.layers)))
     for done, layer in enumerate(plan.layers):
         listener(StageProgress("apply", done, layer.name))
         if layer.format != original_format(layer.shape.dtype):
-            _replace(model, layer)
+            _replace(model, layer, quantized)
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
@@ -158,10 +188,10 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
                 )
 
 
-def _replace(model: nn.Module, layer: LayerChoice) -> None:
+def _replace(model: nn.Module, layer: LayerChoice, quantized: Quantized) -> None:
     fmt = get_format(layer.format)
     parameter = model.get_parameter(layer.parameters[0])
-    routed = RoutedWeight.wrap(fmt.store(parameter.data), fmt.id, layer.route, parameter.dtype)
+    routed = RoutedWeight.wrap(quantized.store(layer, parameter.data), fmt.id, layer.route, parameter.dtype)
     _put(model, layer, routed)
     placed = model.get_parameter(layer.parameters[0]).data
     if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:

@@ -46,8 +46,39 @@ class AppliedReport:
     loaded_again: bool
 
 
+class Quantized:
+    """Weights of one model as the last plan stored them: what the next plan leaves as it is need not be quantized again.
+
+    It holds nothing beyond the weights of one plan.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[str, str], torch.Tensor] = {}
+
+    def forget_all_but(self, plan: Plan) -> None:
+        """Free what the plan does not use."""
+        used = {(layer.parameters[0], layer.format) for layer in plan.layers if not layer.joined}
+        self._stored = {key: stored for key, stored in self._stored.items() if key in used}
+
+    def store(self, layer: LayerChoice, weight: torch.Tensor, made: Calibration | None) -> torch.Tensor:
+        """The layer's weight in its format, from the last plan or quantized now, or made for its inputs before."""
+        key = (layer.parameters[0], layer.format)
+        if key not in self._stored:
+            fmt = get_format(layer.format)
+            stored = made.stored(layer.parameters[0], fmt) if made and fmt.needs_inputs else fmt.store(weight)
+            if layer.joined:  # copied into memory shared with others
+                return stored
+            self._stored[key] = stored
+        return self._stored[key]
+
+
 def apply(
-    plan: Plan, model: nn.Module, *, calibration: Windows | Calibration | None = None, listener: Listener = ignore
+    plan: Plan,
+    model: nn.Module,
+    *,
+    calibration: Windows | Calibration | None = None,
+    listener: Listener = ignore,
+    quantized: Quantized | None = None,
 ) -> nn.Module:
     """Replace the weights of `model`, in place and one at a time, by what `plan` says.
 
@@ -55,6 +86,7 @@ def apply(
         model: The model that was searched, loaded in the plan's dtype.
         calibration: The token ids of the search, `study.calibration`, for a plan with weights that are rounded for their layers'
             inputs: from them the same bits are made again (on the same device, with as many threads).
+        quantized: Weights of the plan that was applied to the same model before.
 
     Returns:
         The same module.
@@ -66,11 +98,13 @@ def apply(
     """
     _check_fits(plan, model)
     made = _prepared(plan, model, calibration)
+    quantized = quantized or Quantized()
+    quantized.forget_all_but(plan)
     listener(StageStarted("apply", len(plan.layers)))
     for done, layer in enumerate(plan.layers):
         listener(StageProgress("apply", done, layer.name))
         if layer.format != original_format(layer.shape.dtype):
-            _replace(model, layer, made)
+            _replace(model, layer, quantized, made)
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
@@ -187,11 +221,10 @@ def _prepared(plan: Plan, model: nn.Module, calibration: Windows | Calibration |
     return made
 
 
-def _replace(model: nn.Module, layer: LayerChoice, made: Calibration | None) -> None:
+def _replace(model: nn.Module, layer: LayerChoice, quantized: Quantized, made: Calibration | None) -> None:
     fmt = get_format(layer.format)
     parameter = model.get_parameter(layer.parameters[0])
-    stored = made.stored(layer.parameters[0], fmt) if made and fmt.needs_inputs else fmt.store(parameter.data)
-    routed = RoutedWeight.wrap(stored, fmt.id, layer.route, parameter.dtype)
+    routed = RoutedWeight.wrap(quantized.store(layer, parameter.data, made), fmt.id, layer.route, parameter.dtype)
     _put(model, layer, routed)
     placed = model.get_parameter(layer.parameters[0]).data
     if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:

@@ -73,8 +73,10 @@ def ties_lines(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> lis
 
 
 def _searched(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> list[str]:
-    """How the search's own plan of about this size or quality compares: the fastest that is no worse than the baseline."""
+    """How the fastest plan of the search's own that is no worse than the baseline compares; empty where one is a tie with it."""
     own = [r for r in rows if r["kind"] not in (*_BASELINE_WORDS, "original")]
+    if {r["plan_id"] for r in own} & set(str(baseline.get("ties", "")).split()):
+        return []
     as_good = [r for r in own if r["perplexity_increase"] <= baseline["perplexity_increase_high"]]
     if not as_good:
         return []

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoquant.applier import apply, module_bytes
+from autoquant.applier import Quantized, apply, module_bytes
 from autoquant.calibration import Calibration
 from autoquant.candidates import get_format
 from autoquant.candidates.gemlite import untuned
@@ -45,11 +45,12 @@ class Prover:
     selection: tuple[float, ...] = ()
     calibration: Calibration | None = None
     _original: tuple[Phases, str] | None = None
+    _quantized: Quantized = field(default_factory=Quantized)
 
     def prove(self, plan: Plan) -> Proof:
         """Apply `plan` to a copy that shares every weight that it leaves alone, and measure it."""
         module = share(self.loaded.module)
-        apply(plan, module, calibration=self.calibration)
+        apply(plan, module, calibration=self.calibration, quantized=self._quantized)
         release_memory()
         with (
             worst_numerics(module, plan),

@@ -2,12 +2,13 @@
 
     python studies/sensitivity/front.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda] [--methods fisher,path]
 
-Arguments and OUT are those of compare.py, whose losses (`METHOD.json`) are used where they are there. For each budget of average
-bits the plan of least summed loss is found exactly. With `--refine` the plans of 3 and 3.5 bits are then improved by true
-evaluations on the calibration text: the loss of each change is measured, the sums are solved again for a plan that differs in few
-layers, and the plan is kept if it is truly better. With `--rounding gptq` (or hqq, clip) the last method allocates once more, with
-weights of fewer than 8 bits rounded so, for the calibration text. Divergences are mean KL per token to the unquantized model on
-the report text, in float32, with a paired 95 % interval of the ratio to the first method's plan. OUT gets `front.json`, `front.md`.
+Arguments and OUT are those of compare.py, whose losses (`METHOD.json`) are used where they are there. For each budget of
+average bits the plan of least summed loss is found exactly. With `--refine` the plans of 3 and 3.5 bits are then improved by
+true evaluations on the calibration text: the loss of each change is measured, the sums are solved again for a plan that differs
+in few layers, and the plan is kept if it is truly better. With `--rounding gptq` (or hqq, clip) the last method allocates once
+more, with weights of fewer than 8 bits rounded so, for the calibration text. Divergences are mean KL per token to the
+unquantized model on the report text, in float32, with a paired 95 % interval of the ratio to the first method's plan. OUT gets
+`front.json` and `front.md`.
 """
 
 from __future__ import annotations

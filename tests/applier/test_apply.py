@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import autoquant
-from autoquant.applier import module_bytes
+from autoquant.applier import Quantized, module_bytes
 from autoquant.candidates import get_format
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import ModelError
@@ -164,3 +164,27 @@ def test_layers_of_many_formats_live_in_one_model(model):
     got = autoquant.apply(plan(SHARED, half), model)(ids)
     assert got.dtype == torch.bfloat16
     assert ((got.float() - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_only_layers_that_change_from_plan_to_plan_are_quantized_again(model, monkeypatch):
+    quantized = []
+    fmt = get_format("int8-row/plain")
+    monkeypatch.setattr(type(fmt), "store", _counting(type(fmt).store, quantized))
+    kept = Quantized()
+    modules = [copy.deepcopy(model) for _ in range(4)]
+    rerouted = replace(SHARED, route=ROUTE[1:])
+    for module, layers in zip(modules, ((SHARED,), (rerouted, HEAD), (HEAD,), (SHARED, HEAD)), strict=True):
+        autoquant.apply(plan(*layers), module, quantized=kept)
+    assert len(quantized) == 3, "the shared weight, the head, and the shared weight that one plan was without"
+    ids = torch.arange(32).unsqueeze(0)
+    fresh = autoquant.apply(plan(SHARED, HEAD), copy.deepcopy(model))
+    assert torch.equal(modules[3](ids), fresh(ids))
+    assert modules[1].one.weight.data.route != modules[3].one.weight.data.route
+
+
+def _counting(store, calls):
+    def counted(self, weight):
+        calls.append(self.id)
+        return store(self, weight)
+
+    return counted

@@ -93,7 +93,7 @@ def test_a_module_is_searched_and_written_by_the_functions_named(here):
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
-        ({"quality": "lost"}, "my_model_code has no lost: check --quality my_model_code:lost"),
+        ({"quality": "lost"}, "my_model_code has no lost (did you mean loss?): check --quality my_model_code:lost"),
         ({"quality": "PARTS"}, "--quality needs a callable that takes (module, part) and returns losses"),
         ({"quality": "nothing"}, "must return one number per sample"),
         ({"quality": "broken"}, "failed on the calibration part (NameError"),

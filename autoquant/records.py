@@ -20,6 +20,10 @@ Outcome = Literal["ok", "unsupported", "bounded", "beaten", "incorrect", "failed
 PlanKind = Literal["original", "uniform", "front", "refined"]
 Objective = Literal["time", "memory"]
 """What the recommended plan has least of, within the limits: time of a request, or bytes of all parameters."""
+
+DISTURBED = "timed while others used"
+"""How the note of a proof begins whose times something else on the machine may have changed."""
+
 ORIGINAL_LABEL = "original"
 
 

@@ -22,6 +22,10 @@ BASELINES: tuple[PlanKind, ...] = ("uniform", "heuristic", "bits")
 """Kinds of plans that are made without looking at each layer's latency: what a searched plan has to beat."""
 Objective = Literal["time", "memory"]
 """What the recommended plan has least of, within the limits: time of a request, or bytes of all parameters."""
+
+DISTURBED = "timed while others used"
+"""How the note of a proof begins whose times something else on the machine may have changed."""
+
 ORIGINAL_LABEL = "original"
 
 

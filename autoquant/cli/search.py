@@ -243,7 +243,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
         )
         return
     from autoquant.report.tables import front_table
-    from autoquant.report.words import off_predictions, recommendation
+    from autoquant.report.words import disturbed_proofs, off_predictions, recommendation
 
     where = shlex.quote(db)
     if rows:
@@ -252,7 +252,8 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     typer.echo(recommendation(rows, study.facts.limits))
     if not rows:
         return
-    for line in off_predictions(rows, where):
+    best = None if recommended is None else recommended["plan_id"]
+    for line in [*disturbed_proofs(study.proofs(), best, where), *off_predictions(rows, where)]:
         typer.echo(line)
     typer.echo("\nNext:")
     typer.echo(f"  autoquant pareto {where} --plot front.png")

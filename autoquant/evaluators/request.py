@@ -14,7 +14,7 @@ from autoquant.profiler.device import release_memory, synchronize
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.profiler.phases import Phases
 from autoquant.profiler.timing import first_line
-from autoquant.records import Interval, request_time
+from autoquant.records import DISTURBED, Interval, request_time
 
 _WARM_UP_CALLS = 2
 _MAX_RELATIVE_ERROR = 0.1
@@ -127,7 +127,7 @@ def rounds_in_turn(models: Sequence[Phases], device: str) -> tuple[list[list[dic
         if share <= HIGHEST_OTHER_LOAD:
             return times, ""
         time.sleep(attempt)
-    return times, f"timed while others used {share:.0%} of the machine: `autoquant bench` times it again"
+    return times, f"{DISTURBED} {share:.0%} of the machine: `autoquant bench` times it again"
 
 
 def _rounds_in_turn(models: Sequence[Phases], device: str) -> list[list[dict[str, float]]]:

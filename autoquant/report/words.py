@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autoquant.records import ORIGINAL_LABEL, Device, Plan, Proof, Workload
+from autoquant.records import DISTURBED, ORIGINAL_LABEL, Device, Plan, Proof, Workload
 from autoquant.report import units
 
 _LARGEST_ERROR = 0.1
@@ -138,6 +138,26 @@ def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[st
     return [
         f"Predicted and measured request time differ by more than {_LARGEST_ERROR:.0%}: {worst}{more}.",
         f"Which layers that comes from: autoquant bench {database} {plans} --attribute",
+    ]
+
+
+def disturbed_proofs(proofs: Mapping[str, Proof], recommended: str | None, database: str) -> list[str]:
+    """How many plans were timed while something else used the machine, and how to time them again; empty for none.
+
+    Args:
+        proofs: By plan id.
+        recommended: The id of the recommended plan.
+        database: As it is written in a command.
+    """
+    disturbed = [
+        plan_id for plan_id, proof in proofs.items() if any(note.startswith(DISTURBED) for note in proof.notes)
+    ]
+    if not disturbed:
+        return []
+    among = ", the recommended one among them" if recommended in disturbed else ""
+    return [
+        f"Other programs used the machine while {len(disturbed)} of {len(proofs)} plans were timed{among}.",
+        f"Time them again when it is idle: autoquant bench {database} --compare uniform",
     ]
 
 

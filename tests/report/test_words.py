@@ -1,4 +1,7 @@
-from autoquant.report.words import off_predictions, recommendation, source_name
+from dataclasses import replace
+
+from autoquant.records import DISTURBED, Interval, Proof
+from autoquant.report.words import disturbed_proofs, off_predictions, recommendation, source_name
 
 ROW = {
     "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0, "speedup": 2.0,
@@ -13,6 +16,7 @@ ORIGINAL = {
     "memory_bytes": 2**21,
     "recommended": False,
 }
+NOTHING = Interval(value=0.0, low=0.0, high=0.0)
 LIMITS = {"max_ppl_increase": 0.01, "max_memory_bytes": None}
 
 
@@ -60,3 +64,16 @@ def test_of_many_bad_predictions_the_worst_are_named():
     rows = [{**ROW, "plan_id": f"p{i}", "label": f"front {i}", "predicted_request_ms": 150.0 + i} for i in range(5)]
     said, command = off_predictions(rows, "plan.db")
     assert "front 4 +54%" in said and "and 2 more" in said and command.count("--plan") == 3
+
+
+def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_that_repeats_it():
+    quiet = Proof(
+        plan_id="p0", request_ms=1.0, phase_ms={}, original_request_ms=1.0, original_phase_ms={}, perplexity=2.0, loss=1.0,
+        increase=NOTHING, selection_increase=NOTHING, kl=0.0, memory_bytes=1,
+    )  # fmt: skip
+    busy = replace(quiet, plan_id="p1", notes=(f"{DISTURBED} 67% of the machine",))
+    said, command = disturbed_proofs({"p0": quiet, "p1": busy}, "p1", "plan.db")
+    assert "while 1 of 2 plans were timed, the recommended one among them." in said
+    assert command.endswith("autoquant bench plan.db --compare uniform")
+    assert "recommended" not in disturbed_proofs({"p0": quiet, "p1": busy}, "p0", "plan.db")[0]
+    assert disturbed_proofs({"p0": quiet}, "p0", "plan.db") == []

@@ -6,7 +6,8 @@ PLAN.DB is a finished search of a language model, TEXT the text that it was sear
 really applied and its perplexity measured on the selection part, against the unquantized model window by window; its request
 time is what the search's calibrated model predicts, so that the ways differ by their plans and not by noise of a clock. Told is
 the hypervolume of all plans so far (see `autoquant.tuner.hypervolume`) over that of the plans that a search has proven when it
-begins to refine (uniform, heuristic, by bits and solved), by true evaluations spent. OUT gets `growth.csv`, one row for each way, seed and evaluation, and `table.md`.
+begins to refine (uniform, heuristic, by bits and solved), by true evaluations spent. OUT gets `growth.csv`, one row for each way,
+seed and evaluation, as they are made, and `table.md`.
 """
 
 from __future__ import annotations
@@ -112,11 +113,13 @@ def main() -> None:
     arguments = _arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
     setting, evaluate = prepare(arguments.database, arguments.text)
-    rows = list(compare(setting, evaluate, arguments.evaluations, arguments.seeds))
-    with (arguments.out / "growth.csv").open("w", newline="") as file:
+    rows = []
+    with (arguments.out / "growth.csv").open("w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, ["way", "seed", "evaluation", "hypervolume", "seconds"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for row in compare(setting, evaluate, arguments.evaluations, arguments.seeds):
+            writer.writerow(row)
+            rows.append(row)
     table = as_table(rows, arguments.evaluations)
     (arguments.out / "table.md").write_text(table)
     print(table)

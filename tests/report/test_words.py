@@ -1,4 +1,6 @@
-from autoquant.report.words import off_predictions, recommendation, source_name
+import pytest
+
+from autoquant.report.words import off_predictions, recommendation, source_name, ties_lines
 
 ROW = {
     "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0, "speedup": 2.0,
@@ -60,3 +62,35 @@ def test_of_many_bad_predictions_the_worst_are_named():
     rows = [{**ROW, "plan_id": f"p{i}", "label": f"front {i}", "predicted_request_ms": 150.0 + i} for i in range(5)]
     said, command = off_predictions(rows, "plan.db")
     assert "front 4 +54%" in said and "and 2 more" in said and command.count("--plan") == 3
+
+
+def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False, ties=""):
+    return {
+        "plan_id": plan_id, "label": f"{kind} {plan_id}", "kind": kind, "predicted_request_ms": ms,
+        "measured_request_ms": ms, "speedup": 20.0 / ms, "perplexity": 10.0, "perplexity_increase": increase,
+        "perplexity_increase_low": increase - 0.001, "perplexity_increase_high": increase + 0.001, "kl": 0.01,
+        "memory_bytes": 1000, "on_front": True, "recommended": recommended, "ties": ties,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("heuristic", "the structural heuristic"),
+        ("bits", "the allocation by bits alone"),
+        ("uniform", "a uniform plan"),
+    ],
+)
+def test_a_baseline_that_wins_is_named_and_the_searchs_own_plan_compared(kind, words):
+    rows = [front_row("a", kind, recommended=True), front_row("b", ms=11.0), front_row("c", ms=9.0, increase=0.5)]
+    text = recommendation(rows, LIMITS)
+    assert f"It is {words}: choosing layer by layer brought nothing more here." in text
+    assert "The search's own plan b (front b) of such quality takes +10.0% time." in text
+    tied = [front_row("a", kind, recommended=True, ties="b"), front_row("b", ms=10.05, ties="a")]
+    assert "own plan" not in recommendation(tied, LIMITS)
+
+
+def test_ties_of_the_recommended_plan_are_said():
+    rows = [front_row("a", recommended=True, ties="b c"), front_row("b", ties="a"), front_row("c", ties="a")]
+    assert "A tie with front b (b), front c (c): neither speed nor quality" in recommendation(rows, LIMITS)
+    assert ties_lines(rows, rows[0] | {"ties": ""}) == []

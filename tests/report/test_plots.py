@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from autoquant.records import BASELINES
 from autoquant.report.front_scales import staircase
 from autoquant.report.plots import render
 
@@ -52,3 +53,10 @@ def test_another_suffix_is_refused():
 
 def test_the_line_holds_only_plans_that_no_other_beats_in_time_and_quality():
     assert [step["label"] for step in staircase(ROWS)] == ["front 2", "front 1", "original"]
+
+
+def test_every_kind_that_has_to_be_beaten_has_a_mark_of_its_own():
+    from autoquant.report.plots import _family, _style
+
+    rows = [{"kind": kind, "recommended": False, "label": kind, "on_front": False} for kind in BASELINES]
+    assert len({_family(row) for row in rows}) == len({_style(row)["marker"] for row in rows}) == 3

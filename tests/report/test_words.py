@@ -1,7 +1,9 @@
 from dataclasses import replace
 
+import pytest
+
 from autoquant.records import DISTURBED, Interval, Proof
-from autoquant.report.words import disturbed_proofs, off_predictions, recommendation, source_name
+from autoquant.report.words import disturbed_proofs, off_predictions, recommendation, source_name, ties_lines
 
 ROW = {
     "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0, "speedup": 2.0,
@@ -77,3 +79,35 @@ def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_th
     assert command.endswith("autoquant bench plan.db --compare uniform")
     assert "recommended" not in disturbed_proofs({"p0": quiet, "p1": busy}, "p0", "plan.db")[0]
     assert disturbed_proofs({"p0": quiet}, "p0", "plan.db") == []
+
+
+def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False, ties=""):
+    return {
+        "plan_id": plan_id, "label": f"{kind} {plan_id}", "kind": kind, "predicted_request_ms": ms,
+        "measured_request_ms": ms, "speedup": 20.0 / ms, "perplexity": 10.0, "perplexity_increase": increase,
+        "perplexity_increase_low": increase - 0.001, "perplexity_increase_high": increase + 0.001, "kl": 0.01,
+        "memory_bytes": 1000, "on_front": True, "recommended": recommended, "ties": ties,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("heuristic", "the structural heuristic"),
+        ("bits", "the allocation by bits alone"),
+        ("uniform", "a uniform plan"),
+    ],
+)
+def test_a_baseline_that_wins_is_named_and_the_searchs_own_plan_compared(kind, words):
+    rows = [front_row("a", kind, recommended=True), front_row("b", ms=11.0), front_row("c", ms=9.0, increase=0.5)]
+    text = recommendation(rows, LIMITS)
+    assert f"It is {words}: choosing layer by layer brought nothing more here." in text
+    assert "The search's own plan b (front b) of such quality takes +10.0% time." in text
+    tied = [front_row("a", kind, recommended=True, ties="b"), front_row("b", ms=10.05, ties="a")]
+    assert "own plan" not in recommendation(tied, LIMITS)
+
+
+def test_ties_of_the_recommended_plan_are_said():
+    rows = [front_row("a", recommended=True, ties="b c"), front_row("b", ties="a"), front_row("c", ties="a")]
+    assert "A tie with front b (b), front c (c): neither speed nor quality" in recommendation(rows, LIMITS)
+    assert ties_lines(rows, rows[0] | {"ties": ""}) == []

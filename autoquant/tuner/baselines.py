@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from autoquant.records import LayerChoice, LinearShape, Plan
 from autoquant.tuner.limits import Limits
-from autoquant.tuner.planning import PlanContext, make_plan, make_problem, uniform_choice
+from autoquant.tuner.planning import PlanContext, because, make_plan, make_problem, uniform_choice
 from autoquant.tuner.solve import most_exact
 
 HEURISTIC_LABEL = "structural heuristic"
@@ -41,9 +40,9 @@ def structural_plan(
         for high, high_size in zip(uniform, sizes, strict=True):
             if high_size > low_size * _MORE_BITS:
                 chosen = [
-                    replace(more, reason=f"{why}: more bits")
+                    because(more, f"{why}: more bits", context)
                     if why
-                    else replace(less, reason="fewer bits than the others")
+                    else because(less, "fewer bits than the others", context)
                     for less, more, why in zip(low, high, favoured, strict=True)
                 ]
                 plans.append(make_plan(chosen, HEURISTIC_LABEL, "heuristic", context))
@@ -90,7 +89,7 @@ def bits_plan(options: Sequence[Sequence[LayerChoice]], context: PlanContext, re
     weights = sum(layer[0].shape.n * layer[0].shape.k for layer in options)
     bits = 8 * budget_bytes / weights
     reason = f"least predicted loss at {bits:.2f} bits a weight, whatever its latency"
-    chosen = [replace(layer[i], reason=reason) for layer, i in zip(options, picks, strict=True)]
+    chosen = [because(layer[i], reason, context) for layer, i in zip(options, picks, strict=True)]
     return make_plan(chosen, f"bits alone: {bits:.2f} a weight", "bits", context)
 
 

@@ -181,7 +181,12 @@ def uniform_choice(
     else:
         best = _fastest_of([choice for choice in alone if choice.format == alone[0].format], context.workload)
         why = "" if layer[0].name in context.bound.reasons else f"{fmt} cannot be used or never pays here"
-    return replace(best, reason="; ".join(filter(None, [context.bound.reasons.get(layer[0].name), why])))
+    return because(best, why, context)
+
+
+def because(choice: LayerChoice, why: str, context: PlanContext) -> LayerChoice:
+    """The choice with its reason: what constrains the layer, then why."""
+    return replace(choice, reason="; ".join(filter(None, [context.bound.reasons.get(choice.name), why])))
 
 
 def _fastest_of(choices: Sequence[LayerChoice], workload: Workload) -> LayerChoice:

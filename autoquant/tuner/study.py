@@ -243,7 +243,7 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
         parts.append(f"a divergence of at most {limits.max_kl:g}{least}")
     if limits.max_memory_bytes is not None:
         smallest = min(proof.memory_bytes for proof in proofs)
-        parts.append(f"at most {limits.max_memory_bytes:,} bytes (smallest: {smallest:,})")
+        parts.append(f"at most {limits.max_memory_bytes:,} bytes (smallest: {smallest})")
     if not parts:
         return "no proven plan meets --pin: loosen it and search again"
     return (

@@ -97,7 +97,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_timed(sear
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compare", "all"], "'all' is neither uniform nor front"),
+        (["--compare", "all"], "'all' is none of uniform, heuristic, bits, front, refined"),
         (["--plan", "ffffffffffff"], "no plan"),
         (["--plan", "UNIFORM", "--model", "/nowhere"], "/nowhere"),
         (["--plan", "ORIGINAL"], "the unquantized model takes part anyway"),

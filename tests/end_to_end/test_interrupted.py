@@ -146,7 +146,7 @@ class InterruptAt:
 def test_an_interrupted_search_keeps_what_it_measured_and_goes_on(small, tmp_path):
     db = tmp_path / "plan.db"
     earlier = {table: [] for table in FACTS}
-    for stage, number, table in (("profile", 5, "timing"), ("score", 4, "loss"), ("prove", 3, "proof")):
+    for stage, number, table in (("profile", 5, "timing"), ("score", 1, "loss"), ("prove", 3, "proof")):
         with pytest.raises(KeyboardInterrupt):
             quick.search(*small, db, listener=InterruptAt(stage, number))
         found = without_duplicates(db)

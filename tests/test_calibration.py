@@ -90,11 +90,12 @@ def test_what_was_made_is_not_made_again_and_another_process_finds_it(llama):
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
+        failed = 1
         try:
             made.prepare(llama, {name: [GPTQ] for name in names})
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
+            failed = 0
+        finally:
+            os._exit(failed)
     assert os.waitpid(child, 0)[1] == 0
     nothing = nn.Module()  # has no parameters, so that nothing could be made from it
     assert made.prepare(nothing, {name: [GPTQ] for name in names}) == {}

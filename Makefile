@@ -10,7 +10,7 @@ demo: $(DEMO)/installed
 	$(DEMO)/bin/python demo/run.py
 
 test: $(TEST)/installed
-	$(TEST)/bin/python -m pytest -q
+	$(TEST)/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(TEST)/installed
 	$(TEST)/bin/ruff check .

@@ -14,6 +14,14 @@ from torch.utils._pytree import tree_map_only
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 
 
+def block_lists(module: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
+    """A model's lists of several modules, heaviest first: where its blocks are to be looked for."""
+    lists = [
+        child for child in module.modules() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
+    ]
+    return sorted(lists, key=lambda blocks: -sum(p.numel() for p in blocks.parameters()))
+
+
 class BlockChain:
     """The heaviest list of blocks in a model where each one's output is the next one's input.
 
@@ -27,10 +35,7 @@ class BlockChain:
     def __init__(self, module: nn.Module, forward: Callable[[], Any]) -> None:
         self.blocks: tuple[nn.Module, ...] = ()
         self._starts: dict[int, int] = {}
-        lists = [
-            child for child in module.modules() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
-        ]
-        for blocks in sorted(lists, key=lambda blocks: -sum(p.numel() for p in blocks.parameters())):
+        for blocks in block_lists(module):
             watch = _Watch(list(blocks))
             with watch.hooks(), watch, torch.no_grad():
                 forward()

@@ -6,7 +6,7 @@ is kept, and what lies inside is computed again when the gradients get there. Th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from autoquant.candidates import A16, ACTIVATION_ROUNDING
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.errors import QualityError
+from autoquant.models.blocks import block_lists
 from autoquant.profiler.phases import output_tensor
 
 
@@ -154,7 +155,7 @@ Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManage
 @contextmanager
 def _checkpointed(module: nn.Module, contexts: Contexts) -> Iterator[None]:
     """The model's blocks, if it has a list of them, forget what is inside until the gradients need it."""
-    blocks = _blocks(module)
+    blocks = list(next(iter(block_lists(module)), ()))
     own = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
@@ -172,11 +173,3 @@ def _checkpointed(module: nn.Module, contexts: Contexts) -> Iterator[None]:
             vars(block).pop("forward", None)
             if forward is not None:
                 block.forward = forward
-
-
-def _blocks(module: nn.Module) -> Sequence[nn.Module]:
-    """The heaviest list of modules: what BlockChain looks at first, whether or not it is a chain."""
-    lists = [
-        child for child in module.modules() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
-    ]
-    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))

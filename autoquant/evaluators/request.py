@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from autoquant.errors import first_line
 from autoquant.evaluators.statistics import mean_interval
 from autoquant.profiler.compiled import Division
 from autoquant.profiler.device import release_memory, synchronize
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.profiler.phases import Phases
-from autoquant.profiler.timing import first_line
 from autoquant.records import DISTURBED, Interval, request_time
 
 _WARM_UP_CALLS = 2
@@ -100,7 +100,7 @@ def make_warm(make: Callable[..., Phases], divisions: Sequence[Division]) -> tup
         except Exception as error:
             if division == divisions[-1]:
                 raise
-            reason = reason or first_line(error)
+            reason = reason or first_line(error, with_type=True)
     raise ValueError("there is no way to compile")
 
 

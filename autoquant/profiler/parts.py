@@ -63,13 +63,13 @@ class _Compiled:
     """A part compiled for arguments of some shapes.
 
     Attributes:
-        leaves: The arguments it was traced with; kept, for `signature` has the ids of those that are no tensors.
+        others: Arguments that are no tensors; kept, for `signature` has their ids.
         constants: What the part knows by itself.
         results: What it returns, with the numbers of the function's results in the place of tensors.
     """
 
     signature: tuple[Any, ...]
-    leaves: Sequence[Any]
+    others: Sequence[Any]
     function: Callable[..., Sequence[torch.Tensor]]
     constants: Sequence[torch.Tensor]
     results: Sequence[Any]
@@ -133,7 +133,8 @@ def _compile(
         graph = make_fx(flat)(*map(hollow.of, inputs))
     constants = _as_inputs(graph)
     function = _function(graph, [*inputs, *constants])
-    return _Compiled(signature, leaves, function, constants, tuple(results), shape[0])
+    others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+    return _Compiled(signature, others, function, constants, tuple(results), shape[0])
 
 
 class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import WorkloadError
-from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile
+from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
 from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
 from autoquant.records import Workload
 
@@ -58,7 +58,8 @@ def make_phases(
         kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or `module`.
         sample_inputs: Arguments of one forward pass, for `module`.
         compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it as a CUDA graph.
-        division: How it is compiled. Only steps that become CUDA graphs are compiled part by part, others as with `regions`.
+        division: How it is compiled. Part by part are only models with repeated blocks whose steps become CUDA graphs, others as
+            with `regions`.
         max_positions: The longest sequence the model takes, where known.
 
     Raises:
@@ -159,7 +160,8 @@ class _CausalPhases:
         self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
         if compiled:
             graphed = torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers)
-            compiled_step = _in_parts if graphed and division == "parts" else partial(_in_one_piece, division)
+            in_parts = graphed and division == "parts" and any(repeated_blocks(module))
+            compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
             self._launched = self._forward = compiled_step(module, self._cache)
             if graphed:
                 self._forward = GraphedStep(self._launched, self._lengths)

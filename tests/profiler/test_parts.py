@@ -1,5 +1,8 @@
 """Models compiled part by part."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from models.tiny_models import tiny_llama
@@ -164,3 +167,13 @@ def test_the_model_itself_is_left_as_it_is(graphs):
     run(in_parts(module))
     assert not any("forward" in vars(child) for child in module.modules())
     assert not torch.compiler.is_compiling()
+
+
+def test_a_compiled_part_keeps_no_activations(graphs):
+    module = in_parts(quantized_blocks(None, None))
+    x = X.clone()
+    gone = weakref.ref(x)
+    run(module, x)
+    del x
+    gc.collect()
+    assert gone() is None

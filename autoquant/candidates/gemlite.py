@@ -117,9 +117,18 @@ def save_tuning(folder: str) -> None:
         GemLiteLinearTriton.cache_config(str(Path(folder) / f"gemlite-{os.getpid()}.json"))
 
 
+def tune_briefly() -> None:
+    """Spend a fifth of Triton's usual time on each setting: many processes tune at once, and each is in the others' way."""
+    if needs_library("gemlite", "gemlite") is None:
+        from triton.testing import do_bench
+
+        for kernel in _tuned_kernels():
+            kernel.do_bench = functools.partial(do_bench, warmup=5, rep=20)
+
+
 @functools.cache
-def tune_fast(threads: int = 1) -> None:
-    """Have kernels tuned by replayed CUDA graphs from now on, each setting for a fiftieth of a second.
+def tune_alone(threads: int) -> None:
+    """Tune by replayed CUDA graphs from now on: no other process uses the device.
 
     Triton's own clock counts what launching takes on the host, which is longer than most kernels for one row.
 
@@ -129,8 +138,7 @@ def tune_fast(threads: int = 1) -> None:
     if needs_library("gemlite", "gemlite") is None:
         for kernel in _tuned_kernels():
             kernel.do_bench = replayed_ms
-            if threads > 1:
-                kernel.prune_configs = _compiled_first(kernel, threads)
+            kernel.prune_configs = _compiled_first(kernel, threads)
 
 
 def _compiled_first(kernel: Any, threads: int) -> Callable[[dict[str, Any]], list[Any]]:
@@ -174,7 +182,7 @@ def _shortest_ms(call: Callable[[], object]) -> float:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        graph.capture_begin()
+        graph.capture_begin(capture_error_mode="thread_local")
         for _ in range(_CALLS):
             call()
         graph.capture_end()

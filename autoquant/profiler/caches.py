@@ -43,7 +43,7 @@ def kernels_kept(device: str) -> Iterator[None]:
     use_kernel_caches()
     folder = str(tuning_folder(fingerprint(device)))
     gemlite.load_tuning(folder)
-    gemlite.tune_fast(threads=os.cpu_count() or 1)
+    gemlite.tune_alone(threads=os.cpu_count() or 1)
     try:
         yield
     finally:

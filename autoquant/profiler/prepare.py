@@ -304,7 +304,7 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
     torch.set_num_threads(1)
     inductor_config.compile_threads = 1
     gemlite.load_tuning(tuning)
-    gemlite.tune_fast()
+    gemlite.tune_briefly()
     problem: Problem | None = None
     while True:
         try:

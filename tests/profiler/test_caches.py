@@ -22,7 +22,7 @@ def calls(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(caches, "fingerprint", lambda _device: GPU)
     monkeypatch.setattr(gemlite, "load_tuning", lambda folder: found.append(("load", folder)))
-    monkeypatch.setattr(gemlite, "tune_fast", lambda threads: found.append(("tune", threads)))
+    monkeypatch.setattr(gemlite, "tune_alone", lambda threads: found.append(("tune", threads)))
     monkeypatch.setattr(gemlite, "save_tuning", lambda folder: found.append(("save", folder)))
     yield found
     for variable in VARIABLES:

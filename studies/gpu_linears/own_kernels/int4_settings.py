@@ -3,7 +3,8 @@
     python studies/gpu_linears/own_kernels/int4_settings.py OUT [--group 128]
 
 Every setting is compiled, checked against the float32 product, and timed: weights cold, many calls in one CUDA graph. Beside the
-fastest settings stand what the package picks, and the time it takes to read the weight at the memory's measured bandwidth. OUT gets `int4_settings.jsonl`, a line for each size and number of rows.
+fastest settings stand what the package picks, and the time it takes to read the weight at the memory's measured bandwidth. OUT
+gets `int4_settings.jsonl`, a line for each size and number of rows.
 """
 
 from __future__ import annotations

@@ -82,11 +82,14 @@ class Truth:
     def windows(self, plan: Mapping[str, str]) -> list[float]:
         """Mean divergence per token of each window, in nats."""
         self.evaluations += 1
-        placed = {id(site.parameter): site for site in (self._sites[key] for key in plan.items())}
+        with PlacedLinears({id(site.parameter): site for site in (self._sites[key] for key in plan.items())}):
+            return self.of(self._calibration.module)
+
+    def of(self, module: torch.nn.Module) -> list[float]:
+        """The same of any module that takes token ids."""
         found = []
         for reference, batch in zip(self._references, self._calibration.batches, strict=True):
-            with PlacedLinears(placed):
-                logits = batch_logits(self._calibration.module, batch)
+            logits = batch_logits(module, batch)
             found += [divergence_sum(a, b) / len(b) for a, b in zip(reference, logits, strict=True)]
         return found
 
@@ -187,7 +190,7 @@ def rounded_changes(loaded: LoadedModel, sites: Sequence[Site], ids: torch.Tenso
 
 
 def main() -> None:
-    arguments = parse(rounding=True)
+    arguments = parse(__doc__, rounding=True)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     out = Path(arguments.out)

@@ -98,8 +98,19 @@ class Truth:
         return float(np.mean(self.windows(plan)))
 
 
-def allocate(losses: Losses, sites: Sequence[Site], bits: float, near: Plan | None = None, most: int = 0) -> Plan:
-    """The plan of least summed loss within a budget of average bits; it differs from `near` in at most `most` layers."""
+def allocate(
+    losses: Losses,
+    sites: Sequence[Site],
+    bits: float,
+    near: Plan | None = None,
+    most: int = 0,
+    groups: Sequence[Sequence[int]] = (),
+) -> Plan:
+    """The plan of least summed loss within a budget of average bits; it differs from `near` in at most `most` layers.
+
+    Args:
+        groups: Sites, by their numbers, that get one format.
+    """
     names = list(FORMATS)
     size = {site.name: site.shape.n * site.shape.k for site in sites}
     total = sum(size.values())
@@ -117,7 +128,8 @@ def allocate(losses: Losses, sites: Sequence[Site], bits: float, near: Plan | No
         for share in [size[s.name] / total]
     ]
     changed = None if near is None else most + 0.5
-    picks = fastest(Problem.build(costs), max_loss=changed, max_memory=bits * (1 + 1e-9))
+    together = [[(site, pick) for site in group] for group in groups for pick in range(len(names))]
+    picks = fastest(Problem.build(costs, together), max_loss=changed, max_memory=bits * (1 + 1e-9))
     assert picks is not None
     return {site.name: names[i] for site, i in zip(sites, picks, strict=True)}
 

@@ -126,18 +126,18 @@ def main() -> None:
     heading = [
         "limit",
         "interval of",
-        "above it on the report part",
-        "on all others",
-        "first 100",
+        "above it: report part",
+        "all others",
+        "first 100; hundreds above 5",
         "median bits",
-        "on all others",
     ]
-    lines = [heading, ["---"] * len(heading)]
+    lines = [[*heading, "increase on all others"], ["---"] * 7]
     for (limit, rule), found in searches(bits, np.array(losses), arguments.seed).items():
         above = {part: np.array([each[part] > limit for each in found]) for part in ("report", "others")}
         others = [each["others"] for each in found]
         shares = [f"{100 * above[part].mean():.1f} of 100" for part in above]
-        cells = [f"{limit:.1%}", rule, *shares, f"{above['report'][:100].sum()}, {above['others'][:100].sum()}"]
+        hundreds = above["report"].reshape(-1, 100).sum(1)
+        cells = [f"{limit:.1%}", rule, *shares, f"{hundreds[0]}; {(hundreds > 5).sum()} of {len(hundreds)}"]
         bits_used = np.median([each["bits"] for each in found])
         lines.append([*cells, f"{bits_used:.2f}", f"{np.median(others):.2%}, at most {max(others):.2%}"])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -18,6 +18,10 @@ AutoquantError
 
 from __future__ import annotations
 
+import re
+
+_LONGEST = 300
+
 
 class AutoquantError(Exception):
     """Base of every error whose message is meant for the user: what is wrong and what to do, in one line."""
@@ -73,3 +77,13 @@ class CheckpointError(AutoquantError):
 
 class ProcessDiedError(AutoquantError):
     """What ran in a process of its own brought it down, or somebody did."""
+
+
+def first_line(error: BaseException, *, with_type: bool = False) -> str:
+    """The first line that says something of an error's message, without terminal colours; its type if it is silent."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
+    if len(line) > _LONGEST:
+        line = line[: _LONGEST - 3] + "..."
+    kind = type(error).__name__
+    return f"{kind}: {line}" if line and with_type else line or kind

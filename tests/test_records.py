@@ -26,13 +26,9 @@ from autoquant.records import (
     TimingSubject,
     Workload,
     content_key,
-    layer_from,
-    proof_from,
-    recording_from,
     route_kernel,
-    to_json,
-    workload_from,
 )
+from autoquant.store.json_records import layer_from, proof_from, recording_from, to_json, workload_from
 
 SHAPE = LinearShape(n=64, k=32, bias=True, dtype="bfloat16")
 ROUTE = (

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.errors import QualityError
+from autoquant.errors import QualityError, first_line
 from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.text import Part, TextParts
-from autoquant.models.quiet import first_line
 from autoquant.profiler.phases import output_tensor
 
 _ROWS_AT_ONCE = 128

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from autoquant.errors import first_line
 from autoquant.evaluators.statistics import mean_interval
+from autoquant.profiler.compiled import Division
 from autoquant.profiler.device import release_memory, synchronize
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.profiler.phases import Phases
-from autoquant.profiler.timing import first_line
 from autoquant.records import DISTURBED, Interval, request_time
 
 _WARM_UP_CALLS = 2
@@ -77,27 +78,36 @@ def warm_up(phases: Phases) -> None:
             release_memory()  # what the compiler leaves behind, before the next phase is compiled
 
 
-def make_warm(make: Callable[..., Phases]) -> tuple[Phases, str]:
-    """Make phases and warm them up: with blocks as nested regions or, where that does not work, whole.
+def make_warm(make: Callable[..., Phases], divisions: Sequence[Division]) -> tuple[Phases, str]:
+    """Make phases and warm them up, by the first way to compile that works.
 
     Args:
-        make: `make_phases` with all its arguments but `regions`.
+        make: `make_phases` with all its arguments but `division`.
+        divisions: The ways, in the order in which to try them.
 
     Returns:
-        The phases, and why their model was compiled whole; empty where it was not.
+        The phases, and which way it was and why, where it was not the first.
 
     Raises:
-        WrongResultError: The model computes something else when it is compiled whole, too.
+        WrongResultError: The model computes something else in the last way, too.
     """
-    try:
-        phases = make(regions=True)
-        warm_up(phases)
-        return phases, ""
-    except Exception as error:  # noqa: BLE001 - whatever the compiler raises
-        reason = first_line(error)
-    phases = make(regions=False)
-    warm_up(phases)
-    return phases, f"compiled whole, not block by block: {reason}"
+    reason = ""
+    for division in divisions:
+        try:
+            phases = make(division=division)
+            warm_up(phases)
+            return phases, f"{_COMPILED[division]}: {reason}" if reason else ""
+        except Exception as error:
+            if division == divisions[-1]:
+                raise
+            reason = reason or first_line(error, with_type=True)
+    raise ValueError("there is no way to compile")
+
+
+_COMPILED: dict[Division, str] = {
+    "regions": "compiled in one piece, not part by part",
+    "whole": "compiled whole, not block by block",
+}
 
 
 def time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from autoquant.errors import TaskError
-from autoquant.models.quiet import first_line, quiet
+from autoquant.errors import TaskError, first_line
+from autoquant.models.quiet import quiet
 from autoquant.records import TaskScore
 
 INSTALL = "pip install -c constraints.txt '.[eval]'"

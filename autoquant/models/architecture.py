@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.errors import ModelError
+from autoquant.errors import ModelError, first_line
 from autoquant.models import factory
-from autoquant.models.quiet import current_folder_importable, first_line, quiet
+from autoquant.models.quiet import current_folder_importable, quiet
 
 
 def build_architecture(source: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, meta: bool) -> nn.Module:

@@ -12,13 +12,13 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
-from autoquant.errors import ModelError
+from autoquant.errors import ModelError, first_line
 from autoquant.models.content import DtypeTally, content_hash, without_addresses
 from autoquant.models.exported_check import needs_trust
 from autoquant.models.factory import tie
 from autoquant.models.huggingface import load_tokenizer
 from autoquant.models.loaded import LoadedModel, model_kind, settle
-from autoquant.models.quiet import current_folder_importable, first_line
+from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import Request
 from autoquant.models.targets import dtype_name, resolve_dtype
 

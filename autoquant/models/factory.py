@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.errors import ModelError
+from autoquant.errors import ModelError, first_line
 from autoquant.models.named import call_named, import_named
-from autoquant.models.quiet import current_folder_importable, first_line, some
+from autoquant.models.quiet import current_folder_importable, some
 
 _OPTION = "--model-factory"
 _OTHER = "give the factory of the model that was saved"

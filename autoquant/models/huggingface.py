@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.errors import ModelError
+from autoquant.errors import ModelError, first_line
 from autoquant.hints import did_you_mean_path
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
-from autoquant.models.quiet import first_line, no_progress_bars, some
+from autoquant.models.quiet import no_progress_bars, some
 from autoquant.models.request import Request
 from autoquant.models.targets import dtype_name, resolve_dtype
 

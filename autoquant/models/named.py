@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from autoquant.errors import ModelError
+from autoquant.errors import ModelError, first_line
 from autoquant.hints import did_you_mean
-from autoquant.models.quiet import current_folder_importable, first_line
+from autoquant.models.quiet import current_folder_importable
 
 
 def import_named(spec: str, option: str, use: str) -> Callable[..., Any]:

@@ -1,17 +1,14 @@
-"""Keep libraries off the user's terminal while they load, and cut their errors down to one line."""
+"""Keep libraries off the user's terminal while they load."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-_LONGEST = 300
 
 
 @contextmanager
@@ -55,15 +52,6 @@ def current_folder_importable() -> Iterator[None]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that says something of an error's message, without terminal colours; its type if it is silent."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
-    if len(line) > _LONGEST:
-        line = line[: _LONGEST - 3] + "..."
-    return line or type(error).__name__
 
 
 def some(names: list[str], most: int = 3) -> str:

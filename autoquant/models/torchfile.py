@@ -12,12 +12,12 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from autoquant.errors import ModelError
+from autoquant.errors import ModelError, first_line
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.factory import build
 from autoquant.models.huggingface import check_safetensors, load_tokenizer
 from autoquant.models.loaded import LoadedModel, SourceKind, max_positions, model_kind, settle
-from autoquant.models.quiet import current_folder_importable, first_line
+from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import Request
 from autoquant.models.targets import dtype_name, resolve_dtype
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+from autoquant.candidates import gemlite
+from autoquant.profiler.device import fingerprint
 from autoquant.records import Device
 
 
@@ -26,3 +32,19 @@ def use_kernel_caches() -> None:
 def tuning_folder(device: Device) -> Path:
     """Where the settings lie that libraries found by tuning their kernels on this device."""
     return cache_folder() / "tuning" / device.key
+
+
+@contextmanager
+def kernels_kept(device: str) -> Iterator[None]:
+    """Inside, kernels for a GPU are compiled and tuned only where no process of this machine has done so before."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    use_kernel_caches()
+    folder = str(tuning_folder(fingerprint(device)))
+    gemlite.load_tuning(folder)
+    gemlite.tune_fast(threads=os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        gemlite.save_tuning(folder)

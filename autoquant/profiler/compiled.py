@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,9 @@ from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
 from autoquant.candidates.joined import Whole, whole_of
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import content_key
+
+Division = Literal["parts", "regions", "whole"]
+"""How a model is compiled: part by part (see `autoquant.profiler.parts`), or in one piece, its blocks nested regions or not."""
 
 _FEWEST_BLOCKS = 2
 _WARM_UP_CALLS = 2
@@ -43,7 +48,7 @@ def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
         regions: Make repeated blocks nested regions, which the compiler reuses where they are alike.
     """
     ready = share(module)
-    blocks = [block for block in _repeated_blocks(ready) if regions and _nests(block)]
+    blocks = [block for block in repeated_blocks(ready) if regions and _nests(block)]
     wholes: dict[Any, torch.Tensor] = {}
     makes = {name: _take_apart(owner, wholes) for name, owner in ready.named_modules() if _has_wrapped_weight(owner)}
     names = {block: name for name, block in ready.named_modules()}
@@ -138,7 +143,7 @@ def _copy(function: Any, name: str) -> Callable[..., Any]:
     return own
 
 
-def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The members of lists of modules that hold several of one class; of nested lists, the outer one's."""
     for child in module.children():
         members = list(child) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
@@ -146,7 +151,7 @@ def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
         blocks = [member for member in members if kinds.count(type(member)) >= _FEWEST_BLOCKS]
         yield from blocks
         if not blocks:
-            yield from _repeated_blocks(child)
+            yield from repeated_blocks(child)
 
 
 def _nests(block: nn.Module) -> bool:
@@ -222,6 +227,18 @@ def _part_name(position: int) -> str:
 
 
 _PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {}
+_Known = dict[tuple[int, ...], tuple[tuple[Any, ...], torch.Tensor]]
+_known: ContextVar[_Known | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def products_once() -> Iterator[None]:
+    """Inside, a product that several linears ask for is computed once."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 def _product(make: str, rebuild: Rebuild) -> Callable[..., torch.Tensor]:
@@ -233,7 +250,15 @@ def _product(make: str, rebuild: Rebuild) -> Callable[..., torch.Tensor]:
     if make not in _PRODUCTS:
 
         def linear(x: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
-            return F.linear(x, unflatten_tensor(rebuild, list(parts)), bias)
+            operands = (make, x, bias, *parts)
+            known = _known.get()
+            key = tuple(map(id, operands))
+            if known is not None and key in known:
+                return known[key][1]
+            result = F.linear(x, unflatten_tensor(rebuild, list(parts)), bias)
+            if known is not None:
+                known[key] = operands, result  # an id is one's own as long as its object lives
+            return result
 
         linear.__name__ = linear.__qualname__ = f"linear_{make}"
         _PRODUCTS[make] = torch.compiler.allow_in_graph(linear)  # type: ignore[no-untyped-call]

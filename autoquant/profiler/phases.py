@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from autoquant.errors import WorkloadError
-from autoquant.profiler.compiled import GraphedStep, compile_forward, ready_to_compile
+from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
+from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
 from autoquant.records import Workload
+
+_Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 DEFAULT_LM_WORKLOAD = "prefill=512,decode=128"
 DEFAULT_TOKEN_WORKLOAD = "prefill=512"
@@ -45,7 +49,7 @@ def make_phases(
     device: str,
     sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     compiled: bool = False,
-    regions: bool = True,
+    division: Division = "parts",
     max_positions: int | None = None,
 ) -> Phases:
     """Choose how to run `module`.
@@ -54,7 +58,8 @@ def make_phases(
         kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or `module`.
         sample_inputs: Arguments of one forward pass, for `module`.
         compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it as a CUDA graph.
-        regions: Compile blocks that are alike once; see `autoquant.profiler.compiled`.
+        division: How it is compiled. Part by part are only models with repeated blocks whose steps become CUDA graphs, others as
+            with `regions`.
         max_positions: The longest sequence the model takes, where known.
 
     Raises:
@@ -68,18 +73,23 @@ def make_phases(
             f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens"
         )
     if kind == "causal_lm":
-        return _CausalPhases(module, workload, device, compiled, regions)
+        return _CausalPhases(module, workload, device, compiled, division)
     if kind == "token_lm":
         if any(phase.name == "decode" for phase in workload.phases):
             raise WorkloadError("this model keeps no cache, so it has no decode phase; use --workload prefill=TOKENS")
         ids = torch.zeros((workload.batch, workload.phases[0].tokens), dtype=torch.long, device=device)
-        return _ForwardPhases(module, workload, (ids,), compiled, regions)
+        return _ForwardPhases(module, workload, (ids,), compiled, division)
     if sample_inputs is None:
         raise WorkloadError(
             "this model needs sample inputs: give autoquant search --sample-inputs package.module:callable, or call it from"
             " Python with sample_inputs=..."
         )
-    return _ForwardPhases(module, workload, sample_inputs, compiled, regions)
+    return _ForwardPhases(module, workload, sample_inputs, compiled, division)
+
+
+def divisions(device: str) -> Sequence[Division]:
+    """Ways to compile for `device`, the quickest to be ready first."""
+    return ("parts", "regions", "whole") if torch.device(device).type == "cuda" else ("regions", "whole")
 
 
 def default_workload(kind: str, batch: int) -> Workload:
@@ -100,14 +110,14 @@ class _ForwardPhases:
         workload: Workload,
         inputs: Sequence[Any] | Mapping[str, Any],
         compiled: bool,
-        regions: bool,
+        division: Division,
     ) -> None:
         self.workload = workload
         self._args = () if isinstance(inputs, Mapping) else tuple(inputs)
         self._kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         self._eager = self._forward = _pass_of(module)
         if compiled:
-            self._forward = compile_forward(_pass_of(ready_to_compile(module, regions=regions)))
+            self._forward = compile_forward(_pass_of(ready_to_compile(module, regions=division != "whole")))
 
     def reset(self, phase: str) -> None:
         pass
@@ -130,7 +140,7 @@ class _ForwardPhases:
 class _CausalPhases:
     """Prefill and decode of a Hugging Face causal language model with a static cache."""
 
-    def __init__(self, module: nn.Module, workload: Workload, device: str, compiled: bool, regions: bool) -> None:
+    def __init__(self, module: nn.Module, workload: Workload, device: str, compiled: bool, division: Division) -> None:
         from transformers import StaticCache
 
         self.workload = workload
@@ -149,10 +159,12 @@ class _CausalPhases:
         self._eager = self._launched = self._forward = _step_of(module, self._cache)
         self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
         if compiled:
-            compiled_step = compile_forward(_step_of(ready_to_compile(module, regions=regions), self._cache))
-            self._launched = self._forward = compiled_step
-            if torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers):
-                self._forward = GraphedStep(compiled_step, self._lengths)
+            graphed = torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers)
+            in_parts = graphed and division == "parts" and any(repeated_blocks(module))
+            compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
+            self._launched = self._forward = compiled_step(module, self._cache)
+            if graphed:
+                self._forward = GraphedStep(self._launched, self._lengths)
 
     def reset(self, phase: str) -> None:
         self._cache.reset()
@@ -194,11 +206,25 @@ def _pass_of(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _step_of(module: nn.Module, cache: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _step_of(module: nn.Module, cache: Any) -> _Step:
     def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         output = module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: torch.Tensor = output.logits
         return logits
+
+    return forward
+
+
+def _in_one_piece(division: Division, module: nn.Module, cache: Any) -> _Step:
+    return compile_forward(_step_of(ready_to_compile(module, regions=division != "whole"), cache))
+
+
+def _in_parts(module: nn.Module, cache: Any) -> _Step:
+    step = _step_of(compile_parts(ready_to_compile(module, regions=False)), cache)
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with told_that_it_is_compiled():
+            return step(ids, positions)
 
     return forward
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from autoquant.candidates import get_format
 from autoquant.candidates.registry import is_registered_here
+from autoquant.errors import first_line
 from autoquant.profiler.bounds import Tried, beaten, bounded
 from autoquant.profiler.caches import tuning_folder, use_kernel_caches
-from autoquant.profiler.timing import first_line, try_out
+from autoquant.profiler.timing import try_out
 from autoquant.records import Device, Measurement, Roofline, TimingSubject
 
 _MOST_PROCESSES = 16
@@ -303,7 +304,7 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
     torch.set_num_threads(1)
     inductor_config.compile_threads = 1
     gemlite.load_tuning(tuning)
-    gemlite.tune_briefly()
+    gemlite.tune_fast()
     problem: Problem | None = None
     while True:
         try:
@@ -325,7 +326,10 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
             with nullcontext() if tune else gemlite.untuned():
                 measurement, stored = try_out(subject, fmt, fmt.kernel(subject.kernel), problem, compiled=compiled)
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
-            measurement, stored = Measurement(subject=subject, outcome="failed", reason=first_line(error)), 0
+            measurement, stored = (
+                Measurement(subject=subject, outcome="failed", reason=first_line(error, with_type=True)),
+                0,
+            )
         if tune:
             gemlite.save_tuning(tuning)
         connection.send(_Answer(measurement, stored, time.monotonic() - started))

@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel, multiplied_numbers
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
+from autoquant.errors import first_line
 from autoquant.profiler.clocks import Clock, GraphClock, HostClock
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.records import LinearShape, Measurement, TimingSubject
@@ -176,12 +177,6 @@ def try_out(
     return measurement, stored_bytes(fmt.store(problem.weight))
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with its type."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
-
-
 def _unroll(m: int) -> int:
     return 8 if m <= 64 else 2
 
@@ -200,7 +195,7 @@ def _enter(
             entrant.clock.start()
             return entrant
     except Exception as failure:  # noqa: BLE001 - whatever a kernel or compiler raises is an outcome with its reason
-        return Measurement(subject=subject, outcome="failed", reason=first_line(failure))
+        return Measurement(subject=subject, outcome="failed", reason=first_line(failure, with_type=True))
     reason = f"relative error {error:.3g} against the float32 reference"
     return Measurement(subject=subject, outcome="incorrect", reason=reason, relative_error=error)
 

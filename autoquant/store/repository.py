@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import asdict
+from typing import Any
 
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
@@ -15,23 +14,17 @@ from autoquant.errors import PlanError
 from autoquant.records import (
     Device,
     LayerChoice,
-    LinearShape,
     Measurement,
-    Outcome,
     Plan,
-    PlanKind,
-    Prediction,
     Proof,
     Recording,
     Roofline,
     TaskScore,
     TimingSubject,
     Workload,
-    layer_from,
-    proof_from,
-    recording_from,
-    workload_from,
 )
+from autoquant.store.json_records import layer_from, plain, proof_from
+from autoquant.store.rows import StudyFacts, measurement_from, plan_from, study_from, task_score_from
 from autoquant.store.schema import (
     DeviceRow,
     LossRow,
@@ -48,28 +41,6 @@ from autoquant.store.schema import (
 from autoquant.store.session import transaction
 
 _CALIBRATION = "calibration"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StudyFacts:
-    """What the store knows of a study.
-
-    Attributes:
-        calibration: Token ids `[windows, tokens]` that weights were rounded for; None where the search tried no such format.
-    """
-
-    study_id: str
-    model_hash: str
-    source: Mapping[str, Any]
-    device: Device
-    identity: Mapping[str, Any]
-    workload: Workload
-    limits: Mapping[str, Any]
-    recording: Recording | None
-    recommended: str | None
-    complete: bool
-    spent_s: float
-    calibration: Sequence[Sequence[int]] | None = None
 
 
 class Store:
@@ -92,7 +63,7 @@ class Store:
 
     def put_device(self, device: Device) -> None:
         with self._session() as session:
-            session.merge(DeviceRow(key=device.key, fingerprint=_plain(device)))
+            session.merge(DeviceRow(key=device.key, fingerprint=plain(device)))
 
     def roofline(self, device: Device) -> Roofline | None:
         """What was measured of `device` itself, if it was."""
@@ -104,7 +75,7 @@ class Store:
 
     def put_roofline(self, device: Device, roofline: Roofline) -> None:
         with self._session() as session:
-            session.merge(RooflineRow(device_key=device.key, **_plain(roofline)))
+            session.merge(RooflineRow(device_key=device.key, **plain(roofline)))
 
     def timings(self, device: Device, protocol: str) -> dict[TimingSubject, Measurement]:
         """Every measurement made on `device` under `protocol`."""
@@ -121,7 +92,7 @@ class Store:
                     TimingRow(
                         device_key=device.key,
                         protocol=protocol,
-                        **_plain(subject.shape),
+                        **plain(subject.shape),
                         m=subject.m,
                         format=subject.format,
                         kernel=subject.kernel,
@@ -187,7 +158,7 @@ class Store:
                         model_hash=model_hash,
                         device_key=device.key,
                         identity=dict(identity),
-                        workload=_plain(workload),
+                        workload=plain(workload),
                         limits=dict(limits),
                     )
                 )
@@ -201,14 +172,14 @@ class Store:
             if row is None:
                 raise PlanError(f"no study {study_id} in this database")
             for name, value in columns.items():
-                setattr(row, name, _plain(value) if isinstance(value, Recording) else value)
+                setattr(row, name, plain(value) if isinstance(value, Recording) else value)
 
     def put_options(
         self, study_id: str, options: Sequence[Sequence[LayerChoice]], about: Mapping[str, Any] | None = None
     ) -> None:
         """Keep what plans are solved from: the choices of every layer, with what is predicted of them, and what all plans
         have in common."""
-        layers = [[_plain(choice) for choice in layer] for layer in options]
+        layers = [[plain(choice) for choice in layer] for layer in options]
         self.update_study(study_id, problem={"options": layers, "about": dict(about or {})})
 
     def options(self, study_id: str) -> dict[str, list[LayerChoice]] | None:
@@ -250,7 +221,7 @@ class Store:
             model = session.get_one(ModelRow, row.model_hash)
             device = session.get_one(DeviceRow, row.device_key)
             calibration = session.scalars(select(ReferenceRow).filter_by(study_id=row.id, name=_CALIBRATION)).first()
-            return _study(row, model, device, calibration.value["windows"] if calibration else None)
+            return study_from(row, model, device, calibration.value["windows"] if calibration else None)
 
     def put_calibration(self, study_id: str, windows: Sequence[Sequence[int]]) -> None:
         """Keep the token ids that the study's weights are rounded for."""
@@ -274,7 +245,7 @@ class Store:
 
     def put_plan(self, plan: Plan) -> None:
         """Keep `plan`; one of the same id is replaced (its predictions may have been calibrated since)."""
-        data = _plain(plan)
+        data = plain(plan)
         with self._session() as session:
             session.merge(
                 PlanRow(
@@ -293,7 +264,7 @@ class Store:
         """All plans of a study, in the order in which they were made."""
         with self._session() as session:
             rows = session.scalars(select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id))
-            return [_plan(row) for row in rows]
+            return [plan_from(row) for row in rows]
 
     def plan(self, plan_id: str) -> Plan:
         """The plan whose id starts with `plan_id`.
@@ -307,7 +278,7 @@ class Store:
                 what = "no plan" if not rows else f"{len(rows)} plans"
                 where = self.engine.url.database or "PLAN.DB"
                 raise PlanError(f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a search")
-            return _plan(rows[0])
+            return plan_from(rows[0])
 
     def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> None:
         with self._session() as session:
@@ -316,7 +287,7 @@ class Store:
                     plan_id=plan_id,
                     outcome="ok" if proof else "failed",
                     reason=reason,
-                    proof=_plain(proof) if proof else None,
+                    proof=plain(proof) if proof else None,
                 )
             )
 
@@ -358,71 +329,4 @@ class Store:
             rows = session.scalars(
                 select(TaskScoreRow).filter_by(subject=subject, dtype=dtype).order_by(TaskScoreRow.id)
             )
-            return [_task_score(row) for row in rows]
-
-
-def _plain(record: Any) -> dict[str, Any]:
-    """A record as JSON-ready dicts and lists."""
-    return cast(dict[str, Any], json.loads(json.dumps(asdict(record))))
-
-
-def measurement_from(row: TimingRow) -> Measurement:
-    """Rebuild a `Measurement` from its row."""
-    subject = TimingSubject(
-        shape=LinearShape(n=row.n, k=row.k, bias=row.bias, dtype=row.dtype),
-        m=row.m,
-        format=row.format,
-        kernel=row.kernel,
-        working_set_bytes=row.working_set_bytes,
-    )
-    return Measurement(
-        subject=subject,
-        outcome=cast(Outcome, row.outcome),
-        reason=row.reason,
-        samples_us=tuple(row.samples_us),
-        relative_error=row.relative_error,
-    )
-
-
-def _study(
-    row: StudyRow, model: ModelRow, device: DeviceRow, calibration: Sequence[Sequence[int]] | None
-) -> StudyFacts:
-    return StudyFacts(
-        study_id=row.id,
-        model_hash=row.model_hash,
-        source=model.source,
-        device=Device(**device.fingerprint),
-        identity=row.identity,
-        workload=workload_from(row.workload),
-        limits=row.limits,
-        recording=recording_from(row.recording) if row.recording else None,
-        recommended=row.recommended,
-        complete=row.complete,
-        spent_s=row.spent_s,
-        calibration=calibration,
-    )
-
-
-def _task_score(row: TaskScoreRow) -> TaskScore:
-    return TaskScore(
-        task=row.task,
-        metric=row.metric,
-        value=row.value,
-        stderr=row.stderr,
-        samples=row.samples,
-        limit=row.samples_limit or None,
-        lm_eval_version=row.lm_eval_version,
-    )
-
-
-def _plan(row: PlanRow) -> Plan:
-    return Plan(
-        plan_id=row.id,
-        study_id=row.study_id,
-        label=row.label,
-        kind=cast(PlanKind, row.kind),
-        model_hash=row.model_hash,
-        dtype=row.dtype,
-        layers=tuple(layer_from(layer) for layer in row.layers),
-        prediction=Prediction(**row.prediction),
-    )
+            return [task_score_from(row) for row in rows]

@@ -15,9 +15,10 @@ from autoquant.evaluators.request import make_warm, time_in_turn
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel
 from autoquant.profiler.attribution import attribute
+from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
 from autoquant.profiler.device import compile_failure
-from autoquant.profiler.phases import Phases, make_phases
+from autoquant.profiler.phases import Phases, divisions, make_phases
 from autoquant.profiler.steps import StepProfile
 from autoquant.records import ORIGINAL_LABEL, Plan, Workload, request_time
 from autoquant.store import StudyFacts
@@ -125,18 +126,18 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    phases, note = make_warm(
-        partial(
-            make_phases,
-            module,
-            loaded.kind,
-            facts.workload,
-            device=device,
-            sample_inputs=loaded.example_inputs,
-            compiled=device != "cpu" or compile_failure() is None,
-            max_positions=loaded.max_positions,
-        )
+    make = partial(
+        make_phases,
+        module,
+        loaded.kind,
+        facts.workload,
+        device=device,
+        sample_inputs=loaded.example_inputs,
+        compiled=device != "cpu" or compile_failure() is None,
+        max_positions=loaded.max_positions,
     )
+    with kernels_kept(device):
+        phases, note = make_warm(make, divisions(device))
     peak = memory + torch.cuda.max_memory_allocated() - before if on_cuda else None
     return _Entrant(plan, module, phases, memory, peak, note)
 

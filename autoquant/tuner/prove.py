@@ -20,9 +20,10 @@ from autoquant.evaluators.quality import Quality
 from autoquant.evaluators.request import make_warm, time_requests
 from autoquant.evaluators.statistics import mean_interval, paired_increase
 from autoquant.models import LoadedModel
+from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
 from autoquant.profiler.device import release_memory
-from autoquant.profiler.phases import Phases, make_phases
+from autoquant.profiler.phases import Phases, divisions, make_phases
 from autoquant.records import LayerChoice, Plan, Proof, Workload
 
 
@@ -94,18 +95,18 @@ class Prover:
 
     def _warm_phases(self, module: nn.Module) -> tuple[Phases, str]:
         """The phases, ready to be timed, and a note on how they were compiled."""
-        return make_warm(
-            partial(
-                make_phases,
-                module,
-                self.loaded.kind,
-                self.workload,
-                device=self.device,
-                sample_inputs=self.sample_inputs,
-                compiled=self.execution == "compiled",
-                max_positions=self.loaded.max_positions,
-            )
+        make = partial(
+            make_phases,
+            module,
+            self.loaded.kind,
+            self.workload,
+            device=self.device,
+            sample_inputs=self.sample_inputs,
+            compiled=self.execution == "compiled",
+            max_positions=self.loaded.max_positions,
         )
+        with kernels_kept(self.device):
+            return make_warm(make, divisions(self.device))
 
 
 @contextmanager

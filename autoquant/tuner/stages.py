@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoquant.candidates import Format, Kernel
 from autoquant.candidates.floats import original_format
-from autoquant.errors import CandidateError
+from autoquant.errors import CandidateError, first_line
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
@@ -21,7 +20,6 @@ from autoquant.profiler.device import compile_failure, release_memory
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
 from autoquant.profiler.prepare import workers_kept
 from autoquant.profiler.record import mean_element_bytes, record_model
-from autoquant.profiler.timing import first_line
 from autoquant.records import (
     Device,
     LayerChoice,
@@ -39,11 +37,12 @@ from autoquant.tuner.additivity import ADDITION, LossMap
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.baselines import bits_plan, structural_plan
 from autoquant.tuner.calibrate import fit, predicted
-from autoquant.tuner.choices import SiteChoices, constrained_choices, format_facts, scored
+from autoquant.tuner.choices import constrained_choices, format_facts, scored
 from autoquant.tuner.constraints import UNBOUND, Bound, Constraints, bind
 from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
 from autoquant.tuner.jobs import Bench, ProveJob
 from autoquant.tuner.limits import Limits
+from autoquant.tuner.notices import constraint_notices, dropped_notices, fusion_notices
 from autoquant.tuner.planning import PlanContext, about_options, check_memory, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
 from autoquant.tuner.refine import growth_of, point_of, proposals
@@ -147,16 +146,11 @@ class Stages:
         """Find the layers that constraints are about, and tell what that comes to."""
         ids = [(fmt.id, kernel.id) for fmt, kernel in self.candidates]
         self.bound = bind(self.constraints, sites, ids, original_format(self.loaded.dtype))
-        for reason, count in Counter(filter(None, (self.constraints.reason(site.name) for site in sites))).items():
-            self.listener(Notice(f"{count} of {len(sites)} layers {reason}"))
-        if self.constraints.fusable:
-            grouped = sum(map(len, self.bound.groups))
-            self.listener(
-                Notice(
-                    f"{grouped} layers in {len(self.bound.groups)} groups of one format each, which"
-                    f" {self.constraints.fusable} fuses"
-                )
-            )
+        self._tell(constraint_notices(self.constraints, self.bound, sites))
+
+    def _tell(self, notices: Iterable[str]) -> None:
+        for notice in notices:
+            self.listener(Notice(notice))
 
     def _working_set(self, recording: Recording) -> int:
         element_bytes = mean_element_bytes(self.loaded.module, recording)
@@ -176,7 +170,7 @@ class Stages:
         timings = self._time(subjects)
         if self.fuse:
             self.fusion = make_fusion(sites, self.candidates, timings, self.workload, working_set)
-            self._tell_fusion(self.fusion)
+            self._tell(fusion_notices(self.fusion))
         self._spend()
         return timings
 
@@ -200,7 +194,7 @@ class Stages:
             )
             for site in sites
         ]
-        self._tell_dropped(choices)
+        self._tell(dropped_notices(choices))
         if self.fusion:
             offered = self.fusion.offered(choices, facts)
             choices = [replace(each, choices=tuple(filter(self._admits, each.choices))) for each in offered]
@@ -224,29 +218,6 @@ class Stages:
         """Whether constraints let a layer have this choice."""
         original = original_format(choice.shape.dtype)
         return all(self.constraints.admits(choice.name, (choice.format, s.kernel), original) for s in choice.route)
-
-    def _tell_fusion(self, fusion: Fusion) -> None:
-        """What cannot be computed as one, and why."""
-        if not fusion.groups:
-            self.listener(
-                Notice("no layers read the same input: nothing can be computed as one; --fuse can be left out")
-            )
-        elif not any(group.choices or group.dropped for group in fusion.groups):
-            self.listener(
-                Notice(
-                    "layers are not computed as one: no candidate's weights can lie behind one another; allow others"
-                )
-            )
-        for reason, count in Counter(reason for group in fusion.groups for reason in group.reasons()).items():
-            self.listener(Notice(f"{count} of {len(fusion.groups)} groups not computed as one by {reason}"))
-
-    def _tell_dropped(self, choices: Sequence[SiteChoices]) -> None:
-        counts: dict[tuple[str, str], int] = {}
-        for choice in choices:
-            for format_id, reason in choice.dropped.items():
-                counts[format_id, reason] = counts.get((format_id, reason), 0) + 1
-        for (format_id, reason), count in counts.items():
-            self.listener(Notice(f"{format_id} not considered for {count} of {len(choices)} layers: {reason}"))
 
     def _prove_all(self, options: list[list[LayerChoice]], originals: list[LayerChoice], recording: Recording) -> None:
         self.plans = {plan.plan_id: plan for plan in self.store.plans(self.study_id)}
@@ -339,7 +310,7 @@ class Stages:
         try:
             proof, self.selection = self.runner.run(ProveJob(plan, self.selection), self.listener)
         except Exception as error:  # noqa: BLE001 - a plan that cannot run is a fact about it, kept with its reason
-            reason = first_line(error)
+            reason = first_line(error, with_type=True)
             self.failed[plan.plan_id] = reason
             self.store.put_proof(plan.plan_id, None, reason)
             self.listener(Notice(f"plan {plan.label} could not be proven: {reason}; the search goes on without it"))

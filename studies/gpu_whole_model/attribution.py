@@ -24,6 +24,7 @@ from whole_model import PROMPT, STEPS, build, torchao_settings
 from autoquant.applier import apply, module_bytes
 from autoquant.evaluators.request import WrongResultError, time_in_turn, warm_up
 from autoquant.profiler.attribution import attribute
+from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
 from autoquant.profiler.phases import Phases, make_phases
 from autoquant.records import Plan, Workload, request_time
@@ -46,10 +47,11 @@ class Model:
 
 def make_ready(label: str, module: nn.Module, workload: Workload, device: str, plan: Plan | None = None) -> Model:
     """Compile, capture and run a model. Random weights magnify rounding: a wrong result is noted, not refused."""
-    phases = make_phases(module, "causal_lm", workload, device=device, compiled=True)
     note = ""
     try:
-        warm_up(phases)
+        with kernels_kept(device):
+            phases = make_phases(module, "causal_lm", workload, device=device, compiled=True)
+            warm_up(phases)
     except WrongResultError as error:
         note = str(error)
         for phase in workload.phases:

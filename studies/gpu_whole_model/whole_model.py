@@ -25,11 +25,12 @@ from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, ma
 from torch import nn
 
 from autoquant.applier import apply, module_bytes
+from autoquant.errors import first_line
 from autoquant.evaluators.request import WrongResultError, time_requests, warm_up
+from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
 from autoquant.profiler.device import release_memory
 from autoquant.profiler.phases import make_phases
-from autoquant.profiler.timing import first_line
 from autoquant.records import Plan, Workload, request_time
 
 PROMPT, STEPS = 2048, 256
@@ -85,9 +86,10 @@ def measure(label: str, module: nn.Module, original, workload: Workload, device:
     note = ""
     try:
         make(copy)
-        phases = make_phases(copy, "causal_lm", workload, device=device, compiled=True)
         try:
-            warm_up(phases)
+            with kernels_kept(device):
+                phases = make_phases(copy, "causal_lm", workload, device=device, compiled=True)
+                warm_up(phases)
         except WrongResultError as error:  # random weights magnify rounding; said, and timed all the same
             note = str(error)
             for phase in workload.phases:
@@ -96,7 +98,7 @@ def measure(label: str, module: nn.Module, original, workload: Workload, device:
         compile_s = time.monotonic() - began
         times = time_requests(phases, original, device)
     except Exception as error:  # noqa: BLE001 - a configuration that does not run is a result
-        return row | {"failed": first_line(error)}, None
+        return row | {"failed": first_line(error, with_type=True)}, None
     request, before = times.request_ms(workload.calls())
     return row | {
         "compile_s": round(compile_s, 1),
@@ -186,8 +188,9 @@ def main() -> None:
         makers |= {
             label: make for label, make in torchao_settings().items() if not arguments.only or label in arguments.only
         }
-    original = make_phases(module, "causal_lm", workload, device=device, compiled=True)
-    warm_up(original)
+    with kernels_kept(device):
+        original = make_phases(module, "causal_lm", workload, device=device, compiled=True)
+        warm_up(original)
     print(f"bf16 ready {time.monotonic() - started:.0f} s", flush=True)
     rows: list[dict[str, object]] = []
     for label, make in makers.items():

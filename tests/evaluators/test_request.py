@@ -120,23 +120,30 @@ def test_every_model_begins_a_round(shares, monkeypatch):
     assert prefills == list("abcbcacab")
 
 
-def test_a_model_is_made_of_regions_where_that_works():
-    phases, note = make_warm(lambda regions: Fake(str(regions), [], {"prefill": 0.0, "decode": 0.0}))
-    assert phases._name == "True" and note == ""
+DIVISIONS = ("parts", "regions", "whole")
+
+
+def test_a_model_is_compiled_in_the_first_way_that_works():
+    phases, note = make_warm(lambda division: Fake(division, [], {"prefill": 0.0, "decode": 0.0}), DIVISIONS)
+    assert phases._name == "parts" and note == ""
 
 
 @pytest.mark.parametrize("output", [0.0, RuntimeError("the compiler gave up\nin many words")])
-def test_a_model_whose_regions_do_not_compile_is_compiled_whole_with_a_note(output):
-    def make(regions):
-        if regions and isinstance(output, Exception):
+@pytest.mark.parametrize(
+    ("works", "said"), [("regions", "in one piece, not part by part"), ("whole", "whole, not block")]
+)
+def test_a_model_that_does_not_compile_in_one_way_is_compiled_in_the_next_with_a_note(output, works, said):
+    def make(division):
+        fails = DIVISIONS.index(division) < DIVISIONS.index(works)
+        if fails and isinstance(output, Exception):
             raise output
-        return Fake(str(regions), [], {"prefill": 0.0, "decode": 0.0}, output=output if regions else 1.0)
+        return Fake(division, [], {"prefill": 0.0, "decode": 0.0}, output=output if fails else 1.0)
 
-    phases, note = make_warm(make)
-    assert phases._name == "False" and note.startswith("compiled whole, not block by block: ")
+    phases, note = make_warm(make, DIVISIONS)
+    assert phases._name == works and note.startswith(f"compiled {said}")
     assert "\n" not in note and ("gave up" in note or "off by" in note)
 
 
 def test_a_model_that_is_wrong_either_way_is_refused():
     with pytest.raises(WrongResultError):
-        make_warm(lambda regions: Fake("plan", [], {"prefill": 0.0, "decode": 0.0}, output=0.0))
+        make_warm(lambda division: Fake("plan", [], {"prefill": 0.0, "decode": 0.0}, output=0.0), DIVISIONS)

@@ -20,7 +20,7 @@ from .test_compiled import INT8, INT8_DEQUANTIZED, X, quantized_blocks, siblings
 
 def phases_of(module, *, inputs=(X,), compiled):
     return make_phases(
-        module, "module", Workload.single(), device="cpu", sample_inputs=inputs, compiled=compiled, regions=True
+        module, "module", Workload.single(), device="cpu", sample_inputs=inputs, compiled=compiled, division="regions"
     )
 
 

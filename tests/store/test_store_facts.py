@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from autoquant.errors import PlanError, StoreError
-from autoquant.records import Roofline, TaskScore, workload_from
+from autoquant.records import Roofline, TaskScore
+from autoquant.store.json_records import workload_from
 
 from .made_up import DEVICE, MODEL, STUDY, WORKLOAD, fill, measurement, plan, proof, recording
 

@@ -1,0 +1,37 @@
+"""What a search tells of what it leaves out, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from autoquant.records import Site
+from autoquant.tuner.choices import SiteChoices
+from autoquant.tuner.constraints import Bound, Constraints
+from autoquant.tuner.fusion import Fusion
+
+
+def constraint_notices(constraints: Constraints, bound: Bound, sites: Sequence[Site]) -> Iterator[str]:
+    """How many layers constraints are about."""
+    for reason, count in Counter(filter(None, (constraints.reason(site.name) for site in sites))).items():
+        yield f"{count} of {len(sites)} layers {reason}"
+    if constraints.fusable:
+        grouped = sum(map(len, bound.groups))
+        yield f"{grouped} layers in {len(bound.groups)} groups of one format each, which {constraints.fusable} fuses"
+
+
+def fusion_notices(fusion: Fusion) -> Iterator[str]:
+    """What cannot be computed as one."""
+    if not fusion.groups:
+        yield "no layers read the same input: nothing can be computed as one; --fuse can be left out"
+    elif not any(group.choices or group.dropped for group in fusion.groups):
+        yield "layers are not computed as one: no candidate's weights can lie behind one another; allow others"
+    for reason, count in Counter(reason for group in fusion.groups for reason in group.reasons()).items():
+        yield f"{count} of {len(fusion.groups)} groups not computed as one by {reason}"
+
+
+def dropped_notices(choices: Sequence[SiteChoices]) -> Iterator[str]:
+    """Formats that layers cannot get."""
+    dropped = Counter(item for choice in choices for item in choice.dropped.items())
+    for (format_id, reason), count in dropped.items():
+        yield f"{format_id} not considered for {count} of {len(choices)} layers: {reason}"

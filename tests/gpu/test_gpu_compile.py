@@ -1,0 +1,42 @@
+"""Models made ready on a GPU: compiled in parts, with kernels that are tuned once."""
+
+import pytest
+import torch
+from models.tiny_models import tiny_llama
+
+from autoquant.candidates import gemlite, get_format
+from autoquant.evaluators.request import warm_up
+from autoquant.profiler import parts
+from autoquant.profiler.caches import kernels_kept
+from autoquant.profiler.phases import make_phases
+from autoquant.records import Workload
+
+pytestmark = pytest.mark.gpu
+
+
+def test_steps_in_parts_are_replayed_and_compute_what_the_model_computes(monkeypatch):
+    monkeypatch.setattr(parts, "_FUNCTIONS", {})
+    module = tiny_llama().cuda().requires_grad_(False)
+    phases = make_phases(module, "causal_lm", Workload.parse("prefill=8,decode=4"), device="cuda", compiled=True)
+    warm_up(phases)  # raises where they do not
+    assert len(parts._FUNCTIONS) == 10  # embedding, positions, block, norm and head, for each of two phases
+
+
+def test_a_replayed_call_takes_no_less_than_the_memory_and_not_as_long_as_a_launch():
+    source, target = torch.ones(2, 1 << 20, device="cuda", dtype=torch.uint8)
+    (ms,) = gemlite.replayed_ms(lambda: target.copy_(source))
+    assert 0.0004 < ms < 0.01
+
+
+def test_a_kernel_is_tuned_once_on_a_machine(tmp_path, monkeypatch):
+    core = pytest.importorskip("gemlite.core")
+    monkeypatch.setenv("AUTOQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr(core, "GEMLITE_TRITON_CONFIG_CACHE", {})
+    fmt = get_format("float8-row/plain")
+    stored = fmt.store(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(1, 1, 512, device="cuda", dtype=torch.bfloat16)
+    with kernels_kept("cuda"):
+        fmt.kernel("gemlite").linear(x, stored, None)
+    assert not core.GEMLITE_TRITON_CONFIG_CACHE
+    with kernels_kept("cuda"):
+        assert any("256, 512" in key for settings in core.GEMLITE_TRITON_CONFIG_CACHE.values() for key in settings)

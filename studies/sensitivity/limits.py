@@ -6,8 +6,8 @@ Arguments are those of compare.py. The plans are one front: allocated by the fir
 Each plan's loss is measured once on every window of the report text; a search then is a draw of 56 of these windows (with
 replacement between searches, without within one), dealt to calibration, selection and report as `autoquant search` deals them.
 It recommends the plan of fewest bits whose upper end of the paired 95 % interval on the selection part is within the limit, and
-breaks the limit if the increase on the report part, or on all other windows, is above it. Beside the interval of the mean, which
-autoquant uses, stands that of the mean of as many other windows as the report part has (`RULES`). OUT gets `limits.json` (bits
+breaks the limit if the increase on the report part, or on all other windows, is above it. Beside the interval of the mean stands
+that of the mean of as many other windows as the report part has, which autoquant uses (`RULES`). OUT gets `limits.json` (bits
 and losses, which are not measured again where they are there) and `limits.md`.
 """
 

@@ -80,7 +80,11 @@ class ProcessDiedError(AutoquantError):
 
 
 def first_line(error: BaseException, *, with_type: bool = False) -> str:
-    """The first line that says something of an error's message, without terminal colours; its type if it is silent."""
+    """The first line that says something of an error's message, without terminal colours; its type if it is silent.
+
+    Of an error that PyTorch's compiler wraps in one of its own, the inner one's.
+    """
+    error = getattr(error, "inner_exception", None) or error
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")
     if len(line) > _LONGEST:

@@ -322,7 +322,8 @@ class Proof:
         perplexity: On the report part of the text (None for a quality function of the user's own).
         loss: Mean loss on the report part: nats per token, or what the user's own function gives.
         increase: Relative increase over the unquantized model on the report part, with its paired interval.
-        selection_increase: The same on the selection part, which is what limits are checked against.
+        selection_increase: The same on the selection part, which is what limits are checked against: its interval is that of the
+            mean of as many further samples as the report part has (in older versions, of the mean over all text).
         kl: Mean divergence to the unquantized model on the report part (None where not defined).
         memory_bytes: Bytes of all parameters as stored.
         selection_kl: The divergence on the selection part, with its interval (None where not defined); so is what follows

@@ -9,6 +9,7 @@ from autoquant.candidates.base import (
     Format,
     InputStatistics,
     Kernel,
+    multiplied_numbers,
 )
 from autoquant.candidates.registry import (
     CandidateStatus,
@@ -33,6 +34,7 @@ __all__ = [
     "Kernel",
     "formats",
     "get_format",
+    "multiplied_numbers",
     "register",
     "select",
     "survey",

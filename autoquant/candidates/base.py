@@ -23,6 +23,8 @@ A8_FLOAT8_ROW = "a8-float8-row"
 """Numerics of a kernel that rounds the activation to float8 (e4m3) with a scale for each row."""
 A8_FLOAT8_TENSOR = "a8-float8-tensor"
 """The same with one scale for the whole activation."""
+W8_A8_FLOAT8_ROW = "w8-a8-float8-row"
+"""Numerics of a kernel that rounds each row of the activation, and of a weight of other numbers, to float8 (e4m3)."""
 _DAMPING = 0.01
 _DAMPED_TIMES = 4
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -49,8 +51,8 @@ class Kernel:
 
     Attributes:
         id: Name within its format, e.g. `int-mm`.
-        numerics: What it does to the activation (`A16`, `A8_ROW`, or the name of an entry of `ACTIVATION_ROUNDING`). Kernels of
-            one format with the same numerics share one quality score.
+        numerics: What it rounds (`A16`, `A8_ROW`, or the name of another entry of `ACTIVATION_ROUNDING`). Kernels of one format
+            with the same numerics share one quality score.
         linear: x `[..., k]`, stored weight of `[n, k]`, bias `[n]` or None; returns `[..., n]` in x's dtype. It must trace
             under `torch.compile(fullgraph=True)`.
         opaque: Calls a library's kernels and nothing else, so that compiling it changes nothing: timed on GPUs as it is.
@@ -119,7 +121,7 @@ class Format:
         quantize: Weight `[n, k]` in the model's dtype to the stored tensor, whose shape is `[n, k]` too; where it `needs_inputs`,
             weight and `InputStatistics`.
         tensor_type: What `quantize` must return; anything else (a library that leaves the weight alone) is an error.
-        dequantize: Stored tensor to the float32 `[n, k]` numbers that its kernels multiply with.
+        dequantize: Stored tensor to the float32 `[n, k]` numbers that it holds.
         kernels: In order of preference where they are equally fast.
         unsupported: (shape, m, device type) to a reason or None; m is not looked at.
         joins: Every tensor inside has a row for each of the weight's, so that weights behind one another are one weight.
@@ -235,8 +237,20 @@ ACTIVATION_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     A8_ROW: _fake_row_int8,
     A8_FLOAT8_ROW: functools.partial(_fake_float8, per_row=True),
     A8_FLOAT8_TENSOR: functools.partial(_fake_float8, per_row=False),
+    W8_A8_FLOAT8_ROW: functools.partial(_fake_float8, per_row=True),
 }
 """What each numerics does to an activation, in floating point: used where quality is scored without the kernel.
 
 Modules of formats add those of their own kernels.
 """
+
+_WEIGHT_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    W8_A8_FLOAT8_ROW: functools.partial(_fake_float8, per_row=True),
+}
+
+
+def multiplied_numbers(fmt: Format, stored: torch.Tensor, numerics: str) -> torch.Tensor:
+    """The float32 `[n, k]` numbers that kernels of these numerics multiply with: those stored, unless they round them again."""
+    rounding = _WEIGHT_ROUNDING.get(numerics)
+    numbers = fmt.dequantize(stored).float()
+    return rounding(numbers) if rounding else numbers

@@ -40,8 +40,10 @@ def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return F.linear(x, values, bias)
 
 
-def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool) -> torch.Tensor:
-    values, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+def float8_product(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool = True
+) -> torch.Tensor:
+    """x `[..., k]`, rounded to float8, times float8 `[n, k]` with scales `[n, 1]` (`[]` in any shape if not `per_row`)."""
     rounded, x_scale = round_float8(x.reshape(-1, x.shape[-1]), per_row=per_row)
     y = torch._scaled_mm(
         rounded,
@@ -55,11 +57,16 @@ def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return y.reshape(*x.shape[:-1], values.shape[0])
 
 
+def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool) -> torch.Tensor:
+    return float8_product(x, weight.qdata, weight.scale, bias, per_row=per_row)  # type: ignore[attr-defined]
+
+
 def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
     return linear_w8(x, weight.qdata, weight.scale, bias, dynamic=dynamic)  # type: ignore[attr-defined]
 
 
-def _float8_product_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+def float8_product_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+    """Why `float8_product` cannot compute `shape` here."""
     if reason := not_divisible(shape.n, shape.k, 16, "a float8 product"):
         return reason
     if shape.dtype != "bfloat16":
@@ -89,7 +96,7 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
             numerics=numerics,
             linear=functools.partial(_scaled_mm, per_row=per_row),
             arithmetic="float8",
-            unsupported=_float8_product_unsupported,
+            unsupported=float8_product_unsupported,
             description=f"activation rounded to float8 with {scales}, then torch._scaled_mm (as compiled torchao does)",
         ),
     )

@@ -21,7 +21,9 @@ def needs_cuda(device_type: str, what: str, capability: tuple[int, int] = (8, 0)
 @functools.cache
 def needs_library(module: str, package: str) -> str | None:
     """Why `module` cannot be used (it is not installed), and what to install."""
-    return None if find_spec(module) is not None else f"needs {module}: pip install {package}"
+    parent, _, _ = module.partition(".")
+    there = find_spec(parent) is not None and find_spec(module) is not None
+    return None if there else f"needs {module}: pip install {package}"
 
 
 def not_divisible(n: int, k: int, by: int, what: str) -> str | None:

@@ -190,6 +190,7 @@ def _gemlite(group: int) -> Format:
                 description="weight and activation rows rounded to int8, integer product",
             ),
         ),
+        by_default=by_name_only,  # takes the longest to tune, and was nowhere the fastest int4 (studies/gpu_linears)
         description=f"int4 weights, scale and offset for every {group} along k, eight weights along k in a word",
     )
 

@@ -103,9 +103,9 @@ def _names(glob: str, fmt: Format, kernel: Kernel) -> bool:
 @functools.cache
 def _built_in() -> dict[str, Format]:
     # Deferred: torchao takes a second to import.
-    from autoquant.candidates import float8, floats, int4, int4_gpu, int8, low_bit, microscaling
+    from autoquant.candidates import float8, floats, int4, int4_gpu, int4_tiled, int8, low_bit, microscaling
 
-    modules = (floats, float8, microscaling, int8, int4, int4_gpu, low_bit)
+    modules = (floats, float8, microscaling, int8, int4, int4_tiled, int4_gpu, low_bit)
     return {fmt.id: fmt for module in modules for fmt in module.FORMATS}
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel
+from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel, multiplied_numbers
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.errors import first_line
 from autoquant.profiler.clocks import Clock, GraphClock, HostClock
@@ -236,7 +236,7 @@ def _prepare(
         sign = 1 if on_cuda else -1
         reference = sign * F.linear(
             ACTIVATION_ROUNDING[kernel.numerics](sign * inputs[0].float()),
-            fmt.dequantize(stored).float(),
+            multiplied_numbers(fmt, stored, kernel.numerics),
             None if bias is None else bias.float(),
         )
         error = ((outputs[0].float() - reference).norm() / reference.norm()).item()

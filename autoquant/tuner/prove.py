@@ -78,12 +78,14 @@ class Prover:
             perplexity=torch.tensor(mean, dtype=torch.float64).exp().item() if logarithmic else None,
             loss=mean,
             increase=paired_increase(report.losses, report.reference, logarithmic=logarithmic),
-            selection_increase=paired_increase(selection.losses, selection.reference, logarithmic=logarithmic),
+            selection_increase=paired_increase(
+                selection.losses, selection.reference, logarithmic=logarithmic, unseen=len(report.losses)
+            ),
             kl=report.kl,
             memory_bytes=module_bytes(module),
             execution=self.execution,
             notes=tuple(dict.fromkeys(filter(None, (times.note, note, original_note)))),
-            selection_kl=mean_interval(selection.sample_kl) if selection.sample_kl else None,
+            selection_kl=mean_interval(selection.sample_kl, len(report.losses)) if selection.sample_kl else None,
             selection_losses=selection.losses,
             time_ratio=times.ratio(self.workload.calls()),
         )

@@ -64,6 +64,7 @@ FASTEST = {
 FASTEST_FUSED = {
     "8 bits, fused": every(*EIGHT_BITS, fused=True, forced=False),
     "any bits, fused": every(*EIGHT_BITS, *FOUR_BITS, fused=True, forced=False),
+    "4 bits, fused": every(*FOUR_BITS, fused=True),
 }
 DIFFERENT = {
     "float8 rows": every(*ROWS),

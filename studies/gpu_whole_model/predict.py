@@ -44,6 +44,7 @@ def main() -> None:
     float8 = fastest(table[table.format == "float8-row/plain"], CELL).latency_us
     apart, fused = measured("rows-1.jsonl", "8 bits"), measured("rows-1-fused.jsonl", "8 bits, fused")
     apart_too = measured("rows-1-fused.jsonl", "8 bits")
+    tiled = measured("rows-1-tiled.jsonl", "any bits, fused")
     steps = {}
     print(f"linears of bf16: {plain:.0f} ms a request, {plain_step:.2f} a step")
     for name, row, per_layer in (
@@ -61,6 +62,7 @@ def main() -> None:
         )
     weights = LAYERS * sum(count * n * k for (n, k), count in PER_LAYER.items()) + HEAD[0] * HEAD[1]
     for name, width, linears_ms, step_ms in (
+        ("4 bits, fused", 0.5 + 4 / 128, tiled["linear_decode_ms"], tiled["decode_ms"]),
         ("8 bits, fused", 1, steps["8 bits, fused"], fused["decode_ms"]),
         ("8 bits", 1, steps["8 bits"], apart["decode_ms"]),
         ("bf16", 2, plain_step, apart["bf16_decode_ms"]),

@@ -63,7 +63,7 @@ class Scored:
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parse(__doc__)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     out = Path(arguments.out)
@@ -82,12 +82,12 @@ def main() -> None:
     print(table)
 
 
-def parse(*, rounding: bool = False) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(doc: str | None, *, methods: str = "isolated,fisher,path", rounding: bool = False) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "calibration_text", "report_text", "out"):
         parser.add_argument(name)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--methods", default="isolated,fisher,path")
+    parser.add_argument("--methods", default=methods)
     parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
     parser.add_argument("--report-windows", type=int, default=24)
     parser.add_argument(

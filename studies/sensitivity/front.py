@@ -82,11 +82,14 @@ class Truth:
     def windows(self, plan: Mapping[str, str]) -> list[float]:
         """Mean divergence per token of each window, in nats."""
         self.evaluations += 1
-        placed = {id(site.parameter): site for site in (self._sites[key] for key in plan.items())}
+        with PlacedLinears({id(site.parameter): site for site in (self._sites[key] for key in plan.items())}):
+            return self.of(self._calibration.module)
+
+    def of(self, module: torch.nn.Module) -> list[float]:
+        """The same of any module that takes token ids."""
         found = []
         for reference, batch in zip(self._references, self._calibration.batches, strict=True):
-            with PlacedLinears(placed):
-                logits = batch_logits(self._calibration.module, batch)
+            logits = batch_logits(module, batch)
             found += [divergence_sum(a, b) / len(b) for a, b in zip(reference, logits, strict=True)]
         return found
 
@@ -95,8 +98,19 @@ class Truth:
         return float(np.mean(self.windows(plan)))
 
 
-def allocate(losses: Losses, sites: Sequence[Site], bits: float, near: Plan | None = None, most: int = 0) -> Plan:
-    """The plan of least summed loss within a budget of average bits; it differs from `near` in at most `most` layers."""
+def allocate(
+    losses: Losses,
+    sites: Sequence[Site],
+    bits: float,
+    near: Plan | None = None,
+    most: int = 0,
+    groups: Sequence[Sequence[int]] = (),
+) -> Plan:
+    """The plan of least summed loss within a budget of average bits; it differs from `near` in at most `most` layers.
+
+    Args:
+        groups: Sites, by their numbers, that get one format.
+    """
     names = list(FORMATS)
     size = {site.name: site.shape.n * site.shape.k for site in sites}
     total = sum(size.values())
@@ -114,7 +128,8 @@ def allocate(losses: Losses, sites: Sequence[Site], bits: float, near: Plan | No
         for share in [size[s.name] / total]
     ]
     changed = None if near is None else most + 0.5
-    picks = fastest(Problem.build(costs), max_loss=changed, max_memory=bits * (1 + 1e-9))
+    together = [[(site, pick) for site in group] for group in groups for pick in range(len(names))]
+    picks = fastest(Problem.build(costs, together), max_loss=changed, max_memory=bits * (1 + 1e-9))
     assert picks is not None
     return {site.name: names[i] for site, i in zip(sites, picks, strict=True)}
 
@@ -187,7 +202,7 @@ def rounded_changes(loaded: LoadedModel, sites: Sequence[Site], ids: torch.Tenso
 
 
 def main() -> None:
-    arguments = parse(rounding=True)
+    arguments = parse(__doc__, rounding=True)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     out = Path(arguments.out)

@@ -1,17 +1,21 @@
 """How often a recommended plan breaks its limit on text that the search never saw, over searches on resampled texts.
 
-    python studies/sensitivity/limits.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda] [--methods fisher]
+    python studies/sensitivity/limits.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda] [--methods path]
 
 Arguments are those of compare.py. The plans are one front: allocated by the first method's losses for `BUDGETS` of average bits.
-Each plan's loss is measured once on every window of the report text; a search then is a draw of 51 of these windows (with
+Each plan's loss is measured once on every window of the report text; a search then is a draw of 56 of these windows (with
 replacement between searches, without within one), dealt to calibration, selection and report as `autoquant search` deals them.
 It recommends the plan of fewest bits whose upper end of the paired 95 % interval on the selection part is within the limit, and
-breaks the limit if the increase on the report part, or on all other windows, is above it. OUT gets `limits.json` and `limits.md`.
+breaks the limit if the increase on the report part, or on all other windows, is above it. Beside the interval of the mean stands
+that of the mean of as many other windows as the report part has, which autoquant uses (`RULES`). OUT gets `limits.json` (bits
+and losses, which are not measured again where they are there) and `limits.md`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,15 +32,22 @@ from autoquant.evaluators.sensitivity.together import Calibration
 from autoquant.evaluators.statistics import paired_increase
 from autoquant.evaluators.text import WANTED_WINDOWS, deal
 from autoquant.models import load_model
+from autoquant.records import Interval
 
 BUDGETS = np.linspace(3.0, 8.0, 51)
 LIMITS = (0.003, 0.01, 0.03)
-SEARCHES = 100
+SEARCHES = 2000
+RULES = {"mean": 1.0, "another mean": math.sqrt(1 + WANTED_WINDOWS["selection"] / WANTED_WINDOWS["report"])}
+UNQUANTIZED = {"bits": 16.0, "report": 0.0, "others": 0.0}
 Losses = list[list[float]]
 
 
-def measure(arguments, out: Path) -> tuple[list[float], Losses]:  # noqa: ANN001 - a namespace
+def measure(arguments: argparse.Namespace, out: Path) -> tuple[list[float], Losses]:
     """Average bits of each plan, and the mean negative log-likelihood of each window: of the unquantized model, then of plans."""
+    kept = out / "limits.json"
+    if kept.exists():
+        found = json.loads(kept.read_text())
+        return found["bits"], found["losses"]
     loaded = load_model(arguments.model, device=arguments.device)
     sites = searched_sites(loaded, arguments.device)
     method = arguments.methods.split(",")[0]
@@ -58,7 +69,9 @@ def measure(arguments, out: Path) -> tuple[list[float], Losses]:  # noqa: ANN001
                 site.stand_at(1.0)
             found.append(window_losses(model, placed))
             print(f"plan {number} of {len(plans)}: {np.mean(found[-1]) - np.mean(found[0]):+.4f} nats", flush=True)
-    return [average_bits(plan, sites) for plan in plans], found
+    bits = [average_bits(plan, sites) for plan in plans]
+    kept.write_text(json.dumps({"bits": bits, "losses": [[round(loss, 6) for loss in of] for of in found]}))
+    return bits, found
 
 
 def window_losses(model: Calibration, placed: Sequence) -> list[float]:
@@ -72,53 +85,64 @@ def window_losses(model: Calibration, placed: Sequence) -> list[float]:
     return found
 
 
-def searches(bits: Sequence[float], losses: np.ndarray, limit: float, seed: int) -> list[dict[str, float]]:
-    """What each search recommends, and what that costs on the report part and on all windows it did not draw."""
+Found = dict[tuple[float, str], list[dict[str, float]]]
+
+
+def searches(bits: Sequence[float], losses: np.ndarray, seed: int) -> Found:
+    """By limit and rule, what each search recommends, and its increase on the report part and on all windows not drawn."""
     generator = np.random.default_rng(seed)
     order = np.array(deal(WANTED_WINDOWS))
-    by_bits = sorted(range(len(bits)), key=lambda plan: bits[plan])
-    found = []
+    plans = sorted(range(len(bits)), key=lambda plan: bits[plan])
+    found: Found = {(limit, rule): [] for limit in LIMITS for rule in RULES}
     for _ in range(SEARCHES):
         drawn = generator.permutation(losses.shape[1])
-        parts = {part: drawn[: len(order)][order == part] for part in WANTED_WINDOWS}
-        parts["others"] = drawn[len(order) :]
+        parts = {part: drawn[: len(order)][order == part] for part in WANTED_WINDOWS} | {"others": drawn[len(order) :]}
 
-        def increase(plan: int, part: str, parts: dict[str, np.ndarray] = parts):  # noqa: ANN202
+        def increase(plan: int, part: str, parts: dict[str, np.ndarray] = parts) -> Interval:
             chosen = parts[part]
             return paired_increase(losses[plan + 1, chosen].tolist(), losses[0, chosen].tolist(), logarithmic=True)
 
-        plan = next((plan for plan in by_bits if increase(plan, "selection").high <= limit), None)
-        if plan is None:
-            found.append({"bits": 16.0, "report": 0.0, "others": 0.0})
-        else:
-            found.append({"bits": bits[plan], **{part: increase(plan, part).value for part in ("report", "others")}})
+        selection = {plan: increase(plan, "selection") for plan in plans}
+        for (limit, rule), of in found.items():
+            plan = next((plan for plan in plans if upper_end(selection[plan], RULES[rule]) <= limit), None)
+            costs = {part: increase(plan, part).value for part in ("report", "others")} if plan is not None else {}
+            of.append(UNQUANTIZED if plan is None else {"bits": bits[plan], **costs})
     return found
 
 
+def upper_end(interval: Interval, reach: float) -> float:
+    """Of an interval whose half is `reach` times as long, in the logarithm of perplexity."""
+    middle, high = math.log1p(interval.value), math.log1p(interval.high)
+    return math.expm1(middle + reach * (high - middle))
+
+
 def main() -> None:
-    arguments = parse()
+    arguments = parse(__doc__, methods="path")
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     bits, losses = measure(arguments, out)
-    lines = [
-        "| limit | above it on the report part | on all other windows | median bits | increase on others: median, most |",
-        "| --- " * 5 + "|",
+    heading = [
+        "limit",
+        "interval of",
+        "above it: report part",
+        "all others",
+        "first 100; hundreds above 5",
+        "median bits",
     ]
-    kept: dict[str, object] = {"bits": bits, "losses": losses}
-    for limit in LIMITS:
-        found = searches(bits, np.array(losses), limit, arguments.seed)
-        kept[f"{limit:.1%}"] = found
-        above = [sum(each[part] > limit for each in found) for part in ("report", "others")]
+    lines = [[*heading, "increase on all others"], ["---"] * 7]
+    for (limit, rule), found in searches(bits, np.array(losses), arguments.seed).items():
+        above = {part: np.array([each[part] > limit for each in found]) for part in ("report", "others")}
         others = [each["others"] for each in found]
-        middle = np.median([each["bits"] for each in found])
-        lines.append(
-            f"| {limit:.1%} | {above[0]} of {SEARCHES} | {above[1]} | {middle:.2f} | {np.median(others):.2%}, {max(others):.2%} |"
-        )
-    (out / "limits.json").write_text(json.dumps(kept))
-    (out / "limits.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        shares = [f"{100 * above[part].mean():.1f} of 100" for part in above]
+        hundreds = above["report"].reshape(-1, 100).sum(1)
+        cells = [f"{limit:.1%}", rule, *shares, f"{hundreds[0]}; {(hundreds > 5).sum()} of {len(hundreds)}"]
+        bits_used = np.median([each["bits"] for each in found])
+        lines.append([*cells, f"{bits_used:.2f}", f"{np.median(others):.2%}, at most {max(others):.2%}"])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    (out / "limits.md").write_text(table)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING, get_format, select, timed
+from autoquant.candidates import ACTIVATION_ROUNDING, get_format, multiplied_numbers, select, timed
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LinearShape, RouteStep
 
@@ -58,7 +58,7 @@ def tensors(dtype):
 
 def reference(fmt, kernel, stored, x, bias):
     rounded = ACTIVATION_ROUNDING[kernel.numerics](x.float())
-    return F.linear(rounded, fmt.dequantize(stored), None if bias is None else bias.float())
+    return F.linear(rounded, multiplied_numbers(fmt, stored, kernel.numerics), None if bias is None else bias.float())
 
 
 def tolerance(fmt, kernel, dtype):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from autoquant.evaluators.statistics import paired_increase
+from autoquant.evaluators.statistics import mean_interval, paired_increase
 
 
 def test_an_increase_of_plain_losses_follows_the_formula():
@@ -82,3 +82,19 @@ def test_a_mean_reference_of_zero_or_less_keeps_the_sign():
 def test_samples_that_do_not_pair_are_an_error(losses, reference):
     with pytest.raises(ValueError, match="reference losses"):
         paired_increase(losses, reference, logarithmic=True)
+
+
+@pytest.mark.parametrize("unseen", [3, 12, 40])
+def test_the_interval_for_unseen_samples_covers_their_mean_95_times_in_100(unseen):
+    random = np.random.default_rng(unseen)
+    trials, count = 3000, 12
+    covered = {"unseen": 0, "all": 0}
+    for _ in range(trials):
+        seen, others = random.normal(0.01, 0.02, count), random.normal(0.01, 0.02, unseen)
+        for name, more in (("unseen", unseen), ("all", 0)):
+            found = paired_increase(seen.tolist(), [0.0] * count, logarithmic=True, unseen=more)
+            covered[name] += found.low <= math.expm1(others.mean()) <= found.high
+            samples = mean_interval(seen.tolist(), more)
+            assert found.high == pytest.approx(math.expm1(samples.high))
+    assert 0.938 < covered["unseen"] / trials < 0.962
+    assert covered["all"] < covered["unseen"] - 0.02 * trials

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING, formats, int4_gpu, select, timed
+from autoquant.candidates import ACTIVATION_ROUNDING, formats, int4_gpu, multiplied_numbers, select, timed
 from autoquant.candidates.rounding import Rounded
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.profiler.timing import MAX_RELATIVE_ERROR
@@ -51,7 +51,9 @@ def test_a_kernel_computes_the_product_of_the_stored_numbers(name, m):
         y = kernel.linear(x, stored, b)
         assert (y.shape, y.dtype) == ((1, m, N), torch.bfloat16)
         rounded = ACTIVATION_ROUNDING[kernel.numerics](x.float()).double()
-        expected = F.linear(rounded, fmt.dequantize(stored).double(), None if b is None else b.double())
+        expected = F.linear(
+            rounded, multiplied_numbers(fmt, stored, kernel.numerics).double(), None if b is None else b.double()
+        )
         assert ((y.double() - expected).norm() / expected.norm()).item() < MAX_RELATIVE_ERROR
 
 

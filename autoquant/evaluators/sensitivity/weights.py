@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoquant.candidates import A16
+from autoquant.candidates import A16, multiplied_numbers
 from autoquant.evaluators.sensitivity.base import Change
 
 KEPT_BYTES = 32 << 20
@@ -46,7 +46,7 @@ class ChangedWeights:
         if key in self._kept:
             return self._kept[key]
         stored = change.stored() if change.stored else change.format.store(self._parameter.to(self._dtype))
-        weight = change.format.dequantize(stored).float()
+        weight = multiplied_numbers(change.format, stored, change.activation)
         if change.activation == A16 and _is_same(weight, self._parameter.float()):
             self._kept[key] = None
             return None

@@ -1,0 +1,81 @@
+"""The project's own CUDA kernels: compiled when they are first needed, by the compiler library that PyTorch brings along."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from autoquant.candidates.gpu import needs_cuda, needs_library
+from autoquant.errors import CandidateError
+
+
+def cuda_source_unsupported(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
+    """Why `what`, a kernel of the project's own, does not run on the current device."""
+    return needs_cuda(device_type, what, capability) or needs_library("cuda.bindings", "cuda-bindings")
+
+
+class CudaKernel:
+    """A kernel of a source file on one device.
+
+    Args:
+        file: Name of the file beside this one.
+        name: The kernel's, declared `extern "C"`.
+        defines: What the source is to be compiled with.
+
+    Raises:
+        CandidateError: It does not compile, or the driver does not take it.
+    """
+
+    def __init__(self, file: str, name: str, defines: Sequence[tuple[str, int]], device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        source = "".join(f"#define {key} {value}\n" for key, value in defines)
+        source += files("autoquant.candidates").joinpath(file).read_text()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # PyTorch's context is the current one from here on
+            module = _checked(driver.cuModuleLoadData(_compile(source, file, torch.cuda.get_device_capability())))
+            self._function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+
+    def launch(self, blocks: int, threads: int, *arguments: torch.Tensor | int | None) -> None:
+        """Launch on the current stream of the tensors' device; None is a null pointer."""
+        from cuda.bindings import driver
+
+        values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments)
+        types = tuple(ctypes.c_int if isinstance(a, int) else ctypes.c_void_p for a in arguments)
+        stream = torch.cuda.current_stream().cuda_stream
+        _checked(driver.cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, (values, types), 0))
+
+
+@functools.cache
+def cuda_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> CudaKernel:
+    """The kernel, compiled once in a process."""
+    return CudaKernel(file, name, defines, device)
+
+
+def _compile(source: str, file: str, capability: tuple[int, int]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), 0, [], []))
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()]
+    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(failed):
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise CandidateError(f"{file} does not compile: {log.decode(errors='replace').strip()}")
+    binary: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return binary
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What a call of the CUDA library gave."""
+    error, *given = result
+    if int(error):
+        raise CandidateError(f"CUDA refused a kernel of the project's own: {error!r}")
+    return given[0] if given else None

@@ -1,0 +1,173 @@
+"""int4 weights for the project's own CUDA kernels, which read such a weight in half the time of one of 8 bits.
+
+Other libraries' int4 kernels spend more time on unpacking than on reading. Here weights lie as tensor cores want them, become
+operands by two instructions for two weights, and scales are applied to sums (the layout and the arithmetic: `int4_tiled.cu`; the
+idea of magic numbers is that of FasterTransformer and Marlin, Frantar et al., "MARLIN: Mixed-Precision Auto-Regressive Parallel
+Inference on Large Language Models", 2024). For many rows the weight is unpacked first, by a kernel of its own.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+
+from autoquant.candidates.base import A16, W8_A8_FLOAT8_ROW, Format, Kernel, by_name_only
+from autoquant.candidates.cuda_source import cuda_kernel, cuda_source_unsupported
+from autoquant.candidates.float8 import float8_product, float8_product_unsupported
+from autoquant.candidates.int4 import GROUP_SIZES
+from autoquant.candidates.int4_gpu import tinygemm_rounding
+from autoquant.candidates.int4_tiled_tensor import TILE_COLUMNS, TILE_ROWS, Int4TiledTensor
+from autoquant.candidates.rounding import Grid, Rounded, rounded_formats
+from autoquant.records import LinearShape
+
+_SOURCE = "int4_tiled.cu"
+_ROWS_OF_A_PRODUCT, _MOST_ROWS = 8, 16
+_UNPACKING_THREADS = 256
+_SETTINGS = (
+    (2, (16, 1, 2), (16, 2, 1)),
+    (4, (8, 1, 2), (8, 1, 3)),
+    (32, (4, 1, 4), (4, 2, 3)),
+    (0, (4, 4, 4), (4, 2, 3)),
+)
+"""Up to how many tiles of 16 rows for each multiprocessor (0: any) what is fastest on an H200 for up to 8 rows of x, and to 16:
+warps of a block, tiles of a block, blocks of a multiprocessor (`python studies/gpu_linears/own_kernels/int4_settings.py`)."""
+
+
+def _setting(n: int, m: int, processors: int) -> tuple[int, int, int]:
+    """Warps and tiles of a block, and blocks a multiprocessor should hold, for `[m, k]` times `[n, k]`."""
+    few, many = next(both for most, *both in _SETTINGS if not most or n <= 16 * most * processors)
+    return few if m <= _ROWS_OF_A_PRODUCT else many
+
+
+@torch.library.custom_op("autoquant::int4_rows", mutates_args=(), device_types="cuda")
+def int4_rows(
+    x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x `[m, k]`, m up to 16, times an `Int4TiledTensor` `[n, k]`: `[m, n]`."""
+    (m, k), n = x.shape, qdata.shape[0]
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    warps, tiles, blocks = _setting(n, m, processors)
+    defines = (
+        ("GROUP", k // scale_and_zero.shape[1]),
+        ("WARPS", warps),
+        ("TILES", tiles),
+        ("BLOCKS", blocks),
+        ("EIGHTS", -(-m // _ROWS_OF_A_PRODUCT)),
+    )
+    kernel = cuda_kernel(_SOURCE, "int4_rows", defines, x.device)
+    x, y = x.contiguous(), x.new_empty(m, n)
+    with torch.cuda.device(x.device):
+        kernel.launch(-(-n // (16 * tiles)), 32 * warps, x, qdata, scale_and_zero, bias, y, m, n, k)
+    return y
+
+
+@int4_rows.register_fake
+def _(x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape[0], qdata.shape[0])
+
+
+@torch.library.custom_op("autoquant::int4_unpack", mutates_args=(), device_types="cuda")
+def int4_unpack(
+    qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor, float8: bool
+) -> torch.Tensor:
+    """The `[n, k]` numbers of an `Int4TiledTensor`: bfloat16, or float8 of each over its row's scale."""
+    n, k = qdata.shape[0], 8 * qdata.shape[1]
+    tiles = n * k // (TILE_ROWS * TILE_COLUMNS)
+    defines = (("GROUP", k // scale_and_zero.shape[1]), ("FLOAT8", int(float8)))
+    kernel = cuda_kernel(_SOURCE, "int4_unpack", defines, qdata.device)
+    out = qdata.new_empty(n, k, dtype=torch.float8_e4m3fn if float8 else torch.bfloat16)
+    with torch.cuda.device(qdata.device):
+        blocks = -(-tiles // (_UNPACKING_THREADS // 32))
+        kernel.launch(blocks, _UNPACKING_THREADS, qdata, scale_and_zero, row_scale, out, tiles, k // TILE_COLUMNS)
+    return out
+
+
+@int4_unpack.register_fake
+def _(qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor, float8: bool) -> torch.Tensor:
+    dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
+    return qdata.new_empty(qdata.shape[0], 8 * qdata.shape[1], dtype=dtype)
+
+
+def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    stored = cast(Int4TiledTensor, weight)
+    y: torch.Tensor = int4_rows(x.reshape(-1, x.shape[-1]), stored.qdata, stored.scale_and_zero, bias)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _unpacked(weight: torch.Tensor, *, float8: bool) -> torch.Tensor:
+    stored = cast(Int4TiledTensor, weight)
+    return cast(torch.Tensor, int4_unpack(stored.qdata, stored.scale_and_zero, stored.row_scale, float8))
+
+
+def _unpack_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, _unpacked(weight, float8=False), bias)
+
+
+def _unpack_scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    row_scale = cast(Int4TiledTensor, weight).row_scale
+    return float8_product(x, _unpacked(weight, float8=True), row_scale, bias)
+
+
+def _unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+    if reason := cuda_source_unsupported(device_type, "this int4 layout"):
+        return reason
+    if shape.dtype != "bfloat16":
+        return f"int4 kernels take bfloat16 activations, not {shape.dtype}"
+    if shape.n % TILE_ROWS or shape.k % TILE_COLUMNS:
+        return f"tiles need n divisible by {TILE_ROWS} and k by {TILE_COLUMNS}, not {shape.n}x{shape.k}"
+    return None
+
+
+def _rows_unsupported(_shape: LinearShape, m: int, _device_type: str) -> str | None:
+    return f"it takes up to {_MOST_ROWS} rows, not {m}" if m > _MOST_ROWS else None
+
+
+def _pack(rounded: Rounded) -> torch.Tensor:
+    return Int4TiledTensor.pack(rounded.q + 8, rounded.scale, rounded.zero)
+
+
+def _format(group: int) -> Format:
+    return Format(
+        id=f"int4-g{group}/tiled",
+        quantize=lambda weight: Int4TiledTensor.pack(*tinygemm_rounding(weight, group)),
+        dequantize=lambda stored: cast(Int4TiledTensor, stored).unpack(torch.float32),
+        tensor_type=Int4TiledTensor,
+        joins=True,
+        unsupported=_unsupported,
+        kernels=(
+            Kernel(
+                id="rows",
+                numerics=A16,
+                linear=_rows,
+                opaque=True,
+                unsupported=_rows_unsupported,
+                description="the project's own product for a few rows, on tensor cores",
+            ),
+            Kernel(
+                id="unpack-matmul",
+                numerics=A16,
+                linear=_unpack_matmul,
+                materializes=True,
+                description="the project's own unpacking, then the bfloat16 product",
+            ),
+            Kernel(
+                id="unpack-scaled-mm",
+                numerics=W8_A8_FLOAT8_ROW,
+                linear=_unpack_scaled_mm,
+                arithmetic="float8",
+                materializes=True,
+                unsupported=float8_product_unsupported,
+                description="weight unpacked to float8, activation rows rounded to it, then torch._scaled_mm",
+            ),
+        ),
+        description=f"int4 weights, scale and zero point for every {group} along k, as the project's kernels read them",
+    )
+
+
+FORMATS = tuple(
+    each
+    for fmt, group in ((_format(group), group) for group in GROUP_SIZES)
+    for each in (fmt, *rounded_formats(fmt, Grid(bits=4, group=group, symmetric=False), _pack, by_name_only))
+)

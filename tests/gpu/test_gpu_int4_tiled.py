@@ -1,0 +1,89 @@
+"""The project's own CUDA kernels at the edges of what they take."""
+
+import pytest
+import torch
+from torch import nn
+
+from autoquant.candidates import get_format
+from autoquant.candidates.cuda_source import CudaKernel
+from autoquant.candidates.int4_tiled import int4_rows, int4_unpack
+from autoquant.candidates.joined import join
+from autoquant.candidates.routed import RoutedWeight
+from autoquant.errors import CandidateError
+from autoquant.profiler.compiled import compile_forward, ready_to_compile
+from autoquant.records import RouteStep
+
+pytestmark = pytest.mark.gpu
+
+
+def normal(*size, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*size, generator=generator, device="cuda").bfloat16()
+
+
+def stored(n, k, group):
+    return get_format(f"int4-g{group}/tiled").store(normal(n, k))
+
+
+def off(y, expected):
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize(("n", "k"), [(8, 128), (24, 384), (520, 1024), (1000, 2816), (9000, 256), (70000, 128)])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_product_of_a_few_rows_is_right_for_every_size(group, n, k, m):
+    weight, x, bias = stored(n, k, group), normal(m, k, seed=1), normal(n, seed=2)
+    numbers = weight.unpack(torch.float32).double()
+    y = int4_rows(x, weight.qdata, weight.scale_and_zero, bias)
+    assert off(y, x.double() @ numbers.t() + bias.double()) < 0.003
+    assert torch.equal(y, int4_rows(x, weight.qdata, weight.scale_and_zero, bias)), "not the same twice"
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 128), (24, 384), (1000, 2816)])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_unpacking_gives_the_stored_numbers(group, n, k):
+    weight = stored(n, k, group)
+    numbers = weight.unpack(torch.float32)
+    parts = weight.qdata, weight.scale_and_zero, weight.row_scale
+    assert off(int4_unpack(*parts, False), numbers.double()) < 0.002
+    assert off(int4_unpack(*parts, True).float() * weight.row_scale, numbers.double()) < 0.03
+
+
+def test_large_activations_do_not_overflow():
+    weight, x = stored(64, 1024, 128), normal(1, 1024) * 1e30
+    y = int4_rows(x, weight.qdata, weight.scale_and_zero, None)
+    assert off(y, x.double() @ weight.unpack(torch.float32).double().t()) < 0.003
+
+
+@torch.no_grad()
+def test_joined_weights_are_multiplied_as_one_in_a_compiled_model():
+    route = (RouteStep(upper_m=16, kernel="rows"), RouteStep(upper_m=None, kernel="unpack-scaled-mm"))
+
+    class Siblings(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(512, 256, bias=False), nn.Linear(512, 128, bias=False)
+
+        def forward(self, x):
+            return torch.cat((self.q(x), self.k(x)), -1)
+
+    model = Siblings().bfloat16().cuda()
+    fmt = get_format("int4-g64/tiled")
+    layers = (model.q, model.k)
+    for layer, weight in zip(
+        layers,
+        join([RoutedWeight.wrap(fmt.store(layer.weight), fmt.id, route, torch.bfloat16) for layer in layers]),
+        strict=True,
+    ):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    ready = ready_to_compile(model)
+    run = compile_forward(lambda x: ready(x))
+    for m in (1, 64):
+        x = normal(1, m, 512, seed=3)
+        assert off(run(x), model(x).double()) < 0.01
+
+
+def test_a_source_that_does_not_compile_is_one_error():
+    with pytest.raises(CandidateError, match="does not compile"):
+        CudaKernel("int4_tiled.cu", "int4_rows", (("GROUP", 7), ("WARPS", 0)), torch.device("cuda", 0))

@@ -182,7 +182,7 @@ def _shortest_ms(call: Callable[[], object]) -> float:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin()
         for _ in range(_CALLS):
             call()
         graph.capture_end()

@@ -9,6 +9,7 @@ import torch
 
 import autoquant
 from autoquant.errors import ModelError, PlanError, TextError, WorkloadError
+from autoquant.evaluators.statistics import paired_increase
 
 from . import quick
 from .tiny import Perceptron
@@ -101,6 +102,16 @@ def test_the_best_plan_is_within_the_limit_and_can_be_applied(studied, teacher, 
     module = autoquant.apply(plan, copy.deepcopy(teacher))
     losses = quality(module, "report")
     assert losses.mean().item() == pytest.approx(proof.loss, rel=0.02)
+
+
+def test_limits_are_held_against_what_selection_says_of_as_many_samples_as_the_report_has(studied, teacher, quality):
+    study, _ = studied
+    losses = {plan.label: study.proofs()[plan.plan_id].selection_losses for plan in study.plans()}
+    uniform = next(plan for plan in study.plans() if plan.kind == "uniform")
+    found = study.proofs()[uniform.plan_id].selection_increase
+    unseen = len(quality(teacher, "report"))
+    expected = paired_increase(losses[uniform.label], losses["original"], logarithmic=False, unseen=unseen)
+    assert found.high == pytest.approx(expected.high) and found.low == pytest.approx(expected.low)
 
 
 def test_applying_keeps_shared_weights_shared(studied, teacher):

@@ -1,22 +1,20 @@
 """The exact solver of the additive model. Numbers in, numbers out: no models, no database, no torch.
 
 Choosing one option per layer so that summed time is least within budgets for summed loss and memory is the multiple-choice
-knapsack problem (Kellerer, Pferschy, Pisinger, "Knapsack Problems", chapter 11). It is solved to optimality by the branch and
-cut of HiGHS (https://highs.dev) through `scipy.optimize.milp`.
+knapsack problem, which `autoquant.tuner.knapsack` solves to optimality. Options that cannot be part of a best solution, since
+another one of their layer is no worse in anything that counts, are left out first.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array
+
+from autoquant.tuner.knapsack import Indices, Knapsack
 
 Vector = NDArray[np.float64]
 Picks = tuple[int, ...]
@@ -141,21 +139,6 @@ def _scaled(layers: Sequence[Vector]) -> Vector:
     return np.concatenate(shifted) / (scale or 1.0)
 
 
-@contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep what HiGHS prints from C (a stray debugging line in some versions) out of the program's output."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
-
-
 def _minimise(
     problem: Problem,
     objective: Vector,
@@ -163,38 +146,25 @@ def _minimise(
     max_memory: float | None = None,
     attempts: int = 4,
 ) -> Picks | None:
+    limits = [(of, to) for of, to in ((problem.loss, max_loss), (problem.memory, max_memory)) if to is not None]
+    allowances = np.asarray([_allowance(layers, budget) for layers, budget in limits])
+    if np.any(allowances < -1e-9):
+        return None
+    weights = np.stack([_scaled(layers) for layers, _ in limits]) if limits else np.empty((0, len(objective)))
     sizes = [len(layer) for layer in problem.time]
-    count = sum(sizes)
     owners = np.repeat(np.arange(len(sizes)), sizes)
-    rows = [csr_array((np.ones(count), (owners, np.arange(count))), shape=(len(sizes), count))]
-    lower, upper = [np.ones(len(sizes))], [np.ones(len(sizes))]
-    if problem.equalities:
-        rows.append(_equalities(problem, sizes))
-        lower.append(np.zeros(rows[-1].shape[0]))
-        upper.append(np.zeros(rows[-1].shape[0]))
-    for layers, budget in ((problem.loss, max_loss), (problem.memory, max_memory)):
-        if budget is None:
-            continue
-        least = sum(float(layer.min()) for layer in layers)
-        scale = sum(float(layer.max() - layer.min()) for layer in layers) or 1.0
-        allowance = (budget - least) / scale
-        if allowance < -1e-9:
-            return None
-        rows.append(csr_array(1e6 * _scaled(layers)[None, :]))
-        lower.append(np.asarray([-np.inf]))
-        upper.append(np.asarray([1e6 * (max(allowance, 0.0) + 1e-12)]))
-    with _silent_stdout():
-        result = milp(
-            objective,
-            integrality=np.ones(count, dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(vstack(rows), np.concatenate(lower), np.concatenate(upper)),
-            options={"mip_rel_gap": 0.0},
-        )
-    if result.x is None:
+    kept = _unbeaten(problem, np.vstack((objective, weights)))
+    found = Knapsack(
+        cost=objective[kept],
+        owners=owners[kept],
+        weights=1e6 * weights[:, kept],
+        budgets=1e6 * (np.maximum(allowances, 0.0) + 1e-12),
+        ties=_equalities(problem, sizes)[:, kept],
+    ).least()
+    if found is None:
         return None
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    picks = tuple(int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True))
+    picks = tuple((kept[found] - starts).tolist())
     _, loss, memory = problem.totals(picks)
     if _over(loss, max_loss) or _over(memory, max_memory):  # by what the solver's tolerance lets through
         return (
@@ -209,6 +179,25 @@ def _minimise(
             )
         )
     return _without_waste(problem, picks)
+
+
+def _allowance(layers: Sequence[Vector], budget: float) -> float:
+    """What a budget leaves beyond the least possible sum, in units of `_scaled`."""
+    scale = sum(float(layer.max() - layer.min()) for layer in layers) or 1.0
+    return (budget - sum(float(layer.min()) for layer in layers)) / scale
+
+
+def _unbeaten(problem: Problem, columns: NDArray[np.float64]) -> Indices:
+    """The options, counted through all layers, that no other one of their layer and sets equals or beats in every row."""
+    kept, start = [], 0
+    for sets in _memberships(problem):
+        own = columns[:, start : start + len(sets)]
+        no_worse = np.all(own[:, :, None] <= own[:, None, :], axis=0) & (sets[:, None] == sets[None, :])
+        comes_first = np.triu(np.ones_like(no_worse), 1)
+        beaten = np.any(no_worse & (~no_worse.T | comes_first), axis=0)
+        kept.append(start + np.flatnonzero(~beaten))
+        start += len(sets)
+    return np.concatenate(kept)
 
 
 def _equalities(problem: Problem, sizes: Sequence[int]) -> csr_array:
@@ -229,22 +218,26 @@ def _over(total: float, budget: float | None) -> bool:
     return budget is not None and total > budget * (1 + 1e-12)
 
 
-def _without_waste(problem: Problem, picks: Picks) -> Picks:
-    """The picks with every option replaced that another one of its layer equals or beats in time, loss and memory.
-
-    One that belongs to sets of `together` or `alike` is replaced within these only.
-    """
-    sets: dict[tuple[int, int], set[int]] = {}
+def _memberships(problem: Problem) -> list[Indices]:
+    """For each layer a number for each option: the same for those that belong to the same sets of `together` and `alike`."""
+    sets: dict[tuple[int, int], tuple[int, ...]] = {}
     for number, members in enumerate(problem.equalities):
         for layer, options in members:
             for option in options:
-                sets.setdefault((layer, option), set()).add(number)
+                sets[layer, option] = (*sets.get((layer, option), ()), number)
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(sets.values()), start=1)} | {(): 0}
+    return [
+        np.asarray([numbers[sets.get((layer, option), ())] for option in range(len(time))])
+        for layer, time in enumerate(problem.time)
+    ]
+
+
+def _without_waste(problem: Problem, picks: Picks) -> Picks:
+    """The picks with every option replaced that another one of its layer and sets equals or beats in time, loss and memory."""
     better = []
-    for layer, (time, loss, memory, i) in enumerate(
-        zip(problem.time, problem.loss, problem.memory, picks, strict=True)
+    for time, loss, memory, sets, i in zip(
+        problem.time, problem.loss, problem.memory, _memberships(problem), picks, strict=True
     ):
-        fits = (time <= time[i]) & (loss <= loss[i]) & (memory <= memory[i])
-        own = sets.get((layer, i))
-        candidates = [j for j in np.flatnonzero(fits).tolist() if sets.get((layer, j)) == own]
-        better.append(int(min(candidates, key=lambda j: (time[j], loss[j], memory[j]))))
+        fits = (time <= time[i]) & (loss <= loss[i]) & (memory <= memory[i]) & (sets == sets[i])
+        better.append(int(min(np.flatnonzero(fits).tolist(), key=lambda j: (time[j], loss[j], memory[j]))))
     return tuple(better)

@@ -82,7 +82,9 @@ def main() -> None:
     print(table)
 
 
-def parse(doc: str | None, *, methods: str = "isolated,fisher,path", rounding: bool = False) -> argparse.Namespace:
+def parse(
+    doc: str | None, *, methods: str = "isolated,fisher,path", rounding: bool = False, searches: str = ""
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "calibration_text", "report_text", "out"):
         parser.add_argument(name)
@@ -94,6 +96,9 @@ def parse(doc: str | None, *, methods: str = "isolated,fisher,path", rounding: b
         "--skip-windows", type=int, default=24, help="windows of the report text that are left out first"
     )
     parser.add_argument("--seed", type=int, default=0)
+    if searches:
+        parser.add_argument("--searches", default=searches)
+        parser.add_argument("--seconds", type=float, default=30.0, help="of each search")
     if rounding:
         parser.add_argument("--rounding", choices=("hqq", "clip", "gptq"))
         parser.add_argument("--refine", action="store_true")

@@ -1,6 +1,7 @@
 """Tensors kept on disk are made once and come back bit for bit."""
 
 import os
+import pickle
 
 import pytest
 import torch
@@ -34,6 +35,14 @@ def test_a_tensor_larger_than_allowed_is_made_each_time():
     kept = KeptTensor(1000)
     assert all(torch.equal(kept.get(make), make.tensor) for _ in range(2))
     assert make.calls == 2
+
+
+def test_a_tensor_larger_than_allowed_is_not_even_pickled(monkeypatch):
+    def refuse(_tensor):
+        raise AssertionError("from a GPU this copies all of it")
+
+    monkeypatch.setattr(pickle, "dumps", refuse)
+    KeptTensor(0).get(lambda: torch.randn(100))
 
 
 def test_a_full_disk_costs_time_only(monkeypatch):

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from autoquant.tuner.solve import Problem, fastest, front, smallest, undominated
 
@@ -210,19 +211,109 @@ def test_the_solver_prints_nothing(capfd):
         assert (printed.out, printed.err) == ("", ""), f"seed {seed}"
 
 
-def test_three_hundred_layers_of_forty_options_take_less_than_a_second(capfd):
-    draw = np.random.default_rng(0)
-    problem = Problem(
-        tuple(draw.uniform(0.1, 5, (300, 40))),
-        tuple(draw.exponential(0.01, (300, 40))),
-        tuple(draw.integers(1000, 10**6, (300, 40)).astype(float)),
+def large_problem(seed, layers=300, choices=40, *, alike=False):
+    """Few shapes, whose layers share times and bytes; what is smaller or faster mostly loses more."""
+    draw = np.random.default_rng(seed)
+    bits = np.resize((16.0, 8.0, 6.5, 4.5, 4.0, 3.5, 2.5), choices)
+    kinds = [
+        (size * bits * draw.lognormal(0, 0.3, choices) / 8e6, np.round(size * bits / 8))
+        for size in draw.integers(10**5, 10**7, 6)
+    ]
+    options = []
+    for layer in range(layers):
+        milliseconds, size = kinds[layer % len(kinds)]
+        loss = np.where(bits < 16, 4.0**-bits * draw.lognormal(0, 1) * draw.lognormal(0, 0.3, choices), 0.0)
+        options.append(list(zip(milliseconds, loss, size, strict=True)))
+    pairs = [[(layer, [i]) for layer in (2 * n, 2 * n + 1)] for n in range(layers // 4) for i in range(choices)]
+    return Problem.build(options, alike=pairs if alike else ())
+
+
+def binding_limits(problem, share):
+    """A loss limit, and a memory limit between what the fastest and the smallest solution within it take."""
+    least = sum(layer.min() for layer in problem.loss)
+    max_loss = least + (problem.totals(fastest(problem))[1] - least) * 10 ** (-3 * (1 - share))
+    ends = fastest(problem, max_loss), smallest(problem, max_loss)
+    return max_loss, sum(problem.totals(end)[2] for end in ends) / 2
+
+
+def least_time_of_all_options(problem, max_loss, max_memory):
+    """The same in one program with every option, without anything that was left out or fixed beforehand."""
+    sizes = [len(layer) for layer in problem.time]
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    time, loss, memory = (np.concatenate(of) for of in (problem.time, problem.loss, problem.memory))
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    one_each = (owners == np.arange(len(sizes))[:, None]).astype(float)
+    same = np.zeros((sum(len(members) - 1 for members in problem.equalities), len(time)))
+    row = 0
+    for first, *others in problem.equalities:
+        for other in others:
+            for sign, (layer, options) in ((1, first), (-1, other)):
+                same[row, starts[layer] + np.asarray(options)] = sign
+            row += 1
+    result = milp(
+        time / time.max(),
+        integrality=np.ones(len(time)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.vstack((loss / max_loss, memory / max_memory)), -np.inf, 1),
+            *([LinearConstraint(same, 0, 0)] if len(same) else []),
+        ],
+        options={"mip_rel_gap": 1e-7},
     )
-    least, most = sum(layer.min() for layer in problem.loss), problem.totals(fastest(problem))[1]
-    seconds = []
-    for share in (0.2, 0.4, 0.6):
-        started = time.perf_counter()
-        budget = least + share * (most - least)
-        assert problem.totals(fastest(problem, max_loss=budget))[1] <= budget * (1 + 1e-6)
-        seconds.append(time.perf_counter() - started)
-    assert sorted(seconds)[1] < 1.0
+    return result.fun * time.max()
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_options_left_out_beforehand_are_in_no_faster_solution(alike):
+    for seed in range(4):
+        problem = large_problem(seed, 40, 14, alike=alike)
+        for share in (0.3, 0.7):
+            max_loss, max_memory = binding_limits(problem, share)
+            picks = fastest(problem, max_loss, max_memory)
+            total = problem.totals(picks)
+            assert total[1] <= max_loss * (1 + 1e-9) and total[2] <= max_memory, seed
+            assert total[0] == pytest.approx(least_time_of_all_options(problem, max_loss, max_memory), rel=1e-5), seed
+
+
+def test_layers_of_one_format_get_it_as_trying_everything_finds():
+    for seed in SEEDS:
+        alone = random_problem(seed)
+        layers = [np.column_stack(each) for each in zip(alone.time, alone.loss, alone.memory, strict=True)]
+        alike = [[(0, [i]), (1, [i] if i < len(layers[1]) else [])] for i in range(len(layers[0]))]
+        alike += [[(0, []), (1, [i])] for i in range(len(layers[0]), len(layers[1]))]
+        problem = Problem.build([layer.tolist() for layer in layers], alike=alike)
+        solutions = every_solution(alone)
+        same = [picks[0] == picks[1] for picks in itertools.product(*(range(len(layer)) for layer in alone.time))]
+        for max_loss, max_memory in budgets(solutions, seed):
+            within = solutions[is_within(solutions, max_loss, max_memory) & same]
+            picks = fastest(problem, max_loss, max_memory)
+            if len(within) == 0:
+                assert picks is None, seed
+            else:
+                assert picks[0] == picks[1], seed
+                assert problem.totals(picks)[0] == pytest.approx(within[:, 0].min(), rel=1e-5), seed
+
+
+def unrelated_problem(seed, layers=300, choices=40):
+    """Times, losses and bytes at random."""
+    draw = np.random.default_rng(seed)
+    return Problem(
+        tuple(draw.uniform(0.1, 5, (layers, choices))),
+        tuple(draw.exponential(0.01, (layers, choices))),
+        tuple(draw.integers(1000, 10**6, (layers, choices)).astype(float)),
+    )
+
+
+@pytest.mark.parametrize("make", [large_problem, unrelated_problem])
+def test_three_hundred_layers_of_forty_options_take_less_than_a_second(make, capfd):
+    one, two = [], []
+    for seed, share in enumerate((0.3, 0.5, 0.7)):
+        problem = make(seed)
+        max_loss, max_memory = binding_limits(problem, share)
+        for seconds, limits in ((one, (max_loss, None)), (two, (max_loss, max_memory))):
+            started = time.process_time()
+            assert problem.totals(fastest(problem, *limits))[1] <= max_loss * (1 + 1e-6)
+            seconds.append(time.process_time() - started)
+    assert sorted(one)[1] < 1.0 and sorted(two)[1] < 1.0, (one, two)
     assert capfd.readouterr().out == ""

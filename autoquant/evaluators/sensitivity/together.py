@@ -103,13 +103,20 @@ class Calibration:
         if hasattr(module, "generate"):
             fits = _LOGITS_AT_ONCE // batch_logits(module, windows[:1]).numel()
         self.batches = torch.split(windows, max(1, fits))
-        # On a GPU to compute them again is faster than to fetch them.
-        most_bytes = 0 if self.device.type == "cuda" else _KEPT_BYTES // len(self.batches)
-        self._kept = [KeptTensor(most_bytes) for _ in self.batches]
+        # On a GPU they stay there, as many as leave room for all else: to compute them again is faster than to fetch them.
+        on_gpu = self.device.type == "cuda"
+        self._room = Room(torch.cuda.mem_get_info(self.device)[0] // 8 if on_gpu else 0)
+        self._there: dict[int, torch.Tensor] = {}
+        self._kept = [KeptTensor(0 if on_gpu else _KEPT_BYTES // len(self.batches)) for _ in self.batches]
 
     def reference(self, number: int) -> torch.Tensor:
         """Logits `[batch, tokens, vocabulary]` of the unquantized model on a batch."""
-        return self._kept[number].get(partial(batch_logits, self.module, self.batches[number]))
+        if number in self._there:
+            return self._there[number]
+        logits = self._kept[number].get(partial(batch_logits, self.module, self.batches[number]))
+        if self._room.take(logits.nbytes):
+            self._there[number] = logits
+        return logits
 
     def sites(self, changes: Sequence[Change], dtypes: Mapping[str, torch.dtype]) -> list[PathSite]:
         """The sites that one numerics changes."""

@@ -33,5 +33,8 @@ def fusion_notices(fusion: Fusion) -> Iterator[str]:
 def dropped_notices(choices: Sequence[SiteChoices]) -> Iterator[str]:
     """Formats that layers cannot get."""
     dropped = Counter(item for choice in choices for item in choice.dropped.items())
+    alike: dict[tuple[str, int], list[str]] = {}
     for (format_id, reason), count in dropped.items():
-        yield f"{format_id} not considered for {count} of {len(choices)} layers: {reason}"
+        alike.setdefault((reason, count), []).append(format_id)
+    for (reason, count), formats in alike.items():
+        yield f"{', '.join(formats)} not considered for {count} of {len(choices)} layers: {reason}"

@@ -7,6 +7,7 @@ another one of their layer is no worse in anything that counts, are left out fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,7 +147,8 @@ def _minimise(
     max_memory: float | None = None,
     attempts: int = 4,
 ) -> Picks | None:
-    limits = [(of, to) for of, to in ((problem.loss, max_loss), (problem.memory, max_memory)) if to is not None]
+    budgets = ((problem.loss, max_loss), (problem.memory, max_memory))
+    limits = [(of, to) for of, to in budgets if to is not None and to < math.inf]
     allowances = np.asarray([_allowance(layers, budget) for layers, budget in limits])
     if np.any(allowances < -1e-9):
         return None

@@ -13,7 +13,9 @@ from autoquant.tuner.bench import bench
 
 @pytest.fixture(scope="module")
 def uniform(study):
-    return [plan for plan in study.plans() if plan.kind == "uniform"]
+    """The smallest first: one that converts a tied weight to another 16-bit dtype takes more memory than the original."""
+    plans = [plan for plan in study.plans() if plan.kind == "uniform"]
+    return sorted(plans, key=lambda plan: plan.prediction.memory_bytes)
 
 
 def test_a_plan_is_timed_in_turn_with_the_unquantized_model(searched, uniform, run):

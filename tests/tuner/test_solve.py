@@ -1,6 +1,7 @@
 """The solver against trying everything."""
 
 import itertools
+import math
 import time
 
 import numpy as np
@@ -317,3 +318,11 @@ def test_three_hundred_layers_of_forty_options_take_less_than_a_second(make, cap
             seconds.append(time.process_time() - started)
     assert sorted(one)[1] < 1.0 and sorted(two)[1] < 1.0, (one, two)
     assert capfd.readouterr().out == ""
+
+
+def test_an_infinite_budget_is_none():
+    problem = random_problem(0)
+    assert fastest(problem, max_loss=math.inf, max_memory=math.inf) == fastest(problem)
+    assert smallest(problem, max_loss=math.inf) == smallest(problem)
+    most = problem.totals(fastest(problem))[2] * 0.9
+    assert fastest(problem, max_loss=math.inf, max_memory=most) == fastest(problem, max_memory=most)

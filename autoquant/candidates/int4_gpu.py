@@ -236,7 +236,8 @@ def _mslk(group: int) -> Format:
     )
 
 
-def _with_roundings(fmt: Format, group: int, pack: Callable[[Rounded], torch.Tensor]) -> tuple[Format, ...]:
+def with_roundings(fmt: Format, group: int, pack: Callable[[Rounded], torch.Tensor]) -> tuple[Format, ...]:
+    """An int4 format of tinygemm's rounding, and the same storage with every other rounding, by name only."""
     return fmt, *rounded_formats(fmt, Grid(bits=4, group=group, symmetric=False), pack, by_name_only)
 
 
@@ -244,8 +245,8 @@ FORMATS = (
     *(
         fmt
         for group in GROUP_SIZES
-        for fmt in _with_roundings(_tinygemm(group), group, functools.partial(_pack_tinygemm, group=group))
+        for fmt in with_roundings(_tinygemm(group), group, functools.partial(_pack_tinygemm, group=group))
     ),
-    *(fmt for group in GROUP_SIZES for fmt in _with_roundings(_gemlite(group), group, _pack_gemlite)),
+    *(fmt for group in GROUP_SIZES for fmt in with_roundings(_gemlite(group), group, _pack_gemlite)),
     *map(_mslk, GROUP_SIZES),
 )

@@ -13,13 +13,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 
-from autoquant.candidates.base import A16, W8_A8_FLOAT8_ROW, Format, Kernel, by_name_only
+from autoquant.candidates.base import A16, W8_A8_FLOAT8_ROW, Format, Kernel
 from autoquant.candidates.cuda_source import cuda_kernel, cuda_source_unsupported
 from autoquant.candidates.float8 import float8_product, float8_product_unsupported
 from autoquant.candidates.int4 import GROUP_SIZES
-from autoquant.candidates.int4_gpu import tinygemm_rounding
+from autoquant.candidates.int4_gpu import tinygemm_rounding, with_roundings
 from autoquant.candidates.int4_tiled_tensor import TILE_COLUMNS, TILE_ROWS, Int4TiledTensor
-from autoquant.candidates.rounding import Grid, Rounded, rounded_formats
+from autoquant.candidates.rounding import Rounded
 from autoquant.records import LinearShape
 
 _SOURCE = "int4_tiled.cu"
@@ -166,8 +166,4 @@ def _format(group: int) -> Format:
     )
 
 
-FORMATS = tuple(
-    each
-    for fmt, group in ((_format(group), group) for group in GROUP_SIZES)
-    for each in (fmt, *rounded_formats(fmt, Grid(bits=4, group=group, symmetric=False), _pack, by_name_only))
-)
+FORMATS = tuple(fmt for group in GROUP_SIZES for fmt in with_roundings(_format(group), group, _pack))

@@ -153,15 +153,15 @@ def operators(step: Any, weights: Weights) -> list[Operator]:
 def _outermost(event: Any, called: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:
     """The outermost operators inside an event, each with the linear that is being called, where that is not compiled.
 
-    Ranges, and compiled regions around their kernels, are looked into.
+    Ranges, and compiled regions around their kernels, are looked into. So is what the profiler took from the GPU, which it files
+    under the host's events by time alone: a region's range there may seem to hold operators.
     """
-    if event.tag != _EventType.TorchOp:
-        return
-    if event.name.startswith(_LAYER):
-        called = (event.name.removeprefix(_LAYER),)
-    elif "::" in event.name or not event.children or _takes_tensors(event):
-        yield event, called
-        return
+    if event.tag == _EventType.TorchOp:
+        if event.name.startswith(_LAYER):
+            called = (event.name.removeprefix(_LAYER),)
+        elif "::" in event.name or not event.children or _takes_tensors(event):
+            yield event, called
+            return
     for child in event.children:
         yield from _outermost(child, called)
 

@@ -148,6 +148,39 @@ def test_joined_weights_of_one_input_are_multiplied_as_one(joined, expected, gra
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
+def test_a_linear_of_a_strided_input_is_a_product_of_matrices(graphs):
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 32, bias=False)
+
+        def forward(self, x):
+            return self.linear(x[:, -1:])
+
+    module, x = nn.Sequential(Sliced()).requires_grad_(False), torch.randn(4, 7, 64)
+    torch.testing.assert_close(run(in_parts(module), x), run(module, x))
+    assert [node.target for node in graphs[0].graph.nodes if node.target in (*PRODUCTS, BATCHED)] == [PRODUCTS[0]]
+
+
+BATCHED = torch.ops.aten.bmm.default
+
+
+def test_a_part_whose_graph_begins_with_its_own_tensors_is_compiled(graphs):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.arange(6.0))
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x):
+            return self.weight * self.scale + x
+
+    module = compile_parts(nn.Sequential(Scaled()))
+    assert run(module, torch.ones(6)).tolist() == [1, 3, 5, 7, 9, 11]
+    graphs[0].graph.lint()
+    assert [node.op for node in graphs[0].graph.nodes][:3] == ["placeholder"] * 3
+
+
 def test_a_part_that_decides_by_a_tensors_value_is_refused(graphs):
     class Deciding(nn.Module):
         def __init__(self):

@@ -20,6 +20,7 @@ from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.floats import original_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.candidates.routes import for_any_rows, route_words
 from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel, load_model
@@ -108,6 +109,8 @@ def apply(
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
+    for text in dict.fromkeys(filter(None, (_stand_ins(model, layer) for layer in plan.layers))):
+        listener(Notice(text))
     return model
 
 
@@ -224,11 +227,21 @@ def _prepared(plan: Plan, model: nn.Module, calibration: Windows | Calibration |
 def _replace(model: nn.Module, layer: LayerChoice, quantized: Quantized, made: Calibration | None) -> None:
     fmt = get_format(layer.format)
     parameter = model.get_parameter(layer.parameters[0])
-    routed = RoutedWeight.wrap(quantized.store(layer, parameter.data, made), fmt.id, layer.route, parameter.dtype)
+    route = for_any_rows(layer.route, fmt, layer.shape, parameter.device.type)
+    routed = RoutedWeight.wrap(quantized.store(layer, parameter.data, made), fmt.id, route, parameter.dtype)
     _put(model, layer, routed)
     placed = model.get_parameter(layer.parameters[0]).data
     if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:
         raise ModelError(f"{layer.name} did not become {fmt.id}: its module puts another weight in place")
+
+
+def _stand_ins(model: nn.Module, layer: LayerChoice) -> str:
+    """Where the layer's route is not the plan's, since that one's kernels do not take any number of rows: what it is."""
+    weight = model.get_parameter(layer.parameters[0]).data
+    if not isinstance(weight, RoutedWeight) or weight.steps() == layer.route:
+        return ""
+    names = " and ".join(dict.fromkeys(step.kernel for step in layer.route))
+    return f"{layer.format}: not any number of rows can be computed by {names}, so it is {route_words(weight.steps())}"
 
 
 def _join(model: nn.Module, layers: Sequence[LayerChoice]) -> None:

@@ -8,11 +8,11 @@ by layer instead, and siblings joined where one product of all takes less time t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from autoquant.candidates import Format, Kernel, get_format
+from autoquant.candidates import A16, Format, Kernel, get_format
 from autoquant.profiler.measure import cells_of, subjects_of
-from autoquant.records import LayerChoice, LinearShape, Measurement, Site, TimingSubject, Workload
+from autoquant.records import LayerChoice, LinearShape, Measurement, Route, Site, TimingSubject, Workload
 from autoquant.tuner.choices import FormatFacts, SiteChoices, memory_bytes, site_choices
 from autoquant.tuner.planning import request_us
 
@@ -41,10 +41,19 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """All groups of a model."""
+    """All groups of a model.
+
+    Attributes:
+        scored: What members can get as one, with their losses, by `_key`.
+    """
 
     groups: tuple[Group, ...]
     workload: Workload
+    scored: Mapping[_Key, LayerChoice] = field(default_factory=dict)
+
+    def with_scores(self, options: Sequence[Sequence[LayerChoice]]) -> Fusion:
+        """With the options of all layers, scored."""
+        return replace(self, scored={_key(choice): choice for layer in options for choice in layer if choice.joined})
 
     def offered(
         self, choices: Sequence[SiteChoices], facts: Mapping[tuple[str, LinearShape], FormatFacts]
@@ -70,23 +79,33 @@ class Fusion:
         by_name = {choice.name: choice for choice in choices}
         for group in self.groups:
             members = [by_name[name] for name in group.names]
-            if best := self._best(group, members):
-                by_name |= {member.name: _joined(member, best, group) for member in members}
+            by_name |= {best.name: best for best in self._best(group, members)}
         return [by_name[choice.name] for choice in choices]
 
-    def _best(self, group: Group, members: Sequence[LayerChoice]) -> LayerChoice | None:
-        """The fastest way to compute the members as one, if it is faster than they are and no less exact."""
+    def _best(self, group: Group, members: Sequence[LayerChoice]) -> list[LayerChoice]:
+        """The fastest way to compute the members as one, where it is faster than they are and rounds nothing that none does."""
         if len({member.format for member in members}) > 1:
-            return None
-        allowed = set.intersection(*(_numerics(member) for member in members))
-        possible = [
-            choice
-            for choice in group.choices
-            if choice.format == members[0].format and _numerics(choice) <= allowed | {"a16"}
+            return []
+        allowed = {A16}.union(*map(_numerics, members))
+        ways = [
+            [
+                replace(self.scored[key], reason=member.reason)
+                for member in members
+                if (key := (member.name, group.names, whole.format, whole.route)) in self.scored
+            ]
+            for whole in group.choices
+            if whole.format == members[0].format and _numerics(whole) <= allowed
         ]
-        best = min(possible, key=lambda choice: request_us(choice, self.workload), default=None)
-        separate_us = sum(request_us(member, self.workload) for member in members)
-        return best if best is not None and request_us(best, self.workload) < separate_us else None
+        complete_ways = [way for way in ways if len(way) == len(members)]
+        best = min([members, *complete_ways], key=lambda way: sum(request_us(one, self.workload) for one in way))
+        return list(best)
+
+
+_Key = tuple[str, tuple[str, ...], str, Route]
+
+
+def _key(choice: LayerChoice) -> _Key:
+    return choice.name, choice.joined, choice.format, choice.route
 
 
 def sibling_sites(sites: Sequence[Site]) -> list[tuple[tuple[str, ...], Site]]:
@@ -142,9 +161,9 @@ def make_fusion(
 
 def complete(options: Sequence[Sequence[LayerChoice]]) -> list[list[LayerChoice]]:
     """The options of all layers, less those that compute layers as one where one of them lacks it (it was not scored)."""
-    names = {(choice.name, choice.joined, choice.format, choice.route) for layer in options for choice in layer}
+    known = {_key(choice) for layer in options for choice in layer}
     return [
-        [c for c in layer if all((name, c.joined, c.format, c.route) in names for name in c.joined)]
+        [c for c in layer if all((name, c.joined, c.format, c.route) in known for name in c.joined)]
         for layer in options
     ]
 

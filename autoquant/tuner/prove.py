@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from autoquant.calibration import Calibration
 from autoquant.candidates import get_format
 from autoquant.candidates.gemlite import untuned
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.candidates.routes import for_any_rows
 from autoquant.evaluators.quality import Quality
 from autoquant.evaluators.request import make_warm, time_requests
 from autoquant.evaluators.statistics import mean_interval, paired_increase
@@ -24,7 +25,7 @@ from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
 from autoquant.profiler.device import release_memory
 from autoquant.profiler.phases import Phases, divisions, make_phases
-from autoquant.records import LayerChoice, Plan, Proof, Workload
+from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload
 
 
 @dataclass(slots=True)
@@ -124,15 +125,18 @@ def worst_numerics(module: nn.Module, plan: Plan) -> Iterator[None]:
             weight = module.get_parameter(layer.parameters[0])
             if isinstance(weight, RoutedWeight):
                 routes.append((weight, weight.route))
-                weight.route = tuple((None, kernel) for kernel in worst_kernels(layer)[-1:])
+                fmt = get_format(layer.format)
+                worst = for_any_rows((_everywhere(layer),), fmt, layer.shape, weight.device.type)
+                weight.route = tuple((step.upper_m, step.kernel) for step in worst)
         yield
     finally:
         for weight, route in routes:
             weight.route = route
 
 
-def worst_kernels(layer: LayerChoice) -> list[str]:
-    """The kernels of the layer's route that have its worst numerics, in the route's order."""
+def _everywhere(layer: LayerChoice) -> RouteStep:
+    """The kernel of the layer's route that has its worst numerics, for any m: of several the last, which is for most rows."""
     fmt = get_format(layer.format)
     numerics = layer.numerics.partition("+")[2]
-    return [step.kernel for step in layer.route if fmt.kernel(step.kernel).numerics == numerics]
+    worst = [step for step in layer.route if fmt.kernel(step.kernel).numerics == numerics]
+    return replace(worst[-1], upper_m=None)

@@ -229,7 +229,7 @@ class Stages:
             dtype=self.loaded.dtype,
             workload=self.workload,
             other_bytes=recording.parameter_bytes - sum(choice.memory_bytes for choice in originals),
-            fusion=self.fusion,
+            fusion=self.fusion.with_scores(options) if self.fusion else None,
             loss_map=self.loss_map,
             bound=self.bound,
         )

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # A whole search on the GPU of this machine, from command to recommended plan, then again for another limit:
-#   studies/gpu_search/run.sh MODEL TEXT OUT
-# MODEL is a Hugging Face folder, TEXT what quality is measured on. The package must be importable by $PYTHON.
+#   studies/gpu_search/run.sh MODEL TEXT OUT [OPTION ...]
+# MODEL is a Hugging Face folder, TEXT what quality is measured on; further options are the searches'. The package must be
+# importable by $PYTHON.
 set -euo pipefail
 model=$1 text=$2 out=$3
+shift 3
+options=("$@")
 python=${PYTHON:-python}
 mkdir -p "$out"
 export AUTOQUANT_CACHE=${AUTOQUANT_CACHE:-$(mktemp -d)}
 search() { # NAME OPTION ...
     local start=$SECONDS name=$1
     "$python" -m autoquant search "$model" --device cuda --eval-text "$text" --db "$out/plan.db" --workload prefill=1024,decode=128 \
-        --time-budget 4m --candidates 'float8-row*' --candidates 'int8-row*' "${@:2}" 2>&1 |
+        --time-budget 5m --fuse "${options[@]}" "${@:2}" 2>&1 |
         while IFS= read -r line; do echo "$((SECONDS - start)) s: $line"; done >"$out/$name.log"
     echo "$name $((SECONDS - start)) s" | tee -a "$out/seconds.txt"
 }

@@ -78,14 +78,19 @@ def test_formats_that_cannot_be_joined_are_not_timed_together():
     assert fusion_subjects(sites(), [(packed, packed.kernels[0])], WORKING_SET) == []
 
 
+def scored_fusion(*us, missing=()):
+    whole = fusion(*us)
+    return whole.with_scores(with_losses(offered(whole), missing))
+
+
 def test_siblings_of_one_format_are_joined_where_that_is_faster():
     q, k, other = sites()
-    joined = fusion(weight_only_us=9.0).join([choice(q, 6.0), choice(k, 4.0), choice(other, 7.0)])
+    joined = scored_fusion(9.0).join([choice(q, 6.0), choice(k, 4.0), choice(other, 7.0)])
     assert [layer.joined for layer in joined] == [(Q, K), (Q, K), ()]
     assert joined[0].latency_us == {"prefill": 6.0, "decode": 6.0} and joined[1].latency_us["decode"] == pytest.approx(
         3.0
     )
-    assert joined[0].loss == 0.5 and joined[0].memory_bytes == 64 * 64 and joined[2] == choice(other, 7.0)
+    assert joined[0].loss == 0.25 and joined[0].memory_bytes == 64 * 64 and joined[2] == choice(other, 7.0)
 
 
 @pytest.mark.parametrize("reason", ["slower", "another format", "less exact"])
@@ -99,15 +104,36 @@ def test_siblings_are_left_alone_where(reason):
     else:
         us = (99.0, 1.0)  # only the kernel that rounds activations is faster, which neither does now
     layers = [first, second, choice(other, 7.0)]
-    assert fusion(*us).join(layers) == layers
+    assert scored_fusion(*us).join(layers) == layers
 
 
 def test_a_kernel_that_rounds_activations_is_used_where_every_member_rounds_them_already():
     q, k, other = sites()
     both = ("int8pack-mm", "int-mm")
     members = [choice(site, 6.0, "int8-row+a8-row", both) for site in (q, k)]
-    joined = fusion(99.0, 1.0).join([*members, choice(other, 7.0)])
+    joined = scored_fusion(99.0, 1.0).join([*members, choice(other, 7.0)])
     assert joined[0].joined == (Q, K) and [step.kernel for step in joined[0].route] == ["int-mm"]
+
+
+def test_what_one_member_rounds_all_may_round_with_their_own_losses_for_it():
+    q, k, other = sites()
+    rounding = choice(q, 6.0, "int8-row+a8-row", ("int8pack-mm", "int-mm"))
+    joined = scored_fusion(99.0, 1.0).join([rounding, choice(k, 6.0), choice(other, 7.0)])
+    assert [layer.joined for layer in joined] == [(Q, K), (Q, K), ()]
+    assert [(layer.numerics, layer.loss) for layer in joined[:2]] == [("int8-row+a8-row", 0.25)] * 2
+
+
+def test_members_keep_their_numerics_true_where_they_are_joined_to_a_kernel_that_rounds_nothing():
+    q, k, other = sites()
+    rounding = choice(q, 6.0, "int8-row+a8-row", ("int8pack-mm", "int-mm"))
+    joined = scored_fusion(1.0, 99.0).join([rounding, choice(k, 6.0), choice(other, 7.0)])
+    assert [layer.numerics for layer in joined[:2]] == ["int8-row+a16"] * 2
+
+
+def test_siblings_of_which_one_was_not_scored_as_one_are_left_alone():
+    q, k, other = sites()
+    layers = [choice(q, 6.0), choice(k, 4.0), choice(other, 7.0)]
+    assert scored_fusion(9.0, missing=[(K, "int8-row+a16")]).join(layers) == layers
 
 
 def unquantized(site, us=5.0):
@@ -170,7 +196,7 @@ def test_a_format_that_a_member_cannot_have_is_not_offered_for_all():
 
 def test_uniform_plans_join_what_they_chose_layer_by_layer():
     options = with_losses(offered(fusion(9.0)))
-    context = replace(CONTEXT, fusion=fusion(9.0))
+    context = replace(CONTEXT, fusion=fusion(9.0).with_scores(options))
     [plan] = uniform_plans(options, [layer[0] for layer in options], context)
     assert [layer.joined for layer in plan.layers] == [(Q, K), (Q, K), ()]
     apart = uniform_plans(options, [layer[0] for layer in options], CONTEXT)[0]
@@ -195,7 +221,7 @@ def test_a_group_that_was_not_timed_says_why():
 def test_a_plan_is_another_one_when_its_layers_are_joined_and_is_predicted_so():
     layers = [choice(site, us) for site, us in zip(sites(), (6.0, 4.0, 7.0), strict=True)]
     alone = make_plan(layers, "plan", "front", CONTEXT)
-    together = make_plan(layers, "plan", "front", replace(CONTEXT, fusion=fusion(9.0)))
+    together = make_plan(layers, "plan", "front", replace(CONTEXT, fusion=scored_fusion(9.0)))
     assert together.plan_id != alone.plan_id
     saved_ms = alone.prediction.request_ms - together.prediction.request_ms
     assert saved_ms == pytest.approx((1 + 4) * 1.0 / 1e3)

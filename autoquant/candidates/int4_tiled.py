@@ -26,6 +26,7 @@ _SOURCE = "int4_tiled.cu"
 _ROWS_OF_A_PRODUCT, _MOST_ROWS = 8, 16
 _UNPACKING_THREADS = 256
 _SETTINGS = (
+    (1, (16, 1, 1), (16, 1, 2)),
     (2, (16, 1, 2), (16, 2, 1)),
     (4, (8, 1, 2), (8, 1, 3)),
     (32, (4, 1, 4), (4, 2, 3)),

@@ -134,7 +134,9 @@ def search(
         bool,
         typer.Option("--fuse/--no-fuse", help="Also try layers that read the same input as one (q, k, v; gate, up)."),
     ] = False,
-    time_budget: Annotated[str, typer.Option(metavar="TIME", help="When to stop measuring, e.g. 10m.")] = "10m",
+    time_budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Refine until then, e.g. 10m; the steps before take what they take.")
+    ] = "10m",
     sensitivity: Annotated[
         Sensitivity | None,
         typer.Option(

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch._C._autograd import DeviceType
+from torch._C._profiler import _EventType
 
 from autoquant.errors import DeviceError
 from autoquant.profiler.attribution import _STEP, _device_step, _launches, _runs, attribute, match_launches
-from autoquant.profiler.operators import Weights, named_kernels
+from autoquant.profiler.operators import Weights, named_kernels, operators
 from autoquant.profiler.phases import make_phases
 from autoquant.profiler.steps import LINEAR, UNKNOWN
 from autoquant.records import Workload
@@ -181,3 +182,25 @@ def test_a_gpu_of_which_the_profiler_sees_nothing_is_an_error_with_a_reason(laun
 
 def test_kernels_are_matched_by_name_and_order_and_what_is_left_over_is_not():
     assert match_launches(["a", "b", "a", "c"], ["x", "a", "b", "a", "y", "c"]) == [None, 0, 1, 2, None, 3]
+
+
+def event(name, *children, tag=_EventType.TorchOp):
+    """One of the profiler's, which is given a tensor if it is a kernel."""
+    fields = SimpleNamespace(inputs=[SimpleNamespace(storage_data_ptr=1)] if name.startswith("triton") else ())
+    return SimpleNamespace(
+        name=name,
+        children=children,
+        tag=tag,
+        extra_fields=fields,
+        start_time_ns=0,
+        end_time_ns=1,
+        correlation_id=hash(name),
+    )
+
+
+def test_operators_that_the_profiler_files_under_a_range_of_the_gpu_are_found():
+    launch = event("cuLaunchKernel", tag=_EventType.Kineto)
+    on_the_gpu = event("## Call CompiledFxGraph ##", event("aten::mm"), event("triton_2"), tag=_EventType.Kineto)
+    step = event(_STEP, event("## Call CompiledFxGraph ##", event("triton_1", launch), on_the_gpu), launch)
+    found = operators(step, Weights(quantized_blocks(None), {}))
+    assert [operator.name for operator in found] == ["triton_1", "aten::mm", "triton_2"]

@@ -268,12 +268,22 @@ class LayerChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Sums of the additive model for a plan. `request_ms` includes the measured rest of the model (attention, norms, glue)."""
+    """Sums of the additive model for a plan.
+
+    Attributes:
+        request_ms: Of the linears and the measured rest of the model (attention, norms, glue).
+        original_request_ms: What the unquantized model took when that rest was measured; None until then.
+    """
 
     request_ms: float
     linear_ms: float
     loss: float
     memory_bytes: int
+    original_request_ms: float | None = None
+
+    def request_ms_beside(self, original_request_ms: float) -> float:
+        """`request_ms` where the unquantized model takes that long: a machine may have become slower or faster since."""
+        return self.request_ms * original_request_ms / (self.original_request_ms or original_request_ms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,9 @@ class Attributed(Protocol):
     def request_ms(self) -> float: ...
 
     @property
+    def predicted_request_ms(self) -> float | None: ...
+
+    @property
     def steps(self) -> Mapping[str, StepProfile]: ...
 
 
@@ -107,16 +110,21 @@ def differences(row: Attributed, plan: Plan, workload: Workload) -> list[Differe
         Difference(pattern, sum(measured[name] for name in names), sum(predicted[name] for name in names))
         for pattern, names in fold(predicted)
     ]
-    rest_ms = plan.prediction.request_ms - sum(predicted.values())
+    rest_ms = _predicted_ms(row) - sum(predicted.values())
     found.append(Difference(_ALL_ELSE, row.request_ms - sum(measured.values()), rest_ms))
     return sorted(found, key=lambda difference: -abs(difference.excess_ms))
 
 
 def responsible(row: Attributed, plan: Plan, workload: Workload) -> str:
     """The layers that most of the difference between a request's time and its prediction comes from, in words."""
-    sign = 1 if row.request_ms > plan.prediction.request_ms else -1
+    sign = 1 if row.request_ms > _predicted_ms(row) else -1
     most = [each for each in differences(row, plan, workload) if each.excess_ms * sign > 0][:_NAMED]
     return ", ".join(f"{each.what} {_signed_ms(each.excess_ms)}" for each in most)
+
+
+def _predicted_ms(row: Attributed) -> float:
+    assert row.predicted_request_ms is not None  # only the unquantized model's is
+    return row.predicted_request_ms
 
 
 def slowed_notes(row: Attributed) -> list[str]:

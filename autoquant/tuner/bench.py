@@ -29,7 +29,8 @@ class BenchRow:
     """One model in a run.
 
     Attributes:
-        plan_id: None for the unquantized model; so `predicted_request_ms`.
+        plan_id: None for the unquantized model.
+        predicted_request_ms: Beside the unquantized model as it was in this run; None for that one.
         phase_ms: Median milliseconds of one call of each phase.
         request_ms: The sum over phases of calls times that.
         memory_bytes: Of all parameters as stored.
@@ -93,7 +94,11 @@ def bench(
     times, busy = time_in_turn([entrant.phases for entrant in entrants], facts.device.type)
     if busy:
         listener(Notice(f"{busy}, with other programs closed"))
-    rows = [_row(entrant, phase_ms, facts.workload, busy) for entrant, phase_ms in zip(entrants, times, strict=True)]
+    original_ms = request_time(times[0], facts.workload.calls())
+    rows = [
+        _row(entrant, phase_ms, facts.workload, original_ms, busy)
+        for entrant, phase_ms in zip(entrants, times, strict=True)
+    ]
     return _attributed(rows, entrants, facts, listener) if attribution else rows
 
 
@@ -142,14 +147,16 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
     return _Entrant(plan, module, phases, memory, peak, note)
 
 
-def _row(entrant: _Entrant, phase_ms: Mapping[str, float], workload: Workload, busy: str) -> BenchRow:
+def _row(
+    entrant: _Entrant, phase_ms: Mapping[str, float], workload: Workload, original_ms: float, busy: str
+) -> BenchRow:
     plan = entrant.plan
     return BenchRow(
         plan_id=plan.plan_id if plan else None,
         label=plan.label if plan else ORIGINAL_LABEL,
         phase_ms=phase_ms,
         request_ms=request_time(phase_ms, workload.calls()),
-        predicted_request_ms=plan.prediction.request_ms if plan else None,
+        predicted_request_ms=plan.prediction.request_ms_beside(original_ms) if plan else None,
         memory_bytes=entrant.memory_bytes,
         peak_bytes=entrant.peak_bytes,
         notes=tuple(filter(None, (entrant.note, busy))),

@@ -27,10 +27,14 @@ class Calibration:
     """Factors by (phase, candidate), and each phase's time outside its linears.
 
     A candidate that no proven plan used gets the median of its phase's factors; 1 where there are none.
+
+    Attributes:
+        original_ms: What the unquantized model took for each phase, in whose units the others are.
     """
 
     rest_ms: Mapping[str, float] = field(default_factory=dict)
     factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    original_ms: Mapping[str, float] = field(default_factory=dict)
 
     def factor(self, phase: str, candidate: str) -> float:
         """What an isolated time is multiplied by."""
@@ -44,9 +48,11 @@ class Calibration:
         }
         return replace(choice, latency_us=latency)
 
-    def rest_request_ms(self, calls: Mapping[str, int]) -> float:
-        """Milliseconds of a request outside the linears."""
-        return request_time(self.rest_ms, calls)
+    def within(self, context: PlanContext) -> PlanContext:
+        """The context with what is known of a request outside its linears."""
+        calls = context.workload.calls()
+        original_ms = request_time(self.original_ms, calls) if self.original_ms else None
+        return replace(context, rest_ms=request_time(self.rest_ms, calls), original_request_ms=original_ms)
 
 
 def candidate_of(choice: LayerChoice, site: Site, phase: str) -> str:
@@ -68,15 +74,14 @@ def fit(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site
         measured = [_drift_free_ms(proofs, plan.plan_id, phase) for plan in proven]
         rest[phase], found = _fit_phase(isolated, measured)
         factors |= {(phase, candidate): factor for candidate, factor in found.items()}
-    return Calibration(rest, factors)
+    return Calibration(rest, factors, {phase: _original_ms(proofs, phase) for phase in phases} if proven else {})
 
 
 def predicted(plan: Plan, calibration: Calibration, sites: Sequence[Site], context: PlanContext) -> Plan:
     """The plan with its request time predicted by `calibration`; its layers keep their isolated times."""
     by_name = {site.name: site for site in sites}
-    rest_ms = calibration.rest_request_ms(context.workload.calls())
     choices = [calibration.choice(layer, by_name[layer.name]) for layer in plan.layers]
-    return replace(plan, prediction=predict(choices, replace(context, rest_ms=rest_ms)))
+    return replace(plan, prediction=predict(choices, calibration.within(context)))
 
 
 def _isolated_ms(plan: Plan, sites: Mapping[str, Site], phase: str) -> dict[str, float]:
@@ -91,9 +96,14 @@ def _isolated_ms(plan: Plan, sites: Mapping[str, Site], phase: str) -> dict[str,
 
 def _drift_free_ms(proofs: Mapping[str, Proof], plan_id: str, phase: str) -> float:
     """The plan's time in units of the unquantized model's, which was timed in turn with it."""
-    originals = sorted(proof.original_phase_ms[phase] for proof in proofs.values())
     proof = proofs[plan_id]
-    return proof.phase_ms[phase] / proof.original_phase_ms[phase] * originals[len(originals) // 2]
+    return proof.phase_ms[phase] / proof.original_phase_ms[phase] * _original_ms(proofs, phase)
+
+
+def _original_ms(proofs: Mapping[str, Proof], phase: str) -> float:
+    """The median of the unquantized model's times."""
+    originals = sorted(proof.original_phase_ms[phase] for proof in proofs.values())
+    return originals[len(originals) // 2]
 
 
 def _fit_phase(isolated: Sequence[Mapping[str, float]], measured: Sequence[float]) -> tuple[float, dict[str, float]]:

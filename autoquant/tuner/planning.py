@@ -40,6 +40,7 @@ class PlanContext:
     Attributes:
         other_bytes: Bytes of the parameters that are not searched.
         rest_ms: Milliseconds of a request outside the linears, as measured on the unquantized model (0 until then).
+        original_request_ms: What a request of the unquantized model took then.
         fusion: Joins layers that were chosen one by one and read the same input; None where that is not wanted.
         loss_map: From the layers' summed losses to the loss of a plan.
         bound: Which layers get the same format, and why some could not get just anything.
@@ -51,6 +52,7 @@ class PlanContext:
     workload: Workload
     other_bytes: int
     rest_ms: float = 0.0
+    original_request_ms: float | None = None
     fusion: Joins | None = None
     loss_map: LossMap = ADDITION
     bound: Bound = UNBOUND
@@ -129,6 +131,7 @@ def predict(choices: Sequence[LayerChoice], context: PlanContext) -> Prediction:
         linear_ms=linear_ms,
         loss=context.loss_map.plan_loss(sum(choice.loss for choice in choices)),
         memory_bytes=sum(choice.memory_bytes for choice in choices) + context.other_bytes,
+        original_request_ms=context.original_request_ms,
     )
 
 
@@ -236,6 +239,7 @@ def about_options(context: PlanContext, *, logarithmic: bool) -> dict[str, Any]:
     return {
         "other_bytes": context.other_bytes,
         "rest_ms": context.rest_ms,
+        "original_request_ms": context.original_request_ms,
         "dtype": context.dtype,
         "curvature": context.loss_map.curvature,
         "groups": [list(group) for group in context.bound.groups],
@@ -253,6 +257,7 @@ def context_of(about: Mapping[str, Any], *, study_id: str, model_hash: str, work
         workload=workload,
         other_bytes=about["other_bytes"],
         rest_ms=about["rest_ms"],
+        original_request_ms=about.get("original_request_ms"),
         loss_map=LossMap(about["curvature"]),
         bound=Bound(tuple(tuple(group) for group in about["groups"]), about["reasons"]),
     )

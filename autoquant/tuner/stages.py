@@ -248,11 +248,7 @@ class Stages:
             self._prove(predicted(plan, calibration, sites, context))
         calibration = fit([original, *uniform], self.proofs, sites)
         measured, fusing = options, context
-        context = replace(
-            context,
-            rest_ms=calibration.rest_request_ms(self.workload.calls()),
-            fusion=None,  # from here on the solver chooses what is computed as one
-        )
+        context = replace(calibration.within(context), fusion=None)  # from here on the solver chooses what is one
         options = [
             [calibration.choice(choice, site) for choice in layer] for layer, site in zip(options, sites, strict=True)
         ]

@@ -182,6 +182,8 @@ class Study:
         `on_front` marks plans that no other one beats or equals in request time, perplexity and memory at once (and beats
         in one). `measured_request_ms` is the unquantized model's time divided by `speedup`, and `speedup` compares plan and
         unquantized model timed in turn: so a machine that gets slower during the search does not favour early plans.
+        `predicted_request_ms` is in the same units: as much longer or shorter as the unquantized model's time is than it was when
+        the prediction was made.
         """
         import pandas as pd
 
@@ -191,6 +193,7 @@ class Study:
         """The rows of `pareto`, as plain dicts."""
         proofs = self.proofs()
         times = request_times(proofs.values())
+        original_ms = _original_ms(proofs.values())
         recommended = self.recommended()
         tied_with = ties(proofs)
         front = _front(proofs, times)
@@ -199,7 +202,7 @@ class Study:
                 "plan_id": plan.plan_id,
                 "label": plan.label,
                 "kind": plan.kind,
-                "predicted_request_ms": plan.prediction.request_ms,
+                "predicted_request_ms": plan.prediction.request_ms_beside(original_ms),
                 "measured_request_ms": times[plan.plan_id],
                 "speedup": proof.original_request_ms / proof.request_ms,
                 "perplexity": proof.perplexity,
@@ -225,9 +228,14 @@ def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
     model's times.
     """
     proofs = list(proofs)
+    original_ms = _original_ms(proofs)
+    return {proof.plan_id: proof.request_ms / proof.original_request_ms * original_ms for proof in proofs}
+
+
+def _original_ms(proofs: Sequence[Proof] | Any) -> float:
+    """The median of the unquantized model's request times; 0 where there are no proofs."""
     originals = sorted(proof.original_request_ms for proof in proofs)
-    reference = originals[len(originals) // 2] if originals else 0.0
-    return {proof.plan_id: proof.request_ms / proof.original_request_ms * reference for proof in proofs}
+    return originals[len(originals) // 2] if originals else 0.0
 
 
 def _nothing_within(proofs: Any, limits: Limits) -> str:

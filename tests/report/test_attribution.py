@@ -60,6 +60,7 @@ class Row:
     phase_ms: dict = field(default_factory=lambda: {"prefill": 0.8, "decode": 0.15})
     request_ms: float = 15.8
     steps: dict = field(default_factory=dict)
+    predicted_request_ms: float = 10.0
 
 
 def step(phase, scale=1.0):

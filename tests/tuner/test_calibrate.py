@@ -88,6 +88,17 @@ def test_the_machines_drift_between_proofs_is_taken_out():
     assert ratio[1] == pytest.approx(ratio[0] * scale, rel=0.05)
 
 
+def test_a_prediction_goes_with_the_unquantized_models_time_and_becomes_slower_with_it():
+    original = make_plan(choices("bf16/plain", 500.0), "original", "original", CONTEXT)
+    small = make_plan(choices("int8/plain", 100.0), "uniform", "uniform", CONTEXT)
+    found = fit([original], {original.plan_id: proof(original.plan_id, 3.0, 3.0)}, SITES)
+    prediction = predicted(small, found, SITES, CONTEXT).prediction
+    assert prediction.original_request_ms == pytest.approx(30.0)
+    assert prediction.request_ms_beside(60.0) == pytest.approx(2 * prediction.request_ms)
+    assert small.prediction.original_request_ms is None
+    assert small.prediction.request_ms_beside(60.0) == small.prediction.request_ms
+
+
 def test_a_candidate_that_no_proven_plan_used_gets_the_median_factor():
     calibration = Calibration({"decode": 1.0}, {("decode", "a"): 0.5, ("decode", "b"): 0.7, ("decode", "c"): 2.0})
     assert calibration.factor("decode", "new") == 0.7

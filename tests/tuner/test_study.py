@@ -152,6 +152,14 @@ def test_the_front_has_its_columns_and_a_row_for_each_proven_plan_fastest_first(
     assert (row["perplexity_increase_low"], row["perplexity_increase_high"]) == pytest.approx((0.003, 0.005))
 
 
+def test_predictions_are_shown_beside_the_unquantized_model_as_it_was_timed_since(study_of, store):
+    study = study_of(original(), make_proof("a", ms=5), make_proof("b", ms=6))
+    store.put_plan(make_plan("a", request_ms=4.0, original_request_ms=10.0))
+    predicted = {row["plan_id"]: row["predicted_request_ms"] for row in study.rows()}
+    assert predicted["a"] == pytest.approx(8.0), "the unquantized model takes 20 ms in all proofs"
+    assert predicted["b"] == 5.0, "of an older database nobody knows"
+
+
 def test_an_empty_study_has_an_empty_front(study_of):
     frame = study_of().pareto()
     assert (len(frame), tuple(frame.columns)) == (0, COLUMNS)

@@ -28,12 +28,11 @@ import modelopt.torch.quantization as mtq
 import numpy as np
 import torch
 import torch.nn.functional as F
-from compare import FORMATS, Plan, average_bits, parse, score, searched_sites, windows
+from compare import FORMATS, Plan, average_bits, parse, score, set_up, subject
 from front import BUDGETS, Truth, allocate, rounded_changes
 
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.statistics import paired_increase
-from autoquant.models import load_model
 from autoquant.records import Site
 
 OWN = [mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.INT8_WEIGHT_ONLY_CFG]
@@ -160,10 +159,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     arguments = parse(__doc__, methods="gradient")
-    torch.set_grad_enabled(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = set_up(arguments)
     rows = compared(arguments, out)
     (out / "modelopt.json").write_text(json.dumps(rows))
     (out / "modelopt.md").write_text(table := as_table(rows))
@@ -171,10 +167,7 @@ def main() -> None:
 
 
 def compared(arguments: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
-    loaded = load_model(arguments.model, device=arguments.device)
-    sites = searched_sites(loaded, arguments.device)
-    calibration = windows(loaded, arguments.calibration_text, 0, arguments.windows)
-    report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
+    loaded, sites, calibration, report = subject(arguments)
     better = rounded_changes(loaded, sites, calibration, "gptq")
     nearest = score("path", loaded, sites, calibration, arguments.device, out / "path.json").losses
     gptq = score("path", loaded, sites, calibration, arguments.device, out / "path-gptq.json", better).losses

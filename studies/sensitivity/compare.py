@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,10 +65,7 @@ class Scored:
 
 def main() -> None:
     arguments = parse(__doc__)
-    torch.set_grad_enabled(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = set_up(arguments)
     loaded = load_model(arguments.model, device=arguments.device)
     sites = searched_sites(loaded, arguments.device)
     plans, truth = true_divergences(loaded, sites, arguments, out / "truth.json")
@@ -80,6 +78,34 @@ def main() -> None:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in [heading, ["---"] * len(heading), *lines])
     (out / "table.md").write_text(table + "\n")
     print(table)
+
+
+def set_up(arguments: argparse.Namespace) -> Path:
+    """Have float32 computed as such, and no gradients kept; returns the folder for what is found, made if need be."""
+    torch.set_grad_enabled(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+class Subject(NamedTuple):
+    """What a study is about: a model, and the windows of two texts, token ids `[windows, 512]`."""
+
+    loaded: LoadedModel
+    sites: Sequence[Site]
+    calibration: torch.Tensor
+    report: torch.Tensor
+
+
+def subject(arguments: argparse.Namespace) -> Subject:
+    loaded = load_model(arguments.model, device=arguments.device)
+    return Subject(
+        loaded,
+        searched_sites(loaded, arguments.device),
+        windows(loaded, arguments.calibration_text, 0, arguments.windows),
+        windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows),
+    )
 
 
 def parse(

@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,8 +30,8 @@ from compare import (
     parse,
     quality,
     score,
-    searched_sites,
-    windows,
+    set_up,
+    subject,
 )
 
 from autoquant.calibration import Calibration as Rounded
@@ -46,7 +45,7 @@ from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logi
 from autoquant.evaluators.sensitivity.together import Calibration, PathSite
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
 from autoquant.evaluators.statistics import paired_increase
-from autoquant.models import LoadedModel, load_model
+from autoquant.models import LoadedModel
 from autoquant.records import Site
 from autoquant.tuner.solve import Problem, fastest
 
@@ -203,14 +202,8 @@ def rounded_changes(loaded: LoadedModel, sites: Sequence[Site], ids: torch.Tenso
 
 def main() -> None:
     arguments = parse(__doc__, rounding=True)
-    torch.set_grad_enabled(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(arguments.model, device=arguments.device)
-    sites = searched_sites(loaded, arguments.device)
-    calibration = windows(loaded, arguments.calibration_text, 0, arguments.windows)
-    report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
+    out = set_up(arguments)
+    loaded, sites, calibration, report = subject(arguments)
     losses = {
         method: score(method, loaded, sites, calibration, arguments.device, out / f"{method}.json").losses
         for method in arguments.methods.split(",")

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from compare import Plan, average_bits, changes, parse, quality, score, searched_sites, windows
+from compare import Plan, average_bits, changes, parse, quality, score, set_up, subject
 from front import allocate
 
 from autoquant.evaluators.emulate import in_float32
@@ -31,7 +31,6 @@ from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logi
 from autoquant.evaluators.sensitivity.together import Calibration
 from autoquant.evaluators.statistics import paired_increase
 from autoquant.evaluators.text import WANTED_WINDOWS, deal
-from autoquant.models import load_model
 from autoquant.records import Interval
 
 BUDGETS = np.linspace(3.0, 8.0, 51)
@@ -48,17 +47,14 @@ def measure(arguments: argparse.Namespace, out: Path) -> tuple[list[float], Loss
     if kept.exists():
         found = json.loads(kept.read_text())
         return found["bits"], found["losses"]
-    loaded = load_model(arguments.model, device=arguments.device)
-    sites = searched_sites(loaded, arguments.device)
+    loaded, sites, calibration, report = subject(arguments)
     method = arguments.methods.split(",")[0]
-    calibration = windows(loaded, arguments.calibration_text, 0, arguments.windows)
     scored = score(method, loaded, sites, calibration, arguments.device, out / f"{method}.json").losses
     losses = {key: loss for key, loss in scored.items() if key[0] != EVERY_LAYER}
     plans: list[Plan] = []
     for bits in BUDGETS:
         if (plan := allocate(losses, sites, float(bits))) not in plans:
             plans.append(plan)
-    report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
     dtypes = {site.name: getattr(torch, site.shape.dtype) for site in sites}
     with in_float32(loaded.module):
         model = Calibration(loaded.module, quality(report, arguments.device))
@@ -118,10 +114,7 @@ def upper_end(interval: Interval, reach: float) -> float:
 
 def main() -> None:
     arguments = parse(__doc__, methods="path")
-    torch.set_grad_enabled(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = set_up(arguments)
     bits, losses = measure(arguments, out)
     heading = [
         "limit",

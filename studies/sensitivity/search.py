@@ -20,17 +20,15 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import torch
-from compare import FORMATS, Plan, parse, score, searched_sites, windows
+from compare import FORMATS, Plan, parse, score, set_up, subject
 from front import Truth, allocate, refine
 
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.sensitivity.gradients import batch_logits
 from autoquant.evaluators.statistics import paired_increase
-from autoquant.models import load_model
 from autoquant.records import Site
 
 BITS = 3.0
@@ -339,14 +337,8 @@ def trace(f: Landscape, space: Space) -> dict[int, float]:
 
 def main() -> None:
     arguments = parse(__doc__, searches=SEARCHES)
-    torch.set_grad_enabled(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(arguments.model, device=arguments.device)
-    sites = searched_sites(loaded, arguments.device)
-    calibration = windows(loaded, arguments.calibration_text, 0, arguments.windows)
-    report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
+    out = set_up(arguments)
+    loaded, sites, calibration, report = subject(arguments)
     method = arguments.methods.split(",")[0]
     losses = score(method, loaded, sites, calibration, arguments.device, out / f"{method}.json").losses
     prior = np.array([[losses[site.name, name] for name in NAMES] for site in sites])

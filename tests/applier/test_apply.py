@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import autoquant
 from autoquant.applier import Quantized, module_bytes
-from autoquant.candidates import get_format
+from autoquant.candidates import A16, Format, Kernel, get_format, registry
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import ModelError
-from autoquant.events import StageFinished, StageProgress, StageStarted
+from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 
 ROUTE = (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm"))
@@ -81,6 +82,22 @@ def test_a_weight_becomes_its_format_with_its_route(model):
     assert (weight.format_id, weight.steps()) == ("int8-row/plain", ROUTE)
     assert type(weight.stored) is get_format("int8-row/plain").tensor_type
     assert not model.one.weight.requires_grad
+
+
+def test_another_kernel_stands_in_for_rows_that_the_routes_own_cannot_compute_and_that_is_told(model, monkeypatch):
+    few = Kernel(id="few", numerics=A16, linear=F.linear, unsupported=lambda _s, m, _d: "too many" if m > 4 else None)
+    kernels = (few, Kernel(id="any", numerics=A16, linear=F.linear))
+    fmt = Format(id="narrow/plain", quantize=torch.clone, dequantize=lambda stored: stored, kernels=kernels)
+    monkeypatch.setattr(registry, "_registered", {fmt.id: fmt})
+    told = []
+    narrow = layer("one", fmt="narrow/plain", route=(RouteStep(upper_m=None, kernel="few"),), bias=True)
+    autoquant.apply(plan(narrow), model, listener=told.append)
+    steps = (RouteStep(upper_m=4, kernel="few"), RouteStep(upper_m=None, kernel="any"))
+    assert model.one.weight.data.steps() == steps
+    [notice] = [event for event in told if isinstance(event, Notice)]
+    assert notice.text == (
+        "narrow/plain: few cannot compute every number of rows, so what is used is few up to 4 rows, any above"
+    )
 
 
 def test_names_that_share_a_weight_share_the_new_one(model):

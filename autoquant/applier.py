@@ -241,7 +241,9 @@ def _stand_ins(model: nn.Module, layer: LayerChoice) -> str:
     if not isinstance(weight, RoutedWeight) or weight.steps() == layer.route:
         return ""
     names = " and ".join(dict.fromkeys(step.kernel for step in layer.route))
-    return f"{layer.format}: {names} cannot compute every number of rows, so what is used is {route_words(weight.steps())}"
+    return (
+        f"{layer.format}: {names} cannot compute every number of rows, so what is used is {route_words(weight.steps())}"
+    )
 
 
 def _join(model: nn.Module, layers: Sequence[LayerChoice]) -> None:

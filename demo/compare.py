@@ -14,7 +14,7 @@ from pathlib import Path
 import autoquant
 from autoquant.evaluators.request import make_warm, time_requests
 from autoquant.models import load_model
-from autoquant.profiler.phases import make_phases
+from autoquant.profiler.phases import divisions, make_phases
 from autoquant.records import Workload
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     make = partial(make_phases, kind="causal_lm", workload=workload, device="cpu", compiled=not arguments.eager)
     phases = []
     for module in (quantized, original):
-        ready, note = make_warm(partial(make, module))
+        ready, note = make_warm(partial(make, module), divisions("cpu"))
         phases.append(ready)
         if note:
             print(f"note: {note}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize(("name", "layers"), [("vision", 19), ("encoder", 20)])
@@ -31,3 +33,13 @@ def test_an_example_is_trained_searched_and_applied_as_its_readme_says(name, lay
     assert applied.exit_code == 0 and "bit for bit" in applied.stdout, applied.stderr
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"--{option} {name}:{function}" in readme for option, function in functions.items())
+
+
+def test_the_demo_times_a_saved_model_beside_the_unquantized_one(searched, study, tmp_path, run):
+    plan = next(plan for plan in study.plans() if plan.kind == "uniform")
+    assert run("apply", searched.db, "--plan", plan.plan_id, "--out", tmp_path / "quantized").exit_code == 0
+    options = ["--model", searched.model, "--workload", "prefill=8,decode=4", "--eager"]
+    command = [sys.executable, ROOT / "demo" / "compare.py", tmp_path / "quantized", *options]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()][:4] == ["original", "prefill", "decode", "request"]

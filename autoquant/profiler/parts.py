@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -23,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.profiler.compiled import products_once, repeated_blocks
 from autoquant.records import content_key
 
@@ -158,10 +158,10 @@ class _LinearsOfRows(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.linear or args[0].dim() < 3:
+        if func not in LINEAR_FUNCTIONS:
             return func(*args, **(kwargs or {}))
-        x, *others = args
-        y = func(x.reshape(-1, x.shape[-1]), *others, **(kwargs or {}))
+        x, weight, bias = linear_arguments(args, kwargs)
+        y = func(x.reshape(-1, x.shape[-1]), weight, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

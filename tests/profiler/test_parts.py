@@ -165,6 +165,19 @@ def test_a_linear_of_a_strided_input_is_a_product_of_matrices(graphs):
 BATCHED = torch.ops.aten.bmm.default
 
 
+def test_a_linear_that_is_called_by_keywords_is_one_too(graphs):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(32, 64))
+
+        def forward(self, x):
+            return nn.functional.linear(input=x[:, -1:], weight=self.weight)
+
+    module, x = nn.Sequential(Named()).requires_grad_(False), torch.randn(4, 7, 64)
+    torch.testing.assert_close(run(in_parts(module), x), run(module, x))
+
+
 def test_a_part_whose_graph_begins_with_its_own_tensors_is_compiled(graphs):
     class Scaled(nn.Module):
         def __init__(self):

@@ -16,6 +16,7 @@ from autoquant.report.names import fold
 WIDE = 120
 _LEGEND = "> recommended   * on the front: no other is faster, better and smaller at once"
 _TIES_LEGEND = "> recommended   ~ a tie with it   * on the front: none is better in everything"
+_BEYOND_LEGEND = "! beyond the limits, which the interval on the selection part has to keep to"
 _SKIPPED_ROWS = 12
 
 
@@ -59,7 +60,9 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
     unit, times = units.common_ms([row["measured_request_ms"] for row in rows])
     memory_unit, memory = units.common_bytes([row["memory_bytes"] for row in rows])
     rivals = ties_of_recommended(rows)
-    table = plain_table(caption=_TIES_LEGEND if rivals else _LEGEND)
+    legend = [_TIES_LEGEND if rivals else _LEGEND]
+    legend += [] if all(row["within_limits"] for row in rows) else [_BEYOND_LEGEND]
+    table = plain_table(caption="\n".join(legend))
     table.add_column("", no_wrap=True, width=2)
     table.add_column("Plan", no_wrap=True)
     table.add_column("Label", overflow="fold", ratio=1)
@@ -219,13 +222,13 @@ def plain_table(caption: str | None = None, *, expand: bool = True) -> Table:
 
 
 def ties_of_recommended(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows that noise alone tells apart from the recommended one."""
+    """The rows within the limits that noise alone tells apart from the recommended one."""
     ids: list[str] = next((row.get("ties", "").split() for row in rows if row["recommended"]), [])
-    return [row for row in rows if row["plan_id"] in ids]
+    return [row for row in rows if row["plan_id"] in ids and row["within_limits"]]
 
 
 def _mark(row: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
-    first = ">" if row["recommended"] else "~" if row in rivals else " "
+    first = ">" if row["recommended"] else "~" if row in rivals else " " if row["within_limits"] else "!"
     return f"{first}{'*' if row['on_front'] else ' '}"
 
 

@@ -45,6 +45,7 @@ def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
         other = "smaller" if limits.get("minimize") == "memory" else "faster"
         return f"Recommended: the unquantized model. No {other} plan is within the limits ({limits_words(limits)})."
     original = next((other for other in rows if other["label"] == ORIGINAL_LABEL), None)
+    within = [other for other in rows if other["within_limits"]]
     what = "perplexity" if row["perplexity"] is not None else "loss"
     lines = [
         f"Recommended: plan {row['plan_id']} ({row['label']})",
@@ -55,8 +56,8 @@ def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
     ]
     if row["kind"] in _BASELINE_WORDS:
         lines.append(f"  It is {_BASELINE_WORDS[row['kind']]}: choosing layer by layer brought nothing more here.")
-        lines += [f"  {line}" for line in _searched(rows, row)]
-    lines += [f"  {line}" for line in ties_lines(rows, row)]
+        lines += [f"  {line}" for line in _searched(within, row)]
+    lines += [f"  {line}" for line in ties_lines(within, row)]
     return "\n".join(lines)
 
 
@@ -73,7 +74,10 @@ def ties_lines(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> lis
 
 
 def _searched(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> list[str]:
-    """How the fastest plan of the search's own that is no worse than the baseline compares; empty where one is a tie with it."""
+    """How the fastest plan of the search's own that is no worse than the baseline compares; empty where one is a tie with it.
+
+    `rows` are those within the limits.
+    """
     own = [r for r in rows if r["kind"] not in (*_BASELINE_WORDS, "original")]
     if {r["plan_id"] for r in own} & set(str(baseline.get("ties", "")).split()):
         return []

@@ -69,6 +69,16 @@ class Limits:
             return False
         return self.max_kl is None or (proof.selection_kl is not None and proof.selection_kl.high <= self.max_kl)
 
+    def used(self, proof: Proof) -> float | None:
+        """What share of the limits of quality a proven plan uses, of the tightest one (1: just within); None where there is
+        none to use a share of."""
+        shares = []
+        if self.max_ppl_increase:
+            shares.append(proof.selection_increase.high / self.max_ppl_increase)
+        if self.max_kl and proof.selection_kl is not None:
+            shares.append(proof.selection_kl.high / self.max_kl)
+        return max(filter(math.isfinite, shares), default=None)
+
     def expected_loss(
         self, plans: Mapping[str, Plan], proofs: Mapping[str, Proof], *, logarithmic: bool
     ) -> float | None:

@@ -29,6 +29,7 @@ _LOW, _HIGH = 0.25, 4.0
 _FAILED_TRIALS_IN_A_ROW = 8
 PATIENCE, LEAST_GROWTH = 12, 0.005
 _LIMITS_THAT_COUNT = 4.0
+_BELOW_LIMIT, _ABOVE_LIMIT = 16.0, 2.0
 
 
 def layer_kind(name: str) -> str:
@@ -45,12 +46,14 @@ def proposals(
     known: Mapping[str, tuple[Plan, Proof]],
     max_memory_bytes: int | None,
     minimize: Objective = "time",
+    allowed: float | None = None,
 ) -> Iterator[tuple[Plan, Callable[[Proof | None], None]]]:
     """New plans, each with a function that takes its proof (None: it could not be proven) before the next is asked for.
 
     Args:
         storage_url: SQLAlchemy URL of the store.
         known: Plans already proven, by id: what the sampler starts from, and what is not proposed again.
+        allowed: The predicted loss that the limits are expected to allow: budgets are from a sixteenth of it to twice it.
 
     Ends when trials keep giving plans that are known.
     """
@@ -60,6 +63,9 @@ def proposals(
     losses = [_summed(plan) for plan, _ in known.values() if _summed(plan) > 0]
     if not losses:
         return
+    if allowed is not None:
+        limit = context.loss_map.summed(allowed)
+        losses = [min(max(loss, limit / _BELOW_LIMIT), limit * _ABOVE_LIMIT) for loss in losses]
     study = _open(storage_url, _study_name(context.study_id, minimize), seed)
     _warm_start(study, known, _space(options, losses), minimize)
     seen = set(known)

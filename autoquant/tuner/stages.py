@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from autoquant.candidates import Format, Kernel
@@ -34,6 +35,7 @@ from autoquant.records import (
 )
 from autoquant.store import Store
 from autoquant.tuner.additivity import ADDITION, LossMap
+from autoquant.tuner.aim import aimed
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.baselines import bits_plan, structural_plan
 from autoquant.tuner.calibrate import fit, predicted
@@ -92,8 +94,8 @@ class Stages:
         if facts.complete and facts.spent_s >= self.time_budget_s:
             self.listener(
                 Notice(
-                    f"study {self.study_id} is complete: solved again for the limits, nothing measured; a larger --time-budget"
-                    " refines it"
+                    f"study {self.study_id} is complete: the best of its plans within the limits, nothing measured;"
+                    f" {facts.spent_s:.0f} s were spent on it, and a larger --time-budget aims at these limits"
                 )
             )
             return self._recommend()
@@ -274,7 +276,7 @@ class Stages:
         for plan in new[count:][: max(0, LEAST_PLANS - len(self.proofs))]:  # where bits alone gave nothing new
             self._prove(plan)
         self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
-        self._refine(options, context)
+        self._refine(options, context, allowed)
         self._prove_bits(options, context)  # of another recommended plan, where refinement found one
 
     def _prove_bits(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
@@ -317,15 +319,15 @@ class Stages:
         self._spend()
         return proof
 
-    def _refine(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
-        """Spend what is left of the time on plans that Optuna proposes, as long as they make the front grow."""
+    def _refine(self, options: list[list[LayerChoice]], context: PlanContext, allowed: float | None) -> None:
+        """Spend what is left of the time: on the plan at the limit, then on what Optuna proposes while the front grows."""
         known = {
             plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
         }
         self.listener(StageStarted("refine", 0))
         growth = growth_of(known, self.limits.minimize, self.limits.max_ppl_increase)
         slowest_s, count, why = 0.0, 0, "no new plan proposed"
-        for plan, tell in proposals(
+        refined = proposals(
             options,
             context,
             storage_url=self.store.engine.url.render_as_string(hide_password=False),
@@ -333,7 +335,9 @@ class Stages:
             known=known,
             max_memory_bytes=self.limits.max_memory_bytes,
             minimize=self.limits.minimize,
-        ):
+            allowed=allowed,
+        )
+        for plan, tell in chain(aimed(options, context, limits=self.limits, guess=allowed, known=known), refined):
             if self._left_s() < max(slowest_s, _SHORTEST_PROOF_S):
                 tell(None)
                 why = "the time budget is spent"
@@ -343,6 +347,7 @@ class Stages:
             proof = self._prove(plan)
             tell(proof)
             growth.add(point_of(proof, self.limits.minimize))
+            known |= {plan.plan_id: (plan, proof)} if proof else {}
             slowest_s = max(slowest_s, time.monotonic() - began)
             count += 1
             if growth.ended:

@@ -12,7 +12,7 @@ from autoquant.store import Store, StudyFacts, open_store
 from autoquant.tuner.alternatives import Alternatives, alternatives
 from autoquant.tuner.constraints import Constraints
 from autoquant.tuner.limits import Limits
-from autoquant.tuner.ties import TIE_FRACTION, most_exact, tied, ties
+from autoquant.tuner.ties import TIE_FRACTION, preferred, tied, ties
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +31,7 @@ COLUMNS = (
     "kl",
     "memory_bytes",
     "on_front",
+    "within_limits",
     "recommended",
     "ties",
 )
@@ -114,7 +115,7 @@ class Study:
         """The fastest, or the smallest, proven plan within the limits, see `Limits`, that meets the constraints of the search.
 
         Of request times within 1 % of one another the better quality wins; of such sizes the faster plan. Among that plan and
-        those that are a tie with it, see `autoquant.tuner.ties`, the most exact one is taken.
+        those that are a tie with it, see `autoquant.tuner.ties`, one that is clearly more exact is preferred.
 
         Raises:
             PlanError: No proven plan is within the limits.
@@ -151,7 +152,7 @@ class Study:
 
         best = min(close, key=preference)
         rivals = close if minimize == "memory" else within
-        return plans[most_exact([best, *(proof for proof in rivals if tied(proof, best))]).plan_id]
+        return plans[preferred(best, [proof for proof in rivals if tied(proof, best)]).plan_id]
 
     def best_of_search(self) -> Plan:
         """The best plan by what the last search was asked for: its limits, and what it minimized.
@@ -197,6 +198,7 @@ class Study:
         recommended = self.recommended()
         tied_with = ties(proofs)
         front = _front(proofs, times)
+        limits = self.limits
         rows = [
             {
                 "plan_id": plan.plan_id,
@@ -212,6 +214,7 @@ class Study:
                 "kl": proof.kl,
                 "memory_bytes": proof.memory_bytes,
                 "on_front": plan.plan_id in front,
+                "within_limits": limits.within(proof, plan),
                 "recommended": recommended is not None and plan.plan_id == recommended.plan_id,
                 "ties": " ".join(tied_with[plan.plan_id]),
             }

@@ -54,17 +54,19 @@ def same_quality(a: Proof, b: Proof) -> bool:
     return interval.low <= 0 <= interval.high
 
 
-def most_exact(proofs: Sequence[Proof]) -> Proof:
-    """Of tied plans the one with least divergence, which tells apart what perplexity cannot; without divergences the smallest.
+def preferred(best: Proof, rivals: Sequence[Proof]) -> Proof:
+    """Of the best plan and those that are a tie with it: the one with least divergence, if that is clearly less.
 
-    The first of equals.
+    Divergence tells apart what perplexity cannot: its intervals must not overlap. Without divergences it is the smallest plan,
+    if it is smaller by more than 1 %.
     """
-
-    def preference(proof: Proof) -> tuple[float, float]:
-        divergence = proof.selection_kl.value if proof.selection_kl else 0.0
-        return divergence, proof.memory_bytes
-
-    return min(proofs, key=preference)
+    if best.selection_kl is None:
+        smallest = min((best, *rivals), key=lambda proof: proof.memory_bytes)
+        return smallest if smallest.memory_bytes < best.memory_bytes * (1 - TIE_FRACTION) else best
+    lowest = best.selection_kl.low
+    clearly = [(proof.selection_kl.value, proof) for proof in rivals if proof.selection_kl]
+    clearly = [(value, proof) for value, proof in clearly if proof.selection_kl and proof.selection_kl.high < lowest]
+    return min(clearly, key=lambda pair: pair[0])[1] if clearly else best
 
 
 def _half(proof: Proof) -> float:

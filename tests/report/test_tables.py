@@ -19,7 +19,8 @@ def row(plan_id, label="front 1", **changes):
     values = {
         "plan_id": plan_id, "label": label, "kind": "front", "predicted_request_ms": 11.0, "measured_request_ms": 12.5,
         "speedup": 1.6, "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
-        "perplexity_increase_high": 0.005, "kl": 0.001, "memory_bytes": 2**25, "on_front": True, "recommended": False,
+        "perplexity_increase_high": 0.005, "kl": 0.001, "memory_bytes": 2**25, "on_front": True, "within_limits": True,
+        "recommended": False,
     }  # fmt: skip
     return {**values, **changes}
 
@@ -59,6 +60,17 @@ def test_the_front_marks_plans_and_fits_80_columns():
     assert next(line for line in lines if "cccccc" in line).startswith("  ")
     assert "[ms]" in "".join(lines)
     assert "[MiB]" in "".join(lines)
+
+
+def test_plans_beyond_the_limits_are_marked_and_only_then_is_the_mark_explained():
+    rows = [row("a" * 12, recommended=True, ties="b" * 12), row("b" * 12, within_limits=False, on_front=False)]
+    lines = drawn(tables.front_table(rows)).splitlines()
+    assert next(line for line in lines if "bbbbbb" in line).startswith("! "), (
+        "not a tie either: it cannot be recommended"
+    )
+    assert any(line.startswith("! beyond the limits") for line in lines)
+    assert max(map(len, lines)) <= 80
+    assert "!" not in drawn(tables.front_table(rows[:1]))
 
 
 def test_a_wide_front_adds_prediction_perplexity_and_divergence():

@@ -8,7 +8,7 @@ from autoquant.report.words import disturbed_proofs, off_predictions, recommenda
 ROW = {
     "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0, "speedup": 2.0,
     "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
-    "perplexity_increase_high": 0.005, "memory_bytes": 2**20, "recommended": True,
+    "perplexity_increase_high": 0.005, "memory_bytes": 2**20, "recommended": True, "within_limits": True,
 }  # fmt: skip
 ORIGINAL = {
     **ROW,
@@ -81,12 +81,13 @@ def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_th
     assert disturbed_proofs({"p0": quiet}, "p0", "plan.db") == []
 
 
-def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False, ties=""):
+def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False, ties="", within=True):
     return {
         "plan_id": plan_id, "label": f"{kind} {plan_id}", "kind": kind, "predicted_request_ms": ms,
         "measured_request_ms": ms, "speedup": 20.0 / ms, "perplexity": 10.0, "perplexity_increase": increase,
         "perplexity_increase_low": increase - 0.001, "perplexity_increase_high": increase + 0.001, "kl": 0.01,
-        "memory_bytes": 1000, "on_front": True, "recommended": recommended, "ties": ties,
+        "memory_bytes": 1000, "on_front": True, "within_limits": within, "recommended": recommended,
+        "ties": ties,
     }  # fmt: skip
 
 
@@ -103,6 +104,9 @@ def test_a_baseline_that_wins_is_named_and_the_searchs_own_plan_compared(kind, w
     text = recommendation(rows, LIMITS)
     assert f"It is {words}: choosing layer by layer brought nothing more here." in text
     assert "The search's own plan b (front b) of such quality takes +10.0% time." in text
+    beyond = [front_row("a", kind, recommended=True, ties="b"), front_row("b", ms=9.0, within=False)]
+    said = recommendation(beyond, LIMITS)
+    assert "own plan" not in said and "A tie" not in said, "it could not be recommended, however fast"
     tied = [front_row("a", kind, recommended=True, ties="b"), front_row("b", ms=10.05, ties="a")]
     assert "own plan" not in recommendation(tied, LIMITS)
 

@@ -23,7 +23,7 @@ def proof(plan_id, ms=10.0, spread=0.0, shift=0.0, noise=0.0, kl=None, **changes
         make_proof(plan_id, ms=ms, **changes),
         time_ratio=Interval(value=ratio, low=ratio * (1 - spread), high=ratio * (1 + spread)),
         selection_losses=tuple(loss + shift + draw.gauss(0, noise) for loss in LOSSES),
-        selection_kl=None if kl is None else Interval(value=kl, low=kl, high=kl),
+        selection_kl=None if kl is None else Interval(value=kl, low=0.9 * kl, high=1.1 * kl),
     )
 
 
@@ -62,7 +62,7 @@ def test_ties_go_both_ways_and_not_to_oneself():
     assert found == {"a": ["b"], "b": ["a"], "c": [], "d": []}
 
 
-def test_of_tied_plans_the_one_with_least_divergence_is_recommended(study_of):
+def test_of_tied_plans_one_with_clearly_less_divergence_is_recommended(study_of):
     original = replace(make_proof("original", ms=20.0), selection_losses=tuple(x - 1 for x in LOSSES))
     fast = proof("fast", 10.0, spread=0.02, kl=0.02, noise=0.01)
     exact = proof("exact", 10.2, spread=0.02, kl=0.005, noise=0.01)
@@ -72,6 +72,12 @@ def test_of_tied_plans_the_one_with_least_divergence_is_recommended(study_of):
     assert study.best().plan_id == "exact"
     rows = {row["plan_id"]: row for row in study.rows()}
     assert (rows["exact"]["ties"], rows["fast"]["ties"], rows["slow"]["ties"]) == ("fast", "exact", "")
+
+
+def test_the_faster_of_tied_plans_stays_where_no_other_diverges_clearly_less(study_of):
+    fast = proof("fast", 10.0, spread=0.02, kl=0.0115, noise=0.01)
+    slower = proof("slower", 10.2, spread=0.02, kl=0.01, noise=0.01)
+    assert study_of(fast, slower).best().plan_id == "fast"
 
 
 def test_without_divergence_the_smallest_of_tied_plans_is_recommended(study_of):

@@ -17,7 +17,7 @@ from autoquant.tuner.limits import Limits
 from autoquant.tuner.planning import PlanContext, least, make_problem, plan_of
 from autoquant.tuner.ties import TIE_FRACTION
 
-TRIALS = 4
+TRIALS = 3
 """So many plans are proven at most."""
 CLOSE = 0.95
 """A plan that uses so much of the limit is at it."""
@@ -49,7 +49,7 @@ def aimed(
         guess: The predicted loss that the limit is expected to allow; None where there is no limit of quality.
         known: Plans already proven, by id: what is not proven again, and among them the plan of the guess.
 
-    Ends with a plan that uses 95 % of the limit, where nothing is left between the plans on its two sides, and after four plans.
+    Ends with a plan that uses 95 % of the limit, where nothing is left between the plans on its two sides, and after three plans.
     """
     problem = make_problem(options, context.workload, context.bound.groups)
     shots: dict[str, _Shot] = {}

@@ -16,7 +16,7 @@ from autoquant.candidates import Format, Kernel, select
 from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
 from autoquant.evaluators.sensitivity import ISOLATED, PATH, SENSITIVITIES, Sensitivity, check_text
-from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS, read_text
+from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS, GPU_WINDOWS, WANTED_WINDOWS, read_text
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.hints import did_you_mean_path
 from autoquant.models import LoadedModel, resolve_device, take_model
@@ -256,5 +256,8 @@ def _text_quality(
     if loaded.tokenizer is None:
         raise TextError("this model has no tokenizer: give one with --tokenizer FOLDER")
     assert eval_text is not None  # _check_text saw to it
-    parts = read_text(Path(eval_text), loaded.tokenizer, max_positions=loaded.max_positions, inputs=inputs)
+    windows = GPU_WINDOWS if device.startswith("cuda") else WANTED_WINDOWS
+    parts = read_text(
+        Path(eval_text), loaded.tokenizer, max_positions=loaded.max_positions, inputs=inputs, windows=windows
+    )
     return TextQuality(parts, device)

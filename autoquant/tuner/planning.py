@@ -26,6 +26,9 @@ from autoquant.tuner.alternatives import next_faster, next_more_exact
 from autoquant.tuner.constraints import UNBOUND, Bound
 from autoquant.tuner.solve import Picks, Problem, fastest, front, smallest, undominated
 
+_TOLD_APART = 64.0
+"""A plan that costs this part of what the limit allows cannot be told from the unquantized model by its quality."""
+
 
 class Joins(Protocol):
     """Joins layers of a plan; see `autoquant.tuner.fusion`."""
@@ -217,7 +220,8 @@ def front_plans(
     if target is not None:
         chosen.append(target)
     points = front(problem)
-    chosen += spread(problem, undominated(problem, points), count - len(chosen), taken=chosen)
+    least_loss = 0.0 if summed is None else summed / _TOLD_APART
+    chosen += spread(problem, undominated(problem, points), count - len(chosen), taken=chosen, least_loss=least_loss)
     wanted = f"front: {'fastest' if minimize == 'time' else 'smallest'} within limits"
     plans = []
     for number, picks in enumerate(chosen, start=1):
@@ -302,14 +306,21 @@ def least(
     return picks if picks is None or budget is None or problem.totals(picks)[2] <= budget else None
 
 
-def spread(problem: Problem, points: Sequence[Picks], count: int, taken: Sequence[Picks] = ()) -> list[Picks]:
-    """`count` of the points, each as far as can be from those already chosen (time, log of loss and memory, each scaled to 1)."""
+def spread(
+    problem: Problem, points: Sequence[Picks], count: int, taken: Sequence[Picks] = (), least_loss: float = 0.0
+) -> list[Picks]:
+    """`count` of the points, each as far as can be from those already chosen (time, log of loss and memory, each scaled to 1).
+
+    Args:
+        least_loss: Losses below it count as if they were this.
+    """
     pool = [p for p in points if p not in taken]
     if not pool or count <= 0:
         return []
     totals = np.array([problem.totals(p) for p in [*pool, *taken]])
     positive = totals[:, 1][totals[:, 1] > 0]
-    totals[:, 1] = np.log(np.maximum(totals[:, 1], positive.min() * 0.1 if len(positive) else 1.0))
+    floor = max(positive.min() * 0.1 if len(positive) else 1.0, least_loss)
+    totals[:, 1] = np.log(np.maximum(totals[:, 1], floor))
     span = totals.max(axis=0) - totals.min(axis=0)
     where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
     own, fixed = where[: len(pool)], where[len(pool) :]

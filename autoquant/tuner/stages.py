@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 from autoquant.candidates import Format, Kernel
@@ -260,6 +259,15 @@ class Stages:
         heuristic = structural_plan(measured, fusing, limits=self.limits, max_loss=allowed)
         self._prove_baseline("heuristic", heuristic and predicted(heuristic, calibration, sites, context))
         known |= {heuristic.plan_id} if heuristic else set()
+        self._prove_front(options, context, known, allowed)
+        self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
+        self._refine(options, context, allowed)
+        self._prove_bits(options, context)  # of another recommended plan, where refinement found one
+
+    def _prove_front(
+        self, options: list[list[LayerChoice]], context: PlanContext, known: set[str], allowed: float | None
+    ) -> None:
+        """Prove the best plan within the limits, others until one is at the limit of quality, and some all over the front."""
         count = max(FRONT_PLANS, LEAST_PLANS - len(known) - 1)  # one is left for the allocation by bits
         plans = front_plans(
             options,
@@ -270,14 +278,16 @@ class Stages:
             minimize=self.limits.minimize,
         )
         new = [plan for plan in plans if plan.plan_id not in known]
-        for plan in new[:count]:
+        for plan in new[:1]:
+            self._prove(plan)
+        for plan, tell in aimed(options, context, limits=self.limits, guess=allowed, known=self._known()):
+            tell(self._prove(plan))
+            count -= 1
+        for plan in new[1:count]:
             self._prove(plan)
         self._prove_bits(options, context)
-        for plan in new[count:][: max(0, LEAST_PLANS - len(self.proofs))]:  # where bits alone gave nothing new
+        for plan in new[max(count, 1) :][: max(0, LEAST_PLANS - len(self.proofs))]:  # where bits alone gave nothing new
             self._prove(plan)
-        self.listener(StageFinished("prove", f"{len(self.proofs)} plans proven, {len(self.failed)} failed"))
-        self._refine(options, context, allowed)
-        self._prove_bits(options, context)  # of another recommended plan, where refinement found one
 
     def _prove_bits(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
         """Set beside the recommended plan what bits alone would choose in its place."""
@@ -319,15 +329,19 @@ class Stages:
         self._spend()
         return proof
 
-    def _refine(self, options: list[list[LayerChoice]], context: PlanContext, allowed: float | None) -> None:
-        """Spend what is left of the time: on the plan at the limit, then on what Optuna proposes while the front grows."""
-        known = {
+    def _known(self) -> dict[str, tuple[Plan, Proof]]:
+        """The proven plans, by id."""
+        return {
             plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
         }
+
+    def _refine(self, options: list[list[LayerChoice]], context: PlanContext, allowed: float | None) -> None:
+        """Spend what is left of the time on plans that Optuna proposes, as long as they make the front grow."""
+        known = self._known()
         self.listener(StageStarted("refine", 0))
         growth = growth_of(known, self.limits.minimize, self.limits.max_ppl_increase)
         slowest_s, count, why = 0.0, 0, "no new plan proposed"
-        refined = proposals(
+        for plan, tell in proposals(
             options,
             context,
             storage_url=self.store.engine.url.render_as_string(hide_password=False),
@@ -336,8 +350,7 @@ class Stages:
             max_memory_bytes=self.limits.max_memory_bytes,
             minimize=self.limits.minimize,
             allowed=allowed,
-        )
-        for plan, tell in chain(aimed(options, context, limits=self.limits, guess=allowed, known=known), refined):
+        ):
             if self._left_s() < max(slowest_s, _SHORTEST_PROOF_S):
                 tell(None)
                 why = "the time budget is spent"
@@ -347,7 +360,6 @@ class Stages:
             proof = self._prove(plan)
             tell(proof)
             growth.add(point_of(proof, self.limits.minimize))
-            known |= {plan.plan_id: (plan, proof)} if proof else {}
             slowest_s = max(slowest_s, time.monotonic() - began)
             count += 1
             if growth.ended:

@@ -13,7 +13,7 @@ export AUTOQUANT_CACHE=${AUTOQUANT_CACHE:-$(mktemp -d)}
 search() { # NAME OPTION ...
     local start=$SECONDS name=$1
     "$python" -m autoquant search "$model" --device cuda --eval-text "$text" --db "$out/plan.db" --workload prefill=1024,decode=128 \
-        --time-budget 5m --fuse "${options[@]}" "${@:2}" 2>&1 |
+        --time-budget 6m --fuse "${options[@]}" "${@:2}" 2>&1 |
         while IFS= read -r line; do echo "$((SECONDS - start)) s: $line"; done >"$out/$name.log"
     echo "$name $((SECONDS - start)) s" | tee -a "$out/seconds.txt"
 }

@@ -55,6 +55,21 @@ def test_parts_are_disjoint_whole_windows_of_the_text(numbers_file, windows):
 
 @pytest.mark.parametrize(
     ("windows", "expected"),
+    [
+        (200, (8, 60, 84)),
+        (152, (8, 60, 84)),
+        (104, (8, 40, 56)),
+        (57, (8, 20, 29)),
+        (56, (8, 20, 28)),
+        (30, (4, 10, 16)),
+    ],
+)
+def test_on_gpus_a_long_text_gives_more_to_the_parts_that_intervals_are_of(numbers_file, windows, expected):
+    assert counts(read(numbers_file(windows), windows=text.GPU_WINDOWS)) == expected
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
     [(200, (8, 20, 28)), (56, (8, 20, 28)), (30, (4, 10, 16)), (45, (6, 16, 23)), (16, (2, 6, 8)), (15, (1, 6, 8))],
 )
 def test_a_shorter_text_gives_each_part_its_share(numbers_file, windows, expected):

@@ -242,7 +242,8 @@ class Stages:
             raise CandidateError(f"the unquantized model cannot be run: {self.failed[original.plan_id]}")
         sites = recording.sites
         calibration = fit([original], self.proofs, sites)
-        self.store.put_plan(predicted(original, calibration, sites, context))
+        self.plans[original.plan_id] = predicted(original, calibration, sites, context)
+        self.store.put_plan(self.plans[original.plan_id])
         uniform = uniform_plans(options, originals, context)
         self.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
         for plan in uniform:
@@ -281,6 +282,9 @@ class Stages:
         for plan in new[:1]:
             self._prove(plan)
         for plan, tell in aimed(options, context, limits=self.limits, guess=allowed, known=self._known()):
+            if self._left_s() <= 0:
+                self.listener(Notice("not aimed at the limit any further: the time budget is spent"))
+                break
             tell(self._prove(plan))
             count -= 1
         for plan in new[1:count]:

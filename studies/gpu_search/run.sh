@@ -23,7 +23,7 @@ search again --max-ppl-increase 0.3%
 "$python" -m autoquant pareto "$out/plan.db" --plot "$out/front.png"
 "$python" -c "
 import json, statistics, sys
-errors = [(row['predicted_request_ms'] / row['measured_request_ms'] - 1, row['label']) for row in json.load(open(sys.argv[1]))]
+errors = [(row['predicted_request_ms'] / row['measured_request_ms'] - 1, row['label']) for row in json.load(open(sys.argv[1])) if row['kind'] != 'original']
 for error, label in errors: print(f'{error:+7.1%}  {label}')
 sizes = [abs(error) for error, _ in errors]
 print(f'predicted over measured request time: median {statistics.median(sizes):.1%}, worst {max(sizes):.1%}, {len(sizes)} plans')

@@ -10,6 +10,7 @@ import torch
 import autoquant
 from autoquant.errors import ModelError, PlanError, TextError, WorkloadError
 from autoquant.evaluators.statistics import paired_increase
+from autoquant.tuner import driver
 
 from . import quick
 from .tiny import Perceptron
@@ -197,3 +198,14 @@ def test_a_quality_function_takes_no_sensitivity_that_needs_gradients(search, tm
         with pytest.raises(QualityError, match=advice):
             search(sensitivity=name)
     assert not (tmp_path / "plan.db").exists()
+
+
+def test_the_search_ends_with_the_plans_as_the_database_has_them(search, monkeypatch):
+    """On GPUs plans are written once more at the end, with settled routes: the unquantized one's calibrated prediction too."""
+    ended = {}
+    monkeypatch.setattr(driver.Stages, "_settle_routes", lambda stages, *_: ended.update(stages.plans))
+    study = search(time_budget_s=0.0)
+    proven = study.proofs()
+    assert {i: plan.prediction for i, plan in ended.items()} == {p.plan_id: p.prediction for p in study.plans()}
+    [original] = [plan for plan in ended.values() if plan.kind == "original"]
+    assert original.prediction.request_ms == pytest.approx(proven[original.plan_id].request_ms, rel=0.01)

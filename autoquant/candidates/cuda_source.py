@@ -23,7 +23,7 @@ class CudaKernel:
     """A kernel of a source file on one device.
 
     Args:
-        file: Name of the file beside this one.
+        file: Name of the file beside this one, which may include the headers (`.cuh`) there.
         name: The kernel's, declared `extern "C"`.
         defines: What the source is to be compiled with.
 
@@ -60,7 +60,9 @@ def cuda_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], devi
 def _compile(source: str, file: str, capability: tuple[int, int]) -> bytes:
     from cuda.bindings import nvrtc
 
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), 0, [], []))
+    headers = [entry for entry in files("autoquant.candidates").iterdir() if entry.name.endswith(".cuh")]
+    texts, names = [header.read_bytes() for header in headers], [header.name.encode() for header in headers]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), len(headers), texts, names))
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()]
     (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(failed):

@@ -11,6 +11,8 @@ from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.common import KernelPreference
 
 from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
+from autoquant.candidates.cuda_source import cuda_source_unsupported
+from autoquant.candidates.float8_rows import CHUNK_COLUMNS, MOST_ROWS, float8_rows
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
 from autoquant.candidates.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
@@ -61,6 +63,22 @@ def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return float8_product(x, weight.qdata, weight.scale, bias, per_row=per_row)  # type: ignore[attr-defined]
 
 
+def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    values, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    y: torch.Tensor = float8_rows(x.reshape(-1, x.shape[-1]), values, scale, bias)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _rows_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    if reason := cuda_source_unsupported(device_type, "the product of a few rows"):
+        return reason
+    if shape.dtype != "bfloat16":
+        return f"it takes bfloat16 activations, not {shape.dtype}"
+    if shape.n % 8 or shape.k % CHUNK_COLUMNS:
+        return f"it needs n divisible by 8 and k by {CHUNK_COLUMNS}, not {shape.n}x{shape.k}"
+    return f"it takes up to {MOST_ROWS} rows, not {m}" if m > MOST_ROWS else None
+
+
 def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
     return linear_w8(x, weight.qdata, weight.scale, bias, dynamic=dynamic)  # type: ignore[attr-defined]
 
@@ -102,7 +120,15 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
     )
 
 
-_GEMLITE_KERNELS = (
+_ROW_KERNELS = (
+    Kernel(
+        id="rows",
+        numerics=A16,
+        linear=_rows,
+        opaque=True,
+        unsupported=_rows_unsupported,
+        description="the project's own product for a few rows, on tensor cores",
+    ),
     Kernel(
         id="gemlite",
         numerics=A16,
@@ -131,7 +157,7 @@ FORMATS = (
         dequantize=_dequantize,
         tensor_type=Float8Tensor,
         joins=True,
-        kernels=(*_kernels(per_row=True), *_GEMLITE_KERNELS),
+        kernels=(*_kernels(per_row=True), *_ROW_KERNELS),
         description="float8 e4m3 weights, one scale a row",
     ),
     Format(

@@ -1,21 +1,19 @@
 // Products of a few rows with int4 weights, and such weights unpacked, in the layout of Int4TiledTensor.
 //
-// A warp's lane is 4 * a + b. Of a tile of 8 rows and 128 columns it holds row a; in word j (0 to 3) the 8 columns from
+// A warp's lane is 4 * a + b (`rows.cuh`). Of a tile of 8 rows and 128 columns it holds row a; in word j (0 to 3) the 8 columns from
 // 32 * j + 8 * b on, nibble p of the lower half being column 2 * p of these and nibble p of the upper half column 2 * p + 1.
 // A pair of such nibbles, masked and put into the mantissa of two bfloat16 of exponent 7, reads 128 + q twice, which is an
-// operand of mma.m16n8k16 as it is; which columns a step of 16 takes does not matter as long as both operands agree.
+// operand of mma.m16n8k16 as it is.
 //
 // To be defined: GROUP (32, 64, 128); for `int4_rows` also WARPS, TILES, EIGHTS and BLOCKS (blocks a multiprocessor should hold),
 // for `int4_unpack` FLOAT8 (0 or 1).
+
+#include "rows.cuh"
 
 #define GROUPS (128 / GROUP)
 
 __device__ __forceinline__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
-__device__ __forceinline__ unsigned word(const uint4& words, int j) {
-  return j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w;
-}
 
 // (scale, zero) of a row's groups in one tile.
 struct Scales {
@@ -37,21 +35,7 @@ __device__ __forceinline__ Scales load_scales(const unsigned* scales, size_t til
   return found;
 }
 
-// Weights are read once: they are kept out of the first cache, which x needs.
-__device__ __forceinline__ uint4 load_weights(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-  return v;
-}
-
 #ifdef WARPS
-
-__device__ __forceinline__ void multiply(float* sums, const unsigned* weights, unsigned x0, unsigned x1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(x0), "r"(x1));
-}
 
 __device__ __forceinline__ unsigned to_pair(unsigned nibbles) {
   unsigned pair;
@@ -59,8 +43,8 @@ __device__ __forceinline__ unsigned to_pair(unsigned nibbles) {
   return pair;
 }
 
-// y[m, n] = x[m, k] w[n, k]' (+ bias[n]), m at most 8 * EIGHTS. A block computes 16 * TILES columns of y; its warps take turns
-// along k. Sums over a group are of x * (128 + q); scale and zero are applied to them, with the sums of x alone.
+// y[m, n] = x[m, k] w[n, k]' (+ bias[n]), m at most 8 * EIGHTS. Sums over a group are of x * (128 + q); scale and zero are
+// applied to them, with the sums of x alone.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 int4_rows(const unsigned short* __restrict__ x, const uint4* __restrict__ weights, const unsigned* __restrict__ scales,
           const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
@@ -131,27 +115,7 @@ int4_rows(const unsigned short* __restrict__ x, const uint4* __restrict__ weight
           }
     }
   }
-  __shared__ float parts[WARPS][8 * EIGHTS][16 * TILES];
-#pragma unroll
-  for (int t = 0; t < TILES; ++t)
-#pragma unroll
-    for (int e = 0; e < EIGHTS; ++e)
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const int row = 8 * e + 2 * b + (v & 1);
-        if (row < m) parts[warp][row][16 * t + 8 * (v >> 1) + a] = acc[t][e][v];
-      }
-  __syncthreads();
-  for (int at = threadIdx.x; at < m * 16 * TILES; at += WARPS * 32) {
-    const int row = at / (16 * TILES), column = at % (16 * TILES), out = first_row + column;
-    if (out >= n) continue;
-    float sum = bias ? __uint_as_float((unsigned)bias[out] << 16) : 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += parts[w][row][column];
-    unsigned short rounded;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(sum));
-    y[(size_t)row * n + out] = rounded;
-  }
+  store_sums<WARPS, TILES, EIGHTS>(acc, nullptr, bias, y, m, n, first_row);
 }
 
 #else

@@ -10,13 +10,14 @@ CHUNK_COLUMNS, MOST_ROWS = 128, 16
 _SOURCE = "float8_rows.cu"
 _ROWS_OF_A_PRODUCT = 8
 _SETTINGS = (
-    (1, (16, 1, 1), (16, 1, 2)),
-    (2, (16, 1, 2), (16, 1, 1)),
-    (4, (8, 1, 2), (8, 1, 3)),
-    (32, (4, 1, 4), (4, 1, 4)),
-    (0, (4, 1, 4), (4, 1, 4)),
+    (1, (16, 1, 2), (16, 1, 2)),
+    (2, (16, 1, 2), (16, 2, 1)),
+    (4, (8, 1, 3), (8, 1, 2)),
+    (8, (4, 1, 4), (4, 2, 4)),
+    (0, (16, 1, 2), (4, 2, 4)),
 )
-"""As that of `int4_tiled`: up to how many tiles of 16 rows for each multiprocessor (0: any) what is fastest on an H200."""
+"""Up to how many tiles of 16 rows for each multiprocessor (0: any) what is fastest on an H200 for up to 8 rows of x, and to 16:
+warps of a block, tiles of a block, blocks of a multiprocessor (`python studies/gpu_linears/own_kernels/float8_settings.py`)."""
 
 
 def setting(n: int, m: int, processors: int) -> tuple[int, int, int]:

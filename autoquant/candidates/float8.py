@@ -11,8 +11,8 @@ from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.common import KernelPreference
 
 from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
-from autoquant.candidates.cuda_source import cuda_source_unsupported
-from autoquant.candidates.float8_rows import CHUNK_COLUMNS, MOST_ROWS, float8_rows
+from autoquant.candidates.cuda_source import MOST_ROWS, cuda_source_unsupported
+from autoquant.candidates.float8_rows import CHUNK_COLUMNS, float8_rows
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
 from autoquant.candidates.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape

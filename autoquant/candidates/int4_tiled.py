@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from autoquant.candidates.base import A16, W8_A8_FLOAT8_ROW, Format, Kernel
-from autoquant.candidates.cuda_source import cuda_kernel, cuda_source_unsupported
+from autoquant.candidates.cuda_source import (
+    MOST_ROWS,
+    ROWS_OF_A_PRODUCT,
+    cuda_kernel,
+    cuda_source_unsupported,
+    setting_of,
+)
 from autoquant.candidates.float8 import float8_product, float8_product_unsupported
 from autoquant.candidates.int4 import GROUP_SIZES
 from autoquant.candidates.int4_gpu import tinygemm_rounding, with_roundings
@@ -23,23 +29,15 @@ from autoquant.candidates.rounding import Rounded
 from autoquant.records import LinearShape
 
 _SOURCE = "int4_tiled.cu"
-_ROWS_OF_A_PRODUCT, _MOST_ROWS = 8, 16
 _UNPACKING_THREADS = 256
-_SETTINGS = (
+SETTINGS = (
     (1, (16, 1, 1), (16, 1, 2)),
     (2, (16, 1, 2), (16, 2, 1)),
     (4, (8, 1, 2), (8, 1, 3)),
     (32, (4, 1, 4), (4, 2, 3)),
     (0, (4, 4, 4), (4, 2, 3)),
 )
-"""Up to how many tiles of 16 rows for each multiprocessor (0: any) what is fastest on an H200 for up to 8 rows of x, and to 16:
-warps of a block, tiles of a block, blocks of a multiprocessor (`python studies/gpu_linears/own_kernels/int4_settings.py`)."""
-
-
-def _setting(n: int, m: int, processors: int) -> tuple[int, int, int]:
-    """Warps and tiles of a block, and blocks a multiprocessor should hold, for `[m, k]` times `[n, k]`."""
-    few, many = next(both for most, *both in _SETTINGS if not most or n <= 16 * most * processors)
-    return few if m <= _ROWS_OF_A_PRODUCT else many
+"""See `setting_of`; on an H200 (`python studies/gpu_linears/own_kernels/int4_settings.py`)."""
 
 
 @torch.library.custom_op("autoquant::int4_rows", mutates_args=(), device_types="cuda")
@@ -49,13 +47,13 @@ def int4_rows(
     """x `[m, k]`, m up to 16, times an `Int4TiledTensor` `[n, k]`: `[m, n]`."""
     (m, k), n = x.shape, qdata.shape[0]
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    warps, tiles, blocks = _setting(n, m, processors)
+    warps, tiles, blocks = setting_of(SETTINGS, n, m, processors)
     defines = (
         ("GROUP", k // scale_and_zero.shape[1]),
         ("WARPS", warps),
         ("TILES", tiles),
         ("BLOCKS", blocks),
-        ("EIGHTS", -(-m // _ROWS_OF_A_PRODUCT)),
+        ("EIGHTS", -(-m // ROWS_OF_A_PRODUCT)),
     )
     kernel = cuda_kernel(_SOURCE, "int4_rows", defines, x.device)
     x, y = x.contiguous(), x.new_empty(m, n)
@@ -122,7 +120,7 @@ def _unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
 
 
 def _rows_unsupported(_shape: LinearShape, m: int, _device_type: str) -> str | None:
-    return f"it takes up to {_MOST_ROWS} rows, not {m}" if m > _MOST_ROWS else None
+    return f"it takes up to {MOST_ROWS} rows, not {m}" if m > MOST_ROWS else None
 
 
 def _pack(rounded: Rounded) -> torch.Tensor:

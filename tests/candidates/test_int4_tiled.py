@@ -78,9 +78,3 @@ def test_shapes_that_do_not_fit_are_refused_with_the_reason(monkeypatch, n, k, d
 def test_without_a_gpu_that_is_the_reason():
     shape = LinearShape(n=24, k=256, bias=False, dtype="bfloat16")
     assert get_format("int4-g64/tiled").unsupported(shape, 1, "cpu") == "this int4 layout needs a CUDA GPU"
-
-
-@pytest.mark.parametrize("m", [1, 8, 9, 16])
-def test_more_rows_of_a_weight_get_fewer_warps_each(m):
-    warps = [int4_tiled._setting(n, m, processors=132)[0] for n in (1024, 4096, 6144, 28672, 128256)]
-    assert warps == sorted(warps, reverse=True) and warps[0] > warps[-1]

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
-from int4_settings import COLD_BYTES, ROWS, SIZES, Setting, latency_us, settings
+from int4_settings import COLD_BYTES, ROWS, SIZES, latency_us, settings
 from torchao.quantization import Float8Tensor
 
 from autoquant.candidates import get_format
-from autoquant.candidates.cuda_source import CudaKernel
-from autoquant.candidates.float8_rows import setting as picked_setting
+from autoquant.candidates.cuda_source import CudaKernel, Setting, setting_of
+from autoquant.candidates.float8_rows import SETTINGS
 from autoquant.candidates.gemlite import linear_w8, tune_alone
 from autoquant.errors import CandidateError
 from autoquant.profiler.roofline import measure_roofline
@@ -48,7 +48,7 @@ def measure(n: int, k: int, m: int, weights: list[Float8Tensor]) -> dict[str, ob
     gemlite_us = latency_us(
         lambda copy: linear_w8(x, weights[copy].qdata, weights[copy].scale, None, dynamic=False), len(weights)
     )
-    picked = picked_setting(n, m, torch.cuda.get_device_properties(0).multi_processor_count)
+    picked = setting_of(SETTINGS, n, m, torch.cuda.get_device_properties(0).multi_processor_count)
     fastest = sorted(times, key=times.__getitem__)[:3]
     return {"n": n, "k": k, "m": m, "picked": picked, "picked_us": round(times[picked], 2), "gemlite_us": round(gemlite_us, 2),
             "fastest": {str(setting): round(times[setting], 2) for setting in fastest}}  # fmt: skip

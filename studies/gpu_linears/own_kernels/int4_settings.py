@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from autoquant.candidates import get_format
-from autoquant.candidates.cuda_source import CudaKernel
-from autoquant.candidates.int4_tiled import _setting, int4_unpack
+from autoquant.candidates.cuda_source import CudaKernel, Setting, setting_of
+from autoquant.candidates.int4_tiled import SETTINGS, int4_unpack
 from autoquant.candidates.int4_tiled_tensor import Int4TiledTensor
 from autoquant.errors import CandidateError
 from autoquant.profiler.clocks import GraphClock
@@ -29,7 +29,6 @@ SIZES = ((1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096),
 ROWS = (1, 4, 8, 16)
 COLD_BYTES = 150e6
 SAMPLES = 5
-Setting = tuple[int, int, int]
 
 
 def settings() -> list[Setting]:
@@ -69,7 +68,7 @@ def measure(n: int, k: int, m: int, group: int, weights: list[Int4TiledTensor]) 
         call(0)
         assert ((y.float() - expected).norm() / expected.norm()).item() < 0.003
         times[setting] = latency_us(call, len(weights))
-    picked = _setting(n, m, torch.cuda.get_device_properties(0).multi_processor_count)
+    picked = setting_of(SETTINGS, n, m, torch.cuda.get_device_properties(0).multi_processor_count)
     fastest = sorted(times, key=times.__getitem__)[:3]
     return {"n": n, "k": k, "m": m, "group": group, "picked": picked, "picked_us": round(times[picked], 2),
             "fastest": {str(setting): round(times[setting], 2) for setting in fastest}}  # fmt: skip

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from autoquant.candidates.float8_rows import float8_rows
 
 from autoquant.candidates import get_format
+from autoquant.candidates.float8_rows import float8_rows
 
 pytestmark = pytest.mark.gpu
 

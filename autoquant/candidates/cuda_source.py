@@ -13,26 +13,10 @@ import torch
 from autoquant.candidates.gpu import needs_cuda, needs_library
 from autoquant.errors import CandidateError
 
-ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16
-"""Rows of x that tensor cores take at a time, and how many a product of a few rows takes at most (`rows.cuh`)."""
-Setting = tuple[int, int, int]
-"""Warps and tiles of 16 rows of a block, and blocks that a multiprocessor should hold."""
-
 
 def cuda_source_unsupported(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
     """Why `what`, a kernel of the project's own, does not run on the current device."""
     return needs_cuda(device_type, what, capability) or needs_library("cuda.bindings", "cuda-bindings")
-
-
-def setting_of(settings: Sequence[tuple[int, Setting, Setting]], n: int, m: int, processors: int) -> Setting:
-    """The setting for `[m, k]` times a weight `[n, k]`.
-
-    Args:
-        settings: Up to how many tiles for each of the `processors` multiprocessors (0: any) what is fastest for up to 8 rows of
-            x, and for up to 16.
-    """
-    few, many = next(both for most, *both in settings if not most or n <= 16 * most * processors)
-    return few if m <= ROWS_OF_A_PRODUCT else many
 
 
 class CudaKernel:

@@ -11,7 +11,8 @@ from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.common import KernelPreference
 
 from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
-from autoquant.candidates.cuda_source import MOST_ROWS, cuda_source_unsupported
+from autoquant.candidates.cuda_source import cuda_source_unsupported
+from autoquant.candidates.few_rows import rows_kernel, too_many_rows
 from autoquant.candidates.float8_rows import CHUNK_COLUMNS, float8_rows
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
 from autoquant.candidates.gpu import needs_cuda, not_divisible
@@ -76,7 +77,7 @@ def _rows_unsupported(shape: LinearShape, m: int, device_type: str) -> str | Non
         return f"it takes bfloat16 activations, not {shape.dtype}"
     if shape.n % 8 or shape.k % CHUNK_COLUMNS:
         return f"it needs n divisible by 8 and k by {CHUNK_COLUMNS}, not {shape.n}x{shape.k}"
-    return f"it takes up to {MOST_ROWS} rows, not {m}" if m > MOST_ROWS else None
+    return too_many_rows(shape, m, device_type)
 
 
 def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
@@ -121,14 +122,7 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
 
 
 _ROW_KERNELS = (
-    Kernel(
-        id="rows",
-        numerics=A16,
-        linear=_rows,
-        opaque=True,
-        unsupported=_rows_unsupported,
-        description="the project's own product for a few rows, on tensor cores",
-    ),
+    rows_kernel(_rows, _rows_unsupported),
     Kernel(
         id="gemlite",
         numerics=A16,

@@ -14,13 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from autoquant.candidates.base import A16, W8_A8_FLOAT8_ROW, Format, Kernel
-from autoquant.candidates.cuda_source import (
-    MOST_ROWS,
-    ROWS_OF_A_PRODUCT,
-    cuda_kernel,
-    cuda_source_unsupported,
-    setting_of,
-)
+from autoquant.candidates.cuda_source import cuda_kernel, cuda_source_unsupported
+from autoquant.candidates.few_rows import multiply_rows, rows_kernel, too_many_rows
 from autoquant.candidates.float8 import float8_product, float8_product_unsupported
 from autoquant.candidates.int4 import GROUP_SIZES
 from autoquant.candidates.int4_gpu import tinygemm_rounding, with_roundings
@@ -37,7 +32,7 @@ SETTINGS = (
     (32, (4, 1, 4), (4, 2, 3)),
     (0, (4, 4, 4), (4, 2, 3)),
 )
-"""See `setting_of`; on an H200 (`python studies/gpu_linears/own_kernels/int4_settings.py`)."""
+"""See `Settings` of `few_rows`; on an H200 (`python studies/gpu_linears/own_kernels/int4_settings.py`)."""
 
 
 @torch.library.custom_op("autoquant::int4_rows", mutates_args=(), device_types="cuda")
@@ -45,21 +40,8 @@ def int4_rows(
     x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """x `[m, k]`, m up to 16, times an `Int4TiledTensor` `[n, k]`: `[m, n]`."""
-    (m, k), n = x.shape, qdata.shape[0]
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    warps, tiles, blocks = setting_of(SETTINGS, n, m, processors)
-    defines = (
-        ("GROUP", k // scale_and_zero.shape[1]),
-        ("WARPS", warps),
-        ("TILES", tiles),
-        ("BLOCKS", blocks),
-        ("EIGHTS", -(-m // ROWS_OF_A_PRODUCT)),
-    )
-    kernel = cuda_kernel(_SOURCE, "int4_rows", defines, x.device)
-    x, y = x.contiguous(), x.new_empty(m, n)
-    with torch.cuda.device(x.device):
-        kernel.launch(-(-n // (16 * tiles)), 32 * warps, x, qdata, scale_and_zero, bias, y, m, n, k)
-    return y
+    group = x.shape[1] // scale_and_zero.shape[1]
+    return multiply_rows(_SOURCE, "int4_rows", SETTINGS, x, (qdata, scale_and_zero), bias, (("GROUP", group),))
 
 
 @int4_rows.register_fake
@@ -119,10 +101,6 @@ def _unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
     return None
 
 
-def _rows_unsupported(_shape: LinearShape, m: int, _device_type: str) -> str | None:
-    return f"it takes up to {MOST_ROWS} rows, not {m}" if m > MOST_ROWS else None
-
-
 def _pack(rounded: Rounded) -> torch.Tensor:
     return Int4TiledTensor.pack(rounded.q + 8, rounded.scale, rounded.zero)
 
@@ -136,14 +114,7 @@ def _format(group: int) -> Format:
         joins=True,
         unsupported=_unsupported,
         kernels=(
-            Kernel(
-                id="rows",
-                numerics=A16,
-                linear=_rows,
-                opaque=True,
-                unsupported=_rows_unsupported,
-                description="the project's own product for a few rows, on tensor cores",
-            ),
+            rows_kernel(_rows, too_many_rows),
             Kernel(
                 id="unpack-matmul",
                 numerics=A16,

@@ -1,13 +1,15 @@
 """What surrounds the project's own CUDA kernels; what they compute is tested on GPUs."""
 
 import re
+from contextlib import nullcontext
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from autoquant.candidates import float8, float8_rows, get_format, int4_tiled
-from autoquant.candidates.cuda_source import MOST_ROWS, setting_of
+from autoquant.candidates import few_rows, float8, float8_rows, get_format, int4_tiled
+from autoquant.candidates.few_rows import MOST_ROWS, setting_of
 from autoquant.records import LinearShape
 
 SOURCES = files("autoquant.candidates")
@@ -23,11 +25,41 @@ def test_every_size_has_a_setting_that_a_block_can_have(settings):
             assert shared_bytes <= 48 << 10
 
 
+@pytest.mark.parametrize("m", [1, 8, 9, 16])
+def test_more_rows_of_an_int4_weight_get_fewer_warps_each(m):
+    sizes = (1024, 4096, 6144, 28672, 128256)
+    warps = [setting_of(int4_tiled.SETTINGS, n, m, processors=132)[0] for n in sizes]
+    assert warps == sorted(warps, reverse=True) and warps[0] > warps[-1]
+
+
 def test_few_tiles_get_more_warps_each_and_more_rows_their_own_setting():
     settings = [(1, (16, 1, 1), (16, 1, 2)), (0, (4, 4, 4), (4, 2, 3))]
     assert setting_of(settings, 16 * 132, 8, processors=132) == (16, 1, 1)
     assert setting_of(settings, 16 * 132, 9, processors=132) == (16, 1, 2)
     assert setting_of(settings, 16 * 132 + 8, 1, processors=132) == (4, 4, 4)
+
+
+@pytest.mark.parametrize(("m", "setting"), [(1, (16, 1, 2)), (8, (16, 1, 2)), (9, (8, 2, 3)), (16, (8, 2, 3))])
+def test_a_product_is_launched_with_what_its_source_asks_for(monkeypatch, m, setting):
+    compiled, launched = [], []
+
+    def kernel(source, name, defines, device):
+        compiled.append((source, name, dict(defines), device))
+        return SimpleNamespace(launch=lambda *arguments: launched.append(arguments))
+
+    monkeypatch.setattr(few_rows, "cuda_kernel", kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    x, weight, scale, bias = torch.ones(128, m).t(), torch.ones(72, 64), torch.ones(72, 1), torch.ones(72)
+    y = few_rows.multiply_rows("a.cu", "a", [(0, (16, 1, 2), (8, 2, 3))], x, (weight, scale), bias, [("GROUP", 64)])
+    warps, tiles, blocks = setting
+    defines = {"GROUP": 64, "WARPS": warps, "TILES": tiles, "BLOCKS": blocks, "EIGHTS": 1 if m <= 8 else 2}
+    assert compiled == [("a.cu", "a", defines, x.device)]
+    [(count, threads, given_x, *rest)] = launched
+    assert (count, threads) == (5 if tiles == 1 else 3, 32 * warps), "72 rows in tiles of 16"
+    assert given_x.is_contiguous() and torch.equal(given_x, x)
+    assert rest[0] is weight and rest[1] is scale and rest[2] is bias and rest[3] is y
+    assert rest[4:] == [m, 72, 128] and y.shape == (m, 72)
 
 
 @pytest.mark.parametrize("source", ["int4_tiled.cu", "float8_rows.cu"])

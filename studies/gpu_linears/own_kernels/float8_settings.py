@@ -16,7 +16,8 @@ from int4_settings import COLD_BYTES, ROWS, SIZES, latency_us, settings
 from torchao.quantization import Float8Tensor
 
 from autoquant.candidates import get_format
-from autoquant.candidates.cuda_source import CudaKernel, Setting, setting_of
+from autoquant.candidates.cuda_source import CudaKernel
+from autoquant.candidates.few_rows import Setting, setting_of
 from autoquant.candidates.float8_rows import SETTINGS
 from autoquant.candidates.gemlite import linear_w8, tune_alone
 from autoquant.errors import CandidateError

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from autoquant.candidates import get_format
-from autoquant.candidates.cuda_source import CudaKernel, Setting, setting_of
+from autoquant.candidates.cuda_source import CudaKernel
+from autoquant.candidates.few_rows import Setting, setting_of
 from autoquant.candidates.int4_tiled import SETTINGS, int4_unpack
 from autoquant.candidates.int4_tiled_tensor import Int4TiledTensor
 from autoquant.errors import CandidateError

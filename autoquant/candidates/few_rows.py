@@ -1,0 +1,69 @@
+"""The host's side of the project's own products of a few rows with stored weights (`rows.cuh`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from autoquant.candidates.base import A16, Kernel, LinearFunction, Unsupported
+from autoquant.candidates.cuda_source import cuda_kernel
+from autoquant.records import LinearShape
+
+ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16
+"""Rows of x that tensor cores take at a time, and how many a product of a few rows takes at most."""
+Setting = tuple[int, int, int]
+"""Warps and tiles of 16 rows of a block, and blocks that a multiprocessor should hold."""
+Settings = Sequence[tuple[int, Setting, Setting]]
+"""Up to how many tiles for each multiprocessor (0: any) what is fastest for up to 8 rows of x, and for up to 16."""
+
+
+def setting_of(settings: Settings, n: int, m: int, processors: int) -> Setting:
+    """The setting for `[m, k]` times a weight `[n, k]` on so many multiprocessors."""
+    few, many = next(both for most, *both in settings if not most or n <= 16 * most * processors)
+    return few if m <= ROWS_OF_A_PRODUCT else many
+
+
+def multiply_rows(
+    source: str,
+    name: str,
+    settings: Settings,
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    defines: Sequence[tuple[str, int]] = (),
+) -> torch.Tensor:
+    """x `[m, k]`, m up to 16, times a weight `[n, k]`: `[m, n]`.
+
+    Args:
+        source: The kernel's file, and `name` its name there.
+        weight: The tensors that it is stored in, the first of which has a row for each of its rows.
+        defines: What the source is to be compiled with beside the setting.
+    """
+    (m, k), n = x.shape, weight[0].shape[0]
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    warps, tiles, blocks = setting_of(settings, n, m, processors)
+    eights = -(-m // ROWS_OF_A_PRODUCT)
+    sizes = (("WARPS", warps), ("TILES", tiles), ("BLOCKS", blocks), ("EIGHTS", eights))
+    kernel = cuda_kernel(source, name, (*defines, *sizes), x.device)
+    x, y = x.contiguous(), x.new_empty(m, n)
+    with torch.cuda.device(x.device):
+        kernel.launch(-(-n // (16 * tiles)), 32 * warps, x, *weight, bias, y, m, n, k)
+    return y
+
+
+def rows_kernel(linear: LinearFunction, unsupported: Unsupported) -> Kernel:
+    """A format's kernel `rows`, which computes by `multiply_rows`."""
+    return Kernel(
+        id="rows",
+        numerics=A16,
+        linear=linear,
+        opaque=True,
+        unsupported=unsupported,
+        description="the project's own product for a few rows, on tensor cores",
+    )
+
+
+def too_many_rows(_shape: LinearShape, m: int, _device_type: str) -> str | None:
+    """Why a product of a few rows does not take m of them."""
+    return f"it takes up to {MOST_ROWS} rows, not {m}" if m > MOST_ROWS else None

@@ -55,7 +55,7 @@ def aimed(
     shots: dict[str, _Shot] = {}
     proven: list[Proof | None] = []
     loss = guess
-    while loss is not None and len(proven) <= TRIALS:
+    while loss is not None:
         summed = context.loss_map.summed(loss)
         picks = least(problem, context, limits.minimize, max_loss=summed, max_memory_bytes=limits.max_memory_bytes)
         if picks is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median_high
 
 import numpy as np
 from scipy.optimize import lsq_linear
@@ -102,8 +103,7 @@ def _drift_free_ms(proofs: Mapping[str, Proof], plan_id: str, phase: str) -> flo
 
 def _original_ms(proofs: Mapping[str, Proof], phase: str) -> float:
     """The median of the unquantized model's times."""
-    originals = sorted(proof.original_phase_ms[phase] for proof in proofs.values())
-    return originals[len(originals) // 2]
+    return median_high(proof.original_phase_ms[phase] for proof in proofs.values())
 
 
 def _fit_phase(isolated: Sequence[Mapping[str, float]], measured: Sequence[float]) -> tuple[float, dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import PlanError
@@ -237,8 +238,8 @@ def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
 
 def _original_ms(proofs: Sequence[Proof] | Any) -> float:
     """The median of the unquantized model's request times; 0 where there are no proofs."""
-    originals = sorted(proof.original_request_ms for proof in proofs)
-    return originals[len(originals) // 2] if originals else 0.0
+    originals = [proof.original_request_ms for proof in proofs]
+    return median_high(originals) if originals else 0.0
 
 
 def _nothing_within(proofs: Any, limits: Limits) -> str:

@@ -64,9 +64,8 @@ def preferred(best: Proof, rivals: Sequence[Proof]) -> Proof:
         smallest = min((best, *rivals), key=lambda proof: proof.memory_bytes)
         return smallest if smallest.memory_bytes < best.memory_bytes * (1 - TIE_FRACTION) else best
     lowest = best.selection_kl.low
-    clearly = [(proof.selection_kl.value, proof) for proof in rivals if proof.selection_kl]
-    clearly = [(value, proof) for value, proof in clearly if proof.selection_kl and proof.selection_kl.high < lowest]
-    return min(clearly, key=lambda pair: pair[0])[1] if clearly else best
+    clearly = [(kl.value, proof) for proof in rivals if (kl := proof.selection_kl) and kl.high < lowest]
+    return min(clearly, key=lambda pair: pair[0], default=(0.0, best))[1]
 
 
 def _half(proof: Proof) -> float:

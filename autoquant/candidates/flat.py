@@ -1,4 +1,4 @@
-"""A tensor subclass taken apart into plain tensors, and put together again (nested subclasses too)."""
+"""A tensor subclass taken apart into plain tensors, put together again and moved (nested subclasses too)."""
 
 from __future__ import annotations
 
@@ -51,6 +51,19 @@ def _unflatten(rebuild: Rebuild, parts: list[torch.Tensor], start: int) -> tuple
     for name, inside in zip(rebuild.names, rebuild.inner, strict=True):
         inner[name], start = _unflatten(inside, parts, start)
     return rebuild.kind.__tensor_unflatten__(inner, rebuild.context, rebuild.size, rebuild.stride), start
+
+
+def move_tensor(tensor: torch.Tensor, device: torch.device | str, *, copy: bool = False) -> torch.Tensor:
+    """The same tensor on `device`, whose plain tensors have moved one by one.
+
+    torchao's subclasses cannot be moved inside an operator of another subclass: there they take the move for a view and give
+    the result the memory of the tensor it came from.
+
+    Args:
+        copy: Copy what lies on `device` already.
+    """
+    parts, rebuild = flatten_tensor(tensor)
+    return unflatten_tensor(rebuild, [part.to(device, copy=copy) for part in parts])
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:

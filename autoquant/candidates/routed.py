@@ -72,7 +72,8 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         return get_format(self.format_id).dequantize(self.stored)
 
 
-def _kernel_id(route: RouteAttribute, m: int) -> str:
+def kernel_for_rows(route: RouteAttribute, m: int) -> str:
+    """Return the id of the kernel that a route uses for m rows."""
     for upper, kernel in route:
         if upper is None or m <= upper:
             return kernel
@@ -85,12 +86,20 @@ def _linear(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, An
     x, weight, bias = linear_arguments(args, kwargs)
     if not isinstance(weight, RoutedWeight):
         raise TypeError("a routed weight can only be the weight of a linear")
-    m = x.numel() // x.shape[-1]
-    kernel = get_kernel_function(weight.format_id, _kernel_id(weight.route, m))
+    return multiply(x, weight, weight.stored, bias)
+
+
+def multiply(x: torch.Tensor, weight: RoutedWeight, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x `[..., k]` times a stored tensor `[n, k]`, by the route and in the dtype of a weight.
+
+    Args:
+        stored: The weight's own, or one that it is a part of.
+    """
+    kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, x.numel() // x.shape[-1]))
     if x.dtype == weight.compute_dtype:
-        return cast(torch.Tensor, kernel(x, weight.stored, bias))
+        return cast(torch.Tensor, kernel(x, stored, bias))
     bias = None if bias is None else bias.to(weight.compute_dtype)
-    return cast(torch.Tensor, kernel(x.to(weight.compute_dtype), weight.stored, bias).to(x.dtype))
+    return cast(torch.Tensor, kernel(x.to(weight.compute_dtype), stored, bias).to(x.dtype))
 
 
 @RoutedWeight.implements(torch.ops.aten._to_copy.default)  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""Plans that put every format, kernel and route into a tiny language model, on any device; also a program that runs saved ones."""
+"""Plans that put every format, kernel and route into a tiny language model; also a program that runs saved ones."""
 
 from __future__ import annotations
 

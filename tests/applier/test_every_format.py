@@ -14,7 +14,6 @@ from autoquant.applier import module_bytes
 from autoquant.calibration import Calibration
 from autoquant.candidates import get_format
 from autoquant.candidates.joined import whole_of
-from autoquant.candidates.routed import RoutedWeight
 from autoquant.models import load_model
 
 from .every_format import (

@@ -69,3 +69,15 @@ def move_tensor(tensor: torch.Tensor, device: torch.device | str, *, copy: bool 
 def stored_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the plain tensors inside `tensor`."""
     return sum(part.nbytes for part in flatten_tensor(tensor)[0])
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Check whether two tensors of one kind hold the same, bit for bit."""
+    parts, others = flatten_tensor(one)[0], flatten_tensor(other)[0]
+    return len(parts) == len(others) and all(map(_same_bits, parts, others))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(part.contiguous().reshape(-1).view(torch.uint8) for part in (one, other)))

@@ -206,7 +206,9 @@ def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
             packed = torch.load(folder / PACKED, map_location="cpu", weights_only=True)
             tensors |= {name: move_tensor(tensor, device) for name, tensor in packed.items()}
     except torch.OutOfMemoryError as error:
-        raise CheckpointError(f"{folder} does not fit into the memory of {device}: free some, or use another device") from error
+        raise CheckpointError(
+            f"{folder} does not fit into the memory of {device}: free some, or use another device"
+        ) from error
     except (OSError, SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"cannot read {folder}: {reason}; apply the plan again") from error

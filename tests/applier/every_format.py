@@ -15,6 +15,7 @@ from end_to_end.tiny import make_tokenizer
 
 import autoquant
 from autoquant.candidates import Format, formats, gemlite, get_format
+from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, Route, RouteStep
 
 VOCABULARY = 128
@@ -26,47 +27,61 @@ SHAPE = LinearShape(n=256, k=256, bias=False, dtype="bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """Formats that the layers of a model get in turn; where they are joined, siblings get one of them together."""
+    """Formats that the layers of a model get in turn.
+
+    Attributes:
+        joined: Siblings get one of them together, and are stored behind one another.
+        tuned: They are computed by the kernels that libraries tune, not by the others.
+    """
 
     name: str
     formats: tuple[str, ...]
     joined: bool = False
+    tuned: bool = False
 
-    def is_tuned(self) -> bool:
-        """Whether libraries tune some of its kernels, so that another process may use another one of theirs."""
-        return any(kernel.tuned for name in self.formats for kernel in get_format(name).kernels)
-
-
-def unsupported(fmt: Format, device: str) -> str:
-    """Why the format cannot be used on this device; empty where it can."""
-    return "" if routes(fmt, device) else str(fmt.unsupported_reason(fmt.kernels[0], SHAPE, 1, device))
+    def unsupported(self, device: str) -> str:
+        """Why the case cannot be run on this device; empty where it can."""
+        return next(filter(None, (_unsupported(get_format(name), device, self.tuned) for name in self.formats)), "")
 
 
 def cases(device: str, leave_out: frozenset[str] = frozenset()) -> list[Case]:
     """Every format alone, joined where it can be, and plans of many formats."""
     every = [fmt for fmt in formats().values() if fmt.id not in leave_out]
     joining = [fmt for fmt in every if fmt.joins]
-    usable = [fmt.id for fmt in every if not unsupported(fmt, device)]
-    mixed = [usable[start::3] for start in range(3)]
-    joined_in_turn = tuple(fmt.id for fmt in joining if not unsupported(fmt, device) and not fmt.rounds)
+    tuned = [fmt for fmt in every if any(kernel.tuned for kernel in fmt.kernels)]
+    mixed = [fmt.id for fmt in every if not _unsupported(fmt, device, tuned=False)]
     return [
         *(Case(fmt.id, (fmt.id,)) for fmt in every),
         *(Case(f"{fmt.id} joined", (fmt.id,), joined=True) for fmt in joining),
-        *(Case(f"mixed {number}", tuple(names)) for number, names in enumerate(mixed)),
-        Case("mixed joined", joined_in_turn, joined=True),
+        *(Case(f"{fmt.id} tuned", (fmt.id,), tuned=True) for fmt in tuned),
+        *(Case(f"mixed {start}", tuple(mixed[start::3])) for start in range(3)),
+        Case("mixed joined", tuple(fmt.id for fmt in joining if fmt.id in mixed), joined=True),
     ]
 
 
-def routes(fmt: Format, device: str) -> list[Route]:
+def routes(fmt: Format, device: str, *, tuned: bool = False) -> list[Route]:
     """Each usable kernel for any number of rows, and a route of two."""
     few, many = (
-        [kernel.id for kernel in fmt.kernels if fmt.unsupported_reason(kernel, SHAPE, rows, device) is None]
+        [k.id for k in fmt.kernels if k.tuned == tuned and not fmt.unsupported_reason(k, SHAPE, rows, device)]
         for rows in (min(ROWS), max(ROWS))
     )
     alone = [(RouteStep(upper_m=None, kernel=kernel),) for kernel in dict.fromkeys((*few, *many))]
     if not few or not many or few[0] == many[-1]:
         return alone
     return [*alone, (RouteStep(upper_m=8, kernel=few[0]), RouteStep(upper_m=None, kernel=many[-1]))]
+
+
+def _unsupported(fmt: Format, device: str, tuned: bool) -> str:
+    if routes(fmt, device, tuned=tuned):
+        return ""
+    kernels = [kernel for kernel in fmt.kernels if kernel.tuned == tuned]
+    return fmt.unsupported_reason(kernels[0], SHAPE, max(ROWS), device) or "" if kernels else "it has no such kernel"
+
+
+def is_tuned(module: torch.nn.Module) -> bool:
+    """Whether libraries tune a kernel that the model uses, so that another process may use another one of theirs."""
+    weights = [parameter.data for parameter in module.parameters() if isinstance(parameter.data, RoutedWeight)]
+    return any(get_format(w.format_id).kernel(step.kernel).tuned for w in weights for step in w.steps())
 
 
 def make_plan(module: torch.nn.Module, case: Case, device: str) -> Plan:
@@ -98,7 +113,7 @@ def _layer(
     module: torch.nn.Module, name: str, turn: int, case: Case, device: str, joined: tuple[str, ...]
 ) -> LayerChoice:
     fmt = get_format(case.formats[turn % len(case.formats)])
-    ways = routes(fmt, device)
+    ways = routes(fmt, device, tuned=case.tuned)
     n, k = module.get_parameter(f"{name}.weight").shape
     return LayerChoice(
         name=name,

@@ -70,7 +70,8 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         return get_format(self.format_id).dequantize(self.stored)
 
 
-def _kernel_id(route: RouteAttribute, m: int) -> str:
+def kernel_for_rows(route: RouteAttribute, m: int) -> str:
+    """Return the id of the kernel that a route uses for m rows."""
     for upper, kernel in route:
         if upper is None or m <= upper:
             return kernel
@@ -84,7 +85,7 @@ def _linear(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if not isinstance(weight, RoutedWeight):
         raise TypeError("a routed weight can only be the weight of a linear")
     m = x.numel() // x.shape[-1]
-    kernel = get_kernel_function(weight.format_id, _kernel_id(weight.route, m))
+    kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, m))
     return cast(torch.Tensor, kernel(x, weight.stored, bias))
 
 

@@ -98,11 +98,15 @@ class GraphedStep:
         step: Takes tensors, returns a tensor. It may change tensors that it knows by itself; such changes are made again by
             every replay.
         state: Gives the tensors that a step advances; they are put back after the calls that warm it up.
+        pool: Memory that several steps share, of which one runs at a time and whose output is read before the next.
     """
 
-    def __init__(self, step: Callable[..., torch.Tensor], state: Callable[[], Sequence[torch.Tensor]]) -> None:
+    def __init__(
+        self, step: Callable[..., torch.Tensor], state: Callable[[], Sequence[torch.Tensor]], pool: Any = None
+    ) -> None:
         self._step = step
         self._state = state
+        self._pool = pool
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
@@ -126,7 +130,7 @@ class GraphedStep:
                 self._put_back(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             output = self._step(*inputs)
         return graph, inputs, output
 

@@ -47,7 +47,7 @@ def attend(
     BLOCK: tl.constexpr,  # positions read at a time
     ALONE: tl.constexpr,  # one program has all blocks of a head of keys
     MASKS: tl.constexpr,  # 0: none, 1: one for all heads, 2: one for each head
-    OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,  # start while the kernel before ends
 ):
     """Attend to every `splits`-th block of a head of keys.
 
@@ -55,6 +55,8 @@ def attend(
     program lie apart, so that all programs have as much to do however far the cache is filled.
     """
     if OVERLAP:
+        # As in rows.cuh: the next kernel takes for granted that all but this one have ended.
+        gdc_wait()
         gdc_launch_dependents()
     pair, split = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)

@@ -16,7 +16,7 @@ from torch import nn
 from autoquant import checkpoint
 from autoquant.calibration import Calibration, Windows
 from autoquant.candidates import get_format
-from autoquant.candidates.flat import stored_bytes
+from autoquant.candidates.flat import same_bits, stored_bytes
 from autoquant.candidates.floats import original_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
@@ -35,7 +35,12 @@ _RIGHT_MODEL = "give the model that was searched"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppliedReport:
-    """What `apply_to_disk` wrote, and what it found when it read it back."""
+    """What `apply_to_disk` wrote, and what it found when it read it back.
+
+    Attributes:
+        repeatable: The model gives the same logits each time. Where kernels add up in another order each time, what was compared
+            is the weights.
+    """
 
     out: Path
     files: tuple[str, ...]
@@ -45,6 +50,7 @@ class AppliedReport:
     original_memory_bytes: int
     logits_identical: bool
     loaded_again: bool
+    repeatable: bool = True
 
 
 class Quantized:
@@ -144,7 +150,7 @@ def apply_to_disk(
     try:
         files = checkpoint.write(loaded, plan, scratch)
         again = checkpoint.read(scratch, _skeleton(loaded, model, plan, facts), device=device or facts.device.type)
-        _check_same(loaded, again, target)
+        repeatable = _check_same(loaded, again, target)
         scratch.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -152,7 +158,8 @@ def apply_to_disk(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    listener(Notice(f"read {target.name} back: logits are bit for bit those of the model in memory"))
+    what = "logits are" if repeatable else "its logits differ from run to run; weights are"
+    listener(Notice(f"read {target.name} back: {what} bit for bit those of the model in memory"))
     return AppliedReport(
         out=target,
         files=tuple(files),
@@ -162,6 +169,7 @@ def apply_to_disk(
         original_memory_bytes=original_bytes,
         logits_identical=True,
         loaded_again=True,
+        repeatable=repeatable,
     )
 
 
@@ -309,12 +317,29 @@ def _skeleton(loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFa
     return load_searched(plan, model, facts, None).module
 
 
-def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> None:
+def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
+    """Compare two models that should be the same, by their logits or else their weights; tell whether it was by logits.
+
+    Raises:
+        CheckpointError: They differ.
+    """
     args, keywords = _check_inputs(loaded)
-    with torch.no_grad():
-        before, after = (output_tensor(module(*args, **keywords)) for module in (loaded.module, again))
-    if not torch.equal(before, after):
+
+    def logits(module: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return output_tensor(module(*args, **keywords))
+
+    before, after = logits(loaded.module), logits(again)
+    if torch.equal(before, after):
+        return True
+    if torch.equal(before, logits(loaded.module)) or not _same_weights(loaded.module, again):
         raise CheckpointError(f"what was written for {target} does not compute the same logits; please report this")
+    return False
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(same_bits(first.data, second.data) for first, second in pairs)
 
 
 def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:

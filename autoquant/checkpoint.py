@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates import get_format
+from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError
@@ -30,6 +31,7 @@ from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
 from autoquant.models.huggingface import download
+from autoquant.models.targets import resolve_device
 from autoquant.records import Plan
 
 MANIFEST = "autoquant.json"
@@ -65,7 +67,7 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     packed = {name: tensor for name, tensor in plain.items() if not _fits_safetensors(name, tensor)}
     _write_safetensors({name: tensor for name, tensor in plain.items() if name not in packed}, folder / SAFETENSORS)
     if packed:
-        torch.save(packed, folder / PACKED)
+        torch.save({name: move_tensor(tensor, "cpu") for name, tensor in packed.items()}, folder / PACKED)
     if loaded.source.kind == "huggingface":
         _copy_huggingface_files(Path(loaded.source.path), folder)
     manifest = {
@@ -91,10 +93,13 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
     Args:
         module: The architecture, where the checkpoint cannot make it itself (a live module was searched): its weights are
             replaced in place.
+        device: Where every tensor is put as it is read.
 
     Raises:
         CheckpointError: The folder is no checkpoint, is damaged, or was packed for another CPU.
+        DeviceError: There is no such device here.
     """
+    device = resolve_device(device)
     manifest = read_manifest(folder)
     capability = manifest["cpu_capability"]
     if capability and capability != torch.backends.cpu.get_cpu_capability():
@@ -104,13 +109,15 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
         )
     for description in manifest["routed"].values():
         get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
-    tensors = _read_tensors(folder)
+    tensors = _read_tensors(folder, device)
     dtype = getattr(torch, manifest["dtype"])
     for name, description in manifest["routed"].items():
         if name not in tensors:
             raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
         route = tuple((upper, kernel) for upper, kernel in description["route"])
         tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+    for names in manifest.get("joined", []):
+        tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
     if module is None:
         try:
             module = build_architecture(manifest["source"], folder, dtype, meta=True)
@@ -120,10 +127,6 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
         if without_values(module):  # a tensor that is neither parameter nor buffer: only real construction fills it
             module = build_architecture(manifest["source"], folder, dtype, meta=False)
     _assign(module, tensors, manifest["ties"], folder)
-    module = module.to(device) if device != "cpu" else module
-    for names in manifest.get("joined", []):  # last: being moved, each weight would get memory of its own again
-        joined = join([module.get_parameter(name).data for name in names])
-        _assign(module, dict(zip(names, joined, strict=True)), manifest["ties"], folder)
     return module
 
 
@@ -187,19 +190,25 @@ def _write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file(flat, path, metadata={**metadata, "format": "pt"})
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
     try:
         with safe_open(folder / SAFETENSORS, framework="pt") as file:
             metadata = file.metadata()
-            flat = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict; clones are aligned
+            names = file.keys()
+            flat = {name: file.get_tensor(name).to(device, copy=True) for name in names}  # copies are aligned
         tensors, rest = unflatten_tensor_state_dict(flat, metadata)
         if rest:
             raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {', '.join(list(rest)[:3])}")
         if (folder / PACKED).exists():
-            tensors |= torch.load(folder / PACKED, weights_only=True)
+            packed = torch.load(folder / PACKED, map_location="cpu", weights_only=True)
+            tensors |= {name: move_tensor(tensor, device) for name, tensor in packed.items()}
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(
+            f"{folder} does not fit into the memory of {device}: free some, or use another device"
+        ) from error
     except (OSError, SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"cannot read {folder}: {reason}; apply the plan again") from error

@@ -25,7 +25,8 @@ class CudaKernel:
     Args:
         file: Name of the file beside this one, which may include the headers (`.cuh`) there.
         name: The kernel's, declared `extern "C"`.
-        defines: What the source is to be compiled with.
+        defines: What the source is to be compiled with. If OVERLAP is 1, the kernel starts while the one before it ends, in
+            CUDA graphs from compute capability 9.0 on: the source must wait for that one before it touches what others write.
 
     Raises:
         CandidateError: It does not compile, or the driver does not take it.
@@ -40,6 +41,7 @@ class CudaKernel:
             torch.cuda.current_stream()  # PyTorch's context is the current one from here on
             module = _checked(driver.cuModuleLoadData(_compile(source, file, torch.cuda.get_device_capability())))
             self._function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+            self._overlaps = dict(defines).get("OVERLAP") == 1 and torch.cuda.get_device_capability() >= (9, 0)
 
     def launch(self, blocks: int, threads: int, *arguments: torch.Tensor | int | None) -> None:
         """Launch on the current stream of the tensors' device; None is a null pointer."""
@@ -48,7 +50,10 @@ class CudaKernel:
         values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments)
         types = tuple(ctypes.c_int if isinstance(a, int) else ctypes.c_void_p for a in arguments)
         stream = torch.cuda.current_stream().cuda_stream
-        _checked(driver.cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, (values, types), 0))
+        if self._overlaps and torch.cuda.is_current_stream_capturing():
+            _launch_overlapping(self._function, blocks, threads, stream, (values, types))
+        else:
+            _checked(driver.cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, (values, types), 0))
 
 
 @functools.cache
@@ -73,6 +78,24 @@ def _compile(source: str, file: str, capability: tuple[int, int]) -> bytes:
     _checked(nvrtc.nvrtcGetCUBIN(program, binary))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return binary
+
+
+def _launch_overlapping(function: Any, blocks: int, threads: int, stream: int, parameters: Any) -> None:
+    """Launch a kernel that may start before the one before it has ended (programmatic dependent launch).
+
+    Args:
+        parameters: As `cuLaunchKernel` takes them.
+    """
+    from cuda.bindings import driver
+
+    overlap, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.hStream = stream
+    config.attrs, config.numAttrs = [overlap], 1
+    _checked(driver.cuLaunchKernelEx(config, function, parameters, 0))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

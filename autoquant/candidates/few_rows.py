@@ -12,6 +12,8 @@ from autoquant.records import LinearShape
 
 ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16
 """Rows of x that tensor cores take at a time, and how many a product of a few rows takes at most."""
+OVERLAP = True
+"""Whether products in a CUDA graph start while the kernel before them ends, where the GPU can (see `CudaKernel`)."""
 Setting = tuple[int, int, int]
 """Warps and tiles of 16 rows of a block, and blocks that a multiprocessor should hold."""
 Settings = Sequence[tuple[int, Setting, Setting]]
@@ -44,7 +46,7 @@ def multiply_rows(
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     warps, tiles, blocks = setting_of(settings, n, m, processors)
     eights = -(-m // ROWS_OF_A_PRODUCT)
-    sizes = (("WARPS", warps), ("TILES", tiles), ("BLOCKS", blocks), ("EIGHTS", eights))
+    sizes = (("WARPS", warps), ("TILES", tiles), ("BLOCKS", blocks), ("EIGHTS", eights), ("OVERLAP", int(OVERLAP)))
     kernel = cuda_kernel(source, name, (*defines, *sizes), x.device)
     x, y = x.contiguous(), x.new_empty(m, n)
     with torch.cuda.device(x.device):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
 from autoquant.candidates.joined import Whole, whole_of
-from autoquant.candidates.routed import RoutedWeight, get_kernel_function, kernel_for_rows
+from autoquant.candidates.routed import RoutedWeight, multiply
 from autoquant.records import content_key
 
 _Kept = tuple[torch.Tensor, torch.Tensor, int]
@@ -182,8 +182,7 @@ def _eager_whole(weight: RoutedWeight, operand: Operand, x: torch.Tensor) -> tor
 
 def _eager(weight: RoutedWeight, operand: Operand, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute with the weight's route as it is now, since a plan may be judged by other kernels than it is run by."""
-    kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, x.numel() // x.shape[-1]))
-    return cast(torch.Tensor, kernel(x, operand.stored, bias))
+    return multiply(x, weight, cast(torch.Tensor, operand.stored), bias)
 
 
 _PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {}

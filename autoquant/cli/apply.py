@@ -66,6 +66,10 @@ def _print_report(plan: Plan, report: AppliedReport) -> None:
         raise CheckpointError(
             f"{report.out} was written, but its logits differ from the model's in memory: do not use it"
         )
+    elif not report.repeatable:
+        typer.echo(
+            "Read back: its weights are those of the quantized model in memory, whose logits differ from run to run."
+        )
     else:
         typer.echo("Read back: its logits are bit for bit those of the quantized model in memory.")
     typer.echo(f'Load it with autoquant.load("{report.out}")')

@@ -21,6 +21,7 @@ class Report:
     original_memory_bytes: int = 2**25
     logits_identical: bool = True
     loaded_again: bool = True
+    repeatable: bool = True
 
 
 @pytest.fixture
@@ -68,6 +69,12 @@ def test_a_checkpoint_that_differs_from_memory_is_an_error(runner, database, wor
     result = runner.invoke(app, ["apply", str(database), "--out", "DIR"])
     assert result.exit_code == 2
     assert "do not use it" in result.stderr
+
+
+def test_logits_that_differ_from_run_to_run_are_not_said_to_be_the_same(runner, database, work):
+    work.changes = {"repeatable": False}
+    result = runner.invoke(app, ["apply", str(database), "--out", "DIR"])
+    assert result.exit_code == 0 and "its weights are those" in result.stdout and "bit for bit" not in result.stdout
 
 
 def test_a_missing_database_is_refused_before_anything_is_written(runner, tmp_path, work):

@@ -18,14 +18,18 @@ from autoquant.profiler.caches import kernels_kept, use_kernel_caches
 from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
 from autoquant.profiler.device import compile_failure
 from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
+from autoquant.runtime.attention import use_token_attention
+from autoquant.runtime.cache import StepState, static_cache, takes_made_mask
 
 CHUNKS = (1024, 256, 64)
 """Tokens of a sequence in one step, for prompts."""
 _MOST_ROWS = 16384
 _SHORTEST_CACHE = 256
 _FILL_FROM = 0.75
+_LARGEST_ERROR = 0.5  # float8 rounds elsewhere in a compiled model: only garbage is meant to be caught
 
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Step = Callable[[torch.Tensor], torch.Tensor]
+"""Token ids `[batch, tokens]` to logits `[batch, 1, vocabulary]`."""
 
 
 def cache_positions(tokens: int) -> int:
@@ -60,6 +64,9 @@ class Decoder:
 
     Attributes:
         note: How steps are compiled where that is not as usual, and why.
+
+    Raises:
+        TypeError: The model keeps something else than keys and values.
     """
 
     def __init__(self, model: nn.Module, batch: int, positions: int, *, padded: bool) -> None:
@@ -68,15 +75,12 @@ class Decoder:
         self._model = model
         self._device = next(model.parameters()).device
         with torch.inference_mode(False), torch.no_grad():
-            self._cache = _static_cache(model, positions)
-            self._mask = torch.ones(batch, positions, dtype=torch.long, device=self._device) if padded else None
-            self._first = torch.zeros(batch, 1, dtype=torch.long, device=self._device)
-            self._keep = torch.zeros(1, dtype=torch.long, device=self._device)
-            self._step_of(model)(self._first, self._first, self._keep)  # makes the cache's tensors
+            self._state = StepState(batch, positions, self._device, padded=padded)
+            self._cache = static_cache(model, self._state)
+            self._run_eagerly(self._ids(1))  # makes the cache's tensors
         self._steps: dict[int, Step] = {}
         self._in_parts: Step | None = None
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        self._position = self._first
 
     def start(self, mask: torch.Tensor | None) -> None:
         """Forget all tokens.
@@ -84,12 +88,7 @@ class Decoder:
         Args:
             mask: `[batch, tokens]`, 0 for the prompt's padding; only for a padded decoder.
         """
-        for length in self._lengths():
-            length.zero_()
-        if self._mask is not None:
-            self._mask.fill_(1)
-            if mask is not None:
-                self._mask[:, : mask.shape[1]] = mask
+        self._state.start(mask)
 
     def prompt(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Take a prompt in.
@@ -102,21 +101,17 @@ class Decoder:
         """
         start, logits = 0, torch.empty(0)
         for size in chunks_of(ids.shape[1], self.batch):
-            taken = min(size, ids.shape[1] - start)
-            part, places = ids[:, start : start + taken], positions[:, start : start + taken]
-            logits = self._run(_filled(part, size), _filled(places, size), taken)
-            start += taken
-            if taken < size:
-                for length in self._lengths():
-                    length.sub_(size - taken)
-        self._position = positions[:, -1:] + 1
+            end = min(start + size, ids.shape[1])
+            self._state.place(_filled(positions[:, start:end], size), kept=end - start - 1)
+            logits = self._run(_filled(ids[:, start:end], size))
+            self._state.take_back(start + size - end)
+            start = end
+        self._state.place(positions[:, -1:] + 1, kept=0)
         return logits
 
     def token(self, ids: torch.Tensor) -> torch.Tensor:
         """Take one token of each sequence in, `[batch, 1]`; as `prompt`."""
-        logits = self._run(ids, self._position, 1)
-        self._position = self._position + 1
-        return logits
+        return self._run(ids)
 
     def filled_cache(self, tokens: int) -> Any:
         """Return the keys and values of the first `tokens` positions, as transformers hands them out."""
@@ -128,32 +123,38 @@ class Decoder:
             cache.update(keys, values, number)
         return cache
 
-    def _run(self, ids: torch.Tensor, positions: torch.Tensor, taken: int) -> torch.Tensor:
+    def _run(self, ids: torch.Tensor) -> torch.Tensor:
         size = ids.shape[1]
-        step = self._steps.get(size)
-        if step is None:
-            step = self._steps[size] = self._make(size)
-        keep = self._keep if taken == 1 else torch.full_like(self._keep, taken - 1)
-        return step(ids, positions, keep)[:, -1]
+        if size not in self._steps:
+            self._steps[size] = self._make(size)
+        return self._steps[size](ids)[:, -1]
 
-    def _lengths(self) -> list[torch.Tensor]:
-        return [layer.cumulative_length for layer in self._cache.layers]
+    def _run_eagerly(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._step_of(self._model)(ids)
+
+    def _ids(self, size: int) -> torch.Tensor:
+        """Return token ids that can always be run."""
+        return torch.arange(size, device=self._device).expand(self.batch, size) % 7
 
     def _step_of(self, module: nn.Module) -> Step:
         keeps = bool(self._model._supports_logits_to_keep())  # type: ignore[operator]
+        own_mask = takes_made_mask(self._model)
+        state = self._state
 
-        def step(ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        def step(ids: torch.Tensor) -> torch.Tensor:
+            places = state.begin(ids.shape[1])
             output = module(
                 input_ids=ids,
-                position_ids=positions,
-                attention_mask=self._mask,
+                position_ids=places.positions,
+                attention_mask=state.mask(places) if own_mask else state.padding,
                 past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
-                **({"logits_to_keep": keep} if keeps else {}),
+                **({"logits_to_keep": state.kept} if keeps else {}),
             )
             logits: torch.Tensor = output.logits
-            return logits if keeps else logits.index_select(1, keep)
+            state.end(places)
+            return logits if keeps else logits.index_select(1, state.kept)
 
         return step
 
@@ -175,34 +176,40 @@ class Decoder:
 
     def _compiled(self, division: Division) -> Step:
         use_kernel_caches()
-        if division == "parts":
+        on_gpu = self._device.type == "cuda"
+        if division != "parts":
+            step = compile_forward(self._step_of(self._ready(regions=division == "regions")))
+        else:
             if self._in_parts is None:
-                ready = compile_parts(ready_to_compile(self._model, regions=False))
+                ready = compile_parts(self._ready(regions=False))
                 self._in_parts = told_that_it_is_compiled()(self._step_of(ready))
             step = self._in_parts
-        else:
-            ready = ready_to_compile(self._model, regions=division == "regions")
-            step = compile_forward(self._step_of(ready))
+        return GraphedStep(step, self._state.tensors, self._pool) if on_gpu else step
+
+    def _ready(self, *, regions: bool) -> nn.Module:
+        ready = ready_to_compile(self._model, regions=regions)
         if self._device.type == "cuda":
-            return GraphedStep(step, self._lengths, self._pool)
-        return step
+            use_token_attention(ready)
+        return ready
 
     def _try(self, step: Step, size: int) -> None:
-        """Run a step, which compiles it, and leave the cache as it was where that matters.
+        """Run a step, which compiles it, and compare it with the same step run eagerly.
 
-        Keys and values are written behind those that are there, and overwritten later.
+        What is in the cache stays: keys and values are written behind it, and overwritten later.
+
+        Raises:
+            ValueError: They differ by more than rounding explains.
         """
-        before = [length.clone() for length in self._lengths()]
-        ids = torch.zeros(self.batch, size, dtype=torch.long, device=self._device)
-        room = self.positions - size
-        for length in self._lengths():
-            length.clamp_(max=room)
-        try:
-            with kernels_kept(str(self._device)):
-                step(ids, ids, self._keep)
-        finally:
-            for length, value in zip(self._lengths(), before, strict=True):
-                length.copy_(value)
+        ids = self._ids(size)
+        with self._state.set_aside(size), kernels_kept(str(self._device)):
+            step(ids)
+        with self._state.set_aside(size):
+            got = step(ids).float()
+        with self._state.set_aside(size):
+            wanted = self._run_eagerly(ids).float()
+        error = ((got - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+        if not error <= _LARGEST_ERROR:  # NaN counts as wrong
+            raise ValueError(f"it is off by {error:.2g} (relative) from the same step run eagerly")
 
 
 def _divisions(model: nn.Module, device: torch.device) -> tuple[Division, ...]:
@@ -213,26 +220,7 @@ def _divisions(model: nn.Module, device: torch.device) -> tuple[Division, ...]:
     return ("parts", "regions", "whole") if blocks else ("whole",)
 
 
-def _static_cache(model: nn.Module, positions: int) -> Any:
-    """Return a cache all of whose layers hold every position: windows are left to the mask.
-
-    Raises:
-        TypeError: The model keeps something else than keys and values.
-    """
-    from transformers import StaticCache
-    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
-
-    cache = StaticCache(config=model.config, max_cache_len=positions)
-    kinds = {type(layer) for layer in cache.layers} - {StaticLayer, StaticSlidingWindowLayer}
-    if kinds:
-        raise TypeError(f"it keeps a {', '.join(sorted(kind.__name__ for kind in kinds))}")
-    cache.layers = [StaticLayer(max_cache_len=positions) for _ in cache.layers]
-    return cache
-
-
 def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """Return `[batch, tokens]` made `size` tokens long; what is added goes on as positions do."""
+    """Return `[batch, tokens]` made `size` tokens long by repeating the last one."""
     missing = size - tensor.shape[1]
-    if missing <= 0:
-        return tensor
-    return torch.cat((tensor, tensor[:, -1:].expand(-1, missing)), dim=1)
+    return torch.cat((tensor, tensor[:, -1:].expand(-1, missing)), dim=1) if missing > 0 else tensor

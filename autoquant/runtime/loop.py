@@ -41,10 +41,14 @@ class Loop:
         synced_gpus: bool = False,
         **model_inputs: Any,
     ) -> None:
+        from transformers.generation import MaxLengthCriteria
+
         self._decoder = decoder
         self._ids = input_ids
         self._processor = logits_processor
-        self._criteria = stopping_criteria
+        self._limit: int = stopping_criteria.max_length
+        # The host knows the length: asking a criterion for it would launch kernels in every step.
+        self._criteria = [one for one in stopping_criteria if type(one) is not MaxLengthCriteria]
         self._config = generation_config
         self._streamer = streamer
         self._mask = model_inputs.get("attention_mask")
@@ -53,12 +57,13 @@ class Loop:
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._pad = generation_config._pad_token_tensor.to(input_ids.device) if ends else None
         kept = generation_config.return_dict_in_generate
+        self._reads_scores = bool(len(logits_processor) or generation_config.do_sample or kept)
         self._scores: list[torch.Tensor] | None = [] if kept and generation_config.output_scores else None
         self._logits: list[torch.Tensor] | None = [] if kept and generation_config.output_logits else None
 
     def run(self) -> Any:
         """Return what `_sample` returns."""
-        prompt, limit = self._ids.shape[1], self._criteria.max_length
+        prompt, limit = self._ids.shape[1], self._limit
         seen = _Seen(self._ids, max(limit - prompt, 1), self._streamer)
         self._decoder.start(self._mask)
         logits = self._decoder.prompt(self._ids, self._prompt_positions())
@@ -91,7 +96,7 @@ class Loop:
 
     def _next(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose the next tokens `[batch]` and note which sequences have ended."""
-        raw = logits.to(copy=True, dtype=torch.float32)
+        raw = logits.to(copy=True, dtype=torch.float32) if self._reads_scores else logits
         scores = self._processor(self._ids, raw)
         if self._scores is not None:
             self._scores.append(scores)
@@ -105,7 +110,8 @@ class Loop:
             tokens = tokens * self._unfinished + self._pad * (1 - self._unfinished)
         self._ids = torch.cat((self._ids, tokens[:, None]), dim=-1)
         so_far = None if self._scores is None else tuple(self._scores)
-        self._unfinished = self._unfinished & ~self._criteria(self._ids, so_far)
+        for criterion in self._criteria:
+            self._unfinished = self._unfinished & ~criterion(self._ids, so_far)
         return tokens
 
     def _result(self, length: int, steps: int) -> Any:

@@ -27,6 +27,7 @@ from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import settle
 from autoquant.profiler.phases import output_tensor
 from autoquant.records import LayerChoice, Plan
+from autoquant.runtime import prepare
 from autoquant.store import StudyFacts
 
 _CHECK_TOKENS = 48
@@ -114,6 +115,7 @@ def apply(
             _replace(model, layer, quantized, made)
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
+    prepare(model)
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
     for text in dict.fromkeys(filter(None, (_stand_ins(model, layer) for layer in plan.layers))):
         listener(Notice(text))
@@ -183,7 +185,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, device: str = "c
     Raises:
         CheckpointError: The folder is no such model, is damaged, or was packed for another CPU.
     """
-    return settle(checkpoint.read(Path(folder), model, device))
+    return prepare(settle(checkpoint.read(Path(folder), model, device)))
 
 
 def module_bytes(module: nn.Module) -> int:

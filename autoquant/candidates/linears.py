@@ -37,16 +37,17 @@ def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
     """
     wanted = torch.Tensor if any_subclass else RoutedWeight
     for owner in module.modules():
-        if computes_as_linear(owner) and isinstance(owner.weight, wanted):
-            if is_traceable_wrapper_subclass(owner.weight) and not isinstance(owner, _Apart):
-                owner.__class__ = _class_for(type(owner))
-                cast(_Apart, owner).take_apart()
+        if isinstance(owner, ApartLinear) or not computes_as_linear(owner) or not isinstance(owner.weight, wanted):
+            continue
+        if is_traceable_wrapper_subclass(owner.weight):
+            owner.__class__ = _class_for(type(owner))
+            cast(ApartLinear, owner).take_apart()
     return module
 
 
 def computes_as_linear(owner: nn.Module) -> bool:
     """Check that a module is a linear with the usual forward pass."""
-    return isinstance(owner, nn.Linear) and type(owner).forward in (nn.Linear.forward, _Apart.forward)
+    return isinstance(owner, nn.Linear) and type(owner).forward in (nn.Linear.forward, ApartLinear.forward)
 
 
 class Operand:
@@ -104,7 +105,7 @@ def operand_of(weight: torch.Tensor) -> tuple[Operand, int]:
     return operand, whole.start
 
 
-class _Apart(nn.Linear):
+class ApartLinear(nn.Linear):
     """A linear that multiplies with the tensors inside its weight."""
 
     _operand: Operand
@@ -159,16 +160,16 @@ class _Apart(nn.Linear):
         self.take_apart()
 
 
-class RoutedLinear(_Apart):
+class RoutedLinear(ApartLinear):
     """An `nn.Linear` whose quantized weight was taken apart."""
 
 
-_classes: dict[type[nn.Linear], type[_Apart]] = {nn.Linear: RoutedLinear}
+_classes: dict[type[nn.Linear], type[ApartLinear]] = {nn.Linear: RoutedLinear}
 
 
-def _class_for(kind: type[nn.Linear]) -> type[_Apart]:
+def _class_for(kind: type[nn.Linear]) -> type[ApartLinear]:
     if kind not in _classes:
-        _classes[kind] = type(kind.__name__, (_Apart, kind), {"__module__": kind.__module__})
+        _classes[kind] = type(kind.__name__, (ApartLinear, kind), {"__module__": kind.__module__})
     return _classes[kind]
 
 

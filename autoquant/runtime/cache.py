@@ -124,7 +124,9 @@ def static_cache(model: nn.Module, state: StepState) -> Any:
 
     length = len(state._all)
     cache = StaticCache(config=model.config, max_cache_len=length)
-    if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)}:
+    if other := {
+        type(layer).__name__ for layer in cache.layers if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)
+    }:
         raise TypeError(f"it keeps a {', '.join(sorted(other))}")
 
     class Layer(StaticLayer):  # type: ignore[misc]

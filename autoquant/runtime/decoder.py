@@ -18,6 +18,7 @@ from autoquant.profiler.caches import kernels_kept, use_kernel_caches
 from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
 from autoquant.profiler.device import compile_failure
 from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
+from autoquant.runtime.attention import use_token_attention
 from autoquant.runtime.cache import StepState, static_cache, takes_made_mask
 
 CHUNKS = (1024, 256, 64)
@@ -175,17 +176,21 @@ class Decoder:
 
     def _compiled(self, division: Division) -> Step:
         use_kernel_caches()
-        if division == "parts":
+        on_gpu = self._device.type == "cuda"
+        if division != "parts":
+            step = compile_forward(self._step_of(self._ready(regions=division == "regions")))
+        else:
             if self._in_parts is None:
-                ready = compile_parts(ready_to_compile(self._model, regions=False))
+                ready = compile_parts(self._ready(regions=False))
                 self._in_parts = told_that_it_is_compiled()(self._step_of(ready))
             step = self._in_parts
-        else:
-            ready = ready_to_compile(self._model, regions=division == "regions")
-            step = compile_forward(self._step_of(ready))
+        return GraphedStep(step, self._state.tensors, self._pool) if on_gpu else step
+
+    def _ready(self, *, regions: bool) -> nn.Module:
+        ready = ready_to_compile(self._model, regions=regions)
         if self._device.type == "cuda":
-            return GraphedStep(step, self._state.tensors, self._pool)
-        return step
+            use_token_attention(ready)
+        return ready
 
     def _try(self, step: Step, size: int) -> None:
         """Run a step, which compiles it, and compare it with the same step run eagerly.

@@ -168,6 +168,26 @@ def compiled_steps(model: Any, ids: torch.Tensor, longest: int, **settings: Any)
     return call
 
 
+LOOPS = {
+    "fast": "autoquant generate",
+    "plain": "transformers generate",
+    "static": "transformers generate, static cache",
+    "compile": "torch.compile",
+    "reduce-overhead": "torch.compile, reduce-overhead",
+}
+
+
+def make_loop(loop: str, models: dict[str, nn.Module], ids: torch.Tensor, longest: int) -> Callable[[int], Any]:
+    """Return what runs a request of so many new tokens in one of `LOOPS`."""
+    if loop == "fast":
+        return generating(models["fast"], ids)
+    if loop == "plain":
+        return generating(models["plain"], ids)
+    if loop == "static":
+        return generating(models["plain"], ids, cache_implementation="static")
+    return compiled_steps(models["plain"], ids, longest, **({} if loop == "compile" else {"mode": loop}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=8)
@@ -177,38 +197,23 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--formats", nargs="*", default=["int4"])
-    parser.add_argument("--loops", nargs="*", default=["fast", "plain", "static", "compile", "reduce-overhead"])
+    parser.add_argument("--loops", nargs="*", default=list(LOOPS), choices=list(LOOPS))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    torch._dynamo.config.recompile_limit = 64  # every model compiles the same functions of transformers
     model = make_model(options.layers, options.vocabulary, "cuda")
     ids = torch.randint(1, options.vocabulary, (options.batch, options.prompt), device="cuda")
     models = {"bf16": model} | {name: quantized(model, name) for name in options.formats}
-    longest = options.prompt + options.new
     rows = []
-
-    def add(name: str, make: Callable[[], Callable[[int], Any]]) -> None:
-        try:
-            rows.append(Row(name, make(), options.new))
-        except Exception as error:  # a loop that cannot run is a result, too
-            print(f"{name} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
-
     for name, each in models.items():
-        plain, fast = take_apart(share(each)), prepare(share(each))
+        prepared = {"plain": take_apart(share(each)), "fast": prepare(share(each))}
         for loop in options.loops:
-            if loop == "fast":
-                add(f"{name} autoquant generate", lambda: generating(fast, ids))
-            elif loop == "plain":
-                add(f"{name} transformers generate", lambda: generating(plain, ids))
-            elif loop == "static":
-                add(
-                    f"{name} transformers generate, static cache",
-                    lambda: generating(plain, ids, cache_implementation="static"),
-                )
-            else:
-                torch._dynamo.reset()
-                settings = {} if loop == "compile" else {"mode": loop}
-                add(f"{name} torch.compile {settings}", lambda: compiled_steps(plain, ids, longest, **settings))
+            try:
+                row = f"{name} {LOOPS[loop]}"
+                rows.append(Row(row, make_loop(loop, prepared, ids, options.prompt + options.new), options.new))
+            except Exception as error:  # noqa: BLE001 - a loop that cannot run is a result, too
+                print(f"{row} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
     for _ in range(options.rounds):
         for row in rows:
             row.round()
@@ -219,7 +224,11 @@ def main() -> None:
     name = f"rows-{options.layers}x{options.vocabulary}-b{options.batch}-{options.prompt}+{options.new}.json"
     (options.out / name).write_text(json.dumps({**about, "settings": settings, "rows": results}, indent=1))
     for result in results:
-        print("{row:48s} first {first_token_ms:8.2f} ms  step {step_ms:7.3f} ms  request {request_ms:9.2f} ms".format(**result))
+        print(
+            "{row:48s} first {first_token_ms:8.2f} ms  step {step_ms:7.3f} ms  request {request_ms:9.2f} ms".format(
+                **result
+            )
+        )
     agree(rows)
 
 
@@ -229,9 +238,9 @@ def agree(rows: list[Row]) -> None:
     for row in rows:
         name = row.name.split()[0]
         first = firsts.setdefault(name, row)
-        if row.name.endswith("}") or first is row:
+        if "torch.compile" in row.name or first is row:
             continue
-        same = (row.tokens == first.tokens).long().cumprod(-1).sum(-1) - 0
+        same = (row.tokens == first.tokens).long().cumprod(-1).sum(-1)
         print(f"{row.name}: greedy tokens the same up to {same.tolist()} of {row.tokens.shape[1]}")
 
 

@@ -14,6 +14,7 @@ from autoquant.applier import module_bytes
 from autoquant.calibration import Calibration
 from autoquant.candidates import get_format
 from autoquant.candidates.joined import whole_of
+from autoquant.errors import DeviceError
 from autoquant.models import load_model
 
 from .every_format import (
@@ -112,6 +113,13 @@ def test_plans_are_loaded_and_run_by_a_new_process(put_in, tmp_path):
     found = outputs_elsewhere(folders, "cpu", tmp_path / "outputs.pt")
     for name, wanted in expected.items():
         assert_same(found[name], wanted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(put_in, tmp_path):
+    put_in(CASES["int8-row/plain"], tmp_path)
+    with pytest.raises(DeviceError, match="sees no CUDA device"):
+        autoquant.load(tmp_path, device="cuda")
 
 
 def test_every_kernel_of_a_usable_format_is_in_some_case():

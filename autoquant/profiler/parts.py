@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
-from autoquant.profiler.compiled import compile_graph, products_once, repeated_blocks
+from autoquant.profiler.compiled import compile_graph, repeated_blocks
 from autoquant.records import content_key
 
 
@@ -131,7 +131,7 @@ def _compile(
         return found
 
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    with _Hollow() as hollow, products_once(), _LinearsOfRows():
+    with told_that_it_is_compiled(), _Hollow() as hollow, _LinearsOfRows():
         graph = make_fx(flat)(*map(hollow.of, inputs))
     constants = _as_inputs(graph)
     function = _function(graph, [*inputs, *constants])

@@ -65,12 +65,24 @@ def compile_forward(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     """Inductor, after products that several linears ask for are computed once."""
-    from torch._inductor.compile_fx import compile_fx
-
     for part in graph.modules():
         if isinstance(part, torch.fx.GraphModule):
             _compute_once(part)
-    return compile_fx(graph, inputs)
+    return compile_graph(graph, inputs)
+
+
+GPU_SETTINGS: dict[str, Any] = {"combo_kernels": True}
+"""Of Inductor: small kernels that do not need one another are one, as turning queries and keys and filling the cache are."""
+
+
+def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Compile a graph with Inductor."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    on_gpu = any(isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda" for tensor in inputs)
+    with config.patch(GPU_SETTINGS if on_gpu else {}):
+        return compile_fx(graph, list(inputs))
 
 
 def _compute_once(graph: torch.fx.GraphModule) -> None:

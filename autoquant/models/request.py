@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from autoquant.models.loaded import ModelSource, SourceKind
@@ -30,7 +31,7 @@ class Request:
             kind=kind,
             path=path,
             model_factory=self.model_factory,
-            tokenizer=self.tokenizer,
+            tokenizer=None if self.tokenizer is None else str(Path(self.tokenizer).expanduser().absolute()),
             trust_pickle=self.trust_pickle,
             sample_inputs=self.sample_inputs if isinstance(self.sample_inputs, str) else None,
         )

@@ -126,7 +126,7 @@ def search(
         model_factory=model_factory,
         tokenizer=tokenizer,
         trust_pickle=trust_pickle,
-        sample_inputs=sample_inputs if isinstance(sample_inputs, str) else None,
+        sample_inputs=sample_inputs,
     )
     measure = own or _text_quality(loaded, eval_text, place, inputs=any(fmt.needs_inputs for fmt, _ in pairs))
     workload = workload or default_workload(loaded.kind, batch)

@@ -93,7 +93,8 @@ def _from_state(
     with torch.device("meta"):
         skeleton = from_config(folder, torch.float32)
     wanted = skeleton.state_dict()
-    named = renamed(state, skeleton, getattr(skeleton, "base_model_prefix", ""))
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    named = renamed(tensors, skeleton, getattr(skeleton, "base_model_prefix", ""))
     computed = [name for name, value in named.items() if name not in wanted and is_computed(name, value, skeleton)]
     kept = {name: value for name, value in named.items() if name not in computed}
     own, different = without_aliases(kept, tied_names(skeleton))
@@ -268,8 +269,13 @@ def give_generation_config(module: nn.Module, folder: Path) -> None:
     """Let the model generate as the folder's `generation_config.json` says, where there is one."""
     from transformers import GenerationConfig
 
-    if (folder / _GENERATION_CONFIG).is_file():
+    path = folder / _GENERATION_CONFIG
+    if not path.is_file():
+        return
+    try:
         module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"cannot read {path} ({first_line(error)}): download or save it again") from error
 
 
 def _tokenizer(folder: Path, request: Request) -> Any:

@@ -17,7 +17,7 @@ _MASKS = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(masked_)
 
 
 def renamed(state: Mapping[str, Any], module: nn.Module, base: str = "") -> dict[str, Any]:
-    """The state with the names that its weights have in `module`; see `fitted`."""
+    """The state under the names that it has in `module`; see `fitted`."""
     return {new: state[stored] for stored, new in fitted(state, module.state_dict(), base).items()}
 
 

@@ -102,6 +102,11 @@ def _from_state(
         raise ModelError(
             f"{folder / _CONFIG} ties {some(different)}, but they differ in {path}: set tie_word_embeddings to false there"
         )
+    if strict and not any(name in wanted for name in own):
+        raise ModelError(
+            f"{path} has none of the weights of {type(skeleton).__name__}, which the config.json beside it describes: give"
+            " --model-factory package.module:callable that returns the module that they are of, or its own config.json"
+        )
     tally = DtypeTally()
     digest = content_hash(tally.watch(own.items()), _architecture(config))
     stored = _plain_dtype(tally, path)

@@ -21,17 +21,18 @@ class _Option:
     words: str
 
 
-_TRUST = _Option("--trust-pickle", "--trust-pickle if you trust its author")
+_TRUST = _Option("--trust-pickle", "--trust-pickle (if you trust its author)")
 _FACTORY = _Option(
     "--model-factory my_code:build",
-    "--model-factory package.module:callable that returns the module to load them into",
+    "--model-factory package.module:callable (returns the module that the weights are of)",
 )
 _INPUTS = _Option(
-    "--sample-inputs my_code:inputs",
-    "--sample-inputs package.module:callable that returns the inputs of one forward pass",
+    "--sample-inputs my_code:inputs", "--sample-inputs package.module:callable (returns the inputs of one forward pass)"
 )
 _TOKENIZER = _Option("--tokenizer FOLDER", "--tokenizer FOLDER")
-_EITHER = _Option(_INPUTS.example, f"{_INPUTS.words} (or, if it takes token ids, {_TOKENIZER.words})")
+_EITHER = _Option(
+    _INPUTS.example, f"{_INPUTS.words}, or for a model of token ids {_TOKENIZER.words} in place of the latter"
+)
 
 
 def missing(
@@ -54,7 +55,7 @@ def missing(
     """
     options = list(_options(request, trust=trust, factory=factory, reads_tokens=reads_tokens))
     example = " ".join(["autoquant search", shlex.quote(request.name), *(option.example for option in options)])
-    return ModelError(f"{problem}: give {_listed(option.words for option in options)} ({example}); or {instead}")
+    return ModelError(f"{problem}: give {_listed(option.words for option in options)}, e.g. `{example}`; or {instead}")
 
 
 def _options(request: Request, *, trust: bool, factory: bool, reads_tokens: bool | None) -> Iterator[_Option]:

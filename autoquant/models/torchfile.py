@@ -198,7 +198,9 @@ def _untrusted(path: Path, error: Exception, request: Request, *, is_zip: bool) 
         problem,
         trust=True,
         reads_tokens=class_reads_tokens(kind),
-        instead="export the module, torch.export.save(torch.export.export(module, inputs), 'model.pt2')",
+        instead="save it with save_pretrained() and give that folder"
+        if class_reads_tokens(kind)
+        else "export the module, torch.export.save(torch.export.export(module, inputs), 'model.pt2')",
     )
 
 

@@ -144,7 +144,7 @@ MISTAKES = {
     ),
     "a pickled module without trust": Mistake(
         f"{OWN} {OWN_JUDGE}",
-        "give (--trust-pickle) if you trust its author",
+        r"give (--trust-pickle) \(if you trust its author\)",
         f"{OWN} {OWN_JUDGE} {{0}}",
     ),
     "a pickled module and nothing else": Mistake(

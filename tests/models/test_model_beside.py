@@ -132,6 +132,12 @@ def test_weights_that_the_model_lacks_or_has_too_many_of_are_named(by_hand, refu
     assert "has extra.weight" in message and "--model-factory" in message
 
 
+def test_weights_of_another_module_beside_the_config_need_a_factory(by_hand, refusal):
+    path, _ = by_hand(lambda _: torch.nn.Linear(4, 4).state_dict())
+    message = refusal(ModelError, load_model, path)
+    assert "none of the weights of LlamaForCausalLM" in message and "--model-factory" in message
+
+
 def test_a_weight_of_another_shape_is_named_with_both_shapes(by_hand, refusal):
     wrong = {"model.layers.1.mlp.up_proj.weight": torch.ones(9, 32)}
     message = refusal(ModelError, load_model, by_hand(lambda state: state | wrong)[0])

@@ -16,7 +16,7 @@ from autoquant.models import load_model
 
 def options(message):
     """The options of the example in a message."""
-    example = message[message.index("(autoquant search ") + 1 : message.index("); or ")]
+    example = message[message.index("`autoquant search ") + 1 : message.index("`; or ")]
     return [word for word in shlex.split(example)[3:] if word.startswith("--")]
 
 
@@ -57,14 +57,14 @@ def test_a_pickled_module_is_named_and_needs_trust_and_inputs(tmp_path, refusal,
     message = refusal(ModelError, load_model, path)
     assert "torch.nn.modules.container.Sequential" in message
     assert options(message) == ["--trust-pickle", "--sample-inputs"]
-    assert "or, if it takes token ids, --tokenizer FOLDER" in message
+    assert "or for a model of token ids --tokenizer FOLDER in place of the latter" in message
 
 
 def test_a_pickled_language_model_needs_trust_and_a_tokenizer(tmp_path, refusal, save_llama):
     torch.save(tiny_llama(), tmp_path / "model.pt")
     message = refusal(ModelError, load_model, tmp_path / "model.pt")
     assert "LlamaForCausalLM" in message and "--sample-inputs" not in message
-    assert options(message) == ["--trust-pickle", "--tokenizer"]
+    assert options(message) == ["--trust-pickle", "--tokenizer"] and "save_pretrained()" in message
     folder, _ = save_llama()
     loaded = load_model(tmp_path / "model.pt", trust_pickle=True, tokenizer=str(folder))
     assert (loaded.kind, loaded.source.kind) == ("causal_lm", "pickle")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -38,15 +38,17 @@ MANIFEST = "autoquant.json"
 SAFETENSORS = "model.safetensors"
 PACKED = "packed.pt"
 FORMAT_VERSION = 1
-_HUGGINGFACE_FILES = (
-    "config.json",
-    "generation_config.json",
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab*",
     "merges*",
     "chat_template*",
+    "tekken.json",
     "*.model",
+    "*.tiktoken",
 )
 
 
@@ -69,7 +71,10 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     if packed:
         torch.save({name: move_tensor(tensor, "cpu") for name, tensor in packed.items()}, folder / PACKED)
     if loaded.source.kind == "huggingface":
-        _copy_huggingface_files(Path(loaded.source.path), folder)
+        own = () if loaded.source.tokenizer else _TOKENIZER_FILES
+        _copy_files(Path(loaded.source.path), (*_CONFIG_FILES, *own), folder)
+    if loaded.source.tokenizer and loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan_id": plan.plan_id,
@@ -147,6 +152,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; upgrade it"
         )
     return cast(dict[str, Any], manifest)
+
+
+def plan_in(folder: Path) -> str | None:
+    """Id of the plan whose checkpoint a folder holds; None for any other folder."""
+    try:
+        return str(read_manifest(folder)["plan_id"])
+    except CheckpointError:
+        return None
 
 
 def _packed_for_this_cpu(packed: Mapping[str, torch.Tensor]) -> bool:
@@ -237,9 +250,10 @@ def _assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], ties: list[l
         )
 
 
-def _copy_huggingface_files(source: Path, folder: Path) -> None:
-    folder_of_source = source if source.is_dir() else download(str(source))
-    for pattern in _HUGGINGFACE_FILES:
-        for path in folder_of_source.glob(pattern):
+def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
+    """Copy what describes a Hugging Face model from its folder, from beside its file of weights, or from the hub."""
+    here = source.parent if source.is_file() else source if source.is_dir() else download(str(source))
+    for pattern in patterns:
+        for path in here.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)

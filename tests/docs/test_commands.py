@@ -37,6 +37,7 @@ SMALLER = (
     (r"\bdemo/model\b", "my-model"),
     (r"prefill=\d+,decode=\d+", "prefill=8,decode=4"),
     (r"--rows [\d,]+", "--rows 1,4"),
+    (r"my-model-PLANID\b", lambda _: newest("my-model-*")),
     (r"\b(4096|1024)x4096\b", "64x32"),
     (r"\b128256x4096\b", "128x32"),
     (r'device = "cuda"', 'device = "cpu"'),
@@ -83,6 +84,11 @@ def place(finished, tmp_path, monkeypatch):
     for name in set(sys.modules) - known:
         if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in sys.modules[name].__file__:
             del sys.modules[name]
+
+
+def newest(pattern):
+    """The name of what was written last."""
+    return max(Path().glob(pattern), key=lambda path: path.stat().st_mtime).name
 
 
 def run(line):

@@ -6,7 +6,8 @@ A checkpoint is a folder:
 - `model.safetensors`: every tensor that can be kept there, torchao's subclasses flattened by torchao's own scheme, so that
   other tools can read them;
 - `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`;
-- the configuration and tokenizer of a Hugging Face model.
+- the configuration and tokenizer of a Hugging Face model; its `config.json` names autoquant as what quantized it, by which
+  transformers' own `from_pretrained` finds the way here (see `autoquant.integrations`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from autoquant.records import Plan
 MANIFEST = "autoquant.json"
 SAFETENSORS = "model.safetensors"
 PACKED = "packed.pt"
+QUANT_METHOD = "autoquant"
 FORMAT_VERSION = 1
 _HUGGINGFACE_FILES = (
     "config.json",
@@ -54,7 +56,28 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     Returns:
         Names of the files written.
     """
-    module = loaded.module
+    about = {
+        "plan_id": plan.plan_id,
+        "study_id": plan.study_id,
+        "label": plan.label,
+        "model_hash": plan.model_hash,
+        "dtype": plan.dtype,
+        "source": asdict(loaded.source),
+        "joined": _joined_names(plan),
+    }
+    if loaded.source.kind == "huggingface":
+        _copy_huggingface_files(Path(loaded.source.path), folder)
+        _name_quantizer(folder / "config.json", plan.dtype)
+    write_module(loaded.module, about, folder)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
+    """Write the tensors and the manifest of a module.
+
+    Args:
+        about: What the module itself does not show: fields of the manifest that `write` made, or `read_manifest` read.
+    """
     ties = tied_names(module)
     aliases = {name for group in ties for name in group[1:]}
     tensors = {name: tensor for name, tensor in _named_tensors(module).items() if name not in aliases}
@@ -66,23 +89,14 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     _write_safetensors({name: tensor for name, tensor in plain.items() if name not in packed}, folder / SAFETENSORS)
     if packed:
         torch.save(packed, folder / PACKED)
-    if loaded.source.kind == "huggingface":
-        _copy_huggingface_files(Path(loaded.source.path), folder)
     manifest = {
+        **about,
         "format_version": FORMAT_VERSION,
-        "plan_id": plan.plan_id,
-        "study_id": plan.study_id,
-        "label": plan.label,
-        "model_hash": plan.model_hash,
-        "dtype": plan.dtype,
-        "source": asdict(loaded.source),
         "ties": ties,
         "routed": {name: _describe(weight) for name, weight in routed.items()},
-        "joined": _joined_names(plan),
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if _packed_for_this_cpu(packed) else None,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    return sorted(path.name for path in folder.iterdir())
 
 
 def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> nn.Module:
@@ -96,22 +110,9 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
         CheckpointError: The folder is no checkpoint, is damaged, or was packed for another CPU.
     """
     manifest = read_manifest(folder)
-    capability = manifest["cpu_capability"]
-    if capability and capability != torch.backends.cpu.get_cpu_capability():
-        raise CheckpointError(
-            f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
-            "apply the plan again here"
-        )
-    for description in manifest["routed"].values():
-        get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
-    tensors = _read_tensors(folder)
-    dtype = getattr(torch, manifest["dtype"])
-    for name, description in manifest["routed"].items():
-        if name not in tensors:
-            raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
-        route = tuple((upper, kernel) for upper, kernel in description["route"])
-        tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+    tensors = _read_stored(folder, manifest)
     if module is None:
+        dtype = getattr(torch, manifest["dtype"])
         try:
             module = build_architecture(manifest["source"], folder, dtype, meta=True)
         except ModelError as error:
@@ -119,12 +120,27 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
         _assign(module, tensors, manifest["ties"], folder)
         if without_values(module):  # a tensor that is neither parameter nor buffer: only real construction fills it
             module = build_architecture(manifest["source"], folder, dtype, meta=False)
-    _assign(module, tensors, manifest["ties"], folder)
-    module = module.to(device) if device != "cpu" else module
-    for names in manifest.get("joined", []):  # last: being moved, each weight would get memory of its own again
+    return _fill(module, tensors, manifest, folder, device)
+
+
+def fill(module: nn.Module, folder: Path, device: str) -> nn.Module:
+    """Give a module, which may be on the meta device, the tensors of a checkpoint, in place.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, is damaged, was packed for another CPU, or is of another architecture.
+    """
+    manifest = read_manifest(folder)
+    return _fill(module, _read_stored(folder, manifest), manifest, folder, device)
+
+
+def join_again(module: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Store the weights that are computed as one behind one another: each that is moved gets memory of its own."""
+    for names in manifest.get("joined", []):
         joined = join([module.get_parameter(name).data for name in names])
-        _assign(module, dict(zip(names, joined, strict=True)), manifest["ties"], folder)
-    return module
+        for name, weight in zip(names, joined, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    tie(module, manifest["ties"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -144,6 +160,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; upgrade it"
         )
     return cast(dict[str, Any], manifest)
+
+
+def _read_stored(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, with their routes."""
+    capability = manifest["cpu_capability"]
+    if capability and capability != torch.backends.cpu.get_cpu_capability():
+        raise CheckpointError(
+            f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
+            "apply the plan again here"
+        )
+    for description in manifest["routed"].values():
+        get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
+    tensors = _read_tensors(folder)
+    dtype = getattr(torch, manifest["dtype"])
+    for name, description in manifest["routed"].items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
+        route = tuple((upper, kernel) for upper, kernel in description["route"])
+        tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+    return tensors
+
+
+def _fill(
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    manifest: Mapping[str, Any],
+    folder: Path,
+    device: str,
+) -> nn.Module:
+    _assign(module, tensors, manifest["ties"], folder)
+    module = module.to(device) if device != "cpu" else module
+    join_again(module, manifest)
+    return module
 
 
 def _packed_for_this_cpu(packed: Mapping[str, torch.Tensor]) -> bool:
@@ -234,3 +283,11 @@ def _copy_huggingface_files(source: Path, folder: Path) -> None:
         for path in folder_of_source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
+
+
+def _name_quantizer(config: Path, dtype: str) -> None:
+    """Say in a `config.json` what quantized the model, and the dtype that it computes in."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.pop("torch_dtype", None)  # the older name of the same
+    fields |= {"dtype": dtype, "quantization_config": {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}}
+    config.write_text(json.dumps(fields, indent=2), encoding="utf-8")

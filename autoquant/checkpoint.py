@@ -62,6 +62,7 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
         "label": plan.label,
         "model_hash": plan.model_hash,
         "dtype": plan.dtype,
+        "device": loaded.device.partition(":")[0],
         "source": asdict(loaded.source),
         "joined": _joined_names(plan),
     }

@@ -53,7 +53,7 @@ def load_folder(folder: Path, request: Request, path: str) -> LoadedModel:
         form = "no floating-point weights" if stored is None else f"weights of {dtype_name(stored)}"
         raise ModelError(f"{folder} holds {form}: give the model before it was quantized")
     words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else _own_tokenizer(folder)
-    module = _pretrained(folder, resolve_dtype(request.dtype, request.device, stored))
+    module = pretrained(folder, resolve_dtype(request.dtype, request.device, stored))
     module = settle(module.to(request.device))
     return LoadedModel(
         module=module,
@@ -152,14 +152,22 @@ def _stored_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def _pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
+def pretrained(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The unquantized model of a folder, on the CPU.
+
+    Args:
+        dtype: None for the one that `config.json` names, or the weights have.
+
+    Raises:
+        ModelError: transformers cannot load it, or weights are missing.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
         with no_progress_bars():
             module, report = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype,
+                dtype=dtype or "auto",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -180,12 +188,13 @@ def _pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _own_tokenizer(folder: Path) -> Any:
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer (no tokenizer.json): put it there, or give one with --tokenizer")
     return load_tokenizer(str(folder))
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
 
 
@@ -196,7 +205,7 @@ def load_tokenizer(path: str) -> Any:
         ModelError: There is none, or transformers cannot read it.
     """
     place = Path(path).expanduser().absolute()
-    if not place.exists() or (place.is_dir() and not _has_tokenizer(place)):
+    if not place.exists() or (place.is_dir() and not has_tokenizer(place)):
         raise ModelError(f"there is no tokenizer at {path}: give a folder that holds a tokenizer.json, or that file")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

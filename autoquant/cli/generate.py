@@ -1,0 +1,348 @@
+"""`autoquant generate`: text from a model as it comes, then how fast it came."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoquant.cli.output import JsonFlag, print_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoquant.events import Listener
+    from autoquant.generation import Generator, Reply
+
+_DEFAULT_PROMPT = "The most important thing about a good book is"
+_ROUNDS = 3  # of requests to both models in turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Speed:
+    """Medians of one or more replies to the same request."""
+
+    new_tokens: int
+    first_token_s: float
+    tokens_per_s: float | None
+    total_s: float
+
+
+def generate(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder that `autoquant apply` wrote, or an unquantized model.", show_default=False
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text to continue. Default: stdin, else a short one.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with the text to continue.", show_default=False)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk with the model, line by line; Ctrl-D ends.", show_default=False)
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest text to write.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="Sample; 0 takes the likeliest token every time.")
+    ] = 0.0,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ORIGINAL", help="Also time the unquantized model of this folder, in turn.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (where the plan was made, else the best) or a device.")] = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Continue a text with the model of DIR, print it as it comes, and say how fast it came.
+
+    The first request of a process may compile and tune: a short one is made before the one that is shown and timed.
+    """
+    _check_together(chat, prompt=prompt, prompt_file=prompt_file, compare=compare, json=as_json or None)
+    if prompt is not None and prompt_file is not None:
+        raise typer.BadParameter("cannot be combined with --prompt-file", param_hint="--prompt")
+    text = "" if chat else _prompt_text(prompt, prompt_file)
+    from autoquant import generation
+    from autoquant.errors import ModelError
+
+    places = [folder] if compare is None else [folder, compare]
+    if problems := [problem for place in places for problem in generation.problems_of(place)]:
+        raise ModelError("; ".join(problems))
+    tokenizer = generation.tokenizer_of(folder)
+    place = generation.device_of(folder, device)
+    if chat:
+        _chat(folder, tokenizer, place, max_new_tokens, temperature)
+        return
+    encoded = generation.encode(tokenizer, text)
+    _answer(folder, compare, tokenizer, place, encoded, text, max_new_tokens, temperature, as_json)
+
+
+def _check_together(chat: bool, **others: Any) -> None:
+    given = ["--" + name.replace("_", "-") for name, value in others.items() if value is not None]
+    if chat and given:
+        raise typer.BadParameter(f"cannot be combined with {', '.join(given)}", param_hint="--chat")
+
+
+def _prompt_text(prompt: str | None, file: Path | None) -> str:
+    """The text to continue: given, in a file, from stdin, or a short one of our own."""
+    from autoquant.errors import TextError
+
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+            raise TextError(f"cannot read {file}: {reason}") from error
+    if not sys.stdin.isatty() and (text := sys.stdin.read()).strip():
+        return text
+    typer.echo(f"prompt: {_DEFAULT_PROMPT!r} (give your own with --prompt, --prompt-file or on stdin)", err=True)
+    return _DEFAULT_PROMPT
+
+
+def _answer(
+    folder: Path,
+    compare: Path | None,
+    tokenizer: Any,
+    device: str,
+    prompt: Mapping[str, torch.Tensor],
+    text: str,
+    max_new_tokens: int,
+    temperature: float,
+    as_json: bool,
+) -> None:
+    from autoquant import generation
+    from autoquant.report.progress import listening
+
+    started = time.perf_counter()
+    ready_s: list[float] = []
+    generators: list[Generator] = []
+    with listening() as listener:
+        for place in filter(None, (folder, compare)):
+            generators.append(_load(place, tokenizer, device, generation.dtype_of(folder), listener))
+            max_new_tokens = _fitting(generators[-1], prompt, max_new_tokens, place, listener)
+            _warm_up(generators[-1], prompt, max_new_tokens, temperature, started, listener)
+            ready_s.append(time.perf_counter() - started)
+            started = time.perf_counter()
+    if not as_json:
+        _show(text)
+    replies: list[list[Reply]] = [[] for _ in generators]
+    for turn in range(1 if compare is None else _ROUNDS):
+        for kept, generator in zip(replies, generators, strict=True):
+            show = _show if kept is replies[0] and turn == 0 and not as_json else None
+            kept.append(generator.reply(prompt, max_new_tokens, temperature=temperature, show=show))
+    speeds = [_speed(kept) for kept in replies]
+    tokens = prompt["input_ids"].shape[1]
+    difference = None if temperature else _difference(replies, tokenizer)
+    if as_json:
+        print_json(_object(replies[0][0], speeds, ready_s, tokens, difference))
+        return
+    typer.echo("\n")
+    for line in _lines(speeds, ready_s, tokens, difference, sampled=temperature > 0):
+        typer.echo(line)
+
+
+def _load(folder: Path, tokenizer: Any, device: str, dtype: Any, listener: Listener) -> Generator:
+    from autoquant import generation
+    from autoquant.events import StageFinished, StageStarted
+
+    listener(StageStarted("load", 1))
+    started = time.perf_counter()
+    generator = generation.load_generator(folder, tokenizer, device, dtype)
+    kind = "quantized" if generation.is_quantized(folder) else "unquantized"
+    listener(StageFinished("load", f"{kind} model on {device} in {_seconds(time.perf_counter() - started)}"))
+    return generator
+
+
+def _fitting(
+    generator: Generator, prompt: Mapping[str, torch.Tensor], wanted: int, folder: Path, listener: Listener
+) -> int:
+    """As many new tokens as the model has room for."""
+    from autoquant.errors import ModelError
+    from autoquant.events import Notice
+
+    room = generator.room(prompt)
+    if room is None or room >= wanted:
+        return wanted
+    tokens = prompt["input_ids"].shape[1]
+    if room < 1:
+        raise ModelError(f"the prompt has {tokens} tokens, and {folder} takes {room + tokens} in all: shorten it")
+    listener(Notice(f"{room} new tokens instead of {wanted}: the model takes {room + tokens} in all"))
+    return room
+
+
+def _warm_up(
+    generator: Generator,
+    prompt: Mapping[str, torch.Tensor],
+    max_new_tokens: int,
+    temperature: float,
+    started: float,
+    listener: Listener,
+) -> None:
+    from autoquant.events import StageFinished, StageStarted
+
+    listener(StageStarted("prepare", 1))
+    before = time.perf_counter()
+    generator.warm_up(prompt, max_new_tokens, temperature=temperature)
+    now = time.perf_counter()
+    listener(
+        StageFinished(
+            "prepare", f"a first short request took {_seconds(now - before)}; ready after {_seconds(now - started)}"
+        )
+    )
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _speed(replies: Sequence[Reply]) -> _Speed:
+    rates = [reply.tokens_per_s for reply in replies if reply.tokens_per_s is not None]
+    return _Speed(
+        new_tokens=round(median(len(reply.ids) for reply in replies)),
+        first_token_s=median(reply.first_token_s for reply in replies),
+        tokens_per_s=median(rates) if rates else None,
+        total_s=median(reply.total_s for reply in replies),
+    )
+
+
+def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> tuple[int, str, str] | None:
+    """Where the greedy texts of two models first differ: the place, counted from 1, and the two tokens; None if nowhere."""
+    if len(replies) < 2:
+        return None
+    ours, theirs = (kept[0].ids for kept in replies)
+    for place in range(max(len(ours), len(theirs))):
+        one, other = ours[place : place + 1], theirs[place : place + 1]
+        if one != other:
+            return place + 1, tokenizer.decode(list(one)), tokenizer.decode(list(other))
+    return None
+
+
+def _faster(speeds: Sequence[_Speed]) -> dict[str, float | None]:
+    """How many times faster the first is than the second; in all by seconds a token, since a text may end early."""
+    ours, theirs = speeds
+    both = ours.tokens_per_s and theirs.tokens_per_s
+    return {
+        "first_token": theirs.first_token_s / ours.first_token_s,
+        "tokens_per_s": (ours.tokens_per_s or 0.0) / (theirs.tokens_per_s or 1.0) if both else None,
+        "total": (theirs.total_s / theirs.new_tokens) / (ours.total_s / ours.new_tokens),
+    }
+
+
+def _object(
+    reply: Reply, speeds: Sequence[_Speed], ready_s: Sequence[float], tokens: int, difference: tuple[int, str, str] | None
+) -> dict[str, Any]:
+    ours, *theirs = [
+        {
+            "ready_s": ready,
+            "first_token_s": speed.first_token_s,
+            "tokens_per_s": speed.tokens_per_s,
+            "new_tokens": speed.new_tokens,
+            "total_s": speed.total_s,
+        }
+        for speed, ready in zip(speeds, ready_s, strict=True)
+    ]
+    shown = {"text": reply.text, "prompt_tokens": tokens, **ours}
+    if theirs:
+        shown |= {
+            "original": theirs[0],
+            "times_faster": _faster(speeds),
+            "first_difference": difference[0] if difference else None,
+        }
+    return shown
+
+
+def _lines(
+    speeds: Sequence[_Speed],
+    ready_s: Sequence[float],
+    tokens: int,
+    difference: tuple[int, str, str] | None,
+    *,
+    sampled: bool,
+) -> list[str]:
+    ours = speeds[0]
+    if len(speeds) == 1:
+        return [
+            f"ready after {_seconds(ready_s[0])}; then {tokens} tokens of prompt, {ours.new_tokens} new ones: "
+            f"first token after {_seconds(ours.first_token_s)}, {_rate(ours)} tokens/s after it, "
+            f"{_seconds(ours.total_s)} in all"
+        ]
+    faster = _faster(speeds)
+    rows = [("", "ready after", "first token", "tokens/s", "in all")]
+    for name, speed, ready in zip(("this model", "original"), speeds, ready_s, strict=True):
+        rows.append((name, _seconds(ready), _seconds(speed.first_token_s), _rate(speed), _seconds(speed.total_s)))
+    rows.append(("times faster", "", *(_times(faster[name]) for name in ("first_token", "tokens_per_s", "total"))))
+    lines = [f"{name:<12}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
+    lines.append(f"medians of {_ROUNDS} requests to each in turn; {tokens} tokens of prompt, {ours.new_tokens} new ones")
+    if ours.new_tokens != speeds[1].new_tokens:
+        lines[-1] += f" ({speeds[1].new_tokens} of the original; the last ratio is of seconds a token)"
+    if sampled:
+        lines.append("texts are sampled, so they are not compared")
+    elif difference is None:
+        lines.append(f"greedy text: the same {ours.new_tokens} tokens")
+    else:
+        place, one, other = difference
+        lines.append(f"greedy text: differs from token {place} on ({one!r}, the original {other!r})")
+    return lines
+
+
+def _chat(folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temperature: float) -> None:
+    from autoquant import generation
+    from autoquant.errors import ModelError
+    from autoquant.report.progress import listening
+
+    if not tokenizer.chat_template:
+        raise ModelError(f"{folder} has no chat template, so it is no model to talk with: use --prompt")
+    started = time.perf_counter()
+    with listening() as listener:
+        generator = _load(folder, tokenizer, device, None, listener)
+        greeting = generation.encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
+        fitting = _fitting(generator, greeting, max_new_tokens, folder, listener)
+        _warm_up(generator, greeting, fitting, temperature, started, listener)
+    messages: list[dict[str, str]] = []
+    while (said := _line()) is not None:
+        if not said.strip():
+            continue
+        messages.append({"role": "user", "content": said})
+        prompt = generation.encode_chat(tokenizer, messages)
+        with listening() as listener:
+            fitting = _fitting(generator, prompt, max_new_tokens, folder, listener)
+        reply = generator.reply(prompt, fitting, temperature=temperature, show=_show)
+        messages.append({"role": "assistant", "content": reply.text})
+        typer.echo()
+        typer.echo(f"({_seconds(reply.first_token_s)} to the first token, then {_rate(_speed([reply]))} tokens/s)", err=True)
+
+
+def _line() -> str | None:
+    """What the user types, or None at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _seconds(value: float) -> str:
+    from autoquant.report.units import digits
+
+    return f"{digits(value)} s"
+
+
+def _rate(speed: _Speed) -> str:
+    from autoquant.report.units import digits
+
+    return "-" if speed.tokens_per_s is None else digits(speed.tokens_per_s)
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"

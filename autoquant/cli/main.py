@@ -32,6 +32,7 @@ from autoquant.cli.recipes import recipes
 from autoquant.cli.report import report
 from autoquant.cli.rm import rm
 from autoquant.cli.search import search
+from autoquant.cli.serve import serve
 from autoquant.cli.show import show
 from autoquant.cli.solve import solve
 from autoquant.cli.studies import studies
@@ -126,6 +127,7 @@ app.command(short_help="Write everything about a search as one HTML page.")(repo
 app.command(short_help="Show what changes between two plans, and what it buys.")(diff)
 app.command(short_help="Write the quantized model to disk.")(apply)
 app.command(short_help="Write text with a model, and say how fast it came.")(generate)
+app.command(short_help="Serve a model to OpenAI's clients.")(serve)
 app.command(short_help="Time plans in the whole model, in turn.")(bench)
 app.command("eval", short_help="Score plans on tasks of lm-evaluation-harness.")(evaluate)
 app.command(short_help="List formats and kernels for a device.")(candidates)

@@ -10,6 +10,7 @@ from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteS
 from .tiny import save_llama
 
 EIGHT_BITS = ("int8-row/plain", (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm")))
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
 FOUR_BITS = ("int4-g32/cpu-packed", (RouteStep(upper_m=None, kernel="int4pack-mm"),))
 
 
@@ -57,6 +58,7 @@ def save_applied(original, folder):
 
 
 def save_both(place):
-    """(folder of a tiny model, folder of the same model quantized)."""
+    """(folder of a tiny model with a chat template, folder of the same model quantized)."""
     original = save_llama(place / "original")
+    (original / "chat_template.jinja").write_text(TEMPLATE)
     return original, save_applied(original, place / "quantized")

@@ -70,7 +70,8 @@ def generate(
     _check_together(chat, prompt=prompt, prompt_file=prompt_file, compare=compare, json=as_json or None)
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("cannot be combined with --prompt-file", param_hint="--prompt")
-    text = "" if chat else _prompt_text(prompt, prompt_file)
+    if prompt is None and prompt_file is not None:
+        prompt = _read(prompt_file)
     from autoquant import generation
     from autoquant.errors import ModelError
 
@@ -82,6 +83,7 @@ def generate(
     if chat:
         _chat(folder, tokenizer, place, max_new_tokens, temperature)
         return
+    text = _prompt_of_stdin() if prompt is None else prompt
     encoded = generation.encode(tokenizer, text)
     _answer(folder, compare, tokenizer, place, encoded, text, max_new_tokens, temperature, as_json)
 
@@ -92,18 +94,17 @@ def _check_together(chat: bool, **others: Any) -> None:
         raise typer.BadParameter(f"cannot be combined with {', '.join(given)}", param_hint="--chat")
 
 
-def _prompt_text(prompt: str | None, file: Path | None) -> str:
-    """The text to continue: given, in a file, from stdin, or a short one of our own."""
+def _read(file: Path) -> str:
     from autoquant.errors import TextError
 
-    if prompt is not None:
-        return prompt
-    if file is not None:
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-            raise TextError(f"cannot read {file}: {reason}") from error
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise TextError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from error
+
+
+def _prompt_of_stdin() -> str:
+    """The text that is piped in, or a short one of our own."""
     if not sys.stdin.isatty() and (text := sys.stdin.read()).strip():
         return text
     typer.echo(f"prompt: {_DEFAULT_PROMPT!r} (give your own with --prompt, --prompt-file or on stdin)", err=True)

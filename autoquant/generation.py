@@ -171,13 +171,14 @@ def load_generator(folder: Path, tokenizer: Any, device: str, dtype: torch.dtype
     Raises:
         ModelError: It holds no causal language model.
     """
-    if is_quantized(folder):
-        module = load(folder, device=device)
-    else:
-        module = prepare(settle(pretrained(folder, dtype).to(device)))
+    module = load(folder, device=device) if is_quantized(folder) else _unquantized(folder, device, dtype)
     if not is_causal_lm(module):
         raise ModelError(f"{folder} holds no causal language model, so it writes no text: run it with autoquant.load")
     return Generator(module, tokenizer, device)
+
+
+def _unquantized(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:
+    return prepare(settle(pretrained(folder, dtype).to(device)))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -207,6 +208,7 @@ class _Watch(TextStreamer):  # type: ignore[misc, unused-ignore]
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._show = show
         self._ids: list[int] = []
+        self._prompt_came = False
         self._started = self._first = self._last = 0.0
 
     def start(self) -> None:
@@ -215,13 +217,12 @@ class _Watch(TextStreamer):  # type: ignore[misc, unused-ignore]
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, then tokens."""
-        if not self.next_tokens_are_prompt:
+        if self._prompt_came:
             self._last = time.perf_counter()
             self._first = self._first or self._last
             self._ids += value.flatten().tolist()
-        if self._show is None:
-            self.next_tokens_are_prompt = False
-        else:
+        self._prompt_came = True
+        if self._show is not None:
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

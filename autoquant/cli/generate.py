@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +18,24 @@ if TYPE_CHECKING:
     import torch
 
     from autoquant.events import Listener
-    from autoquant.generation import Generator, Reply
+    from autoquant.generation import Generator, Reply, Show
 
 _DEFAULT_PROMPT = "The most important thing about a good book is"
 _ROUNDS = 3  # of requests to both models in turn
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked of a model."""
+
+    prompt: Mapping[str, torch.Tensor]
+    max_new_tokens: int
+    temperature: float
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt."""
+        return int(self.prompt["input_ids"].shape[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +88,7 @@ def generate(
         prompt = _read(prompt_file)
     from autoquant import generation
     from autoquant.errors import ModelError
+    from autoquant.report.progress import listening
 
     places = [folder] if compare is None else [folder, compare]
     if problems := [problem for place in places for problem in generation.problems_of(place)]:
@@ -84,8 +99,26 @@ def generate(
         _chat(folder, tokenizer, place, max_new_tokens, temperature)
         return
     text = _prompt_of_stdin() if prompt is None else prompt
-    encoded = generation.encode(tokenizer, text)
-    _answer(folder, compare, tokenizer, place, encoded, text, max_new_tokens, temperature, as_json)
+    request = _Request(generation.encode(tokenizer, text), max_new_tokens, temperature)
+    generators, ready_s = [], []
+    with listening() as listener:
+        for each in places:
+            started = time.perf_counter()
+            generators.append(_load(each, tokenizer, place, generation.dtype_of(folder), listener))
+            request = _fitting(generators[-1], request, each, listener)
+            _warm_up(generators[-1], request, started, listener)
+            ready_s.append(time.perf_counter() - started)
+    if not as_json:
+        _show(text)
+    replies = _replies(generators, request, None if as_json else _show)
+    speeds = [_speed(each) for each in replies]
+    difference = None if temperature else _difference(replies, tokenizer)
+    if as_json:
+        print_json(_object(replies[0][0], speeds, ready_s, request, difference))
+        return
+    typer.echo("\n")
+    for line in _lines(speeds, ready_s, request, difference):
+        typer.echo(line)
 
 
 def _check_together(chat: bool, **others: Any) -> None:
@@ -111,48 +144,6 @@ def _prompt_of_stdin() -> str:
     return _DEFAULT_PROMPT
 
 
-def _answer(
-    folder: Path,
-    compare: Path | None,
-    tokenizer: Any,
-    device: str,
-    prompt: Mapping[str, torch.Tensor],
-    text: str,
-    max_new_tokens: int,
-    temperature: float,
-    as_json: bool,
-) -> None:
-    from autoquant import generation
-    from autoquant.report.progress import listening
-
-    started = time.perf_counter()
-    ready_s: list[float] = []
-    generators: list[Generator] = []
-    with listening() as listener:
-        for place in filter(None, (folder, compare)):
-            generators.append(_load(place, tokenizer, device, generation.dtype_of(folder), listener))
-            max_new_tokens = _fitting(generators[-1], prompt, max_new_tokens, place, listener)
-            _warm_up(generators[-1], prompt, max_new_tokens, temperature, started, listener)
-            ready_s.append(time.perf_counter() - started)
-            started = time.perf_counter()
-    if not as_json:
-        _show(text)
-    replies: list[list[Reply]] = [[] for _ in generators]
-    for turn in range(1 if compare is None else _ROUNDS):
-        for kept, generator in zip(replies, generators, strict=True):
-            show = _show if kept is replies[0] and turn == 0 and not as_json else None
-            kept.append(generator.reply(prompt, max_new_tokens, temperature=temperature, show=show))
-    speeds = [_speed(kept) for kept in replies]
-    tokens = prompt["input_ids"].shape[1]
-    difference = None if temperature else _difference(replies, tokenizer)
-    if as_json:
-        print_json(_object(replies[0][0], speeds, ready_s, tokens, difference))
-        return
-    typer.echo("\n")
-    for line in _lines(speeds, ready_s, tokens, difference, sampled=temperature > 0):
-        typer.echo(line)
-
-
 def _load(folder: Path, tokenizer: Any, device: str, dtype: Any, listener: Listener) -> Generator:
     from autoquant import generation
     from autoquant.events import StageFinished, StageStarted
@@ -165,42 +156,42 @@ def _load(folder: Path, tokenizer: Any, device: str, dtype: Any, listener: Liste
     return generator
 
 
-def _fitting(
-    generator: Generator, prompt: Mapping[str, torch.Tensor], wanted: int, folder: Path, listener: Listener
-) -> int:
-    """As many new tokens as the model has room for."""
+def _fitting(generator: Generator, request: _Request, folder: Path, listener: Listener) -> _Request:
+    """The request, for as many new tokens as the model has room for."""
     from autoquant.errors import ModelError
     from autoquant.events import Notice
 
-    room = generator.room(prompt)
-    if room is None or room >= wanted:
-        return wanted
-    tokens = prompt["input_ids"].shape[1]
+    room = generator.room(request.prompt)
+    if room is None or room >= request.max_new_tokens:
+        return request
+    limit = f"{folder} takes {room + request.tokens} in all"
     if room < 1:
-        raise ModelError(f"the prompt has {tokens} tokens, and {folder} takes {room + tokens} in all: shorten it")
-    listener(Notice(f"{room} new tokens instead of {wanted}: the model takes {room + tokens} in all"))
-    return room
+        raise ModelError(f"the prompt has {request.tokens} tokens, and {limit}: shorten it")
+    listener(Notice(f"{room} new tokens instead of {request.max_new_tokens}: {limit}"))
+    return replace(request, max_new_tokens=room)
 
 
-def _warm_up(
-    generator: Generator,
-    prompt: Mapping[str, torch.Tensor],
-    max_new_tokens: int,
-    temperature: float,
-    started: float,
-    listener: Listener,
-) -> None:
+def _warm_up(generator: Generator, request: _Request, started: float, listener: Listener) -> None:
+    """Make a first short request: it may compile and tune."""
     from autoquant.events import StageFinished, StageStarted
 
     listener(StageStarted("prepare", 1))
     before = time.perf_counter()
-    generator.warm_up(prompt, max_new_tokens, temperature=temperature)
+    generator.warm_up(request.prompt, request.max_new_tokens, temperature=request.temperature)
     now = time.perf_counter()
-    listener(
-        StageFinished(
-            "prepare", f"a first short request took {_seconds(now - before)}; ready after {_seconds(now - started)}"
-        )
-    )
+    took, ready = _seconds(now - before), _seconds(now - started)
+    listener(StageFinished("prepare", f"a first short request took {took}; ready after {ready}"))
+
+
+def _replies(generators: Sequence[Generator], request: _Request, show: Show | None) -> list[list[Reply]]:
+    """Replies of each model, in turn where there are two; the first of all is shown."""
+    replies: list[list[Reply]] = [[] for _ in generators]
+    for turn in range(1 if len(generators) == 1 else _ROUNDS):
+        for kept, generator in zip(replies, generators, strict=True):
+            shown = show if turn == 0 and kept is replies[0] else None
+            reply = generator.reply(request.prompt, request.max_new_tokens, temperature=request.temperature, show=shown)
+            kept.append(reply)
+    return replies
 
 
 def _show(text: str) -> None:
@@ -242,9 +233,13 @@ def _faster(speeds: Sequence[_Speed]) -> dict[str, float | None]:
 
 
 def _object(
-    reply: Reply, speeds: Sequence[_Speed], ready_s: Sequence[float], tokens: int, difference: tuple[int, str, str] | None
+    reply: Reply,
+    speeds: Sequence[_Speed],
+    ready_s: Sequence[float],
+    request: _Request,
+    difference: tuple[int, str, str] | None,
 ) -> dict[str, Any]:
-    ours, *theirs = [
+    timed: list[dict[str, Any]] = [
         {
             "ready_s": ready,
             "first_token_s": speed.first_token_s,
@@ -254,10 +249,10 @@ def _object(
         }
         for speed, ready in zip(speeds, ready_s, strict=True)
     ]
-    shown = {"text": reply.text, "prompt_tokens": tokens, **ours}
-    if theirs:
+    shown = {"text": reply.text, "prompt_tokens": request.tokens, **timed[0]}
+    if len(timed) > 1:
         shown |= {
-            "original": theirs[0],
+            "original": timed[1],
             "times_faster": _faster(speeds),
             "first_difference": difference[0] if difference else None,
         }
@@ -267,12 +262,10 @@ def _object(
 def _lines(
     speeds: Sequence[_Speed],
     ready_s: Sequence[float],
-    tokens: int,
+    request: _Request,
     difference: tuple[int, str, str] | None,
-    *,
-    sampled: bool,
 ) -> list[str]:
-    ours = speeds[0]
+    ours, tokens = speeds[0], request.tokens
     if len(speeds) == 1:
         return [
             f"ready after {_seconds(ready_s[0])}; then {tokens} tokens of prompt, {ours.new_tokens} new ones: "
@@ -280,15 +273,17 @@ def _lines(
             f"{_seconds(ours.total_s)} in all"
         ]
     faster = _faster(speeds)
-    rows = [("", "ready after", "first token", "tokens/s", "in all")]
+    rows: list[tuple[str, ...]] = [("", "ready after", "first token", "tokens/s", "in all")]
     for name, speed, ready in zip(("this model", "original"), speeds, ready_s, strict=True):
         rows.append((name, _seconds(ready), _seconds(speed.first_token_s), _rate(speed), _seconds(speed.total_s)))
     rows.append(("times faster", "", *(_times(faster[name]) for name in ("first_token", "tokens_per_s", "total"))))
     lines = [f"{name:<12}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
-    lines.append(f"medians of {_ROUNDS} requests to each in turn; {tokens} tokens of prompt, {ours.new_tokens} new ones")
+    lines.append(
+        f"medians of {_ROUNDS} requests to each in turn; {tokens} tokens of prompt, {ours.new_tokens} new ones"
+    )
     if ours.new_tokens != speeds[1].new_tokens:
         lines[-1] += f" ({speeds[1].new_tokens} of the original; the last ratio is of seconds a token)"
-    if sampled:
+    if request.temperature:
         lines.append("texts are sampled, so they are not compared")
     elif difference is None:
         lines.append(f"greedy text: the same {ours.new_tokens} tokens")
@@ -305,24 +300,27 @@ def _chat(folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temper
 
     if not tokenizer.chat_template:
         raise ModelError(f"{folder} has no chat template, so it is no model to talk with: use --prompt")
+
+    def asked(conversation: list[dict[str, str]]) -> _Request:
+        prompt = generation.encode_chat(tokenizer, conversation)
+        return _fitting(generator, _Request(prompt, max_new_tokens, temperature), folder, listener)
+
     started = time.perf_counter()
     with listening() as listener:
         generator = _load(folder, tokenizer, device, None, listener)
-        greeting = generation.encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
-        fitting = _fitting(generator, greeting, max_new_tokens, folder, listener)
-        _warm_up(generator, greeting, fitting, temperature, started, listener)
+        _warm_up(generator, asked([{"role": "user", "content": "Hello"}]), started, listener)
     messages: list[dict[str, str]] = []
     while (said := _line()) is not None:
         if not said.strip():
             continue
         messages.append({"role": "user", "content": said})
-        prompt = generation.encode_chat(tokenizer, messages)
         with listening() as listener:
-            fitting = _fitting(generator, prompt, max_new_tokens, folder, listener)
-        reply = generator.reply(prompt, fitting, temperature=temperature, show=_show)
+            request = asked(messages)
+        reply = generator.reply(request.prompt, request.max_new_tokens, temperature=temperature, show=_show)
         messages.append({"role": "assistant", "content": reply.text})
         typer.echo()
-        typer.echo(f"({_seconds(reply.first_token_s)} to the first token, then {_rate(_speed([reply]))} tokens/s)", err=True)
+        pace = _rate(_speed([reply]))
+        typer.echo(f"({_seconds(reply.first_token_s)} to the first token, then {pace} tokens/s)", err=True)
 
 
 def _line() -> str | None:

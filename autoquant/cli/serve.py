@@ -80,7 +80,9 @@ def _check_free(host: str, port: int) -> None:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((host, port))
     except OSError as error:
-        raise AutoquantError(f"cannot listen at {host}:{port} ({error.strerror}): choose another --port or --host") from error
+        raise AutoquantError(
+            f"cannot listen at {host}:{port} ({error.strerror}): choose another --port or --host"
+        ) from error
 
 
 def _load(folder: Path, device: str, host: str, port: int, listener: Listener) -> Any:
@@ -131,7 +133,9 @@ def _warm_up(server: Any, url: str, listener: Listener) -> None:
     with quiet():
         while not server.server.started:
             if time.perf_counter() - before > _STARTING_S:
-                raise AutoquantError(f"the server did not start at {url} within {_STARTING_S:.0f} s; try another --port")
+                raise AutoquantError(
+                    f"the server did not start at {url} within {_STARTING_S:.0f} s; try another --port"
+                )
             time.sleep(_POLL_S)
         body = json.dumps({"prompt": "Hello", "max_tokens": _WARMING_TOKENS}).encode()
         request = urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})

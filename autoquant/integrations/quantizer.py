@@ -7,6 +7,7 @@ that `autoquant.json` says about where the model came from is used, so no code i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 _METHOD = "autoquant"
 _PLACES = 'device_map="cpu", "cuda", "cuda:1", {"": 0}, or "auto" for the best device'
@@ -123,8 +123,6 @@ def _whole_folder(weights: Path, name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     hf_hub_download(name, MANIFEST, revision=folder.name)
-    try:
+    with suppress(EntryNotFoundError):  # every tensor fitted into model.safetensors
         hf_hub_download(name, PACKED, revision=folder.name)
-    except EntryNotFoundError:
-        pass  # every tensor fitted into model.safetensors
     return folder

@@ -10,14 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from autoquant import checkpoint
 from autoquant.errors import CheckpointError
 from autoquant.runtime import prepare
 
-_IGNORED = ("max_shard_size", "safe_serialization", "token", "save_peft_format", "save_original_format")
+_TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; the weights are one file all the same
 
 
-def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> Any:
+def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
     """Give a filled model of transformers what autoquant knows about it, and prepare it to run.
 
     Afterwards `save_pretrained` and `push_to_hub` write a folder that loads again, and moving it keeps it whole.
@@ -52,8 +54,10 @@ def _save(
     Raises:
         CheckpointError: An option that cannot be followed is given, or the folder cannot be written.
     """
-    if unknown := sorted(set(options) - set(_IGNORED)):
-        raise CheckpointError(f"a model that autoquant quantized cannot be saved with {', '.join(unknown)}: leave it out")
+    if unknown := sorted(set(options) - set(_TAKEN)):
+        raise CheckpointError(
+            f"a model that autoquant quantized cannot be saved with {', '.join(unknown)}: leave it out"
+        )
     folder = Path(save_directory)
     if is_main_process:
         try:

@@ -131,9 +131,7 @@ def test_the_original_is_compared_in_the_plans_dtype(both, monkeypatch):
     original, quantized = both
     dtypes = []
     load = generation.load_generator
-    monkeypatch.setattr(
-        generation, "load_generator", lambda *given: (dtypes.append(given[3]), load(*given))[1]
-    )
+    monkeypatch.setattr(generation, "load_generator", lambda *given: (dtypes.append(given[3]), load(*given))[1])
     succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 2, "--compare", original)
     assert dtypes == [torch.bfloat16, torch.bfloat16]
 
@@ -148,13 +146,14 @@ def test_a_text_that_ends_early_is_compared_by_the_token():
     theirs = command._Speed(new_tokens=20, first_token_s=2.0, tokens_per_s=5.0, total_s=6.0)
     faster = command._faster([ours, theirs])
     assert faster == {"first_token": 2.0, "tokens_per_s": 2.0, "total": pytest.approx(1.5)}
-    lines = command._lines([ours, theirs], [1.0, 1.0], 3, None, sampled=False)
+    request = command._Request({"input_ids": torch.zeros(1, 3)}, 20, 0.0)
+    lines = command._lines([ours, theirs], [1.0, 1.0], request, None)
     assert "20 of the original" in lines[-2]
 
 
 def test_no_more_is_written_than_the_model_has_room_for(quantized):
     result = succeed(quantized, "--prompt", " ".join(["w1"] * 60), "--max-new-tokens", 20)
-    assert "4 new tokens instead of 20: the model takes 64 in all" in result.stderr
+    assert f"4 new tokens instead of 20: {quantized} takes 64 in all" in result.stderr
     result = run(quantized, "--prompt", " ".join(["w1"] * 64))
     assert result.exit_code == 2
     assert "error: the prompt has 64 tokens" in result.stderr and "takes 64 in all: shorten it" in result.stderr

@@ -20,7 +20,9 @@ from autoquant.cli import serve
 from autoquant.cli.main import app
 
 ABSENT = [name for name in serve._NEEDED if find_spec(name) is None]
-needs_server = pytest.mark.skipif(bool(ABSENT), reason=f"{', '.join(ABSENT)} not installed: pip install 'autoquant[serve]'")
+needs_server = pytest.mark.skipif(
+    bool(ABSENT), reason=f"{', '.join(ABSENT)} not installed: pip install 'autoquant[serve]'"
+)
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 

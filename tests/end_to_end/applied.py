@@ -9,13 +9,18 @@ from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteS
 
 from .tiny import save_llama
 
-EIGHT_BITS = ("int8-row/plain", (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm")))
-TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
+EIGHT_BITS = (
+    "int8-row/plain",
+    (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm")),
+)
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
+)
 FOUR_BITS = ("int4-g32/cpu-packed", (RouteStep(upper_m=None, kernel="int4pack-mm"),))
 
 
 def mixed_plan(module):
-    """Eight bits, the products of the attention's input as one, with a head that leaves its embedding; four bits in `down_proj`."""
+    """Eight bits, q, k and v as one, a head that leaves its embedding, and four bits in `down_proj`."""
     layers = []
     for name, part in module.named_modules():
         if type(part).__name__ == "Linear":

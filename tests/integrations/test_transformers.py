@@ -264,13 +264,17 @@ def test_a_quantized_model_is_not_trained_and_not_quantized_while_loading(both, 
 
 @pytest.mark.parametrize("order", ["import autoquant; {}", "{}; import autoquant"])
 def test_it_is_registered_whichever_is_imported_first(order):
-    code = order.format("from transformers.quantizers import auto") + "; assert 'autoquant' in auto.AUTO_QUANTIZER_MAPPING"
+    code = (
+        order.format("from transformers.quantizers import auto") + "; assert 'autoquant' in auto.AUTO_QUANTIZER_MAPPING"
+    )
     assert python("-c", code).returncode == 0
 
 
 def test_registering_twice_changes_nothing():
     on_import.register()
     assert AUTO_QUANTIZER_MAPPING["autoquant"] is quantizer.AutoquantQuantizer
-    code = "import sys, autoquant; n = len(sys.meta_path); autoquant.on_import.register(); assert n == len(sys.meta_path)"
+    code = (
+        "import sys, autoquant; n = len(sys.meta_path); autoquant.on_import.register(); assert n == len(sys.meta_path)"
+    )
     environment = {"PYTHONPATH": str(Path(autoquant.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -19,12 +19,12 @@ TEMPLATE = (
 FOUR_BITS = ("int4-g32/cpu-packed", (RouteStep(upper_m=None, kernel="int4pack-mm"),))
 
 
-def mixed_plan(module):
+def mixed_plan(module, eight=EIGHT_BITS, four=FOUR_BITS):
     """Eight bits, q, k and v as one, a head that leaves its embedding, and four bits in `down_proj`."""
     layers = []
     for name, part in module.named_modules():
         if type(part).__name__ == "Linear":
-            fmt, route = FOUR_BITS if name.endswith("down_proj") else EIGHT_BITS
+            fmt, route = four if name.endswith("down_proj") else eight
             parent, _, leaf = name.rpartition(".")
             layers.append(
                 LayerChoice(
@@ -52,10 +52,10 @@ def mixed_plan(module):
     )
 
 
-def save_applied(original, folder):
+def save_applied(original, folder, device="cpu", **formats):
     """Quantize the model of a folder into another one."""
-    loaded = load_model(original, device="cpu")
-    plan = mixed_plan(loaded.module)
+    loaded = load_model(original, device=device)
+    plan = mixed_plan(loaded.module, **formats)
     apply(plan, loaded.module)
     folder.mkdir()
     checkpoint.write(loaded, plan, folder)

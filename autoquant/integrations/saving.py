@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoquant import checkpoint
@@ -31,7 +32,7 @@ def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
 
     config = AutoquantConfig(format_version=manifest["format_version"])
     model.config.quantization_config = config
-    model.config.dtype = manifest["dtype"]
+    model.config.dtype = getattr(torch, manifest["dtype"])
     model.hf_quantizer = AutoquantQuantizer(config)
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.save_pretrained = partial(_save, model, manifest)
@@ -78,9 +79,11 @@ def _write_all(model: Any, manifest: Mapping[str, Any], folder: Path) -> None:
         if model.can_generate():
             model.generation_config.save_pretrained(scratch)
         checkpoint.write_module(model, manifest, scratch)
-        (folder / checkpoint.PACKED).unlink(missing_ok=True)
-        for path in scratch.iterdir():
+        written = list(scratch.iterdir())
+        for path in written:
             os.replace(path, folder / path.name)
+        if checkpoint.PACKED not in {path.name for path in written}:
+            (folder / checkpoint.PACKED).unlink(missing_ok=True)  # of what was there before
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

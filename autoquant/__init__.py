@@ -11,6 +11,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from autoquant.integrations import on_import
+
 if TYPE_CHECKING:
     from autoquant.applier import apply, load
     from autoquant.candidates import Format, Kernel, register
@@ -51,6 +53,7 @@ _HOMES = {
 }
 
 
+on_import.register()  # from now on, transformers' from_pretrained knows the folders that `autoquant apply` writes
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until a program asks for what is logged
 
 

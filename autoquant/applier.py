@@ -24,7 +24,7 @@ from autoquant.candidates.routes import for_any_rows, route_words
 from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel, load_model
-from autoquant.models.loaded import settle
+from autoquant.models.loaded import is_causal_lm, settle
 from autoquant.profiler.phases import output_tensor
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime import prepare
@@ -187,7 +187,12 @@ def load(folder: str | Path, model: nn.Module | None = None, *, device: str = "c
     Raises:
         CheckpointError: The folder is no such model, is damaged, or was packed for another CPU.
     """
-    return prepare(settle(checkpoint.read(Path(folder), model, device)))
+    module = settle(checkpoint.read(Path(folder), model, device))
+    if not is_causal_lm(module):
+        return prepare(module)
+    from autoquant.integrations.saving import settle_loaded  # imports transformers
+
+    return settle_loaded(module, checkpoint.read_manifest(Path(folder)))
 
 
 def module_bytes(module: nn.Module) -> int:

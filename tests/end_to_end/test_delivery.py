@@ -112,7 +112,8 @@ def test_a_generate_that_gives_other_tokens_is_refused(loaded, plan, monkeypatch
 def test_a_live_module_is_run_in_memory_with_a_notice(plan, searched):
     from transformers import AutoModelForCausalLM
 
-    live = take_model(AutoModelForCausalLM.from_pretrained(searched.model).eval(), dtype="auto", device="cpu")
+    module = AutoModelForCausalLM.from_pretrained(searched.model)
+    live = take_model(module, dtype="auto", device="cpu", model_factory=None, tokenizer=None, trust_pickle=False)
     before = {name: id(parameter) for name, parameter in live.module.named_parameters()}
     found, told = delivered(live, plan)
     assert (found.where, found.reason, found.logits_error) == ("in memory", "", None) and found.times is not None

@@ -127,7 +127,7 @@ def loop_objects(rows: Sequence[LoopLine], workload: Workload) -> list[dict[str,
 
 def _loop_times(rows: Sequence[LoopLine]) -> list[tuple[str, list[float]]]:
     """The columns of times, each with its head; those of tokens where tokens are what is made."""
-    columns = [
+    columns: list[tuple[str, list[float | None]]] = [
         ("First\ntoken", [row.times.first_token_ms for row in rows]),
         ("Each\nfurther", [row.times.step_ms for row in rows]),
         ("Request", [row.times.request_ms for row in rows]),

@@ -74,7 +74,7 @@ def as_run_lines(row: Mapping[str, Any], workload: Workload) -> list[str]:
     """How a plan of `Study.rows` runs for its user, beside the unquantized model; empty where that is not known."""
     if row.get("as_run_request_ms") is None:
         return []
-    ends = f"95% interval {row['as_run_speedup_low']:.2f} to {row['as_run_speedup_high']:.2f}"
+    ends = f"95% interval {row['as_run_speedup_low']:.2f}x to {row['as_run_speedup_high']:.2f}x"
     lines = [
         f"As you will run it ({loop_words(row['as_run_loop'], workload)}): {_change(row, 'request_ms')} a request,"
         f" {times_words(row['as_run_speedup'])} ({ends})"

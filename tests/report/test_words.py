@@ -64,7 +64,7 @@ def test_what_the_user_gets_stands_first():
     said = recommendation([{**ROW, **RUN}, ORIGINAL], LIMITS, WORKLOAD).splitlines()
     assert said[1:4] == [
         "  As you will run it (generate, prompt 512 + 128): 4.41 s -> 2.10 s a request, 2.10 times faster"
-        " (95% interval 2.05 to 2.15)",
+        " (95% interval 2.05x to 2.15x)",
         "    first token 190 ms -> 100 ms, 33.0 ms -> 15.0 ms a further token",
         "  in the search: 2.00 times faster than unquantized (100 ms a request instead of 200 ms)",
     ]

@@ -271,7 +271,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     if rows:
         print_table(lambda width: front_table(rows, width))
         typer.echo()
-    typer.echo(recommendation(rows, study.facts.limits))
+    typer.echo(recommendation(rows, study.facts.limits, study.facts.workload))
     if not rows:
         return
     best = None if recommended is None else recommended["plan_id"]

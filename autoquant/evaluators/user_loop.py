@@ -82,14 +82,19 @@ class Usage:
             calls[_FIRST] = lambda: generate(model, prompt, 1, exactly=True)
         return UserLoop("generate", tokens, calls)
 
-    def answer_of(self, module: nn.Module) -> Answer:
-        """What a model gives for the beginning of the prompt, or for the inputs."""
+    def answer_of(self, module: nn.Module, *, replayed: bool = False) -> Answer:
+        """What a model gives for the beginning of the prompt, or for the inputs.
+
+        Args:
+            replayed: Generate by compiled steps; otherwise as transformers itself does, which compiles nothing.
+        """
         inputs = self._prompt(module)[:1, :_CHECK_TOKENS] if self.kind == "causal_lm" else self._inputs()
         with torch.no_grad():
             output = output_tensor(module(inputs) if isinstance(inputs, torch.Tensor) else _call(module, inputs))
         ids = None
         if isinstance(inputs, torch.Tensor):
-            ids = generate(module, inputs, min(_CHECK_NEW_TOKENS, self.workload.new_tokens)).cpu()
+            tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)
+            ids = generate(module, inputs, tokens, disable_compile=not replayed).cpu()
         return Answer(output.float().cpu(), ids)
 
     def _prompt(self, module: nn.Module) -> torch.Tensor:
@@ -132,12 +137,12 @@ def _call(forward: Callable[..., Any], inputs: Sequence[Any] | Mapping[str, Any]
     return forward(**inputs) if isinstance(inputs, Mapping) else forward(*inputs)
 
 
-def generate(model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = False) -> torch.Tensor:
+def generate(model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = False, **settings: Any) -> torch.Tensor:
     """The prompt and up to `tokens` greedily chosen tokens behind it, or exactly so many: ids [batch, tokens]."""
     ends = {"min_new_tokens": tokens} if exactly else {}
     with torch.no_grad(), quiet():
         made: torch.Tensor = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, **ends
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, **ends, **settings
         )
     return made
 

@@ -217,7 +217,7 @@ def check_and_time(
     """Time a plan in turn with the unquantized model as a user runs them, if it then gives what it gives without preparation."""
     expected = expected or usage.answer_of(quantized)
     loops = [usage.loop_of(original), usage.loop_of(quantized)]
-    made = usage.answer_of(quantized)
+    made = usage.answer_of(quantized, replayed=True)
     delivery = Delivery(plan_id=plan_id, loop=usage.loop, where="in memory")
     if reason := first_difference(quantized, made, expected):
         return replace(delivery, reason=reason)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autoquant.errors import AutoquantError
     from autoquant.profiler.profile import profile
     from autoquant.records import Phase, Plan, Workload
+    from autoquant.runtime import compile, prepare
     from autoquant.tuner.driver import search
     from autoquant.tuner.study import Study
 
@@ -31,7 +32,9 @@ __all__ = [
     "Study",
     "Workload",
     "apply",
+    "compile",
     "load",
+    "prepare",
     "profile",
     "register",
     "search",
@@ -46,7 +49,9 @@ _HOMES = {
     "Study": "autoquant.tuner.study",
     "Workload": "autoquant.records",
     "apply": "autoquant.applier",
+    "compile": "autoquant.runtime",
     "load": "autoquant.applier",
+    "prepare": "autoquant.runtime",
     "profile": "autoquant.profiler.profile",
     "register": "autoquant.candidates",
     "search": "autoquant.tuner.driver",

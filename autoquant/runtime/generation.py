@@ -171,11 +171,15 @@ def _place_reason(model: Any, input_ids: torch.Tensor) -> str:
 def _cache_reason(cache: Any) -> str:
     """Return why a cache cannot be replaced by a static one."""
     from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import DynamicLayer, StaticLayer
 
     if cache is None:
         return ""
     if type(cache) not in (DynamicCache, StaticCache):
         return f"it keeps a {type(cache).__name__}"
+    others = [layer for layer in cache.layers if not isinstance(layer, (DynamicLayer, StaticLayer))]
+    if others:
+        return f"it keeps a {type(others[0]).__name__}"
     return "past_key_values were given" if getattr(cache, "_is_user_defined", False) or _is_filled(cache) else ""
 
 

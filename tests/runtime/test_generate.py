@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from autoquant.profiler import device
@@ -175,6 +176,34 @@ def test_a_conversation_goes_on_from_the_cache_that_was_handed_out(model, plain)
         ids = torch.cat((output.sequences, prompts(tokens=6, seed=3)), dim=1)
         texts.append(each.generate(ids, past_key_values=output.past_key_values, max_new_tokens=6, do_sample=False))
     assert torch.equal(*texts)
+
+
+ARCHITECTURES = {
+    "Qwen3Config": {"head_dim": 8},
+    "MistralConfig": {"sliding_window": 16},  # prompts are longer
+    "Gemma3TextConfig": {"head_dim": 8, "sliding_window": 16},
+    "GPTNeoXConfig": {},
+    "MixtralConfig": {"num_local_experts": 4},
+    "Qwen3NextConfig": {"head_dim": 8},  # keeps other states than keys and values
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_give_the_same_text(name):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if name == "GPTNeoXConfig" else 2}
+    config = getattr(transformers, name)(**sizes, **heads, pad_token_id=0, eos_token_id=2, **ARCHITECTURES[name])
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[0, :20] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = prepare(copy.deepcopy(plain))
+        for batch, given in ((1, None), (2, mask)):
+            ids = prompts(batch, 70)
+            fast, slow = both(model, plain, ids, attention_mask=given, max_new_tokens=8, do_sample=False)
+            assert torch.equal(fast, slow)
 
 
 def test_a_copy_of_a_model_generates_by_itself(model, plain):

@@ -140,6 +140,7 @@ def add_up(
     """Add up what the programs of a query head found, for COLUMNS columns: zeros if that head sees nothing."""
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, ROWS)
     there = split < splits

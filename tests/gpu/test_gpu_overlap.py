@@ -6,6 +6,8 @@ import torch
 from autoquant.candidates import few_rows, get_format
 from autoquant.candidates.float8_rows import float8_rows
 from autoquant.candidates.int4_tiled import int4_rows
+from autoquant.profiler import norms
+from autoquant.profiler.norms import add_rms_norm, rms_norm
 from autoquant.runtime import attention
 from autoquant.runtime.attention import token_attention
 
@@ -20,8 +22,8 @@ def normal(*size, seed=0):
 
 
 def products(name):
-    """Products with one weight each, as functions of x `[m, WIDTH]`."""
-    weights = [get_format(name).store(normal(WIDTH, WIDTH, seed=seed)) for seed in range(LAYERS)]
+    """Products with one weight each, as functions of x `[m, WIDTH]`, which they make neither larger nor smaller."""
+    weights = [get_format(name).store(normal(WIDTH, WIDTH, seed=seed) / 32) for seed in range(LAYERS)]
     if name.startswith("int4"):
         return [lambda x, w=weight: int4_rows(x, w.qdata, w.scale_and_zero, None) for weight in weights]
     return [lambda x, w=weight: float8_rows(x, w.qdata, w.scale, None) for weight in weights]
@@ -37,19 +39,29 @@ def captured(step, x):
     return graph, y
 
 
-@pytest.mark.parametrize("between", ["nothing", "a kernel", "a product that adds to what it read"])
+@pytest.mark.parametrize("between", ["nothing", "a kernel", "a sum", "a norm", "a norm of a sum"])
 @pytest.mark.parametrize("m", [1, 16])
 @pytest.mark.parametrize("name", ["int4-g128/tiled", "float8-row/plain"])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_products_in_a_graph_read_what_the_kernels_before_wrote(name, m, between, overlap, monkeypatch):
     monkeypatch.setattr(few_rows, "OVERLAP", overlap)
-    layers, x = products(name), normal(m, WIDTH)
+    monkeypatch.setattr(norms, "OVERLAP", overlap)
+    layers, x, weight = products(name), normal(m, WIDTH), normal(WIDTH) / 32
 
     def step(x):
+        total = x
         for layer in layers:
             y = layer(x)
-            x = y if between == "nothing" else torch.tanh(y) if between == "a kernel" else x + y
-            x = x / 32
+            if between == "nothing":
+                x = y
+            elif between == "a kernel":
+                x = torch.tanh(y)
+            elif between == "a sum":
+                x = (x + y) / 32
+            elif between == "a norm":
+                x = rms_norm(y, weight, 1e-5)
+            else:
+                total, x = add_rms_norm(total, y, weight, 1e-5)
         return x
 
     graph, y = captured(step, x)

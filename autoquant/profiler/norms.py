@@ -106,7 +106,8 @@ class _Norm:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x, weight = hidden_states, self._norm.weight
         width = x.shape[-1]
-        few = x.numel() <= MOST_ROWS * width and width <= MOST_COLUMNS
+        of_tokens = x.dim() <= 3  # norms of heads are better joined with what turns them
+        few = of_tokens and x.numel() <= MOST_ROWS * width and width <= MOST_COLUMNS
         alike = x.device.type in _DEVICES and x.dtype == weight.dtype and not torch.is_grad_enabled()
         if few and alike and torch.compiler.is_compiling():
             y: torch.Tensor = rms_norm(x, weight, self._norm.variance_epsilon)

@@ -57,9 +57,10 @@ def test_a_norm_computes_what_it_did(kind, dtype, on_a_cpu_too):
         (LlamaRMSNorm(64).bfloat16(), torch.randn(1, 1, 64)),
         (Gemma3RMSNorm(64), torch.randn(1, 1, 64)),
         (nn.RMSNorm(64), torch.randn(1, 1, 64)),
+        (Qwen3RMSNorm(64), torch.randn(1, 1, 8, 64)),
     ],
 )
-def test_other_norms_many_rows_and_mixed_dtypes_stay(norm, x, on_a_cpu_too):
+def test_other_norms_many_rows_heads_and_mixed_dtypes_stay(norm, x, on_a_cpu_too):
     expected = norm(x)
     graph = traced(own(norm), x)
     assert NORM not in targets(graph)

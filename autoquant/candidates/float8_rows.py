@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from autoquant.candidates.few_rows import multiply_rows
+from autoquant.candidates.operators import define_operator
 
 CHUNK_COLUMNS = 128
 SETTINGS = (
@@ -24,12 +25,10 @@ def multiply_float8_rows(
     return multiply_rows("float8_rows.cu", "float8_rows", SETTINGS, x, (values, scale), bias)
 
 
-float8_rows = torch.library.custom_op(
-    "autoquant::float8_rows", multiply_float8_rows, mutates_args=(), device_types="cuda"
-)
-"""The same as an operator, which the compiler leaves as it is."""
-
-
-@float8_rows.register_fake
-def _(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _empty_rows(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+float8_rows = define_operator("float8_rows", multiply_float8_rows, _empty_rows)

@@ -21,6 +21,7 @@ from autoquant.candidates.float8 import float8_product, float8_product_unsupport
 from autoquant.candidates.int4 import GROUP_SIZES
 from autoquant.candidates.int4_gpu import tinygemm_rounding, with_roundings
 from autoquant.candidates.int4_tiled_tensor import TILE_COLUMNS, TILE_ROWS, Int4TiledTensor
+from autoquant.candidates.operators import define_operator
 from autoquant.candidates.rounding import Rounded
 from autoquant.records import LinearShape
 
@@ -44,13 +45,13 @@ def multiply_int4_rows(
     return multiply_rows(_SOURCE, "int4_rows", SETTINGS, x, (qdata, scale_and_zero), bias, (("GROUP", group),))
 
 
-int4_rows = torch.library.custom_op("autoquant::int4_rows", multiply_int4_rows, mutates_args=(), device_types="cuda")
-"""The same as an operator, which the compiler leaves as it is."""
-
-
-@int4_rows.register_fake
-def _(x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _empty_rows(
+    x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], qdata.shape[0])
+
+
+int4_rows = define_operator("int4_rows", multiply_int4_rows, _empty_rows)
 
 
 def unpack_int4_tiles(
@@ -67,26 +68,26 @@ def unpack_int4_tiles(
     return out
 
 
-int4_unpack = torch.library.custom_op("autoquant::int4_unpack", unpack_int4_tiles, mutates_args=(), device_types="cuda")
-"""The same as an operator, which the compiler leaves as it is."""
-
-
-@int4_unpack.register_fake
-def _(qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor, float8: bool) -> torch.Tensor:
+def _empty_numbers(
+    qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor, float8: bool
+) -> torch.Tensor:
     dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
     return qdata.new_empty(qdata.shape[0], 8 * qdata.shape[1], dtype=dtype)
+
+
+int4_unpack = define_operator("int4_unpack", unpack_int4_tiles, _empty_numbers)
 
 
 def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stored = cast(Int4TiledTensor, weight)
     product = multiply_int4_rows if is_plain_call(x, bias) else int4_rows
-    return product(x, stored.qdata, stored.scale_and_zero, bias)
+    return cast(torch.Tensor, product(x, stored.qdata, stored.scale_and_zero, bias))
 
 
 def _unpacked(weight: torch.Tensor, *, float8: bool) -> torch.Tensor:
     stored = cast(Int4TiledTensor, weight)
     unpack = unpack_int4_tiles if is_plain_call(stored.qdata) else int4_unpack
-    return unpack(stored.qdata, stored.scale_and_zero, stored.row_scale, float8)
+    return cast(torch.Tensor, unpack(stored.qdata, stored.scale_and_zero, stored.row_scale, float8))
 
 
 def _unpack_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -40,7 +40,7 @@ def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
         if isinstance(owner, ApartLinear) or not computes_as_linear(owner) or not isinstance(owner.weight, wanted):
             continue
         if is_traceable_wrapper_subclass(owner.weight):
-            owner.__class__ = _class_for(type(owner))
+            owner.__class__ = _class_for(cast(type[nn.Linear], type(owner)))
             cast(ApartLinear, owner).take_apart()
     return module
 
@@ -61,9 +61,9 @@ class Operand:
     """
 
     def __init__(self, weight: torch.Tensor, whole: Whole) -> None:
-        routed = isinstance(weight, RoutedWeight)
         together = unflatten_tensor(whole.rebuild, list(whole.parts))
-        self.make = content_key([repr(whole.rebuild), weight.code_key() if routed else ""])
+        code = weight.code_key() if isinstance(weight, RoutedWeight) else ""
+        self.make = content_key([repr(whole.rebuild), code])
         self.stored = together.stored if isinstance(together, RoutedWeight) else None
         self.parts = list(whole.parts)
         self.product = _product(self.make, whole.rebuild)
@@ -156,7 +156,7 @@ class ApartLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name not in ("_operand", "_start")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.take_apart()
 
 

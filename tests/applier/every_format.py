@@ -162,8 +162,9 @@ def outputs(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     device = next(module.parameters()).device
     prompts = [(7 * torch.arange(rows, device=device) % VOCABULARY).unsqueeze(0) for rows in ROWS]
     found = {f"logits of {ids.shape[1]}": module(ids).logits for ids in prompts}
-    found["tokens"] = module.generate(
-        prompts[-1], attention_mask=torch.ones_like(prompts[-1]), min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS
+    mask = torch.ones_like(prompts[-1])
+    found["tokens"] = module.generate(  # compiling steps for each format would take minutes
+        prompts[-1], attention_mask=mask, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, disable_compile=True
     )
     return {name: tensor.cpu() for name, tensor in found.items()}
 

@@ -80,7 +80,7 @@ def test_attention_between_products(monkeypatch):
 
     def step(x):
         for layer in layers:
-            y = layer(x)
+            y = layer(x) / 32
             k.index_copy_(2, at, y.view(1, heads, 1, width)[:, :2])
             v.index_copy_(2, at, y.view(1, heads, 1, width)[:, 2:4])
             x = token_attention(y.view(1, heads, 1, width), k, v, mask, width**-0.5).view(1, WIDTH)

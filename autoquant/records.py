@@ -22,6 +22,8 @@ BASELINES: tuple[PlanKind, ...] = ("uniform", "heuristic", "bits")
 """Kinds of plans that are made without looking at each layer's latency: what a searched plan has to beat."""
 Objective = Literal["time", "memory"]
 """What the recommended plan has least of, within the limits: time of a request, or bytes of all parameters."""
+Measure = Literal["perplexity", "loss", "divergence"]
+"""What quality is measured by: increase of perplexity, or of a loss of the user's own, or divergence of outputs."""
 
 DISTURBED = "timed while others used"
 """How the note of a proof begins whose times something else on the machine may have changed."""
@@ -329,9 +331,10 @@ class Proof:
         request_ms: Time of one request: the sum over phases of calls times the median latency.
         phase_ms: Median milliseconds of one run of each phase.
         original_request_ms: The unquantized model's request time measured in turn with this plan's; so `original_phase_ms`.
-        perplexity: On the report part of the text (None for a quality function of the user's own).
-        loss: Mean loss on the report part: nats per token, or what the user's own function gives.
-        increase: Relative increase over the unquantized model on the report part, with its paired interval.
+        perplexity: On the report part of the text (None without a text).
+        loss: Mean loss on the report part: nats per token, what the user's own function gives, or divergence of outputs.
+        increase: Relative increase over the unquantized model on the report part, or the divergence of outputs from its outputs,
+            with its paired interval.
         selection_increase: The same on the selection part, which is what limits are checked against: its interval is that of the
             mean of as many further samples as the report part has (in older versions, of the mean over all text).
         kl: Mean divergence to the unquantized model on the report part (None where not defined).

@@ -12,6 +12,7 @@ from rich.text import Text
 from autoquant.records import LayerChoice, Plan, Recording, Route, Skipped
 from autoquant.report import units
 from autoquant.report.names import fold
+from autoquant.report.words import increase_heading, increase_words
 
 WIDE = 120
 _LEGEND = "> recommended   * on the front: no other is faster, better and smaller at once"
@@ -72,7 +73,7 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
     table.add_column("Speed", justify="right", no_wrap=True)
     if wide:
         table.add_column("Perplexity", justify="right", no_wrap=True)
-    table.add_column(f"{quality_word(rows)}\nincrease", justify="right", no_wrap=True)
+    table.add_column(increase_heading(rows).replace(" ", "\n"), justify="right", no_wrap=True)
     table.add_column("95%\ninterval", justify="right", no_wrap=True)
     if wide:
         table.add_column("KL", justify="right", no_wrap=True)
@@ -83,17 +84,12 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
         cells += [_in_unit(row["predicted_request_ms"], unit)] if wide else []
         cells += [f"{row['speedup']:.2f}x"]
         cells += [_optional(row["perplexity"], 5)] if wide else []
-        cells += [units.percent(row["perplexity_increase"], signed=True)]
+        cells += [increase_words(row)]
         cells += [units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])]
         cells += [_optional(row["kl"])] if wide else []
         cells += [stored]
         table.add_row(*map(Text, cells), style="bold" if row["recommended"] else "" if row["on_front"] else "dim")
     return table
-
-
-def quality_word(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What an increase is an increase of: perplexity, or the loss of a quality function of the user's own."""
-    return "Loss" if rows and all(row["perplexity"] is None for row in rows) else "Perplexity"
 
 
 def layers_table(plan: Plan, width: int = 80) -> Table:

@@ -46,11 +46,10 @@ def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
         return f"Recommended: the unquantized model. No {other} plan is within the limits ({limits_words(limits)})."
     original = next((other for other in rows if other["label"] == ORIGINAL_LABEL), None)
     within = [other for other in rows if other["within_limits"]]
-    what = "perplexity" if row["perplexity"] is not None else "loss"
     lines = [
         f"Recommended: plan {row['plan_id']} ({row['label']})",
         f"  {_speed(row)}",
-        f"  {what} {units.percent(row['perplexity_increase'], signed=True)}, "
+        f"  {measure_words(row).lower()} {increase_words(row)}, "
         f"95% interval {units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}",
         f"  memory {_memory(row, original)}",
     ]
@@ -113,7 +112,7 @@ def plan_lines(
     divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"
     lines.append(
         f"Measured: {_speed(row)}; {quality}"
-        f"increase {units.percent(row['perplexity_increase'], signed=True)} "
+        f"{'output divergence' if row['measure'] == 'divergence' else 'increase'} {increase_words(row)} "
         f"({units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}){divergence}; "
         f"{units.size(row['memory_bytes'])}"
     )
@@ -190,6 +189,22 @@ def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
     return f"{stored} instead of {units.size(original['memory_bytes'])} ({share:.0%})"
 
 
+def measure_words(row: Mapping[str, Any]) -> str:
+    """What quality was measured by: `Perplexity`, `Loss` or `Output divergence`."""
+    return "Output divergence" if row["measure"] == "divergence" else str(row["measure"]).capitalize()
+
+
+def increase_heading(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `increase_words` is of, for tables and axes: `Perplexity increase`, `Loss increase` or `Output divergence`."""
+    word = measure_words(rows[0]) if rows else "Perplexity"
+    return word if word == "Output divergence" else f"{word} increase"
+
+
+def increase_words(row: Mapping[str, Any]) -> str:
+    """By how much quality is worse than the unquantized model's; a divergence has no sign."""
+    return units.percent(row["perplexity_increase"], signed=row["measure"] != "divergence")
+
+
 def constraints_words(constraints: Mapping[str, Any]) -> str:
     """The constraints of a study as its options; empty where it has none."""
     parts = [f"--{name} {value}" for name in ("keep", "pin") for value in constraints.get(name, ())]
@@ -200,7 +215,7 @@ def limits_words(limits: Mapping[str, Any]) -> str:
     """The limits of a study in words, and what is minimized within them if it is not time."""
     parts = []
     if limits.get("max_ppl_increase") is not None:
-        parts.append(f"increase at most {units.percent(limits['max_ppl_increase'])}")
+        parts.append(f"{limits.get('measure', 'increase')} at most {units.percent(limits['max_ppl_increase'])}")
     if limits.get("max_kl") is not None:
         parts.append(f"KL at most {limits['max_kl']:g}")
     if limits.get("max_memory_bytes") is not None:

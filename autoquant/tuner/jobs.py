@@ -12,7 +12,8 @@ import torch
 from autoquant.calibration import Calibration
 from autoquant.candidates import Format, get_format
 from autoquant.errors import ModelError
-from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
+from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
@@ -41,7 +42,7 @@ class Bench:
     """
 
     load: Callable[[], LoadedModel]
-    quality: TextQuality | FunctionQuality
+    quality: AnyQuality
     workload: Workload
     device: str
     execution: str
@@ -100,7 +101,7 @@ class BenchSpec:
     dtype: str
     kind: ModelKind
     content_hash: str
-    parts: TextParts
+    judged_on: TextParts | VariedInputs
     workload: Workload
     device: str
     execution: str
@@ -118,13 +119,18 @@ class BenchSpec:
             get_format(format_id)
         return Bench(
             load=self._load,
-            quality=TextQuality(self.parts, self.device, keep_reference=True),
+            quality=self._quality(),
             workload=self.workload,
             device=self.device,
             execution=self.execution,
             sample_inputs=self.sample_inputs,
             own_process=True,
         )
+
+    def _quality(self) -> TextQuality | OutputQuality:
+        if isinstance(self.judged_on, VariedInputs):
+            return OutputQuality(self.judged_on)
+        return TextQuality(self.judged_on, self.device, keep_reference=True)
 
     def _load(self) -> LoadedModel:
         loaded = load_model(

@@ -11,7 +11,7 @@ from typing import Any
 from autoquant.candidates import Format, Kernel
 from autoquant.candidates.floats import original_format
 from autoquant.errors import CandidateError, first_line
-from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
@@ -64,7 +64,7 @@ class Stages:
     store: Store
     study_id: str
     loaded: LoadedModel
-    quality: TextQuality | FunctionQuality
+    quality: AnyQuality
     workload: Workload
     device: str
     hardware: Device

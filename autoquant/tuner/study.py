@@ -8,7 +8,7 @@ from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import PlanError
-from autoquant.records import BASELINES, Objective, Plan, Proof
+from autoquant.records import BASELINES, Measure, Objective, Plan, Proof
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.tuner.alternatives import Alternatives, alternatives
 from autoquant.tuner.constraints import Constraints
@@ -35,6 +35,7 @@ COLUMNS = (
     "within_limits",
     "recommended",
     "ties",
+    "measure",
 )
 
 
@@ -127,6 +128,7 @@ class Study:
                 max_kl=max_kl,
                 max_memory_bytes=max_memory_bytes,
                 minimize=minimize,
+                measure=self.limits.measure,
             )
         )
 
@@ -185,7 +187,7 @@ class Study:
         in one). `measured_request_ms` is the unquantized model's time divided by `speedup`, and `speedup` compares plan and
         unquantized model timed in turn: so a machine that gets slower during the search does not favour early plans.
         `predicted_request_ms` is in the same units: as much longer or shorter as the unquantized model's time is than it was when
-        the prediction was made.
+        the prediction was made. `measure` says what `perplexity_increase` is an increase of; `divergence` is that itself.
         """
         import pandas as pd
 
@@ -218,6 +220,7 @@ class Study:
                 "within_limits": limits.within(proof, plan),
                 "recommended": recommended is not None and plan.plan_id == recommended.plan_id,
                 "ties": " ".join(tied_with[plan.plan_id]),
+                "measure": _measure(proof, limits),
             }
             for plan in self.plans()
             if (proof := proofs.get(plan.plan_id)) is not None
@@ -236,6 +239,12 @@ def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
     return {proof.plan_id: proof.request_ms / proof.original_request_ms * original_ms for proof in proofs}
 
 
+def _measure(proof: Proof, limits: Limits) -> Measure:
+    if limits.measure == "divergence":
+        return "divergence"
+    return "loss" if proof.perplexity is None else "perplexity"
+
+
 def _original_ms(proofs: Sequence[Proof] | Any) -> float:
     """The median of the unquantized model's request times; 0 where there are no proofs."""
     originals = [proof.original_request_ms for proof in proofs]
@@ -248,7 +257,9 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
         return "no plan has been proven yet: run `autoquant search` to the end"
     parts = []
     if limits.max_ppl_increase is not None:
-        parts.append(f"an increase of at most {limits.max_ppl_increase:.3%}")
+        parts.append(
+            f"{'an increase' if limits.measure == 'increase' else 'a divergence'} of at most {limits.max_ppl_increase:.3%}"
+        )
     if limits.max_kl is not None:
         known = [proof.selection_kl.high for proof in proofs if proof.selection_kl]
         least = f" (least: {min(known):.3g})" if known else " (proven before it was measured: search again)"

@@ -221,7 +221,8 @@ def main() -> None:
     settings = {key: str(value) for key, value in vars(options).items()}
     device = fingerprint("cuda")
     about = {"device": device.name, "versions": dict(device.versions), "date": time.strftime("%Y-%m-%d")}
-    name = f"rows-{options.layers}x{options.vocabulary}-b{options.batch}-{options.prompt}+{options.new}.json"
+    sizes = (options.layers, options.batch, options.prompt, options.new)
+    name = f"rows-{'-'.join(map(str, sizes))}.json"
     (options.out / name).write_text(json.dumps({**about, "settings": settings, "rows": results}, indent=1))
     for result in results:
         print(

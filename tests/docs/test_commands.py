@@ -112,7 +112,8 @@ def quickly(command):
     if name not in ("search", "profile"):
         return command
     more = [*QUICK] if name == "search" else [*QUICK[:2]]
-    if "--workload" not in command and ("--eval-text" in command or (name == "profile" and "--shapes" not in command)):
+    reads_tokens = "--sample-inputs" not in command and "--shapes" not in command and ".pt2" not in command
+    if "--workload" not in command and reads_tokens:
         more.append(WORKLOAD)
     if name == "search" and not any(option in command for option in ("--max", "--minimize", "--recipe")):
         more.append(ANY_PLAN)

@@ -7,7 +7,7 @@ from autoquant.report.words import disturbed_proofs, off_predictions, recommenda
 
 ROW = {
     "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0, "speedup": 2.0,
-    "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
+    "measure": "perplexity", "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
     "perplexity_increase_high": 0.005, "memory_bytes": 2**20, "recommended": True, "within_limits": True,
 }  # fmt: skip
 ORIGINAL = {
@@ -84,7 +84,8 @@ def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_th
 def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False, ties="", within=True):
     return {
         "plan_id": plan_id, "label": f"{kind} {plan_id}", "kind": kind, "predicted_request_ms": ms,
-        "measured_request_ms": ms, "speedup": 20.0 / ms, "perplexity": 10.0, "perplexity_increase": increase,
+        "measured_request_ms": ms, "speedup": 20.0 / ms, "measure": "perplexity", "perplexity": 10.0,
+        "perplexity_increase": increase,
         "perplexity_increase_low": increase - 0.001, "perplexity_increase_high": increase + 0.001, "kl": 0.01,
         "memory_bytes": 1000, "on_front": True, "within_limits": within, "recommended": recommended,
         "ties": ties,

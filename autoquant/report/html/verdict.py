@@ -9,7 +9,7 @@ from typing import Any
 from autoquant.records import ORIGINAL_LABEL
 from autoquant.report import units
 from autoquant.report.html.points import Point
-from autoquant.report.words import limits_words
+from autoquant.report.words import increase_words, limits_words, measure_words
 from autoquant.store import StudyFacts
 
 
@@ -88,8 +88,7 @@ def _speed(point: Point) -> Tile:
 def _quality(point: Point) -> Tile:
     row = point.row
     ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
-    name = "Loss" if row["perplexity"] is None else "Perplexity"
-    return Tile(name, units.percent(row["perplexity_increase"], signed=True), f"95 % interval {ends}")
+    return Tile(measure_words(row), increase_words(row), f"95 % interval {ends}")
 
 
 def _memory(point: Point, original: Point | None) -> Tile:

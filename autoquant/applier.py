@@ -24,7 +24,7 @@ from autoquant.candidates.routes import for_any_rows, route_words
 from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel, load_model
-from autoquant.models.loaded import settle
+from autoquant.models.loaded import is_causal_lm, settle
 from autoquant.profiler.phases import output_tensor
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime import prepare
@@ -41,6 +41,8 @@ class AppliedReport:
     Attributes:
         repeatable: The model gives the same logits each time. Where kernels add up in another order each time, what was compared
             is the weights.
+        needs_module: Loading the folder takes a module of the same architecture, which it does not describe.
+        generates: It is a language model with its tokenizer.
     """
 
     out: Path
@@ -49,9 +51,9 @@ class AppliedReport:
     formats: Mapping[str, int]
     memory_bytes: int
     original_memory_bytes: int
-    logits_identical: bool
-    loaded_again: bool
-    repeatable: bool = True
+    repeatable: bool
+    needs_module: bool
+    generates: bool
 
 
 class Quantized:
@@ -144,7 +146,7 @@ def apply_to_disk(
     """
     listener = logged(listener)
     target = Path(out).absolute()
-    _check_target(target)
+    _check_target(target, plan)
     loaded = load_searched(plan, model, facts, device)
     original_bytes = module_bytes(loaded.module)
     apply(plan, loaded.module, calibration=facts.calibration, listener=listener)
@@ -169,9 +171,9 @@ def apply_to_disk(
         formats=plan.formats(),
         memory_bytes=module_bytes(loaded.module),
         original_memory_bytes=original_bytes,
-        logits_identical=True,
-        loaded_again=True,
         repeatable=repeatable,
+        needs_module=not _describes_itself(loaded),
+        generates=loaded.kind == "causal_lm" and loaded.tokenizer is not None,
     )
 
 
@@ -185,7 +187,12 @@ def load(folder: str | Path, model: nn.Module | None = None, *, device: str = "c
     Raises:
         CheckpointError: The folder is no such model, is damaged, or was packed for another CPU.
     """
-    return prepare(settle(checkpoint.read(Path(folder), model, device)))
+    module = settle(checkpoint.read(Path(folder), model, device))
+    if not is_causal_lm(module):
+        return prepare(module)
+    from autoquant.integrations.saving import settle_loaded  # imports transformers
+
+    return settle_loaded(module, checkpoint.read_manifest(Path(folder)))
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -274,9 +281,11 @@ def _formats_text(plan: Plan) -> str:
     return ", ".join(f"{count} {name}" for name, count in plan.formats().items())
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, plan: Plan) -> None:
     from autoquant.store.connect import is_writable
 
+    if checkpoint.plan_in(target) == plan.plan_id:
+        raise CheckpointError(f"{target} exists already and holds this plan; load it, or choose another --out")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists already; choose another --out")
     if not target.parent.is_dir():
@@ -314,9 +323,12 @@ def load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str 
 
 def _skeleton(loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFacts) -> nn.Module | None:
     """A second module for checkpoints that cannot make one: an exported program or a pickled module is loaded again."""
-    if loaded.source.kind in ("huggingface", "state_dict"):
-        return None
-    return load_searched(plan, model, facts, None).module
+    return None if _describes_itself(loaded) else load_searched(plan, model, facts, None).module
+
+
+def _describes_itself(loaded: LoadedModel) -> bool:
+    """Whether a checkpoint of the model says how its module is made."""
+    return loaded.source.kind in ("huggingface", "state_dict")
 
 
 def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:

@@ -6,7 +6,8 @@ A checkpoint is a folder:
 - `model.safetensors`: every tensor that can be kept there, torchao's subclasses flattened by torchao's own scheme, so that
   other tools can read them;
 - `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`;
-- the configuration and tokenizer of a Hugging Face model.
+- the configuration and tokenizer of a Hugging Face model; its `config.json` names autoquant as what quantized it, by which
+  transformers' own `from_pretrained` finds the way here (see `autoquant.integrations`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -37,16 +38,19 @@ from autoquant.records import Plan
 MANIFEST = "autoquant.json"
 SAFETENSORS = "model.safetensors"
 PACKED = "packed.pt"
+QUANT_METHOD = "autoquant"
 FORMAT_VERSION = 1
-_HUGGINGFACE_FILES = (
-    "config.json",
-    "generation_config.json",
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab*",
     "merges*",
     "chat_template*",
+    "tekken.json",
     "*.model",
+    "*.tiktoken",
 )
 
 
@@ -56,7 +60,32 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     Returns:
         Names of the files written.
     """
-    module = loaded.module
+    about = {
+        "plan_id": plan.plan_id,
+        "study_id": plan.study_id,
+        "label": plan.label,
+        "model_hash": plan.model_hash,
+        "dtype": plan.dtype,
+        "device": loaded.device.partition(":")[0],
+        "source": asdict(loaded.source),
+        "joined": _joined_names(plan),
+    }
+    if loaded.source.kind == "huggingface":
+        own = () if loaded.source.tokenizer else _TOKENIZER_FILES
+        _copy_files(Path(loaded.source.path), (*_CONFIG_FILES, *own), folder)
+        _name_quantizer(folder / "config.json", plan.dtype)
+    if loaded.source.tokenizer and loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
+    write_module(loaded.module, about, folder)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
+    """Write the tensors and the manifest of a module.
+
+    Args:
+        about: What the module itself does not show: fields of the manifest that `write` made, or `read_manifest` read.
+    """
     ties = tied_names(module)
     aliases = {name for group in ties for name in group[1:]}
     tensors = {name: tensor for name, tensor in _named_tensors(module).items() if name not in aliases}
@@ -68,23 +97,14 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     _write_safetensors({name: tensor for name, tensor in plain.items() if name not in packed}, folder / SAFETENSORS)
     if packed:
         torch.save({name: move_tensor(tensor, "cpu") for name, tensor in packed.items()}, folder / PACKED)
-    if loaded.source.kind == "huggingface":
-        _copy_huggingface_files(Path(loaded.source.path), folder)
     manifest = {
+        **about,
         "format_version": FORMAT_VERSION,
-        "plan_id": plan.plan_id,
-        "study_id": plan.study_id,
-        "label": plan.label,
-        "model_hash": plan.model_hash,
-        "dtype": plan.dtype,
-        "source": asdict(loaded.source),
         "ties": ties,
         "routed": {name: _describe(weight) for name, weight in routed.items()},
-        "joined": _joined_names(plan),
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if _packed_for_this_cpu(packed) else None,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    return sorted(path.name for path in folder.iterdir())
 
 
 def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> nn.Module:
@@ -101,24 +121,9 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
     """
     device = resolve_device(device)
     manifest = read_manifest(folder)
-    capability = manifest["cpu_capability"]
-    if capability and capability != torch.backends.cpu.get_cpu_capability():
-        raise CheckpointError(
-            f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
-            "apply the plan again here"
-        )
-    for description in manifest["routed"].values():
-        get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
-    tensors = _read_tensors(folder, device)
-    dtype = getattr(torch, manifest["dtype"])
-    for name, description in manifest["routed"].items():
-        if name not in tensors:
-            raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
-        route = tuple((upper, kernel) for upper, kernel in description["route"])
-        tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
-    for names in manifest.get("joined", []):
-        tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
+    tensors = _read_stored(folder, manifest, device)
     if module is None:
+        dtype = getattr(torch, manifest["dtype"])
         try:
             module = build_architecture(manifest["source"], folder, dtype, meta=True)
         except ModelError as error:
@@ -128,6 +133,27 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
             module = build_architecture(manifest["source"], folder, dtype, meta=False)
     _assign(module, tensors, manifest["ties"], folder)
     return module
+
+
+def fill(module: nn.Module, folder: Path, device: str) -> nn.Module:
+    """Give a module, which may be on the meta device, the tensors of a checkpoint, in place.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, is damaged, was packed for another CPU, or is of another architecture.
+    """
+    manifest = read_manifest(folder)
+    _assign(module, _read_stored(folder, manifest, resolve_device(device)), manifest["ties"], folder)
+    return module
+
+
+def join_again(module: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Store the weights that are computed as one behind one another: each that is moved gets memory of its own."""
+    for names in manifest.get("joined", []):
+        joined = join([module.get_parameter(name).data for name in names])
+        for name, weight in zip(names, joined, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    tie(module, manifest["ties"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -147,6 +173,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; upgrade it"
         )
     return cast(dict[str, Any], manifest)
+
+
+def plan_in(folder: Path) -> str | None:
+    """Id of the plan whose checkpoint a folder holds; None for any other folder."""
+    try:
+        return str(read_manifest(folder)["plan_id"])
+    except CheckpointError:
+        return None
+
+
+def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, with their routes."""
+    capability = manifest["cpu_capability"]
+    if capability and capability != torch.backends.cpu.get_cpu_capability():
+        raise CheckpointError(
+            f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
+            "apply the plan again here"
+        )
+    for description in manifest["routed"].values():
+        get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
+    tensors = _read_tensors(folder, device)
+    dtype = getattr(torch, manifest["dtype"])
+    for name, description in manifest["routed"].items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
+        route = tuple((upper, kernel) for upper, kernel in description["route"])
+        tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+    for names in manifest.get("joined", []):
+        tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
+    return tensors
 
 
 def _packed_for_this_cpu(packed: Mapping[str, torch.Tensor]) -> bool:
@@ -237,9 +293,18 @@ def _assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], ties: list[l
         )
 
 
-def _copy_huggingface_files(source: Path, folder: Path) -> None:
-    folder_of_source = source if source.is_dir() else download(str(source))
-    for pattern in _HUGGINGFACE_FILES:
-        for path in folder_of_source.glob(pattern):
+def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
+    """Copy what describes a Hugging Face model from its folder, from beside its file of weights, or from the hub."""
+    here = source.parent if source.is_file() else source if source.is_dir() else download(str(source))
+    for pattern in patterns:
+        for path in here.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
+
+
+def _name_quantizer(config: Path, dtype: str) -> None:
+    """Say in a `config.json` what quantized the model, and the dtype that it computes in."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.pop("torch_dtype", None)  # the older name of the same
+    fields |= {"dtype": dtype, "quantization_config": {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}}
+    config.write_text(json.dumps(fields, indent=2), encoding="utf-8")

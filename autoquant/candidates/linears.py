@@ -37,11 +37,12 @@ def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
     """
     wanted = torch.Tensor if any_subclass else RoutedWeight
     for owner in module.modules():
-        if isinstance(owner, ApartLinear) or not computes_as_linear(owner) or not isinstance(owner.weight, wanted):
+        if not computes_as_linear(owner) or not isinstance(owner.weight, wanted):
             continue
         if is_traceable_wrapper_subclass(owner.weight):
-            owner.__class__ = _class_for(cast(type[nn.Linear], type(owner)))
-            cast(ApartLinear, owner).take_apart()
+            if not isinstance(owner, ApartLinear):
+                owner.__class__ = _class_for(cast(type[nn.Linear], type(owner)))
+            cast(ApartLinear, owner).take_apart()  # again too: the weight may have been replaced
     return module
 
 

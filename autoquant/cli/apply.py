@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,10 +19,17 @@ if TYPE_CHECKING:
     from autoquant.records import Plan
     from autoquant.tuner.study import Study
 
+_FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors")
+
 
 def apply(
     database: Database,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the quantized model.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder for the quantized model.", show_default="MODEL-PLANID beside the database"
+        ),
+    ] = None,
     plan: PlanOption = None,
     max_ppl_increase: Annotated[
         str | None,
@@ -28,7 +37,7 @@ def apply(
     ] = None,
     model: ModelOption = None,
 ) -> None:
-    """Write the model quantized by a plan into DIR, reload it and compare it with what was meant to be written."""
+    """Write the model quantized by a plan into a new folder, read it back and compare it with the one in memory."""
     if plan is not None and max_ppl_increase is not None:
         raise typer.BadParameter("cannot be combined with --max-ppl-increase", param_hint="--plan")
     increase = None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
@@ -38,9 +47,11 @@ def apply(
         chosen = _chosen(study, plan, increase)
         source = model or source_path(study)
         from autoquant.applier import apply_to_disk  # imports torch: after everything that can be refused without it
+        from autoquant.store.connect import folder_of
 
         with listening() as listener:
-            report = apply_to_disk(chosen, source, out, facts=study.facts, listener=listener)
+            target = out or folder_of(database) / f"{_model_name(source)}-{chosen.plan_id}"
+            report = apply_to_disk(chosen, source, target, facts=study.facts, listener=listener)
     _print_report(chosen, report)
 
 
@@ -52,24 +63,30 @@ def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
     return study.best_of_search()
 
 
+def _model_name(path: str) -> str:
+    """What a model is called after its folder, its file or its name on the hub."""
+    place = Path(os.path.abspath(path))
+    return (place.stem if place.suffix in _FILE_SUFFIXES else place.name) or "model"
+
+
 def _print_report(plan: Plan, report: AppliedReport) -> None:
-    from autoquant.errors import CheckpointError
     from autoquant.report import units
 
     formats = ", ".join(f"{count} x {name}" for name, count in report.formats.items())
     typer.echo(f"Plan {plan.plan_id} ({plan.label}) applied to {report.layers} layers: {formats}")
     typer.echo(f"Memory {units.size(report.memory_bytes)} instead of {units.size(report.original_memory_bytes)}")
     typer.echo(f"Wrote {report.out}: {', '.join(report.files)}")
-    if not report.loaded_again:
-        typer.echo("Not read back: what was written has not been compared.")
-    elif not report.logits_identical:
-        raise CheckpointError(
-            f"{report.out} was written, but its logits differ from the model's in memory: do not use it"
-        )
-    elif not report.repeatable:
+    if report.repeatable:
+        typer.echo("Read back: its logits are bit for bit those of the quantized model in memory.")
+    else:
         typer.echo(
             "Read back: its weights are those of the quantized model in memory, whose logits differ from run to run."
         )
+    where = os.path.relpath(report.out) if report.out.is_relative_to(Path.cwd()) else str(report.out)
+    typer.echo("\nNext:")
+    if report.generates and not report.needs_module:
+        typer.echo(f"  autoquant generate {shlex.quote(where)} --prompt TEXT")
+    if report.needs_module:
+        typer.echo(f"  autoquant.load({where!r}, module)    in Python, with a module of the same architecture")
     else:
-        typer.echo("Read back: its logits are bit for bit those of the quantized model in memory.")
-    typer.echo(f'Load it with autoquant.load("{report.out}")')
+        typer.echo(f"  autoquant.load({where!r})    in Python")

@@ -271,7 +271,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     if rows:
         print_table(lambda width: front_table(rows, width))
         typer.echo()
-    typer.echo(recommendation(rows, study.facts.limits))
+    typer.echo(recommendation(rows, study.facts.limits, study.facts.workload))
     if not rows:
         return
     best = None if recommended is None else recommended["plan_id"]
@@ -281,4 +281,4 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     typer.echo(f"  autoquant pareto {where} --plot front.png")
     if recommended is not None:
         typer.echo(f"  autoquant show {where}")
-    typer.echo(f"  autoquant apply {where} {'' if recommended is not None else '--plan ID '}--out DIR")
+    typer.echo(f"  autoquant apply {where} {'' if recommended is not None else '--plan ID'}".rstrip())

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.errors import ModelError, first_line
-from autoquant.models import factory
+from autoquant.errors import ModelError
+from autoquant.models import factory, huggingface
 from autoquant.models.quiet import current_folder_importable, quiet
 
 
@@ -29,7 +29,7 @@ def build_architecture(source: Mapping[str, Any], folder: Path, dtype: torch.dty
     place = torch.device("meta") if meta else nullcontext()
     if source["kind"] == "huggingface":
         with quiet(), place:
-            return _from_config(folder, dtype)
+            return huggingface.from_config(folder, dtype)
     if source["kind"] == "state_dict" and source.get("model_factory"):
         with current_folder_importable(), place:
             return factory._call(factory.factory_of(source["model_factory"]), source["model_factory"])
@@ -42,14 +42,3 @@ def build_architecture(source: Mapping[str, Any], folder: Path, dtype: torch.dty
 def without_values(module: nn.Module) -> bool:
     """Whether any tensor of the module is still on the meta device."""
     return factory._on_meta(module)
-
-
-def _from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:
-        raise ModelError(f"transformers cannot build the model of {folder}: {first_line(error)}") from error
-    return module

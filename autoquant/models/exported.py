@@ -22,6 +22,8 @@ from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import Request
 from autoquant.models.targets import dtype_name, resolve_dtype
 
+_Inputs = tuple[Any, ...] | dict[str, Any]
+
 
 def is_exported(path: Path) -> bool:
     """Whether a file holds an exported program, whatever its name."""
@@ -37,22 +39,18 @@ def load_exported(path: Path, request: Request) -> LoadedModel:
     """Load an exported program with the inputs it was exported on.
 
     Raises:
-        ModelError: It cannot be read, needs keyword inputs, does not run in the dtype asked for, or holds what can run
-            code on loading and is not trusted.
+        ModelError: It cannot be read, needs positional and keyword inputs, does not run in the dtype asked for, or holds what
+            can run code on loading and is not trusted.
     """
     if request.model_factory is not None:
         raise ModelError(f"{path} is an exported program, which holds its module: leave out --model-factory")
     program = _read(path, trust=request.trust_pickle)
-    inputs, keywords = program.example_inputs or ((), {})
-    if keywords:
-        raise ModelError(
-            f"{path} was exported with keyword inputs ({', '.join(keywords)}): export it with positional ones"
-        )
+    inputs = _example_inputs(program, path)
     tally = DtypeTally()
     digest = content_hash(tally.watch(_tensors(program)), {"graph": without_addresses(str(program.graph))})
     stored = tally.main() or torch.float32
     words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else None
-    module, inputs = _place(program, path, request, stored)
+    module, inputs = _place(program, inputs, path, request, stored)
     return LoadedModel(
         module=module,
         content_hash=digest,
@@ -96,9 +94,20 @@ def _tensors(program: ExportedProgram) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, value
 
 
+def _example_inputs(program: ExportedProgram, path: Path) -> _Inputs:
+    """The inputs that the program was exported on, positional or by name; none where the file holds none."""
+    inputs, keywords = program.example_inputs or ((), {})
+    if inputs and keywords:
+        raise ModelError(
+            f"{path} was exported with positional and keyword inputs ({', '.join(keywords)}): export it with either, e.g."
+            " torch.export.export(module, (), all_inputs_by_name)"
+        )
+    return keywords or inputs
+
+
 def _place(
-    program: ExportedProgram, path: Path, request: Request, stored: torch.dtype
-) -> tuple[nn.Module, tuple[Any, ...]]:
+    program: ExportedProgram, inputs: _Inputs, path: Path, request: Request, stored: torch.dtype
+) -> tuple[nn.Module, _Inputs]:
     """The program's module and example inputs on the device and in the dtype asked for."""
     from torch.export.passes import move_to_device_pass
 
@@ -112,21 +121,20 @@ def _place(
     except Exception as error:
         raise ModelError(f"cannot put {path} on {request.device}: {first_line(error)}") from error
     tie(module, ties)
-    inputs: tuple[Any, ...] = program.example_inputs[0] if program.example_inputs else ()
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(request.device), inputs)
     if request.dtype != "auto" and dtype != stored:
         inputs = _cast(module, inputs, dtype, path)
     return module, inputs
 
 
-def _cast(module: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, path: Path) -> tuple[Any, ...]:
+def _cast(module: nn.Module, inputs: _Inputs, dtype: torch.dtype, path: Path) -> _Inputs:
     """Cast the module and its inputs, and see that the graph, which has dtypes burnt in, still runs."""
     module.to(dtype)
     inputs = tree_map_only(torch.Tensor, lambda item: item.to(dtype) if item.is_floating_point() else item, inputs)
     if inputs:
         try:
             with torch.no_grad():
-                module(*inputs)
+                module(**inputs) if isinstance(inputs, dict) else module(*inputs)
         except Exception as error:
             raise ModelError(
                 f"{path} does not run in {dtype_name(dtype)} ({first_line(error)}): export it in that dtype, or use"

@@ -11,6 +11,7 @@ from torch import nn
 
 from autoquant.errors import ModelError, first_line
 from autoquant.models.named import call_named, import_named
+from autoquant.models.names import renamed
 from autoquant.models.quiet import current_folder_importable, some
 
 _OPTION = "--model-factory"
@@ -72,6 +73,7 @@ def _tensors(part: nn.Module) -> Iterable[torch.Tensor]:
 
 def _fill(module: nn.Module, state: Mapping[str, Any], spec: str, path: Path) -> None:
     """Make the tensors of `state` the module's own."""
+    state = renamed(state, module)
     ties = tied_names(module)
     try:
         result = module.load_state_dict(state, strict=False, assign=True)

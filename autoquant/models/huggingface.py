@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,18 @@ from torch import nn
 
 from autoquant.errors import ModelError, first_line
 from autoquant.hints import did_you_mean_path
+from autoquant.models import weights
 from autoquant.models.content import DtypeTally, content_hash
+from autoquant.models.factory import tied_names
 from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
+from autoquant.models.names import is_computed, renamed, without_aliases
 from autoquant.models.quiet import no_progress_bars, some
 from autoquant.models.request import Request
 from autoquant.models.targets import dtype_name, resolve_dtype
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
+_WRONG_CONFIG = "download or save the model again, with the config.json that belongs to it"
+_TOKENIZER_ADVICE = "put the model's tokenizer there, or give one with --tokenizer FOLDER"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -44,16 +49,87 @@ def load_folder(folder: Path, request: Request, path: str) -> LoadedModel:
     if request.model_factory is not None:
         raise ModelError(f"{folder} is a folder, and --model-factory goes with a file of weights: leave it out")
     config = _read_config(folder)
-    files = _weight_files(folder)
+    _check_complete(folder, request)
+    files = weights.files(folder)
+    if files[0].suffix == ".bin":
+        return _from_state(weights.read_bins(files), config, folder, request, path, strict=False)
     tally = DtypeTally()
-    architecture = {key: value for key, value in config.items() if key not in _VOLATILE}
-    digest = content_hash(tally.watch(_stored_tensors(files)), architecture)
-    stored = tally.main()
-    if stored not in _PLAIN_DTYPES:
-        form = "no floating-point weights" if stored is None else f"weights of {dtype_name(stored)}"
-        raise ModelError(f"{folder} holds {form}: give the model before it was quantized")
-    words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else _own_tokenizer(folder)
-    module = _pretrained(folder, resolve_dtype(request.dtype, request.device, stored))
+    digest = content_hash(tally.watch(weights.read_safetensors(files)), _architecture(config))
+    stored = _plain_dtype(tally, str(folder))
+    words = _tokenizer(folder, request)
+    module, left = _pretrained(folder, resolve_dtype(request.dtype, request.device, stored))
+    return _finish(module, digest, stored, words, request, path, [_left_over(folder, left)] if left else [])
+
+
+def load_beside(state: Mapping[str, Any], path: Path, request: Request) -> LoadedModel:
+    """Load weights that were saved by hand, `torch.save(model.state_dict())`, beside the model's config.json.
+
+    Raises:
+        ModelError: The configuration is no causal LM's, the weights do not fit it, or there is no tokenizer.
+    """
+    config = _read_config(path.parent)
+    if not has_tokenizer(path.parent) and request.tokenizer is None:
+        raise ModelError(f"{path.parent} has no tokenizer.json: {_TOKENIZER_ADVICE}")
+    return _from_state(state, config, path.parent, request, str(path), strict=True)
+
+
+def has_config(folder: Path) -> bool:
+    """Whether the folder holds the configuration of a Hugging Face model."""
+    try:
+        return "model_type" in json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _from_state(
+    state: Mapping[str, Any], config: dict[str, Any], folder: Path, request: Request, path: str, *, strict: bool
+) -> LoadedModel:
+    """Make the model that the configuration describes and put `state` into it.
+
+    Args:
+        path: What the source says the model is: the file, or its folder.
+        strict: Weights that the model has no place for are an error; else they are left out, which a note says.
+    """
+    with torch.device("meta"):
+        skeleton = from_config(folder, torch.float32)
+    wanted = skeleton.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    named = renamed(tensors, skeleton, getattr(skeleton, "base_model_prefix", ""))
+    computed = [name for name, value in named.items() if name not in wanted and is_computed(name, value, skeleton)]
+    kept = {name: value for name, value in named.items() if name not in computed}
+    own, different = without_aliases(kept, tied_names(skeleton))
+    if different:
+        raise ModelError(
+            f"{folder / _CONFIG} ties {some(different)}, but they differ in {path}: set tie_word_embeddings to false there"
+        )
+    if strict and not any(name in wanted for name in own):
+        raise ModelError(
+            f"{path} has none of the weights of {type(skeleton).__name__}, which the config.json beside it describes: give"
+            " --model-factory package.module:callable that returns the module that they are of, or its own config.json"
+        )
+    tally = DtypeTally()
+    digest = content_hash(tally.watch(own.items()), _architecture(config))
+    stored = _plain_dtype(tally, path)
+    words = _tokenizer(folder, request)
+    module, left = _filled(skeleton, own, resolve_dtype(request.dtype, request.device, stored), folder, path)
+    if left and strict:
+        raise ModelError(
+            f"{path} has {some(left)}, which {type(module).__name__} of the config.json beside it does not: give the"
+            " model's own config.json, or --model-factory"
+        )
+    notes = [_left_over(path, left)] if left else []
+    if computed:
+        notes.append(f"left out of {path}: {some(computed)}: {type(module).__name__} computes these itself")
+    return _finish(module, digest, stored, words, request, path, notes)
+
+
+def _left_over(place: str | Path, names: list[str]) -> str:
+    return f"left out of {place}: {some(names)}: the model that its config.json describes has no place for them"
+
+
+def _finish(
+    module: nn.Module, digest: str, stored: torch.dtype, words: Any, request: Request, path: str, notes: list[str]
+) -> LoadedModel:
     module = settle(module.to(request.device))
     return LoadedModel(
         module=module,
@@ -64,11 +140,43 @@ def load_folder(folder: Path, request: Request, path: str) -> LoadedModel:
         example_inputs=None,
         max_positions=max_positions(module),
         stored_dtype=dtype_name(stored),
+        notes=tuple(notes),
     )
 
 
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
+
+
+def _plain_dtype(tally: DtypeTally, place: str) -> torch.dtype:
+    stored = tally.main()
+    if stored not in _PLAIN_DTYPES:
+        form = "no floating-point weights" if stored is None else f"weights of {dtype_name(stored)}"
+        raise ModelError(f"{place} holds {form}: give the model before it was quantized")
+    return stored
+
+
+def _check_complete(folder: Path, request: Request) -> None:
+    """Refuse a folder that lacks weights or a tokenizer; what is missing is told at once."""
+    lacks, advice = [], []
+    if not weights.any_files(folder):
+        lacks.append(weights.BEST)
+        advice.append(_other_weights(folder))
+    if not has_tokenizer(folder) and request.tokenizer is None:
+        lacks.append("tokenizer.json")
+        advice.append(_TOKENIZER_ADVICE)
+    if lacks:
+        raise ModelError(f"{folder} has a config.json but no {' and no '.join(lacks)}: {', and '.join(advice)}")
+
+
+def _other_weights(folder: Path) -> str:
+    found = [path for pattern in ("*.pt", "*.pth", "*.safetensors", "*.bin") for path in sorted(folder.glob(pattern))]
+    whole = [path for path in found if "-of-" not in path.name]
+    return f"give the file of weights itself, {whole[0]}" if whole else "download or save the model again"
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    path = folder / _CONFIG
     if not path.is_file():
         raise ModelError(_no_config(folder))
     try:
@@ -89,103 +197,110 @@ def _no_config(folder: Path) -> str:
     models = [name for name in names if (folder / name / "config.json").is_file()]
     if models:
         return f"{folder} has no config.json: give the model's own folder, {folder / models[0]}"
-    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    if weights:
-        return f"{folder} has {weights[0]} but no config.json: put the model's config.json beside it"
+    if files := [name for name in names if name.endswith((".safetensors", ".bin"))]:
+        files_to_add = _CONFIG if has_tokenizer(folder) else f"{_CONFIG} and tokenizer.json"
+        return f"{folder} has {files[0]} but no config.json: put the model's {files_to_add} beside it"
     files = [name for name in names if name.endswith((".pt", ".pth", ".pt2"))]
     if files:
         return f"{folder} has no config.json: give the model file itself, {folder / files[0]}"
     return f"{folder} holds no model (no config.json): give a folder that save_pretrained() wrote, or a model file"
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model, each opened once to see that it is whole."""
-    if (folder / _WEIGHTS).is_file():
-        files = [folder / _WEIGHTS]
-    elif (folder / _INDEX).is_file():
-        files = [folder / name for name in _shards(folder / _INDEX)]
-    elif any(folder.glob("*.bin")):
-        raise ModelError(
-            f"{folder} holds its weights as pickles (.bin): save them as safetensors with save_pretrained()"
-        )
-    else:
-        raise ModelError(f"{folder} has a config.json but no {_WEIGHTS} (or {_INDEX}): download or save it again")
-    for path in files:
-        check_safetensors(path)
-    return files
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"cannot read {index} ({first_line(error)}): download or save it again") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
-        raise ModelError(f"{index.parent} lacks {some(missing) or 'weights'} of {index.name}: download it again")
-    return names
-
-
-def check_safetensors(path: Path) -> None:
-    """See that the header can be read and fits the file's length.
-
-    Raises:
-        ModelError: It does not.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt"):
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{path} is truncated, damaged or no safetensors file ({first_line(error)}): download or save it again"
-        ) from error
-
-
-def _stored_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    for path in files:
-        with safe_open(str(path), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  not a mapping
-                yield name, opened.get_tensor(name)
-
-
-def _pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _pretrained(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, list[str]]:
+    """The causal LM of a folder, and the names of weights there that it has no place for."""
     from transformers import AutoModelForCausalLM
 
+    def load(**options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+        )
+
+    return _loaded(load, dtype, str(folder))
+
+
+def pretrained(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """Return the unquantized model of a folder, on the CPU.
+
+    Args:
+        dtype: None for the one that `config.json` names, or the weights have.
+
+    Raises:
+        ModelError: transformers cannot load it, or weights are missing.
+    """
+    return _pretrained(folder, dtype or "auto")[0]
+
+
+def _filled(
+    skeleton: nn.Module, state: Mapping[str, Any], dtype: torch.dtype, folder: Path, place: str
+) -> tuple[nn.Module, list[str]]:
+    """The same with the weights of `state`, which came from `place`."""
+    kind: Any = type(skeleton)
+
+    def load(**options: Any) -> Any:
+        return kind.from_pretrained(None, config=skeleton.config, state_dict=dict(state), **options)
+
+    module, left = _loaded(load, dtype, place)
+    give_generation_config(module, folder)
+    return module, left
+
+
+def _loaded(load: Callable[..., Any], dtype: torch.dtype | str, place: str) -> tuple[nn.Module, list[str]]:
     try:
         with no_progress_bars():
-            module, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            module, report = load(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as error:
+        raise ModelError(f"transformers cannot load {place} as a causal language model: {first_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"transformers made no torch module of {place}: give a causal language model")
+    name = type(module).__name__
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{place} has {key} of {list(stored)}, {name} of its config.json {list(wanted)}: {_WRONG_CONFIG}"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"the weights in {place} lack {some(missing)} of {name}: {_WRONG_CONFIG}")
+    return module, sorted(report["unexpected_keys"])
+
+
+def from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The causal LM that the folder's `config.json` describes, with arbitrary weights.
+
+    Raises:
+        ModelError: transformers knows no such causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         raise ModelError(
-            f"transformers cannot load {folder} as a causal language model: {first_line(error)}"
+            f"transformers cannot build the model of {folder / _CONFIG} as a causal language model: {first_line(error)}"
         ) from error
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"transformers made no torch module of {folder}: give a causal language model")
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"the weights in {folder} lack {some(missing)} of {type(module).__name__}: download or save the model again"
-        )
+    give_generation_config(module, folder)
     return module
 
 
-def _own_tokenizer(folder: Path) -> Any:
-    if not _has_tokenizer(folder):
-        raise ModelError(f"{folder} has no tokenizer (no tokenizer.json): put it there, or give one with --tokenizer")
-    return load_tokenizer(str(folder))
+def give_generation_config(module: nn.Module, folder: Path) -> None:
+    """Let the model generate as the folder's `generation_config.json` says, where there is one."""
+    from transformers import GenerationConfig
+
+    path = folder / _GENERATION_CONFIG
+    if not path.is_file():
+        return
+    try:
+        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"cannot read {path} ({first_line(error)}): download or save it again") from error
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def _tokenizer(folder: Path, request: Request) -> Any:
+    return load_tokenizer(request.tokenizer if request.tokenizer is not None else str(folder))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
 
 
@@ -196,7 +311,7 @@ def load_tokenizer(path: str) -> Any:
         ModelError: There is none, or transformers cannot read it.
     """
     place = Path(path).expanduser().absolute()
-    if not place.exists() or (place.is_dir() and not _has_tokenizer(place)):
+    if not place.exists() or (place.is_dir() and not has_tokenizer(place)):
         raise ModelError(f"there is no tokenizer at {path}: give a folder that holds a tokenizer.json, or that file")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -220,7 +335,10 @@ def download(name: str) -> Path:
 
     try:
         with no_progress_bars():
-            return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+            folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+            if weights.any_files(folder):
+                return folder
+            return Path(snapshot_download(name, allow_patterns=[*_DOWNLOADED, "pytorch_model*.bin"]))
     except Exception as error:
         raise ModelError(
             f"{name} is neither a folder here{did_you_mean_path(name)} nor a model that can be fetched from the"

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,11 @@ from autoquant.models.targets import dtype_name, resolve_device, resolve_dtype
 
 _log = logging.getLogger(__name__)
 
-_FORMS = "a Hugging Face folder, or a .safetensors, .pt, .pth or .pt2 file"
+SampleInputs = Sequence[Any] | Mapping[str, Any] | str | None
+"""Arguments of one forward pass, positional or by name, or `package.module:callable` that returns them."""
+
+_FORMS = "a Hugging Face folder, or a .safetensors, .pt, .pth, .pt2, .bin or .ckpt file"
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".gguf", ".onnx", ".ckpt", ".json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -38,19 +42,20 @@ def load_model(
     model_factory: str | None = None,
     tokenizer: str | None = None,
     trust_pickle: bool = False,
-    sample_inputs: str | None = None,
+    sample_inputs: SampleInputs = None,
 ) -> LoadedModel:
     """Load a model from a folder, a file or the hub, ready to run.
 
     Args:
-        model: A Hugging Face causal-LM folder or a name on the hub (`org/name`); a state dict (`.safetensors`, `.pt`,
-            `.pth`) that `model_factory` makes a module for; an exported program (`.pt2`); a pickled module (`.pt`).
+        model: A Hugging Face causal-LM folder or a name on the hub (`org/name`); a state dict (`.safetensors`, `.pt`, `.pth`,
+            `.bin`, `.ckpt`) beside the `config.json` of such a model, or that `model_factory` makes a module for; an exported
+            program (`.pt2`, `.pt`); a pickled module (`.pt`).
         dtype: auto (as stored), fp32, bf16, fp16 or fast16; see `resolve_dtype`.
         device: auto, cpu, cuda, cuda:INDEX or mps.
         model_factory: `package.module:callable` that returns the module; looked for in the current directory too.
         tokenizer: A tokenizer folder or a `tokenizer.json`; a Hugging Face folder brings its own.
         trust_pickle: Allow the file to run code on loading. Without it no code in any model file is ever run.
-        sample_inputs: `package.module:callable` that returns the arguments of one forward pass, a tuple or a dict.
+        sample_inputs: The arguments of one forward pass, a tuple or a dict, or `package.module:callable` that returns them.
 
     Raises:
         ModelError: The model cannot be read; the message says why and what to do, in one line.
@@ -66,13 +71,12 @@ def load_model(
         model_factory=model_factory,
         tokenizer=tokenizer,
         trust_pickle=trust_pickle,
+        sample_inputs=sample_inputs,
     )
     started = time.monotonic()
     with quiet():
         loaded = _load(request)
-        if sample_inputs is not None:
-            _give_inputs(loaded, sample_inputs)
-            loaded.source = replace(loaded.source, sample_inputs=sample_inputs)
+        _give_inputs(loaded, sample_inputs)
     _log.info(
         "loaded %s in %.1f s: %s, %s on %s, content %s",
         *(model, time.monotonic() - started, loaded.kind, loaded.dtype, device, loaded.content_hash),
@@ -88,7 +92,7 @@ def take_model(
     model_factory: str | None,
     tokenizer: Any | None,
     trust_pickle: bool,
-    sample_inputs: str | None = None,
+    sample_inputs: SampleInputs = None,
 ) -> LoadedModel:
     """Load a model from where it is, or take a live module as it is.
 
@@ -97,8 +101,7 @@ def take_model(
     """
     if isinstance(model, nn.Module):
         loaded = from_module(model, device=device, dtype=None if dtype == "auto" else dtype, tokenizer=tokenizer)
-        if sample_inputs is not None:
-            _give_inputs(loaded, sample_inputs)
+        _give_inputs(loaded, sample_inputs)
         return loaded
     return load_model(
         model,
@@ -132,16 +135,19 @@ def _load_file(path: Path, request: Request) -> LoadedModel:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         return torchfile.load_safetensors(path, request)
-    if suffix == ".pt2" or (suffix in (".pt", ".pth") and exported.is_exported(path)):
+    if suffix == ".pt2" or (suffix in _TORCH_SUFFIXES and exported.is_exported(path)):
         return exported.load_exported(path, request)
-    if suffix in (".pt", ".pth"):
+    if suffix in _TORCH_SUFFIXES:
         return torchfile.load_torch_file(path, request)
     raise ModelError(f"{path} is not a kind of model file that can be read: give {_FORMS}")
 
 
-def _give_inputs(loaded: LoadedModel, sample_inputs: str) -> None:
-    """Let the model's example inputs be what the callable named returns."""
-    loaded.example_inputs = make_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
+def _give_inputs(loaded: LoadedModel, sample_inputs: SampleInputs) -> None:
+    """Let the model's example inputs be those given, or what the callable named returns."""
+    if isinstance(sample_inputs, str):
+        loaded.example_inputs = make_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
+    elif sample_inputs is not None:
+        loaded.example_inputs = dict(sample_inputs) if isinstance(sample_inputs, Mapping) else tuple(sample_inputs)
 
 
 def from_module(

@@ -52,6 +52,7 @@ class LoadedModel:
             by name, or the positional ones saved with an exported program.
         max_positions: Longest sequence in tokens, where the configuration says so.
         stored_dtype: The dtype that most of the stored weights have, e.g. `bfloat16`.
+        notes: What the file holds and the model does not, a sentence each.
     """
 
     module: nn.Module
@@ -62,6 +63,7 @@ class LoadedModel:
     example_inputs: tuple[Any, ...] | dict[str, Any] | None
     max_positions: int | None
     stored_dtype: str
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:

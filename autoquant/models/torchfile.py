@@ -1,13 +1,14 @@
-"""State dicts (`.safetensors`, `.pt`, `.pth`) and pickled modules. A pickle is run only where the user trusts it."""
+"""State dicts and pickled modules. A pickle is run only where the user trusts it."""
 
 from __future__ import annotations
 
 import pickle
-import pickletools
+import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,60 +16,73 @@ from torch import nn
 from autoquant.errors import ModelError, first_line
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.factory import build
-from autoquant.models.huggingface import check_safetensors, load_tokenizer
+from autoquant.models.huggingface import has_config, has_tokenizer, load_beside, load_tokenizer
 from autoquant.models.loaded import LoadedModel, SourceKind, max_positions, model_kind, settle
+from autoquant.models.missing import class_reads_tokens, missing, weights_read_tokens
+from autoquant.models.names import renamed
+from autoquant.models.pickled import is_pickle, pickled_class
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import Request
 from autoquant.models.targets import dtype_name, resolve_dtype
+from autoquant.models.weights import check_safetensors, damaged, read_tensors, state_dict_of
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_CONTAINERS = ("", "collections.OrderedDict")  # what a pickled state dict is, before what else it holds
 
 
 def load_safetensors(path: Path, request: Request) -> LoadedModel:
-    """Load a state dict kept as safetensors into the module that the factory makes.
+    """Load a state dict kept as safetensors; see `load_torch_file`.
 
     Raises:
-        ModelError: No factory was given, the file is damaged, or the two do not fit.
+        ModelError: There is no model to load it into, the file is damaged, or the two do not fit.
     """
     from safetensors.torch import load_file
 
     check_safetensors(path)
-    _need_factory(path, request)
     return _load_state(path, load_file(path), request)
 
 
 def load_torch_file(path: Path, request: Request) -> LoadedModel:
-    """Load a file that `torch.save` wrote: a state dict with a factory, or, where trusted, a pickled module.
+    """Load a file that torch.save wrote: a state dict or, where trusted, a pickled module.
+
+    A state dict is loaded into the module that the factory makes or, without one, that a config.json beside it describes.
 
     Raises:
-        ModelError: It is neither, or it holds code and is not trusted (nothing in it is run then).
+        ModelError: It is neither, lacks something, or holds code and is not trusted (nothing in it is run then).
     """
-    value = _read(path, trust=request.trust_pickle)
+    value = _read(path, request)
     if isinstance(value, torch.jit.ScriptModule):
         raise ModelError(_torchscript(path))
     if isinstance(value, nn.Module):
         if request.model_factory is not None:
             raise ModelError(f"{path} holds a whole module: leave out --model-factory")
         return _load_pickled(path, value, request)
-    state = _state_dict(value)
+    state = state_dict_of(value)
     if state is None:
         raise ModelError(f"{path} holds a {type(value).__name__}, not a state dict: save model.state_dict() instead")
-    _need_factory(path, request)
     return _load_state(path, state, request)
 
 
-def _need_factory(path: Path, request: Request) -> None:
-    if request.model_factory is None:
-        raise ModelError(
-            f"{path} is a state dict, weights without a model: give --model-factory package.module:callable that"
-            " returns the module to load them into"
-        )
-
-
 def _load_state(path: Path, state: Mapping[str, Any], request: Request) -> LoadedModel:
-    assert request.model_factory is not None
+    if request.model_factory is not None:
+        return _load_into_factory(request.model_factory, path, state, request)
+    if has_config(path.parent):
+        return load_beside(state, path, request)
+    reads_tokens = weights_read_tokens(state)
+    raise missing(
+        request,
+        f"{path} is a state dict, weights without a model",
+        factory=True,
+        reads_tokens=reads_tokens,
+        instead="put the model's config.json and tokenizer.json beside it, if it is one of transformers"
+        if reads_tokens
+        else "export the module, torch.export.save(torch.export.export(module, inputs), 'model.pt2')",
+    )
+
+
+def _load_into_factory(factory: str, path: Path, state: Mapping[str, Any], request: Request) -> LoadedModel:
     tally = DtypeTally()
-    module = build(request.model_factory, state, path)
+    module = build(factory, state, path)
+    state = renamed(state, module)
     tensors = ((name, value) for name, value in state.items() if isinstance(value, torch.Tensor))
     digest = content_hash(tally.watch(tensors), module_architecture(module))
     stored = tally.main() or torch.float32
@@ -116,32 +130,21 @@ def _finish(
     )
 
 
-def _state_dict(value: object) -> Mapping[str, Any] | None:
-    """`value`, or what it holds under one of the usual names, where that is a state dict."""
-    if not isinstance(value, Mapping):
-        return None
-    for inner in (value, *(value.get(name) for name in _WRAPPERS)):
-        if isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner):
-            tensors = [isinstance(item, torch.Tensor) for name, item in inner.items() if "_extra_state" not in name]
-            if tensors and all(tensors):
-                return inner
-    return None
-
-
-def _read(path: Path, *, trust: bool) -> Any:
-    """What the file holds. Without `trust` only tensors and plain containers are ever made of it."""
+def _read(path: Path, request: Request) -> Any:
+    """What the file holds. Without trust only tensors and plain containers are ever made of it."""
     is_zip = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return read_tensors(path)
     except Exception as error:
         if is_zip and _is_torchscript(path):
             raise ModelError(_torchscript(path)) from error
-        if not _is_pickle(path, is_zip=is_zip):
+        if not is_pickle(path, is_zip=is_zip):
             raise ModelError(_unreadable(path, error)) from error
-        if not trust:
+        if not request.trust_pickle:
             # Other errors than this one are those of a damaged file.
-            refused = isinstance(error, pickle.UnpicklingError)
-            raise ModelError(_untrusted(path) if refused else _damaged(path, error)) from error
+            if not isinstance(error, pickle.UnpicklingError):
+                raise ModelError(damaged(path, error)) from error
+            raise _untrusted(path, error, request, is_zip=is_zip) from error
     return _unpickle(path)
 
 
@@ -157,52 +160,52 @@ def _unpickle(path: Path) -> Any:
         ) from error
 
 
-def _is_pickle(path: Path, *, is_zip: bool) -> bool:
-    """Whether the file is a pickle, or a torch file around one, judged without running it."""
-    try:
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                return _parses(archive.read(name))
-        with path.open("rb") as file:
-            starts = file.read(1) == pickle.PROTO
-            file.seek(0)
-            return starts and _parses(file)
-    except (OSError, StopIteration, zipfile.BadZipFile):
-        return False
-
-
-def _parses(data: bytes | IO[bytes]) -> bool:
-    try:
-        for _ in pickletools.genops(data):
-            pass
-    except (ValueError, IndexError, OverflowError, MemoryError):
-        return False
-    return True
-
-
 def _is_torchscript(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _torchscript(path: Path) -> str:
-    return f"{path} holds TorchScript, which cannot be changed layer by layer: save a state dict or an exported program"
-
-
-def _untrusted(path: Path) -> str:
+    name = repr(path.name)
     return (
-        f"{path} holds pickled code, which can run anything on loading; save a state dict and give --model-factory,"
-        " export it with torch.export.save, or pass --trust-pickle if you trust its author"
+        f"{path} holds TorchScript, whose layers cannot be replaced one by one: give what it was made of, as"
+        " torch.export.save(torch.export.export(module, inputs), 'model.pt2'), or its weights, as"
+        f" torch.save(torch.jit.load({name}).state_dict(), 'weights.pt'), with --model-factory package.module:callable"
     )
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} is truncated or damaged ({first_line(error)}): download or save it again"
+def _untrusted(path: Path, error: Exception, request: Request, *, is_zip: bool) -> ModelError:
+    """The refusal of a pickle, with what else its model will need, as far as that can be told without running it."""
+    kind = pickled_class(path, is_zip=is_zip)
+    is_state = kind in _CONTAINERS
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    name = (refused[1] if refused else "") if is_state else kind
+    problem = f"{path} holds pickled code{f' ({name})' if name else ''}, which can run anything on loading"
+    if is_state:
+        beside = has_config(path.parent)
+        if beside and has_tokenizer(path.parent):
+            request = replace(request, tokenizer=str(path.parent))
+        return missing(
+            request,
+            problem,
+            trust=True,
+            factory=not beside,
+            reads_tokens=True if beside else None,
+            instead="save the state dict alone, torch.save(model.state_dict(), 'weights.pt')",
+        )
+    return missing(
+        request,
+        problem,
+        trust=True,
+        reads_tokens=class_reads_tokens(kind),
+        instead="save it with save_pretrained() and give that folder"
+        if class_reads_tokens(kind)
+        else "export the module, torch.export.save(torch.export.export(module, inputs), 'model.pt2')",
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path):
-            return _damaged(path, error)
+            return damaged(path, error)
     return f"{path} is not a file that torch.save wrote: give a state dict, a .safetensors file or an exported program"

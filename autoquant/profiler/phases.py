@@ -82,7 +82,7 @@ def make_phases(
     if sample_inputs is None:
         raise WorkloadError(
             "this model needs sample inputs: give autoquant search --sample-inputs package.module:callable, or call it from"
-            " Python with sample_inputs=..."
+            " Python with sample_inputs=...; one that takes token ids needs --tokenizer FOLDER instead"
         )
     return _ForwardPhases(module, workload, sample_inputs, compiled, division)
 

@@ -213,6 +213,7 @@ def _load(request: ProfileRequest, device_name: str) -> LoadedModel:
         model_factory=request.model_factory,
         tokenizer=request.tokenizer,
         trust_pickle=request.trust_pickle,
+        sample_inputs=request.sample_inputs,
     )
 
 

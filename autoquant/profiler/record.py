@@ -149,6 +149,8 @@ def record_model(
     listener(StageFinished("record", f"{len(recording.sites)} linears of {shapes} shapes: {covered}"))
     for skipped in recording.skipped:
         listener(Notice(f"left alone: {skipped.name} ({skipped.share:.1%} of weights): {skipped.reason}"))
+    for note in loaded.notes:
+        listener(Notice(note))
     return recording
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from autoquant.records import DISTURBED, ORIGINAL_LABEL, Device, Plan, Proof, Workload
 from autoquant.report import units
 
+NOT_RUN = "Not timed yet as you will run it: the same `autoquant search` does that."
+
 _LARGEST_ERROR = 0.1
 _OFF_PLANS = 3
 _TIES_SHOWN = 3
@@ -34,21 +36,28 @@ def source_name(source: Mapping[str, Any]) -> str:
     return path.rstrip("/").rpartition("/")[2] or "live module"
 
 
-def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
-    """The recommended plan of `Study.rows` in words, or why there is none."""
+def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload) -> str:
+    """The recommended plan of `Study.rows` in words, or why there is none; then which plans are not, and why."""
+    return "\n".join([_recommended(rows, limits, workload), *refused_lines(rows)])
+
+
+def _recommended(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload) -> str:
     row = next((row for row in rows if row["recommended"]), None)
     if not rows:
         return "No plan has been proven yet: run the same command again with a larger --time-budget."
     if row is None:
         return f"No proven plan is within the limits ({limits_words(limits)}): allow more, or take one from the table."
     if row["label"] == ORIGINAL_LABEL:
+        if any(refused(rows)):
+            return "Recommended: the unquantized model. What is faster in the search is not so as you will run it."
         other = "smaller" if limits.get("minimize") == "memory" else "faster"
         return f"Recommended: the unquantized model. No {other} plan is within the limits ({limits_words(limits)})."
     original = next((other for other in rows if other["label"] == ORIGINAL_LABEL), None)
     within = [other for other in rows if other["within_limits"]]
     lines = [
         f"Recommended: plan {row['plan_id']} ({row['label']})",
-        f"  {_speed(row)}",
+        *(f"  {line}" for line in as_run_lines(row, workload) or [NOT_RUN]),
+        f"  in the search: {_speed(row)}",
         f"  {measure_words(row).lower()} {increase_words(row)}, "
         f"95% interval {units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}",
         f"  memory {_memory(row, original)}",
@@ -58,6 +67,49 @@ def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
         lines += [f"  {line}" for line in _searched(within, row)]
     lines += [f"  {line}" for line in ties_lines(within, row)]
     return "\n".join(lines)
+
+
+def as_run_lines(row: Mapping[str, Any], workload: Workload) -> list[str]:
+    """How a plan of `Study.rows` runs for its user, beside the unquantized model; empty where that is not known."""
+    if row.get("as_run_request_ms") is None:
+        return []
+    ends = f"95% interval {row['as_run_speedup_low']:.2f}x to {row['as_run_speedup_high']:.2f}x"
+    lines = [
+        f"As you will run it ({loop_words(row['as_run_loop'], workload)}): {_change(row, 'request_ms')} a request,"
+        f" {times_words(row['as_run_speedup'])} ({ends})"
+    ]
+    parts = []
+    if row["as_run_first_token_ms"] is not None and row["as_run_step_ms"] is not None:
+        parts = [f"first token {_change(row, 'first_token_ms')}", f"{_change(row, 'step_ms')} a further token"]
+    lines += [f"  {', '.join(parts)}"] if parts else []
+    return lines + ([f"  note: {row['as_run_notes']}"] if row["as_run_notes"] else [])
+
+
+def loop_words(loop: str, workload: Workload) -> str:
+    """What a user runs, in words: `generate, prompt 512 + 128`."""
+    if loop == "forward":
+        return "one forward pass"
+    batch = f", batch {workload.batch}" if workload.batch > 1 else ""
+    return f"{loop}, prompt {workload.prompt_tokens} + {workload.new_tokens}{batch}"
+
+
+def times_words(speedup: float) -> str:
+    return f"{speedup:.2f} times faster" if speedup >= 1 else f"{1 / speedup:.2f} times slower"
+
+
+def refused(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of plans that would be recommended but for how they run for their user."""
+    return [row for row in rows if row.get("not_recommended")]
+
+
+def refused_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"Not recommended: plan {row['plan_id']} ({row['label']}): {row['not_recommended']}" for row in refused(rows)
+    ]
+
+
+def _change(row: Mapping[str, Any], name: str) -> str:
+    return f"{units.duration_ms(row[f'as_run_original_{name}'])} -> {units.duration_ms(row[f'as_run_{name}'])}"
 
 
 def ties_lines(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[str]:
@@ -96,7 +148,7 @@ def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
 def plan_lines(
     plan: Plan, row: Mapping[str, Any] | None, proof: Proof | None = None, failure: str | None = None
 ) -> list[str]:
-    """What is predicted and what was measured of a plan."""
+    """What a plan is, then what is predicted and what was measured of it."""
     predicted = plan.prediction
     formats = ", ".join(f"{count} x {name}" for name, count in plan.formats().items())
     lines = [

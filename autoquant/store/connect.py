@@ -95,6 +95,14 @@ def shown_address(address: str) -> str:
     return make_url(address).render_as_string(hide_password=True) if "://" in address else address
 
 
+def folder_of(address: str) -> Path:
+    """The folder that a SQLite file lies in; the current one for a database that is no file."""
+    if "://" not in address:
+        return Path(address).parent
+    url = make_url(address)
+    return Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else Path()
+
+
 def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     """Refuse what SQLite would only find out after writing. The file is opened read-only here."""
     if path.is_dir():

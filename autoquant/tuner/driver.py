@@ -120,7 +120,7 @@ def search(
         model_factory=model_factory,
         tokenizer=tokenizer,
         trust_pickle=trust_pickle,
-        sample_inputs=sample_inputs if isinstance(sample_inputs, str) else None,
+        sample_inputs=sample_inputs,
     )
     inputs = loaded.example_inputs if sample_inputs is None or isinstance(sample_inputs, str) else sample_inputs
     judge = make_judge(asked, loaded, pairs, device=place, sample_inputs=inputs, seed=seed, listener=listener)

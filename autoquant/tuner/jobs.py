@@ -133,19 +133,30 @@ class BenchSpec:
         return TextQuality(self.judged_on, self.device, keep_reference=True)
 
     def _load(self) -> LoadedModel:
-        loaded = load_model(
-            self.source.path,
-            dtype=self.dtype,
-            device=self.device,
-            model_factory=self.source.model_factory,
-            tokenizer=self.source.tokenizer,
-            trust_pickle=self.source.trust_pickle,
-            sample_inputs=self.source.sample_inputs,
+        return load_again(
+            self.source, dtype=self.dtype, kind=self.kind, content_hash=self.content_hash, device=self.device
         )
-        if loaded.content_hash != self.content_hash:
-            raise ModelError(f"{self.source.path} was changed while it was searched")
-        loaded.kind = self.kind
-        return loaded
+
+
+def load_again(source: ModelSource, *, dtype: str, kind: ModelKind, content_hash: str, device: str) -> LoadedModel:
+    """The model that was searched, loaded as it was for the search.
+
+    Raises:
+        ModelError: It is not there any more, or was changed.
+    """
+    loaded = load_model(
+        source.path,
+        dtype=dtype,
+        device=device,
+        model_factory=source.model_factory,
+        tokenizer=source.tokenizer,
+        trust_pickle=source.trust_pickle,
+        sample_inputs=source.sample_inputs,
+    )
+    if loaded.content_hash != content_hash:
+        raise ModelError(f"{source.path} was changed while it was searched")
+    loaded.kind = kind
+    return loaded
 
 
 class Job(Protocol[Result_co]):

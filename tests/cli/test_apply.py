@@ -19,20 +19,21 @@ class Report:
     formats: object = None
     memory_bytes: int = 2**24
     original_memory_bytes: int = 2**25
-    logits_identical: bool = True
-    loaded_again: bool = True
     repeatable: bool = True
+    needs_module: bool = False
+    generates: bool = True
 
 
 @pytest.fixture
 def work(monkeypatch):
     """A stand-in for `autoquant.apply`: `calls` notes what was asked, `changes` alters the report."""
     module = ModuleType("autoquant.applier")
-    module.calls, module.changes = [], {}
+    module.calls, module.folders, module.changes = [], [], {}
 
     def apply_to_disk(plan, model, out, *, facts, device=None, listener=None):
         module.calls.append((plan.plan_id, str(model), out.name))
-        return replace(Report(out=out, formats=plan.formats()), **module.changes)
+        module.folders.append(out.parent)
+        return replace(Report(out=out.absolute(), formats=plan.formats()), **module.changes)
 
     module.apply_to_disk = apply_to_disk
     monkeypatch.setitem(sys.modules, "autoquant.applier", module)
@@ -64,11 +65,44 @@ def test_a_plan_and_a_limit_together_are_a_usage_error(runner, database, work):
     assert "--plan: cannot be combined with --max-ppl-increase" in result.stderr
 
 
-def test_a_checkpoint_that_differs_from_memory_is_an_error(runner, database, work):
-    work.changes = {"logits_identical": False}
-    result = runner.invoke(app, ["apply", str(database), "--out", "DIR"])
-    assert result.exit_code == 2
-    assert "do not use it" in result.stderr
+def test_without_a_folder_it_is_named_after_model_and_plan_beside_the_database(runner, database, work):
+    for address in (str(database), f"sqlite:///{database}"):
+        result = runner.invoke(app, ["apply", address])
+        assert result.exit_code == 0, result.stderr
+        assert work.calls.pop() == (MIXED, "/somewhere/tiny-model", f"tiny-model-{MIXED}")
+        assert work.folders.pop() == database.parent
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("runs/model.pt", "model"),
+        ("weights.safetensors", "weights"),
+        ("Some-Model-3.1-8B", "Some-Model-3.1-8B"),
+        ("some-org/some-model", "some-model"),
+        ("runs/best/", "best"),
+        ("runs/best/.", "best"),
+    ],
+)
+def test_the_folder_is_named_after_any_kind_of_model(runner, database, work, model, name):
+    runner.invoke(app, ["apply", str(database), "--model", model])
+    assert work.calls == [(MIXED, model, f"{name}-{MIXED}")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "commands"),
+    [
+        ({}, ["autoquant generate DIR --prompt TEXT", "autoquant.load('DIR')"]),
+        ({"generates": False}, ["autoquant.load('DIR')"]),
+        ({"needs_module": True}, ["autoquant.load('DIR', module)"]),
+    ],
+)
+def test_it_ends_with_what_can_be_done_with_the_folder(runner, database, work, changes, commands):
+    work.changes = changes
+    lines = runner.invoke(app, ["apply", str(database), "--out", "DIR"]).stdout.splitlines()
+    following = lines[lines.index("Next:") + 1 :]
+    assert len(following) == len(commands)
+    assert all(command in line for command, line in zip(commands, following, strict=True))
 
 
 def test_logits_that_differ_from_run_to_run_are_not_said_to_be_the_same(runner, database, work):

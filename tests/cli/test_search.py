@@ -99,10 +99,10 @@ def test_defaults_are_those_of_the_issue(runner, driver):
 def test_it_ends_with_the_front_the_recommendation_and_the_next_commands(runner, driver):
     result = runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
     assert "uniform int8-row" in result.stdout
-    assert f"Recommended: plan {MIXED} (front 1)\n  1.60 times faster than unquantized" in result.stdout
+    assert f"Recommended: plan {MIXED} (front 1)\n  Not timed yet as you will run it" in result.stdout
     assert "perplexity +0.40%, 95% interval +0.30..+0.50%" in result.stdout
     assert "autoquant pareto plan.db" in result.stdout
-    assert "autoquant apply plan.db --out DIR" in result.stdout
+    assert "  autoquant apply plan.db" in result.stdout.splitlines()
 
 
 def test_plans_that_were_predicted_badly_come_with_the_command_that_says_why(runner, driver):

@@ -141,8 +141,13 @@ MISTAKES = {
     ),
     "a pickled module without trust": Mistake(
         f"{OWN} {OWN_JUDGE}",
-        "pass (--trust-pickle) if you trust its author",
+        r"give (--trust-pickle) \(if you trust its author\)",
         f"{OWN} {OWN_JUDGE} {{0}}",
+    ),
+    "a pickled module and nothing else": Mistake(
+        f"{OWN} --quality mine:loss",
+        r"give (--trust-pickle) .* and (--sample-inputs) package\.module:callable",
+        f"{OWN} --quality mine:loss {{0}} {{1}} mine:inputs",
     ),
     "a module without inputs": Mistake(
         f"{OWN} --quality mine:loss --trust-pickle",

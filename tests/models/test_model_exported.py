@@ -125,10 +125,20 @@ def test_a_program_under_another_suffix_is_recognised(tmp_path):
     assert load_model(shutil.copy(path, tmp_path / "model.pt")).source.kind == "exported"
 
 
-def test_a_program_with_keyword_inputs_is_refused(tmp_path, refusal):
-    path = tmp_path / "model.pt2"
-    torch.export.save(torch.export.export(Perceptron().eval(), (), {"x": torch.ones(2, 8)}), path)
-    assert "keyword inputs (x)" in refusal(ModelError, load_model, path)
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_a_program_with_keyword_inputs_is_loaded_with_them_by_name(tmp_path, dtype):
+    module, x = Perceptron(), torch.randn(3, 8)
+    torch.export.save(torch.export.export(module.eval(), (), {"x": x}), tmp_path / "model.pt2")
+    loaded = load_model(tmp_path / "model.pt2", dtype=dtype)
+    assert list(loaded.example_inputs) == ["x"]
+    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == "bf16" else {}
+    torch.testing.assert_close(loaded.module(**loaded.example_inputs).float(), module(x), **tolerance)
+
+
+def test_a_program_with_positional_and_keyword_inputs_is_refused(tmp_path, refusal):
+    program = torch.export.export(Shaped().eval(), (torch.ones(2, 4, 8),), {"more": {"a": torch.ones(8)}})
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert "keyword inputs (more)" in refusal(ModelError, load_model, tmp_path / "model.pt2")
 
 
 def test_pickled_example_inputs_are_refused_and_not_run(tmp_path, refusal):

@@ -162,13 +162,6 @@ def test_an_already_quantized_model_is_refused(save_llama, refusal):
     assert "before it was quantized" in refusal(ModelError, load_model, folder)
 
 
-def test_weights_kept_as_pickles_are_refused(save_llama, refusal):
-    folder, model = save_llama()
-    (folder / "model.safetensors").unlink()
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    assert "safetensors" in refusal(ModelError, load_model, folder)
-
-
 def test_a_model_that_is_no_causal_lm_is_refused(save_llama, refusal):
     folder, _ = save_llama()
     _edit_config(folder, model_type="vit", architectures=["ViTModel"])

@@ -1,0 +1,127 @@
+"""Files of weights: safetensors, and what torch.save wrote, of which only tensors and plain containers are ever made."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant.errors import ModelError, first_line
+from autoquant.models.quiet import some
+
+BEST = "model.safetensors"
+# What the weights of a folder are kept in, whole or in several files, the best form first.
+_FORMS = ((BEST, f"{BEST}.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+
+
+def any_files(folder: Path) -> bool:
+    """Whether the folder holds weights under the names that `save_pretrained` gives them."""
+    return any((folder / name).is_file() for names in _FORMS for name in names)
+
+
+def files(folder: Path) -> list[Path]:
+    """The files that make up the model: safetensors, each opened once to see that it is whole, else pickled tensors.
+
+    Raises:
+        ModelError: One is missing or damaged.
+    """
+    for whole, index in _FORMS:
+        if (folder / whole).is_file():
+            found = [folder / whole]
+        elif (folder / index).is_file():
+            found = [folder / name for name in _shards(folder / index)]
+        else:
+            continue
+        for path in found:
+            if path.suffix == ".safetensors":
+                check_safetensors(path)
+        return found
+    raise ModelError(f"{folder} has no {BEST}: download or save the model again")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"cannot read {index} ({first_line(error)}): download or save it again") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise ModelError(f"{index.parent} lacks {some(missing) or 'weights'} of {index.name}: download it again")
+    return names
+
+
+def check_safetensors(path: Path) -> None:
+    """See that the header can be read and fits the file's length.
+
+    Raises:
+        ModelError: It does not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} is truncated, damaged or no safetensors file ({first_line(error)}): download or save it again"
+        ) from error
+
+
+def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of each tensor, one at a time."""
+    from safetensors import safe_open
+
+    for path in paths:
+        with safe_open(str(path), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  not a mapping
+                yield name, opened.get_tensor(name)
+
+
+def read_bins(paths: Iterable[Path]) -> dict[str, Any]:
+    """The state dict that `pytorch_model*.bin` files hold together.
+
+    Raises:
+        ModelError: One is damaged, or holds more than tensors (nothing in it is run then).
+    """
+    state: dict[str, Any] = {}
+    for path in paths:
+        try:
+            part = state_dict_of(read_tensors(path))
+        except pickle.UnpicklingError as error:
+            raise ModelError(
+                f"{path} holds pickled code, which is not run: save the model as safetensors with save_pretrained()"
+            ) from error
+        except Exception as error:
+            raise ModelError(damaged(path, error)) from error
+        if part is None:
+            raise ModelError(f"{path} holds no state dict: download or save the model again")
+        state |= part
+    return state
+
+
+def read_tensors(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU. Raises what torch raises for one that holds more than tensors."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def state_dict_of(value: object) -> Mapping[str, Any] | None:
+    """`value`, or what it holds under one of the usual names, where that is a state dict."""
+    if not isinstance(value, Mapping):
+        return None
+    for inner in (value, *(value.get(name) for name in _WRAPPERS)):
+        if isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner):
+            tensors = [isinstance(item, torch.Tensor) for name, item in inner.items() if "_extra_state" not in name]
+            if tensors and all(tensors):
+                return inner
+    return None
+
+
+def damaged(path: Path, error: Exception) -> str:
+    """What is said of a file that cannot be read to its end."""
+    return f"{path} is truncated or damaged ({first_line(error)}): download or save it again"

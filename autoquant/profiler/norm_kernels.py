@@ -4,7 +4,6 @@
 # ruff: noqa: ANN001, ANN201 - Triton evaluates annotations, so only constants have one
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -18,17 +17,12 @@ def normalize(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,  # WIDTH as a power of 2
     ADDS: tl.constexpr,
-    OVERLAP: tl.constexpr,  # start while the kernel before ends
 ):
     """Normalize a row; if ADDS, of x + other, which goes to `summed`."""
     columns = tl.arange(0, COLUMNS)
     inside = columns < WIDTH
     at = tl.program_id(0).to(tl.int64) * WIDTH + columns
     factor = tl.load(weight + columns, mask=inside, other=0.0)
-    if OVERLAP:
-        # Nothing writes the weight. As in rows.cuh: the next kernel takes for granted that all but this one have ended.
-        gdc_wait()
-        gdc_launch_dependents()
     row = tl.load(x + at, mask=inside, other=0.0)
     if ADDS:
         row = (row.to(tl.float32) + tl.load(other + at, mask=inside, other=0.0).to(tl.float32)).to(row.dtype)

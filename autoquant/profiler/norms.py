@@ -1,7 +1,6 @@
 """Norms of a few rows on a GPU, in one kernel each, with the addition before it.
 
-A norm of one token has too little to do for a GPU: it is waited for. The compiler's kernel reads its row twice, and the product
-behind it starts when it has ended. This one reads it once, and lets a product bring its weights closer meanwhile (`rows.cuh`).
+A norm of one token has too little to do for a GPU: it is waited for. The compiler's kernel reads its row twice, this one once.
 """
 
 from __future__ import annotations
@@ -15,12 +14,9 @@ import torch
 from torch import nn
 
 MOST_ROWS, MOST_COLUMNS = 16, 16384
-OVERLAP = True
-"""Whether kernels start while those before them end, where the GPU can (programmatic dependent launch)."""
 
 _DEVICES = ("cuda",)
 _WARPS = 8
-_OVERLAP_CAPABILITY = (9, 0)
 
 
 @torch.library.custom_op("autoquant::rms_norm", mutates_args=(), device_types="cuda")
@@ -77,16 +73,13 @@ def _launch(
     from autoquant.profiler.norm_kernels import normalize
 
     width = x.shape[-1]
-    overlap = OVERLAP and torch.cuda.get_device_capability(x.device) >= _OVERLAP_CAPABILITY
     with torch.cuda.device(x.device):
         normalize[(x.numel() // width,)](
             *(x, x if other is None else other, weight, out if summed is None else summed, out, eps),
             WIDTH=width,
             COLUMNS=next_power_of_2(width),
             ADDS=other is not None,
-            OVERLAP=overlap,
             num_warps=_WARPS,
-            **({"launch_pdl": True} if overlap else {}),
         )
 
 

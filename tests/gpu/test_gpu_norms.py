@@ -5,7 +5,6 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from autoquant.profiler import norms
 from autoquant.profiler.compiled import ready_to_compile
 from autoquant.profiler.norms import add_rms_norm, rms_norm
 from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
@@ -18,12 +17,10 @@ def normal(*size, dtype=torch.bfloat16, seed=0):
     return torch.randn(*size, generator=generator, device="cuda").to(dtype)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("width", [64, 576, 4096, 5120, 16384])
-def test_a_norm_is_right_for_every_size(width, rows, dtype, overlap, monkeypatch):
-    monkeypatch.setattr(norms, "OVERLAP", overlap)
+def test_a_norm_is_right_for_every_size(width, rows, dtype):
     x, other, weight = (
         normal(*size, width, dtype=dtype, seed=seed) for seed, size in enumerate([(rows, 1), (rows, 1), ()])
     )

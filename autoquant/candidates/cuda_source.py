@@ -33,8 +33,7 @@ class CudaKernel:
     Args:
         file: Name of the file beside this one, which may include the headers (`.cuh`) there.
         name: The kernel's, declared `extern "C"`.
-        defines: What the source is to be compiled with. If OVERLAP is 1, the kernel starts while the one before it ends, in
-            CUDA graphs from compute capability 9.0 on: the source must wait for that one before it touches what others write.
+        defines: What the source is to be compiled with.
 
     Raises:
         CandidateError: It does not compile, or the driver does not take it.
@@ -50,7 +49,6 @@ class CudaKernel:
             self._device = torch.cuda.current_device()
             module = _checked(driver.cuModuleLoadData(binary_of(source, file, torch.cuda.get_device_capability())))
             self._function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-            self._overlaps = dict(defines).get("OVERLAP") == 1 and torch.cuda.get_device_capability() >= (9, 0)
         self._start = driver.cuLaunchKernel
         self._slots = _Slots()
 
@@ -70,10 +68,7 @@ class CudaKernel:
 
     def _launch(self, blocks: int, threads: int, address: int) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        if self._overlaps and torch.cuda.is_current_stream_capturing():
-            _launch_overlapping(self._function, blocks, threads, stream, address)
-        else:
-            _checked(self._start(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0))
+        _checked(self._start(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0))
 
 
 class _Slots(threading.local):
@@ -127,24 +122,6 @@ def _compile(source: str, file: str, headers: Mapping[str, str], options: Sequen
     _checked(nvrtc.nvrtcGetCUBIN(program, binary))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return binary
-
-
-def _launch_overlapping(function: Any, blocks: int, threads: int, stream: int, parameters: int) -> None:
-    """Launch a kernel that may start before the one before it has ended (programmatic dependent launch).
-
-    Args:
-        parameters: As `cuLaunchKernel` takes them.
-    """
-    from cuda.bindings import driver
-
-    overlap, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
-    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    overlap.value.programmaticStreamSerializationAllowed = 1
-    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.hStream = stream
-    config.attrs, config.numAttrs = [overlap], 1
-    _checked(driver.cuLaunchKernelEx(config, function, parameters, 0))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -13,8 +13,6 @@ from autoquant.records import LinearShape
 
 ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16
 """Rows of x that tensor cores take at a time, and how many a product of a few rows takes at most."""
-OVERLAP = True
-"""Whether products in a CUDA graph start while the kernel before them ends, where the GPU can (see `CudaKernel`)."""
 Setting = tuple[int, int, int]
 """Warps and tiles of 16 rows of a block, and blocks that a multiprocessor should hold."""
 Settings = Sequence[tuple[int, Setting, Setting]]
@@ -47,7 +45,7 @@ def multiply_rows(
     n, m = weight[0].shape[0], math.prod(rows)
     y = x.new_empty(*rows, n)
     if m:
-        key = (source, name, *defines, x.device, n, -(-m // ROWS_OF_A_PRODUCT), OVERLAP)
+        key = (source, name, *defines, x.device, n, -(-m // ROWS_OF_A_PRODUCT))
         found = _launches.get(key)
         if found is None:
             found = _launches[key] = _launch_of(source, name, settings, defines, x.device, n, m)
@@ -72,7 +70,7 @@ def _launch_of(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     warps, tiles, blocks = setting_of(settings, n, m, processors)
     eights = -(-m // ROWS_OF_A_PRODUCT)
-    sizes = (("WARPS", warps), ("TILES", tiles), ("BLOCKS", blocks), ("EIGHTS", eights), ("OVERLAP", int(OVERLAP)))
+    sizes = (("WARPS", warps), ("TILES", tiles), ("BLOCKS", blocks), ("EIGHTS", eights))
     kernel = cuda_kernel(source, name, (*defines, *sizes), device)
     return kernel.launch, -(-n // (16 * tiles)), 32 * warps
 

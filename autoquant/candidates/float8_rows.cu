@@ -1,7 +1,6 @@
 // Products of a few rows with float8 (e4m3) weights that have a scale a row, as they lie in a Float8Tensor: [n, k], row after row.
 //
-// To be defined: WARPS, TILES, EIGHTS and BLOCKS (blocks a multiprocessor should hold), and OVERLAP 1 if it may overlap with the
-// kernel before it (`rows.cuh`).
+// To be defined: WARPS, TILES, EIGHTS and BLOCKS (blocks a multiprocessor should hold).
 //
 // Sign, exponent and mantissa of an e4m3 number, put where bfloat16 has them, read as the number over 2^120, numbers without a
 // leading 1 too: one multiplication for two of them makes them right.
@@ -30,12 +29,6 @@ float8_rows(const unsigned short* __restrict__ x, const unsigned char* __restric
             const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, a = lane >> 2, b = lane & 3;
   const int chunks = k >> 7, first_row = blockIdx.x * 16 * TILES;
-#if OVERLAPS
-  for (int chunk = warp; chunk < min(chunks, CHUNKS_BROUGHT_CLOSER * WARPS); chunk += WARPS)
-    for (int half = 0; half < 2 * TILES; ++half)
-      bring_closer(weights + (size_t)(min(first_row + 8 * half, n - 8) + a) * k + chunk * 128 + 32 * b);
-#endif
-  wait_for_kernels_before();
   float acc[TILES][EIGHTS][4] = {};
   for (int chunk = warp; chunk < chunks; chunk += WARPS) {
     const int first = chunk * 128 + 16 * b;
@@ -56,7 +49,7 @@ float8_rows(const unsigned short* __restrict__ x, const unsigned char* __restric
 #pragma unroll
         for (int eight = 0; eight < 2; ++eight)
           input[part][e][eight] = a + 8 * e < m
-              ? load_input(x + (size_t)(a + 8 * e) * k + first + 64 * part + 8 * eight)
+              ? __ldg((const uint4*)(x + (size_t)(a + 8 * e) * k + first + 64 * part + 8 * eight))
               : make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int part = 0; part < 2; ++part)

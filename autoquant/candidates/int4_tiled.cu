@@ -5,8 +5,8 @@
 // A pair of such nibbles, masked and put into the mantissa of two bfloat16 of exponent 7, reads 128 + q twice, which is an
 // operand of mma.m16n8k16 as it is.
 //
-// To be defined: GROUP (32, 64, 128); for `int4_rows` also WARPS, TILES, EIGHTS and BLOCKS (blocks a multiprocessor should hold)
-// and, if it may overlap with the kernel before it, OVERLAP 1 (`rows.cuh`); for `int4_unpack` FLOAT8 (0 or 1).
+// To be defined: GROUP (32, 64, 128); for `int4_rows` also WARPS, TILES, EIGHTS and BLOCKS (blocks a multiprocessor should hold),
+// for `int4_unpack` FLOAT8 (0 or 1).
 
 #include "rows.cuh"
 
@@ -50,15 +50,6 @@ int4_rows(const unsigned short* __restrict__ x, const uint4* __restrict__ weight
           const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, a = lane >> 2, b = lane & 3;
   const int chunks = k >> 7, first_row = blockIdx.x * 16 * TILES;
-#if OVERLAPS
-  for (int chunk = warp; chunk < min(chunks, CHUNKS_BROUGHT_CLOSER * WARPS); chunk += WARPS)
-    for (int half = 0; half < 2 * TILES; ++half) {
-      const size_t tile = (size_t)(min(first_row + 8 * half, n - 8) >> 3) * chunks + chunk;
-      bring_closer(weights + tile * 32 + lane);
-      bring_closer(scales + (tile * 8 + a) * GROUPS);
-    }
-#endif
-  wait_for_kernels_before();
   float acc[TILES][EIGHTS][4] = {};
   for (int chunk = warp; chunk < chunks; chunk += WARPS) {
     uint4 packed[TILES][2], input[EIGHTS][4];
@@ -76,7 +67,7 @@ int4_rows(const unsigned short* __restrict__ x, const uint4* __restrict__ weight
     for (int e = 0; e < EIGHTS; ++e)
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        input[e][j] = a + 8 * e < m ? load_input(x + (size_t)(a + 8 * e) * k + chunk * 128 + 32 * j + 8 * b)
+        input[e][j] = a + 8 * e < m ? __ldg((const uint4*)(x + (size_t)(a + 8 * e) * k + chunk * 128 + 32 * j + 8 * b))
                                     : make_uint4(0, 0, 0, 0);
     float dot[TILES][EIGHTS][4], total[EIGHTS][4];
 #pragma unroll

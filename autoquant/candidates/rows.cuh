@@ -3,32 +3,6 @@
 // A block computes 16 * TILES columns of y, the WARPS of it taking turns along k, for m up to 8 * EIGHTS rows of x. Weights are
 // the first operand of mma.m16n8k16: which columns a step of 16 takes does not matter as long as both operands agree.
 
-// From Hopper on a kernel may start while the one before it ends, if OVERLAP is 1 (see CudaKernel). Until then it has its first
-// weights, which nothing writes, brought closer; then it waits until all before it has ended and what that wrote is seen. Only
-// then may it read x, write, or let the next kernel start: one that starts takes for granted that all but this kernel have ended.
-#define OVERLAPS (OVERLAP && __CUDA_ARCH__ >= 900)
-#define CHUNKS_BROUGHT_CLOSER 2
-
-__device__ __forceinline__ void bring_closer(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
-__device__ __forceinline__ void wait_for_kernels_before() {
-#if OVERLAPS
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Not by way of the cache for what never changes: x may be written while the kernel is there already.
-__device__ __forceinline__ uint4 load_input(const unsigned short* from) {
-#if OVERLAPS
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-  return v;
-#else
-  return __ldg((const uint4*)from);
-#endif
-}
-
 // Weights are read once: they are kept out of the first cache, which x needs.
 __device__ __forceinline__ uint4 load_weights(const uint4* from) {
   uint4 v;

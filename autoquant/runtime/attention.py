@@ -17,8 +17,6 @@ from torch import nn
 
 IMPLEMENTATION = "autoquant"
 """What transformers calls this attention."""
-OVERLAP = True
-"""Whether its kernels start while those before them end, where the GPU can (programmatic dependent launch)."""
 
 _DEVICES = ("cuda",)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,7 +27,6 @@ _FEWEST = 16
 """Rows and columns that tensor cores take."""
 _PROGRAMS_OF_A_PROCESSOR, _MOST_SPLITS = 3, 64
 _ADDED_COLUMNS = 64
-_OVERLAP_CAPABILITY = (9, 0)
 
 
 @torch.library.custom_op("autoquant::token_attention", mutates_args=(), device_types="cuda")
@@ -43,10 +40,9 @@ def token_attention(
             most 256.
         mask: Which positions are seen: bool `[b or 1, h or 1, 1, L]`, or None for all.
     """
-    overlap = OVERLAP and torch.cuda.get_device_capability(q.device) >= _OVERLAP_CAPABILITY
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     with torch.cuda.device(q.device):
-        return _launch(q, k, v, mask, scale, processors, overlap)
+        return _launch(q, k, v, mask, scale, processors)
 
 
 @token_attention.register_fake
@@ -72,7 +68,6 @@ def _launch(
     mask: torch.Tensor | None,
     scale: float,
     processors: int,
-    overlap: bool,
 ) -> torch.Tensor:
     from triton import cdiv, next_power_of_2
 
@@ -87,7 +82,6 @@ def _launch(
     sums = q.new_empty((b * h, 2, splits) if splits > 1 else 0, dtype=torch.float32)
     shown = q if mask is None else mask.expand(b, -1, 1, length).view(torch.uint8)
     mask_head = shown.stride(1) if shown.shape[1] > 1 else 0
-    dependent = {"launch_pdl": True} if overlap else {}
     attend[b * h_kv, splits](
         *(q, k, v, shown, out, parts, sums, scale * math.log2(math.e), h_kv, length, splits),
         *(q.stride(0), q.stride(1), q.stride(3), *k.stride(), *v.stride()),
@@ -101,8 +95,6 @@ def _launch(
         BLOCK=block,
         ALONE=splits == 1,
         MASKS=0 if mask is None else 2 if mask.shape[1] > 1 else 1,
-        OVERLAP=overlap,
-        **dependent,
     )
     if splits > 1:
         added = min(v_columns, _ADDED_COLUMNS)
@@ -111,8 +103,6 @@ def _launch(
             V_WIDTH=d_v,
             COLUMNS=added,
             ROWS=next_power_of_2(splits),
-            OVERLAP=overlap,
-            **dependent,
         )
     return out
 

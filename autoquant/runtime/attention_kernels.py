@@ -8,7 +8,6 @@ head of keys, and another kernel adds up what the programs of a head found. Sums
 # ruff: noqa: ANN001, ANN201, PLR0915 - Triton evaluates annotations, so only constants have one; a kernel is one function
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["length", "splits", "mask_batch"])  # type: ignore[untyped-decorator,unused-ignore]
@@ -47,17 +46,12 @@ def attend(
     BLOCK: tl.constexpr,  # positions read at a time
     ALONE: tl.constexpr,  # one program has all blocks of a head of keys
     MASKS: tl.constexpr,  # 0: none, 1: one for all heads, 2: one for each head
-    OVERLAP: tl.constexpr,  # start while the kernel before ends
 ):
     """Attend to every `splits`-th block of a head of keys.
 
     Writes `out` if ALONE, else `parts` `[head, split, column]` and `sums` `[head, 2, split]`, maxima and sums. Blocks of a
     program lie apart, so that all programs have as much to do however far the cache is filled.
     """
-    if OVERLAP:
-        # As in rows.cuh: the next kernel takes for granted that all but this one have ended.
-        gdc_wait()
-        gdc_launch_dependents()
     pair, split = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     rows, columns, v_columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, V_COLUMNS)
@@ -135,11 +129,8 @@ def add_up(
     V_WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,  # at least `splits`, a power of 2
-    OVERLAP: tl.constexpr,
 ):
     """Add up what the programs of a query head found, for COLUMNS columns: zeros if that head sees nothing."""
-    if OVERLAP:
-        gdc_wait()
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, ROWS)
     there = split < splits

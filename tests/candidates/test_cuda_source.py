@@ -113,17 +113,6 @@ def test_a_launch_is_made_on_the_kernels_device(driver, kernel):
     assert driver.devices == [0] and driver.launches[0][3] == 100
 
 
-@pytest.mark.parametrize("capturing", [True, False])
-def test_a_launch_overlaps_with_the_one_before_it_in_a_graph_alone(driver, monkeypatch, capturing):
-    overlapping = []
-    monkeypatch.setattr(cuda_source, "_launch_overlapping", lambda *launch: overlapping.append(launch))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    kernel = CudaKernel("float8_rows.cu", "name", (("OVERLAP", 1),), torch.device("cuda", 0))
-    kernel.launch(7, 64, None, None, None, 0, 0)
-    assert overlapping == ([(kernel._function, 7, 64, 100, kernel._slots.address)] if capturing else [])
-    assert len(driver.launches) == (not capturing)
-
-
 def test_threads_do_not_share_the_memory_of_arguments(kernel):
     places = [kernel._slots.address]
     thread = threading.Thread(target=lambda: places.append(kernel._slots.address))

@@ -53,14 +53,7 @@ def test_a_product_is_launched_with_what_its_source_asks_for(monkeypatch, m, set
     x, weight, scale, bias = torch.ones(128, m).t(), torch.ones(72, 64), torch.ones(72, 1), torch.ones(72)
     y = few_rows.multiply_rows("a.cu", "a", [(0, (16, 1, 2), (8, 2, 3))], x, (weight, scale), bias, [("GROUP", 64)])
     warps, tiles, blocks = setting
-    defines = {
-        "GROUP": 64,
-        "WARPS": warps,
-        "TILES": tiles,
-        "BLOCKS": blocks,
-        "EIGHTS": 1 if m <= 8 else 2,
-        "OVERLAP": 1,
-    }
+    defines = {"GROUP": 64, "WARPS": warps, "TILES": tiles, "BLOCKS": blocks, "EIGHTS": 1 if m <= 8 else 2}
     assert compiled == [("a.cu", "a", defines, x.device)]
     [(count, threads, given_x, *rest)] = launched
     assert (count, threads) == (5 if tiles == 1 else 3, 32 * warps), "72 rows in tiles of 16"

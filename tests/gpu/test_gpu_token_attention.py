@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from autoquant.candidates import get_format
+from autoquant.candidates.int4_tiled import int4_rows
 from autoquant.runtime.attention import token_attention
 
 pytestmark = pytest.mark.gpu
@@ -148,6 +150,36 @@ def test_a_replayed_graph_sees_what_was_written_since():
             right = attend(right + 1, k, v, mask)
         assert torch.equal(y, right)
         assert off(attend(q, k, v, mask), expected(q, k, v, mask)) < 0.005
+
+
+def test_a_replayed_graph_of_layers_computes_what_they_do_one_after_another():
+    """Each layer's cache is written in place by the kernel before its attention, at a position that moves."""
+    h, d, length = 8, 128, 2304
+    width, at = h * d, torch.zeros(1, dtype=torch.long, device="cuda")
+    weights = [get_format("int4-g128/tiled").store(normal(width, width, seed=seed) / 32) for seed in range(8)]
+    caches = [[normal(1, 2, length, d, seed=2 * layer + which) for which in (0, 1)] for layer in range(8)]
+
+    def step(x):
+        mask = torch.arange(length, device="cuda")[None, None, None] <= at
+        for weight, (k, v) in zip(weights, caches, strict=True):
+            y = int4_rows(x, weight.qdata, weight.scale_and_zero, None).view(1, h, 1, d)
+            k.index_copy_(2, at, y[:, :2])
+            v.index_copy_(2, at, y[:, 2:4])
+            x = attend(y, k, v, mask).view(1, width)
+        return x
+
+    x = normal(1, width)
+    step(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step(x)
+    for replay in range(20):
+        x.copy_(normal(1, width, seed=100 + replay))
+        at.fill_(replay * 100)
+        graph.replay()
+        assert y.isfinite().all() and y.abs().max() > 1e-3
+        assert torch.equal(y, step(x)), f"replay {replay}"
 
 
 def test_it_compiles():

@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 import transformers
+from models.tiny_models import tiny_llama
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from autoquant.profiler import device
 from autoquant.runtime import decoder, prepare
 from autoquant.runtime.generation import decoders_of
-from models.tiny_models import tiny_llama
 
 VOCABULARY = 60
 

@@ -184,15 +184,17 @@ ARCHITECTURES = {
     "Gemma3TextConfig": {"head_dim": 8, "sliding_window": 16},
     "GPTNeoXConfig": {},
     "MixtralConfig": {"num_local_experts": 4},
-    "Qwen3NextConfig": {"head_dim": 8},  # keeps other states than keys and values
+    "Qwen3NextConfig": {"head_dim": 8, "num_hidden_layers": 4},  # three layers keep other states
 }
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_other_architectures_give_the_same_text(name):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if name == "GPTNeoXConfig" else 2}
-    config = getattr(transformers, name)(**sizes, **heads, pad_token_id=0, eos_token_id=2, **ARCHITECTURES[name])
+    config = getattr(transformers, name)(
+        **sizes, **heads, pad_token_id=0, eos_token_id=2, **{"num_hidden_layers": 2, **ARCHITECTURES[name]}
+    )
     torch.manual_seed(0)
     plain = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     mask = torch.ones(2, 70, dtype=torch.long)

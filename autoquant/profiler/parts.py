@@ -24,13 +24,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.profiler.compiled import compile_graph, repeated_blocks
-from autoquant.profiler.norms import join_additions, use_own_norms
 from autoquant.records import content_key
 
 
 def compile_parts(module: nn.Module) -> nn.Module:
     """Have the parts of `module` compiled, each when it is first called with arguments of some shapes."""
-    use_own_norms(module)
     for part in _parts(module):
         part.forward = _Part(part.forward)
     return module
@@ -135,7 +133,6 @@ def _compile(
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     with told_that_it_is_compiled(), _Hollow() as hollow, _LinearsOfRows():
         graph = make_fx(flat)(*map(hollow.of, inputs))
-    join_additions(graph)
     constants = _as_inputs(graph)
     function = _function(graph, [*inputs, *constants])
     others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]

@@ -177,22 +177,25 @@ def apply_to_disk(
     )
 
 
-def load(folder: str | Path, model: nn.Module | None = None, *, device: str = "cpu") -> nn.Module:
+def load(folder: str | Path, model: nn.Module | None = None, *, device: str | None = None) -> nn.Module:
     """The ready model of a folder that `autoquant apply` wrote.
 
     Args:
         model: Needed only where a live module was searched: a module of the same architecture, whose weights are replaced.
-        device: Where it will run. Moved later, layers computed as one no longer are: each gets memory of its own.
+        device: Where it will run: `cpu`, `cuda`, `cuda:1`, `auto`. None for the kind of device that the plan was searched on,
+            whose kernels it needs.
 
     Raises:
         CheckpointError: The folder is no such model, is damaged, or was packed for another CPU.
+        DeviceError: There is no such device here.
     """
-    module = settle(checkpoint.read(Path(folder), model, device))
+    manifest = checkpoint.read_manifest(Path(folder))
+    module = settle(checkpoint.read(Path(folder), model, device or manifest.get("device", "cpu")))
     if not is_causal_lm(module):
         return prepare(module)
     from autoquant.integrations.saving import settle_loaded  # imports transformers
 
-    return settle_loaded(module, checkpoint.read_manifest(Path(folder)))
+    return settle_loaded(module, manifest)
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -278,3 +278,15 @@ def test_registering_twice_changes_nothing():
     )
     environment = {"PYTHONPATH": str(Path(autoquant.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_load_takes_the_device_of_the_plan_unless_told_otherwise(quantized, expected, tmp_path):
+    folder = tmp_path / "for-cuda"
+    shutil.copytree(quantized, folder)
+    manifest = json.loads((folder / "autoquant.json").read_text())
+    assert manifest["device"] == "cpu"
+    (folder / "autoquant.json").write_text(json.dumps(manifest | {"device": "cuda"}))
+    assert same(autoquant.load(folder, device="cpu"), expected)
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="^PyTorch sees no CUDA device here"):
+            autoquant.load(folder)

@@ -16,6 +16,11 @@ def refusal(delivery: Delivery, limits: Limits, *, instead: bool) -> str:
         return delivery.reason
     if limits.minimize == "time" and instead and not is_faster(delivery):
         ratio = delivery.ratio
+        if ratio and ratio.low < 1 and is_disturbed(delivery):
+            return (
+                f"it could not be shown to be faster with {delivery.loop}, since other programs used the machine: on an idle"
+                " one the same search times it again"
+            )
         times = f", but takes {ratio.value:.2f} times as long ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
         return f"it works{times} as the unquantized model when run with {delivery.loop}"
     return ""

@@ -113,3 +113,10 @@ def test_a_plan_that_was_refused_on_a_busy_machine_is_tried_again(study):
     deliver_best(study, run, lambda _event: None)
     assert asked == ["a"] and study.recommended().plan_id == "a"
     assert study.store.deliveries(STUDY)["a"].notes == ()
+
+
+def test_a_plan_that_a_busy_machine_could_not_tell_apart_is_said_to_be_that(study):
+    busy = (f"{DISTURBED} 60% of the machine",)
+    study.store.put_delivery(make_delivery("a", ratio=0.4, half=0.7, notes=busy))
+    reason = row_of(study, "a")["not_recommended"]
+    assert "other programs used the machine" in reason and "times it again" in reason

@@ -70,6 +70,7 @@ class Operand:
         self.product = _product(self.make, whole.rebuild)
         self.rows = together.shape[0]
         self._kept: _Kept | None = None
+        self._keeps = True
         for part in self.parts:
             torch._dynamo.mark_static_address(part)
 
@@ -81,10 +82,17 @@ class Operand:
         Args:
             rows: How many of the whole's rows the caller uses.
         """
+        if not self._keeps:
+            return compute()
         kept = self._kept
-        x_kept, y, left = (None, None, self.rows) if kept is None else kept
-        if x_kept is not x or y is None:
+        if kept is None or kept[0] is not x:
             y, left = compute(), self.rows
+            if kept is not None and torch.compiler.is_compiling():
+                # A sibling reads something else: what is kept beyond a call would be compiled for anew by the next.
+                self._keeps, self._kept = False, None
+                return y
+        else:
+            _, y, left = kept
         self._kept = (x, y, left - rows) if left > rows else None
         return y
 

@@ -258,7 +258,8 @@ def test_compiled_steps_give_the_same_text(plain, monkeypatch):
     monkeypatch.setattr(decoder, "compile_failure", device.compile_failure)
     monkeypatch.delenv("AUTOQUANT_EAGER", raising=False)
     model = prepare(copy.deepcopy(plain))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # compiling in another way than planned would warn
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         fast = model.generate(prompts(), max_new_tokens=12, do_sample=False)
+    assert not [warning for warning in caught if "autoquant" in str(warning.message)]
     assert torch.equal(fast, plain.generate(prompts(), max_new_tokens=12, do_sample=False))

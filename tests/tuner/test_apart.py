@@ -69,7 +69,7 @@ def spec(bench):
         dtype=bench.loaded.dtype,
         kind=bench.loaded.kind,
         content_hash=bench.loaded.content_hash,
-        parts=bench.quality.parts,
+        judged_on=bench.quality.parts,
         workload=WORKLOAD,
         device="cpu",
         execution="eager",

@@ -11,12 +11,15 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from autoquant.integrations import on_import
+
 if TYPE_CHECKING:
     from autoquant.applier import apply, load
     from autoquant.candidates import Format, Kernel, register
     from autoquant.errors import AutoquantError
     from autoquant.profiler.profile import profile
     from autoquant.records import Phase, Plan, Workload
+    from autoquant.runtime import compile, prepare
     from autoquant.tuner.driver import search
     from autoquant.tuner.study import Study
 
@@ -29,7 +32,9 @@ __all__ = [
     "Study",
     "Workload",
     "apply",
+    "compile",
     "load",
+    "prepare",
     "profile",
     "register",
     "search",
@@ -44,13 +49,16 @@ _HOMES = {
     "Study": "autoquant.tuner.study",
     "Workload": "autoquant.records",
     "apply": "autoquant.applier",
+    "compile": "autoquant.runtime",
     "load": "autoquant.applier",
+    "prepare": "autoquant.runtime",
     "profile": "autoquant.profiler.profile",
     "register": "autoquant.candidates",
     "search": "autoquant.tuner.driver",
 }
 
 
+on_import.register()  # from now on, transformers' from_pretrained knows the folders that `autoquant apply` writes
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until a program asks for what is logged
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from autoquant import checkpoint
 from autoquant.calibration import Calibration, Windows
 from autoquant.candidates import get_format
-from autoquant.candidates.flat import stored_bytes
+from autoquant.candidates.flat import same_bits, stored_bytes
 from autoquant.candidates.floats import original_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
@@ -24,9 +24,10 @@ from autoquant.candidates.routes import for_any_rows, route_words
 from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel, load_model
-from autoquant.models.loaded import settle
+from autoquant.models.loaded import is_causal_lm, settle
 from autoquant.profiler.phases import output_tensor
 from autoquant.records import LayerChoice, Plan
+from autoquant.runtime import prepare
 from autoquant.store import StudyFacts
 
 _CHECK_TOKENS = 48
@@ -35,9 +36,11 @@ _RIGHT_MODEL = "give the model that was searched"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppliedReport:
-    """What `apply_to_disk` wrote, read back and found to compute the same, bit for bit.
+    """What `apply_to_disk` wrote, and what it found when it read it back.
 
     Attributes:
+        repeatable: The model gives the same logits each time. Where kernels add up in another order each time, what was compared
+            is the weights.
         needs_module: Loading the folder takes a module of the same architecture, which it does not describe.
         generates: It is a language model with its tokenizer.
     """
@@ -48,6 +51,7 @@ class AppliedReport:
     formats: Mapping[str, int]
     memory_bytes: int
     original_memory_bytes: int
+    repeatable: bool
     needs_module: bool
     generates: bool
 
@@ -113,6 +117,7 @@ def apply(
             _replace(model, layer, quantized, made)
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
+    prepare(model)
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
     for text in dict.fromkeys(filter(None, (_stand_ins(model, layer) for layer in plan.layers))):
         listener(Notice(text))
@@ -149,7 +154,7 @@ def apply_to_disk(
     try:
         files = checkpoint.write(loaded, plan, scratch)
         again = checkpoint.read(scratch, _skeleton(loaded, model, plan, facts), device=device or facts.device.type)
-        _check_same(loaded, again, target)
+        repeatable = _check_same(loaded, again, target)
         scratch.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -157,7 +162,8 @@ def apply_to_disk(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    listener(Notice(f"read {target.name} back: logits are bit for bit those of the model in memory"))
+    what = "logits are" if repeatable else "its logits differ from run to run; weights are"
+    listener(Notice(f"read {target.name} back: {what} bit for bit those of the model in memory"))
     return AppliedReport(
         out=target,
         files=tuple(files),
@@ -165,6 +171,7 @@ def apply_to_disk(
         formats=plan.formats(),
         memory_bytes=module_bytes(loaded.module),
         original_memory_bytes=original_bytes,
+        repeatable=repeatable,
         needs_module=not _describes_itself(loaded),
         generates=loaded.kind == "causal_lm" and loaded.tokenizer is not None,
     )
@@ -180,7 +187,12 @@ def load(folder: str | Path, model: nn.Module | None = None, *, device: str = "c
     Raises:
         CheckpointError: The folder is no such model, is damaged, or was packed for another CPU.
     """
-    return settle(checkpoint.read(Path(folder), model, device))
+    module = settle(checkpoint.read(Path(folder), model, device))
+    if not is_causal_lm(module):
+        return prepare(module)
+    from autoquant.integrations.saving import settle_loaded  # imports transformers
+
+    return settle_loaded(module, checkpoint.read_manifest(Path(folder)))
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -319,12 +331,29 @@ def _describes_itself(loaded: LoadedModel) -> bool:
     return loaded.source.kind in ("huggingface", "state_dict")
 
 
-def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> None:
+def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
+    """Compare two models that should be the same, by their logits or else their weights; tell whether it was by logits.
+
+    Raises:
+        CheckpointError: They differ.
+    """
     args, keywords = _check_inputs(loaded)
-    with torch.no_grad():
-        before, after = (output_tensor(module(*args, **keywords)) for module in (loaded.module, again))
-    if not torch.equal(before, after):
+
+    def logits(module: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return output_tensor(module(*args, **keywords))
+
+    before, after = logits(loaded.module), logits(again)
+    if torch.equal(before, after):
+        return True
+    if torch.equal(before, logits(loaded.module)) or not _same_weights(loaded.module, again):
         raise CheckpointError(f"what was written for {target} does not compute the same logits; please report this")
+    return False
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(same_bits(first.data, second.data) for first, second in pairs)
 
 
 def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,7 +6,8 @@ A checkpoint is a folder:
 - `model.safetensors`: every tensor that can be kept there, torchao's subclasses flattened by torchao's own scheme, so that
   other tools can read them;
 - `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`;
-- the configuration and tokenizer of a Hugging Face model.
+- the configuration and tokenizer of a Hugging Face model; its `config.json` names autoquant as what quantized it, by which
+  transformers' own `from_pretrained` finds the way here (see `autoquant.integrations`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates import get_format
+from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError
@@ -30,11 +32,13 @@ from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
 from autoquant.models.huggingface import download
+from autoquant.models.targets import resolve_device
 from autoquant.records import Plan
 
 MANIFEST = "autoquant.json"
 SAFETENSORS = "model.safetensors"
 PACKED = "packed.pt"
+QUANT_METHOD = "autoquant"
 FORMAT_VERSION = 1
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = (
@@ -56,7 +60,32 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     Returns:
         Names of the files written.
     """
-    module = loaded.module
+    about = {
+        "plan_id": plan.plan_id,
+        "study_id": plan.study_id,
+        "label": plan.label,
+        "model_hash": plan.model_hash,
+        "dtype": plan.dtype,
+        "device": loaded.device.partition(":")[0],
+        "source": asdict(loaded.source),
+        "joined": _joined_names(plan),
+    }
+    if loaded.source.kind == "huggingface":
+        own = () if loaded.source.tokenizer else _TOKENIZER_FILES
+        _copy_files(Path(loaded.source.path), (*_CONFIG_FILES, *own), folder)
+        _name_quantizer(folder / "config.json", plan.dtype)
+    if loaded.source.tokenizer and loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
+    write_module(loaded.module, about, folder)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
+    """Write the tensors and the manifest of a module.
+
+    Args:
+        about: What the module itself does not show: fields of the manifest that `write` made, or `read_manifest` read.
+    """
     ties = tied_names(module)
     aliases = {name for group in ties for name in group[1:]}
     tensors = {name: tensor for name, tensor in _named_tensors(module).items() if name not in aliases}
@@ -67,27 +96,15 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     packed = {name: tensor for name, tensor in plain.items() if not _fits_safetensors(name, tensor)}
     _write_safetensors({name: tensor for name, tensor in plain.items() if name not in packed}, folder / SAFETENSORS)
     if packed:
-        torch.save(packed, folder / PACKED)
-    if loaded.source.kind == "huggingface":
-        own = () if loaded.source.tokenizer else _TOKENIZER_FILES
-        _copy_files(Path(loaded.source.path), (*_CONFIG_FILES, *own), folder)
-    if loaded.source.tokenizer and loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(folder)
+        torch.save({name: move_tensor(tensor, "cpu") for name, tensor in packed.items()}, folder / PACKED)
     manifest = {
+        **about,
         "format_version": FORMAT_VERSION,
-        "plan_id": plan.plan_id,
-        "study_id": plan.study_id,
-        "label": plan.label,
-        "model_hash": plan.model_hash,
-        "dtype": plan.dtype,
-        "source": asdict(loaded.source),
         "ties": ties,
         "routed": {name: _describe(weight) for name, weight in routed.items()},
-        "joined": _joined_names(plan),
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if _packed_for_this_cpu(packed) else None,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    return sorted(path.name for path in folder.iterdir())
 
 
 def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> nn.Module:
@@ -96,27 +113,17 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
     Args:
         module: The architecture, where the checkpoint cannot make it itself (a live module was searched): its weights are
             replaced in place.
+        device: Where every tensor is put as it is read.
 
     Raises:
         CheckpointError: The folder is no checkpoint, is damaged, or was packed for another CPU.
+        DeviceError: There is no such device here.
     """
+    device = resolve_device(device)
     manifest = read_manifest(folder)
-    capability = manifest["cpu_capability"]
-    if capability and capability != torch.backends.cpu.get_cpu_capability():
-        raise CheckpointError(
-            f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
-            "apply the plan again here"
-        )
-    for description in manifest["routed"].values():
-        get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
-    tensors = _read_tensors(folder)
-    dtype = getattr(torch, manifest["dtype"])
-    for name, description in manifest["routed"].items():
-        if name not in tensors:
-            raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
-        route = tuple((upper, kernel) for upper, kernel in description["route"])
-        tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+    tensors = _read_stored(folder, manifest, device)
     if module is None:
+        dtype = getattr(torch, manifest["dtype"])
         try:
             module = build_architecture(manifest["source"], folder, dtype, meta=True)
         except ModelError as error:
@@ -125,11 +132,28 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
         if without_values(module):  # a tensor that is neither parameter nor buffer: only real construction fills it
             module = build_architecture(manifest["source"], folder, dtype, meta=False)
     _assign(module, tensors, manifest["ties"], folder)
-    module = module.to(device) if device != "cpu" else module
-    for names in manifest.get("joined", []):  # last: being moved, each weight would get memory of its own again
-        joined = join([module.get_parameter(name).data for name in names])
-        _assign(module, dict(zip(names, joined, strict=True)), manifest["ties"], folder)
     return module
+
+
+def fill(module: nn.Module, folder: Path, device: str) -> nn.Module:
+    """Give a module, which may be on the meta device, the tensors of a checkpoint, in place.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, is damaged, was packed for another CPU, or is of another architecture.
+    """
+    manifest = read_manifest(folder)
+    _assign(module, _read_stored(folder, manifest, resolve_device(device)), manifest["ties"], folder)
+    return module
+
+
+def join_again(module: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Store the weights that are computed as one behind one another: each that is moved gets memory of its own."""
+    for names in manifest.get("joined", []):
+        joined = join([module.get_parameter(name).data for name in names])
+        for name, weight in zip(names, joined, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    tie(module, manifest["ties"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -157,6 +181,28 @@ def plan_in(folder: Path) -> str | None:
         return str(read_manifest(folder)["plan_id"])
     except CheckpointError:
         return None
+
+
+def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, with their routes."""
+    capability = manifest["cpu_capability"]
+    if capability and capability != torch.backends.cpu.get_cpu_capability():
+        raise CheckpointError(
+            f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
+            "apply the plan again here"
+        )
+    for description in manifest["routed"].values():
+        get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
+    tensors = _read_tensors(folder, device)
+    dtype = getattr(torch, manifest["dtype"])
+    for name, description in manifest["routed"].items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
+        route = tuple((upper, kernel) for upper, kernel in description["route"])
+        tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+    for names in manifest.get("joined", []):
+        tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
+    return tensors
 
 
 def _packed_for_this_cpu(packed: Mapping[str, torch.Tensor]) -> bool:
@@ -200,19 +246,25 @@ def _write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file(flat, path, metadata={**metadata, "format": "pt"})
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
     try:
         with safe_open(folder / SAFETENSORS, framework="pt") as file:
             metadata = file.metadata()
-            flat = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict; clones are aligned
+            names = file.keys()
+            flat = {name: file.get_tensor(name).to(device, copy=True) for name in names}  # copies are aligned
         tensors, rest = unflatten_tensor_state_dict(flat, metadata)
         if rest:
             raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {', '.join(list(rest)[:3])}")
         if (folder / PACKED).exists():
-            tensors |= torch.load(folder / PACKED, weights_only=True)
+            packed = torch.load(folder / PACKED, map_location="cpu", weights_only=True)
+            tensors |= {name: move_tensor(tensor, device) for name, tensor in packed.items()}
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(
+            f"{folder} does not fit into the memory of {device}: free some, or use another device"
+        ) from error
     except (OSError, SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"cannot read {folder}: {reason}; apply the plan again") from error
@@ -248,3 +300,11 @@ def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
         for path in here.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
+
+
+def _name_quantizer(config: Path, dtype: str) -> None:
+    """Say in a `config.json` what quantized the model, and the dtype that it computes in."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.pop("torch_dtype", None)  # the older name of the same
+    fields |= {"dtype": dtype, "quantization_config": {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}}
+    config.write_text(json.dumps(fields, indent=2), encoding="utf-8")

@@ -22,6 +22,11 @@ BASELINES: tuple[PlanKind, ...] = ("uniform", "heuristic", "bits")
 """Kinds of plans that are made without looking at each layer's latency: what a searched plan has to beat."""
 Objective = Literal["time", "memory"]
 """What the recommended plan has least of, within the limits: time of a request, or bytes of all parameters."""
+Measure = Literal["perplexity", "loss", "divergence"]
+"""What quality is measured by: increase of perplexity, or of a loss of the user's own, or divergence of outputs."""
+Loop = Literal["generate", "forward"]
+"""What a user runs: `generate` of a causal language model, or the forward pass of any other module."""
+Where = Literal["new process", "same process", "in memory"]
 
 DISTURBED = "timed while others used"
 """How the note of a proof begins whose times something else on the machine may have changed."""
@@ -93,6 +98,16 @@ class Workload:
     def single(cls) -> Workload:
         """The workload of a module with sample inputs: one forward pass."""
         return cls(phases=(Phase(name="forward", tokens=0, calls=1),))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a sequence that are there before the first new one: decoding alone starts behind one."""
+        return next((phase.tokens for phase in self.phases if phase.name == "prefill"), 1)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that a request asks for; a prompt alone is asked for one."""
+        return next((phase.calls for phase in self.phases if phase.name == "decode"), 1)
 
     def calls(self) -> dict[str, int]:
         return {phase.name: phase.calls for phase in self.phases}
@@ -329,9 +344,10 @@ class Proof:
         request_ms: Time of one request: the sum over phases of calls times the median latency.
         phase_ms: Median milliseconds of one run of each phase.
         original_request_ms: The unquantized model's request time measured in turn with this plan's; so `original_phase_ms`.
-        perplexity: On the report part of the text (None for a quality function of the user's own).
-        loss: Mean loss on the report part: nats per token, or what the user's own function gives.
-        increase: Relative increase over the unquantized model on the report part, with its paired interval.
+        perplexity: On the report part of the text (None without a text).
+        loss: Mean loss on the report part: nats per token, what the user's own function gives, or divergence of outputs.
+        increase: Relative increase over the unquantized model on the report part, or the divergence of outputs from its outputs,
+            with its paired interval.
         selection_increase: The same on the selection part, which is what limits are checked against: its interval is that of the
             mean of as many further samples as the report part has (in older versions, of the mean over all text).
         kl: Mean divergence to the unquantized model on the report part (None where not defined).
@@ -358,6 +374,45 @@ class Proof:
     selection_kl: Interval | None = None
     selection_losses: tuple[float, ...] = ()
     time_ratio: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTimes:
+    """Median milliseconds of what a user runs.
+
+    Attributes:
+        request_ms: Of a prompt with all its new tokens, or of one forward pass.
+        first_token_ms: Of a request for one new token; None for a forward pass.
+        step_ms: Of each further token; None where there is none.
+    """
+
+    request_ms: float
+    first_token_ms: float | None = None
+    step_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """What came of a plan that was saved, loaded again and run as its user will run it.
+
+    Attributes:
+        loop: What was run.
+        where: How far it went: loaded again in a new process, loaded again in the search's own, or not saved at all.
+        times: Of the plan, in turn with the unquantized model; None where it could not be timed. So `original_times`.
+        ratio: Request time over that of the unquantized model, with its interval from the spread of the rounds.
+        logits_error: Relative difference from the logits of the plan in the search's memory; 0 where they are equal bit for bit.
+        reason: Why the plan cannot be used; empty where it can be.
+    """
+
+    plan_id: str
+    loop: Loop
+    where: Where
+    times: RunTimes | None = None
+    original_times: RunTimes | None = None
+    ratio: Interval | None = None
+    logits_error: float | None = None
+    reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

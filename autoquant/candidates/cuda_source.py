@@ -1,17 +1,25 @@
-"""The project's own CUDA kernels: compiled when they are first needed, by the compiler library that PyTorch brings along."""
+"""The project's own CUDA kernels: compiled when they are first needed, by the compiler library that PyTorch brings along.
+
+The machine code is kept under the cache folder, so that a machine compiles each kernel once.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import torch
 
+from autoquant.cache import kept
 from autoquant.candidates.gpu import needs_cuda, needs_library
 from autoquant.errors import CandidateError
+from autoquant.records import content_key
+
+_MOST_ARGUMENTS = 16
 
 
 def cuda_source_unsupported(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
@@ -38,33 +46,74 @@ class CudaKernel:
         source += files("autoquant.candidates").joinpath(file).read_text()
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # PyTorch's context is the current one from here on
-            module = _checked(driver.cuModuleLoadData(_compile(source, file, torch.cuda.get_device_capability())))
+            self._device = torch.cuda.current_device()
+            module = _checked(driver.cuModuleLoadData(binary_of(source, file, torch.cuda.get_device_capability())))
             self._function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        self._start = driver.cuLaunchKernel
+        self._slots = _Slots()
 
     def launch(self, blocks: int, threads: int, *arguments: torch.Tensor | int | None) -> None:
-        """Launch on the current stream of the tensors' device; None is a null pointer."""
-        from cuda.bindings import driver
+        """Launch on the current stream of the kernel's device; None is a null pointer.
 
-        values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments)
-        types = tuple(ctypes.c_int if isinstance(a, int) else ctypes.c_void_p for a in arguments)
-        stream = torch.cuda.current_stream().cuda_stream
-        _checked(driver.cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, (values, types), 0))
+        This runs for every product of eager code, so it does nothing twice.
+        """
+        slots = self._slots
+        values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
+        slots.values[: len(values)] = values
+        if torch.cuda.current_device() == self._device:
+            self._launch(blocks, threads, slots.address)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(blocks, threads, slots.address)
+
+    def _launch(self, blocks: int, threads: int, address: int) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        _checked(self._start(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0))
+
+
+class _Slots(threading.local):
+    """Memory for the arguments of a launch, of each thread its own.
+
+    Attributes:
+        values: Each argument in eight bytes, of which the driver reads as many as it has.
+        address: Of the pointers to them, as `cuLaunchKernel` takes them.
+    """
+
+    def __init__(self) -> None:
+        self.values: Any = (ctypes.c_int64 * _MOST_ARGUMENTS)()
+        start, size = ctypes.addressof(self.values), ctypes.sizeof(ctypes.c_int64)
+        self._pointers = (ctypes.c_void_p * _MOST_ARGUMENTS)(*(start + size * i for i in range(_MOST_ARGUMENTS)))
+        self.address = ctypes.addressof(self._pointers)
 
 
 @functools.cache
 def cuda_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> CudaKernel:
-    """The kernel, compiled once in a process."""
+    """The kernel, loaded once in a process."""
     return CudaKernel(file, name, defines, device)
 
 
-def _compile(source: str, file: str, capability: tuple[int, int]) -> bytes:
+def binary_of(source: str, file: str, capability: tuple[int, int]) -> bytes:
+    """Return the machine code of a source file, which is compiled once on a machine."""
+    entries = sorted(files("autoquant.candidates").iterdir(), key=lambda entry: entry.name)
+    headers = {entry.name: entry.read_text() for entry in entries if entry.name.endswith(".cuh")}
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}"]
+    key = content_key([source, headers, options, _compiler_version()], length=32)
+    return kept("cubin", key, lambda: _compile(source, file, headers, options))
+
+
+def _compiler_version() -> tuple[int, int]:
     from cuda.bindings import nvrtc
 
-    headers = [entry for entry in files("autoquant.candidates").iterdir() if entry.name.endswith(".cuh")]
-    texts, names = [header.read_bytes() for header in headers], [header.name.encode() for header in headers]
+    _, major, minor = nvrtc.nvrtcVersion()
+    return int(major), int(minor)
+
+
+def _compile(source: str, file: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    texts, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), len(headers), texts, names))
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()]
-    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(failed):
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))

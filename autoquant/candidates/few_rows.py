@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -33,23 +34,45 @@ def multiply_rows(
     bias: torch.Tensor | None,
     defines: Sequence[tuple[str, int]] = (),
 ) -> torch.Tensor:
-    """x `[m, k]`, m up to 16, times a weight `[n, k]`: `[m, n]`.
+    """x `[..., k]`, up to 16 rows in all, times a weight `[n, k]`: `[..., n]`.
 
     Args:
         source: The kernel's file, and `name` its name there.
         weight: The tensors that it is stored in, the first of which has a row for each of its rows.
         defines: What the source is to be compiled with beside the setting.
     """
-    (m, k), n = x.shape, weight[0].shape[0]
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    *rows, k = x.shape
+    n, m = weight[0].shape[0], math.prod(rows)
+    y = x.new_empty(*rows, n)
+    if m:
+        key = (source, name, *defines, x.device, n, -(-m // ROWS_OF_A_PRODUCT))
+        found = _launches.get(key)
+        if found is None:
+            found = _launches[key] = _launch_of(source, name, settings, defines, x.device, n, m)
+        launch, blocks, threads = found
+        launch(blocks, threads, x.contiguous(), *weight, bias, y, m, n, k)
+    return y
+
+
+_launches: dict[tuple[object, ...], tuple[Callable[..., None], int, int]] = {}
+"""What starts a product of one size on one device, and with how many blocks of how many threads."""
+
+
+def _launch_of(
+    source: str,
+    name: str,
+    settings: Settings,
+    defines: Sequence[tuple[str, int]],
+    device: torch.device,
+    n: int,
+    m: int,
+) -> tuple[Callable[..., None], int, int]:
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
     warps, tiles, blocks = setting_of(settings, n, m, processors)
     eights = -(-m // ROWS_OF_A_PRODUCT)
     sizes = (("WARPS", warps), ("TILES", tiles), ("BLOCKS", blocks), ("EIGHTS", eights))
-    kernel = cuda_kernel(source, name, (*defines, *sizes), x.device)
-    x, y = x.contiguous(), x.new_empty(m, n)
-    with torch.cuda.device(x.device):
-        kernel.launch(-(-n // (16 * tiles)), 32 * warps, x, *weight, bias, y, m, n, k)
-    return y
+    kernel = cuda_kernel(source, name, (*defines, *sizes), device)
+    return kernel.launch, -(-n // (16 * tiles)), 32 * warps
 
 
 def rows_kernel(linear: LinearFunction, unsupported: Unsupported) -> Kernel:

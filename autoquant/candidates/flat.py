@@ -1,4 +1,4 @@
-"""A tensor subclass taken apart into plain tensors, and put together again (nested subclasses too)."""
+"""A tensor subclass taken apart into plain tensors, put together again and moved (nested subclasses too)."""
 
 from __future__ import annotations
 
@@ -53,6 +53,31 @@ def _unflatten(rebuild: Rebuild, parts: list[torch.Tensor], start: int) -> tuple
     return rebuild.kind.__tensor_unflatten__(inner, rebuild.context, rebuild.size, rebuild.stride), start
 
 
+def move_tensor(tensor: torch.Tensor, device: torch.device | str, *, copy: bool = False) -> torch.Tensor:
+    """The same tensor on `device`, whose plain tensors have moved one by one.
+
+    torchao's subclasses cannot be moved inside an operator of another subclass: there they take the move for a view and give
+    the result the memory of the tensor it came from.
+
+    Args:
+        copy: Copy what lies on `device` already.
+    """
+    parts, rebuild = flatten_tensor(tensor)
+    return unflatten_tensor(rebuild, [part.to(device, copy=copy) for part in parts])
+
+
 def stored_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the plain tensors inside `tensor`."""
     return sum(part.nbytes for part in flatten_tensor(tensor)[0])
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Check whether two tensors of one kind hold the same, bit for bit."""
+    parts, others = flatten_tensor(one)[0], flatten_tensor(other)[0]
+    return len(parts) == len(others) and all(map(_same_bits, parts, others))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(part.contiguous().reshape(-1).view(torch.uint8) for part in (one, other)))

@@ -11,9 +11,10 @@ from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.common import KernelPreference
 
 from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
+from autoquant.candidates.calls import is_plain_call
 from autoquant.candidates.cuda_source import cuda_source_unsupported
 from autoquant.candidates.few_rows import rows_kernel, too_many_rows
-from autoquant.candidates.float8_rows import CHUNK_COLUMNS, float8_rows
+from autoquant.candidates.float8_rows import CHUNK_COLUMNS, float8_rows, multiply_float8_rows
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
 from autoquant.candidates.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
@@ -66,8 +67,8 @@ def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
 def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     values, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
-    y: torch.Tensor = float8_rows(x.reshape(-1, x.shape[-1]), values, scale, bias)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    product = multiply_float8_rows if is_plain_call(x, bias) else float8_rows
+    return product(x, values, scale, bias)
 
 
 def _rows_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from autoquant.candidates.few_rows import multiply_rows
+from autoquant.candidates.operators import define_operator
 
 CHUNK_COLUMNS = 128
 SETTINGS = (
@@ -17,12 +18,15 @@ SETTINGS = (
 """See `Settings` of `few_rows`; on an H200 (`python studies/gpu_linears/own_kernels/float8_settings.py`)."""
 
 
-@torch.library.custom_op("autoquant::float8_rows", mutates_args=(), device_types="cuda")
-def float8_rows(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x `[m, k]`, m up to 16, times float8 `[n, k]` with scales `[n, 1]`: `[m, n]`."""
+def multiply_float8_rows(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x `[..., k]`, up to 16 rows in all, times float8 `[n, k]` with scales `[n, 1]`: `[..., n]`."""
     return multiply_rows("float8_rows.cu", "float8_rows", SETTINGS, x, (values, scale), bias)
 
 
-@float8_rows.register_fake
-def _(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(x.shape[0], values.shape[0])
+def _empty_rows(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+float8_rows = define_operator("float8_rows", multiply_float8_rows, _empty_rows)

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from autoquant.candidates.base import A16, W8_A8_FLOAT8_ROW, Format, Kernel
+from autoquant.candidates.calls import is_plain_call
 from autoquant.candidates.cuda_source import cuda_kernel, cuda_source_unsupported
 from autoquant.candidates.few_rows import multiply_rows, rows_kernel, too_many_rows
 from autoquant.candidates.float8 import float8_product, float8_product_unsupported
 from autoquant.candidates.int4 import GROUP_SIZES
 from autoquant.candidates.int4_gpu import tinygemm_rounding, with_roundings
 from autoquant.candidates.int4_tiled_tensor import TILE_COLUMNS, TILE_ROWS, Int4TiledTensor
+from autoquant.candidates.operators import define_operator
 from autoquant.candidates.rounding import Rounded
 from autoquant.records import LinearShape
 
@@ -35,22 +37,24 @@ SETTINGS = (
 """See `Settings` of `few_rows`; on an H200 (`python studies/gpu_linears/own_kernels/int4_settings.py`)."""
 
 
-@torch.library.custom_op("autoquant::int4_rows", mutates_args=(), device_types="cuda")
-def int4_rows(
+def multiply_int4_rows(
     x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x `[m, k]`, m up to 16, times an `Int4TiledTensor` `[n, k]`: `[m, n]`."""
-    group = x.shape[1] // scale_and_zero.shape[1]
+    """x `[..., k]`, up to 16 rows in all, times an `Int4TiledTensor` `[n, k]`: `[..., n]`."""
+    group = x.shape[-1] // scale_and_zero.shape[1]
     return multiply_rows(_SOURCE, "int4_rows", SETTINGS, x, (qdata, scale_and_zero), bias, (("GROUP", group),))
 
 
-@int4_rows.register_fake
-def _(x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(x.shape[0], qdata.shape[0])
+def _empty_rows(
+    x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], qdata.shape[0])
 
 
-@torch.library.custom_op("autoquant::int4_unpack", mutates_args=(), device_types="cuda")
-def int4_unpack(
+int4_rows = define_operator("int4_rows", multiply_int4_rows, _empty_rows)
+
+
+def unpack_int4_tiles(
     qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor, float8: bool
 ) -> torch.Tensor:
     """The `[n, k]` numbers of an `Int4TiledTensor`: bfloat16, or float8 of each over its row's scale."""
@@ -59,27 +63,31 @@ def int4_unpack(
     defines = (("GROUP", k // scale_and_zero.shape[1]), ("FLOAT8", int(float8)))
     kernel = cuda_kernel(_SOURCE, "int4_unpack", defines, qdata.device)
     out = qdata.new_empty(n, k, dtype=torch.float8_e4m3fn if float8 else torch.bfloat16)
-    with torch.cuda.device(qdata.device):
-        blocks = -(-tiles // (_UNPACKING_THREADS // 32))
-        kernel.launch(blocks, _UNPACKING_THREADS, qdata, scale_and_zero, row_scale, out, tiles, k // TILE_COLUMNS)
+    blocks = -(-tiles // (_UNPACKING_THREADS // 32))
+    kernel.launch(blocks, _UNPACKING_THREADS, qdata, scale_and_zero, row_scale, out, tiles, k // TILE_COLUMNS)
     return out
 
 
-@int4_unpack.register_fake
-def _(qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor, float8: bool) -> torch.Tensor:
+def _empty_numbers(
+    qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor, float8: bool
+) -> torch.Tensor:
     dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
     return qdata.new_empty(qdata.shape[0], 8 * qdata.shape[1], dtype=dtype)
 
 
+int4_unpack = define_operator("int4_unpack", unpack_int4_tiles, _empty_numbers)
+
+
 def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stored = cast(Int4TiledTensor, weight)
-    y: torch.Tensor = int4_rows(x.reshape(-1, x.shape[-1]), stored.qdata, stored.scale_and_zero, bias)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    product = multiply_int4_rows if is_plain_call(x, bias) else int4_rows
+    return cast(torch.Tensor, product(x, stored.qdata, stored.scale_and_zero, bias))
 
 
 def _unpacked(weight: torch.Tensor, *, float8: bool) -> torch.Tensor:
     stored = cast(Int4TiledTensor, weight)
-    return cast(torch.Tensor, int4_unpack(stored.qdata, stored.scale_and_zero, stored.row_scale, float8))
+    unpack = unpack_int4_tiles if is_plain_call(stored.qdata) else int4_unpack
+    return cast(torch.Tensor, unpack(stored.qdata, stored.scale_and_zero, stored.row_scale, float8))
 
 
 def _unpack_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

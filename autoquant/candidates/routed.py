@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
 
 from autoquant.candidates.calls import linear_arguments
+from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.registry import get_format
 from autoquant.records import Route, RouteStep, content_key
 
@@ -27,7 +28,8 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     Other attributes:
         format_id: Id of the format.
         route: ((upper m or None, kernel id), ...); with a static m the choice is made while tracing and costs nothing.
-        compute_dtype: The dtype the weight shows, which is that of the unquantized weight.
+        compute_dtype: The dtype the weight shows, which is that of the unquantized weight. It is computed in, whatever the
+            activation's: a cast of the model (`.half()`, `.float()`) leaves the weight as it is.
     """
 
     tensor_data_names = ["stored"]  # noqa: RUF012
@@ -70,7 +72,8 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         return get_format(self.format_id).dequantize(self.stored)
 
 
-def _kernel_id(route: RouteAttribute, m: int) -> str:
+def kernel_for_rows(route: RouteAttribute, m: int) -> str:
+    """Return the id of the kernel that a route uses for m rows."""
     for upper, kernel in route:
         if upper is None or m <= upper:
             return kernel
@@ -83,9 +86,28 @@ def _linear(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, An
     x, weight, bias = linear_arguments(args, kwargs)
     if not isinstance(weight, RoutedWeight):
         raise TypeError("a routed weight can only be the weight of a linear")
-    m = x.numel() // x.shape[-1]
-    kernel = get_kernel_function(weight.format_id, _kernel_id(weight.route, m))
-    return cast(torch.Tensor, kernel(x, weight.stored, bias))
+    return multiply(x, weight, weight.stored, bias)
+
+
+def multiply(x: torch.Tensor, weight: RoutedWeight, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x `[..., k]` times a stored tensor `[n, k]`, by the route and in the dtype of a weight.
+
+    Args:
+        stored: The weight's own, or one that it is a part of.
+    """
+    kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, x.numel() // x.shape[-1]))
+    if x.dtype == weight.compute_dtype:
+        return cast(torch.Tensor, kernel(x, stored, bias))
+    bias = None if bias is None else bias.to(weight.compute_dtype)
+    return cast(torch.Tensor, kernel(x.to(weight.compute_dtype), stored, bias).to(x.dtype))
+
+
+@RoutedWeight.implements(torch.ops.aten._to_copy.default)  # type: ignore[untyped-decorator]
+def _to_copy(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Move to another device; a cast keeps the weight, its dtype and its memory."""
+    weight: RoutedWeight = args[0]
+    cast_to = kwargs.get("dtype") or weight.dtype
+    return move_tensor(weight, kwargs.get("device") or weight.device, copy=cast_to == weight.dtype)
 
 
 _KERNEL_FUNCTIONS: dict[tuple[str, str], Any] = {}

@@ -76,7 +76,12 @@ def _print_report(plan: Plan, report: AppliedReport) -> None:
     typer.echo(f"Plan {plan.plan_id} ({plan.label}) applied to {report.layers} layers: {formats}")
     typer.echo(f"Memory {units.size(report.memory_bytes)} instead of {units.size(report.original_memory_bytes)}")
     typer.echo(f"Wrote {report.out}: {', '.join(report.files)}")
-    typer.echo("Read back: its logits are bit for bit those of the quantized model in memory.")
+    if report.repeatable:
+        typer.echo("Read back: its logits are bit for bit those of the quantized model in memory.")
+    else:
+        typer.echo(
+            "Read back: its weights are those of the quantized model in memory, whose logits differ from run to run."
+        )
     where = os.path.relpath(report.out) if report.out.is_relative_to(Path.cwd()) else str(report.out)
     typer.echo("\nNext:")
     if report.generates and not report.needs_module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +15,18 @@ from autoquant.cli.plans import ModelOption, PlansOption, chosen_plans, source_p
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Workload
+    from autoquant.store import StudyFacts
     from autoquant.tuner.bench import BenchRow
 
 
 _KINDS = ("uniform", "heuristic", "bits", "front", "refined")
+
+
+class TimedLoop(StrEnum):
+    """What is timed."""
+
+    PHASES = "phases"
+    GENERATE = "generate"
 
 
 def bench(
@@ -27,6 +36,9 @@ def bench(
         str | None,
         typer.Option(metavar="KIND", help="Also all proven plans of a kind, e.g. uniform.", show_default=False),
     ] = None,
+    loop: Annotated[
+        TimedLoop, typer.Option(help="phases: compiled prefill and decode steps; generate: what a user runs.")
+    ] = TimedLoop.PHASES,
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Also say where the time of a step goes: layers, glue, gaps.")
     ] = False,
@@ -39,16 +51,23 @@ def bench(
     model: ModelOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time plans in the whole model, compiled, in turn with the unquantized model, and compare with what was predicted."""
+    """Time plans in the whole model, in turn with the unquantized model, and compare with what was predicted.
+
+    With --loop generate: time the model's own generate() instead (one call of a module that is no language model).
+    """
     if compare is not None and compare not in _KINDS:
         raise typer.BadParameter(f"{compare!r} is none of {', '.join(_KINDS)}", param_hint="--compare")
     if trace is not None and not trace.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {trace.absolute().parent}", param_hint="--trace")
+    if loop is TimedLoop.GENERATE and (attribute or trace is not None):
+        raise typer.BadParameter("--attribute and --trace are of phases: leave it out", param_hint="--loop")
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
         plans = chosen_plans(study, plan or [], compare)
         source = model or source_path(study)
+        if loop is TimedLoop.GENERATE:
+            return _bench_loop(plans, source, study.facts, as_json=as_json)
         from autoquant.tuner.bench import bench as measure  # imports torch: after all that can be refused without it
 
         with listening() as listener:
@@ -61,6 +80,21 @@ def bench(
         _print_json(rows, by_id, workload, attribute)
     else:
         _print_text(rows, by_id, workload, attribute)
+
+
+def _bench_loop(plans: Sequence[Plan], source: str, facts: StudyFacts, *, as_json: bool) -> None:
+    from autoquant.report.bench_table import loop_objects, loop_table
+    from autoquant.report.progress import listening
+    from autoquant.tuner.bench import bench_loop
+
+    with listening() as listener:
+        rows = bench_loop(plans, source, facts, listener)
+    if as_json:
+        print_json(loop_objects(rows, facts.workload))
+        return
+    print_table(lambda width: loop_table(rows, facts.workload, width))
+    for note in dict.fromkeys(note for row in rows for note in row.notes):
+        typer.echo(f"note: {note}")
 
 
 def _write_trace(path: Path, rows: Sequence[BenchRow]) -> None:

@@ -24,6 +24,7 @@ from autoquant.cli.candidates import candidates
 from autoquant.cli.diff import diff
 from autoquant.cli.eval import evaluate
 from autoquant.cli.export_timings import export_timings
+from autoquant.cli.generate import generate
 from autoquant.cli.merge import merge
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
@@ -31,6 +32,7 @@ from autoquant.cli.recipes import recipes
 from autoquant.cli.report import report
 from autoquant.cli.rm import rm
 from autoquant.cli.search import search
+from autoquant.cli.serve import serve
 from autoquant.cli.show import show
 from autoquant.cli.solve import solve
 from autoquant.cli.studies import studies
@@ -124,6 +126,8 @@ app.command(short_help="Show one plan layer by layer, with why.")(show)
 app.command(short_help="Write everything about a search as one HTML page.")(report)
 app.command(short_help="Show what changes between two plans, and what it buys.")(diff)
 app.command(short_help="Write the quantized model to disk.")(apply)
+app.command(short_help="Write text with a model, and say how fast it came.")(generate)
+app.command(short_help="Serve a model to OpenAI's clients.")(serve)
 app.command(short_help="Time plans in the whole model, in turn.")(bench)
 app.command("eval", short_help="Score plans on tasks of lm-evaluation-harness.")(evaluate)
 app.command(short_help="List formats and kernels for a device.")(candidates)

@@ -98,7 +98,7 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
         typer.echo()
     if rows and chart:
         _print_chart(rows)
-    typer.echo(recommendation(rows, facts.limits))
+    typer.echo(recommendation(rows, facts.limits, facts.workload))
     for line in left_out_lines(study.left_out()):
         typer.echo(line)
     if ended := study.refinement_ended():

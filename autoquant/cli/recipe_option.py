@@ -96,12 +96,16 @@ def save_recipe(context: typer.Context, path: Path) -> None:
 
 def configuration(context: typer.Context) -> dict[str, Value]:
     """Every option of this call that has a value, by its name without the dashes."""
+    from autoquant.evaluators.data import DataName
+
     found: dict[str, Value] = {}
     for parameter in context.command.params:
         key, value = _key(parameter), context.params.get(parameter.name or "")
         if value in (None, [], ()) or key in _NEVER_TAKEN:
             continue
-        if key in _PATHS and Path(value).exists():
+        if key == "eval-data":
+            value = DataName.parse(value).absolute()
+        elif key in _PATHS and Path(value).exists():
             value = str(Path(value).resolve())
         found[key] = [str(part) for part in value] if isinstance(value, (list, tuple)) else value
     return found

@@ -58,6 +58,8 @@ def _confirmed(question: str) -> bool:
 def _counted(removed: Removed) -> str:
     rows = removed.rows
     parts = [f"{rows.plans} plans", f"{rows.proofs} proofs"]
+    if rows.deliveries:
+        parts.append(f"{rows.deliveries} timings as a user runs them")
     if rows.references:
         parts.append("the command that it came from")
     if rows.task_scores:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from autoquant.tuner.study import Study
 
 
+_JUDGES = ("eval_text", "eval_data", "quality")
+
+
 class Dtype(StrEnum):
     """The precision that counts as unquantized."""
 
@@ -61,13 +64,27 @@ def search(
     _recipe: RecipeOption = None,
     eval_text: Annotated[
         str | None,
-        typer.Option("--eval-text", metavar="FILE", help="Text that quality is measured on.", show_default=False),
+        typer.Option(
+            "--eval-text",
+            metavar="FILE",
+            help="Text that quality is measured on, like what the model will read. By default one that autoquant ships.",
+            show_default=False,
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-data",
+            metavar="NAME[:CONFIG][:SPLIT][:COLUMN]",
+            help="Instead of a text: a JSONL, JSON, CSV, Parquet or text file, a folder of them, or a dataset on the hub.",
+            show_default=False,
+        ),
     ] = None,
     quality: Annotated[
         str | None,
         typer.Option(
             metavar="PACKAGE.MODULE:CALLABLE",
-            help="Instead of text: takes the module and calibration, selection or report; returns a loss per sample.",
+            help="Instead of a text: takes the module and calibration, selection or report; returns a loss per sample.",
             show_default=False,
         ),
     ] = None,
@@ -75,7 +92,8 @@ def search(
         str | None,
         typer.Option(
             metavar="PACKAGE.MODULE:CALLABLE",
-            help="Returns the inputs (tuple or dict) of a module that is no language model.",
+            help="Returns the inputs (tuple or dict) of a module that is no language model. Without --quality, variations of"
+            " them show how far its outputs diverge.",
             show_default=False,
         ),
     ] = None,
@@ -88,7 +106,11 @@ def search(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the unquantized model.")] = Dtype.AUTO,
     max_ppl_increase: Annotated[
-        str, typer.Option(metavar="PERCENT", help="Limit of the perplexity increase, e.g. 1% or 0.01.")
+        str,
+        typer.Option(
+            metavar="PERCENT",
+            help="Limit of the increase of perplexity or your own loss, or of output divergence, e.g. 1%.",
+        ),
     ] = "1%",
     max_kl: Annotated[
         str | None,
@@ -141,7 +163,7 @@ def search(
         Sensitivity | None,
         typer.Option(
             help="What tells a layer's loss: path and fisher, which need a text, predict all from a few gradients; isolated"
-            " measures each change alone. By default path, with --quality isolated.",
+            " measures each change alone. By default path; without a text isolated.",
             show_default=False,
         ),
     ] = None,
@@ -164,8 +186,8 @@ def search(
 
     Ctrl-C keeps everything measured so far; the same command goes on from there.
     """
-    eval_text, quality = command_line_wins(context, "eval_text", "quality")
-    _check_judge(eval_text, quality)
+    eval_text, eval_data, quality = command_line_wins(context, *_JUDGES)
+    _check_judge(context)
     if quality is not None and sensitivity not in (None, Sensitivity.ISOLATED):
         raise typer.BadParameter("needs a text: with --quality only isolated works", param_hint="--sensitivity")
     check_save(save_as)
@@ -186,6 +208,7 @@ def search(
             study = driver.search(
                 model,
                 eval_text=eval_text,
+                eval_data=eval_data,
                 quality=quality,
                 sample_inputs=sample_inputs,
                 db=db,
@@ -221,13 +244,10 @@ def search(
     _report(study, db, as_json=as_json)
 
 
-def _check_judge(eval_text: str | None, quality: str | None) -> None:
-    if eval_text is None and quality is None:
-        raise typer.BadParameter(
-            "give a text like what the model will read, or a loss of your own with --quality", param_hint="--eval-text"
-        )
-    if eval_text is not None and quality is not None:
-        raise typer.BadParameter("cannot be combined with --quality", param_hint="--eval-text")
+def _check_judge(context: typer.Context) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in _JUDGES if context.params[name] is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"cannot be combined with {' and '.join(given[1:])}", param_hint=given[0])
 
 
 def _report(study: Study, db: str, *, as_json: bool) -> None:
@@ -251,7 +271,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     if rows:
         print_table(lambda width: front_table(rows, width))
         typer.echo()
-    typer.echo(recommendation(rows, study.facts.limits))
+    typer.echo(recommendation(rows, study.facts.limits, study.facts.workload))
     if not rows:
         return
     best = None if recommended is None else recommended["plan_id"]

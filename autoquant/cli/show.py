@@ -42,7 +42,15 @@ def _print_text(
     study: Study, plan: Plan, rows: list[dict[str, Any]], proof: Proof | None, *, why: bool, database: str
 ) -> None:
     from autoquant.report.tables import coverage_line, coverage_table, layers_table
-    from autoquant.report.words import constraints_words, off_predictions, plan_lines, study_line, ties_lines
+    from autoquant.report.words import (
+        as_run_lines,
+        constraints_words,
+        off_predictions,
+        plan_lines,
+        refused_lines,
+        study_line,
+        ties_lines,
+    )
 
     facts = study.facts
     row = next((row for row in rows if row["plan_id"] == plan.plan_id), None)
@@ -50,7 +58,9 @@ def _print_text(
     typer.echo(study_line(facts.source, facts.device, facts.workload))
     if constrained := constraints_words(study.constraints.as_object()):
         typer.echo(f"Constraints: {constrained}")
-    for line in [*plan_lines(plan, row, proof, failure), *off_predictions([row] if row else [], database)]:
+    head, *lines = plan_lines(plan, row, proof, failure)
+    as_run = [*as_run_lines(row, facts.workload), *refused_lines([row])] if row else []
+    for line in [head, *as_run, *lines, *off_predictions([row] if row else [], database)]:
         typer.echo(line)
     for line in ties_lines(rows, row) if row else []:
         typer.echo(line)

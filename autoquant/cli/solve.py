@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def solve(
     database: Database,
     max_ppl_increase: Annotated[
-        str | None, typer.Option(metavar="PERCENT", help="Limit of the perplexity increase.", show_default=False)
+        str | None,
+        typer.Option(metavar="PERCENT", help="Limit of the increase (or divergence) of quality.", show_default=False),
     ] = None,
     max_kl: Annotated[
         str | None,
@@ -45,8 +46,14 @@ def solve(
     from autoquant.tuner.limits import Limits
     from autoquant.tuner.solve_again import AROUND, solve_again
 
-    limits = Limits(max_ppl_increase=increase, max_kl=divergence, max_memory_bytes=memory, minimize=minimize.value)
     with opened_study(database, study_id=study) as opened:
+        limits = Limits(
+            max_ppl_increase=increase,
+            max_kl=divergence,
+            max_memory_bytes=memory,
+            minimize=minimize.value,
+            measure=opened.limits.measure,
+        )
         solved = solve_again(opened, limits, AROUND)
     if as_json:
         print_json(_object(solved, limits.as_object()))

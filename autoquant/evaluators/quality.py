@@ -47,8 +47,6 @@ class Quality(Protocol):
     key: str
     logarithmic: bool
 
-    def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]: ...
-
     def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
         """Losses of both on the same samples.
 
@@ -147,6 +145,15 @@ class FunctionQuality:
 
     def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
         return Comparison(self.losses(module, part), tuple(known) or self.losses(reference, part), None)
+
+    def increase_over(self, reference: nn.Module, part: Part) -> Callable[[nn.Module], float]:
+        """What tells by how much a module's mean loss is above that of the reference as it is now."""
+        base = _mean(self.losses(reference, part))
+        return lambda module: _mean(self.losses(module, part)) - base
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
 
 
 def next_token_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:

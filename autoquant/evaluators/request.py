@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from autoquant.errors import first_line
 from autoquant.evaluators.statistics import mean_interval
@@ -17,9 +18,10 @@ from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.profiler.phases import Phases
 from autoquant.records import DISTURBED, Interval, request_time
 
-_WARM_UP_CALLS = 2
-_MAX_RELATIVE_ERROR = 0.1
+WARM_UP_CALLS = 2
+MAX_RELATIVE_ERROR = 0.1
 _ROUNDS = 6
+_FEWEST_ROUNDS = 3
 _CALLS_PER_ROUND = 16
 _ROUND_S = 0.1
 _ATTEMPTS = 3
@@ -50,6 +52,16 @@ class RequestTimes:
         return Interval(value=value, low=value - half, high=value + half)
 
 
+class Timed(Protocol):
+    """What can be timed: `run` does one call, of which `limit` may follow a `reset`."""
+
+    def reset(self, phase: str) -> None: ...
+
+    def run(self, phase: str) -> Any: ...
+
+    def limit(self, phase: str) -> int: ...
+
+
 class WrongResultError(Exception):
     """Compiled code computes something else than the same model does eagerly."""
 
@@ -68,11 +80,11 @@ def warm_up(phases: Phases) -> None:
             phases.reset(phase.name)
             difference = (phases.run(phase.name).float() - expected).norm()
             error = (difference / expected.norm().clamp(min=1e-30)).item()
-            if not error <= _MAX_RELATIVE_ERROR:  # NaN counts as wrong
+            if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong
                 raise WrongResultError(
                     f"compiled {phase.name} is off by {error:.2g} (relative) from the same plan run eagerly"
                 )
-            for _ in range(_WARM_UP_CALLS):
+            for _ in range(WARM_UP_CALLS):
                 phases.reset(phase.name)
                 phases.run(phase.name)
             release_memory()  # what the compiler leaves behind, before the next phase is compiled
@@ -112,51 +124,74 @@ _COMPILED: dict[Division, str] = {
 
 def time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:
     """Time both models, already warm, in alternating order, and take medians over rounds; see `time_in_turn`."""
-    (of_original, of_plan), note = rounds_in_turn([original, plan], device)
-    return RequestTimes(_medians(of_plan), _medians(of_original), note, tuple(zip(of_plan, of_original, strict=True)))
+    (of_original, of_plan), note = rounds_in_turn([original, plan], _names(original), device)
+    return beside(of_plan, of_original, note)
 
 
 def time_in_turn(models: Sequence[Phases], device: str) -> tuple[list[dict[str, float]], str]:
     """As `rounds_in_turn`, with the medians over rounds for each model."""
-    rounds, note = rounds_in_turn(models, device)
+    rounds, note = rounds_in_turn(models, _names(models[0]), device)
     return [_medians(taken) for taken in rounds], note
 
 
-def rounds_in_turn(models: Sequence[Phases], device: str) -> tuple[list[list[dict[str, float]]], str]:
+def beside(plan: Sequence[Mapping[str, float]], original: Sequence[Mapping[str, float]], note: str) -> RequestTimes:
+    """What the same rounds gave of a plan and of the unquantized model."""
+    return RequestTimes(_medians(plan), _medians(original), note, tuple(zip(plan, original, strict=True)))
+
+
+def rounds_in_turn(
+    models: Sequence[Timed], names: Sequence[str], device: str, limit_s: float = math.inf
+) -> tuple[list[list[dict[str, float]]], str]:
     """Time models of one workload, already warm, round after round, each round beginning with another one.
 
     Repeated while the machine is busy with something else.
 
+    Args:
+        names: Of the phases.
+        limit_s: Begin no further round, and do not repeat, after that time.
+
     Returns:
         For each model and round milliseconds of one call of each phase, and a note where the machine stayed busy.
     """
+    until = time.perf_counter() + limit_s
     for attempt in range(_ATTEMPTS):
         watch = watch_load(device)
-        times = _rounds_in_turn(models, device)
+        times = _rounds_in_turn(models, names, device, until)
         share = watch.share()
         if share <= HIGHEST_OTHER_LOAD:
             return times, ""
+        if time.perf_counter() > until:
+            break
         time.sleep(attempt)
     return times, f"{DISTURBED} {share:.0%} of the machine: `autoquant bench` times it again"
 
 
-def _rounds_in_turn(models: Sequence[Phases], device: str) -> list[list[dict[str, float]]]:
-    names = [phase.name for phase in models[0].workload.phases]
-    samples: list[list[dict[str, float]]] = [[{} for _ in range(_ROUNDS)] for _ in models]
+def _rounds_in_turn(
+    models: Sequence[Timed], names: Sequence[str], device: str, until: float
+) -> list[list[dict[str, float]]]:
+    samples: list[list[dict[str, float]]] = [[] for _ in models]
     pairs = list(zip(models, samples, strict=True))
-    for round_number in range(_ROUNDS):
-        first = round_number % len(pairs)
+    for number in range(_ROUNDS):
+        if number >= _FEWEST_ROUNDS and time.perf_counter() > until:
+            break
+        for _, taken in pairs:
+            taken.append({})
+        first = number % len(pairs)
         for name in names:
             for phases, taken in pairs[first:] + pairs[:first]:
-                taken[round_number][name] = _sample(phases, name, device)
+                taken[-1][name] = _sample(phases, name, device)
     return samples
+
+
+def _names(phases: Phases) -> list[str]:
+    return [phase.name for phase in phases.workload.phases]
 
 
 def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(taken[name] for taken in rounds) for name in rounds[0]}
 
 
-def _sample(phases: Phases, name: str, device: str) -> float:
+def _sample(phases: Timed, name: str, device: str) -> float:
     """Median milliseconds of several calls in a row."""
     calls: list[float] = []
     started = time.perf_counter()

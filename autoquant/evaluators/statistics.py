@@ -19,7 +19,7 @@ def paired_increase(
         losses: One mean loss per sample (window), of the plan.
         reference: The same samples under the unquantized model.
         logarithmic: The losses are log-likelihoods, and the increase is that of perplexity: exp(mean difference) - 1. Otherwise
-            it is mean difference over mean reference.
+            it is mean difference over mean reference; over 1 where that is 0, as for divergence.
         unseen: The interval is that of the mean of so many further samples, which have chance of their own; 0: of the mean over
             all there could be.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,9 @@ LEAST_WINDOWS: Mapping[Part, int] = {"calibration": 1, "selection": 6, "report":
 INPUT_WINDOWS = 32
 ENOUGH_INPUT_WINDOWS = 16  # studies/rounding: with 3, GPTQ is worse than clipping alone
 _READ_CHARACTERS = 200_000
+
+DEFAULT_TEXT = Path(__file__).parent / "texts" / "default.txt"
+"""What is read where the user gives no text; beside it lies where it comes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +52,46 @@ class TextParts:
         return digest.hexdigest()[:12]
 
 
-def read_text(
-    path: str | Path,
+def read_text(path: str | Path, tokenizer: Any, **options: Any) -> TextParts:
+    """As `deal_text`, for the text in a UTF-8 file.
+
+    Raises:
+        TextError: The file cannot be read, is no text, or is too short.
+    """
+    return deal_text(file_pieces(Path(path)), str(path), tokenizer, **options)
+
+
+def deal_text(
+    pieces: Iterable[str],
+    name: str,
     tokenizer: Any,
     *,
     max_positions: int | None = None,
     inputs: bool = False,
     windows: Mapping[Part, int] = WANTED_WINDOWS,
 ) -> TextParts:
-    """Tokenize as much of a UTF-8 text file as the parts need.
+    """Tokenize as much of a text as the parts need.
 
     The first windows of the text are dealt to the parts in turn, so that every part sees the same mixture.
 
     Args:
+        pieces: The text; no further piece is asked for when there are tokens enough.
+        name: What the text is called in messages.
         inputs: Also take windows that weights are rounded for: what follows the parts, or where too little does, the calibration
             part.
         windows: How many each part gets where the text is long enough.
 
     Raises:
-        TextError: The file cannot be read, is no text, or is too short.
+        TextError: The text is too short.
     """
     window = min(WINDOW_TOKENS, max_positions or WINDOW_TOKENS)
     wanted = sum(windows.values())
-    tokens = _tokens(Path(path), tokenizer, (wanted + (INPUT_WINDOWS if inputs else 0)) * window)
+    tokens = _tokens(pieces, tokenizer, (wanted + (INPUT_WINDOWS if inputs else 0)) * window)
     available = len(tokens) // window
     least = sum(LEAST_WINDOWS.values())
     if available < least:
         raise TextError(
-            f"{path} gives {len(tokens)} tokens; at least {least * window} are needed for separate calibration, selection and "
+            f"{name} gives {len(tokens)} tokens; at least {least * window} are needed for separate calibration, selection and "
             "report parts: give a longer text"
         )
     counts = _counts(min(available, wanted), windows)
@@ -94,21 +109,29 @@ def _input_windows(tokens: list[int], window: int, first: int, calibration: torc
     return torch.tensor(tokens[first * window : (first + count) * window], dtype=torch.long).reshape(count, window)
 
 
-def _tokens(path: Path, tokenizer: Any, wanted: int) -> list[int]:
+def _tokens(pieces: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
     tokens: list[int] = []
+    for piece in pieces:
+        tokens += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= wanted:
+            break
+    return tokens
+
+
+def file_pieces(path: Path) -> Iterator[str]:
+    """The text of a file in pieces that end at lines.
+
+    Raises:
+        TextError: It cannot be read, or is no UTF-8.
+    """
     try:
         with path.open(encoding="utf-8") as file:
-            while len(tokens) < wanted:
-                text = file.read(_READ_CHARACTERS)
-                if not text:
-                    break
-                text += file.readline()
-                tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            while text := file.read(_READ_CHARACTERS):
+                yield text + file.readline()
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8 text ({_first_bad_byte(path)})") from error
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
-    return tokens
 
 
 def _first_bad_byte(path: Path) -> str:

@@ -206,7 +206,7 @@ def _no_config(folder: Path) -> str:
     return f"{folder} holds no model (no config.json): give a folder that save_pretrained() wrote, or a model file"
 
 
-def _pretrained(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+def _pretrained(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, list[str]]:
     """The causal LM of a folder, and the names of weights there that it has no place for."""
     from transformers import AutoModelForCausalLM
 
@@ -216,6 +216,18 @@ def _pretrained(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, list[str]]
         )
 
     return _loaded(load, dtype, str(folder))
+
+
+def pretrained(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """Return the unquantized model of a folder, on the CPU.
+
+    Args:
+        dtype: None for the one that `config.json` names, or the weights have.
+
+    Raises:
+        ModelError: transformers cannot load it, or weights are missing.
+    """
+    return _pretrained(folder, dtype or "auto")[0]
 
 
 def _filled(
@@ -232,7 +244,7 @@ def _filled(
     return module, left
 
 
-def _loaded(load: Callable[..., Any], dtype: torch.dtype, place: str) -> tuple[nn.Module, list[str]]:
+def _loaded(load: Callable[..., Any], dtype: torch.dtype | str, place: str) -> tuple[nn.Module, list[str]]:
     try:
         with no_progress_bars():
             module, report = load(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)

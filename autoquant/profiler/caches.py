@@ -9,17 +9,10 @@ from pathlib import Path
 
 import torch
 
+from autoquant.cache import cache_folder
 from autoquant.candidates import gemlite
 from autoquant.profiler.device import fingerprint
 from autoquant.records import Device
-
-
-def cache_folder() -> Path:
-    """The project's folder for what can be made again: `$AUTOQUANT_CACHE`, or `autoquant` under the user's cache folder."""
-    chosen = os.environ.get("AUTOQUANT_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoquant"
 
 
 def use_kernel_caches() -> None:

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from types import FunctionType
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates import get_format
-from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
-from autoquant.candidates.joined import Whole, whole_of
+from autoquant.candidates.linears import ApartLinear, is_product, take_apart
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import content_key
 
@@ -47,15 +43,14 @@ def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
     Args:
         regions: Make repeated blocks nested regions, which the compiler reuses where they are alike.
     """
-    ready = share(module)
-    blocks = [block for block in repeated_blocks(ready) if regions and _nests(block)]
-    wholes: dict[Any, torch.Tensor] = {}
-    makes = {name: _take_apart(owner, wholes) for name, owner in ready.named_modules() if _has_wrapped_weight(owner)}
-    names = {block: name for name, block in ready.named_modules()}
-    for block in blocks:
-        prefix = f"{names[block]}."
-        own = [(name.removeprefix(prefix), make) for name, make in makes.items() if name.startswith(prefix)]
-        block.__class__ = _region_class(type(block), content_key(own))
+    ready = take_apart(share(module), any_subclass=True)
+    for block in repeated_blocks(ready):
+        if regions and _nests(block):
+            linears = [(name, linear) for name, linear in block.named_modules() if isinstance(linear, ApartLinear)]
+            for _, linear in linears:
+                linear.keeps = False  # a nested region may change nothing outside
+            make = content_key([(name, linear.key()) for name, linear in linears])
+            block.__class__ = _region_class(type(block), make)
     return ready
 
 
@@ -70,19 +65,31 @@ def compile_forward(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     """Inductor, after products that several linears ask for are computed once."""
-    from torch._inductor.compile_fx import compile_fx
-
     for part in graph.modules():
         if isinstance(part, torch.fx.GraphModule):
             _compute_once(part)
-    return compile_fx(graph, inputs)
+    return compile_graph(graph, inputs)
+
+
+GPU_SETTINGS: dict[str, Any] = {"combo_kernels": True}
+"""Of Inductor: small kernels that do not need one another are one, as turning queries and keys and filling the cache are."""
+
+
+def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Compile a graph with Inductor."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    on_gpu = any(isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda" for tensor in inputs)
+    with config.patch(GPU_SETTINGS if on_gpu else {}):
+        return compile_fx(graph, list(inputs))
 
 
 def _compute_once(graph: torch.fx.GraphModule) -> None:
     """Let every product with the same input and weight be the first one of them."""
     known: dict[Any, torch.fx.Node] = {}
     for node in list(graph.graph.nodes):
-        if node.op != "call_function" or node.target not in _PRODUCTS.values():
+        if node.op != "call_function" or not is_product(node.target):
             continue
         first = known.setdefault((node.target, node.args), node)
         if first is not node:
@@ -98,11 +105,15 @@ class GraphedStep:
         step: Takes tensors, returns a tensor. It may change tensors that it knows by itself; such changes are made again by
             every replay.
         state: Gives the tensors that a step advances; they are put back after the calls that warm it up.
+        pool: Memory that several steps share, of which one runs at a time and whose output is read before the next.
     """
 
-    def __init__(self, step: Callable[..., torch.Tensor], state: Callable[[], Sequence[torch.Tensor]]) -> None:
+    def __init__(
+        self, step: Callable[..., torch.Tensor], state: Callable[[], Sequence[torch.Tensor]], pool: Any = None
+    ) -> None:
         self._step = step
         self._state = state
+        self._pool = pool
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
@@ -126,7 +137,7 @@ class GraphedStep:
                 self._put_back(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             output = self._step(*inputs)
         return graph, inputs, output
 
@@ -158,10 +169,9 @@ def _nests(block: nn.Module) -> bool:
     """Whether the compiler takes what this block calls in a nested region."""
     for owner in block.modules():
         for parameter in owner.parameters(recurse=False):
-            if is_traceable_wrapper_subclass(parameter) and not (
-                _has_wrapped_weight(owner) and _kernels_nest(parameter)
-            ):
-                return False  # nobody but a plain linear is taken apart
+            apart = isinstance(owner, ApartLinear) and _kernels_nest(parameter)
+            if is_traceable_wrapper_subclass(parameter) and not apart:
+                return False
     return True
 
 
@@ -185,107 +195,3 @@ def _region_class(kind: type[nn.Module], make: str) -> type[nn.Module]:
         region = torch.compiler.nested_compile_region(_copy(kind.forward, f"{kind.forward.__name__}_{make}"))
         _REGION_CLASSES[key] = type(kind.__name__, (kind,), {"forward": region, "__module__": kind.__module__})
     return _REGION_CLASSES[key]
-
-
-def _has_wrapped_weight(owner: nn.Module) -> bool:
-    """Whether this is an ordinary linear with a tensor subclass for its weight."""
-    return (
-        isinstance(owner, nn.Linear)
-        and type(owner).forward is nn.Linear.forward
-        and is_traceable_wrapper_subclass(owner.weight)
-    )
-
-
-def _take_apart(owner: Any, wholes: dict[Any, torch.Tensor]) -> str:
-    """Replace a linear's weight by the plain tensors inside; they are put together where they are multiplied.
-
-    Args:
-        wholes: Tensors by where they lie, so that linears of one whole hold the same ones.
-
-    Returns:
-        Key of what the weight is made of and how it is multiplied, whatever its numbers.
-    """
-    weight = owner.weight
-    whole = whole_of(weight) if isinstance(weight, RoutedWeight) else None
-    if whole is None:
-        parts, rebuild = flatten_tensor(weight)
-        whole, rows = Whole(tuple(parts), rebuild, 0), None
-    else:
-        rows = (whole.start, weight.shape[0])
-    code = weight.code_key() if isinstance(weight, RoutedWeight) else ""
-    del owner._parameters["weight"]
-    for position, part in enumerate(whole.parts):
-        place = (part.data_ptr(), part.dtype, part.shape, part.stride())
-        owner.register_buffer(_part_name(position), wholes.setdefault(place, part), persistent=False)
-    make = content_key([repr(whole.rebuild), code])
-    owner.__class__ = _linear_class(type(owner), _product(make, whole.rebuild), len(whole.parts), rows)
-    return content_key([make, rows])
-
-
-def _part_name(position: int) -> str:
-    return f"weight_part{position}"
-
-
-_PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {}
-_Known = dict[tuple[int, ...], tuple[tuple[Any, ...], torch.Tensor]]
-_known: ContextVar[_Known | None] = ContextVar("known", default=None)
-
-
-@contextmanager
-def products_once() -> Iterator[None]:
-    """Inside, a product that several linears ask for is computed once."""
-    token = _known.set({})
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def _product(make: str, rebuild: Rebuild) -> Callable[..., torch.Tensor]:
-    """x `[..., k]`, bias or None and the parts of a weight of this make, to the linear's result.
-
-    The compiler's first stage takes the product as one function of plain tensors: it knows nothing of subclasses made on the
-    way. The second looks into it. Both tell functions apart by their names alone, so the name says what it computes.
-    """
-    if make not in _PRODUCTS:
-
-        def linear(x: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
-            operands = (make, x, bias, *parts)
-            known = _known.get()
-            key = tuple(map(id, operands))
-            if known is not None and key in known:
-                return known[key][1]
-            result = F.linear(x, unflatten_tensor(rebuild, list(parts)), bias)
-            if known is not None:
-                known[key] = operands, result  # an id is one's own as long as its object lives
-            return result
-
-        linear.__name__ = linear.__qualname__ = f"linear_{make}"
-        _PRODUCTS[make] = torch.compiler.allow_in_graph(linear)  # type: ignore[no-untyped-call]
-    return _PRODUCTS[make]
-
-
-_LINEAR_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
-
-
-def _linear_class(
-    kind: type[nn.Module], product: Callable[..., torch.Tensor], count: int, rows: tuple[int, int] | None
-) -> type[nn.Module]:
-    """`kind` that computes with `count` parts; one class for all weights of the same make.
-
-    Args:
-        rows: First and number of those that are this linear's, where the parts are those of several.
-    """
-    key = (kind, product, rows)
-    if key not in _LINEAR_CLASSES:
-        names = [_part_name(position) for position in range(count)]
-
-        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-            parts = [getattr(self, name) for name in names]
-            if rows is None:
-                return product(x, self.bias, *parts)
-            y = product(x, None, *parts).narrow(-1, *rows)
-            return y if self.bias is None else y + self.bias
-
-        _LINEAR_CLASSES[key] = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
-    return _LINEAR_CLASSES[key]

@@ -46,11 +46,15 @@ def fingerprint(device: str) -> Device:
     )
 
 
-@functools.cache
 def compile_failure() -> str | None:
-    """Why `torch.compile` does not work on this CPU (no C++ compiler, say) and what to do, or None where it does."""
+    """Return why `torch.compile` does not work on this CPU (no C++ compiler, say) and what to do, or None if it does."""
     if os.environ.get("AUTOQUANT_EAGER"):
         return "AUTOQUANT_EAGER is set; unset it to compile"
+    return _failure_of_the_compiler()
+
+
+@functools.cache
+def _failure_of_the_compiler() -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8))
     except Exception as error:  # noqa: BLE001 - any failure of the compiler means eager execution, with its reason

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
-from autoquant.profiler.compiled import products_once, repeated_blocks
+from autoquant.profiler.compiled import compile_graph, repeated_blocks
 from autoquant.records import content_key
 
 
@@ -131,7 +131,7 @@ def _compile(
         return found
 
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    with _Hollow() as hollow, products_once(), _LinearsOfRows():
+    with told_that_it_is_compiled(), _Hollow() as hollow, _LinearsOfRows():
         graph = make_fx(flat)(*map(hollow.of, inputs))
     constants = _as_inputs(graph)
     function = _function(graph, [*inputs, *constants])
@@ -197,9 +197,7 @@ def _function(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Ca
     same = [places.index(place) for place in places]
     key = content_key([graph.code, [_signature(tensor) for tensor in inputs], same], length=32)
     if key not in _FUNCTIONS:
-        from torch._inductor.compile_fx import compile_fx
-
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)
         with told_that_it_is_compiled(False):
-            _FUNCTIONS[key] = cast(Any, compile_fx(without_tensors, list(inputs)))
+            _FUNCTIONS[key] = compile_graph(without_tensors, inputs)
     return _FUNCTIONS[key]

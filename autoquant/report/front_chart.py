@@ -11,9 +11,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from autoquant.records import ORIGINAL_LABEL
-from autoquant.report import units
 from autoquant.report.front_scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
-from autoquant.report.tables import quality_word
+from autoquant.report.words import increase_heading, increase_words
 
 _WIDEST, _HEIGHT = 80, 16
 _LEAST_CELLS = 10
@@ -110,7 +109,7 @@ def chart_lines(rows: Sequence[Row], width: int, glyphs: _Glyphs = _DRAWN) -> li
     grid = [[" "] * times.cells for _ in range(increases.cells)]
     _draw_line(grid, shown, times, increases, glyphs)
     covered = _draw_points(grid, shown, times, increases, glyphs)
-    lines = [f"{quality_word(rows)} increase [%]"]
+    lines = [f"{increase_heading(rows)} [%]"]
     for cell in reversed(range(increases.cells)):
         tick = glyphs.row_tick if cell in labels else glyphs.axis
         lines.append(f"{labels.get(cell, ''):>{margin - 1}} {tick}{''.join(grid[cell])}".rstrip())
@@ -236,5 +235,5 @@ def _legend(rows: Sequence[Row], glyphs: _Glyphs) -> list[str]:
 
 
 def _notes(rows: Sequence[Row], covered: Sequence[Row]) -> list[str]:
-    hidden = ", ".join(f"{row['label']} ({units.percent(row['perplexity_increase'], signed=True)})" for row in covered)
+    hidden = ", ".join(f"{row['label']} ({increase_words(row)})" for row in covered)
     return [note for note in (f"covered by other points: {hidden}" if hidden else "", left_out_note(rows)) if note]

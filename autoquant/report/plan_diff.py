@@ -12,7 +12,8 @@ from rich.text import Text
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables import plain_table, quality_word, route_text
+from autoquant.report.tables import plain_table, route_text
+from autoquant.report.words import increase_heading, increase_words
 from autoquant.tuner.compare import LayerChange, summed
 
 _MEASURED = (
@@ -130,9 +131,9 @@ def _measured_rows(pair: PlanPair) -> list[tuple[str, str, str, str]]:
     return [
         _row("Request, measured", a["measured_request_ms"], b["measured_request_ms"], units.duration_ms),
         (
-            f"{quality_word([a, b])} increase",
-            units.percent(a[increase], signed=True),
-            units.percent(b[increase], signed=True),
+            increase_heading([a, b]),
+            increase_words(a),
+            increase_words(b),
             units.percent(b[increase] - a[increase], signed=True),
         ),
         ("  95% interval", _interval(a), _interval(b), ""),

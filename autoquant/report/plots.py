@@ -12,7 +12,7 @@ from autoquant.records import ORIGINAL_LABEL
 from autoquant.report import units
 from autoquant.report.front_scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
 from autoquant.report.labels import Box, nearest_point, place_labels
-from autoquant.report.tables import quality_word
+from autoquant.report.words import increase_heading, increase_words
 
 SUFFIXES = (".png", ".svg", ".html")
 PAGE_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud"]}
@@ -53,7 +53,7 @@ def _picture(rows: Sequence[Row], kind: str, title: str, note: str) -> bytes:
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("Time of one request [ms]")
-    axes.set_ylabel(f"{quality_word(rows)} increase [%]")
+    axes.set_ylabel(f"{increase_heading(rows)} [%]")
     _set_scales(axes, rows)
     _draw_front_line(axes, rows)
     for row in rows:
@@ -264,14 +264,13 @@ def _page(rows: Sequence[Row], title: str, note: str) -> str:
     )
     for name, members in _families(rows).items():
         figure.add_scatter(name=name, **_trace(members, rows))
-    word = quality_word(rows)
     figure.update_layout(
         title={"text": f"{title}<br><sup>{note}</sup>" if note else title},
         template="plotly_white",
         hovermode="closest",
         legend={"orientation": "h", "y": -0.15},
         xaxis={"title": {"text": "Time of one request [ms]"}, "type": "log" if wide_times(rows) else "linear"},
-        yaxis={"title": {"text": f"{word} increase [%]"}, "range": _page_range(rows)},
+        yaxis={"title": {"text": f"{increase_heading(rows)} [%]"}, "range": _page_range(rows)},
     )
     return str(figure.to_html(include_plotlyjs=True, full_html=True, config=PAGE_CONFIG))
 
@@ -316,11 +315,11 @@ def _trace(members: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _hover(row: Row) -> str:
-    increase = units.percent(row["perplexity_increase"], signed=True)
     lines = [
         f"<b>{row['label']}</b> (plan {row['plan_id']})",
         f"{units.duration_ms(row['measured_request_ms'])} a request, {row['speedup']:.2f}x",
-        f"increase {increase} ({units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])})",
+        f"{increase_heading([row]).lower()} {increase_words(row)} "
+        f"({units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])})",
         f"memory {units.size(row['memory_bytes'])}",
     ]
     if row["perplexity"] is not None:

@@ -12,11 +12,13 @@ from rich.text import Text
 from autoquant.records import LayerChoice, Plan, Recording, Route, Skipped
 from autoquant.report import units
 from autoquant.report.names import fold
+from autoquant.report.words import increase_heading, increase_words
 
 WIDE = 120
 _LEGEND = "> recommended   * on the front: no other is faster, better and smaller at once"
 _TIES_LEGEND = "> recommended   ~ a tie with it   * on the front: none is better in everything"
 _BEYOND_LEGEND = "! beyond the limits, which the interval on the selection part has to keep to"
+_REFUSED_LEGEND = "x not recommended for how it runs for its user, see below"
 _SKIPPED_ROWS = 12
 
 
@@ -62,6 +64,7 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
     rivals = ties_of_recommended(rows)
     legend = [_TIES_LEGEND if rivals else _LEGEND]
     legend += [] if all(row["within_limits"] for row in rows) else [_BEYOND_LEGEND]
+    legend += [_REFUSED_LEGEND] if any(row.get("not_recommended") for row in rows) else []
     table = plain_table(caption="\n".join(legend))
     table.add_column("", no_wrap=True, width=2)
     table.add_column("Plan", no_wrap=True)
@@ -71,8 +74,9 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
         table.add_column(Text(f"Predicted\n[{unit}]"), justify="right", no_wrap=True)
     table.add_column("Speed", justify="right", no_wrap=True)
     if wide:
+        table.add_column("As you\nrun it", justify="right", no_wrap=True)
         table.add_column("Perplexity", justify="right", no_wrap=True)
-    table.add_column(f"{quality_word(rows)}\nincrease", justify="right", no_wrap=True)
+    table.add_column(increase_heading(rows).replace(" ", "\n"), justify="right", no_wrap=True)
     table.add_column("95%\ninterval", justify="right", no_wrap=True)
     if wide:
         table.add_column("KL", justify="right", no_wrap=True)
@@ -82,18 +86,14 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
         cells = [_mark(row, rivals), ids[row["plan_id"]], row["label"], time]
         cells += [_in_unit(row["predicted_request_ms"], unit)] if wide else []
         cells += [f"{row['speedup']:.2f}x"]
+        cells += [_as_run(row)] if wide else []
         cells += [_optional(row["perplexity"], 5)] if wide else []
-        cells += [units.percent(row["perplexity_increase"], signed=True)]
+        cells += [increase_words(row)]
         cells += [units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])]
         cells += [_optional(row["kl"])] if wide else []
         cells += [stored]
         table.add_row(*map(Text, cells), style="bold" if row["recommended"] else "" if row["on_front"] else "dim")
     return table
-
-
-def quality_word(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What an increase is an increase of: perplexity, or the loss of a quality function of the user's own."""
-    return "Loss" if rows and all(row["perplexity"] is None for row in rows) else "Perplexity"
 
 
 def layers_table(plan: Plan, width: int = 80) -> Table:
@@ -228,8 +228,14 @@ def ties_of_recommended(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
 
 
 def _mark(row: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
-    first = ">" if row["recommended"] else "~" if row in rivals else " " if row["within_limits"] else "!"
+    within = "x" if row.get("not_recommended") else " " if row["within_limits"] else "!"
+    first = ">" if row["recommended"] else "~" if row in rivals else within
     return f"{first}{'*' if row['on_front'] else ' '}"
+
+
+def _as_run(row: Mapping[str, Any]) -> str:
+    speedup = row.get("as_run_speedup")
+    return units.MISSING if speedup is None else f"{speedup:.2f}x"
 
 
 def _optional(value: float | None, significant: int = 3) -> str:

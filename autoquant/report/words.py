@@ -8,6 +8,8 @@ from typing import Any
 from autoquant.records import DISTURBED, ORIGINAL_LABEL, Device, Plan, Proof, Workload
 from autoquant.report import units
 
+NOT_RUN = "Not timed yet as you will run it: the same `autoquant search` does that."
+
 _LARGEST_ERROR = 0.1
 _OFF_PLANS = 3
 _TIES_SHOWN = 3
@@ -34,23 +36,29 @@ def source_name(source: Mapping[str, Any]) -> str:
     return path.rstrip("/").rpartition("/")[2] or "live module"
 
 
-def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
-    """The recommended plan of `Study.rows` in words, or why there is none."""
+def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload) -> str:
+    """The recommended plan of `Study.rows` in words, or why there is none; then which plans are not, and why."""
+    return "\n".join([_recommended(rows, limits, workload), *refused_lines(rows)])
+
+
+def _recommended(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload) -> str:
     row = next((row for row in rows if row["recommended"]), None)
     if not rows:
         return "No plan has been proven yet: run the same command again with a larger --time-budget."
     if row is None:
         return f"No proven plan is within the limits ({limits_words(limits)}): allow more, or take one from the table."
     if row["label"] == ORIGINAL_LABEL:
+        if any(refused(rows)):
+            return "Recommended: the unquantized model. What is faster in the search is not so as you will run it."
         other = "smaller" if limits.get("minimize") == "memory" else "faster"
         return f"Recommended: the unquantized model. No {other} plan is within the limits ({limits_words(limits)})."
     original = next((other for other in rows if other["label"] == ORIGINAL_LABEL), None)
     within = [other for other in rows if other["within_limits"]]
-    what = "perplexity" if row["perplexity"] is not None else "loss"
     lines = [
         f"Recommended: plan {row['plan_id']} ({row['label']})",
-        f"  {_speed(row)}",
-        f"  {what} {units.percent(row['perplexity_increase'], signed=True)}, "
+        *(f"  {line}" for line in as_run_lines(row, workload) or [NOT_RUN]),
+        f"  in the search: {_speed(row)}",
+        f"  {measure_words(row).lower()} {increase_words(row)}, "
         f"95% interval {units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}",
         f"  memory {_memory(row, original)}",
     ]
@@ -59,6 +67,49 @@ def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
         lines += [f"  {line}" for line in _searched(within, row)]
     lines += [f"  {line}" for line in ties_lines(within, row)]
     return "\n".join(lines)
+
+
+def as_run_lines(row: Mapping[str, Any], workload: Workload) -> list[str]:
+    """How a plan of `Study.rows` runs for its user, beside the unquantized model; empty where that is not known."""
+    if row.get("as_run_request_ms") is None:
+        return []
+    ends = f"95% interval {row['as_run_speedup_low']:.2f}x to {row['as_run_speedup_high']:.2f}x"
+    lines = [
+        f"As you will run it ({loop_words(row['as_run_loop'], workload)}): {_change(row, 'request_ms')} a request,"
+        f" {times_words(row['as_run_speedup'])} ({ends})"
+    ]
+    parts = []
+    if row["as_run_first_token_ms"] is not None and row["as_run_step_ms"] is not None:
+        parts = [f"first token {_change(row, 'first_token_ms')}", f"{_change(row, 'step_ms')} a further token"]
+    lines += [f"  {', '.join(parts)}"] if parts else []
+    return lines + ([f"  note: {row['as_run_notes']}"] if row["as_run_notes"] else [])
+
+
+def loop_words(loop: str, workload: Workload) -> str:
+    """What a user runs, in words: `generate, prompt 512 + 128`."""
+    if loop == "forward":
+        return "one forward pass"
+    batch = f", batch {workload.batch}" if workload.batch > 1 else ""
+    return f"{loop}, prompt {workload.prompt_tokens} + {workload.new_tokens}{batch}"
+
+
+def times_words(speedup: float) -> str:
+    return f"{speedup:.2f} times faster" if speedup >= 1 else f"{1 / speedup:.2f} times slower"
+
+
+def refused(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of plans that would be recommended but for how they run for their user."""
+    return [row for row in rows if row.get("not_recommended")]
+
+
+def refused_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"Not recommended: plan {row['plan_id']} ({row['label']}): {row['not_recommended']}" for row in refused(rows)
+    ]
+
+
+def _change(row: Mapping[str, Any], name: str) -> str:
+    return f"{units.duration_ms(row[f'as_run_original_{name}'])} -> {units.duration_ms(row[f'as_run_{name}'])}"
 
 
 def ties_lines(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[str]:
@@ -97,7 +148,7 @@ def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
 def plan_lines(
     plan: Plan, row: Mapping[str, Any] | None, proof: Proof | None = None, failure: str | None = None
 ) -> list[str]:
-    """What is predicted and what was measured of a plan."""
+    """What a plan is, then what is predicted and what was measured of it."""
     predicted = plan.prediction
     formats = ", ".join(f"{count} x {name}" for name, count in plan.formats().items())
     lines = [
@@ -113,7 +164,7 @@ def plan_lines(
     divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"
     lines.append(
         f"Measured: {_speed(row)}; {quality}"
-        f"increase {units.percent(row['perplexity_increase'], signed=True)} "
+        f"{'output divergence' if row['measure'] == 'divergence' else 'increase'} {increase_words(row)} "
         f"({units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}){divergence}; "
         f"{units.size(row['memory_bytes'])}"
     )
@@ -190,6 +241,22 @@ def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
     return f"{stored} instead of {units.size(original['memory_bytes'])} ({share:.0%})"
 
 
+def measure_words(row: Mapping[str, Any]) -> str:
+    """What quality was measured by: `Perplexity`, `Loss` or `Output divergence`."""
+    return "Output divergence" if row["measure"] == "divergence" else str(row["measure"]).capitalize()
+
+
+def increase_heading(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `increase_words` is of, for tables and axes: `Perplexity increase`, `Loss increase` or `Output divergence`."""
+    word = measure_words(rows[0]) if rows else "Perplexity"
+    return word if word == "Output divergence" else f"{word} increase"
+
+
+def increase_words(row: Mapping[str, Any]) -> str:
+    """By how much quality is worse than the unquantized model's; a divergence has no sign."""
+    return units.percent(row["perplexity_increase"], signed=row["measure"] != "divergence")
+
+
 def constraints_words(constraints: Mapping[str, Any]) -> str:
     """The constraints of a study as its options; empty where it has none."""
     parts = [f"--{name} {value}" for name in ("keep", "pin") for value in constraints.get(name, ())]
@@ -200,7 +267,7 @@ def limits_words(limits: Mapping[str, Any]) -> str:
     """The limits of a study in words, and what is minimized within them if it is not time."""
     parts = []
     if limits.get("max_ppl_increase") is not None:
-        parts.append(f"increase at most {units.percent(limits['max_ppl_increase'])}")
+        parts.append(f"{limits.get('measure', 'increase')} at most {units.percent(limits['max_ppl_increase'])}")
     if limits.get("max_kl") is not None:
         parts.append(f"KL at most {limits['max_kl']:g}")
     if limits.get("max_memory_bytes") is not None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from autoquant.records import (
+    Delivery,
     Interval,
     LayerChoice,
     LinearShape,
@@ -15,6 +16,7 @@ from autoquant.records import (
     Proof,
     Recording,
     RouteStep,
+    RunTimes,
     Site,
     SiteUse,
     Skipped,
@@ -83,3 +85,12 @@ def proof_from(data: Mapping[str, Any]) -> Proof:
     for name in ("notes", "selection_losses"):
         rest[name] = tuple(rest.get(name, ()))
     return Proof(**rest)
+
+
+def delivery_from(data: Mapping[str, Any]) -> Delivery:
+    """Rebuild a `Delivery` from its JSON object."""
+    rest = dict(data) | {"notes": tuple(data["notes"])}
+    for name in ("times", "original_times"):
+        rest[name] = RunTimes(**rest[name]) if rest[name] else None
+    rest["ratio"] = Interval(**rest["ratio"]) if rest["ratio"] else None
+    return Delivery(**rest)

@@ -1,7 +1,8 @@
 """Copying what was measured from one database into another.
 
 What belongs to devices and models travels: timings, rooflines, losses, task scores of unquantized models. What belongs to a
-study does not (plans, proofs, references, task scores of plans): the same search makes it again, timing nothing twice.
+study does not (plans, proofs, deliveries, references, task scores of plans): the same search makes it again, timing no kernel
+twice.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from autoquant.errors import PlanError
 from autoquant.store.repository import Store
-from autoquant.store.schema import Base, PlanRow, ProofRow, ReferenceRow, StudyRow, TaskScoreRow
+from autoquant.store.schema import Base, DeliveryRow, PlanRow, ProofRow, ReferenceRow, StudyRow, TaskScoreRow
 from autoquant.store.session import transaction
 
 
@@ -20,6 +20,7 @@ class RemovedRows:
 
     plans: int
     proofs: int
+    deliveries: int
     references: int
     task_scores: int
 
@@ -41,16 +42,18 @@ def find_study(store: Store, beginning: str) -> str:
 
 
 def remove_study(store: Store, study_id: str) -> RemovedRows:
-    """Delete a study with its plans, their proofs and task scores, and what they were compared with, in one transaction."""
+    """Delete a study with its plans and all that was measured of them, in one transaction."""
     plans = select(PlanRow.id).filter_by(study_id=study_id)
     with transaction(store.engine) as session:
         removed = RemovedRows(
             plans=_count(session, PlanRow, PlanRow.study_id == study_id),
             proofs=_count(session, ProofRow, ProofRow.plan_id.in_(plans)),
+            deliveries=_count(session, DeliveryRow, DeliveryRow.plan_id.in_(plans)),
             references=_count(session, ReferenceRow, ReferenceRow.study_id == study_id),
             task_scores=_count(session, TaskScoreRow, TaskScoreRow.subject.in_(plans)),
         )
         session.execute(delete(TaskScoreRow).where(TaskScoreRow.subject.in_(plans)))
+        session.execute(delete(DeliveryRow).where(DeliveryRow.plan_id.in_(plans)))
         session.execute(delete(ProofRow).where(ProofRow.plan_id.in_(plans)))
         session.execute(delete(PlanRow).where(PlanRow.study_id == study_id))
         session.execute(delete(ReferenceRow).where(ReferenceRow.study_id == study_id))

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, delete, select
 from sqlalchemy.orm import Session
 
 from autoquant.errors import PlanError
 from autoquant.records import (
+    Delivery,
     Device,
     LayerChoice,
     Measurement,
@@ -23,9 +24,10 @@ from autoquant.records import (
     TimingSubject,
     Workload,
 )
-from autoquant.store.json_records import layer_from, plain, proof_from
+from autoquant.store.json_records import delivery_from, layer_from, plain, proof_from
 from autoquant.store.rows import StudyFacts, measurement_from, plan_from, study_from, task_score_from
 from autoquant.store.schema import (
+    DeliveryRow,
     DeviceRow,
     LossRow,
     ModelRow,
@@ -306,6 +308,26 @@ class Store:
                 select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(PlanRow.study_id == study_id)
             )
             return {row.plan_id: row.reason for row in rows if row.proof is None}
+
+    def put_delivery(self, delivery: Delivery) -> None:
+        """Keep how a plan runs for its user; what was found before is replaced."""
+        with self._session() as session:
+            session.merge(DeliveryRow(plan_id=delivery.plan_id, delivery=plain(delivery)))
+
+    def deliveries(self, study_id: str) -> dict[str, Delivery]:
+        """Deliveries by plan id."""
+        with self._session() as session:
+            rows = session.scalars(
+                select(DeliveryRow)
+                .join(PlanRow, PlanRow.id == DeliveryRow.plan_id)
+                .filter(PlanRow.study_id == study_id)
+                .order_by(DeliveryRow.created)
+            )
+            return {row.plan_id: delivery_from(row.delivery) for row in rows}
+
+    def forget_deliveries(self, plan_ids: Iterable[str]) -> None:
+        with self._session() as session:
+            session.execute(delete(DeliveryRow).where(DeliveryRow.plan_id.in_(list(plan_ids))))
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 

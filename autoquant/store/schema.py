@@ -147,6 +147,15 @@ class ProofRow(Base):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
+class DeliveryRow(Base):
+    """The `Delivery` of a plan."""
+
+    __tablename__ = "delivery"
+    plan_id: Mapped[str] = mapped_column(ForeignKey("plan.id"), primary_key=True)
+    delivery: Mapped[dict[str, Any]]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
 class TaskScoreRow(Base):
     """One `TaskScore`. The subject is a plan's id, or the hash of the unquantized model; a limit of 0 is none."""
 

@@ -45,7 +45,8 @@ class Here:
         return job.run(self._bench, on_message)
 
     def close(self) -> None:
-        pass
+        """Free what jobs keep in memory for the next one."""
+        del self._bench
 
 
 class Apart:
@@ -95,26 +96,11 @@ class Apart:
         """End the worker, and its child with it."""
         if self._process is None:
             return
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._connection.close()
+        end_process(self._process, self._connection)
         self._process = None
 
     def _start(self) -> Connection:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,
-            )
-        _log.info("started worker process %d", self._process.pid)
-        self._connection = Connection(ours.detach())
+        self._process, self._connection = start_process(WORKER)
         try:
             send(self._connection, sys.path)
             send(self._connection, self._spec)
@@ -128,6 +114,31 @@ class Apart:
             self.close()
             raise value
         return self._connection
+
+
+def start_process(module: str) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Run `python -m MODULE FD` in a session of its own, where FD is the other end of the connection."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,
+        )
+    _log.info("started worker process %d", process.pid)
+    return process, Connection(ours.detach())
+
+
+def end_process(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    """End a process of `start_process`, with all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    connection.close()
 
 
 def send(connection: Connection, value: Any) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from autoquant.applier import apply, load_searched, module_bytes
 from autoquant.errors import DeviceError
 from autoquant.evaluators.request import make_warm, time_in_turn
+from autoquant.evaluators.user_loop import Usage, time_user_loops
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel
 from autoquant.profiler.attribution import attribute
@@ -20,7 +21,7 @@ from autoquant.profiler.compiled import share
 from autoquant.profiler.device import compile_failure
 from autoquant.profiler.phases import Phases, divisions, make_phases
 from autoquant.profiler.steps import StepProfile
-from autoquant.records import ORIGINAL_LABEL, Plan, Workload, request_time
+from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.store import StudyFacts
 
 
@@ -48,6 +49,26 @@ class BenchRow:
     peak_bytes: int | None
     notes: tuple[str, ...]
     steps: Mapping[str, StepProfile] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopRow:
+    """One model in a run of what a user runs.
+
+    Attributes:
+        plan_id: None for the unquantized model.
+        ratio: Request time over the unquantized model's, with its interval; None for that one.
+        memory_bytes: Of all parameters as stored.
+        notes: What disturbed the run.
+    """
+
+    plan_id: str | None
+    label: str
+    loop: Loop
+    times: RunTimes
+    ratio: Interval | None
+    memory_bytes: int
+    notes: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -100,6 +121,37 @@ def bench(
         for entrant, phase_ms in zip(entrants, times, strict=True)
     ]
     return _attributed(rows, entrants, facts, listener) if attribution else rows
+
+
+def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore) -> list[LoopRow]:
+    """As `bench`, by the loop that a user runs: `generate` of a causal language model, one call of any other module.
+
+    Raises:
+        ModelError: What lies at `model` is another model.
+    """
+    listener = logged(listener)
+    loaded = load_searched(plans[0], model, facts, None)
+    device = facts.device.type
+    usage = Usage(kind=loaded.kind, workload=facts.workload, device=device, sample_inputs=loaded.example_inputs)
+    quantized = (apply(plan, share(loaded.module), calibration=facts.calibration) for plan in plans)
+    modules = [share(loaded.module), *quantized]
+    listener(StageStarted("run", 0))
+    found, busy = time_user_loops([usage.loop_of(module) for module in modules], device)
+    listener(StageFinished("run", f"{len(modules)} models, {usage.loop}"))
+    if busy:
+        listener(Notice(f"{busy}, with other programs closed"))
+    return [
+        LoopRow(
+            plan_id=plan.plan_id if plan else None,
+            label=plan.label if plan else ORIGINAL_LABEL,
+            loop=usage.loop,
+            times=of_model.times,
+            ratio=of_model.ratio,
+            memory_bytes=module_bytes(module),
+            notes=(busy,) if busy else (),
+        )
+        for plan, module, of_model in zip([None, *plans], modules, found, strict=True)
+    ]
 
 
 def _attributed(

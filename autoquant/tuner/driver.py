@@ -7,29 +7,26 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from autoquant.candidates import Format, Kernel, select
-from autoquant.errors import QualityError, TextError
-from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
-from autoquant.evaluators.sensitivity import ISOLATED, PATH, SENSITIVITIES, Sensitivity, check_text
-from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS, GPU_WINDOWS, WANTED_WINDOWS, read_text
+from autoquant.candidates import select
+from autoquant.evaluators.outputs import OutputQuality
+from autoquant.evaluators.quality import QualityFunction, TextQuality
+from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.hints import did_you_mean_path
-from autoquant.models import LoadedModel, resolve_device, take_model
-from autoquant.models.named import quality_function
+from autoquant.models import resolve_device, take_model
 from autoquant.profiler.device import fingerprint
 from autoquant.profiler.phases import default_workload, make_phases
-from autoquant.profiler.profile import Candidates, with_original
+from autoquant.profiler.profile import with_original
 from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Objective, Recording, Workload, content_key
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
 from autoquant.tuner.constraints import Constraints, bind
+from autoquant.tuner.judge import Asked, make_judge, method_of
 from autoquant.tuner.limits import Limits
 from autoquant.tuner.planning import check_memory, context_of
 from autoquant.tuner.stages import Stages
@@ -42,6 +39,7 @@ def search(
     model: str | os.PathLike[str] | nn.Module,
     *,
     eval_text: str | os.PathLike[str] | None = None,
+    eval_data: str | None = None,
     db: str | os.PathLike[str] = "plan.db",
     device: str = "auto",
     dtype: str = "auto",
@@ -73,10 +71,15 @@ def search(
 
     Args:
         model: A path (see `autoquant.models.load_model`) or a live module.
-        eval_text: A UTF-8 text file that quality is measured on; needed unless `quality` is given.
+        eval_text: A UTF-8 text file that quality is measured on. At most one of this, `eval_data` and `quality` is given; without
+            any, a language model is judged on a text of autoquant's own, and any other module by the divergence of its outputs
+            from the unquantized module's, see `autoquant.evaluators.outputs`.
+        eval_data: Text out of what the `datasets` library loads, `NAME[:CONFIG][:SPLIT][:COLUMN]`, where NAME is a JSONL, JSON,
+            CSV, Parquet or text file, a folder of them, or a name on the hub.
         db: Path of the SQLite store, or an SQLAlchemy URL.
         workload: `prefill=TOKENS,decode=STEPS` or a `Workload`; for a module with sample inputs, one forward pass.
-        max_ppl_increase: Limit of the recommended plan, a fraction (None: no limit).
+        max_ppl_increase: Limit of the recommended plan, a fraction (None: no limit): of the increase of perplexity or of the
+            user's own loss, or, where outputs are compared, of their divergence.
         max_kl: Limit of its mean divergence from the unquantized model, nats per token; needs a text.
         max_memory_bytes: Limit on the bytes of all parameters.
         minimize: What the recommended plan has least of within the limits: request time, or the bytes of all parameters.
@@ -91,7 +94,7 @@ def search(
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
             name, so give a changed function another name. A string `package.module:callable` is imported.
         sensitivity: How what each change costs is found out, a name of `autoquant.evaluators.sensitivity.SENSITIVITIES`. None:
-            `path` on a text; a quality function takes `isolated` alone.
+            `path` on a text; without one it is `isolated` alone.
         listener: Told what is going on.
 
     Returns:
@@ -107,18 +110,9 @@ def search(
     pairs = select(candidates, place.partition(":")[0])
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
-    limits = Limits(
-        max_ppl_increase=max_ppl_increase, max_kl=max_kl, max_memory_bytes=max_memory_bytes, minimize=minimize
-    )
     constraints = Constraints.parse(keep, pin, fusable)
-    own = _own_quality(quality)
-    if own is not None and max_kl is not None:
-        raise QualityError("--max-kl needs a text: with a loss of your own limit its increase, --max-ppl-increase")
-    method = _method(sensitivity, own)
-    if own is None:
-        _check_text(eval_text)
-    if own is not None:
-        pairs = _without_inputs(pairs, listener)
+    asked = Asked.of(eval_text, eval_data, quality)
+    asked.check(sensitivity, max_kl)
     loaded = take_model(
         model,
         dtype=dtype,
@@ -128,9 +122,18 @@ def search(
         trust_pickle=trust_pickle,
         sample_inputs=sample_inputs,
     )
-    measure = own or _text_quality(loaded, eval_text, place, inputs=any(fmt.needs_inputs for fmt, _ in pairs))
-    workload = workload or default_workload(loaded.kind, batch)
     inputs = loaded.example_inputs if sample_inputs is None or isinstance(sample_inputs, str) else sample_inputs
+    judge = make_judge(asked, loaded, pairs, device=place, sample_inputs=inputs, seed=seed, listener=listener)
+    measure, pairs = judge.quality, judge.candidates
+    method = method_of(sensitivity, max_kl, measure)
+    limits = Limits(
+        max_ppl_increase=max_ppl_increase,
+        max_kl=max_kl,
+        max_memory_bytes=max_memory_bytes,
+        minimize=minimize,
+        measure="divergence" if isinstance(measure, OutputQuality) else "increase",
+    )
+    workload = workload or default_workload(loaded.kind, batch)
     make_phases(
         loaded.module, loaded.kind, workload, device=place, sample_inputs=inputs, max_positions=loaded.max_positions
     )
@@ -164,6 +167,7 @@ def search(
         workload=workload,
         limits=limits.as_object(),
     )
+    store.put_reference(study_id, "judge", {"words": judge.words})
     if isinstance(measure, TextQuality) and measure.parts.inputs is not None:
         store.put_calibration(study_id, measure.parts.inputs.tolist())
         if (count := len(measure.parts.inputs)) < ENOUGH_INPUT_WINDOWS:
@@ -205,59 +209,3 @@ def _known_recording(store: Store, study_id: str, limits: Limits) -> Recording |
         context = context_of(about, study_id=study_id, model_hash=facts.model_hash, workload=facts.workload)
         check_memory(list(options.values()), context, limits.max_memory_bytes)
     return facts.recording
-
-
-def _method(name: str | None, own: FunctionQuality | None) -> Sensitivity:
-    if name is None:
-        return PATH if own is None else ISOLATED
-    method = SENSITIVITIES.get(name)
-    if method is None:
-        raise QualityError(f"no sensitivity {name!r}: choose one of {', '.join(SENSITIVITIES)}")
-    if own is not None and not method.functions:
-        check_text(own, method.id)
-    return method
-
-
-def _check_text(eval_text: str | os.PathLike[str] | None) -> None:
-    if eval_text is None:
-        raise TextError(
-            "no evaluation text: give --eval-text FILE (a plain UTF-8 text like what the model will read), or"
-            " --quality package.module:callable (a loss of your own)"
-        )
-    if not Path(eval_text).is_file():
-        raise TextError(
-            f"there is no text file at {eval_text}{did_you_mean_path(eval_text)}: give a plain UTF-8 text like what the model"
-            " will read"
-        )
-
-
-def _without_inputs(pairs: Candidates, listener: Listener) -> list[tuple[Format, Kernel]]:
-    """The candidates, less those whose weights are rounded for what layers read on a text, which there is none of."""
-    for name in dict.fromkeys(fmt.id for fmt, _ in pairs if fmt.needs_inputs):
-        listener(Notice(f"{name} not considered: it is rounded on a text (--eval-text), not by a quality function"))
-    return [(fmt, kernel) for fmt, kernel in pairs if not fmt.needs_inputs]
-
-
-def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:
-    """The user's function under its qualified name, by which the same function is the same from Python and by its name."""
-    if isinstance(quality, str):
-        return FunctionQuality(quality_function(quality), quality.replace(":", "."))
-    return None if quality is None else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
-
-
-def _text_quality(
-    loaded: LoadedModel, eval_text: str | os.PathLike[str] | None, device: str, *, inputs: bool
-) -> TextQuality:
-    if loaded.kind == "module":
-        raise TextError(
-            "this model takes no token ids, so text cannot judge it: give --quality package.module:callable instead of"
-            " --eval-text (from Python: quality=...)"
-        )
-    if loaded.tokenizer is None:
-        raise TextError("this model has no tokenizer: give one with --tokenizer FOLDER")
-    assert eval_text is not None  # _check_text saw to it
-    windows = GPU_WINDOWS if device.startswith("cuda") else WANTED_WINDOWS
-    parts = read_text(
-        Path(eval_text), loaded.tokenizer, max_positions=loaded.max_positions, inputs=inputs, windows=windows
-    )
-    return TextQuality(parts, device)

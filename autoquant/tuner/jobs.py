@@ -12,7 +12,8 @@ import torch
 from autoquant.calibration import Calibration
 from autoquant.candidates import Format, get_format
 from autoquant.errors import ModelError
-from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
+from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
@@ -41,7 +42,7 @@ class Bench:
     """
 
     load: Callable[[], LoadedModel]
-    quality: TextQuality | FunctionQuality
+    quality: AnyQuality
     workload: Workload
     device: str
     execution: str
@@ -100,7 +101,7 @@ class BenchSpec:
     dtype: str
     kind: ModelKind
     content_hash: str
-    parts: TextParts
+    judged_on: TextParts | VariedInputs
     workload: Workload
     device: str
     execution: str
@@ -118,7 +119,7 @@ class BenchSpec:
             get_format(format_id)
         return Bench(
             load=self._load,
-            quality=TextQuality(self.parts, self.device, keep_reference=True),
+            quality=self._quality(),
             workload=self.workload,
             device=self.device,
             execution=self.execution,
@@ -126,20 +127,36 @@ class BenchSpec:
             own_process=True,
         )
 
+    def _quality(self) -> TextQuality | OutputQuality:
+        if isinstance(self.judged_on, VariedInputs):
+            return OutputQuality(self.judged_on)
+        return TextQuality(self.judged_on, self.device, keep_reference=True)
+
     def _load(self) -> LoadedModel:
-        loaded = load_model(
-            self.source.path,
-            dtype=self.dtype,
-            device=self.device,
-            model_factory=self.source.model_factory,
-            tokenizer=self.source.tokenizer,
-            trust_pickle=self.source.trust_pickle,
-            sample_inputs=self.source.sample_inputs,
+        return load_again(
+            self.source, dtype=self.dtype, kind=self.kind, content_hash=self.content_hash, device=self.device
         )
-        if loaded.content_hash != self.content_hash:
-            raise ModelError(f"{self.source.path} was changed while it was searched")
-        loaded.kind = self.kind
-        return loaded
+
+
+def load_again(source: ModelSource, *, dtype: str, kind: ModelKind, content_hash: str, device: str) -> LoadedModel:
+    """The model that was searched, loaded as it was for the search.
+
+    Raises:
+        ModelError: It is not there any more, or was changed.
+    """
+    loaded = load_model(
+        source.path,
+        dtype=dtype,
+        device=device,
+        model_factory=source.model_factory,
+        tokenizer=source.tokenizer,
+        trust_pickle=source.trust_pickle,
+        sample_inputs=source.sample_inputs,
+    )
+    if loaded.content_hash != content_hash:
+        raise ModelError(f"{source.path} was changed while it was searched")
+    loaded.kind = kind
+    return loaded
 
 
 class Job(Protocol[Result_co]):

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from autoquant.records import ORIGINAL_LABEL, Objective, Plan, Proof
 
@@ -20,15 +20,18 @@ class Limits:
     """None: no limit.
 
     Attributes:
-        max_ppl_increase: A fraction (of perplexity, or of the user's own loss).
+        max_ppl_increase: A fraction of what `measure` says.
         max_kl: Mean divergence from the unquantized model, nats per token.
         max_memory_bytes: Of all parameters.
+        measure: What is measured and limited: the increase of perplexity or of the user's own loss, or the divergence of outputs
+            from the unquantized model's.
     """
 
     max_ppl_increase: float | None = None
     max_kl: float | None = None
     max_memory_bytes: int | None = None
     minimize: Objective = "time"
+    measure: Literal["increase", "divergence"] = "increase"
 
     @classmethod
     def of(cls, limits: Mapping[str, Any]) -> Limits:
@@ -38,6 +41,7 @@ class Limits:
             max_kl=limits.get("max_kl"),
             max_memory_bytes=limits.get("max_memory_bytes"),
             minimize=limits.get("minimize") or "time",
+            measure=limits.get("measure") or "increase",
         )
 
     def as_object(self) -> dict[str, Any]:
@@ -47,12 +51,13 @@ class Limits:
             "max_memory_bytes": self.max_memory_bytes,
         }
         values |= {} if self.max_kl is None else {"max_kl": self.max_kl}
-        return values | ({"minimize": self.minimize} if self.minimize != "time" else {})
+        values |= {"minimize": self.minimize} if self.minimize != "time" else {}
+        return values | ({"measure": self.measure} if self.measure != "increase" else {})
 
     def __str__(self) -> str:
         parts = []
         if self.max_ppl_increase is not None:
-            parts.append(f"increase at most {100 * self.max_ppl_increase:g}%")
+            parts.append(f"{self.measure} at most {100 * self.max_ppl_increase:g}%")
         if self.max_kl is not None:
             parts.append(f"KL at most {self.max_kl:g}")
         if self.max_memory_bytes is not None:
@@ -65,8 +70,8 @@ class Limits:
             return False
         if plan.label == ORIGINAL_LABEL:
             return True
-        if self.max_ppl_increase is not None and proof.selection_increase.high > self.max_ppl_increase:
-            return False
+        if self.max_ppl_increase is not None and not proof.selection_increase.high <= self.max_ppl_increase:
+            return False  # NaN is not within
         return self.max_kl is None or (proof.selection_kl is not None and proof.selection_kl.high <= self.max_kl)
 
     def used(self, proof: Proof) -> float | None:

@@ -10,7 +10,7 @@ import torch
 
 from autoquant.candidates.registry import is_registered_here
 from autoquant.errors import AutoquantError
-from autoquant.evaluators.quality import TextQuality
+from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.events import Listener, Notice
 from autoquant.tuner.apart import Apart, Here, Runner
 from autoquant.tuner.jobs import Bench, BenchSpec, LoadJob
@@ -22,9 +22,8 @@ def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Ru
     """`Apart` where another process can have the same model, formats and quality, else `Here`, with a notice why."""
     reason = _needs_this_process(bench, formats)
     if not reason:
-        assert isinstance(bench.quality, TextQuality)
         try:
-            return _apart(bench, bench.quality, formats)
+            return _apart(bench, formats)
         except AutoquantError as error:
             reason = str(error)
     listener(
@@ -35,15 +34,17 @@ def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Ru
     return Here(bench)
 
 
-def _apart(bench: Bench, quality: TextQuality, formats: Sequence[str]) -> Runner:
+def _apart(bench: Bench, formats: Sequence[str]) -> Runner:
     """Raises `AutoquantError` where the other process cannot make the same bench."""
+    quality = bench.quality
+    assert not isinstance(quality, FunctionQuality)  # `_needs_this_process` saw to it
     runner = Apart(
         BenchSpec(
             source=bench.loaded.source,
             dtype=bench.loaded.dtype,
             kind=bench.loaded.kind,
             content_hash=bench.loaded.content_hash,
-            parts=quality.parts,
+            judged_on=quality.parts if isinstance(quality, TextQuality) else quality.inputs,
             workload=bench.workload,
             device=bench.device,
             execution=bench.execution,
@@ -70,7 +71,7 @@ def _needs_this_process(bench: Bench, formats: Sequence[str]) -> str:
         return f"a process that uses {bench.device} cannot be forked"
     if bench.loaded.source.kind == "live":
         return "the model is a live module"
-    if not isinstance(bench.quality, TextQuality):
+    if isinstance(bench.quality, FunctionQuality):
         return "the quality function is the caller's own"
     own = [format_id for format_id in formats if is_registered_here(format_id)]
     return f"{', '.join(own)} is registered in this process only" if own else ""

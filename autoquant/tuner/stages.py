@@ -11,8 +11,9 @@ from typing import Any
 from autoquant.candidates import Format, Kernel
 from autoquant.candidates.floats import original_format
 from autoquant.errors import CandidateError, first_line
-from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity import Sensitivity
+from autoquant.evaluators.user_loop import Usage
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
 from autoquant.profiler.crossovers import Timings, settled
@@ -40,6 +41,7 @@ from autoquant.tuner.baselines import bits_plan, structural_plan
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import constrained_choices, format_facts, scored
 from autoquant.tuner.constraints import UNBOUND, Bound, Constraints, bind
+from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
 from autoquant.tuner.jobs import Bench, ProveJob
 from autoquant.tuner.limits import Limits
@@ -64,7 +66,7 @@ class Stages:
     store: Store
     study_id: str
     loaded: LoadedModel
-    quality: TextQuality | FunctionQuality
+    quality: AnyQuality
     workload: Workload
     device: str
     hardware: Device
@@ -97,7 +99,7 @@ class Stages:
                     f" {facts.spent_s:.0f} s were spent on it, and a larger --time-budget aims at these limits"
                 )
             )
-            return self._recommend()
+            return self._deliver()
         if reason := compile_failure() if self.hardware.type == "cpu" else None:
             self.listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
             if self.fuse:
@@ -115,7 +117,7 @@ class Stages:
         finally:
             self.runner.close()
         self._spend(complete=True)
-        return self._recommend()
+        return self._deliver()
 
     def _runner(self) -> Runner:
         """Jobs run in processes of their own where those can have the same model, formats and quality."""
@@ -295,7 +297,7 @@ class Stages:
 
     def _prove_bits(self, options: list[list[LayerChoice]], context: PlanContext) -> None:
         """Set beside the recommended plan what bits alone would choose in its place."""
-        recommended = Study(self.store, self.study_id).recommended()
+        recommended = Study(self.store, self.study_id).candidate()
         if recommended is None:
             self._prove_baseline("bits", None, "no plan is within the limits, whose bits it could have")
         elif recommended.kind != "bits":
@@ -387,6 +389,20 @@ class Stages:
             self.store.put_plan(plan)
         self._spend()
 
+    def _deliver(self) -> None:
+        """Recommend the best plan that is faster as its user will run it."""
+        study = Study(self.store, self.study_id)
+        usage = Usage(
+            kind=self.loaded.kind, workload=self.workload, device=self.device, sample_inputs=self.sample_inputs
+        )
+        deliver_best(
+            study,
+            Deliverer(loaded=self.loaded, usage=usage, calibration=study.calibration, listener=self.listener),
+            self.listener,
+        )
+        best = study.recommended()
+        self.store.update_study(self.study_id, recommended=best.plan_id if best else None)
+
     # -- accounts --------------------------------------------------------------------------------------------------
 
     def _elapsed_s(self) -> float:
@@ -402,7 +418,3 @@ class Stages:
         else:
             self.store.update_study(self.study_id, spent_s=spent)
         release_memory()
-
-    def _recommend(self) -> None:
-        best = Study(self.store, self.study_id).recommended()
-        self.store.update_study(self.study_id, recommended=best.plan_id if best else None)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import PlanError
-from autoquant.records import BASELINES, Objective, Plan, Proof
+from autoquant.records import BASELINES, ORIGINAL_LABEL, Delivery, Measure, Objective, Plan, Proof
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.tuner.alternatives import Alternatives, alternatives
 from autoquant.tuner.constraints import Constraints
+from autoquant.tuner.delivered import refusal
 from autoquant.tuner.limits import Limits
 from autoquant.tuner.ties import TIE_FRACTION, preferred, tied, ties
 
@@ -35,6 +37,20 @@ COLUMNS = (
     "within_limits",
     "recommended",
     "ties",
+    "measure",
+    "as_run_loop",
+    "as_run_where",
+    "as_run_request_ms",
+    "as_run_original_request_ms",
+    "as_run_speedup",
+    "as_run_speedup_low",
+    "as_run_speedup_high",
+    "as_run_first_token_ms",
+    "as_run_original_first_token_ms",
+    "as_run_step_ms",
+    "as_run_original_step_ms",
+    "as_run_notes",
+    "not_recommended",
 )
 
 
@@ -86,6 +102,28 @@ class Study:
         """What was measured, by plan id."""
         return self.store.proofs(self.study_id)
 
+    def deliveries(self) -> dict[str, Delivery]:
+        """How plans run for their user, by plan id, in the order in which they were tried."""
+        return self.store.deliveries(self.study_id)
+
+    def refused(self, limits: Limits | None = None) -> dict[str, str]:
+        """Why plans that were run as their user will run them are not recommended within `limits` (None: the search's), by id."""
+        limits = limits or self.limits
+        instead = self._original_fits(limits)
+        reasons = {
+            plan_id: refusal(delivery, limits, instead=instead) for plan_id, delivery in self.deliveries().items()
+        }
+        return {plan_id: reason for plan_id, reason in reasons.items() if reason}
+
+    def _original_fits(self, limits: Limits) -> bool:
+        """Whether the unquantized model is within the limits."""
+        proofs = self.proofs()
+        return any(
+            limits.within(proofs[plan.plan_id], plan)
+            for plan in self.plans()
+            if plan.label == ORIGINAL_LABEL and plan.plan_id in proofs
+        )
+
     def left_out(self) -> dict[str, str]:
         """Why a plan of a kind that is always set beside the front is not there, by kind."""
         kinds = {f"no {kind} plan": kind for kind in BASELINES}
@@ -115,8 +153,9 @@ class Study:
     ) -> Plan:
         """The fastest, or the smallest, proven plan within the limits, see `Limits`, that meets the constraints of the search.
 
-        Of request times within 1 % of one another the better quality wins; of such sizes the faster plan. Among that plan and
-        those that are a tie with it, see `autoquant.tuner.ties`, one that is clearly more exact is preferred.
+        Plans that cannot be used as a user runs them, or are no faster there, are left out where that is known. Of request times
+        within 1 % of one another the better quality wins; of such sizes the faster plan. Among that plan and those that are a
+        tie with it, see `autoquant.tuner.ties`, one that is clearly more exact is preferred.
 
         Raises:
             PlanError: No proven plan is within the limits.
@@ -127,12 +166,18 @@ class Study:
                 max_kl=max_kl,
                 max_memory_bytes=max_memory_bytes,
                 minimize=minimize,
+                measure=self.limits.measure,
             )
         )
 
     def best_within(self, limits: Limits) -> Plan:
         """As `best`."""
+        return self._best(limits, delivered=False)
+
+    def _best(self, limits: Limits, *, delivered: bool) -> Plan:
+        """As `best`; of the unquantized model and plans that were `delivered` only, where that is asked for."""
         proofs = self.proofs()
+        known, refused = self.deliveries(), self.refused(limits)
         plans = {plan.plan_id: plan for plan in self.plans()}
         constraints, minimize = self.constraints, limits.minimize
         within = [
@@ -142,6 +187,14 @@ class Study:
         ]
         if not within:
             raise PlanError(_nothing_within(proofs.values(), limits))
+        within = [
+            proof
+            for proof in within
+            if proof.plan_id not in refused
+            and (not delivered or proof.plan_id in known or plans[proof.plan_id].label == ORIGINAL_LABEL)
+        ]
+        if not within:
+            raise PlanError(f"no plan within the limits can be used: {'; '.join(_refusals(refused))}")
         times = request_times(proofs.values())
         costs = {proof.plan_id: times[proof.plan_id] if minimize == "time" else proof.memory_bytes for proof in within}
         least = min(costs.values())
@@ -158,10 +211,19 @@ class Study:
     def best_of_search(self) -> Plan:
         """The best plan by what the last search was asked for: its limits, and what it minimized.
 
+        Once a plan of the study was run as its user will run it, only such plans are taken, and the unquantized model.
+
         Raises:
             PlanError: No proven plan is within the limits.
         """
-        return self.best_within(self.limits)
+        return self._best(self.limits, delivered=bool(self.deliveries()))
+
+    def candidate(self) -> Plan | None:
+        """The best plan of the search, whether or not it was run as its user will run it; None where none is left."""
+        try:
+            return self.best_within(self.limits)
+        except PlanError:
+            return None
 
     def recommended(self) -> Plan | None:
         """The best plan of the search, or None where no plan is within its limits."""
@@ -185,7 +247,7 @@ class Study:
         in one). `measured_request_ms` is the unquantized model's time divided by `speedup`, and `speedup` compares plan and
         unquantized model timed in turn: so a machine that gets slower during the search does not favour early plans.
         `predicted_request_ms` is in the same units: as much longer or shorter as the unquantized model's time is than it was when
-        the prediction was made.
+        the prediction was made. `measure` says what `perplexity_increase` is an increase of; `divergence` is that itself.
         """
         import pandas as pd
 
@@ -197,6 +259,7 @@ class Study:
         times = request_times(proofs.values())
         original_ms = _original_ms(proofs.values())
         recommended = self.recommended()
+        deliveries, refused = self.deliveries(), self.refused()
         tied_with = ties(proofs)
         front = _front(proofs, times)
         limits = self.limits
@@ -218,6 +281,9 @@ class Study:
                 "within_limits": limits.within(proof, plan),
                 "recommended": recommended is not None and plan.plan_id == recommended.plan_id,
                 "ties": " ".join(tied_with[plan.plan_id]),
+                "measure": _measure(proof, limits),
+                **_as_run(deliveries.get(plan.plan_id)),
+                "not_recommended": refused.get(plan.plan_id, ""),
             }
             for plan in self.plans()
             if (proof := proofs.get(plan.plan_id)) is not None
@@ -236,10 +302,43 @@ def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
     return {proof.plan_id: proof.request_ms / proof.original_request_ms * original_ms for proof in proofs}
 
 
+def _measure(proof: Proof, limits: Limits) -> Measure:
+    if limits.measure == "divergence":
+        return "divergence"
+    return "loss" if proof.perplexity is None else "perplexity"
+
+
 def _original_ms(proofs: Sequence[Proof] | Any) -> float:
     """The median of the unquantized model's request times; 0 where there are no proofs."""
     originals = [proof.original_request_ms for proof in proofs]
     return median_high(originals) if originals else 0.0
+
+
+def _as_run(delivery: Delivery | None) -> dict[str, Any]:
+    """The columns of how a plan runs for its user; None where that is not known."""
+    names = [name for name in COLUMNS if name.startswith("as_run_")]
+    if delivery is None or delivery.times is None or delivery.original_times is None or delivery.ratio is None:
+        return dict.fromkeys(names)
+    times, original, ratio = delivery.times, delivery.original_times, delivery.ratio
+    values = (
+        delivery.loop,
+        delivery.where,
+        times.request_ms,
+        original.request_ms,
+        1 / ratio.value,
+        1 / ratio.high,
+        1 / ratio.low if ratio.low > 0 else math.inf,
+        times.first_token_ms,
+        original.first_token_ms,
+        times.step_ms,
+        original.step_ms,
+        "; ".join(delivery.notes),
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _refusals(refused: Mapping[str, str]) -> list[str]:
+    return [f"{plan_id} {reason}" for plan_id, reason in refused.items()]
 
 
 def _nothing_within(proofs: Any, limits: Limits) -> str:
@@ -248,7 +347,9 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
         return "no plan has been proven yet: run `autoquant search` to the end"
     parts = []
     if limits.max_ppl_increase is not None:
-        parts.append(f"an increase of at most {limits.max_ppl_increase:.3%}")
+        parts.append(
+            f"{'an increase' if limits.measure == 'increase' else 'a divergence'} of at most {limits.max_ppl_increase:.3%}"
+        )
     if limits.max_kl is not None:
         known = [proof.selection_kl.high for proof in proofs if proof.selection_kl]
         least = f" (least: {min(known):.3g})" if known else " (proven before it was measured: search again)"

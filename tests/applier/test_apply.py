@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import autoquant
+from autoquant import applier
 from autoquant.applier import Quantized, module_bytes
 from autoquant.candidates import A16, Format, Kernel, get_format, registry
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.errors import ModelError
+from autoquant.errors import CheckpointError, ModelError
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 
@@ -197,6 +200,24 @@ def test_only_layers_that_change_from_plan_to_plan_are_quantized_again(model, mo
     fresh = autoquant.apply(plan(SHARED, HEAD), copy.deepcopy(model))
     assert torch.equal(modules[3](ids), fresh(ids))
     assert modules[1].one.weight.data.route != modules[3].one.weight.data.route
+
+
+class Shaky(nn.Linear):
+    """A linear whose sums come out in another order each time."""
+
+    def forward(self, x):
+        return super().forward(x) + 1e-3 * torch.rand(())
+
+
+@pytest.mark.parametrize(("kind", "repeatable"), [(nn.Linear, True), (Shaky, False)])
+def test_what_is_read_back_is_compared_by_its_logits_or_else_its_weights(kind, repeatable):
+    written = SimpleNamespace(module=kind(8, 8), example_inputs=(torch.ones(1, 8),))
+    assert applier._check_same(written, copy.deepcopy(written.module), Path("out")) is repeatable
+    other = copy.deepcopy(written.module)
+    with torch.no_grad():
+        other.weight[0, 0] += 1
+    with pytest.raises(CheckpointError, match="does not compute the same"):
+        applier._check_same(written, other, Path("out"))
 
 
 def _counting(store, calls):

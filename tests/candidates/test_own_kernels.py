@@ -1,7 +1,7 @@
 """What surrounds the project's own CUDA kernels; what they compute is tested on GPUs."""
 
 import re
-from contextlib import nullcontext
+from functools import partial
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -47,9 +47,9 @@ def test_a_product_is_launched_with_what_its_source_asks_for(monkeypatch, m, set
         compiled.append((source, name, dict(defines), device))
         return SimpleNamespace(launch=lambda *arguments: launched.append(arguments))
 
+    monkeypatch.setattr(few_rows, "_launches", {})
     monkeypatch.setattr(few_rows, "cuda_kernel", kernel)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     x, weight, scale, bias = torch.ones(128, m).t(), torch.ones(72, 64), torch.ones(72, 1), torch.ones(72)
     y = few_rows.multiply_rows("a.cu", "a", [(0, (16, 1, 2), (8, 2, 3))], x, (weight, scale), bias, [("GROUP", 64)])
     warps, tiles, blocks = setting
@@ -60,6 +60,10 @@ def test_a_product_is_launched_with_what_its_source_asks_for(monkeypatch, m, set
     assert given_x.is_contiguous() and torch.equal(given_x, x)
     assert rest[0] is weight and rest[1] is scale and rest[2] is bias and rest[3] is y
     assert rest[4:] == [m, 72, 128] and y.shape == (m, 72)
+    product = partial(few_rows.multiply_rows, "a.cu", "a", [(0, (16, 1, 2), (8, 2, 3))])
+    y = product(x.reshape(m, 1, 128), (weight, scale), None, [("GROUP", 64)])
+    assert len(compiled) == 1 and launched[1][6:] == (y, m, 72, 128) and y.shape == (m, 1, 72)
+    assert product(x[:0], (weight, scale), None, [("GROUP", 64)]).shape == (0, 72) and len(launched) == 2
 
 
 @pytest.mark.parametrize("source", ["int4_tiled.cu", "float8_rows.cu"])

@@ -10,7 +10,7 @@ from torch import nn
 
 from autoquant.candidates import formats, get_format
 from autoquant.candidates import routed as routed_module
-from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
+from autoquant.candidates.flat import flatten_tensor, move_tensor, stored_bytes, unflatten_tensor
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CandidateError
 from autoquant.records import LinearShape, RouteStep
@@ -146,6 +146,44 @@ def test_a_routed_weight_is_copied_with_its_model(format_id):
     assert_same(module.weight, copied.weight)
     for part, other in zip(flatten_tensor(module.weight)[0], flatten_tensor(copied.weight)[0], strict=True):
         assert part.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_a_model_with_a_routed_weight_moves_to_another_device(format_id):
+    module = nn.Linear(128, 64, dtype=torch.bfloat16)
+    module.weight = nn.Parameter(routed(format_id), requires_grad=False)
+    module.to("meta")
+    weight = module.weight.data
+    assert type(weight) is RoutedWeight and weight.route == routed(format_id).route
+    assert {part.device.type for part in (weight, weight.stored, *flatten_tensor(weight)[0])} == {"meta"}
+    assert type(weight.stored) is get_format(format_id).tensor_type
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
+def test_a_moved_tensor_is_the_same_and_a_copy_has_its_own_memory(format_id):
+    weight = routed(format_id)
+    moved, copied = weight.to("cpu"), weight.to("cpu", copy=True)
+    assert_same(weight, moved)
+    assert_same(weight, copied)
+    assert_same(weight, move_tensor(weight, "cpu"))
+    for part, same, other in zip(*(flatten_tensor(t)[0] for t in (weight, moved, copied)), strict=True):
+        assert part.data_ptr() == same.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("format_id", FORMATS)
+@torch.no_grad()
+def test_a_cast_of_the_model_leaves_its_routed_weights_as_they_are(format_id, dtype):
+    module = nn.Linear(128, 64, dtype=torch.bfloat16)
+    module.weight = nn.Parameter(routed(format_id), requires_grad=False)
+    x = torch.randn(9, 128).bfloat16()
+    expected = module(x)
+    before = [part.data_ptr() for part in flatten_tensor(module.weight)[0]]
+    module.to(dtype)
+    assert module.bias.dtype == dtype and module.weight.dtype == torch.bfloat16
+    assert before == [part.data_ptr() for part in flatten_tensor(module.weight)[0]]
+    y = module(x.to(dtype))
+    assert y.dtype == dtype and torch.equal(y.bfloat16(), expected), "computed in another dtype than planned"
 
 
 @pytest.mark.parametrize("format_id", FORMATS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import autoquant.tuner
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import (
+    Delivery,
     Device,
     Interval,
     LayerChoice,
@@ -21,6 +23,7 @@ from autoquant.records import (
     Proof,
     Recording,
     RouteStep,
+    RunTimes,
     Site,
     SiteUse,
     Skipped,
@@ -94,6 +97,32 @@ def proof(plan_id: str, request_ms: float, increase: float, memory_bytes: int, h
         memory_bytes=memory_bytes,
         notes=("timed once only",),
     )
+
+
+def delivery(plan_id: str, ratio: float = 0.5, reason: str = "") -> Delivery:
+    """A plan that takes `ratio` times as long as the unquantized model, or cannot be used for a reason."""
+    failed = Delivery(plan_id=plan_id, loop="generate", where="new process", reason=reason)
+    if reason:
+        return failed
+    return replace(
+        failed,
+        times=RunTimes(request_ms=400 * ratio, first_token_ms=100 * ratio, step_ms=2 * ratio),
+        original_times=RunTimes(request_ms=400.0, first_token_ms=100.0, step_ms=2.0),
+        ratio=Interval(value=ratio, low=ratio - 0.01, high=ratio + 0.01),
+    )
+
+
+@pytest.fixture
+def deliver(database):
+    """Keep deliveries in the database."""
+
+    def keep(*deliveries: Delivery) -> None:
+        store = open_store(database)
+        for each in deliveries:
+            store.put_delivery(each)
+        store.close()
+
+    return keep
 
 
 def recording() -> Recording:

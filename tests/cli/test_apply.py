@@ -19,6 +19,7 @@ class Report:
     formats: object = None
     memory_bytes: int = 2**24
     original_memory_bytes: int = 2**25
+    repeatable: bool = True
     needs_module: bool = False
     generates: bool = True
 
@@ -102,6 +103,12 @@ def test_it_ends_with_what_can_be_done_with_the_folder(runner, database, work, c
     following = lines[lines.index("Next:") + 1 :]
     assert len(following) == len(commands)
     assert all(command in line for command, line in zip(commands, following, strict=True))
+
+
+def test_logits_that_differ_from_run_to_run_are_not_said_to_be_the_same(runner, database, work):
+    work.changes = {"repeatable": False}
+    result = runner.invoke(app, ["apply", str(database), "--out", "DIR"])
+    assert result.exit_code == 0 and "its weights are those" in result.stdout and "bit for bit" not in result.stdout
 
 
 def test_a_missing_database_is_refused_before_anything_is_written(runner, tmp_path, work):

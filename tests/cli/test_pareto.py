@@ -11,7 +11,7 @@ from autoquant.store import open_store
 from autoquant.tuner.study import COLUMNS
 
 from . import conftest
-from .conftest import MIXED, ORIGINAL, SMALL, STUDY, UNIFORM
+from .conftest import MIXED, ORIGINAL, SMALL, STUDY, UNIFORM, delivery
 
 FIELDS = {
     "plan_id", "label", "predicted_request_ms", "measured_request_ms", "perplexity", "perplexity_increase",
@@ -48,6 +48,38 @@ def test_text_fits_80_columns_and_says_what_is_recommended(runner, database):
     assert "20.0 MiB instead of 32.0 MiB" in result.stdout
     assert "eeee00000005 could not be proven: the kernel failed" in result.stdout
     assert max(map(len, table[:12])) <= 80
+
+
+def test_what_the_user_gets_stands_in_every_form(runner, database, deliver):
+    deliver(delivery(MIXED, 0.5))
+    text = runner.invoke(app, ["pareto", str(database)]).stdout
+    assert "As you will run it (generate, prompt 512 + 128): 400 ms -> 200 ms a request, 2.00 times faster" in text
+    assert "first token 100 ms -> 50.0 ms, 2.00 ms -> 1.00 ms a further token" in text
+    assert text.index("As you will run it") < text.index("in the search: 1.60 times faster")
+    by_json = {
+        row["plan_id"]: row for row in json.loads(runner.invoke(app, ["pareto", str(database), "--json"]).stdout)
+    }
+    assert by_json[MIXED]["as_run_speedup"] == 2.0 and by_json[MIXED]["as_run_where"] == "new process"
+    assert by_json[SMALL]["as_run_request_ms"] is None
+    by_csv = csv.DictReader(io.StringIO(runner.invoke(app, ["pareto", str(database), "--csv"]).stdout))
+    assert {row["plan_id"]: row["as_run_step_ms"] for row in by_csv}[MIXED] == "1.0"
+
+
+def test_a_plan_that_cannot_be_used_is_not_recommended_and_why_is_shown(runner, database, deliver):
+    deliver(delivery(MIXED, reason="RuntimeError: it cannot be moved"), delivery(UNIFORM, 0.9))
+    text = runner.invoke(app, ["pareto", str(database)]).stdout
+    assert f"Recommended: plan {UNIFORM}" in text
+    assert f"Not recommended: plan {MIXED} (front 1): RuntimeError: it cannot be moved" in text
+    assert any(line.startswith("x*") and "front 1" in line for line in text.splitlines())
+    assert "x not recommended for how it runs for its user, see below" in text
+    assert max(map(len, text.splitlines()[:13])) <= 80
+
+
+def test_where_no_plan_wins_the_unquantized_model_is_recommended(runner, database, deliver):
+    deliver(delivery(MIXED, 1.1), delivery(UNIFORM, 1.2))
+    text = runner.invoke(app, ["pareto", str(database)]).stdout
+    assert "Recommended: the unquantized model. What is faster in the search is not so as you will run it." in text
+    assert text.count("Not recommended: plan") == 2
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def test_options_reach_the_driver_as_values(runner, driver):
     assert call == {
         "model": "model",
         "eval_text": "text.txt",
+        "eval_data": None,
         "quality": None,
         "sample_inputs": None,
         "db": "my.db",
@@ -59,11 +60,30 @@ def test_a_quality_of_ones_own_needs_no_text(runner, driver):
     assert (call["eval_text"], call["quality"], call["sample_inputs"]) == (None, "a.b:loss", "a.b:inputs")
 
 
+def test_a_model_is_all_that_must_be_given(runner, driver):
+    result = runner.invoke(app, ["search", "model"])
+    assert result.exit_code == 0, result.stderr
+    assert {driver.calls[0][name] for name in ("eval_text", "eval_data", "quality")} == {None}
+
+
+def test_a_dataset_reaches_the_driver_as_it_is_written(runner, driver):
+    assert runner.invoke(app, ["search", "model", "--eval-data", "org/name:en:test:body"]).exit_code == 0
+    assert driver.calls[0]["eval_data"] == "org/name:en:test:body"
+
+
 @pytest.mark.parametrize(
     ("options", "advice"),
-    [([], "--quality"), (["--eval-text", "text.txt", "--quality", "a:b"], "cannot be combined with --quality")],
+    [
+        (["--eval-text", "text.txt", "--quality", "a:b"], "--eval-text: cannot be combined with --quality"),
+        (["--eval-data", "d.csv", "--eval-text", "text.txt"], "--eval-text: cannot be combined with --eval-data"),
+        (["--eval-data", "d.csv", "--quality", "a:b"], "--eval-data: cannot be combined with --quality"),
+        (
+            ["--eval-data", "d.csv", "--quality", "a:b", "--eval-text", "t"],
+            "--eval-text: cannot be combined with --eval-data and --quality",
+        ),
+    ],
 )
-def test_a_model_is_judged_by_text_or_by_a_function(runner, driver, options, advice):
+def test_a_model_is_judged_by_one_thing_only(runner, driver, options, advice):
     result = runner.invoke(app, ["search", "model", *options])
     assert result.exit_code == 2 and advice in result.stderr and len(result.stderr.splitlines()) == 1
     assert driver.calls == []
@@ -79,7 +99,7 @@ def test_defaults_are_those_of_the_issue(runner, driver):
 def test_it_ends_with_the_front_the_recommendation_and_the_next_commands(runner, driver):
     result = runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
     assert "uniform int8-row" in result.stdout
-    assert f"Recommended: plan {MIXED} (front 1)\n  1.60 times faster than unquantized" in result.stdout
+    assert f"Recommended: plan {MIXED} (front 1)\n  Not timed yet as you will run it" in result.stdout
     assert "perplexity +0.40%, 95% interval +0.30..+0.50%" in result.stdout
     assert "autoquant pareto plan.db" in result.stdout
     assert "  autoquant apply plan.db" in result.stdout.splitlines()

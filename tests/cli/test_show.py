@@ -7,7 +7,7 @@ from autoquant.cli.main import app
 from autoquant.store import open_store
 
 from . import conftest
-from .conftest import BLOCKS, MIXED, SHAPES, SMALL, STUDY, UNIFORM, UNPROVEN
+from .conftest import BLOCKS, MIXED, SHAPES, SMALL, STUDY, UNIFORM, UNPROVEN, delivery
 
 
 def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database):
@@ -33,6 +33,19 @@ def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database)
     assert shown["notes"] == ["timed once only"]
     assert shown["coverage"]["weights_share"] == 0.94
     assert shown["coverage"]["skipped"][0]["reason"] == "not a linear layer"
+
+
+def test_what_the_user_gets_stands_behind_the_name(runner, database, deliver):
+    deliver(delivery(MIXED, 0.5), delivery(UNIFORM, reason="RuntimeError: it cannot be moved"))
+    lines = runner.invoke(app, ["show", str(database)]).stdout.splitlines()
+    assert lines[1].startswith(f"Plan {MIXED}")
+    assert lines[2].startswith(
+        "As you will run it (generate, prompt 512 + 128): 400 ms -> 200 ms a request, 2.00 times"
+    )
+    shown = json.loads(runner.invoke(app, ["show", str(database), "--json"]).stdout)
+    assert shown["as_run_request_ms"] == 200.0 and shown["not_recommended"] == ""
+    refused = runner.invoke(app, ["show", str(database), "--plan", UNIFORM]).stdout
+    assert f"Not recommended: plan {UNIFORM} (uniform int8-row): RuntimeError: it cannot be moved" in refused
 
 
 def test_a_plan_is_found_by_the_beginning_of_its_id(runner, database):

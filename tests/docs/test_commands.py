@@ -22,7 +22,7 @@ from autoquant.cli.main import app
 
 from .pages import PAGES, SHELL, blocks, loose_commands
 
-NOT_RUN = {"installs": 7, "GPU": 3, "lm_eval": 3}
+NOT_RUN = {"installs": 8, "GPU": 3, "lm_eval": 3, "a terminal": 1, "a server": 1}
 """How many commands are marked, by their reason: whoever adds one says so here."""
 
 CANDIDATES = "int8-row/plain/int-mm"
@@ -115,10 +115,13 @@ def typed(line):
 def quickly(command):
     """The command with one candidate, on the CPU, and a workload that a tiny model has room for."""
     name = command.split()[0]
+    if name == "generate":
+        return f"{command} --max-new-tokens 2"
     if name not in ("search", "profile"):
         return command
     more = [*QUICK] if name == "search" else [*QUICK[:2]]
-    if "--workload" not in command and ("--eval-text" in command or (name == "profile" and "--shapes" not in command)):
+    reads_tokens = "--sample-inputs" not in command and "--shapes" not in command and ".pt2" not in command
+    if "--workload" not in command and reads_tokens:
         more.append(WORKLOAD)
     if name == "search" and not any(option in command for option in ("--max", "--minimize", "--recipe")):
         more.append(ANY_PLAN)

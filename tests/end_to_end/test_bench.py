@@ -50,6 +50,34 @@ def test_python_gives_rows_in_the_order_of_the_plans(searched, study, uniform):
     assert [row.plan_id for row in rows] == [None, *(plan.plan_id for plan in uniform[::-1])]
 
 
+def test_the_loop_that_a_user_runs_is_timed_in_turn(searched, uniform, run):
+    result = run("bench", searched.db, "--loop", "generate", "--plan", uniform[0].plan_id, "--json")
+    assert result.exit_code == 0, result.stderr
+    original, plan = json.loads(result.stdout)
+    assert (original["plan_id"], original["label"], original["speedup"]) == (None, "original", 1.0)
+    assert original["request_ratio"] is None and plan["loop"] == "generate"
+    assert plan["plan_id"] == uniform[0].plan_id and plan["memory_bytes"] < original["memory_bytes"]
+    assert plan["request_ms"] == pytest.approx(plan["first_token_ms"] + 3 * plan["step_ms"])
+    ratio = plan["request_ratio"]
+    assert ratio["value"] == pytest.approx(plan["request_ms"] / original["request_ms"]) == 1 / plan["speedup"]
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
+    assert plan["tokens_per_s"] == pytest.approx(1e3 / plan["step_ms"])
+
+
+def test_the_table_of_that_loop_fits_80_columns(searched, uniform, run):
+    result = run("bench", searched.db, "--loop", "generate", "--compare", "uniform")
+    assert result.exit_code == 0, result.stderr
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("note: "))
+    text = " ".join(result.stdout.split())
+    assert "Timed in turn: generate, prompt 8 + 4" in text and "original" in text and "token further" in text
+    assert text.count("uniform ") >= len(uniform)
+
+
+def test_that_loop_has_no_phases_to_attribute(searched, run):
+    result = run("bench", searched.db, "--loop", "generate", "--attribute")
+    assert result.exit_code == 2 and "are of phases" in result.stderr and result.stdout == ""
+
+
 def test_every_microsecond_of_a_step_is_attributed_and_the_differences_add_up(searched, uniform, run):
     plan = uniform[0]
     result = run("bench", searched.db, "--plan", plan.plan_id, "--attribute", "--json")

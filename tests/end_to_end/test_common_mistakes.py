@@ -111,9 +111,6 @@ MISTAKES = {
     "a path of the text with letters swapped": Mistake(
         f"{SEARCH} --eval-text txet.txt", r"did you mean (\S+)\?", f"{SEARCH} --eval-text {{0}}"
     ),
-    "no text at all": Mistake(
-        "search model --db plan.db", "--eval-text: give a text like what the model will read", SEARCH
-    ),
     "a text too short": Mistake(
         f"{SEARCH} --eval-text short.txt --db new.db --candidates int8-row/plain/int-mm --time-budget 1s",
         r"at least \d+ are needed .* give a longer text",
@@ -159,7 +156,7 @@ MISTAKES = {
     ),
     "a text for a module that reads none": Mistake(
         f"{OWN} --eval-text text.txt --trust-pickle --sample-inputs mine:inputs",
-        r"give (--quality) package\.module:callable instead of --eval-text",
+        r"leave out --eval-text .*, or give (--quality) package\.module:callable instead of it",
         f"{OWN} {{0}} mine:loss --trust-pickle --sample-inputs mine:inputs",
     ),
     "a glob of candidates that do not exist": Mistake(

@@ -147,15 +147,10 @@ def test_another_module_is_another_study(search, studied):
     assert studied[0].study_id != search(Perceptron().eval()).study_id
 
 
-def test_a_module_without_quality_needs_text(search):
-    with pytest.raises(TextError, match="eval-text"):
-        search(quality=None)
-
-
-def test_a_module_that_text_cannot_judge_is_told_to_bring_its_own_quality(search, tmp_path):
+def test_a_module_that_text_cannot_judge_is_told_to_leave_it_out(search, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("w1 w2 " * 100)
-    with pytest.raises(TextError, match="quality="):
+    with pytest.raises(TextError, match=r"leave out --eval-text .* or give --quality"):
         search(quality=None, eval_text=text)
 
 

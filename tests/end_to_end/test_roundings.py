@@ -14,7 +14,7 @@ from autoquant.candidates.flat import flatten_tensor
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import PlanError
 from autoquant.models import load_model
-from autoquant.tuner import driver
+from autoquant.tuner import judge
 
 from . import quick
 from .tiny import save_llama, save_text
@@ -100,8 +100,8 @@ def test_a_plan_without_its_text_is_refused_and_nothing_is_changed(study, files)
 def test_a_quality_function_leaves_them_out_and_says_why():
     events = []
     pairs = select(("int3-g32", "int3-g32-gptq", "int3-g32-hqq"), "cpu")
-    kept = driver._without_inputs(pairs, events.append)
+    kept = judge._without_inputs(pairs, events.append)
     assert [fmt.id for fmt, _ in kept] == [NEAREST, "int3-g32-hqq/bit-planes"]
     assert [event.text for event in events] == [
-        f"{GPTQ} not considered: it is rounded on a text (--eval-text), not by a quality function"
+        f"{GPTQ} not considered: it is rounded for what layers read on a text, and there is none"
     ]

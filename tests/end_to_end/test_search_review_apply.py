@@ -28,6 +28,7 @@ FRONT_FIELDS = {
     "label",
     "predicted_request_ms",
     "measured_request_ms",
+    "measure",
     "perplexity",
     "perplexity_increase",
     "perplexity_increase_low",

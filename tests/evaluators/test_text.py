@@ -1,5 +1,8 @@
 """Splitting text into parts."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from models.tiny_models import tiny_tokenizer
@@ -192,3 +195,36 @@ def test_a_text_without_enough_of_them_gives_the_calibration_part(numbers_file, 
     assert len(parts.inputs) == expected
     is_calibration = torch.equal(parts.inputs, parts.windows["calibration"])
     assert is_calibration is (windows < 65)
+
+
+def test_the_text_that_is_shipped_is_enough_for_every_part_on_a_gpu():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "demo" / "model")
+    parts = read_text(text.DEFAULT_TEXT, tokenizer, windows=text.GPU_WINDOWS, inputs=True)
+    assert counts(parts) == (8, 60, 84) and len(parts.inputs) == text.INPUT_WINDOWS
+    assert text.DEFAULT_TEXT.stat().st_size <= 350_000
+
+
+def test_every_stretch_of_the_text_that_is_shipped_is_the_same_mixture():
+    words = text.DEFAULT_TEXT.read_text(encoding="utf-8")
+    stretches = [words[start : start + 50_000] for start in range(0, len(words) - 50_000, 50_000)]
+    kinds = {
+        "code": r"\n    return |\n +const |__global__|self\.",
+        "prose": r" (he|she|they) (was|were|had) ",
+        "dialogue": r"\n(User|Assistant|[A-Z][a-z]+): ",
+        "other languages": r"[äöüßéèñçã\u0430-\u044f\u4e00-\u9fff]",
+        "technical writing": r"`[a-z-]+`|--[a-z]+",
+    }
+    missing = [
+        (number, kind)
+        for number, part in enumerate(stretches)
+        for kind, sign in kinds.items()
+        if not re.search(sign, part)
+    ]
+    assert len(stretches) >= 6 and missing == []
+
+
+def test_the_text_that_is_shipped_says_where_it_comes_from():
+    told = (text.DEFAULT_TEXT.parent / "SOURCES.md").read_text()
+    assert "public domain" in told and "MIT" in told

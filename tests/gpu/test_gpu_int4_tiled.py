@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from autoquant.candidates import get_format
+from autoquant.candidates import cuda_source, get_format
 from autoquant.candidates.cuda_source import CudaKernel
-from autoquant.candidates.int4_tiled import int4_rows, int4_unpack
+from autoquant.candidates.int4_tiled import int4_rows, int4_unpack, multiply_int4_rows, unpack_int4_tiles
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CandidateError
@@ -82,6 +82,30 @@ def test_joined_weights_are_multiplied_as_one_in_a_compiled_model():
     for m in (1, 64):
         x = normal(1, m, 512, seed=3)
         assert off(run(x), model(x).double()) < 0.01
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (2, 1, 8), (0,)])
+def test_the_operators_compute_what_their_implementations_do(rows):
+    weight, x, bias = stored(72, 1024, 64), normal(*rows, 1024, seed=1), normal(72, seed=2)
+    operands = weight.qdata, weight.scale_and_zero
+    y = multiply_int4_rows(x, *operands, bias)
+    assert y.shape == (*rows, 72) and torch.equal(y, int4_rows(x, *operands, bias))
+    assert torch.equal(y, get_format("int4-g64/tiled").kernel("rows").linear(x, weight, bias))
+    torch.library.opcheck(int4_rows, (x, *operands, bias), test_utils=("test_schema", "test_faketensor"))
+    unpacked = unpack_int4_tiles(*operands, weight.row_scale, False)
+    assert torch.equal(unpacked, int4_unpack(*operands, weight.row_scale, False))
+
+
+def test_a_kernel_is_loaded_as_another_process_compiled_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOQUANT_CACHE", str(tmp_path))
+    arguments = "int4_tiled.cu", "int4_unpack", (("GROUP", 64), ("FLOAT8", 0)), torch.device("cuda", 0)
+    CudaKernel(*arguments)
+    monkeypatch.setattr(cuda_source, "_compile", None)
+    kernel = CudaKernel(*arguments)
+    weight = stored(72, 1024, 64)
+    out = torch.empty(72, 1024, device="cuda", dtype=torch.bfloat16)
+    kernel.launch(9, 256, weight.qdata, weight.scale_and_zero, weight.row_scale, out, 72 * 1024 // 1024, 8)
+    assert torch.equal(out, int4_unpack(weight.qdata, weight.scale_and_zero, weight.row_scale, False))
 
 
 def test_a_source_that_does_not_compile_is_one_error():

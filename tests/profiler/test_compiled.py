@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates import get_format
 from autoquant.candidates.joined import join
+from autoquant.candidates.linears import is_product
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.profiler import compiled as compiled_module
+from autoquant.profiler import compiled
 from autoquant.profiler.compiled import compile_forward, ready_to_compile, share
 from autoquant.records import RouteStep
 
@@ -84,10 +85,10 @@ def test_a_ready_model_computes_the_same_from_plain_tensors_that_it_shares():
     ids = torch.arange(6).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(module(ids).logits, ready(ids).logits)
-    assert not any(is_traceable_wrapper_subclass(tensor) for tensor in [*ready.parameters(), *ready.buffers()])
     stored = module.model.layers[0].mlp.up_proj.weight.stored
-    parts = {part.data_ptr() for part in ready.model.layers[0].mlp.up_proj.buffers()}
-    assert stored.qdata.data_ptr() in parts
+    parts = ready.model.layers[0].mlp.up_proj.operand.parts
+    assert not any(is_traceable_wrapper_subclass(part) for part in parts)
+    assert stored.qdata.data_ptr() in {part.data_ptr() for part in parts}
 
 
 def test_the_model_itself_is_left_as_it_is():
@@ -128,8 +129,8 @@ def test_compiled_regions_compute_what_the_model_computes(candidates):
     module = quantized_blocks(*candidates)
     ready = ready_to_compile(module)
     with torch.no_grad():
-        compiled = compile_forward(lambda x: ready(x))
-        torch.testing.assert_close(compiled(X), module(X), rtol=0.05, atol=0.05)
+        forward = compile_forward(lambda x: ready(x))
+        torch.testing.assert_close(forward(X), module(X), rtol=0.05, atol=0.05)
 
 
 def test_a_weight_that_another_module_multiplies_with_is_left_to_it():
@@ -179,10 +180,10 @@ def products(module, monkeypatch):
 
     def count(graph):
         real(graph)
-        counts.append(sum(node.target in compiled_module._PRODUCTS.values() for node in graph.graph.nodes))
+        counts.append(sum(is_product(node.target) for node in graph.graph.nodes))
 
-    real = compiled_module._compute_once
-    monkeypatch.setattr(compiled_module, "_compute_once", count)
+    real = compiled._compute_once
+    monkeypatch.setattr(compiled, "_compute_once", count)
     torch._dynamo.reset()
     ready = ready_to_compile(module)
     with torch.no_grad():

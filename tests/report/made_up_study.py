@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoquant.records import (
+    Delivery,
     Device,
     Interval,
     LayerChoice,
@@ -16,6 +17,7 @@ from autoquant.records import (
     Recording,
     Roofline,
     RouteStep,
+    RunTimes,
     Site,
     SiteUse,
     Skipped,
@@ -105,6 +107,18 @@ def make_proof(plan_id: str) -> Proof:
         kl=increase / 2,
         memory_bytes=int(share * 2**20),
         notes=(f"a note {EVIL}",),
+    )
+
+
+def make_delivery(plan_id: str, ratio: float) -> Delivery:
+    """A delivery of a plan that takes `ratio` times as long as the unquantized model."""
+    return Delivery(
+        plan_id=plan_id,
+        loop="generate",
+        where="new process",
+        times=RunTimes(request_ms=200 * ratio, first_token_ms=50 * ratio, step_ms=10 * ratio),
+        original_times=RunTimes(request_ms=200.0, first_token_ms=50.0, step_ms=10.0),
+        ratio=Interval(value=ratio, low=ratio - 0.01, high=ratio + 0.01),
     )
 
 

@@ -91,4 +91,4 @@ def test_one_plan_alone_and_none_at_all_are_drawn_too():
 
 
 def test_a_loss_of_ones_own_is_called_loss():
-    assert drawn([{**each, "perplexity": None} for each in ROWS])[0] == "Loss increase [%]"
+    assert drawn([{**each, "perplexity": None, "measure": "loss"} for each in ROWS])[0] == "Loss increase [%]"

@@ -11,7 +11,7 @@ from autoquant.report.html.verdict import verdict
 from autoquant.store import open_store
 from autoquant.tuner.study import Study
 from report import made_up_study
-from report.made_up_study import ATTENTION, FAST, FUSED, INT8, MLP, ORIGINAL, PLAIN, STUDY, UNIFORM
+from report.made_up_study import ATTENTION, FAST, FRONT, FUSED, INT8, MLP, ORIGINAL, PLAIN, STUDY, UNIFORM
 
 
 def study(tmp_path, **options):
@@ -113,12 +113,31 @@ def test_the_recommended_plan_is_named_with_what_it_buys(tmp_path):
     opened = study(tmp_path)
     found = verdict(front_points(opened), opened.facts)
     assert found.headline == "Use plan cccccc (front 1): 2.02 times faster."
-    assert "perplexity +0.50% (95 % interval +0.40..+0.60%)" in found.sentences[0]
+    assert found.sentences[0].startswith("Not timed yet as you will run it")
+    assert "perplexity +0.50% (95 % interval +0.40..+0.60%)" in found.sentences[1]
     assert [(tile.value, tile.detail) for tile in found.tiles] == [
         ("2.02x", "50.0 ms a request instead of 101 ms"),
         ("+0.50%", "95 % interval +0.40..+0.60%"),
         ("40%", "410 KiB instead of 1.00 MiB"),
     ]
+
+
+def test_what_the_user_gets_is_the_headline_and_the_first_tile(tmp_path):
+    opened = study(tmp_path)
+    opened.store.put_delivery(made_up_study.make_delivery(FRONT, 0.5))
+    found = verdict(front_points(opened), opened.facts)
+    assert found.headline == "Use plan cccccc (front 1): 2.00 times faster."
+    assert found.sentences[0].startswith("As you will run it (generate, prompt 64 + 16): 200 ms -> 100 ms a request")
+    assert (found.tiles[0].name, found.tiles[0].value) == ("As you will run it", "2.00x")
+    assert found.tiles[1].name == "In the search" and found.tiles[1].value == "2.02x"
+
+
+def test_a_plan_that_does_not_win_there_is_named_with_the_reason(tmp_path):
+    opened = study(tmp_path)
+    opened.store.put_delivery(made_up_study.make_delivery(FRONT, 1.5))
+    found = verdict(front_points(opened), opened.facts)
+    assert found.headline == "Leave the model as it is."
+    assert f"Not recommended: plan {FRONT} (front 1): it works, but takes 1.50 times as long" in found.sentences[0]
 
 
 def test_where_nothing_faster_is_within_the_limits_the_model_is_left_as_it_is(tmp_path):

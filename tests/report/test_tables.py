@@ -18,7 +18,8 @@ def drawn(table, width=80):
 def row(plan_id, label="front 1", **changes):
     values = {
         "plan_id": plan_id, "label": label, "kind": "front", "predicted_request_ms": 11.0, "measured_request_ms": 12.5,
-        "speedup": 1.6, "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
+        "speedup": 1.6, "measure": "perplexity",
+        "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
         "perplexity_increase_high": 0.005, "kl": 0.001, "memory_bytes": 2**25, "on_front": True, "within_limits": True,
         "recommended": False,
     }  # fmt: skip
@@ -79,7 +80,10 @@ def test_a_wide_front_adds_prediction_perplexity_and_divergence():
 
 
 def test_numbers_that_are_missing_or_not_finite_are_shown_as_such():
-    text = drawn(tables.front_table([row("a", kl=None, perplexity=None, perplexity_increase=float("inf"))], 140), 140)
+    text = drawn(
+        tables.front_table([row("a", kl=None, perplexity=None, measure="loss", perplexity_increase=float("inf"))], 140),
+        140,
+    )
     assert "inf" in text
     assert "Loss" in text
 

@@ -2,12 +2,19 @@ from dataclasses import replace
 
 import pytest
 
-from autoquant.records import DISTURBED, Interval, Proof
-from autoquant.report.words import disturbed_proofs, off_predictions, recommendation, source_name, ties_lines
+from autoquant.records import DISTURBED, Interval, Proof, Workload
+from autoquant.report.words import (
+    as_run_lines,
+    disturbed_proofs,
+    off_predictions,
+    recommendation,
+    source_name,
+    ties_lines,
+)
 
 ROW = {
     "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0, "speedup": 2.0,
-    "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
+    "measure": "perplexity", "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
     "perplexity_increase_high": 0.005, "memory_bytes": 2**20, "recommended": True, "within_limits": True,
 }  # fmt: skip
 ORIGINAL = {
@@ -20,28 +27,63 @@ ORIGINAL = {
 }
 NOTHING = Interval(value=0.0, low=0.0, high=0.0)
 LIMITS = {"max_ppl_increase": 0.01, "max_memory_bytes": None}
+WORKLOAD = Workload.parse("prefill=512,decode=128")
+RUN = {
+    "as_run_loop": "generate", "as_run_where": "new process", "as_run_request_ms": 2100.0,
+    "as_run_original_request_ms": 4410.0, "as_run_speedup": 2.1, "as_run_speedup_low": 2.05, "as_run_speedup_high": 2.15,
+    "as_run_first_token_ms": 100.0, "as_run_original_first_token_ms": 190.0, "as_run_step_ms": 15.0,
+    "as_run_original_step_ms": 33.0, "as_run_notes": "",
+}  # fmt: skip
 
 
 def test_the_recommended_plan_is_compared_with_the_original():
-    text = recommendation([ROW, ORIGINAL], LIMITS)
+    text = recommendation([ROW, ORIGINAL], LIMITS, WORKLOAD)
     assert "2.00 times faster than unquantized (100 ms a request instead of 200 ms)" in text
     assert "1.00 MiB instead of 2.00 MiB (50%)" in text
 
 
 def test_a_slower_plan_is_called_slower():
-    assert "2.00 times slower" in recommendation([{**ROW, "speedup": 0.5}, ORIGINAL], LIMITS)
+    assert "2.00 times slower" in recommendation([{**ROW, "speedup": 0.5}, ORIGINAL], LIMITS, WORKLOAD)
 
 
 def test_a_uniform_winner_is_called_uniform():
-    assert "choosing layer by layer brought nothing more" in recommendation([{**ROW, "kind": "uniform"}], LIMITS)
+    assert "choosing layer by layer brought nothing more" in recommendation(
+        [{**ROW, "kind": "uniform"}], LIMITS, WORKLOAD
+    )
 
 
 def test_the_original_as_winner_and_no_winner_are_said_plainly():
-    assert "the unquantized model" in recommendation([{**ORIGINAL, "recommended": True}], LIMITS)
-    assert "increase at most 1.00%" in recommendation([ORIGINAL], LIMITS)
-    smallest = recommendation([{**ORIGINAL, "recommended": True}], {**LIMITS, "minimize": "memory"})
+    assert "the unquantized model" in recommendation([{**ORIGINAL, "recommended": True}], LIMITS, WORKLOAD)
+    assert "increase at most 1.00%" in recommendation([ORIGINAL], LIMITS, WORKLOAD)
+    smallest = recommendation([{**ORIGINAL, "recommended": True}], {**LIMITS, "minimize": "memory"}, WORKLOAD)
     assert "No smaller plan is within the limits (increase at most 1.00%, least memory)" in smallest
-    assert "No plan has been proven yet" in recommendation([], LIMITS)
+    assert "No plan has been proven yet" in recommendation([], LIMITS, WORKLOAD)
+
+
+def test_what_the_user_gets_stands_first():
+    said = recommendation([{**ROW, **RUN}, ORIGINAL], LIMITS, WORKLOAD).splitlines()
+    assert said[1:4] == [
+        "  As you will run it (generate, prompt 512 + 128): 4.41 s -> 2.10 s a request, 2.10 times faster"
+        " (95% interval 2.05x to 2.15x)",
+        "    first token 190 ms -> 100 ms, 33.0 ms -> 15.0 ms a further token",
+        "  in the search: 2.00 times faster than unquantized (100 ms a request instead of 200 ms)",
+    ]
+    assert "Not timed yet as you will run it" in recommendation([ROW, ORIGINAL], LIMITS, WORKLOAD)
+
+
+def test_what_disturbed_that_timing_is_said_and_a_forward_pass_has_no_tokens():
+    forward = RUN | {"as_run_loop": "forward", "as_run_first_token_ms": None, "as_run_step_ms": None}
+    lines = as_run_lines({**ROW, **forward, "as_run_notes": "two things"}, Workload.single())
+    assert lines[0].startswith("As you will run it (one forward pass): ") and lines[1:] == ["  note: two things"]
+    assert as_run_lines(ROW, WORKLOAD) == []
+    assert "2.00 times slower" in as_run_lines({**ROW, **RUN, "as_run_speedup": 0.5}, WORKLOAD)[0]
+
+
+def test_plans_that_do_not_win_there_are_named_with_the_reason():
+    slower = {**ROW, "recommended": False, "not_recommended": "it takes 1.20 times as long"}
+    said = recommendation([slower, {**ORIGINAL, "recommended": True}], LIMITS, WORKLOAD)
+    assert "Recommended: the unquantized model. What is faster in the search is not so as you will run it." in said
+    assert "Not recommended: plan p1 (front 1): it takes 1.20 times as long" in said
 
 
 def test_models_are_called_by_the_end_of_their_path():
@@ -84,7 +126,8 @@ def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_th
 def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False, ties="", within=True):
     return {
         "plan_id": plan_id, "label": f"{kind} {plan_id}", "kind": kind, "predicted_request_ms": ms,
-        "measured_request_ms": ms, "speedup": 20.0 / ms, "perplexity": 10.0, "perplexity_increase": increase,
+        "measured_request_ms": ms, "speedup": 20.0 / ms, "measure": "perplexity", "perplexity": 10.0,
+        "perplexity_increase": increase,
         "perplexity_increase_low": increase - 0.001, "perplexity_increase_high": increase + 0.001, "kl": 0.01,
         "memory_bytes": 1000, "on_front": True, "within_limits": within, "recommended": recommended,
         "ties": ties,
@@ -101,17 +144,17 @@ def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False,
 )
 def test_a_baseline_that_wins_is_named_and_the_searchs_own_plan_compared(kind, words):
     rows = [front_row("a", kind, recommended=True), front_row("b", ms=11.0), front_row("c", ms=9.0, increase=0.5)]
-    text = recommendation(rows, LIMITS)
+    text = recommendation(rows, LIMITS, WORKLOAD)
     assert f"It is {words}: choosing layer by layer brought nothing more here." in text
     assert "The search's own plan b (front b) of such quality takes +10.0% time." in text
     beyond = [front_row("a", kind, recommended=True, ties="b"), front_row("b", ms=9.0, within=False)]
-    said = recommendation(beyond, LIMITS)
+    said = recommendation(beyond, LIMITS, WORKLOAD)
     assert "own plan" not in said and "A tie" not in said, "it could not be recommended, however fast"
     tied = [front_row("a", kind, recommended=True, ties="b"), front_row("b", ms=10.05, ties="a")]
-    assert "own plan" not in recommendation(tied, LIMITS)
+    assert "own plan" not in recommendation(tied, LIMITS, WORKLOAD)
 
 
 def test_ties_of_the_recommended_plan_are_said():
     rows = [front_row("a", recommended=True, ties="b c"), front_row("b", ties="a"), front_row("c", ties="a")]
-    assert "A tie with front b (b), front c (c): neither speed nor quality" in recommendation(rows, LIMITS)
+    assert "A tie with front b (b), front c (c): neither speed nor quality" in recommendation(rows, LIMITS, WORKLOAD)
     assert ties_lines(rows, rows[0] | {"ties": ""}) == []

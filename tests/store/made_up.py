@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from autoquant.records import (
+    Delivery,
     Device,
     Interval,
     LayerChoice,
@@ -15,6 +16,7 @@ from autoquant.records import (
     Proof,
     Recording,
     RouteStep,
+    RunTimes,
     Site,
     SiteUse,
     Skipped,
@@ -85,6 +87,19 @@ def proof(plan_id="abcd0001", **changes):
         "notes": ("timed while others used 30% of the machine", "two"),
     }
     return Proof(plan_id=plan_id, **(values | changes))
+
+
+def delivery(plan_id="abcd0001", **changes):
+    values = {
+        "loop": "generate",
+        "where": "new process",
+        "times": RunTimes(request_ms=1 / 3, first_token_ms=0.1, step_ms=1e-3),
+        "original_times": RunTimes(request_ms=2 / 3, first_token_ms=0.2, step_ms=2e-3),
+        "ratio": Interval(value=0.5, low=0.4, high=math.inf),
+        "logits_error": 0.0,
+        "notes": ("timed while others used 30% of the machine", "two"),
+    }
+    return Delivery(plan_id=plan_id, **(values | changes))
 
 
 def task_score(value=0.5):

@@ -9,7 +9,7 @@ from autoquant.errors import PlanError, StoreError
 from autoquant.records import Roofline, TaskScore
 from autoquant.store.json_records import workload_from
 
-from .made_up import DEVICE, MODEL, STUDY, WORKLOAD, fill, measurement, plan, proof, recording
+from .made_up import DEVICE, MODEL, STUDY, WORKLOAD, delivery, fill, measurement, plan, proof, recording
 
 
 def test_timings_come_back_as_they_went_in(filled):
@@ -133,6 +133,23 @@ def test_a_failed_proof_keeps_its_reason(filled):
     filled.put_proof("abcd0001", None, "the kernel failed")
     assert filled.proofs(STUDY) == {}
     assert filled.failed_proofs(STUDY) == {"abcd0001": "the kernel failed"}
+
+
+def test_deliveries_come_back_as_they_went_in(filled):
+    filled.put_plan(plan())
+    for wanted in (delivery(), delivery(times=None, original_times=None, ratio=None, reason="it cannot be loaded")):
+        filled.put_delivery(wanted)
+        assert filled.deliveries(STUDY) == {"abcd0001": wanted}, "the last one counts"
+
+
+def test_deliveries_belong_to_their_study_and_can_be_forgotten(filled):
+    fill(filled, "another1")
+    for plan_id, study_id in (("one", STUDY), ("two", STUDY), ("three", "another1")):
+        filled.put_plan(plan(plan_id, study_id=study_id))
+        filled.put_delivery(delivery(plan_id))
+    assert (set(filled.deliveries(STUDY)), set(filled.deliveries("another1"))) == ({"one", "two"}, {"three"})
+    filled.forget_deliveries(["one"])
+    assert set(filled.deliveries(STUDY)) == {"two"}
 
 
 def test_proofs_belong_to_their_study(filled):

@@ -14,7 +14,7 @@ from autoquant.store import Store, connect, open_store
 from autoquant.store.connect import APPLICATION_ID, VERSION_TABLE
 from autoquant.store.schema import Base
 
-from .made_up import DEVICE, MODEL, fill, measurement, plan, proof
+from .made_up import DEVICE, MODEL, delivery, fill, measurement, plan, proof
 
 
 def make_foreign(path, journal="DELETE"):
@@ -115,8 +115,18 @@ def test_a_database_of_the_first_schema_is_migrated_without_loss(path):
     store.put_roofline(DEVICE, Roofline(bandwidth_bytes_per_s=1.0, flops_per_s={}))
     store.close()
     after = tables(path)
-    assert after.pop(VERSION_TABLE) == [("0003",)] and after.pop("task_score") == [] and len(after.pop("roofline")) == 1
+    assert after.pop(VERSION_TABLE) == [("0004",)] and len(after.pop("roofline")) == 1
+    assert after.pop("task_score") == after.pop("delivery") == []
     assert after == before
+
+
+def test_plans_of_an_older_schema_have_no_deliveries_and_get_some(path):
+    make_first_schema(path)
+    store = open_store(path, create=False)
+    assert store.deliveries("5tudy001") == {} and set(store.proofs("5tudy001")) == {"abcd0001"}
+    store.put_delivery(delivery())
+    assert store.deliveries("5tudy001") == {"abcd0001": delivery()}
+    store.close()
 
 
 def test_closing_leaves_one_file(path):

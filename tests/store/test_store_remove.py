@@ -6,7 +6,7 @@ from sqlalchemy import text
 from autoquant.errors import PlanError, StoreError
 from autoquant.store.remove import RemovedRows, find_study, remove_study
 
-from .made_up import DEVICE, MODEL, STUDY, fill, measurement, plan, proof, task_score
+from .made_up import DEVICE, MODEL, STUDY, delivery, fill, measurement, plan, proof, task_score
 
 OTHER = "5tuff001"
 
@@ -22,15 +22,16 @@ def two_studies(filled):
         for plan_id in plan_ids:
             filled.put_plan(plan(plan_id, study_id=study_id))
             filled.put_proof(plan_id, proof(plan_id))
+            filled.put_delivery(delivery(plan_id))
             filled.put_task_scores(plan_id, "bfloat16", [task_score()])
     return filled
 
 
 def test_only_the_rows_of_that_study_go(two_studies):
-    assert remove_study(two_studies, STUDY) == RemovedRows(plans=2, proofs=2, references=1, task_scores=2)
+    assert remove_study(two_studies, STUDY) == RemovedRows(plans=2, proofs=2, deliveries=2, references=1, task_scores=2)
     assert two_studies.studies() == [OTHER]
     assert [kept.plan_id for kept in two_studies.plans(OTHER)] == ["three"]
-    assert set(two_studies.proofs(OTHER)) == {"three"}
+    assert set(two_studies.proofs(OTHER)) == set(two_studies.deliveries(OTHER)) == {"three"}
     assert two_studies.references(OTHER) == {"losses": {"report": [1.0]}}
     assert two_studies.task_scores("three", "bfloat16") == [task_score()]
     assert two_studies.plans(STUDY) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoquant.candidates import Format, Kernel
 from autoquant.records import (
+    Delivery,
     Device,
     Interval,
     LayerChoice,
@@ -13,6 +14,7 @@ from autoquant.records import (
     Prediction,
     Proof,
     RouteStep,
+    RunTimes,
     Site,
     SiteUse,
     TimingSubject,
@@ -119,6 +121,23 @@ def make_proof(plan_id, ms=10.0, original_ms=20.0, increase=0.0, high=None, memo
         kl=abs(increase),
         memory_bytes=memory,
     )
+
+
+def make_delivery(plan_id, ratio=0.5, half=0.01, **changes):
+    """A delivery of a plan that takes `ratio` times as long as the unquantized model."""
+    values = {
+        "loop": "generate",
+        "where": "new process",
+        "times": RunTimes(request_ms=10 * ratio, first_token_ms=4 * ratio, step_ms=2 * ratio),
+        "original_times": RunTimes(request_ms=10.0, first_token_ms=4.0, step_ms=2.0),
+        "ratio": Interval(value=ratio, low=ratio - half, high=ratio + half),
+        "logits_error": 0.0,
+    }
+    return Delivery(plan_id=plan_id, **(values | changes))
+
+
+def fail_delivery(plan_id, reason="it cannot be loaded"):
+    return Delivery(plan_id=plan_id, loop="generate", where="new process", reason=reason)
 
 
 def fill(store):

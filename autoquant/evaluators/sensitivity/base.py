@@ -10,7 +10,8 @@ from torch import nn
 
 from autoquant.candidates import Format
 from autoquant.errors import QualityError
-from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.outputs import AnyQuality
+from autoquant.evaluators.quality import TextQuality
 from autoquant.records import Site
 
 EVERY_LAYER = "*"
@@ -48,13 +49,13 @@ class Sensitivity:
         score: (module, changes, quality, on_scored): scores every change on the calibration part.
         together: It asks for the changes of all sites of a numerics at once, and scores with them what changing all of these
             sites costs (`EVERY_LAYER`); otherwise sites are scored one by one.
-        functions: It works with quality functions of the user's own, not on text only.
+        functions: It works with quality functions and divergence of outputs, not on text only.
         description: One line for users.
     """
 
     id: str
     version: str
-    score: Callable[[nn.Module, Sequence[Change], TextQuality | FunctionQuality, OnScored], None]
+    score: Callable[[nn.Module, Sequence[Change], AnyQuality, OnScored], None]
     together: bool
     functions: bool
     description: str
@@ -73,12 +74,12 @@ def parameter_of(module: nn.Module, site: Site) -> nn.Parameter:
     return module.get_parameter(site.parameters[0])
 
 
-def check_text(quality: TextQuality | FunctionQuality, method: str) -> TextQuality:
+def check_text(quality: AnyQuality, method: str) -> TextQuality:
     """The quality, which must be text.
 
     Raises:
-        QualityError: It is a function.
+        QualityError: It is not.
     """
     if isinstance(quality, TextQuality):
         return quality
-    raise QualityError(f"--sensitivity {method} needs a text: with --quality use --sensitivity isolated")
+    raise QualityError(f"--sensitivity {method} needs a text: without one use --sensitivity isolated")

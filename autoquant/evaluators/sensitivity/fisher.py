@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoquant.evaluators.emulate import in_float32
-from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity.base import (
     EVERY_LAYER,
     Change,
@@ -45,9 +45,7 @@ _LEAST_ROWS = 3000
 _RUN_TOKENS = 32
 
 
-def fisher_losses(
-    module: nn.Module, changes: Sequence[Change], quality: TextQuality | FunctionQuality, on_scored: OnScored
-) -> None:
+def fisher_losses(module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored) -> None:
     """Score every change on the calibration part, all at once; then what each numerics costs in all layers.
 
     A text of few windows is gone through several times, with other random signs.

@@ -14,15 +14,14 @@ from torch import nn
 
 from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.evaluators.emulate import EmulatedLinear, in_float32
+from autoquant.evaluators.outputs import AnyQuality, OutputQuality
 from autoquant.evaluators.quality import FunctionQuality, TextQuality, divergence_sum, next_token_logits
 from autoquant.evaluators.sensitivity.base import Change, OnScored, Sensitivity, by_site, parameter_of
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, room_for_site
 from autoquant.models.blocks import BlockChain
 
 
-def isolated_losses(
-    module: nn.Module, changes: Sequence[Change], quality: TextQuality | FunctionQuality, on_scored: OnScored
-) -> None:
+def isolated_losses(module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored) -> None:
     """Score every change on the calibration part.
 
     A change that leaves the weight's numbers (to within 1e-5) and the activation as they are costs 0 and is not run.
@@ -79,11 +78,13 @@ class _Run:
 
 
 def _function_losses(
-    module: nn.Module, sites: Mapping[str, list[Change]], quality: FunctionQuality, on_scored: OnScored
+    module: nn.Module,
+    sites: Mapping[str, list[Change]],
+    quality: FunctionQuality | OutputQuality,
+    on_scored: OnScored,
 ) -> None:
-    """Increase of the mean loss over the unquantized model's, never below 0."""
-    reference = quality.losses(module, "calibration")
-    base = sum(reference) / len(reference)
+    """Increase of the mean loss over the unquantized model's, or mean divergence from its outputs, never below 0."""
+    increase = quality.increase_over(module, "calibration")
     for name, changes in sites.items():
         parameter = parameter_of(module, changes[0].site)
         weights = ChangedWeights(parameter, parameter.dtype, room_for_site(parameter, len(changes)))
@@ -94,8 +95,7 @@ def _function_losses(
             if weight is None:
                 continue
             with EmulatedLinear(parameter, weight.to(parameter.dtype), ACTIVATION_ROUNDING[change.activation]):
-                changed = quality.losses(module, "calibration")
-            losses[name, change.numerics] = max(sum(changed) / len(changed) - base, 0.0)
+                losses[name, change.numerics] = max(increase(module), 0.0)
         on_scored(name, losses)
 
 

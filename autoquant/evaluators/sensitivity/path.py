@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from autoquant.evaluators.emulate import in_float32
-from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, OnScored, Sensitivity, check_text
 from autoquant.evaluators.sensitivity.gradients import backpropagate
 from autoquant.evaluators.sensitivity.together import Calibration, PathSite, by_numerics, dtypes_of
@@ -29,9 +29,7 @@ REACH = 0.7
 POINTS = 1
 
 
-def path_losses(
-    module: nn.Module, changes: Sequence[Change], quality: TextQuality | FunctionQuality, on_scored: OnScored
-) -> None:
+def path_losses(module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored) -> None:
     """Score the changes of one numerics after the other, each with what it costs in all of these layers."""
     text = check_text(quality, PATH.id)
     dtypes = dtypes_of(module, changes)

@@ -58,12 +58,15 @@ def workload_words(workload: Workload) -> str:
 
 def _quality(study: Study, facts: StudyFacts) -> str:
     key = str(facts.identity.get("quality", ""))
-    if not _is_text(study):
-        return f"a loss of the user's own, {key}" if key else ""
-    path = study.store.references(study.study_id).get("command", {}).get("options", {}).get("eval-text")
-    return f"the text {path or 'given to the search'}{f' (key {key})' if key else ''}; {_PARTS}"
+    is_text = _is_text(study)
+    kept = study.store.references(study.study_id)
+    words = kept.get("judge", {}).get("words")
+    if words is None:  # a study of an older version
+        path = kept.get("command", {}).get("options", {}).get("eval-text")
+        text = f"the text {path or 'given to the search'}{f' (key {key})' if key else ''}"
+        words = text if is_text else f"a loss of the user's own, {key}" if key else ""
+    return f"{words}; {_PARTS}" if is_text else words
 
 
 def _is_text(study: Study) -> bool:
-    """A text is measured by perplexity, a function of the user's own by what it returns."""
     return any(proof.perplexity is not None for proof in study.proofs().values())

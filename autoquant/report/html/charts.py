@@ -149,7 +149,7 @@ def _point_hover(point: Point) -> str:
         [
             f"<b>{point.number}. {html.escape(str(row['label']))}</b> (plan {html.escape(point.short_id)})",
             f"{units.duration_ms(point.request_ms)} a request, {row['speedup']:.2f}x",
-            f"{point.quality_text}, {units.percent(row['perplexity_increase'], signed=True)} "
+            f"{point.increase_text} "
             f"({units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])})",
             f"memory {units.size(point.memory_bytes)}",
             f"<br>{makeup}",

@@ -41,7 +41,9 @@ def search_command(study: Study) -> Command:
 def _known_options(facts: StudyFacts, *, own_quality: bool) -> Iterator[tuple[str, Any]]:
     identity, limits, source = facts.identity, facts.limits, facts.source
     yield "model", source["path"]
-    if own_quality:
+    if limits.get("measure") == "divergence":
+        pass  # what is judged where nothing is said
+    elif own_quality:
         yield "quality", ":".join(str(identity.get("quality", "")).rsplit(".", 1))
     else:
         yield "eval-text", "FILE"

@@ -17,8 +17,8 @@ from autoquant.report.html.verdict import verdict
 from autoquant.report.latency_plot import drawn_formats, format_lines
 from autoquant.report.names import fold
 from autoquant.report.profile_tables import untimed
-from autoquant.report.tables import coverage_line, quality_word, skipped_lines
-from autoquant.report.words import device_words, off_predictions, source_name
+from autoquant.report.tables import coverage_line, skipped_lines
+from autoquant.report.words import device_words, increase_words, measure_words, off_predictions, source_name
 from autoquant.tuner.study import Study
 
 _OUTCOMES = {
@@ -46,7 +46,7 @@ def page_data(study: Study, database: str) -> tuple[dict[str, Any], dict[str, An
         "device": device_words(facts.device),
         "workload": workload_words(facts.workload),
         "verdict": verdict(points, facts),
-        "quality": quality_word(rows),
+        "quality": measure_words(rows[0]) if rows else "Perplexity",
         "points": [_front_row(point) for point in points],
         "families": [family for family in reversed(FAMILIES.values()) if any(p.family == family.name for p in points)],
         "memory_ends": [units.size(end(point.memory_bytes for point in points)) for end in (min, max)],
@@ -68,7 +68,7 @@ def page_data(study: Study, database: str) -> tuple[dict[str, Any], dict[str, An
     data = {
         **plans_object(points, original, facts.workload),
         "picked": recommended,
-        "front": front_chart(points, quality_word(rows)),
+        "front": front_chart(points, measure_words(rows[0]) if rows else "Perplexity"),
         "prediction": prediction_chart(points),
         "shapes": [latency_chart(shape, lines, drawn, kernels.roofline) for shape, lines in shapes.items()],
     }
@@ -87,7 +87,7 @@ def _front_row(point: Point) -> dict[str, Any]:
         "request": units.duration_ms(point.request_ms),
         "speedup": f"{row['speedup']:.2f}x",
         "quality": units.digits(point.quality, 5),
-        "increase": units.percent(row["perplexity_increase"], signed=True),
+        "increase": increase_words(row),
         "interval": units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"]),
         "memory": units.size(point.memory_bytes),
         "formats": ", ".join(f"{count} x {name}" for name, count in point.formats.items()),

@@ -121,7 +121,7 @@ def _quality_words(point: Point) -> str:
     row = point.row
     ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
     divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"
-    return f"{point.quality_text}, {units.percent(row['perplexity_increase'], signed=True)} (95 % {ends}){divergence}"
+    return f"{point.increase_text} (95 % {ends}){divergence}"
 
 
 def _prediction_words(point: Point) -> str:

@@ -10,6 +10,7 @@ from autoquant.records import ORIGINAL_LABEL, Plan, Proof
 from autoquant.report import units
 from autoquant.report.front_scales import Row, drawable
 from autoquant.report.tables import short_ids
+from autoquant.report.words import increase_words, measure_words
 from autoquant.tuner.study import Study
 
 
@@ -41,7 +42,7 @@ FAMILIES = {
 class Point:
     """A proven plan. `number` is its place by request time, from 1; `base` the quality of the unquantized model.
 
-    `quality`, `low` and `high` are perplexity, or the user's own loss, with the ends of its paired interval.
+    `quality`, `low` and `high` are perplexity, the user's own loss or output divergence, with the ends of its paired interval.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Point:
     base: float
     family: str
     quality_text: str
+    increase_text: str
 
     @property
     def number(self) -> int:
@@ -88,10 +90,13 @@ def front_points(study: Study) -> list[Point]:
 
 
 def _point(index: int, short_id: str, plan: Plan, proof: Proof, row: Row) -> Point:
-    own_loss = row["perplexity"] is None
-    quality = proof.loss if own_loss else row["perplexity"]
+    quality = proof.loss if row["perplexity"] is None else row["perplexity"]
     factor = 1 + row["perplexity_increase"]
     base = quality / factor if factor else math.nan
+    low, high = (base * (1 + row[f"perplexity_increase_{end}"]) for end in ("low", "high"))
+    if row["measure"] == "divergence":  # from the unquantized model: that is its increase
+        base, low, high = 0.0, row["perplexity_increase_low"], row["perplexity_increase_high"]
+    text = f"{measure_words(row).lower()} {units.digits(quality, 5)}"
     return Point(
         index=index,
         short_id=short_id,
@@ -100,11 +105,12 @@ def _point(index: int, short_id: str, plan: Plan, proof: Proof, row: Row) -> Poi
         row=row,
         request_ms=row["measured_request_ms"],
         quality=quality,
-        low=base * (1 + row["perplexity_increase_low"]),
-        high=base * (1 + row["perplexity_increase_high"]),
+        low=low,
+        high=high,
         base=base,
         family=_family(row),
-        quality_text=f"{'loss' if own_loss else 'perplexity'} {units.digits(quality, 5)}",
+        quality_text=text,
+        increase_text=text if row["measure"] == "divergence" else f"{text}, {increase_words(row)}",
     )
 
 

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant.records import ORIGINAL_LABEL
+from autoquant.records import ORIGINAL_LABEL, Workload
 from autoquant.report import units
 from autoquant.report.html.points import Point
-from autoquant.report.words import limits_words
+from autoquant.report.words import (
+    NOT_RUN,
+    as_run_lines,
+    increase_words,
+    limits_words,
+    loop_words,
+    measure_words,
+    refused_lines,
+    times_words,
+)
 from autoquant.store import StudyFacts
 
 
@@ -41,29 +50,29 @@ def verdict(points: Sequence[Point], facts: StudyFacts) -> Verdict:
         return Verdict("No plan can be recommended.", (f"No proven plan is within the limits ({limits}).", *unfinished))
     if point is original:
         other = "smaller" if facts.limits.get("minimize") == "memory" else "faster"
+        if refused := refused_lines([point.row for point in points]):
+            return Verdict("Leave the model as it is.", (*(f"{line}." for line in refused), *unfinished))
         said = f"No {other} plan is within the limits of this search ({limits})."
         return Verdict("Leave the model as it is.", (said, *_beyond_limits(points, other), *unfinished))
     named = f"plan {point.short_id} ({point.row['label']})"
-    tiles = (_speed(point), _quality(point), _memory(point, original))
-    quality = f"{tiles[1].name.lower()} {tiles[1].value} ({tiles[1].detail})"
+    quality, memory = _quality(point), _memory(point, original)
+    as_run = as_run_lines(point.row, facts.workload)
+    ran = " ".join(part.strip() for part in as_run) if as_run else NOT_RUN
+    aim, refused = _aim(facts.limits), refused_lines([point.row for point in points])
     said = (
-        f"It is the {_aim(facts.limits)} proven plan within the limits of the search ({limits}): {quality}, memory "
-        f"{tiles[2].detail}."
+        f"It is the {aim} proven plan within the limits of the search ({limits}){' that can be used' if refused else ''}: "
+        f"{quality.name.lower()} {quality.value} ({quality.detail}), memory {memory.detail}."
     )
     uniform = ("It is a uniform plan: choosing layer by layer brought nothing more here.",)
     return Verdict(
-        f"Use {named}: {_than(point.row['speedup'])}.",
-        (said, *(uniform if point.row["kind"] == "uniform" else ()), *unfinished),
-        tiles,
+        f"Use {named}: {times_words(point.row['as_run_speedup'] or point.row['speedup'])}.",
+        (ran, said, *(uniform if point.row["kind"] == "uniform" else ()), *refused, *unfinished),
+        (*_as_run(point, facts.workload), _speed(point), quality, memory),
     )
 
 
 def _aim(limits: Any) -> str:
     return "smallest" if limits.get("minimize") == "memory" else "fastest"
-
-
-def _than(speedup: float) -> str:
-    return f"{speedup:.2f} times faster" if speedup >= 1 else f"{1 / speedup:.2f} times slower"
 
 
 def _beyond_limits(points: Sequence[Point], other: str) -> tuple[str, ...]:
@@ -74,22 +83,31 @@ def _beyond_limits(points: Sequence[Point], other: str) -> tuple[str, ...]:
         return (f"No proven plan is {other} at all.",)
     return (
         f"The {'smallest' if other == 'smaller' else 'fastest'} of all, plan {best.short_id} ({best.row['label']}), is "
-        f"{_than(best.row['speedup'])} with {_quality(best).name.lower()} {_quality(best).value} "
+        f"{times_words(best.row['speedup'])} with {_quality(best).name.lower()} {_quality(best).value} "
         f"and takes {units.size(best.memory_bytes)}.",
     )
+
+
+def _as_run(point: Point, workload: Workload) -> tuple[Tile, ...]:
+    """What the user gets, where that was measured."""
+    row = point.row
+    if row["as_run_request_ms"] is None:
+        return ()
+    ends = f"95 % interval {row['as_run_speedup_low']:.2f} to {row['as_run_speedup_high']:.2f}"
+    detail = f"{loop_words(row['as_run_loop'], workload)}; {ends}"
+    return (Tile("As you will run it", f"{row['as_run_speedup']:.2f}x", detail),)
 
 
 def _speed(point: Point) -> Tile:
     time, speedup = point.request_ms, point.row["speedup"]
     detail = f"{units.duration_ms(time)} a request instead of {units.duration_ms(time * speedup)}"
-    return Tile("Speed", f"{speedup:.2f}x", detail)
+    return Tile("In the search", f"{speedup:.2f}x", detail)
 
 
 def _quality(point: Point) -> Tile:
     row = point.row
     ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
-    name = "Loss" if row["perplexity"] is None else "Perplexity"
-    return Tile(name, units.percent(row["perplexity_increase"], signed=True), f"95 % interval {ends}")
+    return Tile(measure_words(row), increase_words(row), f"95 % interval {ends}")
 
 
 def _memory(point: Point, original: Point | None) -> Tile:

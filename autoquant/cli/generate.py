@@ -1,0 +1,347 @@
+"""`autoquant generate`: text from a model as it comes, then how fast it came."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoquant.cli.output import JsonFlag, print_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoquant.events import Listener
+    from autoquant.generation import Generator, Reply, Show
+
+_DEFAULT_PROMPT = "The most important thing about a good book is"
+_ROUNDS = 3  # of requests to both models in turn
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked of a model."""
+
+    prompt: Mapping[str, torch.Tensor]
+    max_new_tokens: int
+    temperature: float
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt."""
+        return int(self.prompt["input_ids"].shape[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Speed:
+    """Medians of one or more replies to the same request."""
+
+    new_tokens: int
+    first_token_s: float
+    tokens_per_s: float | None
+    total_s: float
+
+
+def generate(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder that `autoquant apply` wrote, or an unquantized model.", show_default=False
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text to continue. Default: stdin, else a short one.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with the text to continue.", show_default=False)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk with the model, line by line; Ctrl-D ends.", show_default=False)
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest text to write.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="Sample; 0 takes the likeliest token every time.")
+    ] = 0.0,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ORIGINAL", help="Also time the unquantized model of this folder, in turn.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (where the plan was made, else the best) or a device.")] = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Continue a text with the model of DIR, print it as it comes, and say how fast it came.
+
+    The first request of a process may compile and tune: a short one is made before the one that is shown and timed.
+    """
+    _check_together(chat, prompt=prompt, prompt_file=prompt_file, compare=compare, json=as_json or None)
+    if prompt is not None and prompt_file is not None:
+        raise typer.BadParameter("cannot be combined with --prompt-file", param_hint="--prompt")
+    if prompt is None and prompt_file is not None:
+        prompt = _read(prompt_file)
+    from autoquant import generation
+    from autoquant.errors import ModelError
+    from autoquant.report.progress import listening
+
+    places = [folder] if compare is None else [folder, compare]
+    if problems := [problem for place in places for problem in generation.problems_of(place)]:
+        raise ModelError("; ".join(problems))
+    tokenizer = generation.tokenizer_of(folder)
+    place = generation.device_of(folder, device)
+    if chat:
+        _chat(folder, tokenizer, place, max_new_tokens, temperature)
+        return
+    text = _prompt_of_stdin() if prompt is None else prompt
+    request = _Request(generation.encode(tokenizer, text), max_new_tokens, temperature)
+    generators, ready_s = [], []
+    with listening() as listener:
+        for each in places:
+            started = time.perf_counter()
+            generators.append(_load(each, tokenizer, place, generation.dtype_of(folder), listener))
+            request = _fitting(generators[-1], request, each, listener)
+            _warm_up(generators[-1], request, started, listener)
+            ready_s.append(time.perf_counter() - started)
+    if not as_json:
+        _show(text)
+    replies = _replies(generators, request, None if as_json else _show)
+    speeds = [_speed(each) for each in replies]
+    difference = None if temperature else _difference(replies, tokenizer)
+    if as_json:
+        print_json(_object(replies[0][0], speeds, ready_s, request, difference))
+        return
+    typer.echo("\n")
+    for line in _lines(speeds, ready_s, request, difference):
+        typer.echo(line)
+
+
+def _check_together(chat: bool, **others: Any) -> None:
+    given = ["--" + name.replace("_", "-") for name, value in others.items() if value is not None]
+    if chat and given:
+        raise typer.BadParameter(f"cannot be combined with {', '.join(given)}", param_hint="--chat")
+
+
+def _read(file: Path) -> str:
+    from autoquant.errors import TextError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise TextError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from error
+
+
+def _prompt_of_stdin() -> str:
+    """The text that is piped in, or a short one of our own."""
+    if not sys.stdin.isatty() and (text := sys.stdin.read()).strip():
+        return text
+    typer.echo(f"prompt: {_DEFAULT_PROMPT!r} (give your own with --prompt, --prompt-file or on stdin)", err=True)
+    return _DEFAULT_PROMPT
+
+
+def _load(folder: Path, tokenizer: Any, device: str, dtype: Any, listener: Listener) -> Generator:
+    from autoquant import generation
+    from autoquant.events import StageFinished, StageStarted
+
+    listener(StageStarted("load", 1))
+    started = time.perf_counter()
+    generator = generation.load_generator(folder, tokenizer, device, dtype)
+    kind = "quantized" if generation.is_quantized(folder) else "unquantized"
+    listener(StageFinished("load", f"{kind} model on {device} in {_seconds(time.perf_counter() - started)}"))
+    return generator
+
+
+def _fitting(generator: Generator, request: _Request, folder: Path, listener: Listener) -> _Request:
+    """The request, for as many new tokens as the model has room for."""
+    from autoquant.errors import ModelError
+    from autoquant.events import Notice
+
+    room = generator.room(request.prompt)
+    if room is None or room >= request.max_new_tokens:
+        return request
+    limit = f"{folder} takes {room + request.tokens} in all"
+    if room < 1:
+        raise ModelError(f"the prompt has {request.tokens} tokens, and {limit}: shorten it")
+    listener(Notice(f"{room} new tokens instead of {request.max_new_tokens}: {limit}"))
+    return replace(request, max_new_tokens=room)
+
+
+def _warm_up(generator: Generator, request: _Request, started: float, listener: Listener) -> None:
+    """Make a first short request: it may compile and tune."""
+    from autoquant.events import StageFinished, StageStarted
+
+    listener(StageStarted("prepare", 1))
+    before = time.perf_counter()
+    generator.warm_up(request.prompt, request.max_new_tokens, temperature=request.temperature)
+    now = time.perf_counter()
+    took, ready = _seconds(now - before), _seconds(now - started)
+    listener(StageFinished("prepare", f"a first short request took {took}; ready after {ready}"))
+
+
+def _replies(generators: Sequence[Generator], request: _Request, show: Show | None) -> list[list[Reply]]:
+    """Replies of each model, in turn where there are two; the first of all is shown."""
+    replies: list[list[Reply]] = [[] for _ in generators]
+    for turn in range(1 if len(generators) == 1 else _ROUNDS):
+        for kept, generator in zip(replies, generators, strict=True):
+            shown = show if turn == 0 and kept is replies[0] else None
+            reply = generator.reply(request.prompt, request.max_new_tokens, temperature=request.temperature, show=shown)
+            kept.append(reply)
+    return replies
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _speed(replies: Sequence[Reply]) -> _Speed:
+    rates = [reply.tokens_per_s for reply in replies if reply.tokens_per_s is not None]
+    return _Speed(
+        new_tokens=round(median(len(reply.ids) for reply in replies)),
+        first_token_s=median(reply.first_token_s for reply in replies),
+        tokens_per_s=median(rates) if rates else None,
+        total_s=median(reply.total_s for reply in replies),
+    )
+
+
+def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> tuple[int, str, str] | None:
+    """Where the greedy texts of two models first differ: the place, counted from 1, and the two tokens; None if nowhere."""
+    if len(replies) < 2:
+        return None
+    ours, theirs = (kept[0].ids for kept in replies)
+    for place in range(max(len(ours), len(theirs))):
+        one, other = ours[place : place + 1], theirs[place : place + 1]
+        if one != other:
+            return place + 1, tokenizer.decode(list(one)), tokenizer.decode(list(other))
+    return None
+
+
+def _faster(speeds: Sequence[_Speed]) -> dict[str, float | None]:
+    """How many times faster the first is than the second; in all by seconds a token, since a text may end early."""
+    ours, theirs = speeds
+    both = ours.tokens_per_s and theirs.tokens_per_s
+    return {
+        "first_token": theirs.first_token_s / ours.first_token_s,
+        "tokens_per_s": (ours.tokens_per_s or 0.0) / (theirs.tokens_per_s or 1.0) if both else None,
+        "total": (theirs.total_s / theirs.new_tokens) / (ours.total_s / ours.new_tokens),
+    }
+
+
+def _object(
+    reply: Reply,
+    speeds: Sequence[_Speed],
+    ready_s: Sequence[float],
+    request: _Request,
+    difference: tuple[int, str, str] | None,
+) -> dict[str, Any]:
+    timed: list[dict[str, Any]] = [
+        {
+            "ready_s": ready,
+            "first_token_s": speed.first_token_s,
+            "tokens_per_s": speed.tokens_per_s,
+            "new_tokens": speed.new_tokens,
+            "total_s": speed.total_s,
+        }
+        for speed, ready in zip(speeds, ready_s, strict=True)
+    ]
+    shown = {"text": reply.text, "prompt_tokens": request.tokens, **timed[0]}
+    if len(timed) > 1:
+        shown |= {
+            "original": timed[1],
+            "times_faster": _faster(speeds),
+            "first_difference": difference[0] if difference else None,
+        }
+    return shown
+
+
+def _lines(
+    speeds: Sequence[_Speed],
+    ready_s: Sequence[float],
+    request: _Request,
+    difference: tuple[int, str, str] | None,
+) -> list[str]:
+    ours, tokens = speeds[0], request.tokens
+    if len(speeds) == 1:
+        return [
+            f"ready after {_seconds(ready_s[0])}; then {tokens} tokens of prompt, {ours.new_tokens} new ones: "
+            f"first token after {_seconds(ours.first_token_s)}, {_rate(ours)} tokens/s after it, "
+            f"{_seconds(ours.total_s)} in all"
+        ]
+    faster = _faster(speeds)
+    rows: list[tuple[str, ...]] = [("", "ready after", "first token", "tokens/s", "in all")]
+    for name, speed, ready in zip(("this model", "original"), speeds, ready_s, strict=True):
+        rows.append((name, _seconds(ready), _seconds(speed.first_token_s), _rate(speed), _seconds(speed.total_s)))
+    rows.append(("times faster", "", *(_times(faster[name]) for name in ("first_token", "tokens_per_s", "total"))))
+    lines = [f"{name:<12}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
+    lines.append(
+        f"medians of {_ROUNDS} requests to each in turn; {tokens} tokens of prompt, {ours.new_tokens} new ones"
+    )
+    if ours.new_tokens != speeds[1].new_tokens:
+        lines[-1] += f" ({speeds[1].new_tokens} of the original; the last ratio is of seconds a token)"
+    if request.temperature:
+        lines.append("texts are sampled, so they are not compared")
+    elif difference is None:
+        lines.append(f"greedy text: the same {ours.new_tokens} tokens")
+    else:
+        place, one, other = difference
+        lines.append(f"greedy text: differs from token {place} on ({one!r}, the original {other!r})")
+    return lines
+
+
+def _chat(folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temperature: float) -> None:
+    from autoquant import generation
+    from autoquant.errors import ModelError
+    from autoquant.report.progress import listening
+
+    if not tokenizer.chat_template:
+        raise ModelError(f"{folder} has no chat template, so it is no model to talk with: use --prompt")
+
+    def asked(conversation: list[dict[str, str]]) -> _Request:
+        prompt = generation.encode_chat(tokenizer, conversation)
+        return _fitting(generator, _Request(prompt, max_new_tokens, temperature), folder, listener)
+
+    started = time.perf_counter()
+    with listening() as listener:
+        generator = _load(folder, tokenizer, device, None, listener)
+        _warm_up(generator, asked([{"role": "user", "content": "Hello"}]), started, listener)
+    messages: list[dict[str, str]] = []
+    while (said := _line()) is not None:
+        if not said.strip():
+            continue
+        messages.append({"role": "user", "content": said})
+        with listening() as listener:
+            request = asked(messages)
+        reply = generator.reply(request.prompt, request.max_new_tokens, temperature=temperature, show=_show)
+        messages.append({"role": "assistant", "content": reply.text})
+        typer.echo()
+        pace = _rate(_speed([reply]))
+        typer.echo(f"({_seconds(reply.first_token_s)} to the first token, then {pace} tokens/s)", err=True)
+
+
+def _line() -> str | None:
+    """What the user types, or None at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _seconds(value: float) -> str:
+    from autoquant.report.units import digits
+
+    return f"{digits(value)} s"
+
+
+def _rate(speed: _Speed) -> str:
+    from autoquant.report.units import digits
+
+    return "-" if speed.tokens_per_s is None else digits(speed.tokens_per_s)
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"

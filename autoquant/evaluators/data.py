@@ -1,0 +1,238 @@
+"""Evaluation text out of what the `datasets` library loads: a local file or folder, or a name on the hub. No torch.
+
+Rows are streamed, and no more of them read than are asked for. No code that comes with a dataset is ever run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant.errors import TextError, first_line
+from autoquant.hints import did_you_mean, did_you_mean_path
+
+GRAMMAR = "NAME[:CONFIG][:SPLIT][:COLUMN]"
+_READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".txt": ("text", {}),
+    ".md": ("text", {}),
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SPLITS = ("test", "validation", "train")
+_COLUMNS = ("text", "content", "messages")
+_PIECE_CHARACTERS = 20_000
+_HUB_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class DataName:
+    """A dataset as the user writes it, `NAME[:CONFIG][:SPLIT][:COLUMN]`.
+
+    Attributes:
+        place: Path of a file or folder, or a name on the hub.
+        parts: The rest, in order. Each may be left out, or be empty, which means what is taken by itself.
+    """
+
+    place: str
+    parts: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> DataName:
+        """The longest beginning that is a path, or else what stands before the first colon, is the place."""
+        words = name.split(":")
+        for count in range(len(words), 0, -1):
+            if Path(":".join(words[:count])).expanduser().exists():
+                return cls(":".join(words[:count]), tuple(words[count:]))
+        return cls(words[0], tuple(words[1:]))
+
+    @property
+    def path(self) -> Path:
+        return Path(self.place).expanduser()
+
+    @property
+    def is_local(self) -> bool:
+        return bool(self.place) and self.path.exists()
+
+    def __str__(self) -> str:
+        return ":".join((self.place, *self.parts))
+
+    def absolute(self) -> str:
+        """The same name from any folder: a path in full."""
+        place = str(self.path.resolve()) if self.is_local else self.place
+        return str(DataName(place, self.parts))
+
+
+def check_data(name: str) -> None:
+    """See that there may be such a dataset, without reading it.
+
+    Raises:
+        TextError: There is no such file, its kind is not known, or the name is none.
+    """
+    data = DataName.parse(name)
+    if data.is_local and data.path.is_file():
+        _reader(data.path)
+    elif not data.is_local and (not _HUB_NAME.fullmatch(data.place) or _suffix(data.path) in _READERS):
+        raise TextError(
+            f"there is no file or folder at {data.place}{did_you_mean_path(data.place)}: give --eval-data a JSONL, JSON, CSV,"
+            " Parquet or text file, a folder of them, or a name on the Hugging Face hub"
+        )
+
+
+def data_pieces(name: str, tokenizer: Any) -> Iterator[str]:
+    """The text of a dataset's rows in pieces, row after row, each ending its line.
+
+    Rows that hold a conversation, a list of `{"role": ..., "content": ...}`, are written as the tokenizer's chat template does,
+    or where it has none as `role: content`.
+
+    Raises:
+        TextError: The dataset, its configuration, split or column is not there, or cannot be read.
+    """
+    data = DataName.parse(name)
+    try:
+        rows, column = _open(data)
+        yield from _joined(_text(row[column], column, data, tokenizer) for row in rows)
+    except TextError:
+        raise
+    except Exception as error:
+        raise TextError(f"cannot read {name} ({_reason(error)}): mend it, or give another --eval-data") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a reader of `datasets` says went wrong, which it wraps in an error that says nothing."""
+    wrapped = type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None
+    return first_line(error.__cause__ if wrapped and error.__cause__ else error)
+
+
+def _open(data: DataName) -> tuple[Iterable[Mapping[str, Any]], str]:
+    """The rows that a name means, and the column of their text."""
+    import datasets
+
+    from autoquant.models.quiet import no_progress_bars, quiet
+
+    with quiet(), no_progress_bars():
+        place, options, configs = _found(data)
+        config, parts = _take(data.parts, configs)
+        if config is None and len(configs) > 1 and "default" not in configs:
+            raise TextError(f"which configuration of {data.place}? Say {data.place}:CONFIG, one of {_list(configs)}")
+        splits = datasets.load_dataset(place, config, streaming=True, **options)
+        split, parts = _take(parts, list(splits))
+        rows = splits[split or next((known for known in _SPLITS if known in splits), next(iter(splits)))]
+        first = next(iter(rows), None)
+    if first is None:
+        raise TextError(f"{data} has no rows: give another split or dataset")
+    return rows, _column(data, parts, first, configs, list(splits))
+
+
+def _found(data: DataName) -> tuple[str, Mapping[str, Any], Sequence[str]]:
+    """What `datasets.load_dataset` takes for a place, and the names of its configurations."""
+    import datasets
+
+    check_data(str(data))
+    if data.path.is_file():
+        reader, options = _reader(data.path)
+        return reader, {"data_files": str(data.path), **options}, ()
+    if data.path.is_dir():
+        return str(data.path), {}, datasets.get_dataset_config_names(str(data.path))
+    _check_on_hub(data.place)
+    return data.place, {}, datasets.get_dataset_config_names(data.place)
+
+
+def _check_on_hub(name: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:
+        raise TextError(
+            f"{name} is neither a file or folder here{did_you_mean_path(name)} nor a dataset that can be had from the hub"
+            f" ({first_line(error)}): check the spelling and the network, or give a local file"
+        ) from error
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _reader(path: Path) -> tuple[str, Mapping[str, Any]]:
+    found = _READERS.get(_suffix(path))
+    if found is None:
+        raise TextError(f"{path} is no dataset that can be read: give a file that ends in one of {', '.join(_READERS)}")
+    return found
+
+
+def _take(parts: Sequence[str], known: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """The first part, if it is one of the known names or empty, and the parts that follow."""
+    if not parts or (parts[0] and parts[0] not in known):
+        return None, parts
+    return parts[0] or None, parts[1:]
+
+
+def _column(
+    data: DataName, parts: Sequence[str], row: Mapping[str, Any], configs: Sequence[str], splits: Sequence[str]
+) -> str:
+    """The column named last, or the one that must be meant."""
+    if len(parts) == 1 and parts[0] in row:
+        return parts[0]
+    if any(parts):
+        wrong = next(part for part in parts if part and part not in row) if set(parts) - set(row) - {""} else parts[-1]
+        known = [*configs, *splits, *row]
+        among = f"configurations {_list(configs)}; " if configs else ""
+        raise TextError(
+            f"{data.place} has no {wrong}{did_you_mean(wrong, known)}: write it as {GRAMMAR}, each of {among}splits"
+            f" {_list(splits)}; columns {_list(row)}"
+        )
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    found = next((name for name in _COLUMNS if name in row), texts[0] if len(texts) == 1 else None)
+    if found is None:
+        raise TextError(f"which column of {data.place} is the text? Say {data}:COLUMN, one of {_list(row)}")
+    return found
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names))
+
+
+def _text(value: Any, column: str, data: DataName, tokenizer: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) and "content" in each for each in value):
+        return _conversation(value, tokenizer)
+    raise TextError(
+        f"column {column} of {data.place} holds {type(value).__name__}, neither text nor messages with role and content: name"
+        f" another column, {GRAMMAR}"
+    )
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+    if getattr(tokenizer, "chat_template", None):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    return "\n".join(f"{message.get('role', 'user')}: {message['content']}" for message in messages)
+
+
+def _joined(rows: Iterable[str]) -> Iterator[str]:
+    """Rows in pieces worth tokenizing, each row ending its line."""
+    piece: list[str] = []
+    characters = 0
+    for row in rows:
+        piece.append(row if row.endswith("\n") else f"{row}\n")
+        characters += len(piece[-1])
+        if characters >= _PIECE_CHARACTERS:
+            yield "".join(piece)
+            piece, characters = [], 0
+    if piece:
+        yield "".join(piece)

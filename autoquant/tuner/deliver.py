@@ -1,0 +1,231 @@
+"""The end of a search: the plan to be recommended is saved, loaded again in a new process, and run as its user will run it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autoquant import applier, checkpoint
+from autoquant.candidates.registry import is_registered_here
+from autoquant.errors import ProcessDiedError, first_line
+from autoquant.evaluators.request import MAX_RELATIVE_ERROR
+from autoquant.evaluators.user_loop import Answer, Usage, first_difference, time_user_loops
+from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.models import LoadedModel
+from autoquant.models.loaded import ModelKind, ModelSource
+from autoquant.profiler.compiled import share
+from autoquant.profiler.device import release_memory
+from autoquant.records import Delivery, Plan, Where
+from autoquant.tuner.apart import end_process, receive, send, start_process
+from autoquant.tuner.delivered import is_disturbed
+from autoquant.tuner.jobs import load_again
+from autoquant.tuner.runners import IN_PROCESS_VARIABLE
+from autoquant.tuner.study import Study
+
+TRIES = 3
+WORKER = "autoquant.tuner.delivery_worker"
+_LONGEST_ENDING_S = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliverySpec:
+    """What a process needs to load a plan and the unquantized model, and to check and time them.
+
+    Attributes:
+        folder: Where the plan was saved.
+        expected: What the plan gave in the memory of the search.
+        threads: To compute with.
+    """
+
+    plan_id: str
+    folder: Path
+    source: ModelSource
+    dtype: str
+    kind: ModelKind
+    content_hash: str
+    usage: Usage
+    expected: Answer
+    threads: int
+
+    def load_original(self) -> LoadedModel:
+        return load_again(
+            self.source, dtype=self.dtype, kind=self.kind, content_hash=self.content_hash, device=self.usage.device
+        )
+
+
+def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Listener) -> None:
+    """Deliver the plan that would be recommended; where that is refused, the next best, and so on a few times.
+
+    What the store knows already is not done again, unless a plan was refused while other programs used the machine.
+    """
+    known = study.deliveries()
+    study.store.forget_deliveries(plan_id for plan_id in study.refused() if is_disturbed(known[plan_id]))
+    tries = 0
+    while tries < TRIES and (plan := _next(study)) is not None:
+        if tries == 0:
+            listener(StageStarted("deliver", 0))
+        listener(StageProgress("deliver", tries, f"{plan.label}: saved, loaded again, and timed as you will run it"))
+        study.store.put_delivery(deliver(plan))
+        tries += 1
+        if reason := study.refused().get(plan.plan_id):
+            listener(Notice(f"plan {plan.plan_id} ({plan.label}) is not recommended: {reason}"))
+    if tries:
+        listener(StageFinished("deliver", _summary(study, tries)))
+
+
+def _next(study: Study) -> Plan | None:
+    """The plan that should be recommended, if it was not delivered yet and is not the unquantized model."""
+    plan = study.candidate()
+    return None if plan is None or plan.kind == "original" or plan.plan_id in study.deliveries() else plan
+
+
+def _summary(study: Study, tries: int) -> str:
+    best = study.recommended()
+    delivery = study.deliveries().get(best.plan_id) if best else None
+    tried = f"{tries} plan{'' if tries == 1 else 's'} run as you will run {'it' if tries == 1 else 'them'}"
+    if best is None or delivery is None or delivery.ratio is None:
+        return f"{tried}; none is better there than the unquantized model"
+    return f"{tried}; {best.label}: {1 / delivery.ratio.value:.2f} times the speed of the unquantized model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deliverer:
+    """Delivers plans of one model.
+
+    Attributes:
+        calibration: Token ids of the search, for weights that are rounded for their layers' inputs.
+    """
+
+    loaded: LoadedModel
+    usage: Usage
+    calibration: Sequence[Sequence[int]] | None
+    listener: Listener
+
+    def __call__(self, plan: Plan) -> Delivery:
+        """What becomes of `plan`; whatever fails is the reason why it cannot be used."""
+        live = self.loaded.source.kind == "live"
+        reason = self._needs_this_process(plan)
+        if reason:
+            self.listener(Notice(f"plan {plan.label} is not loaded again in a new process: {reason}"))
+        where: Where = "in memory" if live else "same process" if reason else "new process"
+        try:
+            quantized = applier.apply(plan, share(self.loaded.module), calibration=self.calibration)
+            if live:
+                return check_and_time(plan.plan_id, quantized, share(self.loaded.module), self.usage)
+            with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
+                checkpoint.write(replace(self.loaded, module=quantized), plan, Path(folder))
+                spec = self._spec(plan, Path(folder), self.usage.answer_of(quantized))
+                del quantized
+                if where == "new process":
+                    return self._apart(spec)
+                return load_and_deliver(spec, replace(self.loaded, module=share(self.loaded.module)))
+        except Exception as error:  # noqa: BLE001 - what a plan cannot do is a fact about it, kept with its reason
+            reason = first_line(error, with_type=True)
+            return Delivery(plan_id=plan.plan_id, loop=self.usage.loop, where=where, reason=reason)
+
+    def _needs_this_process(self, plan: Plan) -> str:
+        """Why no other process can have the same; empty where one can."""
+        if os.environ.get(IN_PROCESS_VARIABLE):
+            return f"{IN_PROCESS_VARIABLE} is set"
+        if self.loaded.source.kind == "live":
+            return "the model is a live module"
+        own = sorted(filter(is_registered_here, plan.formats()))
+        if own:
+            return f"{', '.join(own)} is registered in this process only"
+        try:
+            pickle.dumps(self.usage)
+        except Exception as error:  # noqa: BLE001 - inputs of the caller's own may raise anything
+            return f"its sample inputs cannot be sent there ({first_line(error)})"
+        return ""
+
+    def _spec(self, plan: Plan, folder: Path, expected: Answer) -> DeliverySpec:
+        return DeliverySpec(
+            plan_id=plan.plan_id,
+            folder=folder,
+            source=self.loaded.source,
+            dtype=self.loaded.dtype,
+            kind=self.loaded.kind,
+            content_hash=self.loaded.content_hash,
+            usage=self.usage,
+            expected=expected,
+            threads=torch.get_num_threads(),
+        )
+
+    def _apart(self, spec: DeliverySpec) -> Delivery:
+        """As `load_and_deliver`, in a new process."""
+        with _out_of_the_way(self.loaded.module, self.usage.device):
+            process, connection = start_process(WORKER)
+            try:
+                send(connection, sys.path)
+                send(connection, spec)
+                succeeded, value = receive(connection)
+            except (EOFError, ConnectionError):
+                process.wait(_LONGEST_ENDING_S)
+                raise ProcessDiedError(
+                    f"the process that loaded it was ended (exit code {process.returncode})"
+                ) from None
+            finally:
+                end_process(process, connection)
+        if succeeded:
+            delivery: Delivery = value
+            return delivery
+        raise value
+
+
+@contextmanager
+def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
+    """Inside, a model on a GPU waits in the CPU's memory, and what was compiled of it is gone: others need the room."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    torch.compiler.reset()
+    module.to("cpu")
+    release_memory()
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        module.to(device)
+
+
+def load_and_deliver(spec: DeliverySpec, original: LoadedModel, where: Where = "same process") -> Delivery:
+    """Load the saved plan, compare it with what it was in memory, and time it in turn with the unquantized model."""
+    makes_itself = spec.source.kind in ("huggingface", "state_dict")
+    skeleton = None if makes_itself else share(original.module)
+    quantized = applier.load(spec.folder, skeleton, device=spec.usage.device)
+    error = spec.usage.answer_of(quantized).error(spec.expected)
+    if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong
+        reason = f"loaded again it computes something else: its output is off by {error:.2g} (relative)"
+        return Delivery(plan_id=spec.plan_id, loop=spec.usage.loop, where=where, logits_error=error, reason=reason)
+    delivery = check_and_time(spec.plan_id, quantized, original.module, spec.usage, spec.expected)
+    note = f"loaded again, its output differs by {error:.2g} (relative) from what it was in memory"
+    return replace(delivery, where=where, logits_error=error, notes=((note,) if error else ()) + delivery.notes)
+
+
+def check_and_time(
+    plan_id: str, quantized: nn.Module, original: nn.Module, usage: Usage, expected: Answer | None = None
+) -> Delivery:
+    """Time a plan in turn with the unquantized model as a user runs them, if it then gives what it gives without preparation."""
+    expected = expected or usage.answer_of(quantized)
+    loops = [usage.loop_of(original), usage.loop_of(quantized)]
+    made = usage.answer_of(quantized, replayed=True)
+    delivery = Delivery(plan_id=plan_id, loop=usage.loop, where="in memory")
+    if reason := first_difference(quantized, made, expected):
+        return replace(delivery, reason=reason)
+    (of_original, of_plan), note = time_user_loops(loops, usage.device)
+    return replace(
+        delivery,
+        times=of_plan.times,
+        original_times=of_original.times,
+        ratio=of_plan.ratio,
+        notes=(note,) if note else (),
+    )

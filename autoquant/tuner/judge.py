@@ -1,0 +1,220 @@
+"""What a search is judged by: a text, a loss of the user's own, or divergence from the unquantized model's outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant.candidates import Format, Kernel
+from autoquant.errors import QualityError, TextError
+from autoquant.evaluators.data import check_data, data_pieces
+from autoquant.evaluators.outputs import SAMPLES, AnyQuality, OutputQuality, vary
+from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
+from autoquant.evaluators.sensitivity import ISOLATED, PATH, SENSITIVITIES, Sensitivity
+from autoquant.evaluators.text import DEFAULT_TEXT, GPU_WINDOWS, WANTED_WINDOWS, deal_text, file_pieces
+from autoquant.events import Listener, Notice
+from autoquant.hints import did_you_mean_path
+from autoquant.models import LoadedModel
+from autoquant.models.named import quality_function
+from autoquant.profiler.profile import Candidates
+
+_OWN_LOSS = "--quality package.module:callable"
+_MUCH_UNKNOWN = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user wants a search to be judged by: one of these, or None of them."""
+
+    text: Path | None
+    data: str | None
+    function: FunctionQuality | None
+
+    @classmethod
+    def of(
+        cls,
+        eval_text: str | os.PathLike[str] | None,
+        eval_data: str | None,
+        quality: QualityFunction | str | None,
+    ) -> Asked:
+        """Raises `TextError` where there is no such text, or more than one of them is given."""
+        given = [
+            name
+            for name, value in (("--eval-text", eval_text), ("--eval-data", eval_data), ("--quality", quality))
+            if value is not None
+        ]
+        if len(given) > 1:
+            raise TextError(f"{' and '.join(given)} cannot be combined: give one of them, or none")
+        if eval_text is not None and not Path(eval_text).is_file():
+            raise TextError(
+                f"there is no text file at {eval_text}{did_you_mean_path(eval_text)}: give a plain UTF-8 text like what the"
+                " model will read"
+            )
+        if eval_data is not None:
+            check_data(eval_data)
+        return cls(None if eval_text is None else Path(eval_text), eval_data, _own_quality(quality))
+
+    def check(self, sensitivity: str | None, max_kl: float | None) -> None:
+        """Refuse before the model is loaded what `method_of` would refuse after it."""
+        if sensitivity is not None and sensitivity not in SENSITIVITIES:
+            raise QualityError(f"no sensitivity {sensitivity!r}: choose one of {', '.join(SENSITIVITIES)}")
+        if self.function is not None:
+            method_of(sensitivity, max_kl, self.function)
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """How quality is measured.
+
+    Attributes:
+        candidates: Those that can be judged so.
+        words: What it is, for reports.
+    """
+
+    quality: AnyQuality
+    candidates: list[tuple[Format, Kernel]]
+    words: str
+
+
+def make_judge(
+    asked: Asked,
+    loaded: LoadedModel,
+    candidates: Candidates,
+    *,
+    device: str,
+    sample_inputs: Sequence[Any] | Mapping[str, Any] | None,
+    seed: int,
+    listener: Listener,
+) -> Judge:
+    """What was asked for, or what suits the model where nothing was.
+
+    Raises:
+        TextError, QualityError: The model cannot be judged so; the message names everything that is missing.
+    """
+    if asked.function is not None:
+        words = f"a loss of the user's own, {asked.function.key}"
+        return Judge(asked.function, _without_inputs(candidates, listener), words)
+    if loaded.kind == "module":
+        _check_module(asked, has_inputs=sample_inputs is not None)
+        assert sample_inputs is not None
+        quality = _output_quality(loaded, sample_inputs, seed, listener)
+        words = (
+            f"divergence of outputs from the unquantized model's, ||y - y0||^2 / ||y0||^2, on {sum(SAMPLES.values())} inputs"
+            f" varied from its sample inputs (key {quality.key})"
+        )
+        return Judge(quality, _without_inputs(candidates, listener), words)
+    if loaded.tokenizer is None:
+        raise TextError(f"this model has no tokenizer: give one with --tokenizer FOLDER, or judge it by {_OWN_LOSS}")
+    text, name = _text_quality(asked, loaded, device, inputs=any(fmt.needs_inputs for fmt, _ in candidates))
+    if asked.text is None and asked.data is None:
+        listener(
+            Notice(
+                "quality is measured on a text that autoquant ships: one like what the model will read is better (--eval-text"
+                " FILE or --eval-data DATASET)"
+            )
+        )
+    unknown = _unknown_share(text, loaded.tokenizer)
+    if unknown > _MUCH_UNKNOWN:
+        listener(
+            Notice(
+                f"{unknown:.0%} of the tokens of {name} are unknown to the tokenizer, so quality says little: give a text like"
+                " what the model reads (--eval-text FILE or --eval-data DATASET)"
+            )
+        )
+    return Judge(text, list(candidates), f"{name} (key {text.key})")
+
+
+def method_of(name: str | None, max_kl: float | None, quality: AnyQuality) -> Sensitivity:
+    """The sensitivity of that name, or the one that suits the quality.
+
+    Raises:
+        QualityError: It, or the limit of divergence, needs a text, and quality is measured otherwise.
+    """
+    if isinstance(quality, TextQuality):
+        return SENSITIVITIES[name] if name is not None else PATH
+    if max_kl is not None:
+        raise QualityError(
+            "--max-kl needs a text: without one use --max-ppl-increase, the limit of what is measured instead"
+        )
+    if name is not None and not SENSITIVITIES[name].functions:
+        raise QualityError(f"--sensitivity {name} needs a text: without one use --sensitivity isolated")
+    return ISOLATED
+
+
+def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:
+    """The user's function under its qualified name, by which the same function is the same from Python and by its name."""
+    if isinstance(quality, str):
+        return FunctionQuality(quality_function(quality), quality.replace(":", "."))
+    return None if quality is None else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
+
+
+def _without_inputs(pairs: Candidates, listener: Listener) -> list[tuple[Format, Kernel]]:
+    """The candidates, less those whose weights are rounded for what layers read on a text, which there is none of."""
+    for name in dict.fromkeys(fmt.id for fmt, _ in pairs if fmt.needs_inputs):
+        listener(Notice(f"{name} not considered: it is rounded for what layers read on a text, and there is none"))
+    return [(fmt, kernel) for fmt, kernel in pairs if not fmt.needs_inputs]
+
+
+def _check_module(asked: Asked, *, has_inputs: bool) -> None:
+    """Raises `TextError` with everything that is missing to judge a model that is not known to read tokens."""
+    given = "--eval-text" if asked.text is not None else "--eval-data" if asked.data is not None else ""
+    needs = [] if has_inputs else ["give --sample-inputs package.module:callable, the arguments of one forward pass"]
+    if given:
+        needs.append(
+            f"leave out {given} to compare its outputs with the unquantized model's, or give {_OWN_LOSS} instead of it"
+        )
+    if not needs:
+        return
+    raise TextError(
+        f"this model is not known to read tokens, so {'a text' if given else 'text'} cannot judge it: {', and '.join(needs)}"
+        " (if it is a language model, give --tokenizer FOLDER instead)"
+    )
+
+
+def _output_quality(
+    loaded: LoadedModel, sample_inputs: Sequence[Any] | Mapping[str, Any], seed: int, listener: Listener
+) -> OutputQuality:
+    sample = dict(sample_inputs) if isinstance(sample_inputs, Mapping) else tuple(sample_inputs)
+    inputs, notes = vary(loaded.module, sample, seed)
+    for note in notes:
+        listener(Notice(note))
+    listener(
+        Notice(
+            "judged by how little outputs diverge from the unquantized model's, ||y - y0||^2 / ||y0||^2 on inputs varied from its"
+            f" sample inputs, which --max-ppl-increase limits: a loss of your own says more, {_OWN_LOSS}"
+        )
+    )
+    return OutputQuality(inputs)
+
+
+def _unknown_share(text: TextQuality, tokenizer: Any) -> float:
+    """How much of a text its tokenizer has no token for."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return 0.0
+    tokens = torch.cat([windows.flatten() for windows in text.parts.windows.values()])
+    return float((tokens == unknown).float().mean())
+
+
+def _text_quality(asked: Asked, loaded: LoadedModel, device: str, *, inputs: bool) -> tuple[TextQuality, str]:
+    """The quality, and what its text is called."""
+    if asked.data is not None:
+        name, pieces = f"the dataset {asked.data}", data_pieces(asked.data, loaded.tokenizer)
+    elif asked.text is not None:
+        name, pieces = f"the text {asked.text}", file_pieces(asked.text)
+    else:
+        name, pieces = "a text that autoquant ships", file_pieces(DEFAULT_TEXT)
+    parts = deal_text(
+        pieces,
+        name,
+        loaded.tokenizer,
+        max_positions=loaded.max_positions,
+        inputs=inputs,
+        windows=GPU_WINDOWS if device.startswith("cuda") else WANTED_WINDOWS,
+    )
+    return TextQuality(parts, device), name

@@ -82,4 +82,4 @@ def _print_text(solved: Solved, where: str) -> None:
         typer.echo(f"It was proven: autoquant show {where} --plan {plan.plan_id}")
     else:
         typer.echo("It is a prediction: `autoquant search` with these limits proves it.")
-    typer.echo(f"  autoquant apply {where} --plan {plan.plan_id} --out DIR")
+    typer.echo(f"  autoquant apply {where} --plan {plan.plan_id}")

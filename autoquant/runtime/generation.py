@@ -43,19 +43,23 @@ class Decoders:
         self.warned: set[str] = set()
         self.lock = threading.RLock()
         self.busy = False
-        self._kept: OrderedDict[tuple[int, int, bool, int], Decoder] = OrderedDict()
+        self._weights: tuple[tuple[int, int], ...] = ()
+        self._kept: OrderedDict[tuple[int, int, bool], Decoder] = OrderedDict()
 
     def get(self, model: nn.Module, batch: int, tokens: int, *, padded: bool) -> Decoder:
         """Return a decoder that has room for `tokens`; one that is much too long is slower than a new one."""
-        place = next(model.parameters()).data_ptr()
+        weights = tuple((id(weight), weight.data_ptr()) for weight in model.parameters())
+        if weights != self._weights:  # steps were compiled for other tensors, which they would keep in memory
+            self._kept.clear()
+            self._weights = weights
         for key, decoder in self._kept.items():
-            fits = key[:1] + key[2:] == (batch, padded, place) and tokens <= key[1]
+            fits = (key[0], key[2]) == (batch, padded) and tokens <= key[1]
             if fits and key[1] <= max(_TOO_LONG * tokens, 4096):
                 self._kept.move_to_end(key)
                 return decoder
         length = cache_positions(tokens)
         decoder = Decoder(model, batch, length, padded=padded)
-        self._kept[batch, length, padded, place] = decoder
+        self._kept[batch, length, padded] = decoder
         while len(self._kept) > _MOST_DECODERS:
             self._kept.popitem(last=False)
         return decoder
@@ -77,6 +81,11 @@ def decoders_of(model: nn.Module) -> Decoders:
 
 class _Fast:
     """What a model's class is mixed with."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Have pickle find the model's own class: this one is made, and has no name of its own."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _made_again, (type(self).__bases__[1],), *reduced[2:]
 
     def _sample(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         decoders = decoders_of(self)
@@ -102,6 +111,11 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
         about = {"__module__": kind.__module__, "__doc__": kind.__doc__}
         _classes[kind] = type(kind.__name__, (_Fast, kind), {**about, **methods})
     return _classes[kind]
+
+
+def _made_again(kind: type[nn.Module]) -> nn.Module:
+    made = _class_for(kind)
+    return made.__new__(made)
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -165,6 +179,8 @@ def _place_reason(model: Any, input_ids: torch.Tensor) -> str:
         return f"steps are not compiled for {device.type}"
     if input_ids.device != device:
         return f"input_ids are on {input_ids.device} and the model is on {device}: move them there"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
     return "the model is in training mode" if model.training else ""
 
 

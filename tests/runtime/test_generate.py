@@ -1,6 +1,7 @@
 """The `generate` of prepared models, beside that of transformers."""
 
 import copy
+import pickle
 import threading
 import warnings
 
@@ -257,9 +258,34 @@ def test_few_lengths_of_caches_are_compiled_for():
 def test_compiled_steps_give_the_same_text(plain, monkeypatch):
     monkeypatch.setattr(decoder, "compile_failure", device.compile_failure)
     monkeypatch.delenv("AUTOQUANT_EAGER", raising=False)
+    assert device.compile_failure() is None  # imported here: the compiler's own warnings are not meant below
     model = prepare(copy.deepcopy(plain))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fast = model.generate(prompts(), max_new_tokens=12, do_sample=False)
     assert not [warning for warning in caught if "autoquant" in str(warning.message)]
     assert torch.equal(fast, plain.generate(prompts(), max_new_tokens=12, do_sample=False))
+
+
+def test_autocast_runs_the_plain_way_before_and_after_a_replayed_call(model, plain):
+    both(model, plain, prompts(), max_new_tokens=3, do_sample=False)
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast is on"):
+        fast, slow = both(model, plain, prompts(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(fast, slow)
+
+
+def test_a_pickled_model_generates_the_same(model, plain):
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    fast, slow = both(again, plain, prompts(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(fast, slow)
+
+
+def test_a_replaced_weight_gets_new_steps_and_the_old_ones_are_dropped(model):
+    model.generate(prompts(), max_new_tokens=2, do_sample=False)
+    (old,) = decoders_of(model)._kept.values()
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = torch.nn.Parameter(-linear.weight, requires_grad=False)
+    model.generate(prompts(), max_new_tokens=2, do_sample=False)
+    (new,) = decoders_of(model)._kept.values()
+    assert new is not old

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import first_line
 from autoquant.runtime.decoder import Decoder, cache_positions
 from autoquant.runtime.loop import Loop
@@ -48,7 +49,7 @@ class Decoders:
 
     def get(self, model: nn.Module, batch: int, tokens: int, *, padded: bool) -> Decoder:
         """Return a decoder that has room for `tokens`; one that is much too long is slower than a new one."""
-        weights = tuple((id(weight), weight.data_ptr()) for weight in model.parameters())
+        weights = tuple(map(_identity, model.parameters()))
         if weights != self._weights:  # steps were compiled for other tensors, which they would keep in memory
             self._kept.clear()
             self._weights = weights
@@ -69,6 +70,11 @@ class Decoders:
 
     def __reduce__(self) -> Any:
         return Decoders, ()
+
+
+def _identity(weight: torch.Tensor) -> tuple[int, int]:
+    """Return what tells a weight from another one in its place, or elsewhere in memory."""
+    return id(weight), id(weight.stored) if isinstance(weight, RoutedWeight) else weight.data_ptr()
 
 
 def decoders_of(model: nn.Module) -> Decoders:
@@ -167,7 +173,15 @@ def _plain_reason(model: Any, input_ids: torch.Tensor, kwargs: Mapping[str, Any]
     positions = kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         return "positions have several dimensions"
+    if any(map(_has_hooks, model.modules())):
+        return "a module has hooks, which compiled steps do not call"
     return _place_reason(model, input_ids) or _cache_reason(kwargs.get("past_key_values"))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Check for hooks of the user's own: transformers' stay on a model that once gave hidden states."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
 def _place_reason(model: Any, input_ids: torch.Tensor) -> str:

@@ -288,5 +288,5 @@ def test_load_takes_the_device_of_the_plan_unless_told_otherwise(quantized, expe
     (folder / "autoquant.json").write_text(json.dumps(manifest | {"device": "cuda"}))
     assert same(autoquant.load(folder, device="cpu"), expected)
     if not torch.cuda.is_available():
-        with pytest.raises(DeviceError, match="^PyTorch sees no CUDA device here"):
+        with pytest.raises(DeviceError, match=r"^PyTorch sees no CUDA device here"):
             autoquant.load(folder)

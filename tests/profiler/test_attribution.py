@@ -30,7 +30,8 @@ def profiled(module, layers=None, *, inputs=(X,), compiled=True):
     torch._dynamo.reset()
     phases = phases_of(module, inputs=inputs, compiled=compiled)
     (phase,) = phases.workload.phases
-    phases.run(phase.name)
+    for _ in range(2):  # the first call may show that joined layers read different inputs, which is compiled anew
+        phases.run(phase.name)
     return attribute(phases, module, layers or {}, "cpu")[phase.name]
 
 

@@ -11,7 +11,10 @@ import transformers
 from models.tiny_models import tiny_llama
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from autoquant.candidates import get_format
+from autoquant.candidates.routed import RoutedWeight
 from autoquant.profiler import device
+from autoquant.records import RouteStep
 from autoquant.runtime import decoder, prepare
 from autoquant.runtime.generation import decoders_of
 
@@ -207,6 +210,29 @@ def test_other_architectures_give_the_same_text(name):
             ids = prompts(batch, 70)
             fast, slow = both(model, plain, ids, attention_mask=given, max_new_tokens=8, do_sample=False)
             assert torch.equal(fast, slow)
+
+
+def test_hooks_of_the_users_own_are_called(model):
+    called = []
+    ids = prompts()
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    handle = model.model.layers[0].register_forward_hook(lambda *_: called.append(1))
+    with pytest.warns(UserWarning, match="hooks"):
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    handle.remove()
+    assert len(called) == 3
+
+
+def test_a_quantized_model_gives_the_text_of_its_plain_loop_also_after_a_weight_is_replaced(model):
+    fmt = get_format("int8-row/plain")
+    route = (RouteStep(upper_m=None, kernel="dequantize-matmul"),)
+    linear = model.model.layers[0].mlp.down_proj
+    for factor in (1, -40):
+        stored = fmt.store(torch.randn(linear.out_features, linear.in_features) * factor)
+        linear.weight = torch.nn.Parameter(RoutedWeight.wrap(stored, fmt.id, route, torch.float32), requires_grad=False)
+        prepare(model)
+        texts = [model.generate(prompts(), max_new_tokens=8, do_sample=False, disable_compile=p) for p in (False, True)]
+        assert torch.equal(*texts)
 
 
 def test_a_copy_of_a_model_generates_by_itself(model, plain):

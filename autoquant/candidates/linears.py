@@ -37,7 +37,7 @@ def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
     """
     wanted = torch.Tensor if any_subclass else RoutedWeight
     for owner in module.modules():
-        if not computes_as_linear(owner) or not isinstance(owner.weight, wanted):
+        if not _computes_as_linear(owner) or not isinstance(owner.weight, wanted):
             continue
         if is_traceable_wrapper_subclass(owner.weight):
             if not isinstance(owner, ApartLinear):
@@ -46,7 +46,7 @@ def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
     return module
 
 
-def computes_as_linear(owner: nn.Module) -> bool:
+def _computes_as_linear(owner: nn.Module) -> bool:
     """Check that a module is a linear with the usual forward pass."""
     return isinstance(owner, nn.Linear) and type(owner).forward in (nn.Linear.forward, ApartLinear.forward)
 
@@ -115,27 +115,27 @@ def operand_of(weight: torch.Tensor) -> tuple[Operand, int]:
 
 
 class ApartLinear(nn.Linear):
-    """A linear that multiplies with the tensors inside its weight."""
+    """A linear that multiplies with the tensors inside its weight.
 
-    _operand: Operand
+    Attributes:
+        keeps: In compiled code, a product with its whole is kept for its siblings.
+    """
+
+    operand: Operand
     _start: int
     keeps: bool
 
     def take_apart(self) -> None:
         """Find what the weight is multiplied as."""
-        self._operand, self._start = operand_of(self.weight)
-        self.keeps = self._operand.rows > self.out_features
-
-    @property
-    def operand(self) -> Operand:
-        return self._operand
+        self.operand, self._start = operand_of(self.weight)
+        self.keeps = self.operand.rows > self.out_features
 
     def key(self) -> str:
         """Key of what the linear computes, whatever its numbers."""
-        return content_key([self._operand.make, self._start, self.out_features])
+        return content_key([self.operand.make, self._start, self.out_features])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        operand = self._operand
+        operand = self.operand
         if torch.compiler.is_compiling():
             if operand.rows == self.out_features:
                 return operand.product(x, self.bias, *operand.parts)
@@ -149,7 +149,7 @@ class ApartLinear(nn.Linear):
         return self._own_rows(self._once(x, _eager_whole, weight))
 
     def _once(self, x: torch.Tensor, compute: Callable[..., torch.Tensor], *first: torch.Tensor) -> torch.Tensor:
-        operand = self._operand
+        operand = self.operand
         return operand.once(x, self.out_features, lambda: compute(*first, operand, x))
 
     def _own_rows(self, y: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class ApartLinear(nn.Linear):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_operand", "_start")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("operand", "_start")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -202,8 +202,6 @@ class Decoder:
         """
         ids = self._ids(size)
         with self._state.set_aside(size), kernels_kept(str(self._device)):
-            step(ids)
-        with self._state.set_aside(size):
             got = step(ids).float()
         with self._state.set_aside(size):
             wanted = self._run_eagerly(ids).float()

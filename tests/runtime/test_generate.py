@@ -275,6 +275,12 @@ def test_chunks_cover_a_prompt_and_waste_less_than_one_of_the_smallest(tokens, b
     assert sum(chunks) - tokens < max(64, tokens / 2)
 
 
+def test_the_chunks_of_a_prompt_fit_into_the_cache_that_is_made_for_it():
+    for tokens in range(1, 9000):
+        for batch in (1, 40, 400):
+            assert sum(decoder.chunks_of(tokens, batch)) <= decoder.cache_positions(tokens + 1)
+
+
 def test_few_lengths_of_caches_are_compiled_for():
     lengths = {decoder.cache_positions(tokens) for tokens in range(1, 4097)}
     assert lengths == {256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096}

@@ -25,7 +25,7 @@ from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanEr
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import is_causal_lm, settle
-from autoquant.profiler.phases import output_tensor
+from autoquant.models.outputs import output_tensor
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime import prepare
 from autoquant.store import StudyFacts
@@ -285,7 +285,7 @@ def _formats_text(plan: Plan) -> str:
 
 
 def _check_target(target: Path, plan: Plan) -> None:
-    from autoquant.store.connect import is_writable
+    from autoquant.files import is_writable
 
     if checkpoint.plan_in(target) == plan.plan_id:
         raise CheckpointError(f"{target} exists already and holds this plan; load it, or choose another --out")

@@ -65,7 +65,7 @@ def check_place(path: Path) -> None:
         AutoquantError: It lies in no folder that can be written into.
     """
     from autoquant.errors import AutoquantError
-    from autoquant.store.connect import is_writable
+    from autoquant.files import is_writable
 
     if path.is_dir():
         raise AutoquantError(f"cannot write {path}: it is a folder")

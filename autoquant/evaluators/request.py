@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from autoquant.errors import first_line
-from autoquant.evaluators.statistics import mean_interval
+from autoquant.intervals import mean_interval
 from autoquant.profiler.compiled import Division
 from autoquant.profiler.device import release_memory, synchronize
 from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load

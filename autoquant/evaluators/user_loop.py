@@ -12,9 +12,9 @@ from torch import nn
 
 from autoquant.errors import WorkloadError
 from autoquant.evaluators.request import MAX_RELATIVE_ERROR, WARM_UP_CALLS, RequestTimes, beside, rounds_in_turn
+from autoquant.models.outputs import output_tensor
 from autoquant.models.quiet import quiet
 from autoquant.profiler.caches import kernels_kept
-from autoquant.profiler.phases import output_tensor
 from autoquant.records import Interval, Loop, RunTimes, Workload
 from autoquant.runtime import compile as compiled
 from autoquant.runtime import prepare

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import WorkloadError
+from autoquant.models.outputs import output_tensor
 from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
 from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
 from autoquant.records import Workload
@@ -227,17 +228,3 @@ def _in_parts(module: nn.Module, cache: Any) -> _Step:
             return step(ids, positions)
 
     return forward
-
-
-def output_tensor(output: Any) -> torch.Tensor:
-    """The tensor of a model's output: itself, `.logits`, or the first of a tuple."""
-    if isinstance(output, torch.Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return logits
-    if isinstance(output, (tuple, list)) and output:
-        return output_tensor(output[0])
-    if isinstance(output, Mapping) and output:
-        return output_tensor(next(iter(output.values())))
-    raise WorkloadError(f"the model returns {type(output).__name__}; a tensor or an object with .logits is needed")

@@ -19,7 +19,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
 from autoquant.evaluators.quality import Quality
 from autoquant.evaluators.request import make_warm, time_requests
-from autoquant.evaluators.statistics import mean_interval, paired_increase
+from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from autoquant.evaluators.statistics import mean_interval
+from autoquant.intervals import mean_interval
 from autoquant.records import Proof
 
 TIE_FRACTION = 0.01

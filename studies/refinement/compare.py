@@ -24,8 +24,8 @@ from pathlib import Path
 
 from autoquant.applier import Quantized, apply, load_searched
 from autoquant.evaluators.quality import TextQuality
-from autoquant.evaluators.statistics import paired_increase
 from autoquant.evaluators.text import read_text
+from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.profiler.compiled import share
 from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof

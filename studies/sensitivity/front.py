@@ -44,7 +44,7 @@ from autoquant.evaluators.sensitivity import Change
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
 from autoquant.evaluators.sensitivity.together import Calibration, PathSite
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
-from autoquant.evaluators.statistics import paired_increase
+from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import Site
 from autoquant.tuner.solve import Problem, fastest

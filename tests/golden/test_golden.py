@@ -105,6 +105,7 @@ def test_candidates_have_the_names_that_databases_hold():
     known = json.loads((HERE / "candidates.json").read_text())
     now = write.candidate_names()
     assert {name: now.get(name) for name in known} == known
+    assert [name for name in now if name in known] == list(known)  # a study's id depends on their order
 
 
 def test_a_finished_study_is_read_as_it_was(copied):

@@ -8,7 +8,8 @@ from models.tiny_models import Perceptron, tiny_llama
 from torch import nn
 
 from autoquant.errors import WorkloadError
-from autoquant.profiler.phases import make_phases, output_tensor
+from autoquant.models.outputs import output_tensor
+from autoquant.profiler.phases import make_phases
 from autoquant.records import Workload
 
 

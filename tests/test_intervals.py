@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from autoquant.evaluators.statistics import mean_interval, paired_increase
+from autoquant.intervals import mean_interval, paired_increase
 
 
 def test_an_increase_of_plain_losses_follows_the_formula():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from autoquant.cache import kept
-from autoquant.candidates.gpu import needs_cuda, needs_library
+from autoquant.devices.gpu import needs_cuda, needs_library
 from autoquant.errors import CandidateError
 from autoquant.records import content_key
 

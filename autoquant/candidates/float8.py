@@ -16,7 +16,7 @@ from autoquant.candidates.cuda_source import cuda_source_unsupported
 from autoquant.candidates.few_rows import rows_kernel, too_many_rows
 from autoquant.candidates.float8_rows import CHUNK_COLUMNS, float8_rows, multiply_float8_rows
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
-from autoquant.candidates.gpu import needs_cuda, not_divisible
+from autoquant.devices.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
 
 _FLOAT8_CAPABILITY = (8, 9)

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 
-from autoquant.candidates.gpu import needs_cuda, needs_library
+from autoquant.devices.gpu import needs_cuda, needs_library
 from autoquant.records import LinearShape
 
 _FLOAT32, _FLOAT16, _BFLOAT16, _FLOAT8, _INT8, _INT32 = 0, 1, 2, 3, 4, 6

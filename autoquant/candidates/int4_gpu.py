@@ -23,10 +23,10 @@ from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
 from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, by_name_only, round_row_int8
 from autoquant.candidates.gemlite import gemlite_unsupported, linear_w4
-from autoquant.candidates.gpu import needs_cuda, needs_library
 from autoquant.candidates.int4 import GROUP_SIZES
 from autoquant.candidates.int4_gemlite_tensor import Int4GemliteTensor
 from autoquant.candidates.rounding import Grid, Rounded, rounded_formats
+from autoquant.devices.gpu import needs_cuda, needs_library
 from autoquant.records import LinearShape
 
 _TILE_ROWS, _TILE_COLUMNS = 8, 1024

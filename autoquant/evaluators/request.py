@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from autoquant.devices.device import release_memory, synchronize
+from autoquant.devices.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.errors import first_line
 from autoquant.intervals import mean_interval
 from autoquant.profiler.compiled import Division
-from autoquant.profiler.device import release_memory, synchronize
-from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.profiler.phases import Phases
 from autoquant.records import DISTURBED, Interval, request_time
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from autoquant.devices.device import synchronize
 from autoquant.errors import DeviceError
-from autoquant.profiler.device import synchronize
 from autoquant.profiler.operators import Operator, Weights, named_kernels, operators
 from autoquant.profiler.phases import Phases
 from autoquant.profiler.steps import LINEAR, UNKNOWN, KernelTime, StepProfile, glue_kind, median_step

@@ -11,7 +11,7 @@ import torch
 
 from autoquant.cache import cache_folder
 from autoquant.candidates import gemlite
-from autoquant.profiler.device import fingerprint
+from autoquant.devices.device import fingerprint
 from autoquant.records import Device
 
 

@@ -338,7 +338,7 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
 
 
 def _is_sound(device_name: str) -> bool:
-    from autoquant.profiler.device import synchronize
+    from autoquant.devices.device import synchronize
 
     try:
         synchronize(device_name)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.devices.device import compile_failure
 from autoquant.errors import first_line
 from autoquant.profiler.caches import kernels_kept, use_kernel_caches
 from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
-from autoquant.profiler.device import compile_failure
 from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
 from autoquant.runtime.attention import use_token_attention
 from autoquant.runtime.cache import StepState, static_cache, takes_made_mask

@@ -16,6 +16,7 @@ from torch import nn
 
 from autoquant import applier, checkpoint
 from autoquant.candidates.registry import is_registered_here
+from autoquant.devices.device import release_memory
 from autoquant.errors import ProcessDiedError, first_line
 from autoquant.evaluators.request import MAX_RELATIVE_ERROR
 from autoquant.evaluators.user_loop import Answer, Usage, first_difference, time_user_loops
@@ -23,7 +24,6 @@ from autoquant.events import Listener, Notice, StageFinished, StageProgress, Sta
 from autoquant.models import LoadedModel
 from autoquant.models.loaded import ModelKind, ModelSource
 from autoquant.profiler.compiled import share
-from autoquant.profiler.device import release_memory
 from autoquant.records import Delivery, Plan, Where
 from autoquant.tuner.apart import end_process, receive, send, start_process
 from autoquant.tuner.delivered import is_disturbed

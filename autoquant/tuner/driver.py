@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from autoquant.candidates import select
+from autoquant.devices.device import fingerprint
 from autoquant.evaluators.outputs import OutputQuality
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import resolve_device, take_model
-from autoquant.profiler.device import fingerprint
 from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.profile import with_original
 from autoquant.profiler.record import record_model

@@ -11,6 +11,7 @@ import torch
 
 from autoquant.calibration import Calibration
 from autoquant.candidates import Format, get_format
+from autoquant.devices.device import release_memory, trim_memory
 from autoquant.errors import ModelError
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
 from autoquant.evaluators.quality import TextQuality
@@ -19,7 +20,6 @@ from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import ModelKind, ModelSource
-from autoquant.profiler.device import release_memory, trim_memory
 from autoquant.profiler.measure import profile
 from autoquant.records import Device, Measurement, Plan, Proof, Roofline, Site, TimingSubject, Workload
 from autoquant.store import Store

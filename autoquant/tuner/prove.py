@@ -17,13 +17,13 @@ from autoquant.candidates import get_format
 from autoquant.candidates.gemlite import untuned
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
+from autoquant.devices.device import release_memory
 from autoquant.evaluators.quality import Quality
 from autoquant.evaluators.request import make_warm, time_requests
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
-from autoquant.profiler.device import release_memory
 from autoquant.profiler.phases import Phases, divisions, make_phases
 from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload
 

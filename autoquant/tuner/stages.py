@@ -10,6 +10,7 @@ from typing import Any
 
 from autoquant.candidates import Format, Kernel
 from autoquant.candidates.floats import original_format
+from autoquant.devices.device import compile_failure, release_memory
 from autoquant.errors import CandidateError, first_line
 from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity import Sensitivity
@@ -17,7 +18,6 @@ from autoquant.evaluators.user_loop import Usage
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
 from autoquant.profiler.crossovers import Timings, settled
-from autoquant.profiler.device import compile_failure, release_memory
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
 from autoquant.profiler.prepare import workers_kept
 from autoquant.profiler.record import mean_element_bytes, record_model

@@ -23,9 +23,9 @@ from whole_model import PROMPT, SMALL_PROMPT, SMALL_STEPS, STEPS, build
 
 from autoquant.candidates import get_format
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.devices.device import synchronize
 from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
-from autoquant.profiler.device import synchronize
 from autoquant.profiler.phases import Phases, make_phases
 from autoquant.records import RouteStep, Workload
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from autoquant.candidates import Format, Kernel, get_format, select
 from autoquant.candidates.floats import original_format
-from autoquant.profiler.device import fingerprint
+from autoquant.devices.device import fingerprint
 from autoquant.profiler.measure import cells_of, subjects_of
 from autoquant.profiler.phases import make_phases
 from autoquant.profiler.profile import with_original

@@ -24,8 +24,8 @@ from autoquant.candidates import get_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.linears import take_apart
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.devices.device import fingerprint
 from autoquant.profiler.compiled import share
-from autoquant.profiler.device import fingerprint
 from autoquant.records import RouteStep
 from autoquant.runtime import prepare
 

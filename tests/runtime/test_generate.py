@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from autoquant.candidates import get_format
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.profiler import device
+from autoquant.devices import device
 from autoquant.records import RouteStep
 from autoquant.runtime import decoder, prepare
 from autoquant.runtime.generation import decoders_of

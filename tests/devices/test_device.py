@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from autoquant.profiler import device, load
-from autoquant.profiler.device import compile_failure, fingerprint, synchronize
+from autoquant.devices import device, load
+from autoquant.devices.device import compile_failure, fingerprint, synchronize
 from autoquant.records import Device
 
 OTHER = {

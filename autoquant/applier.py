@@ -17,7 +17,7 @@ from autoquant import checkpoint
 from autoquant.calibration import Calibration, Windows
 from autoquant.candidates import get_format
 from autoquant.candidates.flat import same_bits, stored_bytes
-from autoquant.candidates.floats import original_format
+from autoquant.candidates.formats.floats import original_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows, route_words

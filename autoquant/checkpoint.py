@@ -17,6 +17,7 @@ import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +41,12 @@ SAFETENSORS = "model.safetensors"
 PACKED = "packed.pt"
 QUANT_METHOD = "autoquant"
 FORMAT_VERSION = 1
+_MOVED_CLASSES = {
+    "autoquant.candidates.int4_gemlite_tensor.Int4GemliteTensor": "autoquant.candidates.formats.int4_gemlite",
+    "autoquant.candidates.int4_tiled_tensor.Int4TiledTensor": "autoquant.candidates.formats.int4_tiled",
+    "autoquant.candidates.low_bit.BitPlaneTensor": "autoquant.candidates.formats.low_bit",
+}
+"""Names of classes that earlier versions wrote into `packed.pt`, with the modules that hold them now."""
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -259,7 +266,8 @@ def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
         if rest:
             raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {', '.join(list(rest)[:3])}")
         if (folder / PACKED).exists():
-            packed = torch.load(folder / PACKED, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_moved_classes()):
+                packed = torch.load(folder / PACKED, map_location="cpu", weights_only=True)
             tensors |= {name: move_tensor(tensor, device) for name, tensor in packed.items()}
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
@@ -269,6 +277,11 @@ def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"cannot read {folder}: {reason}; apply the plan again") from error
     return {name.removeprefix("."): tensor for name, tensor in tensors.items()}
+
+
+def _moved_classes() -> list[Any]:
+    """Return each class of `_MOVED_CLASSES` with the name that it had, as `torch.load` takes them."""
+    return [(getattr(import_module(module), name.rpartition(".")[2]), name) for name, module in _MOVED_CLASSES.items()]
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], ties: list[list[str]], folder: Path) -> None:

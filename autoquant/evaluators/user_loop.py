@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.errors import WorkloadError
 from autoquant.evaluators.request import MAX_RELATIVE_ERROR, WARM_UP_CALLS, RequestTimes, beside, rounds_in_turn
 from autoquant.models.outputs import output_tensor
 from autoquant.models.quiet import quiet
-from autoquant.profiler.caches import kernels_kept
 from autoquant.records import Interval, Loop, RunTimes, Workload
 from autoquant.runtime import compile as compiled
 from autoquant.runtime import prepare

@@ -15,7 +15,7 @@ from torch import nn
 
 from autoquant.candidates import Format, Kernel, get_format, select, timed
 from autoquant.candidates.flat import stored_bytes
-from autoquant.candidates.floats import original_format
+from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.device import compile_failure, fingerprint
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, ignore, logged

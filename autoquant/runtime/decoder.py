@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.candidates.kernels.caches import kernels_kept, use_kernel_caches
 from autoquant.devices.device import compile_failure
 from autoquant.errors import first_line
-from autoquant.profiler.caches import kernels_kept, use_kernel_caches
 from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
 from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
 from autoquant.runtime.attention import use_token_attention

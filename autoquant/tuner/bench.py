@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoquant.applier import apply, load_searched, module_bytes
+from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices.device import compile_failure
 from autoquant.errors import DeviceError
 from autoquant.evaluators.request import make_warm, time_in_turn
@@ -17,7 +18,6 @@ from autoquant.evaluators.user_loop import Usage, time_user_loops
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel
 from autoquant.profiler.attribution import attribute
-from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
 from autoquant.profiler.phases import Phases, divisions, make_phases
 from autoquant.profiler.steps import StepProfile

@@ -10,7 +10,7 @@ import torch
 
 from autoquant.candidates import Format, Kernel, get_format
 from autoquant.candidates.flat import stored_bytes
-from autoquant.candidates.floats import original_format
+from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.device import trim_memory
 from autoquant.errors import ConstraintError
 from autoquant.profiler.crossovers import FormatTimings, numerics_sets

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoquant.candidates import Format, Kernel
-from autoquant.candidates.floats import original_format
+from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.device import compile_failure, release_memory
 from autoquant.errors import CandidateError, first_line
 from autoquant.evaluators.outputs import AnyQuality

@@ -16,7 +16,7 @@ import logging, warnings; warnings.simplefilter('ignore'); logging.disable(loggi
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import autoquant.tuner.driver
-from autoquant.candidates import formats; formats()
+from autoquant.candidates import known_formats; known_formats()
 from autoquant.evaluators.request import warm_up
 from autoquant.profiler.phases import make_phases
 from autoquant.records import Workload

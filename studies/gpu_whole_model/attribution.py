@@ -22,9 +22,9 @@ from torch import nn
 from whole_model import PROMPT, STEPS, build, torchao_settings
 
 from autoquant.applier import apply, module_bytes
+from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.evaluators.request import WrongResultError, time_in_turn, warm_up
 from autoquant.profiler.attribution import attribute
-from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
 from autoquant.profiler.phases import Phases, make_phases
 from autoquant.records import Plan, Workload, request_time

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates import Format, Kernel, get_format, select
-from autoquant.candidates.floats import original_format
+from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.device import fingerprint
 from autoquant.profiler.measure import cells_of, subjects_of
 from autoquant.profiler.phases import make_phases

@@ -25,10 +25,10 @@ from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, ma
 from torch import nn
 
 from autoquant.applier import apply, module_bytes
+from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices.device import release_memory
 from autoquant.errors import first_line
 from autoquant.evaluators.request import WrongResultError, time_requests, warm_up
-from autoquant.profiler.caches import kernels_kept
 from autoquant.profiler.compiled import share
 from autoquant.profiler.phases import make_phases
 from autoquant.records import Plan, Workload, request_time

@@ -26,7 +26,7 @@ import torch
 from scipy.stats import kendalltau
 
 from autoquant.candidates import A16, Format, get_format
-from autoquant.candidates.low_bit import make_format
+from autoquant.candidates.formats.low_bit import make_format
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import EVERY_LAYER, SENSITIVITIES, Change

@@ -36,8 +36,8 @@ from compare import (
 
 from autoquant.calibration import Calibration as Rounded
 from autoquant.candidates import A16
-from autoquant.candidates.low_bit import BitPlaneTensor
-from autoquant.candidates.rounding import ROUNDINGS, Grid, rounded_formats
+from autoquant.candidates.formats.low_bit import BitPlaneTensor
+from autoquant.candidates.formats.rounding import ROUNDINGS, Grid, rounded_formats
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import divergence_sum
 from autoquant.evaluators.sensitivity import Change

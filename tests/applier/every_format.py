@@ -14,7 +14,8 @@ import torch
 from end_to_end.tiny import make_tokenizer
 
 import autoquant
-from autoquant.candidates import Format, formats, gemlite, get_format
+from autoquant.candidates import Format, get_format, known_formats
+from autoquant.candidates.kernels import gemlite
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, Route, RouteStep
 
@@ -46,7 +47,7 @@ class Case:
 
 def cases(device: str, leave_out: frozenset[str] = frozenset()) -> list[Case]:
     """Every format alone, joined where it can be, and plans of many formats."""
-    every = [fmt for fmt in formats().values() if fmt.id not in leave_out]
+    every = [fmt for fmt in known_formats().values() if fmt.id not in leave_out]
     joining = [fmt for fmt in every if fmt.joins]
     tuned = [fmt for fmt in every if any(kernel.tuned for kernel in fmt.kernels)]
     mixed = [fmt.id for fmt in every if not _unsupported(fmt, device, tuned=False)]

@@ -23,7 +23,7 @@ from end_to_end.tiny import POSITIONS, WORDS, make_tokenizer, save_llama, save_t
 
 import autoquant
 from autoquant import checkpoint
-from autoquant.candidates import formats, get_format
+from autoquant.candidates import get_format, known_formats
 from autoquant.events import ignore
 from autoquant.models import load_model
 from autoquant.records import Device, LayerChoice, LinearShape, Plan, Prediction, RouteStep
@@ -132,7 +132,7 @@ def candidate_names() -> dict[str, Any]:
     """By the id of each format: the name of its values, and what each kernel rounds activations to."""
     return {
         fmt.id: {"values": fmt.values, "kernels": {kernel.id: kernel.numerics for kernel in fmt.kernels}}
-        for fmt in formats().values()
+        for fmt in known_formats().values()
     }
 
 

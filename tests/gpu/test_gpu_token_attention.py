@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autoquant.candidates import get_format
-from autoquant.candidates.int4_tiled import int4_rows
+from autoquant.candidates.formats.int4_tiled import int4_rows
 from autoquant.runtime.attention import token_attention
 
 pytestmark = pytest.mark.gpu

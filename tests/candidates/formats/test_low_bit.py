@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from autoquant.candidates import get_format, select
 from autoquant.candidates.flat import stored_bytes
-from autoquant.candidates.low_bit import CHOICES, BitPlaneTensor
+from autoquant.candidates.formats.low_bit import CHOICES, BitPlaneTensor
 from autoquant.records import LinearShape
 
 each_choice = pytest.mark.parametrize(("bits", "group"), CHOICES)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from autoquant.candidates import get_format, int4_tiled, multiplied_numbers
+from autoquant.candidates import get_format, multiplied_numbers
 from autoquant.candidates.base import W8_A8_FLOAT8_ROW, round_float8
-from autoquant.candidates.int4_gpu import tinygemm_rounding
-from autoquant.candidates.int4_tiled_tensor import Int4TiledTensor
+from autoquant.candidates.formats import int4_tiled
+from autoquant.candidates.formats.int4_tiled import Int4TiledTensor
+from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding
 from autoquant.candidates.joined import join, whole_of
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LinearShape, RouteStep

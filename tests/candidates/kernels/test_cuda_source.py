@@ -11,9 +11,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from autoquant.candidates import cuda_source
 from autoquant.candidates.calls import is_plain_call
-from autoquant.candidates.cuda_source import CudaKernel, binary_of
+from autoquant.candidates.kernels import cuda_source
+from autoquant.candidates.kernels.cuda_source import CudaKernel, binary_of
 from autoquant.errors import CandidateError
 
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autoquant.candidates import few_rows, float8, float8_rows, get_format, int4_tiled
-from autoquant.candidates.few_rows import MOST_ROWS, setting_of
+from autoquant.candidates import get_format
+from autoquant.candidates.formats import float8, int4_tiled
+from autoquant.candidates.kernels import few_rows, float8_rows
+from autoquant.candidates.kernels.few_rows import MOST_ROWS, setting_of
 from autoquant.records import LinearShape
 
-SOURCES = files("autoquant.candidates")
+SOURCES = files("autoquant.candidates.kernels")
 
 
 @pytest.mark.parametrize("settings", [int4_tiled.SETTINGS, float8_rows.SETTINGS])

@@ -12,10 +12,10 @@ from torchao.quantization.quantize_.common import KernelPreference
 
 from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
 from autoquant.candidates.calls import is_plain_call
-from autoquant.candidates.cuda_source import cuda_source_unsupported
-from autoquant.candidates.few_rows import rows_kernel, too_many_rows
-from autoquant.candidates.float8_rows import CHUNK_COLUMNS, float8_rows, multiply_float8_rows
-from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
+from autoquant.candidates.kernels.cuda_source import cuda_source_unsupported
+from autoquant.candidates.kernels.few_rows import rows_kernel, too_many_rows
+from autoquant.candidates.kernels.float8_rows import CHUNK_COLUMNS, float8_rows, multiply_float8_rows
+from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w8
 from autoquant.devices.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
 

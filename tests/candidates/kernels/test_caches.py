@@ -4,9 +4,8 @@ import os
 
 import pytest
 
-from autoquant.candidates import gemlite
-from autoquant.profiler import caches
-from autoquant.profiler.caches import kernels_kept, tuning_folder
+from autoquant.candidates.kernels import caches, gemlite
+from autoquant.candidates.kernels.caches import kernels_kept, tuning_folder
 from autoquant.records import Device
 
 GPU = Device(type="cuda", name="a GPU", capability="sm_90", threads=0, cache_bytes=1 << 20, versions={"torch": "2"})

@@ -11,9 +11,9 @@ from torchao.quantization import Int8Tensor
 from autoquant.candidates import A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel, get_format
 from autoquant.candidates.base import round_float8, round_row_int8
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
-from autoquant.candidates.int4 import rows_per_block, unpack_int4
-from autoquant.candidates.int4_gemlite_tensor import Int4GemliteTensor
-from autoquant.candidates.int4_gpu import tinygemm_rounding
+from autoquant.candidates.formats.int4 import rows_per_block, unpack_int4
+from autoquant.candidates.formats.int4_gemlite import Int4GemliteTensor
+from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding
 from autoquant.errors import CandidateError
 
 MATMUL = Kernel(id="matmul", numerics=A16, linear=F.linear)

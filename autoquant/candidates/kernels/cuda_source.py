@@ -43,7 +43,7 @@ class CudaKernel:
         from cuda.bindings import driver
 
         source = "".join(f"#define {key} {value}\n" for key, value in defines)
-        source += files("autoquant.candidates").joinpath(file).read_text()
+        source += files("autoquant.candidates.kernels").joinpath(file).read_text()
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # PyTorch's context is the current one from here on
             self._device = torch.cuda.current_device()
@@ -94,7 +94,7 @@ def cuda_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], devi
 
 def binary_of(source: str, file: str, capability: tuple[int, int]) -> bytes:
     """Return the machine code of a source file, which is compiled once on a machine."""
-    entries = sorted(files("autoquant.candidates").iterdir(), key=lambda entry: entry.name)
+    entries = sorted(files("autoquant.candidates.kernels").iterdir(), key=lambda entry: entry.name)
     headers = {entry.name: entry.read_text() for entry in entries if entry.name.endswith(".cuh")}
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}"]
     key = content_key([source, headers, options, _compiler_version()], length=32)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from autoquant.candidates import InputStatistics, get_format, int4, select, timed, timed_as
+from autoquant.candidates import InputStatistics, get_format, select, timed, timed_as
 from autoquant.candidates.flat import flatten_tensor
-from autoquant.candidates.int4_gpu import tinygemm_rounding
-from autoquant.candidates.rounding import Rounded
+from autoquant.candidates.formats import int4
+from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding
+from autoquant.candidates.formats.rounding import Rounded
 from autoquant.errors import CandidateError
 
 N, K = 64, 256

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
 
 from autoquant.candidates.base import A16, Format, Kernel, by_name_only
-from autoquant.candidates.rounding import Grid, Rounded, rounded_formats
+from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
 from autoquant.records import LinearShape
 
 CHOICES = ((3, 32), (3, 64), (2, 32))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from autoquant.candidates.base import A16, Kernel, LinearFunction, Unsupported
-from autoquant.candidates.cuda_source import cuda_kernel
+from autoquant.candidates.kernels.cuda_source import cuda_kernel
 from autoquant.records import LinearShape
 
 ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16

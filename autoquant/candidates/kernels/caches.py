@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from autoquant.cache import cache_folder
-from autoquant.candidates import gemlite
+from autoquant.candidates.kernels import gemlite
 from autoquant.devices.device import fingerprint
 from autoquant.records import Device
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from autoquant.candidates.few_rows import multiply_rows
-from autoquant.candidates.operators import define_operator
+from autoquant.candidates.kernels.few_rows import multiply_rows
+from autoquant.candidates.kernels.operators import define_operator
 
 CHUNK_COLUMNS = 128
 SETTINGS = (

@@ -15,7 +15,7 @@ from torchao.quantization import Int8Tensor, PerRow
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
 from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int8
-from autoquant.candidates.gemlite import gemlite_unsupported, linear_w8
+from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w8
 from autoquant.records import LinearShape
 
 

@@ -16,7 +16,7 @@ from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTen
 from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
 from autoquant.candidates.base import A16, Format, Kernel, by_name_only
-from autoquant.candidates.rounding import Grid, Rounded, rounded_formats
+from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
 from autoquant.records import LinearShape
 
 GROUP_SIZES = (32, 64, 128)

@@ -43,7 +43,7 @@ def solve(
     increase = None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
     divergence = None if max_kl is None else nats(max_kl, "--max-kl")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
-    from autoquant.tuner.limits import Limits
+    from autoquant.solver.limits import Limits
     from autoquant.tuner.solve_again import AROUND, solve_again
 
     with opened_study(database, study_id=study) as opened:

@@ -12,7 +12,7 @@ from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
 from autoquant.report.names import fold
 from autoquant.report.tables import joined_text, plain_table, route_text
-from autoquant.tuner.alternatives import Alternative, Alternatives
+from autoquant.solver.alternatives import Alternative, Alternatives
 
 NOTHING_KEPT = (
     "What else the layers could have had is not in the database: this search was made by an older autoquant, or has not "

@@ -25,8 +25,8 @@ from autoquant.records import (
     Workload,
     route_kernel,
 )
-from autoquant.tuner.constraints import Bound, Constraints
-from autoquant.tuner.planning import request_us
+from autoquant.solver.constraints import Bound, Constraints
+from autoquant.solver.planning import request_us
 
 _SAME_SIZE = 1.01
 

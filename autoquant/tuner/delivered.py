@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoquant.records import DISTURBED, Delivery
-from autoquant.tuner.limits import Limits
+from autoquant.solver.limits import Limits
 
 
 def refusal(delivery: Delivery, limits: Limits, *, instead: bool) -> str:

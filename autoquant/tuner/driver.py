@@ -23,12 +23,12 @@ from autoquant.profiler.profile import with_original
 from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Objective, Recording, Workload, content_key
+from autoquant.solver.constraints import Constraints, bind
+from autoquant.solver.limits import Limits
+from autoquant.solver.planning import check_memory, context_of
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
-from autoquant.tuner.constraints import Constraints, bind
 from autoquant.tuner.judge import Asked, make_judge, method_of
-from autoquant.tuner.limits import Limits
-from autoquant.tuner.planning import check_memory, context_of
 from autoquant.tuner.stages import Stages
 from autoquant.tuner.study import Study
 

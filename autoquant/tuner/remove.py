@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoquant.solver.refine import forget
 from autoquant.store import Store
 from autoquant.store.remove import RemovedRows, remove_study
-from autoquant.tuner.refine import forget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

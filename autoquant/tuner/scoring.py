@@ -9,8 +9,8 @@ from autoquant.candidates import get_format
 from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import route_kernel
+from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.store import Store
-from autoquant.tuner.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.choices import SiteChoices, numerics_key
 from autoquant.tuner.jobs import Scored, ScoreJob

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import PlanError
 from autoquant.records import BASELINES, ORIGINAL_LABEL, Delivery, Measure, Objective, Plan, Proof
+from autoquant.solver.alternatives import Alternatives, alternatives
+from autoquant.solver.constraints import Constraints
+from autoquant.solver.limits import Limits
+from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
 from autoquant.store import Store, StudyFacts, open_store
-from autoquant.tuner.alternatives import Alternatives, alternatives
-from autoquant.tuner.constraints import Constraints
 from autoquant.tuner.delivered import refusal
-from autoquant.tuner.limits import Limits
-from autoquant.tuner.ties import TIE_FRACTION, preferred, tied, ties
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,7 +155,7 @@ class Study:
 
         Plans that cannot be used as a user runs them, or are no faster there, are left out where that is known. Of request times
         within 1 % of one another the better quality wins; of such sizes the faster plan. Among that plan and those that are a
-        tie with it, see `autoquant.tuner.ties`, one that is clearly more exact is preferred.
+        tie with it, see `autoquant.solver.ties`, one that is clearly more exact is preferred.
 
         Raises:
             PlanError: No proven plan is within the limits.

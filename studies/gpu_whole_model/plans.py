@@ -23,11 +23,11 @@ from autoquant.profiler.profile import with_original
 from autoquant.profiler.record import record
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Site, TimingSubject, Workload
+from autoquant.solver.planning import PlanContext, make_plan, make_problem
+from autoquant.solver.solve import fastest
 from autoquant.store import open_store
 from autoquant.tuner.choices import FormatFacts, SiteChoices, format_facts, site_choices
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion
-from autoquant.tuner.planning import PlanContext, make_plan, make_problem
-from autoquant.tuner.solve import fastest
 
 DTYPE = "bfloat16"
 EIGHT_BITS = ("float8*", "int8*")

@@ -36,7 +36,7 @@ from autoquant.models import LoadedModel, load_model
 from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import Site, Workload
-from autoquant.tuner.additivity import ADDITION, LossMap, fit_loss_map, together_pairs
+from autoquant.solver.additivity import ADDITION, LossMap, fit_loss_map, together_pairs
 
 WINDOW_TOKENS = 512
 REGIONS = {"above 6 bits": (6.0, 8.0), "4 to 6": (4.0, 6.0), "below 4": (2.6, 4.0)}

@@ -47,7 +47,7 @@ from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import Site
-from autoquant.tuner.solve import Problem, fastest
+from autoquant.solver.solve import Problem, fastest
 
 BUDGETS = (3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 SWEEPS = 4

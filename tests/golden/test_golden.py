@@ -19,8 +19,8 @@ import autoquant
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.cli.main import app
 from autoquant.records import LayerChoice, LinearShape, RouteStep, Workload, content_key
-from autoquant.tuner.planning import PlanContext
-from autoquant.tuner.planning import make_plan as plan_of
+from autoquant.solver.planning import PlanContext
+from autoquant.solver.planning import make_plan as plan_of
 from autoquant.tuner.study import Study
 
 from . import write

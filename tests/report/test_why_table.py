@@ -7,7 +7,7 @@ from rich.console import Console
 
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 from autoquant.report.why_table import together, why_table
-from autoquant.tuner.alternatives import Alternative
+from autoquant.solver.alternatives import Alternative
 
 
 def choice(name, fmt, kernel):

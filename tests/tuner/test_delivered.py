@@ -7,9 +7,9 @@ import pytest
 from autoquant.errors import PlanError
 from autoquant.events import Notice
 from autoquant.records import DISTURBED
+from autoquant.solver.limits import Limits
 from autoquant.tuner import deliver
 from autoquant.tuner.deliver import deliver_best
-from autoquant.tuner.limits import Limits
 
 from .made_up import STUDY, fail_delivery, make_delivery, make_proof
 

@@ -10,8 +10,8 @@ import pytest
 
 from autoquant.errors import PlanError
 from autoquant.records import Interval
-from autoquant.tuner.limits import Limits
-from autoquant.tuner.planning import about_options
+from autoquant.solver.limits import Limits
+from autoquant.solver.planning import about_options
 from autoquant.tuner.solve_again import AROUND, solve_again
 from autoquant.tuner.study import Study
 

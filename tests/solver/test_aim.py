@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tuner.made_up import CONTEXT, choice, make_proof
 
 from autoquant.records import Interval
-from autoquant.tuner.aim import CLOSE, TRIALS, aimed
-from autoquant.tuner.limits import Limits
-
-from .made_up import CONTEXT, choice, make_proof
+from autoquant.solver.aim import CLOSE, TRIALS, aimed
+from autoquant.solver.limits import Limits
 
 LIMITS = Limits(max_ppl_increase=0.01)
 

@@ -7,11 +7,10 @@ import sqlite3
 
 import optuna
 import pytest
+from tuner.made_up import CONTEXT, STUDY, choice, make_proof
 
-from autoquant.tuner.planning import make_plan, original_plan, uniform_plans
-from autoquant.tuner.refine import growth_of, layer_kind, proposals
-
-from .made_up import CONTEXT, STUDY, choice, make_proof
+from autoquant.solver.planning import make_plan, original_plan, uniform_plans
+from autoquant.solver.refine import growth_of, layer_kind, proposals
 
 STUDY_NAME = f"autoquant-{STUDY}"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from autoquant.tuner.solve import Problem, fastest, front, smallest, undominated
+from autoquant.solver.solve import Problem, fastest, front, smallest, undominated
 
 SEEDS = range(40)
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoquant.records import LayerChoice, Plan, Proof
-from autoquant.tuner.limits import Limits
-from autoquant.tuner.planning import PlanContext, least, make_problem, plan_of
-from autoquant.tuner.ties import TIE_FRACTION
+from autoquant.solver.limits import Limits
+from autoquant.solver.planning import PlanContext, least, make_problem, plan_of
+from autoquant.solver.ties import TIE_FRACTION
 
 TRIALS = 3
 """So many plans are proven at most."""

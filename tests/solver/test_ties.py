@@ -6,11 +6,10 @@ import random
 from dataclasses import replace
 
 import pytest
+from tuner.made_up import make_proof
 
 from autoquant.records import Interval
-from autoquant.tuner.ties import same_quality, same_speed, ties
-
-from .made_up import make_proof
+from autoquant.solver.ties import same_quality, same_speed, ties
 
 LOSSES = tuple(random.Random(0).gauss(3.0, 0.2) for _ in range(20))
 

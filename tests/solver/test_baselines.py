@@ -6,14 +6,13 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from tuner.made_up import CONTEXT, choice
 
 from autoquant.records import LinearShape
-from autoquant.tuner.baselines import bits_plan, favoured_layers, structural_plan
-from autoquant.tuner.constraints import Bound
-from autoquant.tuner.limits import Limits
-from autoquant.tuner.planning import make_plan
-
-from .made_up import CONTEXT, choice
+from autoquant.solver.baselines import bits_plan, favoured_layers, structural_plan
+from autoquant.solver.constraints import Bound
+from autoquant.solver.limits import Limits
+from autoquant.solver.planning import make_plan
 
 BLOCKS = 16
 SHAPES = {"attn.q": (64, 64), "attn.o": (64, 64), "mlp.up": (256, 64), "mlp.down": (64, 256)}

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tuner.made_up import CONTEXT, WORKLOAD, choice
 
 from autoquant.records import RouteStep
-from autoquant.tuner.planning import (
+from autoquant.solver.planning import (
     explain,
     front_plans,
     make_plan,
@@ -20,9 +21,7 @@ from autoquant.tuner.planning import (
     uniform_plans,
     with_multipliers,
 )
-from autoquant.tuner.solve import Problem
-
-from .made_up import CONTEXT, WORKLOAD, choice
+from autoquant.solver.solve import Problem
 
 INT8 = {"fmt": "int8/plain", "us": 600.0, "loss": 0.002, "memory": 50, "kernel": "weight-only"}
 INT4 = {"fmt": "int4/plain", "us": 300.0, "loss": 0.05, "memory": 25, "kernel": "packed"}

@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 
 from autoquant.records import LayerChoice, LinearShape, Plan
-from autoquant.tuner.limits import Limits
-from autoquant.tuner.planning import PlanContext, because, make_plan, make_problem, uniform_choice
-from autoquant.tuner.solve import most_exact
+from autoquant.solver.limits import Limits
+from autoquant.solver.planning import PlanContext, because, make_plan, make_problem, uniform_choice
+from autoquant.solver.solve import most_exact
 
 HEURISTIC_LABEL = "structural heuristic"
 _MORE_BITS = 1.05  # less is scales, not bits

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from autoquant.tuner.hypervolume import Growth, hypervolume
+from autoquant.solver.hypervolume import Growth, hypervolume
 
 
 def counted(points, reference, cells=200):

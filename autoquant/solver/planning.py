@@ -21,10 +21,10 @@ from autoquant.records import (
     content_key,
     request_time,
 )
-from autoquant.tuner.additivity import ADDITION, LossMap
-from autoquant.tuner.alternatives import next_faster, next_more_exact
-from autoquant.tuner.constraints import UNBOUND, Bound
-from autoquant.tuner.solve import Picks, Problem, fastest, front, smallest, undominated
+from autoquant.solver.additivity import ADDITION, LossMap
+from autoquant.solver.alternatives import next_faster, next_more_exact
+from autoquant.solver.constraints import UNBOUND, Bound
+from autoquant.solver.solve import Picks, Problem, fastest, front, smallest, undominated
 
 _TOLD_APART = 64.0
 """A plan that costs this part of what the limit allows cannot be told from the unquantized model by its quality."""

@@ -6,14 +6,14 @@ import itertools
 import random
 
 import pytest
+from tuner.made_up import CONTEXT, WORKLOAD, choice, make_site
 
 from autoquant.errors import ConstraintError
-from autoquant.tuner.constraints import Bound, Constraints, bind, fused_groups
-from autoquant.tuner.planning import front_plans, make_problem, uniform_plans
-from autoquant.tuner.refine import proposals
-from autoquant.tuner.solve import fastest
+from autoquant.solver.constraints import Bound, Constraints, bind, fused_groups
+from autoquant.solver.planning import front_plans, make_problem, uniform_plans
+from autoquant.solver.refine import proposals
+from autoquant.solver.solve import fastest
 
-from .made_up import CONTEXT, WORKLOAD, choice, make_site
 from .test_refine import first_proofs
 
 ORIGINAL = "bfloat16/plain"
@@ -204,7 +204,7 @@ def test_refinement_honours_constraints(tmp_path):
 
 
 def test_only_the_unquantized_model_may_fail_a_pin():
-    from .made_up import make_plan
+    from tuner.made_up import make_plan
 
     plan = make_plan("original", "original", "original")  # its one layer is called `layer`
     assert Constraints.parse(["layer"], fusable="vllm").allow(plan)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from autoquant.tuner.additivity import ADDITION, LossMap, fit_loss_map, together_pairs
+from autoquant.solver.additivity import ADDITION, LossMap, fit_loss_map, together_pairs
 
 SUMS = (1e-3, 0.05, 0.4, 2.0)
 

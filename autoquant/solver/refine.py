@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from sqlalchemy import inspect
 
 from autoquant.records import LayerChoice, Objective, Plan, Proof
+from autoquant.solver.hypervolume import Growth
+from autoquant.solver.planning import PlanContext, least, make_problem, plan_of, with_multipliers
 from autoquant.store import Store
-from autoquant.tuner.hypervolume import Growth
-from autoquant.tuner.planning import PlanContext, least, make_problem, plan_of, with_multipliers
 
 if TYPE_CHECKING:
     import optuna

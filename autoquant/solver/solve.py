@@ -1,7 +1,7 @@
 """The exact solver of the additive model. Numbers in, numbers out: no models, no database, no torch.
 
 Choosing one option per layer so that summed time is least within budgets for summed loss and memory is the multiple-choice
-knapsack problem, which `autoquant.tuner.knapsack` solves to optimality. Options that cannot be part of a best solution, since
+knapsack problem, which `autoquant.solver.knapsack` solves to optimality. Options that cannot be part of a best solution, since
 another one of their layer is no worse in anything that counts, are left out first.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from autoquant.tuner.knapsack import Indices, Knapsack
+from autoquant.solver.knapsack import Indices, Knapsack
 
 Vector = NDArray[np.float64]
 Picks = tuple[int, ...]

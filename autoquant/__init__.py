@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from autoquant.profiler.profile import profile
     from autoquant.records import Phase, Plan, Workload
     from autoquant.runtime import compile, prepare
+    from autoquant.study.study import Study
     from autoquant.tuner.driver import search
-    from autoquant.tuner.study import Study
 
 __all__ = [
     "AutoquantError",
@@ -46,7 +46,7 @@ _HOMES = {
     "Kernel": "autoquant.candidates",
     "Phase": "autoquant.records",
     "Plan": "autoquant.records",
-    "Study": "autoquant.tuner.study",
+    "Study": "autoquant.study.study",
     "Workload": "autoquant.records",
     "apply": "autoquant.applier",
     "compile": "autoquant.runtime",

@@ -9,8 +9,8 @@ import autoquant
 IMPORTED = """
 import importlib, pkgutil, sys
 
-names = ["autoquant", "autoquant.records", "autoquant.errors", "autoquant.events", "autoquant.tuner.study"]
-for package in ("autoquant.solver", "autoquant.store", "autoquant.report"):
+names = ["autoquant", "autoquant.records", "autoquant.errors", "autoquant.events"]
+for package in ("autoquant.study", "autoquant.solver", "autoquant.store", "autoquant.report"):
     names.append(package)
     names += [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__, package + ".")]
 for name in names:

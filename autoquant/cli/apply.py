@@ -17,7 +17,7 @@ from autoquant.cli.values import fraction
 if TYPE_CHECKING:
     from autoquant.applier import AppliedReport
     from autoquant.records import Plan
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 _FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from autoquant.store import Store
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 Database = Annotated[str, typer.Argument(metavar="PLAN.DB", help="Database that a search wrote.", show_default=False)]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -37,7 +37,7 @@ def opened_store(database: str) -> Iterator[Store]:
 @contextmanager
 def opened_study(database: str, *, study_id: str | None = None, plan_id: str | None = None) -> Iterator[Study]:
     """A study of an existing database: the one named, the one of a plan, or the one last worked on."""
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
     with opened_store(database) as store:
         yield Study(store, store.plan(plan_id).study_id if plan_id is not None else study_id)

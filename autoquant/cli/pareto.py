@@ -12,7 +12,7 @@ import typer
 from autoquant.cli.output import Database, JsonFlag, check_place, opened_study, print_json, print_table, write_file
 
 if TYPE_CHECKING:
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 
 def pareto(
@@ -68,7 +68,7 @@ def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:
-    from autoquant.tuner.study import COLUMNS
+    from autoquant.study.study import COLUMNS
 
     writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()

@@ -20,7 +20,7 @@ from autoquant.cli.recipe_option import (
 from autoquant.cli.values import duration_s, fraction, nats, size_bytes
 
 if TYPE_CHECKING:
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 
 _JUDGES = ("eval_text", "eval_data", "quality")

@@ -12,7 +12,7 @@ from autoquant.cli.plans import PlanOption
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Proof
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 
 def show(

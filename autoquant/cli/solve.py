@@ -14,7 +14,7 @@ from autoquant.cli.values import fraction, nats, size_bytes
 
 if TYPE_CHECKING:
     from autoquant.records import Plan
-    from autoquant.tuner.solve_again import Solved
+    from autoquant.study.solve_again import Solved
 
 
 def solve(
@@ -44,7 +44,7 @@ def solve(
     divergence = None if max_kl is None else nats(max_kl, "--max-kl")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
     from autoquant.solver.limits import Limits
-    from autoquant.tuner.solve_again import AROUND, solve_again
+    from autoquant.study.solve_again import AROUND, solve_again
 
     with opened_study(database, study_id=study) as opened:
         limits = Limits(

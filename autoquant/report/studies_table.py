@@ -14,7 +14,7 @@ from autoquant.report.words import constraints_words, device_words, limits_words
 
 
 def studies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A study a line; `rows` are those of `autoquant.tuner.overview.study_rows`."""
+    """A study a line; `rows` are those of `autoquant.study.overview.study_rows`."""
     table = plain_table()
     table.add_column("Study", no_wrap=True)
     table.add_column("Model, device,\nworkload", overflow="fold", ratio=3)

@@ -25,11 +25,11 @@ from autoquant.models import LoadedModel
 from autoquant.models.loaded import ModelKind, ModelSource
 from autoquant.profiler.compiled import share
 from autoquant.records import Delivery, Plan, Where
+from autoquant.study.delivered import is_disturbed
+from autoquant.study.study import Study
 from autoquant.tuner.apart import end_process, receive, send, start_process
-from autoquant.tuner.delivered import is_disturbed
 from autoquant.tuner.jobs import load_again
 from autoquant.tuner.runners import IN_PROCESS_VARIABLE
-from autoquant.tuner.study import Study
 
 TRIES = 3
 WORKER = "autoquant.tuner.delivery_worker"

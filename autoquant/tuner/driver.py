@@ -28,9 +28,9 @@ from autoquant.solver.limits import Limits
 from autoquant.solver.planning import check_memory, context_of
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
+from autoquant.study.study import Study
 from autoquant.tuner.judge import Asked, make_judge, method_of
 from autoquant.tuner.stages import Stages
-from autoquant.tuner.study import Study
 
 _log = logging.getLogger(__name__)
 

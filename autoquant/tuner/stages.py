@@ -48,6 +48,7 @@ from autoquant.solver.planning import (
 )
 from autoquant.solver.refine import growth_of, point_of, proposals
 from autoquant.store import Store
+from autoquant.study.study import Study
 from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import constrained_choices, format_facts, scored
@@ -58,7 +59,6 @@ from autoquant.tuner.notices import constraint_notices, dropped_notices, fusion_
 from autoquant.tuner.profiling import measure_all
 from autoquant.tuner.runners import start_runner
 from autoquant.tuner.scoring import score
-from autoquant.tuner.study import Study
 
 FRONT_PLANS = 3
 LEAST_PLANS = 10

@@ -32,8 +32,8 @@ from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof
 from autoquant.solver.hypervolume import hypervolume
 from autoquant.solver.planning import PlanContext, context_of, make_plan, original_plan, predict
 from autoquant.solver.refine import growth_of, point_of, proposals
+from autoquant.study.study import Study
 from autoquant.tuner.prove import worst_numerics
-from autoquant.tuner.study import Study
 
 SHOWN = (5, 10, 20, 30, 40)
 Options = list[list[LayerChoice]]

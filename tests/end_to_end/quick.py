@@ -14,7 +14,8 @@ import torch
 
 from autoquant.evaluators import request, user_loop
 from autoquant.profiler import clocks, roofline, timing
-from autoquant.tuner import delivered, driver, stages
+from autoquant.study import delivered
+from autoquant.tuner import driver, stages
 
 SHORTER = (
     (timing, "HIGHEST_OTHER_LOAD", 9.0),

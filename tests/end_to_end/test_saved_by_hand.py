@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autoquant.applier import apply_to_disk
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 from .conftest import WORKLOAD, command, folder_print, python
 from .quick import CANDIDATES

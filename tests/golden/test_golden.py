@@ -21,7 +21,7 @@ from autoquant.cli.main import app
 from autoquant.records import LayerChoice, LinearShape, RouteStep, Workload, content_key
 from autoquant.solver.planning import PlanContext
 from autoquant.solver.planning import make_plan as plan_of
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 from . import write
 

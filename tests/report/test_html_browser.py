@@ -7,7 +7,7 @@ import pytest
 
 from autoquant.report.html.page import render_report
 from autoquant.store import open_store
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 from report import made_up_study
 from report.made_up_study import FAST, FRONT, INT4, UNIFORM
 

@@ -15,7 +15,7 @@ from autoquant.report.html.page import embedded, render_report
 from autoquant.store import open_store
 from autoquant.store.schema import RooflineRow
 from autoquant.store.session import transaction
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 from report import made_up_study
 from report.made_up_study import EVIL, FAR, FRONT, INT4, INT8, LEFT_ALONE, NOISE, PLANS, WORKLOAD
 

@@ -9,7 +9,7 @@ from autoquant.report.html.plans import format_objects
 from autoquant.report.html.points import front_points
 from autoquant.report.html.verdict import verdict
 from autoquant.store import open_store
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 from report import made_up_study
 from report.made_up_study import ATTENTION, FAST, FRONT, FUSED, INT8, MLP, ORIGINAL, PLAIN, STUDY, UNIFORM
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tuner.made_up import STUDY, WORKLOAD, choice, make_plan
 
 from autoquant.solver.alternatives import alternatives
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 ORIGINAL = choice(us=1000.0, memory=100)
 INT8 = choice(fmt="int8/plain", us=600.0, loss=0.002, memory=50)

@@ -19,7 +19,7 @@ from autoquant.report.names import fold
 from autoquant.report.profile_tables import untimed
 from autoquant.report.tables import coverage_line, skipped_lines
 from autoquant.report.words import device_words, increase_words, measure_words, off_predictions, source_name
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 _OUTCOMES = {
     "unsupported": "cannot be used here",

@@ -11,7 +11,7 @@ from autoquant.report import units
 from autoquant.report.front_scales import Row, drawable
 from autoquant.report.tables import short_ids
 from autoquant.report.words import increase_words, measure_words
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 
 @dataclass(frozen=True, slots=True)

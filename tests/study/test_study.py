@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+from tuner.made_up import STUDY, make_plan, make_proof
 
 from autoquant.errors import PlanError
-from autoquant.tuner.study import COLUMNS, Study, request_times
-
-from .made_up import STUDY, make_plan, make_proof
+from autoquant.study.study import COLUMNS, Study, request_times
 
 
 def original(**changes):

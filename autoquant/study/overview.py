@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from autoquant.store import Store
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 
 def study_rows(store: Store) -> list[dict[str, Any]]:

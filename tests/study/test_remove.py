@@ -4,10 +4,9 @@ import sqlite3
 
 import optuna
 import pytest
+from tuner.made_up import STUDY, make_plan
 
-from autoquant.tuner.remove import remove
-
-from .made_up import STUDY, make_plan
+from autoquant.study.remove import remove
 
 
 def optuna_study(store, study_id, trials):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tuner.made_up import STUDY, fail_delivery, make_delivery, make_proof
 
 from autoquant.errors import PlanError
 from autoquant.events import Notice
@@ -10,8 +11,6 @@ from autoquant.records import DISTURBED
 from autoquant.solver.limits import Limits
 from autoquant.tuner import deliver
 from autoquant.tuner.deliver import deliver_best
-
-from .made_up import STUDY, fail_delivery, make_delivery, make_proof
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from autoquant.records import LayerChoice, Plan
 from autoquant.solver.limits import Limits
 from autoquant.solver.planning import PlanContext, check_memory, context_of, least, make_plan, make_problem, plan_of
 from autoquant.solver.solve import Picks, Problem, smallest
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 AROUND = (0.25, 0.5, 2.0, 4.0)
 

@@ -15,7 +15,7 @@ from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
 from autoquant.store import Store, StudyFacts, open_store
-from autoquant.tuner.delivered import refusal
+from autoquant.study.delivered import refusal
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from tuner.made_up import choice, make_plan
 
 from autoquant.errors import PlanError
 from autoquant.records import RouteStep, Workload
-from autoquant.tuner.compare import changes, summed
-
-from .made_up import choice, make_plan
+from autoquant.study.compare import changes, summed
 
 WORKLOAD = Workload.parse("prefill=512,decode=10")
 

@@ -7,15 +7,14 @@ import time
 from dataclasses import replace
 
 import pytest
+from tuner.made_up import CONTEXT, STUDY, choice, make_plan, make_proof
 
 from autoquant.errors import PlanError
 from autoquant.records import Interval
 from autoquant.solver.limits import Limits
 from autoquant.solver.planning import about_options
-from autoquant.tuner.solve_again import AROUND, solve_again
-from autoquant.tuner.study import Study
-
-from .made_up import CONTEXT, STUDY, choice, make_plan, make_proof
+from autoquant.study.solve_again import AROUND, solve_again
+from autoquant.study.study import Study
 
 
 def layers(count, formats, seed=0):

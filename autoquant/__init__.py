@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from autoquant.errors import AutoquantError
     from autoquant.profiler.profile import profile
     from autoquant.records import Phase, Plan, Workload
-    from autoquant.runtime import compile, prepare
+    from autoquant.runtime.modules import compile
+    from autoquant.runtime.prepare import prepare
     from autoquant.study.study import Study
     from autoquant.tuner.driver import search
 
@@ -49,9 +50,9 @@ _HOMES = {
     "Study": "autoquant.study.study",
     "Workload": "autoquant.records",
     "apply": "autoquant.applier",
-    "compile": "autoquant.runtime",
+    "compile": "autoquant.runtime.modules",
     "load": "autoquant.applier",
-    "prepare": "autoquant.runtime",
+    "prepare": "autoquant.runtime.prepare",
     "profile": "autoquant.profiler.profile",
     "register": "autoquant.candidates",
     "search": "autoquant.tuner.driver",

@@ -27,7 +27,7 @@ from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import is_causal_lm, settle
 from autoquant.models.outputs import output_tensor
 from autoquant.records import LayerChoice, Plan
-from autoquant.runtime import prepare
+from autoquant.runtime.prepare import prepare
 from autoquant.store import StudyFacts
 
 _CHECK_TOKENS = 48

@@ -18,7 +18,7 @@ from autoquant.errors import ModelError, first_line
 from autoquant.models.huggingface import has_tokenizer, load_tokenizer, pretrained
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
 from autoquant.models.targets import resolve_device
-from autoquant.runtime import prepare
+from autoquant.runtime.prepare import prepare
 
 _WARMING_TOKENS = 8  # enough for compiling, for capturing, and for replaying what was captured
 

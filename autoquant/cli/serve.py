@@ -111,7 +111,7 @@ def _load(folder: Path, device: str, host: str, port: int, listener: Listener) -
 
 def _serve_only(server: Any, folder: Path) -> None:
     """Leave no way to load another model or to drop this one, and list this one alone; an unquantized one is prepared too."""
-    from autoquant.runtime import prepare
+    from autoquant.runtime.prepare import prepare
 
     manager = server._model_manager
     for loaded in manager.loaded_models.values():

@@ -15,7 +15,7 @@ from torch import nn
 
 from autoquant import checkpoint
 from autoquant.errors import CheckpointError
-from autoquant.runtime import prepare
+from autoquant.runtime.prepare import prepare
 
 _TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; the weights are one file all the same
 

@@ -23,12 +23,12 @@ from autoquant.models import LoadedModel, dtype_name, resolve_device, resolve_dt
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
-from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.roofline import known_roofline
 from autoquant.profiler.shapes import ListedShapes, NamedShapes, parse_shapes, read_shapes
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
+from autoquant.runtime.phases import default_workload, make_phases
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
 

@@ -18,13 +18,13 @@ from autoquant import applier, checkpoint
 from autoquant.candidates.registry import is_registered_here
 from autoquant.devices.device import release_memory
 from autoquant.errors import ProcessDiedError, first_line
-from autoquant.evaluators.request import MAX_RELATIVE_ERROR
-from autoquant.evaluators.user_loop import Answer, Usage, first_difference, time_user_loops
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
 from autoquant.models.loaded import ModelKind, ModelSource
-from autoquant.profiler.compiled import share
 from autoquant.records import Delivery, Plan, Where
+from autoquant.runtime.compiled import share
+from autoquant.runtime.request import MAX_RELATIVE_ERROR
+from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops
 from autoquant.study.delivered import is_disturbed
 from autoquant.study.study import Study
 from autoquant.tuner.apart import end_process, receive, send, start_process

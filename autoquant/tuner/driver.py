@@ -18,11 +18,11 @@ from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import resolve_device, take_model
-from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.profile import with_original
 from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Objective, Recording, Workload, content_key
+from autoquant.runtime.phases import default_workload, make_phases
 from autoquant.solver.constraints import Constraints, bind
 from autoquant.solver.limits import Limits
 from autoquant.solver.planning import check_memory, context_of

@@ -20,12 +20,12 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
 from autoquant.devices.device import release_memory
 from autoquant.evaluators.quality import Quality
-from autoquant.evaluators.request import make_warm, time_requests
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
-from autoquant.profiler.compiled import share
-from autoquant.profiler.phases import Phases, divisions, make_phases
 from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload
+from autoquant.runtime.compiled import share
+from autoquant.runtime.phases import Phases, divisions, make_phases
+from autoquant.runtime.request import make_warm, time_requests
 
 
 @dataclass(slots=True)

@@ -14,7 +14,6 @@ from autoquant.devices.device import compile_failure, release_memory
 from autoquant.errors import CandidateError, first_line
 from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity import Sensitivity
-from autoquant.evaluators.user_loop import Usage
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
 from autoquant.profiler.crossovers import Timings, settled
@@ -33,6 +32,7 @@ from autoquant.records import (
     TimingSubject,
     Workload,
 )
+from autoquant.runtime.user_loop import Usage
 from autoquant.solver.additivity import ADDITION, LossMap
 from autoquant.solver.aim import aimed
 from autoquant.solver.baselines import bits_plan, structural_plan

@@ -10,8 +10,8 @@ from autoquant.errors import TaskError
 from autoquant.evaluators.tasks import Tasks
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.models import LoadedModel
-from autoquant.profiler.compiled import share
 from autoquant.records import ORIGINAL_LABEL, Plan, TaskScore
+from autoquant.runtime.compiled import share
 from autoquant.store import Store, StudyFacts
 
 

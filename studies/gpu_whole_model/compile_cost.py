@@ -25,9 +25,9 @@ from autoquant.candidates import get_format
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.devices.device import synchronize
-from autoquant.profiler.compiled import share
-from autoquant.profiler.phases import Phases, make_phases
 from autoquant.records import RouteStep, Workload
+from autoquant.runtime.compiled import share
+from autoquant.runtime.phases import Phases, make_phases
 
 ROUTES = {
     "float8-row": (

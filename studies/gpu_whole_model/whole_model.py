@@ -28,10 +28,10 @@ from autoquant.applier import apply, module_bytes
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices.device import release_memory
 from autoquant.errors import first_line
-from autoquant.evaluators.request import WrongResultError, time_requests, warm_up
-from autoquant.profiler.compiled import share
-from autoquant.profiler.phases import make_phases
 from autoquant.records import Plan, Workload, request_time
+from autoquant.runtime.compiled import share
+from autoquant.runtime.phases import make_phases
+from autoquant.runtime.request import WrongResultError, time_requests, warm_up
 
 PROMPT, STEPS = 2048, 256
 SMALL_PROMPT, SMALL_STEPS = 64, 8

@@ -27,8 +27,8 @@ from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.text import read_text
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
-from autoquant.profiler.compiled import share
 from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof
+from autoquant.runtime.compiled import share
 from autoquant.solver.hypervolume import hypervolume
 from autoquant.solver.planning import PlanContext, context_of, make_plan, original_plan, predict
 from autoquant.solver.refine import growth_of, point_of, proposals

@@ -33,9 +33,9 @@ from autoquant.evaluators.sensitivity import EVERY_LAYER, SENSITIVITIES, Change
 from autoquant.evaluators.sensitivity.together import Calibration
 from autoquant.evaluators.text import TextParts
 from autoquant.models import LoadedModel, load_model
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import Site, Workload
+from autoquant.runtime.phases import make_phases
 from autoquant.solver.additivity import ADDITION, LossMap, fit_loss_map, together_pairs
 
 WINDOW_TOKENS = 512

@@ -12,8 +12,8 @@ if __name__ == "__main__":
 
 import torch
 
-from autoquant.evaluators import request, user_loop
 from autoquant.profiler import clocks, roofline, timing
+from autoquant.runtime import request, user_loop
 from autoquant.study import delivered
 from autoquant.tuner import driver, stages
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from autoquant import applier, checkpoint
-from autoquant.evaluators.user_loop import Usage
 from autoquant.events import Notice
 from autoquant.models import load_model, take_model
 from autoquant.records import Workload
+from autoquant.runtime.user_loop import Usage
 from autoquant.tuner import deliver
 from autoquant.tuner.deliver import Deliverer
 

@@ -9,8 +9,8 @@ from applier.every_format import VOCABULARY, Case, make_llama, make_plan
 from torch import nn
 
 import autoquant
-from autoquant.runtime import prepare
-from autoquant.runtime.generation import decoders_of
+from autoquant.runtime.generate.generation import decoders_of
+from autoquant.runtime.prepare import prepare
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,8 @@ from autoquant.candidates.kernels import cuda_source
 from autoquant.candidates.kernels.cuda_source import CudaKernel
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CandidateError
-from autoquant.profiler.compiled import compile_forward, ready_to_compile
 from autoquant.records import RouteStep
+from autoquant.runtime.compiled import compile_forward, ready_to_compile
 
 pytestmark = pytest.mark.gpu
 

@@ -23,9 +23,9 @@ from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Notice
 from autoquant.models import from_module, load_model
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import Workload
+from autoquant.runtime.phases import make_phases
 from autoquant.tuner.apart import Apart, Here
 from autoquant.tuner.jobs import Bench, BenchSpec, LoadJob, Scored, ScoreJob
 from autoquant.tuner.runners import IN_PROCESS_VARIABLE, start_runner

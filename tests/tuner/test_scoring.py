@@ -12,9 +12,9 @@ from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, fisher
 from autoquant.evaluators.text import TextParts
 from autoquant.events import StageFinished, StageProgress, StageStarted
 from autoquant.models import from_module
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import LayerChoice, RouteStep, Workload
+from autoquant.runtime.phases import make_phases
 from autoquant.store import open_store
 from autoquant.tuner import jobs
 from autoquant.tuner.apart import Here

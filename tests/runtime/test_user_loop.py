@@ -6,9 +6,9 @@ from end_to_end.tiny import Perceptron, make_llama
 from torch import nn
 
 from autoquant.errors import WorkloadError
-from autoquant.evaluators import request, user_loop
-from autoquant.evaluators.user_loop import Answer, Usage, first_difference, time_user_loops
 from autoquant.records import Workload
+from autoquant.runtime import request, user_loop
+from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops
 
 WORKLOAD = Workload.parse("prefill=6,decode=5", batch=2)
 LM = Usage(kind="causal_lm", workload=WORKLOAD, device="cpu")

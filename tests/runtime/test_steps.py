@@ -2,7 +2,7 @@
 
 import pytest
 
-from autoquant.profiler.steps import LINEAR, KernelTime, StepProfile, glue_kind, median_step
+from autoquant.runtime.steps import LINEAR, KernelTime, StepProfile, glue_kind, median_step
 
 
 def kernel(name, start_us, duration_us, *layers, kind=None):

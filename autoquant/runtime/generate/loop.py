@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.runtime.decoder import Decoder
+from autoquant.runtime.generate.decoder import Decoder
 
 _AHEAD = 2
 """Steps that are launched before the result of one is looked at, on a GPU."""

@@ -8,12 +8,12 @@ import torch
 from models.tiny_models import tiny_llama
 from torch import nn
 
-from autoquant.profiler import parts
-from autoquant.profiler.compiled import ready_to_compile, share
-from autoquant.profiler.parts import compile_parts
-from autoquant.profiler.phases import _in_parts, make_phases
 from autoquant.records import Workload
-from profiler.test_compiled import INT8, INT8_DEQUANTIZED, Blocks, X, quantize, quantized_blocks, siblings
+from autoquant.runtime import parts
+from autoquant.runtime.compiled import ready_to_compile, share
+from autoquant.runtime.parts import compile_parts
+from autoquant.runtime.phases import _in_parts, make_phases
+from runtime.test_compiled import INT8, INT8_DEQUANTIZED, Blocks, X, quantize, quantized_blocks, siblings
 
 WORKLOAD = Workload.parse("prefill=4,decode=3")
 

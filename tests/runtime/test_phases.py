@@ -9,8 +9,8 @@ from torch import nn
 
 from autoquant.errors import WorkloadError
 from autoquant.models.outputs import output_tensor
-from autoquant.profiler.phases import make_phases
 from autoquant.records import Workload
+from autoquant.runtime.phases import make_phases
 
 
 def causal(module, workload, batch=1, **rest):

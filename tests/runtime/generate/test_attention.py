@@ -10,9 +10,9 @@ import transformers
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autoquant.profiler.parts import told_that_it_is_compiled
-from autoquant.runtime import attention
-from autoquant.runtime.attention import splits_of, token_attention, use_token_attention
+from autoquant.runtime.generate import attention
+from autoquant.runtime.generate.attention import splits_of, token_attention, use_token_attention
+from autoquant.runtime.parts import told_that_it_is_compiled
 
 SIZES = {
     "vocab_size": 50,

@@ -16,10 +16,10 @@ from torch import nn
 from autoquant.candidates.kernels.caches import kernels_kept, use_kernel_caches
 from autoquant.devices.device import compile_failure
 from autoquant.errors import first_line
-from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
-from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
-from autoquant.runtime.attention import use_token_attention
-from autoquant.runtime.cache import StepState, static_cache, takes_made_mask
+from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
+from autoquant.runtime.generate.attention import use_token_attention
+from autoquant.runtime.generate.cache import StepState, static_cache, takes_made_mask
+from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
 
 CHUNKS = (1024, 256, 64)
 """Tokens of a sequence in one step, for prompts."""

@@ -23,7 +23,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import content_key
 
 Division = Literal["parts", "regions", "whole"]
-"""How a model is compiled: part by part (see `autoquant.profiler.parts`), or in one piece, its blocks nested regions or not."""
+"""How a model is compiled: part by part (see `autoquant.runtime.parts`), or in one piece, its blocks nested regions or not."""
 
 _FEWEST_BLOCKS = 2
 _WARM_UP_CALLS = 2

@@ -15,8 +15,9 @@ from autoquant.candidates import get_format
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.devices import device
 from autoquant.records import RouteStep
-from autoquant.runtime import decoder, prepare
-from autoquant.runtime.generation import decoders_of
+from autoquant.runtime.generate import decoder
+from autoquant.runtime.generate.generation import decoders_of
+from autoquant.runtime.prepare import prepare
 
 VOCABULARY = 60
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import first_line
-from autoquant.runtime.decoder import Decoder, cache_positions
-from autoquant.runtime.loop import Loop
+from autoquant.runtime.generate.decoder import Decoder, cache_positions
+from autoquant.runtime.generate.loop import Loop
 
 _MOST_DECODERS = 4
 _TOO_LONG = 4

@@ -1,6 +1,6 @@
 """A step profiled, with every kernel's time attributed to the layer whose weight it reads, or to what the others do.
 
-On the CPU the operators' own times count (see `autoquant.profiler.operators`). A replayed CUDA graph starts nothing on the host:
+On the CPU the operators' own times count (see `autoquant.runtime.operators`). A replayed CUDA graph starts nothing on the host:
 its kernels are matched, by name and order, with those of a run in which the same compiled code launches every kernel itself.
 """
 
@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from autoquant.devices.device import synchronize
 from autoquant.errors import DeviceError
-from autoquant.profiler.operators import Operator, Weights, named_kernels, operators
-from autoquant.profiler.phases import Phases
-from autoquant.profiler.steps import LINEAR, UNKNOWN, KernelTime, StepProfile, glue_kind, median_step
+from autoquant.runtime.operators import Operator, Weights, named_kernels, operators
+from autoquant.runtime.phases import Phases
+from autoquant.runtime.steps import LINEAR, UNKNOWN, KernelTime, StepProfile, glue_kind, median_step
 
 _STEP = "autoquant step"
 _STEPS, _FEWEST_STEPS = 10, 4

@@ -71,7 +71,7 @@ def _launch(
 ) -> torch.Tensor:
     from triton import cdiv, next_power_of_2
 
-    from autoquant.runtime.attention_kernels import add_up, attend
+    from autoquant.runtime.generate.attention_kernels import add_up, attend
 
     (b, h, _, d), (_, h_kv, length, d_v) = q.shape, v.shape
     columns, v_columns = (max(_FEWEST, next_power_of_2(width)) for width in (d, d_v))

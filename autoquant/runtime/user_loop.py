@@ -12,12 +12,12 @@ from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.errors import WorkloadError
-from autoquant.evaluators.request import MAX_RELATIVE_ERROR, WARM_UP_CALLS, RequestTimes, beside, rounds_in_turn
 from autoquant.models.outputs import output_tensor
 from autoquant.models.quiet import quiet
 from autoquant.records import Interval, Loop, RunTimes, Workload
-from autoquant.runtime import compile as compiled
-from autoquant.runtime import prepare
+from autoquant.runtime.modules import compile as compiled
+from autoquant.runtime.prepare import prepare
+from autoquant.runtime.request import MAX_RELATIVE_ERROR, WARM_UP_CALLS, RequestTimes, beside, rounds_in_turn
 
 _REQUEST, _FIRST = "request", "first token"
 _LONGEST_S = 30.0
@@ -58,7 +58,7 @@ class Usage:
     """How a model is used.
 
     Attributes:
-        kind: As for `autoquant.profiler.phases.make_phases`.
+        kind: As for `autoquant.runtime.phases.make_phases`.
         sample_inputs: Arguments of one forward pass, for a `module`.
     """
 

@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
-from autoquant.profiler.compiled import compile_graph, repeated_blocks
 from autoquant.records import content_key
+from autoquant.runtime.compiled import compile_graph, repeated_blocks
 
 
 def compile_parts(module: nn.Module) -> nn.Module:

@@ -14,9 +14,9 @@ from autoquant.devices.device import release_memory, synchronize
 from autoquant.devices.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.errors import first_line
 from autoquant.intervals import mean_interval
-from autoquant.profiler.compiled import Division
-from autoquant.profiler.phases import Phases
 from autoquant.records import DISTURBED, Interval, request_time
+from autoquant.runtime.compiled import Division
+from autoquant.runtime.phases import Phases
 
 WARM_UP_CALLS = 2
 MAX_RELATIVE_ERROR = 0.1

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention for one token (`autoquant.runtime.attention`). Import them only where they are launched.
+"""The Triton kernels of attention for one token (`runtime.generate.attention`). Import them only where they are launched.
 
 The cache is read once, by many programs at a time: a program takes some blocks of positions for all query heads that share a
 head of keys, and another kernel adds up what the programs of a head found. Sums are float32, maxima are in powers of 2.

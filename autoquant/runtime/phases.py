@@ -11,9 +11,9 @@ from torch import nn
 
 from autoquant.errors import WorkloadError
 from autoquant.models.outputs import output_tensor
-from autoquant.profiler.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
-from autoquant.profiler.parts import compile_parts, told_that_it_is_compiled
 from autoquant.records import Workload
+from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
+from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
 
 _Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

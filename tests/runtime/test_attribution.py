@@ -10,11 +10,11 @@ from torch._C._autograd import DeviceType
 from torch._C._profiler import _EventType
 
 from autoquant.errors import DeviceError
-from autoquant.profiler.attribution import _STEP, _device_step, _launches, _runs, attribute, match_launches
-from autoquant.profiler.operators import Weights, named_kernels, operators
-from autoquant.profiler.phases import make_phases
-from autoquant.profiler.steps import LINEAR, UNKNOWN
 from autoquant.records import Workload
+from autoquant.runtime.attribution import _STEP, _device_step, _launches, _runs, attribute, match_launches
+from autoquant.runtime.operators import Weights, named_kernels, operators
+from autoquant.runtime.phases import make_phases
+from autoquant.runtime.steps import LINEAR, UNKNOWN
 
 from .test_compiled import INT8, INT8_DEQUANTIZED, X, quantized_blocks, siblings
 

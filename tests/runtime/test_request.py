@@ -5,16 +5,9 @@ import time
 import pytest
 import torch
 
-from autoquant.evaluators import request
-from autoquant.evaluators.request import (
-    RequestTimes,
-    WrongResultError,
-    make_warm,
-    time_in_turn,
-    time_requests,
-    warm_up,
-)
 from autoquant.records import Workload
+from autoquant.runtime import request
+from autoquant.runtime.request import RequestTimes, WrongResultError, make_warm, time_in_turn, time_requests, warm_up
 
 WORKLOAD = Workload.parse("prefill=8,decode=4")
 

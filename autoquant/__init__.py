@@ -11,12 +11,12 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from autoquant.integrations import on_import
+from autoquant.export.integrations import on_import
 
 if TYPE_CHECKING:
-    from autoquant.applier import apply, load
     from autoquant.candidates import Format, Kernel, register
     from autoquant.errors import AutoquantError
+    from autoquant.export.applier import apply, load
     from autoquant.profiler.profile import profile
     from autoquant.records import Phase, Plan, Workload
     from autoquant.runtime.modules import compile
@@ -49,9 +49,9 @@ _HOMES = {
     "Plan": "autoquant.records",
     "Study": "autoquant.study.study",
     "Workload": "autoquant.records",
-    "apply": "autoquant.applier",
+    "apply": "autoquant.export.applier",
     "compile": "autoquant.runtime.modules",
-    "load": "autoquant.applier",
+    "load": "autoquant.export.applier",
     "prepare": "autoquant.runtime.prepare",
     "profile": "autoquant.profiler.profile",
     "register": "autoquant.candidates",

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from autoquant.applier import apply, load_searched, module_bytes
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices.device import compile_failure
 from autoquant.errors import DeviceError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
+from autoquant.export.applier import apply, load_searched, module_bytes
 from autoquant.models import LoadedModel
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.runtime.attribution import attribute

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoquant import applier, checkpoint
 from autoquant.candidates.registry import is_registered_here
 from autoquant.devices.device import release_memory
 from autoquant.errors import ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.export import applier, checkpoint
 from autoquant.models import LoadedModel
 from autoquant.models.loaded import ModelKind, ModelSource
 from autoquant.records import Delivery, Plan, Where

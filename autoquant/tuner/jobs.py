@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 
-from autoquant.calibration import Calibration
 from autoquant.candidates import Format, get_format
 from autoquant.devices.device import release_memory, trim_memory
 from autoquant.errors import ModelError
@@ -18,6 +17,7 @@ from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import ModelKind, ModelSource
 from autoquant.profiler.measure import profile

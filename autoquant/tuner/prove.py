@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.applier import Quantized, apply, module_bytes
-from autoquant.calibration import Calibration
 from autoquant.candidates import get_format
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.candidates.kernels.gemlite import untuned
@@ -20,6 +18,8 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
 from autoquant.devices.device import release_memory
 from autoquant.evaluators.quality import Quality
+from autoquant.export.applier import Quantized, apply, module_bytes
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload

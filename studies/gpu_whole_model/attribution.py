@@ -21,8 +21,8 @@ from rich.console import Console
 from torch import nn
 from whole_model import PROMPT, STEPS, build, torchao_settings
 
-from autoquant.applier import apply, module_bytes
 from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.export.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time
 from autoquant.report.attribution import attribution_report, trace_object
 from autoquant.runtime.attribution import attribute

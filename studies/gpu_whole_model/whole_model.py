@@ -24,10 +24,10 @@ import torch
 from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, make_planner
 from torch import nn
 
-from autoquant.applier import apply, module_bytes
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices.device import release_memory
 from autoquant.errors import first_line
+from autoquant.export.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time
 from autoquant.runtime.compiled import share
 from autoquant.runtime.phases import make_phases

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from autoquant.applier import Quantized, apply, load_searched
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.text import read_text
+from autoquant.export.applier import Quantized, apply, load_searched
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof

@@ -23,11 +23,11 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from autoquant.calibration import Calibration
 from autoquant.candidates import Format, InputStatistics, known_formats
 from autoquant.candidates.flat import stored_bytes
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import divergence_sum, next_token_logits
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, load_model
 
 WINDOW_TOKENS = 512

@@ -34,7 +34,6 @@ from compare import (
     subject,
 )
 
-from autoquant.calibration import Calibration as Rounded
 from autoquant.candidates import A16
 from autoquant.candidates.formats.low_bit import BitPlaneTensor
 from autoquant.candidates.formats.rounding import ROUNDINGS, Grid, rounded_formats
@@ -44,6 +43,7 @@ from autoquant.evaluators.sensitivity import Change
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
 from autoquant.evaluators.sensitivity.together import Calibration, PathSite
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
+from autoquant.export.rounding_inputs import Calibration as Rounded
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import Site

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from autoquant import applier, checkpoint
 from autoquant.events import Notice
+from autoquant.export import applier, checkpoint
 from autoquant.models import load_model, take_model
 from autoquant.records import Workload
 from autoquant.runtime.user_loop import Usage

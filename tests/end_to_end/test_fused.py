@@ -12,11 +12,11 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import autoquant
-from autoquant.applier import apply, apply_to_disk, module_bytes
 from autoquant.candidates.flat import flatten_tensor
 from autoquant.candidates.joined import whole_of
 from autoquant.cli.main import app
 from autoquant.events import Notice
+from autoquant.export.applier import apply, apply_to_disk, module_bytes
 from autoquant.models import load_model
 from autoquant.profiler.measure import cells_of
 from autoquant.records import RouteStep

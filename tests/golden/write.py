@@ -22,9 +22,9 @@ from end_to_end.test_interrupted import InterruptAt
 from end_to_end.tiny import POSITIONS, WORDS, make_tokenizer, save_llama, save_text
 
 import autoquant
-from autoquant import checkpoint
 from autoquant.candidates import get_format, known_formats
 from autoquant.events import ignore
+from autoquant.export import checkpoint
 from autoquant.models import load_model
 from autoquant.records import Device, LayerChoice, LinearShape, Plan, Prediction, RouteStep
 

@@ -12,9 +12,9 @@ from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 from torchao.prototype.mx_formats.utils import from_blocked
 
-from autoquant import checkpoint
 from autoquant.candidates import A16, ACTIVATION_ROUNDING, get_format, select
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.export import checkpoint
 from autoquant.records import LinearShape, RouteStep
 
 VALUES = ("mxfp8", "mxfp4", "nvfp4")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant import checkpoint
 from autoquant.errors import CheckpointError
+from autoquant.export import checkpoint
 from autoquant.runtime.prepare import prepare
 
 _TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; the weights are one file all the same
@@ -28,7 +28,7 @@ def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
     Returns:
         The same model, in place.
     """
-    from autoquant.integrations.quantizer import AutoquantConfig, AutoquantQuantizer
+    from autoquant.export.integrations.quantizer import AutoquantConfig, AutoquantQuantizer
 
     config = AutoquantConfig(format_version=manifest["format_version"])
     model.config.quantization_config = config

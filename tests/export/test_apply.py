@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import autoquant
-from autoquant import applier
-from autoquant.applier import Quantized, module_bytes
 from autoquant.candidates import A16, Format, Kernel, get_format, registry
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
+from autoquant.export import applier
+from autoquant.export.applier import Quantized, module_bytes
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 
 ROUTE = (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm"))

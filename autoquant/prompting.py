@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import StoppingCriteria, TextStreamer
 
-from autoquant import checkpoint
-from autoquant.applier import load
 from autoquant.errors import ModelError, first_line
+from autoquant.export import checkpoint
+from autoquant.export.applier import load
 from autoquant.models.huggingface import has_tokenizer, load_tokenizer, pretrained
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
 from autoquant.models.targets import resolve_device

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant import checkpoint
-from autoquant.calibration import Calibration, Windows
 from autoquant.candidates import get_format
 from autoquant.candidates.flat import same_bits, stored_bytes
 from autoquant.candidates.formats.floats import original_format
@@ -23,6 +21,8 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows, route_words
 from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
+from autoquant.export import checkpoint
+from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import is_causal_lm, settle
 from autoquant.models.outputs import output_tensor
@@ -193,7 +193,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, device: str | No
     module = settle(checkpoint.read(Path(folder), model, device or manifest.get("device", "cpu")))
     if not is_causal_lm(module):
         return prepare(module)
-    from autoquant.integrations.saving import settle_loaded  # imports transformers
+    from autoquant.export.integrations.saving import settle_loaded  # imports transformers
 
     return settle_loaded(module, manifest)
 

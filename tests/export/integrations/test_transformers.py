@@ -21,7 +21,7 @@ import autoquant
 from autoquant.candidates.joined import whole_of
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, DeviceError
-from autoquant.integrations import on_import, quantizer, saving
+from autoquant.export.integrations import on_import, quantizer, saving
 
 IDS = torch.arange(12).unsqueeze(0)
 

@@ -7,10 +7,10 @@ import torch
 from end_to_end.tiny import make_llama
 from torch import nn
 
-from autoquant import calibration as calibration_module
-from autoquant.calibration import Calibration
 from autoquant.candidates import InputStatistics, get_format
 from autoquant.errors import CandidateError
+from autoquant.export import rounding_inputs as calibration_module
+from autoquant.export.rounding_inputs import Calibration
 
 GPTQ, CLIP = get_format("int3-g32-gptq/bit-planes"), get_format("int3-g32-clip/bit-planes")
 WINDOWS = torch.randint(0, 120, (5, 48), generator=torch.Generator().manual_seed(3))

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import autoquant
-from autoquant import checkpoint
-from autoquant.applier import module_bytes
-from autoquant.calibration import Calibration
 from autoquant.candidates import get_format
 from autoquant.candidates.joined import whole_of
 from autoquant.errors import DeviceError
+from autoquant.export import checkpoint
+from autoquant.export.applier import module_bytes
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import load_model
 
 from .every_format import (

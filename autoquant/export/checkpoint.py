@@ -7,7 +7,7 @@ A checkpoint is a folder:
   other tools can read them;
 - `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`;
 - the configuration and tokenizer of a Hugging Face model; its `config.json` names autoquant as what quantized it, by which
-  transformers' own `from_pretrained` finds the way here (see `autoquant.integrations`).
+  transformers' own `from_pretrained` finds the way here (see `autoquant.export.integrations`).
 """
 
 from __future__ import annotations

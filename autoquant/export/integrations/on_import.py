@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _REGISTRY = "transformers.quantizers.auto"
-_QUANTIZER = "autoquant.integrations.quantizer"  # registers itself when it is imported
+_QUANTIZER = "autoquant.export.integrations.quantizer"  # registers itself when it is imported
 
 
 def register() -> None:

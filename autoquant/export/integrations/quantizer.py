@@ -1,8 +1,8 @@
 """autoquant among transformers' quantizers: `from_pretrained` of a folder that `autoquant apply` wrote.
 
 transformers makes the module without memory and would then read `model.safetensors` tensor by tensor. Here it finds nothing to
-read: the module is filled by `autoquant.checkpoint`, as `autoquant.load` does, with the class that `config.json` names. Nothing
-that `autoquant.json` says about where the model came from is used, so no code is found by what a file says.
+read: the module is filled by `autoquant.export.checkpoint`, as `autoquant.load` does, with the class that `config.json` names.
+Nothing that `autoquant.json` says about where the model came from is used, so no code is found by what a file says.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def _process_model_before_weight_loading(
         self, model: Any, *, device_map: Any, checkpoint_files: list[str], **_options: Any
     ) -> None:
-        from autoquant.checkpoint import read_manifest
+        from autoquant.export.checkpoint import read_manifest
 
         self._folder = _whole_folder(Path(checkpoint_files[0]), str(model.config.name_or_path))
         self._device = _device_name((device_map or {"": "cpu"})[""])
@@ -66,8 +66,8 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         _leave_nothing_to_load(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> Any:
-        from autoquant import checkpoint
-        from autoquant.integrations.saving import settle_loaded
+        from autoquant.export import checkpoint
+        from autoquant.export.integrations.saving import settle_loaded
         from autoquant.models.loaded import settle
 
         del model.state_dict, model._keys_to_ignore_on_load_unexpected
@@ -114,7 +114,7 @@ def _leave_nothing_to_load(model: Any) -> None:
 
 def _whole_folder(weights: Path, name: str) -> Path:
     """The folder of a checkpoint; of one on the hub, of which transformers fetched its own files, with the others."""
-    from autoquant.checkpoint import MANIFEST, PACKED
+    from autoquant.export.checkpoint import MANIFEST, PACKED
 
     folder = weights.parent
     if (folder / MANIFEST).exists() or Path(name).exists():

@@ -27,12 +27,12 @@ from autoquant.runtime.request import MAX_RELATIVE_ERROR
 from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops
 from autoquant.study.delivered import is_disturbed
 from autoquant.study.study import Study
-from autoquant.tuner.apart import end_process, receive, send, start_process
-from autoquant.tuner.jobs import load_again
-from autoquant.tuner.runners import IN_PROCESS_VARIABLE
+from autoquant.tuner.workers.forking import end_process, receive, send, start_process
+from autoquant.tuner.workers.jobs import load_again
+from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE
 
 TRIES = 3
-WORKER = "autoquant.tuner.delivery_worker"
+WORKER = "autoquant.tuner.workers.delivery_worker"
 _LONGEST_ENDING_S = 10
 
 

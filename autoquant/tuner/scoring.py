@@ -11,9 +11,9 @@ from autoquant.events import Listener, Notice, StageFinished, StageProgress, Sta
 from autoquant.records import route_kernel
 from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.store import Store
-from autoquant.tuner.apart import Runner
 from autoquant.tuner.choices import SiteChoices, numerics_key
-from autoquant.tuner.jobs import Scored, ScoreJob
+from autoquant.tuner.workers.in_process import Runner
+from autoquant.tuner.workers.jobs import Scored, ScoreJob
 
 
 @dataclass(frozen=True, slots=True)

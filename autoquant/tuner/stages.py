@@ -49,16 +49,16 @@ from autoquant.solver.planning import (
 from autoquant.solver.refine import growth_of, point_of, proposals
 from autoquant.store import Store
 from autoquant.study.study import Study
-from autoquant.tuner.apart import Runner
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import constrained_choices, format_facts, scored
 from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
-from autoquant.tuner.jobs import Bench, ProveJob
 from autoquant.tuner.notices import constraint_notices, dropped_notices, fusion_notices
 from autoquant.tuner.profiling import measure_all
-from autoquant.tuner.runners import start_runner
 from autoquant.tuner.scoring import score
+from autoquant.tuner.workers.in_process import Runner
+from autoquant.tuner.workers.jobs import Bench, ProveJob
+from autoquant.tuner.workers.start import start_runner
 
 FRONT_PLANS = 3
 LEAST_PLANS = 10

@@ -26,9 +26,10 @@ from autoquant.models import from_module, load_model
 from autoquant.profiler.record import record
 from autoquant.records import Workload
 from autoquant.runtime.phases import make_phases
-from autoquant.tuner.apart import Apart, Here
-from autoquant.tuner.jobs import Bench, BenchSpec, LoadJob, Scored, ScoreJob
-from autoquant.tuner.runners import IN_PROCESS_VARIABLE, start_runner
+from autoquant.tuner.workers.forking import ForkingRunner
+from autoquant.tuner.workers.in_process import InProcessRunner
+from autoquant.tuner.workers.jobs import Bench, BenchSpec, LoadJob, Scored, ScoreJob
+from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE, start_runner
 
 from .made_up_jobs import Count, Crash, Fail, Fill, Sleep
 
@@ -82,7 +83,7 @@ def spec(bench):
 @pytest.fixture(scope="module")
 def shared(spec):
     """A runner that every test leaves able to run."""
-    runner = Apart(spec)
+    runner = ForkingRunner(spec)
     yield runner
     runner.close()
 
@@ -115,7 +116,7 @@ def test_scores_from_another_process_are_those_of_this_one(bench, shared):
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    _, here = run(Here(bench), job)
+    _, here = run(InProcessRunner(bench), job)
     torch.set_num_threads(threads)
     _, apart = run(shared, job)
     assert all(isinstance(message, Scored) for message in apart)
@@ -161,7 +162,7 @@ def test_memory_of_a_job_is_given_back(shared):
                 command = status.with_name("cmdline").read_text()
             except OSError:
                 continue
-            if "autoquant.tuner.worker" in command:
+            if "autoquant.tuner.workers.worker" in command:
                 found += int(fields.get("VmRSS", "0 kB").split()[0]) >> 10
         return found
 
@@ -172,7 +173,7 @@ def test_memory_of_a_job_is_given_back(shared):
 
 
 def test_an_interrupt_ends_the_job_at_work_and_its_process(spec):
-    runner = Apart(spec)
+    runner = ForkingRunner(spec)
     processes = []
 
     def interrupt(message):
@@ -188,7 +189,7 @@ def test_an_interrupt_ends_the_job_at_work_and_its_process(spec):
 
 
 def test_a_worker_that_somebody_ends_is_an_error_and_replaced(spec):
-    runner = Apart(spec)
+    runner = ForkingRunner(spec)
 
     def end_worker(process):
         parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
@@ -202,10 +203,10 @@ def test_a_worker_that_somebody_ends_is_an_error_and_replaced(spec):
 
 SEARCHING = """
 import pickle, sys
-from autoquant.tuner.apart import Apart
-from tuner.made_up_jobs import Sleep
+from autoquant.tuner.workers.forking import ForkingRunner
+from tuner.workers.made_up_jobs import Sleep
 if __name__ == "__main__":
-    Apart(pickle.load(open(sys.argv[1], "rb"))).run(Sleep(), lambda process: print(process, flush=True))
+    ForkingRunner(pickle.load(open(sys.argv[1], "rb"))).run(Sleep(), lambda process: print(process, flush=True))
 """
 
 
@@ -247,7 +248,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(spec, tmp_path):
 
 @pytest.mark.parametrize("job", [LoadJob(), ScoreJob([], "isolated")])
 def test_a_model_that_was_changed_is_refused(spec, job):
-    runner = Apart(replace(spec, content_hash="another"))
+    runner = ForkingRunner(replace(spec, content_hash="another"))
     with pytest.raises(ModelError, match="changed while"):
         run(runner, job)
     runner.close()
@@ -255,7 +256,7 @@ def test_a_model_that_was_changed_is_refused(spec, job):
 
 def test_an_unknown_format_is_refused(spec):
     with pytest.raises(CandidateError, match="elsewhere/plain"):
-        Apart(replace(spec, formats=("elsewhere/plain",)))
+        ForkingRunner(replace(spec, formats=("elsewhere/plain",)))
 
 
 # -- which runner a search gets -----------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def chosen(bench, formats=FORMATS):
 
 
 def test_a_model_from_a_folder_is_worked_on_apart_and_nothing_said(bench):
-    assert chosen(bench) == (Apart, [])
+    assert chosen(bench) == (ForkingRunner, [])
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_a_model_from_a_folder_is_worked_on_apart_and_nothing_said(bench):
 )
 def test_what_only_this_process_has_stays_here_and_why_is_said(bench, changes, why):
     kind, (notice,) = chosen(replace(bench, **changes))
-    assert kind is Here and why in notice
+    assert kind is InProcessRunner and why in notice
 
 
 def test_a_format_registered_in_this_process_stays_here(bench, monkeypatch):
@@ -292,7 +293,7 @@ def test_a_format_registered_in_this_process_stays_here(bench, monkeypatch):
     kernel = Kernel(id="matmul", numerics=A16, linear=torch.nn.functional.linear)
     register(Format(id="own/plain", quantize=lambda w: w, dequantize=lambda s: s.float(), kernels=(kernel,)))
     kind, (notice,) = chosen(bench, (*FORMATS, "own/plain"))
-    assert kind is Here and "own/plain is registered in this process only" in notice
+    assert kind is InProcessRunner and "own/plain is registered in this process only" in notice
 
 
 def test_a_model_that_cannot_be_loaded_again_stays_here(bench):
@@ -300,10 +301,10 @@ def test_a_model_that_cannot_be_loaded_again_stays_here(bench):
     loaded = from_module(bench.loaded.module)
     loaded.source = source
     kind, (notice,) = chosen(replace(bench, load=lambda: loaded))
-    assert kind is Here and "/no/such/folder" in notice
+    assert kind is InProcessRunner and "/no/such/folder" in notice
 
 
 def test_one_process_can_be_asked_for(bench, monkeypatch):
     monkeypatch.setenv(IN_PROCESS_VARIABLE, "1")
     kind, (notice,) = chosen(bench)
-    assert kind is Here and IN_PROCESS_VARIABLE in notice
+    assert kind is InProcessRunner and IN_PROCESS_VARIABLE in notice

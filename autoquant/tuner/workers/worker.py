@@ -1,8 +1,8 @@
-"""The other side of `Apart`: a process that has everything loaded and forks a child for each job.
+"""The other side of `ForkingRunner`: a process that has everything loaded and forks a child for each job.
 
-Run as `python -m autoquant.tuner.worker FD`, where FD is a socket. This process itself never computes: a process whose OpenMP
-threads have run cannot be forked from. A child ends with its job, and all memory it took goes with it. A child that a signal
-ends is an answer like any other. When the searching process is gone, so are this one and its child.
+Run as `python -m autoquant.tuner.workers.worker FD`, where FD is a socket. This process itself never computes: a process whose
+OpenMP threads have run cannot be forked from. A child ends with its job, and all memory it took goes with it. A child that a
+signal ends is an answer like any other. When the searching process is gone, so are this one and its child.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from autoquant.tuner.apart import DIED, DONE, RAISED, TOLD, receive, send
-from autoquant.tuner.jobs import Bench, BenchSpec, Job
+from autoquant.tuner.workers.forking import DIED, DONE, RAISED, TOLD, receive, send
+from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
 
 _PR_SET_PDEATHSIG = 1
 

@@ -1,4 +1,4 @@
-"""Where jobs run: in this process, or each in a process of its own that gives its memory back and may crash."""
+"""Jobs in processes of their own, which give their memory back and may crash."""
 
 from __future__ import annotations
 
@@ -12,44 +12,20 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoquant.errors import ProcessDiedError
 
 if TYPE_CHECKING:
-    from autoquant.tuner.jobs import Bench, BenchSpec, Job
+    from autoquant.tuner.workers.jobs import BenchSpec, Job
 
 TOLD, DONE, RAISED, DIED = "told", "done", "raised", "died"
-WORKER = "autoquant.tuner.worker"
+WORKER = "autoquant.tuner.workers.worker"
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
-    """Runs jobs one at a time."""
-
-    def run(self, job: Job[Result], on_message: Callable[[Any], None]) -> Result:
-        """The job's result; what it tells on the way goes to `on_message`. Raises what the job raises."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Here:
-    """Runs jobs in this process."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-
-    def run(self, job: Job[Result], on_message: Callable[[Any], None]) -> Result:
-        return job.run(self._bench, on_message)
-
-    def close(self) -> None:
-        """Free what jobs keep in memory for the next one."""
-        del self._bench
-
-
-class Apart:
+class ForkingRunner:
     """Runs each job in a fresh child of a worker process, which has the model loaded.
 
     The worker is started anew where it is gone. It and its children are of a session of their own, so that Ctrl-C reaches this

@@ -12,18 +12,22 @@ from autoquant.candidates.registry import is_registered_here
 from autoquant.errors import AutoquantError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.events import Listener, Notice
-from autoquant.tuner.apart import Apart, Here, Runner
-from autoquant.tuner.jobs import Bench, BenchSpec, LoadJob
+from autoquant.tuner.workers.forking import ForkingRunner
+from autoquant.tuner.workers.in_process import InProcessRunner, Runner
+from autoquant.tuner.workers.jobs import Bench, BenchSpec, LoadJob
 
 IN_PROCESS_VARIABLE = "AUTOQUANT_IN_PROCESS"
 
 
 def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Runner:
-    """`Apart` where another process can have the same model, formats and quality, else `Here`, with a notice why."""
+    """A `ForkingRunner` where another process can have the same model, formats and quality.
+
+    Else an `InProcessRunner`, with a notice why.
+    """
     reason = _needs_this_process(bench, formats)
     if not reason:
         try:
-            return _apart(bench, formats)
+            return _forking(bench, formats)
         except AutoquantError as error:
             reason = str(error)
     listener(
@@ -31,14 +35,14 @@ def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Ru
             f"everything runs in one process, which a crashing kernel would end: {reason}; if it does, the same command goes on"
         )
     )
-    return Here(bench)
+    return InProcessRunner(bench)
 
 
-def _apart(bench: Bench, formats: Sequence[str]) -> Runner:
+def _forking(bench: Bench, formats: Sequence[str]) -> Runner:
     """Raises `AutoquantError` where the other process cannot make the same bench."""
     quality = bench.quality
     assert not isinstance(quality, FunctionQuality)  # `_needs_this_process` saw to it
-    runner = Apart(
+    runner = ForkingRunner(
         BenchSpec(
             source=bench.loaded.source,
             dtype=bench.loaded.dtype,

@@ -1,4 +1,4 @@
-"""The new process of `autoquant.tuner.deliver`: run as `python -m autoquant.tuner.delivery_worker FD`, where FD is a socket.
+"""The new process of `tuner.deliver`: run as `python -m autoquant.tuner.workers.delivery_worker FD`, where FD is a socket.
 
 It is not forked, so that nothing of the search is in its memory, and a GPU can be used. It ends when the search does.
 """
@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from autoquant.tuner.apart import receive, send
 from autoquant.tuner.deliver import DeliverySpec, load_and_deliver
-from autoquant.tuner.worker import die_with, portable
+from autoquant.tuner.workers.forking import receive, send
+from autoquant.tuner.workers.worker import die_with, portable
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ IMPORTED = """
 import importlib, pkgutil, sys
 
 names = ["autoquant", "autoquant.records", "autoquant.errors", "autoquant.events"]
-for package in ("autoquant.study", "autoquant.solver", "autoquant.store", "autoquant.report"):
+for package in ("autoquant.study", "autoquant.solver", "autoquant.store", "autoquant.report",
+                "autoquant.report.front", "autoquant.report.html", "autoquant.report.tables"):
     names.append(package)
     names += [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__, package + ".")]
 for name in names:

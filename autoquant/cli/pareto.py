@@ -49,7 +49,7 @@ def pareto(
 
 
 def _check_suffix(path: Path) -> None:
-    from autoquant.report.plots import SUFFIXES
+    from autoquant.report.front.plots import SUFFIXES
 
     if path.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")
@@ -57,7 +57,7 @@ def _check_suffix(path: Path) -> None:
 
 def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
     from autoquant.errors import PlanError
-    from autoquant.report.plots import render
+    from autoquant.report.front.plots import render
     from autoquant.report.words import study_line
 
     if not rows:
@@ -76,14 +76,14 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_chart(rows: list[dict[str, Any]]) -> None:
-    from autoquant.report.front_chart import FrontChart
+    from autoquant.report.front.chart import FrontChart
 
     print_table(lambda _width: FrontChart(rows))
     typer.echo()
 
 
 def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> None:
-    from autoquant.report.tables import front_table
+    from autoquant.report.tables.plans import front_table
     from autoquant.report.words import constraints_words, left_out_lines, recommendation, study_line
 
     facts = study.facts

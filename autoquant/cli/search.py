@@ -264,7 +264,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
             }
         )
         return
-    from autoquant.report.tables import front_table
+    from autoquant.report.tables.plans import front_table
     from autoquant.report.words import disturbed_proofs, off_predictions, recommendation
 
     where = shlex.quote(db)

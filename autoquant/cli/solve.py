@@ -70,7 +70,7 @@ def _object(solved: Solved, limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_text(solved: Solved, where: str) -> None:
-    from autoquant.report.predicted_table import predicted_table
+    from autoquant.report.tables.predicted import predicted_table
     from autoquant.report.words import plan_lines
 
     print_table(lambda _width: predicted_table(solved.around, solved.plan))

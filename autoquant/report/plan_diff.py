@@ -12,7 +12,7 @@ from rich.text import Text
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables import plain_table, route_text
+from autoquant.report.tables.plans import plain_table, route_text
 from autoquant.report.words import increase_heading, increase_words
 from autoquant.study.compare import LayerChange, summed
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
-from autoquant.report.why_table import together, why_table
+from autoquant.report.tables.why import together, why_table
 from autoquant.solver.alternatives import Alternative
 
 

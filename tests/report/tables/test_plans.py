@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, Recording, RouteStep, Skipped
-from autoquant.report import tables
+from autoquant.report.tables import plans
 
 ROUTE = (RouteStep(upper_m=16, kernel="weight-only"), RouteStep(upper_m=None, kernel="dynamic"))
 
@@ -54,7 +54,7 @@ def test_the_front_marks_plans_and_fits_80_columns():
         row("b" * 12, label="a rather long label of a plan [x]"),
         row("c" * 12, on_front=False),
     ]
-    lines = drawn(tables.front_table(rows)).splitlines()
+    lines = drawn(plans.front_table(rows)).splitlines()
     assert max(map(len, lines)) <= 80
     assert next(line for line in lines if "aaaaaa" in line).startswith(">*")
     assert next(line for line in lines if "bbbbbb" in line).startswith(" *")
@@ -65,23 +65,23 @@ def test_the_front_marks_plans_and_fits_80_columns():
 
 def test_plans_beyond_the_limits_are_marked_and_only_then_is_the_mark_explained():
     rows = [row("a" * 12, recommended=True, ties="b" * 12), row("b" * 12, within_limits=False, on_front=False)]
-    lines = drawn(tables.front_table(rows)).splitlines()
+    lines = drawn(plans.front_table(rows)).splitlines()
     assert next(line for line in lines if "bbbbbb" in line).startswith("! "), (
         "not a tie either: it cannot be recommended"
     )
     assert any(line.startswith("! beyond the limits") for line in lines)
     assert max(map(len, lines)) <= 80
-    assert "!" not in drawn(tables.front_table(rows[:1]))
+    assert "!" not in drawn(plans.front_table(rows[:1]))
 
 
 def test_a_wide_front_adds_prediction_perplexity_and_divergence():
-    text = drawn(tables.front_table([row("a")], width=140), width=140)
+    text = drawn(plans.front_table([row("a")], width=140), width=140)
     assert all(word in text for word in ("Predicted", "20.000", "0.00100"))
 
 
 def test_numbers_that_are_missing_or_not_finite_are_shown_as_such():
     text = drawn(
-        tables.front_table([row("a", kl=None, perplexity=None, measure="loss", perplexity_increase=float("inf"))], 140),
+        plans.front_table([row("a", kl=None, perplexity=None, measure="loss", perplexity_increase=float("inf"))], 140),
         140,
     )
     assert "inf" in text
@@ -89,24 +89,24 @@ def test_numbers_that_are_missing_or_not_finite_are_shown_as_such():
 
 
 def test_short_ids_tell_all_plans_apart():
-    assert tables.short_ids(["abcdef01", "abcdef02", "ffffff01"]) == {
+    assert plans.short_ids(["abcdef01", "abcdef02", "ffffff01"]) == {
         "abcdef01": "abcdef01", "abcdef02": "abcdef02", "ffffff01": "ffffff01",
     }  # fmt: skip
-    assert tables.short_ids(["abcdef012345"]) == {"abcdef012345": "abcdef"}
+    assert plans.short_ids(["abcdef012345"]) == {"abcdef012345": "abcdef"}
 
 
 def test_layers_that_got_the_same_share_a_line_and_others_do_not():
     layers = [
         layer(f"layers.{block}.{role}", "bf16" if block == 3 else "int8-row") for block in range(40) for role in "qkvo"
     ]
-    groups = tables.layer_groups(layers)
+    groups = plans.layer_groups(layers)
     assert [pattern for pattern, _ in groups][:2] == ["layers.{0-2, 4-39}.q", "layers.{0-2, 4-39}.k"]
     assert len(groups) == 8
     assert sum(len(members) for _, members in groups) == 160
 
 
 def test_a_group_shows_totals_route_and_reason():
-    text = drawn(tables.layers_table(plan(layer("layers.0.q"), layer("layers.1.q"))))
+    text = drawn(plans.layers_table(plan(layer("layers.0.q"), layer("layers.1.q"))))
     assert "layers.0-1.q" in text
     assert "prefill 1.20 ms" in text
     assert "decode 40.0 µs" in text
@@ -117,7 +117,7 @@ def test_a_group_shows_totals_route_and_reason():
 
 def test_differing_reasons_are_counted():
     layers = [layer("layers.0.q", reason="1 us faster"), layer("layers.1.q", reason="2 us faster")]
-    assert tables.reasons(layers) == "layers.0.q: 1 us faster (1 more reasons with --json)"
+    assert plans.reasons(layers) == "layers.0.q: 1 us faster (1 more reasons with --json)"
 
 
 def test_coverage_lists_the_largest_and_counts_the_rest():
@@ -125,10 +125,10 @@ def test_coverage_lists_the_largest_and_counts_the_rest():
     recording = Recording(
         sites=(), skipped=skipped, weights_share=0.5, flops_share={"prefill": 0.25}, parameter_bytes=1
     )  # fmt: skip
-    text = drawn(tables.coverage_table(recording))
+    text = drawn(plans.coverage_table(recording))
     assert "8 more" in text
     assert text.index("partt") < text.index("parts")
-    assert "25.00% in prefill" in tables.coverage_line(recording)
+    assert "25.00% in prefill" in plans.coverage_line(recording)
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ class Status:
 
 
 def test_candidates_show_why_not():
-    text = drawn(tables.candidates_table([Status(), Status(usable=True)]))
+    text = drawn(plans.candidates_table([Status(), Status(usable=True)]))
     assert "needs a GPU [sm89 or newer]" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_candidates_show_which_must_be_asked_for():
     lines = [Status(usable=True), Status(usable=True, by_default=False), Status(by_default=False)]
-    rows = [line.split() for line in drawn(tables.candidates_table(lines)).splitlines() if "scaled-mm" in line]
+    rows = [line.split() for line in drawn(plans.candidates_table(lines)).splitlines() if "scaled-mm" in line]
     assert [row[2] for row in rows] == ["yes", "opt-in", "no"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from autoquant.records import TaskScore
-from autoquant.report.task_table import task_objects, task_table
+from autoquant.report.tables.tasks import task_objects, task_table
 
 
 @dataclass

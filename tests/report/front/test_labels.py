@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from autoquant.report.labels import nearest_point, overlap, place_labels
+from autoquant.report.front.labels import nearest_point, overlap, place_labels
 
 BOUNDS = (0.0, 0.0, 800.0, 500.0)
 

@@ -3,10 +3,9 @@ import math
 import pytest
 
 from autoquant.records import BASELINES
-from autoquant.report.front_scales import staircase
-from autoquant.report.plots import render
-
-from .made_up_front import ROWS, row
+from autoquant.report.front.plots import render
+from autoquant.report.front.scales import staircase
+from report.made_up_front import ROWS, row
 
 TITLE = "model on a CPU"
 
@@ -56,7 +55,7 @@ def test_the_line_holds_only_plans_that_no_other_beats_in_time_and_quality():
 
 
 def test_every_kind_that_has_to_be_beaten_has_a_mark_of_its_own():
-    from autoquant.report.plots import _family, _style
+    from autoquant.report.front.plots import _family, _style
 
     rows = [{"kind": kind, "recommended": False, "label": kind, "on_front": False} for kind in BASELINES]
     assert len({_family(row) for row in rows}) == len({_style(row)["marker"] for row in rows}) == 3

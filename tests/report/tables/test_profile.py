@@ -3,9 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from autoquant.report.profile_tables import latencies_report, reason_lines, route_lines
-
-from .made_up import ROWS, SHAPES, latencies
+from autoquant.report.tables.profile import latencies_report, reason_lines, route_lines
+from report.made_up import ROWS, SHAPES, latencies
 
 FIRST, SECOND = SHAPES
 

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from autoquant.records import ORIGINAL_LABEL
-from autoquant.report.front_scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
+from autoquant.report.front.scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
 from autoquant.report.words import increase_heading, increase_words
 
 _WIDEST, _HEIGHT = 80, 16

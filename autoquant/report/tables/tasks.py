@@ -11,7 +11,7 @@ from rich.text import Text
 
 from autoquant.records import TaskScore
 from autoquant.report import units
-from autoquant.report.tables import WIDE, plain_table
+from autoquant.report.tables.plans import WIDE, plain_table
 
 _LEAST_LABEL = 8
 

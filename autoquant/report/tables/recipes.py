@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoquant.recipes import Recipe, Value
-from autoquant.report.tables import plain_table
+from autoquant.report.tables.plans import plain_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from autoquant.records import Plan
 from autoquant.report import units
-from autoquant.report.tables import plain_table
+from autoquant.report.tables.plans import plain_table
 
 
 def predicted_table(plans: Sequence[Plan], chosen: Plan) -> Table:

@@ -11,7 +11,7 @@ from rich.text import Text
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables import joined_text, plain_table, route_text
+from autoquant.report.tables.plans import joined_text, plain_table, route_text
 from autoquant.solver.alternatives import Alternative, Alternatives
 
 NOTHING_KEPT = (

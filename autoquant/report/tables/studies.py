@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoquant.report import units
-from autoquant.report.tables import plain_table
+from autoquant.report.tables.plans import plain_table
 from autoquant.report.words import constraints_words, device_words, limits_words, source_name
 
 

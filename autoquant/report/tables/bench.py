@@ -12,7 +12,7 @@ from rich.text import Text
 from autoquant.records import Interval, Loop, Plan, RunTimes, Workload
 from autoquant.report import units
 from autoquant.report.attribution import Attributed, responsible, slowed_notes
-from autoquant.report.tables import WIDE, plain_table
+from autoquant.report.tables.plans import WIDE, plain_table
 from autoquant.report.words import is_off, loop_words
 
 

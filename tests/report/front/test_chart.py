@@ -6,9 +6,8 @@ import math
 import pytest
 from rich.console import Console
 
-from autoquant.report.front_chart import FrontChart
-
-from .made_up_front import ROWS, row
+from autoquant.report.front.chart import FrontChart
+from report.made_up_front import ROWS, row
 
 
 def drawn(rows, width=80, encoding="utf-8"):

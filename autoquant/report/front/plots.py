@@ -10,8 +10,8 @@ from typing import Any
 
 from autoquant.records import ORIGINAL_LABEL
 from autoquant.report import units
-from autoquant.report.front_scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
-from autoquant.report.labels import Box, nearest_point, place_labels
+from autoquant.report.front.labels import Box, nearest_point, place_labels
+from autoquant.report.front.scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
 from autoquant.report.words import increase_heading, increase_words
 
 SUFFIXES = (".png", ".svg", ".html")

@@ -11,17 +11,18 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from autoquant.integrations import on_import
+from autoquant.export.integrations import on_import
 
 if TYPE_CHECKING:
-    from autoquant.applier import apply, load
     from autoquant.candidates import Format, Kernel, register
     from autoquant.errors import AutoquantError
+    from autoquant.export.applier import apply, load
     from autoquant.profiler.profile import profile
     from autoquant.records import Phase, Plan, Workload
-    from autoquant.runtime import compile, prepare
+    from autoquant.runtime.modules import compile
+    from autoquant.runtime.prepare import prepare
+    from autoquant.study.study import Study
     from autoquant.tuner.driver import search
-    from autoquant.tuner.study import Study
 
 __all__ = [
     "AutoquantError",
@@ -46,12 +47,12 @@ _HOMES = {
     "Kernel": "autoquant.candidates",
     "Phase": "autoquant.records",
     "Plan": "autoquant.records",
-    "Study": "autoquant.tuner.study",
+    "Study": "autoquant.study.study",
     "Workload": "autoquant.records",
-    "apply": "autoquant.applier",
-    "compile": "autoquant.runtime",
-    "load": "autoquant.applier",
-    "prepare": "autoquant.runtime",
+    "apply": "autoquant.export.applier",
+    "compile": "autoquant.runtime.modules",
+    "load": "autoquant.export.applier",
+    "prepare": "autoquant.runtime.prepare",
     "profile": "autoquant.profiler.profile",
     "register": "autoquant.candidates",
     "search": "autoquant.tuner.driver",

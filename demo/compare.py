@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import autoquant
-from autoquant.evaluators.request import make_warm, time_requests
 from autoquant.models import load_model
-from autoquant.profiler.phases import divisions, make_phases
 from autoquant.records import Workload
+from autoquant.runtime.phases import divisions, make_phases
+from autoquant.runtime.request import make_warm, time_requests
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ import autoquant
 IMPORTED = """
 import importlib, pkgutil, sys
 
-names = ["autoquant", "autoquant.records", "autoquant.errors", "autoquant.events", "autoquant.tuner.solve",
-         "autoquant.tuner.study"]
-for package in ("autoquant.store", "autoquant.report"):
+names = ["autoquant", "autoquant.records", "autoquant.errors", "autoquant.events"]
+for package in ("autoquant.study", "autoquant.solver", "autoquant.store", "autoquant.report",
+                "autoquant.report.front", "autoquant.report.html", "autoquant.report.tables"):
     names.append(package)
     names += [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__, package + ".")]
 for name in names:

@@ -28,7 +28,7 @@ from autoquant.records import (
     content_key,
     route_kernel,
 )
-from autoquant.store.json_records import layer_from, proof_from, recording_from, to_json, workload_from
+from autoquant.store.rows import layer_from, proof_from, recording_from, to_json, workload_from
 
 SHAPE = LinearShape(n=64, k=32, bias=True, dtype="bfloat16")
 ROUTE = (

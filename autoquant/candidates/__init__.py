@@ -13,8 +13,8 @@ from autoquant.candidates.base import (
 )
 from autoquant.candidates.registry import (
     CandidateStatus,
-    formats,
     get_format,
+    known_formats,
     register,
     select,
     survey,
@@ -32,8 +32,8 @@ __all__ = [
     "Format",
     "InputStatistics",
     "Kernel",
-    "formats",
     "get_format",
+    "known_formats",
     "multiplied_numbers",
     "register",
     "select",

@@ -59,7 +59,7 @@ class Kernel:
         tuned: Its library tunes it for each shape when it is first called, which takes seconds.
         arithmetic: What it multiplies in on a GPU, for the roofline; None is the activation's dtype.
         materializes: Writes the weight out in the activation's dtype and reads it again.
-        nests: The compiler takes it in a nested region (see `autoquant.profiler.compiled`).
+        nests: The compiler takes it in a nested region (see `autoquant.runtime.compiled`).
         unsupported: (shape, m, device type) to the reason why it cannot be used there, or None.
         description: One line for `autoquant candidates`.
     """

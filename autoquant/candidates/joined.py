@@ -1,7 +1,7 @@
 """Weights of linears that read the same input, stored behind one another so that they can be multiplied as one.
 
 Each stays a weight of its own, of its own name: its tensors are views of rows of larger ones. Whoever multiplies them may take
-the larger ones instead (see `autoquant.profiler.compiled`); everybody else need not know.
+the larger ones instead (see `autoquant.runtime.compiled`); everybody else need not know.
 """
 
 from __future__ import annotations

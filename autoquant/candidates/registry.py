@@ -27,7 +27,7 @@ def register(candidate: Format) -> None:
     Raises:
         CandidateError: Another format has its id.
     """
-    known = formats()
+    known = known_formats()
     if candidate.id in known and known[candidate.id] is not candidate:
         raise CandidateError(f"a format {candidate.id!r} exists already; choose another id")
     _registered[candidate.id] = candidate
@@ -38,7 +38,7 @@ def is_registered_here(format_id: str) -> bool:
     return format_id in _registered
 
 
-def formats() -> dict[str, Format]:
+def known_formats() -> dict[str, Format]:
     """Every format by id, in order."""
     return {**_built_in(), **_from_entry_points(), **_registered}
 
@@ -49,7 +49,7 @@ def get_format(format_id: str) -> Format:
     Raises:
         CandidateError: There is none (a package that registered it may be missing).
     """
-    found = formats().get(format_id)
+    found = known_formats().get(format_id)
     if found is None:
         raise CandidateError(f"no format {format_id!r}; `autoquant candidates` lists them (is a plug-in missing?)")
     return found
@@ -67,12 +67,12 @@ def select(globs: Sequence[str], device_type: str | None = None) -> list[tuple[F
     Raises:
         CandidateError: A glob matches nothing.
     """
-    every = [(fmt, kernel) for fmt in formats().values() for kernel in fmt.kernels]
+    every = [(fmt, kernel) for fmt in known_formats().values() for kernel in fmt.kernels]
     chosen = [pair for pair in every if any(_matches(pair, glob, device_type) for glob in globs)]
     for glob in globs:
         if not any(_matches(pair, glob) for pair in every):
             raise CandidateError(
-                f"no candidate matches {glob!r}{did_you_mean(glob, formats())}; `autoquant candidates` lists them"
+                f"no candidate matches {glob!r}{did_you_mean(glob, known_formats())}; `autoquant candidates` lists them"
             )
     return chosen
 
@@ -85,7 +85,7 @@ def timed(pairs: Iterable[tuple[Format, Kernel]]) -> list[tuple[Format, Kernel]]
 
 def timed_as(format_id: str) -> str:
     """The format whose timings are this one's; a format that is not known here stands for itself."""
-    found = formats().get(format_id)
+    found = known_formats().get(format_id)
     return found.timed_as if found else format_id
 
 
@@ -103,9 +103,21 @@ def _names(glob: str, fmt: Format, kernel: Kernel) -> bool:
 @functools.cache
 def _built_in() -> dict[str, Format]:
     # Deferred: torchao takes a second to import.
-    from autoquant.candidates import float8, floats, int4, int4_gpu, int4_tiled, int8, low_bit, microscaling
+    from autoquant.candidates.formats import (
+        float8,
+        floats,
+        int4,
+        int4_gemlite,
+        int4_mslk,
+        int4_tiled,
+        int4_tinygemm,
+        int8,
+        low_bit,
+        microscaling,
+    )
 
-    modules = (floats, float8, microscaling, int8, int4, int4_tiled, int4_gpu, low_bit)
+    int4_for_gpus = (int4_tiled, int4_tinygemm, int4_gemlite, int4_mslk)
+    modules = (floats, float8, microscaling, int8, int4, *int4_for_gpus, low_bit)
     return {fmt.id: fmt for module in modules for fmt in module.FORMATS}
 
 

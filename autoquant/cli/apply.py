@@ -15,9 +15,9 @@ from autoquant.cli.plans import ModelOption, PlanOption, source_path
 from autoquant.cli.values import fraction
 
 if TYPE_CHECKING:
-    from autoquant.applier import AppliedReport
+    from autoquant.export.applier import AppliedReport
     from autoquant.records import Plan
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 _FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors")
 
@@ -46,7 +46,9 @@ def apply(
     with opened_study(database, plan_id=plan) as study:
         chosen = _chosen(study, plan, increase)
         source = model or source_path(study)
-        from autoquant.applier import apply_to_disk  # imports torch: after everything that can be refused without it
+        from autoquant.export.applier import (
+            apply_to_disk,  # imports torch: after everything that can be refused without it
+        )
         from autoquant.store.connect import folder_of
 
         with listening() as listener:

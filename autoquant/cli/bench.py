@@ -83,8 +83,8 @@ def bench(
 
 
 def _bench_loop(plans: Sequence[Plan], source: str, facts: StudyFacts, *, as_json: bool) -> None:
-    from autoquant.report.bench_table import loop_objects, loop_table
     from autoquant.report.progress import listening
+    from autoquant.report.tables.bench import loop_objects, loop_table
     from autoquant.tuner.bench import bench_loop
 
     with listening() as listener:
@@ -111,7 +111,7 @@ def _called(row: BenchRow) -> str:
 
 def _print_json(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool) -> None:
     from autoquant.report.attribution import attribution_object
-    from autoquant.report.bench_table import bench_objects
+    from autoquant.report.tables.bench import bench_objects
 
     objects = bench_objects(rows, workload)
     for row, shown in zip(rows, objects, strict=True):
@@ -122,7 +122,7 @@ def _print_json(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: W
 
 def _print_text(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool) -> None:
     from autoquant.report.attribution import attribution_report
-    from autoquant.report.bench_table import bench_notes, bench_table
+    from autoquant.report.tables.bench import bench_notes, bench_table
 
     print_table(lambda width: bench_table(rows, workload, width))
     for row in rows:

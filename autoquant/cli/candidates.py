@@ -23,7 +23,7 @@ def candidates(
         fields = ("format", "kernel", "numerics", "description", "usable", "reason", "by_default")
         print_json([{name: getattr(candidate, name) for name in fields} for candidate in found])
         return
-    from autoquant.report.tables import candidates_table
+    from autoquant.report.tables.plans import candidates_table
 
     usable = sum(candidate.usable for candidate in found)
     opt_in = sum(candidate.usable and not candidate.by_default for candidate in found)

@@ -11,7 +11,7 @@ from autoquant.cli.plans import complete_plan
 
 if TYPE_CHECKING:
     from autoquant.report.plan_diff import PlanPair
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 
 def diff(
@@ -53,7 +53,7 @@ def diff(
 
 def _pair(study: Study, plan_a: str, plan_b: str) -> PlanPair:
     from autoquant.report.plan_diff import PlanPair
-    from autoquant.tuner.compare import changes
+    from autoquant.study.compare import changes
 
     before, after = study.plan(plan_a), study.plan(plan_b)
     rows = {row["plan_id"]: row for row in study.rows()}

@@ -42,7 +42,7 @@ def evaluate(
         given = Tasks(names, folder=tasks_path, limit=limit)
         with listening() as listener:
             rows = score_tasks(plans, source, study.facts, given, study.store, listener)
-    from autoquant.report.task_table import task_objects, task_table
+    from autoquant.report.tables.tasks import task_objects, task_table
 
     if as_json:
         print_json(task_objects(rows))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from autoquant.events import Listener
-    from autoquant.generation import Generator, Reply, Show
+    from autoquant.prompting import Generator, Reply, Show
 
 _DEFAULT_PROMPT = "The most important thing about a good book is"
 _ROUNDS = 3  # of requests to both models in turn
@@ -86,25 +86,25 @@ def generate(
         raise typer.BadParameter("cannot be combined with --prompt-file", param_hint="--prompt")
     if prompt is None and prompt_file is not None:
         prompt = _read(prompt_file)
-    from autoquant import generation
+    from autoquant import prompting
     from autoquant.errors import ModelError
     from autoquant.report.progress import listening
 
     places = [folder] if compare is None else [folder, compare]
-    if problems := [problem for place in places for problem in generation.problems_of(place)]:
+    if problems := [problem for place in places for problem in prompting.problems_of(place)]:
         raise ModelError("; ".join(problems))
-    tokenizer = generation.tokenizer_of(folder)
-    place = generation.device_of(folder, device)
+    tokenizer = prompting.tokenizer_of(folder)
+    place = prompting.device_of(folder, device)
     if chat:
         _chat(folder, tokenizer, place, max_new_tokens, temperature)
         return
     text = _prompt_of_stdin() if prompt is None else prompt
-    request = _Request(generation.encode(tokenizer, text), max_new_tokens, temperature)
+    request = _Request(prompting.encode(tokenizer, text), max_new_tokens, temperature)
     generators, ready_s = [], []
     with listening() as listener:
         for each in places:
             started = time.perf_counter()
-            generators.append(_load(each, tokenizer, place, generation.dtype_of(folder), listener))
+            generators.append(_load(each, tokenizer, place, prompting.dtype_of(folder), listener))
             request = _fitting(generators[-1], request, each, listener)
             _warm_up(generators[-1], request, started, listener)
             ready_s.append(time.perf_counter() - started)
@@ -145,13 +145,13 @@ def _prompt_of_stdin() -> str:
 
 
 def _load(folder: Path, tokenizer: Any, device: str, dtype: Any, listener: Listener) -> Generator:
-    from autoquant import generation
+    from autoquant import prompting
     from autoquant.events import StageFinished, StageStarted
 
     listener(StageStarted("load", 1))
     started = time.perf_counter()
-    generator = generation.load_generator(folder, tokenizer, device, dtype)
-    kind = "quantized" if generation.is_quantized(folder) else "unquantized"
+    generator = prompting.load_generator(folder, tokenizer, device, dtype)
+    kind = "quantized" if prompting.is_quantized(folder) else "unquantized"
     listener(StageFinished("load", f"{kind} model on {device} in {_seconds(time.perf_counter() - started)}"))
     return generator
 
@@ -294,7 +294,7 @@ def _lines(
 
 
 def _chat(folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temperature: float) -> None:
-    from autoquant import generation
+    from autoquant import prompting
     from autoquant.errors import ModelError
     from autoquant.report.progress import listening
 
@@ -302,7 +302,7 @@ def _chat(folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temper
         raise ModelError(f"{folder} has no chat template, so it is no model to talk with: use --prompt")
 
     def asked(conversation: list[dict[str, str]]) -> _Request:
-        prompt = generation.encode_chat(tokenizer, conversation)
+        prompt = prompting.encode_chat(tokenizer, conversation)
         return _fitting(generator, _Request(prompt, max_new_tokens, temperature), folder, listener)
 
     started = time.perf_counter()

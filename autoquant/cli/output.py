@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from autoquant.store import Store
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 Database = Annotated[str, typer.Argument(metavar="PLAN.DB", help="Database that a search wrote.", show_default=False)]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -37,7 +37,7 @@ def opened_store(database: str) -> Iterator[Store]:
 @contextmanager
 def opened_study(database: str, *, study_id: str | None = None, plan_id: str | None = None) -> Iterator[Study]:
     """A study of an existing database: the one named, the one of a plan, or the one last worked on."""
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
     with opened_store(database) as store:
         yield Study(store, store.plan(plan_id).study_id if plan_id is not None else study_id)
@@ -65,7 +65,7 @@ def check_place(path: Path) -> None:
         AutoquantError: It lies in no folder that can be written into.
     """
     from autoquant.errors import AutoquantError
-    from autoquant.store.connect import is_writable
+    from autoquant.files import is_writable
 
     if path.is_dir():
         raise AutoquantError(f"cannot write {path}: it is a folder")

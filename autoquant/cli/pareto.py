@@ -12,7 +12,7 @@ import typer
 from autoquant.cli.output import Database, JsonFlag, check_place, opened_study, print_json, print_table, write_file
 
 if TYPE_CHECKING:
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 
 def pareto(
@@ -49,7 +49,7 @@ def pareto(
 
 
 def _check_suffix(path: Path) -> None:
-    from autoquant.report.plots import SUFFIXES
+    from autoquant.report.front.plots import SUFFIXES
 
     if path.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")
@@ -57,7 +57,7 @@ def _check_suffix(path: Path) -> None:
 
 def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
     from autoquant.errors import PlanError
-    from autoquant.report.plots import render
+    from autoquant.report.front.plots import render
     from autoquant.report.words import study_line
 
     if not rows:
@@ -68,7 +68,7 @@ def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:
-    from autoquant.tuner.study import COLUMNS
+    from autoquant.study.study import COLUMNS
 
     writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -76,14 +76,14 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_chart(rows: list[dict[str, Any]]) -> None:
-    from autoquant.report.front_chart import FrontChart
+    from autoquant.report.front.chart import FrontChart
 
     print_table(lambda _width: FrontChart(rows))
     typer.echo()
 
 
 def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> None:
-    from autoquant.report.tables import front_table
+    from autoquant.report.tables.plans import front_table
     from autoquant.report.words import constraints_words, left_out_lines, recommendation, study_line
 
     facts = study.facts

@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from autoquant.records import Plan
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 _WHICH = "Which plan (the beginning of its id will do)"
 

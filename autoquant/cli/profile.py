@@ -109,7 +109,7 @@ def profile(
 
 def _check_plot(path: Path) -> None:
     """Refuse before anything is timed what could not be written afterwards."""
-    from autoquant.report.plots import SUFFIXES
+    from autoquant.report.front.plots import SUFFIXES
 
     if path.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")
@@ -133,6 +133,6 @@ def _print(latencies: Latencies, *, as_json: bool, as_csv: bool) -> None:
         writer.writeheader()
         writer.writerows(latencies.rows)
     else:
-        from autoquant.report.profile_tables import latencies_report
+        from autoquant.report.tables.profile import latencies_report
 
         print_table(lambda width: latencies_report(latencies, width))

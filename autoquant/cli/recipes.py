@@ -10,12 +10,12 @@ from autoquant.cli.output import JsonFlag, print_json, print_table
 from autoquant.cli.recipe_option import recipe_defaults
 
 if TYPE_CHECKING:
-    from autoquant.report.recipes_table import RecipeRow
+    from autoquant.report.tables.recipes import RecipeRow
 
 
 def recipes(context: typer.Context, as_json: JsonFlag = False) -> None:
     """List the recipes that come with autoquant, and your own in ~/.config/autoquant/recipes (or $AUTOQUANT_RECIPES)."""
-    from autoquant.report.recipes_table import recipes_objects, recipes_table
+    from autoquant.report.tables.recipes import recipes_objects, recipes_table
 
     rows = _rows(context)
     if as_json:
@@ -28,7 +28,7 @@ def recipes(context: typer.Context, as_json: JsonFlag = False) -> None:
 def _rows(context: typer.Context) -> list[RecipeRow]:
     from autoquant.errors import RecipeError
     from autoquant.recipes import read_recipe, recipe_files
-    from autoquant.report.recipes_table import RecipeRow
+    from autoquant.report.tables.recipes import RecipeRow
 
     assert context.parent is not None  # the group that this command is of
     group: Any = context.parent.command

@@ -10,7 +10,7 @@ import typer
 from autoquant.cli.output import Database, opened_store
 
 if TYPE_CHECKING:
-    from autoquant.tuner.remove import Removed
+    from autoquant.study.remove import Removed
 
 
 def rm(
@@ -27,7 +27,7 @@ def rm(
     """
     from autoquant.report.words import study_line
     from autoquant.store.remove import find_study
-    from autoquant.tuner.remove import remove
+    from autoquant.study.remove import remove
 
     with opened_store(database) as store:
         study_id = find_study(store, study)

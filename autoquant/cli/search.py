@@ -20,7 +20,7 @@ from autoquant.cli.recipe_option import (
 from autoquant.cli.values import duration_s, fraction, nats, size_bytes
 
 if TYPE_CHECKING:
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 
 _JUDGES = ("eval_text", "eval_data", "quality")
@@ -264,7 +264,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
             }
         )
         return
-    from autoquant.report.tables import front_table
+    from autoquant.report.tables.plans import front_table
     from autoquant.report.words import disturbed_proofs, off_predictions, recommendation
 
     where = shlex.quote(db)

@@ -44,14 +44,14 @@ def serve(
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise AutoquantError(f"serving needs {', '.join(missing)}: install with pip install 'autoquant[serve]'")
     _check_free(host, port)
-    from autoquant import generation
+    from autoquant import prompting
     from autoquant.report.progress import listening
 
-    if problems := generation.problems_of(folder):
+    if problems := prompting.problems_of(folder):
         raise ModelError("; ".join(problems))
     if "@" in str(folder):
         raise ModelError(f"transformers takes what follows @ in {folder} for a revision: give another path to it")
-    place = generation.device_of(folder, device)
+    place = prompting.device_of(folder, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.perf_counter()
     server: Any = None
@@ -89,7 +89,7 @@ def _load(folder: Path, device: str, host: str, port: int, listener: Listener) -
     """transformers' server, listening, with the model loaded and the only one that it has."""
     from transformers.cli.serve import Serve
 
-    from autoquant import generation
+    from autoquant import prompting
     from autoquant.errors import ModelError, first_line
     from autoquant.events import StageFinished, StageStarted
     from autoquant.models.quiet import no_progress_bars, quiet
@@ -104,14 +104,14 @@ def _load(folder: Path, device: str, host: str, port: int, listener: Listener) -
     except Exception as error:
         raise ModelError(f"transformers cannot serve {folder}: {first_line(error)}") from error
     _serve_only(server, folder)
-    kind = "quantized" if generation.is_quantized(folder) else "unquantized"
+    kind = "quantized" if prompting.is_quantized(folder) else "unquantized"
     listener(StageFinished("load", f"{kind} model on {device} in {time.perf_counter() - before:.1f} s"))
     return server
 
 
 def _serve_only(server: Any, folder: Path) -> None:
     """Leave no way to load another model or to drop this one, and list this one alone; an unquantized one is prepared too."""
-    from autoquant.runtime import prepare
+    from autoquant.runtime.prepare import prepare
 
     manager = server._model_manager
     for loaded in manager.loaded_models.values():
@@ -154,10 +154,10 @@ def _url(host: str, port: int) -> str:
 
 def _example(url: str, folder: Path) -> str:
     """A request that this model can answer."""
-    from autoquant import generation
+    from autoquant import prompting
 
     model = {"model": str(folder), "max_tokens": 64}
     kind, body = "completions", {**model, "prompt": "Once upon a time"}
-    if generation.tokenizer_of(folder).chat_template:
+    if prompting.tokenizer_of(folder).chat_template:
         kind, body = "chat/completions", {**model, "messages": [{"role": "user", "content": "Hello"}]}
     return f"curl {url}/{kind} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

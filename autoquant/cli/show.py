@@ -12,7 +12,7 @@ from autoquant.cli.plans import PlanOption
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Proof
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
 
 def show(
@@ -41,7 +41,7 @@ def show(
 def _print_text(
     study: Study, plan: Plan, rows: list[dict[str, Any]], proof: Proof | None, *, why: bool, database: str
 ) -> None:
-    from autoquant.report.tables import coverage_line, coverage_table, layers_table
+    from autoquant.report.tables.plans import coverage_line, coverage_table, layers_table
     from autoquant.report.words import (
         as_run_lines,
         constraints_words,
@@ -78,7 +78,7 @@ def _print_text(
 
 
 def _print_why(study: Study, plan: Plan) -> None:
-    from autoquant.report.why_table import NOTHING_KEPT, TOGETHER, together, why_table
+    from autoquant.report.tables.why import NOTHING_KEPT, TOGETHER, together, why_table
 
     typer.echo()
     found = study.alternatives(plan)

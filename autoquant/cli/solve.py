@@ -14,7 +14,7 @@ from autoquant.cli.values import fraction, nats, size_bytes
 
 if TYPE_CHECKING:
     from autoquant.records import Plan
-    from autoquant.tuner.solve_again import Solved
+    from autoquant.study.solve_again import Solved
 
 
 def solve(
@@ -43,8 +43,8 @@ def solve(
     increase = None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
     divergence = None if max_kl is None else nats(max_kl, "--max-kl")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
-    from autoquant.tuner.limits import Limits
-    from autoquant.tuner.solve_again import AROUND, solve_again
+    from autoquant.solver.limits import Limits
+    from autoquant.study.solve_again import AROUND, solve_again
 
     with opened_study(database, study_id=study) as opened:
         limits = Limits(
@@ -70,7 +70,7 @@ def _object(solved: Solved, limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_text(solved: Solved, where: str) -> None:
-    from autoquant.report.predicted_table import predicted_table
+    from autoquant.report.tables.predicted import predicted_table
     from autoquant.report.words import plan_lines
 
     print_table(lambda _width: predicted_table(solved.around, solved.plan))

@@ -9,8 +9,8 @@ from autoquant.cli.output import Database, JsonFlag, opened_store, print_json, p
 
 def studies(database: Database, as_json: JsonFlag = False) -> None:
     """List the studies of a database, the one last worked on first: that is the one other commands take if not told."""
-    from autoquant.report.studies_table import studies_objects, studies_table
-    from autoquant.tuner.overview import study_rows
+    from autoquant.report.tables.studies import studies_objects, studies_table
+    from autoquant.study.overview import study_rows
 
     with opened_store(database) as store:
         rows = study_rows(store)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from autoquant.errors import QualityError, WorkloadError, first_line
 from autoquant.evaluators.quality import Comparison, FunctionQuality, TextQuality
 from autoquant.evaluators.text import PARTS, Part, deal
-from autoquant.profiler.phases import output_tensor
+from autoquant.models.outputs import output_tensor
 
 SAMPLES: Mapping[Part, int] = {"calibration": 4, "selection": 12, "report": 16}
 Inputs = tuple[Any, ...] | dict[str, Any]

@@ -14,7 +14,7 @@ from torch import nn
 from autoquant.errors import QualityError, first_line
 from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.text import Part, TextParts
-from autoquant.profiler.phases import output_tensor
+from autoquant.models.outputs import output_tensor
 
 _ROWS_AT_ONCE = 128
 _KEPT_BYTES = 1 << 30

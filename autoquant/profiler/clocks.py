@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from autoquant.profiler.device import synchronize
+from autoquant.devices.device import synchronize
 
 _HOST_SAMPLE_S = 2e-3
 _GRAPH_US = 1000.0

@@ -9,9 +9,9 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from autoquant.candidates import Format, Kernel, timed
-from autoquant.candidates.gemlite import load_tuning
+from autoquant.candidates.kernels.caches import tuning_folder, use_kernel_caches
+from autoquant.candidates.kernels.gemlite import load_tuning
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
-from autoquant.profiler.caches import tuning_folder, use_kernel_caches
 from autoquant.profiler.prepare import prepare
 from autoquant.profiler.roofline import known_roofline
 from autoquant.profiler.timing import PROTOCOL, Arena, compare

@@ -19,10 +19,10 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from autoquant.candidates import get_format
+from autoquant.candidates.kernels.caches import tuning_folder, use_kernel_caches
 from autoquant.candidates.registry import is_registered_here
 from autoquant.errors import first_line
 from autoquant.profiler.bounds import Tried, beaten, bounded
-from autoquant.profiler.caches import tuning_folder, use_kernel_caches
 from autoquant.profiler.timing import try_out
 from autoquant.records import Device, Measurement, Roofline, TimingSubject
 
@@ -298,7 +298,7 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
     import torch
     import torch._inductor.config as inductor_config
 
-    from autoquant.candidates import gemlite
+    from autoquant.candidates.kernels import gemlite
     from autoquant.profiler.timing import Problem
 
     torch.set_num_threads(1)
@@ -338,7 +338,7 @@ def _work(connection: Connection, device_name: str, tuning: str, compiled: bool)
 
 
 def _is_sound(device_name: str) -> bool:
-    from autoquant.profiler.device import synchronize
+    from autoquant.devices.device import synchronize
 
     try:
         synchronize(device_name)

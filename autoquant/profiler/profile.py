@@ -15,20 +15,20 @@ from torch import nn
 
 from autoquant.candidates import Format, Kernel, get_format, select, timed
 from autoquant.candidates.flat import stored_bytes
-from autoquant.candidates.floats import original_format
+from autoquant.candidates.formats.floats import original_format
+from autoquant.devices.device import compile_failure, fingerprint
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import LoadedModel, dtype_name, resolve_device, resolve_dtype, take_model
 from autoquant.profiler import measure
-from autoquant.profiler.device import compile_failure, fingerprint
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
-from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.roofline import known_roofline
 from autoquant.profiler.shapes import ListedShapes, NamedShapes, parse_shapes, read_shapes
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
+from autoquant.runtime.phases import default_workload, make_phases
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
 

@@ -17,8 +17,8 @@ from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
 from autoquant.models import LoadedModel
-from autoquant.profiler.phases import Phases, make_phases
 from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped, Workload
+from autoquant.runtime.phases import Phases, make_phases
 
 _READING_ATTRIBUTES = ("T", "mT", "H", "mH", "data")
 _MIN_LISTED_SHARE = 1e-4

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 
+from autoquant.devices.device import synchronize
+from autoquant.devices.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
-from autoquant.profiler.device import synchronize
 from autoquant.profiler.floor import floor_us
-from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.records import Device, Roofline
 from autoquant.store import Store
 

@@ -32,9 +32,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel, multiplied_numbers
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
+from autoquant.devices.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.errors import first_line
 from autoquant.profiler.clocks import Clock, GraphClock, HostClock
-from autoquant.profiler.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.records import LinearShape, Measurement, TimingSubject
 
 PROTOCOL = "3"

@@ -10,11 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autoquant.profiler.steps import LINEAR, StepProfile
 from autoquant.records import Plan, Workload, request_time
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables import WIDE, plain_table
+from autoquant.report.tables.plans import WIDE, plain_table
+from autoquant.runtime.steps import LINEAR, StepProfile
 
 _GAPS = "gaps: nothing runs"
 _ALL_ELSE = "all else"

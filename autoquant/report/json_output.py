@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from autoquant.records import LayerChoice, Plan, Proof, Recording
-from autoquant.tuner.alternatives import Alternative, Alternatives
+from autoquant.solver.alternatives import Alternative, Alternatives
 
 
 def dumps(value: Any) -> str:

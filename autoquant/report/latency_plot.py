@@ -12,9 +12,9 @@ from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import Latencies, Row, is_original
 from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
+from autoquant.report.front.plots import PAGE_CONFIG, SUFFIXES
 from autoquant.report.names import fold
-from autoquant.report.plots import PAGE_CONFIG, SUFFIXES
-from autoquant.report.profile_tables import best_route
+from autoquant.report.tables.profile import best_route
 from autoquant.report.words import device_words
 
 _MOST_LINES = 9

@@ -12,9 +12,9 @@ from rich.text import Text
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables import plain_table, route_text
+from autoquant.report.tables.plans import plain_table, route_text
 from autoquant.report.words import increase_heading, increase_words
-from autoquant.tuner.compare import LayerChange, summed
+from autoquant.study.compare import LayerChange, summed
 
 _MEASURED = (
     "measured_request_ms",

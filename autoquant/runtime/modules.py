@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.profiler.compiled import compile_forward, ready_to_compile
+from autoquant.runtime.compiled import compile_forward, ready_to_compile
 
 
 def compile(module: nn.Module) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
 from autoquant.errors import StoreError
+from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
 from autoquant.store.repository import Store
 
@@ -121,13 +122,6 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     if write and not (is_writable(path) and is_writable(path.parent)):
         raise StoreError(f"cannot write to {path} (read-only); copy it somewhere writable")
     _check_header(path)
-
-
-def is_writable(path: Path) -> bool:
-    """Whether `path` may be written: permission bits count for root too, who could override them."""
-    marked_read_only = not path.stat().st_mode & 0o222
-    mounted_read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-    return os.access(path, os.W_OK) and not marked_read_only and not mounted_read_only
 
 
 def _check_header(path: Path) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 from sqlalchemy import select
 
 from autoquant.errors import StoreError
-from autoquant.store.repository import Store
+from autoquant.store.repository import Store, transaction
 from autoquant.store.rows import measurement_from
 from autoquant.store.schema import DeviceRow, TimingRow
-from autoquant.store.session import transaction
 
 COLUMNS = (
     "device",

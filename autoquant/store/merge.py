@@ -17,9 +17,8 @@ from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
 from autoquant.store.connect import open_read_only
-from autoquant.store.repository import Store
+from autoquant.store.repository import Store, transaction
 from autoquant.store.schema import Base, DeviceRow, LossRow, ModelRow, RooflineRow, TaskScoreRow, TimingRow
-from autoquant.store.session import transaction
 
 _MERGED: dict[str, type[Base]] = {
     "devices": DeviceRow,

@@ -9,9 +9,8 @@ from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from autoquant.errors import PlanError
-from autoquant.store.repository import Store
+from autoquant.store.repository import Store, transaction
 from autoquant.store.schema import Base, DeliveryRow, PlanRow, ProofRow, ReferenceRow, StudyRow, TaskScoreRow
-from autoquant.store.session import transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Engine, delete, select
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
-from autoquant.errors import PlanError
+from autoquant.errors import PlanError, StoreError
 from autoquant.records import (
     Delivery,
     Device,
@@ -24,8 +25,17 @@ from autoquant.records import (
     TimingSubject,
     Workload,
 )
-from autoquant.store.json_records import delivery_from, layer_from, plain, proof_from
-from autoquant.store.rows import StudyFacts, measurement_from, plan_from, study_from, task_score_from
+from autoquant.store.rows import (
+    StudyFacts,
+    delivery_from,
+    layer_from,
+    measurement_from,
+    plain,
+    plan_from,
+    proof_from,
+    study_from,
+    task_score_from,
+)
 from autoquant.store.schema import (
     DeliveryRow,
     DeviceRow,
@@ -40,9 +50,22 @@ from autoquant.store.schema import (
     TimingRow,
     now,
 )
-from autoquant.store.session import transaction
 
 _CALIBRATION = "calibration"
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Session]:
+    """A session that is committed at the end, and rolled back where something is raised.
+
+    Raises:
+        StoreError: The database refused what was asked of it.
+    """
+    try:
+        with Session(engine) as session, session.begin():
+            yield session
+    except DatabaseError as error:
+        raise StoreError(f"the database refused: {error.orig}") from error
 
 
 class Store:

@@ -9,19 +9,19 @@ from functools import partial
 import torch
 from torch import nn
 
-from autoquant.applier import apply, load_searched, module_bytes
+from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.devices.device import compile_failure
 from autoquant.errors import DeviceError
-from autoquant.evaluators.request import make_warm, time_in_turn
-from autoquant.evaluators.user_loop import Usage, time_user_loops
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
+from autoquant.export.applier import apply, load_searched, module_bytes
 from autoquant.models import LoadedModel
-from autoquant.profiler.attribution import attribute
-from autoquant.profiler.caches import kernels_kept
-from autoquant.profiler.compiled import share
-from autoquant.profiler.device import compile_failure
-from autoquant.profiler.phases import Phases, divisions, make_phases
-from autoquant.profiler.steps import StepProfile
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
+from autoquant.runtime.attribution import attribute
+from autoquant.runtime.compiled import share
+from autoquant.runtime.phases import Phases, divisions, make_phases
+from autoquant.runtime.request import make_warm, time_in_turn
+from autoquant.runtime.steps import StepProfile
+from autoquant.runtime.user_loop import Usage, time_user_loops
 from autoquant.store import StudyFacts
 
 

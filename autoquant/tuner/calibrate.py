@@ -17,7 +17,7 @@ from scipy.optimize import lsq_linear
 
 from autoquant.candidates import timed_as
 from autoquant.records import LayerChoice, Plan, Proof, Site, request_time, route_kernel
-from autoquant.tuner.planning import PlanContext, predict
+from autoquant.solver.planning import PlanContext, predict
 
 _STRENGTH = 0.05
 _LOWEST, _HIGHEST = 0.2, 5.0

@@ -10,10 +10,10 @@ import torch
 
 from autoquant.candidates import Format, Kernel, get_format
 from autoquant.candidates.flat import stored_bytes
-from autoquant.candidates.floats import original_format
+from autoquant.candidates.formats.floats import original_format
+from autoquant.devices.device import trim_memory
 from autoquant.errors import ConstraintError
 from autoquant.profiler.crossovers import FormatTimings, numerics_sets
-from autoquant.profiler.device import trim_memory
 from autoquant.records import (
     LayerChoice,
     LinearShape,
@@ -25,8 +25,8 @@ from autoquant.records import (
     Workload,
     route_kernel,
 )
-from autoquant.tuner.constraints import Bound, Constraints
-from autoquant.tuner.planning import request_us
+from autoquant.solver.constraints import Bound, Constraints
+from autoquant.solver.planning import request_us
 
 _SAME_SIZE = 1.01
 

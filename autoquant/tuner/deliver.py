@@ -14,25 +14,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoquant import applier, checkpoint
 from autoquant.candidates.registry import is_registered_here
+from autoquant.devices.device import release_memory
 from autoquant.errors import ProcessDiedError, first_line
-from autoquant.evaluators.request import MAX_RELATIVE_ERROR
-from autoquant.evaluators.user_loop import Answer, Usage, first_difference, time_user_loops
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.export import applier, checkpoint
 from autoquant.models import LoadedModel
 from autoquant.models.loaded import ModelKind, ModelSource
-from autoquant.profiler.compiled import share
-from autoquant.profiler.device import release_memory
 from autoquant.records import Delivery, Plan, Where
-from autoquant.tuner.apart import end_process, receive, send, start_process
-from autoquant.tuner.delivered import is_disturbed
-from autoquant.tuner.jobs import load_again
-from autoquant.tuner.runners import IN_PROCESS_VARIABLE
-from autoquant.tuner.study import Study
+from autoquant.runtime.compiled import share
+from autoquant.runtime.request import MAX_RELATIVE_ERROR
+from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops
+from autoquant.study.delivered import is_disturbed
+from autoquant.study.study import Study
+from autoquant.tuner.workers.forking import end_process, receive, send, start_process
+from autoquant.tuner.workers.jobs import load_again
+from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE
 
 TRIES = 3
-WORKER = "autoquant.tuner.delivery_worker"
+WORKER = "autoquant.tuner.workers.delivery_worker"
 _LONGEST_ENDING_S = 10
 
 

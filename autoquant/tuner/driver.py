@@ -12,25 +12,25 @@ from typing import Any
 from torch import nn
 
 from autoquant.candidates import select
+from autoquant.devices.device import fingerprint
 from autoquant.evaluators.outputs import OutputQuality
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import resolve_device, take_model
-from autoquant.profiler.device import fingerprint
-from autoquant.profiler.phases import default_workload, make_phases
 from autoquant.profiler.profile import with_original
 from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Objective, Recording, Workload, content_key
+from autoquant.runtime.phases import default_workload, make_phases
+from autoquant.solver.constraints import Constraints, bind
+from autoquant.solver.limits import Limits
+from autoquant.solver.planning import check_memory, context_of
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
-from autoquant.tuner.constraints import Constraints, bind
+from autoquant.study.study import Study
 from autoquant.tuner.judge import Asked, make_judge, method_of
-from autoquant.tuner.limits import Limits
-from autoquant.tuner.planning import check_memory, context_of
 from autoquant.tuner.stages import Stages
-from autoquant.tuner.study import Study
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from autoquant.candidates import A16, Format, Kernel, get_format
 from autoquant.profiler.measure import cells_of, subjects_of
 from autoquant.records import LayerChoice, LinearShape, Measurement, Route, Site, TimingSubject, Workload
+from autoquant.solver.planning import request_us
 from autoquant.tuner.choices import FormatFacts, SiteChoices, memory_bytes, site_choices
-from autoquant.tuner.planning import request_us
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from autoquant.records import Site
+from autoquant.solver.constraints import Bound, Constraints
 from autoquant.tuner.choices import SiteChoices
-from autoquant.tuner.constraints import Bound, Constraints
 from autoquant.tuner.fusion import Fusion
 
 

@@ -10,8 +10,8 @@ from autoquant.events import Listener
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, Measurement, TimingSubject
 from autoquant.store import Store
-from autoquant.tuner.apart import Runner
-from autoquant.tuner.jobs import Limited, ProfileJob, Timed
+from autoquant.tuner.workers.in_process import Runner
+from autoquant.tuner.workers.jobs import Limited, ProfileJob, Timed
 
 
 def measure_all(

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.applier import Quantized, apply, module_bytes
-from autoquant.calibration import Calibration
 from autoquant.candidates import get_format
-from autoquant.candidates.gemlite import untuned
+from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.candidates.kernels.gemlite import untuned
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
+from autoquant.devices.device import release_memory
 from autoquant.evaluators.quality import Quality
-from autoquant.evaluators.request import make_warm, time_requests
-from autoquant.evaluators.statistics import mean_interval, paired_increase
+from autoquant.export.applier import Quantized, apply, module_bytes
+from autoquant.export.rounding_inputs import Calibration
+from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
-from autoquant.profiler.caches import kernels_kept
-from autoquant.profiler.compiled import share
-from autoquant.profiler.device import release_memory
-from autoquant.profiler.phases import Phases, divisions, make_phases
 from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload
+from autoquant.runtime.compiled import share
+from autoquant.runtime.phases import Phases, divisions, make_phases
+from autoquant.runtime.request import make_warm, time_requests
 
 
 @dataclass(slots=True)

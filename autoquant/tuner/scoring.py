@@ -9,11 +9,11 @@ from autoquant.candidates import get_format
 from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.records import route_kernel
+from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.store import Store
-from autoquant.tuner.additivity import LossMap, fit_loss_map, together_pairs
-from autoquant.tuner.apart import Runner
 from autoquant.tuner.choices import SiteChoices, numerics_key
-from autoquant.tuner.jobs import Scored, ScoreJob
+from autoquant.tuner.workers.in_process import Runner
+from autoquant.tuner.workers.jobs import Scored, ScoreJob
 
 
 @dataclass(frozen=True, slots=True)

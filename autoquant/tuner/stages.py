@@ -9,15 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoquant.candidates import Format, Kernel
-from autoquant.candidates.floats import original_format
+from autoquant.candidates.formats.floats import original_format
+from autoquant.devices.device import compile_failure, release_memory
 from autoquant.errors import CandidateError, first_line
 from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity import Sensitivity
-from autoquant.evaluators.user_loop import Usage
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
 from autoquant.profiler.crossovers import Timings, settled
-from autoquant.profiler.device import compile_failure, release_memory
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
 from autoquant.profiler.prepare import workers_kept
 from autoquant.profiler.record import mean_element_bytes, record_model
@@ -33,25 +32,33 @@ from autoquant.records import (
     TimingSubject,
     Workload,
 )
+from autoquant.runtime.user_loop import Usage
+from autoquant.solver.additivity import ADDITION, LossMap
+from autoquant.solver.aim import aimed
+from autoquant.solver.baselines import bits_plan, structural_plan
+from autoquant.solver.constraints import UNBOUND, Bound, Constraints, bind
+from autoquant.solver.limits import Limits
+from autoquant.solver.planning import (
+    PlanContext,
+    about_options,
+    check_memory,
+    front_plans,
+    original_plan,
+    uniform_plans,
+)
+from autoquant.solver.refine import growth_of, point_of, proposals
 from autoquant.store import Store
-from autoquant.tuner.additivity import ADDITION, LossMap
-from autoquant.tuner.aim import aimed
-from autoquant.tuner.apart import Runner
-from autoquant.tuner.baselines import bits_plan, structural_plan
+from autoquant.study.study import Study
 from autoquant.tuner.calibrate import fit, predicted
 from autoquant.tuner.choices import constrained_choices, format_facts, scored
-from autoquant.tuner.constraints import UNBOUND, Bound, Constraints, bind
 from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
-from autoquant.tuner.jobs import Bench, ProveJob
-from autoquant.tuner.limits import Limits
 from autoquant.tuner.notices import constraint_notices, dropped_notices, fusion_notices
-from autoquant.tuner.planning import PlanContext, about_options, check_memory, front_plans, original_plan, uniform_plans
 from autoquant.tuner.profiling import measure_all
-from autoquant.tuner.refine import growth_of, point_of, proposals
-from autoquant.tuner.runners import start_runner
 from autoquant.tuner.scoring import score
-from autoquant.tuner.study import Study
+from autoquant.tuner.workers.in_process import Runner
+from autoquant.tuner.workers.jobs import Bench, ProveJob
+from autoquant.tuner.workers.start import start_runner
 
 FRONT_PLANS = 3
 LEAST_PLANS = 10

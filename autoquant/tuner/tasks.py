@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoquant.applier import apply, load_searched
 from autoquant.errors import TaskError
 from autoquant.evaluators.tasks import Tasks
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore, logged
+from autoquant.export.applier import apply, load_searched
 from autoquant.models import LoadedModel
-from autoquant.profiler.compiled import share
 from autoquant.records import ORIGINAL_LABEL, Plan, TaskScore
+from autoquant.runtime.compiled import share
 from autoquant.store import Store, StudyFacts
 
 

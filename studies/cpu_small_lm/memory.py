@@ -16,9 +16,9 @@ import logging, warnings; warnings.simplefilter('ignore'); logging.disable(loggi
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import autoquant.tuner.driver
-from autoquant.candidates import formats; formats()
-from autoquant.evaluators.request import warm_up
-from autoquant.profiler.phases import make_phases
+from autoquant.candidates import known_formats; known_formats()
+from autoquant.runtime.request import warm_up
+from autoquant.runtime.phases import make_phases
 from autoquant.records import Workload
 config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
 model = LlamaForCausalLM(config).to(torch.bfloat16).eval()

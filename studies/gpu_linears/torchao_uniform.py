@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", required=True)
     arguments = parser.parse_args()
-    from autoquant.profiler.caches import use_kernel_caches
+    from autoquant.candidates.kernels.caches import use_kernel_caches
     from autoquant.profiler.shapes import read_shapes
 
     use_kernel_caches()

@@ -21,14 +21,14 @@ from rich.console import Console
 from torch import nn
 from whole_model import PROMPT, STEPS, build, torchao_settings
 
-from autoquant.applier import apply, module_bytes
-from autoquant.evaluators.request import WrongResultError, time_in_turn, warm_up
-from autoquant.profiler.attribution import attribute
-from autoquant.profiler.caches import kernels_kept
-from autoquant.profiler.compiled import share
-from autoquant.profiler.phases import Phases, make_phases
+from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.export.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time
 from autoquant.report.attribution import attribution_report, trace_object
+from autoquant.runtime.attribution import attribute
+from autoquant.runtime.compiled import share
+from autoquant.runtime.phases import Phases, make_phases
+from autoquant.runtime.request import WrongResultError, time_in_turn, warm_up
 from autoquant.tuner.bench import BenchRow
 
 MODELS = ("8 bits", "8 bits, fused", "torchao float8 weight-only")

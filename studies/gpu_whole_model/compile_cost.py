@@ -22,12 +22,12 @@ from torch import nn
 from whole_model import PROMPT, SMALL_PROMPT, SMALL_STEPS, STEPS, build
 
 from autoquant.candidates import get_format
+from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.profiler.caches import kernels_kept
-from autoquant.profiler.compiled import share
-from autoquant.profiler.device import synchronize
-from autoquant.profiler.phases import Phases, make_phases
+from autoquant.devices.device import synchronize
 from autoquant.records import RouteStep, Workload
+from autoquant.runtime.compiled import share
+from autoquant.runtime.phases import Phases, make_phases
 
 ROUTES = {
     "float8-row": (
@@ -74,7 +74,7 @@ def compiler_seconds() -> dict[str, float]:
 
 def watch_tuning(seconds: dict[str, float]) -> Callable[[], None]:
     """Add the seconds that gemlite's kernels spend on tuning to `seconds`; returns what ends that."""
-    from autoquant.candidates.gemlite import _tuned_kernels
+    from autoquant.candidates.kernels.gemlite import _tuned_kernels
 
     kernels = _tuned_kernels()
     originals = [kernel.run for kernel in kernels]

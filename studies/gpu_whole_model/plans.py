@@ -15,19 +15,19 @@ import torch
 from torch import nn
 
 from autoquant.candidates import Format, Kernel, get_format, select
-from autoquant.candidates.floats import original_format
-from autoquant.profiler.device import fingerprint
+from autoquant.candidates.formats.floats import original_format
+from autoquant.devices.device import fingerprint
 from autoquant.profiler.measure import cells_of, subjects_of
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.profile import with_original
 from autoquant.profiler.record import record
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Site, TimingSubject, Workload
+from autoquant.runtime.phases import make_phases
+from autoquant.solver.planning import PlanContext, make_plan, make_problem
+from autoquant.solver.solve import fastest
 from autoquant.store import open_store
 from autoquant.tuner.choices import FormatFacts, SiteChoices, format_facts, site_choices
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion
-from autoquant.tuner.planning import PlanContext, make_plan, make_problem
-from autoquant.tuner.solve import fastest
 
 DTYPE = "bfloat16"
 EIGHT_BITS = ("float8*", "int8*")

@@ -24,14 +24,14 @@ import torch
 from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, make_planner
 from torch import nn
 
-from autoquant.applier import apply, module_bytes
+from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.devices.device import release_memory
 from autoquant.errors import first_line
-from autoquant.evaluators.request import WrongResultError, time_requests, warm_up
-from autoquant.profiler.caches import kernels_kept
-from autoquant.profiler.compiled import share
-from autoquant.profiler.device import release_memory
-from autoquant.profiler.phases import make_phases
+from autoquant.export.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time
+from autoquant.runtime.compiled import share
+from autoquant.runtime.phases import make_phases
+from autoquant.runtime.request import WrongResultError, time_requests, warm_up
 
 PROMPT, STEPS = 2048, 256
 SMALL_PROMPT, SMALL_STEPS = 64, 8

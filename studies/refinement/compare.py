@@ -5,7 +5,7 @@
 PLAN.DB is a finished search of a language model, TEXT the text that it was searched with. Each way proposes plans; each plan is
 really applied and its perplexity measured on the selection part, against the unquantized model window by window; its request
 time is what the search's calibrated model predicts, so that the ways differ by their plans and not by noise of a clock. Told is
-the hypervolume of all plans so far (see `autoquant.tuner.hypervolume`) over that of the plans that a search has proven when it
+the hypervolume of all plans so far (see `autoquant.solver.hypervolume`) over that of the plans that a search has proven when it
 begins to refine (uniform, heuristic, by bits and solved), by true evaluations spent. OUT gets `growth.csv`, one row for each way,
 seed and evaluation, as they are made, and `table.md`.
 """
@@ -22,18 +22,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from autoquant.applier import Quantized, apply, load_searched
 from autoquant.evaluators.quality import TextQuality
-from autoquant.evaluators.statistics import paired_increase
 from autoquant.evaluators.text import read_text
+from autoquant.export.applier import Quantized, apply, load_searched
+from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
-from autoquant.profiler.compiled import share
 from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof
-from autoquant.tuner.hypervolume import hypervolume
-from autoquant.tuner.planning import PlanContext, context_of, make_plan, original_plan, predict
+from autoquant.runtime.compiled import share
+from autoquant.solver.hypervolume import hypervolume
+from autoquant.solver.planning import PlanContext, context_of, make_plan, original_plan, predict
+from autoquant.solver.refine import growth_of, point_of, proposals
+from autoquant.study.study import Study
 from autoquant.tuner.prove import worst_numerics
-from autoquant.tuner.refine import growth_of, point_of, proposals
-from autoquant.tuner.study import Study
 
 SHOWN = (5, 10, 20, 30, 40)
 Options = list[list[LayerChoice]]

@@ -23,11 +23,11 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from autoquant.calibration import Calibration
-from autoquant.candidates import Format, InputStatistics, formats
+from autoquant.candidates import Format, InputStatistics, known_formats
 from autoquant.candidates.flat import stored_bytes
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import divergence_sum, next_token_logits
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, load_model
 
 WINDOW_TOKENS = 512
@@ -76,7 +76,7 @@ def format_name(storage: str, rounding: str) -> str:
 def format_of(values: str, device_type: str) -> Format:
     """The first layout of these values that the device can store."""
     layouts = {"cpu": ("cpu-packed", "bit-planes"), "cuda": ("gemlite", "bit-planes")}[device_type]
-    return next(fmt for fmt in formats().values() if fmt.values == values and fmt.id.endswith(layouts))
+    return next(fmt for fmt in known_formats().values() if fmt.values == values and fmt.id.endswith(layouts))
 
 
 def windows(loaded: LoadedModel, path: str, first: int, count: int) -> torch.Tensor:

@@ -12,15 +12,15 @@ import time
 
 import torch
 
-from autoquant.calibration import Calibration
 from autoquant.candidates import A16, get_format
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change
 from autoquant.evaluators.text import read_text
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import load_model
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import Workload
+from autoquant.runtime.phases import make_phases
 
 NEAREST, GPTQ = get_format("int4-g64/cpu-packed"), get_format("int4-g64-gptq/cpu-packed")
 

@@ -14,11 +14,11 @@ import torch
 from compare import WINDOW_TOKENS, parse, windows
 from torch import nn
 
-from autoquant.calibration import Calibration
 from autoquant.candidates import InputStatistics
-from autoquant.candidates.rounding import Grid, clip, gptq
+from autoquant.candidates.formats.rounding import Grid, clip, gptq
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import divergence_sum, next_token_logits
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import load_model
 
 GRIDS = {

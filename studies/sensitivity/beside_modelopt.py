@@ -32,7 +32,7 @@ from compare import FORMATS, Plan, average_bits, parse, score, set_up, subject
 from front import BUDGETS, Truth, allocate, rounded_changes
 
 from autoquant.evaluators.emulate import in_float32
-from autoquant.evaluators.statistics import paired_increase
+from autoquant.intervals import paired_increase
 from autoquant.records import Site
 
 OWN = [mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.INT8_WEIGHT_ONLY_CFG]

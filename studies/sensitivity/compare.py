@@ -26,17 +26,17 @@ import torch
 from scipy.stats import kendalltau
 
 from autoquant.candidates import A16, Format, get_format
-from autoquant.candidates.low_bit import make_format
+from autoquant.candidates.formats.low_bit import make_format
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import EVERY_LAYER, SENSITIVITIES, Change
 from autoquant.evaluators.sensitivity.together import Calibration
 from autoquant.evaluators.text import TextParts
 from autoquant.models import LoadedModel, load_model
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import Site, Workload
-from autoquant.tuner.additivity import ADDITION, LossMap, fit_loss_map, together_pairs
+from autoquant.runtime.phases import make_phases
+from autoquant.solver.additivity import ADDITION, LossMap, fit_loss_map, together_pairs
 
 WINDOW_TOKENS = 512
 REGIONS = {"above 6 bits": (6.0, 8.0), "4 to 6": (4.0, 6.0), "below 4": (2.6, 4.0)}

@@ -34,20 +34,20 @@ from compare import (
     subject,
 )
 
-from autoquant.calibration import Calibration as Rounded
 from autoquant.candidates import A16
-from autoquant.candidates.low_bit import BitPlaneTensor
-from autoquant.candidates.rounding import ROUNDINGS, Grid, rounded_formats
+from autoquant.candidates.formats.low_bit import BitPlaneTensor
+from autoquant.candidates.formats.rounding import ROUNDINGS, Grid, rounded_formats
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import divergence_sum
 from autoquant.evaluators.sensitivity import Change
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
 from autoquant.evaluators.sensitivity.together import Calibration, PathSite
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
-from autoquant.evaluators.statistics import paired_increase
+from autoquant.export.rounding_inputs import Calibration as Rounded
+from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import Site
-from autoquant.tuner.solve import Problem, fastest
+from autoquant.solver.solve import Problem, fastest
 
 BUDGETS = (3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 SWEEPS = 4

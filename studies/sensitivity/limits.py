@@ -29,8 +29,8 @@ from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.sensitivity import EVERY_LAYER
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
 from autoquant.evaluators.sensitivity.together import Calibration
-from autoquant.evaluators.statistics import paired_increase
 from autoquant.evaluators.text import WANTED_WINDOWS, deal
+from autoquant.intervals import paired_increase
 from autoquant.records import Interval
 
 BUDGETS = np.linspace(3.0, 8.0, 51)

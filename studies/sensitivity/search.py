@@ -28,7 +28,7 @@ from front import Truth, allocate, refine
 
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.sensitivity.gradients import batch_logits
-from autoquant.evaluators.statistics import paired_increase
+from autoquant.intervals import paired_increase
 from autoquant.records import Site
 
 BITS = 3.0

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from autoquant.records import Device, LayerChoice, LinearShape, RouteStep, Workload
+from autoquant.solver.additivity import ADDITION
+from autoquant.solver.planning import PlanContext, about_options
+from autoquant.solver.solve import Problem, fastest, smallest
 from autoquant.store import open_store
-from autoquant.tuner.additivity import ADDITION
-from autoquant.tuner.planning import PlanContext, about_options
-from autoquant.tuner.solve import Problem, fastest, smallest
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (2048, 2048), (8192, 2048))
 BITS = (8.0, 8.5, 6.5, 4.5, 4.25, 4.0, 3.5, 2.5)

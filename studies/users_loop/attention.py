@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from autoquant.runtime.attention import token_attention
+from autoquant.runtime.generate.attention import token_attention
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 BATCHES, LENGTHS, FILLED = (1, 16), (512, 2304, 8192), 0.5

@@ -24,10 +24,10 @@ from autoquant.candidates import get_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.linears import take_apart
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.profiler.compiled import share
-from autoquant.profiler.device import fingerprint
+from autoquant.devices.device import fingerprint
 from autoquant.records import RouteStep
-from autoquant.runtime import prepare
+from autoquant.runtime.compiled import share
+from autoquant.runtime.prepare import prepare
 
 FORMATS = {
     "int4": ("int4-g128/tiled", ((16, "rows"), (None, "unpack-scaled-mm"))),

@@ -4,7 +4,7 @@ import pytest
 import torch.nn.functional as F
 
 import autoquant
-from autoquant.candidates import A16, Format, Kernel, formats, get_format, register, registry, select, survey
+from autoquant.candidates import A16, Format, Kernel, get_format, known_formats, register, registry, select, survey
 from autoquant.errors import CandidateError
 
 
@@ -40,7 +40,7 @@ def test_candidates_are_chosen_by_glob_in_the_registrys_order(globs, expected):
 
 
 def test_a_star_chooses_every_kernel_of_every_format():
-    assert ids(["*"]) == [f"{fmt.id}/{kernel.id}" for fmt in formats().values() for kernel in fmt.kernels]
+    assert ids(["*"]) == [f"{fmt.id}/{kernel.id}" for fmt in known_formats().values() for kernel in fmt.kernels]
 
 
 def opt_in_format():
@@ -109,10 +109,10 @@ def test_registering_the_same_format_again_is_fine(own_registry):
 @pytest.mark.parametrize("name", ["own/plain", "int8-row/plain"])
 def test_another_format_under_a_known_id_is_refused(own_registry, name):
     register(own_format("own/plain"))
-    before = formats()
+    before = known_formats()
     with pytest.raises(CandidateError, match=f"'{name}' exists already"):
         register(own_format(name))
-    assert formats() == before
+    assert known_formats() == before
 
 
 def test_the_survey_gives_a_reason_for_all_that_cannot_be_used():
@@ -154,7 +154,7 @@ def plug_ins(monkeypatch):
 def test_formats_of_installed_packages_are_found(plug_ins):
     one, two, three, four = (own_format(f"plug{i}/plain") for i in range(4))
     plug_ins(one, lambda: two, lambda: [three, four])
-    assert list(formats())[-4:] == ["plug0/plain", "plug1/plain", "plug2/plain", "plug3/plain"]
+    assert list(known_formats())[-4:] == ["plug0/plain", "plug1/plain", "plug2/plain", "plug3/plain"]
     assert get_format("plug3/plain") is four
     assert "plug1/plain/matmul" in [f"{status.format}/{status.kernel}" for status in survey("cpu")]
 
@@ -169,11 +169,11 @@ def test_a_registered_format_may_not_take_a_plug_ins_id(own_registry, plug_ins):
 def test_a_plug_in_with_a_known_id_is_refused_by_its_name(plug_ins, name):
     plug_ins(own_format("plug/plain"), lambda: [own_format(name)])
     with pytest.raises(CandidateError, match=f"plug-in package_1:candidates registers '{name}'"):
-        formats()
+        known_formats()
 
 
 @pytest.mark.parametrize("produced", [None, "int8", [None]])
 def test_a_plug_in_that_gives_something_else_is_refused_by_its_name(plug_ins, produced):
     plug_ins(lambda: produced)
     with pytest.raises(CandidateError, match="plug-in package_0:candidates must give a Format"):
-        formats()
+        known_formats()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import formats, get_format
+from autoquant.candidates import get_format, known_formats
 from autoquant.candidates import routed as routed_module
 from autoquant.candidates.flat import flatten_tensor, move_tensor, stored_bytes, unflatten_tensor
 from autoquant.candidates.routed import RoutedWeight
@@ -18,7 +18,7 @@ from autoquant.records import LinearShape, RouteStep
 SHAPE = LinearShape(n=64, k=128, bias=True, dtype="bfloat16")
 FORMATS = [
     fmt.id
-    for fmt in formats().values()
+    for fmt in known_formats().values()
     if not fmt.rounds and fmt.unsupported_reason(fmt.kernels[0], SHAPE, 4, "cpu") is None
 ]
 

@@ -74,7 +74,7 @@ def test_a_kernel_that_the_device_cannot_use_at_all_is_left_for_its_own_error():
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_the_projects_int4_product_for_a_few_rows_is_never_asked_for_more(group, monkeypatch):
-    monkeypatch.setattr("autoquant.candidates.int4_tiled.cuda_source_unsupported", lambda _device, _what: None)
+    monkeypatch.setattr("autoquant.candidates.formats.int4_tiled.cuda_source_unsupported", lambda _device, _what: None)
     fmt = get_format(f"int4-g{group}/tiled")
     route = (RouteStep(upper_m=None, kernel="rows"),)
     assert route_words(for_any_rows(route, fmt, SHAPE, "cuda")) == "rows up to 16 rows, unpack-matmul above"

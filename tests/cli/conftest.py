@@ -30,7 +30,7 @@ from autoquant.records import (
     Workload,
 )
 from autoquant.store import Store, open_store
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 STUDY = "5tudy0000001"
 MODEL_HASH = "m0del"

@@ -11,9 +11,10 @@ import torch
 from end_to_end.applied import save_both
 from typer.testing import CliRunner
 
-from autoquant import checkpoint, generation
+from autoquant import prompting
 from autoquant.cli import generate as command
 from autoquant.cli.main import app
+from autoquant.export import checkpoint
 
 PROMPT = "w1 w2 w3"
 
@@ -40,9 +41,9 @@ def succeed(*arguments, stdin=""):
 
 
 def greedy(folder, text, tokens):
-    tokenizer = generation.tokenizer_of(folder)
-    prompt = generation.encode(tokenizer, text)
-    model = generation.load_generator(folder, tokenizer, "cpu").model
+    tokenizer = prompting.tokenizer_of(folder)
+    prompt = prompting.encode(tokenizer, text)
+    model = prompting.load_generator(folder, tokenizer, "cpu").model
     ids = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     return tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -88,20 +89,20 @@ def test_one_token_has_no_pace(quantized):
 
 def test_the_first_request_is_not_the_one_that_is_timed(quantized, monkeypatch):
     made = []
-    reply = generation.Generator.reply
+    reply = prompting.Generator.reply
 
     def noted(self, prompt, max_new_tokens, **options):
         made.append((max_new_tokens, options.get("stop_after")))
         return reply(self, prompt, max_new_tokens, **options)
 
-    monkeypatch.setattr(generation.Generator, "reply", noted)
+    monkeypatch.setattr(prompting.Generator, "reply", noted)
     succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 12)
     assert made == [(12, 8), (12, None)], "like the timed one, but stopped early"
 
 
 def test_a_request_can_be_stopped_early(quantized):
-    generator = generation.load_generator(quantized, generation.tokenizer_of(quantized), "cpu")
-    prompt = generation.encode(generator.tokenizer, PROMPT)
+    generator = prompting.load_generator(quantized, prompting.tokenizer_of(quantized), "cpu")
+    prompt = prompting.encode(generator.tokenizer, PROMPT)
     assert len(generator.reply(prompt, 20, stop_after=3).ids) == 3
 
 
@@ -130,8 +131,8 @@ def test_a_model_compared_with_itself_writes_the_same(both):
 def test_the_original_is_compared_in_the_plans_dtype(both, monkeypatch):
     original, quantized = both
     dtypes = []
-    load = generation.load_generator
-    monkeypatch.setattr(generation, "load_generator", lambda *given: (dtypes.append(given[3]), load(*given))[1])
+    load = prompting.load_generator
+    monkeypatch.setattr(prompting, "load_generator", lambda *given: (dtypes.append(given[3]), load(*given))[1])
     succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 2, "--compare", original)
     assert dtypes == [torch.bfloat16, torch.bfloat16]
 
@@ -161,13 +162,13 @@ def test_no_more_is_written_than_the_model_has_room_for(quantized):
 
 def test_a_conversation_is_kept_and_ends_with_the_input(quantized, monkeypatch):
     conversations = []
-    encode = generation.encode_chat
+    encode = prompting.encode_chat
 
     def noted(tokenizer, messages):
         conversations.append([message["role"] for message in messages])
         return encode(tokenizer, messages)
 
-    monkeypatch.setattr(generation, "encode_chat", noted)
+    monkeypatch.setattr(prompting, "encode_chat", noted)
     result = succeed(quantized, "--chat", "--max-new-tokens", 3, stdin="w1 w2\n\nw5\n")
     assert conversations == [["user"], ["user"], ["user", "assistant", "user"]], "the first to prepare"
     assert len(result.stdout.split()) == 6
@@ -221,5 +222,5 @@ def test_bad_options_are_one_line(quantized, tmp_path, monkeypatch, options, sai
 
 def test_auto_is_the_device_that_the_plan_was_made_for(quantized, both, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert generation.device_of(quantized, "auto") == "cpu"
-    assert generation.device_of(both[0], "auto") == "cuda"
+    assert prompting.device_of(quantized, "auto") == "cpu"
+    assert prompting.device_of(both[0], "auto") == "cuda"

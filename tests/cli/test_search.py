@@ -8,7 +8,7 @@ from autoquant.cli.main import app
 from autoquant.errors import ModelError
 from autoquant.records import Workload
 from autoquant.store import open_store
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 from .conftest import MIXED, ORIGINAL, SMALL, STUDY, fill
 

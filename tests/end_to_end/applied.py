@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autoquant import checkpoint
-from autoquant.applier import apply
+from autoquant.export import checkpoint
+from autoquant.export.applier import apply
 from autoquant.models import load_model
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 

@@ -121,6 +121,6 @@ def searched(files, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def study(searched):
-    from autoquant.tuner.study import Study
+    from autoquant.study.study import Study
 
     return Study.open(searched.db)

@@ -12,9 +12,10 @@ if __name__ == "__main__":
 
 import torch
 
-from autoquant.evaluators import request, user_loop
 from autoquant.profiler import clocks, roofline, timing
-from autoquant.tuner import delivered, driver, stages
+from autoquant.runtime import request, user_loop
+from autoquant.study import delivered
+from autoquant.tuner import driver, stages
 
 SHORTER = (
     (timing, "HIGHEST_OTHER_LOAD", 9.0),

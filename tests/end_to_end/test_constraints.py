@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 from .conftest import WORKLOAD, command
 

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from autoquant import applier, checkpoint
-from autoquant.evaluators.user_loop import Usage
 from autoquant.events import Notice
+from autoquant.export import applier, checkpoint
 from autoquant.models import load_model, take_model
 from autoquant.records import Workload
+from autoquant.runtime.user_loop import Usage
 from autoquant.tuner import deliver
 from autoquant.tuner.deliver import Deliverer
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from autoquant.applier import apply, load_searched
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.cli.main import app
+from autoquant.export.applier import apply, load_searched
 from autoquant.store import open_store
 from autoquant.tuner.tasks import score_tasks
 

@@ -12,15 +12,15 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import autoquant
-from autoquant.applier import apply, apply_to_disk, module_bytes
 from autoquant.candidates.flat import flatten_tensor
 from autoquant.candidates.joined import whole_of
 from autoquant.cli.main import app
 from autoquant.events import Notice
+from autoquant.export.applier import apply, apply_to_disk, module_bytes
 from autoquant.models import load_model
-from autoquant.profiler import compiled
 from autoquant.profiler.measure import cells_of
 from autoquant.records import RouteStep
+from autoquant.runtime import compiled
 from autoquant.store import open_store
 from autoquant.tuner import stages
 from autoquant.tuner.fusion import sibling_sites

@@ -13,7 +13,7 @@ import pytest
 
 from autoquant.events import StageProgress, StageStarted
 from autoquant.store import open_store
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 from . import quick
 from .conftest import FACTS, rows

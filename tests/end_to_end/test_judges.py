@@ -13,8 +13,8 @@ from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.outputs import SAMPLES
 from autoquant.evaluators.text import DEFAULT_TEXT
 from autoquant.events import Notice
+from autoquant.study.study import Study
 from autoquant.tuner import driver, stages
-from autoquant.tuner.study import Study
 
 from . import quick
 from .conftest import WORKLOAD

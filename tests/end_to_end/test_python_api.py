@@ -9,7 +9,7 @@ import torch
 
 import autoquant
 from autoquant.errors import ModelError, PlanError, TextError, WorkloadError
-from autoquant.evaluators.statistics import paired_increase
+from autoquant.intervals import paired_increase
 from autoquant.tuner import driver
 
 from . import quick

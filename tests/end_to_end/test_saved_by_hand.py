@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autoquant.applier import apply_to_disk
-from autoquant.tuner.study import Study
+from autoquant.export.applier import apply_to_disk
+from autoquant.study.study import Study
 
 from .conftest import WORKLOAD, command, folder_print, python
 from .quick import CANDIDATES

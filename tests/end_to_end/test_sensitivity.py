@@ -8,7 +8,7 @@ import pytest
 
 from autoquant.evaluators.sensitivity import EVERY_LAYER, SENSITIVITIES, fisher
 from autoquant.events import StageFinished
-from autoquant.tuner.additivity import fit_loss_map, together_pairs
+from autoquant.solver.additivity import fit_loss_map, together_pairs
 
 from . import quick
 from .tiny import save_llama, save_text

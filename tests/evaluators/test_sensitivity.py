@@ -12,9 +12,9 @@ from autoquant.candidates import A8_ROW, A16, Format, Kernel, get_format
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change
 from autoquant.evaluators.text import TextParts
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import Workload
+from autoquant.runtime.phases import make_phases
 
 
 def coarse(weight):

@@ -216,9 +216,9 @@ def test_a_model_that_gradients_do_not_get_through_is_refused(quality, method):
 
 
 def sites_of_module(module):
-    from autoquant.profiler.phases import make_phases
     from autoquant.profiler.record import record
     from autoquant.records import Workload
+    from autoquant.runtime.phases import make_phases
 
     ids = torch.zeros(1, 4, dtype=torch.long)
     return record(module, make_phases(module, "module", Workload.single(), device="cpu", sample_inputs=(ids,))).sites

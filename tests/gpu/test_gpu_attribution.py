@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from autoquant.profiler.attribution import attribute
-from autoquant.profiler.phases import make_phases
-from autoquant.profiler.steps import UNKNOWN
 from autoquant.records import Workload
+from autoquant.runtime.attribution import attribute
+from autoquant.runtime.phases import make_phases
+from autoquant.runtime.steps import UNKNOWN
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autoquant.candidates import A16, Format, Kernel, select
-from autoquant.profiler.load import HIGHEST_OTHER_LOAD, GpuLoad
+from autoquant.devices.load import HIGHEST_OTHER_LOAD, GpuLoad
 from autoquant.profiler.roofline import measure_roofline
 from autoquant.profiler.timing import Arena, compare
 from autoquant.records import LinearShape

@@ -4,12 +4,13 @@ import pytest
 import torch
 from models.tiny_models import tiny_llama
 
-from autoquant.candidates import gemlite, get_format
-from autoquant.evaluators.request import warm_up
-from autoquant.profiler import parts
-from autoquant.profiler.caches import kernels_kept
-from autoquant.profiler.phases import make_phases
+from autoquant.candidates import get_format
+from autoquant.candidates.kernels import gemlite
+from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.records import Workload
+from autoquant.runtime import parts
+from autoquant.runtime.phases import make_phases
+from autoquant.runtime.request import warm_up
 
 pytestmark = pytest.mark.gpu
 

@@ -7,23 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from applier.every_format import (
-    VOCABULARY,
-    cases,
-    is_tuned,
-    make_plan,
-    outputs,
-    outputs_elsewhere,
-    ready,
-    save_llama,
-)
+from export.every_format import VOCABULARY, cases, is_tuned, make_plan, outputs, outputs_elsewhere, ready, save_llama
 
 import autoquant
-from autoquant import checkpoint
-from autoquant.calibration import Calibration
 from autoquant.candidates.flat import flatten_tensor, same_bits
-from autoquant.evaluators.request import MAX_RELATIVE_ERROR
+from autoquant.export import checkpoint
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import load_model
+from autoquant.runtime.request import MAX_RELATIVE_ERROR
 
 pytestmark = pytest.mark.gpu
 

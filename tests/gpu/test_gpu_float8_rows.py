@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from autoquant.candidates import get_format
-from autoquant.candidates.float8_rows import float8_rows, multiply_float8_rows
+from autoquant.candidates.kernels.float8_rows import float8_rows, multiply_float8_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from applier.every_format import VOCABULARY, Case, make_llama, make_plan
+from export.every_format import VOCABULARY, Case, make_llama, make_plan
 from torch import nn
 
 import autoquant
-from autoquant.evaluators.request import MAX_RELATIVE_ERROR
-from autoquant.runtime import prepare
-from autoquant.runtime.generation import decoders_of
+from autoquant.runtime.generate.generation import decoders_of
+from autoquant.runtime.prepare import prepare
+from autoquant.runtime.request import MAX_RELATIVE_ERROR
 
 pytestmark = pytest.mark.gpu
 

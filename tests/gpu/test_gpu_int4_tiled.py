@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from autoquant.candidates import cuda_source, get_format
-from autoquant.candidates.cuda_source import CudaKernel
-from autoquant.candidates.int4_tiled import int4_rows, int4_unpack, multiply_int4_rows, unpack_int4_tiles
+from autoquant.candidates import get_format
+from autoquant.candidates.formats.int4_tiled import int4_rows, int4_unpack, multiply_int4_rows, unpack_int4_tiles
 from autoquant.candidates.joined import join
+from autoquant.candidates.kernels import cuda_source
+from autoquant.candidates.kernels.cuda_source import CudaKernel
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CandidateError
-from autoquant.profiler.compiled import compile_forward, ready_to_compile
 from autoquant.records import RouteStep
+from autoquant.runtime.compiled import compile_forward, ready_to_compile
 
 pytestmark = pytest.mark.gpu
 

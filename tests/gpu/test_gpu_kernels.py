@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING, formats, int4_gpu, multiplied_numbers, select, timed
-from autoquant.candidates.rounding import Rounded
+from autoquant.candidates import ACTIVATION_ROUNDING, known_formats, multiplied_numbers, select, timed
+from autoquant.candidates.formats import int4_tinygemm
+from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.profiler.timing import MAX_RELATIVE_ERROR
 from autoquant.records import LinearShape, RouteStep
@@ -61,7 +62,7 @@ def test_int4_layouts_hold_the_same_numbers():
     weight, _, _ = tensors(1)
     by_layout = {
         fmt.id: fmt.dequantize(fmt.store(weight))
-        for fmt in formats().values()
+        for fmt in known_formats().values()
         if fmt.values == "int4-g64"
         and fmt.unsupported(LinearShape(n=N, k=K, bias=False, dtype="bfloat16"), 1, "cuda") is None
     }
@@ -75,16 +76,16 @@ def test_int4_layouts_hold_the_same_numbers():
 def test_rounding_packs_tiles_as_rounding_to_nearest_does(group):
     weight, _, _ = tensors(1)
     weight = weight[:500, :896].contiguous()  # padded to tiles
-    q, scale, zero = int4_gpu.tinygemm_rounding(weight, group)
-    nearest = formats()[f"int4-g{group}/tinygemm"]
-    packed = int4_gpu._pack_tinygemm(Rounded(q - 8, scale, zero), group)
+    q, scale, zero = int4_tinygemm.tinygemm_rounding(weight, group)
+    nearest = known_formats()[f"int4-g{group}/tinygemm"]
+    packed = int4_tinygemm._pack_tinygemm(Rounded(q - 8, scale, zero), group)
     assert torch.equal(nearest.dequantize(packed), nearest.dequantize(nearest.store(weight)))
     assert packed.qdata.shape == nearest.store(weight).qdata.shape
 
 
 FORMATS = [
     fmt.id
-    for fmt in formats().values()
+    for fmt in known_formats().values()
     if torch.cuda.is_available()
     and fmt.by_default("cuda")
     and any(usable(fmt, kernel, 1) for kernel in fmt.kernels)
@@ -93,7 +94,7 @@ FORMATS = [
 
 
 def routed(format_id):
-    fmt = formats()[format_id]
+    fmt = known_formats()[format_id]
     weight, bias, _ = tensors(1)
     few = next(kernel.id for kernel in fmt.kernels if usable(fmt, kernel, 1))
     many = [kernel.id for kernel in fmt.kernels if usable(fmt, kernel, 64)][-1]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from autoquant.candidates import get_format
-from autoquant.candidates.int4_tiled import int4_rows
-from autoquant.runtime.attention import token_attention
+from autoquant.candidates.formats.int4_tiled import int4_rows
+from autoquant.runtime.generate.attention import token_attention
 
 pytestmark = pytest.mark.gpu
 

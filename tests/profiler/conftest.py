@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from autoquant.profiler import timing
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import Workload
+from autoquant.runtime.phases import make_phases
 
 
 @pytest.fixture

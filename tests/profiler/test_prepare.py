@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from autoquant.candidates import registry
+from autoquant.devices.device import fingerprint
 from autoquant.profiler import prepare as module
-from autoquant.profiler.device import fingerprint
 from autoquant.profiler.prepare import prepare, workers_kept
 from autoquant.records import LinearShape, Roofline, TimingSubject
 

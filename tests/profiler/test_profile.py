@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import autoquant
+from autoquant.devices.device import fingerprint
 from autoquant.errors import CandidateError, WorkloadError
 from autoquant.profiler import measure
 from autoquant.profiler import profile as module
-from autoquant.profiler.device import fingerprint
 from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import COLUMNS
 from autoquant.profiler.profile import ProfileRequest, time_linears
@@ -102,7 +102,7 @@ def test_shapes_are_timed_at_the_rows_that_a_workload_has(profile, timed):
 
 
 def test_shapes_are_timed_as_cold_as_in_a_model_larger_than_the_cache(profile, timed, monkeypatch):
-    monkeypatch.setattr("autoquant.profiler.device._cpu_cache_bytes", lambda: 3 << 20)
+    monkeypatch.setattr("autoquant.devices.device._cpu_cache_bytes", lambda: 3 << 20)
     profile(shapes=["64x32"], rows=(1,))
     assert timed[0][2] == 4 << 20, "twice the cache, rounded down to a power of two"
 

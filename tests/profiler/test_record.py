@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from models.tiny_models import tiny_llama
 from torch import nn
 
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import LinearShape, SiteUse, Workload
+from autoquant.runtime.phases import make_phases
 
 
 class Net(nn.Module):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import pytest
 from rich.console import Console
 
-from autoquant.profiler.steps import LINEAR, KernelTime, StepProfile
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep, Workload
 from autoquant.report.attribution import (
     as_one,
@@ -18,6 +17,7 @@ from autoquant.report.attribution import (
     step_parts,
     trace_object,
 )
+from autoquant.runtime.steps import LINEAR, KernelTime, StepProfile
 
 WORKLOAD = Workload.parse("prefill=8,decode=100")
 QUERIES = ("model.layers.0.attn.q_proj", "model.layers.1.attn.q_proj")

@@ -7,7 +7,7 @@ import pytest
 
 from autoquant.errors import PlanError, StoreError
 from autoquant.records import Roofline, TaskScore
-from autoquant.store.json_records import workload_from
+from autoquant.store.rows import workload_from
 
 from .made_up import DEVICE, MODEL, STUDY, WORKLOAD, delivery, fill, measurement, plan, proof, recording
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autoquant.store import open_store
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 from .made_up import STUDY, fill, make_plan
 

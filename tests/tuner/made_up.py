@@ -20,8 +20,8 @@ from autoquant.records import (
     TimingSubject,
     Workload,
 )
+from autoquant.solver.planning import PlanContext
 from autoquant.tuner.choices import FormatFacts
-from autoquant.tuner.planning import PlanContext
 
 WORKING_SET = 1 << 20
 SHAPE = LinearShape(n=64, k=64, bias=False, dtype="bfloat16")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from autoquant.records import Interval, LayerChoice, LinearShape, Phase, Proof, RouteStep, Site, SiteUse, Workload
+from autoquant.solver.planning import PlanContext, make_plan
 from autoquant.tuner.calibrate import Calibration, candidate_of, fit, predicted
-from autoquant.tuner.planning import PlanContext, make_plan
 
 SHAPE = LinearShape(n=64, k=64, bias=False, dtype="bfloat16")
 SITES = tuple(

@@ -8,10 +8,10 @@ import pytest
 
 from autoquant.candidates import get_format
 from autoquant.records import LinearShape, Measurement, RouteStep, SiteUse, TimingSubject
-from autoquant.store.json_records import layer_from, to_json
+from autoquant.solver.planning import front_plans, make_plan, uniform_plans
+from autoquant.store.rows import layer_from, to_json
 from autoquant.tuner.choices import FormatFacts, SiteChoices, scored
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion, sibling_sites
-from autoquant.tuner.planning import front_plans, make_plan, uniform_plans
 
 from .made_up import CONTEXT, WORKING_SET, WORKLOAD, make_site
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.applier import apply
 from autoquant.candidates import A8_ROW, A16, Format, Kernel, registry, routed
+from autoquant.export.applier import apply
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 from autoquant.tuner.prove import worst_numerics
 

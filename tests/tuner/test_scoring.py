@@ -12,15 +12,15 @@ from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, fisher
 from autoquant.evaluators.text import TextParts
 from autoquant.events import StageFinished, StageProgress, StageStarted
 from autoquant.models import from_module
-from autoquant.profiler.phases import make_phases
 from autoquant.profiler.record import record
 from autoquant.records import LayerChoice, RouteStep, Workload
+from autoquant.runtime.phases import make_phases
 from autoquant.store import open_store
-from autoquant.tuner import jobs
-from autoquant.tuner.apart import Here
 from autoquant.tuner.choices import SiteChoices
-from autoquant.tuner.jobs import Bench
 from autoquant.tuner.scoring import score
+from autoquant.tuner.workers import jobs
+from autoquant.tuner.workers.in_process import InProcessRunner
+from autoquant.tuner.workers.jobs import Bench
 
 WORKLOAD = Workload.parse("prefill=4")
 WINDOWS = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(5))
@@ -87,7 +87,7 @@ def store(tmp_path):
 def run(bench, choices, store):
     def go(method, some=choices):
         events = []
-        runner = Here(bench)
+        runner = InProcessRunner(bench)
         scores = score(
             some,
             method=SENSITIVITIES[method],
@@ -126,7 +126,7 @@ def test_what_is_known_is_not_scored_again_and_predicts_the_same(run, method, mo
     first, events = run(method)
     assert f"sensitivity {method}: " in events[-1].summary
     assert isinstance(events[-1], StageFinished) and "scored now" in events[-1].summary
-    monkeypatch.setattr(Here, "run", None)
+    monkeypatch.setattr(InProcessRunner, "run", None)
     again, events = run(method)
     assert again == first
     assert f"sensitivity {method}: 0 changes of 0 layers scored now" in events[-1].summary

@@ -21,7 +21,7 @@ from autoquant.candidates import A16, ACTIVATION_ROUNDING
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.errors import QualityError
 from autoquant.models.blocks import block_lists
-from autoquant.profiler.phases import output_tensor
+from autoquant.models.outputs import output_tensor
 
 
 class Place(Protocol):

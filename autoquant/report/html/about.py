@@ -9,7 +9,7 @@ from autoquant.records import Workload
 from autoquant.report import units
 from autoquant.report.words import limits_words
 from autoquant.store import StudyFacts
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 Fact = tuple[str, str]
 _PARTS = (

@@ -13,7 +13,7 @@ from typing import Any
 from autoquant.profiler.latencies import Row
 from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
-from autoquant.report.front_scales import increase_threshold, wide_times
+from autoquant.report.front.scales import increase_threshold, wide_times
 from autoquant.report.html.points import FAMILIES, Family, Point
 from autoquant.report.latency_plot import (
     FLOORS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from autoquant.store import StudyFacts
 from autoquant.store.connect import shown_address
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 _FUNCTIONS = ("model_factory", "tokenizer", "sample_inputs")
 

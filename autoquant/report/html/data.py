@@ -6,7 +6,7 @@ from typing import Any
 
 from autoquant.records import ORIGINAL_LABEL, LinearShape, Recording
 from autoquant.report import units
-from autoquant.report.front_scales import left_out_note
+from autoquant.report.front.scales import left_out_note
 from autoquant.report.html.about import about, workload_words
 from autoquant.report.html.charts import front_chart, latency_chart, prediction_chart
 from autoquant.report.html.command import search_command
@@ -16,10 +16,10 @@ from autoquant.report.html.points import FAMILIES, Point, front_points
 from autoquant.report.html.verdict import verdict
 from autoquant.report.latency_plot import drawn_formats, format_lines
 from autoquant.report.names import fold
-from autoquant.report.profile_tables import untimed
-from autoquant.report.tables import coverage_line, skipped_lines
+from autoquant.report.tables.plans import coverage_line, skipped_lines
+from autoquant.report.tables.profile import untimed
 from autoquant.report.words import device_words, increase_words, measure_words, off_predictions, source_name
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 _OUTCOMES = {
     "unsupported": "cannot be used here",

@@ -9,7 +9,7 @@ from typing import Any
 
 from autoquant.profiler.latencies import Row
 from autoquant.records import LinearShape, Measurement, Roofline
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 
 @dataclass(frozen=True, slots=True)

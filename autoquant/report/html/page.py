@@ -9,7 +9,7 @@ from typing import Any
 from autoquant.errors import PlanError
 from autoquant.report.html.data import page_data
 from autoquant.report.json_output import finite
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 _FOLDER = Path(__file__).parent
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}

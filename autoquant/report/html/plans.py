@@ -14,7 +14,7 @@ from autoquant.report.html.charts import share_chart
 from autoquant.report.html.layer_grid import LayerGrid, layer_grid
 from autoquant.report.html.points import FAMILIES, Point
 from autoquant.report.names import fold
-from autoquant.report.tables import route_text
+from autoquant.report.tables.plans import route_text
 
 _ELSE = "everything else"
 _COLOURS = 8

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from autoquant.records import ORIGINAL_LABEL, Plan, Proof
 from autoquant.report import units
-from autoquant.report.front_scales import Row, drawable
-from autoquant.report.tables import short_ids
+from autoquant.report.front.scales import Row, drawable
+from autoquant.report.tables.plans import short_ids
 from autoquant.report.words import increase_words, measure_words
-from autoquant.tuner.study import Study
+from autoquant.study.study import Study
 
 
 @dataclass(frozen=True, slots=True)

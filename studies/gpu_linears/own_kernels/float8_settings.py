@@ -16,10 +16,10 @@ from int4_settings import COLD_BYTES, ROWS, SIZES, latency_us, settings
 from torchao.quantization import Float8Tensor
 
 from autoquant.candidates import get_format
-from autoquant.candidates.cuda_source import CudaKernel
-from autoquant.candidates.few_rows import Setting, setting_of
-from autoquant.candidates.float8_rows import SETTINGS
-from autoquant.candidates.gemlite import linear_w8, tune_alone
+from autoquant.candidates.kernels.cuda_source import CudaKernel
+from autoquant.candidates.kernels.few_rows import Setting, setting_of
+from autoquant.candidates.kernels.float8_rows import SETTINGS
+from autoquant.candidates.kernels.gemlite import linear_w8, tune_alone
 from autoquant.errors import CandidateError
 from autoquant.profiler.roofline import measure_roofline
 

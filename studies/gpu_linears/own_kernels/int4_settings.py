@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 from autoquant.candidates import get_format
-from autoquant.candidates.cuda_source import CudaKernel
-from autoquant.candidates.few_rows import Setting, setting_of
-from autoquant.candidates.int4_tiled import SETTINGS, int4_unpack
-from autoquant.candidates.int4_tiled_tensor import Int4TiledTensor
+from autoquant.candidates.formats.int4_tiled import SETTINGS, Int4TiledTensor, int4_unpack
+from autoquant.candidates.kernels.cuda_source import CudaKernel
+from autoquant.candidates.kernels.few_rows import Setting, setting_of
 from autoquant.errors import CandidateError
 from autoquant.profiler.clocks import GraphClock
 from autoquant.profiler.roofline import measure_roofline

@@ -1,0 +1,1 @@
+"""How weights are stored: one module for each family of formats, with its tensors and products."""

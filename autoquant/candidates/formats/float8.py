@@ -1,0 +1,166 @@
+"""float8 (e4m3) weights with one scale a row or one in all, in torchao's `Float8Tensor`, and the ways to compute with them."""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torchao.quantization import Float8Tensor, PerRow, PerTensor
+from torchao.quantization.quantize_.common import KernelPreference
+
+from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
+from autoquant.candidates.calls import is_plain_call
+from autoquant.candidates.kernels.cuda_source import cuda_source_unsupported
+from autoquant.candidates.kernels.few_rows import rows_kernel, too_many_rows
+from autoquant.candidates.kernels.float8_rows import CHUNK_COLUMNS, float8_rows, multiply_float8_rows
+from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w8
+from autoquant.devices.gpu import needs_cuda, not_divisible
+from autoquant.records import LinearShape
+
+_FLOAT8_CAPABILITY = (8, 9)
+
+
+def _quantize(weight: torch.Tensor, *, per_row: bool) -> torch.Tensor:
+    stored = Float8Tensor.from_hp(
+        weight.detach(),
+        float8_dtype=torch.float8_e4m3fn,
+        granularity=PerRow() if per_row else PerTensor(),
+        kernel_preference=KernelPreference.TORCH,  # what AUTO stands for depends on what else is installed
+    )
+    empty = stored.scale.flatten() == 0  # rows of zeros, which torchao divides by zero
+    stored.scale.view(-1)[empty] = 1
+    stored.qdata.view(torch.uint8)[empty.expand(weight.shape[0])] = 0
+    return cast(torch.Tensor, stored)
+
+
+def _dequantize(stored: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, stored.qdata.float() * stored.scale.float())  # type: ignore[attr-defined]
+
+
+def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    values = weight.qdata.to(x.dtype) * weight.scale.to(x.dtype)  # type: ignore[attr-defined]
+    return F.linear(x, values, bias)
+
+
+def float8_product(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool = True
+) -> torch.Tensor:
+    """x `[..., k]`, rounded to float8, times float8 `[n, k]` with scales `[n, 1]` (`[]` in any shape if not `per_row`)."""
+    rounded, x_scale = round_float8(x.reshape(-1, x.shape[-1]), per_row=per_row)
+    y = torch._scaled_mm(
+        rounded,
+        values.t(),
+        scale_a=x_scale,
+        scale_b=scale.t() if per_row else scale.reshape(()),
+        bias=bias,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    )
+    return y.reshape(*x.shape[:-1], values.shape[0])
+
+
+def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool) -> torch.Tensor:
+    return float8_product(x, weight.qdata, weight.scale, bias, per_row=per_row)  # type: ignore[attr-defined]
+
+
+def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    values, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    product = multiply_float8_rows if is_plain_call(x, bias) else float8_rows
+    return product(x, values, scale, bias)
+
+
+def _rows_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    if reason := cuda_source_unsupported(device_type, "the product of a few rows"):
+        return reason
+    if shape.dtype != "bfloat16":
+        return f"it takes bfloat16 activations, not {shape.dtype}"
+    if shape.n % 8 or shape.k % CHUNK_COLUMNS:
+        return f"it needs n divisible by 8 and k by {CHUNK_COLUMNS}, not {shape.n}x{shape.k}"
+    return too_many_rows(shape, m, device_type)
+
+
+def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
+    return linear_w8(x, weight.qdata, weight.scale, bias, dynamic=dynamic)  # type: ignore[attr-defined]
+
+
+def float8_product_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+    """Why `float8_product` cannot compute `shape` here."""
+    if reason := not_divisible(shape.n, shape.k, 16, "a float8 product"):
+        return reason
+    if shape.dtype != "bfloat16":
+        return f"float8 products give bfloat16, not {shape.dtype}"
+    return needs_cuda(device_type, "a float8 product", _FLOAT8_CAPABILITY)
+
+
+def _gemlite_float8_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    return gemlite_unsupported(shape, m, device_type) or needs_cuda(
+        device_type, "gemlite with float8", _FLOAT8_CAPABILITY
+    )
+
+
+def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
+    numerics = A8_FLOAT8_ROW if per_row else A8_FLOAT8_TENSOR
+    scales = "its own scale for each row" if per_row else "one scale"
+    return (
+        Kernel(
+            id="dequantize-matmul",
+            numerics=A16,
+            linear=_dequantize_matmul,
+            materializes=True,
+            description="dequantize the weight, then the float product",
+        ),
+        Kernel(
+            id="scaled-mm",
+            numerics=numerics,
+            linear=functools.partial(_scaled_mm, per_row=per_row),
+            arithmetic="float8",
+            unsupported=float8_product_unsupported,
+            description=f"activation rounded to float8 with {scales}, then torch._scaled_mm (as compiled torchao does)",
+        ),
+    )
+
+
+_ROW_KERNELS = (
+    rows_kernel(_rows, _rows_unsupported),
+    Kernel(
+        id="gemlite",
+        numerics=A16,
+        linear=functools.partial(_gemlite, dynamic=False),
+        opaque=True,
+        tuned=True,
+        unsupported=_gemlite_float8_unsupported,
+        description="gemlite's weight-only product",
+    ),
+    Kernel(
+        id="gemlite-dynamic",
+        numerics=A8_FLOAT8_ROW,
+        linear=functools.partial(_gemlite, dynamic=True),
+        opaque=True,
+        tuned=True,
+        arithmetic="float8",
+        unsupported=_gemlite_float8_unsupported,
+        description="activation rows rounded to float8, gemlite's product",
+    ),
+)
+
+FORMATS = (
+    Format(
+        id="float8-row/plain",
+        quantize=functools.partial(_quantize, per_row=True),
+        dequantize=_dequantize,
+        tensor_type=Float8Tensor,
+        joins=True,
+        kernels=(*_kernels(per_row=True), *_ROW_KERNELS),
+        description="float8 e4m3 weights, one scale a row",
+    ),
+    Format(
+        id="float8-tensor/plain",
+        quantize=functools.partial(_quantize, per_row=False),
+        dequantize=_dequantize,
+        tensor_type=Float8Tensor,
+        kernels=_kernels(per_row=False),
+        description="float8 e4m3 weights, one scale in all",
+    ),
+)

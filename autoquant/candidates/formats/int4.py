@@ -1,0 +1,136 @@
+"""int4 weights in groups along k, in torchao's `Int4OpaqueTensor`: the packing that ATen's CPU kernel reads.
+
+The packing is opaque to torchao. It is that of `weight_to_int4pack_kernel` in PyTorch's
+`aten/src/ATen/native/cpu/int4mm_kernel.cpp`: rows are taken in blocks (64 with AVX512, 32 with AVX2); inside a block the
+bytes of one column k lie together, the low nibbles holding the first half of the rows, the high nibbles the second.
+Unpacking it gives the second kernel of a route: dequantize, then the float product.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+import torch
+from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
+
+from autoquant.candidates.base import A16, Format, Kernel, by_name_only
+from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
+from autoquant.records import LinearShape
+
+GROUP_SIZES = (32, 64, 128)
+_ROWS_PER_BLOCK = {"AVX512": 64, "AVX2": 32}
+
+
+def rows_per_block() -> int | None:
+    """Rows that ATen packs together on this CPU, or None where the packing is not known."""
+    return _ROWS_PER_BLOCK.get(torch.backends.cpu.get_cpu_capability())
+
+
+def unpack_int4(qdata: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Undo ATen's CPU packing.
+
+    Args:
+        qdata: uint8 `[n, k / 2]` as `_convert_weight_to_int4pack_for_cpu` gives it.
+
+    Returns:
+        uint8 `[k, n]` of values 0 to 15 (the transposed weight).
+    """
+    block = rows_per_block() or n
+    bytes_ = qdata.reshape(n // block, k, block // 2)
+    values = torch.cat((bytes_ & 15, bytes_ >> 4), dim=-1)
+    return values.permute(1, 0, 2).reshape(k, n)
+
+
+def _transposed_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The dequantized weight, transposed: `[k, n]` of (value - 8) * scale + zero, with scale and zero `[groups, n]`."""
+    stored = cast(Int4OpaqueTensor, weight)
+    n, k = stored.shape
+    group = stored.block_size[1]
+    values = unpack_int4(stored.qdata, n, k).reshape(k // group, group, n)
+    scale, zero = stored.scale_and_zero.unbind(-1)
+    weights: torch.Tensor = (values.to(dtype) - 8) * scale.to(dtype).unsqueeze(1) + zero.to(dtype).unsqueeze(1)
+    return weights.reshape(k, n)
+
+
+def _quantize(weight: torch.Tensor, group: int) -> torch.Tensor:
+    return cast(torch.Tensor, Int4OpaqueTensor.from_hp(weight.detach(), [1, group]))
+
+
+def _pack(rounded: Rounded, group: int) -> torch.Tensor:
+    """Integers as `Int4OpaqueTensor.from_hp` packs them."""
+    packed = Int4OpaqueTensor(
+        qdata=torch.ops.aten._convert_weight_to_int4pack_for_cpu(rounded.q + 8, 1),
+        scale_and_zero=pack_tinygemm_scales_and_zeros(rounded.scale, rounded.zero, rounded.scale.dtype),
+        block_size=[1, group],
+        shape=rounded.q.shape,
+    )
+    return cast(torch.Tensor, packed)
+
+
+def _dequantize(stored: torch.Tensor) -> torch.Tensor:
+    return _transposed_float(stored, torch.float32).t()
+
+
+def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    stored = cast(Int4OpaqueTensor, weight)
+    y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x.reshape(-1, x.shape[-1]).contiguous(), stored.qdata, stored.block_size[1], stored.scale_and_zero
+    )
+    y = y.reshape(*x.shape[:-1], stored.shape[0])
+    return y if bias is None else y + bias
+
+
+def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y: torch.Tensor = x.reshape(-1, x.shape[-1]) @ _transposed_float(weight, x.dtype)
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
+
+
+def _unsupported(shape: LinearShape, _m: int, device_type: str, *, group: int) -> str | None:
+    if device_type != "cpu":
+        return "ATen's int4 CPU packing is for CPUs"
+    block = rows_per_block()
+    if block is None:
+        return "int4 packing needs a CPU with AVX2 or AVX512"
+    if shape.k % group:
+        return f"k={shape.k} is not divisible by the group size {group}"
+    if shape.n % block:
+        return f"n={shape.n} is not divisible by {block}, the rows that are packed together"
+    return None
+
+
+def _format(group: int) -> Format:
+    return Format(
+        id=f"int4-g{group}/cpu-packed",
+        quantize=functools.partial(_quantize, group=group),
+        dequantize=_dequantize,
+        tensor_type=Int4OpaqueTensor,
+        unsupported=functools.partial(_unsupported, group=group),
+        kernels=(
+            Kernel(
+                id="int4pack-mm",
+                numerics=A16,
+                linear=_packed_mm,
+                nests=False,  # PyTorch 2.13 hands it the group size as a constant, and mixes up constants of nested regions
+                description="ATen's int4 weight-only product",
+            ),
+            Kernel(
+                id="dequantize-matmul",
+                numerics=A16,
+                linear=_dequantize_matmul,
+                description="unpack and dequantize the weight, then the float product",
+            ),
+        ),
+        description=f"int4 weights, scale and zero point for every {group} along k",
+    )
+
+
+def _with_roundings(group: int) -> tuple[Format, ...]:
+    fmt = _format(group)
+    grid = Grid(bits=4, group=group, symmetric=False)
+    return fmt, *rounded_formats(fmt, grid, functools.partial(_pack, group=group), by_name_only)
+
+
+FORMATS = tuple(fmt for group in GROUP_SIZES for fmt in _with_roundings(group))

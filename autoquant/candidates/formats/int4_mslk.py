@@ -1,0 +1,59 @@
+"""int4 weights in groups along k in torchao's plain layout, for the kernel of the library mslk."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
+
+from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.candidates.formats.int4 import GROUP_SIZES
+from autoquant.candidates.formats.int4_tinygemm import (
+    int4_unsupported,
+    library_linear,
+)
+from autoquant.devices.gpu import needs_cuda, needs_library
+from autoquant.records import LinearShape
+
+
+def _mslk_float(stored: torch.Tensor) -> torch.Tensor:
+    weight: Any = stored
+    n, k = weight.shape
+    low, high = weight.qdata & 15, (weight.qdata >> 4) & 15
+    q = torch.stack((low, high), dim=-1).reshape(n, k).float()
+    q = torch.where(q > 7, q - 16, q).reshape(n, weight.scale.shape[0], -1)
+    scale, zero = weight.scale.t().float().unsqueeze(-1), weight.zero_point.t().float().unsqueeze(-1)
+    return cast(torch.Tensor, (q * scale + zero).reshape(n, k))
+
+
+def _mslk_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) -> str | None:
+    return (
+        int4_unsupported(shape, m, device_type, group=group)
+        or needs_cuda(device_type, "mslk", (9, 0))
+        or needs_library("mslk", "mslk-cuda")
+    )
+
+
+def _mslk(group: int) -> Format:
+    return Format(
+        id=f"int4-g{group}/mslk",
+        quantize=lambda weight: cast(torch.Tensor, Int4Tensor.from_hp(weight.detach(), [1, group])),
+        dequantize=_mslk_float,
+        tensor_type=Int4Tensor,
+        unsupported=functools.partial(_mslk_unsupported, group=group),
+        kernels=(
+            Kernel(
+                id="mslk",
+                numerics=A16,
+                linear=library_linear,
+                opaque=True,
+                description="mslk's int4 weight-only product, through torchao",
+            ),
+        ),
+        description=f"int4 weights, scale and zero point for every {group} along k, in torchao's plain layout",
+    )
+
+
+FORMATS = tuple(map(_mslk, GROUP_SIZES))

@@ -1,0 +1,140 @@
+"""int4 weights in groups along k for GPUs, in torchao's tinygemm packing; and what int4 formats for other kernels share.
+
+All int4 layouts for GPUs hold the numbers of tinygemm's rounding, w = (q - 8) * scale + zero with q from 0 to 15 and scale and
+zero of 16 bits for each group, so they share one quality score.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    _choose_qparams_affine_tinygemm,
+    _quantize_affine_tinygemm,
+)
+from torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor import Int4TilePackedTo4dTensor
+from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
+
+from autoquant.candidates.base import A16, Format, Kernel, by_name_only
+from autoquant.candidates.formats.int4 import GROUP_SIZES
+from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
+from autoquant.devices.gpu import needs_cuda
+from autoquant.records import LinearShape
+
+_TILE_ROWS, _TILE_COLUMNS = 8, 1024
+ToFloat = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+"""A stored weight to its numbers `[n, k]` in a dtype."""
+
+
+def tinygemm_rounding(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round a weight `[n, k]`: q int32 `[n, k]` from 0 to 15, scale and zero `[n, k / group]` in the weight's dtype."""
+    n, k = weight.shape
+    block = (1, group)
+    scale, zero = _choose_qparams_affine_tinygemm(
+        weight, MappingType.ASYMMETRIC, block, torch.int32, 0, 15, 1e-6, None, weight.dtype
+    )
+    q = _quantize_affine_tinygemm(weight, block, scale, zero, torch.int32, 0, 15)
+    return q, scale.reshape(n, k // group), zero.reshape(n, k // group)
+
+
+def int4_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) -> str | None:
+    """Why no int4 layout for GPUs can be used for `shape` here."""
+    if reason := needs_cuda(device_type, "this int4 layout"):
+        return reason
+    if shape.dtype != "bfloat16":
+        return f"int4 kernels take bfloat16 activations, not {shape.dtype}"
+    return f"k={shape.k} is not divisible by the group size {group}" if shape.k % group else None
+
+
+def library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Multiply by the kernel that torchao chooses for the stored tensor."""
+    return F.linear(x, weight, bias)
+
+
+def _tinygemm_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The dequantized weight `[n, k]`.
+
+    The packing is that of `matrix_to_m16n8k16_Bint4_layout` in PyTorch's `aten/src/ATen/native/cuda/int4mm.cu`: words
+    `[n / 8, k / 128, 32, 4]`, where lane 4 * a + b holds row a, and nibble (odd, i, h) of its word j, lowest first, is column
+    32 * j + 16 * i + 8 * h + 2 * b + odd.
+    """
+    stored: Any = weight
+    n, k = stored.shape
+    words = stored.qdata
+    tiles_n, tiles_k = words.shape[:2]
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).reshape(2, 2, 2)
+    q = (words.reshape(tiles_n, tiles_k, 8, 4, 4, 1, 1, 1) >> shifts) & 15
+    q = q.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(tiles_n * 8, tiles_k * 128)[:n, :k]
+    scale, zero = stored.scale_and_zero.transpose(0, 1)[:n, : k // stored.block_size[1]].to(dtype).unbind(-1)
+    q = q.reshape(n, scale.shape[1], -1).to(dtype)
+    return cast(torch.Tensor, ((q - 8) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).reshape(n, k))
+
+
+def _pack_tinygemm(rounded: Rounded, group: int) -> torch.Tensor:
+    """Integers as `Int4TilePackedTo4dTensor.from_hp` packs them, k and n padded for the kernel."""
+    n, k = rounded.q.shape
+    more_n, more_k = -n % _TILE_ROWS, -k % _TILE_COLUMNS
+    q = F.pad(rounded.q + 8, (0, more_k, 0, more_n))
+    scale, zero = (F.pad(part, (0, more_k // group, 0, more_n)) for part in (rounded.scale, rounded.zero))
+    packed = Int4TilePackedTo4dTensor(
+        qdata=torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8),
+        scale_and_zero=pack_tinygemm_scales_and_zeros(scale, zero, scale.dtype),
+        block_size=[1, group],
+        shape=rounded.q.shape,
+    )
+    return cast(torch.Tensor, packed)
+
+
+def _dequantize_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, to_float: ToFloat
+) -> torch.Tensor:
+    return F.linear(x, to_float(weight, x.dtype), bias)
+
+
+def dequantize_kernel(to_float: ToFloat) -> Kernel:
+    """Return the kernel that unpacks a stored weight by `to_float` and multiplies in floating point."""
+    return Kernel(
+        id="dequantize-matmul",
+        numerics=A16,
+        linear=functools.partial(_dequantize_matmul, to_float=to_float),
+        materializes=True,
+        description="unpack and dequantize the weight, then the float product",
+    )
+
+
+def _tinygemm(group: int) -> Format:
+    return Format(
+        id=f"int4-g{group}/tinygemm",
+        quantize=lambda weight: cast(torch.Tensor, Int4TilePackedTo4dTensor.from_hp(weight.detach(), [1, group])),
+        dequantize=lambda stored: _tinygemm_float(stored, torch.float32),
+        tensor_type=Int4TilePackedTo4dTensor,
+        unsupported=functools.partial(int4_unsupported, group=group),
+        kernels=(
+            Kernel(
+                id="tinygemm",
+                numerics=A16,
+                linear=library_linear,
+                opaque=True,
+                description="ATen's int4 weight-only product, through torchao",
+            ),
+            dequantize_kernel(_tinygemm_float),
+        ),
+        description=f"int4 weights, scale and zero point for every {group} along k, in tiles for tensor cores",
+    )
+
+
+def with_roundings(fmt: Format, group: int, pack: Callable[[Rounded], torch.Tensor]) -> tuple[Format, ...]:
+    """An int4 format of tinygemm's rounding, and the same storage with every other rounding, by name only."""
+    return fmt, *rounded_formats(fmt, Grid(bits=4, group=group, symmetric=False), pack, by_name_only)
+
+
+FORMATS = tuple(
+    fmt
+    for group in GROUP_SIZES
+    for fmt in with_roundings(_tinygemm(group), group, functools.partial(_pack_tinygemm, group=group))
+)

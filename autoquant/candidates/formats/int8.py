@@ -1,0 +1,152 @@
+"""int8 weights with one scale a row, in torchao's `Int8Tensor`, and the ways to compute with them.
+
+The scale is rounded to the model's dtype before the weight is divided by it, so kernels that take a 16-bit scale use
+exactly the numbers that the float32 ones do.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torchao.quantization import Int8Tensor, PerRow
+from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
+
+from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int8
+from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w8
+from autoquant.records import LinearShape
+
+
+def _quantize(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.detach()
+    scale = (weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127).to(weight.dtype)
+    scale = scale.clamp(min=torch.finfo(weight.dtype).tiny)
+    return cast(torch.Tensor, Int8Tensor.from_hp(weight, PerRow(), scale=scale, zero_point=None))
+
+
+def _drop_zero_point(stored: torch.Tensor) -> torch.Tensor:
+    """torchao keeps a row of zero points for symmetric weights too; kernels here never read it."""
+    return cast(torch.Tensor, Int8Tensor(stored.qdata, stored.scale, stored.block_size, stored.dtype))  # type: ignore[attr-defined]
+
+
+def _dequantize(stored: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, stored.qdata.float() * stored.scale.float())  # type: ignore[attr-defined]
+
+
+def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 values `[n, k]` and scales `[n, 1]`."""
+    return weight.qdata, weight.scale  # type: ignore[attr-defined]
+
+
+def _torchao_dynamic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    values, scale = _parts(weight)
+    dynamic = Int8Tensor(
+        values, scale, [1, values.shape[1]], weight.dtype, act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerRow())
+    )
+    return F.linear(x, dynamic, bias)
+
+
+def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    values, scale = _parts(weight)
+    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), values, scale.reshape(-1))
+    y = y.reshape(*x.shape[:-1], values.shape[0])
+    return y if bias is None else y + bias
+
+
+def _int_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    values, scale = _parts(weight)
+    rounded, x_scale = round_row_int8(x.reshape(-1, x.shape[-1]))
+    y = torch._int_mm(rounded, values.t()).float() * x_scale * scale.reshape(1, -1).float()
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], values.shape[0])
+
+
+def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    values, scale = _parts(weight)
+    return F.linear(x, (values.to(x.dtype) * scale), bias)
+
+
+def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
+    values, scale = _parts(weight)
+    return linear_w8(x, values, scale, bias, dynamic=dynamic)
+
+
+def _packed_mm_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+    if device_type != "cpu":
+        return "_weight_int8pack_mm is a CPU kernel here"
+    if shape.n % 4 or shape.k % 16:  # other shapes crash or give garbage in 16-bit floats
+        return f"_weight_int8pack_mm needs n divisible by 4 and k by 16, not {shape.n}x{shape.k}"
+    return None
+
+
+def _int_mm_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    if device_type == "cuda" and m <= 16:
+        return f"_int_mm needs more than 16 rows on CUDA, not {m}"
+    if device_type == "cuda" and (shape.n % 8 or shape.k % 8):
+        return f"_int_mm needs n and k divisible by 8 on CUDA, not {shape.n}x{shape.k}"
+    return None
+
+
+FORMATS = (
+    Format(
+        id="int8-row/plain",
+        quantize=lambda weight: _drop_zero_point(_quantize(weight)),
+        dequantize=_dequantize,
+        tensor_type=Int8Tensor,
+        joins=True,
+        kernels=(
+            Kernel(
+                id="int8pack-mm",
+                numerics=A16,
+                linear=_packed_mm,
+                unsupported=_packed_mm_unsupported,
+                description="ATen's int8 weight-only product, which compiled torchao code ends in too",
+            ),
+            Kernel(
+                id="dequantize-matmul",
+                numerics=A16,
+                linear=_dequantize_matmul,
+                materializes=True,
+                description="dequantize the weight, then the float product",
+            ),
+            Kernel(
+                id="int-mm",
+                numerics=A8_ROW,
+                linear=_int_mm,
+                arithmetic="int8",
+                unsupported=_int_mm_unsupported,
+                description="activation rows rounded to int8, integer product, scales applied in float32",
+            ),
+            Kernel(
+                id="dynamic",
+                numerics=A8_ROW,
+                linear=_torchao_dynamic,
+                arithmetic="int8",
+                unsupported=_int_mm_unsupported,
+                description="torchao's int8 dynamic-activation product",
+            ),
+            Kernel(
+                id="gemlite",
+                numerics=A16,
+                linear=functools.partial(_gemlite, dynamic=False),
+                opaque=True,
+                tuned=True,
+                unsupported=gemlite_unsupported,
+                description="gemlite's weight-only product",
+            ),
+            Kernel(
+                id="gemlite-dynamic",
+                numerics=A8_ROW,
+                linear=functools.partial(_gemlite, dynamic=True),
+                opaque=True,
+                tuned=True,
+                arithmetic="int8",
+                unsupported=gemlite_unsupported,
+                description="activation rows rounded to int8, gemlite's product",
+            ),
+        ),
+        description="int8 weights, one symmetric scale a row",
+    ),
+)

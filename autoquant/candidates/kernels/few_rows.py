@@ -1,0 +1,92 @@
+"""The host's side of the project's own products of a few rows with stored weights (`rows.cuh`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from autoquant.candidates.base import A16, Kernel, LinearFunction, Unsupported
+from autoquant.candidates.kernels.cuda_source import cuda_kernel
+from autoquant.records import LinearShape
+
+ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16
+"""Rows of x that tensor cores take at a time, and how many a product of a few rows takes at most."""
+Setting = tuple[int, int, int]
+"""Warps and tiles of 16 rows of a block, and blocks that a multiprocessor should hold."""
+Settings = Sequence[tuple[int, Setting, Setting]]
+"""Up to how many tiles for each multiprocessor (0: any) what is fastest for up to 8 rows of x, and for up to 16."""
+
+
+def setting_of(settings: Settings, n: int, m: int, processors: int) -> Setting:
+    """The setting for `[m, k]` times a weight `[n, k]` on so many multiprocessors."""
+    few, many = next(both for most, *both in settings if not most or n <= 16 * most * processors)
+    return few if m <= ROWS_OF_A_PRODUCT else many
+
+
+def multiply_rows(
+    source: str,
+    name: str,
+    settings: Settings,
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    defines: Sequence[tuple[str, int]] = (),
+) -> torch.Tensor:
+    """x `[..., k]`, up to 16 rows in all, times a weight `[n, k]`: `[..., n]`.
+
+    Args:
+        source: The kernel's file, and `name` its name there.
+        weight: The tensors that it is stored in, the first of which has a row for each of its rows.
+        defines: What the source is to be compiled with beside the setting.
+    """
+    *rows, k = x.shape
+    n, m = weight[0].shape[0], math.prod(rows)
+    y = x.new_empty(*rows, n)
+    if m:
+        key = (source, name, *defines, x.device, n, -(-m // ROWS_OF_A_PRODUCT))
+        found = _launches.get(key)
+        if found is None:
+            found = _launches[key] = _launch_of(source, name, settings, defines, x.device, n, m)
+        launch, blocks, threads = found
+        launch(blocks, threads, x.contiguous(), *weight, bias, y, m, n, k)
+    return y
+
+
+_launches: dict[tuple[object, ...], tuple[Callable[..., None], int, int]] = {}
+"""What starts a product of one size on one device, and with how many blocks of how many threads."""
+
+
+def _launch_of(
+    source: str,
+    name: str,
+    settings: Settings,
+    defines: Sequence[tuple[str, int]],
+    device: torch.device,
+    n: int,
+    m: int,
+) -> tuple[Callable[..., None], int, int]:
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    warps, tiles, blocks = setting_of(settings, n, m, processors)
+    eights = -(-m // ROWS_OF_A_PRODUCT)
+    sizes = (("WARPS", warps), ("TILES", tiles), ("BLOCKS", blocks), ("EIGHTS", eights))
+    kernel = cuda_kernel(source, name, (*defines, *sizes), device)
+    return kernel.launch, -(-n // (16 * tiles)), 32 * warps
+
+
+def rows_kernel(linear: LinearFunction, unsupported: Unsupported) -> Kernel:
+    """A format's kernel `rows`, which computes by `multiply_rows`."""
+    return Kernel(
+        id="rows",
+        numerics=A16,
+        linear=linear,
+        opaque=True,
+        unsupported=unsupported,
+        description="the project's own product for a few rows, on tensor cores",
+    )
+
+
+def too_many_rows(_shape: LinearShape, m: int, _device_type: str) -> str | None:
+    """Why a product of a few rows does not take m of them."""
+    return f"it takes up to {MOST_ROWS} rows, not {m}" if m > MOST_ROWS else None

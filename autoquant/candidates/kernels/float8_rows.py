@@ -1,0 +1,32 @@
+"""The project's own product of a few rows with float8 weights, on tensor cores and at the memory's speed (`float8_rows.cu`)."""
+
+from __future__ import annotations
+
+import torch
+
+from autoquant.candidates.kernels.few_rows import multiply_rows
+from autoquant.candidates.kernels.operators import define_operator
+
+CHUNK_COLUMNS = 128
+SETTINGS = (
+    (1, (16, 1, 2), (16, 1, 2)),
+    (2, (16, 1, 2), (16, 2, 1)),
+    (4, (8, 1, 3), (8, 1, 2)),
+    (8, (4, 1, 4), (4, 2, 4)),
+    (0, (16, 1, 2), (4, 2, 4)),
+)
+"""See `Settings` of `few_rows`; on an H200 (`python studies/gpu_linears/own_kernels/float8_settings.py`)."""
+
+
+def multiply_float8_rows(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x `[..., k]`, up to 16 rows in all, times float8 `[n, k]` with scales `[n, 1]`: `[..., n]`."""
+    return multiply_rows("float8_rows.cu", "float8_rows", SETTINGS, x, (values, scale), bias)
+
+
+def _empty_rows(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+float8_rows = define_operator("float8_rows", multiply_float8_rows, _empty_rows)

@@ -1,0 +1,234 @@
+"""gemlite's Triton kernels (https://github.com/dropbox/gemlite) over the tensors of other formats.
+
+gemlite takes a weight `[k, n]` as any strided tensor, so the transposed view of plain `[n, k]` bytes will do: one stored
+weight serves its kernels and the others. Its operator is told everything by a list of integers, whose order is that of
+`GemLiteLinearTriton.get_meta_args` in gemlite's `core.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from autoquant.devices.gpu import needs_cuda, needs_library
+from autoquant.records import LinearShape
+
+_FLOAT32, _FLOAT16, _BFLOAT16, _FLOAT8, _INT8, _INT32 = 0, 1, 2, 3, 4, 6
+_CODES = {
+    torch.float32: _FLOAT32,
+    torch.float16: _FLOAT16,
+    torch.bfloat16: _BFLOAT16,
+    torch.float8_e4m3fn: _FLOAT8,
+    torch.int8: _INT8,
+}
+_SCALE_WEIGHT, _SCALE_BOTH = 1, 3
+_GROUPS_AND_OFFSETS = 4
+_FIRST_SETTINGS = 2
+_CALLS, _BENCH_S = 8, 0.02
+
+
+def gemlite_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+    """Why gemlite cannot compute `shape` here."""
+    if shape.n % 32 or shape.k % 32:
+        return f"gemlite needs n and k divisible by 32, not {shape.n}x{shape.k}"
+    if shape.dtype not in ("bfloat16", "float16"):
+        return f"gemlite needs 16-bit activations, not {shape.dtype}"
+    return needs_cuda(device_type, "gemlite") or needs_library("gemlite", "gemlite")
+
+
+def linear_w8(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool
+) -> torch.Tensor:
+    """8-bit weights with a scale a row.
+
+    Args:
+        x: `[..., k]`.
+        values: int8 or float8 `[n, k]`.
+        scale: `[n, 1]`.
+        dynamic: Round the rows of x to the weight's dtype.
+    """
+    code, meta_code = _CODES[values.dtype], _CODES[scale.dtype]
+    accumulator = _INT32 if dynamic and values.dtype == torch.int8 else _FLOAT32
+    meta = [
+        int(dynamic),
+        8,
+        values.shape[1],
+        255,
+        1,
+        code if dynamic else _CODES[x.dtype],
+        _CODES[x.dtype],
+        accumulator,
+        meta_code,
+        _SCALE_BOTH if dynamic else _SCALE_WEIGHT,
+        0,
+        0,
+    ]
+    nothing = torch.empty((1, 0), dtype=torch.int32, device=x.device)
+    return _forward(x, bias, [values.t(), scale.reshape(1, -1), nothing], meta)
+
+
+def linear_w4(
+    x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """4-bit weights in groups: q * scale + offset.
+
+    Args:
+        x: `[..., k]`.
+        words: int32 `[k / 8, n]`, eight weights along k in each, lowest bits first.
+        scale: `[k / group, n]`; so `offset`.
+    """
+    group = words.shape[0] * 8 // scale.shape[0]
+    dtype = _CODES[x.dtype]
+    meta = [0, 4, group, 15, 8, dtype, dtype, _FLOAT32, _CODES[scale.dtype], 0, _GROUPS_AND_OFFSETS, 1]
+    return _forward(x, bias, [words, scale, offset], meta)
+
+
+def _forward(x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Tensor], meta: list[int]) -> torch.Tensor:
+    _load()
+    tensors = [*tensors, torch.empty((), dtype=torch.float32, device=x.device)]  # a scale that only nvfp4 has
+    return cast(torch.Tensor, torch.ops.gemlite.forward_functional(x, bias, tensors, meta, -1))
+
+
+def load_tuning(folder: str) -> None:
+    """Take over what gemlite's tuning found in earlier runs, from every file in `folder`."""
+    if needs_library("gemlite", "gemlite") is None:
+        _load()
+        from gemlite.core import GemLiteLinearTriton
+
+        for path in sorted(Path(folder).glob("gemlite-*.json")):
+            GemLiteLinearTriton.load_config(str(path), print_error=False)
+
+
+def save_tuning(folder: str) -> None:
+    """Keep what gemlite's tuning has found so far in a file of this process."""
+    if "gemlite" in sys.modules:
+        from gemlite.core import GemLiteLinearTriton
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        GemLiteLinearTriton.cache_config(str(Path(folder) / f"gemlite-{os.getpid()}.json"))
+
+
+def tune_briefly() -> None:
+    """Spend a fifth of Triton's usual time on each setting: many processes tune at once, and each is in the others' way."""
+    if needs_library("gemlite", "gemlite") is None:
+        from triton.testing import do_bench
+
+        for kernel in _tuned_kernels():
+            kernel.do_bench = functools.partial(do_bench, warmup=5, rep=20)
+
+
+@functools.cache
+def tune_alone(threads: int) -> None:
+    """Tune by replayed CUDA graphs from now on: no other process uses the device.
+
+    Triton's own clock counts what launching takes on the host, which is longer than most kernels for one row.
+
+    Args:
+        threads: Compile a kernel's settings with so many at once before they are tried: compiling takes most of the time.
+    """
+    if needs_library("gemlite", "gemlite") is None:
+        for kernel in _tuned_kernels():
+            kernel.do_bench = replayed_ms
+            kernel.prune_configs = _compiled_first(kernel, threads)
+
+
+def _compiled_first(kernel: Any, threads: int) -> Callable[[dict[str, Any]], list[Any]]:
+    """What a kernel asks for the settings to try: it has compiled them then."""
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    choose = kernel.prune_configs
+
+    def chosen(arguments: dict[str, Any]) -> list[Any]:
+        settings: list[Any] = choose(arguments)
+        with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for setting in settings:
+                only_compile = arguments | setting.all_kwargs() | {"warmup": True}
+                kernel.fn.run(*kernel.nargs.values(), **only_compile)
+        return settings
+
+    return chosen
+
+
+def replayed_ms(call: Callable[[], object], quantiles: Sequence[float] = (0.5,)) -> list[float]:
+    """Milliseconds of `call` on the device, its weights read from memory, once for each of `quantiles`."""
+    call()  # what the device cannot run fails here
+    flush = _flush()
+    ms = (_shortest_ms(lambda: (flush.zero_(), call())) - _flush_ms()) / _CALLS
+    return [ms] * len(quantiles)
+
+
+@functools.cache
+def _flush() -> torch.Tensor:
+    """Memory that fills the device's cache twice."""
+    return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+
+
+@functools.cache
+def _flush_ms() -> float:
+    return _shortest_ms(_flush().zero_)
+
+
+def _shortest_ms(call: Callable[[], object]) -> float:
+    """The shortest replay of some calls; the device is busy long enough to run at its full clock."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        for _ in range(_CALLS):
+            call()
+        graph.capture_end()
+    samples: list[float] = []
+    started = time.perf_counter()
+    while time.perf_counter() - started < _BENCH_S:
+        start, end = _event(), _event()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end))
+    return min(samples)
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Inside, only the first settings are tried, and nothing is remembered; what tuning found before is used all the same."""
+    if needs_library("gemlite", "gemlite") is not None:
+        yield
+        return
+    kernels = _tuned_kernels()
+    settings = [kernel.configs for kernel in kernels]
+    known = [dict(kernel.cache) for kernel in kernels]
+    try:
+        for kernel in kernels:
+            kernel.configs = kernel.configs[:_FIRST_SETTINGS]  # with one alone, Triton would not adapt it to the shape
+        yield
+    finally:
+        for kernel, configs, cache in zip(kernels, settings, known, strict=True):
+            kernel.configs = configs
+            kernel.cache.clear()
+            kernel.cache.update(cache)
+
+
+def _tuned_kernels() -> list[Any]:
+    _load()
+    from gemlite.core import GEMLITE_TRITON_MAPPING
+
+    return [kernel for operator in GEMLITE_TRITON_MAPPING.values() for kernel in operator.kernel]
+
+
+@functools.cache
+def _load() -> None:
+    import gemlite  # noqa: F401 - registers its operator; needs a GPU to be imported

@@ -1,0 +1,98 @@
+"""A loaded model of transformers: how it is saved, and what happens when it is moved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.errors import CheckpointError
+from autoquant.export import checkpoint
+from autoquant.runtime.prepare import prepare
+
+_TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; the weights are one file all the same
+
+
+def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
+    """Give a filled model of transformers what autoquant knows about it, and prepare it to run.
+
+    Afterwards `save_pretrained` and `push_to_hub` write a folder that loads again, and moving it keeps it whole.
+
+    Returns:
+        The same model, in place.
+    """
+    from autoquant.export.integrations.quantizer import AutoquantConfig, AutoquantQuantizer
+
+    config = AutoquantConfig(format_version=manifest["format_version"])
+    model.config.quantization_config = config
+    model.config.dtype = getattr(torch, manifest["dtype"])
+    model.hf_quantizer = AutoquantQuantizer(config)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model.save_pretrained = partial(_save, model, manifest)
+    model._apply = partial(_apply, model, manifest)
+    return prepare(model)
+
+
+def _save(
+    model: Any,
+    manifest: Mapping[str, Any],
+    save_directory: str | os.PathLike[str],
+    *,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    is_main_process: bool = True,
+    **options: Any,
+) -> None:
+    """Write the model as `autoquant apply` does: `autoquant.load` and `from_pretrained` load it again.
+
+    Raises:
+        CheckpointError: An option that cannot be followed is given, or the folder cannot be written.
+    """
+    if unknown := sorted(set(options) - set(_TAKEN)):
+        raise CheckpointError(
+            f"a model that autoquant quantized cannot be saved with {', '.join(unknown)}: leave it out"
+        )
+    folder = Path(save_directory)
+    if is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_all(model, manifest, folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+    if push_to_hub:
+        model.push_to_hub(repo_id or folder.name, token=options.get("token"))
+
+
+def _write_all(model: Any, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Write into a scratch folder first: what breaks leaves the files that were there."""
+    scratch = Path(tempfile.mkdtemp(prefix=".saving.", dir=folder))
+    try:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(scratch)
+        if model.can_generate():
+            model.generation_config.save_pretrained(scratch)
+        checkpoint.write_module(model, manifest, scratch)
+        written = list(scratch.iterdir())
+        for path in written:
+            os.replace(path, folder / path.name)
+        if checkpoint.PACKED not in {path.name for path in written}:
+            (folder / checkpoint.PACKED).unlink(missing_ok=True)  # of what was there before
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _apply(model: Any, manifest: Mapping[str, Any], function: Callable[..., Any], recurse: bool = True) -> Any:
+    """Move or cast the model; moved, its weights that are computed as one are put together again where they are now."""
+    before = model.device
+    type(model)._apply(model, function, recurse)
+    if model.device != before and model.device.type != "meta":
+        checkpoint.join_again(model, manifest)
+        prepare(model)
+    return model

@@ -1,0 +1,240 @@
+"""Text from a language model, timed as the user gets it: the time to the first token, and the pace after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import StoppingCriteria, TextStreamer
+
+from autoquant.errors import ModelError, first_line
+from autoquant.export import checkpoint
+from autoquant.export.applier import load
+from autoquant.models.huggingface import has_tokenizer, load_tokenizer, pretrained
+from autoquant.models.loaded import is_causal_lm, max_positions, settle
+from autoquant.models.targets import resolve_device
+from autoquant.runtime.prepare import prepare
+
+_WARMING_TOKENS = 8  # enough for compiling, for capturing, and for replaying what was captured
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """New text, and when it came.
+
+    Attributes:
+        ids: Of the new tokens.
+        first_token_s: From the call to the first new token.
+        total_s: From the call to the last one.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    first_token_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Pace after the first token, or None with fewer than two."""
+        after, seconds = len(self.ids) - 1, self.total_s - self.first_token_s
+        return after / seconds if after > 0 and seconds > 0 else None
+
+
+class Generator:
+    """A language model on its device, with its tokenizer."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, device: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
+
+    def reply(
+        self,
+        prompt: Mapping[str, torch.Tensor],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        show: Show | None = None,
+        stop_after: int | None = None,
+    ) -> Reply:
+        """Continue a prompt.
+
+        Args:
+            prompt: What `encode` or `encode_chat` made.
+            temperature: 0 takes the likeliest token every time.
+            show: Gets the text as it comes.
+            stop_after: Stop after so many new tokens, of a request that is like one of `max_new_tokens` otherwise.
+        """
+        inputs = {name: tensor.to(self.device) for name, tensor in prompt.items()}
+        watch = _Watch(self.tokenizer, show)
+        criteria = [] if stop_after is None else [_StopAt(inputs["input_ids"].shape[1] + stop_after)]
+        how: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+        if temperature == 0:
+            how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        model: Any = self.model
+        watch.start()
+        model.generate(
+            **inputs,
+            **how,
+            max_new_tokens=max_new_tokens,
+            streamer=watch,
+            stopping_criteria=criteria,
+            pad_token_id=_pad_id(self.tokenizer),
+        )
+        return watch.reply()
+
+    def warm_up(self, prompt: Mapping[str, torch.Tensor], max_new_tokens: int, *, temperature: float = 0.0) -> None:
+        """Let the first request of this process, which may compile and tune, be a short one that nobody waits to read."""
+        self.reply(prompt, max_new_tokens, temperature=temperature, stop_after=_WARMING_TOKENS)
+
+    def room(self, prompt: Mapping[str, torch.Tensor]) -> int | None:
+        """How many tokens fit after a prompt, or None where the model names no limit."""
+        positions = max_positions(self.model)
+        return None if positions is None else positions - prompt["input_ids"].shape[1]
+
+
+def problems_of(folder: Path) -> list[str]:
+    """Why no text can be had from a folder; empty where nothing is known to be missing."""
+    if not folder.is_dir():
+        return [f"there is no folder {folder}"]
+    if not (folder / "config.json").is_file():
+        if (folder / checkpoint.MANIFEST).is_file():
+            return [f"{folder} holds a module that is no language model: run it with autoquant.load"]
+        return [f"{folder} holds no model (no config.json)"]
+    return [] if has_tokenizer(folder) else [f"{folder} has no tokenizer: put its tokenizer.json there"]
+
+
+def encode(tokenizer: Any, text: str) -> dict[str, torch.Tensor]:
+    """The prompt of a text.
+
+    Raises:
+        ModelError: It has no token.
+    """
+    encoded = dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    if not encoded["input_ids"].numel():
+        raise ModelError("the prompt is empty: give some text")
+    return encoded
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
+    """The prompt of a conversation, by the model's chat template.
+
+    Raises:
+        ModelError: The template does not take these messages.
+    """
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:
+        raise ModelError(f"the model's chat template does not take the conversation: {first_line(error)}") from error
+    return {name: tensor for name, tensor in encoded.items() if name != "token_type_ids"}
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a folder."""
+    return load_tokenizer(str(folder))
+
+
+def device_of(folder: Path, name: str) -> str:
+    """The device that a name means; `auto` is the one that a plan was made for, if it is there."""
+    planned = _manifest(folder).get("device")
+    if name == "auto" and planned == "cpu":
+        return "cpu"
+    return resolve_device(name)
+
+
+def dtype_of(folder: Path) -> torch.dtype | None:
+    """The dtype that a plan was made for, or None for an unquantized model."""
+    dtype = _manifest(folder).get("dtype")
+    return None if dtype is None else getattr(torch, dtype)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether `autoquant apply` or a loaded model's `save_pretrained` wrote the folder."""
+    return (folder / checkpoint.MANIFEST).is_file()
+
+
+def load_generator(folder: Path, tokenizer: Any, device: str, dtype: torch.dtype | None = None) -> Generator:
+    """Load a folder that `autoquant apply` wrote, or an unquantized model.
+
+    Args:
+        dtype: Of an unquantized model; None for its own.
+
+    Raises:
+        ModelError: It holds no causal language model.
+    """
+    module = load(folder, device=device) if is_quantized(folder) else _unquantized(folder, device, dtype)
+    if not is_causal_lm(module):
+        raise ModelError(f"{folder} holds no causal language model, so it writes no text: run it with autoquant.load")
+    return Generator(module, tokenizer, device)
+
+
+def _unquantized(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:
+    return prepare(settle(pretrained(folder, dtype).to(device)))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return checkpoint.read_manifest(folder) if is_quantized(folder) else {}
+
+
+def _pad_id(tokenizer: Any) -> int | None:
+    padding: int | None = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if padding is None else padding
+
+
+class _StopAt(StoppingCriteria):  # type: ignore[misc, unused-ignore]
+    """Stops when a sequence has so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_options: Any) -> torch.Tensor:
+        enough = input_ids.shape[1] >= self._tokens
+        return torch.full((len(input_ids),), enough, dtype=torch.bool, device=input_ids.device)
+
+
+class _Watch(TextStreamer):  # type: ignore[misc, unused-ignore]
+    """Notes when tokens come, and hands on the text that is certain."""
+
+    def __init__(self, tokenizer: Any, show: Show | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+        self._ids: list[int] = []
+        self._prompt_came = False
+        self._started = self._first = self._last = 0.0
+
+    def start(self) -> None:
+        """The request is made now."""
+        self._started = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then tokens."""
+        if self._prompt_came:
+            self._last = time.perf_counter()
+            self._first = self._first or self._last
+            self._ids += value.flatten().tolist()
+        self._prompt_came = True
+        if self._show is not None:
+            super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Show text that no later token changes."""
+        if self._show is not None and text:
+            self._show(text)
+
+    def reply(self) -> Reply:
+        """What came."""
+        return Reply(
+            ids=tuple(self._ids),
+            text=self.tokenizer.decode(self._ids, skip_special_tokens=True),
+            first_token_s=self._first - self._started,
+            total_s=self._last - self._started,
+        )

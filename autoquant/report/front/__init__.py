@@ -1,0 +1,1 @@
+"""The front as a picture, a page and a chart of characters."""

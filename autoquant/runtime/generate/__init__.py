@@ -1,0 +1,1 @@
+"""A `generate` that replays its steps, for causal language models of transformers."""

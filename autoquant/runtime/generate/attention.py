@@ -1,0 +1,186 @@
+"""Attention for one token over a static cache, for models of transformers.
+
+Attention of PyTorch's own copies keys and values for each query head that shares them, reads the whole cache however little of
+it is filled, and starts six kernels. `token_attention` reads what the mask shows, once, in two kernels. `use_token_attention`
+has a model use it in compiled steps of one token. For anything else the model does what it did: kernels that are launched
+one by one cost more time on the host than they save.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IMPLEMENTATION = "autoquant"
+"""What transformers calls this attention."""
+
+_DEVICES = ("cuda",)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_COLUMNS, _MOST_GROUP = 256, 64
+_BLOCK_BYTES, _MOST_BLOCK = 16384, 128
+"""Of keys or values that a program reads at a time, and positions."""
+_FEWEST = 16
+"""Rows and columns that tensor cores take."""
+_PROGRAMS_OF_A_PROCESSOR, _MOST_SPLITS = 3, 64
+_ADDED_COLUMNS = 64
+
+
+@torch.library.custom_op("autoquant::token_attention", mutates_args=(), device_types="cuda")
+def token_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """softmax(q k' scale) v for one token: `[b, h, 1, d_v]`; zeros for a head that sees nothing.
+
+    Args:
+        q: `[b, h, 1, d]`, with k `[b, h_kv, L, d]` and v `[b, h_kv, L, d_v]` of any strides; h_kv divides h, d and d_v are at
+            most 256.
+        mask: Which positions are seen: bool `[b or 1, h or 1, 1, L]`, or None for all.
+    """
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    with torch.cuda.device(q.device):
+        return _launch(q, k, v, mask, scale, processors)
+
+
+@token_attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+@token_attention.register_kernel("cpu")
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return y.contiguous()
+
+
+def splits_of(groups: int, blocks: int, processors: int) -> int:
+    """How many programs share the blocks of one head of keys, of `groups` heads in all."""
+    return max(1, min(blocks, _MOST_SPLITS, _PROGRAMS_OF_A_PROCESSOR * processors // groups))
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    processors: int,
+) -> torch.Tensor:
+    from triton import cdiv, next_power_of_2
+
+    from autoquant.runtime.generate.attention_kernels import add_up, attend
+
+    (b, h, _, d), (_, h_kv, length, d_v) = q.shape, v.shape
+    columns, v_columns = (max(_FEWEST, next_power_of_2(width)) for width in (d, d_v))
+    block = min(_MOST_BLOCK, _BLOCK_BYTES // q.element_size() // max(columns, v_columns))
+    splits = splits_of(b * h_kv, cdiv(length, block), processors)
+    out = q.new_empty(b, h, 1, d_v)
+    parts = q.new_empty((b * h, splits, d_v) if splits > 1 else 0, dtype=torch.float32)
+    sums = q.new_empty((b * h, 2, splits) if splits > 1 else 0, dtype=torch.float32)
+    shown = q if mask is None else mask.expand(b, -1, 1, length).view(torch.uint8)
+    mask_head = shown.stride(1) if shown.shape[1] > 1 else 0
+    attend[b * h_kv, splits](
+        *(q, k, v, shown, out, parts, sums, scale * math.log2(math.e), h_kv, length, splits),
+        *(q.stride(0), q.stride(1), q.stride(3), *k.stride(), *v.stride()),
+        *(shown.stride(0), mask_head, shown.stride(3)),
+        WIDTH=d,
+        V_WIDTH=d_v,
+        GROUP=h // h_kv,
+        COLUMNS=columns,
+        V_COLUMNS=v_columns,
+        ROWS=max(_FEWEST, next_power_of_2(h // h_kv)),
+        BLOCK=block,
+        ALONE=splits == 1,
+        MASKS=0 if mask is None else 2 if mask.shape[1] > 1 else 1,
+    )
+    if splits > 1:
+        added = min(v_columns, _ADDED_COLUMNS)
+        add_up[b * h, cdiv(d_v, added)](
+            *(parts, sums, out, splits),
+            V_WIDTH=d_v,
+            COLUMNS=added,
+            ROWS=next_power_of_2(splits),
+        )
+    return out
+
+
+def use_token_attention(model: nn.Module) -> str | None:
+    """Have a causal language model of transformers attend with `token_attention`; return why it cannot, or None."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return "it is no model of transformers"
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation == IMPLEMENTATION:
+        return None
+    if config._attn_implementation != "sdpa":
+        return f"its attention is {config._attn_implementation}, not sdpa"
+    # The text model's class tells, as in transformers: others inherit their attention from it.
+    owners = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config]
+    if not all(owner._can_set_attn_implementation() for owner in owners):
+        return "its attention is not one that transformers lets others replace"
+    _register()
+    config._attn_implementation = IMPLEMENTATION
+    return None
+
+
+def _register() -> None:
+    """Tell transformers of this attention; masks are those of sdpa."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers' `sdpa_attention_forward` does: `[b, tokens, h, d_v]`."""
+    if not _takes(query, key, value, attention_mask, dropout, others):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return attended
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return token_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+_CHANGES = ("position_bias", "softcap", "s_aux", "sinks", "cache", "output_attentions")
+"""Arguments that change what is computed, of which `token_attention` knows nothing."""
+
+
+def _takes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    others: dict[str, Any],
+) -> bool:
+    """Whether `token_attention` computes this."""
+    one_token = q.shape[2] == 1 and q.device.type in _DEVICES and q.dtype in _DTYPES
+    same = q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
+    small = max(q.shape[-1], v.shape[-1]) <= _MOST_COLUMNS and q.shape[1] <= _MOST_GROUP * k.shape[1]
+    shown = mask is None or (
+        mask.dtype == torch.bool
+        and mask.dim() == 4
+        and mask.shape[0] in (1, q.shape[0])
+        and mask.shape[1] in (1, q.shape[1])
+        and mask.shape[2:] == (1, k.shape[2])
+    )
+    trains = dropout > 0 or (torch.is_grad_enabled() and q.requires_grad)
+    plain = all(others.get(name) is None or others[name] is False for name in _CHANGES)
+    return torch.compiler.is_compiling() and one_token and same and small and shown and not trains and plain

@@ -1,0 +1,224 @@
+"""The steps of a causal language model over a static cache: chunks of a prompt, and single tokens.
+
+Each kind of step has fixed shapes, so that it is compiled once and, on a GPU, replayed as one CUDA graph. A prompt of any
+length is cut into chunks of a few sizes. The last chunk is filled up with tokens whose keys and values later tokens
+overwrite: the causal mask hides them until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.candidates.kernels.caches import kernels_kept, use_kernel_caches
+from autoquant.devices.device import compile_failure
+from autoquant.errors import first_line
+from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
+from autoquant.runtime.generate.attention import use_token_attention
+from autoquant.runtime.generate.cache import StepState, static_cache, takes_made_mask
+from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
+
+CHUNKS = (1024, 256, 64)
+"""Tokens of a sequence in one step, for prompts."""
+_MOST_ROWS = 16384
+_SHORTEST_CACHE = 256
+_FILL_FROM = 0.75
+_LARGEST_ERROR = 0.5  # float8 rounds elsewhere in a compiled model: only garbage is meant to be caught
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+"""Token ids `[batch, tokens]` to logits `[batch, 1, vocabulary]`."""
+
+
+def cache_positions(tokens: int) -> int:
+    """Return the length of the cache that holds `tokens`: one of two lengths an octave, so that few are compiled for."""
+    length = _SHORTEST_CACHE
+    while length < tokens:
+        length = length * 3 // 2 if length & (length - 1) == 0 else length // 3 * 4
+    return length
+
+
+def chunks_of(tokens: int, batch: int) -> list[int]:
+    """Return the chunks that a prompt is cut into; the last one may be longer than what is left of the prompt."""
+    sizes = [size for size in CHUNKS if size * batch <= _MOST_ROWS] or [CHUNKS[-1]]
+    chunks = []
+    left = tokens
+    while left > 0:
+        size = next((size for size in reversed(sizes) if size * _FILL_FROM <= left <= size), None)
+        size = size or next((size for size in sizes if size <= left), sizes[-1])
+        chunks.append(size)
+        left -= size
+    return chunks
+
+
+class Decoder:
+    """Runs a model over one static cache.
+
+    Args:
+        model: A causal language model of transformers, prepared.
+        batch: Sequences.
+        positions: Length of the cache.
+        padded: Sequences may begin with padding, which a mask hides.
+
+    Attributes:
+        note: How steps are compiled where that is not as usual, and why.
+
+    Raises:
+        TypeError: The model keeps something else than keys and values.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, positions: int, *, padded: bool) -> None:
+        self.batch, self.positions, self.padded = batch, positions, padded
+        self.note = ""
+        self._model = model
+        self._device = next(model.parameters()).device
+        with torch.inference_mode(False), torch.no_grad():
+            self._state = StepState(batch, positions, self._device, padded=padded)
+            self._cache = static_cache(model, self._state)
+            self._run_eagerly(self._ids(1))  # makes the cache's tensors
+        self._steps: dict[int, Step] = {}
+        self._in_parts: Step | None = None
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+
+    def start(self, mask: torch.Tensor | None) -> None:
+        """Forget all tokens.
+
+        Args:
+            mask: `[batch, tokens]`, 0 for the prompt's padding; only for a padded decoder.
+        """
+        self._state.start(mask)
+
+    def prompt(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Take a prompt in.
+
+        Args:
+            ids: `[batch, tokens]`; so `positions`.
+
+        Returns:
+            Logits `[batch, vocabulary]` after its last token, valid until the next step.
+        """
+        start, logits = 0, torch.empty(0)
+        for size in chunks_of(ids.shape[1], self.batch):
+            end = min(start + size, ids.shape[1])
+            self._state.place(_filled(positions[:, start:end], size), kept=end - start - 1)
+            logits = self._run(_filled(ids[:, start:end], size))
+            self._state.take_back(start + size - end)
+            start = end
+        self._state.place(positions[:, -1:] + 1, kept=0)
+        return logits
+
+    def token(self, ids: torch.Tensor) -> torch.Tensor:
+        """Take one token of each sequence in, `[batch, 1]`; as `prompt`."""
+        return self._run(ids)
+
+    def filled_cache(self, tokens: int) -> Any:
+        """Return the keys and values of the first `tokens` positions, as transformers hands them out."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self._model.config)
+        for number, layer in enumerate(self._cache.layers):
+            keys, values = (kept[:, :, :tokens].clone() for kept in (layer.keys, layer.values))
+            cache.update(keys, values, number)
+        return cache
+
+    def _run(self, ids: torch.Tensor) -> torch.Tensor:
+        size = ids.shape[1]
+        if size not in self._steps:
+            self._steps[size] = self._make(size)
+        return self._steps[size](ids)[:, -1]
+
+    def _run_eagerly(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._step_of(self._model)(ids)
+
+    def _ids(self, size: int) -> torch.Tensor:
+        """Return token ids that can always be run."""
+        return torch.arange(size, device=self._device).expand(self.batch, size) % 7
+
+    def _step_of(self, module: nn.Module) -> Step:
+        keeps = bool(self._model._supports_logits_to_keep())  # type: ignore[operator]
+        own_mask = takes_made_mask(self._model)
+        state = self._state
+
+        def step(ids: torch.Tensor) -> torch.Tensor:
+            places = state.begin(ids.shape[1])
+            output = module(
+                input_ids=ids,
+                position_ids=places.positions,
+                attention_mask=state.mask(places) if own_mask else state.padding,
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+                **({"logits_to_keep": state.kept} if keeps else {}),
+            )
+            logits: torch.Tensor = output.logits
+            state.end(places)
+            return logits if keeps else logits.index_select(1, state.kept)
+
+        return step
+
+    def _make(self, size: int) -> Step:
+        """Return the step for chunks of `size` tokens, by the first way of compiling that works."""
+        reason = ""
+        for division in _divisions(self._model, self._device):
+            try:
+                step = self._compiled(division)
+                self._try(step, size)
+            except Exception as error:  # noqa: BLE001 - what one way of compiling fails on another may take
+                reason = reason or f"compiling in {division} failed: {first_line(error, with_type=True)}"
+                continue
+            self.note = reason and f"steps are compiled in another way, since {reason}"
+            return step
+        reason = reason or f"torch.compile does not work here: {compile_failure()}"
+        self.note = f"steps run without being compiled, since {reason}"
+        return self._step_of(self._model)
+
+    def _compiled(self, division: Division) -> Step:
+        use_kernel_caches()
+        on_gpu = self._device.type == "cuda"
+        if division != "parts":
+            step = compile_forward(self._step_of(self._ready(regions=division == "regions")))
+        else:
+            if self._in_parts is None:
+                ready = compile_parts(self._ready(regions=False))
+                self._in_parts = told_that_it_is_compiled()(self._step_of(ready))
+            step = self._in_parts
+        return GraphedStep(step, self._state.tensors, self._pool) if on_gpu else step
+
+    def _ready(self, *, regions: bool) -> nn.Module:
+        ready = ready_to_compile(self._model, regions=regions)
+        if self._device.type == "cuda":
+            use_token_attention(ready)
+        return ready
+
+    def _try(self, step: Step, size: int) -> None:
+        """Run a step, which compiles it, and compare it with the same step run eagerly.
+
+        What is in the cache stays: keys and values are written behind it, and overwritten later.
+
+        Raises:
+            ValueError: They differ by more than rounding explains.
+        """
+        ids = self._ids(size)
+        with self._state.set_aside(size), kernels_kept(str(self._device)):
+            got = step(ids).float()
+        with self._state.set_aside(size):
+            wanted = self._run_eagerly(ids).float()
+        error = ((got - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+        if not error <= _LARGEST_ERROR:  # NaN counts as wrong
+            raise ValueError(f"it is off by {error:.2g} (relative) from the same step run eagerly")
+
+
+def _divisions(model: nn.Module, device: torch.device) -> tuple[Division, ...]:
+    """Return the ways to compile steps, in the order in which to try them."""
+    if device.type == "cpu" and compile_failure() is not None:
+        return ()
+    blocks = any(True for _ in repeated_blocks(model))
+    return ("parts", "regions", "whole") if blocks else ("whole",)
+
+
+def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """Return `[batch, tokens]` made `size` tokens long by repeating the last one."""
+    missing = size - tensor.shape[1]
+    return torch.cat((tensor, tensor[:, -1:].expand(-1, missing)), dim=1) if missing > 0 else tensor

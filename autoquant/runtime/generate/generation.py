@@ -1,0 +1,217 @@
+"""A `generate` of transformers that replays compiled steps.
+
+`generate` itself stays transformers': it reads the settings, prepares the prompt, logits processors and stopping
+criteria, and then calls the model's `_sample`. That one method is replaced. It runs steps of a `Decoder` and looks at
+the result of a step only when the next ones have been launched, so that a GPU never waits for Python. Whatever it
+cannot do runs in transformers' own way, with one warning that says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.candidates.routed import RoutedWeight
+from autoquant.errors import first_line
+from autoquant.runtime.generate.decoder import Decoder, cache_positions
+from autoquant.runtime.generate.loop import Loop
+
+_MOST_DECODERS = 4
+_TOO_LONG = 4
+_TAKEN = {
+    *("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"),
+    *("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
+}
+
+
+def give_fast_generate(model: nn.Module) -> None:
+    """Replace how `model` samples, in place. It stays an instance of its class, under its class's name."""
+    if not isinstance(model, _Fast):
+        model.__class__ = _class_for(type(model))
+
+
+class Decoders:
+    """The decoders of one model. A copy of the model gets its own."""
+
+    def __init__(self) -> None:
+        self.warned: set[str] = set()
+        self.lock = threading.RLock()
+        self.busy = False
+        self._weights: tuple[tuple[int, int], ...] = ()
+        self._kept: OrderedDict[tuple[int, int, bool], Decoder] = OrderedDict()
+
+    def get(self, model: nn.Module, batch: int, tokens: int, *, padded: bool) -> Decoder:
+        """Return a decoder that has room for `tokens`; one that is much too long is slower than a new one."""
+        weights = tuple(map(_identity, model.parameters()))
+        if weights != self._weights:  # steps were compiled for other tensors, which they would keep in memory
+            self._kept.clear()
+            self._weights = weights
+        for key, decoder in self._kept.items():
+            fits = (key[0], key[2]) == (batch, padded) and tokens <= key[1]
+            if fits and key[1] <= max(_TOO_LONG * tokens, 4096):
+                self._kept.move_to_end(key)
+                return decoder
+        length = cache_positions(tokens)
+        decoder = Decoder(model, batch, length, padded=padded)
+        self._kept[batch, length, padded] = decoder
+        while len(self._kept) > _MOST_DECODERS:
+            self._kept.popitem(last=False)
+        return decoder
+
+    def __deepcopy__(self, _memo: Any) -> Decoders:
+        return Decoders()
+
+    def __reduce__(self) -> Any:
+        return Decoders, ()
+
+
+def _identity(weight: torch.Tensor) -> tuple[int, int]:
+    """Return what tells a weight from another one in its place, or elsewhere in memory."""
+    return id(weight), id(weight.stored) if isinstance(weight, RoutedWeight) else weight.data_ptr()
+
+
+def decoders_of(model: nn.Module) -> Decoders:
+    """Return the model's decoders."""
+    found = model.__dict__.get("_autoquant_decoders")
+    if not isinstance(found, Decoders):
+        found = model.__dict__["_autoquant_decoders"] = Decoders()
+    return found
+
+
+class _Fast:
+    """What a model's class is mixed with."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Have pickle find the model's own class: this one is made, and has no name of its own."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _made_again, (type(self).__bases__[1],), *reduced[2:]
+
+    def _sample(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        decoders = decoders_of(self)
+        with decoders.lock:  # a decoder has one cache
+            reason = "it is called within another generate" if decoders.busy else _plain_reason(self, input_ids, kwargs)
+            decoder = None if reason else _decoder_for(self, input_ids, kwargs)
+            if decoder is not None and not isinstance(decoder, str):
+                decoders.busy = True
+                try:
+                    with torch.no_grad():
+                        result = Loop(decoder, input_ids, **kwargs).run()
+                finally:
+                    decoders.busy = False
+                _warn(self, decoder.note)
+                return result
+        _warn(self, f"generate runs as transformers does it, which is slower: {reason or decoder}")
+        return super()._sample(input_ids, **kwargs)  # type: ignore[misc]
+
+
+def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _classes:
+        methods = {name: _plainly(getattr(kind, name), what) for name, what in _PLAIN.items()}
+        about = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        _classes[kind] = type(kind.__name__, (_Fast, kind), {**about, **methods})
+    return _classes[kind]
+
+
+def _made_again(kind: type[nn.Module]) -> nn.Module:
+    made = _class_for(kind)
+    return made.__new__(made)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_PLAIN = {"_beam_search": "beam search", "_assisted_decoding": "assisted decoding"}
+
+
+def _plainly(method: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Return the method of transformers with a warning before it."""
+
+    @functools.wraps(method)  # `generate` looks at the signature
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _warn(self, f"generate runs as transformers does it, which is slower: {what} is not replayed")
+        return method(self, *args, **kwargs)
+
+    return run
+
+
+def _warn(model: nn.Module, text: str) -> None:
+    warned = decoders_of(model).warned
+    if text and text not in warned:
+        warned.add(text)
+        warnings.warn(f"autoquant: {text}", stacklevel=5)
+
+
+def _decoder_for(model: nn.Module, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> Decoder | str:
+    """Return a decoder for the call, or why there is none."""
+    mask = kwargs.get("attention_mask")
+    limit = kwargs["stopping_criteria"].max_length
+    try:
+        return decoders_of(model).get(model, input_ids.shape[0], limit, padded=mask is not None)
+    except Exception as error:  # noqa: BLE001 - no step could be made, whatever the reason
+        return f"its steps cannot be run over a static cache: {first_line(error, with_type=True)}"
+
+
+def _plain_reason(model: Any, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> str:
+    """Return why a call cannot be replayed; empty if it can."""
+    config = kwargs["generation_config"]
+    asked = [name for name in ("output_attentions", "output_hidden_states") if getattr(config, name)]
+    if asked and config.return_dict_in_generate:
+        return f"{' and '.join(asked)} was asked for"
+    if unknown := [name for name, value in kwargs.items() if name not in _TAKEN and value is not None]:
+        return f"{', '.join(unknown)} was given"
+    if config.disable_compile:
+        return "disable_compile was asked for"
+    if not kwargs.get("use_cache", True) or kwargs.get("synced_gpus"):
+        return "it runs without a cache, or on several GPUs in step"
+    if kwargs["stopping_criteria"].max_length is None:
+        return "no maximal length is set"
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        return "positions have several dimensions"
+    if any(map(_has_hooks, model.modules())):
+        return "a module has hooks, which compiled steps do not call"
+    return _place_reason(model, input_ids) or _cache_reason(kwargs.get("past_key_values"))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Check for hooks of the user's own: transformers' stay on a model that once gave hidden states."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+
+
+def _place_reason(model: Any, input_ids: torch.Tensor) -> str:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        return "the model is spread over several devices"
+    device = devices.pop()
+    if device.type not in ("cpu", "cuda"):
+        return f"steps are not compiled for {device.type}"
+    if input_ids.device != device:
+        return f"input_ids are on {input_ids.device} and the model is on {device}: move them there"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    return "the model is in training mode" if model.training else ""
+
+
+def _cache_reason(cache: Any) -> str:
+    """Return why a cache cannot be replaced by a static one."""
+    from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    if cache is None:
+        return ""
+    if type(cache) not in (DynamicCache, StaticCache):
+        return f"it keeps a {type(cache).__name__}"
+    others = [layer for layer in cache.layers if not isinstance(layer, (DynamicLayer, StaticLayer))]
+    if others:
+        return f"it keeps a {type(others[0]).__name__}"
+    return "past_key_values were given" if getattr(cache, "_is_user_defined", False) or _is_filled(cache) else ""
+
+
+def _is_filled(cache: Any) -> bool:
+    return bool(cache.get_seq_length() > 0)

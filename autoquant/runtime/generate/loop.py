@@ -1,0 +1,172 @@
+"""The loop over the tokens of one call of `generate`, by the steps of a `Decoder`.
+
+It does what transformers' `GenerationMixin._sample` does, in the same order: scores, logits processors, choice of the
+next token, stopping criteria, streamer. On a GPU it runs ahead: results of a step are copied to the host while the next
+steps run, and steps that turn out to be behind the end are dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.runtime.generate.decoder import Decoder
+
+_AHEAD = 2
+"""Steps that are launched before the result of one is looked at, on a GPU."""
+
+
+class Loop:
+    """One call of `generate`.
+
+    Args:
+        decoder: Has room for the longest sequence.
+        input_ids: The prompts, `[batch, tokens]`.
+        model_inputs: `attention_mask` and `position_ids`, both `[batch, tokens]` or None.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        input_ids: torch.Tensor,
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any = None,
+        synced_gpus: bool = False,
+        **model_inputs: Any,
+    ) -> None:
+        from transformers.generation import MaxLengthCriteria
+
+        self._decoder = decoder
+        self._ids = input_ids
+        self._processor = logits_processor
+        self._limit: int = stopping_criteria.max_length
+        # The host knows the length: asking a criterion for it would launch kernels in every step.
+        self._criteria = [one for one in stopping_criteria if type(one) is not MaxLengthCriteria]
+        self._config = generation_config
+        self._streamer = streamer
+        self._mask = model_inputs.get("attention_mask")
+        self._positions = model_inputs.get("position_ids")
+        self._unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self._pad = generation_config._pad_token_tensor.to(input_ids.device) if ends else None
+        kept = generation_config.return_dict_in_generate
+        self._reads_scores = bool(len(logits_processor) or generation_config.do_sample or kept)
+        self._scores: list[torch.Tensor] | None = [] if kept and generation_config.output_scores else None
+        self._logits: list[torch.Tensor] | None = [] if kept and generation_config.output_logits else None
+
+    def run(self) -> Any:
+        """Return what `_sample` returns."""
+        prompt, limit = self._ids.shape[1], self._limit
+        seen = _Seen(self._ids, max(limit - prompt, 1), self._streamer)
+        self._decoder.start(self._mask)
+        logits = self._decoder.prompt(self._ids, self._prompt_positions())
+        while True:
+            tokens = self._next(logits)
+            seen.add(tokens, self._unfinished)
+            last = self._ids.shape[1] >= limit
+            steps = seen.look(0 if last else self._ahead)
+            if steps is not None or last:
+                break
+            logits = self._decoder.token(tokens[:, None])
+        steps = steps or self._ids.shape[1] - prompt
+        if self._streamer is not None:
+            self._streamer.end()
+        return self._result(prompt + steps, steps)
+
+    @functools.cached_property
+    def _ahead(self) -> int:
+        """How many steps to run ahead: none where a criterion of the user's own must see each step by itself."""
+        own = any(not type(criterion).__module__.startswith("transformers.") for criterion in self._criteria)
+        return 0 if own or self._ids.device.type != "cuda" else _AHEAD
+
+    def _prompt_positions(self) -> torch.Tensor:
+        positions = self._positions
+        if positions is None:
+            positions = torch.arange(self._ids.shape[1], device=self._ids.device).unsqueeze(0)
+            if self._mask is not None:
+                positions = (self._mask.long().cumsum(-1) - 1).clamp(min=0)
+        return positions[:, -self._ids.shape[1] :].expand(self._ids.shape)
+
+    def _next(self, logits: torch.Tensor) -> torch.Tensor:
+        """Choose the next tokens `[batch]` and note which sequences have ended."""
+        raw = logits.to(copy=True, dtype=torch.float32) if self._reads_scores else logits
+        scores = self._processor(self._ids, raw)
+        if self._scores is not None:
+            self._scores.append(scores)
+        if self._logits is not None:
+            self._logits.append(raw)
+        if self._config.do_sample:
+            tokens = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self._pad is not None:
+            tokens = tokens * self._unfinished + self._pad * (1 - self._unfinished)
+        self._ids = torch.cat((self._ids, tokens[:, None]), dim=-1)
+        so_far = None if self._scores is None else tuple(self._scores)
+        for criterion in self._criteria:
+            self._unfinished = self._unfinished & ~criterion(self._ids, so_far)
+        return tokens
+
+    def _result(self, length: int, steps: int) -> Any:
+        from transformers.generation import GenerateDecoderOnlyOutput
+
+        sequences = self._ids[:, :length]
+        if not self._config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=None if self._scores is None else tuple(self._scores[:steps]),
+            logits=None if self._logits is None else tuple(self._logits[:steps]),
+            past_key_values=self._decoder.filled_cache(length - 1),
+        )
+
+
+class _Seen:
+    """What the host has seen of the steps so far.
+
+    Args:
+        steps: The most there may be.
+    """
+
+    def __init__(self, ids: torch.Tensor, steps: int, streamer: Any) -> None:
+        pinned = ids.device.type == "cuda"
+        self._going_on = torch.ones(steps, dtype=torch.long, pin_memory=pinned)
+        self._tokens = torch.zeros(steps, len(ids), dtype=torch.long, pin_memory=pinned)
+        self._streamer = streamer
+        self._events: deque[Any] = deque()
+        self._added = self._looked_at = 0
+
+    def add(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> None:
+        """Have a step's result copied to the host."""
+        self._going_on[self._added].copy_(unfinished.max(), non_blocking=True)
+        if self._streamer is not None:
+            self._tokens[self._added].copy_(tokens, non_blocking=True)
+        if tokens.device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._events.append(event)
+        self._added += 1
+
+    def look(self, ahead: int) -> int | None:
+        """Return after how many steps all sequences had ended, or None if they have not.
+
+        Args:
+            ahead: How many of the last steps not to wait for.
+        """
+        while self._added - self._looked_at > ahead:
+            step = self._looked_at
+            if self._events:
+                self._events.popleft().synchronize()
+            if self._streamer is not None:
+                self._streamer.put(self._tokens[step].clone())
+            self._looked_at += 1
+            if not self._going_on[step]:
+                return self._looked_at
+        return None

@@ -1,0 +1,230 @@
+"""Running the phases of a workload on a model: one prefill, one decode step, or one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from autoquant.errors import WorkloadError
+from autoquant.models.outputs import output_tensor
+from autoquant.records import Workload
+from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
+from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
+
+_Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+DEFAULT_LM_WORKLOAD = "prefill=512,decode=128"
+DEFAULT_TOKEN_WORKLOAD = "prefill=512"
+
+
+class Phases(Protocol):
+    """How a model is run for each phase of a workload.
+
+    `reset` puts the model in front of `phase` (a decode step needs a filled cache); `run` executes one call of it, compiled
+    where the phases were made so, and may be called up to `limit(phase)` times after a reset; `run_eager` never compiles.
+    `run_launched` is `run` without a CUDA graph: the same kernels, each launched by itself.
+    """
+
+    workload: Workload
+
+    def reset(self, phase: str) -> None: ...
+
+    def run(self, phase: str) -> torch.Tensor: ...
+
+    def run_eager(self, phase: str) -> torch.Tensor: ...
+
+    def run_launched(self, phase: str) -> torch.Tensor: ...
+
+    def limit(self, phase: str) -> int: ...
+
+
+def make_phases(
+    module: nn.Module,
+    kind: str,
+    workload: Workload,
+    *,
+    device: str,
+    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    compiled: bool = False,
+    division: Division = "parts",
+    max_positions: int | None = None,
+) -> Phases:
+    """Choose how to run `module`.
+
+    Args:
+        kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or `module`.
+        sample_inputs: Arguments of one forward pass, for `module`.
+        compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it as a CUDA graph.
+        division: How it is compiled. Part by part are only models with repeated blocks whose steps become CUDA graphs, others as
+            with `regions`.
+        max_positions: The longest sequence the model takes, where known.
+
+    Raises:
+        WorkloadError: The workload does not fit the model.
+    """
+    tokens = sum(p.tokens * (1 if p.name == "prefill" else p.calls) for p in workload.phases)
+    if all(phase.name == "decode" for phase in workload.phases):
+        tokens += 1  # decoding alone starts behind a prompt of one token
+    if max_positions is not None and tokens > max_positions:
+        raise WorkloadError(
+            f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens"
+        )
+    if kind == "causal_lm":
+        return _CausalPhases(module, workload, device, compiled, division)
+    if kind == "token_lm":
+        if any(phase.name == "decode" for phase in workload.phases):
+            raise WorkloadError("this model keeps no cache, so it has no decode phase; use --workload prefill=TOKENS")
+        ids = torch.zeros((workload.batch, workload.phases[0].tokens), dtype=torch.long, device=device)
+        return _ForwardPhases(module, workload, (ids,), compiled, division)
+    if sample_inputs is None:
+        raise WorkloadError(
+            "this model needs sample inputs: give autoquant search --sample-inputs package.module:callable, or call it from"
+            " Python with sample_inputs=...; one that takes token ids needs --tokenizer FOLDER instead"
+        )
+    return _ForwardPhases(module, workload, sample_inputs, compiled, division)
+
+
+def divisions(device: str) -> Sequence[Division]:
+    """Ways to compile for `device`, the quickest to be ready first."""
+    return ("parts", "regions", "whole") if torch.device(device).type == "cuda" else ("regions", "whole")
+
+
+def default_workload(kind: str, batch: int) -> Workload:
+    """What a model of `kind` (see `make_phases`) is asked to do where the user does not say."""
+    if kind == "causal_lm":
+        return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
+    if kind == "token_lm":
+        return Workload.parse(DEFAULT_TOKEN_WORKLOAD, batch)
+    return Workload.single()
+
+
+class _ForwardPhases:
+    """One forward pass with fixed inputs."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        workload: Workload,
+        inputs: Sequence[Any] | Mapping[str, Any],
+        compiled: bool,
+        division: Division,
+    ) -> None:
+        self.workload = workload
+        self._args = () if isinstance(inputs, Mapping) else tuple(inputs)
+        self._kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+        self._eager = self._forward = _pass_of(module)
+        if compiled:
+            self._forward = compile_forward(_pass_of(ready_to_compile(module, regions=division != "whole")))
+
+    def reset(self, phase: str) -> None:
+        pass
+
+    def limit(self, phase: str) -> int:
+        return 1 << 30
+
+    def run(self, phase: str) -> torch.Tensor:
+        with torch.no_grad():
+            return output_tensor(self._forward(*self._args, **self._kwargs))
+
+    def run_eager(self, phase: str) -> torch.Tensor:
+        with torch.no_grad():
+            return output_tensor(self._eager(*self._args, **self._kwargs))
+
+    def run_launched(self, phase: str) -> torch.Tensor:
+        return self.run(phase)
+
+
+class _CausalPhases:
+    """Prefill and decode of a Hugging Face causal language model with a static cache."""
+
+    def __init__(self, module: nn.Module, workload: Workload, device: str, compiled: bool, division: Division) -> None:
+        from transformers import StaticCache
+
+        self.workload = workload
+        self._device = device
+        phases = {phase.name: phase for phase in workload.phases}
+        self._prompt = phases["prefill"].tokens if "prefill" in phases else 1
+        self._steps = phases["decode"].calls if "decode" in phases else 0
+        config: Any = module.config
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        shape = (workload.batch, self._prompt + self._steps)
+        self._ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
+        self._position = 0
+
+        self._cache = StaticCache(config=config, max_cache_len=self._prompt + self._steps)
+        self._eager = self._launched = self._forward = _step_of(module, self._cache)
+        self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
+        if compiled:
+            graphed = torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers)
+            in_parts = graphed and division == "parts" and any(repeated_blocks(module))
+            compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
+            self._launched = self._forward = compiled_step(module, self._cache)
+            if graphed:
+                self._forward = GraphedStep(self._launched, self._lengths)
+
+    def reset(self, phase: str) -> None:
+        self._cache.reset()
+        self._position = 0
+        if phase == "decode":
+            self._step(self._eager, self._prompt)
+
+    def limit(self, phase: str) -> int:
+        return self._steps if phase == "decode" else 1
+
+    def run(self, phase: str) -> torch.Tensor:
+        return self._step(self._forward, self._tokens(phase))
+
+    def run_eager(self, phase: str) -> torch.Tensor:
+        return self._step(self._eager, self._tokens(phase))
+
+    def run_launched(self, phase: str) -> torch.Tensor:
+        return self._step(self._launched, self._tokens(phase))
+
+    def _tokens(self, phase: str) -> int:
+        return 1 if phase == "decode" else self._prompt
+
+    def _step(self, forward: Callable[..., torch.Tensor], tokens: int) -> torch.Tensor:
+        start, end = self._position, self._position + tokens
+        self._position = end
+        positions = torch.arange(start, end, device=self._device).unsqueeze(0)
+        with torch.no_grad():
+            return forward(self._ids[:, start:end], positions)
+
+    def _lengths(self) -> list[torch.Tensor]:
+        """What a step advances: how far each layer's cache is filled."""
+        return [layer.cumulative_length for layer in self._cache.layers]
+
+
+def _pass_of(module: nn.Module) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    return forward
+
+
+def _step_of(module: nn.Module, cache: Any) -> _Step:
+    def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output = module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits
+        return logits
+
+    return forward
+
+
+def _in_one_piece(division: Division, module: nn.Module, cache: Any) -> _Step:
+    return compile_forward(_step_of(ready_to_compile(module, regions=division != "whole"), cache))
+
+
+def _in_parts(module: nn.Module, cache: Any) -> _Step:
+    step = _step_of(compile_parts(ready_to_compile(module, regions=False)), cache)
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with told_that_it_is_compiled():
+            return step(ids, positions)
+
+    return forward

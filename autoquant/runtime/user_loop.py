@@ -1,0 +1,209 @@
+"""The loop that a user runs, and its time: `generate` of a causal language model, one call of any other module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.errors import WorkloadError
+from autoquant.models.outputs import output_tensor
+from autoquant.models.quiet import quiet
+from autoquant.records import Interval, Loop, RunTimes, Workload
+from autoquant.runtime.modules import compile as compiled
+from autoquant.runtime.prepare import prepare
+from autoquant.runtime.request import MAX_RELATIVE_ERROR, WARM_UP_CALLS, RequestTimes, beside, rounds_in_turn
+
+_REQUEST, _FIRST = "request", "first token"
+_LONGEST_S = 30.0
+_CHECK_TOKENS = 48
+_CHECK_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class UserLoop:
+    """One request of a workload to one model.
+
+    Attributes:
+        new_tokens: That the request asks for; 0 for a forward pass.
+    """
+
+    loop: Loop
+    new_tokens: int
+    calls: Mapping[str, Callable[[], Any]] = field(repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        """What is timed."""
+        return list(self.calls)
+
+    def run(self, name: str) -> None:
+        with torch.no_grad():
+            self.calls[name]()
+
+    def reset(self, name: str) -> None:
+        """Every call is a whole one."""
+
+    def limit(self, name: str) -> int:
+        return 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """How a model is used.
+
+    Attributes:
+        kind: As for `autoquant.runtime.phases.make_phases`.
+        sample_inputs: Arguments of one forward pass, for a `module`.
+    """
+
+    kind: str
+    workload: Workload
+    device: str
+    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None
+
+    @property
+    def loop(self) -> Loop:
+        return "generate" if self.kind == "causal_lm" else "forward"
+
+    def loop_of(self, module: nn.Module) -> UserLoop:
+        """The loop of a model, which is prepared for it in place."""
+        if self.kind != "causal_lm":
+            forward, inputs = compiled(module), self._inputs()
+            return UserLoop("forward", 0, {_REQUEST: lambda: _call(forward, inputs)})
+        model, prompt, tokens = prepare(module), self._prompt(module), self.workload.new_tokens
+        calls: dict[str, Callable[[], Any]] = {_REQUEST: lambda: generate(model, prompt, tokens, exactly=True)}
+        if tokens > 1:
+            calls[_FIRST] = lambda: generate(model, prompt, 1, exactly=True)
+        return UserLoop("generate", tokens, calls)
+
+    def answer_of(self, module: nn.Module, *, replayed: bool = False) -> Answer:
+        """What a model gives for the beginning of the prompt, or for the inputs.
+
+        Args:
+            replayed: Generate by compiled steps; otherwise as transformers itself does, which compiles nothing.
+        """
+        inputs = self._prompt(module)[:1, :_CHECK_TOKENS] if self.kind == "causal_lm" else self._inputs()
+        with torch.no_grad():
+            output = output_tensor(module(inputs) if isinstance(inputs, torch.Tensor) else _call(module, inputs))
+        ids = None
+        if isinstance(inputs, torch.Tensor):
+            tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)
+            ids = generate(module, inputs, tokens, disable_compile=not replayed).cpu()
+        return Answer(output.float().cpu(), ids)
+
+    def _prompt(self, module: nn.Module) -> torch.Tensor:
+        """Token ids [batch, tokens] drawn at random, the same for every model of a vocabulary."""
+        config: Any = module.config
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        shape = (self.workload.batch, self.workload.prompt_tokens)
+        return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    def _inputs(self) -> Sequence[Any] | Mapping[str, Any]:
+        if self.kind == "token_lm":
+            shape = (self.workload.batch, self.workload.prompt_tokens)
+            return (torch.zeros(shape, dtype=torch.long, device=self.device),)
+        if self.sample_inputs is None:
+            raise WorkloadError("this model needs sample inputs, and there are none")
+        return self.sample_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Logits or other output of a model, and what it generated, both on the CPU.
+
+    Attributes:
+        output: In float32.
+        ids: Prompt and new tokens [1, tokens]; None where the model generates nothing.
+    """
+
+    output: torch.Tensor
+    ids: torch.Tensor | None
+
+    def error(self, expected: Answer) -> float:
+        """Relative difference of the output from that expected; 0 where they are equal bit for bit."""
+        if self.output.shape != expected.output.shape:
+            return math.inf
+        difference = (self.output - expected.output).norm() / expected.output.norm().clamp(min=1e-30)
+        return float(difference)
+
+
+def _call(forward: Callable[..., Any], inputs: Sequence[Any] | Mapping[str, Any]) -> Any:
+    return forward(**inputs) if isinstance(inputs, Mapping) else forward(*inputs)
+
+
+def generate(model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = False, **settings: Any) -> torch.Tensor:
+    """The prompt and up to `tokens` greedily chosen tokens behind it, or exactly so many: ids [batch, tokens]."""
+    ends = {"min_new_tokens": tokens} if exactly else {}
+    with torch.no_grad(), quiet():
+        made: torch.Tensor = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, **ends, **settings
+        )
+    return made
+
+
+def first_difference(model: Any, made: Answer, expected: Answer) -> str:
+    """Where generated ids first differ from those expected by more than a near tie; empty where they do not.
+
+    The two tokens are a near tie where their logits are close beside the distance of the best logit from the mean.
+    """
+    if made.ids is None or expected.ids is None:
+        return ""
+    pairs = zip(made.ids[0].tolist(), expected.ids[0].tolist(), strict=False)
+    place = next((number for number, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    if place is None:
+        return "" if made.ids.shape == expected.ids.shape else "generate ends at another token than it did in memory"
+    ours, theirs = int(made.ids[0, place]), int(expected.ids[0, place])
+    if place > 0 and _is_near_tie(model, made.ids[:, :place], ours, theirs):
+        return ""
+    return f"generate gives another token at position {place} than it did in memory: {ours} instead of {theirs}"
+
+
+def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bool:
+    with torch.no_grad():
+        logits = model(before.to(next(model.parameters()).device)).logits[0, -1].float()
+    gap = (logits[ours] - logits[theirs]).abs() / (logits.max() - logits.mean()).clamp(min=1e-30)
+    return bool(gap <= MAX_RELATIVE_ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class UserTimes:
+    """Of one model, with the ratio of its request time to that of the first one that was timed (None for that one)."""
+
+    times: RunTimes
+    ratio: Interval | None
+
+
+def time_user_loops(loops: Sequence[UserLoop], device: str) -> tuple[list[UserTimes], str]:
+    """Warm loops up and time them in turn, the first being that of the unquantized model.
+
+    Returns:
+        A time for each, and a note where other programs disturbed it.
+    """
+    with kernels_kept(device):
+        for loop in loops:
+            for name in loop.names * WARM_UP_CALLS:
+                loop.run(name)
+    rounds, note = rounds_in_turn(loops, loops[0].names, device, _LONGEST_S)
+    pairs = [beside(taken, rounds[0], note) for taken in rounds]
+    found = [
+        _user_times(pair, loop, first=number == 0) for number, (pair, loop) in enumerate(zip(pairs, loops, strict=True))
+    ]
+    return found, note
+
+
+def _user_times(pair: RequestTimes, loop: UserLoop, *, first: bool) -> UserTimes:
+    request_ms, first_ms = pair.plan_ms[_REQUEST], pair.plan_ms.get(_FIRST)
+    if loop.loop == "forward":
+        times = RunTimes(request_ms=request_ms)
+    elif first_ms is None:
+        times = RunTimes(request_ms=request_ms, first_token_ms=request_ms)
+    else:
+        step_ms = (request_ms - first_ms) / (loop.new_tokens - 1)
+        times = RunTimes(request_ms=request_ms, first_token_ms=first_ms, step_ms=step_ms)
+    return UserTimes(times, None if first else pair.ratio({_REQUEST: 1, _FIRST: 0}))

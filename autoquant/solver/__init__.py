@@ -1,0 +1,1 @@
+"""Choosing a plan: pure arithmetic over what was measured. Needs no torch."""

@@ -1,0 +1,75 @@
+"""Which proven plans noise alone tells apart. No torch.
+
+Two plans are a tie where neither speed nor quality distinguishes them: their request times differ by less than the spread of the
+rounds that they were timed in, and the 95 % interval of the difference of their losses, sample by sample on the selection part,
+holds 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from autoquant.intervals import mean_interval
+from autoquant.records import Proof
+
+TIE_FRACTION = 0.01
+"""Request times (or bytes) closer than this are always a tie."""
+LARGEST_TIE = 0.05
+"""Farther apart they never are, however noisy the clock was."""
+
+
+def tied(a: Proof, b: Proof) -> bool:
+    """Whether the difference between two proven plans of a study is within noise."""
+    return same_speed(a, b) and same_quality(a, b)
+
+
+def ties(proofs: Mapping[str, Proof]) -> dict[str, list[str]]:
+    """By plan id, the ids of the plans that it is a tie with."""
+    found: dict[str, list[str]] = {plan_id: [] for plan_id in proofs}
+    order = list(proofs)
+    for number, one in enumerate(order):
+        for other in order[number + 1 :]:
+            if tied(proofs[one], proofs[other]):
+                found[one].append(other)
+                found[other].append(one)
+    return found
+
+
+def same_speed(a: Proof, b: Proof) -> bool:
+    """Whether request times, each against the unquantized model timed in turn, differ by no more than their spread.
+
+    From 1 % (below which it is always so) to 5 % (above which it never is).
+    """
+    ratios = [proof.request_ms / proof.original_request_ms for proof in (a, b)]
+    noise = math.hypot(_half(a), _half(b)) / min(ratios)
+    return abs(ratios[0] - ratios[1]) <= min(ratios) * min(max(noise, TIE_FRACTION), LARGEST_TIE)
+
+
+def same_quality(a: Proof, b: Proof) -> bool:
+    """Whether the paired interval of the difference of losses holds 0; plans whose losses are not known are told apart."""
+    if len(a.selection_losses) != len(b.selection_losses) or len(a.selection_losses) < 2:
+        return False
+    interval = mean_interval([x - y for x, y in zip(a.selection_losses, b.selection_losses, strict=True)])
+    return interval.low <= 0 <= interval.high
+
+
+def preferred(best: Proof, rivals: Sequence[Proof]) -> Proof:
+    """Of the best plan and those that are a tie with it: the one with least divergence, if that is clearly less.
+
+    Divergence tells apart what perplexity cannot: its intervals must not overlap. Without divergences it is the smallest plan,
+    if it is smaller by more than 1 %.
+    """
+    if best.selection_kl is None:
+        smallest = min((best, *rivals), key=lambda proof: proof.memory_bytes)
+        return smallest if smallest.memory_bytes < best.memory_bytes * (1 - TIE_FRACTION) else best
+    lowest = best.selection_kl.low
+    clearly = [(kl.value, proof) for proof in rivals if (kl := proof.selection_kl) and kl.high < lowest]
+    return min(clearly, key=lambda pair: pair[0], default=(0.0, best))[1]
+
+
+def _half(proof: Proof) -> float:
+    if proof.time_ratio is None:
+        return 0.0
+    half = proof.time_ratio.high - proof.time_ratio.value
+    return half if math.isfinite(half) else 0.0

@@ -1,0 +1,385 @@
+"""A study as the user sees it: its plans, the front, the best plan under a limit. Needs no model and no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from statistics import median_high
+from typing import TYPE_CHECKING, Any
+
+from autoquant.errors import PlanError
+from autoquant.records import BASELINES, ORIGINAL_LABEL, Delivery, Measure, Objective, Plan, Proof
+from autoquant.solver.alternatives import Alternatives, alternatives
+from autoquant.solver.constraints import Constraints
+from autoquant.solver.limits import Limits
+from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
+from autoquant.store import Store, StudyFacts, open_store
+from autoquant.study.delivered import refusal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "plan_id",
+    "label",
+    "kind",
+    "predicted_request_ms",
+    "measured_request_ms",
+    "speedup",
+    "perplexity",
+    "perplexity_increase",
+    "perplexity_increase_low",
+    "perplexity_increase_high",
+    "kl",
+    "memory_bytes",
+    "on_front",
+    "within_limits",
+    "recommended",
+    "ties",
+    "measure",
+    "as_run_loop",
+    "as_run_where",
+    "as_run_request_ms",
+    "as_run_original_request_ms",
+    "as_run_speedup",
+    "as_run_speedup_low",
+    "as_run_speedup_high",
+    "as_run_first_token_ms",
+    "as_run_original_first_token_ms",
+    "as_run_step_ms",
+    "as_run_original_step_ms",
+    "as_run_notes",
+    "not_recommended",
+)
+
+
+class Study:
+    """One search in a store.
+
+    Args:
+        store: The open store.
+        study_id: Which study; the one last worked on where None.
+
+    Raises:
+        PlanError: There is no such study.
+    """
+
+    def __init__(self, store: Store, study_id: str | None = None) -> None:
+        self.store = store
+        self.study_id = store.study(study_id).study_id
+
+    @classmethod
+    def open(cls, address: str | os.PathLike[str], study_id: str | None = None) -> Study:
+        """Open a study of an existing database (a path or an SQLAlchemy URL)."""
+        return cls(open_store(address, create=False), study_id)
+
+    @property
+    def facts(self) -> StudyFacts:
+        """What the store knows of the study: model, device, workload, limits, recording."""
+        return self.store.study(self.study_id)
+
+    @property
+    def calibration(self) -> Sequence[Sequence[int]] | None:
+        """Token ids that weights of its plans are rounded for, for `autoquant.apply`; None where there are none."""
+        return self.facts.calibration
+
+    @property
+    def limits(self) -> Limits:
+        """What the last search was asked for."""
+        return Limits.of(self.facts.limits)
+
+    @property
+    def constraints(self) -> Constraints:
+        """What every plan but the unquantized model meets."""
+        return Constraints.of_identity(self.facts.identity)
+
+    def plans(self) -> list[Plan]:
+        """Every plan made, proven or not."""
+        return self.store.plans(self.study_id)
+
+    def proofs(self) -> dict[str, Proof]:
+        """What was measured, by plan id."""
+        return self.store.proofs(self.study_id)
+
+    def deliveries(self) -> dict[str, Delivery]:
+        """How plans run for their user, by plan id, in the order in which they were tried."""
+        return self.store.deliveries(self.study_id)
+
+    def refused(self, limits: Limits | None = None) -> dict[str, str]:
+        """Why plans that were run as their user will run them are not recommended within `limits` (None: the search's), by id."""
+        limits = limits or self.limits
+        instead = self._original_fits(limits)
+        reasons = {
+            plan_id: refusal(delivery, limits, instead=instead) for plan_id, delivery in self.deliveries().items()
+        }
+        return {plan_id: reason for plan_id, reason in reasons.items() if reason}
+
+    def _original_fits(self, limits: Limits) -> bool:
+        """Whether the unquantized model is within the limits."""
+        proofs = self.proofs()
+        return any(
+            limits.within(proofs[plan.plan_id], plan)
+            for plan in self.plans()
+            if plan.label == ORIGINAL_LABEL and plan.plan_id in proofs
+        )
+
+    def left_out(self) -> dict[str, str]:
+        """Why a plan of a kind that is always set beside the front is not there, by kind."""
+        kinds = {f"no {kind} plan": kind for kind in BASELINES}
+        there = {plan.kind for plan in self.plans()}
+        references = self.store.references(self.study_id)
+        return {
+            kind: str(references[name]["reason"])
+            for name, kind in kinds.items()
+            if name in references and kind not in there
+        }
+
+    def refinement_ended(self) -> str | None:
+        """Why the last refinement ended, or None where there was none."""
+        kept = self.store.references(self.study_id).get("refinement")
+        return None if kept is None else f"{kept['plans']} further plans proven; ended: {kept['ended']}"
+
+    def plan(self, plan_id: str) -> Plan:
+        """The plan whose id starts with `plan_id`."""
+        return self.store.plan(plan_id)
+
+    def best(
+        self,
+        max_ppl_increase: float | None = None,
+        max_memory_bytes: int | None = None,
+        minimize: Objective = "time",
+        max_kl: float | None = None,
+    ) -> Plan:
+        """The fastest, or the smallest, proven plan within the limits, see `Limits`, that meets the constraints of the search.
+
+        Plans that cannot be used as a user runs them, or are no faster there, are left out where that is known. Of request times
+        within 1 % of one another the better quality wins; of such sizes the faster plan. Among that plan and those that are a
+        tie with it, see `autoquant.solver.ties`, one that is clearly more exact is preferred.
+
+        Raises:
+            PlanError: No proven plan is within the limits.
+        """
+        return self.best_within(
+            Limits(
+                max_ppl_increase=max_ppl_increase,
+                max_kl=max_kl,
+                max_memory_bytes=max_memory_bytes,
+                minimize=minimize,
+                measure=self.limits.measure,
+            )
+        )
+
+    def best_within(self, limits: Limits) -> Plan:
+        """As `best`."""
+        return self._best(limits, delivered=False)
+
+    def _best(self, limits: Limits, *, delivered: bool) -> Plan:
+        """As `best`; of the unquantized model and plans that were `delivered` only, where that is asked for."""
+        proofs = self.proofs()
+        known, refused = self.deliveries(), self.refused(limits)
+        plans = {plan.plan_id: plan for plan in self.plans()}
+        constraints, minimize = self.constraints, limits.minimize
+        within = [
+            proof
+            for proof in proofs.values()
+            if limits.within(proof, plans[proof.plan_id]) and constraints.allow(plans[proof.plan_id])
+        ]
+        if not within:
+            raise PlanError(_nothing_within(proofs.values(), limits))
+        within = [
+            proof
+            for proof in within
+            if proof.plan_id not in refused
+            and (not delivered or proof.plan_id in known or plans[proof.plan_id].label == ORIGINAL_LABEL)
+        ]
+        if not within:
+            raise PlanError(f"no plan within the limits can be used: {'; '.join(_refusals(refused))}")
+        times = request_times(proofs.values())
+        costs = {proof.plan_id: times[proof.plan_id] if minimize == "time" else proof.memory_bytes for proof in within}
+        least = min(costs.values())
+        close = [proof for proof in within if costs[proof.plan_id] <= least * (1 + TIE_FRACTION)]
+
+        def preference(proof: Proof) -> tuple[float, float]:
+            quality, time = proof.selection_increase.high, times[proof.plan_id]
+            return (quality, time) if minimize == "time" else (time, quality)
+
+        best = min(close, key=preference)
+        rivals = close if minimize == "memory" else within
+        return plans[preferred(best, [proof for proof in rivals if tied(proof, best)]).plan_id]
+
+    def best_of_search(self) -> Plan:
+        """The best plan by what the last search was asked for: its limits, and what it minimized.
+
+        Once a plan of the study was run as its user will run it, only such plans are taken, and the unquantized model.
+
+        Raises:
+            PlanError: No proven plan is within the limits.
+        """
+        return self._best(self.limits, delivered=bool(self.deliveries()))
+
+    def candidate(self) -> Plan | None:
+        """The best plan of the search, whether or not it was run as its user will run it; None where none is left."""
+        try:
+            return self.best_within(self.limits)
+        except PlanError:
+            return None
+
+    def recommended(self) -> Plan | None:
+        """The best plan of the search, or None where no plan is within its limits."""
+        try:
+            return self.best_of_search()
+        except PlanError:
+            return None
+
+    def alternatives(self, plan: Plan) -> Alternatives | None:
+        """What else each layer of a plan could have, by layer name; None where the search did not keep it."""
+        options = self.store.options(self.study_id)
+        if options is None:
+            return None
+        workload = self.facts.workload
+        return {layer.name: alternatives(layer, options.get(layer.name, []), workload) for layer in plan.layers}
+
+    def pareto(self) -> pd.DataFrame:
+        """Every proven plan, fastest first, with the columns of `COLUMNS`.
+
+        `on_front` marks plans that no other one beats or equals in request time, perplexity and memory at once (and beats
+        in one). `measured_request_ms` is the unquantized model's time divided by `speedup`, and `speedup` compares plan and
+        unquantized model timed in turn: so a machine that gets slower during the search does not favour early plans.
+        `predicted_request_ms` is in the same units: as much longer or shorter as the unquantized model's time is than it was when
+        the prediction was made. `measure` says what `perplexity_increase` is an increase of; `divergence` is that itself.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.rows(), columns=list(COLUMNS))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of `pareto`, as plain dicts."""
+        proofs = self.proofs()
+        times = request_times(proofs.values())
+        original_ms = _original_ms(proofs.values())
+        recommended = self.recommended()
+        deliveries, refused = self.deliveries(), self.refused()
+        tied_with = ties(proofs)
+        front = _front(proofs, times)
+        limits = self.limits
+        rows = [
+            {
+                "plan_id": plan.plan_id,
+                "label": plan.label,
+                "kind": plan.kind,
+                "predicted_request_ms": plan.prediction.request_ms_beside(original_ms),
+                "measured_request_ms": times[plan.plan_id],
+                "speedup": proof.original_request_ms / proof.request_ms,
+                "perplexity": proof.perplexity,
+                "perplexity_increase": proof.increase.value,
+                "perplexity_increase_low": proof.increase.low,
+                "perplexity_increase_high": proof.increase.high,
+                "kl": proof.kl,
+                "memory_bytes": proof.memory_bytes,
+                "on_front": plan.plan_id in front,
+                "within_limits": limits.within(proof, plan),
+                "recommended": recommended is not None and plan.plan_id == recommended.plan_id,
+                "ties": " ".join(tied_with[plan.plan_id]),
+                "measure": _measure(proof, limits),
+                **_as_run(deliveries.get(plan.plan_id)),
+                "not_recommended": refused.get(plan.plan_id, ""),
+            }
+            for plan in self.plans()
+            if (proof := proofs.get(plan.plan_id)) is not None
+        ]
+        return sorted(rows, key=lambda row: row["measured_request_ms"])
+
+
+def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
+    """Request milliseconds by plan id, freed of the machine's drift between proofs.
+
+    Each proof timed its plan and the unquantized model in turn; the ratio is applied to the median of the unquantized
+    model's times.
+    """
+    proofs = list(proofs)
+    original_ms = _original_ms(proofs)
+    return {proof.plan_id: proof.request_ms / proof.original_request_ms * original_ms for proof in proofs}
+
+
+def _measure(proof: Proof, limits: Limits) -> Measure:
+    if limits.measure == "divergence":
+        return "divergence"
+    return "loss" if proof.perplexity is None else "perplexity"
+
+
+def _original_ms(proofs: Sequence[Proof] | Any) -> float:
+    """The median of the unquantized model's request times; 0 where there are no proofs."""
+    originals = [proof.original_request_ms for proof in proofs]
+    return median_high(originals) if originals else 0.0
+
+
+def _as_run(delivery: Delivery | None) -> dict[str, Any]:
+    """The columns of how a plan runs for its user; None where that is not known."""
+    names = [name for name in COLUMNS if name.startswith("as_run_")]
+    if delivery is None or delivery.times is None or delivery.original_times is None or delivery.ratio is None:
+        return dict.fromkeys(names)
+    times, original, ratio = delivery.times, delivery.original_times, delivery.ratio
+    values = (
+        delivery.loop,
+        delivery.where,
+        times.request_ms,
+        original.request_ms,
+        1 / ratio.value,
+        1 / ratio.high,
+        1 / ratio.low if ratio.low > 0 else math.inf,
+        times.first_token_ms,
+        original.first_token_ms,
+        times.step_ms,
+        original.step_ms,
+        "; ".join(delivery.notes),
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _refusals(refused: Mapping[str, str]) -> list[str]:
+    return [f"{plan_id} {reason}" for plan_id, reason in refused.items()]
+
+
+def _nothing_within(proofs: Any, limits: Limits) -> str:
+    proofs = list(proofs)
+    if not proofs:
+        return "no plan has been proven yet: run `autoquant search` to the end"
+    parts = []
+    if limits.max_ppl_increase is not None:
+        parts.append(
+            f"{'an increase' if limits.measure == 'increase' else 'a divergence'} of at most {limits.max_ppl_increase:.3%}"
+        )
+    if limits.max_kl is not None:
+        known = [proof.selection_kl.high for proof in proofs if proof.selection_kl]
+        least = f" (least: {min(known):.3g})" if known else " (proven before it was measured: search again)"
+        parts.append(f"a divergence of at most {limits.max_kl:g}{least}")
+    if limits.max_memory_bytes is not None:
+        smallest = min(proof.memory_bytes for proof in proofs)
+        parts.append(f"at most {limits.max_memory_bytes:,} bytes (smallest: {smallest})")
+    if not parts:
+        return "no proven plan meets --pin: loosen it and search again"
+    return (
+        f"no proven plan has {' and '.join(parts)}; allow more (the same `autoquant search` with another limit measures"
+        " nothing anew) or take one that `autoquant pareto` lists"
+    )
+
+
+def _front(proofs: Mapping[str, Proof], times: Mapping[str, float]) -> set[str]:
+    points = {
+        plan_id: (
+            times[plan_id],
+            proof.increase.value if proof.perplexity is None else proof.perplexity,
+            proof.memory_bytes,
+        )
+        for plan_id, proof in proofs.items()
+    }
+    return {
+        plan_id
+        for plan_id, point in points.items()
+        if not any(_dominates(other, point) for other_id, other in points.items() if other_id != plan_id)
+    }
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b

@@ -1,0 +1,34 @@
+"""The new process of `tuner.deliver`: run as `python -m autoquant.tuner.workers.delivery_worker FD`, where FD is a socket.
+
+It is not forked, so that nothing of the search is in its memory, and a GPU can be used. It ends when the search does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from multiprocessing.connection import Connection
+
+import torch
+
+from autoquant.tuner.deliver import DeliverySpec, load_and_deliver
+from autoquant.tuner.workers.forking import receive, send
+from autoquant.tuner.workers.worker import die_with, portable
+
+
+def main() -> None:
+    """Answer (True, delivery), or (False, the error)."""
+    if sys.platform == "linux":
+        die_with(os.getppid())
+    connection = Connection(int(sys.argv[1]))
+    sys.path[:] = receive(connection)
+    spec: DeliverySpec = receive(connection)
+    torch.set_num_threads(spec.threads)
+    try:
+        send(connection, (True, load_and_deliver(spec, spec.load_original(), "new process")))
+    except Exception as error:  # noqa: BLE001 - raised again on the other side
+        send(connection, (False, portable(error)))
+
+
+if __name__ == "__main__":
+    main()

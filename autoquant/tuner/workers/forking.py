@@ -1,0 +1,127 @@
+"""Jobs in processes of their own, which give their memory back and may crash."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from autoquant.errors import ProcessDiedError
+
+if TYPE_CHECKING:
+    from autoquant.tuner.workers.jobs import BenchSpec, Job
+
+TOLD, DONE, RAISED, DIED = "told", "done", "raised", "died"
+WORKER = "autoquant.tuner.workers.worker"
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+
+
+class ForkingRunner:
+    """Runs each job in a fresh child of a worker process, which has the model loaded.
+
+    The worker is started anew where it is gone. It and its children are of a session of their own, so that Ctrl-C reaches this
+    process only, and end with it, however it ends.
+
+    Raises:
+        AutoquantError: The worker cannot make the bench.
+    """
+
+    def __init__(self, spec: BenchSpec) -> None:
+        self._spec = spec
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection = self._start()
+
+    def run(self, job: Job[Result], on_message: Callable[[Any], None]) -> Result:
+        """As `Runner.run`.
+
+        Raises:
+            ProcessDiedError: A signal, or code that ended the process, stopped the job.
+        """
+        if self._process is None:
+            self._connection = self._start()
+        try:
+            send(self._connection, job)
+            while True:
+                kind, value = receive(self._connection)
+                if kind != TOLD:
+                    break
+                on_message(value)
+        except (EOFError, ConnectionError):
+            self.close()
+            raise ProcessDiedError("the worker process was ended from outside") from None
+        except BaseException:
+            self.close()  # what the job still says is for nobody
+            raise
+        if kind == RAISED:
+            raise value
+        if kind == DIED:
+            raise ProcessDiedError(f"its process was ended by {value}")
+        result: Result = value
+        return result
+
+    def close(self) -> None:
+        """End the worker, and its child with it."""
+        if self._process is None:
+            return
+        end_process(self._process, self._connection)
+        self._process = None
+
+    def _start(self) -> Connection:
+        self._process, self._connection = start_process(WORKER)
+        try:
+            send(self._connection, sys.path)
+            send(self._connection, self._spec)
+            kind, value = receive(self._connection)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (EOFError, ConnectionError)):
+                raise ProcessDiedError("the worker process could not start") from None
+            raise
+        if kind == RAISED:
+            self.close()
+            raise value
+        return self._connection
+
+
+def start_process(module: str) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Run `python -m MODULE FD` in a session of its own, where FD is the other end of the connection."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,
+        )
+    _log.info("started worker process %d", process.pid)
+    return process, Connection(ours.detach())
+
+
+def end_process(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    """End a process of `start_process`, with all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    connection.close()
+
+
+def send(connection: Connection, value: Any) -> None:
+    """Plain pickle: tensors as bytes, without the shared memory that PyTorch would use for them."""
+    connection.send_bytes(pickle.dumps(value))
+
+
+def receive(connection: Connection) -> Any:
+    """What `send` sent. Both ends are ours: the socket has no name that another process could find."""
+    return pickle.loads(connection.recv_bytes())

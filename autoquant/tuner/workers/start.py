@@ -1,0 +1,81 @@
+"""Which runner a search gets."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from autoquant.candidates.registry import is_registered_here
+from autoquant.errors import AutoquantError
+from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.events import Listener, Notice
+from autoquant.tuner.workers.forking import ForkingRunner
+from autoquant.tuner.workers.in_process import InProcessRunner, Runner
+from autoquant.tuner.workers.jobs import Bench, BenchSpec, LoadJob
+
+IN_PROCESS_VARIABLE = "AUTOQUANT_IN_PROCESS"
+
+
+def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Runner:
+    """A `ForkingRunner` where another process can have the same model, formats and quality.
+
+    Else an `InProcessRunner`, with a notice why.
+    """
+    reason = _needs_this_process(bench, formats)
+    if not reason:
+        try:
+            return _forking(bench, formats)
+        except AutoquantError as error:
+            reason = str(error)
+    listener(
+        Notice(
+            f"everything runs in one process, which a crashing kernel would end: {reason}; if it does, the same command goes on"
+        )
+    )
+    return InProcessRunner(bench)
+
+
+def _forking(bench: Bench, formats: Sequence[str]) -> Runner:
+    """Raises `AutoquantError` where the other process cannot make the same bench."""
+    quality = bench.quality
+    assert not isinstance(quality, FunctionQuality)  # `_needs_this_process` saw to it
+    runner = ForkingRunner(
+        BenchSpec(
+            source=bench.loaded.source,
+            dtype=bench.loaded.dtype,
+            kind=bench.loaded.kind,
+            content_hash=bench.loaded.content_hash,
+            judged_on=quality.parts if isinstance(quality, TextQuality) else quality.inputs,
+            workload=bench.workload,
+            device=bench.device,
+            execution=bench.execution,
+            sample_inputs=bench.sample_inputs,
+            formats=tuple(formats),
+            threads=torch.get_num_threads(),
+        )
+    )
+    try:
+        runner.run(LoadJob(), lambda _message: None)
+    except AutoquantError:
+        runner.close()
+        raise
+    return runner
+
+
+def _needs_this_process(bench: Bench, formats: Sequence[str]) -> str:
+    """Why no other process can do the work; empty where one can."""
+    if os.environ.get(IN_PROCESS_VARIABLE):
+        return f"{IN_PROCESS_VARIABLE} is set"
+    if sys.platform != "linux":
+        return f"a process cannot safely be forked on {sys.platform}"
+    if torch.device(bench.device).type != "cpu":
+        return f"a process that uses {bench.device} cannot be forked"
+    if bench.loaded.source.kind == "live":
+        return "the model is a live module"
+    if isinstance(bench.quality, FunctionQuality):
+        return "the quality function is the caller's own"
+    own = [format_id for format_id in formats if is_registered_here(format_id)]
+    return f"{', '.join(own)} is registered in this process only" if own else ""

@@ -1,0 +1,108 @@
+"""The other side of `ForkingRunner`: a process that has everything loaded and forks a child for each job.
+
+Run as `python -m autoquant.tuner.workers.worker FD`, where FD is a socket. This process itself never computes: a process whose
+OpenMP threads have run cannot be forked from. A child ends with its job, and all memory it took goes with it. A child that a
+signal ends is an answer like any other. When the searching process is gone, so are this one and its child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import torch
+
+from autoquant.tuner.workers.forking import DIED, DONE, RAISED, TOLD, receive, send
+from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Make the bench, then serve jobs until the socket closes."""
+    die_with(os.getppid())
+    torch.set_num_threads(1)
+    connection = Connection(int(sys.argv[1]))
+    sys.path[:] = receive(connection)
+    spec: BenchSpec = receive(connection)
+    try:
+        bench = spec.make()
+        warm_compiler()
+    except Exception as error:  # noqa: BLE001 - the other side decides what to do without this process
+        send(connection, (RAISED, portable(error)))
+        return
+    send(connection, (DONE, None))
+    with suppress(EOFError, ConnectionError):
+        while True:
+            _serve(receive(connection), bench, spec.threads, connection)
+
+
+def _serve(job: Job[Any], bench: Bench, threads: int, connection: Connection) -> None:
+    """Fork, pass on what the child says, and say how it ended where that is all there is to say."""
+    if job.needs_model:
+        try:
+            bench.loaded  # noqa: B018 - loaded here, children share it
+        except Exception as error:  # noqa: BLE001 - raised again on the other side
+            return send(connection, (RAISED, portable(error)))
+    ours, theirs = Pipe(duplex=False)
+    me = os.getpid()
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        connection.close()
+        die_with(me)
+        torch.set_num_threads(threads)
+        _work(job, bench, theirs)
+        os._exit(0)
+    theirs.close()
+    with suppress(EOFError, OSError):  # the child has ended, in the middle of a message perhaps
+        while True:
+            connection.send_bytes(ours.recv_bytes())
+    ours.close()
+    _, status = os.waitpid(child, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        send(connection, (DIED, signal.Signals(-code).name if code < 0 else f"exit code {code}"))
+    return None
+
+
+def _work(job: Job[Any], bench: Bench, answers: Connection) -> None:
+    try:
+        result = job.run(bench, lambda message: send(answers, (TOLD, message)))
+        send(answers, (DONE, result))
+    except BaseException as error:  # noqa: BLE001 - raised again on the other side
+        send(answers, (RAISED, portable(error)))
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error with its traceback as a note; where it cannot be sent, one that says the same."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - exceptions may hold anything
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def warm_compiler() -> None:
+    """Import the compiler and find out once what the CPU can do, so that no child has to."""
+    from torch._inductor import compile_fx, cpu_vec_isa  # noqa: F401
+
+    cpu_vec_isa.pick_vec_isa()
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The fingerprint of this machine, and how busy others keep it."""
+
+import functools
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from autoquant.devices import device, load
+from autoquant.devices.device import compile_failure, fingerprint, synchronize
+from autoquant.records import Device
+
+OTHER = {
+    "type": "mps",
+    "name": "another",
+    "capability": "another",
+    "threads": 1024,
+    "cache_bytes": 1,
+    "versions": {"torch": "0.1"},
+}
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Set what the compiler says; None: it works."""
+
+    def set_failure(reason):
+        monkeypatch.setattr(device, "compile_failure", lambda: reason)
+
+    set_failure(None)
+    return set_failure
+
+
+def test_the_fingerprint_names_the_cpu_its_threads_and_the_libraries(compiles):
+    found = fingerprint("cpu")
+    assert (found.type, found.threads) == ("cpu", torch.get_num_threads())
+    assert found.name and found.cache_bytes > 0
+    assert found.capability.split()[0] == torch.backends.cpu.get_cpu_capability()
+    assert found.versions["torch"] == torch.__version__ and "torchao" in found.versions
+    assert found.versions["compiler"] not in ("", "none")
+
+
+def test_the_fingerprint_of_an_unchanged_machine_is_the_same(compiles):
+    assert fingerprint("cpu").key == fingerprint("cpu").key
+
+
+def test_another_thread_count_is_another_key(compiles):
+    before, threads = fingerprint("cpu"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        after = fingerprint("cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert after.threads == threads + 1 and after.key != before.key
+
+
+def test_a_machine_without_a_compiler_is_another_key(compiles):
+    before = fingerprint("cpu")
+    compiles("no compiler found")
+    after = fingerprint("cpu")
+    assert after.versions["compiler"] == "none" and after.key != before.key
+
+
+def test_another_compiler_is_another_key(compiles, monkeypatch):
+    before = fingerprint("cpu")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert fingerprint("cpu").key != before.key
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(Device)])
+def test_a_change_of_any_field_is_another_key(compiles, name):
+    found = fingerprint("cpu")
+    changed = replace(found, **{name: OTHER[name]})
+    assert changed.key != found.key
+
+
+def test_a_change_of_any_version_is_another_key(compiles):
+    found = fingerprint("cpu")
+    keys = {found.key} | {
+        replace(found, versions={**found.versions, name: "0.0.1"}).key for name in (*found.versions, "triton-cpu")
+    }
+    assert len(keys) == len(found.versions) + 2
+
+
+def test_compilation_is_off_where_the_user_says_so(monkeypatch):
+    monkeypatch.setenv("AUTOQUANT_EAGER", "1")
+    assert compile_failure() == "AUTOQUANT_EAGER is set; unset it to compile"
+
+
+def test_a_compiler_that_fails_gives_its_first_line(monkeypatch):
+    monkeypatch.delenv("AUTOQUANT_EAGER", raising=False)
+
+    def fails(*_args, **_kwargs):
+        raise RuntimeError("g++ not found\nlong trace")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(
+        device, "_failure_of_the_compiler", functools.cache(device._failure_of_the_compiler.__wrapped__)
+    )
+    assert compile_failure() == "g++ not found; install a C++ compiler (g++ or clang++) to compile"
+
+
+def test_waiting_for_the_cpu_needs_nothing():
+    synchronize("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine of 4 cores: set its clock, its busy seconds and those of this process."""
+    stat = tmp_path / "stat"
+    now = {"wall": 100.0, "own": 5.0}
+    monkeypatch.setattr(load, "_STAT", stat)
+    monkeypatch.setattr(load.time, "monotonic", lambda: now["wall"])
+    monkeypatch.setattr(load, "_own_s", lambda: now["own"])
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(load.os, "sysconf", lambda _name: 100)
+
+    def set_busy(wall, own, user, system, steal):
+        now.update(wall=wall, own=own)
+        fields = [user * 100, 0, system * 100, 99999, 50, 0, 0, steal * 100, 0, 0]
+        stat.write_text("cpu  " + " ".join(str(int(field)) for field in fields) + "\ncpu0 1 2 3\n")
+
+    return set_busy
+
+
+def test_the_load_of_others_is_what_this_process_did_not_use(machine):
+    machine(100, 5, user=50, system=10, steal=0)
+    watch = load.OtherLoad()
+    machine(110, 8, user=57, system=12, steal=2)  # 11 s busy, 3 of them ours, of 40
+    assert watch.share() == pytest.approx(8 / 40)
+
+
+def test_a_machine_that_only_works_for_us_has_no_other_load(machine):
+    machine(100, 5, user=50, system=10, steal=0)
+    watch = load.OtherLoad()
+    machine(110, 25, user=69.5, system=10, steal=0)
+    assert watch.share() == 0.0
+
+
+def test_a_machine_that_does_not_tell_its_load_counts_as_quiet(machine):
+    watch = load.OtherLoad()  # no file yet
+    assert watch.share() == 0.0
+    machine(110, 8, user=57, system=12, steal=2)
+    assert watch.share() == 0.0

@@ -1,0 +1,132 @@
+"""Solving again until the recommended plan is at the limit of quality."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tuner.made_up import CONTEXT, choice, make_proof
+
+from autoquant.records import Interval
+from autoquant.solver.aim import CLOSE, TRIALS, aimed
+from autoquant.solver.limits import Limits
+
+LIMITS = Limits(max_ppl_increase=0.01)
+
+
+def layers(count=24):
+    """Each with an exact and a fast option, worth more or less the same, so that plans of nearly every loss exist."""
+    made = []
+    for number in range(count):
+        fast = {"fmt": "int4/plain", "us": 500.0 - 7 * number, "loss": 0.001 + 0.00003 * number, "memory": 25}
+        made.append([choice(f"layers.{number}"), choice(f"layers.{number}", **fast)])
+    return made
+
+
+def prove(plan, law):
+    """A proof whose interval ends where `law` says of the predicted loss."""
+    return make_proof(plan.plan_id, ms=plan.prediction.request_ms, increase=law(plan.prediction.loss))
+
+
+def guess_of(options, law, guess, limits=LIMITS):
+    """What is known before the first trial: the plan solved for a guess."""
+    plan, _ = next(aimed(options, CONTEXT, limits=limits, guess=guess, known={}))
+    return {plan.plan_id: (plan, prove(plan, law))}
+
+
+def take(options, law, guess, limits=LIMITS, known=None):
+    """The plans of all trials, proven, the one of the guess first."""
+    known = guess_of(options, law, guess, limits) if known is None else known
+    proven = list(known.values())
+    for plan, tell in aimed(options, CONTEXT, limits=limits, guess=guess, known=known):
+        proof = prove(plan, law)
+        proven.append((plan, proof))
+        tell(proof)
+    return proven
+
+
+def doubled(loss):
+    return 2 * loss
+
+
+def halved(loss):
+    return loss / 2
+
+
+def curved(loss):
+    return 1.7 * loss**1.3 * 5
+
+
+@pytest.mark.parametrize("law", [doubled, halved, curved])
+def test_the_fastest_plan_within_the_limit_uses_nearly_all_of_it(law):
+    options = layers()
+    before, *after = take(options, law, guess=0.01)
+    shares = [LIMITS.used(proof) for _, proof in (before, *after)]
+    assert not CLOSE <= shares[0] <= 1, "the guess is off in all of these"
+    assert 1 <= len(after) <= TRIALS
+    assert max(share for share in shares if share <= 1) > 0.9
+    if shares[0] < 1:
+        within = [plan for plan, proof in after if LIMITS.used(proof) <= 1]
+        assert min(plan.prediction.request_ms for plan in within) < before[0].prediction.request_ms
+
+
+def test_a_guess_that_was_right_needs_no_trial():
+    options = layers()
+    (plan, _), *_ = guess_of(options, doubled, 0.01).values()
+    scale = 0.0097 / plan.prediction.loss
+    assert len(take(options, lambda loss: scale * loss, guess=0.01)) == 1
+
+
+def test_without_a_limit_of_quality_there_is_nothing_to_aim_at():
+    options = layers()
+    limits = Limits(max_memory_bytes=10**6)
+    assert list(aimed(options, CONTEXT, limits=limits, guess=None, known={})) == []
+    never = Limits(max_ppl_increase=0.0)
+    assert list(aimed(options, CONTEXT, limits=never, guess=0.01, known=guess_of(options, doubled, 0.01))) == []
+
+
+def test_the_fastest_of_all_being_within_the_limit_ends_it():
+    options = layers()
+    assert len(take(options, lambda loss: loss / 1000, guess=1.0)) == 1
+
+
+def test_what_is_left_between_the_two_sides_must_be_worth_a_trial():
+    """Quality jumps at a certain loss: no plan uses 95 % of the limit."""
+    proven = take(layers(60), lambda loss: 0.02 if loss > 0.0083 else 0.004, guess=0.01)
+    assert 2 <= len(proven) <= 1 + TRIALS
+    within = [plan.prediction.loss for plan, proof in proven if LIMITS.used(proof) <= 1]
+    assert max(within) > 0.005, "nearer than the first step to it"
+
+
+def test_a_plan_that_cannot_be_proven_ends_it():
+    options = layers()
+    running = aimed(options, CONTEXT, limits=LIMITS, guess=0.01, known=guess_of(options, doubled, 0.01))
+    _, tell = next(running)
+    tell(None)
+    assert next(running, None) is None
+
+
+def test_what_is_proven_already_is_not_proven_again():
+    options = layers()
+    first = take(options, curved, guess=0.01)
+    known = {plan.plan_id: (plan, proof) for plan, proof in first}
+    again = take(options, curved, guess=0.01, known=known)
+    assert [plan.plan_id for plan, _ in again] == list(known), "nothing but what was known"
+
+
+def test_the_smallest_plan_is_aimed_at_too_and_memory_limits_are_kept_to():
+    options = layers()
+    limits = Limits(max_ppl_increase=0.01, max_memory_bytes=CONTEXT.other_bytes + 24 * 90, minimize="memory")
+    before, *after = take(options, halved, guess=0.01, limits=limits)
+    assert after
+    smaller = [plan.prediction.memory_bytes for plan, proof in after if limits.used(proof) <= 1]
+    assert min(smaller) < before[0].prediction.memory_bytes <= limits.max_memory_bytes
+
+
+def test_of_two_limits_the_tighter_one_is_aimed_at():
+    both = Limits(max_ppl_increase=0.01, max_kl=0.02)
+    proof = replace(make_proof("a", increase=0.005), selection_kl=Interval(value=0.01, low=0.01, high=0.03))
+    assert both.used(proof) == pytest.approx(1.5)
+    assert Limits(max_ppl_increase=0.01).used(proof) == pytest.approx(0.5)
+    assert Limits().used(proof) is None
+    assert both.used(make_proof("a", high=float("inf"))) is None

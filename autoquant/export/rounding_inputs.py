@@ -18,10 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from autoquant.candidates import Format, InputStatistics
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import CandidateError
 from autoquant.models.blocks import BlockChain
 
@@ -99,7 +98,7 @@ def _run(module: nn.Module, ids: torch.Tensor) -> Any:
     return module(ids, use_cache=False) if hasattr(module, "generate") else module(ids)
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(LinearHook):
     """Sums x x' over all rows x that each parameter is multiplied with.
 
     Args:
@@ -115,12 +114,9 @@ class _Watch(TorchFunctionMode):
         self._product = torch.empty(0)
         self._number = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in LINEAR_FUNCTIONS:
-            x, weight, _ = linear_arguments(args, kwargs)
-            if (name := self._names.get(id(weight))) is not None:
-                self._add(name, x)
-        return func(*args, **(kwargs or {}))
+    def on_linear(self, call: LinearCall) -> None:
+        if (name := self._names.get(id(call.weight))) is not None:
+            self._add(name, call.x)
 
     def _add(self, name: str, x: torch.Tensor) -> None:
         if x is not self._last:  # siblings read the same input one after the other

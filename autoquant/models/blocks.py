@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 
 
 def block_lists(module: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
@@ -120,7 +119,7 @@ def _copied(output: Any) -> Any:
     return tree_map_only(torch.Tensor, torch.clone, output)
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(LinearHook):
     """Watches one forward pass: in which order blocks run, what they hand on, and where each linear's weight is used."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
@@ -131,11 +130,9 @@ class _Watch(TorchFunctionMode):
         self._outputs: list[torch.Tensor | None] = []
         self.starts: dict[int, int] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in LINEAR_FUNCTIONS:
-            # A block that has started and not ended must run again; one that has ended need not.
-            self.starts.setdefault(id(linear_arguments(args, kwargs)[1]), len(self._outputs))
-        return func(*args, **(kwargs or {}))
+    def on_linear(self, call: LinearCall) -> None:
+        # A block that has started and not ended must run again; one that has ended need not.
+        self.starts.setdefault(id(call.weight), len(self._outputs))
 
     @contextmanager
     def hooks(self) -> Iterator[None]:

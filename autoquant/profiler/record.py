@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
 from autoquant.models import LoadedModel
@@ -55,7 +54,7 @@ class _Seen:
     group: int = -1
 
 
-class _LinearWatcher(TorchFunctionMode):
+class _LinearWatcher(LinearHook):
     """Notes each call of a linear, and every other use of a parameter."""
 
     def __init__(self, parameters: dict[int, list[str]], owner: list[str]) -> None:
@@ -68,23 +67,23 @@ class _LinearWatcher(TorchFunctionMode):
         self._owner = owner
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in LINEAR_FUNCTIONS:
-            self._linear(*linear_arguments(args, kwargs))
-        elif (name := _use(func)) is not None:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, torch.Tensor) and id(value) in self.parameters:
-                    self.others.setdefault(id(value), {}).setdefault(name, set()).add(self._owner[-1])
-        return func(*args, **kwargs)
+    def on_other(self, function: Any, arguments: Sequence[Any]) -> None:
+        if (name := _use(function)) is None:
+            return
+        for value in arguments:
+            if isinstance(value, torch.Tensor) and id(value) in self.parameters:
+                uses = self.others.setdefault(id(value), {})
+                uses.setdefault(name, set()).add(self._owner[-1])
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def on_linear(self, call: LinearCall) -> None:
+        x, weight = call.x, call.weight
         n, k = weight.shape if weight.ndim == 2 else (1, weight.shape[-1])
         m = x.numel() // x.shape[-1]
         if id(weight) not in self.parameters or weight.ndim != 2:
             self.computed_weights[self._owner[-1] or "(the model itself)"] = n * k
             return
-        shape = LinearShape(n=n, k=k, bias=bias is not None, dtype=str(weight.dtype).removeprefix("torch."))
+        dtype = str(weight.dtype).removeprefix("torch.")
+        shape = LinearShape(n=n, k=k, bias=call.bias is not None, dtype=dtype)
         seen = self.seen.setdefault(id(weight), _Seen(shape, len(self.seen)))
         seen.owners.add(self._owner[-1])
         seen.uses[(self.phase, m)] = seen.uses.get((self.phase, m), 0) + 1

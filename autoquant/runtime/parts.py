@@ -19,10 +19,9 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.records import content_key
 from autoquant.runtime.compiled import compile_graph, repeated_blocks
 
@@ -150,19 +149,16 @@ class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]
         return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor)
 
 
-class _LinearsOfRows(TorchFunctionMode):
+class _LinearsOfRows(LinearHook):
     """Linears are given the rows of their input as a matrix.
 
     PyTorch makes a product per sample of them otherwise where the strides of an input of three dimensions do not tell that it is
     a matrix, as after attention with one token: cuBLAS then took 47 us for 4096x4096 and 16 rows, and 13 for the matrix.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in LINEAR_FUNCTIONS:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias = linear_arguments(args, kwargs)
-        y = func(x.reshape(-1, x.shape[-1]), weight, bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+    def on_linear(self, call: LinearCall) -> torch.Tensor:
+        y = call.compute(call.x.reshape(-1, call.x.shape[-1]), call.weight)
+        return y.view(*call.x.shape[:-1], y.shape[-1])
 
 
 def _as_inputs(graph: torch.fx.GraphModule) -> list[torch.Tensor]:

@@ -77,4 +77,6 @@ def is_plain_call(*tensors: torch.Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return type(tensors[0]) is torch.Tensor and not any(t is not None and t.requires_grad for t in tensors)
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return False
+    return type(tensors[0]) is torch.Tensor

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 from torch._C._autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
-from autoquant.devices.device import synchronize
+from autoquant.devices import Backend, backend
 from autoquant.errors import DeviceError
 from autoquant.runtime.operators import Operator, Weights, named_kernels, operators
 from autoquant.runtime.phases import Phases
@@ -39,11 +39,12 @@ def attribute(phases: Phases, module: nn.Module, layers: Mapping[str, str], devi
     Raises:
         DeviceError: The profiler does not see what the device does.
     """
-    if device not in ("cpu", "cuda"):
+    place = backend(device)
+    if not place.profiler_activities:
         raise DeviceError(f"PyTorch's profiler does not see the kernels of {device}")
     weights = Weights(module, layers)
     with weights.ranges(), named_kernels():
-        return {phase.name: _profile(phases, phase.name, weights, device) for phase in phases.workload.phases}
+        return {phase.name: _profile(phases, phase.name, weights, place) for phase in phases.workload.phases}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +55,30 @@ class _Launch:
     operator: Operator | None
 
 
-def _profile(phases: Phases, phase: str, weights: Weights, device: str) -> StepProfile:
+def _profile(phases: Phases, phase: str, weights: Weights, device: Backend) -> StepProfile:
     launched = _runs(phases, phase, phases.run_launched, device)
-    if device != "cuda":
+    if not device.graphs:
         return median_step([_host_step(phase, run, weights) for run in launched])
     launches = _launches(launched[-1], weights)
     replayed = _runs(phases, phase, phases.run, device)
     return median_step([_device_step(phase, run, launches, weights) for run in replayed])
 
 
-def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: str) -> list[Any]:
+def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: Backend) -> list[Any]:
     """What the profiler saw of several steps, each by itself, after one that warms it up."""
     results: list[Any] = []
     left = 0
     started = time.monotonic()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     while len(results) < _STEPS and (len(results) < _FEWEST_STEPS or time.monotonic() - started < _ENOUGH_S):
         if left == 0:
             phases.reset(phase)
             left = phases.limit(phase)
         left -= 1
-        synchronize(device)
-        with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+        device.synchronize()
+        with profile(activities=device.profiler_activities, record_shapes=True, acc_events=True) as profiler:
             with record_function(_STEP):
                 run(phase)
-            synchronize(device)
+            device.synchronize()
         assert profiler.profiler is not None
         results.append(profiler.profiler.kineto_results)
     return results[1:]
@@ -120,7 +120,7 @@ def _device_events(results: Any) -> list[Any]:
     events = [
         event
         for event in results.events()
-        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation() and event.name() != _STEP
+        if event.device_type() != DeviceType.CPU and not event.is_user_annotation() and event.name() != _STEP
     ]
     if not events:
         raise DeviceError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +20,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from autoquant.candidates import get_format
 from autoquant.candidates.linears import ApartLinear, is_product, take_apart
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.devices import backend
 from autoquant.records import content_key
 
-Division = Literal["parts", "regions", "whole"]
-"""How a model is compiled: part by part (see `autoquant.runtime.parts`), or in one piece, its blocks nested regions or not."""
-
 _FEWEST_BLOCKS = 2
-_WARM_UP_CALLS = 2
 
 
 def share(module: nn.Module) -> nn.Module:
@@ -71,17 +68,14 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     return compile_graph(graph, inputs)
 
 
-GPU_SETTINGS: dict[str, Any] = {"combo_kernels": True}
-"""Of Inductor: small kernels that do not need one another are one, as turning queries and keys and filling the cache are."""
-
-
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Compile a graph with Inductor."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    on_gpu = any(isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda" for tensor in inputs)
-    with config.patch(GPU_SETTINGS if on_gpu else {}):
+    tensors = [given for given in inputs if isinstance(given, torch.Tensor)]
+    settings = {key: value for tensor in tensors for key, value in backend(tensor.device).compiler_settings.items()}
+    with config.patch(settings):
         return compile_fx(graph, list(inputs))
 
 
@@ -96,54 +90,6 @@ def _compute_once(graph: torch.fx.GraphModule) -> None:
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
     graph.recompile()
-
-
-class GraphedStep:
-    """A step on a GPU, captured as a CUDA graph when it is first called with arguments of some shapes.
-
-    Args:
-        step: Takes tensors, returns a tensor. It may change tensors that it knows by itself; such changes are made again by
-            every replay.
-        state: Gives the tensors that a step advances; they are put back after the calls that warm it up.
-        pool: Memory that several steps share, of which one runs at a time and whose output is read before the next.
-    """
-
-    def __init__(
-        self, step: Callable[..., torch.Tensor], state: Callable[[], Sequence[torch.Tensor]], pool: Any = None
-    ) -> None:
-        self._step = step
-        self._state = state
-        self._pool = pool
-        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
-
-    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
-        shapes = tuple(argument.shape for argument in arguments)
-        if shapes not in self._graphs:
-            self._graphs[shapes] = self._capture([argument.clone() for argument in arguments])
-        graph, inputs, output = self._graphs[shapes]
-        for mine, given in zip(inputs, arguments, strict=True):
-            mine.copy_(given)
-        graph.replay()
-        return output
-
-    def _capture(self, inputs: list[torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
-        """Run on a stream of its own first, as capturing demands; compilation happens there."""
-        before = [tensor.clone() for tensor in self._state()]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_CALLS):
-                self._step(*inputs)
-                self._put_back(before)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._step(*inputs)
-        return graph, inputs, output
-
-    def _put_back(self, before: Sequence[torch.Tensor]) -> None:
-        for tensor, value in zip(self._state(), before, strict=True):
-            tensor.copy_(value)
 
 
 def _copy(function: Any, name: str) -> Callable[..., Any]:

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from autoquant.devices import Division, backend
 from autoquant.errors import WorkloadError
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
-from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
+from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
 
 _Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -88,11 +89,6 @@ def make_phases(
     return _ForwardPhases(module, workload, sample_inputs, compiled, division)
 
 
-def divisions(device: str) -> Sequence[Division]:
-    """Ways to compile for `device`, the quickest to be ready first."""
-    return ("parts", "regions", "whole") if torch.device(device).type == "cuda" else ("regions", "whole")
-
-
 def default_workload(kind: str, batch: int) -> Workload:
     """What a model of `kind` (see `make_phases`) is asked to do where the user does not say."""
     if kind == "causal_lm":
@@ -160,12 +156,12 @@ class _CausalPhases:
         self._eager = self._launched = self._forward = _step_of(module, self._cache)
         self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
         if compiled:
-            graphed = torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers)
+            graphed = backend(device).graphs and not any(layer.is_sliding for layer in self._cache.layers)
             in_parts = graphed and division == "parts" and any(repeated_blocks(module))
             compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
             self._launched = self._forward = compiled_step(module, self._cache)
             if graphed:
-                self._forward = GraphedStep(self._launched, self._lengths)
+                self._forward = backend(device).graphed(self._launched, self._lengths)
 
     def reset(self, phase: str) -> None:
         self._cache.reset()

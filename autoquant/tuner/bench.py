@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
-from autoquant.devices.device import compile_failure
+from autoquant.devices import backend
 from autoquant.errors import DeviceError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.export.applier import apply, load_searched, module_bytes
@@ -18,7 +17,7 @@ from autoquant.models import LoadedModel
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.runtime.attribution import attribute
 from autoquant.runtime.compiled import share
-from autoquant.runtime.phases import Phases, divisions, make_phases
+from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_in_turn
 from autoquant.runtime.steps import StepProfile
 from autoquant.runtime.user_loop import Usage, time_user_loops
@@ -178,11 +177,8 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
         module = share(loaded.module)
         apply(plan, module, calibration=facts.calibration)
     memory = module_bytes(module)
-    on_cuda = device == "cuda"
-    before = 0
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    place = backend(device)
+    place.reset_peak()
     make = partial(
         make_phases,
         module,
@@ -190,13 +186,13 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
         facts.workload,
         device=device,
         sample_inputs=loaded.example_inputs,
-        compiled=device != "cpu" or compile_failure() is None,
+        compiled=place.compile_failure() is None,
         max_positions=loaded.max_positions,
     )
     with kernels_kept(device):
-        phases, note = make_warm(make, divisions(device))
-    peak = memory + torch.cuda.max_memory_allocated() - before if on_cuda else None
-    return _Entrant(plan, module, phases, memory, peak, note)
+        phases, note = make_warm(make, place.divisions)
+    peak = place.peak_bytes()
+    return _Entrant(plan, module, phases, memory, None if peak is None else memory + peak, note)
 
 
 def _row(

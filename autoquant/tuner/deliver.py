@@ -8,14 +8,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from autoquant.candidates.registry import is_registered_here
-from autoquant.devices.device import release_memory
+from autoquant.devices import backend
+from autoquant.devices.effort import TimingEffort, timing_effort
+from autoquant.devices.memory import release_memory
 from autoquant.errors import ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.export import applier, checkpoint
@@ -43,7 +45,8 @@ class DeliverySpec:
     Attributes:
         folder: Where the plan was saved.
         expected: What the plan gave in the memory of the search.
-        threads: To compute with.
+        threads: How many it computes with.
+        effort: How much it measures.
     """
 
     plan_id: str
@@ -55,6 +58,7 @@ class DeliverySpec:
     usage: Usage
     expected: Answer
     threads: int
+    effort: TimingEffort = field(default_factory=timing_effort)
 
     def load_original(self) -> LoadedModel:
         return load_again(
@@ -183,14 +187,14 @@ class Deliverer:
 
 @contextmanager
 def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
-    """Inside, a model on a GPU waits in the CPU's memory, and what was compiled of it is gone: others need the room."""
-    if torch.device(device).type != "cuda":
+    """Inside, a model on a GPU waits in the host's memory, and what was compiled of it is gone: others need the room."""
+    if backend(device).free_bytes() is None:
         yield
         return
     torch.compiler.reset()
     module.to("cpu")
     release_memory()
-    torch.cuda.empty_cache()
+    backend(device).trim_memory()
     try:
         yield
     finally:

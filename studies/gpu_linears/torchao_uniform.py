@@ -84,7 +84,6 @@ def main() -> None:
         pool.map(compile_one, jobs, chunksize=1)
 
     import torch
-
     from autoquant.profiler.clocks import GraphClock
 
     writer = csv.writer(sys.stdout)

@@ -25,7 +25,7 @@ from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, ma
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
-from autoquant.devices.device import release_memory
+from autoquant.devices.memory import release_memory
 from autoquant.errors import first_line
 from autoquant.export.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time

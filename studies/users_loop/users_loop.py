@@ -24,7 +24,7 @@ from autoquant.candidates import get_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.linears import take_apart
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.devices.device import fingerprint
+from autoquant.devices import backend
 from autoquant.records import RouteStep
 from autoquant.runtime.compiled import share
 from autoquant.runtime.prepare import prepare
@@ -219,7 +219,7 @@ def main() -> None:
             row.round()
     results = [row.result() for row in rows]
     settings = {key: str(value) for key, value in vars(options).items()}
-    device = fingerprint("cuda")
+    device = backend("cuda").fingerprint()
     about = {"device": device.name, "versions": dict(device.versions), "date": time.strftime("%Y-%m-%d")}
     sizes = (options.layers, options.batch, options.prompt, options.new)
     name = f"rows-{'-'.join(map(str, sizes))}.json"

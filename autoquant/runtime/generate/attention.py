@@ -18,7 +18,8 @@ from torch import nn
 IMPLEMENTATION = "autoquant"
 """What transformers calls this attention."""
 
-_DEVICES = ("cuda",)
+DEVICES = ("cuda",)
+"""Kinds of device that it has kernels for."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_COLUMNS, _MOST_GROUP = 256, 64
 _BLOCK_BYTES, _MOST_BLOCK = 16384, 128
@@ -171,7 +172,7 @@ def _takes(
     others: dict[str, Any],
 ) -> bool:
     """Whether `token_attention` computes this."""
-    one_token = q.shape[2] == 1 and q.device.type in _DEVICES and q.dtype in _DTYPES
+    one_token = q.shape[2] == 1 and q.device.type in DEVICES and q.dtype in _DTYPES
     same = q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
     small = max(q.shape[-1], v.shape[-1]) <= _MOST_COLUMNS and q.shape[1] <= _MOST_GROUP * k.shape[1]
     shown = mask is None or (

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.devices import backend
+from autoquant.devices.base import Event
 from autoquant.runtime.generate.decoder import Decoder
 
 _AHEAD = 2
@@ -84,7 +86,7 @@ class Loop:
     def _ahead(self) -> int:
         """How many steps to run ahead: none where a criterion of the user's own must see each step by itself."""
         own = any(not type(criterion).__module__.startswith("transformers.") for criterion in self._criteria)
-        return 0 if own or self._ids.device.type != "cuda" else _AHEAD
+        return 0 if own or not backend(self._ids.device).graphs else _AHEAD
 
     def _prompt_positions(self) -> torch.Tensor:
         positions = self._positions
@@ -136,11 +138,12 @@ class _Seen:
     """
 
     def __init__(self, ids: torch.Tensor, steps: int, streamer: Any) -> None:
-        pinned = ids.device.type == "cuda"
+        self._device = backend(ids.device)
+        pinned = self._device.graphs
         self._going_on = torch.ones(steps, dtype=torch.long, pin_memory=pinned)
         self._tokens = torch.zeros(steps, len(ids), dtype=torch.long, pin_memory=pinned)
         self._streamer = streamer
-        self._events: deque[Any] = deque()
+        self._events: deque[Event] = deque()
         self._added = self._looked_at = 0
 
     def add(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> None:
@@ -148,9 +151,7 @@ class _Seen:
         self._going_on[self._added].copy_(unfinished.max(), non_blocking=True)
         if self._streamer is not None:
             self._tokens[self._added].copy_(tokens, non_blocking=True)
-        if tokens.device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+        if (event := self._device.event()) is not None:
             self._events.append(event)
         self._added += 1
 

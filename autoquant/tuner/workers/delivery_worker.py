@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from autoquant.devices.effort import use_timing_effort
 from autoquant.tuner.deliver import DeliverySpec, load_and_deliver
 from autoquant.tuner.workers.forking import receive, send
 from autoquant.tuner.workers.worker import die_with, portable
@@ -24,6 +25,7 @@ def main() -> None:
     sys.path[:] = receive(connection)
     spec: DeliverySpec = receive(connection)
     torch.set_num_threads(spec.threads)
+    use_timing_effort(spec.effort)
     try:
         send(connection, (True, load_and_deliver(spec, spec.load_original(), "new process")))
     except Exception as error:  # noqa: BLE001 - raised again on the other side

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
 from autoquant.candidates import Format, get_format
-from autoquant.devices.device import release_memory, trim_memory
+from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
+from autoquant.devices.memory import release_memory, trim_memory
 from autoquant.errors import ModelError
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
 from autoquant.evaluators.quality import TextQuality
@@ -20,9 +21,9 @@ from autoquant.events import Event, Notice, StageProgress
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, load_model
 from autoquant.models.loaded import ModelKind, ModelSource
-from autoquant.profiler.measure import profile
+from autoquant.profiler.measure import Place, measure
+from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.records import Device, Measurement, Plan, Proof, Roofline, Site, TimingSubject, Workload
-from autoquant.store import Store
 from autoquant.tuner.prove import Prover
 
 Tell = Callable[[Any], None]
@@ -95,6 +96,7 @@ class BenchSpec:
         content_hash: What the files must still hold.
         formats: Ids that the process has to know.
         threads: How many threads a job computes with.
+        effort: How much a job measures.
     """
 
     source: ModelSource
@@ -108,13 +110,15 @@ class BenchSpec:
     sample_inputs: Any
     formats: tuple[str, ...]
     threads: int
+    effort: TimingEffort = field(default_factory=timing_effort)
 
     def make(self) -> Bench:
-        """The bench, whose model is loaded when a job needs it.
+        """Return the bench, whose model is loaded when a job needs it.
 
         Raises:
             CandidateError: A format is not known here.
         """
+        use_timing_effort(self.effort)
         for format_id in self.formats:
             get_format(format_id)
         return Bench(
@@ -205,53 +209,46 @@ class LoadJob:
 
 @dataclass(frozen=True, slots=True)
 class ProfileJob:
-    """Times the subjects that are not known yet; tells `Timed`, `Limited` and events."""
+    """Times the subjects; tells `Timed`, `Limited` and events.
+
+    Attributes:
+        roofline: The device's, or None to measure it if it is needed.
+    """
 
     needs_model: ClassVar[bool] = False
     subjects: Sequence[TimingSubject]
     hardware: Device
-    known: Mapping[TimingSubject, Measurement]
     roofline: Roofline | None = None
 
-    def run(self, bench: Bench, tell: Tell) -> dict[TimingSubject, Measurement]:
+    def run(self, bench: Bench, tell: Tell) -> None:
         formats = {(subject.format, subject.kernel): get_format(subject.format) for subject in self.subjects}
-        return profile(
+
+        def on_measured(measurements: Sequence[Measurement]) -> None:
+            tell(Timed(tuple(measurements)))
+            bench.forget_compiled()
+
+        measure(
             self.subjects,
             [(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
-            device=self.hardware,
-            device_name=bench.device,
-            store=cast(Store, _Relay(self.known, self.roofline, tell, bench)),
+            Place(device=bench.device, hardware=self.hardware, roofline=partial(self._limits, bench.device, tell)),
+            on_measured=on_measured,
             listener=partial(_tell_trimmed, tell),
+        )
+
+    def _limits(self, device: str, tell: Tell) -> Roofline:
+        return self.roofline or undisturbed_roofline(
+            device,
+            cache_bytes=self.hardware.cache_bytes,
+            on_measured=lambda roofline: tell(Limited(roofline)),
+            listener=tell,
         )
 
 
 def _tell_trimmed(tell: Tell, event: Event) -> None:
-    """Between candidates, off the clock, what their quantization freed goes back to the system."""
+    """Pass an event on. Between candidates, off the clock, return what their quantization freed to the system."""
     if isinstance(event, StageProgress):
         trim_memory()
     tell(event)
-
-
-class _Relay:
-    """Stands for the store where there is none: what is known came with the job, what is new is told."""
-
-    def __init__(
-        self, known: Mapping[TimingSubject, Measurement], roofline: Roofline | None, tell: Tell, bench: Bench
-    ) -> None:
-        self._known, self._roofline, self._tell, self._bench = known, roofline, tell, bench
-
-    def roofline(self, _device: Device) -> Roofline | None:
-        return self._roofline
-
-    def put_roofline(self, _device: Device, roofline: Roofline) -> None:
-        self._tell(Limited(roofline))
-
-    def timings(self, _device: Device, _protocol: str) -> dict[TimingSubject, Measurement]:
-        return dict(self._known)
-
-    def put_timings(self, _device: Device, _protocol: str, measurements: Iterable[Measurement]) -> None:
-        self._tell(Timed(tuple(measurements)))
-        self._bench.forget_compiled()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from autoquant.candidates.registry import is_registered_here
+from autoquant.devices import backend
 from autoquant.errors import AutoquantError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.events import Listener, Notice
@@ -71,7 +72,7 @@ def _needs_this_process(bench: Bench, formats: Sequence[str]) -> str:
         return f"{IN_PROCESS_VARIABLE} is set"
     if sys.platform != "linux":
         return f"a process cannot safely be forked on {sys.platform}"
-    if torch.device(bench.device).type != "cpu":
+    if not backend(bench.device).forks:
         return f"a process that uses {bench.device} cannot be forked"
     if bench.loaded.source.kind == "live":
         return "the model is a live module"

@@ -11,7 +11,6 @@ import json
 import kernels
 import torch
 import triton
-
 from autoquant.profiler.clocks import GraphClock
 
 MATRICES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))

@@ -1,6 +1,6 @@
 """Devices: one file for each kind, and `backend`, which finds the one of a device.
 
-A new kind of device is a subclass of `Backend` in a file of its own, and its entry in `BACKENDS`.
+A new kind of device is a new file with a subclass of `Backend`, and its entry in `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BACKENDS: tuple[type[Backend], ...] = (CudaBackend, MpsBackend, CpuBackend)
 
 
 def backend(device: str | torch.device) -> Backend:
-    """Return what is to be known about a device, such as `cuda:1`.
+    """Return the backend of a device, such as `cuda:1`.
 
     Raises:
         DeviceError: There is no such kind of device.

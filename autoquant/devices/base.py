@@ -38,8 +38,8 @@ class Event(Protocol):
 class Backend(ABC):
     """One device, and all that the project has to know about its kind.
 
-    A new kind of device is a subclass in a file of its own, and its entry in `autoquant.devices.BACKENDS`.
-    What is said here is true of a device that computes with the host's clock and compiles through PyTorch.
+    A new kind of device is a new file with a subclass, and its entry in `autoquant.devices.BACKENDS`. The defaults suit a
+    device that shares the host's memory, is timed by the host's clock and compiles through PyTorch.
 
     Args:
         device: As torch names it, such as `cuda:1`.

@@ -1,4 +1,4 @@
-"""The recorder: one run of the model per phase, noting every linear, who shares its input, and what is not covered."""
+"""The recorder: runs each phase of a model once, and notes linears, those that share an input, and what is not covered."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _KEPT = "shares a linear's weight; stays unquantized beside it when the linear i
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, out_val: Any = None, **_kwargs: Any) -> int:
-    """Two matrix products, as PyTorch's own counter has it for other devices' attention."""
+    """Return the operations of two matrix products, as PyTorch's own counter does for the attention of other devices."""
     batch, heads, rows, width = query.shape
     return int(2 * batch * heads * rows * key.shape[-2] * (width + value.shape[-1]))
 
 
 _attention_flops._get_raw = True  # type: ignore[attr-defined]
-# PyTorch's counter knows no CPU attention, and on GPUs takes it that queries and keys have as many heads.
+# PyTorch's counter knows no CPU attention, and on GPUs assumes as many key heads as query heads.
 _ATTENTION = {
     operator: _attention_flops
     for operator in (
@@ -46,7 +46,7 @@ _ATTENTION = {
 
 @dataclass(slots=True)
 class _Seen:
-    """What was seen of one parameter that is multiplied as a linear."""
+    """One parameter that linears multiply with, and its uses."""
 
     shape: LinearShape
     first: int
@@ -100,7 +100,7 @@ class _LinearWatcher(TorchFunctionMode):
 
 @contextmanager
 def _module_stack(module: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules whose forward is running, innermost last."""
+    """Give the names of the modules whose forward is running, innermost last."""
     stack = [""]
     handles = []
     for name, child in module.named_modules():
@@ -123,7 +123,7 @@ def _module_stack(module: nn.Module) -> Iterator[list[str]]:
 def record_model(
     loaded: LoadedModel, workload: Workload, *, device: str, sample_inputs: Any, listener: Listener
 ) -> Recording:
-    """Record a loaded model at work, and tell what is covered and what is left alone.
+    """Record a loaded model at work, and report what is covered and what is left alone.
 
     Args:
         sample_inputs: See `make_phases`.
@@ -155,7 +155,7 @@ def record_model(
 
 
 def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
-    """Bytes of one of the module's parameters, on average, at least 1."""
+    """Return the mean bytes of one element of the module's parameters, at least 1."""
     elements = sum(parameter.numel() for parameter in module.parameters())
     return max(1, recording.parameter_bytes // max(1, elements))
 
@@ -163,8 +163,8 @@ def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
 def record(module: nn.Module, phases: Phases) -> Recording:
     """Run `module` once per phase and note its linears.
 
-    A site is a parameter of two dimensions that reaches `F.linear` as it is. Parameters that share one tensor are one site;
-    names of the tensor that are used in another way (an embedding) keep the unquantized weight.
+    A site is a parameter of two dimensions that `F.linear` is given itself. Parameters that share one tensor are one site.
+    If some of its names are used in another way (an embedding), those keep the unquantized weight.
     """
     parameters: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -224,7 +224,7 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
 
 
 def _use(func: Any) -> str | None:
-    """What a function does with a parameter, or None for looking at its shape and the like."""
+    """Return the name of what a function does with a parameter, or None if it only reads its shape and the like."""
     name = str(getattr(func, "__name__", func))
     if name == "__get__":
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")

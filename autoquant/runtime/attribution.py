@@ -1,7 +1,7 @@
-"""A step profiled, with every kernel's time attributed to the layer whose weight it reads, or to what the others do.
+"""A step profiled: each kernel's time is attributed to the layer whose weight it reads, or to another kind of work.
 
-On the CPU the operators' own times count (see `autoquant.runtime.operators`). A replayed CUDA graph starts nothing on the host:
-its kernels are matched, by name and order, with those of a run in which the same compiled code launches every kernel itself.
+On the CPU the operators' times count (see `autoquant.runtime.operators`). A replayed CUDA graph starts nothing on the host.
+Its kernels are matched, by name and order, with those of a run in which the same compiled code launches each kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ENOUGH_S = 5.0
 
 
 def attribute(phases: Phases, module: nn.Module, layers: Mapping[str, str], device: str) -> dict[str, StepProfile]:
-    """Profile one step of every phase, each kernel with its median time over several.
+    """Profile one step of every phase; each kernel gets its median time over several.
 
     Timings taken after this in the same process are slower: the profiler leaves its hooks behind.
 
@@ -65,7 +65,7 @@ def _profile(phases: Phases, phase: str, weights: Weights, device: Backend) -> S
 
 
 def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: Backend) -> list[Any]:
-    """What the profiler saw of several steps, each by itself, after one that warms it up."""
+    """Return what the profiler saw of several steps, each alone, after one that warms it up."""
     results: list[Any] = []
     left = 0
     started = time.monotonic()
@@ -100,23 +100,23 @@ def _host_step(phase: str, results: Any, weights: Weights) -> StepProfile:
 
 
 def _step_event(results: Any) -> Any:
-    """The event of the whole step on the host."""
+    """Return the event of the whole step on the host."""
     return next(event for event in results.experimental_event_tree() if event.name == _STEP)
 
 
 def _launches(results: Any, weights: Weights) -> list[_Launch]:
-    """The kernels of a run that launched each of them, in the order in which they ran."""
+    """Return the kernels of a run that launched each of them, in the order in which they ran."""
     started = _started(results, weights)
     return [_Launch(event.name(), started.get(event.linked_correlation_id())) for event in _device_events(results)]
 
 
 def _started(results: Any, weights: Weights) -> dict[int, Operator]:
-    """Operators by what the profiler links their kernels with."""
+    """Return operators by the ids with which the profiler links their kernels."""
     return {identity: operator for operator in operators(_step_event(results), weights) for identity in operator.ids}
 
 
 def _device_events(results: Any) -> list[Any]:
-    """Kernels, copies and fills on the GPU, in the order in which they ran."""
+    """Return kernels, copies and fills on the GPU, in the order in which they ran."""
     events = [
         event
         for event in results.events()
@@ -130,7 +130,7 @@ def _device_events(results: Any) -> list[Any]:
 
 
 def _device_step(phase: str, results: Any, launches: Sequence[_Launch], weights: Weights) -> StepProfile:
-    """A step whose kernels, but for those outside the CUDA graph, are told by an earlier run's `launches`."""
+    """Return a replayed step, whose kernels inside the CUDA graph are identified by an earlier run's `launches`."""
     started = _started(results, weights)
     events = _device_events(results)
     found = match_launches([launch.name for launch in launches], [event.name() for event in events])
@@ -152,9 +152,9 @@ def _device_kernel(name: str, operator: Operator | None, start_us: float, durati
 
 
 def match_launches(launched: Sequence[str], replayed: Sequence[str]) -> list[int | None]:
-    """For each replayed kernel the position of the launched one that it is: the same name, in the same order.
+    """Return for each replayed kernel the position of the launched one with the same name, in the same order.
 
-    None where the two runs differ.
+    It is None where the two runs differ.
     """
     found: list[int | None] = [None] * len(replayed)
     for block in SequenceMatcher(None, launched, replayed, autojunk=False).get_matching_blocks():

@@ -1,10 +1,10 @@
 """A model compiled part by part, each different part once, for steps that are replayed as CUDA graphs.
 
-Between the kernels of a replayed graph nothing is left of the code that started them, so the model's own code may run around its
-compiled parts: its blocks, and the largest modules beside them. Compiling a model in one piece costs the compiler's first two
-stages about 0.4 s for each block and phase, also where blocks are alike and the third stage compiles them once. Here a part is
-traced by running it with tensors that hold nothing, in a few hundredths of a second, and the tensors that it knows by itself
-(weights, its cache) become inputs of the graph. Parts whose graphs are the same are one compiled function, in every plan.
+A replayed graph runs no Python, so the model's own code may stay around its compiled parts: its blocks, and the largest
+other modules. If a model is compiled in one piece, the compiler's first two stages take about 0.4 s for each block and
+phase, even if blocks are alike and the third stage compiles them once. Here a part is traced by running it with fake
+tensors, in a few hundredths of a second. The tensors that it holds (weights, its cache) become inputs of the graph. Parts
+with the same graph become one compiled function, in all plans.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.records import content_key
+from autoquant.runtime.caches import FUNCTIONS
 from autoquant.runtime.compiled import compile_graph, repeated_blocks
 
 
 def compile_parts(module: nn.Module) -> nn.Module:
-    """Have the parts of `module` compiled, each when it is first called with arguments of some shapes."""
+    """Have each part of `module` compiled when it is first called with arguments of some shapes."""
     for part in _parts(module):
         part.forward = _Part(part.forward)
     return module
@@ -36,7 +37,7 @@ def compile_parts(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def told_that_it_is_compiled(told: bool = True) -> Iterator[None]:
-    """Inside, code that asks whether it is compiled gets this answer. Compiled code decides nothing by a tensor's values."""
+    """Inside, code that asks whether it is compiled gets this answer. Compiled code branches on no tensor's values."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = told
     try:
@@ -46,7 +47,7 @@ def told_that_it_is_compiled(told: bool = True) -> Iterator[None]:
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
-    """The blocks, and the largest modules that hold none."""
+    """Return the blocks, and the largest modules that hold none."""
     blocks = set(repeated_blocks(module))
 
     def within(owner: nn.Module) -> Iterator[nn.Module]:
@@ -65,9 +66,9 @@ class _Compiled:
     """A part compiled for arguments of some shapes.
 
     Attributes:
-        others: Arguments that are no tensors; kept, for `signature` has their ids.
-        constants: What the part knows by itself.
-        results: What it returns, with the numbers of the function's results in the place of tensors.
+        others: Non-tensor arguments, kept alive because `signature` holds their ids.
+        constants: Tensors that the part holds.
+        results: What it returns, with the index of the function's result in place of each tensor.
     """
 
     signature: tuple[Any, ...]
@@ -107,7 +108,7 @@ class _Part:
 
 
 def _signature(leaf: Any) -> Any:
-    """What code that was traced with this argument, or value of a part's own, depends on."""
+    """Return what traced code depends on of an argument, or of a tensor that a part holds."""
     if isinstance(leaf, torch.Tensor):
         return str(leaf.dtype), str(leaf.device), tuple(leaf.shape), leaf.stride()
     return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else id(leaf)
@@ -140,7 +141,7 @@ def _compile(
 
 
 class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Operators compute with tensors that hold nothing, also where they are given others, which they might change."""
+    """Runs operators on fake tensors. Real inputs are converted too, because an operator may change them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self.of, (args, kwargs or {}))
@@ -151,10 +152,10 @@ class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 
 class _LinearsOfRows(TorchFunctionMode):
-    """Linears are given the rows of their input as a matrix.
+    """Gives linears the rows of their input as a matrix.
 
-    PyTorch makes a product per sample of them otherwise where the strides of an input of three dimensions do not tell that it is
-    a matrix, as after attention with one token: cuBLAS then took 47 us for 4096x4096 and 16 rows, and 13 for the matrix.
+    Otherwise PyTorch makes one product for each sample if the strides of an input of three dimensions are not those of a
+    matrix, as after attention with one token. For 4096x4096 and 16 rows cuBLAS took 47 us that way, and 13 for the matrix.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,7 +167,7 @@ class _LinearsOfRows(TorchFunctionMode):
 
 
 def _as_inputs(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
-    """Make the tensors that a graph holds its last inputs; returns them.
+    """Make the tensors that a graph holds its last inputs, and return them.
 
     Raises:
         TypeError: It holds something else, or a tensor that is no plain one.
@@ -188,16 +189,13 @@ def _as_inputs(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
     return [value for value, _ in constants.values()]
 
 
-_FUNCTIONS: dict[str, Callable[..., Sequence[torch.Tensor]]] = {}
-
-
 def _function(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
-    """The graph compiled; one function for all graphs that are the same."""
+    """Compile a graph; graphs that are the same get one function."""
     places = list(map(id, inputs))
     same = [places.index(place) for place in places]
     key = content_key([graph.code, [_signature(tensor) for tensor in inputs], same], length=32)
-    if key not in _FUNCTIONS:
+    if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)
         with told_that_it_is_compiled(False):
-            _FUNCTIONS[key] = compile_graph(without_tensors, inputs)
-    return _FUNCTIONS[key]
+            FUNCTIONS[key] = compile_graph(without_tensors, inputs)
+    return FUNCTIONS[key]

@@ -25,9 +25,9 @@ DEFAULT_TOKEN_WORKLOAD = "prefill=512"
 class Phases(Protocol):
     """How a model is run for each phase of a workload.
 
-    `reset` puts the model in front of `phase` (a decode step needs a filled cache); `run` executes one call of it, compiled
-    where the phases were made so, and may be called up to `limit(phase)` times after a reset; `run_eager` never compiles.
-    `run_launched` is `run` without a CUDA graph: the same kernels, each launched by itself.
+    `reset` prepares the model for `phase` (a decode step needs a filled cache). `run` does one call, compiled if the phases
+    were made so; at most `limit(phase)` calls may follow a reset. `run_eager` never compiles. `run_launched` is `run` without
+    a CUDA graph: the same kernels, each launched from the host.
     """
 
     workload: Workload
@@ -90,7 +90,7 @@ def make_phases(
 
 
 def default_workload(kind: str, batch: int) -> Workload:
-    """What a model of `kind` (see `make_phases`) is asked to do where the user does not say."""
+    """Return the default workload of a model of `kind` (see `make_phases`)."""
     if kind == "causal_lm":
         return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
     if kind == "token_lm":
@@ -192,7 +192,7 @@ class _CausalPhases:
             return forward(self._ids[:, start:end], positions)
 
     def _lengths(self) -> list[torch.Tensor]:
-        """What a step advances: how far each layer's cache is filled."""
+        """Return what a step advances: how far each layer's cache is filled."""
         return [layer.cumulative_length for layer in self._cache.layers]
 
 

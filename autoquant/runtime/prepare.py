@@ -1,4 +1,4 @@
-"""Having a model compute as fast as its plan allows, in the user's own loop."""
+"""Models made as fast in the user's own loop as their plan allows."""
 
 from __future__ import annotations
 

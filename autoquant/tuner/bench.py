@@ -16,7 +16,7 @@ from autoquant.export.applier import apply, load_searched, module_bytes
 from autoquant.models import LoadedModel
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.runtime.attribution import attribute
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_in_turn
 from autoquant.runtime.steps import StepProfile
@@ -132,8 +132,8 @@ def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: L
     loaded = load_searched(plans[0], model, facts, None)
     device = facts.device.type
     usage = Usage(kind=loaded.kind, workload=facts.workload, device=device, sample_inputs=loaded.example_inputs)
-    quantized = (apply(plan, share(loaded.module), calibration=facts.calibration) for plan in plans)
-    modules = [share(loaded.module), *quantized]
+    quantized = (apply(plan, shallow_copy(loaded.module), calibration=facts.calibration) for plan in plans)
+    modules = [shallow_copy(loaded.module), *quantized]
     listener(StageStarted("run", 0))
     found, busy = time_user_loops([usage.loop_of(module) for module in modules], device)
     listener(StageFinished("run", f"{len(modules)} models, {usage.loop}"))
@@ -174,7 +174,7 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
     device = facts.device.type
     module = loaded.module
     if plan is not None:
-        module = share(loaded.module)
+        module = shallow_copy(loaded.module)
         apply(plan, module, calibration=facts.calibration)
     memory = module_bytes(module)
     place = backend(device)

@@ -43,7 +43,7 @@ Cell = tuple[LinearShape, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRequest:
-    """What is to be timed; see `profile`."""
+    """A request to time linears; see `profile`."""
 
     model: str | os.PathLike[str] | nn.Module | None = None
     shapes: str | os.PathLike[str] | Sequence[str] | None = None
@@ -62,7 +62,7 @@ class ProfileRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Subjects:
-    """What the request comes to: shapes with their names, at which m, with weights how cold."""
+    """The linears of a request: shapes with their names, each m, and how cold weights are."""
 
     names: NamedShapes
     cells: Sequence[Cell]
@@ -127,7 +127,7 @@ def profile(
 
 
 def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latencies:
-    """`profile` with everything that is known about how its rows came about.
+    """Profile as `profile`, and return how the rows came about with them.
 
     Raises:
         AutoquantError: As for `profile`.
@@ -156,7 +156,7 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
 
 
 def _check(request: ProfileRequest) -> None:
-    """Refuse what contradicts itself."""
+    """Refuse options that contradict one another."""
     if (request.model is None) == (request.shapes is None):
         raise WorkloadError("give either a model or shapes (--shapes FILE): their linears are what is timed")
     if request.rows is not None and (not request.rows or min(request.rows) < 1):
@@ -337,7 +337,7 @@ def _row(subject: TimingSubject, measurement: Measurement, numerics: str, floor:
 
 
 def _weight_bytes(fmt: Format, shape: LinearShape, hardware: Device, device_name: str) -> float | None:
-    """Bytes of a stored weight, from a few of its rows; None where the format does not take the shape."""
+    """Return the bytes of a stored weight, judged by a few of its rows, or None if the format does not take the shape."""
     if fmt.unsupported(shape, 1, hardware.type):
         return None
     rows = min(shape.n, _SAMPLE_ROWS)

@@ -1,4 +1,4 @@
-"""The profile stage: what the store does not know is timed, and kept as it is made."""
+"""The profile stage: times what the store does not know, and saves each timing as soon as it is made."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_requests
 
@@ -51,7 +51,7 @@ class Prover:
 
     def prove(self, plan: Plan) -> Proof:
         """Apply `plan` to a copy that shares every weight that it leaves alone, and measure it."""
-        module = share(self.loaded.module)
+        module = shallow_copy(self.loaded.module)
         apply(plan, module, calibration=self.calibration, quantized=self._quantized)
         release_memory()
         with (

@@ -26,7 +26,7 @@ from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.devices import backend
 from autoquant.records import RouteStep, Workload
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
 
 ROUTES = {
@@ -115,7 +115,7 @@ def make_ready(module: nn.Module, label: str, workload: Workload, device: str, s
     seconds: dict[str, float] = {}
     model = label.removesuffix(AGAIN).removesuffix(IN_ONE_PIECE)
     before = compiler_seconds()
-    copy = share(module)
+    copy = shallow_copy(module)
     with timed(seconds, "total", device):
         if model != "bf16":
             with timed(seconds, "apply", device):

@@ -1,4 +1,4 @@
-"""The project's own product of a few rows with float8 weights, on tensor cores and at the memory's speed (`float8_rows.cu`)."""
+"""The project's own product of a few rows with float8 weights, on tensor cores (`float8_rows.cu`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = (
 def multiply_float8_rows(
     x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x `[..., k]`, up to 16 rows in all, times float8 `[n, k]` with scales `[n, 1]`: `[..., n]`."""
+    """Return x `[..., k]`, up to 16 rows in all, times float8 `[n, k]` with scales `[n, 1]`: `[..., n]`."""
     return multiply_rows("float8_rows.cu", "float8_rows", SETTINGS, x, (values, scale), bias)
 
 

@@ -1,4 +1,4 @@
-"""Operators of the project's own, which compilers leave as they are."""
+"""The project's own operators, which compilers do not look into."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Attention for one token over a static cache, for models of transformers.
 
-Attention of PyTorch's own copies keys and values for each query head that shares them, reads the whole cache however little of
-it is filled, and starts six kernels. `token_attention` reads what the mask shows, once, in two kernels. `use_token_attention`
-has a model use it in compiled steps of one token. For anything else the model does what it did: kernels that are launched
-one by one cost more time on the host than they save.
+PyTorch's attention copies keys and values for each query head that shares them, reads the whole cache even if little of it
+is filled, and starts six kernels. `token_attention` reads what the mask shows, once, in two kernels. `use_token_attention`
+has a model use it in compiled steps of one token. Anything else stays as it was: kernels that are launched one by one cost
+more time on the host than they save.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ADDED_COLUMNS = 64
 def token_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """softmax(q k' scale) v for one token: `[b, h, 1, d_v]`; zeros for a head that sees nothing.
+    """Return softmax(q k' scale) v for one token: `[b, h, 1, d_v]`. A head that sees nothing gets zeros.
 
     Args:
         q: `[b, h, 1, d]`, with k `[b, h_kv, L, d]` and v `[b, h_kv, L, d_v]` of any strides; h_kv divides h, d and d_v are at
@@ -58,7 +58,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | No
 
 
 def splits_of(groups: int, blocks: int, processors: int) -> int:
-    """How many programs share the blocks of one head of keys, of `groups` heads in all."""
+    """Return how many programs share the blocks of one head of keys, of `groups` heads in all."""
     return max(1, min(blocks, _MOST_SPLITS, _PROGRAMS_OF_A_PROCESSOR * processors // groups))
 
 
@@ -171,7 +171,7 @@ def _takes(
     dropout: float,
     others: dict[str, Any],
 ) -> bool:
-    """Whether `token_attention` computes this."""
+    """Check whether `token_attention` computes this."""
     one_token = q.shape[2] == 1 and q.device.type in DEVICES and q.dtype in _DTYPES
     same = q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
     small = max(q.shape[-1], v.shape[-1]) <= _MOST_COLUMNS and q.shape[1] <= _MOST_GROUP * k.shape[1]

@@ -1,7 +1,7 @@
-"""What the steps of a decoder share: a static cache, and where in it the next tokens go.
+"""The state that the steps of a decoder share: a static cache, and where in it the next tokens go.
 
-All of it is tensors with fixed places, so that a step can be replayed as a CUDA graph. One position serves all layers: with
-one for each, as in transformers' static cache, a step launches a kernel more in every layer.
+Its tensors do not move, so that a step can be replayed as a CUDA graph. One position serves all layers. With one for each,
+as in transformers' static cache, a step launches another kernel in every layer.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class StepState:
     """The position of a decoder, and its masks.
 
     Args:
-        batch: Sequences.
-        length: Of the cache.
+        batch: How many sequences.
+        length: How many places the cache has.
         padded: Sequences may begin with padding.
 
     Attributes:
         filled: How many places of the cache are filled, `[]`.
         kept: Which token of the step logits are wanted for, `[1]`.
-        padding: 0 for places that hold padding, `[batch, length]`; None where there is none.
+        padding: 0 for places that hold padding, `[batch, length]`, or None.
         now: The places of the step that runs.
     """
 

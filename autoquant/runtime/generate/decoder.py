@@ -1,8 +1,8 @@
 """The steps of a causal language model over a static cache: chunks of a prompt, and single tokens.
 
-Each kind of step has fixed shapes, so that it is compiled once and, on a GPU, replayed as one CUDA graph. A prompt of any
-length is cut into chunks of a few sizes. The last chunk is filled up with tokens whose keys and values later tokens
-overwrite: the causal mask hides them until then.
+Each kind of step has fixed shapes. So it is compiled once and, on a GPU, replayed as one CUDA graph. A prompt is cut into
+chunks of a few sizes, of which each unpacks all weights again. The last chunk is filled up with tokens whose keys and values
+later tokens overwrite: the causal mask hides them until then.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Decoder:
         padded: Sequences may begin with padding, which a mask hides.
 
     Attributes:
-        note: How steps are compiled where that is not as usual, and why.
+        note: How steps are compiled and why, if it is not the usual way.
 
     Raises:
         TypeError: The model keeps something else than keys and values.

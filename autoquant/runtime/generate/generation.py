@@ -74,7 +74,7 @@ class Decoders:
 
 
 def _identity(weight: torch.Tensor) -> tuple[int, int]:
-    """Return what tells a weight from another one in its place, or elsewhere in memory."""
+    """Return what changes if a weight is replaced, or moved in memory."""
     return id(weight), id(weight.stored) if isinstance(weight, RoutedWeight) else weight.data_ptr()
 
 
@@ -87,10 +87,10 @@ def decoders_of(model: nn.Module) -> Decoders:
 
 
 class _Fast:
-    """What a model's class is mixed with."""
+    """A mixin for the class of a model."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Have pickle find the model's own class: this one is made, and has no name of its own."""
+        """Have pickle find the model's own class: it cannot find this one, which is made at run time."""
         reduced: Any = super().__reduce_ex__(protocol)
         return _made_again, (type(self).__bases__[1],), *reduced[2:]
 

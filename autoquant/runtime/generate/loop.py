@@ -84,7 +84,7 @@ class Loop:
 
     @functools.cached_property
     def _ahead(self) -> int:
-        """How many steps to run ahead: none where a criterion of the user's own must see each step by itself."""
+        """How many steps to run ahead: none if one of the user's own criteria must see each step before the next."""
         own = any(not type(criterion).__module__.startswith("transformers.") for criterion in self._criteria)
         return 0 if own or not backend(self._ids.device).graphs else _AHEAD
 
@@ -131,10 +131,10 @@ class Loop:
 
 
 class _Seen:
-    """What the host has seen of the steps so far.
+    """The results of steps that the host has seen.
 
     Args:
-        steps: The most there may be.
+        steps: At most so many.
     """
 
     def __init__(self, ids: torch.Tensor, steps: int, streamer: Any) -> None:

@@ -1,6 +1,6 @@
 """The new process of `tuner.deliver`: run as `python -m autoquant.tuner.workers.delivery_worker FD`, where FD is a socket.
 
-It is not forked, so that nothing of the search is in its memory, and a GPU can be used. It ends when the search does.
+It is not forked, so it starts without the search's memory and can use a GPU. It ends when the search does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The heavy work of a search as jobs: what they need is said in records, so that a process of their own can do them."""
+"""The heavy work of a search as jobs, which consist of plain records so that another process can do them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
-
-import torch
 
 from autoquant.candidates import Format, get_format
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
@@ -24,22 +22,23 @@ from autoquant.models.loaded import ModelKind, ModelSource
 from autoquant.profiler.measure import Place, measure
 from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.records import Device, Measurement, Plan, Proof, Roofline, Site, TimingSubject, Workload
+from autoquant.runtime.caches import clear_caches
 from autoquant.tuner.prove import Prover
 
 Tell = Callable[[Any], None]
-"""Takes what a job learns while it runs: events, and facts to be kept at once."""
+"""Takes the messages of a running job: events, and facts to be saved at once."""
 
 Result_co = TypeVar("Result_co", covariant=True)
 
 
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """What every job works on: the model, and how it is run and judged.
+    """The model that every job works on, and how it is run and judged.
 
     Attributes:
-        load: Gives the model; called once, when it is first needed.
-        own_process: Nothing but jobs runs in this process.
-        calibration: Weights rounded for their layers' inputs; None where no format needs those.
+        load: Returns the model; called once, when it is first needed.
+        own_process: Only jobs run in this process.
+        calibration: Weights rounded for their layers' inputs, or None if no format needs those.
     """
 
     load: Callable[[], LoadedModel]
@@ -59,14 +58,14 @@ class Bench:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model, in memory from now on."""
+        """The model, which stays in memory from now on."""
         if self._loaded is None:
             self._loaded = self.load()
         return self._loaded
 
     @property
     def prover(self) -> Prover:
-        """One for all proofs of a process: it has compiled the unquantized model."""
+        """The prover, one for all proofs of a process: it has compiled the unquantized model."""
         if self._prover is None:
             inputs = self.sample_inputs if self.sample_inputs is not None else self.loaded.example_inputs
             self._prover = Prover(
@@ -81,9 +80,9 @@ class Bench:
         return self._prover
 
     def forget_compiled(self) -> None:
-        """Free what the compiler keeps of finished work, where nobody else has compiled anything."""
+        """Free what the compiler keeps of finished work, if only jobs have compiled anything."""
         if self.own_process:
-            torch.compiler.reset()
+            clear_caches()
             release_memory()
 
 
@@ -143,10 +142,10 @@ class BenchSpec:
 
 
 def load_again(source: ModelSource, *, dtype: str, kind: ModelKind, content_hash: str, device: str) -> LoadedModel:
-    """The model that was searched, loaded as it was for the search.
+    """Load the model that was searched, in the same way.
 
     Raises:
-        ModelError: It is not there any more, or was changed.
+        ModelError: It is gone, or was changed.
     """
     loaded = load_model(
         source.path,
@@ -164,7 +163,7 @@ def load_again(source: ModelSource, *, dtype: str, kind: ModelKind, content_hash
 
 
 class Job(Protocol[Result_co]):
-    """One piece of work. It tells what it learns as it learns it; its result is told last.
+    """One piece of work. It sends facts through `tell` as soon as they are known, and returns its result.
 
     Attributes:
         needs_model: The model should be in memory before it starts.
@@ -177,21 +176,21 @@ class Job(Protocol[Result_co]):
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Told by `ProfileJob`: timings to keep, made against one another."""
+    """Sent by `ProfileJob`: timings to save, of candidates that were compared."""
 
     measurements: tuple[Measurement, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Limited:
-    """Told by `ProfileJob`: the device's roofline, where it had to be measured."""
+    """Sent by `ProfileJob`: the device's roofline, if it was measured."""
 
     roofline: Roofline
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Told by `ScoreJob`: losses by (site name, numerics), with a word for what they are of."""
+    """Sent by `ScoreJob`: losses by (site name, numerics), with a word for what they are of."""
 
     subject: str
     losses: Mapping[tuple[str, str], float]
@@ -199,7 +198,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """Finds out whether the model can be loaded again. Raises `ModelError` where not."""
+    """Loads the model again, or raises `ModelError`."""
 
     needs_model: ClassVar[bool] = False
 
@@ -209,7 +208,7 @@ class LoadJob:
 
 @dataclass(frozen=True, slots=True)
 class ProfileJob:
-    """Times the subjects; tells `Timed`, `Limited` and events.
+    """Times the subjects; sends `Timed`, `Limited` and events.
 
     Attributes:
         roofline: The device's, or None to measure it if it is needed.
@@ -253,7 +252,7 @@ def _tell_trimmed(tell: Tell, event: Event) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """Losses of changes, each (site, numerics, format id, activation), by one sensitivity; tells `Scored`."""
+    """Scores changes, each (site, numerics, format id, activation), by one sensitivity; sends `Scored`."""
 
     needs_model: ClassVar[bool] = True
 
@@ -278,7 +277,7 @@ class ScoreJob:
 
 
 def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Change]:
-    """The changes, with the weights of those that need inputs; those that cannot be made are told and left out."""
+    """Return the changes, with the weights of those that need inputs. Those that cannot be made are left out with a notice."""
     calibration = bench.calibration
     assert calibration is not None  # the search lets in no format that needs inputs without a text
     wanted: dict[str, dict[str, Format]] = {}

@@ -22,7 +22,8 @@ from autoquant.records import Device
 Division = Literal["parts", "regions", "whole"]
 """How a model is compiled.
 
-Part by part (see `autoquant.runtime.parts`), in one piece whose blocks are nested regions, or in one piece.
+Part by part (see `autoquant.runtime.parts`), in one piece whose blocks are nested regions, or in
+one piece.
 """
 
 DEFAULT_CACHE_BYTES = 32 << 20
@@ -38,8 +39,9 @@ class Event(Protocol):
 class Backend(ABC):
     """One device, and all that the project has to know about its kind.
 
-    A new kind of device is a new file with a subclass, and its entry in `autoquant.devices.BACKENDS`. The defaults suit a
-    device that shares the host's memory, is timed by the host's clock and compiles through PyTorch.
+    A new kind of device is a new file with a subclass, and its entry in
+    `autoquant.devices.BACKENDS`. The defaults suit a device that shares the host's memory, is timed
+    by the host's clock and compiles through PyTorch.
 
     Args:
         device: As torch names it, such as `cuda:1`.
@@ -54,7 +56,8 @@ class Backend(ABC):
         replays_steps: `generate` may run compiled steps.
         settles_routes: A search measures between its own m where kernels overtake one another.
         judges_long: Whole models run so fast that quality is judged on a longer text.
-        profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it cannot.
+        profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it
+            cannot.
         arithmetic: What a roofline's products are measured in.
         copy_bytes, product_side: What a roofline is measured with: bytes copied, and rows of a
             square matrix.
@@ -141,13 +144,13 @@ class Backend(ABC):
         """Start to watch how much memory is allocated."""
 
     def peak_bytes(self) -> int | None:
-        """Return the most bytes allocated since `reset_peak` beyond those of that time, or None if unknown."""
+        """Return the most bytes allocated beyond those at `reset_peak`, or None if unknown."""
         return None
 
     # -- compilation -------------------------------------------------------------------------------
 
     def compile_failure(self) -> str | None:
-        """Return why `torch.compile` does not work here (no C++ compiler, say) and what to do, or None."""
+        """Return why `torch.compile` does not work here and what to do, or None."""
         if os.environ.get("AUTOQUANT_EAGER"):
             return "AUTOQUANT_EAGER is set; unset it to compile"
         return failure_of_the_compiler(self.type)
@@ -186,7 +189,7 @@ def failure_of_the_compiler(device: str) -> str | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of PyTorch and of the installed libraries with kernels: timings depend on them."""
+    """Return the versions of PyTorch and of installed libraries that timings depend on."""
     found: dict[str, str] = {"torch": torch.__version__}
     for name in _LIBRARIES:
         try:

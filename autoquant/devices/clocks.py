@@ -11,7 +11,10 @@ Call = Callable[[int], object]
 
 
 class Clock(Protocol):
-    """Times one candidate. `start` warms it up; each `sample` returns microseconds of one linear."""
+    """Times one candidate.
+
+    `start` warms it up; each `sample` returns microseconds of one linear.
+    """
 
     def start(self) -> None: ...
 

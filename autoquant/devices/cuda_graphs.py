@@ -18,8 +18,9 @@ _WARM_UP_CALLS = 2
 class GraphClock:
     """Calls through the whole rotation, captured in one CUDA graph.
 
-    The gaps between launches are those of a model. The graph is about a millisecond long and passes through every
-    position, which keeps weights cold from one replay to the next. A call that takes longer is captured alone.
+    The gaps between launches are those of a model. The graph is about a millisecond long and passes
+    through every position, which keeps weights cold from one replay to the next. A call that takes
+    longer is captured alone.
     """
 
     def __init__(self, call: Call, positions: int, device: str) -> None:
@@ -76,8 +77,8 @@ class GraphedStep:
     """A step, captured when it is first called with arguments of some shapes.
 
     Args:
-        step, state, pool: As for `Backend.graphed`. The tensors of `state` are put back after the calls that warm the
-            step up.
+        step, state, pool: As for `Backend.graphed`. The tensors of `state` are put back after the
+            calls that warm the step up.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 
 
 def needs_cuda(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Return why `what`, which needs CUDA of at least `capability`, does not run on the current device, or None."""
+    """Return why the current device is no CUDA GPU of at least `capability`, or None."""
     if device_type != "cuda" or not torch.cuda.is_available():
         return f"{what} needs a CUDA GPU"
     here = torch.cuda.get_device_capability()
@@ -27,7 +27,7 @@ def needs_library(module: str, package: str) -> str | None:
 
 
 def not_divisible(n: int, k: int, by: int, what: str) -> str | None:
-    """Return why an `n` x `k` weight does not fit a kernel whose sizes must be divisible by `by`, or None."""
+    """Return why a kernel that needs `n` and `k` divisible by `by` does not fit, or None."""
     return f"{what} needs n and k divisible by {by}, not {n}x{k}" if n % by or k % by else None
 
 

@@ -34,7 +34,7 @@ class OtherLoad:
         self._own = _own_s()
 
     def share(self) -> float:
-        """Return the fraction of all cores' time that others used since this object was made, 0 to 1."""
+        """Return the fraction of all cores' time that others used since then, 0 to 1."""
         busy = _busy_s()
         wall = time.monotonic() - self._wall
         if busy is None or self._busy is None or wall <= 0:
@@ -46,8 +46,8 @@ class OtherLoad:
 class GpuLoad:
     """Watches how much of a GPU's time others take, by a yardstick: copies of some milliseconds.
 
-    Another process on the GPU gets slices of its time, some of which fall into the yardstick. The fastest run that this
-    process ever saw counts as undisturbed.
+    Another process on the GPU gets slices of its time, some of which fall into the yardstick. The
+    fastest run that this process ever saw counts as undisturbed.
     """
 
     _fastest_ms: dict[str, float] = {}  # noqa: RUF012 - shared on purpose, by device
@@ -58,7 +58,7 @@ class GpuLoad:
         self._slowest_ms = self._run_ms()
 
     def share(self) -> float:
-        """Return the fraction of the GPU's time that others used, now or when this object was made, 0 to 1."""
+        """Return the fraction of the GPU's time that others used, now or at first, 0 to 1."""
         slowest = max(self._slowest_ms, self._run_ms())
         return 1 - self._fastest_ms[self._device] / slowest
 

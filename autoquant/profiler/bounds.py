@@ -1,4 +1,4 @@
-"""Candidates that need no timing: those that cannot win by the roofline, and those far behind when tried out."""
+"""Candidates that need no timing: those that cannot win, and those far behind."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.records import LinearShape, Measurement, Roofline, TimingSubject
 
 _HEADROOM = 1.15
-"""How much faster than the measured roofline a kernel may be: reading alone is faster than copying."""
+"""How much faster than the roofline a kernel may be: reading is faster than copying."""
 _CACHE_SPEEDUP = 2.0
-"""How much faster than memory the last-level cache may be. A weight that was just written may be read from it."""
+"""How much faster than memory the last-level cache may be.
+
+A weight that was just written may be read from it.
+"""
 _FAR_BEHIND = 2.5
 """Beyond this ratio a try-out decides, although it ran while others were being prepared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A candidate that was tried out: an upper bound of its latency, and the bytes of its stored weight."""
+    """A candidate that was tried out: its latency at most, and the bytes of its weight."""
 
     latency_us: float
     stored_bytes: int
@@ -37,7 +40,7 @@ def least_us(kernel: Kernel, shape: LinearShape, m: int, stored_bytes: int, roof
 def bounded(
     subjects: Sequence[TimingSubject], tried: Mapping[TimingSubject, Tried], roofline: Roofline
 ) -> dict[TimingSubject, Measurement]:
-    """Decide on those of `subjects` that cannot be as fast as another kernel of their format that is no less exact."""
+    """Decide on subjects that cannot be as fast as a no less exact kernel of their format."""
     found = {}
     for subject in subjects:
         rival = _best_rival(subject, tried)
@@ -54,7 +57,7 @@ def bounded(
 def beaten(
     subjects: Iterable[TimingSubject], tried: Mapping[TimingSubject, Tried], how: str = "when tried out"
 ) -> dict[TimingSubject, Measurement]:
-    """Decide on those of `subjects` that took far longer than another kernel of their format that is no less exact."""
+    """Decide on subjects that took far longer than a no less exact kernel of their format."""
     found = {}
     for subject in subjects:
         own, rival = tried[subject], _best_rival(subject, tried)

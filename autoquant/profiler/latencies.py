@@ -33,8 +33,9 @@ class Latencies:
     """Timings of linears without a search.
 
     Attributes:
-        rows: With the fields of `COLUMNS`, by shape, m and candidate in the order of the registry. `latency_us`,
-            `spread_us` (interquartile range), `relative_error` and `floor_us` may be None.
+        rows: With the fields of `COLUMNS`, by shape, m and candidate in the order of the registry.
+            `latency_us`, `spread_us` (interquartile range), `relative_error` and `floor_us` may be
+            None.
         names: Names of each shape: layers of the model, or names in the file of shapes.
         source: Model or file that the shapes come from, for titles.
         from_store: How many of the rows came from the store.

@@ -25,10 +25,11 @@ _SMALLEST_WORKING_SET = 1 << 20
 
 
 def working_set_bytes(shapes: Sequence[LinearShape], device: Device, element_bytes: int) -> int:
-    """Return how cold the weights of these linears are: their bytes, or twice the last-level cache if that is less.
+    """Return how cold weights are: their bytes, or twice the last-level cache if that is less.
 
-    It is rounded to a power of two, so that models of similar size share their timings. The weights' size is rounded
-    down, to be no more than it is. Twice the cache is rounded up, so that it does not fit into the cache.
+    It is rounded to a power of two, so that models of similar size share their timings. The
+    weights' size is rounded down, to be no more than it is. Twice the cache is rounded up, so that
+    it does not fit into the cache.
     """
     model = max(sum(shape.n * shape.k for shape in shapes) * element_bytes, _SMALLEST_WORKING_SET)
     if model > 2 * device.cache_bytes:
@@ -44,7 +45,10 @@ def cells_of(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
 def subjects_of(
     cells: Sequence[tuple[LinearShape, int]], candidates: Candidates, working_set: int
 ) -> list[TimingSubject]:
-    """Return every candidate at every cell. Formats that differ only in their rounding count as one."""
+    """Return every candidate at every cell.
+
+    Formats that differ only in their rounding count as one.
+    """
     return [
         TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
         for shape, m in cells
@@ -85,7 +89,8 @@ def measure(
     """Measure every subject, one shape and m after the other.
 
     Args:
-        subjects: Those of one shape and m are compared with one another; all have the same working set.
+        subjects: Those of one shape and m are compared with one another; all have the same working
+            set.
         candidates: The formats and kernels that the subjects name.
         on_measured: Takes the measurements of a shape and m as soon as they are made.
     """

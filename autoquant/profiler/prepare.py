@@ -1,8 +1,8 @@
 """Candidates compiled, tuned and tried out in parallel processes before any is timed.
 
-A process compiles into caches on disk, which the timing process reads in a moment. Candidates that fail, are incorrect or
-crash their process are known before they could disturb a comparison. Candidates that cannot win by the roofline (see
-`autoquant.profiler.bounds`) are never compiled.
+A process compiles into caches on disk, which the timing process reads in a moment. Candidates that
+fail, are incorrect or crash their process are known before they could disturb a comparison.
+Candidates that cannot win by the roofline (see `autoquant.profiler.bounds`) are never compiled.
 """
 
 from __future__ import annotations
@@ -77,11 +77,13 @@ def prepare(
     Kernels that a library tunes are tuned if they are not far behind without.
 
     Args:
-        roofline: Returns the device's limits. It is called while the processes start, which do not use the device yet.
+        roofline: Returns the device's limits. It is called while the processes start, which do not
+            use the device yet.
         on_progress: Takes how many are done, and the last candidate.
 
     Returns:
-        The outcomes unsupported, bounded, beaten, failed and incorrect. All others are ready to be timed.
+        The outcomes unsupported, bounded, beaten, failed and incorrect. All others are ready to be
+        timed.
     """
     decided, waiting = {}, []
     for subject in subjects:
@@ -175,7 +177,7 @@ class _Campaign:
         return [subject for subject in subjects if subject not in cut]
 
     def worth_tuning(self, subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
-        """Return those that a library tunes and that are not far behind without, and decide on the others."""
+        """Return those that a library tunes, and decide on those far behind without."""
         tunable = [subject for subject in subjects if subject in self._tried and _kernel(subject).tuned]
         hopeless = beaten(tunable, self._tried, "before it was tuned")
         for measurement in hopeless.values():
@@ -256,7 +258,7 @@ class _Workers:
                 yield answer
 
     def _fitting(self, subjects: Sequence[TimingSubject]) -> int:
-        """Return how many processes fit into the device's memory: each holds a weight in several forms."""
+        """Return how many processes, each with a weight in several forms, fit into memory."""
         free_bytes = backend(self._device_name).free_bytes()
         if free_bytes is None or not subjects:
             return len(subjects)

@@ -1,4 +1,4 @@
-"""The recorder: runs each phase of a model once, and notes linears, those that share an input, and what is not covered."""
+"""The recorder: runs each phase of a model once and notes its linears."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KEPT = "shares a linear's weight; stays unquantized beside it when the linear i
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, out_val: Any = None, **_kwargs: Any) -> int:
-    """Return the operations of two matrix products, as PyTorch's own counter does for the attention of other devices."""
+    """Return the operations of attention's two matrix products, as PyTorch counts them."""
     batch, heads, rows, width = query.shape
     return int(2 * batch * heads * rows * key.shape[-2] * (width + value.shape[-1]))
 
@@ -163,8 +163,9 @@ def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
 def record(module: nn.Module, phases: Phases) -> Recording:
     """Run `module` once per phase and note its linears.
 
-    A site is a parameter of two dimensions that `F.linear` is given itself. Parameters that share one tensor are one site.
-    If some of its names are used in another way (an embedding), those keep the unquantized weight.
+    A site is a parameter of two dimensions that `F.linear` is given itself. Parameters that share
+    one tensor are one site. If some of its names are used in another way (an embedding), those keep
+    the unquantized weight.
     """
     parameters: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -224,7 +225,7 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
 
 
 def _use(func: Any) -> str | None:
-    """Return the name of what a function does with a parameter, or None if it only reads its shape and the like."""
+    """Return what a function does with a parameter, or None if it reads no numbers of it."""
     name = str(getattr(func, "__name__", func))
     if name == "__get__":
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")

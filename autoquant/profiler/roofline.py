@@ -35,7 +35,8 @@ def undisturbed_roofline(
 
     Args:
         cache_bytes: See `measure_roofline`.
-        on_measured: Takes the roofline if nothing disturbed it. What was disturbed is only returned, with a notice.
+        on_measured: Takes the roofline if nothing disturbed it. What was disturbed is only
+            returned, with a notice.
         effort: None for that of the process.
     """
     effort = effort or timing_effort()
@@ -73,14 +74,14 @@ def measure_roofline(device: str, *, cache_bytes: int = 0, effort: TimingEffort 
 
 
 def _copy_bytes_per_s(size_bytes: int, device_name: str) -> float:
-    """Return bytes read plus bytes written a second by an elementwise kernel: copy engines can be slower."""
+    """Return the bytes that an elementwise kernel, not a copy engine, moves in a second."""
     source = torch.rand(size_bytes // 4, device=device_name)
     target = torch.rand_like(source)
     return 2 * source.nbytes / _median_s(lambda: torch.neg(source, out=target), device_name)
 
 
 def _flops_per_s(arithmetic: str, side: int, device_name: str) -> float | None:
-    """Return the rate of a product of two square matrices, or None if the device has no such product.
+    """Return the rate of a product of square matrices, or None if the device has none.
 
     A multiplication and an addition count as two.
     """

@@ -1,4 +1,4 @@
-"""Shapes and rows as people write them: `4096x4096+bias q_proj rows=1,16`, one linear a line, and `1,16,2048`."""
+"""Shapes and rows as people write them: `4096x4096+bias q_proj rows=1,16`, and `1,16,2048`."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> Li
     """Read a list of shapes.
 
     Args:
-        lines: Each is `NxK` (out features first), then `+bias` if it has one, a name if wanted, and `rows=1,16` if it is
-            timed at other rows than the rest. Blank lines, and what follows `#`, are ignored.
+        lines: Each is `NxK` (out features first), then `+bias` if it has one, a name if wanted, and
+            `rows=1,16` if it is timed at other rows than the rest. Blank lines, and what follows
+            `#`, are ignored.
         dtype: Dtype of weights and activations, e.g. `bfloat16`.
         origin: The name of the lines in errors.
 

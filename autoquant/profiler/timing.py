@@ -2,21 +2,25 @@
 
 Protocol 3:
 
-- A candidate is traced and compiled as the whole model will be. On a CPU the compiled code holds `unroll` independent
-  linears, each with its own input, so that many share the cost of a call from Python. On CUDA calls are captured in a
-  CUDA graph. What only calls a library's kernels is not compiled there, since that would change nothing.
-- As in a model, activations are `[1, m, k]`. On a CPU elementwise operations of the same code make and consume them. So a
-  kernel gets the memory layouts that it will get in a model, and the compiler fuses into its neighbours what it will
-  fuse there. (With m = 1 that decides whether a result is right: PyTorch 2.13's `_int_mm` for CPUs returns garbage for
-  the strides that compiled code gives a single row.) On CUDA each neighbour would be a launch as long as a small linear.
-- Weights are cold: they rotate through one arena of `working_set_bytes`, which all candidates share. A model reads all
-  its other weights between two uses of one, so the working set is the model's size, or twice the last-level cache if
-  the model is larger.
-- The arena holds random bytes that are ordinary numbers in every dtype used here (no zeros, NaN or subnormals).
-- A result is checked against a float32 reference with real quantized weights before its time counts.
+- A candidate is traced and compiled as the whole model will be. On a CPU the compiled code holds
+  `unroll` independent linears, each with its own input, so that many share the cost of a call from
+  Python. On CUDA calls are captured in a CUDA graph. What only calls a library's kernels is not
+  compiled there, since that would change nothing.
+- As in a model, activations are `[1, m, k]`. On a CPU elementwise operations of the same code make
+  and consume them. So a kernel gets the memory layouts that it will get in a model, and the
+  compiler fuses into its neighbours what it will fuse there. (With m = 1 that decides whether a
+  result is right: PyTorch 2.13's `_int_mm` for CPUs returns garbage for the strides that compiled
+  code gives a single row.) On CUDA each neighbour would be a launch as long as a small linear.
+- Weights are cold: they rotate through one arena of `working_set_bytes`, which all candidates
+  share. A model reads all its other weights between two uses of one, so the working set is the
+  model's size, or twice the last-level cache if the model is larger.
+- The arena holds random bytes that are ordinary numbers in every dtype used here (no zeros, NaN or
+  subnormals).
+- A result is checked against a float32 reference with real quantized weights before its time
+  counts.
 - A comparison is repeated if the machine was busy with something else, and marked if it stays busy.
-- Candidates are timed in turn, round after round. Those far behind are dropped after the first rounds and keep their
-  samples; close ones get more rounds. Compilation and warm-up are not timed.
+- Candidates are timed in turn, round after round. Those far behind are dropped after the first
+  rounds and keep their samples; close ones get more rounds. Compilation and warm-up are not timed.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ class Arena:
         self.bytes = block.repeat(-(-size_bytes // block.numel()))[:size_bytes].to(device)
 
     def views(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Return as many disjoint copies of `tensors` (same shapes and dtypes, other values) as fit, at least one."""
+        """Return as many disjoint tensors of the same shapes and dtypes as fit, at least one set."""
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         if sum(sizes) > self.bytes.numel():
             return [list(tensors)]
@@ -92,7 +96,7 @@ class _Entrant:
 
 
 class LinearToTime:
-    """One linear to compute: weight `[n, k]`, bias, and an input `[1, m, k]` for each linear of a call."""
+    """One linear to time: weight `[n, k]`, bias, and inputs `[1, m, k]`, one for each linear of a call."""
 
     def __init__(self, shape: LinearShape, m: int, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -270,7 +274,10 @@ def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.T
 
 
 def _race_undisturbed(entrants: list[_Entrant], device: str, effort: TimingEffort) -> float:
-    """Race, again while others disturb it; return the fraction of the machine that they used in the race that counts."""
+    """Race, again while others disturb it.
+
+    Return the fraction of the machine that they used in the race that counts.
+    """
     share = 0.0
     if not entrants:
         return share

@@ -1,7 +1,8 @@
-"""A step profiled: each kernel's time is attributed to the layer whose weight it reads, or to another kind of work.
+"""The time of each kernel of a step, attributed to a layer or to another kind of work.
 
-On the CPU the operators' times count (see `autoquant.runtime.operators`). A replayed CUDA graph starts nothing on the host.
-Its kernels are matched, by name and order, with those of a run in which the same compiled code launches each kernel.
+On the CPU the operators' times count (see `autoquant.runtime.operators`). A replayed CUDA graph
+starts nothing on the host. Its kernels are matched, by name and order, with those of a run in which
+the same compiled code launches each kernel.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def _device_events(results: Any) -> list[Any]:
 
 
 def _device_step(phase: str, results: Any, launches: Sequence[_Launch], weights: Weights) -> StepProfile:
-    """Return a replayed step, whose kernels inside the CUDA graph are identified by an earlier run's `launches`."""
+    """Return a replayed step. An earlier run's `launches` identify its graph's kernels."""
     started = _started(results, weights)
     events = _device_events(results)
     found = match_launches([launch.name for launch in launches], [event.name() for event in events])
@@ -152,9 +153,9 @@ def _device_kernel(name: str, operator: Operator | None, start_us: float, durati
 
 
 def match_launches(launched: Sequence[str], replayed: Sequence[str]) -> list[int | None]:
-    """Return for each replayed kernel the position of the launched one with the same name, in the same order.
+    """Return for each replayed kernel the position of the same launched one.
 
-    It is None where the two runs differ.
+    It has the same name, in the same order. None marks where the two runs differ.
     """
     found: list[int | None] = [None] * len(replayed)
     for block in SequenceMatcher(None, launched, replayed, autojunk=False).get_matching_blocks():

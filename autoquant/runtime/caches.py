@@ -15,7 +15,10 @@ FUNCTIONS: dict[str, Callable[..., Sequence[torch.Tensor]]] = {}
 
 
 def clear_caches() -> None:
-    """Forget all that was compiled here, PyTorch's own caches included. Code that is in use stays."""
+    """Forget all that was compiled here, PyTorch's own caches included.
+
+    Code that is in use stays.
+    """
     torch.compiler.reset()
     REGION_CLASSES.clear()
     FUNCTIONS.clear()

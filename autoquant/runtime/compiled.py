@@ -1,9 +1,9 @@
 """Models made ready for the compiler.
 
-If a quantized model is given to `torch.compile` directly, each of its blocks is compiled, although most are alike. And on
-every call PyTorch checks each weight's tensor subclass and takes it apart. Here weights are taken apart once, before.
-Blocks of the same class become nested regions (`torch.compiler.nested_compile_region`), and regions that are alike are
-compiled once.
+If a quantized model is given to `torch.compile` directly, each of its blocks is compiled, although
+most are alike. And on every call PyTorch checks each weight's tensor subclass and takes it apart.
+Here weights are taken apart once, before. Blocks of the same class become nested regions
+(`torch.compiler.nested_compile_region`), and regions that are alike are compiled once.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
-    """Return a copy that computes the same from the same tensors, and compiles to the same kernels in less time.
+    """Return a copy, with the same tensors, that compiles to the same kernels in less time.
 
     Adjacent weights (see `autoquant.candidates.joined`) are multiplied as one.
 
     Args:
-        regions: Make repeated blocks nested regions, which the compiler reuses where they are alike.
+        regions: Make repeated blocks nested regions, which the compiler reuses where they are
+            alike.
     """
     ready = take_apart(shallow_copy(module), any_subclass=True)
     for block in repeated_blocks(ready):
@@ -55,8 +56,9 @@ def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
 def compile_forward(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile with static shapes.
 
-    PyTorch keeps compiled code per code object, so each model gets its own copy. Otherwise every plan would add to the same
-    list, whose guards are tried in turn on each call, until it reaches the compiler's recompile limit.
+    PyTorch keeps compiled code per code object, so each model gets its own copy. Otherwise every
+    plan would add to the same list, whose guards are tried in turn on each call, until it reaches
+    the compiler's recompile limit.
     """
     return torch.compile(_copy(function, function.__name__), dynamic=False, backend=_backend)
 
@@ -102,7 +104,10 @@ def _copy(function: Any, name: str) -> Callable[..., Any]:
 
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the members of lists of modules that hold several of one class. Of nested lists, the outer one counts."""
+    """Yield the members of lists of modules that hold several of one class.
+
+    Of nested lists, the outer one counts.
+    """
     for child in module.children():
         members = list(child) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
         kinds = [type(member) for member in members if next(member.children(), None) is not None]
@@ -130,9 +135,10 @@ def _kernels_nest(weight: torch.Tensor) -> bool:
 
 
 def _region_class(kind: type[nn.Module], make: str) -> type[nn.Module]:
-    """Return a subclass of `kind` whose forward pass is a nested region; one for all blocks of the same make.
+    """Return a class whose forward pass is a nested region, one for all blocks of a make.
 
-    The compiler keeps regions by code object and compares these by value, so their names must differ.
+    The compiler keeps regions by code object and compares these by value, so their names must
+    differ.
     """
     key = (kind, make)
     if key not in REGION_CLASSES:

@@ -1,7 +1,8 @@
 """The operators that a step started on the host, and the layer whose weight each reads.
 
-PyTorch's profiler records the tensors that an operator, or a compiled kernel, is given. Weights do not move, so the memory
-that a kernel reads identifies its layer, however the compiler fused it and however often it reuses a block's code.
+PyTorch's profiler records the tensors that an operator, or a compiled kernel, is given. Weights do
+not move, so the memory that a kernel reads identifies its layer, however the compiler fused it and
+however often it reuses a block's code.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Weights:
     Adjacent weights (see `autoquant.candidates.joined`) share their memory, and so their kernels.
 
     Args:
-        layers: Name of a linear's weight, by the linear's name. Linears of the module that are not among them count, too.
+        layers: Name of a linear's weight, by the linear's name. Linears of the module that are not
+            among them count, too.
     """
 
     def __init__(self, module: nn.Module, layers: Mapping[str, str]) -> None:
@@ -71,7 +73,10 @@ class Weights:
             self._names.setdefault(place, {})[name] = None
 
     def read_by(self, name: str, places: set[int]) -> tuple[str, ...]:
-        """Return the linears whose weights lie at `places`. An embedding that shares a linear's weight does not count."""
+        """Return the linears whose weights lie at `places`.
+
+        An embedding that shares a linear's weight does not count.
+        """
         places = places - self._embeddings if "embedding" in name else places
         found = (names for place, names in self._names.items() if place in places)
         return tuple(dict.fromkeys(name for names in found for name in names))
@@ -103,7 +108,7 @@ class Weights:
 
 @contextmanager
 def named_kernels() -> Iterator[None]:
-    """Inside, compiled C++ kernels report their names and inputs to the profiler, as Triton kernels always do."""
+    """Inside, compiled C++ kernels report names and inputs to the profiler, as Triton's do."""
     compiler = sys.modules.get("torch._inductor.codecache")
     modules = compiler.PyCodeCache.modules if compiler else []
     kernels = [
@@ -132,7 +137,8 @@ def _named(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
 def operators(step: Any, weights: Weights) -> list[Operator]:
     """Return the operators that started within an event of the profiler, in order.
 
-    A product reads the weight itself, or what another kernel has made of it (dequantized it) just before.
+    A product reads the weight itself, or what another kernel has made of it (dequantized it) just
+    before.
     """
     found = []
     made: dict[int, tuple[str, ...]] = {}
@@ -151,10 +157,10 @@ def operators(step: Any, weights: Weights) -> list[Operator]:
 
 
 def _outermost(event: Any, called: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Yield the outermost operators inside an event, each with the linear that calls it if that is not compiled.
+    """Yield an event's outermost operators, each with the uncompiled linear that calls it.
 
-    Ranges, and compiled regions, are searched. So are events of the GPU, which the profiler files under the host's events by
-    time alone: a range there may seem to hold operators.
+    Ranges, and compiled regions, are searched. So are events of the GPU, which the profiler files
+    under the host's events by time alone: a range there may seem to hold operators.
     """
     if event.tag == _EventType.TorchOp:
         if event.name.startswith(_LAYER):
@@ -171,7 +177,7 @@ def _takes_tensors(event: Any) -> bool:
 
 
 def _inputs(event: Any) -> Iterator[int]:
-    """Yield where the memory of each tensor begins that an event, and those inside it, are given."""
+    """Yield where each tensor's memory begins that an event, or one inside it, is given."""
     for value in getattr(event.extra_fields, "inputs", ()):
         for tensor in value if isinstance(value, list) else [value]:
             if place := getattr(tensor, "storage_data_ptr", None):

@@ -1,10 +1,11 @@
-"""A model compiled part by part, each different part once, for steps that are replayed as CUDA graphs.
+"""A model compiled part by part, for steps that are replayed as CUDA graphs.
 
-A replayed graph runs no Python, so the model's own code may stay around its compiled parts: its blocks, and the largest
-other modules. If a model is compiled in one piece, the compiler's first two stages take about 0.4 s for each block and
-phase, even if blocks are alike and the third stage compiles them once. Here a part is traced by running it with fake
-tensors, in a few hundredths of a second. The tensors that it holds (weights, its cache) become inputs of the graph. Parts
-with the same graph become one compiled function, in all plans.
+A replayed graph runs no Python, so the model's own code may stay around its compiled parts: its
+blocks, and the largest other modules. If a model is compiled in one piece, the compiler's first two
+stages take about 0.4 s for each block and phase, even if blocks are alike and the third stage
+compiles them once. Here a part is traced by running it with fake tensors, in a few hundredths of a
+second. The tensors that it holds (weights, its cache) become inputs of the graph. Parts with the
+same graph become one compiled function, in all plans.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def compile_parts(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def told_that_it_is_compiled(told: bool = True) -> Iterator[None]:
-    """Inside, code that asks whether it is compiled gets this answer. Compiled code branches on no tensor's values."""
+    """Inside, code that asks whether it is compiled gets this answer.
+
+    Compiled code branches on no tensor's values.
+    """
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = told
     try:
@@ -141,7 +145,10 @@ def _compile(
 
 
 class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Runs operators on fake tensors. Real inputs are converted too, because an operator may change them."""
+    """Runs operators on fake tensors.
+
+    Real inputs are converted too, because an operator may change them.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self.of, (args, kwargs or {}))
@@ -154,8 +161,9 @@ class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]
 class _LinearsOfRows(TorchFunctionMode):
     """Gives linears the rows of their input as a matrix.
 
-    Otherwise PyTorch makes one product for each sample if the strides of an input of three dimensions are not those of a
-    matrix, as after attention with one token. For 4096x4096 and 16 rows cuBLAS took 47 us that way, and 13 for the matrix.
+    Otherwise PyTorch makes one product for each sample if the strides of an input of three
+    dimensions are not those of a matrix, as after attention with one token. For 4096x4096 and 16
+    rows cuBLAS took 47 us that way, and 13 for the matrix.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

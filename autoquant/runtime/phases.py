@@ -1,4 +1,4 @@
-"""Running the phases of a workload on a model: one prefill, one decode step, or one forward pass."""
+"""The phases of a workload, run on a model: a prefill, a decode step, or a forward pass."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ DEFAULT_TOKEN_WORKLOAD = "prefill=512"
 class Phases(Protocol):
     """How a model is run for each phase of a workload.
 
-    `reset` prepares the model for `phase` (a decode step needs a filled cache). `run` does one call, compiled if the phases
-    were made so; at most `limit(phase)` calls may follow a reset. `run_eager` never compiles. `run_launched` is `run` without
-    a CUDA graph: the same kernels, each launched from the host.
+    `reset` prepares the model for `phase` (a decode step needs a filled cache). `run` does one
+    call, compiled if the phases were made so; at most `limit(phase)` calls may follow a reset.
+    `run_eager` never compiles. `run_launched` is `run` without a CUDA graph: the same kernels, each
+    launched from the host.
     """
 
     workload: Workload
@@ -57,11 +58,13 @@ def make_phases(
     """Choose how to run `module`.
 
     Args:
-        kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or `module`.
+        kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or
+            `module`.
         sample_inputs: Arguments of one forward pass, for `module`.
-        compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it as a CUDA graph.
-        division: How it is compiled. Part by part are only models with repeated blocks whose steps become CUDA graphs, others as
-            with `regions`.
+        compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it
+            as a CUDA graph.
+        division: How it is compiled. Part by part are only models with repeated blocks whose steps
+            become CUDA graphs, others as with `regions`.
         max_positions: The longest sequence the model takes, where known.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The time of one request, measured on the whole model: a plan and the unquantized model in turn."""
+"""The time of one request: a plan and the unquantized model, measured in turn."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def warm_up(phases: Phases) -> None:
     """Compile every phase, check its results, and run it until it has settled.
 
     Raises:
-        WrongResultError: The compiled phase's output differs from the eager one's by more than rounding explains.
+        WrongResultError: The compiled phase's output differs from the eager one's by more than
+            rounding explains.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -170,7 +171,7 @@ def rounds_in_turn(
     effort: TimingEffort | None = None,
     until: UntilEnough | None = None,
 ) -> tuple[Rounds, str]:
-    """Time models of one workload, already warm, in rounds, each of which begins with another model.
+    """Time models, already warm, in rounds, each of which begins with another model.
 
     All rounds are repeated while the machine is busy with something else.
 

@@ -31,7 +31,8 @@ class KernelTime:
         kind: `LINEAR`, one of `GLUE`, or `UNKNOWN` if its launch was not found.
         layers: The linears whose weights it reads: several where they are computed as one.
         start_us: From the step's beginning.
-        duration_us: What it adds to the step; less than it took where it overlaps with one that began before.
+        duration_us: What it adds to the step; less than it took where it overlaps with one that
+            began before.
     """
 
     name: str
@@ -46,7 +47,8 @@ class StepProfile:
     """What one step of a phase did, in the order of time.
 
     Attributes:
-        step_us: On the CPU the whole call, on a GPU from the first kernel's beginning to the last one's end.
+        step_us: On the CPU the whole call, on a GPU from the first kernel's beginning to the last
+            one's end.
     """
 
     phase: str
@@ -73,7 +75,8 @@ class StepProfile:
         """Return microseconds by linear.
 
         Args:
-            shares: By linear, in which proportion those that are computed as one share a kernel's time.
+            shares: By linear, in which proportion those that are computed as one share a kernel's
+                time.
         """
         times: dict[str, float] = {}
         for kernel in self.kernels:
@@ -92,7 +95,7 @@ class StepProfile:
 
 
 def median_step(steps: Sequence[StepProfile]) -> StepProfile:
-    """Return the step in which every kernel, and every gap, takes its median time over repetitions of one step.
+    """Return the step whose kernels and gaps take their median time over repetitions.
 
     If the repetitions did not run the same kernels, it is the one of median time.
     """
@@ -123,6 +126,7 @@ def _after_last(step: StepProfile) -> float:
 def glue_kind(name: str) -> str:
     """Return the kind of a kernel that reads no linear's weight, by its name.
 
-    A fused kernel is named after all that it computes. It counts as the first kind of `GLUE` that its name fits.
+    A fused kernel is named after all that it computes. It counts as the first kind of `GLUE` that
+    its name fits.
     """
     return next((kind for kind, pattern in _GLUE if re.search(pattern, name.lower())), OTHER)

@@ -97,7 +97,8 @@ class Usage:
         """Return what a model gives for the beginning of the prompt, or for the inputs.
 
         Args:
-            replayed: Generate by compiled steps; otherwise as transformers itself does, which compiles nothing.
+            replayed: Generate by compiled steps; otherwise as transformers itself does, which
+                compiles nothing.
         """
         inputs = self._prompt(module)[:1, :_CHECK_TOKENS] if self.kind == "causal_lm" else self._inputs()
         with torch.no_grad():
@@ -137,7 +138,10 @@ class Answer:
     ids: torch.Tensor | None
 
     def error(self, expected: Answer) -> float:
-        """Return the relative difference from the expected output; 0 if they are equal bit for bit."""
+        """Return the relative difference from the expected output.
+
+        0 if they are equal bit for bit.
+        """
         if self.output.shape != expected.output.shape:
             return math.inf
         difference = (self.output - expected.output).norm() / expected.output.norm().clamp(min=1e-30)
@@ -163,9 +167,10 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = F
 
 
 def first_difference(model: Any, made: Answer, expected: Answer) -> str:
-    """Return where generated ids differ from those expected by more than a near tie, or an empty string.
+    """Return where generated ids differ by more than a near tie, or an empty string.
 
-    Two tokens are a near tie if the gap between their logits is small against the distance from the best logit to the mean.
+    Two tokens are a near tie if the gap between their logits is small against the distance from the
+    best logit to the mean.
     """
     if made.ids is None or expected.ids is None:
         return ""

@@ -88,20 +88,25 @@ def profile(
     sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     listener: Listener = ignore,
 ) -> pd.DataFrame:
-    """Time linears by every candidate, without a search. What the store holds already is not timed again.
+    """Time linears by every candidate, without a search. What the store holds is not timed.
 
     Args:
-        model: A path or a live module as for `search`: its linears are timed, at the m that the workload gives them.
-        shapes: Instead of a model: a file of shapes, or its lines, such as `4096x4096+bias q_proj` (out features first).
-        rows: The m to time every shape at; by default those of the workload, or 1, 16, 128 and 2048 for shapes without one.
+        model: A path or a live module as for `search`: its linears are timed, at the m that the
+            workload gives them.
+        shapes: Instead of a model: a file of shapes, or its lines, such as `4096x4096+bias q_proj`
+            (out features first).
+        rows: The m to time every shape at; by default those of the workload, or 1, 16, 128 and 2048
+            for shapes without one.
         workload: `prefill=TOKENS,decode=STEPS` or a `Workload`, for `batch` sequences at a time.
-        dtype: auto (as stored; for shapes the better 16-bit float of the device), fp32, bf16, fp16 or fast16.
+        dtype: auto (as stored; for shapes the better 16-bit float of the device), fp32, bf16, fp16
+            or fast16.
         candidates: Globs over `FORMAT/KERNEL`. The unquantized weight is always timed too.
         db: Path of the SQLite store, or an SQLAlchemy URL; a search may use the same.
         sample_inputs: Arguments of one forward pass, for a module that is no language model.
 
     Returns:
-        One row per shape, m and candidate with the columns of `autoquant.profiler.latencies.COLUMNS`; times in microseconds.
+        One row per shape, m and candidate with the columns of
+        `autoquant.profiler.latencies.COLUMNS`; times in microseconds.
 
     Raises:
         AutoquantError: Something the user can mend; the message says what.
@@ -337,7 +342,7 @@ def _row(subject: TimingSubject, measurement: Measurement, numerics: str, floor:
 
 
 def _weight_bytes(fmt: Format, shape: LinearShape, hardware: Device, device_name: str) -> float | None:
-    """Return the bytes of a stored weight, judged by a few of its rows, or None if the format does not take the shape."""
+    """Return the bytes of a stored weight, or None if the format does not take the shape."""
     if fmt.unsupported(shape, 1, hardware.type):
         return None
     rows = min(shape.n, _SAMPLE_ROWS)

@@ -1,4 +1,4 @@
-"""The profile stage: times what the store does not know, and saves each timing as soon as it is made."""
+"""The profile stage: times what the store does not know, and saves it at once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def measure_all(
 ) -> dict[TimingSubject, Measurement]:
     """Time the subjects that the store does not know; return the measurements of all.
 
-    If the process dies, the subjects that were at work are tried one by one. Those that bring a process down alone have
-    failed, and the rest goes on.
+    If the process dies, the subjects that were at work are tried one by one. Those that bring a
+    process down alone have failed, and the rest goes on.
 
     Raises:
         ProcessDiedError: It died, and no subject does that alone (out of memory, say).
@@ -70,6 +70,6 @@ def _dies_alone(subject: TimingSubject, runner: Runner, hardware: Device) -> str
 
 
 def _at_work(subjects: Sequence[TimingSubject], known: Mapping[TimingSubject, Measurement]) -> Sequence[TimingSubject]:
-    """Return what is missing of the first shape and m that have something missing: they are timed in order."""
+    """Return what is missing of the first incomplete shape and m: they are timed in order."""
     missing = [subject for subject in subjects if subject not in known]
     return [subject for subject in missing if (subject.shape, subject.m) == (missing[0].shape, missing[0].m)]

@@ -15,7 +15,7 @@ from autoquant.records import Device
 
 
 def use_kernel_caches() -> None:
-    """Have PyTorch's and Triton's compilers keep their output in the cache folder, unless the user chose others."""
+    """Have compilers keep their output in the cache folder, unless the user chose others."""
     folder = cache_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

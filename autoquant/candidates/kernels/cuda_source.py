@@ -1,4 +1,4 @@
-"""The project's own CUDA kernels, compiled by the compiler library that comes with PyTorch when they are first needed.
+"""The project's own CUDA kernels, compiled by PyTorch's compiler library on first use.
 
 The machine code is kept in the cache folder, so that a machine compiles each kernel once.
 """
@@ -23,7 +23,7 @@ _MOST_ARGUMENTS = 16
 
 
 def cuda_source_unsupported(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Return why `what`, one of the project's own kernels, does not run on the current device, or None."""
+    """Return why one of the project's own kernels does not run on the current device."""
     return needs_cuda(device_type, what, capability) or needs_library("cuda.bindings", "cuda-bindings")
 
 

@@ -1,4 +1,4 @@
-"""Products of a few rows with stored weights by the project's own kernels (`rows.cuh`): the host's side."""
+"""Products of a few rows by the project's own kernels (`rows.cuh`): the host's side."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from autoquant.candidates.kernels.cuda_source import cuda_kernel
 from autoquant.records import LinearShape
 
 ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16
-"""Rows of x that tensor cores take at a time, and how many a product of a few rows takes at most."""
+"""Rows of x that tensor cores take at a time, and most rows of a product of a few rows."""
 Setting = tuple[int, int, int]
 """Warps and tiles of 16 rows of a block, and blocks that a multiprocessor should hold."""
 Settings = Sequence[tuple[int, Setting, Setting]]
-"""Up to how many tiles for each multiprocessor (0: any) what is fastest for up to 8 rows of x, and for up to 16."""
+"""The fastest settings for up to 8 rows of x, and for up to 16.
+
+Each entry holds for up to so many tiles for each multiprocessor (0: any).
+"""
 
 
 def setting_of(settings: Settings, n: int, m: int, processors: int) -> Setting:

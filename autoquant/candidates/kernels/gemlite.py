@@ -1,8 +1,8 @@
 """gemlite's Triton kernels (https://github.com/dropbox/gemlite) over the tensors of other formats.
 
-gemlite takes a weight `[k, n]` as any strided tensor, so the transposed view of plain `[n, k]` bytes will do: one stored
-weight serves its kernels and the others. Its operator takes its settings as a list of integers, in the order of
-`GemLiteLinearTriton.get_meta_args` in gemlite's `core.py`.
+gemlite takes a weight `[k, n]` as any strided tensor, so the transposed view of plain `[n, k]`
+bytes will do: one stored weight serves its kernels and the others. Its operator takes its settings
+as a list of integers, in the order of `GemLiteLinearTriton.get_meta_args` in gemlite's `core.py`.
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ class Gemlite(TunedLibrary):
             kernel.do_bench = functools.partial(do_bench, warmup=5, rep=20)
 
     def tune_alone(self, threads: int) -> None:
-        """Time settings by replayed CUDA graphs, and compile a kernel's settings at once before they are tried.
+        """Time settings by replayed CUDA graphs, and compile them all at once before.
 
-        Triton's own clock includes the launch on the host, which is longer than most kernels for one row. Compiling takes
-        most of the time.
+        Triton's own clock includes the launch on the host, which is longer than most kernels for
+        one row. Compiling takes most of the time.
         """
         _tune_alone(threads)
 
@@ -227,7 +227,7 @@ def _compiled_first(kernel: Any, threads: int) -> Callable[[dict[str, Any]], lis
 
 
 def replayed_ms(call: Callable[[], object], quantiles: Sequence[float] = (0.5,)) -> list[float]:
-    """Return the milliseconds of `call`, whose weights are read from memory, once for each of `quantiles`."""
+    """Return the milliseconds of `call` with cold weights, once for each of `quantiles`."""
     call()  # what the device cannot run fails here
     flush = _flush()
     ms = (_shortest_ms(lambda: (flush.zero_(), call())) - _flush_ms()) / _CALLS
@@ -246,7 +246,10 @@ def _flush_ms() -> float:
 
 
 def _shortest_ms(call: Callable[[], object]) -> float:
-    """Return the shortest replay of some calls. The device is busy long enough to run at its full clock."""
+    """Return the shortest replay of some calls.
+
+    The device is busy long enough to run at its full clock.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):

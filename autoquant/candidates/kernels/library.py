@@ -10,13 +10,16 @@ from pathlib import Path
 class TunedLibrary(ABC):
     """A library that tunes a kernel for a shape when it is first called, which takes seconds.
 
-    A candidate names its library in `Kernel.library`, and nothing else names it: `autoquant.candidates.kernels.caches` asks
-    the libraries of all candidates that are installed.
+    A candidate names its library in `Kernel.library`, and nothing else names it:
+    `autoquant.candidates.kernels.caches` asks the libraries of all candidates that are installed.
     """
 
     @abstractmethod
     def missing_reason(self) -> str | None:
-        """Return why the library cannot be used and what to install, or None. Only if None is the rest called."""
+        """Return why the library cannot be used and what to install, or None.
+
+        Only if None is the rest called.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> None:

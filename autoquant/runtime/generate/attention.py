@@ -1,9 +1,10 @@
 """Attention for one token over a static cache, for models of transformers.
 
-PyTorch's attention copies keys and values for each query head that shares them, reads the whole cache even if little of it
-is filled, and starts six kernels. `token_attention` reads what the mask shows, once, in two kernels. `use_token_attention`
-has a model use it in compiled steps of one token. Anything else stays as it was: kernels that are launched one by one cost
-more time on the host than they save.
+PyTorch's attention copies keys and values for each query head that shares them, reads the whole
+cache even if little of it is filled, and starts six kernels. `token_attention` reads what the mask
+shows, once, in two kernels. `use_token_attention` has a model use it in compiled steps of one
+token. Anything else stays as it was: kernels that are launched one by one cost more time on the
+host than they save.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _ADDED_COLUMNS = 64
 def token_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Return softmax(q k' scale) v for one token: `[b, h, 1, d_v]`. A head that sees nothing gets zeros.
+    """Return softmax(q k' scale) v for one token, `[b, h, 1, d_v]`; zeros if a head sees nothing.
 
     Args:
-        q: `[b, h, 1, d]`, with k `[b, h_kv, L, d]` and v `[b, h_kv, L, d_v]` of any strides; h_kv divides h, d and d_v are at
-            most 256.
+        q: `[b, h, 1, d]`, with k `[b, h_kv, L, d]` and v `[b, h_kv, L, d_v]` of any strides; h_kv
+            divides h, d and d_v are at most 256.
         mask: Which positions are seen: bool `[b or 1, h or 1, 1, L]`, or None for all.
     """
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -109,7 +110,10 @@ def _launch(
 
 
 def use_token_attention(model: nn.Module) -> str | None:
-    """Have a causal language model of transformers attend with `token_attention`; return why it cannot, or None."""
+    """Have a causal language model of transformers attend with `token_attention`.
+
+    Return why it cannot, or None.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

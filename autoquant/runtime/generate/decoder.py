@@ -1,8 +1,9 @@
 """The steps of a causal language model over a static cache: chunks of a prompt, and single tokens.
 
-Each kind of step has fixed shapes. So it is compiled once and, on a GPU, replayed as one CUDA graph. A prompt is cut into
-chunks of a few sizes, of which each unpacks all weights again. The last chunk is filled up with tokens whose keys and values
-later tokens overwrite: the causal mask hides them until then.
+Each kind of step has fixed shapes. So it is compiled once and, on a GPU, replayed as one CUDA
+graph. A prompt is cut into chunks of a few sizes, of which each unpacks all weights again. The last
+chunk is filled up with tokens whose keys and values later tokens overwrite: the causal mask hides
+them until then.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 def cache_positions(tokens: int) -> int:
-    """Return the length of the cache that holds `tokens`: one of two lengths an octave, so that few are compiled for."""
+    """Return the length of the cache for `tokens`: one of two an octave, so few are compiled."""
     length = _SHORTEST_CACHE
     while length < tokens:
         length = length * 3 // 2 if length & (length - 1) == 0 else length // 3 * 4
@@ -41,7 +42,10 @@ def cache_positions(tokens: int) -> int:
 
 
 def chunks_of(tokens: int, batch: int) -> list[int]:
-    """Return the chunks that a prompt is cut into; the last one may be longer than what is left of the prompt."""
+    """Return the chunks that a prompt is cut into.
+
+    The last one may be longer than what is left of the prompt.
+    """
     sizes = [size for size in CHUNKS if size * batch <= _MOST_ROWS] or [CHUNKS[-1]]
     chunks = []
     left = tokens
@@ -115,7 +119,7 @@ class Decoder:
         return self._run(ids)
 
     def filled_cache(self, tokens: int) -> Any:
-        """Return the keys and values of the first `tokens` positions, as transformers hands them out."""
+        """Return keys and values of the first `tokens` positions as a cache of transformers."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)

@@ -1,8 +1,9 @@
 """The loop over the tokens of one call of `generate`, by the steps of a `Decoder`.
 
-It does what transformers' `GenerationMixin._sample` does, in the same order: scores, logits processors, choice of the
-next token, stopping criteria, streamer. On a GPU it runs ahead: results of a step are copied to the host while the next
-steps run, and steps that turn out to be behind the end are dropped.
+It does what transformers' `GenerationMixin._sample` does, in the same order: scores, logits
+processors, choice of the next token, stopping criteria, streamer. On a GPU it runs ahead: results
+of a step are copied to the host while the next steps run, and steps that turn out to be behind the
+end are dropped.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Loop:
 
     @functools.cached_property
     def _ahead(self) -> int:
-        """How many steps to run ahead: none if one of the user's own criteria must see each step before the next."""
+        """How many steps to run ahead: none if a criterion of the user must see each first."""
         own = any(not type(criterion).__module__.startswith("transformers.") for criterion in self._criteria)
         return 0 if own or not backend(self._ids.device).graphs else _AHEAD
 

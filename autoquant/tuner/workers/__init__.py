@@ -1,1 +1,1 @@
-"""The processes that do the search's work: this one, or others that may crash and return their memory."""
+"""The processes that do a search's work: this one, or others that may crash."""

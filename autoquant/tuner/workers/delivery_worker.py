@@ -1,6 +1,7 @@
-"""The new process of `tuner.deliver`: run as `python -m autoquant.tuner.workers.delivery_worker FD`, where FD is a socket.
+"""The new process of `tuner.deliver`, run as `python -m MODULE FD` where FD is a socket.
 
-It is not forked, so it starts without the search's memory and can use a GPU. It ends when the search does.
+It is not forked, so it starts without the search's memory and can use a GPU. It ends when the
+search does.
 """
 
 from __future__ import annotations

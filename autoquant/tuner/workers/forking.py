@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class ForkingRunner:
     """Runs each job in a fresh child of a worker process, which has the model loaded.
 
-    The worker is restarted if it dies. It runs in its own session, so Ctrl-C does not reach it, and it is killed when this
-    process exits.
+    The worker is restarted if it dies. It runs in its own session, so Ctrl-C does not reach it, and
+    it is killed when this process exits.
 
     Raises:
         AutoquantError: The worker cannot make the bench.
@@ -123,5 +123,8 @@ def send(connection: Connection, value: Any) -> None:
 
 
 def receive(connection: Connection) -> Any:
-    """Return what `send` sent. Both ends are ours: the socket has no name that another process could find."""
+    """Return what `send` sent.
+
+    Both ends are ours: the socket has no name that another process could find.
+    """
     return pickle.loads(connection.recv_bytes())

@@ -1,4 +1,4 @@
-"""The heavy work of a search as jobs, which consist of plain records so that another process can do them."""
+"""The heavy work of a search as jobs: plain records, which another process can do."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def load_again(source: ModelSource, *, dtype: str, kind: ModelKind, content_hash
 
 
 class Job(Protocol[Result_co]):
-    """One piece of work. It sends facts through `tell` as soon as they are known, and returns its result.
+    """One piece of work. It sends facts through `tell` once they are known.
 
     Attributes:
         needs_model: The model should be in memory before it starts.
@@ -244,7 +244,10 @@ class ProfileJob:
 
 
 def _tell_trimmed(tell: Tell, event: Event) -> None:
-    """Pass an event on. Between candidates, off the clock, return what their quantization freed to the system."""
+    """Pass an event on.
+
+    Between candidates, off the clock, return what their quantization freed to the system.
+    """
     if isinstance(event, StageProgress):
         trim_memory()
     tell(event)
@@ -252,7 +255,10 @@ def _tell_trimmed(tell: Tell, event: Event) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """Scores changes, each (site, numerics, format id, activation), by one sensitivity; sends `Scored`."""
+    """Scores changes, each (site, numerics, format id, activation), by one sensitivity.
+
+    Sends `Scored`.
+    """
 
     needs_model: ClassVar[bool] = True
 
@@ -277,7 +283,10 @@ class ScoreJob:
 
 
 def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Change]:
-    """Return the changes, with the weights of those that need inputs. Those that cannot be made are left out with a notice."""
+    """Return the changes, with the weights of those that need inputs.
+
+    Those that cannot be made are left out with a notice.
+    """
     calibration = bench.calibration
     assert calibration is not None  # the search lets in no format that needs inputs without a text
     wanted: dict[str, dict[str, Format]] = {}
@@ -304,7 +313,8 @@ class ProveJob:
     """Proves a plan.
 
     Attributes:
-        selection: The unquantized model's losses on the selection part, from an earlier proof; empty before the first.
+        selection: The unquantized model's losses on the selection part, from an earlier proof;
+            empty before the first.
     """
 
     needs_model: ClassVar[bool] = True

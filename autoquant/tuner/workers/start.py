@@ -40,7 +40,7 @@ def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Ru
 
 
 def _forking(bench: Bench, formats: Sequence[str]) -> Runner:
-    """Return a `ForkingRunner`, or raise `AutoquantError` if its process cannot make the same bench."""
+    """Return a `ForkingRunner`, or raise `AutoquantError` if it cannot make the bench."""
     quality = bench.quality
     assert not isinstance(quality, FunctionQuality)  # `_needs_this_process` saw to it
     runner = ForkingRunner(

@@ -1,8 +1,9 @@
-"""The other side of `ForkingRunner`: a process that has everything loaded and forks a child for each job.
+"""The other side of `ForkingRunner`: a process that forks a child for each job.
 
-Run as `python -m autoquant.tuner.workers.worker FD`, where FD is a socket. This process never computes: a process whose
-OpenMP threads have run cannot be forked. A child ends with its job, which returns all its memory. A child that a signal ends
-is an answer like any other. When the searching process ends, so do this one and its child.
+Run as `python -m autoquant.tuner.workers.worker FD`, where FD is a socket. This process never
+computes: a process whose OpenMP threads have run cannot be forked. A child ends with its job, which
+returns all its memory. A child that a signal ends is an answer like any other. When the searching
+process ends, so do this one and its child.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _work(job: Job[Any], bench: Bench, answers: Connection) -> None:
 
 
 def portable(error: BaseException) -> BaseException:
-    """Return the error with its traceback as a note, or one that says the same if it cannot be sent."""
+    """Return the error with its traceback as a note, or a like one that can be sent."""
     error.add_note("".join(traceback.format_exception(error)))
     try:
         pickle.loads(pickle.dumps(error))

@@ -84,7 +84,8 @@ def main() -> None:
         pool.map(compile_one, jobs, chunksize=1)
 
     import torch
-    from autoquant.profiler.clocks import GraphClock
+
+    from autoquant.devices.cuda_graphs import GraphClock
 
     writer = csv.writer(sys.stdout)
     writer.writerow(["config", "n", "k", "m", "latency_us", "spread_us"])

@@ -20,7 +20,7 @@ WORKLOAD = Workload.parse("prefill=4,decode=3")
 
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch):
-    monkeypatch.setattr(parts, "_FUNCTIONS", {})
+    monkeypatch.setattr(parts, "FUNCTIONS", {})
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_steps_in_parts_compute_what_the_model_computes():
 def test_as_many_parts_are_compiled_for_many_layers_as_for_few(graphs):
     counts = []
     for layers in (2, 5):
-        parts._FUNCTIONS.clear()
+        parts.FUNCTIONS.clear()
         graphs.clear()
         for result, expected, length, expected_length in steps(deep_llama(layers)):
             torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from autoquant.profiler.clocks import GraphClock
 
 from autoquant.candidates import get_format
 from autoquant.candidates.formats.int4_tiled import SETTINGS, Int4TiledTensor, int4_unpack
 from autoquant.candidates.kernels.cuda_source import CudaKernel
 from autoquant.candidates.kernels.few_rows import Setting, setting_of
+from autoquant.devices.cuda_graphs import GraphClock
 from autoquant.errors import CandidateError
 from autoquant.profiler.roofline import measure_roofline
 

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import autoquant
+from autoquant.devices import backend
 from autoquant.models import load_model
 from autoquant.records import Workload
-from autoquant.runtime.phases import divisions, make_phases
+from autoquant.runtime.phases import make_phases
 from autoquant.runtime.request import make_warm, time_requests
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     make = partial(make_phases, kind="causal_lm", workload=workload, device="cpu", compiled=not arguments.eager)
     phases = []
     for module in (quantized, original):
-        ready, note = make_warm(partial(make, module), divisions("cpu"))
+        ready, note = make_warm(partial(make, module), backend("cpu").divisions)
         phases.append(ready)
         if note:
             print(f"note: {note}")

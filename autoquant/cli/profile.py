@@ -76,7 +76,7 @@ def profile(
     all_m = None if rows is None else parse_rows(rows)
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.profiler.profile import ProfileRequest, time_linears  # imports torch
+    from autoquant.tuner.profile import ProfileRequest, time_linears  # imports torch
 
     try:
         with listening() as listener:

@@ -141,7 +141,7 @@ def _module_stack(module: nn.Module) -> Iterator[list[str]]:
 def record_model(
     loaded: LoadedModel, workload: Workload, *, device: str, sample_inputs: Any, listener: Listener
 ) -> Recording:
-    """Record a loaded model at work, and tell what is covered and what is left alone.
+    """Record a loaded model at work, and report what is covered and what is left alone.
 
     Args:
         sample_inputs: See `make_phases`.

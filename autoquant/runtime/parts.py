@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.records import content_key
+from autoquant.runtime.caches import FUNCTIONS
 from autoquant.runtime.compiled import compile_graph, repeated_blocks
 
 
@@ -207,8 +208,8 @@ def _function(
     places = list(map(id, inputs))
     same = [places.index(place) for place in places]
     key = content_key([graph.code, [_signature(tensor) for tensor in inputs], same], length=32)
-    if key not in _FUNCTIONS:
+    if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)
         with told_that_it_is_compiled(False):
-            _FUNCTIONS[key] = compile_graph(without_tensors, inputs)
-    return _FUNCTIONS[key]
+            FUNCTIONS[key] = compile_graph(without_tensors, inputs)
+    return FUNCTIONS[key]

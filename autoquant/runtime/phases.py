@@ -1,4 +1,4 @@
-"""Running the phases of a workload on a model: one prefill, one decode step, or one forward pass."""
+"""The phases of a workload, run on a model: a prefill, a decode step, or a forward pass."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from autoquant.devices import Division, backend
 from autoquant.errors import WorkloadError
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
-from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
+from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
 
 _Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,9 +25,10 @@ DEFAULT_TOKEN_WORKLOAD = "prefill=512"
 class Phases(Protocol):
     """How a model is run for each phase of a workload.
 
-    `reset` puts the model in front of `phase` (a decode step needs a filled cache); `run` executes one call of it, compiled
-    where the phases were made so, and may be called up to `limit(phase)` times after a reset; `run_eager` never compiles.
-    `run_launched` is `run` without a CUDA graph: the same kernels, each launched by itself.
+    `reset` prepares the model for `phase` (a decode step needs a filled cache). `run` does one
+    call, compiled if the phases were made so; at most `limit(phase)` calls may follow a reset.
+    `run_eager` never compiles. `run_launched` is `run` without a CUDA graph: the same kernels, each
+    launched from the host.
     """
 
     workload: Workload
@@ -56,11 +58,13 @@ def make_phases(
     """Choose how to run `module`.
 
     Args:
-        kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or `module`.
+        kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or
+            `module`.
         sample_inputs: Arguments of one forward pass, for `module`.
-        compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it as a CUDA graph.
-        division: How it is compiled. Part by part are only models with repeated blocks whose steps become CUDA graphs, others as
-            with `regions`.
+        compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it
+            as a CUDA graph.
+        division: How it is compiled. Part by part are only models with repeated blocks whose steps
+            become CUDA graphs, others as with `regions`.
         max_positions: The longest sequence the model takes, where known.
 
     Raises:
@@ -88,13 +92,8 @@ def make_phases(
     return _ForwardPhases(module, workload, sample_inputs, compiled, division)
 
 
-def divisions(device: str) -> Sequence[Division]:
-    """Ways to compile for `device`, the quickest to be ready first."""
-    return ("parts", "regions", "whole") if torch.device(device).type == "cuda" else ("regions", "whole")
-
-
 def default_workload(kind: str, batch: int) -> Workload:
-    """What a model of `kind` (see `make_phases`) is asked to do where the user does not say."""
+    """Return the default workload of a model of `kind` (see `make_phases`)."""
     if kind == "causal_lm":
         return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
     if kind == "token_lm":
@@ -160,12 +159,12 @@ class _CausalPhases:
         self._eager = self._launched = self._forward = _step_of(module, self._cache)
         self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
         if compiled:
-            graphed = torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers)
+            graphed = backend(device).graphs and not any(layer.is_sliding for layer in self._cache.layers)
             in_parts = graphed and division == "parts" and any(repeated_blocks(module))
             compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
             self._launched = self._forward = compiled_step(module, self._cache)
             if graphed:
-                self._forward = GraphedStep(self._launched, self._lengths)
+                self._forward = backend(device).graphed(self._launched, self._lengths)
 
     def reset(self, phase: str) -> None:
         self._cache.reset()
@@ -196,7 +195,7 @@ class _CausalPhases:
             return forward(self._ids[:, start:end], positions)
 
     def _lengths(self) -> list[torch.Tensor]:
-        """What a step advances: how far each layer's cache is filled."""
+        """Return what a step advances: how far each layer's cache is filled."""
         return [layer.cumulative_length for layer in self._cache.layers]
 
 

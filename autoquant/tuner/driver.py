@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from autoquant.candidates import select
-from autoquant.devices.device import fingerprint
+from autoquant.devices import backend
 from autoquant.evaluators.outputs import OutputQuality
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import resolve_device, take_model
-from autoquant.profiler.profile import with_original
+from autoquant.profiler.measure import with_original
 from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Objective, Recording, Workload, content_key
@@ -137,7 +137,7 @@ def search(
     make_phases(
         loaded.module, loaded.kind, workload, device=place, sample_inputs=inputs, max_positions=loaded.max_positions
     )
-    hardware = fingerprint(place)
+    hardware = backend(place).fingerprint()
     identity = {
         "model_hash": loaded.content_hash,
         "device": hardware.key,

@@ -15,8 +15,8 @@ from autoquant.records import Workload
 
 @pytest.fixture
 def timing(monkeypatch):
-    """A stand-in for `autoquant.profiler.profile`, whose `requests` are the options it got."""
-    module = ModuleType("autoquant.profiler.profile")
+    """A stand-in for `autoquant.tuner.profile`, whose `requests` are the options it got."""
+    module = ModuleType("autoquant.tuner.profile")
     module.requests = []
     module.error = None
 
@@ -31,7 +31,7 @@ def timing(monkeypatch):
 
     module.ProfileRequest = SimpleNamespace
     module.time_linears = time_linears
-    monkeypatch.setitem(sys.modules, "autoquant.profiler.profile", module)
+    monkeypatch.setitem(sys.modules, "autoquant.tuner.profile", module)
     monkeypatch.setattr(autoquant.profiler, "profile", module, raising=False)
     return module
 

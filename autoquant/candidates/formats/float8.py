@@ -15,7 +15,7 @@ from autoquant.candidates.calls import is_plain_call
 from autoquant.candidates.kernels.cuda_source import cuda_source_unsupported
 from autoquant.candidates.kernels.few_rows import rows_kernel, too_many_rows
 from autoquant.candidates.kernels.float8_rows import CHUNK_COLUMNS, float8_rows, multiply_float8_rows
-from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w8
+from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
 from autoquant.devices.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
 
@@ -66,7 +66,7 @@ def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
 
 def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    values, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    values, scale = _parts(weight)
     product = multiply_float8_rows if is_plain_call(x, bias) else float8_rows
     return product(x, values, scale, bias)
 
@@ -81,8 +81,8 @@ def _rows_unsupported(shape: LinearShape, m: int, device_type: str) -> str | Non
     return too_many_rows(shape, m, device_type)
 
 
-def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
-    return linear_w8(x, weight.qdata, weight.scale, bias, dynamic=dynamic)  # type: ignore[attr-defined]
+def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return weight.qdata, weight.scale  # type: ignore[attr-defined]
 
 
 def float8_product_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
@@ -124,25 +124,7 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
 
 _ROW_KERNELS = (
     rows_kernel(_rows, _rows_unsupported),
-    Kernel(
-        id="gemlite",
-        numerics=A16,
-        linear=functools.partial(_gemlite, dynamic=False),
-        opaque=True,
-        tuned=True,
-        unsupported=_gemlite_float8_unsupported,
-        description="gemlite's weight-only product",
-    ),
-    Kernel(
-        id="gemlite-dynamic",
-        numerics=A8_FLOAT8_ROW,
-        linear=functools.partial(_gemlite, dynamic=True),
-        opaque=True,
-        tuned=True,
-        arithmetic="float8",
-        unsupported=_gemlite_float8_unsupported,
-        description="activation rows rounded to float8, gemlite's product",
-    ),
+    *gemlite_kernels(_parts, rounds=A8_FLOAT8_ROW, arithmetic="float8", unsupported=_gemlite_float8_unsupported),
 )
 
 FORMATS = (

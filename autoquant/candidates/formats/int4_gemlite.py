@@ -17,7 +17,7 @@ from autoquant.candidates.formats.int4_tinygemm import (
     with_roundings,
 )
 from autoquant.candidates.formats.rounding import Rounded
-from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w4
+from autoquant.candidates.kernels.gemlite import GEMLITE, gemlite_unsupported, linear_w4
 from autoquant.records import LinearShape
 
 
@@ -115,7 +115,7 @@ def _gemlite(group: int) -> Format:
                 numerics=A16,
                 linear=_gemlite_linear,
                 opaque=True,
-                tuned=True,
+                library=GEMLITE,
                 description="gemlite's weight-only product",
             ),
             dequantize_kernel(_gemlite_float),

@@ -180,9 +180,13 @@ def _scaled_mm_nvfp4(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return F.linear(rows, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
+_BLOCK_SCALED = ("cuda",)
+"""Kinds of device that PyTorch has block-scaled products for."""
+
+
 def _no_hardware(device_type: str) -> str | None:
     """Why the device has no tensor cores for scaled blocks, or None where it has."""
-    if device_type != "cuda":
+    if device_type not in _BLOCK_SCALED:
         return "block-scaled products are for CUDA"
     needed = "needs a GPU of compute capability 10.0 (Blackwell)"
     if not torch.cuda.is_available():

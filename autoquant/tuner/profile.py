@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from autoquant.candidates import Format, Kernel, get_format, select, timed
+from autoquant.candidates import Format, select, timed
 from autoquant.candidates.flat import stored_bytes
-from autoquant.candidates.formats.floats import original_format
-from autoquant.devices.device import compile_failure, fingerprint
+from autoquant.devices import backend
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import LoadedModel, dtype_name, resolve_device, resolve_dtype, take_model
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
+from autoquant.profiler.measure import Candidates
 from autoquant.profiler.record import mean_element_bytes, record_model
-from autoquant.profiler.roofline import known_roofline
+from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.profiler.shapes import ListedShapes, NamedShapes, parse_shapes, read_shapes
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
@@ -38,13 +38,12 @@ if TYPE_CHECKING:
 DEFAULT_ROWS = (1, 16, 128, 2048)
 _SAMPLE_ROWS = 256
 
-Candidates = Sequence[tuple[Format, Kernel]]
 Cell = tuple[LinearShape, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRequest:
-    """What is to be timed; see `profile`."""
+    """A request to time linears; see `profile`."""
 
     model: str | os.PathLike[str] | nn.Module | None = None
     shapes: str | os.PathLike[str] | Sequence[str] | None = None
@@ -63,7 +62,7 @@ class ProfileRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Subjects:
-    """What the request comes to: shapes with their names, at which m, with weights how cold."""
+    """The linears of a request: shapes with their names, each m, and how cold weights are."""
 
     names: NamedShapes
     cells: Sequence[Cell]
@@ -89,20 +88,25 @@ def profile(
     sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     listener: Listener = ignore,
 ) -> pd.DataFrame:
-    """Time linears by every candidate, without a search. What the store holds already is not timed again.
+    """Time linears by every candidate, without a search. What the store holds is not timed.
 
     Args:
-        model: A path or a live module as for `search`: its linears are timed, at the m that the workload gives them.
-        shapes: Instead of a model: a file of shapes, or its lines, such as `4096x4096+bias q_proj` (out features first).
-        rows: The m to time every shape at; by default those of the workload, or 1, 16, 128 and 2048 for shapes without one.
+        model: A path or a live module as for `search`: its linears are timed, at the m that the
+            workload gives them.
+        shapes: Instead of a model: a file of shapes, or its lines, such as `4096x4096+bias q_proj`
+            (out features first).
+        rows: The m to time every shape at; by default those of the workload, or 1, 16, 128 and 2048
+            for shapes without one.
         workload: `prefill=TOKENS,decode=STEPS` or a `Workload`, for `batch` sequences at a time.
-        dtype: auto (as stored; for shapes the better 16-bit float of the device), fp32, bf16, fp16 or fast16.
+        dtype: auto (as stored; for shapes the better 16-bit float of the device), fp32, bf16, fp16
+            or fast16.
         candidates: Globs over `FORMAT/KERNEL`. The unquantized weight is always timed too.
         db: Path of the SQLite store, or an SQLAlchemy URL; a search may use the same.
         sample_inputs: Arguments of one forward pass, for a module that is no language model.
 
     Returns:
-        One row per shape, m and candidate with the columns of `autoquant.profiler.latencies.COLUMNS`; times in microseconds.
+        One row per shape, m and candidate with the columns of
+        `autoquant.profiler.latencies.COLUMNS`; times in microseconds.
 
     Raises:
         AutoquantError: Something the user can mend; the message says what.
@@ -128,7 +132,7 @@ def profile(
 
 
 def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latencies:
-    """`profile` with everything that is known about how its rows came about.
+    """Profile as `profile`, and return how the rows came about with them.
 
     Raises:
         AutoquantError: As for `profile`.
@@ -151,20 +155,13 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
     store = open_store(request.db)  # after everything that can be refused without it
     try:
         subjects = prepare()
-        return _time(subjects, with_original(pairs, subjects.dtype), device_name, store, listener)
+        return _time(subjects, measure.with_original(pairs, subjects.dtype), device_name, store, listener)
     finally:
         store.close()
 
 
-def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
-    """The candidates, and leaving the weight alone, which no glob can exclude."""
-    original = get_format(original_format(dtype))
-    rest = [(fmt, kernel) for fmt, kernel in pairs if fmt.id != original.id]
-    return [*((original, kernel) for kernel in original.kernels), *rest]
-
-
 def _check(request: ProfileRequest) -> None:
-    """Refuse what contradicts itself."""
+    """Refuse options that contradict one another."""
     if (request.model is None) == (request.shapes is None):
         raise WorkloadError("give either a model or shapes (--shapes FILE): their linears are what is timed")
     if request.rows is not None and (not request.rows or min(request.rows) < 1):
@@ -190,7 +187,7 @@ def _of_shapes(request: ProfileRequest, listed: ListedShapes, workload: Workload
     if workload is not None:
         rows = sorted({phase.tokens * workload.batch for phase in workload.phases})
     dtype = next(iter(names)).dtype
-    hardware = fingerprint(device_name)
+    hardware = backend(device_name).fingerprint()
     # As cold as in a model that has as many of these linears as twice the cache holds.
     once = sum(shape.n * shape.k for shape in names) * ELEMENT_BYTES[dtype]
     repeated = list(names) * -(-2 * hardware.cache_bytes // once)
@@ -248,7 +245,7 @@ def _of_model(
         else measure.cells_of(recording.sites),
         working_set=measure.working_set_bytes(
             [site.shape for site in recording.sites],
-            fingerprint(device_name),
+            backend(device_name).fingerprint(),
             mean_element_bytes(loaded.module, recording),
         ),
         dtype=loaded.dtype,
@@ -257,29 +254,46 @@ def _of_model(
 
 
 def _time(subjects: _Subjects, candidates: Candidates, device_name: str, store: Store, listener: Listener) -> Latencies:
-    hardware = fingerprint(device_name)
-    if reason := compile_failure() if hardware.type == "cpu" else None:
+    place = backend(device_name)
+    hardware = place.fingerprint()
+    if reason := place.compile_failure():
         listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
     store.put_device(hardware)
+    wanted = measure.subjects_of(subjects.cells, candidates, subjects.working_set)
     known = store.timings(hardware, PROTOCOL)
+    missing = [subject for subject in wanted if subject not in known]
+
+    def keep(measurements: Sequence[Measurement]) -> None:
+        store.put_timings(hardware, PROTOCOL, measurements)
+        known.update({measurement.subject: measurement for measurement in measurements})
+
+    def roofline() -> Roofline:
+        return store.roofline(hardware) or undisturbed_roofline(
+            device_name,
+            cache_bytes=hardware.cache_bytes,
+            on_measured=partial(store.put_roofline, hardware),
+            listener=listener,
+        )
+
     started = time.monotonic()
-    measured = measure.profile(
-        measure.subjects_of(subjects.cells, candidates, subjects.working_set),
+    measure.measure(
+        missing,
         candidates,
-        device=hardware,
-        device_name=device_name,
-        store=store,
+        measure.Place(device=device_name, hardware=hardware, roofline=roofline),
+        on_measured=keep,
         listener=listener,
     )
+    measured = {subject: known[subject] for subject in wanted}
+    measure.summarize(measured, len(set(missing)), listener)
     elapsed_s = time.monotonic() - started
-    roofline = known_roofline(hardware, device_name, store, listener)
+    limits = roofline()
     return Latencies(
-        rows=_rows(measured, candidates, hardware, device_name, roofline),
+        rows=_rows(measured, candidates, hardware, device_name, limits),
         names=subjects.names,
         source=subjects.source,
         device=hardware,
-        roofline=roofline,
-        from_store=sum(subject in known for subject in measured),
+        roofline=limits,
+        from_store=len(measured) - len(set(missing)),
         elapsed_s=elapsed_s,
     )
 
@@ -328,7 +342,7 @@ def _row(subject: TimingSubject, measurement: Measurement, numerics: str, floor:
 
 
 def _weight_bytes(fmt: Format, shape: LinearShape, hardware: Device, device_name: str) -> float | None:
-    """Bytes of a stored weight, from a few of its rows; None where the format does not take the shape."""
+    """Return the bytes of a stored weight, or None if the format does not take the shape."""
     if fmt.unsupported(shape, 1, hardware.type):
         return None
     rows = min(shape.n, _SAMPLE_ROWS)

@@ -82,7 +82,11 @@ class Workload:
         counts: dict[str, int] = {}
         for part in text.split(","):
             name, _, number = part.strip().partition("=")
-            if name not in ("prefill", "decode") or name in counts or not re.fullmatch("[0-9]{1,9}", number):
+            if (
+                name not in ("prefill", "decode")
+                or name in counts
+                or not re.fullmatch("[0-9]{1,9}", number)
+            ):
                 raise WorkloadError(advice)
             counts[name] = int(number)
         if not all(counts.values()):
@@ -298,7 +302,11 @@ class Prediction:
 
     def request_ms_beside(self, original_request_ms: float) -> float:
         """`request_ms` where the unquantized model takes that long: a machine may have become slower or faster since."""
-        return self.request_ms * original_request_ms / (self.original_request_ms or original_request_ms)
+        return (
+            self.request_ms
+            * original_request_ms
+            / (self.original_request_ms or original_request_ms)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

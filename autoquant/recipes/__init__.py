@@ -56,7 +56,9 @@ def user_folder() -> Path:
     """Where the user's own recipes lie: `$AUTOQUANT_RECIPES`, or `autoquant/recipes` under the user's configuration folder."""
     if chosen := os.environ.get(FOLDER_VARIABLE):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "autoquant" / "recipes"
+    return (
+        Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "autoquant" / "recipes"
+    )
 
 
 def recipe_files() -> dict[str, Path]:
@@ -98,8 +100,13 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {_ABOUT} must be a line of text")
     for key, value in content.items():
         texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str if isinstance(value, list) else str | int | float) for text in texts):
-            raise RecipeError(f"{path}: {key} must be a text, a number, true, false or a list of texts")
+        if not all(
+            isinstance(text, str if isinstance(value, list) else str | int | float)
+            for text in texts
+        ):
+            raise RecipeError(
+                f"{path}: {key} must be a text, a number, true, false or a list of texts"
+            )
     return Recipe(path=path, about=" ".join(about.split()), options=content)
 
 

@@ -103,11 +103,16 @@ def differences(row: Attributed, plan: Plan, workload: Workload) -> list[Differe
     predicted = {layer.name: request_time(layer.latency_us, calls) / 1e3 for layer in plan.layers}
     by_phase = {phase: step.layer_us(_alone_us(plan, phase)) for phase, step in row.steps.items()}
     measured = {
-        name: request_time({phase: times.get(name, 0.0) for phase, times in by_phase.items()}, calls) / 1e3
+        name: request_time(
+            {phase: times.get(name, 0.0) for phase, times in by_phase.items()}, calls
+        )
+        / 1e3
         for name in predicted
     }
     found = [
-        Difference(pattern, sum(measured[name] for name in names), sum(predicted[name] for name in names))
+        Difference(
+            pattern, sum(measured[name] for name in names), sum(predicted[name] for name in names)
+        )
         for pattern, names in fold(predicted)
     ]
     rest_ms = _predicted_ms(row) - sum(predicted.values())
@@ -145,7 +150,11 @@ def attribution_report(
     for phase, step in row.steps.items():
         timed = units.duration_ms(row.phase_ms[phase])
         head = f"{row.label}, {phase}: {units.duration_us(step.step_us)} a step with the profiler, {timed} without"
-        parts += [Text(head, style="bold"), _parts_table(step_parts(step, original.steps[phase], plan), step), Text("")]
+        parts += [
+            Text(head, style="bold"),
+            _parts_table(step_parts(step, original.steps[phase], plan), step),
+            Text(""),
+        ]
         parts += [
             _gaps_text(step),
             Text(""),
@@ -157,11 +166,16 @@ def attribution_report(
     if plan is None:
         return Group(*parts)
     found = differences(row, plan, workload)
-    parts += [Text(f"{row.label}: a request against its prediction", style="bold"), _differences_table(found)]
+    parts += [
+        Text(f"{row.label}: a request against its prediction", style="bold"),
+        _differences_table(found),
+    ]
     return Group(*parts)
 
 
-def attribution_object(row: Attributed, original: Attributed, plan: Plan, workload: Workload) -> dict[str, Any]:
+def attribution_object(
+    row: Attributed, original: Attributed, plan: Plan, workload: Workload
+) -> dict[str, Any]:
     """The same in full, as JSON."""
     steps = {
         phase: {
@@ -173,7 +187,10 @@ def attribution_object(row: Attributed, original: Attributed, plan: Plan, worklo
         for phase, step in row.steps.items()
     }
     found = differences(row, plan, workload)
-    return {"steps": steps, "differences": [{**asdict(each), "excess_ms": each.excess_ms} for each in found]}
+    return {
+        "steps": steps,
+        "differences": [{**asdict(each), "excess_ms": each.excess_ms} for each in found],
+    }
 
 
 def trace_object(rows: Mapping[str, Mapping[str, StepProfile]]) -> dict[str, Any]:
@@ -183,7 +200,11 @@ def trace_object(rows: Mapping[str, Mapping[str, StepProfile]]) -> dict[str, Any
         rows: By what a model is called, its steps by phase.
     """
     events: list[dict[str, Any]] = []
-    steps = [(f"{label}, {phase}", step) for label, by_phase in rows.items() for phase, step in by_phase.items()]
+    steps = [
+        (f"{label}, {phase}", step)
+        for label, by_phase in rows.items()
+        for phase, step in by_phase.items()
+    ]
     for process, (name, step) in enumerate(steps):
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})
         for thread, track in enumerate(("layers", "kernels")):
@@ -248,7 +269,9 @@ def _parts_table(parts: list[Part], step: StepProfile) -> Table:
 def _gaps_text(step: StepProfile) -> Text:
     gaps = [duration_us for _, duration_us in step.gaps()]
     longest = units.duration_us(max(gaps, default=0.0))
-    return Text(f"{len(step.kernels)} kernels, {len(gaps)} gaps between them, the longest {longest}")
+    return Text(
+        f"{len(step.kernels)} kernels, {len(gaps)} gaps between them, the longest {longest}"
+    )
 
 
 def _layers_table(step: StepProfile, plan: Plan | None) -> Table:
@@ -263,7 +286,9 @@ def _layers_table(step: StepProfile, plan: Plan | None) -> Table:
     times = sorted(step.layer_us(alone).items(), key=lambda item: -item[1])
     for name, time_us in times[:_LAYERS]:
         own = units.duration_us(alone[name]) if name in alone else units.MISSING
-        table.add_row(Text(name), Text(formats.get(name, units.MISSING)), units.duration_us(time_us), own)
+        table.add_row(
+            Text(name), Text(formats.get(name, units.MISSING)), units.duration_us(time_us), own
+        )
     return table
 
 
@@ -271,15 +296,24 @@ def _kernels_table(step: StepProfile, width: int) -> Table:
     """The kernels that take longest, all runs of one together."""
     sums: dict[tuple[str, str], tuple[int, float]] = {}
     for kernel in step.kernels:
-        name = kernel.name.removeprefix("void ").split("(")[0]  # without the types of a C++ function's arguments
+        name = kernel.name.removeprefix("void ").split("(")[
+            0
+        ]  # without the types of a C++ function's arguments
         runs, time_us = sums.get((name, kernel.kind), (0, 0.0))
         sums[name, kernel.kind] = (runs + 1, time_us + kernel.duration_us)
     table = plain_table()
-    table.add_column("Slowest kernels", overflow="fold" if width >= WIDE else "ellipsis", no_wrap=width < WIDE, ratio=1)
+    table.add_column(
+        "Slowest kernels",
+        overflow="fold" if width >= WIDE else "ellipsis",
+        no_wrap=width < WIDE,
+        ratio=1,
+    )
     table.add_column("What", no_wrap=True)
     table.add_column("Runs", justify="right", no_wrap=True)
     table.add_column("Time", justify="right", no_wrap=True)
-    for (name, kind), (runs, time_us) in sorted(sums.items(), key=lambda item: -item[1][1])[:_KERNELS]:
+    for (name, kind), (runs, time_us) in sorted(sums.items(), key=lambda item: -item[1][1])[
+        :_KERNELS
+    ]:
         what = "linear" if kind == LINEAR else kind
         table.add_row(Text(name), what, str(runs), units.duration_us(time_us))
     return table

@@ -46,7 +46,9 @@ def plan_object(
         "model_hash": plan.model_hash,
         "dtype": plan.dtype,
         "formats": plan.formats(),
-        "layers": [layer_object(layer, (alternatives or {}).get(layer.name)) for layer in plan.layers],
+        "layers": [
+            layer_object(layer, (alternatives or {}).get(layer.name)) for layer in plan.layers
+        ],
         "coverage": coverage_object(recording) if recording else None,
     }
 

@@ -20,7 +20,17 @@ from autoquant.report.words import device_words
 _MOST_LINES = 9
 _INK, _GREY, _GRID = "#000000", "#6b7885", "#e4e8ec"
 # Okabe and Ito's palette, told apart by those who see fewer colours; the markers differ too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4b9a", "#8c6d31", "#4d4d4d")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7a4b9a",
+    "#8c6d31",
+    "#4d4d4d",
+)
 _MARKERS = ("o", "^", "D", "v", "P", "X", "<", ">", "p")
 SYMBOLS = (
     "circle",
@@ -80,7 +90,10 @@ def render_latencies(latencies: Latencies, suffix: str) -> bytes:
 def format_lines(rows: Sequence[Row]) -> dict[str, Line]:
     """The fastest kernel of each format by m; the weight as it is goes by the name of `unquantized`."""
     names = {row["format"]: UNQUANTIZED if is_original(row) else row["format"] for row in rows}
-    lines = {name: best_route([row for row in rows if row["format"] == fmt]) for fmt, name in names.items()}
+    lines = {
+        name: best_route([row for row in rows if row["format"] == fmt])
+        for fmt, name in names.items()
+    }
     return {name: line for name, line in lines.items() if line}
 
 
@@ -88,16 +101,23 @@ def drawn_formats(panels: Mapping[LinearShape, Mapping[str, Line]]) -> tuple[lis
     """Formats that get a line, in the order of the registry, and those that do not: where there are too many, the slowest."""
     gains: dict[str, float] = {}
     for lines in panels.values():
-        best = {m: min(line[m]["latency_us"] for line in lines.values() if m in line) for m in measured_m(lines)}
+        best = {
+            m: min(line[m]["latency_us"] for line in lines.values() if m in line)
+            for m in measured_m(lines)
+        }
         for name, line in lines.items():
             gain = max(best[m] / row["latency_us"] for m, row in line.items())
             gains[name] = max(gains.get(name, 0.0), gain)
     gains.pop(UNQUANTIZED, None)
     chosen = sorted(gains, key=lambda name: -gains[name])[:_MOST_LINES]
-    return [name for name in gains if name in chosen], [name for name in gains if name not in chosen]
+    return [name for name in gains if name in chosen], [
+        name for name in gains if name not in chosen
+    ]
 
 
-def floor_line(roofline: Roofline, shape: LinearShape, floor: Floor, all_m: Sequence[int]) -> list[tuple[float, float]]:
+def floor_line(
+    roofline: Roofline, shape: LinearShape, floor: Floor, all_m: Sequence[int]
+) -> list[tuple[float, float]]:
     """Points (m, microseconds) of a limit, a little beyond the measured m on both sides."""
     first, last = min(all_m) / 1.25, max(all_m) * 1.25
     known = roofline.flops_per_s
@@ -110,13 +130,19 @@ def floor_line(roofline: Roofline, shape: LinearShape, floor: Floor, all_m: Sequ
     return points
 
 
-def latency_range_us(roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]) -> tuple[float, float]:
+def latency_range_us(
+    roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]
+) -> tuple[float, float]:
     """Ends of a panel's latency axis: from the lowest limit or latency to where no choice would be made any more."""
     all_m = measured_m(lines)
     limits: list[float] = []
     if roofline is not None:
-        limits = [time_us for floor in FLOORS for _, time_us in floor_line(roofline, shape, floor, all_m)]
-    slowest = {name: max(row["latency_us"] for row in line.values()) for name, line in lines.items()}
+        limits = [
+            time_us for floor in FLOORS for _, time_us in floor_line(roofline, shape, floor, all_m)
+        ]
+    slowest = {
+        name: max(row["latency_us"] for row in line.values()) for name, line in lines.items()
+    }
     fastest = min(row["latency_us"] for line in lines.values() for row in line.values())
     highest = max([*slowest.values(), *limits])
     if UNQUANTIZED in slowest:
@@ -130,7 +156,11 @@ def measured_m(lines: Mapping[str, Line]) -> list[int]:
 
 
 def _picture(
-    latencies: Latencies, panels: Mapping[LinearShape, Mapping[str, Line]], drawn: Sequence[str], note: str, kind: str
+    latencies: Latencies,
+    panels: Mapping[LinearShape, Mapping[str, Line]],
+    drawn: Sequence[str],
+    note: str,
+    kind: str,
 ) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -160,18 +190,26 @@ def _grid(panels: int) -> tuple[int, int]:
 
 
 def _draw_panel(
-    axes: Any, latencies: Latencies, shape: LinearShape, lines: Mapping[str, Line], drawn: Sequence[str]
+    axes: Any,
+    latencies: Latencies,
+    shape: LinearShape,
+    lines: Mapping[str, Line],
+    drawn: Sequence[str],
 ) -> None:
     axes.set_title(_panel_title(latencies, shape), loc="left", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     all_m = measured_m(lines)
     if not all_m:
-        axes.text(0.5, 0.5, "nothing could be timed", transform=axes.transAxes, ha="center", color=_GREY)
+        axes.text(
+            0.5, 0.5, "nothing could be timed", transform=axes.transAxes, ha="center", color=_GREY
+        )
         return
     for floor in FLOORS:
         points = floor_line(latencies.roofline, shape, floor, all_m)
-        axes.plot(*zip(*points, strict=True), color=_GREY, linewidth=1.1, dashes=floor.dash, zorder=2)
+        axes.plot(
+            *zip(*points, strict=True), color=_GREY, linewidth=1.1, dashes=floor.dash, zorder=2
+        )
     for name, style in _styles(drawn).items():
         if name in lines:
             line = lines[name]
@@ -185,7 +223,13 @@ def _draw_panel(
 
 
 def _set_ticks(axes: Any, all_m: Sequence[int]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        LogLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
     axes.xaxis.set_major_locator(FixedLocator(spaced_ticks(all_m)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -231,7 +275,10 @@ def _legend(drawn: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], label=name, **style) for name, style in _styles(drawn).items()]
-    floors = [Line2D([], [], color=_GREY, linewidth=1.1, dashes=floor.dash, label=floor.label) for floor in FLOORS]
+    floors = [
+        Line2D([], [], color=_GREY, linewidth=1.1, dashes=floor.dash, label=floor.label)
+        for floor in FLOORS
+    ]
     return [*lines, *floors]
 
 
@@ -240,24 +287,35 @@ def _title(latencies: Latencies) -> str:
 
 
 def _panel_title(latencies: Latencies, shape: LinearShape) -> str:
-    called = ", ".join(pattern.rpartition(".")[2] for pattern, _ in fold(latencies.names.get(shape, ())))
-    text = f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}{f'  {called}' if called else ''}"
+    called = ", ".join(
+        pattern.rpartition(".")[2] for pattern, _ in fold(latencies.names.get(shape, ()))
+    )
+    text = (
+        f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}{f'  {called}' if called else ''}"
+    )
     return text if len(text) <= _TITLE_LENGTH else f"{text[: _TITLE_LENGTH - 1]}…"
 
 
 def _page(
-    latencies: Latencies, panels: Mapping[LinearShape, Mapping[str, Line]], drawn: Sequence[str], note: str
+    latencies: Latencies,
+    panels: Mapping[LinearShape, Mapping[str, Line]],
+    drawn: Sequence[str],
+    note: str,
 ) -> str:
     from plotly.subplots import make_subplots
 
     columns, rows = _grid(len(panels))
     titles = [_panel_title(latencies, shape) for shape in panels]
-    figure = make_subplots(rows=rows, cols=columns, subplot_titles=titles, vertical_spacing=min(0.12, 0.4 / rows))
+    figure = make_subplots(
+        rows=rows, cols=columns, subplot_titles=titles, vertical_spacing=min(0.12, 0.4 / rows)
+    )
     shown: set[str] = set()
     for index, (shape, lines) in enumerate(panels.items()):
         place = {"row": index // columns + 1, "col": index % columns + 1}
         for trace in _traces(latencies, shape, lines, drawn):
-            figure.add_scatter(showlegend=trace["name"] not in shown, legendgroup=trace["name"], **trace, **place)
+            figure.add_scatter(
+                showlegend=trace["name"] not in shown, legendgroup=trace["name"], **trace, **place
+            )
             shown.add(trace["name"])
         if lines:
             ends = [math.log10(end) for end in latency_range_us(latencies.roofline, shape, lines)]

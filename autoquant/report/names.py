@@ -17,7 +17,10 @@ def fold(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
         groups.setdefault(_split(name), []).append(name)
     for position in range(max((len(parts) for parts in groups), default=0)):
         groups = _merge(groups, position)
-    return [(".".join(_written(part) for part in parts), tuple(members)) for parts, members in groups.items()]
+    return [
+        (".".join(_written(part) for part in parts), tuple(members))
+        for parts, members in groups.items()
+    ]
 
 
 def number_ranges(numbers: Sequence[int]) -> str:
@@ -33,7 +36,10 @@ def number_ranges(numbers: Sequence[int]) -> str:
 
 
 def _split(name: str) -> _Parts:
-    return tuple((int(part),) if part.isdecimal() and str(int(part)) == part else part for part in name.split("."))
+    return tuple(
+        (int(part),) if part.isdecimal() and str(int(part)) == part else part
+        for part in name.split(".")
+    )
 
 
 def _merge(groups: dict[_Parts, list[str]], position: int) -> dict[_Parts, list[str]]:
@@ -42,7 +48,8 @@ def _merge(groups: dict[_Parts, list[str]], position: int) -> dict[_Parts, list[
     for parts in groups:
         alike.setdefault(_without_number(parts, position), []).append(parts)
     return {
-        _union(members, position): [name for parts in members for name in groups[parts]] for members in alike.values()
+        _union(members, position): [name for parts in members for name in groups[parts]]
+        for members in alike.values()
     }
 
 

@@ -129,7 +129,12 @@ def _measured_rows(pair: PlanPair) -> list[tuple[str, str, str, str]]:
         return []
     increase = "perplexity_increase"
     return [
-        _row("Request, measured", a["measured_request_ms"], b["measured_request_ms"], units.duration_ms),
+        _row(
+            "Request, measured",
+            a["measured_request_ms"],
+            b["measured_request_ms"],
+            units.duration_ms,
+        ),
         (
             increase_heading([a, b]),
             increase_words(a),
@@ -141,7 +146,9 @@ def _measured_rows(pair: PlanPair) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _row(name: str, before: float, after: float, write: Callable[[float], str]) -> tuple[str, str, str, str]:
+def _row(
+    name: str, before: float, after: float, write: Callable[[float], str]
+) -> tuple[str, str, str, str]:
     return name, write(before), write(after), units.signed(after - before, write)
 
 
@@ -179,10 +186,14 @@ def _measured_object(pair: PlanPair) -> dict[str, Any] | None:
     a, b = pair.row_before, pair.row_after
     if a is None or b is None:
         return None
-    return _differences({name: a[name] for name in _MEASURED}, {name: b[name] for name in _MEASURED})
+    return _differences(
+        {name: a[name] for name in _MEASURED}, {name: b[name] for name in _MEASURED}
+    )
 
 
 def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
     """Both, and the differences. Ends of intervals are not subtracted: that gives no interval."""
-    differences = {name: after[name] - before[name] for name in before if not name.endswith(("_low", "_high"))}
+    differences = {
+        name: after[name] - before[name] for name in before if not name.endswith(("_low", "_high"))
+    }
     return {"before": dict(before), "after": dict(after), "difference": differences}

@@ -14,7 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from autoquant.events import Event, Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.events import (
+    Event,
+    Listener,
+    Notice,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    ignore,
+)
 from autoquant.report.units import clock_s
 
 _REFRESH_S = 0.1
@@ -23,7 +31,9 @@ _REFRESH_S = 0.1
 @contextmanager
 def listening(stream: TextIO | None = None) -> Iterator[Listener]:
     """A listener that writes to `stream` (stderr where None), live if that is a terminal; none where what is done is logged."""
-    if logging.getLogger("autoquant").isEnabledFor(logging.INFO):  # the log tells more, also what is told here
+    if logging.getLogger("autoquant").isEnabledFor(
+        logging.INFO
+    ):  # the log tells more, also what is told here
         yield ignore
         return
     stream = stream or sys.stderr
@@ -65,7 +75,9 @@ class LiveListener:
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}", style="cyan", markup=False),
             TextColumn(
-                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+                "{task.description}",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
             ),
             console=console,
             expand=True,

@@ -22,7 +22,9 @@ def digits(value: float, significant: int = 3) -> str:
 
 def duration_us(value: float) -> str:
     """Microseconds in the unit that suits them."""
-    unit, scale = next((pair for pair in _TIME_UNITS_US if abs(value) >= pair[1]), _TIME_UNITS_US[-1])
+    unit, scale = next(
+        (pair for pair in _TIME_UNITS_US if abs(value) >= pair[1]), _TIME_UNITS_US[-1]
+    )
     return f"{digits(value / scale)} {unit}"
 
 
@@ -43,7 +45,10 @@ def clock_s(seconds: float) -> str:
 
 def size(value: float) -> str:
     """Bytes as KiB, MiB or GiB (MiB up to 10 GiB, so that models of one size compare at a glance)."""
-    unit, scale = next((pair for pair in _BYTE_UNITS if value >= pair[1] * (10 if pair[0] == "GiB" else 1)), ("B", 1))
+    unit, scale = next(
+        (pair for pair in _BYTE_UNITS if value >= pair[1] * (10 if pair[0] == "GiB" else 1)),
+        ("B", 1),
+    )
     return f"{digits(value / scale)} {unit}" if unit != "B" else f"{value:.0f} B"
 
 

@@ -36,15 +36,21 @@ def source_name(source: Mapping[str, Any]) -> str:
     return path.rstrip("/").rpartition("/")[2] or "live module"
 
 
-def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload) -> str:
+def recommendation(
+    rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload
+) -> str:
     """The recommended plan of `Study.rows` in words, or why there is none; then which plans are not, and why."""
     return "\n".join([_recommended(rows, limits, workload), *refused_lines(rows)])
 
 
-def _recommended(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload) -> str:
+def _recommended(
+    rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload
+) -> str:
     row = next((row for row in rows if row["recommended"]), None)
     if not rows:
-        return "No plan has been proven yet: run the same command again with a larger --time-budget."
+        return (
+            "No plan has been proven yet: run the same command again with a larger --time-budget."
+        )
     if row is None:
         return f"No proven plan is within the limits ({limits_words(limits)}): allow more, or take one from the table."
     if row["label"] == ORIGINAL_LABEL:
@@ -63,7 +69,9 @@ def _recommended(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], w
         f"  memory {_memory(row, original)}",
     ]
     if row["kind"] in _BASELINE_WORDS:
-        lines.append(f"  It is {_BASELINE_WORDS[row['kind']]}: choosing layer by layer brought nothing more here.")
+        lines.append(
+            f"  It is {_BASELINE_WORDS[row['kind']]}: choosing layer by layer brought nothing more here."
+        )
         lines += [f"  {line}" for line in _searched(within, row)]
     lines += [f"  {line}" for line in ties_lines(within, row)]
     return "\n".join(lines)
@@ -80,7 +88,10 @@ def as_run_lines(row: Mapping[str, Any], workload: Workload) -> list[str]:
     ]
     parts = []
     if row["as_run_first_token_ms"] is not None and row["as_run_step_ms"] is not None:
-        parts = [f"first token {_change(row, 'first_token_ms')}", f"{_change(row, 'step_ms')} a further token"]
+        parts = [
+            f"first token {_change(row, 'first_token_ms')}",
+            f"{_change(row, 'step_ms')} a further token",
+        ]
     lines += [f"  {', '.join(parts)}"] if parts else []
     return lines + ([f"  note: {row['as_run_notes']}"] if row["as_run_notes"] else [])
 
@@ -104,7 +115,8 @@ def refused(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def refused_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
-        f"Not recommended: plan {row['plan_id']} ({row['label']}): {row['not_recommended']}" for row in refused(rows)
+        f"Not recommended: plan {row['plan_id']} ({row['label']}): {row['not_recommended']}"
+        for row in refused(rows)
     ]
 
 
@@ -137,7 +149,9 @@ def _searched(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) ->
         return []
     best = min(as_good, key=lambda r: r["measured_request_ms"])
     change = best["measured_request_ms"] / baseline["measured_request_ms"] - 1
-    return [f"The search's own plan {best['plan_id']} ({best['label']}) of such quality takes {change:+.1%} time."]
+    return [
+        f"The search's own plan {best['plan_id']} ({best['label']}) of such quality takes {change:+.1%} time."
+    ]
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
@@ -146,7 +160,10 @@ def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
 
 
 def plan_lines(
-    plan: Plan, row: Mapping[str, Any] | None, proof: Proof | None = None, failure: str | None = None
+    plan: Plan,
+    row: Mapping[str, Any] | None,
+    proof: Proof | None = None,
+    failure: str | None = None,
 ) -> list[str]:
     """What a plan is, then what is predicted and what was measured of it."""
     predicted = plan.prediction
@@ -158,9 +175,13 @@ def plan_lines(
         f"{units.size(predicted.memory_bytes)}",
     ]
     if row is None:
-        lines.append(f"Not proven{f': {failure}' if failure else ' yet: the same search goes on to prove it'}")
+        lines.append(
+            f"Not proven{f': {failure}' if failure else ' yet: the same search goes on to prove it'}"
+        )
         return lines
-    quality = "" if row["perplexity"] is None else f"perplexity {units.digits(row['perplexity'], 5)}, "
+    quality = (
+        "" if row["perplexity"] is None else f"perplexity {units.digits(row['perplexity'], 5)}, "
+    )
     divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"
     lines.append(
         f"Measured: {_speed(row)}; {quality}"
@@ -182,8 +203,13 @@ def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[st
     Args:
         database: As it is written in a command.
     """
-    errors = {row["plan_id"]: row["predicted_request_ms"] / row["measured_request_ms"] - 1 for row in rows}
-    off = sorted((row for row in rows if is_off(errors[row["plan_id"]])), key=lambda row: -abs(errors[row["plan_id"]]))
+    errors = {
+        row["plan_id"]: row["predicted_request_ms"] / row["measured_request_ms"] - 1 for row in rows
+    }
+    off = sorted(
+        (row for row in rows if is_off(errors[row["plan_id"]])),
+        key=lambda row: -abs(errors[row["plan_id"]]),
+    )
     off = [row for row in off if row["label"] != ORIGINAL_LABEL]
     if not off:
         return []
@@ -196,7 +222,9 @@ def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[st
     ]
 
 
-def disturbed_proofs(proofs: Mapping[str, Proof], recommended: str | None, database: str) -> list[str]:
+def disturbed_proofs(
+    proofs: Mapping[str, Proof], recommended: str | None, database: str
+) -> list[str]:
     """How many plans were timed while something else used the machine, and how to time them again; empty for none.
 
     Args:
@@ -205,7 +233,9 @@ def disturbed_proofs(proofs: Mapping[str, Proof], recommended: str | None, datab
         database: As it is written in a command.
     """
     disturbed = [
-        plan_id for plan_id, proof in proofs.items() if any(note.startswith(DISTURBED) for note in proof.notes)
+        plan_id
+        for plan_id, proof in proofs.items()
+        if any(note.startswith(DISTURBED) for note in proof.notes)
     ]
     if not disturbed:
         return []
@@ -243,7 +273,9 @@ def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
 
 def measure_words(row: Mapping[str, Any]) -> str:
     """What quality was measured by: `Perplexity`, `Loss` or `Output divergence`."""
-    return "Output divergence" if row["measure"] == "divergence" else str(row["measure"]).capitalize()
+    return (
+        "Output divergence" if row["measure"] == "divergence" else str(row["measure"]).capitalize()
+    )
 
 
 def increase_heading(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -260,14 +292,18 @@ def increase_words(row: Mapping[str, Any]) -> str:
 def constraints_words(constraints: Mapping[str, Any]) -> str:
     """The constraints of a study as its options; empty where it has none."""
     parts = [f"--{name} {value}" for name in ("keep", "pin") for value in constraints.get(name, ())]
-    return " ".join(parts + [f"--fusable {engine}" for engine in [constraints.get("fusable")] if engine])
+    return " ".join(
+        parts + [f"--fusable {engine}" for engine in [constraints.get("fusable")] if engine]
+    )
 
 
 def limits_words(limits: Mapping[str, Any]) -> str:
     """The limits of a study in words, and what is minimized within them if it is not time."""
     parts = []
     if limits.get("max_ppl_increase") is not None:
-        parts.append(f"{limits.get('measure', 'increase')} at most {units.percent(limits['max_ppl_increase'])}")
+        parts.append(
+            f"{limits.get('measure', 'increase')} at most {units.percent(limits['max_ppl_increase'])}"
+        )
     if limits.get("max_kl") is not None:
         parts.append(f"KL at most {limits['max_kl']:g}")
     if limits.get("max_memory_bytes") is not None:

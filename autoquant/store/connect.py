@@ -38,8 +38,14 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
         StoreError: The file is missing, not writable, damaged, of another program, or of a newer autoquant.
     """
     check_address(address, create=create)
-    url = make_url(str(address)) if "://" in str(address) else URL.create("sqlite", database=str(address))
-    engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {})
+    url = (
+        make_url(str(address))
+        if "://" in str(address)
+        else URL.create("sqlite", database=str(address))
+    )
+    engine = create_engine(
+        url, connect_args={"timeout": _BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {}
+    )
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
@@ -68,7 +74,9 @@ def open_read_only(path: str | os.PathLike[str]) -> Store:
     uri = f"{file.absolute().as_uri()}?{mode}"
     engine = create_engine(
         "sqlite://",
-        creator=lambda: sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
+        creator=lambda: sqlite3.connect(
+            uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S
+        ),
         poolclass=NullPool,
     )
     event.listen(engine, "begin", _begin_sqlite)
@@ -87,7 +95,11 @@ def check_address(address: str | os.PathLike[str], *, create: bool = True) -> No
     """
     if "://" not in str(address):
         _check_file(Path(address), create=create)
-    elif (url := make_url(str(address))).get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+    elif (url := make_url(str(address))).get_backend_name() == "sqlite" and url.database not in (
+        None,
+        "",
+        ":memory:",
+    ):
         _check_file(Path(url.database), create=create)
 
 
@@ -101,13 +113,17 @@ def folder_of(address: str) -> Path:
     if "://" not in address:
         return Path(address).parent
     url = make_url(address)
-    return Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else Path()
+    return (
+        Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else Path()
+    )
 
 
 def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     """Refuse what SQLite would only find out after writing. The file is opened read-only here."""
     if path.is_dir():
-        raise StoreError(f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}")
+        raise StoreError(
+            f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}"
+        )
     if not path.exists() or path.stat().st_size == 0:
         if not create:
             raise StoreError(
@@ -128,20 +144,29 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(100)
     if len(header) < 100 or header[:16] != b"SQLite format 3\0":
-        raise StoreError(f"{path} is not an autoquant database (no SQLite file); give another file for the database")
+        raise StoreError(
+            f"{path} is not an autoquant database (no SQLite file); give another file for the database"
+        )
     application = int.from_bytes(header[68:72], "big")
     if application != APPLICATION_ID:
         raise StoreError(f"{path} belongs to another program; give another file for the database")
     page = int.from_bytes(header[16:18], "big")
     page = 65536 if page == 1 else page
-    if path.stat().st_size < page * int.from_bytes(header[28:32], "big") and not Path(f"{path}-wal").exists():
+    if (
+        path.stat().st_size < page * int.from_bytes(header[28:32], "big")
+        and not Path(f"{path}-wal").exists()
+    ):
         raise StoreError(f"{path} is truncated; restore it or give another file for the database")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by `_begin_sqlite`, so that they hold table changes too
+    connection.isolation_level = (
+        None  # transactions are begun by `_begin_sqlite`, so that they hold table changes too
+    )
     cursor = connection.cursor()
-    if cursor.execute("PRAGMA page_count").fetchone()[0] == 0:  # before the log exists, so that the file itself says it
+    if (
+        cursor.execute("PRAGMA page_count").fetchone()[0] == 0
+    ):  # before the log exists, so that the file itself says it
         cursor.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = NORMAL")

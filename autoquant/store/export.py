@@ -46,11 +46,17 @@ def timing_rows(store: Store, device_part: str = "") -> list[dict[str, Any]]:
     """
     with transaction(store.engine) as session:
         devices = {row.key: row.fingerprint for row in session.scalars(select(DeviceRow))}
-        chosen = [key for key, device in devices.items() if device_part.lower() in device["name"].lower()]
+        chosen = [
+            key for key, device in devices.items() if device_part.lower() in device["name"].lower()
+        ]
         if device_part and not chosen:
             names = ", ".join(sorted({device["name"] for device in devices.values()}))
-            raise StoreError(f"no device here has {device_part!r} in its name; devices: {names or 'none'}")
-        rows = session.scalars(select(TimingRow).where(TimingRow.device_key.in_(chosen)).order_by(TimingRow.id))
+            raise StoreError(
+                f"no device here has {device_part!r} in its name; devices: {names or 'none'}"
+            )
+        rows = session.scalars(
+            select(TimingRow).where(TimingRow.device_key.in_(chosen)).order_by(TimingRow.id)
+        )
         return [_row(row, devices[row.device_key]) for row in rows]
 
 

@@ -18,7 +18,15 @@ from sqlalchemy.orm import Session
 from autoquant.errors import StoreError
 from autoquant.store.connect import open_read_only
 from autoquant.store.repository import Store, transaction
-from autoquant.store.schema import Base, DeviceRow, LossRow, ModelRow, RooflineRow, TaskScoreRow, TimingRow
+from autoquant.store.schema import (
+    Base,
+    DeviceRow,
+    LossRow,
+    ModelRow,
+    RooflineRow,
+    TaskScoreRow,
+    TimingRow,
+)
 
 _MERGED: dict[str, type[Base]] = {
     "devices": DeviceRow,
@@ -48,7 +56,12 @@ def merge(store: Store, other: str | os.PathLike[str]) -> dict[str, MergedRows]:
         StoreError: `other` is the same file, or one that cannot be read as a database of this version.
     """
     own = store.engine.url.database
-    if own is not None and Path(own).exists() and Path(other).exists() and Path(own).samefile(other):
+    if (
+        own is not None
+        and Path(own).exists()
+        and Path(other).exists()
+        and Path(own).samefile(other)
+    ):
         raise StoreError(f"{other} is the database to merge into: name another one")
     source = open_read_only(other)
     try:
@@ -71,11 +84,18 @@ def _copy(reading: Session, writing: Session, row: type[Base]) -> MergedRows:
 def _travelling(row: type[Base]) -> Select[Any]:
     """The rows that are copied, without the numbers that only their own database knows them by."""
     columns = select(*(column for column in row.__table__.columns if column.name != "id"))
-    return columns.where(TaskScoreRow.subject.in_(select(ModelRow.hash))) if row is TaskScoreRow else columns
+    return (
+        columns.where(TaskScoreRow.subject.in_(select(ModelRow.hash)))
+        if row is TaskScoreRow
+        else columns
+    )
 
 
 def _key(row: type[Base]) -> list[str]:
     """The columns that make a row unique: its unique constraint, or its primary key where it has none."""
     table = Base.metadata.tables[row.__tablename__]
-    unique = next((each for each in table.constraints if isinstance(each, UniqueConstraint)), table.primary_key)
+    unique = next(
+        (each for each in table.constraints if isinstance(each, UniqueConstraint)),
+        table.primary_key,
+    )
     return [column.name for column in unique.columns]

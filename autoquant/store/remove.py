@@ -10,7 +10,15 @@ from sqlalchemy.orm import Session
 
 from autoquant.errors import PlanError
 from autoquant.store.repository import Store, transaction
-from autoquant.store.schema import Base, DeliveryRow, PlanRow, ProofRow, ReferenceRow, StudyRow, TaskScoreRow
+from autoquant.store.schema import (
+    Base,
+    DeliveryRow,
+    PlanRow,
+    ProofRow,
+    ReferenceRow,
+    StudyRow,
+    TaskScoreRow,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +44,9 @@ def find_study(store: Store, beginning: str) -> str:
         return beginning
     if len(found) != 1:
         what = "no study" if not found else f"{len(found)} studies"
-        raise PlanError(f"{what} with id {beginning!r} here; studies: {', '.join(found or known) or 'none'}")
+        raise PlanError(
+            f"{what} with id {beginning!r} here; studies: {', '.join(found or known) or 'none'}"
+        )
     return found[0]
 
 

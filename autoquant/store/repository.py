@@ -96,7 +96,9 @@ class Store:
             row = session.get(RooflineRow, device.key)
             if row is None:
                 return None
-            return Roofline(bandwidth_bytes_per_s=row.bandwidth_bytes_per_s, flops_per_s=row.flops_per_s)
+            return Roofline(
+                bandwidth_bytes_per_s=row.bandwidth_bytes_per_s, flops_per_s=row.flops_per_s
+            )
 
     def put_roofline(self, device: Device, roofline: Roofline) -> None:
         with self._session() as session:
@@ -105,10 +107,14 @@ class Store:
     def timings(self, device: Device, protocol: str) -> dict[TimingSubject, Measurement]:
         """Every measurement made on `device` under `protocol`."""
         with self._session() as session:
-            rows = session.scalars(select(TimingRow).filter_by(device_key=device.key, protocol=protocol))
+            rows = session.scalars(
+                select(TimingRow).filter_by(device_key=device.key, protocol=protocol)
+            )
             return {measurement.subject: measurement for measurement in map(measurement_from, rows)}
 
-    def put_timings(self, device: Device, protocol: str, measurements: Iterable[Measurement]) -> None:
+    def put_timings(
+        self, device: Device, protocol: str, measurements: Iterable[Measurement]
+    ) -> None:
         """Keep measurements that were made against one another, in one transaction."""
         with self._session() as session:
             for measurement in measurements:
@@ -136,16 +142,24 @@ class Store:
         with self._session() as session:
             session.merge(ModelRow(hash=model_hash, source=dict(source)))
 
-    def losses(self, model_hash: str, quality_key: str, method: str) -> dict[tuple[str, str], float]:
+    def losses(
+        self, model_hash: str, quality_key: str, method: str
+    ) -> dict[tuple[str, str], float]:
         """Isolated losses by (layer, numerics)."""
         with self._session() as session:
             rows = session.scalars(
-                select(LossRow).filter_by(model_hash=model_hash, quality_key=quality_key, method=method)
+                select(LossRow).filter_by(
+                    model_hash=model_hash, quality_key=quality_key, method=method
+                )
             )
             return {(row.layer, row.numerics): row.loss for row in rows}
 
     def put_losses(
-        self, model_hash: str, quality_key: str, method: str, losses: Mapping[tuple[str, str], float]
+        self,
+        model_hash: str,
+        quality_key: str,
+        method: str,
+        losses: Mapping[tuple[str, str], float],
     ) -> None:
         """Keep several losses in one transaction (those that one pass over the text gave)."""
         with self._session() as session:
@@ -200,7 +214,10 @@ class Store:
                 setattr(row, name, plain(value) if isinstance(value, Recording) else value)
 
     def put_options(
-        self, study_id: str, options: Sequence[Sequence[LayerChoice]], about: Mapping[str, Any] | None = None
+        self,
+        study_id: str,
+        options: Sequence[Sequence[LayerChoice]],
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep what plans are solved from: the choices of every layer, with what is predicted of them, and what all plans
         have in common."""
@@ -211,7 +228,9 @@ class Store:
         """The choices that plans were solved from, by layer name; None where the search has not come so far."""
         return self.options_and_about(study_id)[0]
 
-    def options_and_about(self, study_id: str) -> tuple[dict[str, list[LayerChoice]] | None, dict[str, Any]]:
+    def options_and_about(
+        self, study_id: str
+    ) -> tuple[dict[str, list[LayerChoice]] | None, dict[str, Any]]:
         """`options`, and what all plans solved from them have in common; empty where that is not known."""
         with self._session() as session:
             problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
@@ -233,7 +252,9 @@ class Store:
         """
         with self._session() as session:
             if study_id is None:
-                row = session.scalars(select(StudyRow).order_by(StudyRow.updated.desc()).limit(1)).first()
+                row = session.scalars(
+                    select(StudyRow).order_by(StudyRow.updated.desc()).limit(1)
+                ).first()
             else:
                 row = session.get(StudyRow, study_id)
             if row is None:
@@ -245,17 +266,25 @@ class Store:
                 )
             model = session.get_one(ModelRow, row.model_hash)
             device = session.get_one(DeviceRow, row.device_key)
-            calibration = session.scalars(select(ReferenceRow).filter_by(study_id=row.id, name=_CALIBRATION)).first()
-            return study_from(row, model, device, calibration.value["windows"] if calibration else None)
+            calibration = session.scalars(
+                select(ReferenceRow).filter_by(study_id=row.id, name=_CALIBRATION)
+            ).first()
+            return study_from(
+                row, model, device, calibration.value["windows"] if calibration else None
+            )
 
     def put_calibration(self, study_id: str, windows: Sequence[Sequence[int]]) -> None:
         """Keep the token ids that the study's weights are rounded for."""
-        self.put_reference(study_id, _CALIBRATION, {"windows": [list(window) for window in windows]})
+        self.put_reference(
+            study_id, _CALIBRATION, {"windows": [list(window) for window in windows]}
+        )
 
     def put_reference(self, study_id: str, name: str, value: Mapping[str, Any]) -> None:
         """Keep `value` under a name of the study's; one of the same name is replaced."""
         with self._session() as session:
-            row = session.scalars(select(ReferenceRow).filter_by(study_id=study_id, name=name)).first()
+            row = session.scalars(
+                select(ReferenceRow).filter_by(study_id=study_id, name=name)
+            ).first()
             if row is None:
                 session.add(ReferenceRow(study_id=study_id, name=name, value=dict(value)))
             else:
@@ -264,7 +293,10 @@ class Store:
     def references(self, study_id: str) -> dict[str, dict[str, Any]]:
         """What else is known of a study, by name."""
         with self._session() as session:
-            return {row.name: row.value for row in session.scalars(select(ReferenceRow).filter_by(study_id=study_id))}
+            return {
+                row.name: row.value
+                for row in session.scalars(select(ReferenceRow).filter_by(study_id=study_id))
+            }
 
     # -- plans and proofs ----------------------------------------------------------------------------------------
 
@@ -288,7 +320,9 @@ class Store:
     def plans(self, study_id: str) -> list[Plan]:
         """All plans of a study, in the order in which they were made."""
         with self._session() as session:
-            rows = session.scalars(select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id))
+            rows = session.scalars(
+                select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id)
+            )
             return [plan_from(row) for row in rows]
 
     def plan(self, plan_id: str) -> Plan:
@@ -298,11 +332,15 @@ class Store:
             PlanError: None does, or several do.
         """
         with self._session() as session:
-            rows = session.scalars(select(PlanRow).where(PlanRow.id.startswith(plan_id, autoescape=True))).all()
+            rows = session.scalars(
+                select(PlanRow).where(PlanRow.id.startswith(plan_id, autoescape=True))
+            ).all()
             if len(rows) != 1:
                 what = "no plan" if not rows else f"{len(rows)} plans"
                 where = self.engine.url.database or "PLAN.DB"
-                raise PlanError(f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a search")
+                raise PlanError(
+                    f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a search"
+                )
             return plan_from(rows[0])
 
     def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> None:
@@ -320,7 +358,9 @@ class Store:
         """Proofs by plan id."""
         with self._session() as session:
             rows = session.scalars(
-                select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(PlanRow.study_id == study_id)
+                select(ProofRow)
+                .join(PlanRow, PlanRow.id == ProofRow.plan_id)
+                .filter(PlanRow.study_id == study_id)
             )
             return {row.plan_id: proof_from(row.proof) for row in rows if row.proof is not None}
 
@@ -328,7 +368,9 @@ class Store:
         """Reasons why plans could not be proven, by plan id."""
         with self._session() as session:
             rows = session.scalars(
-                select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(PlanRow.study_id == study_id)
+                select(ProofRow)
+                .join(PlanRow, PlanRow.id == ProofRow.plan_id)
+                .filter(PlanRow.study_id == study_id)
             )
             return {row.plan_id: row.reason for row in rows if row.proof is None}
 
@@ -372,6 +414,8 @@ class Store:
         """What a plan, or the unquantized model of a content hash, scored, in the order in which it was first measured."""
         with self._session() as session:
             rows = session.scalars(
-                select(TaskScoreRow).filter_by(subject=subject, dtype=dtype).order_by(TaskScoreRow.id)
+                select(TaskScoreRow)
+                .filter_by(subject=subject, dtype=dtype)
+                .order_by(TaskScoreRow.id)
             )
             return [task_score_from(row) for row in rows]

@@ -160,7 +160,11 @@ def workload_from(data: Mapping[str, Any]) -> Workload:
 
 def layer_from(data: Mapping[str, Any]) -> LayerChoice:
     """Rebuild a `LayerChoice` from its JSON object."""
-    rest = {key: value for key, value in data.items() if key not in ("shape", "route", "parameters", "joined")}
+    rest = {
+        key: value
+        for key, value in data.items()
+        if key not in ("shape", "route", "parameters", "joined")
+    }
     return LayerChoice(
         shape=_shape(data["shape"]),
         route=tuple(RouteStep(**step) for step in data["route"]),

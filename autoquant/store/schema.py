@@ -53,7 +53,16 @@ class TimingRow(Base):
     __tablename__ = "timing"
     __table_args__ = (
         UniqueConstraint(
-            "device_key", "protocol", "n", "k", "bias", "dtype", "m", "format", "kernel", "working_set_bytes"
+            "device_key",
+            "protocol",
+            "n",
+            "k",
+            "bias",
+            "dtype",
+            "m",
+            "format",
+            "kernel",
+            "working_set_bytes",
         ),
     )
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -160,7 +169,9 @@ class TaskScoreRow(Base):
     """One `TaskScore`. The subject is a plan's id, or the hash of the unquantized model; a limit of 0 is none."""
 
     __tablename__ = "task_score"
-    __table_args__ = (UniqueConstraint("subject", "dtype", "task", "metric", "samples_limit", "lm_eval_version"),)
+    __table_args__ = (
+        UniqueConstraint("subject", "dtype", "task", "metric", "samples_limit", "lm_eval_version"),
+    )
     id: Mapped[int] = mapped_column(primary_key=True)
     subject: Mapped[str]
     dtype: Mapped[str]

@@ -11,12 +11,22 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from autoquant.records import ORIGINAL_LABEL
-from autoquant.report.front.scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
+from autoquant.report.front.scales import (
+    Row,
+    drawable,
+    increase_threshold,
+    left_out_note,
+    staircase,
+    wide_times,
+)
 from autoquant.report.words import increase_heading, increase_words
 
 _WIDEST, _HEIGHT = 80, 16
 _LEAST_CELLS = 10
-_CELLS_PER_TIME, _CELLS_PER_PERCENTAGE = 10, 3  # from one number beside an axis to the next, at least
+_CELLS_PER_TIME, _CELLS_PER_PERCENTAGE = (
+    10,
+    3,
+)  # from one number beside an axis to the next, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +101,9 @@ class _Axis:
         return cls(bend, min(bent) - room, max(bent) + room, cells)
 
     def cell(self, value: float) -> int:
-        return min(int((self.bend(value) - self.low) / (self.high - self.low) * self.cells), self.cells - 1)
+        return min(
+            int((self.bend(value) - self.low) / (self.high - self.low) * self.cells), self.cells - 1
+        )
 
     def holds(self, value: float) -> bool:
         return self.low <= self.bend(value) <= self.high
@@ -113,11 +125,18 @@ def chart_lines(rows: Sequence[Row], width: int, glyphs: _Glyphs = _DRAWN) -> li
     for cell in reversed(range(increases.cells)):
         tick = glyphs.row_tick if cell in labels else glyphs.axis
         lines.append(f"{labels.get(cell, ''):>{margin - 1}} {tick}{''.join(grid[cell])}".rstrip())
-    return [*lines, *_time_lines(times, margin, glyphs), *_legend(shown, glyphs), *_notes(rows, covered)]
+    return [
+        *lines,
+        *_time_lines(times, margin, glyphs),
+        *_legend(shown, glyphs),
+        *_notes(rows, covered),
+    ]
 
 
 def _time_axis(rows: Sequence[Row], cells: int) -> _Axis:
-    return _Axis.over([row["measured_request_ms"] for row in rows], math.log if wide_times(rows) else float, cells)
+    return _Axis.over(
+        [row["measured_request_ms"] for row in rows], math.log if wide_times(rows) else float, cells
+    )
 
 
 def _increase_axis(rows: Sequence[Row]) -> _Axis:
@@ -138,7 +157,9 @@ def _row_labels(axis: _Axis, threshold: float | None) -> dict[int, str]:
     if threshold is None:
         ticks = _round_ticks(axis, _CELLS_PER_PERCENTAGE)
     else:
-        above = [float(f"{threshold * factor:.0e}") for factor in (0.5, 1, 3, 10, 30, 100, 1e3, 1e4, 1e5)]
+        above = [
+            float(f"{threshold * factor:.0e}") for factor in (0.5, 1, 3, 10, 30, 100, 1e3, 1e4, 1e5)
+        ]
         ticks = [0.0, *above, *(-value for value in above)]
     for value in sorted(ticks, key=abs):
         if axis.holds(value) and all(abs(axis.cell(value) - cell) > 1 for cell in labels):
@@ -155,7 +176,9 @@ def _round_ticks(axis: _Axis, cells_apart: int) -> list[float]:
     return [float(f"{number * step:.6g}") for number in numbers]
 
 
-def _draw_line(grid: list[list[str]], rows: Sequence[Row], times: _Axis, increases: _Axis, glyphs: _Glyphs) -> None:
+def _draw_line(
+    grid: list[list[str]], rows: Sequence[Row], times: _Axis, increases: _Axis, glyphs: _Glyphs
+) -> None:
     """From each step of the front to the right until the next one, then down to it."""
     cells = [_cells(row, times, increases) for row in staircase(rows)]
     for (column, line), (next_column, next_line) in itertools.pairwise(cells):
@@ -195,7 +218,9 @@ def _family(row: Row) -> str:
         return "unquantized"
     if row["on_front"]:
         return "on the front"
-    return {"uniform": "uniform", "heuristic": "heuristic", "bits": "bits alone"}.get(row["kind"], "other")
+    return {"uniform": "uniform", "heuristic": "heuristic", "bits": "bits alone"}.get(
+        row["kind"], "other"
+    )
 
 
 def _time_lines(axis: _Axis, margin: int, glyphs: _Glyphs) -> list[str]:
@@ -236,4 +261,8 @@ def _legend(rows: Sequence[Row], glyphs: _Glyphs) -> list[str]:
 
 def _notes(rows: Sequence[Row], covered: Sequence[Row]) -> list[str]:
     hidden = ", ".join(f"{row['label']} ({increase_words(row)})" for row in covered)
-    return [note for note in (f"covered by other points: {hidden}" if hidden else "", left_out_note(rows)) if note]
+    return [
+        note
+        for note in (f"covered by other points: {hidden}" if hidden else "", left_out_note(rows))
+        if note
+    ]

@@ -13,7 +13,9 @@ _DIRECTIONS_DEGREES = (30, 150, 330, 210, 0, 180, 90, 270, 60, 120, 300, 240)
 _MARGIN = 2.0
 
 
-def place_labels(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], bounds: Box) -> list[Box]:
+def place_labels(
+    anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], bounds: Box
+) -> list[Box]:
     """Boxes for labels of `sizes` near their `anchors`, the first label first served.
 
     Args:
@@ -49,7 +51,11 @@ def _places(anchor: Point, size: Point) -> list[Box]:
             x = anchor[0] + distance * math.cos(math.radians(degrees))
             y = anchor[1] + distance * math.sin(math.radians(degrees))
             left = (
-                x - size[0] / 2 if degrees in (90, 270) else x if math.cos(math.radians(degrees)) > 0 else x - size[0]
+                x - size[0] / 2
+                if degrees in (90, 270)
+                else x
+                if math.cos(math.radians(degrees)) > 0
+                else x - size[0]
             )
             bottom = y - size[1] / 2
             places.append((left, bottom, left + size[0], bottom + size[1]))

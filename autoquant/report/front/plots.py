@@ -11,7 +11,14 @@ from typing import Any
 from autoquant.records import ORIGINAL_LABEL
 from autoquant.report import units
 from autoquant.report.front.labels import Box, nearest_point, place_labels
-from autoquant.report.front.scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
+from autoquant.report.front.scales import (
+    Row,
+    drawable,
+    increase_threshold,
+    left_out_note,
+    staircase,
+    wide_times,
+)
 from autoquant.report.words import increase_heading, increase_words
 
 SUFFIXES = (".png", ".svg", ".html")
@@ -21,9 +28,20 @@ PAGE_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToClou
 # Told apart by shape and brightness, so that the picture reads in greyscale.
 _FRONT, _OTHER, _RECOMMENDED, _INK = "#1f4e79", "#b8c4d0", "#f0a020", "#222222"
 _GREY, _THIN = "#6b7885", "#8a949e"
-_BASELINES = {"uniform": ("D", "uniform"), "heuristic": ("^", "structural heuristic"), "bits": ("v", "bits alone")}
+_BASELINES = {
+    "uniform": ("D", "uniform"),
+    "heuristic": ("^", "structural heuristic"),
+    "bits": ("v", "bits alone"),
+}
 _SEARCHED_FRONT, _SEARCHED = "searched, on the front", "searched"
-_SYMBOLS = {"*": "star", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "o": "circle"}
+_SYMBOLS = {
+    "*": "star",
+    "s": "square",
+    "D": "diamond",
+    "^": "triangle-up",
+    "v": "triangle-down",
+    "o": "circle",
+}
 _SIZE_INCHES, _DPI = (9.0, 5.6), 120
 _LABEL_LENGTH = 28
 _POINT_AREA = (30.0, 190.0)
@@ -87,13 +105,17 @@ def _set_scales(axes: Any, rows: Sequence[Row]) -> None:
         linear_to = 10 ** math.ceil(math.log10(threshold))
         axes.set_yscale("symlog", linthresh=linear_to, linscale=1.5)
         axes.yaxis.set_major_locator(FixedLocator(_symlog_ticks(linear_to, rows)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _position: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
+    )
 
 
 def _symlog_ticks(linear_to: float, rows: Sequence[Row]) -> list[float]:
     """Ticks of both signs: quarters of the linear part, then 1, 2, 5 (or 1) times powers of ten."""
     largest = max(
-        abs(row[name]) * 100 for row in rows for name in ("perplexity_increase_low", "perplexity_increase_high")
+        abs(row[name]) * 100
+        for row in rows
+        for name in ("perplexity_increase_low", "perplexity_increase_high")
     )
     decades = math.ceil(math.log10(max(largest, linear_to) / linear_to)) + 1
     steps = (1, 2, 5) if decades <= 3 else (1,)
@@ -125,8 +147,18 @@ def _style(row: Row) -> dict[str, Any]:
         return {"marker": "s", "facecolor": fill, "edgecolor": _INK, "zorder": 5}
     if row["kind"] in _BASELINES:
         fill = fill if row["on_front"] else _GREY
-        return {"marker": _BASELINES[row["kind"]][0], "facecolor": "white", "edgecolor": fill, "zorder": 4}
-    return {"marker": "o", "facecolor": fill, "edgecolor": "white", "zorder": 5 if row["on_front"] else 3}
+        return {
+            "marker": _BASELINES[row["kind"]][0],
+            "facecolor": "white",
+            "edgecolor": fill,
+            "zorder": 4,
+        }
+    return {
+        "marker": "o",
+        "facecolor": fill,
+        "edgecolor": "white",
+        "zorder": 5 if row["on_front"] else 3,
+    }
 
 
 def _draw_point(axes: Any, row: Row, rows: Sequence[Row]) -> None:
@@ -134,7 +166,9 @@ def _draw_point(axes: Any, row: Row, rows: Sequence[Row]) -> None:
     ends = (row["perplexity_increase_low"] * 100, row["perplexity_increase_high"] * 100)
     if all(math.isfinite(end) for end in ends):
         error = [[max(0.0, y - ends[0])], [max(0.0, ends[1] - y)]]
-        axes.errorbar(x, y, yerr=error, fmt="none", ecolor=_THIN, elinewidth=0.9, capsize=2, zorder=2.5)
+        axes.errorbar(
+            x, y, yerr=error, fmt="none", ecolor=_THIN, elinewidth=0.9, capsize=2, zorder=2.5
+        )
     style = _style(row)
     scale = 2.2 if row["recommended"] else 1.0  # a star of the same extent has less ink
     axes.scatter([x], [y], s=_area(row, rows) * scale, linewidths=1.1, **style)
@@ -167,9 +201,14 @@ def _draw_legend(figure: Any, rows: Sequence[Row]) -> None:
     ):
         if name in families:
             style = _style(families[name][-1])
-            entries.append(entry(style["marker"], style["facecolor"], style["edgecolor"], name, area))
+            entries.append(
+                entry(style["marker"], style["facecolor"], style["edgecolor"], name, area)
+            )
     stored = [row["memory_bytes"] for row in rows]
-    for value, area in {min(stored, default=0): _POINT_AREA[0], max(stored, default=0): _POINT_AREA[1]}.items():
+    for value, area in {
+        min(stored, default=0): _POINT_AREA[0],
+        max(stored, default=0): _POINT_AREA[1],
+    }.items():
         entries.append(entry("o", _GREY, "white", units.size(value), area))
     figure.legend(handles=entries, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
 
@@ -177,7 +216,10 @@ def _draw_legend(figure: Any, rows: Sequence[Row]) -> None:
 def _draw_labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
     labelled = [row for row in _by_importance(rows) if _needs_label(row)]
     pixels = {id(row): _pixel(axes, row) for row in rows}
-    texts = [axes.annotate(_label(row), (0, 0), xycoords="figure pixels", **_text_style(row)) for row in labelled]
+    texts = [
+        axes.annotate(_label(row), (0, 0), xycoords="figure pixels", **_text_style(row))
+        for row in labelled
+    ]
     renderer = figure.canvas.get_renderer()
     extents = [text.get_window_extent(renderer) for text in texts]
     boxes = place_labels(
@@ -194,7 +236,14 @@ def _draw_labels(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
         if math.dist(start, anchor) > _radius(row, rows) + 10:
             ends = to_data.transform([start, anchor])
             axes.plot(ends[:, 0], ends[:, 1], color=_THIN, linewidth=0.6, zorder=2.2)
-        axes.text(*to_data.transform(box[:2]), _label(row), va="bottom", ha="left", zorder=7, **_text_style(row))
+        axes.text(
+            *to_data.transform(box[:2]),
+            _label(row),
+            va="bottom",
+            ha="left",
+            zorder=7,
+            **_text_style(row),
+        )
 
 
 def _text_style(row: Row) -> dict[str, Any]:
@@ -202,7 +251,14 @@ def _text_style(row: Row) -> dict[str, Any]:
 
 
 def _by_importance(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (not row["recommended"], row["label"] != ORIGINAL_LABEL, not row["on_front"]))
+    return sorted(
+        rows,
+        key=lambda row: (
+            not row["recommended"],
+            row["label"] != ORIGINAL_LABEL,
+            not row["on_front"],
+        ),
+    )
 
 
 def _needs_label(row: Row) -> bool:
@@ -221,7 +277,9 @@ def _pixel(axes: Any, row: Row) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def _obstacles(axes: Any, rows: Sequence[Row], pixels: Mapping[int, tuple[float, float]]) -> list[Box]:
+def _obstacles(
+    axes: Any, rows: Sequence[Row], pixels: Mapping[int, tuple[float, float]]
+) -> list[Box]:
     boxes: list[Box] = []
     for row in rows:
         x, y = pixels[id(row)]
@@ -229,7 +287,9 @@ def _obstacles(axes: Any, rows: Sequence[Row], pixels: Mapping[int, tuple[float,
         boxes.append((x - radius, y - radius, x + radius, y + radius))
         ends = (row["perplexity_increase_low"] * 100, row["perplexity_increase_high"] * 100)
         if all(math.isfinite(end) for end in ends):
-            low, high = (axes.transData.transform((row["measured_request_ms"], end))[1] for end in ends)
+            low, high = (
+                axes.transData.transform((row["measured_request_ms"], end))[1] for end in ends
+            )
             boxes.append((x - 2, float(low), x + 2, float(high)))
     return [*boxes, *_line_boxes(axes, rows)]
 
@@ -269,7 +329,10 @@ def _page(rows: Sequence[Row], title: str, note: str) -> str:
         template="plotly_white",
         hovermode="closest",
         legend={"orientation": "h", "y": -0.15},
-        xaxis={"title": {"text": "Time of one request [ms]"}, "type": "log" if wide_times(rows) else "linear"},
+        xaxis={
+            "title": {"text": "Time of one request [ms]"},
+            "type": "log" if wide_times(rows) else "linear",
+        },
         yaxis={"title": {"text": f"{increase_heading(rows)} [%]"}, "range": _page_range(rows)},
     )
     return str(figure.to_html(include_plotlyjs=True, full_html=True, config=PAGE_CONFIG))
@@ -296,17 +359,30 @@ def _trace(members: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
     style = _style(members[0])
     symbol = _SYMBOLS[style["marker"]]
     increases = [row["perplexity_increase"] * 100 for row in members]
-    above = [row["perplexity_increase_high"] * 100 - y for row, y in zip(members, increases, strict=True)]
-    below = [y - row["perplexity_increase_low"] * 100 for row, y in zip(members, increases, strict=True)]
+    above = [
+        row["perplexity_increase_high"] * 100 - y for row, y in zip(members, increases, strict=True)
+    ]
+    below = [
+        y - row["perplexity_increase_low"] * 100 for row, y in zip(members, increases, strict=True)
+    ]
     return {
         "x": [row["measured_request_ms"] for row in members],
         "y": increases,
-        "error_y": {"type": "data", "array": above, "arrayminus": below, "color": _THIN, "thickness": 1},
+        "error_y": {
+            "type": "data",
+            "array": above,
+            "arrayminus": below,
+            "color": _THIN,
+            "thickness": 1,
+        },
         "mode": "markers",
         "marker": {
             "symbol": symbol,
             "color": style["facecolor"],
-            "size": [math.sqrt(_area(row, rows)) * (1.7 if row["recommended"] else 1.25) for row in members],
+            "size": [
+                math.sqrt(_area(row, rows)) * (1.7 if row["recommended"] else 1.25)
+                for row in members
+            ],
             "line": {"color": style["edgecolor"], "width": 1.3},
         },
         "text": [_hover(row) for row in members],

@@ -26,7 +26,9 @@ def left_out_note(rows: Sequence[Row]) -> str:
 def staircase(rows: Sequence[Row]) -> list[Row]:
     """The rows that no other beats in time and quality, fastest first (memory left aside: the picture has two axes)."""
     steps: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row["measured_request_ms"], row["perplexity_increase"])):
+    for row in sorted(
+        rows, key=lambda row: (row["measured_request_ms"], row["perplexity_increase"])
+    ):
         if not steps or row["perplexity_increase"] < steps[-1]["perplexity_increase"]:
             steps.append(row)
     return steps
@@ -42,4 +44,8 @@ def increase_threshold(rows: Sequence[Row]) -> float | None:
     """Percent below which the quality axis is linear when the range is too wide for one scale; None for plain."""
     increases = sorted(abs(row["perplexity_increase"]) * 100 for row in rows)
     middle = increases[len(increases) // 2] if increases else 0.0
-    return max(middle, 0.1) if increases and increases[-1] > _WIDE_INCREASES * max(middle, 0.1) else None
+    return (
+        max(middle, 0.1)
+        if increases and increases[-1] > _WIDE_INCREASES * max(middle, 0.1)
+        else None
+    )

@@ -39,7 +39,10 @@ def _facts(study: Study, facts: StudyFacts) -> Iterator[Fact]:
     yield "Sensitivity", str(identity.get("method", ""))
     yield "Limits", limits_words(facts.limits)
     yield "Layers as one", "tried where layers read the same input" if identity.get("fuse") else ""
-    yield "Candidates", f"{len(identity.get('candidates', ()))} pairs of format and kernel, and the weight as it is"
+    yield (
+        "Candidates",
+        f"{len(identity.get('candidates', ()))} pairs of format and kernel, and the weight as it is",
+    )
     yield "Seed", str(identity.get("seed", ""))
     yield "Timing protocol", str(identity.get("protocol", ""))
     yield "Time spent", units.clock_s(facts.spent_s)

@@ -131,7 +131,11 @@ def _family_trace(family: Family, members: Sequence[Point], points: Sequence[Poi
 
 def _outline(family: Family) -> Chart:
     """Open symbols are nothing but their outline."""
-    return {"color": family.colour, "width": 2} if family.symbol.endswith("open") else {"color": INK, "width": 1}
+    return (
+        {"color": family.colour, "width": 2}
+        if family.symbol.endswith("open")
+        else {"color": INK, "width": 1}
+    )
 
 
 def _size_px(point: Point, points: Sequence[Point]) -> float:
@@ -170,7 +174,10 @@ def _beyond(points: Sequence[Point]) -> list[Point]:
 
 
 def share_chart(
-    title: str, types: Sequence[str], parts: Mapping[str, Sequence[float | None]], before: Sequence[float | None]
+    title: str,
+    types: Sequence[str],
+    parts: Mapping[str, Sequence[float | None]],
+    before: Sequence[float | None],
 ) -> Chart:
     """Bars by type of layer, stacked by part (phase), told apart by patterns; `before` are strokes of the unquantized model."""
     labels = [html.escape(each) for each in types]
@@ -203,7 +210,12 @@ def share_chart(
                 "name": "unquantized",
                 "y": labels,
                 "x": list(before),
-                "marker": {"symbol": "line-ns-open", "size": 15, "color": INK, "line": {"width": 2.5, "color": INK}},
+                "marker": {
+                    "symbol": "line-ns-open",
+                    "size": 15,
+                    "color": INK,
+                    "line": {"width": 2.5, "color": INK},
+                },
                 "hovertemplate": "%{y}, unquantized: %{x:.4~g}<extra></extra>",
             }
         )
@@ -219,7 +231,9 @@ def share_chart(
 
 def prediction_chart(points: Sequence[Point]) -> Chart:
     """Predicted against measured request time of every plan, with the line on which they agree."""
-    times = [time for point in points for time in (point.request_ms, point.row["predicted_request_ms"])]
+    times = [
+        time for point in points for time in (point.request_ms, point.row["predicted_request_ms"])
+    ]
     axis = _axis([time for time in times if math.isfinite(time)], log=False)
     ends = axis["range"]
     traces: list[Chart] = [
@@ -251,7 +265,12 @@ def _prediction_trace(family: Family, members: Sequence[Point]) -> Chart:
         "mode": "markers+text",
         "x": [point.request_ms for point in members],
         "y": [point.row["predicted_request_ms"] for point in members],
-        "marker": {"symbol": family.symbol, "color": family.colour, "size": 11, "line": _outline(family)},
+        "marker": {
+            "symbol": family.symbol,
+            "color": family.colour,
+            "size": 11,
+            "line": _outline(family),
+        },
         "text": [str(point.number) for point in members],
         "textposition": "top right",
         "textfont": {"size": 11, "color": INK},
@@ -286,11 +305,20 @@ def latency_chart(
             }
         )
     styles = {UNQUANTIZED: (INK, "square", 3.2)}
-    styles |= {name: (f"var(--c{index + 1})", SYMBOLS[index], 1.8) for index, name in enumerate(drawn)}
-    traces += [_latency_trace(name, lines[name], *style) for name, style in styles.items() if name in lines]
+    styles |= {
+        name: (f"var(--c{index + 1})", SYMBOLS[index], 1.8) for index, name in enumerate(drawn)
+    }
+    traces += [
+        _latency_trace(name, lines[name], *style) for name, style in styles.items() if name in lines
+    ]
     ticks = spaced_ticks(all_m) if all_m else []
     layout = {
-        "xaxis": {"title": {"text": "m, rows of the activation"}, "type": "log", "tickvals": ticks, "tickangle": 0},
+        "xaxis": {
+            "title": {"text": "m, rows of the activation"},
+            "type": "log",
+            "tickvals": ticks,
+            "tickangle": 0,
+        },
         "yaxis": {
             "title": {"text": "Latency of one linear [µs]"},
             **(_latency_axis(roofline, shape, lines) if lines else {}),
@@ -300,7 +328,9 @@ def latency_chart(
     return {"data": traces, "layout": layout}
 
 
-def _latency_axis(roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]) -> Chart:
+def _latency_axis(
+    roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]
+) -> Chart:
     low, high = latency_range_us(roofline, shape, lines)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [float(f"{digit * 10.0**power:.1g}") for power in powers for digit in (1, 2, 5)]

@@ -18,7 +18,13 @@ from autoquant.report.latency_plot import drawn_formats, format_lines
 from autoquant.report.names import fold
 from autoquant.report.tables.plans import coverage_line, skipped_lines
 from autoquant.report.tables.profile import untimed
-from autoquant.report.words import device_words, increase_words, measure_words, off_predictions, source_name
+from autoquant.report.words import (
+    device_words,
+    increase_words,
+    measure_words,
+    off_predictions,
+    source_name,
+)
 from autoquant.study.study import Study
 
 _OUTCOMES = {
@@ -48,8 +54,14 @@ def page_data(study: Study, database: str) -> tuple[dict[str, Any], dict[str, An
         "verdict": verdict(points, facts),
         "quality": measure_words(rows[0]) if rows else "Perplexity",
         "points": [_front_row(point) for point in points],
-        "families": [family for family in reversed(FAMILIES.values()) if any(p.family == family.name for p in points)],
-        "memory_ends": [units.size(end(point.memory_bytes for point in points)) for end in (min, max)],
+        "families": [
+            family
+            for family in reversed(FAMILIES.values())
+            if any(p.family == family.name for p in points)
+        ],
+        "memory_ends": [
+            units.size(end(point.memory_bytes for point in points)) for end in (min, max)
+        ],
         "left_out": left_out_note(rows),
         "off": off[:1],
         "off_command": off[1].partition(": ")[2] if off else "",
@@ -70,7 +82,9 @@ def page_data(study: Study, database: str) -> tuple[dict[str, Any], dict[str, An
         "picked": recommended,
         "front": front_chart(points, measure_words(rows[0]) if rows else "Perplexity"),
         "prediction": prediction_chart(points),
-        "shapes": [latency_chart(shape, lines, drawn, kernels.roofline) for shape, lines in shapes.items()],
+        "shapes": [
+            latency_chart(shape, lines, drawn, kernels.roofline) for shape, lines in shapes.items()
+        ],
     }
     return context, data
 
@@ -106,7 +120,9 @@ def _kernel_table(shape: LinearShape, kernels: KernelMap) -> dict[str, Any]:
                 f"{row['format']}/{row['kernel']}",
                 units.duration_us(row["latency_us"]),
                 units.duration_us(row["spread_us"]),
-                units.MISSING if row["relative_error"] is None else units.digits(row["relative_error"], 2),
+                units.MISSING
+                if row["relative_error"] is None
+                else units.digits(row["relative_error"], 2),
                 row["reason"],
             )
             for row in sorted(timed, key=lambda row: (row["m"], row["latency_us"]))
@@ -122,14 +138,22 @@ def _coverage(recording: Recording | None) -> dict[str, Any] | None:
     return {
         "line": coverage_line(recording),
         "shares": [(name, share, units.percent(share)) for name, share in shares],
-        "skipped": [(name, units.percent(share), reason) for name, share, reason in skipped_lines(recording.skipped)],
+        "skipped": [
+            (name, units.percent(share), reason)
+            for name, share, reason in skipped_lines(recording.skipped)
+        ],
     }
 
 
 def _untimed(kernels: KernelMap) -> list[tuple[str, ...]]:
     """Candidates without a latency: what came of it, which, at which rows, why."""
     return [
-        (_OUTCOMES[each.outcome], ", ".join(each.candidates), ", ".join(map(str, each.rows_m)), each.reason)
+        (
+            _OUTCOMES[each.outcome],
+            ", ".join(each.candidates),
+            ", ".join(map(str, each.rows_m)),
+            each.reason,
+        )
         for each in untimed(kernels.rows())
     ]
 

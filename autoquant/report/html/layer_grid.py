@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 OUTSIDE = "-"
 """The column of layers that are in no block, the head among them."""
-_Type = tuple[tuple[str, ...], tuple[str, ...]]  # what stands before the block's number, and after it
+_Type = tuple[
+    tuple[str, ...], tuple[str, ...]
+]  # what stands before the block's number, and after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,15 @@ def layer_grid(names: Iterable[str]) -> LayerGrid:
     """Where each layer stands. The first number in a name is its block, those after it are not told apart."""
     split = {name: _split(name) for name in names}
     types = list(dict.fromkeys(layer_type for layer_type, _ in split.values()))
-    blocks: list[int | None] = [*sorted({block for _, block in split.values() if block is not None})]
+    blocks: list[int | None] = [
+        *sorted({block for _, block in split.values() if block is not None})
+    ]
     if any(block is None for _, block in split.values()):
         blocks.append(None)
-    places = {name: (types.index(layer_type), blocks.index(block)) for name, (layer_type, block) in split.items()}
+    places = {
+        name: (types.index(layer_type), blocks.index(block))
+        for name, (layer_type, block) in split.items()
+    }
     columns = tuple(OUTSIDE if block is None else str(block) for block in blocks)
     return LayerGrid(tuple(_labels(types)), columns, places)
 

@@ -28,7 +28,9 @@ def render_report(study: Study, database: str) -> bytes:
     from plotly.offline import get_plotlyjs
 
     if not study.proofs():
-        raise PlanError("there is nothing to report: no plan has been proven yet, run `autoquant search` to the end")
+        raise PlanError(
+            "there is nothing to report: no plan has been proven yet, run `autoquant search` to the end"
+        )
     context, data = page_data(study, database)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),

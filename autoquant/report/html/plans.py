@@ -21,7 +21,9 @@ _COLOURS = 8
 _CODE = re.compile(r"([a-zA-Z])[a-zA-Z]*(\d+)")
 
 
-def plans_object(points: Sequence[Point], original: Plan | None, workload: Workload) -> dict[str, Any]:
+def plans_object(
+    points: Sequence[Point], original: Plan | None, workload: Workload
+) -> dict[str, Any]:
     """All plans for `page.js`. A choice that several plans make for a layer is written once: plans hold places in `choices`."""
     layers = points[0].plan.layers
     grid = layer_grid(layer.name for layer in layers)
@@ -33,7 +35,10 @@ def plans_object(points: Sequence[Point], original: Plan | None, workload: Workl
     for point in points:
         own = {layer.name: layer for layer in point.plan.layers}
         objects = (_choice_object(own[layer.name], formats, workload) for layer in layers)
-        places = [choices.setdefault(json.dumps([index, each]), len(choices)) for index, each in enumerate(objects)]
+        places = [
+            choices.setdefault(json.dumps([index, each]), len(choices))
+            for index, each in enumerate(objects)
+        ]
         plans.append(_plan_object(point, grid, kept, original, workload) | {"choices": places})
     return {
         "rows": list(grid.rows),
@@ -74,11 +79,14 @@ def _shape(layer: LayerChoice) -> str:
     return f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}, {shape.dtype}"
 
 
-def _choice_object(layer: LayerChoice, formats: Sequence[str], workload: Workload) -> dict[str, Any]:
+def _choice_object(
+    layer: LayerChoice, formats: Sequence[str], workload: Workload
+) -> dict[str, Any]:
     joined = [name.rpartition(".")[2] for name in layer.joined if name != layer.name]
     return {
         "format": formats.index(layer.format),
-        "route": route_text(layer.route).replace("\n", ", ") + (f", as one with {', '.join(joined)}" if joined else ""),
+        "route": route_text(layer.route).replace("\n", ", ")
+        + (f", as one with {', '.join(joined)}" if joined else ""),
         "time": units.duration_us(request_time(layer.latency_us, workload.calls())),
         "loss": units.digits(layer.loss, 2),
         "memory": units.size(layer.memory_bytes),
@@ -103,7 +111,10 @@ def _plan_object(
         "time_ms": point.request_ms,
         "predicted_ms": row["predicted_request_ms"],
         "facts": [
-            ["Request", f"{units.duration_ms(point.request_ms)}, {row['speedup']:.2f}x as fast as unquantized"],
+            [
+                "Request",
+                f"{units.duration_ms(point.request_ms)}, {row['speedup']:.2f}x as fast as unquantized",
+            ],
             ["Quality", _quality_words(point)],
             ["Memory", units.size(point.memory_bytes)],
             ["Predicted", _prediction_words(point)],
@@ -139,7 +150,10 @@ def _phases(point: Point, workload: Workload) -> list[list[str]]:
     for phase in workload.phases:
         layers_us = sum(layer.latency_us.get(phase.name, 0.0) for layer in point.plan.layers)
         measured, before = proof.phase_ms.get(phase.name), proof.original_phase_ms.get(phase.name)
-        times = [units.MISSING if time is None else units.duration_ms(time) for time in (measured, before)]
+        times = [
+            units.MISSING if time is None else units.duration_ms(time)
+            for time in (measured, before)
+        ]
         rows.append([phase.name, str(phase.calls), units.duration_us(layers_us), *times])
     return rows
 
@@ -151,7 +165,11 @@ def left_alone(plan: Plan, kept: dict[str, str]) -> list[list[str]]:
         if layer.format == kept.get(layer.name):
             by_reason.setdefault((_shape(layer), layer.reason), []).append(layer.name)
     return [
-        [pattern, f"{len(names)} of {shape}" if len(names) > 1 else shape, reason or "no reason kept"]
+        [
+            pattern,
+            f"{len(names)} of {shape}" if len(names) > 1 else shape,
+            reason or "no reason kept",
+        ]
         for (shape, reason), members in by_reason.items()
         for pattern, names in fold(members)
     ]
@@ -172,9 +190,13 @@ def _rest_ms(plan: Plan, times: dict[str, list[float]]) -> float:
     return plan.prediction.request_ms - sum(map(sum, times.values()))
 
 
-def _time_chart(plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]) -> dict[str, Any]:
+def _time_chart(
+    plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]
+) -> dict[str, Any]:
     times = type_times_ms(plan, grid, workload)
-    parts: dict[str, list[float | None]] = {phase: [*values, None] for phase, values in times.items()}
+    parts: dict[str, list[float | None]] = {
+        phase: [*values, None] for phase, values in times.items()
+    }
     parts[_ELSE] = [*(None for _ in grid.rows), _rest_ms(plan, times)]
     whole = [sum(values) for values in zip(*before.values(), strict=True)]
     return share_chart("Predicted time in one request [ms]", [*grid.rows, _ELSE], parts, whole)
@@ -187,10 +209,14 @@ def _type_losses(plan: Plan, grid: LayerGrid) -> list[float]:
     return losses
 
 
-def _shares(plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]) -> dict[str, Any]:
+def _shares(
+    plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]
+) -> dict[str, Any]:
     """The numbers of both charts as a table."""
     times, losses = type_times_ms(plan, grid, workload), _type_losses(plan, grid)
-    whole = [sum(values) for values in zip(*before.values(), strict=True)] or [math.nan] * len(grid.rows)
+    whole = [sum(values) for values in zip(*before.values(), strict=True)] or [math.nan] * len(
+        grid.rows
+    )
     rows = [
         [
             label,
@@ -202,7 +228,10 @@ def _shares(plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, l
     ]
     rest = [_ELSE, *("" for _ in times), "", ""]
     rest[1] = f"{units.duration_ms(_rest_ms(plan, times))}, all phases"
-    return {"heads": [*(f"Time, {phase}" for phase in times), "Unquantized", "Loss"], "rows": [*rows, rest]}
+    return {
+        "heads": [*(f"Time, {phase}" for phase in times), "Unquantized", "Loss"],
+        "rows": [*rows, rest],
+    }
 
 
 def _time(milliseconds: float) -> str:

@@ -42,18 +42,29 @@ class Verdict:
 
 def verdict(points: Sequence[Point], facts: StudyFacts) -> Verdict:
     """The recommended plan in a sentence, or why there is none."""
-    unfinished = () if facts.complete else ("This search has not come to its end: more plans may be proven.",)
+    unfinished = (
+        ()
+        if facts.complete
+        else ("This search has not come to its end: more plans may be proven.",)
+    )
     limits = limits_words(facts.limits)
     point = next((point for point in points if point.row["recommended"]), None)
     original = next((point for point in points if point.row["label"] == ORIGINAL_LABEL), None)
     if point is None:
-        return Verdict("No plan can be recommended.", (f"No proven plan is within the limits ({limits}).", *unfinished))
+        return Verdict(
+            "No plan can be recommended.",
+            (f"No proven plan is within the limits ({limits}).", *unfinished),
+        )
     if point is original:
         other = "smaller" if facts.limits.get("minimize") == "memory" else "faster"
         if refused := refused_lines([point.row for point in points]):
-            return Verdict("Leave the model as it is.", (*(f"{line}." for line in refused), *unfinished))
+            return Verdict(
+                "Leave the model as it is.", (*(f"{line}." for line in refused), *unfinished)
+            )
         said = f"No {other} plan is within the limits of this search ({limits})."
-        return Verdict("Leave the model as it is.", (said, *_beyond_limits(points, other), *unfinished))
+        return Verdict(
+            "Leave the model as it is.", (said, *_beyond_limits(points, other), *unfinished)
+        )
     named = f"plan {point.short_id} ({point.row['label']})"
     quality, memory = _quality(point), _memory(point, original)
     as_run = as_run_lines(point.row, facts.workload)
@@ -77,7 +88,9 @@ def _aim(limits: Any) -> str:
 
 def _beyond_limits(points: Sequence[Point], other: str) -> tuple[str, ...]:
     """The best of what the limits do not allow."""
-    key = {"smaller": lambda point: point.memory_bytes, "faster": lambda point: point.request_ms}[other]
+    key = {"smaller": lambda point: point.memory_bytes, "faster": lambda point: point.request_ms}[
+        other
+    ]
     best = min(points, key=key)
     if best.row["label"] == ORIGINAL_LABEL:
         return (f"No proven plan is {other} at all.",)

@@ -73,7 +73,9 @@ def bench_table(rows: Sequence[BenchLine], workload: Workload, width: int = 80) 
     columns.append(("Speed\n", [f"{rows[0].request_ms / row.request_ms:.2f}x" for row in rows]))
     columns.append(("Pre-\ndicted", [_error(row) for row in rows]))
     if any(phase.name == "decode" for phase in workload.phases):
-        columns.append(("Tokens\n/s", [units.digits(_tokens_per_s(row, workload) or 0.0) for row in rows]))
+        columns.append(
+            ("Tokens\n/s", [units.digits(_tokens_per_s(row, workload) or 0.0) for row in rows])
+        )
     unit, cells = units.common_bytes([row.memory_bytes for row in rows])
     columns.append((f"Memory\n[{unit}]", cells))
     if all(row.peak_bytes is not None for row in rows):
@@ -88,7 +90,9 @@ def bench_table(rows: Sequence[BenchLine], workload: Workload, width: int = 80) 
 
 def loop_table(rows: Sequence[LoopLine], workload: Workload, width: int = 80) -> Table:
     """One line a model, timed as a user runs it; the first is the unquantized one."""
-    table = plain_table(caption=f"Timed in turn: {loop_words(rows[0].loop, workload)}", expand=width < WIDE)
+    table = plain_table(
+        caption=f"Timed in turn: {loop_words(rows[0].loop, workload)}", expand=width < WIDE
+    )
     table.add_column("Label", overflow="fold", ratio=1)
     columns = []
     for head, times in _loop_times(rows):
@@ -141,21 +145,35 @@ def _loop_speed(row: LoopLine) -> str:
 
 
 def _loop_interval(row: LoopLine) -> str:
-    return f"{1 / row.ratio.high:.2f}..{1 / row.ratio.low:.2f}" if row.ratio and row.ratio.low > 0 else units.MISSING
+    return (
+        f"{1 / row.ratio.high:.2f}..{1 / row.ratio.low:.2f}"
+        if row.ratio and row.ratio.low > 0
+        else units.MISSING
+    )
 
 
-def bench_notes(rows: Sequence[BenchLine], plans: Mapping[str, Plan], workload: Workload) -> list[str]:
+def bench_notes(
+    rows: Sequence[BenchLine], plans: Mapping[str, Plan], workload: Workload
+) -> list[str]:
     """What else there is to say, a line each: above all, what makes a request take another time than predicted."""
     notes = [f"note: {row.label}: {note}" for row in rows for note in row.notes]
     notes += [f"note: {row.label}: {note}" for row in rows for note in slowed_notes(row)]
     for row in rows:
-        if row.plan_id is None or row.predicted_request_ms is None or not is_off(_relative_error(row) or 0.0):
+        if (
+            row.plan_id is None
+            or row.predicted_request_ms is None
+            or not is_off(_relative_error(row) or 0.0)
+        ):
             continue
         instead = f"instead of the predicted {units.duration_ms(row.predicted_request_ms)}"
         why = (
-            responsible(row, plans[row.plan_id], workload) if row.steps else "--attribute names the layers responsible"
+            responsible(row, plans[row.plan_id], workload)
+            if row.steps
+            else "--attribute names the layers responsible"
         )
-        notes.append(f"note: {row.label}: {units.duration_ms(row.request_ms)} a request {instead}: {why}")
+        notes.append(
+            f"note: {row.label}: {units.duration_ms(row.request_ms)} a request {instead}: {why}"
+        )
     return notes
 
 
@@ -188,7 +206,9 @@ def _tokens_per_s(row: BenchLine, workload: Workload) -> float | None:
 
 def _relative_error(row: BenchLine) -> float | None:
     """By how much the prediction was off, as a fraction of what was measured."""
-    return None if row.predicted_request_ms is None else row.predicted_request_ms / row.request_ms - 1
+    return (
+        None if row.predicted_request_ms is None else row.predicted_request_ms / row.request_ms - 1
+    )
 
 
 def _error(row: BenchLine) -> str:

@@ -92,7 +92,10 @@ def front_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
         cells += [units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])]
         cells += [_optional(row["kl"])] if wide else []
         cells += [stored]
-        table.add_row(*map(Text, cells), style="bold" if row["recommended"] else "" if row["on_front"] else "dim")
+        table.add_row(
+            *map(Text, cells),
+            style="bold" if row["recommended"] else "" if row["on_front"] else "dim",
+        )
     return table
 
 
@@ -128,11 +131,15 @@ def layer_groups(layers: Sequence[LayerChoice]) -> list[tuple[str, tuple[LayerCh
     """Layers of one shape with one format and route, folded by name, in the order of the plan."""
     alike: dict[tuple[Any, ...], list[LayerChoice]] = {}
     for layer in layers:
-        alike.setdefault((layer.shape, layer.format, layer.route, bool(layer.joined)), []).append(layer)
+        alike.setdefault((layer.shape, layer.format, layer.route, bool(layer.joined)), []).append(
+            layer
+        )
     groups = []
     for members in alike.values():
         by_name = {layer.name: layer for layer in members}
-        groups += [(pattern, tuple(by_name[name] for name in names)) for pattern, names in fold(by_name)]
+        groups += [
+            (pattern, tuple(by_name[name] for name in names)) for pattern, names in fold(by_name)
+        ]
     position = {layer.name: index for index, layer in enumerate(layers)}
     return sorted(groups, key=lambda group: position[group[1][0].name])
 
@@ -148,7 +155,8 @@ def route_text(route: Route) -> str:
     if len(route) == 1:
         return route[0].kernel
     return "\n".join(
-        f"m<={step.upper_m} {step.kernel}" if step.upper_m is not None else f"above {step.kernel}" for step in route
+        f"m<={step.upper_m} {step.kernel}" if step.upper_m is not None else f"above {step.kernel}"
+        for step in route
     )
 
 
@@ -171,13 +179,17 @@ def coverage_table(recording: Recording) -> Table:
         table.add_row(Text(pattern), units.percent(share), Text(reason))
     rest = lines[_SKIPPED_ROWS:]
     if rest:
-        table.add_row(f"{len(rest)} more", units.percent(sum(line[1] for line in rest)), "listed with --json")
+        table.add_row(
+            f"{len(rest)} more", units.percent(sum(line[1] for line in rest)), "listed with --json"
+        )
     return table
 
 
 def coverage_line(recording: Recording) -> str:
     """Coverage in one sentence."""
-    flops = ", ".join(f"{units.percent(share)} in {phase}" for phase, share in recording.flops_share.items())
+    flops = ", ".join(
+        f"{units.percent(share)} in {phase}" for phase, share in recording.flops_share.items()
+    )
     return (
         f"{len(recording.sites)} linear layers hold {units.percent(recording.weights_share)} of the weights"
         f"{f' and do of the FLOPs {flops}' if flops else ''}."

@@ -16,7 +16,9 @@ def predicted_table(plans: Sequence[Plan], chosen: Plan) -> Table:
     """A plan a line, the most exact first."""
     time_unit, times = units.common_ms([plan.prediction.request_ms for plan in plans])
     memory_unit, memory = units.common_bytes([plan.prediction.memory_bytes for plan in plans])
-    table = plain_table(caption="> within the limits, as predicted; the others for more exact and faster ones")
+    table = plain_table(
+        caption="> within the limits, as predicted; the others for more exact and faster ones"
+    )
     table.add_column("", no_wrap=True, width=1)
     table.add_column("Loss", justify="right", no_wrap=True)
     table.add_column(Text(f"Request\n[{time_unit}]"), justify="right", no_wrap=True)

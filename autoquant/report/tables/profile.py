@@ -67,14 +67,20 @@ def latency_tables(rows: Sequence[Row], width: int = 80) -> list[Table]:
         for line in lines:
             first = next(iter(line.values()))
             cells = [_cell(line.get(m), best[m]) for m in shown]
-            table.add_row(Text(_folded(_candidate(first), room)), *cells, style="bold" if is_original(first) else "")
+            table.add_row(
+                Text(_folded(_candidate(first), room)),
+                *cells,
+                style="bold" if is_original(first) else "",
+            )
         tables.append(table)
     return tables
 
 
 def route_lines(rows: Sequence[Row]) -> list[str]:
     """For each family of formats its best format and route, compared with the weight as it is; best family first."""
-    original = {row["m"]: row["latency_us"] for row in rows if is_original(row) and row["outcome"] == "ok"}
+    original = {
+        row["m"]: row["latency_us"] for row in rows if is_original(row) and row["outcome"] == "ok"
+    }
     families: dict[str, tuple[float, str]] = {}
     slower: dict[str, None] = {}
     for format_id in dict.fromkeys(row["format"] for row in rows if not is_original(row)):
@@ -86,18 +92,24 @@ def route_lines(rows: Sequence[Row]) -> list[str]:
         if max(speedups.values()) < _WORTH:
             slower[family] = None
             continue
-        mean = math.exp(sum(map(math.log, speedups.values())) / len(original))  # an m without a kernel counts as 1
+        mean = math.exp(
+            sum(map(math.log, speedups.values())) / len(original)
+        )  # an m without a kernel counts as 1
         text = f"{format_id} {_route_words(route, _all_m(rows))}; {_speedup_words(speedups)}"
         families[family] = max(families.get(family, (0.0, "")), (mean, text))
     ranked = sorted(families.values(), reverse=True)
-    lines = [f"{'then' if position else 'best'}: {text}" for position, (_, text) in enumerate(ranked)]
+    lines = [
+        f"{'then' if position else 'best'}: {text}" for position, (_, text) in enumerate(ranked)
+    ]
     rest = [family for family in slower if family not in families]
     return [*lines, f"no faster than unquantized at any m: {', '.join(rest)}"] if rest else lines
 
 
 def best_route(rows: Sequence[Row]) -> dict[int, Row]:
     """By m, the fastest of these rows that is ok."""
-    found = {m: min(_ok(rows, m), key=lambda row: row["latency_us"], default=None) for m in _all_m(rows)}
+    found = {
+        m: min(_ok(rows, m), key=lambda row: row["latency_us"], default=None) for m in _all_m(rows)
+    }
     return {m: row for m, row in found.items() if row is not None}
 
 
@@ -118,10 +130,16 @@ def untimed(rows: Sequence[Row]) -> list[Untimed]:
     for row in rows:
         if row["outcome"] != "ok":
             reason = first_reasons.setdefault((row["outcome"], _candidate(row)), row["reason"])
-            found.setdefault((row["outcome"], reason), {}).setdefault(_candidate(row), set()).add(row["m"])
+            found.setdefault((row["outcome"], reason), {}).setdefault(_candidate(row), set()).add(
+                row["m"]
+            )
     return [
-        Untimed(outcome, reason, tuple(candidates), tuple(sorted(set().union(*candidates.values()))))
-        for (outcome, reason), candidates in sorted(found.items(), key=lambda item: list(_SHORT).index(item[0][0]))
+        Untimed(
+            outcome, reason, tuple(candidates), tuple(sorted(set().union(*candidates.values())))
+        )
+        for (outcome, reason), candidates in sorted(
+            found.items(), key=lambda item: list(_SHORT).index(item[0][0])
+        )
     ]
 
 
@@ -142,7 +160,9 @@ def total_lines(latencies: Latencies) -> list[str]:
     outcomes = ", ".join(f"{counts[outcome]} {words}" for outcome, words in _COUNTED)
     cells = len({(row["n"], row["k"], row["bias"], row["dtype"], row["m"]) for row in rows})
     roofline = latencies.roofline
-    rates = ", ".join(f"{name} {units.digits(rate / 1e12)}" for name, rate in roofline.flops_per_s.items())
+    rates = ", ".join(
+        f"{name} {units.digits(rate / 1e12)}" for name, rate in roofline.flops_per_s.items()
+    )
     return [
         f"{len(rows)} timings ({len({_candidate(row) for row in rows})} candidates at {cells} shapes and m): {outcomes}.",
         f"{latencies.from_store} were in the store, {len(rows) - latencies.from_store} are new and took "
@@ -175,11 +195,18 @@ def _candidate_lines(rows: Sequence[Row]) -> list[dict[int, Row]]:
     by_candidate: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_candidate.setdefault(_candidate(row), {})[row["m"]] = row
-    lines = [line for line in by_candidate.values() if any(row["outcome"] != "unsupported" for row in line.values())]
+    lines = [
+        line
+        for line in by_candidate.values()
+        if any(row["outcome"] != "unsupported" for row in line.values())
+    ]
     rows_m = _all_m(rows)
 
     def order(line: dict[int, Row]) -> list[float]:
-        return [line[m]["latency_us"] if m in line and line[m]["outcome"] == "ok" else math.inf for m in rows_m]
+        return [
+            line[m]["latency_us"] if m in line and line[m]["outcome"] == "ok" else math.inf
+            for m in rows_m
+        ]
 
     return sorted(lines, key=order)
 
@@ -190,13 +217,17 @@ def _cell(row: Row | None, best_us: float) -> Text:
     if row["outcome"] != "ok":
         return Text(_SHORT[row["outcome"]], style="dim")
     is_best = row["latency_us"] <= best_us
-    return Text(f"{'*' if is_best else ''}{units.digits(row['latency_us'])}", style="green" if is_best else "")
+    return Text(
+        f"{'*' if is_best else ''}{units.digits(row['latency_us'])}",
+        style="green" if is_best else "",
+    )
 
 
 def _route_words(route: Mapping[int, Row], all_m: Sequence[int]) -> str:
     """`int8pack-mm up to m=4, int-mm above`, and at which m there is no kernel."""
     steps = [
-        (kernel, [m for m, _ in group]) for kernel, group in groupby(route.items(), lambda item: item[1]["kernel"])
+        (kernel, [m for m, _ in group])
+        for kernel, group in groupby(route.items(), lambda item: item[1]["kernel"])
     ]
     words = steps[0][0] if len(steps) == 1 else ", ".join(_step_words(steps))
     missing = [str(m) for m in all_m if m not in route]
@@ -225,4 +256,7 @@ def _folded(candidate: str, room: int) -> str:
 
 
 def _wrapped(lines: Sequence[str], width: int) -> list[RenderableType]:
-    return [Text(textwrap.fill(line, width, subsequent_indent="      ", break_on_hyphens=False)) for line in lines]
+    return [
+        Text(textwrap.fill(line, width, subsequent_indent="      ", break_on_hyphens=False))
+        for line in lines
+    ]

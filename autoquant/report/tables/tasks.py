@@ -43,14 +43,25 @@ def task_table(rows: Sequence[TaskLine], width: int = 80) -> Table:
         for plan in plans:
             score = _same(plan, reference)
             samples = units.MISSING if reference.samples is None else str(reference.samples)
-            cells = [reference.task, reference.metric, samples, _value(reference), _value(score), plan.label]
+            cells = [
+                reference.task,
+                reference.metric,
+                samples,
+                _value(reference),
+                _value(score),
+                plan.label,
+            ]
             table.add_row(*map(Text, cells))
     return table
 
 
 def task_objects(rows: Sequence[TaskLine]) -> list[dict[str, Any]]:
     """One object for each model, task and metric."""
-    return [{"plan_id": row.plan_id, "label": row.label, **asdict(score)} for row in rows for score in row.scores]
+    return [
+        {"plan_id": row.plan_id, "label": row.label, **asdict(score)}
+        for row in rows
+        for score in row.scores
+    ]
 
 
 def _same(row: TaskLine, reference: TaskScore) -> TaskScore | None:

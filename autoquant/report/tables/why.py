@@ -23,7 +23,9 @@ TOGETHER = "Layers are computed as one by all of them or none: what a change wou
 
 def why_table(plan: Plan, found: Alternatives) -> Table:
     """A block for each group of layers with the same choice and the same alternatives; differences are sums over the group."""
-    table = plain_table(caption="Differences as predicted, of all layers of a block together, in one request.")
+    table = plain_table(
+        caption="Differences as predicted, of all layers of a block together, in one request."
+    )
     table.add_column("Layers, as they are", overflow="fold", ratio=3)
     table.add_column("Instead", overflow="fold", ratio=3)
     table.add_column("Request", justify="right", no_wrap=True)
@@ -52,7 +54,8 @@ def _groups(plan: Plan, found: Alternatives) -> list[tuple[str, tuple[LayerChoic
     alike: dict[tuple[Any, ...], dict[str, LayerChoice]] = {}
     for layer in plan.layers:
         instead = tuple(
-            (each.gains, each.choice.format, each.choice.route, bool(each.choice.joined)) for each in found[layer.name]
+            (each.gains, each.choice.format, each.choice.route, bool(each.choice.joined))
+            for each in found[layer.name]
         )
         key = (layer.shape, layer.format, layer.route, bool(layer.joined), instead)
         alike.setdefault(key, {})[layer.name] = layer

@@ -12,10 +12,13 @@ from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import Latencies, Row, is_original
 from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
-from autoquant.report.front.plots import PAGE_CONFIG, SUFFIXES
 from autoquant.report.names import fold
 from autoquant.report.tables.profile import best_route
 from autoquant.report.words import device_words
+
+SUFFIXES = (".png", ".svg", ".html")
+PAGE_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud"]}
+"""For plotly, whose pages otherwise offer to send the chart to a server."""
 
 _MOST_LINES = 9
 _INK, _GREY, _GRID = "#000000", "#6b7885", "#e4e8ec"

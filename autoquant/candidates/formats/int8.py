@@ -7,7 +7,7 @@ exactly the numbers that the float32 ones do.
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,9 @@ def _quantize(weight: torch.Tensor) -> torch.Tensor:
 
 def _drop_zero_point(stored: torch.Tensor) -> torch.Tensor:
     """torchao keeps a row of zero points for symmetric weights too; kernels here never read it."""
-    return cast(
-        torch.Tensor, Int8Tensor(stored.qdata, stored.scale, stored.block_size, stored.dtype)
-    )  # type: ignore[attr-defined]
+    values: Any = stored
+    bare = Int8Tensor(values.qdata, values.scale, values.block_size, values.dtype)
+    return cast(torch.Tensor, bare)
 
 
 def _dequantize(stored: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from autoquant.records import LayerChoice, Plan, Workload, request_time
 from autoquant.report import units
 from autoquant.report.html.charts import share_chart
 from autoquant.report.html.layer_grid import LayerGrid, layer_grid
-from autoquant.report.html.points import FAMILIES, Point
+from autoquant.report.html.points import PlanPoint
 from autoquant.report.names import fold
 from autoquant.report.tables.plans import route_text
 
@@ -22,7 +22,7 @@ _CODE = re.compile(r"([a-zA-Z])[a-zA-Z]*(\d+)")
 
 
 def plans_object(
-    points: Sequence[Point], original: Plan | None, workload: Workload
+    points: Sequence[PlanPoint], original: Plan | None, workload: Workload
 ) -> dict[str, Any]:
     """All plans for `page.js`. A choice that several plans make for a layer is written once: plans hold places in `choices`."""
     layers = points[0].plan.layers
@@ -95,7 +95,11 @@ def _choice_object(
 
 
 def _plan_object(
-    point: Point, grid: LayerGrid, kept: dict[str, str], original: Plan | None, workload: Workload
+    point: PlanPoint,
+    grid: LayerGrid,
+    kept: dict[str, str],
+    original: Plan | None,
+    workload: Workload,
 ) -> dict[str, Any]:
     plan, row, proof = point.plan, point.row, point.proof
     before = type_times_ms(original, grid, workload) if original else {}
@@ -104,8 +108,8 @@ def _plan_object(
         "short": point.short_id,
         "number": point.number,
         "label": row["label"],
-        "family": point.family,
-        "glyph": FAMILIES[point.family].glyph,
+        "family": point.at.family.name,
+        "glyph": point.at.family.glyph,
         "x": point.request_ms if point.drawable else None,
         "y": point.quality if point.drawable else None,
         "time_ms": point.request_ms,
@@ -128,14 +132,14 @@ def _plan_object(
     }
 
 
-def _quality_words(point: Point) -> str:
+def _quality_words(point: PlanPoint) -> str:
     row = point.row
     ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
     divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"
     return f"{point.increase_text} (95 % {ends}){divergence}"
 
 
-def _prediction_words(point: Point) -> str:
+def _prediction_words(point: PlanPoint) -> str:
     predicted, measured = point.row["predicted_request_ms"], point.request_ms
     return (
         f"{units.duration_ms(predicted)} a request ({predicted / measured - 1:+.0%} against measured), of it "
@@ -143,7 +147,7 @@ def _prediction_words(point: Point) -> str:
     )
 
 
-def _phases(point: Point, workload: Workload) -> list[list[str]]:
+def _phases(point: PlanPoint, workload: Workload) -> list[list[str]]:
     """A row for each phase: name, runs in a request, the layers as predicted, the model as measured, and unquantized."""
     proof = point.proof
     rows = []

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant.records import ORIGINAL_LABEL, Workload
+from autoquant.records import Workload
 from autoquant.report import units
-from autoquant.report.html.points import Point
+from autoquant.report.html.points import PlanPoint
 from autoquant.report.words import (
     NOT_RUN,
     as_run_lines,
@@ -40,7 +40,7 @@ class Verdict:
     tiles: tuple[Tile, ...] = ()
 
 
-def verdict(points: Sequence[Point], facts: StudyFacts) -> Verdict:
+def verdict(points: Sequence[PlanPoint], facts: StudyFacts) -> Verdict:
     """The recommended plan in a sentence, or why there is none."""
     unfinished = (
         ()
@@ -49,7 +49,7 @@ def verdict(points: Sequence[Point], facts: StudyFacts) -> Verdict:
     )
     limits = limits_words(facts.limits)
     point = next((point for point in points if point.row["recommended"]), None)
-    original = next((point for point in points if point.row["label"] == ORIGINAL_LABEL), None)
+    original = next((point for point in points if point.at.is_unquantized), None)
     if point is None:
         return Verdict(
             "No plan can be recommended.",
@@ -86,13 +86,13 @@ def _aim(limits: Any) -> str:
     return "smallest" if limits.get("minimize") == "memory" else "fastest"
 
 
-def _beyond_limits(points: Sequence[Point], other: str) -> tuple[str, ...]:
+def _beyond_limits(points: Sequence[PlanPoint], other: str) -> tuple[str, ...]:
     """The best of what the limits do not allow."""
     key = {"smaller": lambda point: point.memory_bytes, "faster": lambda point: point.request_ms}[
         other
     ]
     best = min(points, key=key)
-    if best.row["label"] == ORIGINAL_LABEL:
+    if best.at.is_unquantized:
         return (f"No proven plan is {other} at all.",)
     return (
         f"The {'smallest' if other == 'smaller' else 'fastest'} of all, plan {best.short_id} ({best.row['label']}), is "
@@ -101,7 +101,7 @@ def _beyond_limits(points: Sequence[Point], other: str) -> tuple[str, ...]:
     )
 
 
-def _as_run(point: Point, workload: Workload) -> tuple[Tile, ...]:
+def _as_run(point: PlanPoint, workload: Workload) -> tuple[Tile, ...]:
     """What the user gets, where that was measured."""
     row = point.row
     if row["as_run_request_ms"] is None:
@@ -111,19 +111,19 @@ def _as_run(point: Point, workload: Workload) -> tuple[Tile, ...]:
     return (Tile("As you will run it", f"{row['as_run_speedup']:.2f}x", detail),)
 
 
-def _speed(point: Point) -> Tile:
+def _speed(point: PlanPoint) -> Tile:
     time, speedup = point.request_ms, point.row["speedup"]
     detail = f"{units.duration_ms(time)} a request instead of {units.duration_ms(time * speedup)}"
     return Tile("In the search", f"{speedup:.2f}x", detail)
 
 
-def _quality(point: Point) -> Tile:
+def _quality(point: PlanPoint) -> Tile:
     row = point.row
     ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
     return Tile(measure_words(row), increase_words(row), f"95 % interval {ends}")
 
 
-def _memory(point: Point, original: Point | None) -> Tile:
+def _memory(point: PlanPoint, original: PlanPoint | None) -> Tile:
     stored = units.size(point.memory_bytes)
     if original is None or not original.memory_bytes:
         return Tile("Memory", stored, "of all parameters")

@@ -1,4 +1,4 @@
-"""Every timing of a database as plain rows, whatever device, version or protocol it was made with."""
+"""Every timing of a database as plain rows, for any device, version and protocol."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ COLUMNS = (
 
 
 def timing_rows(store: Store, device_part: str = "") -> list[dict[str, Any]]:
-    """Timings with the fields of `COLUMNS`, in the order in which they were made.
+    """Return timings with the fields of `COLUMNS`, oldest first.
 
-    `latency_us` is the median of the samples and `spread_us` their interquartile range, both None where there are none.
-    `device_key` tells apart devices of one name (threads, driver, cache), `versions` is a dict.
+    `latency_us` is the median of the samples and `spread_us` their interquartile range, or None
+    without samples. `device_key` separates devices of one name (threads, driver, cache).
+    `versions` is a dict.
 
     Args:
-        device_part: Only devices whose name contains this, in capitals or not.
+        device_part: Return only devices whose name contains this text, in any case.
 
     Raises:
         StoreError: No device has such a name.

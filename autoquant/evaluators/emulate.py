@@ -23,10 +23,7 @@ class EmulatedLinear(TorchFunctionMode):
     """
 
     def __init__(
-        self,
-        parameter: torch.Tensor,
-        weight: torch.Tensor,
-        rounding: Callable[[torch.Tensor], torch.Tensor],
+        self, parameter: torch.Tensor, weight: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         super().__init__()
         self._parameter = parameter

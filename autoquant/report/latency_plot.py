@@ -1,4 +1,7 @@
-"""Latency against m as a picture (matplotlib) and as a page (plotly): a panel per shape, a line per format's best route."""
+"""Latency against m as a picture (matplotlib) and as a page (plotly).
+
+Each shape has a panel, and each format a line with its fastest kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import Latencies, Row, is_original
 from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
-from autoquant.report.names import fold
+from autoquant.report.names import fold, size_words
 from autoquant.report.tables.profile import best_route
 from autoquant.report.words import device_words
 
@@ -22,7 +25,7 @@ PAGE_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToClou
 
 _MOST_LINES = 9
 _INK, _GREY, _GRID = "#000000", "#6b7885", "#e4e8ec"
-# Okabe and Ito's palette, told apart by those who see fewer colours; the markers differ too.
+# The palette of Okabe and Ito suits colour-blind readers. The markers differ too.
 COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -51,14 +54,22 @@ _PANEL_INCHES, _DPI = (4.1, 3.6), 120
 _LEGEND_INCHES = 2.5
 _TITLE_LENGTH = 44
 _FLOOR_POINTS = 60
-_TALLEST = 3.0  # a panel ends at so many times its slowest unquantized latency: lines above it run out of the picture
+_TALLEST = 3.0
+"""A panel ends at so many times its slowest unquantized latency. Slower lines leave the picture."""
 
-Line = Mapping[int, Row]  # by m, the fastest row of a format
+Line = Mapping[int, Row]
+"""The fastest row of a format by m."""
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The limit for weights of so many bits: its line style here and there, and what it multiplies at best."""
+    """The least possible latency for weights of one width.
+
+    Attributes:
+        dash: Line style for matplotlib.
+        page_dash: Line style for plotly.
+        arithmetic: Names in `Roofline.flops_per_s`. The fastest of them counts.
+    """
 
     label: str
     bytes_per_weight: float
@@ -75,7 +86,7 @@ FLOORS = (
 
 
 def render_latencies(latencies: Latencies, suffix: str) -> bytes:
-    """The picture as the bytes of a `.png`, `.svg` or `.html` file.
+    """Return the picture as the bytes of a `.png`, `.svg` or `.html` file.
 
     Raises:
         ValueError: `suffix` is none of `SUFFIXES`.
@@ -91,7 +102,7 @@ def render_latencies(latencies: Latencies, suffix: str) -> bytes:
 
 
 def format_lines(rows: Sequence[Row]) -> dict[str, Line]:
-    """The fastest kernel of each format by m; the weight as it is goes by the name of `unquantized`."""
+    """Return the fastest kernel by m for each format, and for `unquantized`."""
     names = {row["format"]: UNQUANTIZED if is_original(row) else row["format"] for row in rows}
     lines = {
         name: best_route([row for row in rows if row["format"] == fmt])
@@ -101,7 +112,7 @@ def format_lines(rows: Sequence[Row]) -> dict[str, Line]:
 
 
 def drawn_formats(panels: Mapping[LinearShape, Mapping[str, Line]]) -> tuple[list[str], list[str]]:
-    """Formats that get a line, in the order of the registry, and those that do not: where there are too many, the slowest."""
+    """Return the formats that get a line, and those too slow to get one, in registry order."""
     gains: dict[str, float] = {}
     for lines in panels.values():
         best = {
@@ -113,15 +124,14 @@ def drawn_formats(panels: Mapping[LinearShape, Mapping[str, Line]]) -> tuple[lis
             gains[name] = max(gains.get(name, 0.0), gain)
     gains.pop(UNQUANTIZED, None)
     chosen = sorted(gains, key=lambda name: -gains[name])[:_MOST_LINES]
-    return [name for name in gains if name in chosen], [
-        name for name in gains if name not in chosen
-    ]
+    left_out = [name for name in gains if name not in chosen]
+    return [name for name in gains if name in chosen], left_out
 
 
 def floor_line(
     roofline: Roofline, shape: LinearShape, floor: Floor, all_m: Sequence[int]
 ) -> list[tuple[float, float]]:
-    """Points (m, microseconds) of a limit, a little beyond the measured m on both sides."""
+    """Return points (m, microseconds) of a limit, a little beyond the measured m on both sides."""
     first, last = min(all_m) / 1.25, max(all_m) * 1.25
     known = roofline.flops_per_s
     arithmetic = max(floor.arithmetic, key=lambda name: known.get(name, 0.0))
@@ -136,7 +146,7 @@ def floor_line(
 def latency_range_us(
     roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]
 ) -> tuple[float, float]:
-    """Ends of a panel's latency axis: from the lowest limit or latency to where no choice would be made any more."""
+    """Return the ends of the latency axis: all limits, and latencies that may still be chosen."""
     all_m = measured_m(lines)
     limits: list[float] = []
     if roofline is not None:
@@ -154,7 +164,7 @@ def latency_range_us(
 
 
 def measured_m(lines: Mapping[str, Line]) -> list[int]:
-    """Every m that a line has a point at."""
+    """Return every m that has a point."""
     return sorted({m for line in lines.values() for m in line})
 
 
@@ -187,7 +197,7 @@ def _picture(
 
 
 def _grid(panels: int) -> tuple[int, int]:
-    """Columns and rows."""
+    """Return the number of columns and rows."""
     columns = min(3, panels) if panels != 4 else 2
     return max(columns, 1), max(1, -(-panels // max(columns, 1)))
 
@@ -245,7 +255,7 @@ def _set_ticks(axes: Any, all_m: Sequence[int]) -> None:
 
 
 def spaced_ticks(all_m: Sequence[int]) -> list[int]:
-    """Measured m that are far enough apart on a logarithmic axis for their numbers to be written."""
+    """Return the measured m that leave room for their numbers on a logarithmic axis."""
     span = math.log2(max(all_m) / min(all_m)) or 1.0
     ticks: list[int] = []
     for m in all_m:
@@ -255,7 +265,7 @@ def spaced_ticks(all_m: Sequence[int]) -> list[int]:
 
 
 def _styles(drawn: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each line is drawn."""
+    """Return how matplotlib draws each line."""
     styles: dict[str, dict[str, Any]] = {
         name: {
             "color": COLOURS[index],
@@ -293,9 +303,7 @@ def _panel_title(latencies: Latencies, shape: LinearShape) -> str:
     called = ", ".join(
         pattern.rpartition(".")[2] for pattern, _ in fold(latencies.names.get(shape, ()))
     )
-    text = (
-        f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}{f'  {called}' if called else ''}"
-    )
+    text = f"{size_words(shape)}{f'  {called}' if called else ''}"
     return text if len(text) <= _TITLE_LENGTH else f"{text[: _TITLE_LENGTH - 1]}…"
 
 
@@ -337,7 +345,7 @@ def _page(
 def _traces(
     latencies: Latencies, shape: LinearShape, lines: Mapping[str, Line], drawn: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What plotly draws in one panel."""
+    """Return what plotly draws in one panel."""
     all_m = measured_m(lines)
     traces: list[dict[str, Any]] = []
     for floor in FLOORS if all_m else ():
@@ -373,4 +381,5 @@ def _traces(
 
 def _hover(row: Row) -> str:
     floor = "" if row["floor_us"] is None else f"<br>limit {units.duration_us(row['floor_us'])}"
-    return f"<b>{row['format']}/{row['kernel']}</b><br>m={row['m']}: {units.duration_us(row['latency_us'])}{floor}"
+    latency = units.duration_us(row["latency_us"])
+    return f"<b>{row['format']}/{row['kernel']}</b><br>m={row['m']}: {latency}{floor}"

@@ -78,7 +78,7 @@ def test_a_plan_that_cannot_be_used_is_not_recommended_and_why_is_shown(runner, 
 def test_where_no_plan_wins_the_unquantized_model_is_recommended(runner, database, deliver):
     deliver(delivery(MIXED, 1.1), delivery(UNIFORM, 1.2))
     text = runner.invoke(app, ["pareto", str(database)]).stdout
-    assert "Recommended: the unquantized model. What is faster in the search is not so as you will run it." in text
+    assert "Recommended: the unquantized model. No plan that is faster in the search is faster as you will run it." in text
     assert text.count("Not recommended: plan") == 2
 
 

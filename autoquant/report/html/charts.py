@@ -38,7 +38,12 @@ def share_chart(
     parts: Mapping[str, Sequence[float | None]],
     before: Sequence[float | None],
 ) -> Chart:
-    """Bars by type of layer, stacked by part (phase), told apart by patterns; `before` are strokes of the unquantized model."""
+    """Return bars by type of layer, stacked by part.
+
+    Args:
+        parts: The values of each part (phase), which has its own colour and pattern.
+        before: The values of the unquantized model, drawn as strokes.
+    """
     labels = [html.escape(each) for each in types]
     traces: list[Chart] = [
         {
@@ -91,11 +96,11 @@ def share_chart(
 def latency_chart(
     shape: LinearShape, lines: Mapping[str, Line], drawn: Sequence[str], roofline: Roofline | None
 ) -> Chart:
-    """Latency of one linear against its rows, the fastest kernel of each format, and what the device allows at best."""
+    """Return the latency of each format's fastest kernel by rows, with the device's limits."""
     all_m = measured_m(lines)
     traces: list[Chart] = []
     for floor in FLOORS if roofline is not None and all_m else ():
-        assert roofline is not None  # as just asked
+        assert roofline is not None  # checked by the loop
         points = floor_line(roofline, shape, floor, all_m)
         traces.append(
             {

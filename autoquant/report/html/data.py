@@ -17,7 +17,7 @@ from autoquant.report.html.plans import plans_object
 from autoquant.report.html.points import PlanPoint, front_points
 from autoquant.report.html.verdict import verdict
 from autoquant.report.latency_plot import drawn_formats, format_lines
-from autoquant.report.names import fold
+from autoquant.report.names import fold, shape_words
 from autoquant.report.tables.plans import coverage_line, skipped_lines
 from autoquant.report.tables.profile import untimed
 from autoquant.report.words import (
@@ -32,8 +32,8 @@ from autoquant.study.study import Study
 _OUTCOMES = {
     "unsupported": "cannot be used here",
     "bounded": "not tried: the roofline shows that it cannot win",
-    "beaten": "far behind when tried out",
-    "incorrect": "computes something else",
+    "beaten": "far behind when tried",
+    "incorrect": "computes wrong results",
     "failed": "failed",
 }
 
@@ -119,11 +119,11 @@ def _front_row(point: PlanPoint) -> dict[str, Any]:
 
 
 def _kernel_table(shape: LinearShape, kernels: KernelMap) -> dict[str, Any]:
-    """Every timing of a shape, the fastest first at each m."""
+    """Return every timing of a shape, by m and latency."""
     called = ", ".join(pattern for pattern, _ in fold(kernels.names.get(shape, ())))
     timed = [row for row in kernels.shapes[shape] if row["latency_us"] is not None]
     return {
-        "title": f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}, {shape.dtype}: {called or 'layers as one'}",
+        "title": f"{shape_words(shape)}: {called or 'layers as one'}",
         "rows": [
             (
                 str(row["m"]),
@@ -156,7 +156,7 @@ def _coverage(recording: Recording | None) -> dict[str, Any] | None:
 
 
 def _untimed(kernels: KernelMap) -> list[tuple[str, ...]]:
-    """Candidates without a latency: what came of it, which, at which rows, why."""
+    """Return (outcome, candidates, rows, reason) of candidates without a latency."""
     return [
         (
             _OUTCOMES[each.outcome],
@@ -169,7 +169,7 @@ def _untimed(kernels: KernelMap) -> list[tuple[str, ...]]:
 
 
 def _unproven(study: Study) -> list[tuple[str, str, str]]:
-    """Plans that could not be proven, with the reason."""
+    """Return (id, label, reason) of plans that could not be proven."""
     labels = {plan.plan_id: plan.label for plan in study.plans()}
     failed = study.store.failed_proofs(study.study_id)
     return [(plan_id, labels[plan_id], reason) for plan_id, reason in failed.items()]

@@ -1,4 +1,4 @@
-"""Proven plans as the page shows them once picked: formats by layer, shares of time and loss, predicted against measured."""
+"""A proven plan on the page: formats by layer, shares of time and loss, and predictions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoquant.report import units
 from autoquant.report.html.charts import share_chart
 from autoquant.report.html.layer_grid import LayerGrid, layer_grid
 from autoquant.report.html.points import PlanPoint
-from autoquant.report.names import fold
+from autoquant.report.names import fold, shape_words
 from autoquant.report.tables.plans import route_text
 
 _ELSE = "everything else"
@@ -24,7 +24,10 @@ _CODE = re.compile(r"([a-zA-Z])[a-zA-Z]*(\d+)")
 def plans_object(
     points: Sequence[PlanPoint], original: Plan | None, workload: Workload
 ) -> dict[str, Any]:
-    """All plans for `page.js`. A choice that several plans make for a layer is written once: plans hold places in `choices`."""
+    """Return all plans for `page.js`.
+
+    A choice that plans share is written once: plans hold indices into `choices`.
+    """
     layers = points[0].plan.layers
     grid = layer_grid(layer.name for layer in layers)
     kept = {layer.name: layer.format for layer in original.layers} if original else {}
@@ -51,7 +54,7 @@ def plans_object(
 
 
 def format_objects(formats: Sequence[str], unquantized: Collection[str]) -> list[dict[str, Any]]:
-    """Formats with the short text that stands for each in a cell, and a colour: none for the weight as it is."""
+    """Return the formats with a short text and a colour, which is 0 for unquantized ones."""
     short = [_short(name) for name in formats]
     seen: dict[str, int] = {}
     found = []
@@ -64,19 +67,14 @@ def format_objects(formats: Sequence[str], unquantized: Collection[str]) -> list
 
 
 def _short(name: str) -> str:
-    """`i8` for `int8-row/plain`."""
+    """Return a short text such as `i8` for `int8-row/plain`."""
     match = _CODE.match(name)
     return f"{match[1].lower()}{match[2]}" if match else name[:2]
 
 
 def _layer_object(layer: LayerChoice, grid: LayerGrid) -> dict[str, Any]:
     row, column = grid.places[layer.name]
-    return {"name": layer.name, "row": row, "column": column, "shape": _shape(layer)}
-
-
-def _shape(layer: LayerChoice) -> str:
-    shape = layer.shape
-    return f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}, {shape.dtype}"
+    return {"name": layer.name, "row": row, "column": column, "shape": shape_words(layer.shape)}
 
 
 def _choice_object(
@@ -115,10 +113,7 @@ def _plan_object(
         "time_ms": point.request_ms,
         "predicted_ms": row["predicted_request_ms"],
         "facts": [
-            [
-                "Request",
-                f"{units.duration_ms(point.request_ms)}, {row['speedup']:.2f}x as fast as unquantized",
-            ],
+            ["Request", _request_words(point)],
             ["Quality", _quality_words(point)],
             ["Memory", units.size(point.memory_bytes)],
             ["Predicted", _prediction_words(point)],
@@ -132,6 +127,11 @@ def _plan_object(
     }
 
 
+def _request_words(point: PlanPoint) -> str:
+    time, speedup = units.duration_ms(point.request_ms), point.row["speedup"]
+    return f"{time}, {speedup:.2f}x as fast as unquantized"
+
+
 def _quality_words(point: PlanPoint) -> str:
     row = point.row
     ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
@@ -141,14 +141,17 @@ def _quality_words(point: PlanPoint) -> str:
 
 def _prediction_words(point: PlanPoint) -> str:
     predicted, measured = point.row["predicted_request_ms"], point.request_ms
+    linears = units.duration_ms(point.plan.prediction.linear_ms)
+    loss = units.digits(point.plan.prediction.loss)
+    error = f"{predicted / measured - 1:+.0%} against measured"
     return (
-        f"{units.duration_ms(predicted)} a request ({predicted / measured - 1:+.0%} against measured), of it "
-        f"{units.duration_ms(point.plan.prediction.linear_ms)} in these layers; loss {units.digits(point.plan.prediction.loss)}"
+        f"{units.duration_ms(predicted)} a request ({error}), "
+        f"of it {linears} in these layers; loss {loss}"
     )
 
 
 def _phases(point: PlanPoint, workload: Workload) -> list[list[str]]:
-    """A row for each phase: name, runs in a request, the layers as predicted, the model as measured, and unquantized."""
+    """Return a row for each phase: name, runs, predicted layers, measured model, unquantized."""
     proof = point.proof
     rows = []
     for phase in workload.phases:
@@ -163,11 +166,11 @@ def _phases(point: PlanPoint, workload: Workload) -> list[list[str]]:
 
 
 def left_alone(plan: Plan, kept: dict[str, str]) -> list[list[str]]:
-    """Layers that the plan does not quantize, as [names, how many of which shape, why]."""
+    """Return the layers that the plan leaves unquantized, as [names, number and shape, why]."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for layer in plan.layers:
         if layer.format == kept.get(layer.name):
-            by_reason.setdefault((_shape(layer), layer.reason), []).append(layer.name)
+            by_reason.setdefault((shape_words(layer.shape), layer.reason), []).append(layer.name)
     return [
         [
             pattern,
@@ -180,7 +183,7 @@ def left_alone(plan: Plan, kept: dict[str, str]) -> list[list[str]]:
 
 
 def type_times_ms(plan: Plan, grid: LayerGrid, workload: Workload) -> dict[str, list[float]]:
-    """Predicted milliseconds of one request by phase, for each type of layer."""
+    """Return the predicted milliseconds of one request by phase, for each type of layer."""
     times = {phase.name: [0.0] * len(grid.rows) for phase in workload.phases}
     calls = workload.calls()
     for layer in plan.layers:
@@ -190,7 +193,7 @@ def type_times_ms(plan: Plan, grid: LayerGrid, workload: Workload) -> dict[str, 
 
 
 def _rest_ms(plan: Plan, times: dict[str, list[float]]) -> float:
-    """What the prediction adds to the layers: attention, norms, glue."""
+    """Return what the prediction adds to the layers: attention, norms, glue."""
     return plan.prediction.request_ms - sum(map(sum, times.values()))
 
 
@@ -216,7 +219,7 @@ def _type_losses(plan: Plan, grid: LayerGrid) -> list[float]:
 def _shares(
     plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """The numbers of both charts as a table."""
+    """Return the numbers of both charts as a table."""
     times, losses = type_times_ms(plan, grid, workload), _type_losses(plan, grid)
     whole = [sum(values) for values in zip(*before.values(), strict=True)] or [math.nan] * len(
         grid.rows

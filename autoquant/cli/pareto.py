@@ -25,7 +25,7 @@ def pareto(
     chart: Annotated[bool, typer.Option("--chart", help="Also draw the front in characters, below the table.")] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the front into a .png, .svg or .html file.", show_default=False),
+        typer.Option(metavar="FILE", help="Draw the front into a .png or .svg file.", show_default=False),
     ] = None,
 ) -> None:
     """Show the proven plans, fastest first: request time, quality and memory, all measured."""
@@ -49,15 +49,19 @@ def pareto(
 
 
 def _check_suffix(path: Path) -> None:
-    from autoquant.report.front.plots import SUFFIXES
+    from autoquant.report.front.picture import SUFFIXES
 
+    if path.suffix.lower() == ".html":
+        raise typer.BadParameter(
+            f"draws pictures; `autoquant report DATABASE --out {path}` writes the front as a page", param_hint="--plot"
+        )
     if path.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")
 
 
 def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
     from autoquant.errors import PlanError
-    from autoquant.report.front.plots import render
+    from autoquant.report.front.picture import render
     from autoquant.report.words import study_line
 
     if not rows:

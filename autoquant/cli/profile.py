@@ -109,7 +109,7 @@ def profile(
 
 def _check_plot(path: Path) -> None:
     """Refuse before anything is timed what could not be written afterwards."""
-    from autoquant.report.front.plots import SUFFIXES
+    from autoquant.report.latency_plot import SUFFIXES
 
     if path.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")

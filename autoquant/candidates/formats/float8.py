@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.common import KernelPreference
 
-from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
+from autoquant.candidates.base import (
+    A8_FLOAT8_ROW,
+    A8_FLOAT8_TENSOR,
+    A16,
+    Format,
+    Kernel,
+    round_float8,
+)
 from autoquant.candidates.calls import is_plain_call
 from autoquant.candidates.kernels.cuda_source import cuda_source_unsupported
 from autoquant.candidates.kernels.few_rows import rows_kernel, too_many_rows
@@ -39,13 +46,20 @@ def _dequantize(stored: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, stored.qdata.float() * stored.scale.float())  # type: ignore[attr-defined]
 
 
-def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _dequantize_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     values = weight.qdata.to(x.dtype) * weight.scale.to(x.dtype)  # type: ignore[attr-defined]
     return F.linear(x, values, bias)
 
 
 def float8_product(
-    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool = True
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    per_row: bool = True,
 ) -> torch.Tensor:
     """x `[..., k]`, rounded to float8, times float8 `[n, k]` with scales `[n, 1]` (`[]` in any shape if not `per_row`)."""
     rounded, x_scale = round_float8(x.reshape(-1, x.shape[-1]), per_row=per_row)
@@ -61,7 +75,9 @@ def float8_product(
     return y.reshape(*x.shape[:-1], values.shape[0])
 
 
-def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool) -> torch.Tensor:
+def _scaled_mm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool
+) -> torch.Tensor:
     return float8_product(x, weight.qdata, weight.scale, bias, per_row=per_row)  # type: ignore[attr-defined]
 
 

@@ -27,7 +27,9 @@ def _quantize(weight: torch.Tensor) -> torch.Tensor:
 
 def _drop_zero_point(stored: torch.Tensor) -> torch.Tensor:
     """torchao keeps a row of zero points for symmetric weights too; kernels here never read it."""
-    return cast(torch.Tensor, Int8Tensor(stored.qdata, stored.scale, stored.block_size, stored.dtype))  # type: ignore[attr-defined]
+    values: Any = stored
+    bare = Int8Tensor(values.qdata, values.scale, values.block_size, values.dtype)
+    return cast(torch.Tensor, bare)
 
 
 def _dequantize(stored: torch.Tensor) -> torch.Tensor:
@@ -39,17 +41,25 @@ def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.qdata, weight.scale  # type: ignore[attr-defined]
 
 
-def _torchao_dynamic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _torchao_dynamic(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     values, scale = _parts(weight)
     dynamic = Int8Tensor(
-        values, scale, [1, values.shape[1]], weight.dtype, act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerRow())
+        values,
+        scale,
+        [1, values.shape[1]],
+        weight.dtype,
+        act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerRow()),
     )
     return F.linear(x, dynamic, bias)
 
 
 def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     values, scale = _parts(weight)
-    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), values, scale.reshape(-1))
+    y = torch._weight_int8pack_mm(
+        x.reshape(-1, x.shape[-1]).contiguous(), values, scale.reshape(-1)
+    )
     y = y.reshape(*x.shape[:-1], values.shape[0])
     return y if bias is None else y + bias
 
@@ -62,7 +72,9 @@ def _int_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return y.to(x.dtype).reshape(*x.shape[:-1], values.shape[0])
 
 
-def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _dequantize_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     values, scale = _parts(weight)
     return F.linear(x, (values.to(x.dtype) * scale), bias)
 

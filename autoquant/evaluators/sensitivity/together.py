@@ -70,11 +70,17 @@ class PathSite:
             return F.linear(x, self.parameter)
         if self._change.activation == A16 or self._position == 1.0:
             return changed_output(x, self.weight(), self._change.activation)
-        return F.linear(x, self.parameter).lerp_(changed_output(x, changed, self._change.activation), self._position)
+        return F.linear(x, self.parameter).lerp_(
+            changed_output(x, changed, self._change.activation), self._position
+        )
 
     def weight(self) -> torch.Tensor:
         changed = self._weights.changed(self._change)
-        return self.parameter if changed is None else torch.lerp(self.parameter, changed, self._position)
+        return (
+            self.parameter
+            if changed is None
+            else torch.lerp(self.parameter, changed, self._position)
+        )
 
     def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
         changed = self._weights.changed(self._change)
@@ -83,7 +89,9 @@ class PathSite:
         if self._change.activation == A16:
             difference = F.linear(x, changed - self.parameter)
         else:
-            difference = changed_output(x, changed, self._change.activation).sub_(F.linear(x, self.parameter))
+            difference = changed_output(x, changed, self._change.activation).sub_(
+                F.linear(x, self.parameter)
+            )
         self.inner += difference.mul_(gradient).sum()
 
 

@@ -6,7 +6,7 @@ exactly the numbers that the float32 ones do.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["AUTOQUANT_EAGER"] = "1"
@@ -20,6 +21,7 @@ SHORTER = (
     (timing, "HIGHEST_OTHER_LOAD", 9.0),
     (request, "HIGHEST_OTHER_LOAD", 9.0),
     (timing, "_MAX_ROUNDS", 4),
+    (timing, "_unroll", lambda _m: 2),
     (roofline, "HIGHEST_OTHER_LOAD", 9.0),
     (roofline, "_PRODUCT_SIDE", {"cpu": 128, "cuda": 1024}),
     (clocks, "_HOST_SAMPLE_S", 2e-4),
@@ -29,22 +31,22 @@ SHORTER = (
     (user_loop, "_LONGEST_S", 0.5),
     (delivered, "is_faster", lambda _delivery: True),  # a tiny model gains nothing
 )
-
+FEWER_PLANS = ((stages, "LEAST_PLANS", 4), (stages, "FRONT_PLANS", 2))  # not where a whole search is asked for
 
 CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")
 
 
-def shorten():
+def shorten(settings=SHORTER):
     """Make the searches of this process short, and single-threaded: small kernels are slow where threads wait for cores."""
     torch.set_num_threads(1)
-    for module, name, value in SHORTER:
+    for module, name, value in settings:
         assert hasattr(module, name), f"{module.__name__} has no {name} any more"
         setattr(module, name, value)
 
 
 def search(model, text, db, budget_s=0.5, candidates=CANDIDATES, **options):
     """A short search by the loading that a user has."""
-    shorten()
+    shorten((*SHORTER, *FEWER_PLANS))
     return driver.search(
         str(model),
         eval_text=str(text),
@@ -59,6 +61,7 @@ def search(model, text, db, budget_s=0.5, candidates=CANDIDATES, **options):
 
 def search_as_process(*arguments, **options):
     """`search` for a process of its own: what it returns is of no use there."""
+    gc.freeze()  # as in tests/conftest.py
     search(*arguments, **options)
 
 
@@ -66,4 +69,5 @@ if __name__ == "__main__":
     from autoquant.cli.main import run
 
     shorten()
+    gc.freeze()  # as in tests/conftest.py
     run()

@@ -1,16 +1,33 @@
-# `make demo` and `make test` do all their set-up: each makes its own virtual environment from the pinned constraints.
+# Each target does all its set-up: a virtual environment of its own, from the pinned constraints.
+#   make check     linters, types, contracts, and the unit tests that need no model: under a minute
+#   make test      every test but those marked slow, browser or gpu
+#   make test-all  `make test`, then those
+# In one call, as in `make lint test test-all`, nothing runs twice. With COVERAGE=1, which makes tests slower, the last one
+# fails where less of the package is run than pyproject.toml asks for.
 
 PYTHON ?= python3
 DEMO := .venv-demo
 TEST := .venv-test
 
-.PHONY: demo test lint docs clean
+PYTEST = $(TEST)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+MARKED := slow or browser or gpu
+COVER := $(if $(COVERAGE),--cov=autoquant --cov-report=)
+UNIT := tests/cli tests/report tests/store tests/tuner $(wildcard tests/test_*.py)
+
+.PHONY: demo check test test-all lint docs clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/python demo/run.py
 
+check: lint
+	$(PYTEST) -m "not ($(MARKED) or processes)" $(UNIT)
+
 test: $(TEST)/installed
-	$(TEST)/bin/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST) $(COVER) -m "not ($(MARKED))"
+
+test-all: test
+	$(PYTEST) $(COVER) $(if $(COVERAGE),--cov-append) -m "$(MARKED)"
+	$(if $(COVERAGE),$(TEST)/bin/coverage report --skip-covered)
 
 lint: $(TEST)/installed
 	$(TEST)/bin/ruff check .

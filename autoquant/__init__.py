@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from autoquant.export.integrations import on_import
+from autoquant.logs import quiet_libraries
 
 if TYPE_CHECKING:
     from autoquant.candidates import Format, Kernel, register
@@ -60,7 +60,7 @@ _HOMES = {
 
 
 on_import.register()  # from now on, transformers' from_pretrained knows the folders that `autoquant apply` writes
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until a program asks for what is logged
+quiet_libraries()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,37 @@
-"""Tests that need a GPU are left out where there is none."""
+"""What holds for all tests: which are run, in which order, and how garbage is collected."""
 
 from __future__ import annotations
 
+import gc
+import os
+from pathlib import Path
+
 import pytest
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # small kernels are slow where threads of several processes wait for cores
 import torch
+
+HERE = Path(__file__).parent
+
+LONGEST_FIRST = ("end_to_end", "docs", "integrations", "profiler", "applier", "runtime", "evaluators", "tuner", "cli")
+"""Folders. Files are handed to workers whole, so that one that takes long must not be the last."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {folder: number for number, folder in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(HERE).parts[0], len(order)))
     if torch.cuda.is_available():
         return
     absent = pytest.mark.skip(reason="no CUDA device here")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(absent)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Leave out what is there already: a search collects dozens of times, each of which takes half a second otherwise."""
+    gc.collect()
+    gc.freeze()

@@ -318,9 +318,10 @@ def spread(
     if not pool or count <= 0:
         return []
     totals = np.array([problem.totals(p) for p in [*pool, *taken]])
-    positive = totals[:, 1][totals[:, 1] > 0]
-    floor = max(positive.min() * 0.1 if len(positive) else 1.0, least_loss)
-    totals[:, 1] = np.log(np.maximum(totals[:, 1], floor))
+    losses = totals[:, 1]
+    told = losses[(losses > 0) & np.isfinite(losses)]
+    floor = max(told.min() * 0.1 if len(told) else 1.0, least_loss)
+    totals[:, 1] = np.log(np.clip(losses, floor, max(floor, told.max(initial=0.0))))  # an endless loss has no distance
     span = totals.max(axis=0) - totals.min(axis=0)
     where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
     own, fixed = where[: len(pool)], where[len(pool) :]

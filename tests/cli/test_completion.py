@@ -10,6 +10,8 @@ import pytest
 
 from .conftest import MIXED, SMALL
 
+pytestmark = pytest.mark.processes
+
 
 def autoquant(*arguments, **environment):
     return subprocess.run(

@@ -56,6 +56,7 @@ def test_without_a_command_it_shows_its_help(runner):
     assert all(command in result.stdout for command in COMMANDS)
 
 
+@pytest.mark.processes
 def test_help_is_quick_and_imports_nothing_heavy():
     started = time.perf_counter()
     result = autoquant("--help", python=("-X", "importtime"))
@@ -66,6 +67,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert elapsed < 1.0
 
 
+@pytest.mark.processes
 def test_reading_the_front_does_not_import_torch(database):
     result = autoquant("pareto", str(database), "--json", python=("-X", "importtime"))
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
@@ -73,6 +75,7 @@ def test_reading_the_front_does_not_import_torch(database):
     assert not imported & {"torch", "pandas", "matplotlib", "plotly"}
 
 
+@pytest.mark.processes
 def test_an_error_is_one_line_with_exit_code_2_and_leaves_no_file(tmp_path):
     result = autoquant("show", "plan.db", cwd=tmp_path)
     assert result.returncode == 2
@@ -82,6 +85,7 @@ def test_an_error_is_one_line_with_exit_code_2_and_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", [("--debug", "show", "plan.db"), ("show", "plan.db", "--debug")])
 def test_debug_anywhere_shows_the_traceback(tmp_path, arguments):
     result = autoquant(*arguments, cwd=tmp_path)
@@ -134,6 +138,7 @@ def test_an_interrupt_exits_with_130():
     assert result.exit_code == 130
 
 
+@pytest.mark.processes
 def test_a_reader_that_leaves_causes_no_complaint(database):
     command = f"{sys.executable} -m autoquant.cli.main show {database} --json | head -c 10"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

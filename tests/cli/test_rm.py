@@ -88,6 +88,7 @@ def test_without_a_terminal_it_wants_yes_and_removes_nothing(runner, measured):
     assert counts(measured) == before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("answer", "left"), [("n", 1), ("y", 0)])
 def test_on_a_terminal_it_asks_and_does_what_is_answered(measured, answer, left):
     ours, theirs = pty.openpty()

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from autoquant.cli import serve
 from autoquant.cli.main import app
 
+pytestmark = pytest.mark.processes
 ABSENT = [name for name in serve._NEEDED if find_spec(name) is None]
 needs_server = pytest.mark.skipif(
     bool(ABSENT), reason=f"{', '.join(ABSENT)} not installed: pip install 'autoquant[serve]'"
@@ -43,7 +44,7 @@ class Served:
     """A server in a process of its own, that has said that it is ready."""
 
     def __init__(self, folder, port, errors):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "AUTOQUANT_EAGER": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "autoquant.cli.main", "serve", str(folder), "--port", str(port)],
             stdout=subprocess.PIPE,
@@ -129,6 +130,7 @@ def test_ctrl_c_stops_it_without_a_complaint(served):
         served.ask("/health")
 
 
+@pytest.mark.slow
 @needs_server
 def test_an_unquantized_model_is_served_and_prepared_too(both, port, tmp_path):
     with (tmp_path / "stderr").open("w") as errors:

@@ -48,12 +48,7 @@ SMALLER = (
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in quick.SHORTER:
-            patch.setattr(module, name, value)
-        patch.setenv("AUTOQUANT_EAGER", "1")
-        patch.setenv("AUTOQUANT_IN_PROCESS", "1")
-        quick.torch.set_num_threads(1)
+    with quick.short():
         yield
 
 

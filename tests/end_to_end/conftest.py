@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -11,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from autoquant.cli.main import app
 
@@ -24,21 +24,21 @@ WORKLOAD = "prefill=8,decode=4"
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def short():
     """Searches in this process are short."""
-    for module, name, value in quick.SHORTER:
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setenv("AUTOQUANT_EAGER", "1")
-    monkeypatch.setenv("AUTOQUANT_IN_PROCESS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with quick.short():
+        yield
 
 
-def command(*arguments, cwd=None, module=quick.__name__):
-    """Run the `autoquant` command, with short timings, in a process of its own."""
-    return python("-m", module, *arguments, cwd=cwd)
+def typed(*arguments, cwd=None, settings=(*quick.SHORTER, *quick.FEWER_PLANS)):
+    """Run the `autoquant` command in this process, with short timings, also where a module's fixtures need it."""
+    with quick.short(settings), contextlib.chdir(cwd or "."):
+        return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def command(*arguments, cwd=None):
+    """Run the `autoquant` command in a process of its own."""
+    return python("-m", "autoquant", *arguments, cwd=cwd)
 
 
 def python(*arguments, cwd=None):
@@ -68,6 +68,13 @@ def rows(db, tables=FACTS):
         connection.close()
 
 
+def copy_database(source, target):
+    """Copy a database that is open elsewhere, perhaps; returns the copy."""
+    with contextlib.closing(sqlite3.connect(source)) as before, contextlib.closing(sqlite3.connect(target)) as after:
+        before.backup(after)
+    return target
+
+
 def folder_print(folder):
     """Every file below a folder with a hash of its bytes."""
     return {
@@ -93,7 +100,7 @@ class Searched:
     model: Path
     text: Path
     db: Path
-    result: subprocess.CompletedProcess
+    result: Result
 
     def search(self, *options, cwd=None):
         """The same command again, with further options."""
@@ -114,8 +121,8 @@ def searched(files, tmp_path_factory):
     model, text = files
     db = tmp_path_factory.mktemp("searched") / "plan.db"
     unfinished = Searched(model, text, db, None)
-    result = command(*unfinished.search("--time-budget", "12s", "--json"))
-    assert result.returncode == 0, result.stderr
+    result = typed(*unfinished.search("--time-budget", "12s", "--json"), settings=quick.SHORTER)
+    assert result.exit_code == 0, result.stderr
     return Searched(model, text, db, result)
 
 

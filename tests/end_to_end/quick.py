@@ -1,19 +1,17 @@
-"""Short searches: fewer timing rounds, and a busy machine is not waited for. Also run as the `autoquant` command."""
+"""Short searches: fewer timing rounds, and a busy machine is not waited for."""
 
 from __future__ import annotations
 
-import os
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-os.environ["AUTOQUANT_EAGER"] = "1"
-if __name__ == "__main__":
-    from autoquant.cli.main import hush_libraries
-
-    hush_libraries()
-
+import pytest
 import torch
 
 from autoquant.devices import effort
 from autoquant.devices.effort import TimingEffort
+from autoquant.profiler import timing
 from autoquant.study import delivered
 from autoquant.tuner import driver, stages
 
@@ -28,25 +26,36 @@ LITTLE = TimingEffort(
 )
 SHORTER = (
     (effort, "_default", LITTLE),
+    (timing, "_unroll", lambda _m: 2),
     (stages, "_SHORTEST_PROOF_S", 0.1),
     (delivered, "is_faster", lambda _delivery: True),  # a tiny model gains nothing
 )
-
+FEWER_PLANS = ((stages, "LEAST_PLANS", 4), (stages, "FRONT_PLANS", 2))  # not where a whole search is asked for
 
 CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")
 
 
-def shorten():
-    """Make the searches of this process short, and single-threaded: small kernels are slow where threads wait for cores."""
+@contextmanager
+def short(settings=(*SHORTER, *FEWER_PLANS)) -> Iterator[None]:
+    """Inside, searches in this process are short, run nothing in another process, and compile nothing.
+
+    They compute in one thread, as small kernels are slow where threads wait for cores.
+    """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for module, name, value in SHORTER:
-        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
-        setattr(module, name, value)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name, value in settings:
+                patch.setattr(module, name, value)
+            patch.setenv("AUTOQUANT_EAGER", "1")
+            patch.setenv("AUTOQUANT_IN_PROCESS", "1")
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def search(model, text, db, budget_s=0.5, candidates=CANDIDATES, **options):
     """A short search by the loading that a user has."""
-    shorten()
     return driver.search(
         str(model),
         eval_text=str(text),
@@ -61,11 +70,6 @@ def search(model, text, db, budget_s=0.5, candidates=CANDIDATES, **options):
 
 def search_as_process(*arguments, **options):
     """`search` for a process of its own: what it returns is of no use there."""
-    search(*arguments, **options)
-
-
-if __name__ == "__main__":
-    from autoquant.cli.main import run
-
-    shorten()
-    run()
+    gc.freeze()  # as in tests/conftest.py
+    with short():
+        search(*arguments, **options)

@@ -317,7 +317,7 @@ def test_refusals_are_the_same_in_a_process_of_their_own(here):
     before = folder_print(here)
     cases = [search(), search("given/weights.pt"), search(db="given/foreign.db")]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda arguments: command(*arguments, cwd=here, module="autoquant"), cases))
+        results = list(pool.map(lambda arguments: command(*arguments, cwd=here), cases))
     for result in results:
         check(result.returncode, result.stdout, result.stderr)
     assert folder_print(here) == before

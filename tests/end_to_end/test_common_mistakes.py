@@ -21,7 +21,7 @@ from autoquant.cli.main import app
 from autoquant.store import open_store
 from autoquant.store.connect import VERSION_TABLE
 
-from .conftest import command
+from .conftest import copy_database, typed
 from .tiny import make_llama, save_llama, save_text
 
 RECIPE = """
@@ -251,14 +251,9 @@ def place(searched, tmp_path_factory):
     torch.save(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), folder / "module.pt")
     copy_database(searched.db, folder / "plan.db")
     make_databases(folder)
-    finished = command(*shlex.split(OWN), *shlex.split(OWN_JUDGE), "--trust-pickle", cwd=folder)
-    assert finished.returncode == 0, finished.stderr
+    finished = typed(*shlex.split(OWN), *shlex.split(OWN_JUDGE), "--trust-pickle", cwd=folder)
+    assert finished.exit_code == 0, finished.stderr
     return folder
-
-
-def copy_database(source, target):
-    with sqlite3.connect(source) as before, sqlite3.connect(target) as after:
-        before.backup(after)
 
 
 def make_databases(folder):
@@ -281,7 +276,7 @@ def here(place, tmp_path, monkeypatch):
     sys.modules.pop("mine", None)
 
 
-def typed(line):
+def type_in(line):
     sys.modules.pop("mine", None)
     return CliRunner().invoke(app, shlex.split(line))
 
@@ -290,7 +285,7 @@ def typed(line):
 def test_a_mistake_is_answered_in_one_line_and_following_it_works(here, mistake):
     if "cuda" in mistake.wrong and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    result = typed(mistake.wrong)
+    result = type_in(mistake.wrong)
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.stderr
@@ -298,6 +293,6 @@ def test_a_mistake_is_answered_in_one_line_and_following_it_works(here, mistake)
     assert found, result.stderr
     if mistake.mend is not None:
         mistake.mend(here)
-    followed = typed(mistake.right.format(*found.groups()))
+    followed = type_in(mistake.right.format(*found.groups()))
     assert followed.exit_code == 0, followed.stderr
     assert followed.stdout

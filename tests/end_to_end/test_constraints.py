@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
 from autoquant.study.study import Study
 
-from .conftest import WORKLOAD, command
+from .conftest import WORKLOAD, copy_database, typed
 
 KEPT, PINNED = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"
 CONSTRAINTS = ("--keep", KEPT, "--pin", "*.1.*.k_proj=int8-row*", "--fusable", "vllm")
@@ -23,8 +22,8 @@ def constrained(files, tmp_path_factory):
     db = tmp_path_factory.mktemp("constrained") / "plan.db"
     arguments = ["search", model, "--eval-text", text, "--db", db, "--device", "cpu", "--workload", WORKLOAD]
     arguments += ["--candidates", "int8*", "--candidates", "int4*", "--time-budget", "1s", *CONSTRAINTS]
-    result = command(*arguments, "--max-kl", "0.5", "--max-ppl-increase", "50%", "--json")
-    assert result.returncode == 0, result.stderr
+    result = typed(*arguments, "--max-kl", "0.5", "--max-ppl-increase", "50%", "--json")
+    assert result.exit_code == 0, result.stderr
     return model, text, db, arguments, result
 
 
@@ -79,7 +78,7 @@ def test_the_divergence_is_measured_on_the_selection_part_with_its_interval(cons
 def test_it_is_solved_again_when_the_model_is_gone_and_the_plan_can_be_applied(constrained, run, tmp_path):
     model, _, db, *_ = constrained
     copy = tmp_path / "plan.db"
-    shutil.copy(db, copy)
+    copy_database(db, copy)
     away = model.rename(model.with_name("away"))
     try:
         result = run("solve", copy, "--max-kl", "0.002", "--json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -26,7 +25,7 @@ from autoquant.store import open_store
 from autoquant.tuner.fusion import sibling_sites
 
 from . import quick
-from .conftest import rows
+from .conftest import copy_database, rows
 
 IDS = torch.arange(12).unsqueeze(0)
 
@@ -54,7 +53,7 @@ def apart(plan):
 @pytest.fixture
 def fused_db(searched, fused, tmp_path):
     """A store with that plan, and the plan."""
-    db = shutil.copy(searched.db, tmp_path / "plan.db")
+    db = copy_database(searched.db, tmp_path / "plan.db")
     plan = replace(fused, plan_id="f05ed0000000", label="fused")
     open_store(db).put_plan(plan)
     return db, plan

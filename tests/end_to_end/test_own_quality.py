@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from autoquant.cli.main import app
 
-from .conftest import command
+from .conftest import typed
 
 MINE = """
 import torch
@@ -79,14 +79,14 @@ def search(**changes):
 
 
 def test_a_module_is_searched_and_written_by_the_functions_named(here):
-    result = command(*search(), cwd=here)
-    assert result.returncode == 0, result.stderr
+    result = typed(*search())
+    assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["study_id"]
     front = json.loads(CliRunner().invoke(app, ["pareto", "own.db", "--json"]).stdout)
     assert front and all(row["perplexity"] is None for row in front)
     uniform = next(row for row in front if row["kind"] == "uniform")
-    applied = command("apply", "own.db", "--plan", uniform["plan_id"], "--out", "quantized", cwd=here)
-    assert applied.returncode == 0, applied.stderr
+    applied = typed("apply", "own.db", "--plan", uniform["plan_id"], "--out", "quantized")
+    assert applied.exit_code == 0, applied.stderr
     assert "bit for bit" in applied.stdout
 
 

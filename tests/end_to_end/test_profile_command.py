@@ -14,7 +14,7 @@ from autoquant.cli.main import app
 from autoquant.devices.effort import timing_effort, timing_effort_of
 from autoquant.profiler.latencies import COLUMNS
 
-from .conftest import WORKLOAD
+from .conftest import WORKLOAD, copy_database
 
 CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm", "float32*")
 
@@ -96,8 +96,7 @@ def test_rows_override_those_of_a_models_workload(profile, files):
 
 
 def test_what_a_search_timed_is_not_timed_again(searched, tmp_path, profile):
-    copy = tmp_path / "plan.db"
-    copy.write_bytes(searched.db.read_bytes())
+    copy = copy_database(searched.db, tmp_path / "plan.db")
     result = profile(searched.model, "--workload", WORKLOAD, "--db", copy)
     said = " ".join(result.stdout.split())
     assert ", 0 were in the store" not in said and " 0 are new" not in said  # float32 was not part of that search

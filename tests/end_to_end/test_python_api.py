@@ -56,10 +56,7 @@ def search(teacher, quality, tmp_path):
 def studied(teacher, quality, tmp_path_factory):
     """A finished study of the module, and the parts that its quality was asked for."""
     CALLS.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in quick.SHORTER:
-            patch.setattr(module, name, value)
-        patch.setenv("AUTOQUANT_EAGER", "1")
+    with quick.short():
         study = autoquant.search(
             copy.deepcopy(teacher),
             sample_inputs=(SAMPLES["calibration"][:4],),

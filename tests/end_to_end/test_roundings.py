@@ -30,11 +30,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(files, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTOQUANT_IN_PROCESS", "1")
-        patch.setenv("AUTOQUANT_EAGER", "1")
-        for module, name, value in quick.SHORTER:
-            patch.setattr(module, name, value)
+    with quick.short():
         return quick.search(
             *files, tmp_path_factory.mktemp("searched") / "plan.db", candidates=("int3-g32", "int3-g32-gptq")
         )

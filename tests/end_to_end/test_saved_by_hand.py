@@ -11,7 +11,7 @@ import torch
 from autoquant.export.applier import apply_to_disk
 from autoquant.study.study import Study
 
-from .conftest import WORKLOAD, command, folder_print, python
+from .conftest import WORKLOAD, copy_database, folder_print, python, typed
 from .quick import CANDIDATES
 from .tiny import make_llama, make_tokenizer
 
@@ -38,8 +38,8 @@ def place(files, tmp_path_factory):
     shutil.copy(files[1], folder / "text.txt")
     globs = [part for glob in CANDIDATES for part in ("--candidates", glob)]
     options = ("--eval-text", "text.txt", "--device", "cpu", "--workload", WORKLOAD, "--time-budget", "1s", *globs)
-    result = command("search", "model.pt", *options, "--max-ppl-increase", "1000%", cwd=folder)
-    assert result.returncode == 0, result.stderr
+    result = typed("search", "model.pt", *options, "--max-ppl-increase", "1000%", cwd=folder)
+    assert result.exit_code == 0, result.stderr
     assert "rotary_emb.inv_freq: LlamaForCausalLM computes these itself" in result.stderr
     assert "\n  autoquant apply plan.db\n" in result.stdout
     return folder
@@ -47,7 +47,8 @@ def place(files, tmp_path_factory):
 
 @pytest.fixture
 def here(place, tmp_path, monkeypatch):
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("plan.db*"))
+    copy_database(place / "plan.db", tmp_path / "plan.db")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -20,7 +20,7 @@ from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.evaluators.text import read_text
 from autoquant.models import load_model
 
-from .conftest import FACTS, folder_print, python, rows
+from .conftest import FACTS, copy_database, folder_print, python, rows
 from .tiny import POSITIONS
 
 FRONT_FIELDS = {
@@ -130,8 +130,7 @@ def test_optuna_shares_the_database_and_no_other_file_appears(searched):
 
 def test_another_limit_on_a_finished_search_measures_nothing(run, searched, study, tmp_path):
     db = tmp_path / "plan.db"
-    study.store.engine.dispose()
-    shutil.copy(searched.db, db)
+    copy_database(searched.db, db)
     before = rows(db)
     result = run(*searched.search("--time-budget", "12s", "--max-ppl-increase", "50%", "--db", db))
     assert result.exit_code == 0, result.stderr
@@ -141,8 +140,7 @@ def test_another_limit_on_a_finished_search_measures_nothing(run, searched, stud
 
 def test_another_limit_recommends_another_plan(run, searched, study, tmp_path):
     db = tmp_path / "plan.db"
-    study.store.engine.dispose()
-    shutil.copy(searched.db, db)
+    copy_database(searched.db, db)
     recommended = {}
     for limit in ("0%", "10000%"):
         result = run(*searched.search("--time-budget", "12s", "--max-ppl-increase", limit, "--db", db, "--json"))
@@ -170,8 +168,7 @@ def test_a_report_of_the_search_has_its_command_its_plans_and_its_kernels(search
 
 def test_the_smallest_plan_is_asked_for_by_a_recipe_that_replays(run, searched, study, tmp_path):
     db, saved = tmp_path / "plan.db", tmp_path / "saved.toml"
-    study.store.engine.dispose()
-    shutil.copy(searched.db, db)
+    copy_database(searched.db, db)
     options = ("--recipe", "smallest-within-1pct", "--max-ppl-increase", "1000%", "--time-budget", "12s", "--json")
     first = run(*searched.search(*options, "--db", db, "--save-recipe", saved))
     again = run("search", "--recipe", saved, "--json")

@@ -198,6 +198,11 @@ def test_spread_copes_with_points_that_do_not_differ():
     assert spread(problem, [], 2) == []
 
 
+def test_spread_treats_an_endless_loss_as_the_largest_that_ends():
+    problem = Problem.build([[(2.0, 0.1, 1.0), (1.5, 0.2, 1.0), (1.0, float("inf"), 1.0)]])
+    assert spread(problem, [(0,), (1,), (2,)], 2) == [(2,), (0,)]
+
+
 def test_the_reason_names_what_the_neighbours_would_cost():
     _, options = layers(2)
     reason = explain(options, 1, CONTEXT)

@@ -11,6 +11,7 @@ from autoquant.store import open_store
 
 from .made_up import DEVICE
 
+pytestmark = pytest.mark.processes
 WRITER = """
 import os, sys
 from autoquant.store import open_store

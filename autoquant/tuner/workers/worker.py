@@ -9,6 +9,7 @@ process ends, so do this one and its child.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -36,6 +37,7 @@ def main() -> None:
     try:
         bench = spec.make()
         warm_compiler()
+        gc.freeze()  # what is imported stays: children that collect garbage need not look through it
     except Exception as error:  # noqa: BLE001 - the other side decides what to do without this process
         send(connection, (RAISED, portable(error)))
         return

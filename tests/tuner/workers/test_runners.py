@@ -33,7 +33,10 @@ from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE, start_runner
 
 from .made_up_jobs import Count, Crash, Fail, Fill, Sleep
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="jobs run in this process elsewhere")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform != "linux", reason="jobs run in this process elsewhere"),
+]
 WORKLOAD = Workload.parse("prefill=4,decode=2")
 FORMATS = ("bfloat16/plain", "int8-row/plain")
 

@@ -255,14 +255,36 @@ def route_kernel(route: Route, m: int) -> str:
     return route[-1].kernel
 
 
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What decides how exact a linear is, however fast it is computed.
+
+    Attributes:
+        values: Which numbers the weight holds, the first part of a format's id, e.g. `int8-row`.
+        activation: How the activation is rounded, e.g. `a16` (not at all).
+    """
+
+    values: str
+    activation: str
+
+    @classmethod
+    def parse(cls, text: str) -> Numerics:
+        """Read what `str` writes."""
+        values, _, activation = text.partition("+")
+        return cls(values, activation)
+
+    def __str__(self) -> str:
+        return f"{self.values}+{self.activation}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChoice:
-    """What one layer gets in a plan: a format and its route, with what is predicted of it and why it was chosen.
+    """What one layer gets in a plan: a format and its route, with predictions and a reason.
 
     Attributes:
         parameters: Names of the parameters that are replaced.
         latency_us: Predicted microseconds in one run of each phase (all of the layer's calls in it).
-        numerics: Key of the score that stands for this choice: format values and activation precision.
+        numerics: The text of the `Numerics` whose score is `loss`; empty before the choice is scored.
         loss: Predicted loss of this choice alone.
         memory_bytes: Bytes that the stored weight takes.
         joined: Names of the layers that are computed as one, this one among them; empty where it is computed alone.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
-from autoquant.candidates import Format, Kernel, timed
+from autoquant.candidates import Candidate, timed
 from autoquant.candidates.kernels.caches import tuning_folder, use_kernel_caches
 from autoquant.candidates.kernels.gemlite import load_tuning
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
@@ -41,19 +41,25 @@ def cells_of(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
 
 
 def subjects_of(
-    cells: Sequence[tuple[LinearShape, int]], candidates: Sequence[tuple[Format, Kernel]], working_set: int
+    cells: Sequence[tuple[LinearShape, int]], candidates: Sequence[Candidate], working_set: int
 ) -> list[TimingSubject]:
     """Every candidate at every cell; formats that differ in their rounding alone are one."""
     return [
-        TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
+        TimingSubject(
+            shape=shape,
+            m=m,
+            format=candidate.format.id,
+            kernel=candidate.kernel.id,
+            working_set_bytes=working_set,
+        )
         for shape, m in cells
-        for fmt, kernel in timed(candidates)
+        for candidate in timed(candidates)
     ]
 
 
 def profile(
     subjects: Sequence[TimingSubject],
-    candidates: Sequence[tuple[Format, Kernel]],
+    candidates: Sequence[Candidate],
     *,
     device: Device,
     device_name: str,
@@ -81,7 +87,7 @@ def profile(
     if total and device.type == "cuda":
         decided = _prepare(missing, device, device_name, store, listener)
     listener(StageStarted(STAGE, total))
-    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in timed(candidates)}
+    by_id = {candidate.id: candidate for candidate in timed(candidates)}
     compiled = device.versions.get("compiler") != "none"
     arena = Arena(subjects[0].working_set_bytes, device_name) if total else None
     done = 0
@@ -91,7 +97,7 @@ def profile(
             measured = compare(
                 shape,
                 m,
-                [by_id[subject.format, subject.kernel] for subject in group],
+                [by_id[subject.candidate] for subject in group],
                 arena=arena,
                 device=device_name,
                 compiled=compiled,

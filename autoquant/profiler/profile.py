@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from autoquant.candidates import Format, Kernel, get_format, select, timed
+from autoquant.candidates import Candidate, Format, get_format, select, timed
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.device import compile_failure, fingerprint
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_ROWS = (1, 16, 128, 2048)
 _SAMPLE_ROWS = 256
 
-Candidates = Sequence[tuple[Format, Kernel]]
+Candidates = Sequence[Candidate]
 Cell = tuple[LinearShape, int]
 
 
@@ -156,11 +156,11 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
         store.close()
 
 
-def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
+def with_original(candidates: Candidates, dtype: str) -> list[Candidate]:
     """The candidates, and leaving the weight alone, which no glob can exclude."""
     original = get_format(original_format(dtype))
-    rest = [(fmt, kernel) for fmt, kernel in pairs if fmt.id != original.id]
-    return [*((original, kernel) for kernel in original.kernels), *rest]
+    rest = [candidate for candidate in candidates if candidate.format.id != original.id]
+    return [*(Candidate(original, kernel) for kernel in original.kernels), *rest]
 
 
 def _check(request: ProfileRequest) -> None:
@@ -291,11 +291,12 @@ def _rows(
     device_name: str,
     roofline: Roofline,
 ) -> tuple[dict[str, Any], ...]:
-    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in timed(candidates)}
+    by_id = {candidate.id: candidate for candidate in timed(candidates)}
     weight_bytes: dict[tuple[str, LinearShape], float | None] = {}
     rows = []
     for subject, measurement in measured.items():
-        fmt, kernel = by_id[subject.format, subject.kernel]
+        candidate = by_id[subject.candidate]
+        fmt, kernel = candidate.format, candidate.kernel
         key = (fmt.id, subject.shape)
         if key not in weight_bytes:
             weight_bytes[key] = _weight_bytes(fmt, subject.shape, hardware, device_name)

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel, multiplied_numbers
+from autoquant.candidates import ACTIVATION_ROUNDING, Candidate, Format, Kernel, multiplied_numbers
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.devices.load import HIGHEST_OTHER_LOAD, watch_load
 from autoquant.errors import first_line
@@ -113,7 +113,7 @@ class Problem:
 def compare(
     shape: LinearShape,
     m: int,
-    candidates: Sequence[tuple[Format, Kernel]],
+    candidates: Sequence[Candidate],
     *,
     arena: Arena,
     device: str,
@@ -135,7 +135,8 @@ def compare(
     results = dict(decided or {})
     entrants: list[_Entrant] = []
     subjects = []
-    for fmt, kernel in candidates:
+    for candidate in candidates:
+        fmt, kernel = candidate.format, candidate.kernel
         subject = TimingSubject(
             shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=arena.bytes.numel()
         )

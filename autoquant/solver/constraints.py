@@ -20,9 +20,6 @@ from autoquant.records import LayerChoice, Plan, Site
 FUSABLE = ("vllm",)
 """What layers can be kept fusable for."""
 
-Candidate = tuple[str, str]
-"""Ids of a format and of one of its kernels."""
-
 
 @dataclass(frozen=True, slots=True)
 class Pin:
@@ -90,13 +87,14 @@ class Constraints:
         """The pins of the layer, all of which it has to meet."""
         return [pin for pin in self.pins if fnmatchcase(layer, pin.layers)]
 
-    def admits(self, layer: str, candidate: Candidate, original: str) -> bool:
-        """Whether the layer may be computed so.
+    def admits(self, layer: str, candidate: str, original: str) -> bool:
+        """Check whether a layer may be computed by a candidate.
 
         Args:
+            candidate: `FORMAT/KERNEL`.
             original: Format id of the unquantized weight.
         """
-        if self.kept(layer) is not None and candidate[0] != original:
+        if self.kept(layer) is not None and format_of(candidate) != original:
             return False
         return all(_matches(candidate, pin.formats) for pin in self.pinned(layer))
 
@@ -109,7 +107,7 @@ class Constraints:
     def allow(self, plan: Plan) -> bool:
         """Whether a plan meets every pin. Only the unquantized model, which is proven in any case, may not."""
         return all(
-            self.admits(layer.name, (layer.format, step.kernel), layer.format)
+            self.admits(layer.name, f"{layer.format}/{step.kernel}", layer.format)
             for layer in plan.layers
             for step in layer.route
         )
@@ -154,11 +152,11 @@ UNBOUND = Bound()
 """Every layer may get anything."""
 
 
-def bind(constraints: Constraints, sites: Sequence[Site], candidates: Iterable[Candidate], original: str) -> Bound:
+def bind(constraints: Constraints, sites: Sequence[Site], candidates: Iterable[str], original: str) -> Bound:
     """Find the layers that the constraints are about.
 
     Args:
-        candidates: Those of the search, the unquantized one among them.
+        candidates: Ids of those of the search, the unquantized one among them.
         original: Its format's id.
 
     Raises:
@@ -194,7 +192,7 @@ def fused_groups(sites: Sequence[Site]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in members if len(group) > 1]
 
 
-def _check_patterns(constraints: Constraints, names: Sequence[str], candidates: Sequence[Candidate]) -> None:
+def _check_patterns(constraints: Constraints, names: Sequence[str], candidates: Sequence[str]) -> None:
     patterns = [("--keep", glob) for glob in constraints.keep] + [("--pin", pin.layers) for pin in constraints.pins]
     for option, glob in patterns:
         if not any(fnmatchcase(name, glob) for name in names):
@@ -210,10 +208,8 @@ def _check_patterns(constraints: Constraints, names: Sequence[str], candidates: 
             )
 
 
-def _check_group(
-    group: Sequence[str], constraints: Constraints, candidates: Sequence[Candidate], original: str
-) -> None:
-    allowed = [{c[0] for c in candidates if constraints.admits(name, c, original)} for name in group]
+def _check_group(group: Sequence[str], constraints: Constraints, candidates: Sequence[str], original: str) -> None:
+    allowed = [{format_of(c) for c in candidates if constraints.admits(name, c, original)} for name in group]
     if not set.intersection(*allowed):
         told = "; ".join(f"{name} is {reason}" for name in group if (reason := constraints.reason(name)))
         raise ConstraintError(
@@ -222,7 +218,12 @@ def _check_group(
         )
 
 
-def _matches(candidate: Candidate, glob: str) -> bool:
-    """As `--candidates` matches: the values, the format's id, or the candidate's."""
-    format_id, kernel = candidate
-    return any(fnmatchcase(name, glob) for name in (format_id.partition("/")[0], format_id, f"{format_id}/{kernel}"))
+def format_of(candidate: str) -> str:
+    """Return the format id of a candidate's id."""
+    return candidate.rpartition("/")[0]
+
+
+def _matches(candidate: str, glob: str) -> bool:
+    """Match as `--candidates` does: the values, the format's id, or the candidate's id."""
+    names = (candidate.partition("/")[0], format_of(candidate), candidate)
+    return any(fnmatchcase(name, glob) for name in names)

@@ -144,7 +144,7 @@ def search(
         "workload": str(workload),
         "dtype": loaded.dtype,
         "quality": measure.key,
-        "candidates": [f"{fmt.id}/{kernel.id}" for fmt, kernel in pairs],
+        "candidates": [candidate.id for candidate in pairs],
         "seed": seed,
         "protocol": PROTOCOL,
         "method": method.version,
@@ -156,7 +156,7 @@ def search(
     recording = _known_recording(store, study_id, limits)
     if recording is None and constraints.as_object():  # refused before anything is written
         recording = record_model(loaded, workload, device=place, sample_inputs=inputs, listener=listener)
-        bind(constraints, recording.sites, [(fmt.id, kernel.id) for fmt, kernel in chosen], chosen[0][0].id)
+        bind(constraints, recording.sites, [each.id for each in chosen], chosen[0].format.id)
     store.put_device(hardware)
     store.put_model(loaded.content_hash, asdict(loaded.source))
     store.put_study(

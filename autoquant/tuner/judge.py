@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autoquant.candidates import Format, Kernel
+from autoquant.candidates import Candidate
 from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.data import check_data, data_pieces
 from autoquant.evaluators.outputs import SAMPLES, AnyQuality, OutputQuality, vary
@@ -77,7 +77,7 @@ class Judge:
     """
 
     quality: AnyQuality
-    candidates: list[tuple[Format, Kernel]]
+    candidates: list[Candidate]
     words: str
 
 
@@ -110,7 +110,7 @@ def make_judge(
         return Judge(quality, _without_inputs(candidates, listener), words)
     if loaded.tokenizer is None:
         raise TextError(f"this model has no tokenizer: give one with --tokenizer FOLDER, or judge it by {_OWN_LOSS}")
-    text, name = _text_quality(asked, loaded, device, inputs=any(fmt.needs_inputs for fmt, _ in candidates))
+    text, name = _text_quality(asked, loaded, device, inputs=any(each.format.needs_inputs for each in candidates))
     if asked.text is None and asked.data is None:
         listener(
             Notice(
@@ -153,11 +153,11 @@ def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | Non
     return None if quality is None else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
 
 
-def _without_inputs(pairs: Candidates, listener: Listener) -> list[tuple[Format, Kernel]]:
-    """The candidates, less those whose weights are rounded for what layers read on a text, which there is none of."""
-    for name in dict.fromkeys(fmt.id for fmt, _ in pairs if fmt.needs_inputs):
+def _without_inputs(candidates: Candidates, listener: Listener) -> list[Candidate]:
+    """Drop the formats that need calibration text, since none was given."""
+    for name in dict.fromkeys(each.format.id for each in candidates if each.format.needs_inputs):
         listener(Notice(f"{name} not considered: it is rounded for what layers read on a text, and there is none"))
-    return [(fmt, kernel) for fmt, kernel in pairs if not fmt.needs_inputs]
+    return [each for each in candidates if not each.format.needs_inputs]
 
 
 def _check_module(asked: Asked, *, has_inputs: bool) -> None:

@@ -22,7 +22,7 @@ from autoquant.export.applier import Quantized, apply, module_bytes
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
-from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload
+from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload
 from autoquant.runtime.compiled import share
 from autoquant.runtime.phases import Phases, divisions, make_phases
 from autoquant.runtime.request import make_warm, time_requests
@@ -137,6 +137,6 @@ def worst_numerics(module: nn.Module, plan: Plan) -> Iterator[None]:
 def _everywhere(layer: LayerChoice) -> RouteStep:
     """The kernel of the layer's route that has its worst numerics, for any m: of several the last, which is for most rows."""
     fmt = get_format(layer.format)
-    numerics = layer.numerics.partition("+")[2]
-    worst = [step for step in layer.route if fmt.kernel(step.kernel).numerics == numerics]
+    activation = Numerics.parse(layer.numerics).activation
+    worst = [step for step in layer.route if fmt.kernel(step.kernel).numerics == activation]
     return replace(worst[-1], upper_m=None)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from autoquant.candidates import get_format
 from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
-from autoquant.records import route_kernel
 from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.store import Store
-from autoquant.tuner.choices import SiteChoices, numerics_key
+from autoquant.tuner.choices import SiteChoices, numerics_of
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Scored, ScoreJob
 
@@ -77,10 +76,10 @@ def _changes(choices: Sequence[SiteChoices]) -> list[Change]:
     for of_site in choices:
         for choice in of_site.choices:
             fmt = get_format(choice.format)
-            for use in of_site.site.uses:
-                kernel = fmt.kernel(route_kernel(choice.route, use.m))
-                key = numerics_key(fmt, kernel.numerics)
-                found.setdefault((of_site.site.name, key), Change(of_site.site, key, fmt, kernel.numerics))
+            for numerics in numerics_of(choice):
+                key = str(numerics)
+                change = Change(of_site.site, key, fmt, numerics.activation)
+                found.setdefault((of_site.site.name, key), change)
     return list(found.values())
 
 

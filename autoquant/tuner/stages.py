@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoquant.candidates import Format, Kernel
+from autoquant.candidates import Candidate
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.device import compile_failure, release_memory
 from autoquant.errors import CandidateError, first_line
@@ -16,10 +16,11 @@ from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.models import LoadedModel
-from autoquant.profiler.crossovers import Timings, settled
+from autoquant.profiler.crossovers import place_crossovers
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
 from autoquant.profiler.prepare import workers_kept
 from autoquant.profiler.record import mean_element_bytes, record_model
+from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import (
     Device,
     LayerChoice,
@@ -50,7 +51,7 @@ from autoquant.solver.refine import growth_of, point_of, proposals
 from autoquant.store import Store
 from autoquant.study.study import Study
 from autoquant.tuner.calibrate import fit, predicted
-from autoquant.tuner.choices import constrained_choices, format_facts, scored
+from autoquant.tuner.choices import ChoiceMaker, format_facts, scored
 from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.fusion import Fusion, complete, fusion_subjects, make_fusion
 from autoquant.tuner.notices import constraint_notices, dropped_notices, fusion_notices
@@ -77,7 +78,7 @@ class Stages:
     workload: Workload
     device: str
     hardware: Device
-    candidates: list[tuple[Format, Kernel]]
+    candidates: list[Candidate]
     sample_inputs: Any
     fuse: bool
     sensitivity: Sensitivity
@@ -118,9 +119,9 @@ class Stages:
         try:
             working_set = self._working_set(recording)
             timings = self._profile(recording.sites, working_set)
-            options, originals = self._options(recording, timings, working_set)
+            options, originals = self._options(recording, timings)
             self._prove_all(options, originals, recording)
-            self._settle_routes(timings, working_set)
+            self._settle_routes(timings)
         finally:
             self.runner.close()
         self._spend(complete=True)
@@ -136,7 +137,7 @@ class Stages:
             execution="eager" if self.hardware.versions.get("compiler") == "none" else "compiled",
             sample_inputs=self.sample_inputs,
         )
-        formats = list({fmt.id: None for fmt, _ in self.candidates})
+        formats = list({each.format.id: None for each in self.candidates})
         return start_runner(bench, formats, self.listener)
 
     # -- stages ----------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ class Stages:
 
     def _bind(self, sites: Sequence[Site]) -> None:
         """Find the layers that constraints are about, and tell what that comes to."""
-        ids = [(fmt.id, kernel.id) for fmt, kernel in self.candidates]
+        ids = [each.id for each in self.candidates]
         self.bound = bind(self.constraints, sites, ids, original_format(self.loaded.dtype))
         self._tell(constraint_notices(self.constraints, self.bound, sites))
 
@@ -172,38 +173,25 @@ class Stages:
             subjects, runner=self.runner, hardware=self.hardware, store=self.store, listener=self.listener
         )
 
-    def _profile(self, sites: Sequence[Site], working_set: int) -> dict[TimingSubject, Measurement]:
+    def _profile(self, sites: Sequence[Site], working_set: int) -> TimingTable:
         """Timings of every candidate at the workload's m, of siblings as one too where that is asked for."""
         subjects = subjects_of(cells_of(sites), self.candidates, working_set)
         if self.fuse:
             subjects = list(dict.fromkeys([*subjects, *fusion_subjects(sites, self.candidates, working_set)]))
-        timings = self._time(subjects)
+        timings = TimingTable(working_set, self._time(subjects))
         if self.fuse:
-            self.fusion = make_fusion(sites, self.candidates, timings, self.workload, working_set)
+            self.fusion = make_fusion(sites, self.candidates, timings, self.workload)
             self._tell(fusion_notices(self.fusion))
         self._spend()
         return timings
 
-    def _options(
-        self, recording: Recording, timings: Timings, working_set: int
-    ) -> tuple[list[list[LayerChoice]], list[LayerChoice]]:
+    def _options(self, recording: Recording, timings: TimingTable) -> tuple[list[list[LayerChoice]], list[LayerChoice]]:
         """Scored choices per site, and the unquantized choice per site."""
         sites = recording.sites
-        formats = list({fmt.id: fmt for fmt, _ in self.candidates}.values())
+        formats = list({each.format.id: each.format for each in self.candidates}.values())
         facts = format_facts(formats, list(dict.fromkeys(site.shape for site in sites)), self.device)
-        choices = [
-            constrained_choices(
-                site,
-                self.candidates,
-                timings,
-                facts,
-                self.workload,
-                working_set,
-                constraints=self.constraints,
-                bound=self.bound,
-            )
-            for site in sites
-        ]
+        maker = ChoiceMaker(self.candidates, timings, facts, self.workload)
+        choices = [maker.constrained(site, self.constraints, self.bound) for site in sites]
         self._tell(dropped_notices(choices))
         if self.fusion:
             offered = self.fusion.offered(choices, facts)
@@ -227,7 +215,7 @@ class Stages:
     def _admits(self, choice: LayerChoice) -> bool:
         """Whether constraints let a layer have this choice."""
         original = original_format(choice.shape.dtype)
-        return all(self.constraints.admits(choice.name, (choice.format, s.kernel), original) for s in choice.route)
+        return all(self.constraints.admits(choice.name, f"{choice.format}/{s.kernel}", original) for s in choice.route)
 
     def _prove_all(self, options: list[list[LayerChoice]], originals: list[LayerChoice], recording: Recording) -> None:
         self.plans = {plan.plan_id: plan for plan in self.store.plans(self.study_id)}
@@ -381,7 +369,7 @@ class Stages:
         self.store.put_reference(self.study_id, "refinement", {"plans": count, "ended": why})
         self.listener(StageFinished("refine", f"{count} further plans proven; ended: {why}"))
 
-    def _settle_routes(self, timings: Timings, working_set: int) -> None:
+    def _settle_routes(self, timings: TimingTable) -> None:
         """On GPUs, where a format has many kernels: measure at which m they change in the plans of the front.
 
         At the m of the workload the routes stay as they are, and so does what was proven of the plans.
@@ -391,7 +379,7 @@ class Stages:
         front = {row["plan_id"] for row in Study(self.store, self.study_id).rows() if row["on_front"]}
         plans = [plan for plan_id, plan in self.plans.items() if plan_id in front]
         with workers_kept():  # each halving would wait for new ones otherwise
-            plans = settled(plans, timings, working_set, self._time)
+            plans = place_crossovers(plans, timings, self._time)
         for plan in plans:
             self.store.put_plan(plan)
         self._spend()

@@ -18,10 +18,10 @@ from .test_refine import first_proofs
 
 ORIGINAL = "bfloat16/plain"
 CANDIDATES = [
-    (ORIGINAL, "matmul"),
-    ("int8-row/plain", "int-mm"),
-    ("int8-row/plain", "pack-mm"),
-    ("int4-g32/plain", "mm"),
+    f"{ORIGINAL}/matmul",
+    "int8-row/plain/int-mm",
+    "int8-row/plain/pack-mm",
+    "int4-g32/plain/mm",
 ]
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 
-from autoquant.candidates import Format, get_format
+from autoquant.candidates import Candidate, Format, get_format
 from autoquant.devices.device import release_memory, trim_memory
 from autoquant.errors import ModelError
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
@@ -217,7 +217,7 @@ class ProfileJob:
         formats = {(subject.format, subject.kernel): get_format(subject.format) for subject in self.subjects}
         return profile(
             self.subjects,
-            [(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
+            [Candidate(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
             device=self.hardware,
             device_name=bench.device,
             store=cast(Store, _Relay(self.known, self.roofline, tell, bench)),

@@ -1,4 +1,4 @@
-"""A study as the user sees it: its plans, the front, the best plan under a limit. Needs no model and no torch."""
+"""A study as the user sees it: its plans, the front, the best plan within limits. No torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from autoquant.errors import PlanError
 from autoquant.records import BASELINES, ORIGINAL_LABEL, Delivery, Measure, Objective, Plan, Proof
 from autoquant.solver.alternatives import Alternatives, alternatives
 from autoquant.solver.constraints import Constraints
+from autoquant.solver.dominance import undominated
 from autoquant.solver.limits import Limits
+from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.study.delivered import refusal
@@ -232,6 +236,20 @@ class Study:
         except PlanError:
             return None
 
+    def space(self) -> SearchSpace | None:
+        """Return what plans are solved from, or None if the store does not hold it (yet)."""
+        options, about = self.store.options_and_about(self.study_id)
+        if options is None or not about:
+            return None
+        facts = self.facts
+        return SearchSpace.from_store(
+            list(options.values()),
+            about,
+            study_id=self.study_id,
+            model_hash=facts.model_hash,
+            workload=facts.workload,
+        )
+
     def alternatives(self, plan: Plan) -> Alternatives | None:
         """What else each layer of a plan could have, by layer name; None where the search did not keep it."""
         options = self.store.options(self.study_id)
@@ -366,20 +384,16 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
 
 
 def _front(proofs: Mapping[str, Proof], times: Mapping[str, float]) -> set[str]:
-    points = {
-        plan_id: (
+    """The plans that no other beats in request time, quality and memory at once."""
+    if not proofs:
+        return set()
+    points = [
+        (
             times[plan_id],
             proof.increase.value if proof.perplexity is None else proof.perplexity,
             proof.memory_bytes,
         )
         for plan_id, proof in proofs.items()
-    }
-    return {
-        plan_id
-        for plan_id, point in points.items()
-        if not any(_dominates(other, point) for other_id, other in points.items() if other_id != plan_id)
-    }
-
-
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+    ]
+    plan_ids = list(proofs)
+    return {plan_ids[i] for i in undominated(np.asarray(points, dtype=np.float64))}

@@ -24,8 +24,9 @@ from autoquant.profiler.timing import PROTOCOL
 from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Site, TimingSubject, Workload
 from autoquant.runtime.phases import make_phases
-from autoquant.solver.planning import PlanContext, make_plan, make_problem
+from autoquant.solver.planning import PlanContext, make_plan
 from autoquant.solver.solve import fastest
+from autoquant.solver.space import SearchSpace
 from autoquant.store import open_store
 from autoquant.tuner.choices import ChoiceMaker, FormatFacts, SiteChoices, format_facts
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion
@@ -108,12 +109,13 @@ class Planner:
             for choices in self._choices(globs, sites, make.fused)
         }
         layers = complete([options[site.name] for site in self.sites])
-        picks = fastest(make_problem(layers, self.workload))
-        assert picks is not None  # there are no budgets
         context = PlanContext(
             study_id="whole-model", model_hash="random", dtype=DTYPE, workload=self.workload, other_bytes=0
         )
-        return make_plan([layer[i] for layer, i in zip(layers, picks, strict=True)], label, "front", context)
+        space = SearchSpace(layers, context)
+        picks = fastest(space.problem)
+        assert picks is not None  # there are no budgets
+        return make_plan(space.chosen(picks), label, "front", context)
 
     def linear_ms(self, plan: Plan | None) -> dict[str, float]:
         """Milliseconds of all linears in one run of each phase, by their own timings; of the unquantized ones for None."""

@@ -15,7 +15,8 @@ import torch
 from autoquant.profiler import clocks, roofline, timing
 from autoquant.runtime import request, user_loop
 from autoquant.study import delivered
-from autoquant.tuner import driver, stages
+from autoquant.tuner import driver
+from autoquant.tuner.stages import refine
 
 SHORTER = (
     (timing, "HIGHEST_OTHER_LOAD", 9.0),
@@ -26,7 +27,7 @@ SHORTER = (
     (clocks, "_HOST_SAMPLE_S", 2e-4),
     (request, "_ROUNDS", 3),
     (request, "_CALLS_PER_ROUND", 4),
-    (stages, "_SHORTEST_PROOF_S", 0.1),
+    (refine, "SHORTEST_PROOF_S", 0.1),
     (user_loop, "_LONGEST_S", 0.5),
     (delivered, "is_faster", lambda _delivery: True),  # a tiny model gains nothing
 )

@@ -9,7 +9,10 @@ import pytest
 from autoquant.candidates import Candidate, get_format
 from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import LinearShape, Measurement, RouteStep, SiteUse, TimingSubject
-from autoquant.solver.planning import front_plans, make_plan, uniform_plans
+from autoquant.solver.front import front_plans
+from autoquant.solver.planning import make_plan
+from autoquant.solver.space import SearchSpace
+from autoquant.solver.uniform import uniform_plans
 from autoquant.store.rows import layer_from, to_json
 from autoquant.tuner.choices import FormatFacts, SiteChoices, numerics_of, scored
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion, sibling_sites
@@ -157,7 +160,7 @@ def with_losses(choices, missing=()):
 
 
 def fastest_plan(options):
-    return front_plans(options, CONTEXT, count=1, max_loss=None, max_memory_bytes=None)[0]
+    return front_plans(SearchSpace(options, CONTEXT), count=1, max_loss=None, max_memory_bytes=None)[0]
 
 
 def test_members_that_would_get_different_formats_alone_are_one_where_that_is_faster_than_both():
@@ -198,15 +201,15 @@ def test_a_format_that_a_member_cannot_have_is_not_offered_for_all():
 def test_uniform_plans_join_what_they_chose_layer_by_layer():
     options = with_losses(offered(fusion(9.0)))
     context = replace(CONTEXT, fusion=fusion(9.0).with_scores(options))
-    [plan] = uniform_plans(options, [layer[0] for layer in options], context)
+    [plan] = uniform_plans(SearchSpace(options, context, [layer[0] for layer in options]))
     assert [layer.joined for layer in plan.layers] == [(Q, K), (Q, K), ()]
-    apart = uniform_plans(options, [layer[0] for layer in options], CONTEXT)[0]
+    apart = uniform_plans(SearchSpace(options, CONTEXT, [layer[0] for layer in options]))[0]
     assert not any(layer.joined for layer in apart.layers)
 
 
 def test_the_reason_of_a_choice_says_where_another_one_is_as_one_with_others():
     options = with_losses(offered(fusion(7.0)))
-    exact = front_plans(options, CONTEXT, count=1, max_loss=0.0, max_memory_bytes=None)[0]
+    exact = front_plans(SearchSpace(options, CONTEXT), count=1, max_loss=0.0, max_memory_bytes=None)[0]
     assert "faster int8-row/plain as one with others would take" in exact.layers[0].reason
 
 

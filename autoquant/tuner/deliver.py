@@ -1,4 +1,4 @@
-"""The end of a search: the plan to be recommended is saved, loaded again in a new process, and run as its user will run it."""
+"""The end of a search: save the best plan, load it in a new process, and run it as its user will."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class DeliverySpec:
     Attributes:
         folder: Where the plan was saved.
         expected: What the plan gave in the memory of the search.
-        threads: To compute with.
+        threads: How many threads to compute with.
     """
 
     plan_id: str
@@ -63,9 +63,10 @@ class DeliverySpec:
 
 
 def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Listener) -> None:
-    """Deliver the plan that would be recommended; where that is refused, the next best, and so on a few times.
+    """Deliver the plan that would be recommended; if it is refused, the next best, a few times.
 
-    What the store knows already is not done again, unless a plan was refused while other programs used the machine.
+    What the store knows is not done again, unless a plan was refused while other programs used the
+    machine.
     """
     known = study.deliveries()
     study.store.forget_deliveries(plan_id for plan_id in study.refused() if is_disturbed(known[plan_id]))
@@ -83,7 +84,7 @@ def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Li
 
 
 def _next(study: Study) -> Plan | None:
-    """The plan that should be recommended, if it was not delivered yet and is not the unquantized model."""
+    """The plan to deliver next: the best one, unless it was delivered or is the unquantized model."""
     plan = study.candidate()
     return None if plan is None or plan.kind == "original" or plan.plan_id in study.deliveries() else plan
 
@@ -111,7 +112,7 @@ class Deliverer:
     listener: Listener
 
     def __call__(self, plan: Plan) -> Delivery:
-        """What becomes of `plan`; whatever fails is the reason why it cannot be used."""
+        """Deliver `plan`; whatever fails is the reason why it cannot be used."""
         live = self.loaded.source.kind == "live"
         reason = self._needs_this_process(plan)
         if reason:
@@ -128,12 +129,12 @@ class Deliverer:
                 if where == "new process":
                     return self._apart(spec)
                 return load_and_deliver(spec, replace(self.loaded, module=share(self.loaded.module)))
-        except Exception as error:  # noqa: BLE001 - what a plan cannot do is a fact about it, kept with its reason
+        except Exception as error:  # noqa: BLE001 - a plan that cannot run is a fact about it
             reason = first_line(error, with_type=True)
             return Delivery(plan_id=plan.plan_id, loop=self.usage.loop, where=where, reason=reason)
 
     def _needs_this_process(self, plan: Plan) -> str:
-        """Why no other process can have the same; empty where one can."""
+        """Say why no other process can load the plan; empty if one can."""
         if os.environ.get(IN_PROCESS_VARIABLE):
             return f"{IN_PROCESS_VARIABLE} is set"
         if self.loaded.source.kind == "live":
@@ -161,7 +162,7 @@ class Deliverer:
         )
 
     def _apart(self, spec: DeliverySpec) -> Delivery:
-        """As `load_and_deliver`, in a new process."""
+        """Do `load_and_deliver` in a new process."""
         with _out_of_the_way(self.loaded.module, self.usage.device):
             process, connection = start_process(WORKER)
             try:
@@ -183,7 +184,7 @@ class Deliverer:
 
 @contextmanager
 def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
-    """Inside, a model on a GPU waits in the CPU's memory, and what was compiled of it is gone: others need the room."""
+    """Move a model from a GPU to the CPU and drop its compiled code, to make room for another process."""
     if torch.device(device).type != "cuda":
         yield
         return
@@ -198,7 +199,7 @@ def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
 
 
 def load_and_deliver(spec: DeliverySpec, original: LoadedModel, where: Where = "same process") -> Delivery:
-    """Load the saved plan, compare it with what it was in memory, and time it in turn with the unquantized model."""
+    """Load the saved plan, compare its answer with the expected one, and time it."""
     makes_itself = spec.source.kind in ("huggingface", "state_dict")
     skeleton = None if makes_itself else share(original.module)
     quantized = applier.load(spec.folder, skeleton, device=spec.usage.device)
@@ -214,7 +215,10 @@ def load_and_deliver(spec: DeliverySpec, original: LoadedModel, where: Where = "
 def check_and_time(
     plan_id: str, quantized: nn.Module, original: nn.Module, usage: Usage, expected: Answer | None = None
 ) -> Delivery:
-    """Time a plan in turn with the unquantized model as a user runs them, if it then gives what it gives without preparation."""
+    """Time a plan in turn with the unquantized model, as a user runs them.
+
+    Not timed if it gives another answer when replayed than without preparation.
+    """
     expected = expected or usage.answer_of(quantized)
     loops = [usage.loop_of(original), usage.loop_of(quantized)]
     made = usage.answer_of(quantized, replayed=True)

@@ -8,11 +8,11 @@ from autoquant.tuner.budget import Budget
 from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.setup import SearchSetup
+from autoquant.tuner.stages.crossovers import measure_crossovers
 from autoquant.tuner.stages.profile import profile_linears
 from autoquant.tuner.stages.prove import prove_front, prove_references
 from autoquant.tuner.stages.record import bind_constraints, record_linears
 from autoquant.tuner.stages.refine import refine
-from autoquant.tuner.stages.routes import settle_routes
 from autoquant.tuner.stages.score import score_choices
 
 
@@ -48,7 +48,7 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
         referenced = prove_references(space, ledger, recording.sites, setup.limits)
         prove_front(referenced, ledger, setup.limits)
         refine(referenced, ledger, setup.limits, setup.seed)
-        settle_routes(ledger, timings, measure, setup.hardware.type)
+        measure_crossovers(ledger, timings, measure, setup.hardware.type)
     finally:
         runner.close()
         release_memory()

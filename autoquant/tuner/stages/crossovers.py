@@ -9,7 +9,7 @@ from autoquant.profiler.timing_table import TimingTable
 from autoquant.tuner.ledger import ProofLedger
 
 
-def settle_routes(ledger: ProofLedger, timings: TimingTable, measure: Measure, device_type: str) -> None:
+def measure_crossovers(ledger: ProofLedger, timings: TimingTable, measure: Measure, device_type: str) -> None:
     """On GPUs, where a format has many kernels, measure where kernels overtake each other.
 
     At the m of the workload routes stay unchanged, and so do the proofs of the plans.
@@ -19,8 +19,8 @@ def settle_routes(ledger: ProofLedger, timings: TimingTable, measure: Measure, d
     front = {row["plan_id"] for row in ledger.study.rows() if row["on_front"]}
     plans = [plan for plan_id, plan in ledger.plans.items() if plan_id in front]
     with workers_kept():  # each halving would wait for new ones otherwise
-        settled = place_crossovers(plans, timings, measure)
-    for plan in settled:
+        placed = place_crossovers(plans, timings, measure)
+    for plan in placed:
         ledger.put_plan(plan)
     ledger.budget.note()
     release_memory()

@@ -295,14 +295,36 @@ def route_kernel(route: Route, m: int) -> str:
     return route[-1].kernel
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerChoice:
-    """What one layer gets in a plan: a format and its route.
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What decides how exact a linear is, however fast it is computed.
 
     Attributes:
-        numerics: Key of the score of this choice: format values and activation precision.
-        latency_us: Predicted microseconds in one run of each phase, for all calls of the layer.
-        memory_bytes: Bytes of the stored weight.
+        values: Which numbers the weight holds, the first part of a format's id, e.g. `int8-row`.
+        activation: How the activation is rounded, e.g. `a16` (not at all).
+    """
+
+    values: str
+    activation: str
+
+    @classmethod
+    def parse(cls, text: str) -> Numerics:
+        """Read what `str` writes."""
+        values, _, activation = text.partition("+")
+        return cls(values, activation)
+
+    def __str__(self) -> str:
+        return f"{self.values}+{self.activation}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChoice:
+    """What one layer gets in a plan: a format and its route, with predictions and a reason.
+
+    Attributes:
+        parameters: Names of the parameters that are replaced.
+        latency_us: Predicted microseconds in one run of each phase (all of the layer's calls in it).
+        numerics: The text of the `Numerics` whose score is `loss`; empty before the choice is scored.
         loss: Predicted loss of this choice alone.
         parameters: Names of the parameters that are replaced.
         joined: Names of the layers that are computed as one, with this one. Empty if the layer is

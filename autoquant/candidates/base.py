@@ -201,6 +201,23 @@ class Format:
         return self.unsupported(shape, m, device_type) or kernel.unsupported(shape, m, device_type)
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A format and one of its kernels: what a search chooses between for each layer."""
+
+    format: Format
+    kernel: Kernel
+
+    @property
+    def id(self) -> str:
+        """`FORMAT/KERNEL`, e.g. `int8-row/plain/int-mm`."""
+        return f"{self.format.id}/{self.kernel.id}"
+
+    def unsupported_reason(self, shape: LinearShape, m: int, device_type: str) -> str | None:
+        """Why it cannot compute `shape` at `m` rows on that device, or None."""
+        return self.format.unsupported_reason(self.kernel, shape, m, device_type)
+
+
 def round_row_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round each row to symmetric int8.
 

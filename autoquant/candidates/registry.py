@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
-from autoquant.candidates.base import Format, Kernel
+from autoquant.candidates.base import Candidate, Format, Kernel
 from autoquant.errors import CandidateError
 from autoquant.hints import did_you_mean
 from autoquant.records import LinearShape
@@ -55,7 +55,7 @@ def get_format(format_id: str) -> Format:
     return found
 
 
-def select(globs: Sequence[str], device_type: str | None = None) -> list[tuple[Format, Kernel]]:
+def select(globs: Sequence[str], device_type: str | None = None) -> list[Candidate]:
     """The candidates whose id `FORMAT/KERNEL` or format id matches one of the globs, in order.
 
     A glob that matches a format does not also choose its other roundings: `int4*` is rounded to nearest, `int4*-gptq` is not.
@@ -67,20 +67,23 @@ def select(globs: Sequence[str], device_type: str | None = None) -> list[tuple[F
     Raises:
         CandidateError: A glob matches nothing.
     """
-    every = [(fmt, kernel) for fmt in known_formats().values() for kernel in fmt.kernels]
-    chosen = [pair for pair in every if any(_matches(pair, glob, device_type) for glob in globs)]
+    every = [Candidate(fmt, kernel) for fmt in known_formats().values() for kernel in fmt.kernels]
+    chosen = [each for each in every if any(_matches(each, glob, device_type) for glob in globs)]
     for glob in globs:
-        if not any(_matches(pair, glob) for pair in every):
+        if not any(_matches(each, glob) for each in every):
             raise CandidateError(
                 f"no candidate matches {glob!r}{did_you_mean(glob, known_formats())}; `autoquant candidates` lists them"
             )
     return chosen
 
 
-def timed(pairs: Iterable[tuple[Format, Kernel]]) -> list[tuple[Format, Kernel]]:
-    """The candidates that stand for these where time is measured: those that differ in their rounding alone are one."""
-    found = {(fmt.timed_as, kernel.id): (fmt, kernel) for fmt, kernel in pairs}
-    return [(fmt if fmt.id == name else get_format(name), kernel) for (name, _), (fmt, kernel) in found.items()]
+def timed(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates to time in place of these: one for all that differ only in their rounding."""
+    found = {(each.format.timed_as, each.kernel.id): each for each in candidates}
+    return [
+        each if each.format.id == name else Candidate(get_format(name), each.kernel)
+        for (name, _), each in found.items()
+    ]
 
 
 def timed_as(format_id: str) -> str:
@@ -89,15 +92,16 @@ def timed_as(format_id: str) -> str:
     return found.timed_as if found else format_id
 
 
-def _matches(pair: tuple[Format, Kernel], glob: str, device_type: str | None = None) -> bool:
-    fmt, kernel = pair
+def _matches(candidate: Candidate, glob: str, device_type: str | None = None) -> bool:
+    fmt, kernel = candidate.format, candidate.kernel
     if glob == "*":
         return device_type is None or fmt.by_default(device_type)
     return _names(glob, fmt, kernel) and not (fmt.rounds and _names(glob, get_format(fmt.rounds), kernel))
 
 
 def _names(glob: str, fmt: Format, kernel: Kernel) -> bool:
-    return any(fnmatch.fnmatch(name, glob) for name in (fmt.values, fmt.id, f"{fmt.id}/{kernel.id}"))
+    names = (fmt.values, fmt.id, Candidate(fmt, kernel).id)
+    return any(fnmatch.fnmatch(name, glob) for name in names)
 
 
 @functools.cache
@@ -162,8 +166,9 @@ def survey(device_type: str) -> list[CandidateStatus]:
     """Every candidate, judged for a 4096 x 4096 linear of bfloat16 at 64 rows."""
     shape = LinearShape(n=4096, k=4096, bias=False, dtype="bfloat16")
     statuses = []
-    for fmt, kernel in select(["*"]):
-        reason = fmt.unsupported_reason(kernel, shape, 64, device_type)
+    for candidate in select(["*"]):
+        fmt, kernel = candidate.format, candidate.kernel
+        reason = candidate.unsupported_reason(shape, 64, device_type)
         statuses.append(
             CandidateStatus(
                 format=fmt.id,

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from autoquant.candidates import Format, Kernel, get_format, timed
+from autoquant.candidates import Candidate, get_format, timed
 from autoquant.candidates.formats.floats import original_format
 from autoquant.candidates.kernels.caches import load_tuning, tuning_folder, use_kernel_caches
 from autoquant.devices import backend
@@ -19,7 +19,7 @@ from autoquant.profiler.timing import Arena, compare
 from autoquant.records import Device, LinearShape, Measurement, Roofline, Site, TimingSubject
 
 STAGE = "profile"
-Candidates = Sequence[tuple[Format, Kernel]]
+Candidates = Sequence[Candidate]
 _UNUSED = "it is not used there"
 _SMALLEST_WORKING_SET = 1 << 20
 
@@ -50,17 +50,23 @@ def subjects_of(
     Formats that differ only in their rounding count as one.
     """
     return [
-        TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
+        TimingSubject(
+            shape=shape,
+            m=m,
+            format=candidate.format.id,
+            kernel=candidate.kernel.id,
+            working_set_bytes=working_set,
+        )
         for shape, m in cells
-        for fmt, kernel in timed(candidates)
+        for candidate in timed(candidates)
     ]
 
 
-def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
+def with_original(candidates: Candidates, dtype: str) -> list[Candidate]:
     """Return the candidates, and first the unquantized weight, which no glob can exclude."""
     original = get_format(original_format(dtype))
-    rest = [(fmt, kernel) for fmt, kernel in pairs if fmt.id != original.id]
-    return [*((original, kernel) for kernel in original.kernels), *rest]
+    rest = [candidate for candidate in candidates if candidate.format.id != original.id]
+    return [*(Candidate(original, kernel) for kernel in original.kernels), *rest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +109,7 @@ def measure(
     listener(StageStarted(STAGE, len(subjects)))
     if not subjects:
         return
-    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in timed(candidates)}
+    by_id = {candidate.id: candidate for candidate in timed(candidates)}
     arena = Arena(subjects[0].working_set_bytes, place.device)
     done = 0
     for (shape, m), cell in cells.items():
@@ -111,7 +117,7 @@ def measure(
             measured = compare(
                 shape,
                 m,
-                [by_id[subject.format, subject.kernel] for subject in cell],
+                [by_id[subject.candidate] for subject in cell],
                 arena=arena,
                 device=place.device,
                 compiled=place.hardware.versions.get("compiler") != "none",

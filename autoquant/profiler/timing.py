@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel, multiplied_numbers
+from autoquant.candidates import ACTIVATION_ROUNDING, Candidate, Format, Kernel, multiplied_numbers
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.devices import backend
 from autoquant.devices.clocks import Clock
@@ -115,7 +115,7 @@ class LinearToTime:
 def compare(
     shape: LinearShape,
     m: int,
-    candidates: Sequence[tuple[Format, Kernel]],
+    candidates: Sequence[Candidate],
     *,
     arena: Arena,
     device: str,
@@ -140,7 +140,8 @@ def compare(
     results = dict(decided or {})
     entrants: list[_Entrant] = []
     subjects = []
-    for fmt, kernel in candidates:
+    for candidate in candidates:
+        fmt, kernel = candidate.format, candidate.kernel
         subject = TimingSubject(
             shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=arena.bytes.numel()
         )

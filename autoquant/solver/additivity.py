@@ -1,4 +1,4 @@
-"""From the summed losses of layers to the loss of a plan: layers that are changed together do not simply add up."""
+"""From the summed losses of layers to the loss of a plan: they do not simply add up. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STEEPEST = 20.0
 
 @dataclass(frozen=True, slots=True)
 class LossMap:
-    """Plan loss as a rising function of the layers' sum s: s + curvature s^2, the part above the sum.
+    """Maps the layers' summed loss s to the plan loss s + curvature s^2.
 
     Errors make one another worse until there is little left to lose. With a negative curvature the plan loss saturates
     instead: s / (1 + |curvature| s), the same to second order.
@@ -25,13 +25,13 @@ class LossMap:
     curvature: float = 0.0
 
     def plan_loss(self, summed: float) -> float:
-        """What a plan is predicted to cost whose layers' losses sum to `summed`."""
+        """Return the loss predicted for a plan whose layers' losses sum to `summed`."""
         if self.curvature >= 0:
             return summed * (1 + self.curvature * summed)
         return summed / (1 - self.curvature * summed)
 
     def summed(self, plan_loss: float) -> float:
-        """The sum that `plan_loss` is predicted from; infinite above all that is ever predicted."""
+        """Return the sum that `plan_loss` is predicted from; infinite if no sum predicts so much."""
         if self.curvature == 0:
             return plan_loss
         if self.curvature > 0:
@@ -45,9 +45,11 @@ ADDITION = LossMap()
 
 
 def fit_loss_map(pairs: Sequence[tuple[float, float]]) -> LossMap:
-    """The map with the least squared error of log loss over (sum of layers' losses, measured loss of them together).
+    """Fit the map with the least squared error of log loss.
 
-    Pairs that are not positive say nothing; without any other the losses are added.
+    Args:
+        pairs: (sum of the layers' losses, measured loss of all of them together). Pairs that are
+            not positive are ignored; without any other the losses are added.
     """
     from scipy.optimize import minimize_scalar
 
@@ -67,10 +69,11 @@ def fit_loss_map(pairs: Sequence[tuple[float, float]]) -> LossMap:
 
 
 def together_pairs(losses: Mapping[tuple[str, str], float], every_layer: str) -> list[tuple[float, float]]:
-    """For each numerics that was measured in all layers at once: the sum of the layers' losses, and that measurement.
+    """Return, for each numerics measured in all layers at once, (sum of layers' losses, measured).
 
     Args:
-        losses: By (layer, numerics), under the layer `every_layer` the measurements.
+        losses: By (layer, numerics).
+        every_layer: The layer name of the measurements of all layers at once.
     """
     sums: dict[str, float] = {}
     for (layer, numerics), loss in losses.items():

@@ -1,26 +1,28 @@
-"""Aim: solve again until the fastest (or smallest) plan just keeps to the limit of quality as it is measured.
+"""Aim: solve again until the fastest (or smallest) plan just keeps to the measured limit of quality.
 
-What loss the limit allows is first guessed from uniform plans, see `Limits.expected_loss`; the plan solved for that may turn out
-beyond the limit, or well within it. Each trial solves for the loss at which the trials before say that the limit lies: between
-the nearest on both sides by regula falsi on the logarithms of predicted loss and of the used share of the limit, or, as long as
-all are on one side, in proportion.
+The loss that the limit allows is first guessed from uniform plans, see `Limits.expected_loss`. The
+plan solved for that may turn out beyond the limit, or well within it. Each further trial solves for
+the loss at which the trials so far place the limit. Between the nearest trials on both sides that
+is regula falsi on the logarithms of predicted loss and of the used share of the limit. While all
+trials are on one side, the loss is scaled in proportion. No torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from autoquant.records import LayerChoice, Plan, Proof
+from autoquant.records import Plan, Proof
 from autoquant.solver.limits import Limits
-from autoquant.solver.planning import PlanContext, least, make_problem, plan_of
+from autoquant.solver.planning import ProvenPlans
+from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION
 
 TRIALS = 3
-"""So many plans are proven at most."""
+"""At most so many plans are proven."""
 CLOSE = 0.95
-"""A plan that uses so much of the limit is at it."""
+"""A plan that uses this share of the limit is close enough to it."""
 _TARGET = 0.975
 _LEAST_SHARE = 0.05
 _LARGEST_STEP = 4.0
@@ -36,31 +38,34 @@ class _Shot:
 
 
 def aimed(
-    options: Sequence[Sequence[LayerChoice]],
-    context: PlanContext,
+    space: SearchSpace,
     *,
     limits: Limits,
     guess: float | None,
-    known: Mapping[str, tuple[Plan, Proof]],
+    known: ProvenPlans,
 ) -> Iterator[tuple[Plan, Callable[[Proof | None], None]]]:
-    """New plans nearer and nearer to the limit, each with a function that takes its proof (None: it could not be proven).
+    """Yield new plans nearer and nearer to the limit.
+
+    With each plan comes a function that takes its proof (None: it could not be proven). It is to be
+    called before the next plan is asked for. The plans end with one that uses 95 % of the limit,
+    when nothing is left between the plans on both sides of it, or after three plans.
 
     Args:
-        guess: The predicted loss that the limit is expected to allow; None where there is no limit of quality.
-        known: Plans already proven, by id: what is not proven again, and among them the plan of the guess.
-
-    Ends with a plan that uses 95 % of the limit, where nothing is left between the plans on its two sides, and after three plans.
+        guess: The predicted loss that the limit is expected to allow (None: no limit of quality).
+        known: Plans already proven, the one of the guess among them; they are not yielded.
     """
-    problem = make_problem(options, context.workload, context.bound.groups)
     shots: dict[str, _Shot] = {}
     proven: list[Proof | None] = []
     loss = guess
     while loss is not None:
-        summed = context.loss_map.summed(loss)
-        picks = least(problem, context, limits.minimize, max_loss=summed, max_memory_bytes=limits.max_memory_bytes)
+        picks = space.solve(
+            limits.minimize,
+            max_summed_loss=space.budget(loss),
+            max_memory_bytes=limits.max_memory_bytes,
+        )
         if picks is None:
             return
-        plan = plan_of(options, picks, f"front: aimed {len(shots) + 1}", "front", context)
+        plan = space.plan(picks, f"front: aimed {len(shots) + 1}", "front")
         if plan.plan_id in shots:
             return
         proof = known[plan.plan_id][1] if plan.plan_id in known else None
@@ -78,7 +83,7 @@ def aimed(
 
 
 def _next_loss(shots: Sequence[_Shot]) -> float | None:
-    """The predicted loss to solve for next, or None where the limit is reached, or what is left to it brings nothing."""
+    """The predicted loss to solve for next, or None if the limit is reached or nothing is gained."""
     within = max((shot for shot in shots if shot.share <= 1), key=lambda shot: shot.loss, default=None)
     beyond = min((shot for shot in shots if shot.share > 1), key=lambda shot: shot.loss, default=None)
     if within is None or beyond is None:

@@ -1,6 +1,7 @@
-"""What else a layer could have got, and what that would change. No torch.
+"""The alternatives to a layer's choice, and what they would change. No torch.
 
-The measure is the additive model that plans are solved with: each layer's time, loss and bytes by themselves.
+Changes are those of the additive model that plans are solved with: of the layer's own time, loss
+and bytes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ Gain = Literal["more exact", "faster", "smaller"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """Another choice for a layer, with the predicted differences (its own less those of what the layer has).
+    """Another choice for a layer, with predicted differences (its own less the present choice's).
 
     Attributes:
-        gains: In what it is the next better one.
+        gains: In what it is the next better choice.
         request_us: Microseconds in one request, all phases with all their calls.
     """
 
@@ -35,32 +36,34 @@ Alternatives = Mapping[str, Sequence[Alternative]]
 
 
 def next_more_exact(own: LayerChoice, options: Iterable[LayerChoice], workload: Workload) -> LayerChoice | None:
-    """Of those with less loss the fastest, or None where nothing has less."""
+    """Return the fastest option with less loss, or None."""
     return min((c for c in options if c.loss < own.loss), key=_time_us(workload), default=None)
 
 
 def next_faster(own: LayerChoice, options: Iterable[LayerChoice], workload: Workload) -> LayerChoice | None:
-    """Of those that take less time the one with least loss, or None where nothing takes less."""
+    """Return the option with least loss of those that take less time, or None."""
     time_us = _time_us(workload)
     return min((c for c in options if time_us(c) < time_us(own)), key=lambda c: c.loss, default=None)
 
 
 def next_smaller(own: LayerChoice, options: Iterable[LayerChoice]) -> LayerChoice | None:
-    """Of those that take fewer bytes the one with least loss, or None where nothing takes fewer."""
+    """Return the option with least loss of those that take fewer bytes, or None."""
     return min((c for c in options if c.memory_bytes < own.memory_bytes), key=lambda c: c.loss, default=None)
 
 
 def alternatives(own: LayerChoice, options: Sequence[LayerChoice], workload: Workload) -> tuple[Alternative, ...]:
-    """The next more exact, the next faster and the next smaller choice; one that is several of these is named once.
+    """Return the next more exact, the next faster and the next smaller choice, each once.
 
-    A choice that computes layers as one counts as what this layer has of it; that the others have to go along is not counted.
+    A choice that computes layers as one counts by this layer's share of it. What it changes in the
+    other layers is not counted.
 
     Args:
         options: All choices that plans were solved from for this layer.
     """
     same = [c for c in options if (c.format, c.numerics, c.joined) == (own.format, own.numerics, own.joined)]
     others = [c for c in options if c not in same]
-    # Predictions were calibrated while plans were proven: like is compared with like.
+    # Latencies of options are scaled to the whole model, those of some plans' layers are not: compare
+    # with the option that the layer has.
     base = min(same, key=_time_us(workload), default=own)
     found: list[tuple[Gain, LayerChoice | None]] = [
         ("more exact", next_more_exact(base, others, workload)),

@@ -1,9 +1,11 @@
-"""Plans that a searched one has to beat: what one would choose without measuring each layer's latency. Proven like any other.
+"""Baselines: plans that one would choose without measuring each layer's latency.
 
-The structural heuristic follows llama.cpp's K-quant mixtures (`llama_tensor_get_type` of llama-quant.cpp): more bits for the
-first and the last eighth of the blocks, for the projection that leads back from the widest layer of a block (`down_proj`), and
-for what is in no block (the head). The allocation by bits alone is what quantizers with a bit budget do: least predicted loss
-within as many bytes as the recommended plan takes, whatever that costs in time.
+They are proven like any other plan, and a searched plan has to beat them. The structural heuristic
+follows llama.cpp's K-quant mixtures (`llama_tensor_get_type` of llama-quant.cpp). It gives more
+bits to the first and the last eighth of the blocks, to the projection that leads back from the
+widest layer of a block (`down_proj`), and to layers outside the blocks (the head). The allocation
+by bits alone is what quantizers with a bit budget do: least predicted loss within as many bytes as
+the recommended plan takes, whatever that costs in time. No torch.
 """
 
 from __future__ import annotations
@@ -11,50 +13,55 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from autoquant.records import LayerChoice, LinearShape, Plan
+from autoquant.records import LinearShape, Plan
 from autoquant.solver.limits import Limits
-from autoquant.solver.planning import PlanContext, because, make_plan, make_problem, uniform_choice
+from autoquant.solver.planning import make_plan, with_reason
 from autoquant.solver.solve import most_exact
+from autoquant.solver.space import SearchSpace
+from autoquant.solver.uniform import format_numerics, uniform_choice
 
 HEURISTIC_LABEL = "structural heuristic"
 _MORE_BITS = 1.05  # less is scales, not bits
 _END_SHARE = 8  # an eighth of the blocks at each end
 
 
-def structural_plan(
-    options: Sequence[Sequence[LayerChoice]], context: PlanContext, *, limits: Limits, max_loss: float | None
-) -> Plan | None:
-    """The structural heuristic with the two formats that serve it best, or None where there are no two of different size.
+def structural_plan(space: SearchSpace, *, limits: Limits, max_loss: float | None) -> Plan | None:
+    """Return the structural heuristic with the two formats that serve it best.
 
-    Of all pairs that are predicted to keep to the limits the fastest (or smallest); where none does, the most exact.
+    Of all pairs of formats that are predicted to keep to the limits it takes the fastest (or
+    smallest); if none does, the most exact. None if no two formats differ in size.
 
     Args:
         max_loss: The plan loss that the limits of quality are expected to allow (None: no limit).
     """
-    favoured = favoured_layers([layer[0].name for layer in options], [layer[0].shape for layer in options])
-    keys = dict.fromkeys((choice.format, choice.numerics) for layer in options for choice in layer if not choice.joined)
-    uniform = [[uniform_choice(layer, key, options, context) for layer in options] for key in keys]
+    reasons = favoured_layers([layer[0].name for layer in space.options], [layer[0].shape for layer in space.options])
+    keys = format_numerics(space)
+    uniform = [[uniform_choice(space, layer, key) for layer in space.options] for key in keys]
     sizes = [sum(choice.memory_bytes for choice in chosen) for chosen in uniform]
     plans = []
     for low, low_size in zip(uniform, sizes, strict=True):
         for high, high_size in zip(uniform, sizes, strict=True):
             if high_size > low_size * _MORE_BITS:
                 chosen = [
-                    because(more, f"{why}: more bits", context)
+                    with_reason(more, f"{why}: more bits", space.context)
                     if why
-                    else because(less, "fewer bits than the others", context)
-                    for less, more, why in zip(low, high, favoured, strict=True)
+                    else with_reason(less, "fewer bits than the others", space.context)
+                    for less, more, why in zip(low, high, reasons, strict=True)
                 ]
-                plans.append(make_plan(chosen, HEURISTIC_LABEL, "heuristic", context))
+                plans.append(make_plan(chosen, HEURISTIC_LABEL, "heuristic", space.context))
     within = [plan for plan in plans if _is_within(plan, limits, max_loss)]
     if not within:
         return min(plans, key=lambda plan: plan.prediction.loss, default=None)
-    time = limits.minimize == "time"
-    return min(within, key=lambda plan: plan.prediction.request_ms if time else plan.prediction.memory_bytes)
+    if limits.minimize == "time":
+        return min(within, key=lambda plan: plan.prediction.request_ms)
+    return min(within, key=lambda plan: plan.prediction.memory_bytes)
 
 
 def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list[str]:
-    """For each layer why it gets more bits, empty where it does not. Blocks are told by the first number in a name."""
+    """Return for each layer why it gets more bits, or an empty text if it does not.
+
+    The first number in a layer's name is that of its block.
+    """
     places = [_block(name) for name in names]
     last = {
         prefix: max(n for p in places if p and p[0] == prefix for n in [p[1]]) for prefix in {p[0] for p in places if p}
@@ -76,21 +83,20 @@ def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list
     return reasons
 
 
-def bits_plan(options: Sequence[Sequence[LayerChoice]], context: PlanContext, recommended: Plan) -> Plan | None:
-    """Least predicted loss within the bytes that the recommended plan's layers take; time decides between equals only.
+def bits_plan(space: SearchSpace, recommended: Plan) -> Plan | None:
+    """Return the plan of least predicted loss within the bytes of the recommended plan's layers.
 
-    None where constraints leave nothing so small.
+    Time decides only between equals. None if constraints leave nothing so small.
     """
     budget_bytes = sum(layer.memory_bytes for layer in recommended.layers)
-    problem = make_problem(options, context.workload, context.bound.groups)
-    picks = most_exact(problem, max_memory=budget_bytes)
+    picks = most_exact(space.problem, max_memory=budget_bytes)
     if picks is None:
         return None
-    weights = sum(layer[0].shape.n * layer[0].shape.k for layer in options)
+    weights = sum(layer[0].shape.n * layer[0].shape.k for layer in space.options)
     bits = 8 * budget_bytes / weights
     reason = f"least predicted loss at {bits:.2f} bits a weight, whatever its latency"
-    chosen = [because(layer[i], reason, context) for layer, i in zip(options, picks, strict=True)]
-    return make_plan(chosen, f"bits alone: {bits:.2f} a weight", "bits", context)
+    chosen = [with_reason(choice, reason, space.context) for choice in space.chosen(picks)]
+    return make_plan(chosen, f"bits alone: {bits:.2f} a weight", "bits", space.context)
 
 
 def _is_within(plan: Plan, limits: Limits, max_loss: float | None) -> bool:
@@ -99,6 +105,6 @@ def _is_within(plan: Plan, limits: Limits, max_loss: float | None) -> bool:
 
 
 def _block(name: str) -> tuple[str, int] | None:
-    """What comes before the first number in a name, and that number."""
+    """Return what comes before the first number in a name, and that number; None without one."""
     match = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", name)
     return (match[1] or "", int(match[2])) if match else None

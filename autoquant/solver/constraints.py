@@ -1,8 +1,9 @@
-"""What the user says of single layers: which stay as they are, which formats some get, which have to get the same one. No torch.
+"""Constraints on single layers: unquantized, of certain formats, or of the same format. No torch.
 
-Patterns are globs (`fnmatch`) over the names of the recorder's sites, e.g. `lm_head`, `*.down_proj`; formats are given as for
-`--candidates`. A constraint narrows the choices of layers before anything is scored; the solver and the refinement see what is
-left. What vLLM computes as one (q, k, v; gate, up; all experts of a layer) has one format there: such layers are found by the
+Patterns are globs (`fnmatch`) over the names of the recorder's sites, e.g. `lm_head`,
+`*.down_proj`. Formats are given as for `--candidates`. A constraint narrows the choices of layers
+before anything is scored; the solver and the refinement see what is left. vLLM needs one format for
+what it computes as one (q, k, v; gate, up; all experts of a layer). Such layers are found by the
 input that they share, as recorded, and the module that holds them.
 """
 
@@ -18,15 +19,12 @@ from autoquant.errors import ConstraintError
 from autoquant.records import LayerChoice, Plan, Site
 
 FUSABLE = ("vllm",)
-"""What layers can be kept fusable for."""
-
-Candidate = tuple[str, str]
-"""Ids of a format and of one of its kernels."""
+"""The inference engines that layers can be kept fusable for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """The layers that a glob matches get a format (or candidate) that another glob matches."""
+    """Restricts the layers that one glob matches to the formats or candidates of another glob."""
 
     layers: str
     formats: str
@@ -36,7 +34,7 @@ class Pin:
         """Read `LAYERS=FORMATS`.
 
         Raises:
-            ConstraintError: It is not of that form.
+            ConstraintError: The text has another form.
         """
         layers, sign, formats = (part.strip() for part in text.partition("="))
         if not (layers and sign and formats):
@@ -62,7 +60,7 @@ class Constraints:
 
     @classmethod
     def parse(cls, keep: Sequence[str] = (), pin: Sequence[str] = (), fusable: str | None = None) -> Constraints:
-        """From the options of a search.
+        """Read the options of a search.
 
         Raises:
             ConstraintError: A pin cannot be read, or there is no such engine.
@@ -73,43 +71,44 @@ class Constraints:
 
     @classmethod
     def of_identity(cls, identity: Mapping[str, Any]) -> Constraints:
-        """Those that a study was searched under."""
+        """Return the constraints that a study was searched under."""
         found = identity.get("constraints") or {}
         return cls.parse(found.get("keep", ()), found.get("pin", ()), found.get("fusable"))
 
     def as_object(self) -> dict[str, Any]:
-        """Those that are set, for JSON and for a study's identity; empty where none is."""
+        """Return those that are set, for JSON and for a study's identity."""
         values = {"keep": list(self.keep), "pin": list(map(str, self.pins)), "fusable": self.fusable}
         return {name: value for name, value in values.items() if value}
 
     def kept(self, layer: str) -> str | None:
-        """The first glob that keeps the layer unquantized."""
+        """Return the first glob that keeps the layer unquantized, or None."""
         return next((glob for glob in self.keep if fnmatchcase(layer, glob)), None)
 
     def pinned(self, layer: str) -> list[Pin]:
-        """The pins of the layer, all of which it has to meet."""
+        """Return the pins that the layer has to meet."""
         return [pin for pin in self.pins if fnmatchcase(layer, pin.layers)]
 
-    def admits(self, layer: str, candidate: Candidate, original: str) -> bool:
-        """Whether the layer may be computed so.
+    def admits(self, layer: str, candidate: str, original: str) -> bool:
+        """Check whether a layer may be computed by a candidate.
 
         Args:
+            candidate: `FORMAT/KERNEL`.
             original: Format id of the unquantized weight.
         """
-        if self.kept(layer) is not None and candidate[0] != original:
+        if self.kept(layer) is not None and format_of(candidate) != original:
             return False
         return all(_matches(candidate, pin.formats) for pin in self.pinned(layer))
 
     def reason(self, layer: str) -> str:
-        """Why the layer could not get just anything, in words; empty where it could."""
+        """Say what constrains the layer; empty if nothing does."""
         if (glob := self.kept(layer)) is not None:
             return f"kept unquantized by --keep {glob}"
         return " and ".join(f"pinned by --pin {pin}" for pin in self.pinned(layer))
 
     def allow(self, plan: Plan) -> bool:
-        """Whether a plan meets every pin. Only the unquantized model, which is proven in any case, may not."""
+        """Check whether a plan meets every pin; the unquantized model may not, but is always proven."""
         return all(
-            self.admits(layer.name, (layer.format, step.kernel), layer.format)
+            self.admits(layer.name, f"{layer.format}/{step.kernel}", layer.format)
             for layer in plan.layers
             for step in layer.route
         )
@@ -117,22 +116,22 @@ class Constraints:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Constraints as they bind the layers of one model.
+    """The layers of one model that constraints are about.
 
     Attributes:
         groups: Names of the layers that get the same format.
-        reasons: By layer name, why it could not get just anything.
+        reasons: By layer name, what constrains the layer.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def group_of(self, layer: str) -> tuple[str, ...]:
-        """The layers that get the same format as this one, itself among them; empty where it is free."""
+        """Return the layers that get the same format as this one, itself included; or nothing."""
         return next((group for group in self.groups if layer in group), ())
 
     def narrowed(self, options: Sequence[Sequence[LayerChoice]]) -> list[list[LayerChoice]]:
-        """The options of all layers, those of a group less the formats that one of its members cannot have.
+        """Drop from the layers of a group the formats that one of them cannot have.
 
         Raises:
             ConstraintError: The members of a group have no format in common.
@@ -151,14 +150,14 @@ class Bound:
 
 
 UNBOUND = Bound()
-"""Every layer may get anything."""
+"""Nothing is constrained."""
 
 
-def bind(constraints: Constraints, sites: Sequence[Site], candidates: Iterable[Candidate], original: str) -> Bound:
+def bind(constraints: Constraints, sites: Sequence[Site], candidates: Iterable[str], original: str) -> Bound:
     """Find the layers that the constraints are about.
 
     Args:
-        candidates: Those of the search, the unquantized one among them.
+        candidates: Ids of those of the search, the unquantized one among them.
         original: Its format's id.
 
     Raises:
@@ -182,7 +181,10 @@ def bind(constraints: Constraints, sites: Sequence[Site], candidates: Iterable[C
 
 
 def fused_groups(sites: Sequence[Site]) -> list[tuple[str, ...]]:
-    """The layers that an engine computes as one: those of one module that read the same input, and all experts of a layer."""
+    """Find the layers that an engine computes as one.
+
+    These are the layers of one module that read the same input, and all experts of a layer.
+    """
     groups: dict[str, set[str]] = {}
     for site in sites:
         holder = site.name.rpartition(".")[0]
@@ -194,7 +196,7 @@ def fused_groups(sites: Sequence[Site]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in members if len(group) > 1]
 
 
-def _check_patterns(constraints: Constraints, names: Sequence[str], candidates: Sequence[Candidate]) -> None:
+def _check_patterns(constraints: Constraints, names: Sequence[str], candidates: Sequence[str]) -> None:
     patterns = [("--keep", glob) for glob in constraints.keep] + [("--pin", pin.layers) for pin in constraints.pins]
     for option, glob in patterns:
         if not any(fnmatchcase(name, glob) for name in names):
@@ -210,10 +212,8 @@ def _check_patterns(constraints: Constraints, names: Sequence[str], candidates: 
             )
 
 
-def _check_group(
-    group: Sequence[str], constraints: Constraints, candidates: Sequence[Candidate], original: str
-) -> None:
-    allowed = [{c[0] for c in candidates if constraints.admits(name, c, original)} for name in group]
+def _check_group(group: Sequence[str], constraints: Constraints, candidates: Sequence[str], original: str) -> None:
+    allowed = [{format_of(c) for c in candidates if constraints.admits(name, c, original)} for name in group]
     if not set.intersection(*allowed):
         told = "; ".join(f"{name} is {reason}" for name in group if (reason := constraints.reason(name)))
         raise ConstraintError(
@@ -222,7 +222,12 @@ def _check_group(
         )
 
 
-def _matches(candidate: Candidate, glob: str) -> bool:
-    """As `--candidates` matches: the values, the format's id, or the candidate's."""
-    format_id, kernel = candidate
-    return any(fnmatchcase(name, glob) for name in (format_id.partition("/")[0], format_id, f"{format_id}/{kernel}"))
+def format_of(candidate: str) -> str:
+    """Return the format id of a candidate's id."""
+    return candidate.rpartition("/")[0]
+
+
+def _matches(candidate: str, glob: str) -> bool:
+    """Match as `--candidates` does: the values, the format's id, or the candidate's id."""
+    names = (candidate.partition("/")[0], format_of(candidate), candidate)
+    return any(fnmatchcase(name, glob) for name in names)

@@ -1,7 +1,8 @@
-"""How much of the plane of cost and loss of quality a set of plans beats: one number for a front. No torch.
+"""Rate a front by one number: the area that it beats in the plane of cost and loss. No torch.
 
-The hypervolume indicator (Zitzler and Thiele 1998, "Multiobjective Optimization Using Evolutionary Algorithms"): the area that at
-least one point is no worse than in both, up to a reference point that is worse than all that count.
+This is the hypervolume indicator (Zitzler and Thiele 1998, "Multiobjective Optimization Using
+Evolutionary Algorithms"): the area in which some point is no worse in both coordinates, up to a
+reference point that is worse than all points that count.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ Point = tuple[float, float]
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """Area that points beat, both coordinates the less the better; those beyond the reference in either count for nothing."""
+    """Return the area that points beat; both coordinates count the less the better.
+
+    Points beyond the reference in either coordinate count for nothing.
+    """
     area, lowest = 0.0, reference[1]
     for x, y in sorted(points):
         if x < reference[0] and y < lowest:
@@ -24,11 +28,14 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
 
 @dataclass(slots=True)
 class Growth:
-    """Tells when a front has stopped growing: not by more than a fraction over the last so many points.
+    """Decides when a front has stopped growing.
+
+    That is when its hypervolume grew by no more than `least_growth` over the last `patience` points.
 
     Attributes:
-        points: Those before the first one that is waited for.
-        reference: Beyond it nothing counts.
+        points: The front to begin with.
+        reference: Points beyond it do not count.
+        least_growth: A fraction of the hypervolume.
     """
 
     points: list[Point]
@@ -41,14 +48,17 @@ class Growth:
         self._volumes.append(hypervolume(self.points, self.reference))
 
     def add(self, point: Point | None) -> None:
-        """One more evaluation; None where it failed."""
+        """Count one more evaluation; None if it failed."""
         if point is not None:
             self.points.append(point)
         self._volumes.append(hypervolume(self.points, self.reference))
 
     @property
     def last_growth(self) -> float:
-        """By what fraction the hypervolume grew over the last `patience` evaluations (infinite before there are so many)."""
+        """The fraction by which the hypervolume grew over the last `patience` evaluations.
+
+        Infinite before there are so many.
+        """
         if len(self._volumes) <= self.patience:
             return float("inf")
         before, now = self._volumes[-1 - self.patience], self._volumes[-1]
@@ -56,5 +66,5 @@ class Growth:
 
     @property
     def ended(self) -> bool:
-        """Whether it is not worth to go on."""
+        """Whether the front has stopped growing."""
         return self.last_growth <= self.least_growth

@@ -1,14 +1,16 @@
-"""Choosing one option per layer at least cost within budgets, solved to optimality: the multiple-choice knapsack problem.
+"""Solve the multiple-choice knapsack problem exactly: one option per layer, least cost, budgets.
 
-The linear relaxation bounds the least cost from below, and its duals say for every option by how much a solution with it must at
-least lie above that bound: its regret. All solutions within some limit above the bound are made of options whose regret is within
-it. These are enumerated layer by layer, what weighs most first; partial solutions that Lagrangian bounds of the rest show to come
-to nothing within limit and budgets are dropped, and so are those that another one beats. The best of what is left is optimal;
-where nothing is, the limit is raised, by less where that is too much (Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004,
-chapter 11, for regrets, the core and dominance; here with two budgets, hence several multipliers).
+The linear relaxation bounds the least cost from below. Its duals give every option a regret: how
+much a solution with that option lies at least above the bound. All solutions within some limit
+above the bound consist of options whose regret is within that limit. These options are enumerated
+layer by layer, those that weigh most first. A partial solution is dropped if Lagrangian bounds of
+the rest show that it cannot end within limit and budgets, or if another one beats it. The best
+solution that is left is optimal. If none is left, the limit is raised; if there are too many, it is
+raised by less. See Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004, chapter 11, for
+regrets, the core and dominance; two budgets need several multipliers here.
 
-Where ties bind layers together, or too much is left, the options within a limit go to the branch and cut of HiGHS
-(https://highs.dev), again until what it finds is within that limit.
+If ties bind layers together, or too many options are left, those within a limit go to the branch
+and cut of HiGHS (https://highs.dev), until what it finds is within that limit.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from scipy.sparse import csr_array, vstack
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 Indices = NDArray[np.int64]
-# Multipliers of the bounds, over the duals; the first limit above the relaxation, of what a solution costs at most.
+# Multipliers of the Lagrangian bounds, relative to the duals.
 _MULTIPLES = (0.7, 0.85, 1.0, 1.2, 1.4)
+# The first limit above the relaxation, relative to what a solution costs at most.
 _FIRST_LIMIT = 1e-6
-# How many partial solutions are tried under one limit, and by how much the limit is raised; then by which it can no longer be.
+# How many partial solutions are tried under one limit, and by which factor the limit is raised.
 _EFFORTS = ((20_000, 1.5), (200_000, 1.1), (2_000_000, 1.05))
+# The limit is not raised any further within this factor of one that was too much.
 _CLOSE = 1.02
-# So many partial solutions are looked through for those that others beat.
+# From so many partial solutions on, those that others beat are dropped.
 _MANY = 200
 _CORE_PER_LAYER = 1.3
 _ROUNDING = 1e-12
@@ -46,9 +50,9 @@ class _Relaxed:
     """The linear relaxation.
 
     Attributes:
-        prices: What a unit of each budget is worth, never positive.
+        prices: The worth of a unit of each budget, never positive.
         bound: No solution costs less.
-        regrets: A solution with that option costs at least that much more.
+        regrets: By how much a solution with the option lies at least above the bound.
     """
 
     prices: Vector
@@ -66,9 +70,9 @@ class Knapsack:
 
     Attributes:
         cost: Of each option, in units of what a solution costs at most.
-        owners: The layer of each option, ascending; every layer has one.
+        owners: The layer of each option, ascending; every layer has at least one.
         weights: A row for each budget.
-        ties: A row for each.
+        ties: A row for each tie.
     """
 
     cost: Vector
@@ -78,7 +82,7 @@ class Knapsack:
     ties: csr_array
 
     def least(self) -> Indices | None:
-        """The option of each layer in a solution of least cost, or None where there is none."""
+        """Return the option of each layer in a solution of least cost, or None."""
         relaxed = self._relaxation()
         if relaxed is None:
             return None
@@ -101,10 +105,12 @@ class Knapsack:
         return self._branched(relaxed)
 
     def _enumerated(self, relaxed: _Relaxed, limit: float, most_tried: int) -> Indices | None:
-        """The best of all solutions that cost at most the bound and the limit; where there is none, at times a dearer one.
+        """Return the best solution that costs at most bound and limit.
+
+        None if there is none; at times a more expensive one is found then.
 
         Raises:
-            _TooManyError: There are too many partial ones.
+            _TooManyError: There are too many partial solutions.
         """
         core = np.flatnonzero(relaxed.regrets <= limit)
         measures = np.vstack((self.cost, self.weights))[:, core].T
@@ -144,7 +150,10 @@ class Knapsack:
         return picks
 
     def _branched(self, relaxed: _Relaxed) -> Indices | None:
-        """Branch and cut among the options of least regret, more of them until none outside can be part of anything cheaper."""
+        """Branch and cut among the options of least regret.
+
+        More options are taken until none outside can be part of a cheaper solution.
+        """
         ascending = np.sort(relaxed.regrets)
         wanted = int(_CORE_PER_LAYER * (self.owners[-1] + 1))
         limit = float(ascending[min(wanted, len(ascending)) - 1])
@@ -166,7 +175,10 @@ class Knapsack:
         return Knapsack(self.cost[options], self.owners[options], weights, self.budgets, ties)
 
     def _relaxation(self) -> _Relaxed | None:
-        """Bound and regrets hold for whatever prices of the budgets and ties: the tolerance of the linear solver does no harm."""
+        """Solve the linear relaxation.
+
+        Bound and regrets hold for any prices, so the tolerance of the linear solver does no harm.
+        """
         equal, right = self._equalities()
         with _silent_stdout():
             result = linprog(self.cost, self.weights, self.budgets, equal, right, method="highs")  # type: ignore[call-overload]
@@ -197,7 +209,7 @@ class Knapsack:
         return np.asarray([a + np.argmax(result.x[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)])
 
     def _equalities(self) -> tuple[csr_array, Vector]:
-        """One option of every layer; then the ties."""
+        """The constraints with `=`: one option of every layer, then the ties."""
         count = len(self.owners)
         layers = int(self.owners[-1]) + 1
         one = csr_array((np.ones(count), (self.owners, np.arange(count))), shape=(layers, count))
@@ -205,15 +217,17 @@ class Knapsack:
 
 
 def _starts(owners: Indices) -> Indices:
-    """Where each layer's options begin."""
+    """Return where each layer's options begin."""
     return np.flatnonzero(np.diff(owners, prepend=-1))
 
 
 def _unbeaten(partial: Matrix) -> Indices:
-    """Of partial solutions (cost, and one or two weights) those that no other one equals or beats in all.
+    """Return the partial solutions that no other one equals or beats in cost and weights.
 
-    With two weights a few that are beaten stay: each part of them, by the second weight, is held against all parts before, by the
-    least cost up to each first weight.
+    There are too many to compare pairwise (as `autoquant.solver.dominance` does), so they are
+    swept. With two weights some that are beaten stay: they are sorted by the second weight and
+    split, and each part is compared with the parts before by the least cost up to each first
+    weight.
     """
     if partial.shape[1] == 2:
         order = np.lexsort(partial.T)
@@ -233,13 +247,13 @@ def _unbeaten(partial: Matrix) -> Indices:
 
 
 def _steps(costs: Vector) -> Indices:
-    """Where each is less than all before it."""
+    """Return where each cost is less than all before it."""
     return np.flatnonzero(np.diff(np.minimum.accumulate(costs), prepend=np.inf) < 0)
 
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Keep what HiGHS prints from C (a stray debugging line in some versions) out of the program's output."""
+    """Keep out of the program's output what HiGHS prints from C (some versions print a debug line)."""
     sys.stdout.flush()
     kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)

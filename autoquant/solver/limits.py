@@ -1,7 +1,8 @@
-"""The limits of a search: what the recommended plan has to keep to, and what it has least of within them. No torch.
+"""The limits of a search: what the recommended plan keeps to, and what it minimizes. No torch.
 
-A limit of quality is held against the upper end of the 95 % interval on the selection part, never the report part: that of the
-increase is paired, window by window; that of the divergence is of its mean over windows, which is paired by what it is.
+A limit of quality is compared with the upper end of the 95 % interval on the selection part, never
+the report part. The interval of the increase is paired window by window. That of the divergence is
+of its mean over windows; a divergence is paired by definition.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from autoquant.records import ORIGINAL_LABEL, Objective, Plan, Proof
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """None: no limit.
+    """What the recommended plan has to keep to; None means no limit.
 
     Attributes:
-        max_ppl_increase: A fraction of what `measure` says.
+        max_ppl_increase: Limit of what `measure` names, a fraction.
         max_kl: Mean divergence from the unquantized model, nats per token.
         max_memory_bytes: Of all parameters.
-        measure: What is measured and limited: the increase of perplexity or of the user's own loss, or the divergence of outputs
-            from the unquantized model's.
+        measure: The increase of perplexity or of the user's own loss, or the divergence of outputs
+            from those of the unquantized model.
     """
 
     max_ppl_increase: float | None = None
@@ -35,7 +36,7 @@ class Limits:
 
     @classmethod
     def of(cls, limits: Mapping[str, Any]) -> Limits:
-        """Those that the store keeps of a study."""
+        """Return the limits that the store keeps of a study."""
         return cls(
             max_ppl_increase=limits.get("max_ppl_increase"),
             max_kl=limits.get("max_kl"),
@@ -45,7 +46,10 @@ class Limits:
         )
 
     def as_object(self) -> dict[str, Any]:
-        """For the store and for programs; what was added later is left out where it is not set."""
+        """Return the limits for the store and for programs.
+
+        Limits that were added in later versions are left out if not set.
+        """
         values: dict[str, Any] = {
             "max_ppl_increase": self.max_ppl_increase,
             "max_memory_bytes": self.max_memory_bytes,
@@ -65,7 +69,10 @@ class Limits:
         return f"{'fastest' if self.minimize == 'time' else 'smallest'} with {' and '.join(parts) or 'no limits'}"
 
     def within(self, proof: Proof, plan: Plan) -> bool:
-        """Whether a proven plan keeps to all limits. The unquantized model does to those of quality, whatever they are."""
+        """Check whether a proven plan keeps to all limits.
+
+        The unquantized model keeps to every limit of quality.
+        """
         if self.max_memory_bytes is not None and proof.memory_bytes > self.max_memory_bytes:
             return False
         if plan.label == ORIGINAL_LABEL:
@@ -75,8 +82,10 @@ class Limits:
         return self.max_kl is None or (proof.selection_kl is not None and proof.selection_kl.high <= self.max_kl)
 
     def used(self, proof: Proof) -> float | None:
-        """What share of the limits of quality a proven plan uses, of the tightest one (1: just within); None where there is
-        none to use a share of."""
+        """Return the share of the tightest limit of quality that a proven plan uses (1: just within).
+
+        None if there is no such limit.
+        """
         shares = []
         if self.max_ppl_increase:
             shares.append(proof.selection_increase.high / self.max_ppl_increase)
@@ -87,9 +96,9 @@ class Limits:
     def expected_loss(
         self, plans: Mapping[str, Plan], proofs: Mapping[str, Proof], *, logarithmic: bool
     ) -> float | None:
-        """The predicted loss that the limits of quality are expected to allow, None where there are none.
+        """Return the predicted loss that the limits of quality are expected to allow, or None.
 
-        It is learnt from the proven uniform plans how what was measured of them compares with what was predicted.
+        How measured compares with predicted loss is learnt from the proven uniform plans.
 
         Args:
             logarithmic: Losses are log-likelihoods, and the increase is one of perplexity.
@@ -110,7 +119,7 @@ class Limits:
 
 
 def _budget(allowed: float, measured: Mapping[str, float], plans: Mapping[str, Plan]) -> float:
-    """`allowed` in units of predicted loss; harmless plans say nothing of the relation."""
+    """Convert `allowed` to units of predicted loss; plans that lose almost nothing are ignored."""
     ratios = [
         high / plans[plan_id].prediction.loss
         for plan_id, high in measured.items()

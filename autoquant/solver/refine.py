@@ -1,10 +1,11 @@
-"""Refinement: Optuna proposes plans around the front, each proven like any other, until the time is up.
+"""Refinement: Optuna proposes plans around the front until the time is up. No torch.
 
-The additive model may misjudge what layers cost together. A trial scales the scores of each kind of layer (all query
-projections, all down projections, ...) and of the depth of the model, solves for a budget between those of the front, and
-proves the plan that comes out; the sampler learns which scalings and budgets gave plans that pay. The study is Optuna's own,
-kept in the same database, and starts from the plans already proven. It ends when the front does not grow any more: its
-hypervolume by no more than 0.5 % over 12 further plans.
+The additive model may misjudge what layers cost together. A trial scales the losses of each kind of
+layer (all query projections, all down projections, ...) and those along the depth of the model. It
+solves for a budget between those of the front, and the plan that comes out is proven. The sampler
+learns which scalings and budgets give good plans. Its study is Optuna's own, kept in the same
+database, and starts from the plans already proven. Refinement ends when the front stops growing:
+when its hypervolume grew by no more than 0.5 % over 12 further plans.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import inspect
 
-from autoquant.records import LayerChoice, Objective, Plan, Proof
+from autoquant.records import Objective, Plan, Proof
 from autoquant.solver.hypervolume import Growth
-from autoquant.solver.planning import PlanContext, least, make_problem, plan_of, with_multipliers
+from autoquant.solver.planning import ProvenPlans
+from autoquant.solver.space import SearchSpace
 from autoquant.store import Store
 
 if TYPE_CHECKING:
@@ -33,29 +35,30 @@ _BELOW_LIMIT, _ABOVE_LIMIT = 16.0, 2.0
 
 
 def layer_kind(name: str) -> str:
-    """What a layer is called without its numbers: `model.layers.3.mlp.up_proj` is of the kind `model.layers.*.mlp.up_proj`."""
+    """Return a layer's name without its numbers, e.g. `model.layers.*.mlp.up_proj`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def proposals(
-    options: Sequence[Sequence[LayerChoice]],
-    context: PlanContext,
+    space: SearchSpace,
     *,
     storage_url: str,
     seed: int,
-    known: Mapping[str, tuple[Plan, Proof]],
+    known: ProvenPlans,
     max_memory_bytes: int | None,
     minimize: Objective = "time",
     allowed: float | None = None,
 ) -> Iterator[tuple[Plan, Callable[[Proof | None], None]]]:
-    """New plans, each with a function that takes its proof (None: it could not be proven) before the next is asked for.
+    """Yield new plans until trials keep giving plans that are known.
+
+    With each plan comes a function that takes its proof (None: it could not be proven). It is to be
+    called before the next plan is asked for.
 
     Args:
         storage_url: SQLAlchemy URL of the store.
-        known: Plans already proven, by id: what the sampler starts from, and what is not proposed again.
-        allowed: The predicted loss that the limits are expected to allow: budgets are from a sixteenth of it to twice it.
-
-    Ends when trials keep giving plans that are known.
+        known: Plans already proven: the sampler starts from them, and they are not yielded.
+        allowed: The predicted loss that the limits are expected to allow. Budgets are from a
+            sixteenth of it to twice it.
     """
     import optuna
 
@@ -64,15 +67,15 @@ def proposals(
     if not losses:
         return
     if allowed is not None:
-        limit = context.loss_map.summed(allowed)
+        limit = space.context.loss_map.summed(allowed)
         losses = [min(max(loss, limit / _BELOW_LIMIT), limit * _ABOVE_LIMIT) for loss in losses]
-    study = _open(storage_url, _study_name(context.study_id, minimize), seed)
-    _warm_start(study, known, _space(options, losses), minimize)
+    study = _open(storage_url, _study_name(space.context.study_id, minimize), seed)
+    _warm_start(study, known, _distributions(space, losses), minimize)
     seen = set(known)
     repeats = 0
     while repeats < _FAILED_TRIALS_IN_A_ROW:
         trial = study.ask()
-        plan = _propose(trial, options, context, losses, max_memory_bytes, minimize)
+        plan = _propose(trial, space, losses, max_memory_bytes, minimize)
         if plan is None or plan.plan_id in seen:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             repeats += 1
@@ -90,11 +93,12 @@ def proposals(
         yield plan, tell
 
 
-def growth_of(
-    known: Mapping[str, tuple[Plan, Proof]], minimize: Objective, max_ppl_increase: float | None = None
-) -> Growth:
-    """The front before refinement. What counts of it costs less than the unquantized model, and is no worse in quality than the
-    worst plan that was solved for, nor than four times the limit."""
+def growth_of(known: ProvenPlans, minimize: Objective, max_ppl_increase: float | None = None) -> Growth:
+    """Return the front before refinement.
+
+    Only plans count that cost less than the unquantized model, and that are no worse in quality
+    than the worst plan that was solved for, nor than four times the limit.
+    """
     points = {plan_id: _objectives(proof, minimize) for plan_id, (_, proof) in known.items()}
     kinds = {plan_id: plan.kind for plan_id, (plan, _) in known.items()}
     originals = [points[plan_id][0] for plan_id, kind in kinds.items() if kind == "original"]
@@ -105,12 +109,12 @@ def growth_of(
 
 
 def point_of(proof: Proof | None, minimize: Objective) -> tuple[float, float] | None:
-    """A proven plan as the growth counts it."""
+    """Return a proven plan as `Growth` counts it; None if it could not be proven."""
     return None if proof is None else _objectives(proof, minimize)
 
 
 def _summed(plan: Plan) -> float:
-    """The layers' losses added up: what the solver has a budget for."""
+    """The layers' summed losses, which the solver has a budget for."""
     return sum(layer.loss for layer in plan.layers)
 
 
@@ -130,7 +134,11 @@ def _open(storage_url: str, study_name: str, seed: int) -> optuna.Study:
 
 
 def forget(store: Store, study_id: str) -> int | None:
-    """Delete what Optuna keeps of a study, whatever was minimized: how many trials that was, or None where there is nothing."""
+    """Delete what Optuna keeps of a study, whatever was minimized.
+
+    Returns:
+        The number of trials, or None if Optuna keeps nothing of it.
+    """
     if not inspect(store.engine).has_table("studies"):  # looked for first: Optuna would make its tables to look
         return None
     import optuna
@@ -152,22 +160,21 @@ def forget(store: Store, study_id: str) -> int | None:
 
 
 def _study_name(study_id: str, minimize: Objective) -> str:
-    """Trials of one objective are no lesson for the other."""
+    """The name of Optuna's study; each objective has its own, for its trials say nothing of the other."""
     return f"autoquant-{study_id}{'' if minimize == 'time' else f'-{minimize}'}"
 
 
 def _objectives(proof: Proof, minimize: Objective) -> tuple[float, float]:
-    """Request time against the unquantized model, or bytes; and the quality that the limit is checked on (never the report
-    part)."""
+    """What is minimized, and the quality that limits are checked on (never the report part)."""
     cost = proof.request_ms / proof.original_request_ms if minimize == "time" else float(proof.memory_bytes)
     return cost, proof.selection_increase.value
 
 
-def _space(options: Sequence[Sequence[LayerChoice]], losses: Sequence[float]) -> dict[str, Any]:
+def _distributions(space: SearchSpace, losses: Sequence[float]) -> dict[str, Any]:
     import optuna
 
     scale = optuna.distributions.FloatDistribution(_LOW, _HIGH, log=True)
-    kinds = dict.fromkeys(layer_kind(layer[0].name) for layer in options)
+    kinds = dict.fromkeys(layer_kind(layer[0].name) for layer in space.options)
     names = {f"scale {kind}": scale for kind in kinds} | {"scale with depth": scale}
     return names | {
         "loss budget": optuna.distributions.FloatDistribution(
@@ -177,21 +184,26 @@ def _space(options: Sequence[Sequence[LayerChoice]], losses: Sequence[float]) ->
 
 
 def _warm_start(
-    study: optuna.Study, known: Mapping[str, tuple[Plan, Proof]], space: Mapping[str, Any], minimize: Objective
+    study: optuna.Study,
+    known: ProvenPlans,
+    distributions: Mapping[str, Any],
+    minimize: Objective,
 ) -> None:
-    """Tell the study of the plans that the exact front gave: all scales 1, the budget being their loss."""
+    """Add the plans of the exact front as trials: all scales 1, their loss as the budget."""
     import optuna
 
     told = {trial.user_attrs.get("plan_id") for trial in study.get_trials(deepcopy=False)}
     for plan, proof in known.values():
         if plan.kind != "front" or plan.plan_id in told or _summed(plan) <= 0:
             continue
-        budget = space["loss budget"]
-        parameters = dict.fromkeys(space, 1.0) | {"loss budget": min(max(_summed(plan), budget.low), budget.high)}
+        budget = distributions["loss budget"]
+        parameters = dict.fromkeys(distributions, 1.0) | {
+            "loss budget": min(max(_summed(plan), budget.low), budget.high)
+        }
         study.add_trial(
             optuna.trial.create_trial(
                 params=parameters,
-                distributions=dict(space),
+                distributions=dict(distributions),
                 values=list(_objectives(proof, minimize)),
                 user_attrs={"plan_id": plan.plan_id},
             )
@@ -200,22 +212,23 @@ def _warm_start(
 
 def _propose(
     trial: optuna.Trial,
-    options: Sequence[Sequence[LayerChoice]],
-    context: PlanContext,
+    space: SearchSpace,
     losses: Sequence[float],
     max_memory_bytes: int | None,
     minimize: Objective,
 ) -> Plan | None:
+    """Solve for what the trial suggests; None if nothing is within the budgets."""
     values = {
-        name: trial.suggest_float(name, space.low, space.high, log=True)
-        for name, space in _space(options, losses).items()
+        name: trial.suggest_float(name, of.low, of.high, log=True) for name, of in _distributions(space, losses).items()
     }
-    last = max(len(options) - 1, 1)
-    multiplier = {
-        layer[0].name: values[f"scale {layer_kind(layer[0].name)}"]
-        * math.exp(math.log(values["scale with depth"]) * (2 * position / last - 1))
-        for position, layer in enumerate(options)
-    }
-    problem = make_problem(with_multipliers(options, multiplier), context.workload, context.bound.groups)
-    picks = least(problem, context, minimize, max_loss=values["loss budget"], max_memory_bytes=max_memory_bytes)
-    return None if picks is None else plan_of(options, picks, f"refined {trial.number}", "refined", context)
+    last = max(len(space.options) - 1, 1)
+    with_depth = math.log(values["scale with depth"])
+    multiplier = {}
+    for position, layer in enumerate(space.options):
+        name = layer[0].name
+        depth = 2 * position / last - 1  # from -1 to 1
+        multiplier[name] = values[f"scale {layer_kind(name)}"] * math.exp(with_depth * depth)
+    picks = space.scaled(multiplier).solve(
+        minimize, max_summed_loss=values["loss budget"], max_memory_bytes=max_memory_bytes
+    )
+    return None if picks is None else space.plan(picks, f"refined {trial.number}", "refined")

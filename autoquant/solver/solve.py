@@ -1,8 +1,9 @@
-"""The exact solver of the additive model. Numbers in, numbers out: no models, no database, no torch.
+"""Solve the additive model exactly. Numbers in, numbers out: no models, no database, no torch.
 
-Choosing one option per layer so that summed time is least within budgets for summed loss and memory is the multiple-choice
-knapsack problem, which `autoquant.solver.knapsack` solves to optimality. Options that cannot be part of a best solution, since
-another one of their layer is no worse in anything that counts, are left out first.
+One option per layer is chosen so that summed time is least within budgets for summed loss and
+memory. That is the multiple-choice knapsack problem, which `autoquant.solver.knapsack` solves to
+optimality. Options that cannot be part of a best solution are left out first: those that another
+option of their layer equals or beats in everything that counts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from autoquant.solver import dominance
 from autoquant.solver.knapsack import Indices, Knapsack
 
 Vector = NDArray[np.float64]
@@ -23,12 +25,13 @@ _TIE_BREAK = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class AdditiveProblem:
     """One array per layer and objective, an entry per option.
 
     Attributes:
         together: Sets of options, each as (layer, option), of which all are taken or none.
-        alike: Sets of (layer, its options in the set), a layer each, of which every layer takes one or none does.
+        alike: Sets of (layer, its options in the set). Every layer of a set takes one of its
+            options, or none does.
     """
 
     time: tuple[Vector, ...]
@@ -43,8 +46,8 @@ class Problem:
         options: Sequence[Sequence[tuple[float, float, float]]],
         together: Sequence[Sequence[tuple[int, int]]] = (),
         alike: Sequence[Sequence[tuple[int, Sequence[int]]]] = (),
-    ) -> Problem:
-        """From (time, loss, memory) triples per layer."""
+    ) -> AdditiveProblem:
+        """Build it from the (time, loss, memory) of each option of each layer."""
         columns = [np.asarray(layer, dtype=np.float64).reshape(-1, 3).T for layer in options]
         time, loss, memory = (tuple(c[objective] for c in columns) for objective in range(3))
         same = tuple(tuple((layer, tuple(of)) for layer, of in members) for members in alike)
@@ -52,12 +55,12 @@ class Problem:
 
     @property
     def equalities(self) -> list[tuple[tuple[int, tuple[int, ...]], ...]]:
-        """`together` and `alike` in one form: of each set every layer takes one option, or none does."""
+        """`together` and `alike` in one form: every layer of a set takes one option, or none does."""
         pairs = [tuple((layer, (option,)) for layer, option in options) for options in self.together]
         return [*pairs, *self.alike]
 
     def totals(self, picks: Picks) -> tuple[float, float, float]:
-        """Summed (time, loss, memory) of a solution."""
+        """Return the summed (time, loss, memory) of a solution."""
         return (
             float(sum(layer[i] for layer, i in zip(self.time, picks, strict=True))),
             float(sum(layer[i] for layer, i in zip(self.loss, picks, strict=True))),
@@ -65,32 +68,34 @@ class Problem:
         )
 
 
-def fastest(problem: Problem, max_loss: float | None = None, max_memory: float | None = None) -> Picks | None:
-    """The solution of least time within the budgets (None: unlimited), or None where there is none.
+def fastest(problem: AdditiveProblem, max_loss: float | None = None, max_memory: float | None = None) -> Picks | None:
+    """Return the solution of least time within the budgets (None: unlimited), or None.
 
-    Among equally fast ones it prefers less loss and less memory, so that no other solution beats it in all three.
+    Among equally fast ones it prefers less loss and less memory, so that no other solution beats it
+    in all three.
     """
     objective = _scaled(problem.time) + _TIE_BREAK * (_scaled(problem.loss) + _scaled(problem.memory))
     return _minimise(problem, objective, max_loss=max_loss, max_memory=max_memory)
 
 
-def smallest(problem: Problem, max_loss: float | None = None) -> Picks | None:
-    """The solution of least memory within a loss budget; among equals the faster one."""
+def smallest(problem: AdditiveProblem, max_loss: float | None = None) -> Picks | None:
+    """Return the solution of least memory within a loss budget; among equals the faster one."""
     objective = _scaled(problem.memory) + _TIE_BREAK * (_scaled(problem.time) + _scaled(problem.loss))
     return _minimise(problem, objective, max_loss=max_loss)
 
 
-def most_exact(problem: Problem, max_memory: float | None = None) -> Picks | None:
-    """The solution of least loss within a memory budget; among equals the faster one."""
+def most_exact(problem: AdditiveProblem, max_memory: float | None = None) -> Picks | None:
+    """Return the solution of least loss within a memory budget; among equals the faster one."""
     return _minimise(problem, _scaled(problem.loss) + _TIE_BREAK * _scaled(problem.time), max_memory=max_memory)
 
 
-def front(problem: Problem, points: int = 24) -> list[Picks]:
-    """Exact points of the front over time, loss and memory, fastest first.
+def front(problem: AdditiveProblem, points: int = 24) -> list[Picks]:
+    """Return exact points of the front over time, loss and memory, fastest first.
 
-    Loss budgets are spaced geometrically between what the most exact and the fastest solutions cost; for each the fastest
-    solution is found, and once more with memory budgets between that one's and the smallest possible. Every solution is
-    optimal for its budgets; those that another one beats in all three are left out.
+    Loss budgets are spaced geometrically between what the most exact and the fastest solutions
+    cost. For each the fastest and the smallest solution are found, and the fastest one with memory
+    halfway between these. Every solution is optimal for its budgets; those that another one beats
+    are left out.
     """
     exact = most_exact(problem)
     quick = fastest(problem)
@@ -115,14 +120,11 @@ def front(problem: Problem, points: int = 24) -> list[Picks]:
     return sorted(undominated(problem, list(found)), key=lambda picks: problem.totals(picks))
 
 
-def undominated(problem: Problem, solutions: Sequence[Picks]) -> list[Picks]:
-    """Those solutions that no other one equals or beats in time, loss and memory at once."""
-    totals = {picks: np.asarray(problem.totals(picks)) for picks in solutions}
-    return [
-        picks
-        for picks, own in totals.items()
-        if not any(np.all(other <= own) and np.any(other < own) for other in totals.values())
-    ]
+def undominated(problem: AdditiveProblem, solutions: Sequence[Picks]) -> list[Picks]:
+    """Return the solutions that no other one beats in time, loss and memory at once."""
+    distinct = list(dict.fromkeys(solutions))
+    totals = np.asarray([problem.totals(picks) for picks in distinct]).reshape(-1, 3)
+    return [distinct[i] for i in dominance.undominated(totals)]
 
 
 def _budgets(low: float, high: float, points: int) -> Vector:
@@ -134,14 +136,14 @@ def _budgets(low: float, high: float, points: int) -> Vector:
 
 
 def _scaled(layers: Sequence[Vector]) -> Vector:
-    """The concatenated entries, less each layer's least one, in units of the largest possible sum."""
+    """Concatenate the entries less each layer's least one, in units of the largest possible sum."""
     shifted = [layer - layer.min() for layer in layers]
     scale = sum(float(layer.max()) for layer in shifted)
     return np.concatenate(shifted) / (scale or 1.0)
 
 
 def _minimise(
-    problem: Problem,
+    problem: AdditiveProblem,
     objective: Vector,
     max_loss: float | None = None,
     max_memory: float | None = None,
@@ -184,26 +186,23 @@ def _minimise(
 
 
 def _allowance(layers: Sequence[Vector], budget: float) -> float:
-    """What a budget leaves beyond the least possible sum, in units of `_scaled`."""
+    """Return what a budget leaves beyond the least possible sum, in units of `_scaled`."""
     scale = sum(float(layer.max() - layer.min()) for layer in layers) or 1.0
     return (budget - sum(float(layer.min()) for layer in layers)) / scale
 
 
-def _unbeaten(problem: Problem, columns: NDArray[np.float64]) -> Indices:
-    """The options, counted through all layers, that no other one of their layer and sets equals or beats in every row."""
+def _unbeaten(problem: AdditiveProblem, columns: NDArray[np.float64]) -> Indices:
+    """Return the options, counted through all layers, that none of their layer and sets beats."""
     kept, start = [], 0
     for sets in _memberships(problem):
         own = columns[:, start : start + len(sets)]
-        no_worse = np.all(own[:, :, None] <= own[:, None, :], axis=0) & (sets[:, None] == sets[None, :])
-        comes_first = np.triu(np.ones_like(no_worse), 1)
-        beaten = np.any(no_worse & (~no_worse.T | comes_first), axis=0)
-        kept.append(start + np.flatnonzero(~beaten))
+        kept.append(start + dominance.unbeaten(own.T, sets))
         start += len(sets)
     return np.concatenate(kept)
 
 
-def _equalities(problem: Problem, sizes: Sequence[int]) -> csr_array:
-    """A row for every layer of a set: it takes as many options of the set as the set's first layer."""
+def _equalities(problem: AdditiveProblem, sizes: Sequence[int]) -> csr_array:
+    """Return a row for every layer of a set: it takes as many of its options as the first layer."""
     starts = np.concatenate(([0], np.cumsum(sizes)))
     pairs = [(first, other) for first, *others in problem.equalities for other in others]
     entries = [
@@ -220,8 +219,8 @@ def _over(total: float, budget: float | None) -> bool:
     return budget is not None and total > budget * (1 + 1e-12)
 
 
-def _memberships(problem: Problem) -> list[Indices]:
-    """For each layer a number for each option: the same for those that belong to the same sets of `together` and `alike`."""
+def _memberships(problem: AdditiveProblem) -> list[Indices]:
+    """Number the options of each layer by the sets of `together` and `alike` that they are in."""
     sets: dict[tuple[int, int], tuple[int, ...]] = {}
     for number, members in enumerate(problem.equalities):
         for layer, options in members:
@@ -234,12 +233,13 @@ def _memberships(problem: Problem) -> list[Indices]:
     ]
 
 
-def _without_waste(problem: Problem, picks: Picks) -> Picks:
-    """The picks with every option replaced that another one of its layer and sets equals or beats in time, loss and memory."""
+def _without_waste(problem: AdditiveProblem, picks: Picks) -> Picks:
+    """Replace every option that another one of its layer and sets equals or beats."""
     better = []
-    for time, loss, memory, sets, i in zip(
+    for *columns, sets, pick in zip(
         problem.time, problem.loss, problem.memory, _memberships(problem), picks, strict=True
     ):
-        fits = (time <= time[i]) & (loss <= loss[i]) & (memory <= memory[i]) & (sets == sets[i])
-        better.append(int(min(np.flatnonzero(fits).tolist(), key=lambda j: (time[j], loss[j], memory[j]))))
+        points = np.stack(columns, axis=1)
+        fits = dominance.no_worse(points)[:, pick] & (sets == sets[pick])
+        better.append(min(np.flatnonzero(fits).tolist(), key=lambda i: tuple(points[i])))
     return tuple(better)

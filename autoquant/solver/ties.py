@@ -1,8 +1,8 @@
-"""Which proven plans noise alone tells apart. No torch.
+"""Find which proven plans differ by no more than noise. No torch.
 
-Two plans are a tie where neither speed nor quality distinguishes them: their request times differ by less than the spread of the
-rounds that they were timed in, and the 95 % interval of the difference of their losses, sample by sample on the selection part,
-holds 0.
+Two plans are a tie if neither speed nor quality distinguishes them. Their request times then differ
+by less than the spread of the rounds that they were timed in. And the 95 % interval of the
+difference of their losses, sample by sample on the selection part, contains 0.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from autoquant.records import Proof
 TIE_FRACTION = 0.01
 """Request times (or bytes) closer than this are always a tie."""
 LARGEST_TIE = 0.05
-"""Farther apart they never are, however noisy the clock was."""
+"""Farther apart they are never a tie, however noisy the clock was."""
 
 
 def tied(a: Proof, b: Proof) -> bool:
-    """Whether the difference between two proven plans of a study is within noise."""
+    """Check whether two proven plans of a study differ by no more than noise."""
     return same_speed(a, b) and same_quality(a, b)
 
 
 def ties(proofs: Mapping[str, Proof]) -> dict[str, list[str]]:
-    """By plan id, the ids of the plans that it is a tie with."""
+    """Return for each plan id the ids of the plans that it is a tie with."""
     found: dict[str, list[str]] = {plan_id: [] for plan_id in proofs}
     order = list(proofs)
     for number, one in enumerate(order):
@@ -37,7 +37,9 @@ def ties(proofs: Mapping[str, Proof]) -> dict[str, list[str]]:
 
 
 def same_speed(a: Proof, b: Proof) -> bool:
-    """Whether request times, each against the unquantized model timed in turn, differ by no more than their spread.
+    """Check whether request times differ by no more than their spread.
+
+    Each counts relative to the unquantized model, which was timed in turn with it.
 
     From 1 % (below which it is always so) to 5 % (above which it never is).
     """
@@ -47,7 +49,10 @@ def same_speed(a: Proof, b: Proof) -> bool:
 
 
 def same_quality(a: Proof, b: Proof) -> bool:
-    """Whether the paired interval of the difference of losses holds 0; plans whose losses are not known are told apart."""
+    """Check whether the paired interval of the difference of losses contains 0.
+
+    False if the losses of a plan are not known.
+    """
     if len(a.selection_losses) != len(b.selection_losses) or len(a.selection_losses) < 2:
         return False
     interval = mean_interval([x - y for x, y in zip(a.selection_losses, b.selection_losses, strict=True)])
@@ -55,10 +60,10 @@ def same_quality(a: Proof, b: Proof) -> bool:
 
 
 def preferred(best: Proof, rivals: Sequence[Proof]) -> Proof:
-    """Of the best plan and those that are a tie with it: the one with least divergence, if that is clearly less.
+    """Return the best plan, or a rival that ties with it and diverges clearly less.
 
-    Divergence tells apart what perplexity cannot: its intervals must not overlap. Without divergences it is the smallest plan,
-    if it is smaller by more than 1 %.
+    Divergence separates plans that perplexity cannot; clearly less means that the intervals do not
+    overlap. Without divergences, the smallest plan wins if it is smaller by more than 1 %.
     """
     if best.selection_kl is None:
         smallest = min((best, *rivals), key=lambda proof: proof.memory_bytes)

@@ -1,4 +1,4 @@
-"""What changes from one plan of a study to another, layer by layer. No torch."""
+"""Compare two plans of a study layer by layer. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LayerChange:
 
 
 def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
-    """The layers whose format or route differs, in the order of the plan.
+    """Return the layers whose format or route differs, in the order of the plan.
 
     Raises:
         PlanError: The plans are of different studies.
@@ -41,7 +41,7 @@ def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
 
 
 def summed(parts: Sequence[LayerChange]) -> tuple[float, float, int]:
-    """Microseconds of a request, loss and bytes of several changes together."""
+    """Return the microseconds of a request, loss and bytes of several changes together."""
     return (
         sum(part.request_us for part in parts),
         sum(part.loss for part in parts),

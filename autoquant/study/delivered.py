@@ -1,4 +1,4 @@
-"""Whether a plan that was run as its user will run it may be recommended. No torch."""
+"""Decide whether a delivered plan may be recommended. No torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from autoquant.solver.limits import Limits
 
 
 def refusal(delivery: Delivery, limits: Limits, *, instead: bool) -> str:
-    """Why the plan is not recommended; empty where it may be.
+    """Say why the plan is not recommended; empty if it may be.
 
     Args:
-        instead: The unquantized model is within the limits, so that a plan that is no faster is good for nothing.
+        instead: The unquantized model is within the limits, so a plan that is no faster is useless.
     """
     if delivery.reason:
         return delivery.reason
@@ -27,10 +27,10 @@ def refusal(delivery: Delivery, limits: Limits, *, instead: bool) -> str:
 
 
 def is_faster(delivery: Delivery) -> bool:
-    """Whether the plan is surely faster than the unquantized model: the interval of their ratio is below 1."""
+    """Check whether the interval of the plan's time ratio to the unquantized model is below 1."""
     return delivery.ratio is not None and delivery.ratio.high < 1
 
 
 def is_disturbed(delivery: Delivery) -> bool:
-    """Whether other programs used the machine while it was timed."""
+    """Check whether other programs used the machine while the plan was timed."""
     return any(note.startswith(DISTURBED) for note in delivery.notes)

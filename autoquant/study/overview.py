@@ -9,10 +9,10 @@ from autoquant.study.study import Study
 
 
 def study_rows(store: Store) -> list[dict[str, Any]]:
-    """What each study is about and how far it has come, the one last worked on first.
+    """Say what each study is about and how far it has come, the one last worked on first.
 
-    `source` is where the model was read from, `proven` the number of proven plans, `recommended` the id of the best plan
-    under the study's own limits (None where no proven plan is within them).
+    `source` is where the model was read from, `proven` the number of proven plans, and
+    `recommended` the id of the best plan within the study's own limits, or None.
     """
     return [_row(Study(store, study_id)) for study_id in store.studies()]
 

@@ -1,4 +1,4 @@
-"""Removing a study together with what Optuna keeps of it in the same database."""
+"""Remove a study together with what Optuna keeps of it in the same database."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from autoquant.store.remove import RemovedRows, remove_study
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
-    """What went: our rows, and the trials of Optuna's study (None: it had none)."""
+    """What was removed: our rows, and the trials of Optuna's study (None: it had none)."""
 
     rows: RemovedRows
     trials: int | None
 
 
 def remove(store: Store, study_id: str) -> Removed:
-    """Delete a study. Optuna's goes first: cut short between the two, the same call does the rest."""
+    """Delete a study. Optuna's goes first, so the same call finishes a removal that was cut short."""
     trials = forget(store, study_id)
     return Removed(rows=remove_study(store, study_id), trials=trials)

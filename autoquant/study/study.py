@@ -1,4 +1,4 @@
-"""A study as the user sees it: its plans, the front, the best plan under a limit. Needs no model and no torch."""
+"""A study as the user sees it: its plans, the front, the best plan within limits. No torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from autoquant.errors import PlanError
 from autoquant.records import BASELINES, ORIGINAL_LABEL, Delivery, Measure, Objective, Plan, Proof
 from autoquant.solver.alternatives import Alternatives, alternatives
 from autoquant.solver.constraints import Constraints
+from autoquant.solver.dominance import undominated
 from autoquant.solver.limits import Limits
+from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.study.delivered import refusal
@@ -59,7 +63,7 @@ class Study:
 
     Args:
         store: The open store.
-        study_id: Which study; the one last worked on where None.
+        study_id: Which study; None is the one last worked on.
 
     Raises:
         PlanError: There is no such study.
@@ -76,38 +80,42 @@ class Study:
 
     @property
     def facts(self) -> StudyFacts:
-        """What the store knows of the study: model, device, workload, limits, recording."""
+        """The study's model, device, workload, limits and recording."""
         return self.store.study(self.study_id)
 
     @property
     def calibration(self) -> Sequence[Sequence[int]] | None:
-        """Token ids that weights of its plans are rounded for, for `autoquant.apply`; None where there are none."""
+        """Token ids that weights of its plans are rounded for, for `autoquant.apply`; or None."""
         return self.facts.calibration
 
     @property
     def limits(self) -> Limits:
-        """What the last search was asked for."""
+        """The limits of the last search."""
         return Limits.of(self.facts.limits)
 
     @property
     def constraints(self) -> Constraints:
-        """What every plan but the unquantized model meets."""
+        """The constraints that every plan but the unquantized model meets."""
         return Constraints.of_identity(self.facts.identity)
 
     def plans(self) -> list[Plan]:
-        """Every plan made, proven or not."""
+        """Return every plan, proven or not."""
         return self.store.plans(self.study_id)
 
     def proofs(self) -> dict[str, Proof]:
-        """What was measured, by plan id."""
+        """Return what was measured, by plan id."""
         return self.store.proofs(self.study_id)
 
     def deliveries(self) -> dict[str, Delivery]:
-        """How plans run for their user, by plan id, in the order in which they were tried."""
+        """Return how plans run for their user, by plan id, in the order in which they were tried."""
         return self.store.deliveries(self.study_id)
 
     def refused(self, limits: Limits | None = None) -> dict[str, str]:
-        """Why plans that were run as their user will run them are not recommended within `limits` (None: the search's), by id."""
+        """Return why delivered plans are not recommended, by plan id.
+
+        Args:
+            limits: Those that the recommended plan keeps to; None means the search's.
+        """
         limits = limits or self.limits
         instead = self._original_fits(limits)
         reasons = {
@@ -116,7 +124,7 @@ class Study:
         return {plan_id: reason for plan_id, reason in reasons.items() if reason}
 
     def _original_fits(self, limits: Limits) -> bool:
-        """Whether the unquantized model is within the limits."""
+        """Check whether the unquantized model is within the limits."""
         proofs = self.proofs()
         return any(
             limits.within(proofs[plan.plan_id], plan)
@@ -125,7 +133,7 @@ class Study:
         )
 
     def left_out(self) -> dict[str, str]:
-        """Why a plan of a kind that is always set beside the front is not there, by kind."""
+        """Return why a baseline is missing, by kind of plan."""
         kinds = {f"no {kind} plan": kind for kind in BASELINES}
         there = {plan.kind for plan in self.plans()}
         references = self.store.references(self.study_id)
@@ -136,12 +144,12 @@ class Study:
         }
 
     def refinement_ended(self) -> str | None:
-        """Why the last refinement ended, or None where there was none."""
+        """Say why the last refinement ended, or None."""
         kept = self.store.references(self.study_id).get("refinement")
         return None if kept is None else f"{kept['plans']} further plans proven; ended: {kept['ended']}"
 
     def plan(self, plan_id: str) -> Plan:
-        """The plan whose id starts with `plan_id`."""
+        """Return the plan whose id starts with `plan_id`."""
         return self.store.plan(plan_id)
 
     def best(
@@ -151,11 +159,12 @@ class Study:
         minimize: Objective = "time",
         max_kl: float | None = None,
     ) -> Plan:
-        """The fastest, or the smallest, proven plan within the limits, see `Limits`, that meets the constraints of the search.
+        """Return the fastest (or smallest) proven plan within the limits, see `Limits`.
 
-        Plans that cannot be used as a user runs them, or are no faster there, are left out where that is known. Of request times
-        within 1 % of one another the better quality wins; of such sizes the faster plan. Among that plan and those that are a
-        tie with it, see `autoquant.solver.ties`, one that is clearly more exact is preferred.
+        It meets the constraints of the search. Plans that are known to be unusable as a user runs
+        them, or no faster there, are left out. Of request times within 1 % of one another the
+        better quality wins; of such sizes the faster plan. A plan that ties with the winner, see
+        `autoquant.solver.ties`, is preferred if it is clearly more exact.
 
         Raises:
             PlanError: No proven plan is within the limits.
@@ -175,7 +184,7 @@ class Study:
         return self._best(limits, delivered=False)
 
     def _best(self, limits: Limits, *, delivered: bool) -> Plan:
-        """As `best`; of the unquantized model and plans that were `delivered` only, where that is asked for."""
+        """As `best`; with `delivered` only of the unquantized model and delivered plans."""
         proofs = self.proofs()
         known, refused = self.deliveries(), self.refused(limits)
         plans = {plan.plan_id: plan for plan in self.plans()}
@@ -209,9 +218,9 @@ class Study:
         return plans[preferred(best, [proof for proof in rivals if tied(proof, best)]).plan_id]
 
     def best_of_search(self) -> Plan:
-        """The best plan by what the last search was asked for: its limits, and what it minimized.
+        """Return the best plan within the limits of the last search.
 
-        Once a plan of the study was run as its user will run it, only such plans are taken, and the unquantized model.
+        Once a plan of the study was delivered, only delivered plans and the unquantized model count.
 
         Raises:
             PlanError: No proven plan is within the limits.
@@ -219,21 +228,35 @@ class Study:
         return self._best(self.limits, delivered=bool(self.deliveries()))
 
     def candidate(self) -> Plan | None:
-        """The best plan of the search, whether or not it was run as its user will run it; None where none is left."""
+        """Return the best plan of the search, delivered or not; or None."""
         try:
             return self.best_within(self.limits)
         except PlanError:
             return None
 
     def recommended(self) -> Plan | None:
-        """The best plan of the search, or None where no plan is within its limits."""
+        """Return the best plan of the search, or None if no plan is within its limits."""
         try:
             return self.best_of_search()
         except PlanError:
             return None
 
+    def space(self) -> SearchSpace | None:
+        """Return what plans are solved from, or None if the store does not hold it (yet)."""
+        options, about = self.store.options_and_about(self.study_id)
+        if options is None or not about:
+            return None
+        facts = self.facts
+        return SearchSpace.from_store(
+            list(options.values()),
+            about,
+            study_id=self.study_id,
+            model_hash=facts.model_hash,
+            workload=facts.workload,
+        )
+
     def alternatives(self, plan: Plan) -> Alternatives | None:
-        """What else each layer of a plan could have, by layer name; None where the search did not keep it."""
+        """Return the alternatives of each layer of a plan, or None if the search did not keep them."""
         options = self.store.options(self.study_id)
         if options is None:
             return None
@@ -241,20 +264,21 @@ class Study:
         return {layer.name: alternatives(layer, options.get(layer.name, []), workload) for layer in plan.layers}
 
     def pareto(self) -> pd.DataFrame:
-        """Every proven plan, fastest first, with the columns of `COLUMNS`.
+        """Return every proven plan, fastest first, with the columns of `COLUMNS`.
 
-        `on_front` marks plans that no other one beats or equals in request time, perplexity and memory at once (and beats
-        in one). `measured_request_ms` is the unquantized model's time divided by `speedup`, and `speedup` compares plan and
-        unquantized model timed in turn: so a machine that gets slower during the search does not favour early plans.
-        `predicted_request_ms` is in the same units: as much longer or shorter as the unquantized model's time is than it was when
-        the prediction was made. `measure` says what `perplexity_increase` is an increase of; `divergence` is that itself.
+        `on_front` marks plans that no other one beats in request time, perplexity and memory at
+        once. `speedup` compares plan and unquantized model timed in turn, and `measured_request_ms`
+        is the unquantized model's time divided by it. So a machine that gets slower during the
+        search does not favour early plans. `predicted_request_ms` is scaled in the same way, by
+        what the unquantized model takes now and took when the prediction was made. `measure` says
+        what `perplexity_increase` is an increase of; a `divergence` is given itself.
         """
         import pandas as pd
 
         return pd.DataFrame(self.rows(), columns=list(COLUMNS))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of `pareto`, as plain dicts."""
+        """Return the rows of `pareto` as plain dicts."""
         proofs = self.proofs()
         times = request_times(proofs.values())
         original_ms = _original_ms(proofs.values())
@@ -292,10 +316,10 @@ class Study:
 
 
 def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
-    """Request milliseconds by plan id, freed of the machine's drift between proofs.
+    """Return request milliseconds by plan id, without the machine's drift between proofs.
 
-    Each proof timed its plan and the unquantized model in turn; the ratio is applied to the median of the unquantized
-    model's times.
+    Each proof timed its plan and the unquantized model in turn. The ratio of both is applied to the
+    median of the unquantized model's times.
     """
     proofs = list(proofs)
     original_ms = _original_ms(proofs)
@@ -309,13 +333,13 @@ def _measure(proof: Proof, limits: Limits) -> Measure:
 
 
 def _original_ms(proofs: Sequence[Proof] | Any) -> float:
-    """The median of the unquantized model's request times; 0 where there are no proofs."""
+    """The median of the unquantized model's request times; 0 without proofs."""
     originals = [proof.original_request_ms for proof in proofs]
     return median_high(originals) if originals else 0.0
 
 
 def _as_run(delivery: Delivery | None) -> dict[str, Any]:
-    """The columns of how a plan runs for its user; None where that is not known."""
+    """The columns of how a plan runs for its user, each None if that is not known."""
     names = [name for name in COLUMNS if name.startswith("as_run_")]
     if delivery is None or delivery.times is None or delivery.original_times is None or delivery.ratio is None:
         return dict.fromkeys(names)
@@ -366,20 +390,16 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
 
 
 def _front(proofs: Mapping[str, Proof], times: Mapping[str, float]) -> set[str]:
-    points = {
-        plan_id: (
+    """The plans that no other beats in request time, quality and memory at once."""
+    if not proofs:
+        return set()
+    points = [
+        (
             times[plan_id],
             proof.increase.value if proof.perplexity is None else proof.perplexity,
             proof.memory_bytes,
         )
         for plan_id, proof in proofs.items()
-    }
-    return {
-        plan_id
-        for plan_id, point in points.items()
-        if not any(_dominates(other, point) for other_id, other in points.items() if other_id != plan_id)
-    }
-
-
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+    ]
+    plan_ids = list(proofs)
+    return {plan_ids[i] for i in undominated(np.asarray(points, dtype=np.float64))}

@@ -1,4 +1,4 @@
-"""Plans measured again in the whole model, all of them and the unquantized model in turn, in one run."""
+"""Time plans and the unquantized model again, all of them in turn in one run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class BenchRow:
 
     Attributes:
         plan_id: None for the unquantized model.
-        predicted_request_ms: Beside the unquantized model as it was in this run; None for that one.
+        predicted_request_ms: Scaled to the unquantized model's time in this run; None for that model.
         phase_ms: Median milliseconds of one call of each phase.
         request_ms: The sum over phases of calls times that.
         memory_bytes: Of all parameters as stored.
-        peak_bytes: Those, and the most that was allocated beside them (on CUDA; None elsewhere).
-        notes: How it was compiled, where that was not as usual, and what disturbed the run.
-        steps: One step of each phase, kernel by kernel; empty where that was not asked for.
+        peak_bytes: These, and the most that was allocated besides (on CUDA; None elsewhere).
+        notes: How it was compiled, if that was unusual, and what disturbed the run.
+        steps: One step of each phase, kernel by kernel; empty if not asked for.
     """
 
     plan_id: str | None
@@ -52,7 +52,7 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopRow:
-    """One model in a run of what a user runs.
+    """One model in a run of the user's loop.
 
     Attributes:
         plan_id: None for the unquantized model.
@@ -88,20 +88,20 @@ def bench(
     *,
     attribution: bool = False,
 ) -> list[BenchRow]:
-    """Apply plans of one study to copies that share what they leave alone, and time them and the unquantized model in turn.
+    """Apply plans of one study, and time them and the unquantized model in turn.
 
     Args:
         plans: At least one.
-        model: Where the model lies that was searched.
+        model: Path of the model that was searched.
         facts: The plans' study.
-        attribution: When everything is timed, also profile a step of each phase of each model.
+        attribution: After all timings, also profile a step of each phase of each model.
 
     Returns:
         The unquantized model's row, then the plans' in their order.
 
     Raises:
-        ModelError: What lies at `model` is another model.
-        WrongResultError: A plan's compiled code computes something else than it does eagerly.
+        ModelError: Another model is at `model`.
+        WrongResultError: A plan's compiled code computes something else than its eager code.
     """
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
@@ -123,10 +123,12 @@ def bench(
 
 
 def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore) -> list[LoopRow]:
-    """As `bench`, by the loop that a user runs: `generate` of a causal language model, one call of any other module.
+    """Time plans by the loop that a user runs.
+
+    That is `generate` of a causal language model, or one call of any other module.
 
     Raises:
-        ModelError: What lies at `model` is another model.
+        ModelError: Another model is at `model`.
     """
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
@@ -156,7 +158,7 @@ def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: L
 def _attributed(
     rows: Sequence[BenchRow], entrants: Sequence[_Entrant], facts: StudyFacts, listener: Listener
 ) -> list[BenchRow]:
-    """The rows with their steps. After all timings: those that follow a profiler are slower."""
+    """Return the rows with their steps. Done after all timings, which a profiler would slow down."""
     layers = {layer.name: layer.parameters[0] for entrant in entrants if entrant.plan for layer in entrant.plan.layers}
     listener(StageStarted("attribute", len(rows)))
     attributed = []

@@ -1,27 +1,27 @@
-"""From timings to choices: for each site, every format with its fastest routes, less those that cannot pay."""
+"""From timings to choices: each site's formats with their fastest routes, less those that never pay."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import isqrt
 
 import torch
 
-from autoquant.candidates import Format, Kernel, get_format
+from autoquant.candidates import A16, Candidate, Format, Kernel, get_format
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.memory import trim_memory
 from autoquant.errors import ConstraintError
-from autoquant.profiler.crossovers import FormatTimings, numerics_sets
+from autoquant.profiler.timing_table import FormatTimings, TimingTable
 from autoquant.records import (
     LayerChoice,
     LinearShape,
-    Measurement,
+    Numerics,
     Route,
     RouteStep,
     Site,
-    TimingSubject,
     Workload,
     route_kernel,
 )
@@ -29,22 +29,33 @@ from autoquant.solver.constraints import Bound, Constraints
 from autoquant.solver.planning import request_us
 
 _SAME_SIZE = 1.01
+"""A size up to 1 % larger is no worse: such formats differ only in their scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class FormatFacts:
-    """What a format does to a weight of one shape, whatever its values: bytes, and relative error on Gaussian weights."""
+    """What a format does to any weight of one shape.
+
+    Attributes:
+        memory_bytes: Bytes that the stored weight takes.
+        weight_error: Relative error on Gaussian weights.
+    """
 
     memory_bytes: int
     weight_error: float
 
 
+Facts = Mapping[tuple[str, LinearShape], FormatFacts]
+"""By format id and shape; a format that does not take the shape is missing."""
+
+
 @dataclass(frozen=True, slots=True)
 class SiteChoices:
-    """What one site can get. `dropped` says why the rest cannot, by format.
+    """What one site can get.
 
     Attributes:
-        barred: The unquantized choice, where a constraint bars the site from it.
+        dropped: Why the site cannot get the other formats, by format.
+        barred: The unquantized choice, if a constraint bars the site from it.
     """
 
     site: Site
@@ -61,9 +72,11 @@ class SiteChoices:
         return next(choice for choice in self.choices if choice.format == wanted)
 
 
-def numerics_key(fmt: Format, numerics: str) -> str:
-    """Key of a quality score: the same numbers and the same activation rounding score the same."""
-    return f"{fmt.values}+{numerics}"
+def numerics_of(choice: LayerChoice) -> tuple[Numerics, ...]:
+    """Return the numerics of the kernels in a choice's route, each once."""
+    fmt = get_format(choice.format)
+    activations = dict.fromkeys(fmt.kernel(step.kernel).numerics for step in choice.route)
+    return tuple(Numerics(fmt.values, activation) for activation in activations)
 
 
 def format_facts(
@@ -71,112 +84,173 @@ def format_facts(
 ) -> dict[tuple[str, LinearShape], FormatFacts]:
     """Quantize one Gaussian weight of each shape by each format that takes it.
 
-    One that differs from another in its rounding alone has that one's facts: what better rounding is worth, only scoring tells.
+    A format that differs from another only in its rounding has that format's facts: only scoring
+    shows what better rounding is worth.
     """
     facts = {}
     for shape in shapes:
         generator = torch.Generator(device).manual_seed(0)
-        weight = torch.randn(shape.n, shape.k, generator=generator, device=device).to(getattr(torch, shape.dtype))
+        normal = torch.randn(shape.n, shape.k, generator=generator, device=device)
+        weight = normal.to(getattr(torch, shape.dtype))
         for fmt in formats:
             if fmt.unsupported(shape, 1, weight.device.type):
                 continue
             nearest = get_format(fmt.rounds) if fmt.rounds else fmt
             if (nearest.id, shape) not in facts:
                 stored = nearest.store(weight)
-                error = ((nearest.dequantize(stored) - weight.float()).norm() / weight.float().norm()).item()
+                difference = nearest.dequantize(stored) - weight.float()
+                error = (difference.norm() / weight.float().norm()).item()
                 facts[nearest.id, shape] = FormatFacts(stored_bytes(stored), error)
                 trim_memory()
             facts[fmt.id, shape] = facts[nearest.id, shape]
     return facts
 
 
-def memory_bytes(site: Site, format_id: str, facts: Mapping[tuple[str, LinearShape], FormatFacts]) -> int:
-    """Bytes of a site's weight in a format, with the original's where that is kept for another use."""
+def memory_bytes(site: Site, format_id: str, facts: Facts) -> int:
+    """Return the bytes of a site's weight in a format.
+
+    They include the original weight if that is kept for another use.
+    """
     original = original_format(site.shape.dtype)
     kept = facts[original, site.shape].memory_bytes if site.kept and format_id != original else 0
     return facts[format_id, site.shape].memory_bytes + kept
 
 
-def site_choices(
-    site: Site,
-    candidates: Sequence[tuple[Format, Kernel]],
-    timings: Mapping[TimingSubject, Measurement],
-    facts: Mapping[tuple[str, LinearShape], FormatFacts],
-    workload: Workload,
-    working_set: int,
-    *,
-    across_formats: bool = True,
-) -> SiteChoices:
-    """All choices of one site that could be part of a front.
+@dataclass(frozen=True, slots=True)
+class ChoiceMaker:
+    """Makes the choices of sites from what was measured."""
+
+    candidates: Sequence[Candidate]
+    timings: TimingTable
+    facts: Facts
+    workload: Workload
+
+    def choices(self, site: Site, *, across_formats: bool = True) -> SiteChoices:
+        """Return all choices of a site that could be part of a front.
+
+        Args:
+            across_formats: Also drop a format that another one beats in everything. Not wanted
+                where other sites may need the site to have that format.
+        """
+        choices: list[LayerChoice] = []
+        dropped: dict[str, str] = {}
+        by_format: dict[str, tuple[Format, list[Kernel]]] = {}
+        for candidate in self.candidates:
+            fmt = candidate.format
+            by_format.setdefault(fmt.id, (fmt, []))[1].append(candidate.kernel)
+        for fmt, kernels in by_format.values():
+            measured = self.timings.of(site.shape, fmt.timed_as)
+            routes = _routes(site, kernels, measured)
+            if not routes:
+                dropped[fmt.id] = measured.first_reason(kernels, [use.m for use in site.uses])
+            size = memory_bytes(site, fmt.id, self.facts) if routes else 0
+            choices += [_choice(site, fmt, route, measured, size) for route in routes]
+        if across_formats:
+            return SiteChoices(site, tuple(self._pruned(choices, dropped)), dropped)
+        kept: list[LayerChoice] = []
+        for format_id in by_format:
+            same = [choice for choice in choices if choice.format == format_id]
+            kept += self._pruned(same, dropped)
+        return SiteChoices(site, tuple(kept), dropped)
+
+    def constrained(self, site: Site, constraints: Constraints, bound: Bound) -> SiteChoices:
+        """Return the choices that constraints leave a site.
+
+        Raises:
+            ConstraintError: The site is pinned to formats of which none can be used.
+        """
+        original = original_format(site.shape.dtype)
+        in_group = bool(bound.group_of(site.name))
+        admitted = [c for c in self.candidates if constraints.admits(site.name, c.id, original)]
+        found = replace(self, candidates=admitted).choices(site, across_formats=not in_group)
+        if not found.choices:
+            reasons = (f"{fmt}: {reason}" for fmt, reason in found.dropped.items())
+            raise ConstraintError(
+                f"{site.name} is {bound.reasons[site.name]}, which cannot be used: {'; '.join(dict.fromkeys(reasons))}"
+            )
+        if any(choice.format == original for choice in found.choices):
+            return found
+        unquantized = [c for c in self.candidates if c.format.id == original]
+        barred = replace(self, candidates=unquantized).choices(site)
+        return replace(found, barred=barred.original)
+
+    def _pruned(self, choices: Sequence[LayerChoice], dropped: dict[str, str]) -> list[LayerChoice]:
+        """Drop what another choice beats in time, memory and exactness, before scoring.
+
+        More exact means: no activation rounding that the other does not do too, and a smaller
+        error on Gaussian weights.
+        """
+        points = [self._point(choice) for choice in choices]
+        kept: list[LayerChoice] = []
+        for choice, point in zip(choices, points, strict=True):
+            pairs = zip(choices, points, strict=True)
+            better = next((c for c, p in pairs if c is not choice and p.beats(point)), None)
+            if better is None or choice.format == original_format(choice.shape.dtype):
+                kept.append(choice)
+            elif choice.format not in {c.format for c in kept}:
+                reason = f"{better.format} is at least as fast, as small and as exact"
+                dropped[choice.format] = reason
+        for choice in kept:
+            dropped.pop(choice.format, None)
+        return kept
+
+    def _point(self, choice: LayerChoice) -> _Point:
+        error = self.facts[choice.format, choice.shape].weight_error
+        roundings = frozenset(numerics.activation for numerics in numerics_of(choice)) - {A16}
+        request = request_us(choice, self.workload)
+        return _Point(request, choice.memory_bytes, error, roundings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A choice as pruning sees it; of all four the less the better."""
+
+    request_us: float
+    memory_bytes: int
+    weight_error: float
+    roundings: frozenset[str]
+
+    def beats(self, other: _Point) -> bool:
+        """Check whether this is no worse in everything; of equals only the smaller one beats."""
+        if not self.roundings <= other.roundings:
+            return False
+        if (self.request_us, self.weight_error) == (other.request_us, other.weight_error):
+            return self.memory_bytes < other.memory_bytes
+        return (
+            self.request_us <= other.request_us
+            and self.weight_error <= other.weight_error
+            and self.memory_bytes <= other.memory_bytes * _SAME_SIZE
+        )
+
+
+def scored(choices: SiteChoices, losses: Mapping[tuple[str, str], float]) -> SiteChoices:
+    """Fill in the losses: of the numerics in a choice's route the worst one counts.
 
     Args:
-        across_formats: Leave out a format that another one beats in everything; other sites may need it otherwise.
+        losses: By (site name, text of the numerics). A choice without a score is dropped.
     """
-    choices: list[LayerChoice] = []
-    dropped: dict[str, str] = {}
-    by_format: dict[str, tuple[Format, list[Kernel]]] = {}
-    for fmt, kernel in candidates:
-        by_format.setdefault(fmt.id, (fmt, []))[1].append(kernel)
-    for fmt, kernels in by_format.values():
-        measured = FormatTimings(site.shape, fmt.timed_as, working_set, timings)
-        routes = _routes(site, kernels, measured)
-        if not routes:
-            dropped[fmt.id] = _first_reason(site, kernels, measured, timings)
-        choices += [_choice(site, fmt, route, measured, memory_bytes(site, fmt.id, facts)) for route in routes]
-    if across_formats:
-        kept = _prune(choices, facts, workload, original_format(site.shape.dtype), dropped)
-    else:
-        each = [[choice for choice in choices if choice.format == fmt] for fmt in by_format]
-        kept = [c for same in each for c in _prune(same, facts, workload, original_format(site.shape.dtype), dropped)]
-    return SiteChoices(site, tuple(kept), dropped)
+    name = choices.site.name
+    filled = []
+    for choice in choices.choices:
+        keys = [str(numerics) for numerics in numerics_of(choice)]
+        if all((name, key) in losses for key in keys):
+            worst = max(keys, key=lambda key: losses[name, key])
+            filled.append(replace(choice, numerics=worst, loss=losses[name, worst]))
+    return replace(choices, choices=tuple(filled))
 
 
-def constrained_choices(
-    site: Site,
-    candidates: Sequence[tuple[Format, Kernel]],
-    timings: Mapping[TimingSubject, Measurement],
-    facts: Mapping[tuple[str, LinearShape], FormatFacts],
-    workload: Workload,
-    working_set: int,
-    *,
-    constraints: Constraints,
-    bound: Bound,
-) -> SiteChoices:
-    """The choices of one site that constraints leave it.
-
-    Raises:
-        ConstraintError: None of what the site is pinned to can be used.
-    """
-    original = original_format(site.shape.dtype)
-    same = not bound.group_of(site.name)
-
-    def made(pairs: Sequence[tuple[Format, Kernel]]) -> SiteChoices:
-        return site_choices(site, pairs, timings, facts, workload, working_set, across_formats=same)
-
-    admitted = [(f, k) for f, k in candidates if constraints.admits(site.name, (f.id, k.id), original)]
-    found = made(admitted)
-    if not found.choices:
-        why = "; ".join(dict.fromkeys(f"{fmt}: {reason}" for fmt, reason in found.dropped.items()))
-        raise ConstraintError(f"{site.name} is {bound.reasons[site.name]}, which cannot be used: {why}")
-    if any(choice.format == original for choice in found.choices):
-        return found
-    unquantized = made([(f, k) for f, k in candidates if f.id == original])
-    return replace(found, barred=unquantized.original)
-
-
-def _first_reason(
-    site: Site, kernels: Sequence[Kernel], measured: FormatTimings, timings: Mapping[TimingSubject, Measurement]
-) -> str:
-    """Why the first kernel that cannot be used cannot."""
-    made = (timings[measured.subject(kernel.id, use.m)] for kernel in kernels for use in site.uses)
-    return next(measurement.reason for measurement in made if measurement.outcome != "ok")
+def _rounding_sets(kernels: Sequence[Kernel]) -> Iterator[tuple[str, ...]]:
+    """Every set of activation roundings that a route over these kernels may be confined to."""
+    roundings = list(dict.fromkeys(kernel.numerics for kernel in kernels))
+    for size in range(1, len(roundings) + 1):
+        yield from combinations(roundings, size)
 
 
 def _routes(site: Site, kernels: Sequence[Kernel], measured: FormatTimings) -> list[Route]:
-    """The fastest route for every set of activation numerics that covers all of the site's m."""
+    """The fastest route for every set of activation roundings that covers all of the site's m."""
     routes: dict[Route, None] = {}
     rows = sorted({use.m for use in site.uses})
-    for allowed in numerics_sets(kernels):
+    for allowed in _rounding_sets(kernels):
         best = [(m, measured.fastest(kernels, allowed, m)) for m in rows]
         usable = [(m, kernel) for m, kernel in best if kernel is not None]
         if len(usable) == len(rows):
@@ -185,7 +259,10 @@ def _routes(site: Site, kernels: Sequence[Kernel], measured: FormatTimings) -> l
 
 
 def _merge(best: Sequence[tuple[int, str]]) -> Route:
-    """Kernels by m to a route: where the kernel changes is not known yet, and taken to be the geometric mean of two m."""
+    """Make a route of the best kernel at each m.
+
+    Where the kernel changes between two m is not known yet: their geometric mean is assumed.
+    """
     steps: list[RouteStep] = []
     for (m, kernel), following in zip(best, [*best[1:], None], strict=True):
         if following is None:
@@ -195,87 +272,21 @@ def _merge(best: Sequence[tuple[int, str]]) -> Route:
     return tuple(steps)
 
 
-def _choice(
-    site: Site,
-    fmt: Format,
-    route: Route,
-    measured: FormatTimings,
-    memory_bytes: int,
-) -> LayerChoice:
+def _choice(site: Site, fmt: Format, route: Route, measured: FormatTimings, memory_bytes: int) -> LayerChoice:
+    """A choice that is not scored yet."""
     latency: dict[str, float] = {}
     for use in site.uses:
         one_us = measured.latency_us(route_kernel(route, use.m), use.m)
         assert one_us is not None  # a route is made of kernels that were timed
         latency[use.phase] = latency.get(use.phase, 0.0) + use.calls * one_us
-    used = list(dict.fromkeys(fmt.kernel(step.kernel).numerics for step in route))
     return LayerChoice(
         name=site.name,
         parameters=site.parameters,
         shape=site.shape,
         format=fmt.id,
         route=route,
-        numerics=" ".join(numerics_key(fmt, numerics) for numerics in used),
+        numerics="",
         latency_us=latency,
         memory_bytes=memory_bytes,
         loss=0.0,
     )
-
-
-def _prune(
-    choices: Sequence[LayerChoice],
-    facts: Mapping[tuple[str, LinearShape], FormatFacts],
-    workload: Workload,
-    original: str,
-    dropped: dict[str, str],
-) -> list[LayerChoice]:
-    """Leave out what another choice beats in time, memory and exactness at once, before any quality is scored.
-
-    Exactness: no activation rounding that the other does not do too, and a smaller error on Gaussian weights. A size up to 1 %
-    larger is no worse: such formats differ in their scales alone.
-    """
-
-    def point(choice: LayerChoice) -> tuple[float, float, float]:
-        return request_us(choice, workload), choice.memory_bytes, facts[choice.format, choice.shape].weight_error
-
-    def beats(other: LayerChoice, choice: LayerChoice) -> bool:
-        (us, size, error), (own_us, own_size, own_error) = point(other), point(choice)
-        if (us, error) == (own_us, own_error):
-            return size < own_size
-        return us <= own_us and error <= own_error and size <= own_size * _SAME_SIZE
-
-    def activations(choice: LayerChoice) -> set[str]:
-        return {key.partition("+")[2] for key in choice.numerics.split()} - {"a16"}
-
-    kept = []
-    for choice in choices:
-        better = next(
-            (
-                other
-                for other in choices
-                if other is not choice and activations(other) <= activations(choice) and beats(other, choice)
-            ),
-            None,
-        )
-        if better is None or choice.format == original:
-            kept.append(choice)
-        elif choice.format not in {c.format for c in kept}:
-            dropped[choice.format] = f"{better.format} is at least as fast, as small and as exact"
-    for choice in kept:
-        dropped.pop(choice.format, None)
-    return kept
-
-
-def scored(choices: SiteChoices, losses: Mapping[tuple[str, str], float]) -> SiteChoices:
-    """The choices with their losses filled in: the worst of the numerics that a choice's route uses.
-
-    Args:
-        losses: By (site name, numerics key). A choice without a score is dropped.
-    """
-    name = choices.site.name
-    filled = []
-    for choice in choices.choices:
-        keys = choice.numerics.split()
-        if all((name, key) in losses for key in keys):
-            worst = max(keys, key=lambda key: losses[name, key])
-            filled.append(replace(choice, numerics=worst, loss=losses[name, worst]))
-    return replace(choices, choices=tuple(filled))

@@ -1,4 +1,4 @@
-"""The end of a search: the plan to be recommended is saved, loaded again in a new process, and run as its user will run it."""
+"""The end of a search: save the best plan, load it in a new process, and run it as its user will."""
 
 from __future__ import annotations
 
@@ -68,9 +68,10 @@ class DeliverySpec:
 
 
 def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Listener) -> None:
-    """Deliver the plan that would be recommended; where that is refused, the next best, and so on a few times.
+    """Deliver the plan that would be recommended; if it is refused, the next best, a few times.
 
-    What the store knows already is not done again, unless a plan was refused while other programs used the machine.
+    What the store knows is not done again, unless a plan was refused while other programs used the
+    machine.
     """
     known = study.deliveries()
     study.store.forget_deliveries(plan_id for plan_id in study.refused() if is_disturbed(known[plan_id]))
@@ -88,7 +89,7 @@ def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Li
 
 
 def _next(study: Study) -> Plan | None:
-    """The plan that should be recommended, if it was not delivered yet and is not the unquantized model."""
+    """The plan to deliver next: the best one, unless it was delivered or is the unquantized model."""
     plan = study.candidate()
     return None if plan is None or plan.kind == "original" or plan.plan_id in study.deliveries() else plan
 
@@ -116,7 +117,7 @@ class Deliverer:
     listener: Listener
 
     def __call__(self, plan: Plan) -> Delivery:
-        """What becomes of `plan`; whatever fails is the reason why it cannot be used."""
+        """Deliver `plan`; whatever fails is the reason why it cannot be used."""
         live = self.loaded.source.kind == "live"
         reason = self._needs_this_process(plan)
         if reason:
@@ -138,7 +139,7 @@ class Deliverer:
             return Delivery(plan_id=plan.plan_id, loop=self.usage.loop, where=where, reason=reason)
 
     def _needs_this_process(self, plan: Plan) -> str:
-        """Why no other process can have the same; empty where one can."""
+        """Say why no other process can load the plan; empty if one can."""
         if os.environ.get(IN_PROCESS_VARIABLE):
             return f"{IN_PROCESS_VARIABLE} is set"
         if self.loaded.source.kind == "live":
@@ -166,7 +167,7 @@ class Deliverer:
         )
 
     def _apart(self, spec: DeliverySpec) -> Delivery:
-        """As `load_and_deliver`, in a new process."""
+        """Do `load_and_deliver` in a new process."""
         with _out_of_the_way(self.loaded.module, self.usage.device):
             process, connection = start_process(WORKER)
             try:
@@ -203,7 +204,7 @@ def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
 
 
 def load_and_deliver(spec: DeliverySpec, original: LoadedModel, where: Where = "same process") -> Delivery:
-    """Load the saved plan, compare it with what it was in memory, and time it in turn with the unquantized model."""
+    """Load the saved plan, compare its answer with the expected one, and time it."""
     makes_itself = spec.source.kind in ("huggingface", "state_dict")
     skeleton = None if makes_itself else shallow_copy(original.module)
     quantized = applier.load(spec.folder, skeleton, device=spec.usage.device)
@@ -219,7 +220,10 @@ def load_and_deliver(spec: DeliverySpec, original: LoadedModel, where: Where = "
 def check_and_time(
     plan_id: str, quantized: nn.Module, original: nn.Module, usage: Usage, expected: Answer | None = None
 ) -> Delivery:
-    """Time a plan in turn with the unquantized model as a user runs them, if it then gives what it gives without preparation."""
+    """Time a plan in turn with the unquantized model, as a user runs them.
+
+    Not timed if it gives another answer when replayed than without preparation.
+    """
     expected = expected or usage.answer_of(quantized)
     loops = [usage.loop_of(original), usage.loop_of(quantized)]
     made = usage.answer_of(quantized, replayed=True)

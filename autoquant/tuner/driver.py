@@ -25,12 +25,13 @@ from autoquant.records import Objective, Recording, Workload, content_key
 from autoquant.runtime.phases import default_workload, make_phases
 from autoquant.solver.constraints import Constraints, bind
 from autoquant.solver.limits import Limits
-from autoquant.solver.planning import check_memory, context_of
 from autoquant.store import Store, open_store
 from autoquant.store.connect import check_address
 from autoquant.study.study import Study
+from autoquant.tuner.budget import Budget
+from autoquant.tuner.flow import run_stages
 from autoquant.tuner.judge import Asked, make_judge, method_of
-from autoquant.tuner.stages import Stages
+from autoquant.tuner.setup import SearchSetup
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def search(
         "workload": str(workload),
         "dtype": loaded.dtype,
         "quality": measure.key,
-        "candidates": [f"{fmt.id}/{kernel.id}" for fmt, kernel in pairs],
+        "candidates": [candidate.id for candidate in pairs],
         "seed": seed,
         "protocol": PROTOCOL,
         "method": method.version,
@@ -156,7 +157,7 @@ def search(
     recording = _known_recording(store, study_id, limits)
     if recording is None and constraints.as_object():  # refused before anything is written
         recording = record_model(loaded, workload, device=place, sample_inputs=inputs, listener=listener)
-        bind(constraints, recording.sites, [(fmt.id, kernel.id) for fmt, kernel in chosen], chosen[0][0].id)
+        bind(constraints, recording.sites, [each.id for each in chosen], chosen[0].format.id)
     store.put_device(hardware)
     store.put_model(loaded.content_hash, asdict(loaded.source))
     store.put_study(
@@ -174,7 +175,7 @@ def search(
             listener(Notice(f"weights are rounded for {count} windows of text only: a longer one serves -gptq better"))
     if recording is not None:
         store.update_study(study_id, recording=recording)
-    run = Stages(
+    setup = SearchSetup(
         store=store,
         study_id=study_id,
         loaded=loaded,
@@ -188,14 +189,11 @@ def search(
         sensitivity=method,
         constraints=constraints,
         limits=limits,
-        time_budget_s=time_budget_s,
         seed=seed,
         listener=listener,
-        started=started,
-        spent_before_s=store.study(study_id).spent_s,
     )
     _log.info("study %s in %s: %s candidates, workload %s", study_id, db, len(pairs), workload)
-    run.go()
+    run_stages(setup, Budget.of(store, study_id, time_budget_s, started))
     return Study(store, study_id)
 
 
@@ -203,9 +201,7 @@ def _known_recording(store: Store, study_id: str, limits: Limits) -> Recording |
     """What the store has recorded of this study, if anything. Where it has come further, the memory limit is checked."""
     if study_id not in store.studies():
         return None
-    facts = store.study(study_id)
-    options, about = store.options_and_about(study_id)
-    if options and about:
-        context = context_of(about, study_id=study_id, model_hash=facts.model_hash, workload=facts.workload)
-        check_memory(list(options.values()), context, limits.max_memory_bytes)
-    return facts.recording
+    study = Study(store, study_id)
+    if (space := study.space()) is not None:
+        space.check_memory(limits.max_memory_bytes)
+    return study.facts.recording

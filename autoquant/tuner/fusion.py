@@ -1,8 +1,9 @@
-"""Linears that read the same input computed as one, where every one of them gets the same format and that is faster.
+"""Compute linears that read the same input as one, if all get the same format and that is faster.
 
-The shape of all of them together is timed like any other. Each way to compute them as one is a further choice of every one of
-them, its time divided among them by their rows, and the solver gives it to all of them or to none. Uniform plans are made layer
-by layer instead, and siblings joined where one product of all takes less time than theirs.
+The shape of all of them together is timed like any other. Each way to compute them as one is a
+further choice of each of them. Its time is divided among them by their rows, and the solver gives
+it to all of them or to none. Uniform plans are made layer by layer instead; siblings are joined
+afterwards if one product of all takes less time than theirs.
 """
 
 from __future__ import annotations
@@ -10,11 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from autoquant.candidates import A16, Format, Kernel, get_format
+from autoquant.candidates import A16, Candidate
 from autoquant.profiler.measure import cells_of, subjects_of
-from autoquant.records import LayerChoice, LinearShape, Measurement, Route, Site, TimingSubject, Workload
+from autoquant.profiler.timing_table import TimingTable
+from autoquant.records import LayerChoice, LinearShape, Route, Site, TimingSubject, Workload
 from autoquant.solver.planning import request_us
-from autoquant.tuner.choices import FormatFacts, SiteChoices, memory_bytes, site_choices
+from autoquant.tuner.choices import (
+    ChoiceMaker,
+    Facts,
+    FormatFacts,
+    SiteChoices,
+    memory_bytes,
+    numerics_of,
+)
+
+_SAME_FOR_ALL = FormatFacts(0, 0.0)
+"""Memory and exactness do not differ between the ways to compute one format, and are not compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +34,9 @@ class Group:
     """Sites that could be computed as one.
 
     Attributes:
-        names: Theirs.
+        names: Their names.
         site: All of them as one site.
-        choices: What that site could get, timed at its shape; losses and memory are not filled in.
+        choices: What that site could get, timed at its shape, without losses and memory.
         dropped: Why it could not get the rest, by format.
     """
 
@@ -34,7 +46,7 @@ class Group:
     dropped: Mapping[str, str]
 
     def reasons(self) -> Iterator[str]:
-        """What it cannot get, with the reason why."""
+        """Yield each format that the group cannot get, with the reason."""
         for format_id, reason in self.dropped.items():
             yield f"{format_id}: {reason}"
 
@@ -44,7 +56,7 @@ class Fusion:
     """All groups of a model.
 
     Attributes:
-        scored: What members can get as one, with their losses, by `_key`.
+        scored: What members can get as one, with losses, by `_key`.
     """
 
     groups: tuple[Group, ...]
@@ -52,16 +64,16 @@ class Fusion:
     scored: Mapping[_Key, LayerChoice] = field(default_factory=dict)
 
     def with_scores(self, options: Sequence[Sequence[LayerChoice]]) -> Fusion:
-        """With the options of all layers, scored."""
-        return replace(self, scored={_key(choice): choice for layer in options for choice in layer if choice.joined})
+        """Return the fusion with the scored options of all layers."""
+        joined = (choice for layer in options for choice in layer if choice.joined)
+        return replace(self, scored={_key(choice): choice for choice in joined})
 
-    def offered(
-        self, choices: Sequence[SiteChoices], facts: Mapping[tuple[str, LinearShape], FormatFacts]
-    ) -> list[SiteChoices]:
-        """The choices of all sites, with being computed as one among those of every member of a group.
+    def offered(self, choices: Sequence[SiteChoices], facts: Facts) -> list[SiteChoices]:
+        """Add to the choices of every member of a group those to be computed as one.
 
         Args:
-            facts: Of each format at the members' shapes; one that a member cannot have is not offered.
+            facts: Of each format at the members' shapes. A format that a member cannot have is not
+                offered.
         """
         sites = {choice.site.name: choice.site for choice in choices}
         added: dict[str, list[LayerChoice]] = {name: [] for name in sites}
@@ -70,12 +82,12 @@ class Fusion:
             for whole in group.choices:
                 if all((whole.format, member.shape) in facts for member in members):
                     for member in members:
-                        own = _own(member, whole, memory_bytes(member, whole.format, facts))
-                        added[member.name].append(_joined(own, whole, group))
+                        size = memory_bytes(member, whole.format, facts)
+                        added[member.name].append(_share(member, whole, group, size))
         return [replace(choice, choices=(*choice.choices, *added[choice.site.name])) for choice in choices]
 
     def join(self, choices: Sequence[LayerChoice]) -> list[LayerChoice]:
-        """A plan's choices, made layer by layer, with those joined that can be and are faster so."""
+        """Join the layers of a plan that can be joined and are faster so."""
         by_name = {choice.name: choice for choice in choices}
         for group in self.groups:
             members = [by_name[name] for name in group.names]
@@ -83,22 +95,32 @@ class Fusion:
         return [by_name[choice.name] for choice in choices]
 
     def _best(self, group: Group, members: Sequence[LayerChoice]) -> list[LayerChoice]:
-        """The fastest way to compute the members as one, where it is faster than they are and rounds nothing that none does."""
+        """The fastest way to compute the members: alone, or as one.
+
+        Computed as one, they round only activations that a member rounds already.
+        """
         if len({member.format for member in members}) > 1:
-            return []
-        allowed = {A16}.union(*map(_numerics, members))
+            return list(members)
+        allowed = {A16}.union(*map(_activations, members))
         ways = [
-            [
-                replace(self.scored[key], reason=member.reason)
-                for member in members
-                if (key := (member.name, group.names, whole.format, whole.route)) in self.scored
-            ]
+            self._way(group, whole, members)
             for whole in group.choices
-            if whole.format == members[0].format and _numerics(whole) <= allowed
+            if whole.format == members[0].format and _activations(whole) <= allowed
         ]
-        complete_ways = [way for way in ways if len(way) == len(members)]
-        best = min([members, *complete_ways], key=lambda way: sum(request_us(one, self.workload) for one in way))
-        return list(best)
+
+        def total_us(way: Sequence[LayerChoice]) -> float:
+            return sum(request_us(one, self.workload) for one in way)
+
+        alone: list[list[LayerChoice]] = [list(members)]
+        return min([*alone, *filter(None, ways)], key=total_us)
+
+    def _way(self, group: Group, whole: LayerChoice, members: Sequence[LayerChoice]) -> list[LayerChoice] | None:
+        """The members' shares of `whole`, or None if one of them was not scored for it."""
+        keys = [(member.name, group.names, whole.format, whole.route) for member in members]
+        if not all(key in self.scored for key in keys):
+            return None
+        pairs = zip(keys, members, strict=True)
+        return [replace(self.scored[key], reason=member.reason) for key, member in pairs]
 
 
 _Key = tuple[str, tuple[str, ...], str, Route]
@@ -109,7 +131,11 @@ def _key(choice: LayerChoice) -> _Key:
 
 
 def sibling_sites(sites: Sequence[Site]) -> list[tuple[tuple[str, ...], Site]]:
-    """The groups of sites that read the same input in the same phases, each as one site of the shape of all."""
+    """Group the sites that read the same input in the same phases.
+
+    Returns:
+        The names of each group, and all of it as one site.
+    """
     by_name = {site.name: site for site in sites}
     found: dict[tuple[str, ...], Site] = {}
     for site in sites:
@@ -123,53 +149,47 @@ def sibling_sites(sites: Sequence[Site]) -> list[tuple[tuple[str, ...], Site]]:
     return list(found.items())
 
 
-def joining(candidates: Sequence[tuple[Format, Kernel]]) -> list[tuple[Format, Kernel]]:
-    """The candidates whose weights can be joined."""
-    return [(fmt, kernel) for fmt, kernel in candidates if fmt.joins]
+def joining(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates whose weights can be joined."""
+    return [candidate for candidate in candidates if candidate.format.joins]
 
 
-def fusion_subjects(
-    sites: Sequence[Site], candidates: Sequence[tuple[Format, Kernel]], working_set: int
-) -> list[TimingSubject]:
-    """What has to be timed to know which siblings are faster as one."""
+def fusion_subjects(sites: Sequence[Site], candidates: Sequence[Candidate], working_set: int) -> list[TimingSubject]:
+    """Return what has to be timed to know which siblings are faster as one."""
     cells = cells_of([site for _, site in sibling_sites(sites)])
     return subjects_of(cells, joining(candidates), working_set)
 
 
 def make_fusion(
-    sites: Sequence[Site],
-    candidates: Sequence[tuple[Format, Kernel]],
-    timings: Mapping[TimingSubject, Measurement],
-    workload: Workload,
-    working_set: int,
+    sites: Sequence[Site], candidates: Sequence[Candidate], timings: TimingTable, workload: Workload
 ) -> Fusion:
-    """The groups of a model's sites with what each could get."""
+    """Find the groups of a model's sites, and what each could get."""
+    joinable = joining(candidates)
     groups = []
     for names, site in sibling_sites(sites):
-        choices: list[LayerChoice] = []
-        dropped: dict[str, str] = {}
-        for fmt in dict.fromkeys(fmt for fmt, _ in joining(candidates)):
-            kernels = [(fmt, kernel) for of, kernel in candidates if of.id == fmt.id]
-            # Memory and exactness are those of the members; a format is only compared with itself here.
-            facts = {(fmt.id, site.shape): FormatFacts(0, 0.0)}
-            found = site_choices(site, kernels, timings, facts, workload, working_set)
-            choices += found.choices
-            dropped |= found.dropped
-        groups.append(Group(names, site, tuple(choices), dropped))
+        facts = {(candidate.format.id, site.shape): _SAME_FOR_ALL for candidate in joinable}
+        maker = ChoiceMaker(joinable, timings, facts, workload)
+        found = maker.choices(site, across_formats=False)
+        groups.append(Group(names, site, found.choices, found.dropped))
     return Fusion(tuple(groups), workload)
 
 
 def complete(options: Sequence[Sequence[LayerChoice]]) -> list[list[LayerChoice]]:
-    """The options of all layers, less those that compute layers as one where one of them lacks it (it was not scored)."""
+    """Drop the options to compute layers as one that one of these layers lacks.
+
+    A layer lacks an option that was not scored, or that constraints bar it from.
+    """
     known = {_key(choice) for layer in options for choice in layer}
-    return [
-        [c for c in layer if all((name, c.joined, c.format, c.route) in known for name in c.joined)]
-        for layer in options
-    ]
+
+    def for_all(c: LayerChoice) -> bool:
+        return all((name, c.joined, c.format, c.route) in known for name in c.joined)
+
+    return [list(filter(for_all, layer)) for layer in options]
 
 
-def _own(member: Site, whole: LayerChoice, stored_bytes: int) -> LayerChoice:
-    """A member's part of what all of them get, without the time."""
+def _share(member: Site, whole: LayerChoice, group: Group, memory_bytes: int) -> LayerChoice:
+    """A member's part of what all of them get; the time is divided by rows."""
+    share = member.shape.n / group.site.shape.n
     return LayerChoice(
         name=member.name,
         parameters=member.parameters,
@@ -177,23 +197,13 @@ def _own(member: Site, whole: LayerChoice, stored_bytes: int) -> LayerChoice:
         format=whole.format,
         route=whole.route,
         numerics=whole.numerics,
-        latency_us={},
-        memory_bytes=stored_bytes,
-        loss=0.0,
-    )
-
-
-def _joined(member: LayerChoice, whole: LayerChoice, group: Group) -> LayerChoice:
-    share = member.shape.n / group.site.shape.n
-    return replace(
-        member,
-        route=whole.route,
         latency_us={phase: us * share for phase, us in whole.latency_us.items()},
+        memory_bytes=memory_bytes,
+        loss=0.0,
         joined=group.names,
     )
 
 
-def _numerics(choice: LayerChoice) -> set[str]:
-    """The numerics of the kernels that the route uses."""
-    fmt = get_format(choice.format)
-    return {fmt.kernel(step.kernel).numerics for step in choice.route}
+def _activations(choice: LayerChoice) -> set[str]:
+    """The activation roundings of the kernels that the route uses."""
+    return {numerics.activation for numerics in numerics_of(choice)}

@@ -1,4 +1,4 @@
-"""What a search is judged by: a text, a loss of the user's own, or divergence from the unquantized model's outputs."""
+"""How a search measures quality: by a text, the user's own loss, or the divergence of outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autoquant.candidates import Format, Kernel
+from autoquant.candidates import Candidate
 from autoquant.devices import backend
 from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.data import check_data, data_pieces
@@ -30,7 +30,7 @@ _MUCH_UNKNOWN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the user wants a search to be judged by: one of these, or None of them."""
+    """What the user wants quality to be measured by: at most one of these."""
 
     text: Path | None
     data: str | None
@@ -43,7 +43,11 @@ class Asked:
         eval_data: str | None,
         quality: QualityFunction | str | None,
     ) -> Asked:
-        """Raises `TextError` where there is no such text, or more than one of them is given."""
+        """Read the options of a search.
+
+        Raises:
+            TextError: There is no such text, or more than one of them is given.
+        """
         given = [
             name
             for name, value in (("--eval-text", eval_text), ("--eval-data", eval_data), ("--quality", quality))
@@ -61,7 +65,7 @@ class Asked:
         return cls(None if eval_text is None else Path(eval_text), eval_data, _own_quality(quality))
 
     def check(self, sensitivity: str | None, max_kl: float | None) -> None:
-        """Refuse before the model is loaded what `method_of` would refuse after it."""
+        """Refuse, before the model is loaded, what `method_of` would refuse later."""
         if sensitivity is not None and sensitivity not in SENSITIVITIES:
             raise QualityError(f"no sensitivity {sensitivity!r}: choose one of {', '.join(SENSITIVITIES)}")
         if self.function is not None:
@@ -73,12 +77,12 @@ class Judge:
     """How quality is measured.
 
     Attributes:
-        candidates: Those that can be judged so.
-        words: What it is, for reports.
+        candidates: Those whose quality can be measured so.
+        words: A description for reports.
     """
 
     quality: AnyQuality
-    candidates: list[tuple[Format, Kernel]]
+    candidates: list[Candidate]
     words: str
 
 
@@ -92,10 +96,11 @@ def make_judge(
     seed: int,
     listener: Listener,
 ) -> Judge:
-    """What was asked for, or what suits the model where nothing was.
+    """Make what was asked for, or what suits the model if nothing was.
 
     Raises:
-        TextError, QualityError: The model cannot be judged so; the message names everything that is missing.
+        TextError, QualityError: The model cannot be judged so. The message names everything that is
+            missing.
     """
     if asked.function is not None:
         words = f"a loss of the user's own, {asked.function.key}"
@@ -111,7 +116,7 @@ def make_judge(
         return Judge(quality, _without_inputs(candidates, listener), words)
     if loaded.tokenizer is None:
         raise TextError(f"this model has no tokenizer: give one with --tokenizer FOLDER, or judge it by {_OWN_LOSS}")
-    text, name = _text_quality(asked, loaded, device, inputs=any(fmt.needs_inputs for fmt, _ in candidates))
+    text, name = _text_quality(asked, loaded, device, inputs=any(each.format.needs_inputs for each in candidates))
     if asked.text is None and asked.data is None:
         listener(
             Notice(
@@ -131,10 +136,10 @@ def make_judge(
 
 
 def method_of(name: str | None, max_kl: float | None, quality: AnyQuality) -> Sensitivity:
-    """The sensitivity of that name, or the one that suits the quality.
+    """Return the sensitivity of that name, or the one that suits the quality.
 
     Raises:
-        QualityError: It, or the limit of divergence, needs a text, and quality is measured otherwise.
+        QualityError: The sensitivity or the limit of divergence needs a text, and there is none.
     """
     if isinstance(quality, TextQuality):
         return SENSITIVITIES[name] if name is not None else PATH
@@ -148,21 +153,25 @@ def method_of(name: str | None, max_kl: float | None, quality: AnyQuality) -> Se
 
 
 def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:
-    """The user's function under its qualified name, by which the same function is the same from Python and by its name."""
+    """The user's function with its qualified name: the same for a function and for its import path."""
     if isinstance(quality, str):
         return FunctionQuality(quality_function(quality), quality.replace(":", "."))
     return None if quality is None else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
 
 
-def _without_inputs(pairs: Candidates, listener: Listener) -> list[tuple[Format, Kernel]]:
-    """The candidates, less those whose weights are rounded for what layers read on a text, which there is none of."""
-    for name in dict.fromkeys(fmt.id for fmt, _ in pairs if fmt.needs_inputs):
+def _without_inputs(candidates: Candidates, listener: Listener) -> list[Candidate]:
+    """Drop the formats that need calibration text, since none was given."""
+    for name in dict.fromkeys(each.format.id for each in candidates if each.format.needs_inputs):
         listener(Notice(f"{name} not considered: it is rounded for what layers read on a text, and there is none"))
-    return [(fmt, kernel) for fmt, kernel in pairs if not fmt.needs_inputs]
+    return [each for each in candidates if not each.format.needs_inputs]
 
 
 def _check_module(asked: Asked, *, has_inputs: bool) -> None:
-    """Raises `TextError` with everything that is missing to judge a model that is not known to read tokens."""
+    """Check that a model that is not known to read tokens can be judged.
+
+    Raises:
+        TextError: It cannot; the message names everything that is missing.
+    """
     given = "--eval-text" if asked.text is not None else "--eval-data" if asked.data is not None else ""
     needs = [] if has_inputs else ["give --sample-inputs package.module:callable, the arguments of one forward pass"]
     if given:
@@ -194,7 +203,7 @@ def _output_quality(
 
 
 def _unknown_share(text: TextQuality, tokenizer: Any) -> float:
-    """How much of a text its tokenizer has no token for."""
+    """Return the share of a text that its tokenizer has no token for (0 to 1)."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None:
         return 0.0
@@ -203,7 +212,7 @@ def _unknown_share(text: TextQuality, tokenizer: Any) -> float:
 
 
 def _text_quality(asked: Asked, loaded: LoadedModel, device: str, *, inputs: bool) -> tuple[TextQuality, str]:
-    """The quality, and what its text is called."""
+    """Return the quality, and what its text is called."""
     if asked.data is not None:
         name, pieces = f"the dataset {asked.data}", data_pieces(asked.data, loaded.tokenizer)
     elif asked.text is not None:

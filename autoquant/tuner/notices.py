@@ -1,4 +1,4 @@
-"""What a search tells of what it leaves out, and why."""
+"""Report what a search leaves out, and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autoquant.tuner.fusion import Fusion
 
 
 def constraint_notices(constraints: Constraints, bound: Bound, sites: Sequence[Site]) -> Iterator[str]:
-    """How many layers constraints are about."""
+    """Say how many layers constraints are about."""
     for reason, count in Counter(filter(None, (constraints.reason(site.name) for site in sites))).items():
         yield f"{count} of {len(sites)} layers {reason}"
     if constraints.fusable:
@@ -21,7 +21,7 @@ def constraint_notices(constraints: Constraints, bound: Bound, sites: Sequence[S
 
 
 def fusion_notices(fusion: Fusion) -> Iterator[str]:
-    """What cannot be computed as one."""
+    """Say which layers cannot be computed as one."""
     if not fusion.groups:
         yield "no layers read the same input: nothing can be computed as one; --fuse can be left out"
     elif not any(group.choices or group.dropped for group in fusion.groups):
@@ -31,7 +31,7 @@ def fusion_notices(fusion: Fusion) -> Iterator[str]:
 
 
 def dropped_notices(choices: Sequence[SiteChoices]) -> Iterator[str]:
-    """Formats that layers cannot get."""
+    """Say which formats layers cannot get."""
     dropped = Counter(item for choice in choices for item in choice.dropped.items())
     alike: dict[tuple[str, int], list[str]] = {}
     for (format_id, reason), count in dropped.items():

@@ -305,11 +305,12 @@ def _rows(
     device_name: str,
     roofline: Roofline,
 ) -> tuple[dict[str, Any], ...]:
-    by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in timed(candidates)}
+    by_id = {candidate.id: candidate for candidate in timed(candidates)}
     weight_bytes: dict[tuple[str, LinearShape], float | None] = {}
     rows = []
     for subject, measurement in measured.items():
-        fmt, kernel = by_id[subject.format, subject.kernel]
+        candidate = by_id[subject.candidate]
+        fmt, kernel = candidate.format, candidate.kernel
         key = (fmt.id, subject.shape)
         if key not in weight_bytes:
             weight_bytes[key] = _weight_bytes(fmt, subject.shape, hardware, device_name)

@@ -1,4 +1,4 @@
-"""Proof: a plan really applied, its quality and its request time measured against the unquantized model."""
+"""Prove plans: apply one, and measure its quality and request time against the unquantized model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autoquant.export.applier import Quantized, apply, module_bytes
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
-from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload
+from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload
 from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_requests
@@ -33,9 +33,10 @@ class Prover:
     """Proves plans of one model, which is loaded and compiled once.
 
     Args:
-        execution: `compiled`, or `eager` where the device cannot compile.
-        selection: The unquantized model's losses on the selection part; measured by the first proof where empty.
-        calibration: Weights rounded for their layers' inputs, where plans hold any.
+        execution: `compiled`, or `eager` if the device cannot compile.
+        selection: The unquantized model's losses on the selection part. If empty, the first proof
+            measures them.
+        calibration: Weights rounded for their layers' inputs, if plans have any.
     """
 
     loaded: LoadedModel
@@ -50,14 +51,14 @@ class Prover:
     _quantized: Quantized = field(default_factory=Quantized)
 
     def prove(self, plan: Plan) -> Proof:
-        """Apply `plan` to a copy that shares every weight that it leaves alone, and measure it."""
+        """Apply `plan` to a copy that shares all unquantized weights, and measure it."""
         module = shallow_copy(self.loaded.module)
         apply(plan, module, calibration=self.calibration, quantized=self._quantized)
         release_memory()
         with (
             worst_numerics(module, plan),
             untuned(),
-        ):  # windows have other m than the workload; how fast is no matter here
+        ):  # windows have other m than the workload; their speed does not matter
             report = self.quality.compare(module, self.loaded.module, "report")
             selection = self.quality.compare(module, self.loaded.module, "selection", self.selection)
         self.selection = selection.reference
@@ -97,7 +98,7 @@ class Prover:
         return self._original
 
     def _warm_phases(self, module: nn.Module) -> tuple[Phases, str]:
-        """The phases, ready to be timed, and a note on how they were compiled."""
+        """Return the phases, ready to be timed, and a note on how they were compiled."""
         make = partial(
             make_phases,
             module,
@@ -114,10 +115,10 @@ class Prover:
 
 @contextmanager
 def worst_numerics(module: nn.Module, plan: Plan) -> Iterator[None]:
-    """Make every layer compute with the numerics that its plan's loss stands for, at every m.
+    """Let every layer compute at every m with the numerics that its loss stands for.
 
-    A route may round activations in prefill and not in decode, or the other way round. Quality is measured on whole windows,
-    which run the prefill side only; so the worse side is made to run everywhere.
+    A route may round activations in prefill and not in decode, or the other way round. Quality is
+    measured on whole windows, which run the prefill side only. So the worse side runs everywhere.
     """
     routes: list[tuple[RoutedWeight, Any]] = []
     try:
@@ -135,8 +136,11 @@ def worst_numerics(module: nn.Module, plan: Plan) -> Iterator[None]:
 
 
 def _everywhere(layer: LayerChoice) -> RouteStep:
-    """The kernel of the layer's route that has its worst numerics, for any m: of several the last, which is for most rows."""
+    """Return a step for any m with the kernel of the worst numerics in the layer's route.
+
+    Of several kernels it is the last, which is for most rows.
+    """
     fmt = get_format(layer.format)
-    numerics = layer.numerics.partition("+")[2]
-    worst = [step for step in layer.route if fmt.kernel(step.kernel).numerics == numerics]
+    activation = Numerics.parse(layer.numerics).activation
+    worst = [step for step in layer.route if fmt.kernel(step.kernel).numerics == activation]
     return replace(worst[-1], upper_m=None)

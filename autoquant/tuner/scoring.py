@@ -1,4 +1,4 @@
-"""The score stage: what every change that a choice needs is predicted to cost, from the store or found out now."""
+"""Score changes of layers: predict what each costs, or take it from the store."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from autoquant.candidates import get_format
 from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
-from autoquant.records import route_kernel
 from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.store import Store
-from autoquant.tuner.choices import SiteChoices, numerics_key
+from autoquant.tuner.choices import SiteChoices, numerics_of
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Scored, ScoreJob
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Losses by (site name, numerics), and how they make up that of a plan."""
+    """Losses of changes.
+
+    Attributes:
+        losses: By (site name, text of the numerics).
+        loss_map: From summed losses to the loss of a plan.
+    """
 
     losses: Mapping[tuple[str, str], float]
     loss_map: LossMap
@@ -35,7 +39,11 @@ def score(
     store: Store,
     listener: Listener,
 ) -> Scores:
-    """Score every change that the choices use and the store does not know by this method on this text."""
+    """Score the changes that the choices need and the store does not know.
+
+    Args:
+        quality_key: Names what quality is measured by; losses of another one are not taken.
+    """
     known = store.losses(model_hash, quality_key, method.version)
     changes = (
         _changes_together(choices, known, device_type)
@@ -72,24 +80,24 @@ def _summary(method: Sensitivity, changes: Sequence[Change], known: int, loss_ma
 
 
 def _changes(choices: Sequence[SiteChoices]) -> list[Change]:
-    """Every numerics that a choice of a site uses, site by site."""
+    """Return the changes that choices need, site by site."""
     found: dict[tuple[str, str], Change] = {}
     for of_site in choices:
         for choice in of_site.choices:
             fmt = get_format(choice.format)
-            for use in of_site.site.uses:
-                kernel = fmt.kernel(route_kernel(choice.route, use.m))
-                key = numerics_key(fmt, kernel.numerics)
-                found.setdefault((of_site.site.name, key), Change(of_site.site, key, fmt, kernel.numerics))
+            for numerics in numerics_of(choice):
+                key = str(numerics)
+                change = Change(of_site.site, key, fmt, numerics.activation)
+                found.setdefault((of_site.site.name, key), change)
     return list(found.values())
 
 
 def _changes_together(
     choices: Sequence[SiteChoices], known: Mapping[tuple[str, str], float], device_type: str
 ) -> list[Change]:
-    """Each numerics that any choice uses and that is not known, at every site whose shape its format takes.
+    """Return each unknown numerics that some choice uses, at every site whose shape it takes.
 
-    What is changed together must not depend on which choices timings have left over.
+    What is changed together must not depend on which choices are left after timing.
     """
     used: dict[str, Change] = {}
     for change in _changes(choices):

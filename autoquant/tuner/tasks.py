@@ -1,4 +1,4 @@
-"""Plans and the unquantized model scored on the same tasks."""
+"""Score plans and the unquantized model on the same tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autoquant.store import Store, StudyFacts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRow:
-    """What one model scored; `plan_id` is None for the unquantized one."""
+    """The scores of one model; `plan_id` is None for the unquantized one."""
 
     plan_id: str | None
     label: str
@@ -27,17 +27,17 @@ class TaskRow:
 def score_tasks(
     plans: Sequence[Plan], model: str, facts: StudyFacts, tasks: Tasks, store: Store, listener: Listener = ignore
 ) -> list[TaskRow]:
-    """Score the unquantized model, then each plan on a copy that shares what it leaves alone; every score is kept at once.
+    """Score the unquantized model and then each plan, and keep every score at once.
 
     Args:
         plans: At least one, all of one study.
-        model: Where the model lies that was searched.
+        model: Path of the model that was searched.
         facts: The plans' study.
-        store: Where scores are kept.
+        store: Keeps the scores.
 
     Raises:
-        ModelError: What lies at `model` is another model.
-        TaskError: It is no language model with a tokenizer, or a task cannot be run.
+        ModelError: Another model is at `model`.
+        TaskError: The model is no language model with a tokenizer, or a task cannot be run.
     """
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)

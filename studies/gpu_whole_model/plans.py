@@ -14,18 +14,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoquant.candidates import Format, Kernel, get_format, select
+from autoquant.candidates import Candidate, get_format, select
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices import backend
 from autoquant.profiler.measure import cells_of, subjects_of, with_original
 from autoquant.profiler.record import record
 from autoquant.profiler.timing import PROTOCOL
+from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Site, TimingSubject, Workload
 from autoquant.runtime.phases import make_phases
-from autoquant.solver.planning import PlanContext, make_plan, make_problem
+from autoquant.solver.planning import PlanContext, make_plan
 from autoquant.solver.solve import fastest
+from autoquant.solver.space import SearchSpace
 from autoquant.store import open_store
-from autoquant.tuner.choices import FormatFacts, SiteChoices, format_facts, site_choices
+from autoquant.tuner.choices import ChoiceMaker, FormatFacts, SiteChoices, format_facts
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion
 
 DTYPE = "bfloat16"
@@ -106,12 +108,13 @@ class Planner:
             for choices in self._choices(globs, sites, make.fused)
         }
         layers = complete([options[site.name] for site in self.sites])
-        picks = fastest(make_problem(layers, self.workload))
-        assert picks is not None  # there are no budgets
         context = PlanContext(
             study_id="whole-model", model_hash="random", dtype=DTYPE, workload=self.workload, other_bytes=0
         )
-        return make_plan([layer[i] for layer, i in zip(layers, picks, strict=True)], label, "front", context)
+        space = SearchSpace(layers, context)
+        picks = fastest(space.problem)
+        assert picks is not None  # there are no budgets
+        return make_plan(space.chosen(picks), label, "front", context)
 
     def linear_ms(self, plan: Plan | None) -> dict[str, float]:
         """Milliseconds of all linears in one run of each phase, by their own timings; of the unquantized ones for None."""
@@ -153,7 +156,7 @@ class Planner:
             found.setdefault(globs, []).append(site)
         return found
 
-    def _candidates(self, globs: Sequence[str]) -> list[tuple[Format, Kernel]]:
+    def _candidates(self, globs: Sequence[str]) -> list[Candidate]:
         return with_original(select(globs, torch.device(self.device).type), DTYPE)
 
     def _subjects(self, make: Make) -> list[TimingSubject]:
@@ -175,23 +178,17 @@ class Planner:
 
     def _choices(self, globs: Sequence[str], sites: Sequence[Site], fused: bool) -> list[SiteChoices]:
         candidates = self._candidates(globs)
-        formats = {fmt.id: fmt for fmt, _ in candidates}
+        formats = {each.format.id: each.format for each in candidates}
         for shape in dict.fromkeys(site.shape for site in sites):
             new = [fmt for fmt in formats.values() if (fmt.id, shape) not in self.facts]
             self.facts |= format_facts(new, [shape], self.device)
-        timings = _Timings(self.timings)
-        choices = [site_choices(s, candidates, timings, self.facts, self.workload, self.working_set) for s in sites]
+        timings = TimingTable(self.working_set, self.timings)
+        maker = ChoiceMaker(candidates, timings, self.facts, self.workload)
+        choices = [maker.choices(site) for site in sites]
         if not fused:
             return choices
-        fusion = make_fusion(sites, candidates, timings, self.workload, self.working_set)
+        fusion = make_fusion(sites, candidates, timings, self.workload)
         return fusion.offered(choices, self.facts)
-
-
-class _Timings(dict[TimingSubject, Measurement]):
-    """Timings; what does not work on the device was not timed."""
-
-    def __missing__(self, subject: TimingSubject) -> Measurement:
-        return Measurement(subject=subject, outcome="unsupported", reason="not timed")
 
 
 def _allowed(choices: SiteChoices, make: Make) -> list[LayerChoice]:

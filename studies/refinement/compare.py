@@ -30,8 +30,10 @@ from autoquant.models import LoadedModel
 from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof
 from autoquant.runtime.compiled import shallow_copy
 from autoquant.solver.hypervolume import hypervolume
-from autoquant.solver.planning import PlanContext, context_of, make_plan, original_plan, predict
+from autoquant.solver.planning import make_plan, predict
 from autoquant.solver.refine import growth_of, point_of, proposals
+from autoquant.solver.space import SearchSpace
+from autoquant.solver.uniform import original_plan
 from autoquant.study.study import Study
 from autoquant.tuner.prove import worst_numerics
 
@@ -83,8 +85,7 @@ class Evaluator:
 class Setting:
     """What every way starts from."""
 
-    options: Options
-    context: PlanContext
+    space: SearchSpace
     known: dict[str, tuple[Plan, Proof]]
 
     def warm(self, seed: int, folder: str) -> Proposals:
@@ -100,12 +101,12 @@ class Setting:
         """Every kind of layer gets one of its choices, drawn at random."""
         draw = random.Random(seed)
         while True:
-            picked = [draw.choice([choice for choice in layer if not choice.joined]) for layer in self.options]
-            yield make_plan(picked, "random", "refined", self.context), lambda _proof: None
+            picked = [draw.choice([choice for choice in layer if not choice.joined]) for layer in self.space.options]
+            yield make_plan(picked, "random", "refined", self.space.context), lambda _proof: None
 
     def _proposals(self, known: dict[str, tuple[Plan, Proof]], seed: int, database: str) -> Proposals:
         url = f"sqlite:///{database}"
-        return proposals(self.options, self.context, storage_url=url, seed=seed, known=known, max_memory_bytes=None)
+        return proposals(self.space, storage_url=url, seed=seed, known=known, max_memory_bytes=None)
 
 
 def main() -> None:
@@ -129,22 +130,20 @@ def prepare(database: str, text: str) -> tuple[Setting, Evaluator]:
     """The plans that refinement starts from, measured."""
     study = Study.open(database)
     facts = study.facts
-    by_name, about = study.store.options_and_about(study.study_id)
-    if not by_name or not about:
+    space = study.space()
+    if space is None:
         raise SystemExit(f"{database} holds no finished search: run autoquant search to its end")
-    options = list(by_name.values())
-    context = context_of(about, study_id=study.study_id, model_hash=facts.model_hash, workload=facts.workload)
     plans = study.plans()
     loaded = load_searched(plans[0], str(facts.source["path"]), facts, None)
     parts = read_text(Path(text), loaded.tokenizer, max_positions=loaded.max_positions)
     quality = TextQuality(parts, facts.device.type)
     if quality.key != facts.identity["quality"]:
         raise SystemExit(f"{text} is not the text that {database} was searched with")
-    original = original_plan([layer[0] for layer in options], context)
+    original = original_plan(replace(space, unquantized=[layer[0] for layer in space.options]))
     evaluate = Evaluator(loaded, quality, original.prediction.request_ms)
     proven = [plan for plan in plans if plan.kind in (*BASELINES, "front") and plan.plan_id in study.proofs()]
-    start = [replace(plan, prediction=predict(_calibrated(plan, options), context)) for plan in proven]
-    return Setting(options, context, {plan.plan_id: (plan, evaluate(plan)) for plan in (original, *start)}), evaluate
+    start = [replace(plan, prediction=predict(_calibrated(plan, space.options), space.context)) for plan in proven]
+    return Setting(space, {plan.plan_id: (plan, evaluate(plan)) for plan in (original, *start)}), evaluate
 
 
 def compare(setting: Setting, evaluate: Evaluator, evaluations: int, seeds: int) -> Iterator[dict[str, object]]:

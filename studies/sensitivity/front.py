@@ -47,7 +47,7 @@ from autoquant.export.rounding_inputs import Calibration as Rounded
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import Site
-from autoquant.solver.solve import Problem, fastest
+from autoquant.solver.solve import AdditiveProblem, fastest
 
 BUDGETS = (3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 SWEEPS = 4
@@ -128,7 +128,7 @@ def allocate(
     ]
     changed = None if near is None else most + 0.5
     together = [[(site, pick) for site in group] for group in groups for pick in range(len(names))]
-    picks = fastest(Problem.build(costs, together), max_loss=changed, max_memory=bits * (1 + 1e-9))
+    picks = fastest(AdditiveProblem.build(costs, together), max_loss=changed, max_memory=bits * (1 + 1e-9))
     assert picks is not None
     return {site.name: names[i] for site, i in zip(sites, picks, strict=True)}
 

@@ -27,8 +27,9 @@ import numpy as np
 
 from autoquant.records import Device, LayerChoice, LinearShape, RouteStep, Workload
 from autoquant.solver.additivity import ADDITION
-from autoquant.solver.planning import PlanContext, about_options
-from autoquant.solver.solve import Problem, fastest, smallest
+from autoquant.solver.planning import PlanContext
+from autoquant.solver.solve import AdditiveProblem, fastest, smallest
+from autoquant.solver.space import SearchSpace
 from autoquant.store import open_store
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (2048, 2048), (8192, 2048))
@@ -85,13 +86,13 @@ class Case:
     """A problem with its limits; `max_memory` None where there is one limit."""
 
     kind: str
-    problem: Problem
+    problem: AdditiveProblem
     max_loss: float
     max_memory: float | None
 
 
 def cases(kind: str, table: Table) -> Iterator[Case]:
-    problem = Problem.build(table.tolist())
+    problem = AdditiveProblem.build(table.tolist())
     quick = fastest(problem)
     assert quick is not None
     most = problem.totals(quick)[1]
@@ -137,7 +138,8 @@ def store_study(path: str, table: Table, workload: Workload) -> None:
     store.put_device(device)
     store.put_model("model", {"kind": "live", "path": ""})
     store.put_study("study", model_hash="model", device=device, identity={}, workload=workload, limits={})
-    store.put_options("study", options, about_options(context, logarithmic=True))
+    space = SearchSpace(options, context, logarithmic=True)
+    store.put_options("study", space.options, space.about())
     store.close()
 
 

@@ -13,7 +13,8 @@ from autoquant.devices import effort
 from autoquant.devices.effort import TimingEffort
 from autoquant.profiler import timing
 from autoquant.study import delivered
-from autoquant.tuner import driver, stages
+from autoquant.tuner import driver
+from autoquant.tuner.stages import prove, refine
 
 LITTLE = TimingEffort(
     highest_other_load=9.0,
@@ -27,10 +28,10 @@ LITTLE = TimingEffort(
 SHORTER = (
     (effort, "_default", LITTLE),
     (timing, "_unroll", lambda _m: 2),
-    (stages, "_SHORTEST_PROOF_S", 0.1),
+    (refine, "SHORTEST_PROOF_S", 0.1),
     (delivered, "is_faster", lambda _delivery: True),  # a tiny model gains nothing
 )
-FEWER_PLANS = ((stages, "LEAST_PLANS", 4), (stages, "FRONT_PLANS", 2))  # not where a whole search is asked for
+FEWER_PLANS = ((prove, "LEAST_PLANS", 4), (prove, "FRONT_PLANS", 2))  # not where a whole search is asked for
 
 CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")
 

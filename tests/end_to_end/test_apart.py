@@ -15,7 +15,8 @@ import torch
 
 from autoquant.candidates import registry
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
-from autoquant.tuner import driver, stages
+from autoquant.tuner import driver
+from autoquant.tuner.stages import prove
 
 from .conftest import WORKLOAD, rows
 from .tiny import save_llama, save_text
@@ -69,8 +70,8 @@ def search(small, db, *, candidates=("crash*", "fragile*", "int8-row/plain/int-m
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AUTOQUANT_IN_PROCESS", raising=False)
         patch.setenv("AUTOQUANT_EAGER", "1")
-        patch.setattr(stages, "LEAST_PLANS", 1)
-        patch.setattr(stages, "FRONT_PLANS", 1)
+        patch.setattr(prove, "LEAST_PLANS", 1)
+        patch.setattr(prove, "FRONT_PLANS", 1)
         torch.set_num_threads(1)
         return driver.search(
             str(small[0]),

@@ -14,7 +14,8 @@ from autoquant.evaluators.outputs import SAMPLES
 from autoquant.evaluators.text import DEFAULT_TEXT
 from autoquant.events import Notice
 from autoquant.study.study import Study
-from autoquant.tuner import driver, stages
+from autoquant.tuner import driver
+from autoquant.tuner.stages import prove
 
 from . import quick
 from .conftest import WORKLOAD
@@ -26,8 +27,8 @@ OWN_TEXT = "note: quality is measured on a text that autoquant ships: one like w
 
 @pytest.fixture(autouse=True)
 def few_plans(monkeypatch, tmp_path):
-    monkeypatch.setattr(stages, "LEAST_PLANS", 1)
-    monkeypatch.setattr(stages, "FRONT_PLANS", 1)
+    monkeypatch.setattr(prove, "LEAST_PLANS", 1)
+    monkeypatch.setattr(prove, "FRONT_PLANS", 1)
     monkeypatch.chdir(tmp_path)
 
 

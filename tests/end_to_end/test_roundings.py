@@ -97,7 +97,7 @@ def test_a_quality_function_leaves_them_out_and_says_why():
     events = []
     pairs = select(("int3-g32", "int3-g32-gptq", "int3-g32-hqq"), "cpu")
     kept = judge._without_inputs(pairs, events.append)
-    assert [fmt.id for fmt, _ in kept] == [NEAREST, "int3-g32-hqq/bit-planes"]
+    assert [each.format.id for each in kept] == [NEAREST, "int3-g32-hqq/bit-planes"]
     assert [event.text for event in events] == [
         f"{GPTQ} not considered: it is rounded for what layers read on a text, and there is none"
     ]

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from autoquant.candidates import A16, Format, Kernel, select
+from autoquant.candidates import A16, Candidate, Format, Kernel, select
 from autoquant.devices.effort import timing_effort
 from autoquant.devices.load import GpuLoad
 from autoquant.profiler.roofline import measure_roofline
@@ -25,8 +25,8 @@ def measured(*candidates, m=1, arena_bytes=1 << 28):
 
 
 def test_a_matrix_product_takes_no_less_than_reading_its_weight_and_not_many_times_that():
-    ((fmt, kernel),) = select(["bfloat16/plain/matmul"])
-    (result,) = measured((fmt, kernel))
+    (candidate,) = select(["bfloat16/plain/matmul"])
+    (result,) = measured(candidate)
     floor_us = WEIGHT_BYTES / measure_roofline("cuda").bandwidth_bytes_per_s * 1e6
     assert result.outcome == "ok" and len(result.samples_us) >= 4
     assert floor_us / 1.15 < result.latency_us < 3 * floor_us
@@ -34,9 +34,9 @@ def test_a_matrix_product_takes_no_less_than_reading_its_weight_and_not_many_tim
 
 
 def test_a_weight_that_stays_in_the_cache_is_faster_than_a_cold_one():
-    ((fmt, kernel),) = select(["bfloat16/plain/matmul"])
-    (cold,) = measured((fmt, kernel))
-    (hot,) = measured((fmt, kernel), arena_bytes=WEIGHT_BYTES)
+    (candidate,) = select(["bfloat16/plain/matmul"])
+    (cold,) = measured(candidate)
+    (hot,) = measured(candidate, arena_bytes=WEIGHT_BYTES)
     assert hot.latency_us < 0.95 * cold.latency_us
 
 
@@ -46,7 +46,7 @@ def test_what_cannot_be_captured_has_failed_and_does_not_spoil_the_others():
 
     kernel = Kernel(id="syncs", numerics=A16, linear=syncs, opaque=True)
     own = Format(id="own/plain", quantize=lambda w: w.clone(), dequantize=lambda s: s.float(), kernels=(kernel,))
-    failed, right = measured((own, kernel), *select(["bfloat16/plain/matmul"]))
+    failed, right = measured(Candidate(own, kernel), *select(["bfloat16/plain/matmul"]))
     assert (failed.outcome, right.outcome) == ("failed", "ok") and failed.reason
 
 

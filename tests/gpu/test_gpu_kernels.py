@@ -37,7 +37,7 @@ def tensors(m, seed=0):
     return weight.bfloat16(), normal(N).bfloat16(), normal(1, m, K).bfloat16()
 
 
-CANDIDATES = {f"{fmt.id}/{kernel.id}": (fmt, kernel) for fmt, kernel in timed(select(["*"]))}
+CANDIDATES = {each.id: (each.format, each.kernel) for each in timed(select(["*"]))}
 
 
 @pytest.mark.parametrize("m", ROWS)

@@ -6,7 +6,8 @@ import pytest
 import torch.nn.functional as F
 
 from autoquant.candidates import A8_ROW, A16, Format, Kernel
-from autoquant.profiler.crossovers import CLOSE_ENOUGH, FormatTimings, settled
+from autoquant.profiler.crossovers import CLOSE_ENOUGH, place_crossovers
+from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Prediction, RouteStep, TimingSubject
 
 SHAPE = LinearShape(n=64, k=64, bias=False, dtype="bfloat16")
@@ -17,7 +18,6 @@ KERNELS = (
     Kernel(id="dynamic", numerics=A8_ROW, linear=F.linear),
 )
 FORMAT = Format(id="own/plain", quantize=lambda w: w, dequantize=lambda s: s, kernels=KERNELS)
-CANDIDATES = [(FORMAT, kernel) for kernel in KERNELS]
 
 
 def subject(kernel, m):
@@ -68,7 +68,7 @@ def settle(rows, *steps):
         layers=(choice(*steps), choice(*steps)),
         prediction=Prediction(request_ms=1.0, linear_ms=1.0, loss=0.0, memory_bytes=1),
     )
-    (found,) = settled([plan], known_at(rows), WORKING_SET, measure)
+    (found,) = place_crossovers([plan], TimingTable(WORKING_SET, known_at(rows)), measure)
     route = found.layers[0].route
     assert found.layers[0] == found.layers[1] and replace(found, layers=plan.layers) == plan
     assert [step.kernel for step in route] == [kernel for _, kernel in steps] and route[-1].upper_m is None
@@ -102,7 +102,7 @@ def test_neighbours_that_are_close_are_left_as_they_are():
 
 
 def test_the_fastest_kernel_is_one_of_the_allowed_numerics_that_was_timed():
-    timings = FormatTimings(SHAPE, "own/plain", WORKING_SET, known_at([8, 512]))
+    timings = TimingTable(WORKING_SET, known_at([8, 512])).of(SHAPE, "own/plain")
     assert timings.fastest(KERNELS, (A16, A8_ROW), 512) == "dynamic"
     assert timings.fastest(KERNELS, (A16,), 512) == "many"
     assert timings.fastest(KERNELS, (A16, A8_ROW), 8) == "few"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch.nn.functional as F
 
-from autoquant.candidates import A16, Format, Kernel
+from autoquant.candidates import A16, Candidate, Format, Kernel
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler import measure
 from autoquant.profiler.measure import Place, cells_of, subjects_of, summarize, working_set_bytes
@@ -41,7 +41,7 @@ RIGHT, WRONG = Kernel(id="right", numerics=A16, linear=F.linear), Kernel(id="wro
 FORMAT = Format(
     id="own/plain", quantize=lambda w: w.clone(), dequantize=lambda stored: stored.float(), kernels=(RIGHT, WRONG)
 )
-BOTH = ((FORMAT, RIGHT), (FORMAT, WRONG))
+BOTH = (Candidate(FORMAT, RIGHT), Candidate(FORMAT, WRONG))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def compared(monkeypatch):
     original = measure.compare
 
     def watched(shape, m, candidates, **rest):
-        made.append((shape, m, [kernel.id for _, kernel in candidates]))
+        made.append((shape, m, [candidate.kernel.id for candidate in candidates]))
         return original(shape, m, candidates, **rest)
 
     monkeypatch.setattr(measure, "compare", watched)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autoquant.candidates import A8_ROW, A16, Format, Kernel, select
+from autoquant.candidates import A8_ROW, A16, Candidate, Format, Kernel, select
 from autoquant.profiler import timing
 from autoquant.profiler.timing import Arena, compare
 from autoquant.records import LinearShape
@@ -28,7 +28,7 @@ def with_kernel(linear, *, numerics=A16, name="own", unsupported=None):
     fmt = Format(
         id="own/plain", quantize=lambda w: w.clone(), dequantize=lambda stored: stored.float(), kernels=(kernel,)
     )
-    return fmt, kernel
+    return Candidate(fmt, kernel)
 
 
 def raising(_x, _weight, _bias):
@@ -88,7 +88,7 @@ def test_a_kernel_that_raises_has_failed_with_the_first_line_of_its_reason():
 def test_a_format_that_does_not_quantize_has_failed():
     kernel = Kernel(id="own", numerics=A16, linear=F.linear)
     fmt = Format(id="own/plain", quantize=lambda w: w.t(), dequantize=lambda s: s, kernels=(kernel,))
-    (result,) = measured((fmt, kernel))
+    (result,) = measured(Candidate(fmt, kernel))
     assert result.outcome == "failed" and "the weight was not quantized" in result.reason
 
 
@@ -149,8 +149,8 @@ def test_the_built_in_candidates_are_right_on_this_machine():
     results = measured(*select(globs), shape=shape, arena_bytes=1 << 16)
     outcomes = {result.subject.candidate: result.outcome for result in results}
     assert outcomes == {
-        f"{fmt.id}/{kernel.id}": "unsupported" if fmt.unsupported_reason(kernel, shape, 3, "cpu") else "ok"
-        for fmt, kernel in select(globs)
+        candidate.id: "unsupported" if candidate.unsupported_reason(shape, 3, "cpu") else "ok"
+        for candidate in select(globs)
     }
     assert list(outcomes.values()).count("ok") >= 5
 

@@ -10,6 +10,7 @@ from tuner.made_up import CONTEXT, choice, make_proof
 from autoquant.records import Interval
 from autoquant.solver.aim import CLOSE, TRIALS, aimed
 from autoquant.solver.limits import Limits
+from autoquant.solver.space import SearchSpace
 
 LIMITS = Limits(max_ppl_increase=0.01)
 
@@ -30,7 +31,7 @@ def prove(plan, law):
 
 def guess_of(options, law, guess, limits=LIMITS):
     """What is known before the first trial: the plan solved for a guess."""
-    plan, _ = next(aimed(options, CONTEXT, limits=limits, guess=guess, known={}))
+    plan, _ = next(aimed(SearchSpace(options, CONTEXT), limits=limits, guess=guess, known={}))
     return {plan.plan_id: (plan, prove(plan, law))}
 
 
@@ -38,7 +39,7 @@ def take(options, law, guess, limits=LIMITS, known=None):
     """The plans of all trials, proven, the one of the guess first."""
     known = guess_of(options, law, guess, limits) if known is None else known
     proven = list(known.values())
-    for plan, tell in aimed(options, CONTEXT, limits=limits, guess=guess, known=known):
+    for plan, tell in aimed(SearchSpace(options, CONTEXT), limits=limits, guess=guess, known=known):
         proof = prove(plan, law)
         proven.append((plan, proof))
         tell(proof)
@@ -80,9 +81,12 @@ def test_a_guess_that_was_right_needs_no_trial():
 def test_without_a_limit_of_quality_there_is_nothing_to_aim_at():
     options = layers()
     limits = Limits(max_memory_bytes=10**6)
-    assert list(aimed(options, CONTEXT, limits=limits, guess=None, known={})) == []
+    assert list(aimed(SearchSpace(options, CONTEXT), limits=limits, guess=None, known={})) == []
     never = Limits(max_ppl_increase=0.0)
-    assert list(aimed(options, CONTEXT, limits=never, guess=0.01, known=guess_of(options, doubled, 0.01))) == []
+    assert (
+        list(aimed(SearchSpace(options, CONTEXT), limits=never, guess=0.01, known=guess_of(options, doubled, 0.01)))
+        == []
+    )
 
 
 def test_the_fastest_of_all_being_within_the_limit_ends_it():
@@ -100,7 +104,7 @@ def test_what_is_left_between_the_two_sides_must_be_worth_a_trial():
 
 def test_a_plan_that_cannot_be_proven_ends_it():
     options = layers()
-    running = aimed(options, CONTEXT, limits=LIMITS, guess=0.01, known=guess_of(options, doubled, 0.01))
+    running = aimed(SearchSpace(options, CONTEXT), limits=LIMITS, guess=0.01, known=guess_of(options, doubled, 0.01))
     _, tell = next(running)
     tell(None)
     assert next(running, None) is None

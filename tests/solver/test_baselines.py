@@ -13,6 +13,7 @@ from autoquant.solver.baselines import bits_plan, favoured_layers, structural_pl
 from autoquant.solver.constraints import Bound
 from autoquant.solver.limits import Limits
 from autoquant.solver.planning import make_plan
+from autoquant.solver.space import SearchSpace
 
 BLOCKS = 16
 SHAPES = {"attn.q": (64, 64), "attn.o": (64, 64), "mlp.up": (256, 64), "mlp.down": (64, 256)}
@@ -58,7 +59,7 @@ def test_a_shallow_model_has_one_block_at_each_end_and_other_names_do():
 
 
 def test_the_heuristic_takes_the_pair_of_formats_that_is_fastest_within_the_limits():
-    plan = structural_plan(layers(), CONTEXT, limits=Limits(max_ppl_increase=0.1), max_loss=1.6)
+    plan = structural_plan(SearchSpace(layers(), CONTEXT), limits=Limits(max_ppl_increase=0.1), max_loss=1.6)
     wanted = {name: "int8/plain" if name in favoured() else "int4/plain" for name in NAMES}
     assert {layer.name: layer.format for layer in plan.layers} == wanted
     assert plan.kind == "heuristic" and plan.prediction.loss <= 1.6
@@ -69,17 +70,19 @@ def test_the_heuristic_takes_the_pair_of_formats_that_is_fastest_within_the_limi
 
 
 def test_a_tighter_limit_gives_the_heuristic_more_bits_and_a_memory_limit_fewer():
-    tight = structural_plan(layers(), CONTEXT, limits=Limits(), max_loss=0.07)
+    tight = structural_plan(SearchSpace(layers(), CONTEXT), limits=Limits(), max_loss=0.07)
     assert set(tight.formats()) == {"bfloat16/plain", "int8/plain"}
     size = tight.prediction.memory_bytes // 2
-    small = structural_plan(layers(), CONTEXT, limits=Limits(max_memory_bytes=size), max_loss=None)
+    small = structural_plan(SearchSpace(layers(), CONTEXT), limits=Limits(max_memory_bytes=size), max_loss=None)
     assert small.prediction.memory_bytes <= size
-    most_exact = structural_plan(layers(), CONTEXT, limits=Limits(max_memory_bytes=1), max_loss=None)
+    most_exact = structural_plan(SearchSpace(layers(), CONTEXT), limits=Limits(max_memory_bytes=1), max_loss=None)
     assert set(most_exact.formats()) == {"bfloat16/plain", "int8/plain"}, "where nothing fits, the most exact"
 
 
 def test_without_two_sizes_there_is_no_heuristic():
-    assert structural_plan([layer[:1] for layer in layers()], CONTEXT, limits=Limits(), max_loss=None) is None
+    assert (
+        structural_plan(SearchSpace([layer[:1] for layer in layers()], CONTEXT), limits=Limits(), max_loss=None) is None
+    )
 
 
 @pytest.mark.parametrize("formats", [("int8/plain", "int4/plain"), ("bfloat16/plain", "int3/plain")])
@@ -89,7 +92,7 @@ def test_bits_alone_are_spent_for_least_loss_in_the_bytes_of_the_recommended_pla
     ]
     mixed = [next(c for c in layer if c.format == formats[i % 2]) for i, layer in enumerate(few)]
     recommended = make_plan(mixed, "front 1", "front", CONTEXT)
-    plan = bits_plan(few, CONTEXT, recommended)
+    plan = bits_plan(SearchSpace(few, CONTEXT), recommended)
     budget = sum(layer.memory_bytes for layer in mixed)
     best = min(
         sum(c.loss for c in each) for each in itertools.product(*few) if sum(c.memory_bytes for c in each) <= budget
@@ -103,7 +106,7 @@ def test_bits_alone_are_blind_to_latency():
     """The more exact of two formats of one size is taken, though it is slower than leaving the layer as it is."""
     options = [[choice("a"), choice("a", "fast/plain", 10.0, 0.1, 50), choice("a", "slow/plain", 9000.0, 0.09, 50)]]
     recommended = make_plan([options[0][1]], "front 1", "front", CONTEXT)
-    assert bits_plan(options, CONTEXT, recommended).layers[0].format == "slow/plain"
+    assert bits_plan(SearchSpace(options, CONTEXT), recommended).layers[0].format == "slow/plain"
 
 
 def test_baselines_honour_groups_of_one_format():
@@ -111,6 +114,8 @@ def test_baselines_honour_groups_of_one_format():
     options[1] = [c for c in options[1] if c.format != "int4/plain"]
     group = (NAMES[0], NAMES[1])
     context = replace(CONTEXT, bound=Bound((group,), {}))
-    plans = [structural_plan(options, context, limits=Limits(), max_loss=limit) for limit in (None, 0.05, 0.5)]
-    plans += [bits_plan(options, context, plan) for plan in plans]
+    plans = [
+        structural_plan(SearchSpace(options, context), limits=Limits(), max_loss=limit) for limit in (None, 0.05, 0.5)
+    ]
+    plans += [bits_plan(SearchSpace(options, context), plan) for plan in plans]
     assert all(plan.layers[0].format == plan.layers[1].format for plan in plans)

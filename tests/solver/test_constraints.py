@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
-from tuner.made_up import CONTEXT, WORKLOAD, choice, make_site
+from tuner.made_up import CONTEXT, choice, make_site
 
 from autoquant.errors import ConstraintError
 from autoquant.solver.constraints import Bound, Constraints, bind, fused_groups
-from autoquant.solver.planning import front_plans, make_problem, uniform_plans
+from autoquant.solver.front import front_plans
 from autoquant.solver.refine import proposals
 from autoquant.solver.solve import fastest
+from autoquant.solver.space import SearchSpace
+from autoquant.solver.uniform import uniform_plans
 
 from .test_refine import first_proofs
 
 ORIGINAL = "bfloat16/plain"
 CANDIDATES = [
-    (ORIGINAL, "matmul"),
-    ("int8-row/plain", "int-mm"),
-    ("int8-row/plain", "pack-mm"),
-    ("int4-g32/plain", "mm"),
+    f"{ORIGINAL}/matmul",
+    "int8-row/plain/int-mm",
+    "int8-row/plain/pack-mm",
+    "int4-g32/plain/mm",
 ]
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
 
@@ -130,7 +133,7 @@ def options_of(names, seed=0):
 def test_the_solver_gives_a_group_one_format_and_finds_the_best_that_does(seed):
     options = options_of(["a", "b", "c", "d"], seed)
     group = ("a", "b", "c")
-    problem = make_problem(options, WORKLOAD, [group])
+    problem = SearchSpace(options, replace(CONTEXT, bound=Bound((group,)))).problem
     for max_loss in (None, 0.05, 0.15):
         picks = fastest(problem, max_loss=max_loss)
         best = min(
@@ -167,8 +170,6 @@ def constrained():
         names[2]: "same",
         names[3]: "same",
     }
-    from dataclasses import replace
-
     return options, replace(CONTEXT, bound=Bound(((names[2], names[3]),), reasons))
 
 
@@ -180,9 +181,10 @@ def is_honoured(plan):
 def test_uniform_and_front_plans_honour_constraints_and_say_so():
     options, context = constrained()
     originals = [choice(layer[0].name) for layer in options]
+    space = SearchSpace(options, context, originals)
     plans = [
-        *uniform_plans(options, originals, context),
-        *front_plans(options, context, count=6, max_loss=0.1, max_memory_bytes=None),
+        *uniform_plans(space),
+        *front_plans(space, count=6, max_loss=0.1, max_memory_bytes=None),
     ]
     assert len(plans) > 5 and all(is_honoured(plan) for plan in plans)
     for plan in plans:
@@ -194,7 +196,11 @@ def test_refinement_honours_constraints(tmp_path):
     options, context = constrained()
     known = first_proofs(options_of([layer[0].name for layer in options]))
     running = proposals(
-        options, context, storage_url=f"sqlite:///{tmp_path / 'o.db'}", seed=0, known=known, max_memory_bytes=None
+        SearchSpace(options, context),
+        storage_url=f"sqlite:///{tmp_path / 'o.db'}",
+        seed=0,
+        known=known,
+        max_memory_bytes=None,
     )
     plans = []
     for plan, tell in itertools.islice(running, 6):

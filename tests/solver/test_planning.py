@@ -9,19 +9,11 @@ import pytest
 from tuner.made_up import CONTEXT, WORKLOAD, choice
 
 from autoquant.records import RouteStep
-from autoquant.solver.planning import (
-    explain,
-    front_plans,
-    make_plan,
-    make_problem,
-    original_plan,
-    predict,
-    request_ms,
-    spread,
-    uniform_plans,
-    with_multipliers,
-)
-from autoquant.solver.solve import Problem
+from autoquant.solver.front import front_plans, spread
+from autoquant.solver.planning import explain, make_plan, predict, request_ms
+from autoquant.solver.solve import AdditiveProblem
+from autoquant.solver.space import SearchSpace
+from autoquant.solver.uniform import original_plan, uniform_plans
 
 INT8 = {"fmt": "int8/plain", "us": 600.0, "loss": 0.002, "memory": 50, "kernel": "weight-only"}
 INT4 = {"fmt": "int4/plain", "us": 300.0, "loss": 0.05, "memory": 25, "kernel": "packed"}
@@ -34,6 +26,10 @@ def layers(count=4):
         [choice(name), choice(name, **INT8), *([choice(name, **INT4)] if number else [])]
         for number, name in enumerate(names)
     ]
+
+
+def space(options):
+    return SearchSpace(options, CONTEXT, originals(options))
 
 
 def originals(options):
@@ -80,7 +76,7 @@ def test_a_request_counts_every_decode_step():
 
 def test_the_problem_and_the_prediction_agree():
     options = layers()
-    problem = make_problem(options, WORKLOAD)
+    problem = space(options).problem
     for picks in ((0, 0, 0, 0), (1, 2, 0, 1)):
         prediction = predict([layer[i] for layer, i in zip(options, picks, strict=True)], CONTEXT)
         time, loss, memory = problem.totals(picks)
@@ -90,7 +86,7 @@ def test_the_problem_and_the_prediction_agree():
 
 def test_the_original_plan_changes_nothing():
     options = layers()
-    plan = original_plan(originals(options), CONTEXT)
+    plan = original_plan(space(options))
     assert (plan.kind, plan.label) == ("original", "original")
     assert plan.formats() == {"bfloat16/plain": 4}
 
@@ -99,7 +95,7 @@ def test_there_is_a_uniform_plan_for_each_format_and_numerics():
     options = layers()
     rounded = dict(INT8, us=200.0, loss=0.004, kernel="integer", numerics="int8+a8-row")
     options = [[*layer, choice(layer[0].name, **rounded)] for layer in options]
-    plans = {plan.label: plan for plan in uniform_plans(options, originals(options), CONTEXT)}
+    plans = {plan.label: plan for plan in uniform_plans(space(options))}
     assert set(plans) == {"uniform int8 a16", "uniform int8 a8-row", "uniform int4 a16"}
     assert all(plan.kind == "uniform" for plan in plans.values())
     assert {c.route[0].kernel for c in plans["uniform int8 a16"].layers} == {"weight-only"}
@@ -108,69 +104,69 @@ def test_there_is_a_uniform_plan_for_each_format_and_numerics():
 
 def test_a_layer_that_cannot_have_the_uniform_format_stays_unquantized():
     options = layers()
-    plan = next(p for p in uniform_plans(options, originals(options), CONTEXT) if "int4" in p.label)
+    plan = next(p for p in uniform_plans(space(options)) if "int4" in p.label)
     assert [c.format for c in plan.layers] == ["bfloat16/plain"] + ["int4/plain"] * 3
     assert "cannot be used" in plan.layers[0].reason
 
 
 def test_a_uniform_plan_takes_the_fastest_route_of_its_format():
     options = [[*layer, choice(layer[0].name, **(INT8 | {"us": 500.0, "kernel": "faster"}))] for layer in layers()]
-    plan = next(p for p in uniform_plans(options, originals(options), CONTEXT) if "int8" in p.label)
+    plan = next(p for p in uniform_plans(space(options)) if "int8" in p.label)
     assert {c.route[0].kernel for c in plan.layers} == {"faster"}
 
 
 def test_uniform_plans_that_do_the_same_are_one():
     options = [[layer[0], layer[1], replace(layer[1], numerics="int8+other")] for layer in layers()]
-    ids = [plan.plan_id for plan in uniform_plans(options, originals(options), CONTEXT)]
+    ids = [plan.plan_id for plan in uniform_plans(space(options))]
     assert len(ids) == len(set(ids))
 
 
 def test_without_another_format_there_is_no_uniform_plan():
     options = [layer[:1] for layer in layers()]
-    assert uniform_plans(options, originals(options), CONTEXT) == []
+    assert uniform_plans(space(options)) == []
 
 
 def test_front_plans_begin_with_the_fastest_within_the_limits():
-    plans = front_plans(layers(), CONTEXT, count=5, max_loss=0.06, max_memory_bytes=None)
+    plans = front_plans(space(layers()), count=5, max_loss=0.06, max_memory_bytes=None)
     assert plans[0].label == "front: fastest within limits"
     assert plans[0].formats() == {"int8/plain": 3, "int4/plain": 1}
     assert plans[0].prediction.loss <= 0.06
 
 
 def test_front_plans_for_memory_begin_with_the_smallest_within_the_limits():
-    plans = front_plans(layers(), CONTEXT, count=5, max_loss=0.16, max_memory_bytes=None, minimize="memory")
+    plans = front_plans(space(layers()), count=5, max_loss=0.16, max_memory_bytes=None, minimize="memory")
     assert plans[0].label == "front: smallest within limits"
     assert plans[0].formats() == {"int4/plain": 3, "int8/plain": 1}
     smallest = plans[0].prediction.memory_bytes
-    plans = front_plans(layers(), CONTEXT, count=1, max_loss=0.16, max_memory_bytes=smallest - 1, minimize="memory")
+    plans = front_plans(space(layers()), count=1, max_loss=0.16, max_memory_bytes=smallest - 1, minimize="memory")
     assert "within limits" not in plans[0].label
 
 
 def test_front_plans_keep_to_the_memory_limit_of_the_whole_model():
     limit = CONTEXT.other_bytes + 4 * 50 - 1
-    plan = front_plans(layers(), CONTEXT, count=1, max_loss=None, max_memory_bytes=limit)[0]
+    plan = front_plans(space(layers()), count=1, max_loss=None, max_memory_bytes=limit)[0]
     assert plan.prediction.memory_bytes <= limit
 
 
 def test_limits_that_nothing_meets_leave_the_front_without_a_first_plan():
-    plans = front_plans(layers(), CONTEXT, count=3, max_loss=None, max_memory_bytes=1)
+    plans = front_plans(space(layers()), count=3, max_loss=None, max_memory_bytes=1)
     assert plans and all("within limits" not in plan.label for plan in plans)
 
 
 def test_front_plans_are_different_and_no_more_than_asked_for():
-    plans = front_plans(layers(8), CONTEXT, count=6, max_loss=0.01, max_memory_bytes=None)
+    plans = front_plans(space(layers(8)), count=6, max_loss=0.01, max_memory_bytes=None)
     assert len(plans) == len({plan.plan_id for plan in plans}) == 6
     assert len({plan.label for plan in plans}) == 6
 
 
 def test_front_plans_say_why_for_every_layer():
-    for plan in front_plans(layers(), CONTEXT, count=4, max_loss=0.06, max_memory_bytes=None):
+    for plan in front_plans(space(layers()), count=4, max_loss=0.06, max_memory_bytes=None):
         assert all(layer.reason for layer in plan.layers)
 
 
 def make_line(count=21):
     """One layer of options along a line from fast and inexact to slow and exact."""
-    return Problem.build([[(float(i), 2.0**-i, 1.0) for i in range(count)]]), [(i,) for i in range(count)]
+    return AdditiveProblem.build([[(float(i), 2.0**-i, 1.0) for i in range(count)]]), [(i,) for i in range(count)]
 
 
 def test_spread_points_lie_far_from_each_other():
@@ -193,13 +189,13 @@ def test_spread_gives_as_many_points_as_there_are(count, wanted):
 
 
 def test_spread_copes_with_points_that_do_not_differ():
-    problem = Problem.build([[(1.0, 0.0, 1.0), (1.0, 0.0, 1.0)]])
+    problem = AdditiveProblem.build([[(1.0, 0.0, 1.0), (1.0, 0.0, 1.0)]])
     assert set(spread(problem, [(0,), (1,)], 2)) == {(0,), (1,)}
     assert spread(problem, [], 2) == []
 
 
 def test_spread_treats_an_endless_loss_as_the_largest_that_ends():
-    problem = Problem.build([[(2.0, 0.1, 1.0), (1.5, 0.2, 1.0), (1.0, float("inf"), 1.0)]])
+    problem = AdditiveProblem.build([[(2.0, 0.1, 1.0), (1.5, 0.2, 1.0), (1.0, float("inf"), 1.0)]])
     assert spread(problem, [(0,), (1,), (2,)], 2) == [(2,), (0,)]
 
 
@@ -222,7 +218,7 @@ def test_the_reason_of_the_only_option_is_that_it_is_best():
 
 def test_multipliers_scale_the_losses_of_their_layers_only():
     options = layers(2)
-    scaled = with_multipliers(options, {options[0][0].name: 3.0})
+    scaled = space(options).scaled({options[0][0].name: 3.0}).options
     assert [c.loss for c in scaled[0]] == pytest.approx([3 * c.loss for c in options[0]])
     assert scaled[1] == options[1]
-    assert np.array_equal(make_problem(scaled, WORKLOAD).time[0], make_problem(options, WORKLOAD).time[0])
+    assert np.array_equal(space(scaled).problem.time[0], space(options).problem.time[0])

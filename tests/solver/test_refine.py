@@ -9,8 +9,10 @@ import optuna
 import pytest
 from tuner.made_up import CONTEXT, STUDY, choice, make_proof
 
-from autoquant.solver.planning import make_plan, original_plan, uniform_plans
+from autoquant.solver.planning import make_plan
 from autoquant.solver.refine import growth_of, layer_kind, proposals
+from autoquant.solver.space import SearchSpace
+from autoquant.solver.uniform import original_plan, uniform_plans
 
 STUDY_NAME = f"autoquant-{STUDY}"
 
@@ -33,11 +35,11 @@ def options():
 
 def first_proofs(options):
     """The original, the uniform plans and one plan of the front, proven."""
-    originals = [layer[0] for layer in options]
+    space = SearchSpace(options, CONTEXT, [layer[0] for layer in options])
     mixed = [layer[1 + number % 2] for number, layer in enumerate(options)]
     plans = [
-        original_plan(originals, CONTEXT),
-        *uniform_plans(options, originals, CONTEXT),
+        original_plan(space),
+        *uniform_plans(space),
         make_plan(mixed, "front 1", "front", CONTEXT),
     ]
     return {plan.plan_id: (plan, prove(plan)) for plan in plans}
@@ -55,7 +57,7 @@ def propose(store, options):
     def start(known, **changes):
         url = store.engine.url.render_as_string(hide_password=False)
         values = {"storage_url": url, "seed": 0, "known": known, "max_memory_bytes": None}
-        return proposals(changes.pop("options", options), CONTEXT, **(values | changes))
+        return proposals(SearchSpace(changes.pop("options", options), CONTEXT), **(values | changes))
 
     return start
 
@@ -167,7 +169,7 @@ def test_the_same_seed_proposes_the_same(options, tmp_path):
     for name in ("one", "two"):
         url = f"sqlite:///{tmp_path / name}.db"
         known = first_proofs(options)
-        running = proposals(options, CONTEXT, storage_url=url, seed=3, known=known, max_memory_bytes=None)
+        running = proposals(SearchSpace(options, CONTEXT), storage_url=url, seed=3, known=known, max_memory_bytes=None)
         runs.append([plan.plan_id for plan in take(running, 4)])
     assert runs[0] == runs[1]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from autoquant.solver.solve import Problem, fastest, front, smallest, undominated
+from autoquant.solver.solve import AdditiveProblem, fastest, front, smallest, undominated
 
 SEEDS = range(40)
 
@@ -21,13 +21,13 @@ def random_problem(seed):
         count = draw.integers(2, 5)
         losses = np.concatenate(([0.0], draw.exponential(0.01, count - 1)))
         layers.append(np.column_stack((draw.uniform(0.1, 5, count), losses, draw.integers(1000, 10**6, count))))
-    return Problem.build([[tuple(option) for option in layer.tolist()] for layer in layers])
+    return AdditiveProblem.build([[tuple(option) for option in layer.tolist()] for layer in layers])
 
 
 def tied_problem(seed):
     """Small whole numbers, so that many solutions are equal in one respect and differ in another."""
     draw = np.random.default_rng(seed)
-    return Problem.build(
+    return AdditiveProblem.build(
         [
             [tuple(option) for option in draw.integers(0, 5, (draw.integers(2, 5), 3)).astype(float).tolist()]
             for _ in range(draw.integers(3, 6))
@@ -47,7 +47,7 @@ def joined_problem(seed):
         for member in range(members):
             row = (draw.uniform(0.1, 2), draw.exponential(0.01), draw.integers(1000, 10**6))
             layers[member] = np.vstack((layers[member], row))
-    return Problem.build([[tuple(option) for option in layer.tolist()] for layer in layers], together)
+    return AdditiveProblem.build([[tuple(option) for option in layer.tolist()] for layer in layers], together)
 
 
 def every_solution(problem):
@@ -142,14 +142,14 @@ def test_among_equally_fast_solutions_none_is_better_in_loss_and_memory():
 
 def test_an_option_far_slower_than_all_others_does_not_blur_them():
     slow = [[(1.0, 0.0, 9.0), (1.001, 0.0, 1.0), (837.0, 0.0, 1.0)]]
-    assert fastest(Problem.build(slow * 3)) == (0, 0, 0)
+    assert fastest(AdditiveProblem.build(slow * 3)) == (0, 0, 0)
 
 
 def test_options_taken_together_are_found_where_each_alone_would_be_slower_than_another():
     apart = [(2.0, 0.0, 1.0), (1.0, 9.0, 1.0)]
-    problem = Problem.build([[*apart, (0.5, 0.1, 1.0)], [*apart, (1.2, 0.1, 1.0)]], [[(0, 2), (1, 2)]])
+    problem = AdditiveProblem.build([[*apart, (0.5, 0.1, 1.0)], [*apart, (1.2, 0.1, 1.0)]], [[(0, 2), (1, 2)]])
     assert fastest(problem) == (2, 2) and fastest(problem, max_loss=0.1) == (0, 0)
-    slower = Problem.build([[*apart, (0.5, 0.1, 1.0)], [*apart, (1.6, 0.1, 1.0)]], [[(0, 2), (1, 2)]])
+    slower = AdditiveProblem.build([[*apart, (0.5, 0.1, 1.0)], [*apart, (1.6, 0.1, 1.0)]], [[(0, 2), (1, 2)]])
     assert fastest(slower) == (1, 1)
 
 
@@ -183,12 +183,12 @@ def test_the_front_has_no_point_twice():
 
 
 def test_undominated_leaves_out_what_is_beaten_and_keeps_what_is_equal():
-    problem = Problem.build([[(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.5, 2.0, 1.0)]])
+    problem = AdditiveProblem.build([[(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.5, 2.0, 1.0)]])
     assert undominated(problem, [(0,), (1,), (2,), (3,)]) == [(0,), (2,), (3,)]
 
 
 def test_layers_with_one_option_get_it():
-    problem = Problem.build([[(1.0, 0.5, 10.0)], [(2.0, 0.0, 20.0)]])
+    problem = AdditiveProblem.build([[(1.0, 0.5, 10.0)], [(2.0, 0.0, 20.0)]])
     assert fastest(problem) == smallest(problem) == (0, 0)
     assert front(problem) == [(0, 0)]
     assert fastest(problem, max_loss=0.5, max_memory=30) == (0, 0)
@@ -197,7 +197,7 @@ def test_layers_with_one_option_get_it():
 
 
 def test_a_layer_with_one_option_beside_others_uses_up_its_part_of_the_budget():
-    problem = Problem.build([[(1.0, 0.5, 10.0)], [(2.0, 0.0, 20.0), (1.0, 0.6, 5.0)]])
+    problem = AdditiveProblem.build([[(1.0, 0.5, 10.0)], [(2.0, 0.0, 20.0), (1.0, 0.6, 5.0)]])
     assert fastest(problem, max_loss=1.0) == (0, 0)
     assert fastest(problem, max_loss=1.1) == (0, 1)
 
@@ -226,7 +226,7 @@ def large_problem(seed, layers=300, choices=40, *, alike=False):
         loss = np.where(bits < 16, 4.0**-bits * draw.lognormal(0, 1) * draw.lognormal(0, 0.3, choices), 0.0)
         options.append(list(zip(milliseconds, loss, size, strict=True)))
     pairs = [[(layer, [i]) for layer in (2 * n, 2 * n + 1)] for n in range(layers // 4) for i in range(choices)]
-    return Problem.build(options, alike=pairs if alike else ())
+    return AdditiveProblem.build(options, alike=pairs if alike else ())
 
 
 def binding_limits(problem, share):
@@ -283,7 +283,7 @@ def test_layers_of_one_format_get_it_as_trying_everything_finds():
         layers = [np.column_stack(each) for each in zip(alone.time, alone.loss, alone.memory, strict=True)]
         alike = [[(0, [i]), (1, [i] if i < len(layers[1]) else [])] for i in range(len(layers[0]))]
         alike += [[(0, []), (1, [i])] for i in range(len(layers[0]), len(layers[1]))]
-        problem = Problem.build([layer.tolist() for layer in layers], alike=alike)
+        problem = AdditiveProblem.build([layer.tolist() for layer in layers], alike=alike)
         solutions = every_solution(alone)
         same = [picks[0] == picks[1] for picks in itertools.product(*(range(len(layer)) for layer in alone.time))]
         for max_loss, max_memory in budgets(solutions, seed):
@@ -299,7 +299,7 @@ def test_layers_of_one_format_get_it_as_trying_everything_finds():
 def unrelated_problem(seed, layers=300, choices=40):
     """Times, losses and bytes at random."""
     draw = np.random.default_rng(seed)
-    return Problem(
+    return AdditiveProblem(
         tuple(draw.uniform(0.1, 5, (layers, choices))),
         tuple(draw.exponential(0.01, (layers, choices))),
         tuple(draw.integers(1000, 10**6, (layers, choices)).astype(float)),

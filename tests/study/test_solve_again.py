@@ -12,7 +12,7 @@ from tuner.made_up import CONTEXT, STUDY, choice, make_plan, make_proof
 from autoquant.errors import PlanError
 from autoquant.records import Interval
 from autoquant.solver.limits import Limits
-from autoquant.solver.planning import about_options
+from autoquant.solver.space import SearchSpace
 from autoquant.study.solve_again import AROUND, solve_again
 from autoquant.study.study import Study
 
@@ -40,7 +40,8 @@ def finished(store):
     """A study of so many layers with so many options each, of which one uniform plan was proven."""
 
     def make(count=6, formats=5):
-        store.put_options(STUDY, layers(count, formats), about_options(CONTEXT, logarithmic=True))
+        space = SearchSpace(layers(count, formats), CONTEXT, logarithmic=True)
+        store.put_options(STUDY, space.options, space.about())
         store.put_plan(make_plan("a", "uniform a", "uniform", loss=0.01))
         proof = make_proof("a", increase=0.02, high=0.02)
         store.put_proof("a", replace(proof, selection_kl=Interval(value=0.018, low=0.016, high=0.02)))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+from functools import partial
+
 import pytest
 
+from autoquant.solver import front, solve
 from autoquant.store import open_store
 from autoquant.study.study import Study
+from autoquant.tuner.stages import refine
 
 from .made_up import STUDY, fill, make_plan
 
@@ -31,3 +37,27 @@ def study_of(store):
         return Study(store, STUDY)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def quick_collector():
+    """What is in memory already is not searched for garbage, as the stages ask for often."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def quick_solver(monkeypatch):
+    """Fewer points of the front are solved for, and plans are proposed without Optuna."""
+
+    def propose(space, *, known, **_rest):
+        sizes = [range(len(layer)) for layer in space.options]
+        for number, picks in enumerate(itertools.product(*sizes)):
+            plan = space.plan(picks, f"refined {number}", "refined")
+            if plan.plan_id not in known:
+                yield plan, lambda _proof: None
+
+    monkeypatch.setattr(front, "front", partial(solve.front, points=9))
+    monkeypatch.setattr(refine, "proposals", propose)

@@ -6,17 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from autoquant.candidates import get_format
+from autoquant.candidates import Candidate, get_format
+from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import LinearShape, Measurement, RouteStep, SiteUse, TimingSubject
-from autoquant.solver.planning import front_plans, make_plan, uniform_plans
+from autoquant.solver.front import front_plans
+from autoquant.solver.planning import make_plan
+from autoquant.solver.space import SearchSpace
+from autoquant.solver.uniform import uniform_plans
 from autoquant.store.rows import layer_from, to_json
-from autoquant.tuner.choices import FormatFacts, SiteChoices, scored
+from autoquant.tuner.choices import FormatFacts, SiteChoices, numerics_of, scored
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion, sibling_sites
 
 from .made_up import CONTEXT, WORKING_SET, WORKLOAD, make_site
 
 FORMAT = get_format("int8-row/plain")
-CANDIDATES = [(FORMAT, FORMAT.kernel("int8pack-mm")), (FORMAT, FORMAT.kernel("int-mm"))]
+CANDIDATES = [Candidate(FORMAT, FORMAT.kernel(kernel)) for kernel in ("int8pack-mm", "int-mm")]
 Q, K, OTHER = "attn.q", "attn.k", "mlp.up"
 
 
@@ -56,7 +60,7 @@ def fusion(weight_only_us=10.0, integer_us=99.0):
         subject: Measurement(subject=subject, outcome="ok", samples_us=(table[subject.kernel],))
         for subject in fusion_subjects(sites(), CANDIDATES, WORKING_SET)
     }
-    return make_fusion(sites(), CANDIDATES, timings, WORKLOAD, WORKING_SET)
+    return make_fusion(sites(), CANDIDATES, TimingTable(WORKING_SET, timings), WORKLOAD)
 
 
 def test_siblings_are_timed_at_the_shape_of_all_of_them():
@@ -75,7 +79,7 @@ def test_only_sites_of_one_width_and_the_same_uses_are_siblings():
 
 def test_formats_that_cannot_be_joined_are_not_timed_together():
     packed = get_format("int4-g32/cpu-packed")
-    assert fusion_subjects(sites(), [(packed, packed.kernels[0])], WORKING_SET) == []
+    assert fusion_subjects(sites(), [Candidate(packed, packed.kernels[0])], WORKING_SET) == []
 
 
 def scored_fusion(*us, missing=()):
@@ -156,7 +160,7 @@ def with_losses(choices, missing=()):
 
 
 def fastest_plan(options):
-    return front_plans(options, CONTEXT, count=1, max_loss=None, max_memory_bytes=None)[0]
+    return front_plans(SearchSpace(options, CONTEXT), count=1, max_loss=None, max_memory_bytes=None)[0]
 
 
 def test_members_that_would_get_different_formats_alone_are_one_where_that_is_faster_than_both():
@@ -178,7 +182,7 @@ def test_members_that_would_get_different_formats_alone_are_one_where_that_is_fa
 
 def test_what_is_offered_as_one_names_all_numerics_so_that_each_member_is_scored_for_it():
     both = [one for one in offered(fusion(8.5, 1.0))[0].choices if one.joined]
-    assert {key for one in both for key in one.numerics.split()} == {"int8-row+a16", "int8-row+a8-row"}
+    assert {str(key) for one in both for key in numerics_of(one)} == {"int8-row+a16", "int8-row+a8-row"}
     assert {one.memory_bytes for one in both} == {64 * 64}
 
 
@@ -197,15 +201,15 @@ def test_a_format_that_a_member_cannot_have_is_not_offered_for_all():
 def test_uniform_plans_join_what_they_chose_layer_by_layer():
     options = with_losses(offered(fusion(9.0)))
     context = replace(CONTEXT, fusion=fusion(9.0).with_scores(options))
-    [plan] = uniform_plans(options, [layer[0] for layer in options], context)
+    [plan] = uniform_plans(SearchSpace(options, context, [layer[0] for layer in options]))
     assert [layer.joined for layer in plan.layers] == [(Q, K), (Q, K), ()]
-    apart = uniform_plans(options, [layer[0] for layer in options], CONTEXT)[0]
+    apart = uniform_plans(SearchSpace(options, CONTEXT, [layer[0] for layer in options]))[0]
     assert not any(layer.joined for layer in apart.layers)
 
 
 def test_the_reason_of_a_choice_says_where_another_one_is_as_one_with_others():
     options = with_losses(offered(fusion(7.0)))
-    exact = front_plans(options, CONTEXT, count=1, max_loss=0.0, max_memory_bytes=None)[0]
+    exact = front_plans(SearchSpace(options, CONTEXT), count=1, max_loss=0.0, max_memory_bytes=None)[0]
     assert "faster int8-row/plain as one with others would take" in exact.layers[0].reason
 
 
@@ -214,7 +218,7 @@ def test_a_group_that_was_not_timed_says_why():
         subject: Measurement(subject=subject, outcome="unsupported", reason="too wide")
         for subject in fusion_subjects(sites(), CANDIDATES, WORKING_SET)
     }
-    [group] = make_fusion(sites(), CANDIDATES, failed, WORKLOAD, WORKING_SET).groups
+    [group] = make_fusion(sites(), CANDIDATES, TimingTable(WORKING_SET, failed), WORKLOAD).groups
     assert group.choices == () and list(group.reasons()) == ["int8-row/plain: too wide"]
 
 

@@ -28,7 +28,8 @@ def timed(monkeypatch):
     def compare(shape, m, candidates, *, arena, **_options):
         compared.append((str(shape), m, arena.bytes.numel()))
         measurements = []
-        for fmt, kernel in candidates:
+        for candidate in candidates:
+            fmt, kernel = candidate.format, candidate.kernel
             subject = measure.TimingSubject(
                 shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=arena.bytes.numel()
             )
@@ -186,5 +187,5 @@ def test_a_glob_that_matches_nothing_is_refused_and_leaves_no_database(profile, 
     ],
 )
 def test_arithmetic_is_that_of_the_activation_as_the_kernel_has_it(candidate, expected):
-    ((_, kernel),) = module.select([candidate])
-    assert (kernel.arithmetic or "bfloat16") == expected
+    (found,) = module.select([candidate])
+    assert (found.kernel.arithmetic or "bfloat16") == expected

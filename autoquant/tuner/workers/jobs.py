@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from autoquant.candidates import Format, get_format
+from autoquant.candidates import Candidate, Format, get_format
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.devices.memory import release_memory, trim_memory
 from autoquant.errors import ModelError
@@ -228,7 +228,7 @@ class ProfileJob:
 
         measure(
             self.subjects,
-            [(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
+            [Candidate(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
             Place(device=bench.device, hardware=self.hardware, roofline=partial(self._limits, bench.device, tell)),
             on_measured=on_measured,
             listener=partial(_tell_trimmed, tell),

@@ -68,5 +68,5 @@ def test_a_shape_that_does_not_divide_is_left_out():
 
 
 def test_a_search_gets_them_only_by_name():
-    assert not any("bit-planes" in fmt.id for fmt, _ in select(["*"], "cuda") + select(["*"], "cpu"))
-    assert {fmt.id for fmt, _ in select(["int3*", "int2*"], "cpu")} == {low_bit(*choice).id for choice in CHOICES}
+    assert not any("bit-planes" in each.format.id for each in select(["*"], "cuda") + select(["*"], "cpu"))
+    assert {each.format.id for each in select(["int3*", "int2*"], "cpu")} == {low_bit(*choice).id for choice in CHOICES}

@@ -153,16 +153,16 @@ def test_the_inverse_factor_is_that_of_the_damped_hessian():
     ],
 )
 def test_a_glob_names_a_rounding_or_gets_the_nearest(glob, found):
-    assert [fmt.id for fmt, _ in select([glob], "cpu")] == found
+    assert [each.format.id for each in select([glob], "cpu")] == found
 
 
 def test_a_search_that_names_no_candidates_rounds_to_nearest():
-    assert not any(fmt.rounds for device in ("cpu", "cuda") for fmt, _ in select(["*"], device))
+    assert not any(each.format.rounds for device in ("cpu", "cuda") for each in select(["*"], device))
 
 
 def test_roundings_of_one_format_are_timed_once():
     pairs = select(["int4-g64/cpu*", "int4-g64-*", "int3*-gptq"], "cpu")
-    names = [f"{fmt.id}/{kernel.id}" for fmt, kernel in timed(pairs) if "int3" in fmt.id or "cpu" in fmt.id]
+    names = [each.id for each in timed(pairs) if "int3" in each.id or "cpu" in each.format.id]
     kernels = ("int4pack-mm", "dequantize-matmul")
     assert names == [
         *(f"int4-g64/cpu-packed/{kernel}" for kernel in kernels),

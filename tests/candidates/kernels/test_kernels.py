@@ -10,7 +10,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LinearShape, RouteStep
 
 N, K = 64, 128
-CANDIDATES = {f"{fmt.id}/{kernel.id}": (fmt, kernel) for fmt, kernel in timed(select(["*"]))}
+CANDIDATES = {each.id: (each.format, each.kernel) for each in timed(select(["*"]))}
 WEIGHT_ERROR = {  # relative error of the stored numbers of a bfloat16 weight, in norm
     "float32": 0.0,
     "bfloat16": 0.0,
@@ -187,7 +187,8 @@ def test_a_routed_linear_is_compiled(name):
     ],
 )
 def test_a_candidate_says_why_it_cannot_be_used(format_id, shape, m, device, reason):
-    fmt, kernel = select([format_id])[0]
+    (candidate, *_) = select([format_id])
+    fmt, kernel = candidate.format, candidate.kernel
     shape = LinearShape(n=shape[0], k=shape[1], bias=False, dtype="bfloat16")
     given = fmt.unsupported_reason(kernel, shape, m, device)
     assert given is not None and reason in given

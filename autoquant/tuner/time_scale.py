@@ -1,9 +1,10 @@
-"""From single-layer times to whole-model times: what the first proven plans teach about the others.
+"""From single-layer times to whole-model times: what the first proven plans teach about others.
 
-A linear inside a compiled model is not as fast as on its own: neighbours are fused into it, caches are shared, calls cost. The
-model of a phase's time is `rest + sum over layers of factor[candidate] * isolated time`, one factor for each candidate. The
-uniform plans tell the factors and the rest apart only up to a common part, so of all fits the one whose factors are nearest to
-1 is taken (ridge regression towards 1, with bounds).
+Inside a compiled model a linear is not as fast as on its own: neighbours are fused into it, caches
+are shared, calls cost. The model of a phase's time is
+`rest + sum over layers of factor[candidate] * isolated time`, with one factor for each candidate.
+Uniform plans determine the factors and the rest only up to a common part. So of all fits the one
+whose factors are nearest to 1 is taken (ridge regression towards 1, with bounds).
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from scipy.optimize import lsq_linear
 from autoquant.candidates import timed_as
 from autoquant.records import LayerChoice, Plan, Proof, Site, request_time, route_kernel
 from autoquant.solver.planning import PlanContext, predict
+from autoquant.solver.space import SearchSpace
 
 _STRENGTH = 0.05
 _LOWEST, _HIGHEST = 0.2, 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """Factors by (phase, candidate), and each phase's time outside its linears.
+class TimeScale:
+    """How isolated times of linears become times of the whole model.
 
-    A candidate that no proven plan used gets the median of its phase's factors; 1 where there are none.
+    A candidate that no proven plan used gets the median of its phase's factors, or 1 without any.
 
     Attributes:
-        original_ms: What the unquantized model took for each phase, in whose units the others are.
+        rest_ms: Each phase's time outside its linears.
+        factors: By (phase, candidate).
+        original_ms: What the unquantized model took for each phase; the others are in its units.
     """
 
     rest_ms: Mapping[str, float] = field(default_factory=dict)
@@ -38,32 +42,48 @@ class Calibration:
     original_ms: Mapping[str, float] = field(default_factory=dict)
 
     def factor(self, phase: str, candidate: str) -> float:
-        """What an isolated time is multiplied by."""
+        """Return what an isolated time is multiplied by."""
         known = sorted(factor for (of, _), factor in self.factors.items() if of == phase)
         return self.factors.get((phase, candidate), known[len(known) // 2] if known else 1.0)
 
     def choice(self, choice: LayerChoice, site: Site) -> LayerChoice:
-        """The choice with its latencies as they are expected to be inside the model."""
+        """Return the choice with the latencies expected inside the model."""
         latency = {
             phase: us * self.factor(phase, candidate_of(choice, site, phase)) for phase, us in choice.latency_us.items()
         }
         return replace(choice, latency_us=latency)
 
     def within(self, context: PlanContext) -> PlanContext:
-        """The context with what is known of a request outside its linears."""
+        """Return the context with the time of a request outside its linears."""
         calls = context.workload.calls()
         original_ms = request_time(self.original_ms, calls) if self.original_ms else None
         return replace(context, rest_ms=request_time(self.rest_ms, calls), original_request_ms=original_ms)
 
+    def predicted(self, plan: Plan, sites: Sequence[Site], context: PlanContext) -> Plan:
+        """Return the plan with its request time predicted; its layers keep isolated times."""
+        by_name = {site.name: site for site in sites}
+        choices = [self.choice(layer, by_name[layer.name]) for layer in plan.layers]
+        return replace(plan, prediction=predict(choices, self.within(context)))
+
+    def space(self, space: SearchSpace, sites: Sequence[Site]) -> SearchSpace:
+        """Return the space in whole-model time.
+
+        There the solver decides which layers are computed as one, so plans are not joined further.
+        """
+        options = [
+            [self.choice(choice, site) for choice in layer] for layer, site in zip(space.options, sites, strict=True)
+        ]
+        return replace(space, options=options, context=replace(self.within(space.context), fusion=None))
+
 
 def candidate_of(choice: LayerChoice, site: Site, phase: str) -> str:
-    """The candidate that does most of the layer's work in a phase."""
+    """Return the candidate that does most of the layer's work in a phase."""
     uses = [use for use in site.uses if use.phase == phase]
     m = max(uses, key=lambda use: use.m * use.calls).m
     return f"{timed_as(choice.format)}/{route_kernel(choice.route, m)}"
 
 
-def fit(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site]) -> Calibration:
+def fit_time_scale(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site]) -> TimeScale:
     """Fit every phase on plans whose latencies are the isolated ones."""
     by_name = {site.name: site for site in sites}
     proven = [plan for plan in plans if plan.plan_id in proofs]
@@ -75,14 +95,7 @@ def fit(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site
         measured = [_drift_free_ms(proofs, plan.plan_id, phase) for plan in proven]
         rest[phase], found = _fit_phase(isolated, measured)
         factors |= {(phase, candidate): factor for candidate, factor in found.items()}
-    return Calibration(rest, factors, {phase: _original_ms(proofs, phase) for phase in phases} if proven else {})
-
-
-def predicted(plan: Plan, calibration: Calibration, sites: Sequence[Site], context: PlanContext) -> Plan:
-    """The plan with its request time predicted by `calibration`; its layers keep their isolated times."""
-    by_name = {site.name: site for site in sites}
-    choices = [calibration.choice(layer, by_name[layer.name]) for layer in plan.layers]
-    return replace(plan, prediction=predict(choices, calibration.within(context)))
+    return TimeScale(rest, factors, {phase: _original_ms(proofs, phase) for phase in phases} if proven else {})
 
 
 def _isolated_ms(plan: Plan, sites: Mapping[str, Site], phase: str) -> dict[str, float]:

@@ -1,0 +1,85 @@
+"""Plans of the exact front, spread over it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from autoquant.records import Objective, Plan
+from autoquant.solver.solve import AdditiveProblem, Picks, front, undominated
+from autoquant.solver.space import SearchSpace
+
+_DISTINGUISHABLE = 64.0
+"""Quality does not distinguish a plan that costs this part of what is allowed from the unquantized
+model."""
+
+
+def front_plans(
+    space: SearchSpace,
+    *,
+    count: int,
+    max_loss: float | None,
+    max_memory_bytes: int | None,
+    minimize: Objective = "time",
+) -> list[Plan]:
+    """Return plans of the exact front, first the fastest (or smallest) one within the limits.
+
+    Args:
+        max_loss: The plan loss that the limits of quality are expected to allow (None: no limit).
+    """
+    problem, summed = space.problem, space.budget(max_loss)
+    target = space.solve(minimize, max_summed_loss=summed, max_memory_bytes=max_memory_bytes)
+    chosen = [] if target is None else [target]
+    chosen += spread(
+        problem,
+        undominated(problem, front(problem)),
+        count - len(chosen),
+        taken=chosen,
+        least_loss=0.0 if summed is None else summed / _DISTINGUISHABLE,
+    )
+    wanted = f"front: {'fastest' if minimize == 'time' else 'smallest'} within limits"
+    plans = []
+    for number, picks in enumerate(chosen, start=1):
+        label = wanted if target is not None and number == 1 else f"front {number}"
+        plans.append(space.plan(picks, label, "front"))
+    return plans
+
+
+def spread(
+    problem: AdditiveProblem,
+    points: Sequence[Picks],
+    count: int,
+    taken: Sequence[Picks] = (),
+    least_loss: float = 0.0,
+) -> list[Picks]:
+    """Return `count` of the points, each as far as can be from those already chosen.
+
+    Distances are of time, log of loss, and memory, each scaled to 1.
+
+    Args:
+        least_loss: Losses below it count as if they were this.
+    """
+    pool = [p for p in points if p not in taken]
+    if not pool or count <= 0:
+        return []
+    totals = np.array([problem.totals(p) for p in [*pool, *taken]])
+    losses = totals[:, 1]
+    told = losses[(losses > 0) & np.isfinite(losses)]
+    floor = max(told.min() * 0.1 if len(told) else 1.0, least_loss)
+    highest = max(floor, told.max(initial=0.0))  # an infinite loss would have no distance
+    totals[:, 1] = np.log(np.clip(losses, floor, highest))
+    span = totals.max(axis=0) - totals.min(axis=0)
+    where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
+    own, fixed = where[: len(pool)], where[len(pool) :]
+    chosen: list[int] = []
+    distance = np.full(len(pool), np.inf)
+    for other in fixed:
+        distance = np.minimum(distance, np.linalg.norm(own - other, axis=1))
+    for _ in range(min(count, len(pool))):
+        first = not len(fixed) and not chosen
+        best = int(np.argmin(own[:, 0])) if first else int(np.argmax(distance))
+        chosen.append(best)
+        distance = np.minimum(distance, np.linalg.norm(own - own[best], axis=1))
+        distance[best] = -1.0
+    return [pool[i] for i in chosen]

@@ -1,0 +1,176 @@
+"""The search space: what every layer may get, with what all plans have in common. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from autoquant.errors import PlanError
+from autoquant.records import LayerChoice, Objective, Plan, PlanKind, Proof, Route, Workload
+from autoquant.solver.additivity import LossMap
+from autoquant.solver.constraints import Bound
+from autoquant.solver.limits import Limits
+from autoquant.solver.planning import PlanContext, explain, make_plan, request_ms
+from autoquant.solver.solve import AdditiveProblem, Picks, fastest, smallest
+
+Options = Sequence[Sequence[LayerChoice]]
+"""By layer, every layer with at least one."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The options of all layers, from which plans are solved.
+
+    Attributes:
+        unquantized: The unquantized choice of each layer. It is not among a layer's options if a
+            constraint bars it. Empty in a space that was read from the store.
+        logarithmic: Losses are log-likelihoods, and the increase is one of perplexity.
+    """
+
+    options: Options
+    context: PlanContext
+    unquantized: Sequence[LayerChoice] = ()
+    logarithmic: bool = False
+
+    @cached_property
+    def problem(self) -> AdditiveProblem:
+        """The numbers to solve: milliseconds per request, loss and bytes of every option.
+
+        Options that compute layers as one are taken by all of these layers or by none.
+        """
+        workload = self.context.workload
+        return AdditiveProblem.build(
+            [[(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer] for layer in self.options],
+            self._joined(),
+            self._same_format(),
+        )
+
+    def budget(self, max_loss: float | None) -> float | None:
+        """Return the summed loss of a plan whose loss is `max_loss`; None means no limit."""
+        if max_loss is None:
+            return None
+        summed = self.context.loss_map.summed(max_loss)
+        return summed if summed < math.inf else None
+
+    def solve(
+        self, minimize: Objective, *, max_summed_loss: float | None, max_memory_bytes: int | None
+    ) -> Picks | None:
+        """Return the fastest or smallest solution within the limits, or None.
+
+        Args:
+            max_summed_loss: Limit on the layers' summed losses, see `budget`.
+            max_memory_bytes: Limit on the bytes of all parameters, searched or not.
+        """
+        allowed = None if max_memory_bytes is None else max_memory_bytes - self.context.other_bytes
+        if minimize == "time":
+            return fastest(self.problem, max_loss=max_summed_loss, max_memory=allowed)
+        picks = smallest(self.problem, max_loss=max_summed_loss)
+        fits = picks is None or allowed is None or self.problem.totals(picks)[2] <= allowed
+        return picks if fits else None
+
+    def chosen(self, picks: Picks) -> list[LayerChoice]:
+        """Return the options that a solution takes."""
+        return [layer[i] for layer, i in zip(self.options, picks, strict=True)]
+
+    def plan(self, picks: Picks, label: str, kind: PlanKind) -> Plan:
+        """Make the plan of a solution, each layer with the reason for its option."""
+        layers = [
+            replace(layer[i], reason=explain(layer, i, self.context))
+            for layer, i in zip(self.options, picks, strict=True)
+        ]
+        return make_plan(layers, label, kind, self.context)
+
+    def memory_bytes(self, picks: Picks) -> int:
+        """Return the bytes of all parameters in a solution."""
+        return self.context.other_bytes + sum(c.memory_bytes for c in self.chosen(picks))
+
+    def check_memory(self, max_memory_bytes: int | None) -> None:
+        """Refuse a limit that no choice of formats can keep to.
+
+        Raises:
+            PlanError: The smallest of all plans is larger.
+        """
+        if max_memory_bytes is None:
+            return
+        picks = smallest(self.problem)
+        assert picks is not None  # without a limit there is always a solution
+        least_bytes = self.memory_bytes(picks)
+        if least_bytes > max_memory_bytes:
+            constrained = ", or fewer of --keep, --pin and --fusable" if self.context.bound.reasons else ""
+            raise PlanError(
+                f"no plan is as small as {max_memory_bytes:,} bytes: the smallest formats take"
+                f" {least_bytes:,}; allow at least that with --max-memory{constrained}"
+            )
+
+    def allowed_loss(self, limits: Limits, plans: Mapping[str, Plan], proofs: Mapping[str, Proof]) -> float | None:
+        """Return the plan loss that the limits are expected to allow; None means no limit."""
+        return limits.expected_loss(plans, proofs, logarithmic=self.logarithmic)
+
+    def scaled(self, multiplier: Mapping[str, float]) -> SearchSpace:
+        """Return the space with each layer's losses scaled by a factor of its own."""
+        options = [[replace(c, loss=c.loss * multiplier.get(c.name, 1.0)) for c in layer] for layer in self.options]
+        return replace(self, options=options)
+
+    def about(self) -> dict[str, Any]:
+        """Return what the store keeps beside the options."""
+        context = self.context
+        return {
+            "other_bytes": context.other_bytes,
+            "rest_ms": context.rest_ms,
+            "original_request_ms": context.original_request_ms,
+            "dtype": context.dtype,
+            "curvature": context.loss_map.curvature,
+            "groups": [list(group) for group in context.bound.groups],
+            "reasons": dict(context.bound.reasons),
+            "logarithmic": self.logarithmic,
+        }
+
+    @classmethod
+    def from_store(
+        cls,
+        options: Options,
+        about: Mapping[str, Any],
+        *,
+        study_id: str,
+        model_hash: str,
+        workload: Workload,
+    ) -> SearchSpace:
+        """Make the space again of its options and what `about` gave."""
+        context = PlanContext(
+            study_id=study_id,
+            model_hash=model_hash,
+            dtype=about["dtype"],
+            workload=workload,
+            other_bytes=about["other_bytes"],
+            rest_ms=about["rest_ms"],
+            original_request_ms=about.get("original_request_ms"),
+            loss_map=LossMap(about["curvature"]),
+            bound=Bound(tuple(tuple(group) for group in about["groups"]), about["reasons"]),
+        )
+        return cls(options, context, logarithmic=bool(about["logarithmic"]))
+
+    def _joined(self) -> list[list[tuple[int, int]]]:
+        """For each way to compute layers as one, its options as (layer, option)."""
+        together: dict[tuple[tuple[str, ...], str, Route], list[tuple[int, int]]] = {}
+        for position, layer in enumerate(self.options):
+            for index, choice in enumerate(layer):
+                if choice.joined:
+                    way = (choice.joined, choice.format, choice.route)
+                    together.setdefault(way, []).append((position, index))
+        return list(together.values())
+
+    def _same_format(self) -> list[list[tuple[int, list[int]]]]:
+        """For each group and format, the options of each member that have the format."""
+        positions = {layer[0].name: position for position, layer in enumerate(self.options)}
+        found: list[list[tuple[int, list[int]]]] = []
+        for group in self.context.bound.groups:
+            members = [positions[name] for name in group]
+            formats = dict.fromkeys(c.format for member in members for c in self.options[member])
+            found += [[(m, self._having(m, fmt)) for m in members] for fmt in formats]
+        return found
+
+    def _having(self, position: int, format_id: str) -> list[int]:
+        return [i for i, choice in enumerate(self.options[position]) if choice.format == format_id]

@@ -1,0 +1,60 @@
+"""The time that a search may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autoquant.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Counts time over all runs of the same search, and keeps in the store what was spent.
+
+    Attributes:
+        limit_s: What refinement may fill up.
+        started_s: When this run began, by `now_s`.
+        spent_before_s: What earlier runs spent.
+    """
+
+    store: Store
+    study_id: str
+    limit_s: float
+    started_s: float
+    spent_before_s: float
+    now_s: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def of(cls, store: Store, study_id: str, limit_s: float, started_s: float) -> Budget:
+        """Return the budget of a study's run that began at `started_s` (`time.monotonic`)."""
+        spent_s = store.study(study_id).spent_s
+        return cls(
+            store=store,
+            study_id=study_id,
+            limit_s=limit_s,
+            started_s=started_s,
+            spent_before_s=spent_s,
+        )
+
+    def spent_s(self) -> float:
+        """Return the seconds that all runs spent."""
+        return self.spent_before_s + self.now_s() - self.started_s
+
+    def left_s(self) -> float:
+        """Return the seconds that are left; negative when the limit is passed."""
+        return self.limit_s - self.spent_s()
+
+    def is_filled(self) -> bool:
+        """Check whether an earlier run came to the end and had at least this time."""
+        return self.store.study(self.study_id).complete and self.spent_before_s >= self.limit_s
+
+    def note(self) -> None:
+        """Keep what was spent so far."""
+        self.store.update_study(self.study_id, spent_s=self.spent_s())
+
+    def finish(self) -> None:
+        """Keep that the search is complete, and that it had at least the limit."""
+        spent_s = max(self.spent_s(), self.limit_s)
+        self.store.update_study(self.study_id, complete=True, spent_s=spent_s)

@@ -1,0 +1,68 @@
+"""The flow of a search. Every stage starts from what the store holds, and keeps what it learns."""
+
+from __future__ import annotations
+
+from autoquant.devices.memory import release_memory
+from autoquant.study.study import Study
+from autoquant.tuner.budget import Budget
+from autoquant.tuner.deliver import Deliverer, deliver_best
+from autoquant.tuner.ledger import ProofLedger
+from autoquant.tuner.setup import SearchSetup
+from autoquant.tuner.stages.crossovers import measure_crossovers
+from autoquant.tuner.stages.profile import profile_linears
+from autoquant.tuner.stages.prove import prove_front, prove_references
+from autoquant.tuner.stages.record import bind_constraints, record_linears
+from autoquant.tuner.stages.refine import refine
+from autoquant.tuner.stages.score import score_choices
+
+
+def run_stages(setup: SearchSetup, budget: Budget) -> None:
+    """Search: record, profile, score, prove, refine; then deliver the best plan.
+
+    A complete study that had at least this time goes straight to delivery.
+    """
+    if budget.is_filled():
+        setup.tell(
+            f"study {setup.study_id} is complete: the best of its plans within the limits, nothing"
+            f" measured; {budget.spent_before_s:.0f} s were spent on it, and a larger --time-budget"
+            " aims at these limits"
+        )
+    else:
+        search_plans(setup.for_this_machine(), budget)
+        budget.finish()
+    deliver(setup)
+
+
+def search_plans(setup: SearchSetup, budget: Budget) -> None:
+    """Run the stages that measure."""
+    recording = record_linears(setup)
+    bound = bind_constraints(setup, recording.sites)
+    runner = setup.start_runner()
+    try:
+        measure = setup.measurer(runner)
+        timings = profile_linears(setup, recording, measure)
+        budget.note()
+        space = score_choices(setup, recording, bound, timings, runner)
+        budget.note()
+        ledger = ProofLedger(setup.store, setup.study_id, runner, budget, setup.listener)
+        referenced = prove_references(space, ledger, recording.sites, setup.limits)
+        prove_front(referenced, ledger, setup.limits)
+        refine(referenced, ledger, setup.limits, setup.seed)
+        measure_crossovers(ledger, timings, measure, setup.device)
+    finally:
+        runner.close()
+        release_memory()
+
+
+def deliver(setup: SearchSetup) -> None:
+    """Recommend the best plan that is faster as its user will run it."""
+    study = Study(setup.store, setup.study_id)
+    deliverer = Deliverer(
+        loaded=setup.loaded,
+        usage=setup.usage,
+        calibration=study.calibration,
+        listener=setup.listener,
+    )
+    deliver_best(study, deliverer, setup.listener)
+    best = study.recommended()
+    setup.store.update_study(setup.study_id, recommended=best.plan_id if best else None)

@@ -1,0 +1,102 @@
+"""The ledger of a search: what was planned, proven and failed."""
+
+from __future__ import annotations
+
+import logging
+
+from autoquant.devices.memory import release_memory
+from autoquant.errors import first_line
+from autoquant.events import Listener, Notice, StageProgress
+from autoquant.records import Plan, PlanKind, Proof
+from autoquant.solver.planning import ProvenPlans
+from autoquant.solver.space import SearchSpace
+from autoquant.store import Store
+from autoquant.study.study import Study
+from autoquant.tuner.budget import Budget
+from autoquant.tuner.workers.in_process import Runner
+from autoquant.tuner.workers.jobs import ProveJob
+
+_log = logging.getLogger(__name__)
+
+
+class ProofLedger:
+    """Proves plans, and remembers how that ended. Starts from what the store holds.
+
+    Everything is kept in the store at once.
+
+    Attributes:
+        plans: By id.
+        proofs: By plan id.
+        failures: Why a plan could not be proven, by plan id.
+    """
+
+    def __init__(self, store: Store, study_id: str, runner: Runner, budget: Budget, listener: Listener) -> None:
+        self.store, self.study_id, self.budget, self.listener = store, study_id, budget, listener
+        self._runner = runner
+        self._selection: tuple[float, ...] = ()
+        self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
+        self.proofs: dict[str, Proof] = store.proofs(study_id)
+        self.failures: dict[str, str] = store.failed_proofs(study_id)
+
+    @property
+    def study(self) -> Study:
+        """The study as its user sees it now."""
+        return Study(self.store, self.study_id)
+
+    def proven(self) -> ProvenPlans:
+        """Return the proven plans."""
+        return {
+            plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
+        }
+
+    def put_plan(self, plan: Plan) -> None:
+        """Keep a plan, or what is new about it."""
+        self.store.put_plan(plan)
+        self.plans[plan.plan_id] = plan
+
+    def put_space(self, space: SearchSpace) -> None:
+        """Keep what further plans are solved from."""
+        self.store.put_options(self.study_id, space.options, space.about())
+
+    def prove(self, plan: Plan) -> Proof | None:
+        """Prove a plan unless it is known how that ends.
+
+        Returns:
+            The proof, or None if the plan could not be proven.
+        """
+        if plan.plan_id in self.proofs or plan.plan_id in self.failures:
+            return self.proofs.get(plan.plan_id)
+        self.listener(StageProgress("prove", len(self.proofs), plan.label))
+        self.put_plan(plan)
+        try:
+            job = ProveJob(plan, self._selection)
+            proof, self._selection = self._runner.run(job, self.listener)
+        except Exception as error:  # noqa: BLE001 - that a plan cannot run is a fact about it
+            self._put_failure(plan, first_line(error, with_type=True))
+            return None
+        self.store.put_proof(plan.plan_id, proof)
+        self.proofs[plan.plan_id] = proof
+        milliseconds, increase = proof.request_ms, proof.increase.value
+        _log.info("proved %s: %.4g ms a request, increase %+.3g", plan.label, milliseconds, increase)
+        self.budget.note()
+        release_memory()
+        return proof
+
+    def prove_baseline(self, kind: PlanKind, plan: Plan) -> None:
+        """Prove a baseline, unless it is the same as a plan of another kind."""
+        same = self.plans.get(plan.plan_id)
+        if same is not None and same.kind != kind:
+            self.leave_out(kind, f"the same as plan {same.plan_id} ({same.label})")
+        else:
+            self.prove(plan)
+
+    def leave_out(self, kind: PlanKind, reason: str) -> None:
+        """Keep why there is no baseline of this kind."""
+        self.store.put_reference(self.study_id, f"no {kind} plan", {"reason": reason})
+        self.listener(Notice(f"no {kind} plan: {reason}"))
+
+    def _put_failure(self, plan: Plan, reason: str) -> None:
+        self.failures[plan.plan_id] = reason
+        self.store.put_proof(plan.plan_id, None, reason)
+        text = f"plan {plan.label} could not be proven: {reason}; the search goes on without it"
+        self.listener(Notice(text))

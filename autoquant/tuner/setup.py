@@ -1,0 +1,106 @@
+"""What a search is about: settled before its first stage, and the same for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from autoquant.candidates import Candidate, Format
+from autoquant.devices import backend
+from autoquant.evaluators.outputs import AnyQuality
+from autoquant.evaluators.sensitivity import Sensitivity
+from autoquant.events import Listener, Notice
+from autoquant.models import LoadedModel
+from autoquant.profiler.crossovers import Measure
+from autoquant.records import Device, Workload
+from autoquant.runtime.user_loop import Usage
+from autoquant.solver.constraints import Constraints
+from autoquant.solver.limits import Limits
+from autoquant.store import Store
+from autoquant.tuner.profiling import measure_all
+from autoquant.tuner.workers.in_process import Runner
+from autoquant.tuner.workers.jobs import Bench
+from autoquant.tuner.workers.start import start_runner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSetup:
+    """One search.
+
+    Attributes:
+        device: The torch device.
+        hardware: Its fingerprint.
+        candidates: Those of the search, the unquantized ones among them.
+        sample_inputs: Of one forward pass, for a module that is no language model.
+        fuse: Also try to compute linears that read the same input as one.
+    """
+
+    store: Store
+    study_id: str
+    loaded: LoadedModel
+    quality: AnyQuality
+    workload: Workload
+    device: str
+    hardware: Device
+    candidates: list[Candidate]
+    sample_inputs: Any
+    fuse: bool
+    sensitivity: Sensitivity
+    constraints: Constraints
+    limits: Limits
+    seed: int
+    listener: Listener
+
+    @property
+    def formats(self) -> list[Format]:
+        """The formats of the candidates, each once."""
+        return list({each.format.id: each.format for each in self.candidates}.values())
+
+    @property
+    def usage(self) -> Usage:
+        """How the user will run the model."""
+        return Usage(
+            kind=self.loaded.kind,
+            workload=self.workload,
+            device=self.device,
+            sample_inputs=self.sample_inputs,
+        )
+
+    def for_this_machine(self) -> SearchSetup:
+        """Return the setup without what needs torch.compile, if that does not work here."""
+        reason = backend(self.device).compile_failure()
+        if reason is None:
+            return self
+        self.tell(f"running eagerly, since torch.compile does not work here: {reason}")
+        if self.fuse:
+            self.tell("layers are not computed as one, since torch.compile does that")
+        return replace(self, fuse=False)
+
+    def start_runner(self) -> Runner:
+        """Start what runs the jobs: processes of their own where that is possible."""
+        eager = self.hardware.versions.get("compiler") == "none"
+        bench = Bench(
+            load=lambda: self.loaded,
+            quality=self.quality,
+            workload=self.workload,
+            device=self.device,
+            execution="eager" if eager else "compiled",
+            sample_inputs=self.sample_inputs,
+        )
+        return start_runner(bench, [fmt.id for fmt in self.formats], self.listener)
+
+    def measurer(self, runner: Runner) -> Measure:
+        """Return what times linears, or takes their timings from the store."""
+        return partial(
+            measure_all,
+            runner=runner,
+            hardware=self.hardware,
+            store=self.store,
+            listener=self.listener,
+        )
+
+    def tell(self, *notices: str) -> None:
+        """Report notices."""
+        for notice in notices:
+            self.listener(Notice(notice))

@@ -1,0 +1,130 @@
+"""The prove stage: plans really applied and measured, from the references to the front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoquant.errors import CandidateError
+from autoquant.events import Notice, StageFinished, StageStarted
+from autoquant.records import Plan, Site
+from autoquant.solver.aim import aimed
+from autoquant.solver.baselines import bits_plan, structural_plan
+from autoquant.solver.front import front_plans
+from autoquant.solver.limits import Limits
+from autoquant.solver.space import SearchSpace
+from autoquant.solver.uniform import original_plan, uniform_plans
+from autoquant.tuner.ledger import ProofLedger
+from autoquant.tuner.time_scale import TimeScale, fit_time_scale
+
+FRONT_PLANS = 3
+"""So many plans of the front are proven at least."""
+LEAST_PLANS = 10
+"""So many plans are proven in all, as far as there are so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Referenced:
+    """The search space after the references were proven.
+
+    Attributes:
+        space: Its latencies are those inside the whole model.
+        plan_ids: Those of the references: the unquantized model, the uniform plans, the heuristic.
+        allowed_loss: The plan loss that the limits are expected to allow (None: no limit).
+    """
+
+    space: SearchSpace
+    plan_ids: frozenset[str]
+    allowed_loss: float | None
+
+
+def prove_references(space: SearchSpace, ledger: ProofLedger, sites: Sequence[Site], limits: Limits) -> Referenced:
+    """Prove the unquantized model, the uniform plans and the heuristic, and learn from them.
+
+    Raises:
+        PlanError: No plan is as small as the limit of memory.
+        CandidateError: The unquantized model cannot be run.
+    """
+    space.check_memory(limits.max_memory_bytes)
+    ledger.listener(StageStarted("prove", 1 + FRONT_PLANS))
+    original, scale = _prove_original(space, ledger, sites)
+    uniform = uniform_plans(space)
+    ledger.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
+    for plan in uniform:
+        ledger.prove(scale.predicted(plan, sites, space.context))
+    scale = fit_time_scale([original, *uniform], ledger.proofs, sites)
+    scaled = scale.space(space, sites)
+    ledger.put_space(scaled)
+    allowed = scaled.allowed_loss(limits, ledger.plans, ledger.proofs)
+    references = {plan.plan_id for plan in (original, *uniform)}
+    heuristic = structural_plan(space, limits=limits, max_loss=allowed)
+    if heuristic is None:
+        ledger.leave_out("heuristic", "no formats to choose between")
+    else:
+        ledger.prove_baseline("heuristic", scale.predicted(heuristic, sites, scaled.context))
+        references.add(heuristic.plan_id)
+    return Referenced(scaled, frozenset(references), allowed)
+
+
+def _prove_original(space: SearchSpace, ledger: ProofLedger, sites: Sequence[Site]) -> tuple[Plan, TimeScale]:
+    """Prove the unquantized model; its plan has isolated times, the ledger's whole-model time."""
+    original = original_plan(space)
+    ledger.prove(original)
+    if original.plan_id not in ledger.proofs:
+        reason = ledger.failures[original.plan_id]
+        raise CandidateError(f"the unquantized model cannot be run: {reason}")
+    scale = fit_time_scale([original], ledger.proofs, sites)
+    ledger.put_plan(scale.predicted(original, sites, space.context))
+    return original, scale
+
+
+def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> None:
+    """Prove the best plan within the limits, others nearer to the limit, and some of the front."""
+    references = referenced.plan_ids
+    # One of the least number of plans is left for the allocation by bits.
+    count = max(FRONT_PLANS, LEAST_PLANS - len(references) - 1)
+    plans = front_plans(
+        referenced.space,
+        count=count + 1 + len(references),
+        max_loss=referenced.allowed_loss,
+        max_memory_bytes=limits.max_memory_bytes,
+        minimize=limits.minimize,
+    )
+    new = [plan for plan in plans if plan.plan_id not in references]
+    for plan in new[:1]:
+        ledger.prove(plan)
+    count -= _prove_aimed(referenced, ledger, limits)
+    for plan in new[1:count]:
+        ledger.prove(plan)
+    prove_bits(referenced.space, ledger)
+    missing = max(0, LEAST_PLANS - len(ledger.proofs))  # bits alone may give nothing new
+    for plan in new[max(count, 1) :][:missing]:
+        ledger.prove(plan)
+    summary = f"{len(ledger.proofs)} plans proven, {len(ledger.failures)} failed"
+    ledger.listener(StageFinished("prove", summary))
+
+
+def _prove_aimed(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> int:
+    """Prove plans until one is at the limit of quality; return how many."""
+    count = 0
+    trials = aimed(referenced.space, limits=limits, guess=referenced.allowed_loss, known=ledger.proven())
+    for plan, tell in trials:
+        if ledger.budget.left_s() <= 0:
+            ledger.listener(Notice("not aimed at the limit any further: the time budget is spent"))
+            break
+        tell(ledger.prove(plan))
+        count += 1
+    return count
+
+
+def prove_bits(space: SearchSpace, ledger: ProofLedger) -> None:
+    """Prove what an allocation by bits alone would choose in place of the recommended plan."""
+    recommended = ledger.study.candidate()
+    if recommended is None:
+        ledger.leave_out("bits", "no plan is within the limits, whose bits it could have")
+    elif recommended.kind != "bits":
+        plan = bits_plan(space, recommended)
+        if plan is None:
+            ledger.leave_out("bits", "no formats to choose between")
+        else:
+            ledger.prove_baseline("bits", plan)

@@ -1,0 +1,40 @@
+"""The record stage: which linears the model runs, and which of them constraints are about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autoquant.candidates.formats.floats import original_format
+from autoquant.profiler.record import record_model
+from autoquant.records import Recording, Site
+from autoquant.solver.constraints import Bound, bind
+from autoquant.tuner.notices import constraint_notices
+from autoquant.tuner.setup import SearchSetup
+
+
+def record_linears(setup: SearchSetup) -> Recording:
+    """Return the linears that the workload runs, from the store or recorded now."""
+    known = setup.store.study(setup.study_id).recording
+    if known is not None:
+        return known
+    recording = record_model(
+        setup.loaded,
+        setup.workload,
+        device=setup.device,
+        sample_inputs=setup.sample_inputs,
+        listener=setup.listener,
+    )
+    setup.store.update_study(setup.study_id, recording=recording)
+    return recording
+
+
+def bind_constraints(setup: SearchSetup, sites: Sequence[Site]) -> Bound:
+    """Find the layers that constraints are about, and report how many these are.
+
+    Raises:
+        ConstraintError: A pattern matches nothing, or constraints contradict one another.
+    """
+    ids = [candidate.id for candidate in setup.candidates]
+    bound = bind(setup.constraints, sites, ids, original_format(setup.loaded.dtype))
+    setup.tell(*constraint_notices(setup.constraints, bound, sites))
+    return bound

@@ -1,0 +1,109 @@
+"""The score stage: what every choice of a layer is predicted to cost in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autoquant.candidates.formats.floats import original_format
+from autoquant.devices.memory import release_memory
+from autoquant.profiler.timing_table import TimingTable
+from autoquant.records import LayerChoice, Recording, Site
+from autoquant.solver.constraints import Bound, Constraints
+from autoquant.solver.planning import PlanContext
+from autoquant.solver.space import SearchSpace
+from autoquant.tuner.choices import ChoiceMaker, Facts, SiteChoices, format_facts, scored
+from autoquant.tuner.fusion import Fusion, complete, make_fusion
+from autoquant.tuner.notices import dropped_notices, fusion_notices
+from autoquant.tuner.scoring import Scores, score
+from autoquant.tuner.setup import SearchSetup
+from autoquant.tuner.workers.in_process import Runner
+
+
+def score_choices(
+    setup: SearchSetup, recording: Recording, bound: Bound, timings: TimingTable, runner: Runner
+) -> SearchSpace:
+    """Make the choices of all layers from timings, score them, and return the search space.
+
+    Raises:
+        ConstraintError: Constraints leave a layer, or a group of layers, nothing that can be used.
+    """
+    sites = recording.sites
+    fusion = _make_fusion(setup, sites, timings)
+    choices = _make_choices(setup, sites, bound, timings, fusion)
+    scores = score(
+        choices,
+        method=setup.sensitivity,
+        model_hash=setup.loaded.content_hash,
+        quality_key=f"{setup.quality.key}-{setup.loaded.dtype}",
+        device_type=setup.hardware.type,
+        runner=runner,
+        store=setup.store,
+        listener=setup.listener,
+    )
+    release_memory()
+    filled = [scored(each, scores.losses) for each in choices]
+    options = bound.narrowed(complete([each.choices for each in filled]))
+    originals = [each.original for each in filled]
+    return make_space(setup, recording, scores, bound, complete(options), originals, fusion)
+
+
+def make_space(
+    setup: SearchSetup,
+    recording: Recording,
+    scores: Scores,
+    bound: Bound,
+    options: Sequence[Sequence[LayerChoice]],
+    originals: Sequence[LayerChoice],
+    fusion: Fusion | None,
+) -> SearchSpace:
+    """Put scored options and what all plans have in common together."""
+    searched_bytes = sum(choice.memory_bytes for choice in originals)
+    context = PlanContext(
+        study_id=setup.study_id,
+        model_hash=setup.loaded.content_hash,
+        dtype=setup.loaded.dtype,
+        workload=setup.workload,
+        other_bytes=recording.parameter_bytes - searched_bytes,
+        fusion=fusion.with_scores(options) if fusion else None,
+        loss_map=scores.loss_map,
+        bound=bound,
+    )
+    return SearchSpace(options, context, originals, logarithmic=setup.quality.logarithmic)
+
+
+def _make_fusion(setup: SearchSetup, sites: Sequence[Site], timings: TimingTable) -> Fusion | None:
+    if not setup.fuse:
+        return None
+    fusion = make_fusion(sites, setup.candidates, timings, setup.workload)
+    setup.tell(*fusion_notices(fusion))
+    return fusion
+
+
+def _make_choices(
+    setup: SearchSetup,
+    sites: Sequence[Site],
+    bound: Bound,
+    timings: TimingTable,
+    fusion: Fusion | None,
+) -> list[SiteChoices]:
+    """The choices that constraints leave every site, not scored yet."""
+    shapes = list(dict.fromkeys(site.shape for site in sites))
+    facts: Facts = format_facts(setup.formats, shapes, setup.device)
+    maker = ChoiceMaker(setup.candidates, timings, facts, setup.workload)
+    choices = [maker.constrained(site, setup.constraints, bound) for site in sites]
+    setup.tell(*dropped_notices(choices))
+    if fusion is None:
+        return choices
+    return [_admitted(each, setup.constraints) for each in fusion.offered(choices, facts)]
+
+
+def _admitted(choices: SiteChoices, constraints: Constraints) -> SiteChoices:
+    """Drop the choices that constraints bar a layer from."""
+    original = original_format(choices.site.shape.dtype)
+
+    def is_admitted(choice: LayerChoice) -> bool:
+        candidates = (f"{choice.format}/{step.kernel}" for step in choice.route)
+        return all(constraints.admits(choice.name, each, original) for each in candidates)
+
+    return replace(choices, choices=tuple(filter(is_admitted, choices.choices)))

@@ -1,0 +1,69 @@
+"""The time of a search, over all its runs."""
+
+import pytest
+
+from autoquant.tuner.budget import Budget
+
+from .made_up import STUDY
+
+
+@pytest.fixture
+def clock():
+    return [100.0]
+
+
+@pytest.fixture
+def budget(store, clock):
+    def start(limit_s=60.0):
+        spent_s = store.study(STUDY).spent_s
+        return Budget(
+            store=store,
+            study_id=STUDY,
+            limit_s=limit_s,
+            started_s=clock[0],
+            spent_before_s=spent_s,
+            now_s=lambda: clock[0],
+        )
+
+    return start
+
+
+def test_time_of_earlier_runs_counts(budget, clock, store):
+    first = budget()
+    clock[0] += 25
+    assert (first.spent_s(), first.left_s()) == (25, 35)
+    first.note()
+    clock[0] += 1000  # not running
+    second = budget()
+    clock[0] += 5
+    assert second.left_s() == 30
+    second.note()
+    assert store.study(STUDY).spent_s == 30 and not store.study(STUDY).complete
+
+
+def test_a_search_that_ended_early_has_had_its_whole_budget(budget, clock, store):
+    run = budget()
+    clock[0] += 5
+    assert not run.is_filled()
+    run.finish()
+    assert store.study(STUDY).complete and store.study(STUDY).spent_s == 60
+    assert budget(60).is_filled() and not budget(61).is_filled()
+
+
+def test_a_search_that_took_longer_keeps_what_it_took(budget, clock, store):
+    run = budget()
+    clock[0] += 90
+    run.finish()
+    assert store.study(STUDY).spent_s == 90
+
+
+def test_a_search_that_was_cut_off_is_not_complete_however_long_it_took(budget, clock):
+    run = budget()
+    clock[0] += 90
+    run.note()
+    assert not budget().is_filled()
+
+
+def test_a_run_begins_with_what_the_store_says(store):
+    store.update_study(STUDY, spent_s=12.5)
+    assert Budget.of(store, STUDY, 60.0, 0.0).spent_before_s == 12.5

@@ -1,0 +1,96 @@
+"""What was planned, proven and failed."""
+
+from __future__ import annotations
+
+import pytest
+
+from autoquant.events import Notice
+from autoquant.tuner.workers.jobs import ProveJob
+
+from .fake_runner import FakeRunner, say_what_is_predicted
+from .made_up import STUDY, make_plan
+from .made_up_space import make_ledger
+
+pytestmark = pytest.mark.usefixtures("quick_collector")
+
+
+def broken(_plan):
+    raise ValueError("no such kernel\nand more")
+
+
+@pytest.fixture
+def runner():
+    return FakeRunner()
+
+
+def never_run(_plan):
+    raise AssertionError("what is known is not proven again")
+
+
+def test_a_proof_is_kept_at_once(store, runner):
+    ledger = make_ledger(store, runner)
+    proof = ledger.prove(make_plan("a"))
+    assert store.proofs(STUDY) == {"a": proof} == ledger.proofs
+    assert [plan.plan_id for plan in store.plans(STUDY)] == ["a"]
+
+
+def test_losses_of_the_unquantized_model_are_handed_from_proof_to_proof(store, runner):
+    ledger = make_ledger(store, runner)
+    for plan_id in "ab":
+        ledger.prove(make_plan(plan_id))
+    assert [job.selection for job in runner.jobs if isinstance(job, ProveJob)] == [(), (1.0, 2.0)]
+
+
+def test_a_failure_is_kept_with_its_reason_and_reported(store):
+    events = []
+    ledger = make_ledger(store, FakeRunner(prove=broken), events)
+    assert ledger.prove(make_plan("a", label="front 7")) is None
+    assert ledger.failures == {"a": "ValueError: no such kernel"} == store.failed_proofs(STUDY)
+    assert events[-1] == Notice(
+        "plan front 7 could not be proven: ValueError: no such kernel; the search goes on without it"
+    )
+    assert ledger.prove(make_plan("a")) is None and len(ledger.proofs) == 0
+
+
+def test_what_is_known_is_restored_and_not_proven_again(store):
+    first = make_ledger(store)
+    first.prove(make_plan("a"))
+    make_ledger(store, FakeRunner(prove=broken)).prove(make_plan("b"))
+    again = make_ledger(store, FakeRunner(prove=never_run))
+    assert again.proofs == first.proofs and set(again.failures) == {"b"}
+    assert again.prove(make_plan("a")) == first.proofs["a"]
+    assert again.prove(make_plan("b")) is None
+    assert {plan_id: plan.plan_id for plan_id, (plan, _) in again.proven().items()} == {"a": "a"}
+
+
+def test_a_user_who_interrupts_is_not_a_failure_of_the_plan(store):
+    def interrupted(_plan):
+        raise KeyboardInterrupt
+
+    ledger = make_ledger(store, FakeRunner(prove=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        ledger.prove(make_plan("a"))
+    assert store.failed_proofs(STUDY) == {} == store.proofs(STUDY)
+
+
+def test_time_is_noted_after_each_proof(store):
+    clock = [0.0]
+
+    def slow(plan):
+        clock[0] += 7
+        return say_what_is_predicted(plan)
+
+    ledger = make_ledger(store, FakeRunner(prove=slow), now_s=lambda: clock[0])
+    ledger.prove(make_plan("a"))
+    assert store.study(STUDY).spent_s == 7
+
+
+def test_a_baseline_that_is_another_plan_is_left_out_and_says_which(store, runner):
+    events = []
+    ledger = make_ledger(store, runner, events)
+    ledger.prove(make_plan("a", label="uniform int8", kind="uniform"))
+    ledger.prove_baseline("bits", make_plan("a", kind="bits"))
+    ledger.prove_baseline("heuristic", make_plan("b", kind="heuristic"))
+    assert [plan.plan_id for plan in runner.proven] == ["a", "b"]
+    assert ledger.study.left_out() == {"bits": "the same as plan a (uniform int8)"}
+    assert Notice("no bits plan: the same as plan a (uniform int8)") in events

@@ -1,0 +1,160 @@
+"""The prove stage: which plans are proven, in which order, and what is learnt from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autoquant.errors import CandidateError, PlanError
+from autoquant.events import Notice, StageFinished
+from autoquant.records import ORIGINAL_LABEL
+from autoquant.solver.constraints import Bound
+from autoquant.solver.limits import Limits
+from autoquant.tuner.stages import prove as stage
+from autoquant.tuner.stages.prove import prove_front, prove_references
+
+from .fake_runner import FakeRunner, say_what_is_predicted
+from .made_up import STUDY
+from .made_up_space import NAMES, SITES, make_ledger, make_space
+
+pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
+LIMITS = Limits(max_ppl_increase=0.01)
+INT8, INT4 = "uniform int8 a16", "uniform int4 a16"
+
+
+def prove_all(store, runner, space=None, limits=LIMITS, **changes):
+    ledger = make_ledger(store, runner, **changes)
+    referenced = prove_references(space or make_space(), ledger, SITES, limits)
+    prove_front(referenced, ledger, limits)
+    return ledger, referenced
+
+
+def broken_for(label, reason="out of luck"):
+    def prove(plan):
+        if plan.label == label:
+            raise RuntimeError(reason)
+        return say_what_is_predicted(plan)
+
+    return prove
+
+
+def test_the_references_come_first_then_the_best_within_the_limits(store):
+    runner = FakeRunner()
+    prove_all(store, runner)
+    labels = [plan.label for plan in runner.proven]
+    assert labels[:3] == [ORIGINAL_LABEL, INT8, INT4]
+    assert labels[3:5] == ["structural heuristic", "front: fastest within limits"]
+    assert [plan.kind for plan in runner.proven].count("bits") <= 1
+
+
+def test_as_many_plans_are_proven_as_are_wanted_and_none_twice(store, monkeypatch):
+    monkeypatch.setattr(stage, "LEAST_PLANS", 8)
+    runner = FakeRunner()
+    ledger, _ = prove_all(store, runner)
+    ids = [plan.plan_id for plan in runner.proven]
+    assert len(ids) == len(set(ids)) >= 8
+    assert set(ids) == set(ledger.proofs)
+
+
+def test_a_plan_that_fails_is_kept_with_its_reason_and_the_search_goes_on(store):
+    events = []
+    ledger, _ = prove_all(store, FakeRunner(prove=broken_for(INT4)), events=events)
+    (reason,) = store.failed_proofs(STUDY).values()
+    assert reason == "RuntimeError: out of luck"
+    assert len(ledger.proofs) >= 5 and INT4 not in {plan.label for plan, _ in ledger.proven().values()}
+    assert events[-1] == StageFinished("prove", f"{len(ledger.proofs)} plans proven, 1 failed")
+
+
+def test_an_unquantized_model_that_cannot_be_run_ends_the_search(store):
+    runner = FakeRunner(prove=broken_for(ORIGINAL_LABEL))
+    with pytest.raises(CandidateError, match=r"unquantized model cannot be run: .*out of luck"):
+        prove_all(store, runner)
+    assert len(runner.jobs) == 1
+
+
+def test_a_memory_limit_that_nothing_keeps_is_refused_before_anything_is_proven(store):
+    runner = FakeRunner()
+    smallest = 1000 + 25 * len(NAMES)
+    with pytest.raises(PlanError, match=f"the smallest formats take {smallest:,}"):
+        prove_all(store, runner, limits=Limits(max_memory_bytes=smallest - 1))
+    assert runner.jobs == []
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(store):
+    stopped = FakeRunner()
+    ledger = make_ledger(store, stopped)
+    prove_references(make_space(), ledger, SITES, LIMITS)
+    runner = FakeRunner()
+    prove_all(store, runner)
+    assert not {plan.plan_id for plan in runner.proven} & {plan.plan_id for plan in stopped.proven}
+    again = FakeRunner()
+    prove_all(store, again)
+    assert again.jobs == []
+
+
+def test_predictions_are_in_whole_model_time_and_kept_for_further_plans(store):
+    _, referenced = prove_all(store, FakeRunner())
+    context = referenced.space.context
+    assert context.rest_ms > 0 and context.original_request_ms == pytest.approx(20.0)
+    kept = store.options(STUDY)
+    assert [kept[name] for name in NAMES] == [list(layer) for layer in referenced.space.options]
+    plans = {plan.label: plan for plan in store.plans(STUDY)}
+    predicted = plans[ORIGINAL_LABEL].prediction.request_ms
+    assert predicted == pytest.approx(16.0 + 4 * 0.25, rel=0.2)
+
+
+def test_the_loss_that_limits_allow_is_learnt_from_the_uniform_plans(store):
+    def twice(plan):
+        proof = say_what_is_predicted(plan)
+        interval = proof.selection_increase
+        high = 2 * plan.prediction.loss
+        return replace(proof, selection_increase=replace(interval, high=high))
+
+    _, referenced = prove_all(store, FakeRunner(prove=twice))
+    assert referenced.allowed_loss == pytest.approx(0.005, rel=0.01)
+
+
+def test_plans_come_nearer_to_the_limit_until_one_is_there(store):
+    def thrice(plan):
+        proof = say_what_is_predicted(plan)
+        factor = 1.5 if plan.kind == "uniform" else 3
+        high = factor * plan.prediction.loss
+        return replace(proof, selection_increase=replace(proof.selection_increase, high=high))
+
+    runner = FakeRunner(prove=thrice)
+    prove_all(store, runner)
+    aimed = [plan for plan in runner.proven if plan.label.startswith("front: aimed")]
+    assert aimed and all(plan.prediction.loss < 0.01 / 1.5 for plan in aimed)
+
+
+def test_no_time_is_spent_on_aiming_once_the_budget_is_spent(store):
+    def thrice(plan):
+        proof = say_what_is_predicted(plan)
+        high = 3 * plan.prediction.loss if plan.kind == "front" else 0.0
+        return replace(proof, selection_increase=replace(proof.selection_increase, high=high))
+
+    runner, events = FakeRunner(prove=thrice), []
+    prove_all(store, runner, events=events, limit_s=0.0)
+    assert not any("aimed" in plan.label for plan in runner.proven)
+    assert Notice("not aimed at the limit any further: the time budget is spent") in events
+
+
+def test_without_a_plan_within_the_limits_there_is_no_bits_baseline(store):
+    def nothing_fits(plan):
+        return replace(say_what_is_predicted(plan), memory_bytes=10**9)
+
+    limits = Limits(max_memory_bytes=2000)
+    store.update_study(STUDY, limits=limits.as_object())
+    ledger, _ = prove_all(store, FakeRunner(prove=nothing_fits), limits=limits)
+    assert "no plan is within the limits" in ledger.study.left_out()["bits"]
+
+
+def test_every_plan_of_a_constrained_space_keeps_to_its_groups(store):
+    group = (NAMES[0], NAMES[1])
+    bound = Bound((group,), {name: "same format" for name in group})
+    runner = FakeRunner()
+    prove_all(store, runner, space=make_space(bound))
+    assert len(runner.proven) >= 5
+    for plan in runner.proven:
+        assert plan.layers[0].format == plan.layers[1].format

@@ -1,0 +1,89 @@
+"""The refine stage: plans are proposed as long as there is time and the front grows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autoquant.solver import refine as solver_refine
+from autoquant.solver.limits import Limits
+from autoquant.tuner.stages import refine as stage
+from autoquant.tuner.stages.prove import prove_front, prove_references
+
+from .fake_runner import FakeRunner, say_what_is_predicted
+from .made_up import STUDY
+from .made_up_space import SITES, make_ledger, make_space
+
+pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
+LIMITS = Limits(max_ppl_increase=0.01)
+
+
+@pytest.fixture
+def clock():
+    return [0.0]
+
+
+@pytest.fixture
+def refine(store, clock):
+    """Refine with a clock that proofs advance; gives the plans that were proven for it."""
+
+    def run(limit_s, proof_s=10.0, prove=say_what_is_predicted):
+        def timed(plan):
+            if plan.kind == "refined":
+                clock[0] += proof_s
+            return prove(plan)
+
+        runner = FakeRunner(prove=timed)
+        ledger = make_ledger(store, runner, limit_s=limit_s, now_s=lambda: clock[0])
+        referenced = prove_references(make_space(), ledger, SITES, LIMITS)
+        prove_front(referenced, ledger, LIMITS)
+        stage.refine(referenced, ledger, LIMITS, 0)
+        return [plan for plan in runner.proven if plan.kind == "refined"], ledger
+
+    return run
+
+
+def ended(store):
+    return store.references(STUDY)["refinement"]["ended"]
+
+
+def test_it_ends_when_the_time_is_spent(refine, store):
+    plans, _ = refine(limit_s=38.0)
+    assert len(plans) == 3  # a fourth would take longer than what is left
+    assert ended(store) == "the time budget is spent"
+
+
+def test_no_proof_is_begun_that_would_take_longer_than_what_is_left(refine, store):
+    plans, _ = refine(limit_s=stage.SHORTEST_PROOF_S / 2)
+    assert plans == [] and ended(store) == "the time budget is spent"
+
+
+def test_it_ends_when_the_front_stops_growing(refine, store, monkeypatch):
+    monkeypatch.setattr(solver_refine, "PATIENCE", 2)
+
+    def no_better(plan):
+        proof = say_what_is_predicted(plan)
+        return replace(proof, request_ms=99.0) if plan.kind == "refined" else proof
+
+    plans, _ = refine(limit_s=1e6, prove=no_better)
+    assert len(plans) == 2
+    assert ended(store) == "the front's hypervolume grew by 0.00% over the last 2"
+
+
+def test_a_proposal_that_fails_is_kept_and_another_one_tried(refine, store):
+    def broken(plan):
+        if plan.kind == "refined":
+            raise RuntimeError("no memory")
+        return say_what_is_predicted(plan)
+
+    plans, ledger = refine(limit_s=35.0, prove=broken)
+    assert len(plans) == 3
+    assert set(ledger.failures) == {plan.plan_id for plan in plans}
+
+
+def test_it_goes_on_with_what_the_store_knows(refine, store, clock):
+    first, _ = refine(limit_s=25.0)
+    clock[0] = 0.0
+    second, _ = refine(limit_s=25.0)
+    assert first and not {plan.plan_id for plan in first} & {plan.plan_id for plan in second}

@@ -1,0 +1,281 @@
+"""Recording, profiling and scoring, and the flow of all stages; a fake runner does the work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from autoquant.candidates import Candidate, get_format
+from autoquant.devices.cpu import CpuBackend
+from autoquant.errors import ConstraintError
+from autoquant.evaluators.sensitivity import SENSITIVITIES
+from autoquant.events import Notice
+from autoquant.models import from_module
+from autoquant.profiler.timing import PROTOCOL
+from autoquant.records import Delivery, Interval, RunTimes, Workload
+from autoquant.solver.constraints import UNBOUND, Constraints
+from autoquant.solver.limits import Limits
+from autoquant.store import open_store
+from autoquant.tuner import flow
+from autoquant.tuner.budget import Budget
+from autoquant.tuner.setup import SearchSetup
+from autoquant.tuner.stages.crossovers import measure_crossovers
+from autoquant.tuner.stages.profile import profile_linears
+from autoquant.tuner.stages.record import bind_constraints, record_linears
+from autoquant.tuner.stages.score import score_choices
+from autoquant.tuner.workers.jobs import ProveJob, ScoreJob
+
+from .fake_runner import FakeRunner
+from .made_up import DEVICE, STUDY, make_plan
+from .made_up_space import make_ledger
+
+pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
+WORKLOAD = Workload.single()
+INT8 = get_format("int8-row/plain")
+ORIGINAL = get_format("bfloat16/plain")
+CANDIDATES = [
+    Candidate(ORIGINAL, ORIGINAL.kernel("matmul")),
+    Candidate(INT8, INT8.kernel("int8pack-mm")),
+    Candidate(INT8, INT8.kernel("int-mm")),
+]
+
+
+class Gated(nn.Module):
+    """Two linears that read the same input, and one behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(64, 64, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.down(self.gate(x).sigmoid() * self.up(x))
+
+
+class Quality:
+    """Names the losses; nothing is measured with it."""
+
+    key, logarithmic = "own", False
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return from_module(Gated().to(torch.bfloat16))
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.fixture
+def setup(tmp_path, model, events):
+    """A setup whose store knows the study."""
+    store = open_store(tmp_path / "plan.db")
+    store.put_device(DEVICE)
+    store.put_model(model.content_hash, {"kind": "live", "path": ""})
+    known = {"identity": {}, "workload": WORKLOAD, "limits": {}}
+    store.put_study(STUDY, model_hash=model.content_hash, device=DEVICE, **known)
+    yield SearchSetup(
+        store=store,
+        study_id=STUDY,
+        loaded=model,
+        quality=Quality(),
+        workload=WORKLOAD,
+        device="cpu",
+        hardware=DEVICE,
+        candidates=CANDIDATES,
+        sample_inputs=(torch.randn(4, 64, dtype=torch.bfloat16),),
+        fuse=False,
+        sensitivity=SENSITIVITIES["isolated"],
+        constraints=Constraints(),
+        limits=Limits(),
+        seed=0,
+        listener=events.append,
+    )
+    store.close()
+
+
+def faster_in_int8(subject):
+    return {"matmul": 100.0, "int8pack-mm": 40.0, "int-mm": 30.0}[subject.kernel]
+
+
+def space_of(setup, runner, bound=UNBOUND):
+    recording = record_linears(setup)
+    timings = profile_linears(setup, recording, setup.measurer(runner))
+    return score_choices(setup, recording, bound, timings, runner)
+
+
+def test_linears_are_recorded_once(setup, monkeypatch):
+    recording = record_linears(setup)
+    assert [site.name for site in recording.sites] == ["gate", "up", "down"]
+    monkeypatch.setattr("autoquant.tuner.stages.record.record_model", None)
+    assert record_linears(setup) == recording
+
+
+def test_a_constraint_about_no_layer_is_refused(setup):
+    sites = record_linears(setup).sites
+    wrong = replace(setup, constraints=Constraints.parse(keep=["lm_head"]))
+    with pytest.raises(ConstraintError, match="no searched layer matches 'lm_head'"):
+        bind_constraints(wrong, sites)
+
+
+def test_constraints_are_reported(setup, events):
+    sites = record_linears(setup).sites
+    kept = replace(setup, constraints=Constraints.parse(keep=["down"]))
+    assert set(bind_constraints(kept, sites).reasons) == {"down"}
+    assert events[-1] == Notice("1 of 3 layers kept unquantized by --keep down")
+
+
+def test_every_candidate_is_timed_once_at_each_shape_and_m(setup):
+    runner = FakeRunner()
+    recording = record_linears(setup)
+    timings = profile_linears(setup, recording, setup.measurer(runner))
+    found = {(s.candidate, s.shape.n, s.m) for s in timings.measurements}
+    assert found == {(candidate.id, 64, 4) for candidate in CANDIDATES}
+    assert {s.working_set_bytes for s in timings.measurements} == {timings.working_set_bytes}
+
+
+def test_timings_are_kept_in_the_store(setup):
+    recording = record_linears(setup)
+    timings = profile_linears(setup, recording, setup.measurer(FakeRunner()))
+    assert setup.store.timings(DEVICE, PROTOCOL) == timings.measurements
+
+
+def test_with_fusion_linears_of_one_input_are_timed_as_one_too(setup):
+    fused = replace(setup, fuse=True)
+    timings = profile_linears(fused, record_linears(fused), fused.measurer(FakeRunner()))
+    assert {s.shape.n for s in timings.measurements} == {64, 128}
+
+
+def test_the_space_has_the_scored_choices_of_every_layer(setup):
+    losses = {"bfloat16+a16": 0.0, "int8-row+a16": 0.1, "int8-row+a8-row": 0.3}
+    runner = FakeRunner(latency_us=faster_in_int8, loss=lambda _layer, numerics: losses[numerics])
+    space = space_of(setup, runner)
+    assert [layer[0].name for layer in space.options] == ["gate", "up", "down"]
+    for layer, original in zip(space.options, space.unquantized, strict=True):
+        assert {(c.numerics, c.loss) for c in layer} == set(losses.items())
+        assert original.format == "bfloat16/plain" and original in layer
+    searched = sum(choice.memory_bytes for choice in space.unquantized)
+    assert space.context.other_bytes == record_linears(setup).parameter_bytes - searched == 0
+
+
+def test_what_is_scored_already_is_not_scored_again(setup):
+    space = space_of(setup, FakeRunner())
+    again = FakeRunner()
+    assert space_of(setup, again).options == space.options
+    assert not any(isinstance(job, ScoreJob) for job in again.jobs)
+
+
+def test_a_kept_layer_has_the_unquantized_choice_only(setup):
+    kept = replace(setup, constraints=Constraints.parse(keep=["down"]))
+    bound = bind_constraints(kept, record_linears(kept).sites)
+    space = space_of(kept, FakeRunner(latency_us=faster_in_int8), bound)
+    formats = [{choice.format for choice in layer} for layer in space.options]
+    assert formats[2] == {"bfloat16/plain"} and formats[0] == {"bfloat16/plain", "int8-row/plain"}
+
+
+def test_a_layer_that_is_pinned_to_what_cannot_be_used_is_refused_with_the_reason(setup):
+    def unusable(subject):
+        return 10.0 if subject.kernel == "matmul" else "not here"
+
+    pinned = replace(setup, constraints=Constraints.parse(pin=["gate=int8-row"]))
+    bound = bind_constraints(pinned, record_linears(pinned).sites)
+    with pytest.raises(ConstraintError, match=r"gate is pinned by .*not here"):
+        space_of(pinned, FakeRunner(latency_us=unusable), bound)
+
+
+def test_with_fusion_layers_can_be_computed_as_one(setup):
+    def faster_together(subject):
+        return faster_in_int8(subject) / (4 if subject.shape.n == 128 else 1)
+
+    space = space_of(replace(setup, fuse=True), FakeRunner(latency_us=faster_together))
+    joined = [{choice.joined for choice in layer} - {()} for layer in space.options]
+    assert joined == [{("gate", "up")}, {("gate", "up")}, set()]
+
+
+def test_routes_stay_as_they_are_where_kernels_need_no_second_look(setup):
+    ledger = make_ledger(setup.store)
+    ledger.put_plan(make_plan("a"))
+    measure_crossovers(ledger, None, None, "cpu")
+    assert setup.store.plans(STUDY) == [make_plan("a")]
+
+
+def test_without_a_compiler_nothing_is_computed_as_one_and_both_are_said(setup, events, monkeypatch):
+    monkeypatch.setattr(CpuBackend, "compile_failure", lambda _backend: "no C++ compiler")
+    assert not replace(setup, fuse=True).for_this_machine().fuse
+    assert [event.text for event in events] == [
+        "running eagerly, since torch.compile does not work here: no C++ compiler",
+        "layers are not computed as one, since torch.compile does that",
+    ]
+
+
+@pytest.fixture
+def run(setup, monkeypatch):
+    """Run the flow with a fake runner; every plan that is delivered works and is faster."""
+    runners = []
+
+    def start_runner(_self):
+        runners.append(FakeRunner(latency_us=faster_in_int8))
+        return runners[-1]
+
+    class Deliverer:
+        def __init__(self, **_rest):
+            pass
+
+        def __call__(self, plan):
+            return Delivery(
+                plan_id=plan.plan_id,
+                loop="forward",
+                where="in memory",
+                times=RunTimes(request_ms=5.0),
+                original_times=RunTimes(request_ms=10.0),
+                ratio=Interval(value=0.5, low=0.49, high=0.51),
+            )
+
+    monkeypatch.setattr(CpuBackend, "compile_failure", lambda _backend: None)
+    monkeypatch.setattr(SearchSetup, "start_runner", start_runner)
+    monkeypatch.setattr(flow, "Deliverer", Deliverer)
+
+    def go(limit_s):
+        flow.run_stages(setup, Budget.of(setup.store, STUDY, limit_s, 0.0))
+        return runners
+
+    return go
+
+
+def test_a_search_goes_through_all_stages_and_recommends_a_plan_that_was_delivered(run, setup):
+    (runner,) = run(limit_s=0.1)
+    facts = setup.store.study(STUDY)
+    assert runner.closed and facts.complete
+    kinds = [type(job).__name__ for job in runner.jobs]
+    assert list(dict.fromkeys(kinds)) == ["ProfileJob", "ScoreJob", "ProveJob"]
+    recommended = flow.Study(setup.store, STUDY).recommended()
+    assert recommended is not None and recommended.plan_id in setup.store.deliveries(STUDY)
+
+
+def test_a_complete_search_with_no_more_time_only_delivers(run, setup, events):
+    run(limit_s=0.1)
+    assert len(run(limit_s=0.1)) == 1, "no second runner was started"
+    assert any(isinstance(e, Notice) and "is complete" in e.text for e in events)
+
+
+def test_the_same_search_proves_nothing_twice(run, setup):
+    run(limit_s=0.1)
+    setup.store.update_study(STUDY, complete=False)
+    _, second = run(limit_s=0.1)
+    assert not any(isinstance(job, ProveJob) for job in second.jobs)
+    assert second.closed
+
+
+def test_the_runner_is_closed_when_a_stage_fails(run, setup, monkeypatch):
+    def fails(*_arguments):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(flow, "score_choices", fails)
+    with pytest.raises(RuntimeError):
+        run(limit_s=0.1)
+    assert not setup.store.study(STUDY).complete

@@ -233,6 +233,7 @@ def test_no_process_outlives_the_one_that_searches(spec, tmp_path, how):
     assert is_running(process) and is_running(worker)
     searching.send_signal(how)
     searching.wait(20)
+    searching.stdout.close()
     wait_until(lambda: not is_running(process) and not is_running(worker))
 
 

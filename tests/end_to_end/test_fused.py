@@ -22,7 +22,7 @@ from autoquant.profiler.measure import cells_of
 from autoquant.records import RouteStep
 from autoquant.runtime import compiled
 from autoquant.store import open_store
-from autoquant.tuner import setup
+from autoquant.tuner import setup as search_setup
 from autoquant.tuner.fusion import sibling_sites
 
 from . import quick
@@ -61,7 +61,9 @@ def fused_db(searched, fused, tmp_path):
 
 
 def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its_own(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "compile_failure", lambda: None)  # as if models were compiled, which takes a minute
+    monkeypatch.setattr(
+        search_setup, "compile_failure", lambda: None
+    )  # as if models were compiled, which takes a minute
     model, text = files
     db = tmp_path / "plan.db"
     alone = quick.search(model, text, db)

@@ -19,7 +19,7 @@ from autoquant.solver.constraints import UNBOUND, Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store import open_store
 from autoquant.tuner import flow
-from autoquant.tuner import setup as setup_module
+from autoquant.tuner import setup as search_setup
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import measure_crossovers
@@ -205,7 +205,7 @@ def test_routes_stay_as_they_are_where_kernels_need_no_second_look(setup):
 
 
 def test_without_a_compiler_nothing_is_computed_as_one_and_both_are_said(setup, events, monkeypatch):
-    monkeypatch.setattr(setup_module, "compile_failure", lambda: "no C++ compiler")
+    monkeypatch.setattr(search_setup, "compile_failure", lambda: "no C++ compiler")
     assert not replace(setup, fuse=True).for_this_machine().fuse
     assert [event.text for event in events] == [
         "running eagerly, since torch.compile does not work here: no C++ compiler",
@@ -236,7 +236,7 @@ def run(setup, monkeypatch):
                 ratio=Interval(value=0.5, low=0.49, high=0.51),
             )
 
-    monkeypatch.setattr(setup_module, "compile_failure", lambda: None)
+    monkeypatch.setattr(search_setup, "compile_failure", lambda: None)
     monkeypatch.setattr(SearchSetup, "start_runner", start_runner)
     monkeypatch.setattr(flow, "Deliverer", Deliverer)
 

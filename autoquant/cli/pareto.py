@@ -72,7 +72,7 @@ def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:
-    from autoquant.study.study import COLUMNS
+    from autoquant.study.columns import COLUMNS
 
     writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()

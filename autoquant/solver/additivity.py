@@ -15,8 +15,8 @@ _STEEPEST = 20.0
 class LossMap:
     """Maps the layers' summed loss s to the plan loss s + curvature s^2.
 
-    Errors make one another worse until there is little left to lose. With a negative curvature the plan loss saturates
-    instead: s / (1 + |curvature| s), the same to second order.
+    Errors make one another worse until there is little left to lose. With a negative curvature the
+    plan loss saturates instead: s / (1 + |curvature| s), the same to second order.
 
     Attributes:
         curvature: Per nat (or unit of the user's own loss); 0 is plain addition.
@@ -31,7 +31,7 @@ class LossMap:
         return summed / (1 - self.curvature * summed)
 
     def summed(self, plan_loss: float) -> float:
-        """Return the sum that `plan_loss` is predicted from; infinite if no sum predicts so much."""
+        """Return the sum that `plan_loss` is predicted from; infinite if none is."""
         if self.curvature == 0:
             return plan_loss
         if self.curvature > 0:

@@ -1,4 +1,4 @@
-"""Aim: solve again until the fastest (or smallest) plan just keeps to the measured limit of quality.
+"""Aim: solve again until the best plan just keeps to the measured limit of quality.
 
 The loss that the limit allows is first guessed from uniform plans, see `Limits.expected_loss`. The
 plan solved for that may turn out beyond the limit, or well within it. Each further trial solves for
@@ -30,7 +30,7 @@ _LARGEST_STEP = 4.0
 
 @dataclass(frozen=True, slots=True)
 class _Shot:
-    """A plan's predicted loss, the share of the limit that it was measured to use, and what is minimized."""
+    """A plan's predicted loss, the measured share of the limit, and what is minimized."""
 
     loss: float
     share: float
@@ -83,7 +83,7 @@ def aimed(
 
 
 def _next_loss(shots: Sequence[_Shot]) -> float | None:
-    """The predicted loss to solve for next, or None if the limit is reached or nothing is gained."""
+    """The predicted loss to solve for next; None if the limit is reached or nothing is gained."""
     within = max((shot for shot in shots if shot.share <= 1), key=lambda shot: shot.loss, default=None)
     beyond = min((shot for shot in shots if shot.share > 1), key=lambda shot: shot.loss, default=None)
     if within is None or beyond is None:

@@ -62,8 +62,7 @@ def alternatives(own: LayerChoice, options: Sequence[LayerChoice], workload: Wor
     """
     same = [c for c in options if (c.format, c.numerics, c.joined) == (own.format, own.numerics, own.joined)]
     others = [c for c in options if c not in same]
-    # Latencies of options are scaled to the whole model, those of some plans' layers are not: compare
-    # with the option that the layer has.
+    # Only the options' latencies are sure to be in whole-model time, so compare these.
     base = min(same, key=_time_us(workload), default=own)
     found: list[tuple[Gain, LayerChoice | None]] = [
         ("more exact", next_more_exact(base, others, workload)),

@@ -106,7 +106,7 @@ class Constraints:
         return " and ".join(f"pinned by --pin {pin}" for pin in self.pinned(layer))
 
     def allow(self, plan: Plan) -> bool:
-        """Check whether a plan meets every pin; the unquantized model may not, but is always proven."""
+        """Check whether a plan meets every pin. The unquantized model may not."""
         return all(
             self.admits(layer.name, f"{layer.format}/{step.kernel}", layer.format)
             for layer in plan.layers

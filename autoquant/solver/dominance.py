@@ -26,7 +26,7 @@ def undominated(points: Points) -> Indices:
 
 
 def unbeaten(points: Points, classes: Indices) -> Indices:
-    """As `undominated`, but points are compared within their class, and the first of equals stays."""
+    """As `undominated`, but within classes, and of equal points only the first stays."""
     better = no_worse(points) & (classes[:, None] == classes[None, :])
     comes_first = np.triu(np.ones_like(better), 1)
     return np.flatnonzero(~np.any(better & (~better.T | comes_first), axis=0))

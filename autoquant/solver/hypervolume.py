@@ -30,7 +30,7 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
 class Growth:
     """Decides when a front has stopped growing.
 
-    That is when its hypervolume grew by no more than `least_growth` over the last `patience` points.
+    It has if its hypervolume grew by no more than `least_growth` over the last `patience` points.
 
     Attributes:
         points: The front to begin with.

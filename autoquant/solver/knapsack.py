@@ -66,7 +66,9 @@ class _TooManyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Knapsack:
-    """Least `cost @ x` over x of 0 and 1: of each layer one option, `weights @ x <= budgets`, `ties @ x = 0`.
+    """Minimize `cost @ x` over x of 0 and 1.
+
+    Of each layer one option is taken; `weights @ x <= budgets` and `ties @ x = 0`.
 
     Attributes:
         cost: Of each option, in units of what a solution costs at most.
@@ -253,7 +255,7 @@ def _steps(costs: Vector) -> Indices:
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Keep out of the program's output what HiGHS prints from C (some versions print a debug line)."""
+    """Silence HiGHS, which prints a debug line from C in some versions."""
     sys.stdout.flush()
     kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)

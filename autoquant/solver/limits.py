@@ -82,7 +82,7 @@ class Limits:
         return self.max_kl is None or (proof.selection_kl is not None and proof.selection_kl.high <= self.max_kl)
 
     def used(self, proof: Proof) -> float | None:
-        """Return the share of the tightest limit of quality that a proven plan uses (1: just within).
+        """Return the share of the tightest limit of quality that a plan uses (1: just within).
 
         None if there is no such limit.
         """

@@ -160,7 +160,7 @@ def forget(store: Store, study_id: str) -> int | None:
 
 
 def _study_name(study_id: str, minimize: Objective) -> str:
-    """The name of Optuna's study; each objective has its own, for its trials say nothing of the other."""
+    """The name of Optuna's study. Each objective has its own: trials do not carry over."""
     return f"autoquant-{study_id}{'' if minimize == 'time' else f'-{minimize}'}"
 
 

@@ -55,7 +55,7 @@ class AdditiveProblem:
 
     @property
     def equalities(self) -> list[tuple[tuple[int, tuple[int, ...]], ...]]:
-        """`together` and `alike` in one form: every layer of a set takes one option, or none does."""
+        """`together` and `alike` in one form, that of `alike`."""
         pairs = [tuple((layer, (option,)) for layer, option in options) for options in self.together]
         return [*pairs, *self.alike]
 

@@ -1,11 +1,11 @@
-"""Plans that treat every layer alike: the unquantized model, and one format everywhere. No torch."""
+"""Uniform plans: the unquantized model, and one format everywhere. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autoquant.records import ORIGINAL_LABEL, LayerChoice, Plan
+from autoquant.records import ORIGINAL_LABEL, LayerChoice, Numerics, Plan
 from autoquant.solver.planning import fastest_choice, make_plan, with_reason
 from autoquant.solver.space import SearchSpace
 
@@ -28,9 +28,10 @@ def uniform_plans(space: SearchSpace) -> list[Plan]:
     original = space.unquantized[0].format
     keys = [key for key in format_numerics(space) if key[0] != original]
     plans: dict[str, Plan] = {}
-    for fmt, numerics in keys:
-        chosen = [uniform_choice(space, layer, (fmt, numerics)) for layer in space.options]
-        label = f"uniform {numerics.replace('+', ' ')}"
+    for key in keys:
+        chosen = [uniform_choice(space, layer, key) for layer in space.options]
+        numerics = Numerics.parse(key[1])
+        label = f"uniform {numerics.values} {numerics.activation}"
         plan = make_plan(chosen, label, "uniform", space.context)
         plans.setdefault(plan.plan_id, plan)
     return list(plans.values())

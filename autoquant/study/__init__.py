@@ -1,1 +1,1 @@
-"""What can be done with a finished study: read, compare, solve again, remove. Needs no model and no torch."""
+"""Read a finished study, compare its plans, solve it again, remove it. No model, no torch."""

@@ -11,7 +11,7 @@ from autoquant.records import LayerChoice, Plan, Workload, request_time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """A layer that gets another format or route, with the predicted differences (after less before).
+    """A layer that gets another format or route, with predicted differences (after less before).
 
     Attributes:
         request_us: Microseconds in one request, all phases with all their calls.

@@ -18,6 +18,6 @@ class Removed:
 
 
 def remove(store: Store, study_id: str) -> Removed:
-    """Delete a study. Optuna's goes first, so the same call finishes a removal that was cut short."""
+    """Delete a study. Optuna's goes first, so that a second call finishes what was cut short."""
     trials = forget(store, study_id)
     return Removed(rows=remove_study(store, study_id), trials=trials)

@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
-from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from autoquant.errors import PlanError
-from autoquant.records import BASELINES, ORIGINAL_LABEL, Delivery, Measure, Objective, Plan, Proof
+from autoquant.records import BASELINES, ORIGINAL_LABEL, Delivery, Objective, Plan, Proof
 from autoquant.solver.alternatives import Alternatives, alternatives
 from autoquant.solver.constraints import Constraints
-from autoquant.solver.dominance import undominated
 from autoquant.solver.limits import Limits
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
 from autoquant.store import Store, StudyFacts, open_store
+from autoquant.study.columns import (
+    COLUMNS,
+    as_run_columns,
+    measure_of,
+    original_request_ms,
+    plans_on_front,
+    request_times,
+)
 from autoquant.study.delivered import refusal
 
 if TYPE_CHECKING:
     import pandas as pd
-
-COLUMNS = (
-    "plan_id",
-    "label",
-    "kind",
-    "predicted_request_ms",
-    "measured_request_ms",
-    "speedup",
-    "perplexity",
-    "perplexity_increase",
-    "perplexity_increase_low",
-    "perplexity_increase_high",
-    "kl",
-    "memory_bytes",
-    "on_front",
-    "within_limits",
-    "recommended",
-    "ties",
-    "measure",
-    "as_run_loop",
-    "as_run_where",
-    "as_run_request_ms",
-    "as_run_original_request_ms",
-    "as_run_speedup",
-    "as_run_speedup_low",
-    "as_run_speedup_high",
-    "as_run_first_token_ms",
-    "as_run_original_first_token_ms",
-    "as_run_step_ms",
-    "as_run_original_step_ms",
-    "as_run_notes",
-    "not_recommended",
-)
 
 
 class Study:
@@ -107,7 +77,7 @@ class Study:
         return self.store.proofs(self.study_id)
 
     def deliveries(self) -> dict[str, Delivery]:
-        """Return how plans run for their user, by plan id, in the order in which they were tried."""
+        """Return how plans run for their user, by plan id, in the order of trying."""
         return self.store.deliveries(self.study_id)
 
     def refused(self, limits: Limits | None = None) -> dict[str, str]:
@@ -220,7 +190,8 @@ class Study:
     def best_of_search(self) -> Plan:
         """Return the best plan within the limits of the last search.
 
-        Once a plan of the study was delivered, only delivered plans and the unquantized model count.
+        Once a plan of the study was delivered, only delivered plans count, and the unquantized
+        model.
 
         Raises:
             PlanError: No proven plan is within the limits.
@@ -256,7 +227,7 @@ class Study:
         )
 
     def alternatives(self, plan: Plan) -> Alternatives | None:
-        """Return the alternatives of each layer of a plan, or None if the search did not keep them."""
+        """Return the alternatives of each layer of a plan, or None if they were not kept."""
         options = self.store.options(self.study_id)
         if options is None:
             return None
@@ -281,11 +252,11 @@ class Study:
         """Return the rows of `pareto` as plain dicts."""
         proofs = self.proofs()
         times = request_times(proofs.values())
-        original_ms = _original_ms(proofs.values())
+        original_ms = original_request_ms(proofs.values())
         recommended = self.recommended()
         deliveries, refused = self.deliveries(), self.refused()
         tied_with = ties(proofs)
-        front = _front(proofs, times)
+        front = plans_on_front(proofs, times)
         limits = self.limits
         rows = [
             {
@@ -305,60 +276,14 @@ class Study:
                 "within_limits": limits.within(proof, plan),
                 "recommended": recommended is not None and plan.plan_id == recommended.plan_id,
                 "ties": " ".join(tied_with[plan.plan_id]),
-                "measure": _measure(proof, limits),
-                **_as_run(deliveries.get(plan.plan_id)),
+                "measure": measure_of(proof, limits),
+                **as_run_columns(deliveries.get(plan.plan_id)),
                 "not_recommended": refused.get(plan.plan_id, ""),
             }
             for plan in self.plans()
             if (proof := proofs.get(plan.plan_id)) is not None
         ]
         return sorted(rows, key=lambda row: row["measured_request_ms"])
-
-
-def request_times(proofs: Sequence[Proof] | Any) -> dict[str, float]:
-    """Return request milliseconds by plan id, without the machine's drift between proofs.
-
-    Each proof timed its plan and the unquantized model in turn. The ratio of both is applied to the
-    median of the unquantized model's times.
-    """
-    proofs = list(proofs)
-    original_ms = _original_ms(proofs)
-    return {proof.plan_id: proof.request_ms / proof.original_request_ms * original_ms for proof in proofs}
-
-
-def _measure(proof: Proof, limits: Limits) -> Measure:
-    if limits.measure == "divergence":
-        return "divergence"
-    return "loss" if proof.perplexity is None else "perplexity"
-
-
-def _original_ms(proofs: Sequence[Proof] | Any) -> float:
-    """The median of the unquantized model's request times; 0 without proofs."""
-    originals = [proof.original_request_ms for proof in proofs]
-    return median_high(originals) if originals else 0.0
-
-
-def _as_run(delivery: Delivery | None) -> dict[str, Any]:
-    """The columns of how a plan runs for its user, each None if that is not known."""
-    names = [name for name in COLUMNS if name.startswith("as_run_")]
-    if delivery is None or delivery.times is None or delivery.original_times is None or delivery.ratio is None:
-        return dict.fromkeys(names)
-    times, original, ratio = delivery.times, delivery.original_times, delivery.ratio
-    values = (
-        delivery.loop,
-        delivery.where,
-        times.request_ms,
-        original.request_ms,
-        1 / ratio.value,
-        1 / ratio.high,
-        1 / ratio.low if ratio.low > 0 else math.inf,
-        times.first_token_ms,
-        original.first_token_ms,
-        times.step_ms,
-        original.step_ms,
-        "; ".join(delivery.notes),
-    )
-    return dict(zip(names, values, strict=True))
 
 
 def _refusals(refused: Mapping[str, str]) -> list[str]:
@@ -387,19 +312,3 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
         f"no proven plan has {' and '.join(parts)}; allow more (the same `autoquant search` with another limit measures"
         " nothing anew) or take one that `autoquant pareto` lists"
     )
-
-
-def _front(proofs: Mapping[str, Proof], times: Mapping[str, float]) -> set[str]:
-    """The plans that no other beats in request time, quality and memory at once."""
-    if not proofs:
-        return set()
-    points = [
-        (
-            times[plan_id],
-            proof.increase.value if proof.perplexity is None else proof.perplexity,
-            proof.memory_bytes,
-        )
-        for plan_id, proof in proofs.items()
-    ]
-    plan_ids = list(proofs)
-    return {plan_ids[i] for i in undominated(np.asarray(points, dtype=np.float64))}

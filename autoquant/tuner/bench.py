@@ -30,7 +30,8 @@ class BenchRow:
 
     Attributes:
         plan_id: None for the unquantized model.
-        predicted_request_ms: Scaled to the unquantized model's time in this run; None for that model.
+        predicted_request_ms: Scaled to the unquantized model's time in this run; None for that
+            model.
         phase_ms: Median milliseconds of one call of each phase.
         request_ms: The sum over phases of calls times that.
         memory_bytes: Of all parameters as stored.
@@ -158,7 +159,7 @@ def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: L
 def _attributed(
     rows: Sequence[BenchRow], entrants: Sequence[_Entrant], facts: StudyFacts, listener: Listener
 ) -> list[BenchRow]:
-    """Return the rows with their steps. Done after all timings, which a profiler would slow down."""
+    """Return the rows with their steps. A profiler would slow down timings after it."""
     layers = {layer.name: layer.parameters[0] for entrant in entrants if entrant.plan for layer in entrant.plan.layers}
     listener(StageStarted("attribute", len(rows)))
     attributed = []

@@ -1,4 +1,4 @@
-"""From timings to choices: each site's formats with their fastest routes, less those that never pay."""
+"""From timings to choices: each site's formats with their fastest routes, if they can pay."""
 
 from __future__ import annotations
 
@@ -164,10 +164,9 @@ class ChoiceMaker:
         admitted = [c for c in self.candidates if constraints.admits(site.name, c.id, original)]
         found = replace(self, candidates=admitted).choices(site, across_formats=not in_group)
         if not found.choices:
-            reasons = (f"{fmt}: {reason}" for fmt, reason in found.dropped.items())
-            raise ConstraintError(
-                f"{site.name} is {bound.reasons[site.name]}, which cannot be used: {'; '.join(dict.fromkeys(reasons))}"
-            )
+            why = "; ".join(f"{fmt}: {reason}" for fmt, reason in found.dropped.items())
+            pinned = bound.reasons[site.name]
+            raise ConstraintError(f"{site.name} is {pinned}, which cannot be used: {why}")
         if any(choice.format == original for choice in found.choices):
             return found
         unquantized = [c for c in self.candidates if c.format.id == original]

@@ -1,4 +1,4 @@
-"""The end of a search: save the best plan, load it in a new process, and run it as its user will."""
+"""Deliver: save the best plan, load it in a new process, and run it as its user will."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Li
 
 
 def _next(study: Study) -> Plan | None:
-    """The plan to deliver next: the best one, unless it was delivered or is the unquantized model."""
+    """The best plan, unless it was delivered already or is the unquantized model."""
     plan = study.candidate()
     return None if plan is None or plan.kind == "original" or plan.plan_id in study.deliveries() else plan
 
@@ -189,7 +189,7 @@ class Deliverer:
 
 @contextmanager
 def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
-    """Inside, a model on a GPU waits in the host's memory, and what was compiled of it is gone: others need the room."""
+    """Make room for another process on a GPU: the model moves to the CPU meanwhile."""
     if backend(device).free_bytes() is None:
         yield
         return

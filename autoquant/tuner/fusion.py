@@ -26,7 +26,7 @@ from autoquant.tuner.choices import (
 )
 
 _SAME_FOR_ALL = FormatFacts(0, 0.0)
-"""Memory and exactness do not differ between the ways to compute one format, and are not compared."""
+"""The ways to compute one format do not differ in memory and exactness."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ def method_of(name: str | None, max_kl: float | None, quality: AnyQuality) -> Se
 
 
 def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:
-    """The user's function with its qualified name: the same for a function and for its import path."""
+    """The user's function with its qualified name, whether given itself or by that name."""
     if isinstance(quality, str):
         return FunctionQuality(quality_function(quality), quality.replace(":", "."))
     return None if quality is None else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")

@@ -1,4 +1,4 @@
-"""Prove plans: apply one, and measure its quality and request time against the unquantized model."""
+"""Prove plans: apply them, and measure quality and request time against the unquantized model."""
 
 from __future__ import annotations
 

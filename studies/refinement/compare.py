@@ -32,13 +32,12 @@ from autoquant.runtime.compiled import shallow_copy
 from autoquant.solver.hypervolume import hypervolume
 from autoquant.solver.planning import make_plan, predict
 from autoquant.solver.refine import growth_of, point_of, proposals
-from autoquant.solver.space import SearchSpace
+from autoquant.solver.space import Options, SearchSpace
 from autoquant.solver.uniform import original_plan
 from autoquant.study.study import Study
 from autoquant.tuner.prove import worst_numerics
 
 SHOWN = (5, 10, 20, 30, 40)
-Options = list[list[LayerChoice]]
 Tell = Callable[[Proof | None], None]
 Proposals = Iterator[tuple[Plan, Tell]]
 

@@ -8,7 +8,7 @@ import pytest
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
-from autoquant.study.study import COLUMNS
+from autoquant.study.columns import COLUMNS
 
 from . import conftest
 from .conftest import MIXED, ORIGINAL, SMALL, STUDY, UNIFORM, delivery

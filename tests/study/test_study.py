@@ -8,7 +8,8 @@ import pytest
 from tuner.made_up import STUDY, make_plan, make_proof
 
 from autoquant.errors import PlanError
-from autoquant.study.study import COLUMNS, Study, request_times
+from autoquant.study.columns import COLUMNS, request_times
+from autoquant.study.study import Study
 
 
 def original(**changes):

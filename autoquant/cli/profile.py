@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autoquant.cli.options import (
+    BatchOption,
+    CandidatesOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelFactoryOption,
+    TokenizerOption,
+    TrustPickleOption,
+    WorkloadOption,
+)
 from autoquant.cli.output import JsonFlag, check_place, print_json, print_table, write_file
-from autoquant.cli.search import Dtype
 
 if TYPE_CHECKING:
     from autoquant.profiler.latencies import Latencies
@@ -27,20 +37,15 @@ def profile(
             metavar="FILE", help="Instead of a model: a linear a line, e.g. 4096x4096+bias q_proj.", show_default=False
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the unquantized linears.")] = Dtype.AUTO,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
     rows: Annotated[
         str | None,
         typer.Option(metavar="M,...", help="Rows of the activation, e.g. 1,16,128,2048.", show_default=False),
     ] = None,
-    workload: Annotated[
-        str | None, typer.Option(help="Rows as one request has them, e.g. prefill=2048,decode=256.", show_default=False)
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    candidates: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Candidates to time, repeatable. Default: all.", show_default=False),
-    ] = None,
+    workload: WorkloadOption = None,
+    batch: BatchOption = 1,
+    candidates: CandidatesOption = None,
     db: Annotated[str, typer.Option(metavar="FILE", help="Database that keeps the timings.")] = "timings.db",
     as_json: JsonFlag = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
@@ -48,17 +53,9 @@ def profile(
         Path | None,
         typer.Option(metavar="FILE", help="Draw latency against rows into a .png, .svg or .html.", show_default=False),
     ] = None,
-    model_factory: Annotated[
-        str | None,
-        typer.Option(metavar="PACKAGE.MODULE:CALLABLE", help="Builds the module of a state dict.", show_default=False),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Tokenizer, where the model has none of its own.", show_default=False),
-    ] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Load a pickled model: runs the code that is in it.")
-    ] = False,
+    model_factory: ModelFactoryOption = None,
+    tokenizer: TokenizerOption = None,
+    trust_pickle: TrustPickleOption = False,
 ) -> None:
     """Time the linears of MODEL, or of a file of shapes, by every candidate, without a search.
 
@@ -76,27 +73,29 @@ def profile(
     all_m = None if rows is None else parse_rows(rows)
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.profiler.profile import ProfileRequest, time_linears  # imports torch
+    from autoquant.profiler.profile import time_linears  # imports torch
+    from autoquant.profiler.request import ProfileRequest, asked_linears
 
+    linears = asked_linears(
+        model,
+        shapes,
+        dtype=dtype.value,
+        device=device,
+        model_factory=model_factory,
+        tokenizer=tokenizer,
+        trust_pickle=trust_pickle,
+    )
+    asked = ProfileRequest(
+        linears=linears,
+        rows=all_m,
+        workload=request,
+        batch=batch,
+        candidates=tuple(candidates or ("*",)),
+        db=db,
+    )
     try:
         with listening() as listener:
-            latencies = time_linears(
-                ProfileRequest(
-                    model=model,
-                    shapes=shapes,
-                    rows=all_m,
-                    workload=request,
-                    batch=batch,
-                    device=device,
-                    dtype=dtype.value,
-                    candidates=tuple(candidates or ("*",)),
-                    db=db,
-                    model_factory=model_factory,
-                    tokenizer=tokenizer,
-                    trust_pickle=trust_pickle,
-                ),
-                listener,
-            )
+            latencies = time_linears(asked, listener)
     except KeyboardInterrupt:
         typer.echo(
             f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True

@@ -8,6 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autoquant.cli.options import (
+    BatchOption,
+    CandidatesOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    MaxKlOption,
+    MaxMemoryOption,
+    Minimize,
+    MinimizeOption,
+    ModelFactoryOption,
+    SampleInputsOption,
+    TokenizerOption,
+    TrustPickleOption,
+    WorkloadOption,
+)
 from autoquant.cli.output import JsonFlag, print_json, print_table
 from autoquant.cli.recipe_option import (
     RecipeOption,
@@ -26,29 +42,12 @@ if TYPE_CHECKING:
 _JUDGES = ("eval_text", "eval_data", "quality")
 
 
-class Dtype(StrEnum):
-    """The precision that counts as unquantized."""
-
-    AUTO = "auto"
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FAST16 = "fast16"
-
-
 class Sensitivity(StrEnum):
     """How what a change costs is found out; described in `autoquant.evaluators.sensitivity`."""
 
     ISOLATED = "isolated"
     FISHER = "fisher"
     PATH = "path"
-
-
-class Minimize(StrEnum):
-    """What the recommended plan has least of."""
-
-    TIME = "time"
-    MEMORY = "memory"
 
 
 def search(
@@ -88,23 +87,12 @@ def search(
             show_default=False,
         ),
     ] = None,
-    sample_inputs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PACKAGE.MODULE:CALLABLE",
-            help="Returns the inputs (tuple or dict) of a module that is no language model. Without --quality, variations of"
-            " them show how far its outputs diverge.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")] = "auto",
+    sample_inputs: SampleInputsOption = None,
+    device: DeviceOption = "auto",
     db: Annotated[str, typer.Option(metavar="FILE", help="Database; an existing one is continued.")] = "plan.db",
-    workload: Annotated[
-        str | None,
-        typer.Option(help="One request, e.g. prefill=512,decode=128 (the default).", show_default=False),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the unquantized model.")] = Dtype.AUTO,
+    workload: WorkloadOption = None,
+    batch: BatchOption = 1,
+    dtype: DtypeOption = Dtype.AUTO,
     max_ppl_increase: Annotated[
         str,
         typer.Option(
@@ -112,18 +100,9 @@ def search(
             help="Limit of the increase of perplexity or your own loss, or of output divergence, e.g. 1%.",
         ),
     ] = "1%",
-    max_kl: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NATS", help="Limit of the mean KL to the unquantized model, e.g. 0.02.", show_default=False
-        ),
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False)
-    ] = None,
-    minimize: Annotated[
-        Minimize, typer.Option(help="What the recommended plan has least of, within the limits.")
-    ] = Minimize.TIME,
+    max_kl: MaxKlOption = None,
+    max_memory: MaxMemoryOption = None,
+    minimize: MinimizeOption = Minimize.TIME,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -144,14 +123,7 @@ def search(
             metavar="vllm", help="One format for what this engine fuses (q, k, v; gate, up).", show_default=False
         ),
     ] = None,
-    candidates: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="Candidates to consider, repeatable. Default: all but the opt-in ones.",
-            show_default=False,
-        ),
-    ] = None,
+    candidates: CandidatesOption = None,
     fuse: Annotated[
         bool,
         typer.Option("--fuse/--no-fuse", help="Also try layers that read the same input as one (q, k, v; gate, up)."),
@@ -168,17 +140,9 @@ def search(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
-    model_factory: Annotated[
-        str | None,
-        typer.Option(metavar="PACKAGE.MODULE:CALLABLE", help="Builds the module of a state dict.", show_default=False),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Tokenizer, where the model has none of its own.", show_default=False),
-    ] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Load a pickled model: runs the code that is in it.")
-    ] = False,
+    model_factory: ModelFactoryOption = None,
+    tokenizer: TokenizerOption = None,
+    trust_pickle: TrustPickleOption = False,
     save_as: SaveRecipeOption = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoquant.cli.options import MaxKlOption, MaxMemoryOption, Minimize, MinimizeOption
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
-from autoquant.cli.search import Minimize
 from autoquant.cli.values import fraction, nats, size_bytes
 
 if TYPE_CHECKING:
@@ -23,14 +23,9 @@ def solve(
         str | None,
         typer.Option(metavar="PERCENT", help="Limit of the increase (or divergence) of quality.", show_default=False),
     ] = None,
-    max_kl: Annotated[
-        str | None,
-        typer.Option(metavar="NATS", help="Limit of the mean KL to the unquantized model.", show_default=False),
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory.", show_default=False)
-    ] = None,
-    minimize: Annotated[Minimize, typer.Option(help="What the plan has least of.")] = Minimize.TIME,
+    max_kl: MaxKlOption = None,
+    max_memory: MaxMemoryOption = None,
+    minimize: MinimizeOption = Minimize.TIME,
     study: Annotated[
         str | None, typer.Option(metavar="ID", help="Which study; the last one if left out.", show_default=False)
     ] = None,

@@ -19,7 +19,7 @@ from autoquant.models.factory import tie
 from autoquant.models.huggingface import load_tokenizer
 from autoquant.models.loaded import LoadedModel, model_kind, settle
 from autoquant.models.quiet import current_folder_importable
-from autoquant.models.request import Request
+from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
 
 _Inputs = tuple[Any, ...] | dict[str, Any]
@@ -35,7 +35,7 @@ def is_exported(path: Path) -> bool:
         )
 
 
-def load_exported(path: Path, request: Request) -> LoadedModel:
+def load_exported(path: Path, request: ModelRequest) -> LoadedModel:
     """Load an exported program with the inputs it was exported on.
 
     Raises:
@@ -106,7 +106,7 @@ def _example_inputs(program: ExportedProgram, path: Path) -> _Inputs:
 
 
 def _place(
-    program: ExportedProgram, inputs: _Inputs, path: Path, request: Request, stored: torch.dtype
+    program: ExportedProgram, inputs: _Inputs, path: Path, request: ModelRequest, stored: torch.dtype
 ) -> tuple[nn.Module, _Inputs]:
     """The program's module and example inputs on the device and in the dtype asked for."""
     from torch.export.passes import move_to_device_pass

@@ -18,7 +18,7 @@ from autoquant.models.factory import tied_names
 from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
 from autoquant.models.quiet import no_progress_bars, some
-from autoquant.models.request import Request
+from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -40,7 +40,7 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def load_folder(folder: Path, request: Request, path: str) -> LoadedModel:
+def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
     """Load a causal LM saved with `save_pretrained`. `path` is what the source says the model is.
 
     Raises:
@@ -61,7 +61,7 @@ def load_folder(folder: Path, request: Request, path: str) -> LoadedModel:
     return _finish(module, digest, stored, words, request, path, [_left_over(folder, left)] if left else [])
 
 
-def load_beside(state: Mapping[str, Any], path: Path, request: Request) -> LoadedModel:
+def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> LoadedModel:
     """Load weights that were saved by hand, `torch.save(model.state_dict())`, beside the model's config.json.
 
     Raises:
@@ -82,7 +82,7 @@ def has_config(folder: Path) -> bool:
 
 
 def _from_state(
-    state: Mapping[str, Any], config: dict[str, Any], folder: Path, request: Request, path: str, *, strict: bool
+    state: Mapping[str, Any], config: dict[str, Any], folder: Path, request: ModelRequest, path: str, *, strict: bool
 ) -> LoadedModel:
     """Make the model that the configuration describes and put `state` into it.
 
@@ -128,7 +128,7 @@ def _left_over(place: str | Path, names: list[str]) -> str:
 
 
 def _finish(
-    module: nn.Module, digest: str, stored: torch.dtype, words: Any, request: Request, path: str, notes: list[str]
+    module: nn.Module, digest: str, stored: torch.dtype, words: Any, request: ModelRequest, path: str, notes: list[str]
 ) -> LoadedModel:
     module = settle(module.to(request.device))
     return LoadedModel(
@@ -156,7 +156,7 @@ def _plain_dtype(tally: DtypeTally, place: str) -> torch.dtype:
     return stored
 
 
-def _check_complete(folder: Path, request: Request) -> None:
+def _check_complete(folder: Path, request: ModelRequest) -> None:
     """Refuse a folder that lacks weights or a tokenizer; what is missing is told at once."""
     lacks, advice = [], []
     if not weights.any_files(folder):
@@ -295,7 +295,7 @@ def give_generation_config(module: nn.Module, folder: Path) -> None:
         raise ModelError(f"cannot read {path} ({first_line(error)}): download or save it again") from error
 
 
-def _tokenizer(folder: Path, request: Request) -> Any:
+def _tokenizer(folder: Path, request: ModelRequest) -> Any:
     return load_tokenizer(request.tokenizer if request.tokenizer is not None else str(folder))
 
 

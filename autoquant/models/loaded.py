@@ -9,33 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from autoquant.models.request import ModelSource
 from autoquant.models.targets import dtype_name
 
-SourceKind = Literal["huggingface", "state_dict", "exported", "pickle", "live"]
 ModelKind = Literal["causal_lm", "token_lm", "module"]
 
 # What running a module on inputs that are not meant for it raises.
 _UNFIT = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """Where a model came from: what `load_model` needs to load it again. Serialize it with `dataclasses.asdict`.
-
-    Attributes:
-        path: Absolute path of the file or folder, or a name on the hub; empty for a live module.
-        model_factory: `package.module:callable` that built the module.
-        tokenizer: Path of a tokenizer given apart from the model.
-        trust_pickle: Whether the user allowed the file to run code.
-        sample_inputs: `package.module:callable` that made the example inputs.
-    """
-
-    kind: SourceKind
-    path: str = ""
-    model_factory: str | None = None
-    tokenizer: str | None = None
-    trust_pickle: bool = False
-    sample_inputs: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -68,13 +48,24 @@ class LoadedModel:
     @property
     def device(self) -> str:
         """Where the first parameter or buffer is, e.g. `cuda:0`; `cpu` without any."""
-        tensor = next(iter(self.module.state_dict().values()), None)
-        return str(tensor.device) if isinstance(tensor, torch.Tensor) else "cpu"
+        return device_of(self.module)
+
+    @property
+    def describes_itself(self) -> bool:
+        """Whether a checkpoint of the model says how its module is made."""
+        return self.source.kind in ("huggingface", "state_dict")
 
     @property
     def dtype(self) -> str:
         """The dtype that most floating parameters have now; the stored one where there are none."""
         return dtype_name(main_dtype(self.module) or getattr(torch, self.stored_dtype))
+
+
+def device_of(module: nn.Module) -> str:
+    """Return where the first parameter or buffer is, e.g. `cuda:0`; `cpu` without any."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return str(tensor.device)
+    return "cpu"
 
 
 def main_dtype(module: nn.Module) -> torch.dtype | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autoquant.errors import ModelError
-from autoquant.models.request import Request
+from autoquant.models.request import ModelRequest
 
 _TOKEN_WEIGHTS = ("embed_tokens", "wte.", "word_embeddings", "tok_embeddings", "token_embedding", "lm_head")
 _TOKEN_CLASSES = ("ForCausalLM", "LMHeadModel")
@@ -36,7 +36,7 @@ _EITHER = _Option(
 
 
 def missing(
-    request: Request,
+    request: ModelRequest,
     problem: str,
     *,
     trust: bool = False,
@@ -58,7 +58,7 @@ def missing(
     return ModelError(f"{problem}: give {_listed(option.words for option in options)}, e.g. `{example}`; or {instead}")
 
 
-def _options(request: Request, *, trust: bool, factory: bool, reads_tokens: bool | None) -> Iterator[_Option]:
+def _options(request: ModelRequest, *, trust: bool, factory: bool, reads_tokens: bool | None) -> Iterator[_Option]:
     if trust and not request.trust_pickle:
         yield _TRUST
     if factory and request.model_factory is None:

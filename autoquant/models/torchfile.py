@@ -17,19 +17,19 @@ from autoquant.errors import ModelError, first_line
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.factory import build
 from autoquant.models.huggingface import has_config, has_tokenizer, load_beside, load_tokenizer
-from autoquant.models.loaded import LoadedModel, SourceKind, max_positions, model_kind, settle
+from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
 from autoquant.models.missing import class_reads_tokens, missing, weights_read_tokens
 from autoquant.models.names import renamed
 from autoquant.models.pickled import is_pickle, pickled_class
 from autoquant.models.quiet import current_folder_importable
-from autoquant.models.request import Request
+from autoquant.models.request import ModelRequest, SourceKind
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.weights import check_safetensors, damaged, read_tensors, state_dict_of
 
 _CONTAINERS = ("", "collections.OrderedDict")  # what a pickled state dict is, before what else it holds
 
 
-def load_safetensors(path: Path, request: Request) -> LoadedModel:
+def load_safetensors(path: Path, request: ModelRequest) -> LoadedModel:
     """Load a state dict kept as safetensors; see `load_torch_file`.
 
     Raises:
@@ -41,7 +41,7 @@ def load_safetensors(path: Path, request: Request) -> LoadedModel:
     return _load_state(path, load_file(path), request)
 
 
-def load_torch_file(path: Path, request: Request) -> LoadedModel:
+def load_torch_file(path: Path, request: ModelRequest) -> LoadedModel:
     """Load a file that torch.save wrote: a state dict or, where trusted, a pickled module.
 
     A state dict is loaded into the module that the factory makes or, without one, that a config.json beside it describes.
@@ -62,7 +62,7 @@ def load_torch_file(path: Path, request: Request) -> LoadedModel:
     return _load_state(path, state, request)
 
 
-def _load_state(path: Path, state: Mapping[str, Any], request: Request) -> LoadedModel:
+def _load_state(path: Path, state: Mapping[str, Any], request: ModelRequest) -> LoadedModel:
     if request.model_factory is not None:
         return _load_into_factory(request.model_factory, path, state, request)
     if has_config(path.parent):
@@ -79,7 +79,7 @@ def _load_state(path: Path, state: Mapping[str, Any], request: Request) -> Loade
     )
 
 
-def _load_into_factory(factory: str, path: Path, state: Mapping[str, Any], request: Request) -> LoadedModel:
+def _load_into_factory(factory: str, path: Path, state: Mapping[str, Any], request: ModelRequest) -> LoadedModel:
     tally = DtypeTally()
     module = build(factory, state, path)
     state = renamed(state, module)
@@ -102,7 +102,7 @@ def _cast_unstored_buffers(module: nn.Module, state: Mapping[str, Any], dtype: t
             module.get_submodule(owner)._buffers[leaf] = buffer.to(dtype)
 
 
-def _load_pickled(path: Path, module: nn.Module, request: Request) -> LoadedModel:
+def _load_pickled(path: Path, module: nn.Module, request: ModelRequest) -> LoadedModel:
     tally = DtypeTally()
     state = ((name, value) for name, value in module.state_dict().items() if isinstance(value, torch.Tensor))
     digest = content_hash(tally.watch(state), module_architecture(module))
@@ -113,7 +113,7 @@ def _load_pickled(path: Path, module: nn.Module, request: Request) -> LoadedMode
 
 
 def _finish(
-    path: Path, module: nn.Module, digest: str, stored: torch.dtype, source: SourceKind, request: Request
+    path: Path, module: nn.Module, digest: str, stored: torch.dtype, source: SourceKind, request: ModelRequest
 ) -> LoadedModel:
     words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else None
     settle(module.to(request.device))
@@ -130,7 +130,7 @@ def _finish(
     )
 
 
-def _read(path: Path, request: Request) -> Any:
+def _read(path: Path, request: ModelRequest) -> Any:
     """What the file holds. Without trust only tensors and plain containers are ever made of it."""
     is_zip = zipfile.is_zipfile(path)
     try:
@@ -174,7 +174,7 @@ def _torchscript(path: Path) -> str:
     )
 
 
-def _untrusted(path: Path, error: Exception, request: Request, *, is_zip: bool) -> ModelError:
+def _untrusted(path: Path, error: Exception, request: ModelRequest, *, is_zip: bool) -> ModelError:
     """The refusal of a pickle, with what else its model will need, as far as that can be told without running it."""
     kind = pickled_class(path, is_zip=is_zip)
     is_state = kind in _CONTAINERS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,48 +17,28 @@ from autoquant.candidates import Format, Kernel, get_format, select, timed
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.device import compile_failure, fingerprint
-from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.models import LoadedModel, dtype_name, resolve_device, resolve_dtype, take_model
+from autoquant.models import LoadedModel, load
+from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
 from autoquant.profiler.record import mean_element_bytes, record_model
+from autoquant.profiler.request import DEFAULT_ROWS, ProfileRequest, Shapes, ShapesRequest, asked_linears
 from autoquant.profiler.roofline import known_roofline
-from autoquant.profiler.shapes import ListedShapes, NamedShapes, parse_shapes, read_shapes
+from autoquant.profiler.shapes import ListedShapes, NamedShapes
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
-from autoquant.runtime.phases import default_workload, make_phases
+from autoquant.runtime.phases import check_workload, default_workload
 from autoquant.store import Store, open_store
-from autoquant.store.connect import check_address
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DEFAULT_ROWS = (1, 16, 128, 2048)
 _SAMPLE_ROWS = 256
 
 Candidates = Sequence[tuple[Format, Kernel]]
 Cell = tuple[LinearShape, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileRequest:
-    """What is to be timed; see `profile`."""
-
-    model: str | os.PathLike[str] | nn.Module | None = None
-    shapes: str | os.PathLike[str] | Sequence[str] | None = None
-    rows: Sequence[int] | None = None
-    workload: str | Workload | None = None
-    batch: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    candidates: Sequence[str] = ("*",)
-    db: str | os.PathLike[str] = "timings.db"
-    model_factory: str | None = None
-    tokenizer: Any | None = None
-    trust_pickle: bool = False
-    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +53,9 @@ class _Subjects:
 
 
 def profile(
-    model: str | os.PathLike[str] | nn.Module | None = None,
+    model: ModelPath | nn.Module | None = None,
     *,
-    shapes: str | os.PathLike[str] | Sequence[str] | None = None,
+    shapes: Shapes | None = None,
     rows: Sequence[int] | None = None,
     workload: str | Workload | None = None,
     batch: int = 1,
@@ -86,7 +66,7 @@ def profile(
     model_factory: str | None = None,
     tokenizer: Any | None = None,
     trust_pickle: bool = False,
-    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    sample_inputs: SampleInputs = None,
     listener: Listener = ignore,
 ) -> pd.DataFrame:
     """Time linears by every candidate, without a search. What the store holds already is not timed again.
@@ -109,49 +89,46 @@ def profile(
     """
     import pandas as pd
 
-    request = ProfileRequest(
-        model=model,
-        shapes=shapes,
-        rows=rows,
-        workload=workload,
-        batch=batch,
-        device=device,
+    if isinstance(workload, str):
+        workload = Workload.parse(workload, batch)
+    linears = asked_linears(
+        model,
+        shapes,
         dtype=dtype,
-        candidates=candidates,
-        db=db,
+        device=device,
         model_factory=model_factory,
         tokenizer=tokenizer,
         trust_pickle=trust_pickle,
         sample_inputs=sample_inputs,
     )
+    request = ProfileRequest(
+        linears=linears,
+        rows=rows,
+        workload=workload,
+        batch=batch,
+        candidates=candidates,
+        db=db,
+    )
     return pd.DataFrame(list(time_linears(request, listener).rows), columns=list(COLUMNS))
 
 
 def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latencies:
-    """`profile` with everything that is known about how its rows came about.
+    """Time what `profile` describes. The result also says how its rows came about.
 
     Raises:
         AutoquantError: As for `profile`.
     """
     listener = logged(listener)
-    _check(request)
-    device_name = resolve_device(request.device)
-    check_address(request.db)
-    pairs = select(request.candidates, torch.device(device_name).type)
-    workload = request.workload
-    if isinstance(workload, str):
-        workload = Workload.parse(workload, request.batch)
-    if request.model is None:
-        prepare = partial(_of_shapes, request, _listed_shapes(request, device_name), workload, device_name)
+    pairs = select(request.candidates, torch.device(request.device).type)
+    make: Callable[[], _Subjects]
+    if isinstance(request.linears, ShapesRequest):
+        make = partial(_of_shapes, request, request.linears, request.linears.read())
     else:
-        loaded = _load(request, device_name)
-        workload = workload or default_workload(loaded.kind, request.batch)
-        _check_workload(request, loaded, workload, device_name)
-        prepare = partial(_of_model, request, loaded, workload, device_name, listener)
+        make = _of_model(request, load(request.linears), listener)
     store = open_store(request.db)  # after everything that can be refused without it
     try:
-        subjects = prepare()
-        return _time(subjects, with_original(pairs, subjects.dtype), device_name, store, listener)
+        subjects = make()
+        return _time(subjects, with_original(pairs, subjects.dtype), request.device, store, listener)
     finally:
         store.close()
 
@@ -163,94 +140,52 @@ def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
     return [*((original, kernel) for kernel in original.kernels), *rest]
 
 
-def _check(request: ProfileRequest) -> None:
-    """Refuse what contradicts itself."""
-    if (request.model is None) == (request.shapes is None):
-        raise WorkloadError("give either a model or shapes (--shapes FILE): their linears are what is timed")
-    if request.rows is not None and (not request.rows or min(request.rows) < 1):
-        raise WorkloadError("rows must be numbers from 1 on, e.g. 1,16,2048")
-    if request.shapes is not None and request.rows is not None and request.workload is not None:
-        raise WorkloadError("give either rows or a workload: both say how many rows the shapes are timed at")
-    if request.shapes is not None and request.workload is None and request.batch != 1:
-        raise WorkloadError(
-            "a batch needs a workload, e.g. --workload prefill=2048,decode=256: rows are timed as given"
-        )
-
-
-def _listed_shapes(request: ProfileRequest, device_name: str) -> ListedShapes:
-    dtype = resolve_dtype("fast16" if request.dtype == "auto" else request.dtype, device_name, torch.float32)
-    if isinstance(request.shapes, (str, os.PathLike)):
-        return read_shapes(request.shapes, dtype_name(dtype))
-    return parse_shapes(request.shapes or (), dtype_name(dtype))
-
-
-def _of_shapes(request: ProfileRequest, listed: ListedShapes, workload: Workload | None, device_name: str) -> _Subjects:
+def _of_shapes(request: ProfileRequest, linears: ShapesRequest, listed: ListedShapes) -> _Subjects:
     names = listed.names
     rows: Sequence[int] = request.rows or DEFAULT_ROWS
-    if workload is not None:
-        rows = sorted({phase.tokens * workload.batch for phase in workload.phases})
+    if request.workload is not None:
+        batch = request.workload.batch
+        rows = sorted({phase.tokens * batch for phase in request.workload.phases})
     dtype = next(iter(names)).dtype
-    hardware = fingerprint(device_name)
+    hardware = fingerprint(request.device)
     # As cold as in a model that has as many of these linears as twice the cache holds.
     once = sum(shape.n * shape.k for shape in names) * ELEMENT_BYTES[dtype]
     repeated = list(names) * -(-2 * hardware.cache_bytes // once)
-    from_file = isinstance(request.shapes, (str, os.PathLike))
+    from_file = isinstance(linears.shapes, (str, os.PathLike))
     return _Subjects(
         names=names,
         cells=[(shape, m) for shape in names for m in listed.rows.get(shape, rows)],
         working_set=measure.working_set_bytes(repeated, hardware, ELEMENT_BYTES[dtype]),
         dtype=dtype,
-        source=Path(str(request.shapes)).name if from_file else f"{len(names)} shapes",
+        source=Path(str(linears.shapes)).name if from_file else f"{len(names)} shapes",
     )
 
 
-def _load(request: ProfileRequest, device_name: str) -> LoadedModel:
-    assert request.model is not None  # _check saw to it
-    return take_model(
-        request.model,
-        dtype=request.dtype,
-        device=device_name,
-        model_factory=request.model_factory,
-        tokenizer=request.tokenizer,
-        trust_pickle=request.trust_pickle,
-        sample_inputs=request.sample_inputs,
-    )
+def _of_model(request: ProfileRequest, loaded: LoadedModel, listener: Listener) -> Callable[[], _Subjects]:
+    """Check the workload now, and return what records it.
+
+    Raises:
+        WorkloadError: The workload does not fit the model.
+    """
+    workload = request.workload or default_workload(loaded.kind, request.batch)
+    check_workload(loaded, workload)
+    return partial(_recorded, loaded, workload, request.rows, listener)
 
 
-def _inputs(request: ProfileRequest, loaded: LoadedModel) -> Any:
-    return request.sample_inputs if request.sample_inputs is not None else loaded.example_inputs
-
-
-def _check_workload(request: ProfileRequest, loaded: LoadedModel, workload: Workload, device_name: str) -> None:
-    """Refuse a workload that does not fit the model."""
-    make_phases(
-        loaded.module,
-        loaded.kind,
-        workload,
-        device=device_name,
-        sample_inputs=_inputs(request, loaded),
-        max_positions=loaded.max_positions,
-    )
-
-
-def _of_model(
-    request: ProfileRequest, loaded: LoadedModel, workload: Workload, device_name: str, listener: Listener
-) -> _Subjects:
-    inputs = _inputs(request, loaded)
-    recording = record_model(loaded, workload, device=device_name, sample_inputs=inputs, listener=listener)
+def _recorded(loaded: LoadedModel, workload: Workload, rows: Sequence[int] | None, listener: Listener) -> _Subjects:
+    recording = record_model(loaded, workload, listener)
+    shapes = [site.shape for site in recording.sites]
     names: NamedShapes = {}
     for site in recording.sites:
         names[site.shape] = (*names.get(site.shape, ()), site.name)
+    cells = measure.cells_of(recording.sites)
+    if rows:
+        cells = [(shape, m) for shape in names for m in rows]
+    element_bytes = mean_element_bytes(loaded.module, recording)
     return _Subjects(
         names=names,
-        cells=[(shape, m) for shape in names for m in request.rows]
-        if request.rows
-        else measure.cells_of(recording.sites),
-        working_set=measure.working_set_bytes(
-            [site.shape for site in recording.sites],
-            fingerprint(device_name),
-            mean_element_bytes(loaded.module, recording),
-        ),
+        cells=cells,
+        working_set=measure.working_set_bytes(shapes, fingerprint(loaded.device), element_bytes),
         dtype=loaded.dtype,
         source=Path(loaded.source.path).name or type(loaded.module).__name__,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import WorkloadError
+from autoquant.models import LoadedModel
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
 from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
@@ -43,49 +44,61 @@ class Phases(Protocol):
 
 
 def make_phases(
-    module: nn.Module,
-    kind: str,
+    loaded: LoadedModel,
     workload: Workload,
     *,
-    device: str,
-    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     compiled: bool = False,
     division: Division = "parts",
-    max_positions: int | None = None,
 ) -> Phases:
-    """Choose how to run `module`.
+    """Choose how to run a model for a workload.
 
     Args:
-        kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or `module`.
-        sample_inputs: Arguments of one forward pass, for `module`.
-        compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it as a CUDA graph.
-        division: How it is compiled. Part by part are only models with repeated blocks whose steps become CUDA graphs, others as
-            with `regions`.
-        max_positions: The longest sequence the model takes, where known.
+        compiled: Compile the forward pass, each phase with static shapes. On CUDA also capture it as
+            a CUDA graph.
+        division: What is compiled as one. `parts` needs a model with repeated blocks whose steps
+            become CUDA graphs; other models are then compiled by `regions`.
 
     Raises:
         WorkloadError: The workload does not fit the model.
     """
+    check_workload(loaded, workload)
+    if loaded.kind == "causal_lm":
+        return _CausalPhases(loaded.module, workload, loaded.device, compiled, division)
+    if loaded.kind == "token_lm":
+        shape = (workload.batch, workload.phases[0].tokens)
+        ids = torch.zeros(shape, dtype=torch.long, device=loaded.device)
+        return _ForwardPhases(loaded.module, workload, (ids,), compiled, division)
+    inputs = loaded.example_inputs
+    assert inputs is not None  # check_workload saw to it
+    return _ForwardPhases(loaded.module, workload, inputs, compiled, division)
+
+
+def check_workload(loaded: LoadedModel, workload: Workload) -> None:
+    """Refuse a workload that does not fit the model.
+
+    Raises:
+        WorkloadError: The sequence is too long, the model cannot decode, or inputs are missing.
+    """
+    tokens, most = _tokens(workload), loaded.max_positions
+    if most is not None and tokens > most:
+        raise WorkloadError(f"the workload needs {tokens} positions, the model has {most}: ask for fewer tokens")
+    decodes = any(phase.name == "decode" for phase in workload.phases)
+    if loaded.kind == "token_lm" and decodes:
+        raise WorkloadError("this model keeps no cache, so it has no decode phase: use --workload prefill=TOKENS")
+    if loaded.kind == "module" and loaded.example_inputs is None:
+        raise WorkloadError(
+            "this model needs sample inputs: give autoquant search --sample-inputs"
+            " package.module:callable, or call it from Python with sample_inputs=...; a model that"
+            " takes token ids needs --tokenizer FOLDER instead"
+        )
+
+
+def _tokens(workload: Workload) -> int:
+    """Count the positions of one sequence."""
     tokens = sum(p.tokens * (1 if p.name == "prefill" else p.calls) for p in workload.phases)
     if all(phase.name == "decode" for phase in workload.phases):
         tokens += 1  # decoding alone starts behind a prompt of one token
-    if max_positions is not None and tokens > max_positions:
-        raise WorkloadError(
-            f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens"
-        )
-    if kind == "causal_lm":
-        return _CausalPhases(module, workload, device, compiled, division)
-    if kind == "token_lm":
-        if any(phase.name == "decode" for phase in workload.phases):
-            raise WorkloadError("this model keeps no cache, so it has no decode phase; use --workload prefill=TOKENS")
-        ids = torch.zeros((workload.batch, workload.phases[0].tokens), dtype=torch.long, device=device)
-        return _ForwardPhases(module, workload, (ids,), compiled, division)
-    if sample_inputs is None:
-        raise WorkloadError(
-            "this model needs sample inputs: give autoquant search --sample-inputs package.module:callable, or call it from"
-            " Python with sample_inputs=...; one that takes token ids needs --tokenizer FOLDER instead"
-        )
-    return _ForwardPhases(module, workload, sample_inputs, compiled, division)
+    return tokens
 
 
 def divisions(device: str) -> Sequence[Division]:

@@ -132,7 +132,7 @@ def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: L
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
     device = facts.device.type
-    usage = Usage(kind=loaded.kind, workload=facts.workload, device=device, sample_inputs=loaded.example_inputs)
+    usage = Usage.of(loaded, facts.workload)
     quantized = (apply(plan, share(loaded.module), calibration=facts.calibration) for plan in plans)
     modules = [share(loaded.module), *quantized]
     listener(StageStarted("run", 0))
@@ -185,13 +185,9 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
         before = torch.cuda.memory_allocated()
     make = partial(
         make_phases,
-        module,
-        loaded.kind,
+        replace(loaded, module=module),
         facts.workload,
-        device=device,
-        sample_inputs=loaded.example_inputs,
         compiled=device != "cpu" or compile_failure() is None,
-        max_positions=loaded.max_positions,
     )
     with kernels_kept(device):
         phases, note = make_warm(make, divisions(device))

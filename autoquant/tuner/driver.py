@@ -12,24 +12,19 @@ from typing import Any
 from torch import nn
 
 from autoquant.candidates import select
-from autoquant.devices.device import fingerprint
-from autoquant.evaluators.outputs import OutputQuality
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.models import resolve_device, take_model
-from autoquant.profiler.profile import with_original
+from autoquant.models import ModelRequest, load
 from autoquant.profiler.record import record_model
-from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Objective, Recording, Workload, content_key
-from autoquant.runtime.phases import default_workload, make_phases
+from autoquant.records import Objective, Recording, Workload
 from autoquant.solver.constraints import Constraints, bind
 from autoquant.solver.limits import Limits
 from autoquant.solver.planning import check_memory, context_of
 from autoquant.store import Store, open_store
-from autoquant.store.connect import check_address
 from autoquant.study.study import Study
-from autoquant.tuner.judge import Asked, make_judge, method_of
+from autoquant.tuner.judge import Asked, make_judge
+from autoquant.tuner.request import SearchRequest, SearchSetup
 from autoquant.tuner.stages import Stages
 
 _log = logging.getLogger(__name__)
@@ -103,109 +98,139 @@ def search(
     Raises:
         AutoquantError: Something the user can mend; the message says what.
     """
-    started = time.monotonic()
-    listener = logged(listener)
-    place = resolve_device(device)
-    check_address(db)
-    pairs = select(candidates, place.partition(":")[0])
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
-    constraints = Constraints.parse(keep, pin, fusable)
-    asked = Asked.of(eval_text, eval_data, quality)
-    asked.check(sensitivity, max_kl)
-    loaded = take_model(
-        model,
+    asked_model = ModelRequest(
+        model=model,
         dtype=dtype,
-        device=place,
+        device=device,
         model_factory=model_factory,
         tokenizer=tokenizer,
         trust_pickle=trust_pickle,
         sample_inputs=sample_inputs,
     )
-    inputs = loaded.example_inputs if sample_inputs is None or isinstance(sample_inputs, str) else sample_inputs
-    judge = make_judge(asked, loaded, pairs, device=place, sample_inputs=inputs, seed=seed, listener=listener)
-    measure, pairs = judge.quality, judge.candidates
-    method = method_of(sensitivity, max_kl, measure)
     limits = Limits(
         max_ppl_increase=max_ppl_increase,
         max_kl=max_kl,
         max_memory_bytes=max_memory_bytes,
         minimize=minimize,
-        measure="divergence" if isinstance(measure, OutputQuality) else "increase",
     )
-    workload = workload or default_workload(loaded.kind, batch)
-    make_phases(
-        loaded.module, loaded.kind, workload, device=place, sample_inputs=inputs, max_positions=loaded.max_positions
-    )
-    hardware = fingerprint(place)
-    identity = {
-        "model_hash": loaded.content_hash,
-        "device": hardware.key,
-        "workload": str(workload),
-        "dtype": loaded.dtype,
-        "quality": measure.key,
-        "candidates": [f"{fmt.id}/{kernel.id}" for fmt, kernel in pairs],
-        "seed": seed,
-        "protocol": PROTOCOL,
-        "method": method.version,
-    } | ({"fuse": True} if fuse else {})
-    identity |= {"constraints": constraints.as_object()} if constraints.as_object() else {}
-    store = open_store(db)
-    study_id = content_key(identity, 8)
-    chosen = with_original(pairs, loaded.dtype)
-    recording = _known_recording(store, study_id, limits)
-    if recording is None and constraints.as_object():  # refused before anything is written
-        recording = record_model(loaded, workload, device=place, sample_inputs=inputs, listener=listener)
-        bind(constraints, recording.sites, [(fmt.id, kernel.id) for fmt, kernel in chosen], chosen[0][0].id)
-    store.put_device(hardware)
-    store.put_model(loaded.content_hash, asdict(loaded.source))
-    store.put_study(
-        study_id,
-        model_hash=loaded.content_hash,
-        device=hardware,
-        identity=identity,
+    request = SearchRequest(
+        model=asked_model,
+        asked=Asked.of(eval_text, eval_data, quality),
+        candidates=select(candidates, asked_model.device.partition(":")[0]),
         workload=workload,
-        limits=limits.as_object(),
-    )
-    store.put_reference(study_id, "judge", {"words": judge.words})
-    if isinstance(measure, TextQuality) and measure.parts.inputs is not None:
-        store.put_calibration(study_id, measure.parts.inputs.tolist())
-        if (count := len(measure.parts.inputs)) < ENOUGH_INPUT_WINDOWS:
-            listener(Notice(f"weights are rounded for {count} windows of text only: a longer one serves -gptq better"))
-    if recording is not None:
-        store.update_study(study_id, recording=recording)
-    run = Stages(
-        store=store,
-        study_id=study_id,
-        loaded=loaded,
-        quality=measure,
-        workload=workload,
-        device=place,
-        hardware=hardware,
-        candidates=chosen,
-        sample_inputs=inputs,
-        fuse=fuse,
-        sensitivity=method,
-        constraints=constraints,
+        batch=batch,
         limits=limits,
+        constraints=Constraints.parse(keep, pin, fusable),
+        sensitivity=sensitivity,
+        fuse=fuse,
         time_budget_s=time_budget_s,
         seed=seed,
-        listener=listener,
-        started=started,
-        spent_before_s=store.study(study_id).spent_s,
+        db=db,
     )
-    _log.info("study %s in %s: %s candidates, workload %s", study_id, db, len(pairs), workload)
-    run.go()
-    return Study(store, study_id)
+    return run_search(request, listener)
 
 
-def _known_recording(store: Store, study_id: str, limits: Limits) -> Recording | None:
-    """What the store has recorded of this study, if anything. Where it has come further, the memory limit is checked."""
+def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
+    """Do what `search` describes.
+
+    Raises:
+        AutoquantError: Something the user can fix; the message says what.
+    """
+    started = time.monotonic()
+    listener = logged(listener)
+    loaded = load(request.model)
+    judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
+    setup = SearchSetup.of(request, loaded, judge)
+    store = open_store(request.db)
+    recording = _checked_recording(setup, store, listener)
+    _put_study(setup, store, recording)
+    _note_short_text(setup, listener)
+    _log.info(
+        "study %s in %s: %s candidates, workload %s",
+        setup.study_id,
+        request.db,
+        len(judge.candidates),
+        setup.workload,
+    )
+    _stages(setup, store, listener, started).go()
+    return Study(store, setup.study_id)
+
+
+def _checked_recording(setup: SearchSetup, store: Store, listener: Listener) -> Recording | None:
+    """Return what is recorded of the study so far. Refuse limits and constraints that no plan meets.
+
+    Constraints need a recording to be checked, so it is made now: nothing is written yet.
+    """
+    recording = _known_recording(setup, store)
+    constraints = setup.request.constraints
+    if recording is None and constraints.as_object():
+        recording = record_model(setup.loaded, setup.workload, listener)
+        ids = [(fmt.id, kernel.id) for fmt, kernel in setup.candidates]
+        bind(constraints, recording.sites, ids, setup.candidates[0][0].id)
+    return recording
+
+
+def _known_recording(setup: SearchSetup, store: Store) -> Recording | None:
+    """Return what the store has of the study, None if nothing. Check the memory limit if it can be."""
+    study_id = setup.study_id
     if study_id not in store.studies():
         return None
     facts = store.study(study_id)
     options, about = store.options_and_about(study_id)
     if options and about:
         context = context_of(about, study_id=study_id, model_hash=facts.model_hash, workload=facts.workload)
-        check_memory(list(options.values()), context, limits.max_memory_bytes)
+        check_memory(list(options.values()), context, setup.limits.max_memory_bytes)
     return facts.recording
+
+
+def _put_study(setup: SearchSetup, store: Store, recording: Recording | None) -> None:
+    """Write what the study is about."""
+    study_id, quality = setup.study_id, setup.quality
+    store.put_device(setup.hardware)
+    store.put_model(setup.loaded.content_hash, asdict(setup.loaded.source))
+    store.put_study(
+        study_id,
+        model_hash=setup.loaded.content_hash,
+        device=setup.hardware,
+        identity=setup.identity(),
+        workload=setup.workload,
+        limits=setup.limits.as_object(),
+    )
+    store.put_reference(study_id, "judge", {"words": setup.judge.words})
+    if isinstance(quality, TextQuality) and quality.parts.inputs is not None:
+        store.put_calibration(study_id, quality.parts.inputs.tolist())
+    if recording is not None:
+        store.update_study(study_id, recording=recording)
+
+
+def _note_short_text(setup: SearchSetup, listener: Listener) -> None:
+    quality = setup.quality
+    if not isinstance(quality, TextQuality) or quality.parts.inputs is None:
+        return
+    if (count := len(quality.parts.inputs)) < ENOUGH_INPUT_WINDOWS:
+        listener(Notice(f"weights are rounded for {count} windows of text only: a longer text serves -gptq better"))
+
+
+def _stages(setup: SearchSetup, store: Store, listener: Listener, started: float) -> Stages:
+    request = setup.request
+    return Stages(
+        store=store,
+        study_id=setup.study_id,
+        loaded=setup.loaded,
+        quality=setup.quality,
+        workload=setup.workload,
+        device=setup.loaded.device,
+        hardware=setup.hardware,
+        candidates=setup.candidates,
+        fuse=request.fuse,
+        sensitivity=setup.method,
+        constraints=request.constraints,
+        limits=setup.limits,
+        time_budget_s=request.time_budget_s,
+        seed=request.seed,
+        listener=listener,
+        started=started,
+        spent_before_s=store.study(setup.study_id).spent_s,
+    )

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from autoquant.candidates import Format, Kernel
 from autoquant.candidates.formats.floats import original_format
@@ -78,7 +77,6 @@ class Stages:
     device: str
     hardware: Device
     candidates: list[tuple[Format, Kernel]]
-    sample_inputs: Any
     fuse: bool
     sensitivity: Sensitivity
     constraints: Constraints
@@ -134,7 +132,6 @@ class Stages:
             workload=self.workload,
             device=self.device,
             execution="eager" if self.hardware.versions.get("compiler") == "none" else "compiled",
-            sample_inputs=self.sample_inputs,
         )
         formats = list({fmt.id: None for fmt, _ in self.candidates})
         return start_runner(bench, formats, self.listener)
@@ -142,13 +139,7 @@ class Stages:
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def _record(self) -> Recording:
-        recording = record_model(
-            self.loaded,
-            self.workload,
-            device=self.device,
-            sample_inputs=self.sample_inputs,
-            listener=self.listener,
-        )
+        recording = record_model(self.loaded, self.workload, self.listener)
         self.store.update_study(self.study_id, recording=recording)
         return recording
 
@@ -399,9 +390,7 @@ class Stages:
     def _deliver(self) -> None:
         """Recommend the best plan that is faster as its user will run it."""
         study = Study(self.store, self.study_id)
-        usage = Usage(
-            kind=self.loaded.kind, workload=self.workload, device=self.device, sample_inputs=self.sample_inputs
-        )
+        usage = Usage.of(self.loaded, self.workload)
         deliver_best(
             study,
             Deliverer(loaded=self.loaded, usage=usage, calibration=study.calibration, listener=self.listener),

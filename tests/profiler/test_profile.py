@@ -13,10 +13,12 @@ from autoquant.profiler import measure
 from autoquant.profiler import profile as module
 from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import COLUMNS
-from autoquant.profiler.profile import ProfileRequest, time_linears
-from autoquant.records import Measurement, Roofline
+from autoquant.profiler.profile import time_linears
+from autoquant.profiler.request import ProfileRequest, asked_linears
+from autoquant.records import Measurement, Roofline, Workload
 
 ROOFLINE = Roofline(bandwidth_bytes_per_s=1e9, flops_per_s={"float32": 1e9, "bfloat16": 4e9})
+LINEARS = ("model", "shapes", "device", "dtype", "sample_inputs")
 INT8 = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")
 
 
@@ -48,8 +50,13 @@ def timed(monkeypatch):
 @pytest.fixture
 def profile(tmp_path):
     def run(**options):
-        defaults = {"device": "cpu", "candidates": INT8, "db": tmp_path / "timings.db"}
-        return time_linears(ProfileRequest(**(defaults | options)))
+        asked = dict.fromkeys(("model", "shapes", "model_factory", "tokenizer"))
+        asked |= {"device": "cpu", "dtype": "auto", "trust_pickle": False}
+        asked |= {name: options.pop(name) for name in LINEARS if name in options}
+        defaults = {"candidates": INT8, "db": tmp_path / "timings.db", "rows": None, "workload": None, "batch": 1}
+        if "workload" in options:
+            options["workload"] = Workload.parse(options["workload"], options.get("batch", 1))
+        return time_linears(ProfileRequest(linears=asked_linears(**asked), **(defaults | options)))
 
     return run
 

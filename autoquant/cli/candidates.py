@@ -1,4 +1,4 @@
-"""`autoquant candidates`: what could be used on a device, and why the rest cannot."""
+"""`autoquant candidates`: list what a device can use, and why it cannot use the rest."""
 
 from __future__ import annotations
 

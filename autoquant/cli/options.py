@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,17 @@ class Minimize(StrEnum):
 
 
 DeviceOption = Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")]
+FolderDeviceOption = Annotated[
+    str, typer.Option(help="auto (where the plan was made, else the best) or a device.")
+]
+FolderArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="Folder that `autoquant apply` wrote, or an unquantized model.",
+        show_default=False,
+    ),
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the unquantized model.")]
 ModelFactoryOption = Annotated[
     str | None,
@@ -37,7 +49,9 @@ ModelFactoryOption = Annotated[
 ]
 TokenizerOption = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER", help="Tokenizer, if the model has none of its own.", show_default=False),
+    typer.Option(
+        metavar="FOLDER", help="Tokenizer, if the model has none of its own.", show_default=False
+    ),
 ]
 TrustPickleOption = Annotated[
     bool, typer.Option("--trust-pickle", help="Load a pickled model: runs the code that is in it.")
@@ -77,6 +91,10 @@ MaxKlOption = Annotated[
 ]
 MaxMemoryOption = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False),
+    typer.Option(
+        metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False
+    ),
 ]
-MinimizeOption = Annotated[Minimize, typer.Option(help="What the recommended plan has least of, within the limits.")]
+MinimizeOption = Annotated[
+    Minimize, typer.Option(help="What the recommended plan has least of, within the limits.")
+]

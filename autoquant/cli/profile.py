@@ -1,4 +1,4 @@
-"""`autoquant profile`: time linears without a search; table, CSV, JSON, and a picture with the roofline."""
+"""`autoquant profile`: time linears without a search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from autoquant.cli.options import (
     TrustPickleOption,
     WorkloadOption,
 )
-from autoquant.cli.output import JsonFlag, check_place, print_json, print_table, write_file
+from autoquant.cli.output import (
+    JsonFlag,
+    check_place,
+    interruptible,
+    print_json,
+    print_table,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from autoquant.profiler.latencies import Latencies
@@ -29,29 +36,43 @@ if TYPE_CHECKING:
 def profile(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="Model whose linears are timed, as for search.", show_default=False),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Model whose linears are timed, as for search.",
+            show_default=False,
+        ),
     ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Instead of a model: a linear a line, e.g. 4096x4096+bias q_proj.", show_default=False
+            metavar="FILE",
+            help="Instead of a model: a linear a line, e.g. 4096x4096+bias q_proj.",
+            show_default=False,
         ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
     rows: Annotated[
         str | None,
-        typer.Option(metavar="M,...", help="Rows of the activation, e.g. 1,16,128,2048.", show_default=False),
+        typer.Option(
+            metavar="M,...", help="Rows of the activation, e.g. 1,16,128,2048.", show_default=False
+        ),
     ] = None,
     workload: WorkloadOption = None,
     batch: BatchOption = 1,
     candidates: CandidatesOption = None,
-    db: Annotated[str, typer.Option(metavar="FILE", help="Database that keeps the timings.")] = "timings.db",
+    db: Annotated[
+        str, typer.Option(metavar="FILE", help="Database that keeps the timings.")
+    ] = "timings.db",
     as_json: JsonFlag = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw latency against rows into a .png, .svg or .html.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Draw latency against rows into a .png, .svg or .html.",
+            show_default=False,
+        ),
     ] = None,
     model_factory: ModelFactoryOption = None,
     tokenizer: TokenizerOption = None,
@@ -59,7 +80,7 @@ def profile(
 ) -> None:
     """Time the linears of MODEL, or of a file of shapes, by every candidate, without a search.
 
-    What the database holds already is not timed again. Ctrl-C keeps everything measured so far.
+    Timings that the database holds already are not made again. Ctrl-C keeps those made so far.
     """
     if as_json and as_csv:
         raise typer.BadParameter("cannot be combined with --csv", param_hint="--json")
@@ -93,25 +114,21 @@ def profile(
         candidates=tuple(candidates or ("*",)),
         db=db,
     )
-    try:
-        with listening() as listener:
-            latencies = time_linears(asked, listener)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True
-        )
-        raise typer.Exit(130) from None
+    with interruptible(db), listening() as listener:
+        latencies = time_linears(asked, listener)
     if plot is not None:
         _draw(latencies, plot)
     _print(latencies, as_json=as_json, as_csv=as_csv)
 
 
 def _check_plot(path: Path) -> None:
-    """Refuse before anything is timed what could not be written afterwards."""
+    """Refuse a picture that could not be written, before anything is timed."""
     from autoquant.report.front.plots import SUFFIXES
 
     if path.suffix.lower() not in SUFFIXES:
-        raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")
+        raise typer.BadParameter(
+            f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot"
+        )
     check_place(path)
 
 

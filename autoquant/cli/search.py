@@ -1,4 +1,4 @@
-"""`autoquant search`: measure, solve, prove; ends with the front and the recommended plan."""
+"""`autoquant search`: run a search, then print the front and the recommended plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from autoquant.cli.options import (
     TrustPickleOption,
     WorkloadOption,
 )
-from autoquant.cli.output import JsonFlag, print_json, print_table
+from autoquant.cli.output import JsonFlag, interruptible, print_json, print_table
 from autoquant.cli.recipe_option import (
     RecipeOption,
     SaveRecipeOption,
@@ -43,7 +43,7 @@ _JUDGES = ("eval_text", "eval_data", "quality")
 
 
 class Sensitivity(StrEnum):
-    """How what a change costs is found out; described in `autoquant.evaluators.sensitivity`."""
+    """How the loss of a change is found; see `autoquant.evaluators.sensitivity`."""
 
     ISOLATED = "isolated"
     FISHER = "fisher"
@@ -66,7 +66,8 @@ def search(
         typer.Option(
             "--eval-text",
             metavar="FILE",
-            help="Text that quality is measured on, like what the model will read. By default one that autoquant ships.",
+            help="Text that quality is measured on, like what the model will read."
+            " The default is one that autoquant ships.",
             show_default=False,
         ),
     ] = None,
@@ -75,7 +76,8 @@ def search(
         typer.Option(
             "--eval-data",
             metavar="NAME[:CONFIG][:SPLIT][:COLUMN]",
-            help="Instead of a text: a JSONL, JSON, CSV, Parquet or text file, a folder of them, or a dataset on the hub.",
+            help="Instead of a text: a JSONL, JSON, CSV, Parquet or text file, a folder of them,"
+            " or a dataset on the hub.",
             show_default=False,
         ),
     ] = None,
@@ -83,13 +85,16 @@ def search(
         str | None,
         typer.Option(
             metavar="PACKAGE.MODULE:CALLABLE",
-            help="Instead of a text: takes the module and calibration, selection or report; returns a loss per sample.",
+            help="Instead of a text: takes the module and calibration, selection or report;"
+            " returns a loss per sample.",
             show_default=False,
         ),
     ] = None,
     sample_inputs: SampleInputsOption = None,
     device: DeviceOption = "auto",
-    db: Annotated[str, typer.Option(metavar="FILE", help="Database; an existing one is continued.")] = "plan.db",
+    db: Annotated[
+        str, typer.Option(metavar="FILE", help="Database; an existing one is continued.")
+    ] = "plan.db",
     workload: WorkloadOption = None,
     batch: BatchOption = 1,
     dtype: DtypeOption = Dtype.AUTO,
@@ -97,7 +102,8 @@ def search(
         str,
         typer.Option(
             metavar="PERCENT",
-            help="Limit of the increase of perplexity or your own loss, or of output divergence, e.g. 1%.",
+            help="Limit of the increase of perplexity or of your own loss, or of output"
+            " divergence, e.g. 1%.",
         ),
     ] = "1%",
     max_kl: MaxKlOption = None,
@@ -106,7 +112,9 @@ def search(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Layers that stay unquantized, e.g. lm_head; repeatable.", show_default=False
+            metavar="GLOB",
+            help="Layers that stay unquantized, e.g. lm_head; repeatable.",
+            show_default=False,
         ),
     ] = None,
     pin: Annotated[
@@ -120,22 +128,32 @@ def search(
     fusable: Annotated[
         str | None,
         typer.Option(
-            metavar="vllm", help="One format for what this engine fuses (q, k, v; gate, up).", show_default=False
+            metavar="vllm",
+            help="One format for what this engine fuses (q, k, v; gate, up).",
+            show_default=False,
         ),
     ] = None,
     candidates: CandidatesOption = None,
     fuse: Annotated[
         bool,
-        typer.Option("--fuse/--no-fuse", help="Also try layers that read the same input as one (q, k, v; gate, up)."),
+        typer.Option(
+            "--fuse/--no-fuse",
+            help="Also try layers that read the same input as one (q, k, v; gate, up).",
+        ),
     ] = False,
     time_budget: Annotated[
-        str, typer.Option(metavar="TIME", help="Refine until then, e.g. 10m; the steps before take what they take.")
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="How long to search, e.g. 10m. Refinement fills what earlier steps leave.",
+        ),
     ] = "10m",
     sensitivity: Annotated[
         Sensitivity | None,
         typer.Option(
-            help="What tells a layer's loss: path and fisher, which need a text, predict all from a few gradients; isolated"
-            " measures each change alone. By default path; without a text isolated.",
+            help="How losses are found: path and fisher need a text and predict all from a few"
+            " gradients; isolated measures each change alone. Default: path with a text, else"
+            " isolated.",
             show_default=False,
         ),
     ] = None,
@@ -153,7 +171,9 @@ def search(
     eval_text, eval_data, quality = command_line_wins(context, *_JUDGES)
     _check_judge(context)
     if quality is not None and sensitivity not in (None, Sensitivity.ISOLATED):
-        raise typer.BadParameter("needs a text: with --quality only isolated works", param_hint="--sensitivity")
+        raise typer.BadParameter(
+            "needs a text: with --quality only isolated works", param_hint="--sensitivity"
+        )
     check_save(save_as)
     increase = fraction(max_ppl_increase, "--max-ppl-increase")
     divergence = None if max_kl is None else nats(max_kl, "--max-kl")
@@ -165,43 +185,38 @@ def search(
 
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.tuner import driver  # imports torch: after everything that can be refused without it
+    # Imports torch: only after everything that can be refused without it.
+    from autoquant.tuner import driver
 
-    try:
-        with listening() as listener:
-            study = driver.search(
-                model,
-                eval_text=eval_text,
-                eval_data=eval_data,
-                quality=quality,
-                sample_inputs=sample_inputs,
-                db=db,
-                device=device,
-                dtype=dtype.value,
-                workload=request,
-                batch=batch,
-                max_ppl_increase=increase,
-                max_kl=divergence,
-                max_memory_bytes=memory,
-                minimize=minimize.value,
-                keep=tuple(keep or ()),
-                pin=tuple(pin or ()),
-                fusable=fusable,
-                candidates=tuple(candidates or ("*",)),
-                fuse=fuse,
-                time_budget_s=budget_s,
-                sensitivity=sensitivity.value if sensitivity else None,
-                seed=seed,
-                model_factory=model_factory,
-                tokenizer=tokenizer,
-                trust_pickle=trust_pickle,
-                listener=listener,
-            )
-    except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True
+    with interruptible(db), listening() as listener:
+        study = driver.search(
+            model,
+            eval_text=eval_text,
+            eval_data=eval_data,
+            quality=quality,
+            sample_inputs=sample_inputs,
+            db=db,
+            device=device,
+            dtype=dtype.value,
+            workload=request,
+            batch=batch,
+            max_ppl_increase=increase,
+            max_kl=divergence,
+            max_memory_bytes=memory,
+            minimize=minimize.value,
+            keep=tuple(keep or ()),
+            pin=tuple(pin or ()),
+            fusable=fusable,
+            candidates=tuple(candidates or ("*",)),
+            fuse=fuse,
+            time_budget_s=budget_s,
+            sensitivity=sensitivity.value if sensitivity else None,
+            seed=seed,
+            model_factory=model_factory,
+            tokenizer=tokenizer,
+            trust_pickle=trust_pickle,
+            listener=listener,
         )
-        raise typer.Exit(130) from None
     study.store.put_reference(study.study_id, "command", {"options": configuration(context)})
     if save_as is not None:
         save_recipe(context, save_as)
@@ -211,7 +226,9 @@ def search(
 def _check_judge(context: typer.Context) -> None:
     given = [f"--{name.replace('_', '-')}" for name in _JUDGES if context.params[name] is not None]
     if len(given) > 1:
-        raise typer.BadParameter(f"cannot be combined with {' and '.join(given[1:])}", param_hint=given[0])
+        raise typer.BadParameter(
+            f"cannot be combined with {' and '.join(given[1:])}", param_hint=given[0]
+        )
 
 
 def _report(study: Study, db: str, *, as_json: bool) -> None:
@@ -245,4 +262,6 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     typer.echo(f"  autoquant pareto {where} --plot front.png")
     if recommended is not None:
         typer.echo(f"  autoquant show {where}")
-    typer.echo(f"  autoquant apply {where} {'' if recommended is not None else '--plan ID'}".rstrip())
+    typer.echo(
+        f"  autoquant apply {where} {'' if recommended is not None else '--plan ID'}".rstrip()
+    )

@@ -23,8 +23,7 @@ from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanEr
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.export import checkpoint
 from autoquant.export.rounding_inputs import Calibration, Windows
-from autoquant.models import LoadedModel, ModelSource
-from autoquant.models import load as load_asked
+from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.loaded import is_causal_lm, settle
 from autoquant.models.outputs import output_tensor
 from autoquant.records import LayerChoice, Plan
@@ -309,7 +308,7 @@ def load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str 
     if source.kind == "live" and not model:
         raise PlanError("a live module was searched: apply its plan with autoquant.apply(plan, module) from Python")
     place = device or facts.device.type
-    loaded = load_asked(source.request(dtype=plan.dtype, device=place, model=model))
+    loaded = load_request(source.request(dtype=plan.dtype, device=place, model=model))
     if loaded.content_hash != plan.model_hash:
         raise ModelError(
             f"{model} is not the model that was searched (content {loaded.content_hash}, plan for {plan.model_hash}): "

@@ -1,7 +1,7 @@
 """Load a model from what users have: the only place that knows file formats."""
 
 from autoquant.models.content import content_hash
-from autoquant.models.load import from_module, load, load_model
+from autoquant.models.load import from_module, load_model, load_request
 from autoquant.models.loaded import LoadedModel
 from autoquant.models.request import ModelRequest, ModelSource
 from autoquant.models.same import SameModel
@@ -15,8 +15,8 @@ __all__ = [
     "content_hash",
     "dtype_name",
     "from_module",
-    "load",
     "load_model",
+    "load_request",
     "resolve_device",
     "resolve_dtype",
 ]

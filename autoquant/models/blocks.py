@@ -1,4 +1,4 @@
-"""Running a model from one of its blocks on, with what came before taken from an earlier run."""
+"""Run a model from one of its blocks on; an earlier run supplies what came before."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 
 
 def block_lists(module: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
-    """A model's lists of several modules, heaviest first: where its blocks are to be looked for."""
+    """Return a model's lists of several modules, heaviest first. One may hold its blocks."""
     lists = [
-        child for child in module.modules() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
+        child
+        for child in module.modules()
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
     ]
     return sorted(lists, key=lambda blocks: -sum(p.numel() for p in blocks.parameters()))
 
 
 class BlockChain:
-    """The heaviest list of blocks in a model where each one's output is the next one's input.
+    """The heaviest list of blocks of a model in which each block reads the output before it.
 
-    Found by watching one forward pass; a model without such a list has no blocks, and nothing is ever skipped.
+    One forward pass is watched to find it. A model without such a list has no blocks, and nothing
+    is ever skipped.
 
     Args:
         module: The model.
@@ -45,14 +48,18 @@ class BlockChain:
                 return
 
     def start(self, parameter: torch.Tensor) -> int:
-        """How many blocks run before the first linear on `parameter`, and may be skipped when only that changes."""
+        """Count the blocks that run before `parameter` is used.
+
+        They may be skipped if only that parameter changes.
+        """
         return self._starts.get(id(parameter), 0)
 
     @contextmanager
     def capture(self, outputs: list[Any]) -> Iterator[None]:
         """Collect every block's output, in order, during one forward pass."""
         handles = [
-            block.register_forward_hook(lambda _m, _a, output: outputs.append(_copied(output))) for block in self.blocks
+            block.register_forward_hook(lambda _m, _a, output: outputs.append(_copied(output)))
+            for block in self.blocks
         ]
         try:
             yield
@@ -62,7 +69,7 @@ class BlockChain:
 
     @contextmanager
     def starting_at(self, index: int, outputs: list[Any]) -> Iterator[None]:
-        """Skip the blocks before `index`: they give back what `outputs` holds of them."""
+        """Skip the blocks before `index` inside: `outputs` holds what they return."""
         skipped = self.blocks[:index]
         own = [vars(block).get("forward") for block in skipped]
         for block, output in zip(skipped, outputs[:index], strict=True):
@@ -76,14 +83,16 @@ class BlockChain:
                     block.forward = forward
 
     def step(self, index: int, before: Any, forward: Callable[[], Any]) -> Any:
-        """Run block `index` and no other of one forward pass, with what comes before all blocks; or what comes behind them.
+        """Run one block of a forward pass, or what follows the last block.
+
+        What comes before all blocks runs, too.
 
         Args:
-            index: As many as there are blocks: what comes behind the last one.
-            before: What the block before `index` gave.
+            index: Which block; the number of blocks for what follows the last one.
+            before: What the block before `index` returned.
 
         Returns:
-            What the block gave; None behind the last one.
+            What the block returned; None for what follows the last one.
         """
         given: list[Any] = []
 
@@ -102,11 +111,11 @@ class BlockChain:
 
 
 class _Ended(Exception):
-    """The block that was to run has run."""
+    """Raised when the block that was to run has run."""
 
 
 class _Replay:
-    """A forward that gives back what it was made with."""
+    """A forward pass that returns a copy of what it was made with."""
 
     def __init__(self, output: Any) -> None:
         self._output = output
@@ -116,12 +125,12 @@ class _Replay:
 
 
 def _copied(output: Any) -> Any:
-    """`output` with tensors of its own: what follows a block may work in place."""
+    """Return `output` with its tensors cloned, since what follows a block may work in place."""
     return tree_map_only(torch.Tensor, torch.clone, output)
 
 
 class _Watch(TorchFunctionMode):
-    """Watches one forward pass: in which order blocks run, what they hand on, and where each linear's weight is used."""
+    """Watches a forward pass: the order of blocks, what they return, where weights are used."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -144,7 +153,9 @@ class _Watch(TorchFunctionMode):
 
             def before(_module: nn.Module, positional: Any, named: Any, i: int = i) -> None:
                 self._order.append(i)
-                self._inputs.append(_first_tensor(positional) if positional else _first_tensor(list(named.values())))
+                self._inputs.append(
+                    _first_tensor(positional) if positional else _first_tensor(list(named.values()))
+                )
 
             def after(_module: nn.Module, _args: Any, output: Any) -> None:
                 self._outputs.append(_first_tensor(output))
@@ -158,9 +169,11 @@ class _Watch(TorchFunctionMode):
                 handle.remove()
 
     def is_chain(self) -> bool:
-        """Whether every block ran once, in order, and read what the one before it gave."""
+        """Whether every block ran once, in order, and read what the one before it returned."""
         links = zip(self._outputs[:-1], self._inputs[1:], strict=True)
-        once = self._order == list(range(len(self._blocks))) and len(self._outputs) == len(self._blocks)
+        once = self._order == list(range(len(self._blocks))) and len(self._outputs) == len(
+            self._blocks
+        )
         return once and all(a is not None and a is b for a, b in links)
 
 

@@ -18,11 +18,19 @@ from autoquant.errors import ModelError
 from autoquant.hints import did_you_mean_path
 from autoquant.models import exported, huggingface, torchfile
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
-from autoquant.models.loaded import LoadedModel, device_of, main_dtype, max_positions, model_kind, settle
+from autoquant.models.loaded import (
+    LoadedModel,
+    device_of,
+    main_dtype,
+    max_positions,
+    model_kind,
+    settle,
+)
 from autoquant.models.named import make_inputs
 from autoquant.models.quiet import quiet
 from autoquant.models.request import ModelPath, ModelRequest, ModelSource, SampleInputs
 from autoquant.models.targets import dtype_name, resolve_device, resolve_dtype
+from autoquant.models.tokenizers import load_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +40,7 @@ _FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".gguf", ".onnx
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load(request: ModelRequest) -> LoadedModel:
+def load_request(request: ModelRequest) -> LoadedModel:
     """Load a model, or take a live module as it is.
 
     Raises:
@@ -80,7 +88,7 @@ def load_model(
         DeviceError: The device is not there.
         WorkloadError: The dtype is unknown.
     """
-    return load(
+    return load_request(
         ModelRequest(
             model=model,
             dtype=dtype,
@@ -100,7 +108,9 @@ def _read(request: ModelRequest) -> LoadedModel:
     if path.is_file():
         return _load_file(path, request)
     if path.exists() or not _may_be_on_hub(request.name):
-        raise ModelError(f"there is no model at {request.name}{did_you_mean_path(path)}: give {_FORMS}")
+        raise ModelError(
+            f"there is no model at {request.name}{did_you_mean_path(path)}: give {_FORMS}"
+        )
     return huggingface.load_folder(huggingface.download(request.name), request, request.name)
 
 
@@ -163,7 +173,7 @@ def from_module(
     target = resolve_dtype(dtype, place, stored)
     path = os.fspath(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else None
     with quiet():
-        words = tokenizer if path is None else huggingface.load_tokenizer(path)
+        words = tokenizer if path is None else load_tokenizer(path)
         if device is not None:
             module.to(place)
         if dtype != "auto":

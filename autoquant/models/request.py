@@ -70,8 +70,8 @@ class ModelRequest:
             - a live module.
         dtype: auto (as stored), fp32, bf16, fp16 or fast16; see `resolve_dtype`.
         device: auto, cpu, cuda, cuda:INDEX or mps; never auto once the request is made.
-        model_factory: `package.module:callable` that returns the module of a state dict. The current
-            directory is searched too.
+        model_factory: `package.module:callable` that returns the module of a state dict. The
+            current directory is searched, too.
         tokenizer: A tokenizer folder or a `tokenizer.json`; for a live module also the object.
             A Hugging Face folder brings its own.
         trust_pickle: Allow the file to run code on loading. Otherwise no code of it is ever run.

@@ -1,4 +1,4 @@
-"""Names of devices and dtypes, as users write them, to what torch calls them."""
+"""Read names of devices and dtypes as users write them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _DTYPES = {
 
 
 def resolve_device(name: str) -> str:
-    """Turn `auto`, `cpu`, `mps`, `cuda` or `cuda:INDEX` into a device that is there; `auto` prefers cuda, then mps.
+    """Return the device of a name: `auto`, `cpu`, `mps`, `cuda` or `cuda:INDEX`.
+
+    `auto` prefers cuda, then mps.
 
     Raises:
         DeviceError: The name is unknown, or there is no such device here.
@@ -35,7 +37,9 @@ def resolve_device(name: str) -> str:
     if kind == "cuda":
         _check_cuda(name, index)
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("PyTorch sees no mps device here: use --device cpu, or run on a Mac with Apple silicon")
+        raise DeviceError(
+            "PyTorch sees no mps device here: use --device cpu, or run on a Mac with Apple silicon"
+        )
     if kind != "cuda" and index > 0:
         raise DeviceError(f"there is only one {kind} device: use --device {kind} instead of {name}")
     return name
@@ -44,21 +48,28 @@ def resolve_device(name: str) -> str:
 def _check_cuda(name: str, index: int) -> None:
     if not torch.cuda.is_available():
         raise DeviceError(
-            "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install PyTorch built for CUDA"
+            "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install"
+            " PyTorch built for CUDA"
         )
     count = torch.cuda.device_count()
     if index >= count:
-        raise DeviceError(f"there is no {name}: PyTorch sees {count} CUDA device(s), numbered from 0")
+        raise DeviceError(
+            f"there is no {name}: PyTorch sees {count} CUDA device(s), numbered from 0"
+        )
 
 
 def resolve_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
-    """Turn a dtype name into the dtype to run in on `device` (a resolved name) for weights stored as `stored`.
+    """Return the dtype to run in.
 
-    `auto` keeps the stored dtype; `fast16` is the better 16-bit float of the device: bfloat16 on the CPU, on CUDA from
-    compute capability 8.0 and on MPS from macOS 14, float16 elsewhere.
+    Args:
+        name: `auto` keeps the stored dtype. `fast16` is the better 16-bit float of the device:
+            bfloat16 on the CPU, on CUDA from compute capability 8.0 and on MPS from macOS 14, else
+            float16. Others are fp32, bf16, fp16, float32, bfloat16 and float16.
+        device: As `resolve_device` returns it.
+        stored: The dtype of the stored weights.
 
     Raises:
-        WorkloadError: The name is none of auto, fp32, bf16, fp16, fast16, float32, bfloat16, float16.
+        WorkloadError: The name is unknown.
     """
     if name == "auto":
         return stored
@@ -80,5 +91,5 @@ def _fast16(device: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` as `bfloat16`."""
+    """Name a dtype without its module: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

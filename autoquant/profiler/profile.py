@@ -1,4 +1,4 @@
-"""Timing linears without a search: those of a model, or a list of shapes."""
+"""Time linears without a search: those of a model, or listed shapes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.device import compile_failure, fingerprint
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.models import LoadedModel, load
+from autoquant.models import LoadedModel, load_request
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
 from autoquant.profiler.record import mean_element_bytes, record_model
-from autoquant.profiler.request import DEFAULT_ROWS, ProfileRequest, Shapes, ShapesRequest, asked_linears
+from autoquant.profiler.request import (
+    DEFAULT_ROWS,
+    ProfileRequest,
+    Shapes,
+    ShapesRequest,
+    asked_linears,
+)
 from autoquant.profiler.roofline import known_roofline
 from autoquant.profiler.shapes import ListedShapes, NamedShapes
 from autoquant.profiler.timing import PROTOCOL
@@ -43,7 +49,14 @@ Cell = tuple[LinearShape, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Subjects:
-    """What the request comes to: shapes with their names, at which m, with weights how cold."""
+    """What to time.
+
+    Attributes:
+        names: What each shape is called.
+        cells: Shapes, each with an m.
+        working_set: Bytes of weights that a call must not find in a cache.
+        source: Model or file, for titles.
+    """
 
     names: NamedShapes
     cells: Sequence[Cell]
@@ -52,7 +65,7 @@ class _Subjects:
     source: str
 
 
-def profile(
+def profile(  # noqa: PLR0913 - the keywords of a public function
     model: ModelPath | nn.Module | None = None,
     *,
     shapes: Shapes | None = None,
@@ -69,23 +82,30 @@ def profile(
     sample_inputs: SampleInputs = None,
     listener: Listener = ignore,
 ) -> pd.DataFrame:
-    """Time linears by every candidate, without a search. What the store holds already is not timed again.
+    """Time linears by every candidate, without a search.
+
+    Timings that the store holds already are not made again.
 
     Args:
-        model: A path or a live module as for `search`: its linears are timed, at the m that the workload gives them.
-        shapes: Instead of a model: a file of shapes, or its lines, such as `4096x4096+bias q_proj` (out features first).
-        rows: The m to time every shape at; by default those of the workload, or 1, 16, 128 and 2048 for shapes without one.
-        workload: `prefill=TOKENS,decode=STEPS` or a `Workload`, for `batch` sequences at a time.
-        dtype: auto (as stored; for shapes the better 16-bit float of the device), fp32, bf16, fp16 or fast16.
-        candidates: Globs over `FORMAT/KERNEL`. The unquantized weight is always timed too.
-        db: Path of the SQLite store, or an SQLAlchemy URL; a search may use the same.
-        sample_inputs: Arguments of one forward pass, for a module that is no language model.
+        model: As for `autoquant.search`, like `dtype`, `device`, `model_factory`, `tokenizer`,
+            `trust_pickle` and `sample_inputs`. Its linears are timed at the m of the workload.
+        shapes: Instead of a model: a file of shapes, or its lines, such as
+            `4096x4096+bias q_proj` (out features first). Then `dtype` auto is the better 16-bit
+            float of the device.
+        rows: The m to time every shape at. None for those of the workload, or for 1, 16, 128 and
+            2048 if there is neither a workload nor a model.
+        workload: `prefill=TOKENS,decode=STEPS` or a `Workload`.
+        batch: Sequences at a time, for a workload that is a string or None.
+        candidates: Globs over `FORMAT/KERNEL`. The unquantized weight is always timed, too.
+        db: Path of the SQLite store, or an SQLAlchemy URL. A search may use the same.
+        listener: Receives what is going on.
 
     Returns:
-        One row per shape, m and candidate with the columns of `autoquant.profiler.latencies.COLUMNS`; times in microseconds.
+        One row per shape, m and candidate, with the columns of
+        `autoquant.profiler.latencies.COLUMNS`. Times are in microseconds.
 
     Raises:
-        AutoquantError: Something the user can mend; the message says what.
+        AutoquantError: Something the user can fix; the message says what.
     """
     import pandas as pd
 
@@ -124,17 +144,19 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
     if isinstance(request.linears, ShapesRequest):
         make = partial(_of_shapes, request, request.linears, request.linears.read())
     else:
-        make = _of_model(request, load(request.linears), listener)
+        make = _of_model(request, load_request(request.linears), listener)
     store = open_store(request.db)  # after everything that can be refused without it
     try:
         subjects = make()
-        return _time(subjects, with_original(pairs, subjects.dtype), request.device, store, listener)
+        return _time(
+            subjects, with_original(pairs, subjects.dtype), request.device, store, listener
+        )
     finally:
         store.close()
 
 
 def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
-    """The candidates, and leaving the weight alone, which no glob can exclude."""
+    """Return the candidates with the unquantized weight first, which no glob can exclude."""
     original = get_format(original_format(dtype))
     rest = [(fmt, kernel) for fmt, kernel in pairs if fmt.id != original.id]
     return [*((original, kernel) for kernel in original.kernels), *rest]
@@ -161,7 +183,9 @@ def _of_shapes(request: ProfileRequest, linears: ShapesRequest, listed: ListedSh
     )
 
 
-def _of_model(request: ProfileRequest, loaded: LoadedModel, listener: Listener) -> Callable[[], _Subjects]:
+def _of_model(
+    request: ProfileRequest, loaded: LoadedModel, listener: Listener
+) -> Callable[[], _Subjects]:
     """Check the workload now, and return what records it.
 
     Raises:
@@ -172,7 +196,9 @@ def _of_model(request: ProfileRequest, loaded: LoadedModel, listener: Listener) 
     return partial(_recorded, loaded, workload, request.rows, listener)
 
 
-def _recorded(loaded: LoadedModel, workload: Workload, rows: Sequence[int] | None, listener: Listener) -> _Subjects:
+def _recorded(
+    loaded: LoadedModel, workload: Workload, rows: Sequence[int] | None, listener: Listener
+) -> _Subjects:
     recording = record_model(loaded, workload, listener)
     shapes = [site.shape for site in recording.sites]
     names: NamedShapes = {}
@@ -191,7 +217,9 @@ def _recorded(loaded: LoadedModel, workload: Workload, rows: Sequence[int] | Non
     )
 
 
-def _time(subjects: _Subjects, candidates: Candidates, device_name: str, store: Store, listener: Listener) -> Latencies:
+def _time(
+    subjects: _Subjects, candidates: Candidates, device_name: str, store: Store, listener: Listener
+) -> Latencies:
     hardware = fingerprint(device_name)
     if reason := compile_failure() if hardware.type == "cpu" else None:
         listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
@@ -236,12 +264,18 @@ def _rows(
             weight_bytes[key] = _weight_bytes(fmt, subject.shape, hardware, device_name)
         stored = weight_bytes[key]
         arithmetic = kernel.arithmetic or subject.shape.dtype
-        floor = None if stored is None else floor_us(roofline, subject.shape, subject.m, stored, arithmetic)
+        floor = (
+            None
+            if stored is None
+            else floor_us(roofline, subject.shape, subject.m, stored, arithmetic)
+        )
         rows.append(_row(subject, measurement, kernel.numerics, floor))
     return tuple(rows)
 
 
-def _row(subject: TimingSubject, measurement: Measurement, numerics: str, floor: float | None) -> dict[str, Any]:
+def _row(
+    subject: TimingSubject, measurement: Measurement, numerics: str, floor: float | None
+) -> dict[str, Any]:
     timed = bool(measurement.samples_us)
     shape = subject.shape
     return {
@@ -262,13 +296,19 @@ def _row(subject: TimingSubject, measurement: Measurement, numerics: str, floor:
     }
 
 
-def _weight_bytes(fmt: Format, shape: LinearShape, hardware: Device, device_name: str) -> float | None:
-    """Bytes of a stored weight, from a few of its rows; None where the format does not take the shape."""
+def _weight_bytes(
+    fmt: Format, shape: LinearShape, hardware: Device, device_name: str
+) -> float | None:
+    """Estimate the bytes of a stored weight from some rows; None if it cannot be stored."""
     if fmt.unsupported(shape, 1, hardware.type):
         return None
     rows = min(shape.n, _SAMPLE_ROWS)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, shape.k, generator=generator).to(getattr(torch, shape.dtype)).to(device_name)
+    weight = (
+        torch.randn(rows, shape.k, generator=generator)
+        .to(getattr(torch, shape.dtype))
+        .to(device_name)
+    )
     try:
         return stored_bytes(fmt.store(weight)) * shape.n / rows
     except Exception:  # noqa: BLE001 - why it cannot be stored is the outcome of its timing; here it only has no floor

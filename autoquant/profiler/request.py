@@ -85,10 +85,13 @@ class ProfileRequest:
 
     def _check_shapes(self) -> None:
         if self.rows is not None and self.workload is not None:
-            raise WorkloadError("give either rows or a workload: both say how many rows the shapes are timed at")
+            raise WorkloadError(
+                "give either rows or a workload: both say how many rows the shapes are timed at"
+            )
         if self.workload is None and self.batch != 1:
             raise WorkloadError(
-                "a batch needs a workload, e.g. --workload prefill=2048,decode=256: rows are timed as given"
+                "a batch needs a workload, e.g. --workload prefill=2048,decode=256: rows are timed"
+                " as given"
             )
 
     @property
@@ -108,7 +111,9 @@ def asked_linears(
     trust_pickle: bool,
     sample_inputs: SampleInputs = None,
 ) -> ModelRequest | ShapesRequest:
-    """Return whichever is asked for. The arguments are those of `autoquant.profile`.
+    """Return the request for a model or for shapes, whichever is given.
+
+    The arguments are those of `autoquant.profile`.
 
     Raises:
         WorkloadError: A model and shapes are given, or neither.
@@ -117,7 +122,9 @@ def asked_linears(
     if model is None and shapes is not None:
         return ShapesRequest(shapes=shapes, dtype=dtype, device=device)
     if model is None or shapes is not None:
-        raise WorkloadError("give either a model or shapes (--shapes FILE): their linears are what is timed")
+        raise WorkloadError(
+            "give either a model or shapes (--shapes FILE): their linears are what is timed"
+        )
     return ModelRequest(
         model=model,
         dtype=dtype,

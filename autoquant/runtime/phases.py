@@ -1,4 +1,4 @@
-"""Running the phases of a workload on a model: one prefill, one decode step, or one forward pass."""
+"""Run the phases of a workload: a prefill, a decode step, or one forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from autoquant.errors import WorkloadError
 from autoquant.models import LoadedModel
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
-from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
+from autoquant.runtime.compiled import (
+    Division,
+    GraphedStep,
+    compile_forward,
+    ready_to_compile,
+    repeated_blocks,
+)
 from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
 
 _Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -23,11 +29,14 @@ DEFAULT_TOKEN_WORKLOAD = "prefill=512"
 
 
 class Phases(Protocol):
-    """How a model is run for each phase of a workload.
+    """How to run a model for each phase of a workload.
 
-    `reset` puts the model in front of `phase` (a decode step needs a filled cache); `run` executes one call of it, compiled
-    where the phases were made so, and may be called up to `limit(phase)` times after a reset; `run_eager` never compiles.
-    `run_launched` is `run` without a CUDA graph: the same kernels, each launched by itself.
+    Methods:
+        reset: Get ready for calls of a phase. A decode step needs a filled cache.
+        run: Make one call of the phase, compiled if the phases were made so. At most
+            `limit(phase)` calls may follow a reset.
+        run_eager: As `run`, but never compiled.
+        run_launched: As `run`, but without a CUDA graph: each kernel is launched by itself.
     """
 
     workload: Workload
@@ -53,8 +62,8 @@ def make_phases(
     """Choose how to run a model for a workload.
 
     Args:
-        compiled: Compile the forward pass, each phase with static shapes. On CUDA also capture it as
-            a CUDA graph.
+        compiled: Compile the forward pass, each phase with static shapes. On CUDA also capture it
+            as a CUDA graph.
         division: What is compiled as one. `parts` needs a model with repeated blocks whose steps
             become CUDA graphs; other models are then compiled by `regions`.
 
@@ -81,10 +90,14 @@ def check_workload(loaded: LoadedModel, workload: Workload) -> None:
     """
     tokens, most = _tokens(workload), loaded.max_positions
     if most is not None and tokens > most:
-        raise WorkloadError(f"the workload needs {tokens} positions, the model has {most}: ask for fewer tokens")
+        raise WorkloadError(
+            f"the workload needs {tokens} positions, the model has {most}: ask for fewer tokens"
+        )
     decodes = any(phase.name == "decode" for phase in workload.phases)
     if loaded.kind == "token_lm" and decodes:
-        raise WorkloadError("this model keeps no cache, so it has no decode phase: use --workload prefill=TOKENS")
+        raise WorkloadError(
+            "this model keeps no cache, so it has no decode phase: use --workload prefill=TOKENS"
+        )
     if loaded.kind == "module" and loaded.example_inputs is None:
         raise WorkloadError(
             "this model needs sample inputs: give autoquant search --sample-inputs"
@@ -102,12 +115,16 @@ def _tokens(workload: Workload) -> int:
 
 
 def divisions(device: str) -> Sequence[Division]:
-    """Ways to compile for `device`, the quickest to be ready first."""
-    return ("parts", "regions", "whole") if torch.device(device).type == "cuda" else ("regions", "whole")
+    """Return the ways to compile for `device`, the one that is ready soonest first."""
+    return (
+        ("parts", "regions", "whole")
+        if torch.device(device).type == "cuda"
+        else ("regions", "whole")
+    )
 
 
 def default_workload(kind: str, batch: int) -> Workload:
-    """What a model of `kind` (see `make_phases`) is asked to do where the user does not say."""
+    """Return the workload of a model of this kind (see `LoadedModel`) if none is given."""
     if kind == "causal_lm":
         return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
     if kind == "token_lm":
@@ -131,7 +148,9 @@ class _ForwardPhases:
         self._kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         self._eager = self._forward = _pass_of(module)
         if compiled:
-            self._forward = compile_forward(_pass_of(ready_to_compile(module, regions=division != "whole")))
+            self._forward = compile_forward(
+                _pass_of(ready_to_compile(module, regions=division != "whole"))
+            )
 
     def reset(self, phase: str) -> None:
         pass
@@ -154,7 +173,9 @@ class _ForwardPhases:
 class _CausalPhases:
     """Prefill and decode of a Hugging Face causal language model with a static cache."""
 
-    def __init__(self, module: nn.Module, workload: Workload, device: str, compiled: bool, division: Division) -> None:
+    def __init__(
+        self, module: nn.Module, workload: Workload, device: str, compiled: bool, division: Division
+    ) -> None:
         from transformers import StaticCache
 
         self.workload = workload
@@ -171,9 +192,13 @@ class _CausalPhases:
 
         self._cache = StaticCache(config=config, max_cache_len=self._prompt + self._steps)
         self._eager = self._launched = self._forward = _step_of(module, self._cache)
-        self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
+        self._step(
+            self._eager, 1
+        )  # makes the cache's tensors, so that compiled code finds them ready
         if compiled:
-            graphed = torch.device(device).type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers)
+            graphed = torch.device(device).type == "cuda" and not any(
+                layer.is_sliding for layer in self._cache.layers
+            )
             in_parts = graphed and division == "parts" and any(repeated_blocks(module))
             compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
             self._launched = self._forward = compiled_step(module, self._cache)
@@ -209,7 +234,7 @@ class _CausalPhases:
             return forward(self._ids[:, start:end], positions)
 
     def _lengths(self) -> list[torch.Tensor]:
-        """What a step advances: how far each layer's cache is filled."""
+        """Return what a step advances: how far each layer's cache is filled."""
         return [layer.cumulative_length for layer in self._cache.layers]
 
 
@@ -222,7 +247,13 @@ def _pass_of(module: nn.Module) -> Callable[..., Any]:
 
 def _step_of(module: nn.Module, cache: Any) -> _Step:
     def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        output = module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = module(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         logits: torch.Tensor = output.logits
         return logits
 

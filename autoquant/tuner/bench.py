@@ -1,4 +1,4 @@
-"""Plans measured again in the whole model, all of them and the unquantized model in turn, in one run."""
+"""Time plans again in the whole model, in turn with the unquantized model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from torch import nn
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices.device import compile_failure
 from autoquant.errors import DeviceError
-from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
+from autoquant.events import (
+    Listener,
+    Notice,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    ignore,
+    logged,
+)
 from autoquant.export.applier import apply, load_searched, module_bytes
 from autoquant.models import LoadedModel
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
@@ -27,17 +35,17 @@ from autoquant.store import StudyFacts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
-    """One model in a run.
+    """One model in a run of `bench`.
 
     Attributes:
         plan_id: None for the unquantized model.
-        predicted_request_ms: Beside the unquantized model as it was in this run; None for that one.
+        predicted_request_ms: Scaled to the unquantized model's time in this run; None for that one.
         phase_ms: Median milliseconds of one call of each phase.
-        request_ms: The sum over phases of calls times that.
+        request_ms: The sum over phases of their calls times that.
         memory_bytes: Of all parameters as stored.
-        peak_bytes: Those, and the most that was allocated beside them (on CUDA; None elsewhere).
-        notes: How it was compiled, where that was not as usual, and what disturbed the run.
-        steps: One step of each phase, kernel by kernel; empty where that was not asked for.
+        peak_bytes: Those, and the most that was allocated with them. Only on CUDA, else None.
+        notes: How it was compiled, if not as usual, and what disturbed the run.
+        steps: One step of each phase, kernel by kernel; empty if not asked for.
     """
 
     plan_id: str | None
@@ -53,7 +61,7 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopRow:
-    """One model in a run of what a user runs.
+    """One model in a run of `bench_loop`.
 
     Attributes:
         plan_id: None for the unquantized model.
@@ -89,20 +97,22 @@ def bench(
     *,
     attribution: bool = False,
 ) -> list[BenchRow]:
-    """Apply plans of one study to copies that share what they leave alone, and time them and the unquantized model in turn.
+    """Time plans of one study in turn with the unquantized model.
+
+    Each plan is applied to a copy that shares every weight that the plan leaves alone.
 
     Args:
         plans: At least one.
-        model: Where the model lies that was searched.
+        model: Where the searched model is.
         facts: The plans' study.
-        attribution: When everything is timed, also profile a step of each phase of each model.
+        attribution: Also profile a step of each phase of each model, after the timing.
 
     Returns:
-        The unquantized model's row, then the plans' in their order.
+        The row of the unquantized model, then those of the plans in their order.
 
     Raises:
-        ModelError: What lies at `model` is another model.
-        WrongResultError: A plan's compiled code computes something else than it does eagerly.
+        ModelError: There is another model at `model`.
+        WrongResultError: A plan's compiled code does not compute what it does eagerly.
     """
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
@@ -123,11 +133,15 @@ def bench(
     return _attributed(rows, entrants, facts, listener) if attribution else rows
 
 
-def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore) -> list[LoopRow]:
-    """As `bench`, by the loop that a user runs: `generate` of a causal language model, one call of any other module.
+def bench_loop(
+    plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore
+) -> list[LoopRow]:
+    """Time plans as `bench` does, in the loop that a user runs.
+
+    That is `generate` of a causal language model, or one call of another module.
 
     Raises:
-        ModelError: What lies at `model` is another model.
+        ModelError: There is another model at `model`.
     """
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
@@ -157,14 +171,23 @@ def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: L
 def _attributed(
     rows: Sequence[BenchRow], entrants: Sequence[_Entrant], facts: StudyFacts, listener: Listener
 ) -> list[BenchRow]:
-    """The rows with their steps. After all timings: those that follow a profiler are slower."""
-    layers = {layer.name: layer.parameters[0] for entrant in entrants if entrant.plan for layer in entrant.plan.layers}
+    """Return the rows with their steps. Runs last: timings after a profiler are slower."""
+    layers = {
+        layer.name: layer.parameters[0]
+        for entrant in entrants
+        if entrant.plan
+        for layer in entrant.plan.layers
+    }
     listener(StageStarted("attribute", len(rows)))
     attributed = []
     for done, (row, entrant) in enumerate(zip(rows, entrants, strict=True)):
         listener(StageProgress("attribute", done, row.label))
         try:
-            attributed.append(replace(row, steps=attribute(entrant.phases, entrant.module, layers, facts.device.type)))
+            attributed.append(
+                replace(
+                    row, steps=attribute(entrant.phases, entrant.module, layers, facts.device.type)
+                )
+            )
         except DeviceError as error:
             attributed.append(replace(row, notes=(*row.notes, f"not attributed: {error}")))
     listener(StageFinished("attribute", f"{len(rows)} models"))
@@ -196,7 +219,11 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
 
 
 def _row(
-    entrant: _Entrant, phase_ms: Mapping[str, float], workload: Workload, original_ms: float, busy: str
+    entrant: _Entrant,
+    phase_ms: Mapping[str, float],
+    workload: Workload,
+    original_ms: float,
+    busy: str,
 ) -> BenchRow:
     plan = entrant.plan
     return BenchRow(

@@ -1,11 +1,11 @@
-"""The search: record, profile, score, solve, prove, refine. Every stage starts from what the store holds already."""
+"""Run a search: load the model, choose what judges it, open the study, do the stages."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,8 @@ from autoquant.candidates import select
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.models import ModelRequest, load
+from autoquant.models import ModelRequest, load_request
+from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler.record import record_model
 from autoquant.records import Objective, Recording, Workload
 from autoquant.solver.constraints import Constraints, bind
@@ -30,8 +31,8 @@ from autoquant.tuner.stages import Stages
 _log = logging.getLogger(__name__)
 
 
-def search(
-    model: str | os.PathLike[str] | nn.Module,
+def search(  # noqa: PLR0913 - the keywords of a public function
+    model: ModelPath | nn.Module,
     *,
     eval_text: str | os.PathLike[str] | None = None,
     eval_data: str | None = None,
@@ -53,7 +54,7 @@ def search(
     model_factory: str | None = None,
     tokenizer: Any | None = None,
     trust_pickle: bool = False,
-    sample_inputs: Sequence[Any] | Mapping[str, Any] | str | None = None,
+    sample_inputs: SampleInputs = None,
     fuse: bool = False,
     quality: QualityFunction | str | None = None,
     sensitivity: str | None = None,
@@ -61,42 +62,55 @@ def search(
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
 
-    On Linux and a CPU, kernels run in processes of their own, which may crash and give memory back. A live module, a quality
-    function of the caller's and formats registered in this process only stay in this process; a notice says so.
+    On Linux and a CPU, kernels run in processes of their own: a crash does not end the search, and
+    memory is given back. A live module, a quality function and formats registered in this process
+    stay in this process. A notice says so.
 
     Args:
-        model: A path (see `autoquant.models.load_model`) or a live module.
-        eval_text: A UTF-8 text file that quality is measured on. At most one of this, `eval_data` and `quality` is given; without
-            any, a language model is judged on a text of autoquant's own, and any other module by the divergence of its outputs
-            from the unquantized module's, see `autoquant.evaluators.outputs`.
-        eval_data: Text out of what the `datasets` library loads, `NAME[:CONFIG][:SPLIT][:COLUMN]`, where NAME is a JSONL, JSON,
-            CSV, Parquet or text file, a folder of them, or a name on the hub.
+        model: A path, a name on the hub or a live module; see
+            `autoquant.models.request.ModelRequest`, which also describes `dtype`, `device`,
+            `model_factory`, `tokenizer`, `trust_pickle` and `sample_inputs`.
+        eval_text: A UTF-8 text file that quality is measured on. Give at most one of this,
+            `eval_data` and `quality`. Without any, a language model is judged on a text that
+            autoquant ships. Another module is judged by how far its outputs diverge from the
+            unquantized module's, see `autoquant.evaluators.outputs`.
+        eval_data: `NAME[:CONFIG][:SPLIT][:COLUMN]` of text that the `datasets` library loads. NAME
+            is a JSONL, JSON, CSV, Parquet or text file, a folder of them, or a name on the hub.
         db: Path of the SQLite store, or an SQLAlchemy URL.
-        workload: `prefill=TOKENS,decode=STEPS` or a `Workload`; for a module with sample inputs, one forward pass.
-        max_ppl_increase: Limit of the recommended plan, a fraction (None: no limit): of the increase of perplexity or of the
-            user's own loss, or, where outputs are compared, of their divergence.
-        max_kl: Limit of its mean divergence from the unquantized model, nats per token; needs a text.
+        workload: `prefill=TOKENS,decode=STEPS` or a `Workload`. None for the one that suits the
+            model; a module with sample inputs does one forward pass.
+        batch: Sequences at a time, for a workload that is a string or None.
+        max_ppl_increase: Limit of the recommended plan, a fraction; None for no limit. It limits
+            the increase of perplexity or of the user's own loss, or the divergence of outputs.
+        max_kl: Limit of the mean divergence from the unquantized model, nats per token. It needs
+            a text.
         max_memory_bytes: Limit on the bytes of all parameters.
-        minimize: What the recommended plan has least of within the limits: request time, or the bytes of all parameters.
+        minimize: What the recommended plan has least of within the limits: request time, or the
+            bytes of all parameters.
         keep: Globs over the names of layers that stay unquantized.
-        pin: `LAYERS=FORMATS`: the layers that the first glob matches get a candidate that the second one matches.
-        fusable: `vllm`: layers that vLLM computes as one get the same format.
-        candidates: Globs over `FORMAT/KERNEL`; `*` leaves out what `autoquant candidates` calls opt-in.
-        time_budget_s: What refinement may fill up, counted over all runs of the same search.
-        sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model; or
-            `package.module:callable` of a function without arguments that returns them.
-        fuse: Time linears that read the same input as one, too, and compute them so where that is faster.
-        quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
-            name, so give a changed function another name. A string `package.module:callable` is imported.
-        sensitivity: How what each change costs is found out, a name of `autoquant.evaluators.sensitivity.SENSITIVITIES`. None:
-            `path` on a text; without one it is `isolated` alone.
-        listener: Told what is going on.
+        pin: `LAYERS=FORMATS`, two globs. Layers that match the first get a candidate that matches
+            the second.
+        fusable: `vllm` to give layers that vLLM computes as one the same format.
+        candidates: Globs over `FORMAT/KERNEL`. `*` leaves out the opt-in ones, see
+            `autoquant candidates`.
+        time_budget_s: How long to search. Refinement fills what is left of it; all runs of the
+            same search count.
+        seed: Of everything drawn at random.
+        fuse: Also time linears that read the same input as one, and compute them so if that is
+            faster.
+        quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`, or
+            `package.module:callable`. The store knows it by its qualified name, so give a changed
+            function another name.
+        sensitivity: How the loss of each change is found, a name of
+            `autoquant.evaluators.sensitivity.SENSITIVITIES`. None for `path` on a text and
+            `isolated` without one.
+        listener: Receives what is going on.
 
     Returns:
-        The study. The same call on the same store goes on where an earlier one stopped, or re-solves at once.
+        The study. The same call on the same store continues it, or re-solves it at once.
 
     Raises:
-        AutoquantError: Something the user can mend; the message says what.
+        AutoquantError: Something the user can fix; the message says what.
     """
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
@@ -140,7 +154,7 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     """
     started = time.monotonic()
     listener = logged(listener)
-    loaded = load(request.model)
+    loaded = load_request(request.model)
     judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
     setup = SearchSetup.of(request, loaded, judge)
     store = open_store(request.db)
@@ -159,9 +173,10 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
 
 
 def _checked_recording(setup: SearchSetup, store: Store, listener: Listener) -> Recording | None:
-    """Return what is recorded of the study so far. Refuse limits and constraints that no plan meets.
+    """Return what is recorded so far; refuse limits and constraints that no plan meets.
 
-    Constraints need a recording to be checked, so it is made now: nothing is written yet.
+    Constraints can only be checked against a recording. If there is none, it is made now: a
+    refused search must leave no study.
     """
     recording = _known_recording(setup, store)
     constraints = setup.request.constraints
@@ -173,20 +188,26 @@ def _checked_recording(setup: SearchSetup, store: Store, listener: Listener) -> 
 
 
 def _known_recording(setup: SearchSetup, store: Store) -> Recording | None:
-    """Return what the store has of the study, None if nothing. Check the memory limit if it can be."""
+    """Return the store's recording of the study, or None.
+
+    Raises:
+        PlanError: An earlier run found that no plan meets the memory limit.
+    """
     study_id = setup.study_id
     if study_id not in store.studies():
         return None
     facts = store.study(study_id)
     options, about = store.options_and_about(study_id)
     if options and about:
-        context = context_of(about, study_id=study_id, model_hash=facts.model_hash, workload=facts.workload)
+        context = context_of(
+            about, study_id=study_id, model_hash=facts.model_hash, workload=facts.workload
+        )
         check_memory(list(options.values()), context, setup.limits.max_memory_bytes)
     return facts.recording
 
 
 def _put_study(setup: SearchSetup, store: Store, recording: Recording | None) -> None:
-    """Write what the study is about."""
+    """Write what the study is about, and its recording if there is one."""
     study_id, quality = setup.study_id, setup.quality
     store.put_device(setup.hardware)
     store.put_model(setup.loaded.content_hash, asdict(setup.loaded.source))
@@ -206,11 +227,17 @@ def _put_study(setup: SearchSetup, store: Store, recording: Recording | None) ->
 
 
 def _note_short_text(setup: SearchSetup, listener: Listener) -> None:
+    """Say if a text is too short to round weights for it well."""
     quality = setup.quality
     if not isinstance(quality, TextQuality) or quality.parts.inputs is None:
         return
     if (count := len(quality.parts.inputs)) < ENOUGH_INPUT_WINDOWS:
-        listener(Notice(f"weights are rounded for {count} windows of text only: a longer text serves -gptq better"))
+        listener(
+            Notice(
+                f"weights are rounded for {count} windows of text only: a longer text serves"
+                " -gptq better"
+            )
+        )
 
 
 def _stages(setup: SearchSetup, store: Store, listener: Listener, started: float) -> Stages:

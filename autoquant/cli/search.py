@@ -145,7 +145,7 @@ def search(
         str,
         typer.Option(
             metavar="TIME",
-            help="How long to search, e.g. 10m. Refinement fills what earlier steps leave.",
+            help="Refine until then, e.g. 10m. The steps before it are never cut short.",
         ),
     ] = "10m",
     sensitivity: Annotated[

@@ -93,8 +93,8 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         fusable: `vllm` to give layers that vLLM computes as one the same format.
         candidates: Globs over `FORMAT/KERNEL`. `*` leaves out the opt-in ones, see
             `autoquant candidates`.
-        time_budget_s: How long to search. Refinement fills what is left of it; all runs of the
-            same search count.
+        time_budget_s: Refine until so much time is spent, counted over all runs of the same search.
+            The steps before it are never cut short.
         seed: Of everything drawn at random.
         fuse: Also time linears that read the same input as one, and compute them so if that is
             faster.

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from autoquant.candidates import Format, Kernel, register
     from autoquant.errors import AutoquantError
     from autoquant.export.applier import apply, load
-    from autoquant.profiler.profile import profile
     from autoquant.records import Phase, Plan, Workload
     from autoquant.runtime.modules import compile
     from autoquant.runtime.prepare import prepare
     from autoquant.study.study import Study
     from autoquant.tuner.driver import search
+    from autoquant.tuner.profile import profile
 
 __all__ = [
     "AutoquantError",
@@ -53,7 +53,7 @@ _HOMES = {
     "compile": "autoquant.runtime.modules",
     "load": "autoquant.export.applier",
     "prepare": "autoquant.runtime.prepare",
-    "profile": "autoquant.profiler.profile",
+    "profile": "autoquant.tuner.profile",
     "register": "autoquant.candidates",
     "search": "autoquant.tuner.driver",
 }

@@ -1,20 +1,4 @@
-"""The error tree. Every error a user can cause is an `AutoquantError` with a one-line message.
-
-AutoquantError
-├── ModelError        the model cannot be read, or is not the one a plan was made for
-├── TextError         the evaluation text is missing, unreadable or too short
-├── QualityError      the user's quality function fails or gives no losses
-├── TaskError         no such task, or lm-eval is missing or cannot run it
-├── WorkloadError     a workload, limit or size that cannot be parsed or does not fit the model
-├── ConstraintError   a pattern for layers or formats that matches nothing, or constraints that contradict each other
-├── RecipeError       no such recipe, or its file has something that a search does not take
-├── DeviceError       the device asked for is not there
-├── CandidateError    a candidate name, format or kernel that does not exist or misbehaves
-├── StoreError        the database is missing, foreign, newer, damaged or not writable
-├── PlanError         no such plan or study, or none satisfies the limits
-├── CheckpointError   a saved model cannot be written, read or verified
-└── ProcessDiedError  what ran in a process of its own brought it down
-"""
+"""The errors that a user can cause: every one is an `AutoquantError` with a one-line message."""
 
 from __future__ import annotations
 
@@ -24,7 +8,7 @@ _LONGEST = 300
 
 
 class AutoquantError(Exception):
-    """Base of every error whose message is meant for the user: what is wrong and what to do, in one line."""
+    """Base of every error for the user: one line says what is wrong and what to do."""
 
 
 class ModelError(AutoquantError):
@@ -40,27 +24,27 @@ class QualityError(AutoquantError):
 
 
 class TaskError(AutoquantError):
-    """No such task, or lm-eval is missing or cannot run it."""
+    """A task does not exist, or lm-eval is missing or cannot run it."""
 
 
 class WorkloadError(AutoquantError):
-    """A workload, limit or size that cannot be parsed or does not fit the model."""
+    """A workload, limit or size cannot be parsed or does not fit the model."""
 
 
 class ConstraintError(AutoquantError):
-    """A pattern for layers or formats that matches nothing, or constraints that contradict each other."""
+    """A pattern for layers or formats matches nothing, or constraints contradict each other."""
 
 
 class RecipeError(AutoquantError):
-    """No such recipe, or its file has something that a search does not take."""
+    """A recipe does not exist, or its file holds something that a search does not take."""
 
 
 class DeviceError(AutoquantError):
-    """The device asked for is not there."""
+    """The requested device does not exist."""
 
 
 class CandidateError(AutoquantError):
-    """A candidate name, format or kernel that does not exist or misbehaves."""
+    """A candidate, format or kernel does not exist or misbehaves."""
 
 
 class StoreError(AutoquantError):
@@ -68,7 +52,7 @@ class StoreError(AutoquantError):
 
 
 class PlanError(AutoquantError):
-    """No such plan or study, or none satisfies the limits."""
+    """A plan or study does not exist, or no plan is within the limits."""
 
 
 class CheckpointError(AutoquantError):
@@ -76,14 +60,12 @@ class CheckpointError(AutoquantError):
 
 
 class ProcessDiedError(AutoquantError):
-    """What ran in a process of its own brought it down, or somebody did."""
+    """A worker process crashed or was killed."""
 
 
 def first_line(error: BaseException, *, with_type: bool = False) -> str:
-    """The first line that says something of an error's message, without terminal colours; its type if it is silent.
-
-    Of an error that PyTorch's compiler wraps in one of its own, the inner one's.
-    """
+    """Return the first line of an error's message without colours, or its type if there is none."""
+    # PyTorch's compiler wraps the error that matters.
     error = getattr(error, "inner_exception", None) or error
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")

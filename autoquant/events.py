@@ -1,4 +1,7 @@
-"""What long work reports while it runs. The terminal, a log file and a page are listeners; the library never prints."""
+"""What long work reports while it runs.
+
+The terminal and the log are listeners. The library itself never prints.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
-    """A stage begins, with `total` items of work (0: nothing left to do)."""
+    """A stage begins with `total` items of work. 0 means that nothing is left to do."""
 
     stage: str
     total: int
@@ -17,7 +20,7 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """`done` items of the stage are finished; `what` is at work now."""
+    """`done` items of the stage are finished, and `what` is at work now."""
 
     stage: str
     done: int
@@ -26,7 +29,7 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True)
 class StageFinished:
-    """A stage ended; `summary` says in one line what came out."""
+    """A stage ended. `summary` is its result in one line."""
 
     stage: str
     summary: str
@@ -34,7 +37,7 @@ class StageFinished:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something the user should know: a layer left alone, a candidate that failed, a fallback taken, with its reason."""
+    """Something the user should know, with its reason, such as a layer left alone."""
 
     text: str
 
@@ -47,11 +50,11 @@ _log = logging.getLogger(__name__)
 
 
 def ignore(_event: Event) -> None:
-    """The listener that does nothing."""
+    """Do nothing: the listener of a program that wants no events."""
 
 
 def logged(listener: Listener) -> Listener:
-    """The listener, with every event in the log too: notices as warnings, the rest as information."""
+    """Return a listener that also logs every event: notices as warnings, the rest as info."""
 
     def log_and_tell(event: Event) -> None:
         match event:

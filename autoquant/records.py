@@ -1,7 +1,8 @@
-"""The words of autoquant as frozen dataclasses. No torch, no database: every other module speaks in these.
+"""The records that every other module speaks in, as frozen dataclasses.
 
-Units are part of the names: `_us` microseconds, `_ms` milliseconds, `_bytes` bytes. A loss is a mean per-token
-Kullback-Leibler divergence in nats unless a quality function of the user's own says otherwise.
+They need neither torch nor a database. Units are part of the names: `_us` microseconds, `_ms`
+milliseconds, `_bytes` bytes. A loss is a mean Kullback-Leibler divergence per token, in nats,
+unless the user gives a quality function.
 """
 
 from __future__ import annotations
@@ -16,33 +17,42 @@ from typing import Literal
 from autoquant.errors import WorkloadError
 
 Outcome = Literal["ok", "unsupported", "bounded", "beaten", "incorrect", "failed"]
-"""`bounded`: never prepared, since the roofline shows that it cannot win. `beaten`: tried out, and far behind."""
+"""What came of a timing.
+
+`bounded` was never prepared, because the roofline shows that it cannot win. `beaten` was tried
+and is far behind.
+"""
 PlanKind = Literal["original", "uniform", "heuristic", "bits", "front", "refined", "solved"]
 BASELINES: tuple[PlanKind, ...] = ("uniform", "heuristic", "bits")
-"""Kinds of plans that are made without looking at each layer's latency: what a searched plan has to beat."""
+"""Kinds of plans that ignore each layer's latency. A searched plan has to beat them."""
 Objective = Literal["time", "memory"]
-"""What the recommended plan has least of, within the limits: time of a request, or bytes of all parameters."""
+"""What the recommended plan minimizes: time of a request, or bytes of all parameters."""
 Measure = Literal["perplexity", "loss", "divergence"]
-"""What quality is measured by: increase of perplexity, or of a loss of the user's own, or divergence of outputs."""
+"""What measures quality: perplexity, the user's own loss, or divergence of outputs."""
 Loop = Literal["generate", "forward"]
-"""What a user runs: `generate` of a causal language model, or the forward pass of any other module."""
+"""What a user runs: `generate` of a language model, or the forward pass of another module."""
 Where = Literal["new process", "same process", "in memory"]
 
 DISTURBED = "timed while others used"
-"""How the note of a proof begins whose times something else on the machine may have changed."""
+"""Start of the note of a proof whose times other programs may have changed."""
 
 ORIGINAL_LABEL = "original"
+"""Label of the plan that is the unquantized model. Databases hold it."""
 
 
 def content_key(value: object, length: int = 12) -> str:
-    """Hash `value`'s canonical JSON: the same content gives the same key in every process."""
+    """Return a hash of `value`'s canonical JSON, which is the same in every process."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearShape:
-    """What one linear computes: `y[m, n] = x[m, k] @ w[n, k].T (+ bias[n])`, with the dtype of x, w and y."""
+    """What one linear computes: `y[m, n] = x[m, k] @ w[n, k].T (+ bias[n])`.
+
+    Attributes:
+        dtype: The dtype of x, w and y.
+    """
 
     n: int
     k: int
@@ -55,7 +65,12 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """One kind of forward pass: `tokens` per sequence in one call, `calls` of it in one request."""
+    """One kind of forward pass.
+
+    Attributes:
+        tokens: Tokens per sequence in one call.
+        calls: Calls in one request.
+    """
 
     name: str
     tokens: int
@@ -64,25 +79,32 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What the model is asked to do in one request: weighted phases at a batch size."""
+    """What the model does in one request: phases at a batch size."""
 
     phases: tuple[Phase, ...]
     batch: int = 1
 
     @classmethod
     def parse(cls, text: str, batch: int = 1) -> Workload:
-        """Read `prefill=TOKENS,decode=STEPS` (either may be left out).
+        """Read `prefill=TOKENS,decode=STEPS`. Either part may be left out.
 
         Raises:
             WorkloadError: The text does not follow that form, or a number is not positive.
         """
-        advice = f"cannot read workload {text!r}: write it as prefill=TOKENS,decode=STEPS, e.g. prefill=512,decode=128"
+        advice = (
+            f"cannot read workload {text!r}: write it as prefill=TOKENS,decode=STEPS, "
+            "e.g. prefill=512,decode=128"
+        )
         if batch < 1:
             raise WorkloadError(f"batch must be at least 1, not {batch}")
         counts: dict[str, int] = {}
         for part in text.split(","):
             name, _, number = part.strip().partition("=")
-            if name not in ("prefill", "decode") or name in counts or not re.fullmatch("[0-9]{1,9}", number):
+            if (
+                name not in ("prefill", "decode")
+                or name in counts
+                or not re.fullmatch("[0-9]{1,9}", number)
+            ):
                 raise WorkloadError(advice)
             counts[name] = int(number)
         if not all(counts.values()):
@@ -96,20 +118,21 @@ class Workload:
 
     @classmethod
     def single(cls) -> Workload:
-        """The workload of a module with sample inputs: one forward pass."""
+        """Return the workload of a module with sample inputs: one forward pass."""
         return cls(phases=(Phase(name="forward", tokens=0, calls=1),))
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of a sequence that are there before the first new one: decoding alone starts behind one."""
+        """Tokens of a sequence before the first new one. Decoding alone starts after one token."""
         return next((phase.tokens for phase in self.phases if phase.name == "prefill"), 1)
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that a request asks for; a prompt alone is asked for one."""
+        """Tokens that a request generates. A prompt alone generates one."""
         return next((phase.calls for phase in self.phases if phase.name == "decode"), 1)
 
     def calls(self) -> dict[str, int]:
+        """Return the calls in one request by phase."""
         return {phase.name: phase.calls for phase in self.phases}
 
     def __str__(self) -> str:
@@ -119,7 +142,12 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteUse:
-    """How one phase uses a linear: `m` rows of the activation, `calls` times in one run of the phase."""
+    """How one phase uses a linear.
+
+    Attributes:
+        m: Rows of the activation.
+        calls: Calls in one run of the phase.
+    """
 
     phase: str
     m: int
@@ -131,11 +159,12 @@ class Site:
     """One weight that is multiplied as a linear.
 
     Attributes:
-        name: Module path (or parameter name where no module of its own holds it).
-        parameters: Parameter names that are replaced when the site is quantized; more than one where linears share a weight.
-        kept: Parameter names of the same tensor that stay as they are (an embedding tied to the head), so that memory is
-            not freed by quantizing.
-        siblings: Names of the sites that read the same input tensor, in order, this one included.
+        name: Module path, or parameter name if no module holds the weight alone.
+        parameters: Parameter names that quantizing replaces. Linears that share a weight give
+            more than one.
+        kept: Parameter names of the same tensor that stay unquantized, such as an embedding tied
+            to the head. Quantizing frees no memory then.
+        siblings: Names of the sites that read the same input tensor, in order, with this one.
     """
 
     name: str
@@ -148,7 +177,11 @@ class Site:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skipped:
-    """A weight that is not searched, with the reason and its share of the model's parameters (0 to 1)."""
+    """A weight that is not searched, and why.
+
+    Attributes:
+        share: Fraction of the model's parameters, 0 to 1.
+    """
 
     name: str
     numel: int
@@ -158,7 +191,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """What the recorder saw: the sites, and what share of the model they cover (0 to 1)."""
+    """The sites of a model, and the fractions of the model that they cover (0 to 1)."""
 
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
@@ -169,7 +202,10 @@ class Recording:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A fingerprint of what runs the kernels. Any change of any field is another key in the store."""
+    """A fingerprint of what runs the kernels.
+
+    A change of any field changes the key in the store.
+    """
 
     type: str
     name: str
@@ -185,7 +221,11 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimingSubject:
-    """What a timing is about: one candidate on one shape and m, with weights as cold as `working_set_bytes` makes them."""
+    """What is timed: one candidate on one shape and m.
+
+    Attributes:
+        working_set_bytes: Bytes of weights that a timing rotates through, so that they are cold.
+    """
 
     shape: LinearShape
     m: int
@@ -200,7 +240,7 @@ class TimingSubject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """The outcome of timing one subject: latency samples, or a reason why there are none."""
+    """The outcome of timing one subject: samples, or a reason for having none."""
 
     subject: TimingSubject
     outcome: Outcome
@@ -224,12 +264,12 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
-    """What a device can do at most, measured: the two limits that no kernel passes.
+    """The two measured limits of a device that no kernel passes.
 
     Attributes:
-        bandwidth_bytes_per_s: Of memory beyond the last-level cache, bytes read plus bytes written.
-        flops_per_s: Of a large matrix product, by arithmetic (`bfloat16`, `float16`, `float32`, `int8`, `float8`); only
-            those that the device does.
+        bandwidth_bytes_per_s: Bytes read plus bytes written in memory beyond the last-level cache.
+        flops_per_s: Rate of a large matrix product, by arithmetic (`bfloat16`, `float16`,
+            `float32`, `int8`, `float8`) that the device has.
     """
 
     bandwidth_bytes_per_s: float
@@ -238,7 +278,7 @@ class Roofline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteStep:
-    """Use `kernel` for every m up to `upper_m` (inclusive); None means every larger m."""
+    """Use `kernel` for every m up to and including `upper_m`. None stands for every larger m."""
 
     upper_m: int | None
     kernel: str
@@ -248,7 +288,7 @@ Route = tuple[RouteStep, ...]
 
 
 def route_kernel(route: Route, m: int) -> str:
-    """The kernel that `route` uses for `m` rows."""
+    """Return the kernel that `route` uses for `m` rows."""
     for step in route:
         if step.upper_m is None or m <= step.upper_m:
             return step.kernel
@@ -257,15 +297,17 @@ def route_kernel(route: Route, m: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChoice:
-    """What one layer gets in a plan: a format and its route, with what is predicted of it and why it was chosen.
+    """What one layer gets in a plan: a format and its route.
 
     Attributes:
-        parameters: Names of the parameters that are replaced.
-        latency_us: Predicted microseconds in one run of each phase (all of the layer's calls in it).
-        numerics: Key of the score that stands for this choice: format values and activation precision.
+        numerics: Key of the score of this choice: format values and activation precision.
+        latency_us: Predicted microseconds in one run of each phase, for all calls of the layer.
+        memory_bytes: Bytes of the stored weight.
         loss: Predicted loss of this choice alone.
-        memory_bytes: Bytes that the stored weight takes.
-        joined: Names of the layers that are computed as one, this one among them; empty where it is computed alone.
+        parameters: Names of the parameters that are replaced.
+        joined: Names of the layers that are computed as one, with this one. Empty if the layer is
+            computed alone.
+        reason: Why this choice was made.
     """
 
     name: str
@@ -286,8 +328,8 @@ class Prediction:
     """Sums of the additive model for a plan.
 
     Attributes:
-        request_ms: Of the linears and the measured rest of the model (attention, norms, glue).
-        original_request_ms: What the unquantized model took when that rest was measured; None until then.
+        request_ms: Time of the linears and the measured rest of the model (attention, norms, glue).
+        original_request_ms: Time of the unquantized model when that rest was measured, or None.
     """
 
     request_ms: float
@@ -297,13 +339,20 @@ class Prediction:
     original_request_ms: float | None = None
 
     def request_ms_beside(self, original_request_ms: float) -> float:
-        """`request_ms` where the unquantized model takes that long: a machine may have become slower or faster since."""
-        return self.request_ms * original_request_ms / (self.original_request_ms or original_request_ms)
+        """Return `request_ms`, scaled to the unquantized model's time of today.
+
+        The machine may have become slower or faster since the prediction was made.
+        """
+        return (
+            self.request_ms
+            * original_request_ms
+            / (self.original_request_ms or original_request_ms)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Layer name to choice, with everything needed to apply it to the model whose content hash it carries."""
+    """A choice for every layer of the model with the content hash `model_hash`."""
 
     plan_id: str
     study_id: str
@@ -315,7 +364,7 @@ class Plan:
     prediction: Prediction
 
     def formats(self) -> dict[str, int]:
-        """How many layers each format got, most used first."""
+        """Return how many layers have each format, the most used first."""
         counts: dict[str, int] = {}
         for layer in self.layers:
             counts[layer.format] = counts.get(layer.format, 0) + 1
@@ -332,30 +381,37 @@ class Interval:
 
 
 def request_time(phase_times: Mapping[str, float], calls: Mapping[str, int]) -> float:
-    """Time of one request, in the unit of its phases: the sum over phases of calls times the time of one."""
+    """Return the time of one request, in the unit of its phases.
+
+    It is the sum over phases of the calls times the time of one.
+    """
     return sum(calls[phase] * time for phase, time in phase_times.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What was measured of a plan by really applying it.
+    """What was measured of a plan by applying it.
 
     Attributes:
         request_ms: Time of one request: the sum over phases of calls times the median latency.
         phase_ms: Median milliseconds of one run of each phase.
-        original_request_ms: The unquantized model's request time measured in turn with this plan's; so `original_phase_ms`.
-        perplexity: On the report part of the text (None without a text).
-        loss: Mean loss on the report part: nats per token, what the user's own function gives, or divergence of outputs.
-        increase: Relative increase over the unquantized model on the report part, or the divergence of outputs from its outputs,
-            with its paired interval.
-        selection_increase: The same on the selection part, which is what limits are checked against: its interval is that of the
-            mean of as many further samples as the report part has (in older versions, of the mean over all text).
-        kl: Mean divergence to the unquantized model on the report part (None where not defined).
+        original_request_ms: Request time of the unquantized model, timed in turn with the plan.
+        original_phase_ms: The unquantized model's `phase_ms`, timed in turn with the plan.
+        perplexity: Perplexity on the report part of the text, or None without a text.
+        loss: Mean loss on the report part: nats per token, the user's own loss, or divergence of
+            outputs.
+        increase: Relative increase over the unquantized model on the report part, with its paired
+            interval. For divergence of outputs, the divergence itself.
+        selection_increase: The same on the selection part, which limits are checked against. The
+            interval is for the mean of as many further samples as the report part has. Older
+            versions stored the interval for the mean over all text.
+        kl: Mean divergence from the unquantized model on the report part, or None.
         memory_bytes: Bytes of all parameters as stored.
-        selection_kl: The divergence on the selection part, with its interval (None where not defined); so is what follows
-            in proofs of older versions.
-        selection_losses: Loss of each sample of the selection part: plans are compared sample by sample.
-        time_ratio: Request time over that of the unquantized model, with its interval from the spread of the rounds.
+        selection_kl: The divergence on the selection part with its interval, or None.
+        selection_losses: Loss of each sample of the selection part, to compare plans sample by
+            sample. Empty in proofs of older versions.
+        time_ratio: Request time over that of the unquantized model, with its interval from the
+            spread of the rounds. None in proofs of older versions.
     """
 
     plan_id: str
@@ -381,9 +437,9 @@ class RunTimes:
     """Median milliseconds of what a user runs.
 
     Attributes:
-        request_ms: Of a prompt with all its new tokens, or of one forward pass.
-        first_token_ms: Of a request for one new token; None for a forward pass.
-        step_ms: Of each further token; None where there is none.
+        request_ms: Time of a prompt with all its new tokens, or of one forward pass.
+        first_token_ms: Time of a request for one new token, or None for a forward pass.
+        step_ms: Time of each further token, or None without one.
     """
 
     request_ms: float
@@ -393,15 +449,18 @@ class RunTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """What came of a plan that was saved, loaded again and run as its user will run it.
+    """The outcome of saving a plan, loading it and running it as its user will.
 
     Attributes:
         loop: What was run.
-        where: How far it went: loaded again in a new process, loaded again in the search's own, or not saved at all.
-        times: Of the plan, in turn with the unquantized model; None where it could not be timed. So `original_times`.
-        ratio: Request time over that of the unquantized model, with its interval from the spread of the rounds.
-        logits_error: Relative difference from the logits of the plan in the search's memory; 0 where they are equal bit for bit.
-        reason: Why the plan cannot be used; empty where it can be.
+        where: The plan was loaded in a new process, in the same process, or not saved at all.
+        times: Times of the plan, in turn with the unquantized model, or None if timing failed.
+        original_times: The same of the unquantized model.
+        ratio: Request time over that of the unquantized model, with its interval from the spread
+            of the rounds.
+        logits_error: Relative difference from the logits of the plan in memory. 0 if they are equal
+            bit for bit.
+        reason: Why the plan cannot be used, or an empty text.
     """
 
     plan_id: str
@@ -420,10 +479,10 @@ class TaskScore:
     """One metric of one task of lm-evaluation-harness, for one model.
 
     Attributes:
-        metric: Its name, with lm-eval's filter after a comma where there is one.
-        stderr: Standard error of `value` (None where lm-eval has none).
-        samples: How many the value is over (None for a group of tasks).
-        limit: How many were asked for at most (None: all).
+        metric: The metric's name, followed by a comma and lm-eval's filter if there is one.
+        stderr: Standard error of `value`, or None if lm-eval gives none.
+        samples: Samples behind the value, or None for a group of tasks.
+        limit: The most samples asked for, or None for all.
     """
 
     task: str

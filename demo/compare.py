@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import autoquant
+from autoquant.devices import backend
 from autoquant.models import load_model
 from autoquant.records import Workload
-from autoquant.runtime.phases import divisions, make_phases
+from autoquant.runtime.phases import make_phases
 from autoquant.runtime.request import make_warm, time_requests
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     phases = []
     for loaded in (quantized, original):
         make = partial(make_phases, loaded, workload, compiled=not arguments.eager)
-        ready, note = make_warm(make, divisions("cpu"))
+        ready, note = make_warm(make, backend("cpu").divisions)
         phases.append(ready)
         if note:
             print(f"note: {note}")

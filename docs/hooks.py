@@ -1,21 +1,39 @@
-"""Makes, while the pages are built, the reference of the commands out of the commands themselves, so that it cannot go stale."""
+"""Make pages while the others are built, from what already says the same elsewhere.
+
+The reference of the commands comes from the commands themselves. The contributing page and the
+changelog are files in the repository's root, where readers of the repository look for them.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+ROOT = Path(__file__).parents[1]
 PAGE = "reference/commands.md"
+ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+"""Pages, with the files of the repository's root that they show."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """MkDocs asks here for pages that are no files."""
+    """Add pages that are not files of `docs/`; MkDocs calls this by its name."""
     files.append(File.generated(config, PAGE, content=commands_page()))
+    for page, name in ROOT_PAGES.items():
+        files.append(File.generated(config, page, content=root_page(name)))
     return files
+
+
+def root_page(name: str) -> str:
+    """Return a file of the root, with links as they must be inside `docs/`."""
+    text = (ROOT / name).read_text().replace("](docs/", "](")
+    for page, file in ROOT_PAGES.items():
+        text = text.replace(f"]({file}", f"]({page}")
+    return text
 
 
 def commands_page() -> str:

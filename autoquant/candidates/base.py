@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from autoquant.candidates.kernels.library import TunedLibrary
 from autoquant.errors import CandidateError
 from autoquant.records import LinearShape
 
@@ -56,7 +57,7 @@ class Kernel:
         linear: x `[..., k]`, stored weight of `[n, k]`, bias `[n]` or None; returns `[..., n]` in x's dtype. It must trace
             under `torch.compile(fullgraph=True)`.
         opaque: Calls a library's kernels and nothing else, so that compiling it changes nothing: timed on GPUs as it is.
-        tuned: Its library tunes it for each shape when it is first called, which takes seconds.
+        library: The library that tunes it for each shape when it is first called, or None.
         arithmetic: What it multiplies in on a GPU, for the roofline; None is the activation's dtype.
         materializes: Writes the weight out in the activation's dtype and reads it again.
         nests: The compiler takes it in a nested region (see `autoquant.runtime.compiled`).
@@ -68,12 +69,17 @@ class Kernel:
     numerics: str
     linear: LinearFunction
     opaque: bool = False
-    tuned: bool = False
+    library: TunedLibrary | None = None
     arithmetic: str | None = None
     materializes: bool = False
     nests: bool = True
     unsupported: Unsupported = always_supported
     description: str = ""
+
+    @property
+    def tuned(self) -> bool:
+        """Whether a library tunes it, which takes seconds for each shape."""
+        return self.library is not None
 
 
 class InputStatistics:

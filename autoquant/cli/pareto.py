@@ -39,9 +39,7 @@ def pareto(
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="Draw the front into a .png, .svg or .html file.",
-            show_default=False,
+            metavar="FILE", help="Draw the front into a .png or .svg file.", show_default=False
         ),
     ] = None,
 ) -> None:
@@ -66,8 +64,13 @@ def pareto(
 
 
 def _check_suffix(path: Path) -> None:
-    from autoquant.report.front.plots import SUFFIXES
+    from autoquant.report.front.picture import SUFFIXES
 
+    if path.suffix.lower() == ".html":
+        raise typer.BadParameter(
+            f"draws pictures; `autoquant report DATABASE --out {path}` writes the front as a page",
+            param_hint="--plot",
+        )
     if path.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(
             f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot"
@@ -76,7 +79,7 @@ def _check_suffix(path: Path) -> None:
 
 def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
     from autoquant.errors import PlanError
-    from autoquant.report.front.plots import render
+    from autoquant.report.front.picture import render
     from autoquant.report.words import study_line
 
     if not rows:

@@ -94,8 +94,8 @@ def profile(
     all_m = None if rows is None else parse_rows(rows)
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.profiler.profile import time_linears  # imports torch
-    from autoquant.profiler.request import ProfileRequest, asked_linears
+    from autoquant.tuner.profile import time_linears  # imports torch
+    from autoquant.tuner.profile_request import ProfileRequest, asked_linears
 
     linears = asked_linears(
         model,
@@ -123,7 +123,7 @@ def profile(
 
 def _check_plot(path: Path) -> None:
     """Refuse a picture that could not be written, before anything is timed."""
-    from autoquant.report.front.plots import SUFFIXES
+    from autoquant.report.latency_plot import SUFFIXES
 
     if path.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(

@@ -1,4 +1,4 @@
-"""What GPU kernels need: reasons why they cannot be used, in words."""
+"""Reasons why kernels for GPUs cannot be used, in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def needs_cuda(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Why `what` does not run on the current device, where it needs CUDA of at least `capability`."""
+    """Return why the current device is no CUDA GPU of at least `capability`, or None."""
     if device_type != "cuda" or not torch.cuda.is_available():
         return f"{what} needs a CUDA GPU"
     here = torch.cuda.get_device_capability()
@@ -20,14 +20,14 @@ def needs_cuda(device_type: str, what: str, capability: tuple[int, int] = (8, 0)
 
 @functools.cache
 def needs_library(module: str, package: str) -> str | None:
-    """Why `module` cannot be used (it is not installed), and what to install."""
+    """Return what to install if `module` is not installed, or None."""
     parent, _, _ = module.partition(".")
     there = find_spec(parent) is not None and find_spec(module) is not None
     return None if there else f"needs {module}: pip install {package}"
 
 
 def not_divisible(n: int, k: int, by: int, what: str) -> str | None:
-    """Why an `n` x `k` weight does not fit a kernel whose sizes must be divisible by `by`."""
+    """Return why a kernel that needs `n` and `k` divisible by `by` does not fit, or None."""
     return f"{what} needs n and k divisible by {by}, not {n}x{k}" if n % by or k % by else None
 
 

@@ -1,30 +1,31 @@
-"""Whether the machine, or its GPU, was doing something else while we measured."""
+"""How busy others kept the machine, or its GPU, during a measurement."""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
+from typing import Protocol
 
 import torch
-
-HIGHEST_OTHER_LOAD = 0.15
-"""Above this share of the machine's cores, what was measured is not believed at once."""
 
 _STAT = Path("/proc/stat")
 _YARDSTICK_BYTES = 256 << 20
 _YARDSTICK_COPIES = 32
 
 
-def watch_load(device_name: str) -> OtherLoad | GpuLoad:
-    """What could disturb a measurement on this torch device, watched from now on."""
-    return GpuLoad(device_name) if torch.device(device_name).type == "cuda" else OtherLoad()
+class Load(Protocol):
+    """Watches what could disturb a measurement, since it was made."""
+
+    def share(self) -> float:
+        """Return the fraction of the machine's time that others used, 0 to 1."""
+        ...
 
 
 class OtherLoad:
-    """Watches how busy the cores are with anything but this process (other guests of a virtual machine included).
+    """Watches how busy other processes, or other guests of a virtual machine, keep the cores.
 
-    Knows nothing where there is no `/proc/stat`: then the share is 0.
+    The share is 0 on systems without `/proc/stat`.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class OtherLoad:
         self._own = _own_s()
 
     def share(self) -> float:
-        """Share of all cores' time that others used since this object was made, 0 to 1."""
+        """Return the fraction of all cores' time that others used since then, 0 to 1."""
         busy = _busy_s()
         wall = time.monotonic() - self._wall
         if busy is None or self._busy is None or wall <= 0:
@@ -43,10 +44,10 @@ class OtherLoad:
 
 
 class GpuLoad:
-    """Watches how much of a GPU's time others take, by a yardstick: copies that take some milliseconds.
+    """Watches how much of a GPU's time others take, by a yardstick: copies of some milliseconds.
 
-    Another process on the GPU gets slices of its time, some of which fall into the yardstick; the fastest run of it that this
-    process ever saw is what it takes undisturbed.
+    Another process on the GPU gets slices of its time, some of which fall into the yardstick. The
+    fastest run that this process ever saw counts as undisturbed.
     """
 
     _fastest_ms: dict[str, float] = {}  # noqa: RUF012 - shared on purpose, by device
@@ -57,12 +58,12 @@ class GpuLoad:
         self._slowest_ms = self._run_ms()
 
     def share(self) -> float:
-        """Share of the GPU's time that others used around now and when this object was made, 0 to 1."""
+        """Return the fraction of the GPU's time that others used, now or at first, 0 to 1."""
         slowest = max(self._slowest_ms, self._run_ms())
         return 1 - self._fastest_ms[self._device] / slowest
 
     def _run_ms(self) -> float:
-        """The middle of three runs: what others do goes on, a hiccup does not."""
+        """Return the middle of three runs: the work of others lasts, a hiccup does not."""
         runs = sorted(self._copy_ms() for _ in range(3))
         known = self._fastest_ms.get(self._device, runs[0])
         self._fastest_ms[self._device] = min(known, runs[0])

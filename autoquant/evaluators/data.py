@@ -81,7 +81,9 @@ def check_data(name: str) -> None:
     data = DataName.parse(name)
     if data.is_local and data.path.is_file():
         _reader(data.path)
-    elif not data.is_local and (not _HUB_NAME.fullmatch(data.place) or _suffix(data.path) in _READERS):
+    elif not data.is_local and (
+        not _HUB_NAME.fullmatch(data.place) or _suffix(data.path) in _READERS
+    ):
         raise TextError(
             f"there is no file or folder at {data.place}{did_you_mean_path(data.place)}: give --eval-data a JSONL, JSON, CSV,"
             " Parquet or text file, a folder of them, or a name on the Hugging Face hub"
@@ -104,7 +106,9 @@ def data_pieces(name: str, tokenizer: Any) -> Iterator[str]:
     except TextError:
         raise
     except Exception as error:
-        raise TextError(f"cannot read {name} ({_reason(error)}): mend it, or give another --eval-data") from error
+        raise TextError(
+            f"cannot read {name} ({_reason(error)}): mend it, or give another --eval-data"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -123,10 +127,14 @@ def _open(data: DataName) -> tuple[Iterable[Mapping[str, Any]], str]:
         place, options, configs = _found(data)
         config, parts = _take(data.parts, configs)
         if config is None and len(configs) > 1 and "default" not in configs:
-            raise TextError(f"which configuration of {data.place}? Say {data.place}:CONFIG, one of {_list(configs)}")
+            raise TextError(
+                f"which configuration of {data.place}? Say {data.place}:CONFIG, one of {_list(configs)}"
+            )
         splits = datasets.load_dataset(place, config, streaming=True, **options)
         split, parts = _take(parts, list(splits))
-        rows = splits[split or next((known for known in _SPLITS if known in splits), next(iter(splits)))]
+        rows = splits[
+            split or next((known for known in _SPLITS if known in splits), next(iter(splits)))
+        ]
         first = next(iter(rows), None)
     if first is None:
         raise TextError(f"{data} has no rows: give another split or dataset")
@@ -169,7 +177,9 @@ def _suffix(path: Path) -> str:
 def _reader(path: Path) -> tuple[str, Mapping[str, Any]]:
     found = _READERS.get(_suffix(path))
     if found is None:
-        raise TextError(f"{path} is no dataset that can be read: give a file that ends in one of {', '.join(_READERS)}")
+        raise TextError(
+            f"{path} is no dataset that can be read: give a file that ends in one of {', '.join(_READERS)}"
+        )
     return found
 
 
@@ -181,13 +191,21 @@ def _take(parts: Sequence[str], known: Sequence[str]) -> tuple[str | None, Seque
 
 
 def _column(
-    data: DataName, parts: Sequence[str], row: Mapping[str, Any], configs: Sequence[str], splits: Sequence[str]
+    data: DataName,
+    parts: Sequence[str],
+    row: Mapping[str, Any],
+    configs: Sequence[str],
+    splits: Sequence[str],
 ) -> str:
     """The column named last, or the one that must be meant."""
     if len(parts) == 1 and parts[0] in row:
         return parts[0]
     if any(parts):
-        wrong = next(part for part in parts if part and part not in row) if set(parts) - set(row) - {""} else parts[-1]
+        wrong = (
+            next(part for part in parts if part and part not in row)
+            if set(parts) - set(row) - {""}
+            else parts[-1]
+        )
         known = [*configs, *splits, *row]
         among = f"configurations {_list(configs)}; " if configs else ""
         raise TextError(
@@ -197,7 +215,9 @@ def _column(
     texts = [name for name, value in row.items() if isinstance(value, str)]
     found = next((name for name in _COLUMNS if name in row), texts[0] if len(texts) == 1 else None)
     if found is None:
-        raise TextError(f"which column of {data.place} is the text? Say {data}:COLUMN, one of {_list(row)}")
+        raise TextError(
+            f"which column of {data.place} is the text? Say {data}:COLUMN, one of {_list(row)}"
+        )
     return found
 
 
@@ -210,7 +230,11 @@ def _text(value: Any, column: str, data: DataName, tokenizer: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(isinstance(each, Mapping) and "content" in each for each in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(each, Mapping) and "content" in each for each in value)
+    ):
         return _conversation(value, tokenizer)
     raise TextError(
         f"column {column} of {data.place} holds {type(value).__name__}, neither text nor messages with role and content: name"

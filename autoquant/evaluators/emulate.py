@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 
 
-class EmulatedLinear(TorchFunctionMode):
+class EmulatedLinear(LinearHook):
     """While active, every linear on `parameter` uses `weight` and the rounded activation.
 
     Args:
-        parameter: The model's own weight, recognised by identity.
+        parameter: The model's own weight, recognized by identity.
         weight: What to multiply with instead, `[n, k]`.
         rounding: Applied to the activation.
     """
@@ -30,12 +28,10 @@ class EmulatedLinear(TorchFunctionMode):
         self._weight = weight
         self._rounding = rounding
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in LINEAR_FUNCTIONS:
-            x, weight, bias = linear_arguments(args, kwargs)
-            if weight is self._parameter:
-                return func(self._rounding(x), self._weight, bias)
-        return func(*args, **(kwargs or {}))
+    def on_linear(self, call: LinearCall) -> torch.Tensor | None:
+        if call.weight is not self._parameter:
+            return None
+        return call.compute(self._rounding(call.x), self._weight)
 
 
 @contextmanager

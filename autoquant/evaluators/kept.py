@@ -33,7 +33,9 @@ class KeptTensor:
             kept: torch.Tensor = pickle.loads(os.pread(number, self._most_bytes + 1, 1))
             return kept
         tensor = make()
-        if tensor.nbytes > self._most_bytes:  # not even pickled: from a GPU that takes longer than to make it
+        if (
+            tensor.nbytes > self._most_bytes
+        ):  # not even pickled: from a GPU that takes longer than to make it
             return tensor
         data = pickle.dumps(tensor)
         if len(data) <= self._most_bytes:

@@ -64,7 +64,9 @@ class VariedInputs:
         for leaf in tree_leaves(self.sample):
             if isinstance(leaf, torch.Tensor):
                 digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-                digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(
+                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
             else:
                 digest.update(repr(leaf).encode())
         return f"outputs-{digest.hexdigest()[:12]}"
@@ -72,7 +74,11 @@ class VariedInputs:
     @property
     def placeholder(self) -> bool:
         """Whether every floating-point tensor holds one number only."""
-        tensors = [leaf for leaf in tree_leaves(self.sample) if isinstance(leaf, torch.Tensor) and leaf.numel() > 1]
+        tensors = [
+            leaf
+            for leaf in tree_leaves(self.sample)
+            if isinstance(leaf, torch.Tensor) and leaf.numel() > 1
+        ]
         floating = [tensor for tensor in tensors if tensor.is_floating_point()]
         return bool(floating) and all(_is_constant(tensor) for tensor in floating)
 
@@ -119,7 +125,9 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 def _partners(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """For each element the one at the same place of a random row, or any where there is one row only."""
     rows = tensor.reshape(tensor.shape[0], -1) if len(tensor) > 1 else tensor.reshape(-1, 1)
-    drawn = torch.randint(0, len(rows), (len(rows), rows.shape[1]), generator=generator).to(tensor.device)
+    drawn = torch.randint(0, len(rows), (len(rows), rows.shape[1]), generator=generator).to(
+        tensor.device
+    )
     return rows.gather(0, drawn).reshape(tensor.shape)
 
 
@@ -135,9 +143,12 @@ class OutputQuality:
         self.inputs = inputs
         self.key = inputs.key
 
-    def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
+    def compare(
+        self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
+    ) -> Comparison:
         losses = tuple(
-            divergence(outputs_of(reference, inputs), outputs_of(module, inputs)) for inputs in self.inputs.part(part)
+            divergence(outputs_of(reference, inputs), outputs_of(module, inputs))
+            for inputs in self.inputs.part(part)
         )
         return Comparison(losses, (0.0,) * len(losses), None)
 
@@ -146,7 +157,9 @@ class OutputQuality:
         samples = [(inputs, outputs_of(reference, inputs)) for inputs in self.inputs.part(part)]
 
         def increase(module: nn.Module) -> float:
-            each = [divergence(expected, outputs_of(module, inputs)) for inputs, expected in samples]
+            each = [
+                divergence(expected, outputs_of(module, inputs)) for inputs, expected in samples
+            ]
             return sum(each) / len(each)
 
         return increase
@@ -191,7 +204,9 @@ def divergence(expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
             " judge it by a loss of your own, --quality package.module:callable"
         )
     errors = [
-        error for y0, y in zip(expected, outputs, strict=True) if (error := _relative_squared_error(y0, y)) is not None
+        error
+        for y0, y in zip(expected, outputs, strict=True)
+        if (error := _relative_squared_error(y0, y)) is not None
     ]
     return sum(errors) / len(errors) if errors else 0.0
 
@@ -223,11 +238,17 @@ def vary(module: nn.Module, sample: Inputs, seed: int) -> tuple[VariedInputs, li
         reason = first_line(error, with_type=True)
         inputs = VariedInputs(sample, seed, integers=False)
         _try_floating(module, inputs, reason)
-        notes.append(f"integer inputs stay as the sample has them, since the model does not take others ({reason})")
+        notes.append(
+            f"integer inputs stay as the sample has them, since the model does not take others ({reason})"
+        )
     if inputs.placeholder:
-        notes.append("the sample inputs are placeholders (one number only), so standard normal numbers stand for them")
+        notes.append(
+            "the sample inputs are placeholders (one number only), so standard normal numbers stand for them"
+        )
     elif not inputs.varies:
-        notes.append("nothing in the sample inputs can be varied, so all is judged on one input: give typical ones")
+        notes.append(
+            "nothing in the sample inputs can be varied, so all is judged on one input: give typical ones"
+        )
     first = inputs.make(0)
     again = divergence(outputs_of(module, first), outputs_of(module, first))
     if again > _SAME_EVERY_TIME:

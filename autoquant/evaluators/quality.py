@@ -47,7 +47,9 @@ class Quality(Protocol):
     key: str
     logarithmic: bool
 
-    def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
+    def compare(
+        self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
+    ) -> Comparison:
         """Losses of both on the same samples.
 
         Args:
@@ -74,7 +76,9 @@ class TextQuality:
         self._kept: dict[tuple[Part, int], KeptTensor] = {}
         if keep_reference:
             compared: tuple[Part, ...] = ("report", "selection")
-            windows = [(part, number) for part in compared for number in range(len(parts.windows[part]))]
+            windows = [
+                (part, number) for part in compared for number in range(len(parts.windows[part]))
+            ]
             self._kept = {window: KeptTensor(_KEPT_BYTES // len(windows)) for window in windows}
 
     def windows(self, part: Part) -> Iterator[torch.Tensor]:
@@ -86,7 +90,9 @@ class TextQuality:
         """Mean negative log-likelihood in nats of each window's tokens but the first."""
         return tuple(window_loss(next_token_logits(module, ids), ids) for ids in self.windows(part))
 
-    def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
+    def compare(
+        self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
+    ) -> Comparison:
         losses, reference_losses, divergences, rows = [], list(known), [], []
         for number, ids in enumerate(self.windows(part)):
             make = partial(next_token_logits, reference, ids)
@@ -98,8 +104,12 @@ class TextQuality:
                 reference_losses.append(window_loss(wanted, ids))
             divergences.append(divergence_sum(wanted, logits))
             rows.append(logits.shape[0])
-        each = tuple(divergence / count for divergence, count in zip(divergences, rows, strict=True))
-        return Comparison(tuple(losses), tuple(reference_losses), sum(divergences) / sum(rows), each)
+        each = tuple(
+            divergence / count for divergence, count in zip(divergences, rows, strict=True)
+        )
+        return Comparison(
+            tuple(losses), tuple(reference_losses), sum(divergences) / sum(rows), each
+        )
 
 
 class FunctionQuality:
@@ -143,8 +153,12 @@ class FunctionQuality:
             )
         return losses
 
-    def compare(self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()) -> Comparison:
-        return Comparison(self.losses(module, part), tuple(known) or self.losses(reference, part), None)
+    def compare(
+        self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
+    ) -> Comparison:
+        return Comparison(
+            self.losses(module, part), tuple(known) or self.losses(reference, part), None
+        )
 
     def increase_over(self, reference: nn.Module, part: Part) -> Callable[[nn.Module], float]:
         """What tells by how much a module's mean loss is above that of the reference as it is now."""

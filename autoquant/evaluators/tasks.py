@@ -36,14 +36,18 @@ class Tasks:
         TaskError: lm-eval is not installed, or there is no such task or folder.
     """
 
-    def __init__(self, names: Sequence[str], *, folder: Path | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], *, folder: Path | None = None, limit: int | None = None
+    ) -> None:
         if folder is not None and not folder.is_dir():
             raise TaskError(f"there is no folder of task files at {folder}")
         self.names = tuple(dict.fromkeys(names))
         self.limit = limit
         self._library = _Library()
         with _silent():
-            self._manager = self._library.manager(include_path=None if folder is None else str(folder))
+            self._manager = self._library.manager(
+                include_path=None if folder is None else str(folder)
+            )
         known = set(self._manager.all_tasks)
         for name in self.names:
             if name not in known:
@@ -57,7 +61,9 @@ class Tasks:
         """
         with _silent(), _ties_kept(module):
             try:
-                model = self._library.model(pretrained=module, tokenizer=tokenizer, backend="causal", batch_size=_BATCH)
+                model = self._library.model(
+                    pretrained=module, tokenizer=tokenizer, backend="causal", batch_size=_BATCH
+                )
                 results = self._library.evaluate(
                     model=model,
                     tasks=list(self.names),
@@ -114,7 +120,11 @@ class _Library:
 def _unknown(name: str, known: set[str], folder: Path | None) -> str:
     alike = get_close_matches(name, known, n=3)
     where = "lm-eval" if folder is None else f"lm-eval or {folder}"
-    advice = f"did you mean {', '.join(alike)}?" if alike else "give the folder of its task file with --tasks-path"
+    advice = (
+        f"did you mean {', '.join(alike)}?"
+        if alike
+        else "give the folder of its task file with --tasks-path"
+    )
     return f"there is no task {name!r} in {where}: {advice}"
 
 

@@ -95,18 +95,26 @@ def deal_text(
             "report parts: give a longer text"
         )
     counts = _counts(min(available, wanted), windows)
-    dealt = torch.tensor(tokens[: sum(counts.values()) * window], dtype=torch.long).reshape(-1, window)
+    dealt = torch.tensor(tokens[: sum(counts.values()) * window], dtype=torch.long).reshape(
+        -1, window
+    )
     order = deal(counts)
     parts = {part: dealt[[i for i, owner in enumerate(order) if owner == part]] for part in PARTS}
-    return TextParts(parts, _input_windows(tokens, window, wanted, parts["calibration"]) if inputs else None)
+    return TextParts(
+        parts, _input_windows(tokens, window, wanted, parts["calibration"]) if inputs else None
+    )
 
 
-def _input_windows(tokens: list[int], window: int, first: int, calibration: torch.Tensor) -> torch.Tensor:
+def _input_windows(
+    tokens: list[int], window: int, first: int, calibration: torch.Tensor
+) -> torch.Tensor:
     """Whichever are more: the windows from `first` on, or those of the calibration part."""
     count = min(len(tokens) // window - first, INPUT_WINDOWS)
     if count <= len(calibration):
         return calibration
-    return torch.tensor(tokens[first * window : (first + count) * window], dtype=torch.long).reshape(count, window)
+    return torch.tensor(
+        tokens[first * window : (first + count) * window], dtype=torch.long
+    ).reshape(count, window)
 
 
 def _tokens(pieces: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
@@ -151,8 +159,14 @@ def _counts(available: int, windows: Mapping[Part, int]) -> dict[Part, int]:
     if available >= usual:
         rest = available - windows["calibration"]
         selection = windows["selection"] * rest // (windows["selection"] + windows["report"])
-        return {"calibration": windows["calibration"], "selection": selection, "report": rest - selection}
-    counts = {part: max(LEAST_WINDOWS[part], WANTED_WINDOWS[part] * available // usual) for part in PARTS}
+        return {
+            "calibration": windows["calibration"],
+            "selection": selection,
+            "report": rest - selection,
+        }
+    counts = {
+        part: max(LEAST_WINDOWS[part], WANTED_WINDOWS[part] * available // usual) for part in PARTS
+    }
     spare = available - sum(counts.values())
     counts["report" if spare > 0 else "calibration"] += spare
     return counts
@@ -163,7 +177,9 @@ def deal(counts: Mapping[Part, int]) -> list[Part]:
     given = dict.fromkeys(counts, 0)
     order: list[Part] = []
     for _ in range(sum(counts.values())):
-        part = min((p for p in counts if given[p] < counts[p]), key=lambda p: (given[p] + 0.5) / counts[p])
+        part = min(
+            (p for p in counts if given[p] < counts[p]), key=lambda p: (given[p] + 0.5) / counts[p]
+        )
         given[part] += 1
         order.append(part)
     return order

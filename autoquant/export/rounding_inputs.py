@@ -1,8 +1,8 @@
-"""Weights rounded for what their layers read on a calibration text.
+"""Round weights for what their layers read on a calibration text.
 
-The text goes through the unquantized model block by block, once: a block's outputs on all windows, and the Hessians of its own
-linears, are all that is held. Each weight is rounded when its layer's Hessian is there, and kept on disk, where it takes an
-eighth of the space or less.
+The text passes through the unquantized model once, block by block. Memory holds one block's outputs
+for all windows and the Hessians of its linears. Each weight is rounded as soon as its layer's
+Hessian is known, and kept on disk, where it takes an eighth of the space or less.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from autoquant.candidates import Format, InputStatistics
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import CandidateError
 from autoquant.models.blocks import BlockChain
 from autoquant.models.outputs import run_on_tokens
@@ -29,14 +28,14 @@ from autoquant.models.outputs import run_on_tokens
 Windows = Sequence[Sequence[int]] | torch.Tensor
 """Token ids `[windows, tokens]`."""
 Wanted = Mapping[str, Sequence[Format]]
-"""Parameter names to the formats that they are wanted in, all of which need inputs."""
+"""Parameter names, with the formats they are wanted in; all of these need inputs."""
 
 
 class Calibration:
-    """Makes and keeps weights that are rounded for their layers' inputs on some windows of text.
+    """Makes weights rounded for their layers' inputs on some windows of text, and keeps them.
 
-    The same windows, model, device and number of threads give the same bits. Processes forked from the one that made this object
-    share what has been made.
+    The same windows, model, device and number of threads give the same bits. Processes forked from
+    the one that made this object share what has been made.
     """
 
     def __init__(self, windows: Windows) -> None:
@@ -44,14 +43,16 @@ class Calibration:
         self._kept = _KeptTensors()
 
     def prepare(self, module: nn.Module, wanted: Wanted) -> dict[tuple[str, str], str]:
-        """Make what is wanted and not there yet, from the unquantized model.
+        """Make what is wanted and still missing, from the unquantized model.
 
         Returns:
-            Why a parameter (its name) cannot have a format (its id), for those that cannot.
+            For each parameter's name and format's id that cannot be made, the reason.
         """
         known = self._kept.keys()
-        missing = {name: [fmt for fmt in formats if (name, fmt.id) not in known] for name, formats in wanted.items()}
-        missing = {name: formats for name, formats in missing.items() if formats}
+        missing: dict[str, list[Format]] = {}
+        for name, formats in wanted.items():
+            if unknown := [fmt for fmt in formats if (name, fmt.id) not in known]:
+                missing[name] = unknown
         reasons = {
             (name, fmt.id): "the calibration text does not reach the layer"
             for name, formats in missing.items()
@@ -71,18 +72,23 @@ class Calibration:
         return reasons
 
     def stored(self, name: str, fmt: Format) -> torch.Tensor:
-        """A parameter in a format, as it was prepared.
+        """Return a parameter in a format, as `prepare` made it.
 
         Raises:
-            CandidateError: It could not be.
+            CandidateError: It was not made, or could not be.
         """
         stored = self._kept.get((name, fmt.id))
         if stored is None:
-            raise CandidateError(f"{name} cannot be {fmt.id}: what it reads on the calibration text is not known")
+            unknown = "what it reads on the calibration text is not known"
+            raise CandidateError(f"{name} cannot be {fmt.id}: {unknown}")
         return stored
 
-    def inputs(self, module: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, InputStatistics]]:
-        """What was found of each parameter's inputs, block by block."""
+    def inputs(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+    ) -> Iterator[tuple[str, InputStatistics]]:
+        """Yield each parameter's name with what was found of its inputs, block by block."""
         parameters = {name: module.get_parameter(name) for name in names}
         device = next(iter(parameters.values())).device
         forwards = [partial(run_on_tokens, module, ids.unsqueeze(0).to(device)) for ids in self._windows]
@@ -90,45 +96,46 @@ class Calibration:
         starts = {name: chain.start(parameter) for name, parameter in parameters.items()}
         outputs: list[Any] = [None] * len(forwards)
         for index in range(max(starts.values()) + 1):
-            watch = _Watch({id(parameters[name]): name for name, start in starts.items() if start == index})
-            with watch:
-                outputs = [chain.step(index, before, run) for before, run in zip(outputs, forwards, strict=True)]
-            yield from watch.statistics().items()
+            here = {id(parameters[name]): name for name, start in starts.items() if start == index}
+            pairs = list(zip(outputs, forwards, strict=True))
+            with _InputSums(here) as sums:
+                outputs = [chain.step(index, before, run) for before, run in pairs]
+            yield from sums.statistics().items()
 
 
-class _Watch(TorchFunctionMode):
+class _InputSums(LinearHook):
     """Sums x x' over all rows x that each parameter is multiplied with.
 
     Args:
-        names: By the parameter's identity.
+        names: Names of the parameters, by their identity.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self._names = names
         self._sums: dict[str, torch.Tensor] = {}
-        self._read: dict[str, list[int]] = {}  # the numbers of the inputs
+        self._read: dict[str, list[int]] = {}  # which inputs, by their number
         self._last: torch.Tensor | None = None
         self._product = torch.empty(0)
         self._number = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in LINEAR_FUNCTIONS:
-            x, weight, _ = linear_arguments(args, kwargs)
-            if (name := self._names.get(id(weight))) is not None:
-                self._add(name, x)
-        return func(*args, **(kwargs or {}))
+    def on_linear(self, call: LinearCall) -> None:
+        if (name := self._names.get(id(call.weight))) is not None:
+            self._add(name, call.x)
 
     def _add(self, name: str, x: torch.Tensor) -> None:
-        if x is not self._last:  # siblings read the same input one after the other
+        if x is not self._last:  # siblings read the same input, one right after the other
             rows = x.reshape(-1, x.shape[-1]).float()
             self._last, self._product = x, rows.t() @ rows
             self._number += 1
         self._read.setdefault(name, []).append(self._number)
-        self._sums[name] = self._sums[name].add_(self._product) if name in self._sums else self._product.clone()
+        if name in self._sums:
+            self._sums[name].add_(self._product)
+        else:
+            self._sums[name] = self._product.clone()
 
     def statistics(self) -> dict[str, InputStatistics]:
-        """By name; those that read the same inputs share one."""
+        """Return statistics by name. Parameters that read the same inputs share one object."""
         shared: dict[tuple[int, ...], InputStatistics] = {}
         return {
             name: shared.setdefault(tuple(self._read[name]), InputStatistics(total))
@@ -137,15 +144,16 @@ class _Watch(TorchFunctionMode):
 
 
 class _KeptTensors:
-    """Tensors under keys in a temporary file without a name, which is gone with the last process that has it open.
+    """Tensors under keys, in a temporary file without a name.
 
-    Processes forked from the one that made this object share them, as long as one of them writes at a time.
+    The file is gone when the last process that has it open ends. Processes forked from the one that
+    made this object share its tensors, as long as only one of them writes at a time.
     """
 
     _SIZES = struct.Struct("<QQ")
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object is there
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object lives
         self._places: dict[tuple[str, str], tuple[int, int]] = {}
         self._end = 0
 
@@ -154,33 +162,42 @@ class _KeptTensors:
         return set(self._places)
 
     def put(self, key: tuple[str, str], tensor: torch.Tensor) -> None:
-        """Raises `CandidateError` where there is no room on the disk."""
+        """Append a tensor.
+
+        Raises:
+            CandidateError: The disk is full.
+        """
         self._look()
         buffer = io.BytesIO()
         torch.save(tensor, buffer)
         name = json.dumps(key).encode()
-        record = memoryview(self._SIZES.pack(len(name), buffer.tell()) + name + buffer.getvalue())
+        sizes = self._SIZES.pack(len(name), buffer.tell())
+        record = memoryview(sizes + name + buffer.getvalue())
         number = self._file.fileno()
         try:
-            os.ftruncate(number, self._end)  # what a process wrote that ended while it wrote
+            os.ftruncate(number, self._end)  # drop what a killed process left unfinished
             written = 0
             while written < len(record):
                 written += os.pwrite(number, record[written:], self._end + written)
         except OSError as error:
-            raise CandidateError(f"no room for rounded weights in {tempfile.gettempdir()}: {error.strerror}") from error
+            full = f"no room for rounded weights in {tempfile.gettempdir()}: {error.strerror}"
+            raise CandidateError(full) from error
 
     def get(self, key: tuple[str, str]) -> torch.Tensor | None:
         self._look()
         if key not in self._places:
             return None
         start, size = self._places[key]
-        data = bytearray()
-        while len(data) < size and (part := os.pread(self._file.fileno(), size - len(data), start + len(data))):
+        number, data = self._file.fileno(), bytearray()
+        while len(data) < size:
+            part = os.pread(number, size - len(data), start + len(data))
+            if not part:
+                break
             data += part
         return cast(torch.Tensor, torch.load(io.BytesIO(data), weights_only=True))
 
     def _look(self) -> None:
-        """Find what has been written since."""
+        """Find what any process has written since the last look."""
         number = self._file.fileno()
         size = os.fstat(number).st_size
         while len(sizes := os.pread(number, self._SIZES.size, self._end)) == self._SIZES.size:

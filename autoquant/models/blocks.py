@@ -1,4 +1,4 @@
-"""Run a model from one of its blocks on; an earlier run supplies what came before."""
+"""Run a model from one of its blocks on; what comes before is taken from an earlier run."""
 
 from __future__ import annotations
 
@@ -8,26 +8,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 
 
 def block_lists(module: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
-    """Return a model's lists of several modules, heaviest first. One may hold its blocks."""
-    lists = [
-        child
-        for child in module.modules()
-        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
-    ]
+    """Return a model's lists of several modules, heaviest first. Its blocks are one of them."""
+    kinds = (nn.ModuleList, nn.Sequential)
+    lists = [child for child in module.modules() if isinstance(child, kinds) and len(child) > 1]
     return sorted(lists, key=lambda blocks: -sum(p.numel() for p in blocks.parameters()))
 
 
 class BlockChain:
-    """The heaviest list of blocks of a model in which each block reads the output before it.
+    """The heaviest list of blocks in a model in which each one's output is the next one's input.
 
-    One forward pass is watched to find it. A model without such a list has no blocks, and nothing
+    It is found by watching one forward pass. A model without such a list has no blocks, and nothing
     is ever skipped.
 
     Args:
@@ -39,7 +35,7 @@ class BlockChain:
         self.blocks: tuple[nn.Module, ...] = ()
         self._starts: dict[int, int] = {}
         for blocks in block_lists(module):
-            watch = _Watch(list(blocks))
+            watch = _BlockOrder(list(blocks))
             with watch.hooks(), watch, torch.no_grad():
                 forward()
             if watch.is_chain():
@@ -48,19 +44,20 @@ class BlockChain:
                 return
 
     def start(self, parameter: torch.Tensor) -> int:
-        """Count the blocks that run before `parameter` is used.
+        """Return how many blocks may be skipped if only `parameter` changes.
 
-        They may be skipped if only that parameter changes.
+        These are the blocks that end before the first linear on it.
         """
         return self._starts.get(id(parameter), 0)
 
     @contextmanager
     def capture(self, outputs: list[Any]) -> Iterator[None]:
         """Collect every block's output, in order, during one forward pass."""
-        handles = [
-            block.register_forward_hook(lambda _m, _a, output: outputs.append(_copied(output)))
-            for block in self.blocks
-        ]
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs.append(_copied(output))
+
+        handles = [block.register_forward_hook(keep) for block in self.blocks]
         try:
             yield
         finally:
@@ -69,7 +66,7 @@ class BlockChain:
 
     @contextmanager
     def starting_at(self, index: int, outputs: list[Any]) -> Iterator[None]:
-        """Skip the blocks before `index` inside: `outputs` holds what they return."""
+        """Skip the blocks before `index`: they return what `outputs` holds for them."""
         skipped = self.blocks[:index]
         own = [vars(block).get("forward") for block in skipped]
         for block, output in zip(skipped, outputs[:index], strict=True):
@@ -83,16 +80,14 @@ class BlockChain:
                     block.forward = forward
 
     def step(self, index: int, before: Any, forward: Callable[[], Any]) -> Any:
-        """Run one block of a forward pass, or what follows the last block.
-
-        What comes before all blocks runs, too.
+        """Run one block of a forward pass, and what comes before the first block.
 
         Args:
-            index: Which block; the number of blocks for what follows the last one.
+            index: The block. The number of blocks runs what comes after the last one instead.
             before: What the block before `index` returned.
 
         Returns:
-            What the block returned; None for what follows the last one.
+            What the block returned, or None after the last one.
         """
         given: list[Any] = []
 
@@ -111,11 +106,11 @@ class BlockChain:
 
 
 class _Ended(Exception):
-    """Raised when the block that was to run has run."""
+    """Raised to end a forward pass when the block that was wanted has run."""
 
 
 class _Replay:
-    """A forward pass that returns a copy of what it was made with."""
+    """A forward that returns what it was made with."""
 
     def __init__(self, output: Any) -> None:
         self._output = output
@@ -125,12 +120,16 @@ class _Replay:
 
 
 def _copied(output: Any) -> Any:
-    """Return `output` with its tensors cloned, since what follows a block may work in place."""
+    """Return `output` with copies of its tensors, since what follows a block may work in place."""
     return tree_map_only(torch.Tensor, torch.clone, output)
 
 
-class _Watch(TorchFunctionMode):
-    """Watches a forward pass: the order of blocks, what they return, where weights are used."""
+class _BlockOrder(LinearHook):
+    """Watches one forward pass: the order of blocks, what they pass on, and where weights are used.
+
+    Attributes:
+        starts: How many blocks had ended at the first linear on a parameter, by its identity.
+    """
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -140,11 +139,9 @@ class _Watch(TorchFunctionMode):
         self._outputs: list[torch.Tensor | None] = []
         self.starts: dict[int, int] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in LINEAR_FUNCTIONS:
-            # A block that has started and not ended must run again; one that has ended need not.
-            self.starts.setdefault(id(linear_arguments(args, kwargs)[1]), len(self._outputs))
-        return func(*args, **(kwargs or {}))
+    def on_linear(self, call: LinearCall) -> None:
+        # A block that has started and not ended must run again; one that has ended need not.
+        self.starts.setdefault(id(call.weight), len(self._outputs))
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -153,9 +150,7 @@ class _Watch(TorchFunctionMode):
 
             def before(_module: nn.Module, positional: Any, named: Any, i: int = i) -> None:
                 self._order.append(i)
-                self._inputs.append(
-                    _first_tensor(positional) if positional else _first_tensor(list(named.values()))
-                )
+                self._inputs.append(_first_tensor(positional or list(named.values())))
 
             def after(_module: nn.Module, _args: Any, output: Any) -> None:
                 self._outputs.append(_first_tensor(output))
@@ -169,11 +164,10 @@ class _Watch(TorchFunctionMode):
                 handle.remove()
 
     def is_chain(self) -> bool:
-        """Whether every block ran once, in order, and read what the one before it returned."""
+        """Check that every block ran once, in order, and read what the one before it returned."""
         links = zip(self._outputs[:-1], self._inputs[1:], strict=True)
-        once = self._order == list(range(len(self._blocks))) and len(self._outputs) == len(
-            self._blocks
-        )
+        count = len(self._blocks)
+        once = self._order == list(range(count)) and len(self._outputs) == count
         return once and all(a is not None and a is b for a, b in links)
 
 

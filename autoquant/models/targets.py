@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from autoquant.devices import BACKENDS, backend
 from autoquant.errors import DeviceError, WorkloadError
 
 _DTYPES = {
@@ -19,43 +20,31 @@ _DTYPES = {
 
 
 def resolve_device(name: str) -> str:
-    """Return the device of a name: `auto`, `cpu`, `mps`, `cuda` or `cuda:INDEX`.
+    """Turn `auto` or the name of a device, such as `cuda:1`, into a device that is there.
 
-    `auto` prefers cuda, then mps.
+    `auto` is the first of `autoquant.devices.BACKENDS` that is there: cuda, then mps, then cpu.
 
     Raises:
         DeviceError: The name is unknown, or there is no such device here.
     """
+    kinds = {each.type: each for each in BACKENDS}
     if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", name)
-    if match is None:
-        raise DeviceError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:INDEX or mps")
+        return next(kind for kind, each in kinds.items() if each.count())
+    match = re.fullmatch(r"(\w+?)(?::(\d+))?", name)
+    if match is None or match[1] not in kinds:
+        raise DeviceError(
+            f"unknown device {name!r}: use auto, {', '.join(kinds)}, or one of several, as"
+            " cuda:INDEX"
+        )
     kind, index = match[1], int(match[2] or 0)
-    if kind == "cuda":
-        _check_cuda(name, index)
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError(
-            "PyTorch sees no mps device here: use --device cpu, or run on a Mac with Apple silicon"
-        )
-    if kind != "cuda" and index > 0:
-        raise DeviceError(f"there is only one {kind} device: use --device {kind} instead of {name}")
-    return name
-
-
-def _check_cuda(name: str, index: int) -> None:
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install"
-            " PyTorch built for CUDA"
-        )
-    count = torch.cuda.device_count()
+    count = kinds[kind].count()
+    if not count:
+        raise DeviceError(kinds[kind].missing_reason())
     if index >= count:
         raise DeviceError(
-            f"there is no {name}: PyTorch sees {count} CUDA device(s), numbered from 0"
+            f"there is no {name}: PyTorch sees {count} {kind.upper()} device(s), numbered from 0"
         )
+    return name
 
 
 def resolve_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
@@ -74,20 +63,10 @@ def resolve_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
     if name == "auto":
         return stored
     if name == "fast16":
-        return _fast16(device)
+        return backend(device).float16()
     if name not in _DTYPES:
         raise WorkloadError(f"unknown dtype {name!r}: use auto, fp32, bf16, fp16 or fast16")
     return _DTYPES[name]
-
-
-def _fast16(device: str) -> torch.dtype:
-    if device.startswith("cuda"):
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.startswith("mps"):
-        native = torch.backends.mps.is_macos_or_newer(14, 0)
-    else:
-        native = True
-    return torch.bfloat16 if native else torch.float16
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Which candidates need no timing: those that the roofline shows cannot win, and those far behind when tried out."""
+"""Candidates that need no timing: those that cannot win, and those far behind."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.records import LinearShape, Measurement, Roofline, TimingSubject
 
 _HEADROOM = 1.15
-"""How much faster than the measured roofline a kernel may be: reading alone is faster than copying."""
+"""How much faster than the roofline a kernel may be: reading is faster than copying."""
 _CACHE_SPEEDUP = 2.0
-"""How much faster than memory the last-level cache may be, through which a weight that was just written may be read."""
+"""How much faster than memory the last-level cache may be.
+
+A weight that was just written may be read from it.
+"""
 _FAR_BEHIND = 2.5
-"""Beyond this ratio a try-out decides, although others were being prepared meanwhile."""
+"""Beyond this ratio a try-out decides, although it ran while others were being prepared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What trying a candidate out showed: its latency at most, and the bytes of the weight as stored."""
+    """A candidate that was tried out: its latency at most, and the bytes of its weight."""
 
     latency_us: float
     stored_bytes: int
 
 
 def least_us(kernel: Kernel, shape: LinearShape, m: int, stored_bytes: int, roofline: Roofline) -> float:
-    """Microseconds that a kernel takes at least."""
+    """Return a lower bound of the microseconds that a kernel takes."""
     least = floor_us(roofline, shape, m, stored_bytes, kernel.arithmetic or shape.dtype)
     if kernel.materializes:
         moved = 2 * shape.n * shape.k * (1 if kernel.arithmetic == "int8" else ELEMENT_BYTES[shape.dtype])
@@ -37,7 +40,7 @@ def least_us(kernel: Kernel, shape: LinearShape, m: int, stored_bytes: int, roof
 def bounded(
     subjects: Sequence[TimingSubject], tried: Mapping[TimingSubject, Tried], roofline: Roofline
 ) -> dict[TimingSubject, Measurement]:
-    """Those of `subjects` that a kernel of the same format, no less exact, is sure to beat whatever they do."""
+    """Decide on subjects that cannot be as fast as a no less exact kernel of their format."""
     found = {}
     for subject in subjects:
         rival = _best_rival(subject, tried)
@@ -54,7 +57,7 @@ def bounded(
 def beaten(
     subjects: Iterable[TimingSubject], tried: Mapping[TimingSubject, Tried], how: str = "when tried out"
 ) -> dict[TimingSubject, Measurement]:
-    """Those of `subjects` that were tried out and took far longer than a kernel of the same format, no less exact."""
+    """Decide on subjects that took far longer than a no less exact kernel of their format."""
     found = {}
     for subject in subjects:
         own, rival = tried[subject], _best_rival(subject, tried)
@@ -65,7 +68,7 @@ def beaten(
 
 
 def _best_rival(subject: TimingSubject, tried: Mapping[TimingSubject, Tried]) -> TimingSubject | None:
-    """The fastest of the other kernels of the subject's format that round the activation no more than its own."""
+    """Return the fastest other kernel of the format that rounds the activation no more, or None."""
     rivals = [
         other
         for other in tried

@@ -14,16 +14,16 @@ _EXACT_IN = {
     "float16": ("float16", "float32"),
     "float32": ("float32",),
 }
-"""By arithmetic, those that its numbers can be multiplied in without loss: a device may be faster in a wider one."""
+"""By arithmetic, all that multiply its numbers exactly: a wider one may be faster."""
 
 
 def floor_us(roofline: Roofline, shape: LinearShape, m: float, weight_bytes: float, arithmetic: str) -> float:
-    """The least microseconds that a linear of `m` rows takes: all its bytes moved once, or all its products done.
+    """Return the least microseconds of a linear of `m` rows: all bytes moved, or all products done.
 
     Args:
-        weight_bytes: Of the weight as stored.
-        arithmetic: What is multiplied: a key of `Roofline.flops_per_s`. One that the device does not do counts as done
-            in the fastest wider one that it does; with none of these, memory alone limits.
+        weight_bytes: Bytes of the stored weight.
+        arithmetic: What is multiplied: a key of `Roofline.flops_per_s`. If the device does not do
+            it, the fastest wider one counts. If it does none of these, only memory limits.
     """
     activation_bytes = m * (shape.k + shape.n) * ELEMENT_BYTES[shape.dtype]
     memory_s = (weight_bytes + activation_bytes) / roofline.bandwidth_bytes_per_s

@@ -1,4 +1,4 @@
-"""What timing shapes gives: one row for each shape, m and candidate, and how the rows came about. No torch."""
+"""The timings of shapes: one row for each shape, m and candidate. No torch."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ class Latencies:
     """Timings of linears without a search.
 
     Attributes:
-        rows: With the fields of `COLUMNS`, by shape, m and candidate in the order of the registry. `latency_us`,
-            `spread_us` (interquartile range), `relative_error` and `floor_us` are None where there is no such number.
-        names: What each shape is called: layers of the model, or names in the file of shapes.
+        rows: With the fields of `COLUMNS`, by shape, m and candidate in the order of the registry.
+            `latency_us`, `spread_us` (interquartile range), `relative_error` and `floor_us` may be
+            None.
+        names: Names of each shape: layers of the model, or names in the file of shapes.
         source: Model or file that the shapes come from, for titles.
-        from_store: How many of the rows were known before.
+        from_store: How many of the rows came from the store.
         elapsed_s: Wall time of preparing and timing the others.
     """
 
@@ -50,7 +51,7 @@ class Latencies:
     elapsed_s: float
 
     def shapes(self) -> dict[LinearShape, tuple[Row, ...]]:
-        """The rows of each shape."""
+        """Return the rows of each shape."""
         found: dict[LinearShape, list[Row]] = {}
         for row in self.rows:
             found.setdefault(shape_of(row), []).append(row)
@@ -58,10 +59,10 @@ class Latencies:
 
 
 def shape_of(row: Row) -> LinearShape:
-    """The shape that a row is about."""
+    """Return the shape of a row."""
     return LinearShape(n=row["n"], k=row["k"], bias=row["bias"], dtype=row["dtype"])
 
 
 def is_original(row: Row) -> bool:
-    """Whether the row is about the weight left as it is."""
+    """Check whether the row is about the unquantized weight."""
     return bool(row["format"] == f"{row['dtype']}/plain")

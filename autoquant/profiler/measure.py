@@ -1,33 +1,35 @@
-"""The campaign: every shape and m of a model, by every candidate, measured once and kept."""
+"""The candidates of a model's linears, measured."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
-from autoquant.candidates import Format, Kernel, timed
-from autoquant.candidates.kernels.caches import tuning_folder, use_kernel_caches
-from autoquant.candidates.kernels.gemlite import load_tuning
+from autoquant.candidates import Format, Kernel, get_format, timed
+from autoquant.candidates.formats.floats import original_format
+from autoquant.candidates.kernels.caches import load_tuning, tuning_folder, use_kernel_caches
+from autoquant.devices import backend
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler.prepare import prepare
-from autoquant.profiler.roofline import known_roofline
-from autoquant.profiler.timing import PROTOCOL, Arena, compare
-from autoquant.records import Device, LinearShape, Measurement, Site, TimingSubject
-from autoquant.store import Store
+from autoquant.profiler.timing import Arena, compare
+from autoquant.records import Device, LinearShape, Measurement, Roofline, Site, TimingSubject
 
 STAGE = "profile"
+Candidates = Sequence[tuple[Format, Kernel]]
 _UNUSED = "it is not used there"
 _SMALLEST_WORKING_SET = 1 << 20
 
 
 def working_set_bytes(shapes: Sequence[LinearShape], device: Device, element_bytes: int) -> int:
-    """How cold the weights of these linears are: their size or twice the last-level cache, whichever is smaller.
+    """Return how cold weights are: their bytes, or twice the last-level cache if that is less.
 
-    Rounded to a power of two, so that models of similar size share their timings: down where it is the weights' size, which is
-    not to be overstated, up where it is the cache's, which must not hold it.
+    It is rounded to a power of two, so that models of similar size share their timings. The
+    weights' size is rounded down, to be no more than it is. Twice the cache is rounded up, so that
+    it does not fit into the cache.
     """
     model = max(sum(shape.n * shape.k for shape in shapes) * element_bytes, _SMALLEST_WORKING_SET)
     if model > 2 * device.cache_bytes:
@@ -36,14 +38,17 @@ def working_set_bytes(shapes: Sequence[LinearShape], device: Device, element_byt
 
 
 def cells_of(sites: Sequence[Site]) -> list[tuple[LinearShape, int]]:
-    """Every distinct (shape, m) of the sites, in the order in which they appear."""
+    """Return every distinct (shape, m) of the sites, in their order."""
     return list(dict.fromkeys((site.shape, use.m) for site in sites for use in site.uses))
 
 
 def subjects_of(
-    cells: Sequence[tuple[LinearShape, int]], candidates: Sequence[tuple[Format, Kernel]], working_set: int
+    cells: Sequence[tuple[LinearShape, int]], candidates: Candidates, working_set: int
 ) -> list[TimingSubject]:
-    """Every candidate at every cell; formats that differ in their rounding alone are one."""
+    """Return every candidate at every cell.
+
+    Formats that differ only in their rounding count as one.
+    """
     return [
         TimingSubject(shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=working_set)
         for shape, m in cells
@@ -51,83 +56,101 @@ def subjects_of(
     ]
 
 
-def profile(
+def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
+    """Return the candidates, and first the unquantized weight, which no glob can exclude."""
+    original = get_format(original_format(dtype))
+    rest = [(fmt, kernel) for fmt, kernel in pairs if fmt.id != original.id]
+    return [*((original, kernel) for kernel in original.kernels), *rest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where linears are measured.
+
+    Attributes:
+        device: The torch device to run on.
+        hardware: Its fingerprint.
+        roofline: Returns its limits; called only if candidates are prepared.
+    """
+
+    device: str
+    hardware: Device
+    roofline: Callable[[], Roofline]
+
+
+def measure(
     subjects: Sequence[TimingSubject],
-    candidates: Sequence[tuple[Format, Kernel]],
+    candidates: Candidates,
+    place: Place,
     *,
-    device: Device,
-    device_name: str,
-    store: Store,
+    on_measured: Callable[[Sequence[Measurement]], None],
     listener: Listener,
-) -> dict[TimingSubject, Measurement]:
-    """Measure what the store does not hold yet, keeping each (shape, m) as it is done.
+) -> None:
+    """Measure every subject, one shape and m after the other.
 
     Args:
-        subjects: Those of one shape and m are compared with one another; all have the same working set.
+        subjects: Those of one shape and m are compared with one another; all have the same working
+            set.
         candidates: The formats and kernels that the subjects name.
-        device: The fingerprint that the measurements belong to.
-        device_name: The torch device to run on.
-
-    Returns:
-        The measurements of the subjects, old and new.
+        on_measured: Takes the measurements of a shape and m as soon as they are made.
     """
-    known = store.timings(device, PROTOCOL)
-    missing: dict[tuple[LinearShape, int], list[TimingSubject]] = {}
+    cells: dict[tuple[LinearShape, int], list[TimingSubject]] = {}
     for subject in subjects:
-        if subject not in known:
-            missing.setdefault((subject.shape, subject.m), []).append(subject)
-    total = sum(len(group) for group in missing.values())
+        cells.setdefault((subject.shape, subject.m), []).append(subject)
     decided: Mapping[TimingSubject, Measurement] = {}
-    if total and device.type == "cuda":
-        decided = _prepare(missing, device, device_name, store, listener)
-    listener(StageStarted(STAGE, total))
+    if subjects and backend(place.device).prepares:
+        decided = _prepare([subject for cell in cells.values() for subject in cell], place, listener)
+    listener(StageStarted(STAGE, len(subjects)))
+    if not subjects:
+        return
     by_id = {(fmt.id, kernel.id): (fmt, kernel) for fmt, kernel in timed(candidates)}
-    compiled = device.versions.get("compiler") != "none"
-    arena = Arena(subjects[0].working_set_bytes, device_name) if total else None
+    arena = Arena(subjects[0].working_set_bytes, place.device)
     done = 0
-    for (shape, m), group in missing.items():
-        assert arena is not None
-        with quiet_compiler(device.type):
+    for (shape, m), cell in cells.items():
+        with quiet_compiler(place.device):
             measured = compare(
                 shape,
                 m,
-                [by_id[subject.format, subject.kernel] for subject in group],
+                [by_id[subject.format, subject.kernel] for subject in cell],
                 arena=arena,
-                device=device_name,
-                compiled=compiled,
+                device=place.device,
+                compiled=place.hardware.versions.get("compiler") != "none",
                 decided=decided,
                 on_candidate=partial(_tell, listener, done, f"{shape} m={m}"),
             )
-        store.put_timings(device, PROTOCOL, measured)
-        known |= {measurement.subject: measurement for measurement in measured}
-        done += len(group)
+        on_measured(measured)
+        done += len(cell)
         if reason := next((m.reason for m in measured if m.outcome == "ok" and m.reason), ""):
             listener(Notice(f"{shape} m={m}: {reason}; close other programs for timings to trust"))
-    result = {subject: known[subject] for subject in subjects}
+
+
+def summarize(result: Mapping[TimingSubject, Measurement], measured: int, listener: Listener) -> None:
+    """Report the end of the stage, with a notice for each candidate that cannot be used.
+
+    Args:
+        measured: How many of the measurements were made now.
+    """
     _tell_unusable(result, listener)
-    listener(StageFinished(STAGE, _summary(result, total)))
-    return result
+    counts = Counter(measurement.outcome for measurement in result.values())
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    made = f"{measured} measured now, {len(result) - measured} from the store"
+    listener(StageFinished(STAGE, f"{len(result)} timings ({outcomes}), {made}"))
 
 
 def _prepare(
-    missing: Mapping[tuple[LinearShape, int], Sequence[TimingSubject]],
-    device: Device,
-    device_name: str,
-    store: Store,
-    listener: Listener,
+    subjects: Sequence[TimingSubject], place: Place, listener: Listener
 ) -> Mapping[TimingSubject, Measurement]:
-    """Compile and tune in parallel processes; returns the outcomes that need no timing."""
+    """Compile and tune in parallel processes; return the outcomes that need no timing."""
     use_kernel_caches()
-    subjects = [subject for group in missing.values() for subject in group]
     listener(StageStarted("prepare", len(subjects)))
     prepared = prepare(
         subjects,
-        device=device,
-        device_name=device_name,
-        roofline=lambda: known_roofline(device, device_name, store, listener),
+        device=place.hardware,
+        device_name=place.device,
+        roofline=place.roofline,
         on_progress=lambda done, what: listener(StageProgress("prepare", done, what)),
     )
-    load_tuning(str(tuning_folder(device)))
+    load_tuning(tuning_folder(place.hardware))
     counts = Counter(measurement.outcome for measurement in prepared.decided.values())
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     tried = f"{prepared.tried} candidates tried out ({prepared.work_s:.0f} s of work)"
@@ -136,14 +159,14 @@ def _prepare(
 
 
 @contextmanager
-def quiet_compiler(device_type: str) -> Iterator[None]:
-    """Keep the compiler's chatter about dtypes it mixes to itself.
+def quiet_compiler(device: str) -> Iterator[None]:
+    """Inside, the compiler gives no warnings.
 
-    On GPUs, where its work comes from its cache, its helper processes are kept away too.
+    Nor does it start helper processes where candidates are prepared: all it needs is in its cache.
     """
     import torch._inductor.config as inductor_config
 
-    threads = inductor_config.patch(compile_threads=1) if device_type == "cuda" else nullcontext()
+    threads = inductor_config.patch(compile_threads=1) if backend(device).prepares else nullcontext()
     with warnings.catch_warnings(), threads:
         warnings.simplefilter("ignore")
         yield
@@ -153,8 +176,8 @@ def _tell(listener: Listener, done: int, subject: str, candidate: str) -> None:
     listener(StageProgress(STAGE, done, f"{subject} {candidate}"))
 
 
-def _tell_unusable(result: dict[TimingSubject, Measurement], listener: Listener) -> None:
-    """One notice for each candidate that failed or computed something else, with the first reason."""
+def _tell_unusable(result: Mapping[TimingSubject, Measurement], listener: Listener) -> None:
+    """Give one notice for each candidate that failed or was incorrect, with the first reason."""
     unusable: dict[tuple[str, str], list[Measurement]] = {}
     for subject, measurement in result.items():
         if measurement.outcome in ("incorrect", "failed"):
@@ -166,11 +189,3 @@ def _tell_unusable(result: dict[TimingSubject, Measurement], listener: Listener)
                 f"{candidate} is {outcome} in {len(measurements)} cases ({where}): {measurements[0].reason}; {_UNUSED}"
             )
         )
-
-
-def _summary(result: dict[TimingSubject, Measurement], measured: int) -> str:
-    counts: dict[str, int] = {}
-    for measurement in result.values():
-        counts[measurement.outcome] = counts.get(measurement.outcome, 0) + 1
-    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    return f"{len(result)} timings ({outcomes}), {measured} measured now, {len(result) - measured} from the store"

@@ -1,8 +1,8 @@
-"""Preparation off the clock: candidates compiled, tuned and tried out in parallel processes before any is timed.
+"""Candidates compiled, tuned and tried out in parallel processes before any is timed.
 
-What a process compiles lands in caches on disk, from which the timing process takes it in a moment. A candidate that fails,
-computes something else or brings its process down is known before it could disturb a comparison. Candidates that a roofline
-bound shows cannot win (see `autoquant.profiler.bounds`) are never compiled.
+A process compiles into caches on disk, which the timing process reads in a moment. Candidates that
+fail, are incorrect or crash their process are known before they could disturb a comparison.
+Candidates that cannot win by the roofline (see `autoquant.profiler.bounds`) are never compiled.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from pathlib import Path
 
-from autoquant.candidates import get_format
-from autoquant.candidates.kernels.caches import tuning_folder, use_kernel_caches
+from autoquant.candidates import Kernel, get_format
+from autoquant.candidates.kernels.caches import (
+    load_tuning,
+    save_tuning,
+    tune_briefly,
+    tuning_folder,
+    untuned,
+    use_kernel_caches,
+)
 from autoquant.candidates.registry import is_registered_here
+from autoquant.devices import backend
+from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.errors import first_line
 from autoquant.profiler.bounds import Tried, beaten, bounded
-from autoquant.profiler.timing import try_out
+from autoquant.profiler.timing import LinearToTime, try_out
 from autoquant.records import Device, Measurement, Roofline, TimingSubject
 
 _MOST_PROCESSES = 16
@@ -33,7 +42,7 @@ _CONTEXT_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What trying one candidate out gave."""
+    """The result of trying one candidate out."""
 
     measurement: Measurement
     stored_bytes: int = 0
@@ -42,7 +51,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What preparation found.
+    """The result of preparation.
 
     Attributes:
         decided: Outcomes that need no timing.
@@ -63,14 +72,18 @@ def prepare(
     roofline: Callable[[], Roofline],
     on_progress: Callable[[int, str], None],
 ) -> Prepared:
-    """Try out what can be: library kernels first, then compiled ones that could still win; tune those that are not far behind.
+    """Try candidates out: kernels of libraries first, then compiled ones that could still win.
+
+    Kernels that a library tunes are tuned if they are not far behind without.
 
     Args:
-        roofline: Gives the device's limits; called while the processes start, which do not use the device yet.
-        on_progress: Told how many are done and what came last.
+        roofline: Returns the device's limits. It is called while the processes start, which do not
+            use the device yet.
+        on_progress: Takes how many are done, and the last candidate.
 
     Returns:
-        The outcomes unsupported, bounded, beaten, failed and incorrect. What is left is ready to be timed.
+        The outcomes unsupported, bounded, beaten, failed and incorrect. All others are ready to be
+        timed.
     """
     decided, waiting = {}, []
     for subject in subjects:
@@ -95,7 +108,7 @@ _kept: ContextVar[dict[str, _Workers] | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def workers_kept() -> Iterator[None]:
-    """Within it the processes that one call of `prepare` started wait for the next."""
+    """Inside, the processes that one call of `prepare` started wait for the next."""
     kept: dict[str, _Workers] = {}
     token = _kept.set(kept)
     try:
@@ -114,7 +127,7 @@ def _workers(device: Device, device_name: str) -> Iterator[_Workers]:
     try:
         yield workers
     except BaseException:
-        workers.end()  # some are at work that nobody waits for
+        workers.end()  # some are still at work
         raise
     if kept is None:
         workers.end()
@@ -124,7 +137,7 @@ def _workers(device: Device, device_name: str) -> Iterator[_Workers]:
 
 
 class _Campaign:
-    """What is known so far."""
+    """What has been found so far."""
 
     def __init__(
         self,
@@ -144,7 +157,7 @@ class _Campaign:
         self._tried.pop(measurement.subject, None)
 
     def take(self, answers: Iterator[_Answer], *, tuned: bool) -> None:
-        """Take in what workers found, before or after tuning."""
+        """Take in the answers of workers, from before or after tuning."""
         for answer in answers:
             subject = answer.measurement.subject
             self.seen.add(subject)
@@ -158,13 +171,13 @@ class _Campaign:
                 self.decide(answer.measurement)
 
     def that_could_win(self, subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
-        """Those that the roofline leaves a chance."""
+        """Return those that could win by the roofline, and decide on the others."""
         cut = bounded(subjects, self._tried, self._roofline)
         self.decided |= cut
         return [subject for subject in subjects if subject not in cut]
 
     def worth_tuning(self, subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
-        """Those that a library tunes and that are not far behind as they are."""
+        """Return those that a library tunes, and decide on those far behind without."""
         tunable = [subject for subject in subjects if subject in self._tried and _kernel(subject).tuned]
         hopeless = beaten(tunable, self._tried, "before it was tuned")
         for measurement in hopeless.values():
@@ -176,7 +189,7 @@ class _Campaign:
         self.decided |= beaten(list(self._tried), self._tried)
 
 
-def _kernel(subject: TimingSubject) -> Any:
+def _kernel(subject: TimingSubject) -> Kernel:
     return get_format(subject.format).kernel(subject.kernel)
 
 
@@ -186,12 +199,16 @@ def _unsupported_reason(subject: TimingSubject, device_type: str) -> str | None:
 
 
 class _Workers:
-    """Processes that try candidates out, one at a time each; one that dies is replaced, and what it was at has failed."""
+    """A pool of processes that try candidates out.
+
+    A process that dies is replaced, and its candidate has failed.
+    """
 
     def __init__(self, device: Device, device_name: str) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._device_name = device_name
-        self._arguments = (device_name, str(tuning_folder(device)), device.versions.get("compiler") != "none")
+        compiled = device.versions.get("compiler") != "none"
+        self._arguments = (device_name, tuning_folder(device), compiled, timing_effort())
         self._processes: dict[Connection, BaseProcess] = {}
 
     def end(self) -> None:
@@ -202,23 +219,23 @@ class _Workers:
             self._end(connection)
 
     def rest(self) -> None:
-        """Have the processes, none of which is at work, give back the device's memory."""
-        self._bury()
+        """Have the processes, which must be idle, return the device's memory."""
+        self._reap()
         for connection in self._processes:
             connection.send(None)
 
     def start(self, subjects: Sequence[TimingSubject]) -> None:
-        """Have processes ready for this work: as many as there are cores and memory for."""
-        self._bury()
+        """Start processes for this work, as many as cores and memory allow."""
+        self._reap()
         most = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 1), len(subjects), self._fitting(subjects))
         while len(self._processes) < most:
             self._begin()
 
     def run(self, subjects: Sequence[TimingSubject], *, tune: bool) -> Iterator[_Answer]:
-        """Give the subjects to the processes in turn; answers come as they are ready.
+        """Give the subjects to the processes; yield answers as they come.
 
         Args:
-            tune: Let libraries tune their kernels; otherwise they run as they are.
+            tune: Let libraries tune their kernels.
         """
         waiting = list(reversed(_by_shape(subjects)))
         at_work: dict[Connection, TimingSubject] = {}
@@ -241,15 +258,13 @@ class _Workers:
                 yield answer
 
     def _fitting(self, subjects: Sequence[TimingSubject]) -> int:
-        """How many processes there is memory for: each holds a weight in several forms."""
-        import torch
-
-        if torch.device(self._device_name).type != "cuda" or not subjects:
+        """Return how many processes, each with a weight in several forms, fit into memory."""
+        free_bytes = backend(self._device_name).free_bytes()
+        if free_bytes is None or not subjects:
             return len(subjects)
         largest = max(_BYTES_PER_WEIGHT * subject.shape.n * subject.shape.k for subject in subjects)
-        free, _ = torch.cuda.mem_get_info(self._device_name)
         started = len(self._processes)
-        return max(1, started + int((free - started * largest) // (largest + _CONTEXT_BYTES)))
+        return max(1, started + int((free_bytes - started * largest) // (largest + _CONTEXT_BYTES)))
 
     def _begin(self) -> Connection:
         ours, theirs = self._context.Pipe()
@@ -259,14 +274,14 @@ class _Workers:
         self._processes[ours] = process
         return ours
 
-    def _bury(self) -> None:
-        """Forget processes that died at rest."""
+    def _reap(self) -> None:
+        """Drop idle processes that have exited."""
         for connection, process in list(self._processes.items()):
             if not process.is_alive():
                 self._end(connection)
 
     def _end(self, connection: Connection) -> int | None:
-        """End a process; returns how it exited."""
+        """End a process; return its exit code."""
         process = self._processes.pop(connection)
         connection.close()
         process.join(5)
@@ -277,7 +292,7 @@ class _Workers:
 
 
 def _by_shape(subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
-    """The longest to prepare first: those of many rows, then large weights."""
+    """Return the longest to prepare first: those of many rows, then large weights."""
     return sorted(subjects, key=lambda s: (-s.m, -s.shape.n * s.shape.k))
 
 
@@ -286,62 +301,58 @@ def _died(subject: TimingSubject, exit_code: int | None) -> Measurement:
     return Measurement(subject=subject, outcome="failed", reason=f"brought its process down ({how})")
 
 
-def _work(connection: Connection, device_name: str, tuning: str, compiled: bool) -> None:
-    """The life of a worker: try out what comes until the other side is gone."""
+def _work(connection: Connection, device_name: str, tuning: Path, compiled: bool, effort: TimingEffort) -> None:
+    """Try candidates out until the other side is gone: all that a worker does."""
     import signal
     import warnings
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is interrupted
     warnings.simplefilter("ignore")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say here has no reader; outcomes carry their reasons
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # outcomes carry their reasons
     use_kernel_caches()
     import torch
     import torch._inductor.config as inductor_config
 
-    from autoquant.candidates.kernels import gemlite
-    from autoquant.profiler.timing import Problem
-
     torch.set_num_threads(1)
     inductor_config.compile_threads = 1
-    gemlite.load_tuning(tuning)
-    gemlite.tune_briefly()
-    problem: Problem | None = None
+    use_timing_effort(effort)
+    load_tuning(tuning)
+    tune_briefly()
+    linear: LinearToTime | None = None
     while True:
         try:
             work = connection.recv()
         except EOFError:
             break
         if work is None:
-            problem = None
-            if torch.device(device_name).type == "cuda":
-                torch.cuda.empty_cache()
+            linear = None
+            backend(device_name).trim_memory()
             continue
         subject, tune = work
         started = time.monotonic()
         fmt = get_format(subject.format)
         try:
-            if problem is None or (problem.shape, problem.m) != (subject.shape, subject.m):
-                problem = None  # frees its memory first
-                problem = Problem(subject.shape, subject.m, device_name)
-            with nullcontext() if tune else gemlite.untuned():
-                measurement, stored = try_out(subject, fmt, fmt.kernel(subject.kernel), problem, compiled=compiled)
+            if linear is None or (linear.shape, linear.m) != (subject.shape, subject.m):
+                linear = None  # frees its memory first
+                linear = LinearToTime(subject.shape, subject.m, device_name)
+            with nullcontext() if tune else untuned():
+                measurement, stored = try_out(subject, fmt, fmt.kernel(subject.kernel), linear, compiled=compiled)
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
             measurement, stored = (
                 Measurement(subject=subject, outcome="failed", reason=first_line(error, with_type=True)),
                 0,
             )
         if tune:
-            gemlite.save_tuning(tuning)
+            save_tuning(tuning)
         connection.send(_Answer(measurement, stored, time.monotonic() - started))
         if measurement.outcome == "failed" and not _is_sound(device_name):
             os._exit(1)  # the context is lost: a new process goes on
 
 
 def _is_sound(device_name: str) -> bool:
-    from autoquant.devices.device import synchronize
-
+    """Check that the device still computes: a kernel may have broken its context."""
     try:
-        synchronize(device_name)
+        backend(device_name).synchronize()
     except RuntimeError:
         return False
     return True

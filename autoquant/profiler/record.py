@@ -1,19 +1,18 @@
-"""The recorder: one run of the model per phase, noting every linear, who shares its input, and what is not covered."""
+"""Record a model at work: its linears, which of them share an input, and what is not covered."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
 from autoquant.models import LoadedModel
@@ -25,14 +24,21 @@ _MIN_LISTED_SHARE = 1e-4
 _KEPT = "shares a linear's weight; stays unquantized beside it when the linear is quantized"
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, out_val: Any = None, **_kwargs: Any) -> int:
-    """Two matrix products, as PyTorch's own counter has it for other devices' attention."""
+def _attention_flops(
+    query: Any,
+    key: Any,
+    value: Any,
+    *_args: Any,
+    out_val: Any = None,
+    **_kwargs: Any,
+) -> int:
+    """Count the operations of two matrix products, as PyTorch does for other attention."""
     batch, heads, rows, width = query.shape
     return int(2 * batch * heads * rows * key.shape[-2] * (width + value.shape[-1]))
 
 
 _attention_flops._get_raw = True  # type: ignore[attr-defined]
-# PyTorch's counter knows no CPU attention, and on GPUs takes it that queries and keys have as many heads.
+# PyTorch's counter knows no CPU attention. On GPUs it assumes as many key heads as query heads.
 _ATTENTION = {
     operator: _attention_flops
     for operator in (
@@ -46,7 +52,14 @@ _ATTENTION = {
 
 @dataclass(slots=True)
 class _Seen:
-    """What was seen of one parameter that is multiplied as a linear."""
+    """What was seen of one parameter that is a linear's weight.
+
+    Attributes:
+        first: How many such parameters were seen before it.
+        owners: Modules that multiplied with it.
+        uses: Calls, by phase and number of rows.
+        group: The `first` of the parameter that read the same input first.
+    """
 
     shape: LinearShape
     first: int
@@ -55,8 +68,13 @@ class _Seen:
     group: int = -1
 
 
-class _LinearWatcher(TorchFunctionMode):
-    """Notes each call of a linear, and every other use of a parameter."""
+class _LinearWatcher(LinearHook):
+    """Notes each call of a linear, and every other use of a parameter.
+
+    Args:
+        parameters: Names by the parameter's identity.
+        owner: Names of the modules whose forward is running, innermost last.
+    """
 
     def __init__(self, parameters: dict[int, list[str]], owner: list[str]) -> None:
         super().__init__()
@@ -68,23 +86,23 @@ class _LinearWatcher(TorchFunctionMode):
         self._owner = owner
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in LINEAR_FUNCTIONS:
-            self._linear(*linear_arguments(args, kwargs))
-        elif (name := _use(func)) is not None:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, torch.Tensor) and id(value) in self.parameters:
-                    self.others.setdefault(id(value), {}).setdefault(name, set()).add(self._owner[-1])
-        return func(*args, **kwargs)
+    def on_other(self, function: Any, arguments: Sequence[Any]) -> None:
+        if (name := _use(function)) is None:
+            return
+        for value in arguments:
+            if isinstance(value, torch.Tensor) and id(value) in self.parameters:
+                uses = self.others.setdefault(id(value), {})
+                uses.setdefault(name, set()).add(self._owner[-1])
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def on_linear(self, call: LinearCall) -> None:
+        x, weight = call.x, call.weight
         n, k = weight.shape if weight.ndim == 2 else (1, weight.shape[-1])
         m = x.numel() // x.shape[-1]
         if id(weight) not in self.parameters or weight.ndim != 2:
             self.computed_weights[self._owner[-1] or "(the model itself)"] = n * k
             return
-        shape = LinearShape(n=n, k=k, bias=bias is not None, dtype=str(weight.dtype).removeprefix("torch."))
+        dtype = str(weight.dtype).removeprefix("torch.")
+        shape = LinearShape(n=n, k=k, bias=call.bias is not None, dtype=dtype)
         seen = self.seen.setdefault(id(weight), _Seen(shape, len(self.seen)))
         seen.owners.add(self._owner[-1])
         seen.uses[(self.phase, m)] = seen.uses.get((self.phase, m), 0) + 1
@@ -100,7 +118,7 @@ class _LinearWatcher(TorchFunctionMode):
 
 @contextmanager
 def _module_stack(module: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules whose forward is running, innermost last."""
+    """Keep the names of the modules whose forward is running, innermost last."""
     stack = [""]
     handles = []
     for name, child in module.named_modules():
@@ -121,7 +139,7 @@ def _module_stack(module: nn.Module) -> Iterator[list[str]]:
 
 
 def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) -> Recording:
-    """Record a loaded model at work, and tell what is covered and what is left alone.
+    """Record a loaded model at work, and report what is covered and what is left alone.
 
     Raises:
         WorkloadError: The workload does not fit the model, or runs no linear of it.
@@ -129,20 +147,23 @@ def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) ->
     listener(StageStarted("record", len(workload.phases)))
     recording = record(loaded.module, make_phases(loaded, workload))
     if not recording.sites:
-        raise WorkloadError("the model has no linear layer that this workload runs: nothing to search")
+        nothing = "the model has no linear layer that this workload runs: nothing to search"
+        raise WorkloadError(nothing)
     flops = ", ".join(f"{share:.1%} of {phase}" for phase, share in recording.flops_share.items())
     shapes = len({site.shape for site in recording.sites})
     covered = f"{recording.weights_share:.1%} of weights; FLOPs: {flops}"
-    listener(StageFinished("record", f"{len(recording.sites)} linears of {shapes} shapes: {covered}"))
+    found = f"{len(recording.sites)} linears of {shapes} shapes"
+    listener(StageFinished("record", f"{found}: {covered}"))
     for skipped in recording.skipped:
-        listener(Notice(f"left alone: {skipped.name} ({skipped.share:.1%} of weights): {skipped.reason}"))
+        share = f"{skipped.share:.1%} of weights"
+        listener(Notice(f"left alone: {skipped.name} ({share}): {skipped.reason}"))
     for note in loaded.notes:
         listener(Notice(note))
     return recording
 
 
 def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
-    """Bytes of one of the module's parameters, on average, at least 1."""
+    """Return the mean bytes of an element of the module's parameters, at least 1."""
     elements = sum(parameter.numel() for parameter in module.parameters())
     return max(1, recording.parameter_bytes // max(1, elements))
 
@@ -150,8 +171,9 @@ def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
 def record(module: nn.Module, phases: Phases) -> Recording:
     """Run `module` once per phase and note its linears.
 
-    A site is a parameter of two dimensions that reaches `F.linear` as it is. Parameters that share one tensor are one site;
-    names of the tensor that are used in another way (an embedding) keep the unquantized weight.
+    A site is a parameter with two dimensions that is passed to `F.linear` itself. Parameters that
+    share one tensor are one site. If one of their names is also used otherwise (an embedding), it
+    keeps the unquantized weight.
     """
     parameters: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -170,13 +192,14 @@ def record(module: nn.Module, phases: Phases) -> Recording:
     sites = _sites(watcher)
     total = sum(parameter.numel() for parameter in by_id.values())
     skipped = _skipped(watcher, by_id, sites, total)
+    shares: dict[str, float] = {}
+    for name, count in flops.items():
+        shares[name] = min(1.0, _linear_flops(sites, name) / count) if count else 0.0
     return Recording(
         sites=sites,
         skipped=skipped,
         weights_share=sum(site.shape.n * site.shape.k for site in sites) / max(total, 1),
-        flops_share={
-            phase: min(1.0, _linear_flops(sites, phase) / count) if count else 0.0 for phase, count in flops.items()
-        },
+        flops_share=shares,
         parameter_bytes=sum(parameter.nbytes for parameter in by_id.values()),
     )
 
@@ -190,28 +213,23 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
         replaced = [name for name in names if not others or _owner(name) in seen.owners - elsewhere]
         if not replaced:
             continue
-        uses = tuple(SiteUse(phase=phase, m=m, calls=calls) for (phase, m), calls in seen.uses.items())
-        name = replaced[0].removesuffix(".weight")
-        kept = tuple(name for name in names if name not in replaced)
-        sites.append((seen.group, Site(name=name, parameters=tuple(replaced), shape=seen.shape, uses=uses, kept=kept)))
+        uses = tuple(SiteUse(phase=phase, m=m, calls=n) for (phase, m), n in seen.uses.items())
+        site = Site(
+            name=replaced[0].removesuffix(".weight"),
+            parameters=tuple(replaced),
+            shape=seen.shape,
+            uses=uses,
+            kept=tuple(name for name in names if name not in replaced),
+        )
+        sites.append((seen.group, site))
     groups: dict[int, list[str]] = {}
     for group, site in sites:
         groups.setdefault(group, []).append(site.name)
-    return tuple(
-        Site(
-            name=site.name,
-            parameters=site.parameters,
-            shape=site.shape,
-            uses=site.uses,
-            kept=site.kept,
-            siblings=tuple(groups[group]),
-        )
-        for group, site in sites
-    )
+    return tuple(replace(site, siblings=tuple(groups[group])) for group, site in sites)
 
 
 def _use(func: Any) -> str | None:
-    """What a function does with a parameter, or None for looking at its shape and the like."""
+    """Return what a function does with a parameter, or None if it reads the shape or the like."""
     name = str(getattr(func, "__name__", func))
     if name == "__get__":
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -220,9 +238,11 @@ def _use(func: Any) -> str | None:
 
 
 def _linear_flops(sites: tuple[Site, ...], phase: str) -> int:
-    return sum(
-        2 * use.m * use.calls * site.shape.n * site.shape.k for site in sites for use in site.uses if use.phase == phase
-    )
+    flops = 0
+    for site in sites:
+        rows = sum(use.m * use.calls for use in site.uses if use.phase == phase)
+        flops += 2 * rows * site.shape.n * site.shape.k
+    return flops
 
 
 def _owner(parameter: str) -> str:
@@ -238,12 +258,14 @@ def _skipped(
     for identity, parameter in by_id.items():
         names = watcher.parameters[identity]
         if covered & set(names) or parameter.ndim < 2:
-            skipped += [Skipped(name=name, numel=0, share=0.0, reason=_KEPT) for name in names if name in kept]
+            beside = [name for name in names if name in kept]
+            skipped += [Skipped(name=name, numel=0, share=0.0, reason=_KEPT) for name in beside]
             continue
         share = parameter.numel() / total
         if share < _MIN_LISTED_SHARE:
             continue
-        skipped.append(Skipped(name=names[0], numel=parameter.numel(), share=share, reason=_reason(watcher, identity)))
+        reason = _reason(watcher, identity)
+        skipped.append(Skipped(name=names[0], numel=parameter.numel(), share=share, reason=reason))
     skipped.sort(key=lambda item: -item.share)
     for owner, numel in watcher.computed_weights.items():
         reason = "a linear on a computed weight, not on a parameter"

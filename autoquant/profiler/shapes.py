@@ -1,4 +1,4 @@
-"""Shapes and rows as people write them: `4096x4096+bias q_proj rows=1,16`, one linear a line, and `1,16,2048`."""
+"""Shapes and rows as people write them: `4096x4096+bias q_proj rows=1,16`, and `1,16,2048`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ListedShapes:
     """Distinct shapes in the order of a list.
 
     Attributes:
-        names: What each is called.
-        rows: The m of those that have their own.
+        names: The names of each.
+        rows: The m of those that give theirs.
     """
 
     names: NamedShapes
@@ -54,10 +54,11 @@ def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> Li
     """Read a list of shapes.
 
     Args:
-        lines: Each `NxK` (out features first), `+bias` right behind it where there is one, then a name if wanted, then
-            `rows=1,16` where it is not to be timed at the rows of the others. Blank lines and what follows `#` say nothing.
-        dtype: Of weights and activations, e.g. `bfloat16`.
-        origin: What errors call the lines.
+        lines: Each is `NxK` (out features first), then `+bias` if it has one, a name if wanted, and
+            `rows=1,16` if it is timed at other rows than the rest. Blank lines, and what follows
+            `#`, are ignored.
+        dtype: Dtype of weights and activations, e.g. `bfloat16`.
+        origin: The name of the lines in errors.
 
     Raises:
         WorkloadError: A line has another form, or there is no shape.

@@ -1,22 +1,26 @@
-"""The clock: how long one linear takes by each of several candidates, compared in turn.
+"""The timing of one linear by each of several candidates, compared in turn.
 
 Protocol 3:
 
-- A candidate is traced and compiled as the whole model will be. On a CPU the graph holds `unroll` independent linears with
-  inputs of their own, so that the cost of a call from Python is shared by many; on CUDA calls are captured in a CUDA graph,
-  and what only calls a library's kernels is not compiled, since that would change nothing.
-- As in a model, activations are `[1, m, k]`. On a CPU they are made and consumed by elementwise operations of the same graph:
-  a kernel gets the memory layouts that it will get there, and what the compiler fuses into its neighbours is fused here too.
-  (With m = 1 that decides whether a result is right: PyTorch 2.13's `_int_mm` for CPUs returns garbage for the strides that
-  compiled code gives a single row.) On CUDA such neighbours would be launches of their own, as long as a small linear.
-- Weights are cold: the graphs' weights rotate through one arena of `working_set_bytes`, which all candidates share. In a
-  model every weight is read once between two uses of the same one, so the working set is the model's own size, or twice
-  the last-level cache where the model is larger.
-- The arena holds random bytes that are ordinary numbers in every dtype used here (no zeros, NaN or subnormals).
-- A result is checked against a float32 reference with real quantized weights before its time counts.
-- Comparisons during which the machine was busy with something else are repeated, and marked where that does not help.
-- Candidates are timed in turn, round after round. Those far behind are dropped after the first rounds and keep what was
-  measured of them; close ones get more rounds. Compilation and warm-up are off the clock.
+- A candidate is traced and compiled as the whole model will be. On a CPU the compiled code holds
+  `unroll` independent linears, each with its own input, so that many share the cost of a call from
+  Python. On CUDA calls are captured in a CUDA graph. What only calls a library's kernels is not
+  compiled there, since that would change nothing.
+- As in a model, activations are `[1, m, k]`. On a CPU elementwise operations of the same code make
+  and consume them. So a kernel gets the memory layouts that it will get in a model, and the
+  compiler fuses into its neighbours what it will fuse there. (With m = 1 that decides whether a
+  result is right: PyTorch 2.13's `_int_mm` for CPUs returns garbage for the strides that compiled
+  code gives a single row.) On CUDA each neighbour would be a launch as long as a small linear.
+- Weights are cold: they rotate through one arena of `working_set_bytes`, which all candidates
+  share. A model reads all its other weights between two uses of one, so the working set is the
+  model's size, or twice the last-level cache if the model is larger.
+- The arena holds random bytes that are ordinary numbers in every dtype used here (no zeros, NaN or
+  subnormals).
+- A result is checked against a float32 reference with real quantized weights before its time
+  counts.
+- A comparison is repeated if the machine was busy with something else, and marked if it stays busy.
+- Candidates are timed in turn, round after round. Those far behind are dropped after the first
+  rounds and keep their samples; close ones get more rounds. Compilation and warm-up are not timed.
 """
 
 from __future__ import annotations
@@ -32,19 +36,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autoquant.candidates import ACTIVATION_ROUNDING, Format, Kernel, multiplied_numbers
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
-from autoquant.devices.load import HIGHEST_OTHER_LOAD, watch_load
+from autoquant.devices import backend
+from autoquant.devices.clocks import Clock
+from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.errors import first_line
-from autoquant.profiler.clocks import Clock, GraphClock, HostClock
 from autoquant.records import LinearShape, Measurement, TimingSubject
 
 PROTOCOL = "3"
 MAX_RELATIVE_ERROR = 0.02
 _FIRST_ROUNDS = 4
-_MAX_ROUNDS = 16
 _DROP_BEYOND = 1.6
 _TIE_WITHIN = 1.15
-_SAMPLE_BUDGET_S = 1.5
-_ATTEMPTS = 3
 _ALIGNMENT = 64
 _BENIGN_BYTES = (0x3A, 0x3B, 0x3C, 0x3D, 0xBA, 0xBB, 0xBC, 0xBD)
 
@@ -53,8 +55,8 @@ class Arena:
     """Memory that weights are rotated through.
 
     Args:
-        size_bytes: How much is swept between two uses of the same byte.
-        device: Where it lies.
+        size_bytes: How much is read between two uses of the same byte.
+        device: The torch device that it lies on.
     """
 
     def __init__(self, size_bytes: int, device: str) -> None:
@@ -64,7 +66,7 @@ class Arena:
         self.bytes = block.repeat(-(-size_bytes // block.numel()))[:size_bytes].to(device)
 
     def views(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """As many disjoint copies of `tensors` (same shapes and dtypes, other values) as fit, at least one."""
+        """Return as many disjoint tensors of the same shapes and dtypes as fit, at least one set."""
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         if sum(sizes) > self.bytes.numel():
             return [list(tensors)]
@@ -93,8 +95,8 @@ class _Entrant:
         return min(self.samples_us)
 
 
-class Problem:
-    """One linear to compute: weight `[n, k]`, bias and as many inputs `[1, m, k]` as a graph has linears."""
+class LinearToTime:
+    """One linear to time: weight `[n, k]`, bias, and inputs `[1, m, k]`, one for each linear of a call."""
 
     def __init__(self, shape: LinearShape, m: int, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -104,10 +106,10 @@ class Problem:
             return torch.randn(*size, generator=generator, device=device)
 
         self.shape, self.m, self.device = shape, m, device
-        self.on_cuda = torch.device(device).type == "cuda"
+        self.backend = backend(device)
         self.weight = (normal(shape.n, shape.k) / shape.k**0.5).to(dtype)
         self.bias = (normal(shape.n) * 0.1).to(dtype) if shape.bias else None
-        self.inputs = [normal(1, m, shape.k).to(dtype) for _ in range(1 if self.on_cuda else _unroll(m))]
+        self.inputs = [normal(1, m, shape.k).to(dtype) for _ in range(1 if self.backend.graphs else _unroll(m))]
 
 
 def compare(
@@ -120,18 +122,21 @@ def compare(
     compiled: bool,
     decided: Mapping[TimingSubject, Measurement] | None = None,
     on_candidate: Callable[[str], None] = lambda _name: None,
+    effort: TimingEffort | None = None,
 ) -> list[Measurement]:
     """Time `candidates` on one shape and m, each against the others.
 
     Args:
-        compiled: Compile each graph with inductor; otherwise run it as traced.
+        compiled: Compile with Inductor; otherwise run as traced.
         decided: Outcomes that are known already: these candidates are not prepared.
-        on_candidate: Told the name of each candidate when its preparation starts.
+        on_candidate: Takes the name of each candidate when its preparation starts.
+        effort: None for that of the process.
 
     Returns:
         One measurement per candidate, in order. One that is unsupported, wrong or fails says why.
     """
-    problem = Problem(shape, m, device)
+    effort = effort or timing_effort()
+    linear = LinearToTime(shape, m, device)
     results = dict(decided or {})
     entrants: list[_Entrant] = []
     subjects = []
@@ -143,13 +148,13 @@ def compare(
         if subject in results:
             continue
         on_candidate(subject.candidate)
-        entered = _enter(subject, fmt, kernel, problem, arena, compiled)
+        entered = _enter(subject, fmt, kernel, linear, arena, compiled, effort)
         if isinstance(entered, Measurement):
             results[subject] = entered
         else:
             entrants.append(entered)
-    others = _race_undisturbed(entrants, device)
-    reason = f"measured while others used {others:.0%} of the machine" if others > HIGHEST_OTHER_LOAD else ""
+    others = _race_undisturbed(entrants, device, effort)
+    reason = f"measured while others used {others:.0%} of the machine" if others > effort.highest_other_load else ""
     for entrant in entrants:
         results[entrant.subject] = Measurement(
             subject=entrant.subject,
@@ -162,19 +167,19 @@ def compare(
 
 
 def try_out(
-    subject: TimingSubject, fmt: Format, kernel: Kernel, problem: Problem, *, compiled: bool
+    subject: TimingSubject, fmt: Format, kernel: Kernel, linear: LinearToTime, *, compiled: bool
 ) -> tuple[Measurement, int]:
-    """Prepare one candidate and run it a few times: what would be its outcome, with latencies that nobody compares.
+    """Prepare one candidate and run it a few times, alone.
 
     Returns:
-        The measurement, and the bytes of the stored weight (0 where there is none).
+        The measurement, and the bytes of the stored weight (0 if it is not ok).
     """
-    entered = _enter(subject, fmt, kernel, problem, Arena(1, problem.device), compiled)
+    entered = _enter(subject, fmt, kernel, linear, Arena(1, linear.device), compiled, timing_effort())
     if isinstance(entered, Measurement):
         return entered, 0
     samples = tuple(entered.clock.sample() for _ in range(_FIRST_ROUNDS))
     measurement = Measurement(subject=subject, outcome="ok", samples_us=samples, relative_error=entered.relative_error)
-    return measurement, stored_bytes(fmt.store(problem.weight))
+    return measurement, stored_bytes(fmt.store(linear.weight))
 
 
 def _unroll(m: int) -> int:
@@ -182,14 +187,20 @@ def _unroll(m: int) -> int:
 
 
 def _enter(
-    subject: TimingSubject, fmt: Format, kernel: Kernel, problem: Problem, arena: Arena, compiled: bool
+    subject: TimingSubject,
+    fmt: Format,
+    kernel: Kernel,
+    linear: LinearToTime,
+    arena: Arena,
+    compiled: bool,
+    effort: TimingEffort,
 ) -> _Entrant | Measurement:
-    """A candidate ready to be timed, or the outcome that keeps it from that."""
-    reason = fmt.unsupported_reason(kernel, subject.shape, subject.m, torch.device(problem.device).type)
+    """Return a candidate ready to be timed, or the outcome that prevents it."""
+    reason = fmt.unsupported_reason(kernel, subject.shape, subject.m, linear.backend.type)
     if reason:
         return Measurement(subject=subject, outcome="unsupported", reason=reason)
     try:
-        entrant = _prepare(subject, fmt, kernel, problem, arena, compiled)
+        entrant = _prepare(subject, fmt, kernel, linear, arena, compiled, effort)
         error = entrant.relative_error
         if error <= MAX_RELATIVE_ERROR:  # NaN counts as incorrect
             entrant.clock.start()
@@ -201,22 +212,28 @@ def _enter(
 
 
 def _prepare(
-    subject: TimingSubject, fmt: Format, kernel: Kernel, problem: Problem, arena: Arena, compiled: bool
+    subject: TimingSubject,
+    fmt: Format,
+    kernel: Kernel,
+    linear: LinearToTime,
+    arena: Arena,
+    compiled: bool,
+    effort: TimingEffort,
 ) -> _Entrant:
     """Trace, compile and check one candidate."""
-    stored = fmt.store(problem.weight)
+    stored = fmt.store(linear.weight)
     parts, rebuild = flatten_tensor(stored)
     copies = arena.views(parts)
-    unroll = min(len(problem.inputs), len(copies))
-    inputs, bias = problem.inputs[:unroll], problem.bias
+    unroll = min(len(linear.inputs), len(copies))
+    inputs, bias = linear.inputs[:unroll], linear.bias
     biases = [] if bias is None else [bias]
-    on_cuda = problem.on_cuda
+    graphs = linear.backend.graphs
 
-    def graph(args: list[torch.Tensor]) -> list[torch.Tensor]:
+    def compute(args: list[torch.Tensor]) -> list[torch.Tensor]:
         xs, rest = args[:unroll], args[unroll + len(biases) :]
         bias_arg = args[unroll] if biases else None
         weights = [unflatten_tensor(rebuild, rest[i * len(parts) : (i + 1) * len(parts)]) for i in range(unroll)]
-        if on_cuda:
+        if graphs:
             return [kernel.linear(x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
         return [-kernel.linear(-x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
 
@@ -226,14 +243,14 @@ def _prepare(
     ]
     with torch.no_grad():
         # Traced on distinct tensors: one that came twice would be read once.
-        run: Callable[[list[torch.Tensor]], Any] = graph
-        if not (on_cuda and kernel.opaque):
+        run: Callable[[list[torch.Tensor]], Any] = compute
+        if not (graphs and kernel.opaque):
             # For the compiler fake tensors are enough; real ones would all be computed, and held until the end.
-            fake = compiled and not on_cuda
-            run = make_fx(graph, tracing_mode="fake" if fake else "real")(groups[0])
+            fake = compiled and not graphs
+            run = make_fx(compute, tracing_mode="fake" if fake else "real")(groups[0])
             run = _compile(run, groups[0]) if compiled else run
         outputs = run([*inputs, *biases, *(parts * unroll)])
-        sign = 1 if on_cuda else -1
+        sign = 1 if graphs else -1
         reference = sign * F.linear(
             ACTIVATION_ROUNDING[kernel.numerics](sign * inputs[0].float()),
             multiplied_numbers(fmt, stored, kernel.numerics),
@@ -245,12 +262,7 @@ def _prepare(
         with torch.no_grad():
             return run(groups[position])
 
-    clock: Clock = (
-        GraphClock(call, len(groups), problem.device)
-        if on_cuda
-        else HostClock(call, len(groups), unroll, problem.device)
-    )
-    return _Entrant(subject, clock, error)
+    return _Entrant(subject, linear.backend.clock(call, len(groups), unroll, effort), error)
 
 
 def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], Any]:
@@ -261,28 +273,31 @@ def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.T
     return compiled
 
 
-def _race_undisturbed(entrants: list[_Entrant], device: str) -> float:
-    """Race, again while the machine is busy with something else; returns the others' share of it in the race that counts."""
+def _race_undisturbed(entrants: list[_Entrant], device: str, effort: TimingEffort) -> float:
+    """Race, again while others disturb it.
+
+    Return the fraction of the machine that they used in the race that counts.
+    """
     share = 0.0
     if not entrants:
         return share
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(effort.attempts):
         for entrant in entrants:
             entrant.samples_us.clear()
-        watch = watch_load(device)
-        _race(entrants)
+        watch = backend(device).watch_load()
+        _race(entrants, effort)
         share = watch.share()
-        if share <= HIGHEST_OTHER_LOAD:
+        if share <= effort.highest_other_load:
             break
-        time.sleep(attempt if attempt + 1 < _ATTEMPTS else 0)
+        time.sleep(attempt if attempt + 1 < effort.attempts else 0)
     return share
 
 
-def _race(entrants: list[_Entrant]) -> None:
-    """Time the entrants in turn until the leaders are told apart or rounds run out."""
+def _race(entrants: list[_Entrant], effort: TimingEffort) -> None:
+    """Time the entrants in turn until only close ones are left and rounds or time run out."""
     racing = list(entrants)
     started = time.perf_counter()
-    for round_number in range(_MAX_ROUNDS):
+    for round_number in range(effort.linear_rounds):
         for entrant in racing:
             entrant.samples_us.append(entrant.clock.sample())
         if round_number + 1 >= _FIRST_ROUNDS:
@@ -290,5 +305,5 @@ def _race(entrants: list[_Entrant]) -> None:
                 _DROP_BEYOND if round_number + 1 < 2 * _FIRST_ROUNDS else _TIE_WITHIN
             )
             racing = [entrant for entrant in racing if entrant.best_us <= limit]
-        if time.perf_counter() - started > _SAMPLE_BUDGET_S and round_number + 1 >= _FIRST_ROUNDS:
+        if time.perf_counter() - started > effort.linear_budget_s and round_number + 1 >= _FIRST_ROUNDS:
             break

@@ -1,12 +1,14 @@
-"""Recipes: options of a search under a name, in TOML, with a line that says what they are for.
+"""Recipes: named files of search options.
 
-A recipe is a file of options as they are called on the command line, without the dashes in front, and `about`:
+A recipe is a TOML file. It holds options of the command line, without the leading dashes, and
+`about`, a line that says what they are for:
 
     about = "Chat on an H200: one user, prompts of 2,048 tokens, answers of 256"
     workload = "prefill=2048,decode=256"
     max-ppl-increase = "1%"
 
-Those in this folder come with the package; those in `user_folder()` are the user's own, and win where both have a name.
+The recipes in this folder come with the package. Those in `user_folder()` are the user's own, and
+win over shipped ones of the same name.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ _ABOUT = "about"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What one file says.
+    """The content of one file.
 
     Attributes:
-        about: What it is for, in one line; empty where the file does not say.
+        about: What the recipe is for, in one line, or an empty text.
         options: Values by the option's name on the command line, without its dashes.
     """
 
@@ -53,39 +55,46 @@ class Recipe:
 
 
 def user_folder() -> Path:
-    """Where the user's own recipes lie: `$AUTOQUANT_RECIPES`, or `autoquant/recipes` under the user's configuration folder."""
+    """Return the folder of the user's recipes.
+
+    It is `$AUTOQUANT_RECIPES`, or `autoquant/recipes` in the user's configuration folder.
+    """
     if chosen := os.environ.get(FOLDER_VARIABLE):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "autoquant" / "recipes"
+    configuration = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return configuration / "autoquant" / "recipes"
 
 
 def recipe_files() -> dict[str, Path]:
-    """The files of all recipes that have a name, by name: the shipped ones, then the user's."""
+    """Return the files of all recipes by name. The user's replace shipped ones."""
     folders = (_SHIPPED, user_folder())
     return {path.stem: path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))}
 
 
 def find_recipe(asked: str) -> Recipe:
-    """The recipe of that name, or of the file at that path (what has a folder or ends in `.toml` is a path).
+    """Return the recipe of a name, or the one in a file.
+
+    Text with a folder, or with the ending `.toml`, is a path.
 
     Raises:
-        RecipeError: There is none, or the file is not a recipe.
+        RecipeError: The recipe does not exist, or the file is no recipe.
     """
     if Path(asked).suffix == SUFFIX or Path(asked).name != asked:
         return read_recipe(Path(asked))
     files = recipe_files()
     if asked not in files:
         raise RecipeError(
-            f"no recipe {asked!r}{did_you_mean(asked, files)}: take one of {', '.join(files)}, or give the path of a .toml file"
+            f"no recipe {asked!r}{did_you_mean(asked, files)}: "
+            f"take one of {', '.join(files)}, or give the path of a .toml file"
         )
     return read_recipe(files[asked])
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a file. Whether a search has such options is for the command line to say.
+    """Read a file. The command line checks whether a search has such options.
 
     Raises:
-        RecipeError: It cannot be read, is not TOML, or has a value that no option takes.
+        RecipeError: The file cannot be read, is not TOML, or has a value that no option takes.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -97,17 +106,24 @@ def read_recipe(path: Path) -> Recipe:
     if not isinstance(about, str):
         raise RecipeError(f"{path}: {_ABOUT} must be a line of text")
     for key, value in content.items():
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str if isinstance(value, list) else str | int | float) for text in texts):
-            raise RecipeError(f"{path}: {key} must be a text, a number, true, false or a list of texts")
+        if not _is_value(value):
+            raise RecipeError(
+                f"{path}: {key} must be a text, a number, true, false or a list of texts"
+            )
     return Recipe(path=path, about=" ".join(about.split()), options=content)
 
 
+def _is_value(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(text, str) for text in value)
+    return isinstance(value, str | int | float)
+
+
 def written(about: str, options: Mapping[str, Value]) -> str:
-    """A recipe as TOML, which `read_recipe` reads back as it was."""
+    """Return a recipe as TOML that `read_recipe` can read."""
     return "".join(f"{key} = {_toml(value)}\n" for key, value in {_ABOUT: about, **options}.items())
 
 
 def _toml(value: Value) -> str:
-    """Of these types JSON is TOML, but for the one control character that JSON does not escape."""
+    """Return a value as TOML. For these types that is JSON, except for one control character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, as tables and as JSON; and what of a request was not predicted. Fits 80 columns."""
+"""Where the time of a step goes, as tables and as JSON. The tables fit 80 columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from autoquant.records import Plan, Workload, request_time
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables.plans import WIDE, plain_table
+from autoquant.report.tables.layout import WIDE, plain_table
 from autoquant.runtime.steps import LINEAR, StepProfile
 
 _GAPS = "gaps: nothing runs"
@@ -26,7 +26,7 @@ _SLOWED = 1.5
 
 
 class Attributed(Protocol):
-    """What is read of `autoquant.tuner.bench.BenchRow`; `steps` by phase."""
+    """What is read from `autoquant.tuner.bench.BenchRow`. `steps` are by phase."""
 
     @property
     def label(self) -> str: ...
@@ -46,11 +46,11 @@ class Attributed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A share of a step: linears whose names differ in numbers only, a kind of glue, or the gaps.
+    """A part of a step: linears with similar names, a kind of glue, or the gaps.
 
     Attributes:
-        original_us: What the same takes in the unquantized model.
-        alone_us: What the same linears take by their own timings; None for all that are not in the plan.
+        original_us: Time of the same part in the unquantized model.
+        alone_us: Time of the same linears by their own timings, or None for what no plan covers.
     """
 
     what: str
@@ -61,7 +61,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Milliseconds of a request that linears (or all else) take in the model, and what was predicted of them."""
+    """Time of linears, or of all else, in a request, with its prediction."""
 
     what: str
     time_ms: float
@@ -73,7 +73,7 @@ class Difference:
 
 
 def step_parts(step: StepProfile, original: StepProfile, plan: Plan | None) -> list[Part]:
-    """Every microsecond of a step: linears first, those that take longest before others, then glue, then gaps."""
+    """Return all parts of a step: linears (slowest first), then glue, then gaps."""
     alone = _alone_us(plan, step.phase)
     ours, theirs = step.layer_us(alone), original.layer_us(alone)
     linears = [
@@ -94,20 +94,25 @@ def step_parts(step: StepProfile, original: StepProfile, plan: Plan | None) -> l
 
 
 def differences(row: Attributed, plan: Plan, workload: Workload) -> list[Difference]:
-    """What makes a request longer or shorter than predicted, the most first.
+    """Return what makes a request longer or shorter than predicted, largest difference first.
 
-    The linears' times are the profiler's. All else is what they leave of the request as it was timed without the profiler,
-    and what the prediction adds to the linears' own timings. So both columns add up to the request.
+    The times of linears come from the profiler. All else is the rest of the request as timed
+    without the profiler, and the rest of its prediction. So both columns add up to the request.
     """
     calls = workload.calls()
     predicted = {layer.name: request_time(layer.latency_us, calls) / 1e3 for layer in plan.layers}
     by_phase = {phase: step.layer_us(_alone_us(plan, phase)) for phase, step in row.steps.items()}
     measured = {
-        name: request_time({phase: times.get(name, 0.0) for phase, times in by_phase.items()}, calls) / 1e3
+        name: request_time(
+            {phase: times.get(name, 0.0) for phase, times in by_phase.items()}, calls
+        )
+        / 1e3
         for name in predicted
     }
     found = [
-        Difference(pattern, sum(measured[name] for name in names), sum(predicted[name] for name in names))
+        Difference(
+            pattern, sum(measured[name] for name in names), sum(predicted[name] for name in names)
+        )
         for pattern, names in fold(predicted)
     ]
     rest_ms = _predicted_ms(row) - sum(predicted.values())
@@ -116,22 +121,23 @@ def differences(row: Attributed, plan: Plan, workload: Workload) -> list[Differe
 
 
 def responsible(row: Attributed, plan: Plan, workload: Workload) -> str:
-    """The layers that most of the difference between a request's time and its prediction comes from, in words."""
+    """Return the layers that cause most of the prediction's error, in words."""
     sign = 1 if row.request_ms > _predicted_ms(row) else -1
     most = [each for each in differences(row, plan, workload) if each.excess_ms * sign > 0][:_NAMED]
     return ", ".join(f"{each.what} {_signed_ms(each.excess_ms)}" for each in most)
 
 
 def _predicted_ms(row: Attributed) -> float:
-    assert row.predicted_request_ms is not None  # only the unquantized model's is
+    assert row.predicted_request_ms is not None  # only the unquantized model has none
     return row.predicted_request_ms
 
 
 def slowed_notes(row: Attributed) -> list[str]:
-    """Phases whose step took so much longer when it was profiled that its parts mean little."""
+    """Return notes on phases that the profiler slowed down so much that shares mean little."""
     ratios = {phase: step.step_us / 1e3 / row.phase_ms[phase] for phase, step in row.steps.items()}
     return [
-        f"a {phase} step took {ratio:.1f} times longer with the profiler; close other programs for shares to trust"
+        f"a {phase} step took {ratio:.1f} times longer with the profiler; "
+        "close other programs for shares to trust"
         for phase, ratio in ratios.items()
         if ratio > _SLOWED
     ]
@@ -140,12 +146,17 @@ def slowed_notes(row: Attributed) -> list[str]:
 def attribution_report(
     row: Attributed, original: Attributed, plan: Plan | None, workload: Workload, width: int
 ) -> Group:
-    """Each phase's step in tables, then, for a plan, the request against its prediction."""
+    """Return tables of each phase's step and, for a plan, the request against its prediction."""
     parts: list[RenderableType] = []
     for phase, step in row.steps.items():
         timed = units.duration_ms(row.phase_ms[phase])
-        head = f"{row.label}, {phase}: {units.duration_us(step.step_us)} a step with the profiler, {timed} without"
-        parts += [Text(head, style="bold"), _parts_table(step_parts(step, original.steps[phase], plan), step), Text("")]
+        profiled = units.duration_us(step.step_us)
+        head = f"{row.label}, {phase}: {profiled} a step with the profiler, {timed} without"
+        parts += [
+            Text(head, style="bold"),
+            _parts_table(step_parts(step, original.steps[phase], plan), step),
+            Text(""),
+        ]
         parts += [
             _gaps_text(step),
             Text(""),
@@ -157,12 +168,17 @@ def attribution_report(
     if plan is None:
         return Group(*parts)
     found = differences(row, plan, workload)
-    parts += [Text(f"{row.label}: a request against its prediction", style="bold"), _differences_table(found)]
+    parts += [
+        Text(f"{row.label}: a request against its prediction", style="bold"),
+        _differences_table(found),
+    ]
     return Group(*parts)
 
 
-def attribution_object(row: Attributed, original: Attributed, plan: Plan, workload: Workload) -> dict[str, Any]:
-    """The same in full, as JSON."""
+def attribution_object(
+    row: Attributed, original: Attributed, plan: Plan, workload: Workload
+) -> dict[str, Any]:
+    """Return the attribution in full, for JSON."""
     steps = {
         phase: {
             "step_us": step.step_us,
@@ -173,27 +189,32 @@ def attribution_object(row: Attributed, original: Attributed, plan: Plan, worklo
         for phase, step in row.steps.items()
     }
     found = differences(row, plan, workload)
-    return {"steps": steps, "differences": [{**asdict(each), "excess_ms": each.excess_ms} for each in found]}
+    return {
+        "steps": steps,
+        "differences": [{**asdict(each), "excess_ms": each.excess_ms} for each in found],
+    }
 
 
 def trace_object(rows: Mapping[str, Mapping[str, StepProfile]]) -> dict[str, Any]:
-    """A trace that chrome://tracing and Perfetto open: for each model and phase its kernels, and above them their layers.
+    """Return a trace for chrome://tracing and Perfetto: layers above kernels, by model and phase.
 
     Args:
-        rows: By what a model is called, its steps by phase.
+        rows: The steps by phase, by the name of the model.
     """
     events: list[dict[str, Any]] = []
-    steps = [(f"{label}, {phase}", step) for label, by_phase in rows.items() for phase, step in by_phase.items()]
+    steps = [
+        (f"{label}, {phase}", step)
+        for label, by_phase in rows.items()
+        for phase, step in by_phase.items()
+    ]
     for process, (name, step) in enumerate(steps):
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})
         for thread, track in enumerate(("layers", "kernels")):
-            events.append(
-                {"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": track}}
-            )  # fmt: skip
+            named = {"pid": process, "tid": thread, "args": {"name": track}}
+            events.append({"ph": "M", "name": "thread_name", **named})
         for what, start_us, duration_us in _owners(step):
-            events.append(
-                {"ph": "X", "name": what, "pid": process, "tid": 0, "ts": start_us, "dur": duration_us}
-            )  # fmt: skip
+            place = {"pid": process, "tid": 0, "ts": start_us, "dur": duration_us}
+            events.append({"ph": "X", "name": what, **place})
         for kernel in step.kernels:
             place = {"pid": process, "tid": 1, "ts": kernel.start_us, "dur": kernel.duration_us}
             args = {"kind": kernel.kind, "layer": as_one(kernel.layers)}
@@ -202,7 +223,7 @@ def trace_object(rows: Mapping[str, Mapping[str, StepProfile]]) -> dict[str, Any
 
 
 def as_one(names: tuple[str, ...]) -> str:
-    """Layers that a kernel computes at once: `model.layers.0.self_attn.q_proj + k_proj`."""
+    """Return the layers of one kernel in words: `model.layers.0.self_attn.q_proj + k_proj`."""
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) < 2 or len(parents) > 1:
         return " + ".join(names)
@@ -210,7 +231,7 @@ def as_one(names: tuple[str, ...]) -> str:
 
 
 def _owners(step: StepProfile) -> Iterator[tuple[str, float, float]]:
-    """(layer or kind, start, duration) of kernels in a row that belong to one."""
+    """Yield (layer or kind, start, duration) of successive kernels with one owner."""
     what, start_us, end_us = "", 0.0, 0.0
     for kernel in step.kernels:
         owner = as_one(kernel.layers) or kernel.kind
@@ -224,7 +245,7 @@ def _owners(step: StepProfile) -> Iterator[tuple[str, float, float]]:
 
 
 def _alone_us(plan: Plan | None, phase: str) -> dict[str, float]:
-    """Microseconds of one run of the phase by each layer's own timing."""
+    """Return the microseconds of one run of the phase by each layer's own timing."""
     layers = plan.layers if plan else ()
     return {layer.name: layer.latency_us[phase] for layer in layers if layer.latency_us.get(phase)}
 
@@ -248,11 +269,13 @@ def _parts_table(parts: list[Part], step: StepProfile) -> Table:
 def _gaps_text(step: StepProfile) -> Text:
     gaps = [duration_us for _, duration_us in step.gaps()]
     longest = units.duration_us(max(gaps, default=0.0))
-    return Text(f"{len(step.kernels)} kernels, {len(gaps)} gaps between them, the longest {longest}")
+    return Text(
+        f"{len(step.kernels)} kernels, {len(gaps)} gaps between them, the longest {longest}"
+    )
 
 
 def _layers_table(step: StepProfile, plan: Plan | None) -> Table:
-    """The single layers that take longest."""
+    """Return a table of the slowest single layers."""
     alone = _alone_us(plan, step.phase)
     formats = {layer.name: layer.format for layer in plan.layers} if plan else {}
     table = plain_table()
@@ -263,23 +286,33 @@ def _layers_table(step: StepProfile, plan: Plan | None) -> Table:
     times = sorted(step.layer_us(alone).items(), key=lambda item: -item[1])
     for name, time_us in times[:_LAYERS]:
         own = units.duration_us(alone[name]) if name in alone else units.MISSING
-        table.add_row(Text(name), Text(formats.get(name, units.MISSING)), units.duration_us(time_us), own)
+        table.add_row(
+            Text(name), Text(formats.get(name, units.MISSING)), units.duration_us(time_us), own
+        )
     return table
 
 
 def _kernels_table(step: StepProfile, width: int) -> Table:
-    """The kernels that take longest, all runs of one together."""
+    """Return a table of the slowest kernels, with the runs of each summed."""
     sums: dict[tuple[str, str], tuple[int, float]] = {}
     for kernel in step.kernels:
-        name = kernel.name.removeprefix("void ").split("(")[0]  # without the types of a C++ function's arguments
+        # A C++ kernel's name ends with the types of its arguments.
+        name = kernel.name.removeprefix("void ").split("(")[0]
         runs, time_us = sums.get((name, kernel.kind), (0, 0.0))
         sums[name, kernel.kind] = (runs + 1, time_us + kernel.duration_us)
     table = plain_table()
-    table.add_column("Slowest kernels", overflow="fold" if width >= WIDE else "ellipsis", no_wrap=width < WIDE, ratio=1)
+    table.add_column(
+        "Slowest kernels",
+        overflow="fold" if width >= WIDE else "ellipsis",
+        no_wrap=width < WIDE,
+        ratio=1,
+    )
     table.add_column("What", no_wrap=True)
     table.add_column("Runs", justify="right", no_wrap=True)
     table.add_column("Time", justify="right", no_wrap=True)
-    for (name, kind), (runs, time_us) in sorted(sums.items(), key=lambda item: -item[1][1])[:_KERNELS]:
+    for (name, kind), (runs, time_us) in sorted(sums.items(), key=lambda item: -item[1][1])[
+        :_KERNELS
+    ]:
         what = "linear" if kind == LINEAR else kind
         table.add_row(Text(name), what, str(runs), units.duration_us(time_us))
     return table

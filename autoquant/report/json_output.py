@@ -1,4 +1,4 @@
-"""Records and rows as JSON that every parser reads: numbers that are not finite become null."""
+"""Records and rows as JSON. Numbers that are not finite become null."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoquant.solver.alternatives import Alternative, Alternatives
 
 
 def dumps(value: Any) -> str:
-    """`value` as indented JSON without NaN or Infinity, which JSON does not have."""
+    """Return `value` as indented JSON, without NaN and Infinity, which JSON lacks."""
     return json.dumps(finite(value), indent=2, allow_nan=False, default=str)
 
 
@@ -24,8 +24,13 @@ def plan_object(
     recording: Recording | None,
     alternatives: Alternatives | None,
 ) -> dict[str, Any]:
-    """A plan with its layers, what was measured of it (both None where unproven), what it covers, and what else its layers
-    could have (None where that is not known)."""
+    """Return a plan with its layers, measurements and coverage.
+
+    Args:
+        row: The row of `Study.rows`, or None for an unproven plan.
+        proof: The proof, or None for an unproven plan.
+        alternatives: Other choices of the layers, or None if unknown.
+    """
     head = {
         "plan_id": plan.plan_id,
         "label": plan.label,
@@ -46,13 +51,15 @@ def plan_object(
         "model_hash": plan.model_hash,
         "dtype": plan.dtype,
         "formats": plan.formats(),
-        "layers": [layer_object(layer, (alternatives or {}).get(layer.name)) for layer in plan.layers],
+        "layers": [
+            layer_object(layer, (alternatives or {}).get(layer.name)) for layer in plan.layers
+        ],
         "coverage": coverage_object(recording) if recording else None,
     }
 
 
 def layer_object(layer: LayerChoice, alternatives: Sequence[Alternative] | None) -> dict[str, Any]:
-    """What one layer gets, and why; differences of alternatives are of one request."""
+    """Return the choice of one layer. Differences of alternatives are for one request."""
     return {
         "name": layer.name,
         "shape": asdict(layer.shape),
@@ -69,7 +76,7 @@ def layer_object(layer: LayerChoice, alternatives: Sequence[Alternative] | None)
 
 
 def alternative_objects(found: Sequence[Alternative] | None) -> list[dict[str, Any]] | None:
-    """A layer's alternatives for programs; None where they are not known."""
+    """Return a layer's alternatives, or None if they are unknown."""
     if found is None:
         return None
     return [
@@ -88,7 +95,7 @@ def alternative_objects(found: Sequence[Alternative] | None) -> list[dict[str, A
 
 
 def coverage_object(recording: Recording) -> dict[str, Any]:
-    """Which share of the model is searched, and what is not."""
+    """Return the share of the model that is searched, and what is not."""
     return {
         "layers": len(recording.sites),
         "weights_share": recording.weights_share,
@@ -102,7 +109,7 @@ def _route(layer: LayerChoice) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for numbers that are not finite, and with texts as keys."""
+    """Return `value` with None for numbers that are not finite, and with texts as keys."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

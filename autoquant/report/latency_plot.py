@@ -1,4 +1,7 @@
-"""Latency against m as a picture (matplotlib) and as a page (plotly): a panel per shape, a line per format's best route."""
+"""Latency against m as a picture (matplotlib) and as a page (plotly).
+
+Each shape has a panel, and each format a line with its fastest kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,28 @@ from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import Latencies, Row, is_original
 from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
-from autoquant.report.front.plots import PAGE_CONFIG, SUFFIXES
-from autoquant.report.names import fold
+from autoquant.report.names import fold, size_words
 from autoquant.report.tables.profile import best_route
 from autoquant.report.words import device_words
 
+SUFFIXES = (".png", ".svg", ".html")
+PAGE_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud"]}
+"""For plotly, whose pages otherwise offer to send the chart to a server."""
+
 _MOST_LINES = 9
 _INK, _GREY, _GRID = "#000000", "#6b7885", "#e4e8ec"
-# Okabe and Ito's palette, told apart by those who see fewer colours; the markers differ too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4b9a", "#8c6d31", "#4d4d4d")
+# The palette of Okabe and Ito suits colour-blind readers. The markers differ too.
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7a4b9a",
+    "#8c6d31",
+    "#4d4d4d",
+)
 _MARKERS = ("o", "^", "D", "v", "P", "X", "<", ">", "p")
 SYMBOLS = (
     "circle",
@@ -38,14 +54,22 @@ _PANEL_INCHES, _DPI = (4.1, 3.6), 120
 _LEGEND_INCHES = 2.5
 _TITLE_LENGTH = 44
 _FLOOR_POINTS = 60
-_TALLEST = 3.0  # a panel ends at so many times its slowest unquantized latency: lines above it run out of the picture
+_TALLEST = 3.0
+"""A panel ends at so many times its slowest unquantized latency. Slower lines leave the picture."""
 
-Line = Mapping[int, Row]  # by m, the fastest row of a format
+Line = Mapping[int, Row]
+"""The fastest row of a format by m."""
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The limit for weights of so many bits: its line style here and there, and what it multiplies at best."""
+    """The least possible latency for weights of one width.
+
+    Attributes:
+        dash: Line style for matplotlib.
+        page_dash: Line style for plotly.
+        arithmetic: Names in `Roofline.flops_per_s`. The fastest of them counts.
+    """
 
     label: str
     bytes_per_weight: float
@@ -62,7 +86,7 @@ FLOORS = (
 
 
 def render_latencies(latencies: Latencies, suffix: str) -> bytes:
-    """The picture as the bytes of a `.png`, `.svg` or `.html` file.
+    """Return the picture as the bytes of a `.png`, `.svg` or `.html` file.
 
     Raises:
         ValueError: `suffix` is none of `SUFFIXES`.
@@ -78,27 +102,36 @@ def render_latencies(latencies: Latencies, suffix: str) -> bytes:
 
 
 def format_lines(rows: Sequence[Row]) -> dict[str, Line]:
-    """The fastest kernel of each format by m; the weight as it is goes by the name of `unquantized`."""
+    """Return the fastest kernel by m for each format, and for `unquantized`."""
     names = {row["format"]: UNQUANTIZED if is_original(row) else row["format"] for row in rows}
-    lines = {name: best_route([row for row in rows if row["format"] == fmt]) for fmt, name in names.items()}
+    lines = {
+        name: best_route([row for row in rows if row["format"] == fmt])
+        for fmt, name in names.items()
+    }
     return {name: line for name, line in lines.items() if line}
 
 
 def drawn_formats(panels: Mapping[LinearShape, Mapping[str, Line]]) -> tuple[list[str], list[str]]:
-    """Formats that get a line, in the order of the registry, and those that do not: where there are too many, the slowest."""
+    """Return the formats that get a line, and those too slow to get one, in registry order."""
     gains: dict[str, float] = {}
     for lines in panels.values():
-        best = {m: min(line[m]["latency_us"] for line in lines.values() if m in line) for m in measured_m(lines)}
+        best = {
+            m: min(line[m]["latency_us"] for line in lines.values() if m in line)
+            for m in measured_m(lines)
+        }
         for name, line in lines.items():
             gain = max(best[m] / row["latency_us"] for m, row in line.items())
             gains[name] = max(gains.get(name, 0.0), gain)
     gains.pop(UNQUANTIZED, None)
     chosen = sorted(gains, key=lambda name: -gains[name])[:_MOST_LINES]
-    return [name for name in gains if name in chosen], [name for name in gains if name not in chosen]
+    left_out = [name for name in gains if name not in chosen]
+    return [name for name in gains if name in chosen], left_out
 
 
-def floor_line(roofline: Roofline, shape: LinearShape, floor: Floor, all_m: Sequence[int]) -> list[tuple[float, float]]:
-    """Points (m, microseconds) of a limit, a little beyond the measured m on both sides."""
+def floor_line(
+    roofline: Roofline, shape: LinearShape, floor: Floor, all_m: Sequence[int]
+) -> list[tuple[float, float]]:
+    """Return points (m, microseconds) of a limit, a little beyond the measured m on both sides."""
     first, last = min(all_m) / 1.25, max(all_m) * 1.25
     known = roofline.flops_per_s
     arithmetic = max(floor.arithmetic, key=lambda name: known.get(name, 0.0))
@@ -110,13 +143,19 @@ def floor_line(roofline: Roofline, shape: LinearShape, floor: Floor, all_m: Sequ
     return points
 
 
-def latency_range_us(roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]) -> tuple[float, float]:
-    """Ends of a panel's latency axis: from the lowest limit or latency to where no choice would be made any more."""
+def latency_range_us(
+    roofline: Roofline | None, shape: LinearShape, lines: Mapping[str, Line]
+) -> tuple[float, float]:
+    """Return the ends of the latency axis: all limits, and latencies that may still be chosen."""
     all_m = measured_m(lines)
     limits: list[float] = []
     if roofline is not None:
-        limits = [time_us for floor in FLOORS for _, time_us in floor_line(roofline, shape, floor, all_m)]
-    slowest = {name: max(row["latency_us"] for row in line.values()) for name, line in lines.items()}
+        limits = [
+            time_us for floor in FLOORS for _, time_us in floor_line(roofline, shape, floor, all_m)
+        ]
+    slowest = {
+        name: max(row["latency_us"] for row in line.values()) for name, line in lines.items()
+    }
     fastest = min(row["latency_us"] for line in lines.values() for row in line.values())
     highest = max([*slowest.values(), *limits])
     if UNQUANTIZED in slowest:
@@ -125,12 +164,16 @@ def latency_range_us(roofline: Roofline | None, shape: LinearShape, lines: Mappi
 
 
 def measured_m(lines: Mapping[str, Line]) -> list[int]:
-    """Every m that a line has a point at."""
+    """Return every m that has a point."""
     return sorted({m for line in lines.values() for m in line})
 
 
 def _picture(
-    latencies: Latencies, panels: Mapping[LinearShape, Mapping[str, Line]], drawn: Sequence[str], note: str, kind: str
+    latencies: Latencies,
+    panels: Mapping[LinearShape, Mapping[str, Line]],
+    drawn: Sequence[str],
+    note: str,
+    kind: str,
 ) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -154,24 +197,32 @@ def _picture(
 
 
 def _grid(panels: int) -> tuple[int, int]:
-    """Columns and rows."""
+    """Return the number of columns and rows."""
     columns = min(3, panels) if panels != 4 else 2
     return max(columns, 1), max(1, -(-panels // max(columns, 1)))
 
 
 def _draw_panel(
-    axes: Any, latencies: Latencies, shape: LinearShape, lines: Mapping[str, Line], drawn: Sequence[str]
+    axes: Any,
+    latencies: Latencies,
+    shape: LinearShape,
+    lines: Mapping[str, Line],
+    drawn: Sequence[str],
 ) -> None:
     axes.set_title(_panel_title(latencies, shape), loc="left", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     all_m = measured_m(lines)
     if not all_m:
-        axes.text(0.5, 0.5, "nothing could be timed", transform=axes.transAxes, ha="center", color=_GREY)
+        axes.text(
+            0.5, 0.5, "nothing could be timed", transform=axes.transAxes, ha="center", color=_GREY
+        )
         return
     for floor in FLOORS:
         points = floor_line(latencies.roofline, shape, floor, all_m)
-        axes.plot(*zip(*points, strict=True), color=_GREY, linewidth=1.1, dashes=floor.dash, zorder=2)
+        axes.plot(
+            *zip(*points, strict=True), color=_GREY, linewidth=1.1, dashes=floor.dash, zorder=2
+        )
     for name, style in _styles(drawn).items():
         if name in lines:
             line = lines[name]
@@ -185,7 +236,13 @@ def _draw_panel(
 
 
 def _set_ticks(axes: Any, all_m: Sequence[int]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        LogLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
     axes.xaxis.set_major_locator(FixedLocator(spaced_ticks(all_m)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -198,7 +255,7 @@ def _set_ticks(axes: Any, all_m: Sequence[int]) -> None:
 
 
 def spaced_ticks(all_m: Sequence[int]) -> list[int]:
-    """Measured m that are far enough apart on a logarithmic axis for their numbers to be written."""
+    """Return the measured m that leave room for their numbers on a logarithmic axis."""
     span = math.log2(max(all_m) / min(all_m)) or 1.0
     ticks: list[int] = []
     for m in all_m:
@@ -208,7 +265,7 @@ def spaced_ticks(all_m: Sequence[int]) -> list[int]:
 
 
 def _styles(drawn: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each line is drawn."""
+    """Return how matplotlib draws each line."""
     styles: dict[str, dict[str, Any]] = {
         name: {
             "color": COLOURS[index],
@@ -231,7 +288,10 @@ def _legend(drawn: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], label=name, **style) for name, style in _styles(drawn).items()]
-    floors = [Line2D([], [], color=_GREY, linewidth=1.1, dashes=floor.dash, label=floor.label) for floor in FLOORS]
+    floors = [
+        Line2D([], [], color=_GREY, linewidth=1.1, dashes=floor.dash, label=floor.label)
+        for floor in FLOORS
+    ]
     return [*lines, *floors]
 
 
@@ -240,24 +300,33 @@ def _title(latencies: Latencies) -> str:
 
 
 def _panel_title(latencies: Latencies, shape: LinearShape) -> str:
-    called = ", ".join(pattern.rpartition(".")[2] for pattern, _ in fold(latencies.names.get(shape, ())))
-    text = f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}{f'  {called}' if called else ''}"
+    called = ", ".join(
+        pattern.rpartition(".")[2] for pattern, _ in fold(latencies.names.get(shape, ()))
+    )
+    text = f"{size_words(shape)}{f'  {called}' if called else ''}"
     return text if len(text) <= _TITLE_LENGTH else f"{text[: _TITLE_LENGTH - 1]}…"
 
 
 def _page(
-    latencies: Latencies, panels: Mapping[LinearShape, Mapping[str, Line]], drawn: Sequence[str], note: str
+    latencies: Latencies,
+    panels: Mapping[LinearShape, Mapping[str, Line]],
+    drawn: Sequence[str],
+    note: str,
 ) -> str:
     from plotly.subplots import make_subplots
 
     columns, rows = _grid(len(panels))
     titles = [_panel_title(latencies, shape) for shape in panels]
-    figure = make_subplots(rows=rows, cols=columns, subplot_titles=titles, vertical_spacing=min(0.12, 0.4 / rows))
+    figure = make_subplots(
+        rows=rows, cols=columns, subplot_titles=titles, vertical_spacing=min(0.12, 0.4 / rows)
+    )
     shown: set[str] = set()
     for index, (shape, lines) in enumerate(panels.items()):
         place = {"row": index // columns + 1, "col": index % columns + 1}
         for trace in _traces(latencies, shape, lines, drawn):
-            figure.add_scatter(showlegend=trace["name"] not in shown, legendgroup=trace["name"], **trace, **place)
+            figure.add_scatter(
+                showlegend=trace["name"] not in shown, legendgroup=trace["name"], **trace, **place
+            )
             shown.add(trace["name"])
         if lines:
             ends = [math.log10(end) for end in latency_range_us(latencies.roofline, shape, lines)]
@@ -276,7 +345,7 @@ def _page(
 def _traces(
     latencies: Latencies, shape: LinearShape, lines: Mapping[str, Line], drawn: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What plotly draws in one panel."""
+    """Return what plotly draws in one panel."""
     all_m = measured_m(lines)
     traces: list[dict[str, Any]] = []
     for floor in FLOORS if all_m else ():
@@ -312,4 +381,5 @@ def _traces(
 
 def _hover(row: Row) -> str:
     floor = "" if row["floor_us"] is None else f"<br>limit {units.duration_us(row['floor_us'])}"
-    return f"<b>{row['format']}/{row['kernel']}</b><br>m={row['m']}: {units.duration_us(row['latency_us'])}{floor}"
+    latency = units.duration_us(row["latency_us"])
+    return f"<b>{row['format']}/{row['kernel']}</b><br>m={row['m']}: {latency}{floor}"

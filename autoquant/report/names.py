@@ -1,27 +1,44 @@
-"""Many layer names as few lines: `model.layers.0-27.mlp.down_proj` instead of 28 names."""
+"""Names of layers and shapes, in few words: `model.layers.0-27.mlp.down_proj` for 28 names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-_Parts = tuple[str | tuple[int, ...], ...]  # numbers as sorted sets, so that groups can grow
+from autoquant.records import LinearShape
+
+_Parts = tuple[str | tuple[int, ...], ...]
+"""Parts of a name. Numbers are sorted tuples, so that groups can grow."""
 
 
 def fold(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Group names that differ in numbers only, as (pattern, names), in the order in which they first appear.
+    """Group names that differ only in numbers, as (pattern, names), in order of appearance.
 
-    Every pattern stands for exactly its names: no name is implied that is not among `names`.
+    A pattern stands for exactly its names: it implies none that is missing.
     """
     groups: dict[_Parts, list[str]] = {}
     for name in names:
         groups.setdefault(_split(name), []).append(name)
     for position in range(max((len(parts) for parts in groups), default=0)):
         groups = _merge(groups, position)
-    return [(".".join(_written(part) for part in parts), tuple(members)) for parts, members in groups.items()]
+    return [
+        (".".join(_written(part) for part in parts), tuple(members))
+        for parts, members in groups.items()
+    ]
+
+
+def shape_words(shape: LinearShape, count: int = 1) -> str:
+    """Return a shape in words: `3 layers of 4096 x 1024 + bias, bfloat16`."""
+    many = f"{count} layers of " if count > 1 else ""
+    return f"{many}{size_words(shape)}, {shape.dtype}"
+
+
+def size_words(shape: LinearShape) -> str:
+    """Return a shape without its dtype: `4096 x 1024 + bias`."""
+    return f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}"
 
 
 def number_ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers as ranges: `0-27`, or `{0-3, 5, 7-9}` where there are several."""
+    """Return sorted numbers as ranges: `0-27`, or `{0-3, 5, 7-9}` for several ranges."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -33,16 +50,20 @@ def number_ranges(numbers: Sequence[int]) -> str:
 
 
 def _split(name: str) -> _Parts:
-    return tuple((int(part),) if part.isdecimal() and str(int(part)) == part else part for part in name.split("."))
+    return tuple(
+        (int(part),) if part.isdecimal() and str(int(part)) == part else part
+        for part in name.split(".")
+    )
 
 
 def _merge(groups: dict[_Parts, list[str]], position: int) -> dict[_Parts, list[str]]:
-    """Join groups that are equal but for the numbers at `position`."""
+    """Join groups that differ only in the numbers at `position`."""
     alike: dict[_Parts, list[_Parts]] = {}
     for parts in groups:
         alike.setdefault(_without_number(parts, position), []).append(parts)
     return {
-        _union(members, position): [name for parts in members for name in groups[parts]] for members in alike.values()
+        _union(members, position): [name for parts in members for name in groups[parts]]
+        for members in alike.values()
     }
 
 

@@ -1,4 +1,4 @@
-"""What changes between two plans and what it buys, as tables and as JSON. The tables fit 80 columns."""
+"""The differences between two plans as tables and as JSON. The tables fit 80 columns."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from rich.text import Text
 
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
-from autoquant.report.names import fold
-from autoquant.report.tables.plans import plain_table, route_text
+from autoquant.report.names import fold, shape_words
+from autoquant.report.tables.layout import plain_table
+from autoquant.report.tables.plans import route_text
 from autoquant.report.words import increase_heading, increase_words
 from autoquant.study.compare import LayerChange, summed
 
@@ -31,7 +32,8 @@ class PlanPair:
 
     Attributes:
         changes: The layers whose choice differs.
-        row_before: The row of `Study.rows` of the first plan, None where it is not proven; so `row_after`.
+        row_before: The row of `Study.rows` of the first plan, or None if it is not proven.
+        row_after: The same for the second plan.
     """
 
     before: Plan
@@ -41,13 +43,13 @@ class PlanPair:
     row_after: Mapping[str, Any] | None
 
     def unproven(self) -> list[str]:
-        """Ids of the plans that nothing was measured of."""
+        """Return the ids of the plans that are not proven."""
         pairs = ((self.before, self.row_before), (self.after, self.row_after))
         return [plan.plan_id for plan, row in pairs if row is None]
 
 
 def change_groups(changes: Sequence[LayerChange]) -> list[tuple[str, tuple[LayerChange, ...]]]:
-    """Changes of layers of one shape from one choice to one other, folded by name, in the order of the plan."""
+    """Return the same changes of layers of one shape, folded by name, in the plan's order."""
     alike: dict[tuple[Any, ...], dict[str, LayerChange]] = {}
     for change in changes:
         a, b = change.before, change.after
@@ -62,7 +64,7 @@ def change_groups(changes: Sequence[LayerChange]) -> list[tuple[str, tuple[Layer
 
 
 def changes_table(changes: Sequence[LayerChange]) -> Table:
-    """The changes by groups of layers, with the predicted differences."""
+    """Return a table of the changes, with the predicted differences."""
     table = plain_table()
     table.add_column("Layers", overflow="fold", ratio=3)
     table.add_column("Before -> after", overflow="fold", ratio=3)
@@ -71,7 +73,7 @@ def changes_table(changes: Sequence[LayerChange]) -> Table:
     table.add_column("Memory", justify="right", no_wrap=True)
     for pattern, members in change_groups(changes):
         name = Text(pattern)
-        name.append(f"\n{_shape(members)}", style="dim")
+        name.append(f"\n{shape_words(members[0].before.shape, len(members))}", style="dim")
         request_us, loss, memory_bytes = summed(members)
         first = members[0]
         cells = [
@@ -86,7 +88,7 @@ def changes_table(changes: Sequence[LayerChange]) -> Table:
 
 
 def totals_table(pair: PlanPair) -> Table:
-    """What the plans take in total: predicted, and measured where both are proven."""
+    """Return a table of totals: predicted, and measured if both plans are proven."""
     table = plain_table()
     table.add_column("In total", ratio=1)
     for plan in (pair.before, pair.after):
@@ -98,7 +100,10 @@ def totals_table(pair: PlanPair) -> Table:
 
 
 def difference_object(pair: PlanPair) -> dict[str, Any]:
-    """Everything for programs. Differences are of the second plan less the first; `measured` is null where one is unproven."""
+    """Return the whole comparison, for JSON.
+
+    Differences are the second plan less the first. `measured` is null unless both are proven.
+    """
     a, b = pair.before.prediction, pair.after.prediction
     return {
         "study_id": pair.before.study_id,
@@ -129,7 +134,12 @@ def _measured_rows(pair: PlanPair) -> list[tuple[str, str, str, str]]:
         return []
     increase = "perplexity_increase"
     return [
-        _row("Request, measured", a["measured_request_ms"], b["measured_request_ms"], units.duration_ms),
+        _row(
+            "Request, measured",
+            a["measured_request_ms"],
+            b["measured_request_ms"],
+            units.duration_ms,
+        ),
         (
             increase_heading([a, b]),
             increase_words(a),
@@ -141,7 +151,9 @@ def _measured_rows(pair: PlanPair) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _row(name: str, before: float, after: float, write: Callable[[float], str]) -> tuple[str, str, str, str]:
+def _row(
+    name: str, before: float, after: float, write: Callable[[float], str]
+) -> tuple[str, str, str, str]:
     return name, write(before), write(after), units.signed(after - before, write)
 
 
@@ -151,12 +163,6 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 def _choice(choice: LayerChoice) -> str:
     return f"{choice.format}\n{route_text(choice.route)}"
-
-
-def _shape(members: Sequence[LayerChange]) -> str:
-    shape = members[0].before.shape
-    many = f"{len(members)} layers of " if len(members) > 1 else ""
-    return f"{many}{shape.n} x {shape.k}{' + bias' if shape.bias else ''}, {shape.dtype}"
 
 
 def _change_object(change: LayerChange) -> dict[str, Any]:
@@ -179,10 +185,14 @@ def _measured_object(pair: PlanPair) -> dict[str, Any] | None:
     a, b = pair.row_before, pair.row_after
     if a is None or b is None:
         return None
-    return _differences({name: a[name] for name in _MEASURED}, {name: b[name] for name in _MEASURED})
+    return _differences(
+        {name: a[name] for name in _MEASURED}, {name: b[name] for name in _MEASURED}
+    )
 
 
 def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
-    """Both, and the differences. Ends of intervals are not subtracted: that gives no interval."""
-    differences = {name: after[name] - before[name] for name in before if not name.endswith(("_low", "_high"))}
+    """Return both, and the differences. Ends of intervals have no meaningful difference."""
+    differences = {
+        name: after[name] - before[name] for name in before if not name.endswith(("_low", "_high"))
+    }
     return {"before": dict(before), "after": dict(after), "difference": differences}

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: one live line on a terminal, plain lines elsewhere. Nothing ever goes to stdout."""
+"""Progress of long work on stderr: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from autoquant.events import Event, Listener, Notice, StageFinished, StageProgress, StageStarted, ignore
+from autoquant.events import (
+    Event,
+    Listener,
+    Notice,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    ignore,
+)
 from autoquant.report.units import clock_s
 
 _REFRESH_S = 0.1
@@ -22,8 +30,11 @@ _REFRESH_S = 0.1
 
 @contextmanager
 def listening(stream: TextIO | None = None) -> Iterator[Listener]:
-    """A listener that writes to `stream` (stderr where None), live if that is a terminal; none where what is done is logged."""
-    if logging.getLogger("autoquant").isEnabledFor(logging.INFO):  # the log tells more, also what is told here
+    """Open a listener that writes to `stream`, or to stderr for None.
+
+    It is live on a terminal, and silent while the log shows the same.
+    """
+    if logging.getLogger("autoquant").isEnabledFor(logging.INFO):
         yield ignore
         return
     stream = stream or sys.stderr
@@ -35,7 +46,7 @@ def listening(stream: TextIO | None = None) -> Iterator[Listener]:
 
 
 class PlainListener:
-    """One line for each finished stage and each notice."""
+    """Writes a line for each finished stage and each notice."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -51,9 +62,9 @@ class PlainListener:
 
 
 class LiveListener:
-    """The stage, what is at work now, how many items are done, and the time left, on one line.
+    """One line with the stage, the current item, the items done and the time left.
 
-    The line is drawn when an event comes, not by a thread: a thread would disturb the kernels that are being timed.
+    Events draw the line. A thread would disturb the kernels that are timed.
     """
 
     def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
@@ -65,7 +76,9 @@ class LiveListener:
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}", style="cyan", markup=False),
             TextColumn(
-                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+                "{task.description}",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
             ),
             console=console,
             expand=True,
@@ -122,7 +135,7 @@ class LiveListener:
 
 
 class TimeLeft:
-    """Time left of a stage from the pace since its first report: what was there already counts for nothing."""
+    """Estimates the time left of a stage from its pace. Items known before it do not count."""
 
     def __init__(self, total: int, started: float) -> None:
         self._total = total
@@ -130,7 +143,7 @@ class TimeLeft:
         self._reported = False
 
     def left_s(self, done: int, now: float) -> float | None:
-        """Seconds left, or None while there is no pace yet."""
+        """Return the seconds left, or None before the pace is known."""
         if not self._reported:
             self._reported = True
             self._first = (done, now)

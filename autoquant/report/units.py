@@ -1,4 +1,4 @@
-"""Numbers as people read them: microseconds to seconds, KiB to GiB, fractions as percent."""
+"""Numbers for people: microseconds to seconds, KiB to GiB, fractions as percent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """`value` with about `significant` digits and no exponent: 0.0123, 1.23, 12.3, 1234."""
+    """Return `value` with about `significant` digits, no exponent: 0.0123, 1.23, 12.3, 1234."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -21,18 +21,20 @@ def digits(value: float, significant: int = 3) -> str:
 
 
 def duration_us(value: float) -> str:
-    """Microseconds in the unit that suits them."""
-    unit, scale = next((pair for pair in _TIME_UNITS_US if abs(value) >= pair[1]), _TIME_UNITS_US[-1])
+    """Return microseconds in a suitable unit."""
+    unit, scale = next(
+        (pair for pair in _TIME_UNITS_US if abs(value) >= pair[1]), _TIME_UNITS_US[-1]
+    )
     return f"{digits(value / scale)} {unit}"
 
 
 def duration_ms(value: float) -> str:
-    """Milliseconds in the unit that suits them."""
+    """Return milliseconds in a suitable unit."""
     return duration_us(value * 1e3)
 
 
 def clock_s(seconds: float) -> str:
-    """Seconds as 5s, 3m 20s, 1h 05m."""
+    """Return seconds as 5s, 3m 20s, 1h 05m."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -42,18 +44,24 @@ def clock_s(seconds: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes as KiB, MiB or GiB (MiB up to 10 GiB, so that models of one size compare at a glance)."""
-    unit, scale = next((pair for pair in _BYTE_UNITS if value >= pair[1] * (10 if pair[0] == "GiB" else 1)), ("B", 1))
+    """Return bytes as KiB, MiB or GiB.
+
+    MiB reach up to 10 GiB, so that models of similar size have one unit.
+    """
+    unit, scale = next(
+        (pair for pair in _BYTE_UNITS if value >= pair[1] * (10 if pair[0] == "GiB" else 1)),
+        ("B", 1),
+    )
     return f"{digits(value / scale)} {unit}" if unit != "B" else f"{value:.0f} B"
 
 
 def signed(value: float, write: Callable[[float], str]) -> str:
-    """A difference with its sign, its size written by `write`."""
+    """Return a difference with its sign. `write` formats its size."""
     return f"{'+' if value > 0 else '-' if value < 0 else ''}{write(abs(value))}"
 
 
 def percent(fraction: float, *, signed: bool = False) -> str:
-    """A fraction as percent: two decimals where they matter."""
+    """Return a fraction as percent, with two decimals below 100 %."""
     if not math.isfinite(fraction):
         return str(fraction)
     value = fraction * 100
@@ -62,12 +70,12 @@ def percent(fraction: float, *, signed: bool = False) -> str:
 
 
 def interval(low: float, high: float) -> str:
-    """Ends of an interval of fractions: `+0.31..+0.53%`."""
+    """Return an interval of fractions as percent: `+0.31..+0.53%`."""
     return f"{percent(low, signed=True).rstrip('%')}..{percent(high, signed=True)}"
 
 
 def common_ms(values: Sequence[float]) -> tuple[str, list[str]]:
-    """One time unit for a column of milliseconds, and its cells with the same number of decimals."""
+    """Return one unit for a column of milliseconds, and its cells with the same decimals."""
     finite = [abs(value) for value in values if math.isfinite(value) and value]
     smallest = min(finite, default=1.0) * 1e3
     unit, scale = next((pair for pair in _TIME_UNITS_US if smallest >= pair[1]), _TIME_UNITS_US[-1])
@@ -75,7 +83,7 @@ def common_ms(values: Sequence[float]) -> tuple[str, list[str]]:
 
 
 def common_bytes(values: Sequence[float]) -> tuple[str, list[str]]:
-    """One unit for a column of bytes, and its cells with the same number of decimals."""
+    """Return one unit for a column of bytes, and its cells with the same decimals."""
     smallest = min(values, default=2**20)
     unit, scale = next((pair for pair in _BYTE_UNITS if smallest >= pair[1]), ("B", 1))
     return unit, _aligned([value / scale for value in values])

@@ -1,4 +1,4 @@
-"""What came out, in sentences: the study, the recommended plan, one plan's numbers."""
+"""Results in sentences: the study, the recommended plan, and the numbers of one plan."""
 
 from __future__ import annotations
 
@@ -21,72 +21,88 @@ _BASELINE_WORDS = {
 
 
 def study_line(source: Mapping[str, Any], device: Device, workload: Workload) -> str:
-    """Model, device and workload of a study in one line."""
+    """Return model, device and workload of a study in one line."""
     return f"{source_name(source)} on {device_words(device)}, {workload}"
 
 
 def device_words(device: Device) -> str:
-    """A device's name, with what else decides its speed."""
+    """Return a device's name, and its threads if it is a CPU."""
     return f"{device.name}, {device.threads} threads" if device.type == "cpu" else device.name
 
 
 def source_name(source: Mapping[str, Any]) -> str:
-    """A model's short name: the last part of the path that it was read from."""
+    """Return a model's short name: the last part of its path."""
     path = str(source.get("path") or "")
     return path.rstrip("/").rpartition("/")[2] or "live module"
 
 
-def recommendation(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload) -> str:
-    """The recommended plan of `Study.rows` in words, or why there is none; then which plans are not, and why."""
+def recommendation(
+    rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload
+) -> str:
+    """Return the recommended plan in words, or why there is none, and the plans refused."""
     return "\n".join([_recommended(rows, limits, workload), *refused_lines(rows)])
 
 
-def _recommended(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload) -> str:
+def _recommended(
+    rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], workload: Workload
+) -> str:
     row = next((row for row in rows if row["recommended"]), None)
     if not rows:
-        return "No plan has been proven yet: run the same command again with a larger --time-budget."
+        return (
+            "No plan has been proven yet: run the same command again with a larger --time-budget."
+        )
     if row is None:
-        return f"No proven plan is within the limits ({limits_words(limits)}): allow more, or take one from the table."
+        return (
+            f"No proven plan is within the limits ({limits_words(limits)}): "
+            "allow more, or take one from the table."
+        )
     if row["label"] == ORIGINAL_LABEL:
-        if any(refused(rows)):
-            return "Recommended: the unquantized model. What is faster in the search is not so as you will run it."
-        other = "smaller" if limits.get("minimize") == "memory" else "faster"
-        return f"Recommended: the unquantized model. No {other} plan is within the limits ({limits_words(limits)})."
+        return f"Recommended: the unquantized model. {_why_unquantized(rows, limits)}"
     original = next((other for other in rows if other["label"] == ORIGINAL_LABEL), None)
     within = [other for other in rows if other["within_limits"]]
     lines = [
         f"Recommended: plan {row['plan_id']} ({row['label']})",
         *(f"  {line}" for line in as_run_lines(row, workload) or [NOT_RUN]),
         f"  in the search: {_speed(row)}",
-        f"  {measure_words(row).lower()} {increase_words(row)}, "
-        f"95% interval {units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}",
+        f"  {measure_words(row).lower()} {increase_words(row)}, 95% interval {_ends(row)}",
         f"  memory {_memory(row, original)}",
     ]
     if row["kind"] in _BASELINE_WORDS:
-        lines.append(f"  It is {_BASELINE_WORDS[row['kind']]}: choosing layer by layer brought nothing more here.")
+        kind = _BASELINE_WORDS[row["kind"]]
+        lines.append(f"  It is {kind}: choosing layer by layer brought nothing more here.")
         lines += [f"  {line}" for line in _searched(within, row)]
     lines += [f"  {line}" for line in ties_lines(within, row)]
     return "\n".join(lines)
 
 
+def _why_unquantized(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
+    if any(refused(rows)):
+        return "No plan that is faster in the search is faster as you will run it."
+    other = "smaller" if limits.get("minimize") == "memory" else "faster"
+    return f"No {other} plan is within the limits ({limits_words(limits)})."
+
+
 def as_run_lines(row: Mapping[str, Any], workload: Workload) -> list[str]:
-    """How a plan of `Study.rows` runs for its user, beside the unquantized model; empty where that is not known."""
+    """Return how a plan runs for its user against unquantized, or no lines if that is unknown."""
     if row.get("as_run_request_ms") is None:
         return []
     ends = f"95% interval {row['as_run_speedup_low']:.2f}x to {row['as_run_speedup_high']:.2f}x"
     lines = [
-        f"As you will run it ({loop_words(row['as_run_loop'], workload)}): {_change(row, 'request_ms')} a request,"
-        f" {times_words(row['as_run_speedup'])} ({ends})"
+        f"As you will run it ({loop_words(row['as_run_loop'], workload)}): "
+        f"{_change(row, 'request_ms')} a request, {times_words(row['as_run_speedup'])} ({ends})"
     ]
     parts = []
     if row["as_run_first_token_ms"] is not None and row["as_run_step_ms"] is not None:
-        parts = [f"first token {_change(row, 'first_token_ms')}", f"{_change(row, 'step_ms')} a further token"]
+        parts = [
+            f"first token {_change(row, 'first_token_ms')}",
+            f"{_change(row, 'step_ms')} a further token",
+        ]
     lines += [f"  {', '.join(parts)}"] if parts else []
     return lines + ([f"  note: {row['as_run_notes']}"] if row["as_run_notes"] else [])
 
 
 def loop_words(loop: str, workload: Workload) -> str:
-    """What a user runs, in words: `generate, prompt 512 + 128`."""
+    """Return what a user runs, in words: `generate, prompt 512 + 128`."""
     if loop == "forward":
         return "one forward pass"
     batch = f", batch {workload.batch}" if workload.batch > 1 else ""
@@ -98,36 +114,46 @@ def times_words(speedup: float) -> str:
 
 
 def refused(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of plans that would be recommended but for how they run for their user."""
+    """Return the rows of plans that are not recommended because of how their user runs them."""
     return [row for row in rows if row.get("not_recommended")]
 
 
 def refused_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
-        f"Not recommended: plan {row['plan_id']} ({row['label']}): {row['not_recommended']}" for row in refused(rows)
+        f"Not recommended: plan {row['plan_id']} ({row['label']}): {row['not_recommended']}"
+        for row in refused(rows)
     ]
 
 
 def _change(row: Mapping[str, Any], name: str) -> str:
-    return f"{units.duration_ms(row[f'as_run_original_{name}'])} -> {units.duration_ms(row[f'as_run_{name}'])}"
+    before, after = row[f"as_run_original_{name}"], row[f"as_run_{name}"]
+    return f"{units.duration_ms(before)} -> {units.duration_ms(after)}"
+
+
+def _ends(row: Mapping[str, Any]) -> str:
+    return units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
 
 
 def ties_lines(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[str]:
-    """Which plans noise alone tells apart from this one; empty for none."""
+    """Return the plans that differ from this one only by noise, or no lines."""
     ids = str(row.get("ties", "")).split()
     rivals = [f"{other['label']} ({other['plan_id']})" for other in rows if other["plan_id"] in ids]
     if not rivals:
         return []
     more = f" and {len(rivals) - _TIES_SHOWN} more" if len(rivals) > _TIES_SHOWN else ""
     return [
-        f"A tie with {', '.join(rivals[:_TIES_SHOWN])}{more}: neither speed nor quality differs by more than noise."
+        f"A tie with {', '.join(rivals[:_TIES_SHOWN])}{more}: "
+        "neither speed nor quality differs by more than noise."
     ]
 
 
 def _searched(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> list[str]:
-    """How the fastest plan of the search's own that is no worse than the baseline compares; empty where one is a tie with it.
+    """Compare the fastest searched plan of the baseline's quality with the baseline.
 
-    `rows` are those within the limits.
+    Return no lines if there is none, or if one is a tie with the baseline.
+
+    Args:
+        rows: The rows within the limits.
     """
     own = [r for r in rows if r["kind"] not in (*_BASELINE_WORDS, "original")]
     if {r["plan_id"] for r in own} & set(str(baseline.get("ties", "")).split()):
@@ -137,53 +163,68 @@ def _searched(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) ->
         return []
     best = min(as_good, key=lambda r: r["measured_request_ms"])
     change = best["measured_request_ms"] / baseline["measured_request_ms"] - 1
-    return [f"The search's own plan {best['plan_id']} ({best['label']}) of such quality takes {change:+.1%} time."]
+    return [
+        f"The search's own plan {best['plan_id']} ({best['label']}) of such quality "
+        f"takes {change:+.1%} time."
+    ]
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
-    """Why plans that are set beside every front are not there."""
+    """Return why plans to beat are missing."""
     return [f"No plan of kind {kind}: {reason}." for kind, reason in left_out.items()]
 
 
 def plan_lines(
-    plan: Plan, row: Mapping[str, Any] | None, proof: Proof | None = None, failure: str | None = None
+    plan: Plan,
+    row: Mapping[str, Any] | None,
+    proof: Proof | None = None,
+    failure: str | None = None,
 ) -> list[str]:
-    """What a plan is, then what is predicted and what was measured of it."""
+    """Return a plan in words, with its predictions and its measurements."""
     predicted = plan.prediction
     formats = ", ".join(f"{count} x {name}" for name, count in plan.formats().items())
     lines = [
         f"Plan {plan.plan_id} ({plan.label}), {plan.kind}, {plan.dtype}: {formats or 'no layers'}",
         f"Predicted: {units.duration_ms(predicted.request_ms)} a request "
-        f"({units.duration_ms(predicted.linear_ms)} of it linear layers), loss {units.digits(predicted.loss)}, "
-        f"{units.size(predicted.memory_bytes)}",
+        f"({units.duration_ms(predicted.linear_ms)} of it linear layers), "
+        f"loss {units.digits(predicted.loss)}, {units.size(predicted.memory_bytes)}",
     ]
     if row is None:
-        lines.append(f"Not proven{f': {failure}' if failure else ' yet: the same search goes on to prove it'}")
+        lines.append(
+            f"Not proven{f': {failure}' if failure else ' yet: the same search goes on to prove it'}"
+        )
         return lines
-    quality = "" if row["perplexity"] is None else f"perplexity {units.digits(row['perplexity'], 5)}, "
+    quality = ""
+    if row["perplexity"] is not None:
+        quality = f"perplexity {units.digits(row['perplexity'], 5)}, "
+    increase = "output divergence" if row["measure"] == "divergence" else "increase"
     divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"
     lines.append(
-        f"Measured: {_speed(row)}; {quality}"
-        f"{'output divergence' if row['measure'] == 'divergence' else 'increase'} {increase_words(row)} "
-        f"({units.interval(row['perplexity_increase_low'], row['perplexity_increase_high'])}){divergence}; "
-        f"{units.size(row['memory_bytes'])}"
+        f"Measured: {_speed(row)}; {quality}{increase} {increase_words(row)} "
+        f"({_ends(row)}){divergence}; {units.size(row['memory_bytes'])}"
     )
     return lines + (_proof_lines(proof) if proof else [])
 
 
 def is_off(relative_error: float) -> bool:
-    """Whether a prediction is so far from what was measured that the report says so."""
+    """Return whether a prediction is so far off that the report says so."""
     return abs(relative_error) > _LARGEST_ERROR
 
 
 def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[str]:
-    """Which proven plans of `Study.rows` take another time than predicted, and the command that says why; empty for none.
+    """Return the plans whose predicted time is off and the command that says why, or no lines.
 
     Args:
-        database: As it is written in a command.
+        rows: The rows of `Study.rows`.
+        database: The database, written as in a command.
     """
-    errors = {row["plan_id"]: row["predicted_request_ms"] / row["measured_request_ms"] - 1 for row in rows}
-    off = sorted((row for row in rows if is_off(errors[row["plan_id"]])), key=lambda row: -abs(errors[row["plan_id"]]))
+    errors = {
+        row["plan_id"]: row["predicted_request_ms"] / row["measured_request_ms"] - 1 for row in rows
+    }
+    off = sorted(
+        (row for row in rows if is_off(errors[row["plan_id"]])),
+        key=lambda row: -abs(errors[row["plan_id"]]),
+    )
     off = [row for row in off if row["label"] != ORIGINAL_LABEL]
     if not off:
         return []
@@ -191,46 +232,50 @@ def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[st
     more = f" and {len(off) - _OFF_PLANS} more" if len(off) > _OFF_PLANS else ""
     plans = " ".join(f"--plan {row['plan_id']}" for row in off[:_OFF_PLANS])
     return [
-        f"Predicted and measured request time differ by more than {_LARGEST_ERROR:.0%}: {worst}{more}.",
+        f"Predicted and measured request time differ by more than {_LARGEST_ERROR:.0%}: "
+        f"{worst}{more}.",
         f"Which layers that comes from: autoquant bench {database} {plans} --attribute",
     ]
 
 
-def disturbed_proofs(proofs: Mapping[str, Proof], recommended: str | None, database: str) -> list[str]:
-    """How many plans were timed while something else used the machine, and how to time them again; empty for none.
+def disturbed_proofs(
+    proofs: Mapping[str, Proof], recommended: str | None, database: str
+) -> list[str]:
+    """Return how many plans other programs disturbed and how to time them again, or no lines.
 
     Args:
-        proofs: By plan id.
-        recommended: The id of the recommended plan.
-        database: As it is written in a command.
+        proofs: The proofs by plan id.
+        recommended: The id of the recommended plan, or None.
+        database: The database, written as in a command.
     """
     disturbed = [
-        plan_id for plan_id, proof in proofs.items() if any(note.startswith(DISTURBED) for note in proof.notes)
+        plan_id
+        for plan_id, proof in proofs.items()
+        if any(note.startswith(DISTURBED) for note in proof.notes)
     ]
     if not disturbed:
         return []
     among = ", the recommended one among them" if recommended in disturbed else ""
     return [
-        f"Other programs used the machine while {len(disturbed)} of {len(proofs)} plans were timed{among}.",
+        f"Other programs used the machine while {len(disturbed)} of {len(proofs)} plans "
+        f"were timed{among}.",
         f"Time them again when it is idle: autoquant bench {database} --compare uniform",
     ]
 
 
 def _proof_lines(proof: Proof) -> list[str]:
     phases = ", ".join(
-        f"{phase} {units.duration_ms(time)} (unquantized {units.duration_ms(proof.original_phase_ms[phase])})"
+        f"{phase} {units.duration_ms(time)} (unquantized {units.duration_ms(before)})"
         for phase, time in proof.phase_ms.items()
-        if phase in proof.original_phase_ms
+        if (before := proof.original_phase_ms.get(phase)) is not None
     )
     return [f"By phase, {proof.execution}: {phases}", *(f"Note: {note}" for note in proof.notes)]
 
 
 def _speed(row: Mapping[str, Any]) -> str:
     speedup, time = row["speedup"], row["measured_request_ms"]
-    before = units.duration_ms(time * speedup)
-    if speedup >= 1:
-        return f"{speedup:.2f} times faster than unquantized ({units.duration_ms(time)} a request instead of {before})"
-    return f"{1 / speedup:.2f} times slower than unquantized ({units.duration_ms(time)} a request instead of {before})"
+    after, before = units.duration_ms(time), units.duration_ms(time * speedup)
+    return f"{times_words(speedup)} than unquantized ({after} a request instead of {before})"
 
 
 def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
@@ -242,32 +287,38 @@ def _memory(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
 
 
 def measure_words(row: Mapping[str, Any]) -> str:
-    """What quality was measured by: `Perplexity`, `Loss` or `Output divergence`."""
-    return "Output divergence" if row["measure"] == "divergence" else str(row["measure"]).capitalize()
+    """Return the measure of quality: `Perplexity`, `Loss` or `Output divergence`."""
+    return (
+        "Output divergence" if row["measure"] == "divergence" else str(row["measure"]).capitalize()
+    )
 
 
 def increase_heading(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What `increase_words` is of, for tables and axes: `Perplexity increase`, `Loss increase` or `Output divergence`."""
+    """Return a heading for `increase_words`, such as `Perplexity increase`."""
     word = measure_words(rows[0]) if rows else "Perplexity"
     return word if word == "Output divergence" else f"{word} increase"
 
 
 def increase_words(row: Mapping[str, Any]) -> str:
-    """By how much quality is worse than the unquantized model's; a divergence has no sign."""
+    """Return how much worse quality is than unquantized. A divergence has no sign."""
     return units.percent(row["perplexity_increase"], signed=row["measure"] != "divergence")
 
 
 def constraints_words(constraints: Mapping[str, Any]) -> str:
-    """The constraints of a study as its options; empty where it has none."""
+    """Return the constraints of a study as options, or an empty text."""
     parts = [f"--{name} {value}" for name in ("keep", "pin") for value in constraints.get(name, ())]
-    return " ".join(parts + [f"--fusable {engine}" for engine in [constraints.get("fusable")] if engine])
+    return " ".join(
+        parts + [f"--fusable {engine}" for engine in [constraints.get("fusable")] if engine]
+    )
 
 
 def limits_words(limits: Mapping[str, Any]) -> str:
-    """The limits of a study in words, and what is minimized within them if it is not time."""
+    """Return the limits of a study in words, and its objective if that is not time."""
     parts = []
     if limits.get("max_ppl_increase") is not None:
-        parts.append(f"{limits.get('measure', 'increase')} at most {units.percent(limits['max_ppl_increase'])}")
+        parts.append(
+            f"{limits.get('measure', 'increase')} at most {units.percent(limits['max_ppl_increase'])}"
+        )
     if limits.get("max_kl") is not None:
         parts.append(f"KL at most {limits['max_kl']:g}")
     if limits.get("max_memory_bytes") is not None:

@@ -1,1 +1,1 @@
-"""Whole models: run, compiled, timed, and as fast as a plan allows in the user's own loop (`prepare`)."""
+"""Whole models: run, compiled, timed, and made fast in the user's own loop (`prepare`)."""

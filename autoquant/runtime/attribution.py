@@ -1,7 +1,8 @@
-"""A step profiled, with every kernel's time attributed to the layer whose weight it reads, or to what the others do.
+"""The time of each kernel of a step, attributed to a layer or to another kind of work.
 
-On the CPU the operators' own times count (see `autoquant.runtime.operators`). A replayed CUDA graph starts nothing on the host:
-its kernels are matched, by name and order, with those of a run in which the same compiled code launches every kernel itself.
+On the CPU the operators' times count (see `autoquant.runtime.operators`). A replayed CUDA graph
+starts nothing on the host. Its kernels are matched, by name and order, with those of a run in which
+the same compiled code launches each kernel.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 from torch import nn
 from torch._C._autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
-from autoquant.devices.device import synchronize
+from autoquant.devices import Backend, backend
 from autoquant.errors import DeviceError
 from autoquant.runtime.operators import Operator, Weights, named_kernels, operators
 from autoquant.runtime.phases import Phases
@@ -28,7 +29,7 @@ _ENOUGH_S = 5.0
 
 
 def attribute(phases: Phases, module: nn.Module, layers: Mapping[str, str], device: str) -> dict[str, StepProfile]:
-    """Profile one step of every phase, each kernel with its median time over several.
+    """Profile one step of every phase; each kernel gets its median time over several.
 
     Timings taken after this in the same process are slower: the profiler leaves its hooks behind.
 
@@ -39,11 +40,12 @@ def attribute(phases: Phases, module: nn.Module, layers: Mapping[str, str], devi
     Raises:
         DeviceError: The profiler does not see what the device does.
     """
-    if device not in ("cpu", "cuda"):
+    place = backend(device)
+    if not place.profiler_activities:
         raise DeviceError(f"PyTorch's profiler does not see the kernels of {device}")
     weights = Weights(module, layers)
     with weights.ranges(), named_kernels():
-        return {phase.name: _profile(phases, phase.name, weights, device) for phase in phases.workload.phases}
+        return {phase.name: _profile(phases, phase.name, weights, place) for phase in phases.workload.phases}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +56,30 @@ class _Launch:
     operator: Operator | None
 
 
-def _profile(phases: Phases, phase: str, weights: Weights, device: str) -> StepProfile:
+def _profile(phases: Phases, phase: str, weights: Weights, device: Backend) -> StepProfile:
     launched = _runs(phases, phase, phases.run_launched, device)
-    if device != "cuda":
+    if not device.graphs:
         return median_step([_host_step(phase, run, weights) for run in launched])
     launches = _launches(launched[-1], weights)
     replayed = _runs(phases, phase, phases.run, device)
     return median_step([_device_step(phase, run, launches, weights) for run in replayed])
 
 
-def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: str) -> list[Any]:
-    """What the profiler saw of several steps, each by itself, after one that warms it up."""
+def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: Backend) -> list[Any]:
+    """Return what the profiler saw of several steps, each alone, after one that warms it up."""
     results: list[Any] = []
     left = 0
     started = time.monotonic()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     while len(results) < _STEPS and (len(results) < _FEWEST_STEPS or time.monotonic() - started < _ENOUGH_S):
         if left == 0:
             phases.reset(phase)
             left = phases.limit(phase)
         left -= 1
-        synchronize(device)
-        with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+        device.synchronize()
+        with profile(activities=device.profiler_activities, record_shapes=True, acc_events=True) as profiler:
             with record_function(_STEP):
                 run(phase)
-            synchronize(device)
+            device.synchronize()
         assert profiler.profiler is not None
         results.append(profiler.profiler.kineto_results)
     return results[1:]
@@ -100,27 +101,27 @@ def _host_step(phase: str, results: Any, weights: Weights) -> StepProfile:
 
 
 def _step_event(results: Any) -> Any:
-    """The event of the whole step on the host."""
+    """Return the event of the whole step on the host."""
     return next(event for event in results.experimental_event_tree() if event.name == _STEP)
 
 
 def _launches(results: Any, weights: Weights) -> list[_Launch]:
-    """The kernels of a run that launched each of them, in the order in which they ran."""
+    """Return the kernels of a run that launched each of them, in the order in which they ran."""
     started = _started(results, weights)
     return [_Launch(event.name(), started.get(event.linked_correlation_id())) for event in _device_events(results)]
 
 
 def _started(results: Any, weights: Weights) -> dict[int, Operator]:
-    """Operators by what the profiler links their kernels with."""
+    """Return operators by the ids with which the profiler links their kernels."""
     return {identity: operator for operator in operators(_step_event(results), weights) for identity in operator.ids}
 
 
 def _device_events(results: Any) -> list[Any]:
-    """Kernels, copies and fills on the GPU, in the order in which they ran."""
+    """Return kernels, copies and fills on the GPU, in the order in which they ran."""
     events = [
         event
         for event in results.events()
-        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation() and event.name() != _STEP
+        if event.device_type() != DeviceType.CPU and not event.is_user_annotation() and event.name() != _STEP
     ]
     if not events:
         raise DeviceError(
@@ -130,7 +131,7 @@ def _device_events(results: Any) -> list[Any]:
 
 
 def _device_step(phase: str, results: Any, launches: Sequence[_Launch], weights: Weights) -> StepProfile:
-    """A step whose kernels, but for those outside the CUDA graph, are told by an earlier run's `launches`."""
+    """Return a replayed step. An earlier run's `launches` identify its graph's kernels."""
     started = _started(results, weights)
     events = _device_events(results)
     found = match_launches([launch.name for launch in launches], [event.name() for event in events])
@@ -152,9 +153,9 @@ def _device_kernel(name: str, operator: Operator | None, start_us: float, durati
 
 
 def match_launches(launched: Sequence[str], replayed: Sequence[str]) -> list[int | None]:
-    """For each replayed kernel the position of the launched one that it is: the same name, in the same order.
+    """Return for each replayed kernel the position of the same launched one.
 
-    None where the two runs differ.
+    It has the same name, in the same order. None marks where the two runs differ.
     """
     found: list[int | None] = [None] * len(replayed)
     for block in SequenceMatcher(None, launched, replayed, autojunk=False).get_matching_blocks():

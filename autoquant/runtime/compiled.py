@@ -1,9 +1,9 @@
-"""Models made ready for the compiler, and steps on a GPU made ready to be replayed.
+"""Models made ready for the compiler.
 
-A quantized model that is handed to `torch.compile` as it is compiles each of its blocks anew, although most are alike, and on
-every call PyTorch checks each weight's tensor subclass and takes it apart. Here weights are taken apart once, before, and
-blocks of the same class become nested regions (`torch.compiler.nested_compile_region`), of which those that turn out alike are
-compiled once. On a GPU a step is then captured as one CUDA graph, so that nothing is left between its kernels.
+If a quantized model is given to `torch.compile` directly, each of its blocks is compiled, although
+most are alike. And on every call PyTorch checks each weight's tensor subclass and takes it apart.
+Here weights are taken apart once, before. Blocks of the same class become nested regions
+(`torch.compiler.nested_compile_region`), and regions that are alike are compiled once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,30 +20,29 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from autoquant.candidates import get_format
 from autoquant.candidates.linears import ApartLinear, is_product, take_apart
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.devices import backend
 from autoquant.records import content_key
-
-Division = Literal["parts", "regions", "whole"]
-"""How a model is compiled: part by part (see `autoquant.runtime.parts`), or in one piece, its blocks nested regions or not."""
+from autoquant.runtime.caches import REGION_CLASSES
 
 _FEWEST_BLOCKS = 2
-_WARM_UP_CALLS = 2
 
 
-def share(module: nn.Module) -> nn.Module:
-    """A copy of the module's structure whose parameters and buffers are the original's own tensors."""
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Copy the module's structure. Parameters and buffers are the original's own tensors."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
-    """A copy that computes the same from the same tensors, and compiles to the same kernels in less time.
+    """Return a copy, with the same tensors, that compiles to the same kernels in less time.
 
-    Weights that lie behind one another (see `autoquant.candidates.joined`) are multiplied as one.
+    Adjacent weights (see `autoquant.candidates.joined`) are multiplied as one.
 
     Args:
-        regions: Make repeated blocks nested regions, which the compiler reuses where they are alike.
+        regions: Make repeated blocks nested regions, which the compiler reuses where they are
+            alike.
     """
-    ready = take_apart(share(module), any_subclass=True)
+    ready = take_apart(shallow_copy(module), any_subclass=True)
     for block in repeated_blocks(ready):
         if regions and _nests(block):
             linears = [(name, linear) for name, linear in block.named_modules() if isinstance(linear, ApartLinear)]
@@ -57,22 +56,19 @@ def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
 def compile_forward(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile with static shapes.
 
-    Compiled code is kept per code object, so each model gets a copy of its own: otherwise every further plan would add to the
-    first one's list, whose guards are tried in turn on each call, until the compiler's recompile limit is hit.
+    PyTorch keeps compiled code per code object, so each model gets its own copy. Otherwise every
+    plan would add to the same list, whose guards are tried in turn on each call, until it reaches
+    the compiler's recompile limit.
     """
     return torch.compile(_copy(function, function.__name__), dynamic=False, backend=_backend)
 
 
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """Inductor, after products that several linears ask for are computed once."""
+    """Compile with Inductor, after having equal products of several linears computed once."""
     for part in graph.modules():
         if isinstance(part, torch.fx.GraphModule):
             _compute_once(part)
     return compile_graph(graph, inputs)
-
-
-GPU_SETTINGS: dict[str, Any] = {"combo_kernels": True}
-"""Of Inductor: small kernels that do not need one another are one, as turning queries and keys and filling the cache are."""
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -80,13 +76,14 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    on_gpu = any(isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda" for tensor in inputs)
-    with config.patch(GPU_SETTINGS if on_gpu else {}):
+    tensors = [given for given in inputs if isinstance(given, torch.Tensor)]
+    settings = {key: value for tensor in tensors for key, value in backend(tensor.device).compiler_settings.items()}
+    with config.patch(settings):
         return compile_fx(graph, list(inputs))
 
 
 def _compute_once(graph: torch.fx.GraphModule) -> None:
-    """Let every product with the same input and weight be the first one of them."""
+    """Replace every product by the first one with the same input and weight."""
     known: dict[Any, torch.fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or not is_product(node.target):
@@ -98,56 +95,8 @@ def _compute_once(graph: torch.fx.GraphModule) -> None:
     graph.recompile()
 
 
-class GraphedStep:
-    """A step on a GPU, captured as a CUDA graph when it is first called with arguments of some shapes.
-
-    Args:
-        step: Takes tensors, returns a tensor. It may change tensors that it knows by itself; such changes are made again by
-            every replay.
-        state: Gives the tensors that a step advances; they are put back after the calls that warm it up.
-        pool: Memory that several steps share, of which one runs at a time and whose output is read before the next.
-    """
-
-    def __init__(
-        self, step: Callable[..., torch.Tensor], state: Callable[[], Sequence[torch.Tensor]], pool: Any = None
-    ) -> None:
-        self._step = step
-        self._state = state
-        self._pool = pool
-        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
-
-    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
-        shapes = tuple(argument.shape for argument in arguments)
-        if shapes not in self._graphs:
-            self._graphs[shapes] = self._capture([argument.clone() for argument in arguments])
-        graph, inputs, output = self._graphs[shapes]
-        for mine, given in zip(inputs, arguments, strict=True):
-            mine.copy_(given)
-        graph.replay()
-        return output
-
-    def _capture(self, inputs: list[torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
-        """Run on a stream of its own first, as capturing demands; compilation happens there."""
-        before = [tensor.clone() for tensor in self._state()]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_CALLS):
-                self._step(*inputs)
-                self._put_back(before)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._step(*inputs)
-        return graph, inputs, output
-
-    def _put_back(self, before: Sequence[torch.Tensor]) -> None:
-        for tensor, value in zip(self._state(), before, strict=True):
-            tensor.copy_(value)
-
-
 def _copy(function: Any, name: str) -> Callable[..., Any]:
-    """The function with a code object of its own."""
+    """Return the function with its own code object."""
     code = function.__code__.replace(co_name=name)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
@@ -155,7 +104,10 @@ def _copy(function: Any, name: str) -> Callable[..., Any]:
 
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of lists of modules that hold several of one class; of nested lists, the outer one's."""
+    """Yield the members of lists of modules that hold several of one class.
+
+    Of nested lists, the outer one counts.
+    """
     for child in module.children():
         members = list(child) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
         kinds = [type(member) for member in members if next(member.children(), None) is not None]
@@ -166,7 +118,7 @@ def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _nests(block: nn.Module) -> bool:
-    """Whether the compiler takes what this block calls in a nested region."""
+    """Check whether the compiler takes what this block calls in a nested region."""
     for owner in block.modules():
         for parameter in owner.parameters(recurse=False):
             apart = isinstance(owner, ApartLinear) and _kernels_nest(parameter)
@@ -182,16 +134,14 @@ def _kernels_nest(weight: torch.Tensor) -> bool:
     return all(fmt.kernel(kernel).nests for _, kernel in weight.route)
 
 
-_REGION_CLASSES: dict[tuple[type, str], type[nn.Module]] = {}
-
-
 def _region_class(kind: type[nn.Module], make: str) -> type[nn.Module]:
-    """`kind` whose forward pass is a nested region; one class for all blocks of the same make.
+    """Return a class whose forward pass is a nested region, one for all blocks of a make.
 
-    The compiler keeps what it knows of a region under its code object, and compares those by value: the name tells them apart.
+    The compiler keeps regions by code object and compares these by value, so their names must
+    differ.
     """
     key = (kind, make)
-    if key not in _REGION_CLASSES:
+    if key not in REGION_CLASSES:
         region = torch.compiler.nested_compile_region(_copy(kind.forward, f"{kind.forward.__name__}_{make}"))
-        _REGION_CLASSES[key] = type(kind.__name__, (kind,), {"forward": region, "__module__": kind.__module__})
-    return _REGION_CLASSES[key]
+        REGION_CLASSES[key] = type(kind.__name__, (kind,), {"forward": region, "__module__": kind.__module__})
+    return REGION_CLASSES[key]

@@ -12,9 +12,10 @@ from autoquant.runtime.compiled import compile_forward, ready_to_compile
 
 
 def compile(module: nn.Module) -> Callable[..., Any]:
-    """Return a function that computes what `module` computes, compiled for the shapes that it is called with.
+    """Return `module` as a function, compiled for the shapes that it is called with.
 
-    The weights are the module's own tensors. A weight that is replaced later is not seen by the function.
+    The weights are the module's own tensors. A weight that is replaced later is not seen by the
+    function.
     """
     ready = ready_to_compile(module)
 

@@ -1,7 +1,8 @@
-"""What a step started on the host, operator by operator, and which layer's weight each reads.
+"""The operators that a step started on the host, and the layer whose weight each reads.
 
-PyTorch's profiler records which tensors an operator, or a kernel of the compiler's, is given. Weights stay where they are, so
-the memory that a kernel reads tells its layer, whatever the compiler fused it with and however often it reuses a block's code.
+PyTorch's profiler records the tensors that an operator, or a compiled kernel, is given. Weights do
+not move, so the memory that a kernel reads identifies its layer, however the compiler fused it and
+however often it reuses a block's code.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _PRODUCT = re.compile(r"mm$|triton_tem|triton_mm")
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """What the host started: an outermost operator, with all that it started in its turn.
+    """An outermost operator that the host started, with all that it started in turn.
 
     Attributes:
-        layers: The linears whose weights it reads; none for what belongs to no layer.
-        ids: By which the profiler links kernels of a GPU to it.
+        layers: The linears whose weights it reads.
+        ids: The ids with which the profiler links kernels of a GPU to it.
     """
 
     name: str
@@ -42,12 +43,13 @@ class Operator:
 
 
 class Weights:
-    """Which linears' weights lie where.
+    """Where the weights of linears lie in memory.
 
-    Weights that lie behind one another (see `autoquant.candidates.joined`) have their memory in common, and so their kernels.
+    Adjacent weights (see `autoquant.candidates.joined`) share their memory, and so their kernels.
 
     Args:
-        layers: Name of a linear's weight, by the linear's name. Linears of the module that are not among them count, too.
+        layers: Name of a linear's weight, by the linear's name. Linears of the module that are not
+            among them count, too.
     """
 
     def __init__(self, module: nn.Module, layers: Mapping[str, str]) -> None:
@@ -71,14 +73,17 @@ class Weights:
             self._names.setdefault(place, {})[name] = None
 
     def read_by(self, name: str, places: set[int]) -> tuple[str, ...]:
-        """The linears of whose weights some lie at `places`; an embedding that a linear shares is not read as one."""
+        """Return the linears whose weights lie at `places`.
+
+        An embedding that shares a linear's weight does not count.
+        """
         places = places - self._embeddings if "embedding" in name else places
         found = (names for place, names in self._names.items() if place in places)
         return tuple(dict.fromkeys(name for names in found for name in names))
 
     @contextmanager
     def ranges(self) -> Iterator[None]:
-        """While this lasts, calls of linears that are not compiled are ranges of the profiler."""
+        """Inside, calls of linears that are not compiled are ranges of the profiler."""
         open_ranges: list[Any] = []
         handles = []
         for name, owner in self._owners.items():
@@ -103,7 +108,7 @@ class Weights:
 
 @contextmanager
 def named_kernels() -> Iterator[None]:
-    """While this lasts, the compiler's C++ kernels tell the profiler their names and inputs, as its Triton kernels always do."""
+    """Inside, compiled C++ kernels report names and inputs to the profiler, as Triton's do."""
     compiler = sys.modules.get("torch._inductor.codecache")
     modules = compiler.PyCodeCache.modules if compiler else []
     kernels = [
@@ -130,9 +135,10 @@ def _named(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def operators(step: Any, weights: Weights) -> list[Operator]:
-    """What started within an event of the profiler, in order.
+    """Return the operators that started within an event of the profiler, in order.
 
-    A product reads the weight itself, or what another kernel has made of it (dequantized it) just before.
+    A product reads the weight itself, or what another kernel has made of it (dequantized it) just
+    before.
     """
     found = []
     made: dict[int, tuple[str, ...]] = {}
@@ -151,10 +157,10 @@ def operators(step: Any, weights: Weights) -> list[Operator]:
 
 
 def _outermost(event: Any, called: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """The outermost operators inside an event, each with the linear that is being called, where that is not compiled.
+    """Yield an event's outermost operators, each with the uncompiled linear that calls it.
 
-    Ranges, and compiled regions around their kernels, are looked into. So is what the profiler took from the GPU, which it files
-    under the host's events by time alone: a region's range there may seem to hold operators.
+    Ranges, and compiled regions, are searched. So are events of the GPU, which the profiler files
+    under the host's events by time alone: a range there may seem to hold operators.
     """
     if event.tag == _EventType.TorchOp:
         if event.name.startswith(_LAYER):
@@ -171,7 +177,7 @@ def _takes_tensors(event: Any) -> bool:
 
 
 def _inputs(event: Any) -> Iterator[int]:
-    """Where the memory of all tensors begins that an event and those inside it are given."""
+    """Yield where each tensor's memory begins that an event, or one inside it, is given."""
     for value in getattr(event.extra_fields, "inputs", ()):
         for tensor in value if isinstance(value, list) else [value]:
             if place := getattr(tensor, "storage_data_ptr", None):
@@ -187,5 +193,5 @@ def _ids(event: Any) -> Iterator[int]:
 
 
 def _places(weight: torch.Tensor) -> list[int]:
-    """Where the memory of the plain tensors inside a weight begins."""
+    """Return where the memory of each plain tensor inside a weight begins."""
     return [part.untyped_storage().data_ptr() for part in flatten_tensor(weight)[0]]

@@ -1,10 +1,13 @@
-"""A model compiled part by part, each different part once, for steps that are replayed as CUDA graphs.
+"""Compile a model part by part, each different part once, for steps replayed as CUDA graphs.
 
-Between the kernels of a replayed graph nothing is left of the code that started them, so the model's own code may run around its
-compiled parts: its blocks, and the largest modules beside them. Compiling a model in one piece costs the compiler's first two
-stages about 0.4 s for each block and phase, also where blocks are alike and the third stage compiles them once. Here a part is
-traced by running it with tensors that hold nothing, in a few hundredths of a second, and the tensors that it knows by itself
-(weights, its cache) become inputs of the graph. Parts whose graphs are the same are one compiled function, in every plan.
+A replayed graph holds kernels and none of the code that launched them. So the model's own code may
+run around its compiled parts: its blocks, and the largest modules outside them.
+
+Compiling a model in one piece costs about 0.4 s for each block and phase in the compiler's first
+two stages, even if blocks are alike and the third stage compiles them once. Here a part is traced
+with fake tensors in a few hundredths of a second, and the tensors that it holds (weights, its
+cache) become inputs of the graph. Parts with equal graphs share one compiled function, in every
+plan.
 """
 
 from __future__ import annotations
@@ -19,16 +22,16 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.records import content_key
+from autoquant.runtime.caches import FUNCTIONS
 from autoquant.runtime.compiled import compile_graph, repeated_blocks
 
 
 def compile_parts(module: nn.Module) -> nn.Module:
-    """Have the parts of `module` compiled, each when it is first called with arguments of some shapes."""
+    """Compile the parts of `module`, each when it is first called with arguments of new shapes."""
     for part in _parts(module):
         part.forward = _Part(part.forward)
     return module
@@ -36,7 +39,10 @@ def compile_parts(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def told_that_it_is_compiled(told: bool = True) -> Iterator[None]:
-    """Inside, code that asks whether it is compiled gets this answer. Compiled code decides nothing by a tensor's values."""
+    """Inside, code that asks whether it is being compiled gets this answer.
+
+    Models ask to avoid decisions by a tensor's values, which no traced code can make.
+    """
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = told
     try:
@@ -46,7 +52,7 @@ def told_that_it_is_compiled(told: bool = True) -> Iterator[None]:
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
-    """The blocks, and the largest modules that hold none."""
+    """Return the blocks, and the largest modules that contain none."""
     blocks = set(repeated_blocks(module))
 
     def within(owner: nn.Module) -> Iterator[nn.Module]:
@@ -65,9 +71,9 @@ class _Compiled:
     """A part compiled for arguments of some shapes.
 
     Attributes:
-        others: Arguments that are no tensors; kept, for `signature` has their ids.
-        constants: What the part knows by itself.
-        results: What it returns, with the numbers of the function's results in the place of tensors.
+        others: Non-tensor arguments, kept alive because `signature` holds their ids.
+        constants: Tensors that the part holds itself.
+        results: What it returns, with a `_Number` of the function's result for each tensor.
     """
 
     signature: tuple[Any, ...]
@@ -78,8 +84,9 @@ class _Compiled:
     structure: pytree.TreeSpec
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
-        tensors = self.function(*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *self.constants)
-        values = [tensors[value.number] if isinstance(value, _Number) else value for value in self.results]
+        given = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        tensors = self.function(*given, *self.constants)
+        values = [tensors[v.number] if isinstance(v, _Number) else v for v in self.results]
         return pytree.tree_unflatten(values, self.structure)
 
 
@@ -89,7 +96,7 @@ class _Number:
 
 
 class _Part:
-    """Stands for a module's forward pass."""
+    """Takes the place of a module's `forward`."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
@@ -98,7 +105,7 @@ class _Part:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         signature = (structure, *map(_signature, leaves))
-        known = next((compiled for compiled in self._compiled if compiled.signature == signature), None)
+        known = next((each for each in self._compiled if each.signature == signature), None)
         if known is None:
             known = _compile(self._forward, leaves, structure, signature)
             self._compiled.append(known)
@@ -107,14 +114,17 @@ class _Part:
 
 
 def _signature(leaf: Any) -> Any:
-    """What code that was traced with this argument, or value of a part's own, depends on."""
+    """Return what traced code depends on of an argument or a tensor that a part holds."""
     if isinstance(leaf, torch.Tensor):
         return str(leaf.dtype), str(leaf.device), tuple(leaf.shape), leaf.stride()
     return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else id(leaf)
 
 
 def _compile(
-    forward: Callable[..., Any], leaves: Sequence[Any], structure: pytree.TreeSpec, signature: tuple[Any, ...]
+    forward: Callable[..., Any],
+    leaves: Sequence[Any],
+    structure: pytree.TreeSpec,
+    signature: tuple[Any, ...],
 ) -> _Compiled:
     results: list[Any] = []
     shape: list[pytree.TreeSpec] = []
@@ -125,8 +135,8 @@ def _compile(
         args, kwargs = pytree.tree_unflatten(values, structure)
         returned, returned_structure = pytree.tree_flatten(forward(*args, **kwargs))
         found = [value for value in returned if isinstance(value, torch.Tensor)]
-        numbers = iter(range(len(found)))
-        results[:] = [_Number(next(numbers)) if isinstance(value, torch.Tensor) else value for value in returned]
+        numbers = map(_Number, range(len(found)))
+        results[:] = [next(numbers) if isinstance(v, torch.Tensor) else v for v in returned]
         shape[:] = [returned_structure]
         return found
 
@@ -140,7 +150,7 @@ def _compile(
 
 
 class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Operators compute with tensors that hold nothing, also where they are given others, which they might change."""
+    """Runs operators on fake tensors. Real ones are converted too: an operator may change them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self.of, (args, kwargs or {}))
@@ -150,26 +160,24 @@ class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]
         return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor)
 
 
-class _LinearsOfRows(TorchFunctionMode):
-    """Linears are given the rows of their input as a matrix.
+class _LinearsOfRows(LinearHook):
+    """Passes the rows of a linear's input as one matrix.
 
-    PyTorch makes a product per sample of them otherwise where the strides of an input of three dimensions do not tell that it is
-    a matrix, as after attention with one token: cuBLAS then took 47 us for 4096x4096 and 16 rows, and 13 for the matrix.
+    Otherwise PyTorch makes one product per sample if the strides of a three-dimensional input do
+    not show that it is a matrix, as after attention with one token. cuBLAS then took 47 us for
+    4096x4096 and 16 rows, and 13 us for the matrix.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in LINEAR_FUNCTIONS:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias = linear_arguments(args, kwargs)
-        y = func(x.reshape(-1, x.shape[-1]), weight, bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+    def on_linear(self, call: LinearCall) -> torch.Tensor:
+        y = call.compute(call.x.reshape(-1, call.x.shape[-1]), call.weight)
+        return y.view(*call.x.shape[:-1], y.shape[-1])
 
 
 def _as_inputs(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
-    """Make the tensors that a graph holds its last inputs; returns them.
+    """Turn the tensors that a graph holds into its last inputs, and return them.
 
     Raises:
-        TypeError: It holds something else, or a tensor that is no plain one.
+        TypeError: It holds something else, or a tensor subclass.
     """
     constants: dict[int, tuple[torch.Tensor, torch.fx.Node]] = {}
     first = next(node for node in graph.graph.nodes if node.op not in ("placeholder", "get_attr"))
@@ -178,7 +186,8 @@ def _as_inputs(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
             continue
         value = getattr(graph, node.target)
         if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
-            raise TypeError(f"a part that holds a {type(value).__name__} cannot be compiled by itself")
+            kind = type(value).__name__
+            raise TypeError(f"a part that holds a {kind} cannot be compiled by itself")
         if id(value) not in constants:
             with graph.graph.inserting_before(first):
                 constants[id(value)] = (value, graph.graph.placeholder(f"constant{len(constants)}"))
@@ -191,13 +200,16 @@ def _as_inputs(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
 _FUNCTIONS: dict[str, Callable[..., Sequence[torch.Tensor]]] = {}
 
 
-def _function(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
-    """The graph compiled; one function for all graphs that are the same."""
+def _function(
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[torch.Tensor],
+) -> Callable[..., Sequence[torch.Tensor]]:
+    """Compile a graph. Equal graphs get the same function."""
     places = list(map(id, inputs))
     same = [places.index(place) for place in places]
     key = content_key([graph.code, [_signature(tensor) for tensor in inputs], same], length=32)
-    if key not in _FUNCTIONS:
+    if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)
         with told_that_it_is_compiled(False):
-            _FUNCTIONS[key] = compile_graph(without_tensors, inputs)
-    return _FUNCTIONS[key]
+            FUNCTIONS[key] = compile_graph(without_tensors, inputs)
+    return FUNCTIONS[key]

@@ -9,17 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from autoquant.devices import Division, backend
 from autoquant.errors import WorkloadError
 from autoquant.models import LoadedModel
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
-from autoquant.runtime.compiled import (
-    Division,
-    GraphedStep,
-    compile_forward,
-    ready_to_compile,
-    repeated_blocks,
-)
+from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
 
 _Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -114,17 +109,8 @@ def _tokens(workload: Workload) -> int:
     return tokens
 
 
-def divisions(device: str) -> Sequence[Division]:
-    """Return the ways to compile for `device`, the one that is ready soonest first."""
-    return (
-        ("parts", "regions", "whole")
-        if torch.device(device).type == "cuda"
-        else ("regions", "whole")
-    )
-
-
 def default_workload(kind: str, batch: int) -> Workload:
-    """Return the workload of a model of this kind (see `LoadedModel`) if none is given."""
+    """Return the default workload of a model of `kind` (see `LoadedModel`)."""
     if kind == "causal_lm":
         return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
     if kind == "token_lm":
@@ -192,18 +178,16 @@ class _CausalPhases:
 
         self._cache = StaticCache(config=config, max_cache_len=self._prompt + self._steps)
         self._eager = self._launched = self._forward = _step_of(module, self._cache)
-        self._step(
-            self._eager, 1
-        )  # makes the cache's tensors, so that compiled code finds them ready
+        # Makes the cache's tensors, so that compiled code finds them ready.
+        self._step(self._eager, 1)
         if compiled:
-            graphed = torch.device(device).type == "cuda" and not any(
-                layer.is_sliding for layer in self._cache.layers
-            )
+            sliding = any(layer.is_sliding for layer in self._cache.layers)
+            graphed = backend(device).graphs and not sliding
             in_parts = graphed and division == "parts" and any(repeated_blocks(module))
             compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
             self._launched = self._forward = compiled_step(module, self._cache)
             if graphed:
-                self._forward = GraphedStep(self._launched, self._lengths)
+                self._forward = backend(device).graphed(self._launched, self._lengths)
 
     def reset(self, phase: str) -> None:
         self._cache.reset()

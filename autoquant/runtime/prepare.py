@@ -1,4 +1,4 @@
-"""Having a model compute as fast as its plan allows, in the user's own loop."""
+"""Models made as fast in the user's own loop as their plan allows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from autoquant.models.loaded import is_causal_lm
 def prepare(model: nn.Module) -> nn.Module:
     """Make a model compute as fast as it can without any further call, in place.
 
-    Quantized linears are taken apart (see `autoquant.candidates.linears`). A causal language model of transformers gets a
-    `generate` that replays its steps (see `autoquant.runtime.generate.generation`). An unquantized model is prepared in the same
-    way.
+    Quantized linears are taken apart (see `autoquant.candidates.linears`). A causal language model
+    of transformers gets a `generate` that replays its steps (see
+    `autoquant.runtime.generate.generation`). An unquantized model is prepared in the same way.
 
     Returns:
         The same module.

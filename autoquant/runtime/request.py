@@ -1,4 +1,4 @@
-"""Time of one request, measured on the whole model: a plan and the unquantized model in turn."""
+"""The time of one request: a plan and the unquantized model, measured in turn."""
 
 from __future__ import annotations
 
@@ -10,28 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from autoquant.devices.device import release_memory, synchronize
-from autoquant.devices.load import HIGHEST_OTHER_LOAD, watch_load
+from autoquant.devices import Backend, Division, backend
+from autoquant.devices.effort import TimingEffort, timing_effort
+from autoquant.devices.memory import release_memory
 from autoquant.errors import first_line
 from autoquant.intervals import mean_interval
 from autoquant.records import DISTURBED, Interval, request_time
-from autoquant.runtime.compiled import Division
 from autoquant.runtime.phases import Phases
 
 WARM_UP_CALLS = 2
 MAX_RELATIVE_ERROR = 0.1
-_ROUNDS = 6
-_FEWEST_ROUNDS = 3
-_CALLS_PER_ROUND = 16
-_ROUND_S = 0.1
-_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTimes:
-    """Median milliseconds of one call of each phase, of a plan and of the unquantized model timed in the same rounds.
+    """Median milliseconds of one call of each phase, of a plan and of the unquantized model.
 
-    `rounds` has the pairs (plan, unquantized model) that these are medians of, phase by phase.
+    Attributes:
+        rounds: The pairs (plan, unquantized model) that these are medians of.
     """
 
     plan_ms: Mapping[str, float]
@@ -40,11 +36,14 @@ class RequestTimes:
     rounds: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()
 
     def request_ms(self, calls: Mapping[str, int]) -> tuple[float, float]:
-        """Milliseconds of one request by the plan and by the unquantized model."""
+        """Return the milliseconds of one request by the plan and by the unquantized model."""
         return request_time(self.plan_ms, calls), request_time(self.original_ms, calls)
 
     def ratio(self, calls: Mapping[str, int]) -> Interval:
-        """Request time of the plan over that of the unquantized model, with its 95 % interval from the spread of the rounds."""
+        """Return the plan's request time over the unquantized model's, with its 95 % interval.
+
+        The interval follows from the spread of the rounds.
+        """
         plan_ms, original_ms = self.request_ms(calls)
         value = plan_ms / original_ms
         each = [request_time(plan, calls) / request_time(original, calls) for plan, original in self.rounds]
@@ -53,7 +52,7 @@ class RequestTimes:
 
 
 class Timed(Protocol):
-    """What can be timed: `run` does one call, of which `limit` may follow a `reset`."""
+    """A model that can be timed: `run` does one call, and `limit` calls may follow a `reset`."""
 
     def reset(self, phase: str) -> None: ...
 
@@ -63,14 +62,15 @@ class Timed(Protocol):
 
 
 class WrongResultError(Exception):
-    """Compiled code computes something else than the same model does eagerly."""
+    """Compiled code gives other results than the same model does eagerly."""
 
 
 def warm_up(phases: Phases) -> None:
-    """Compile every phase, check what it computes, and run it until it has settled.
+    """Compile every phase, check its results, and run it until it has settled.
 
     Raises:
-        WrongResultError: The compiled phase's output differs from the eager one's by more than rounding explains.
+        WrongResultError: The compiled phase's output differs from the eager one's by more than
+            rounding explains.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -91,17 +91,17 @@ def warm_up(phases: Phases) -> None:
 
 
 def make_warm(make: Callable[..., Phases], divisions: Sequence[Division]) -> tuple[Phases, str]:
-    """Make phases and warm them up, by the first way to compile that works.
+    """Make phases and warm them up, by the first way of compiling that works.
 
     Args:
         make: `make_phases` with all its arguments but `division`.
         divisions: The ways, in the order in which to try them.
 
     Returns:
-        The phases, and which way it was and why, where it was not the first.
+        The phases, and a note if it was not the first way.
 
     Raises:
-        WrongResultError: The model computes something else in the last way, too.
+        WrongResultError: The model gives other results in the last way, too.
     """
     reason = ""
     for division in divisions:
@@ -122,65 +122,103 @@ _COMPILED: dict[Division, str] = {
 }
 
 
-def time_requests(plan: Phases, original: Phases, device: str) -> RequestTimes:
-    """Time both models, already warm, in alternating order, and take medians over rounds; see `time_in_turn`."""
-    (of_original, of_plan), note = rounds_in_turn([original, plan], _names(original), device)
+def time_requests(plan: Phases, original: Phases, device: str, effort: TimingEffort | None = None) -> RequestTimes:
+    """Time both models, already warm, in turn, and take medians over rounds.
+
+    Args:
+        effort: None for that of the process.
+    """
+    (of_original, of_plan), note = rounds_in_turn([original, plan], _names(original), device, effort)
     return beside(of_plan, of_original, note)
 
 
-def time_in_turn(models: Sequence[Phases], device: str) -> tuple[list[dict[str, float]], str]:
-    """As `rounds_in_turn`, with the medians over rounds for each model."""
-    rounds, note = rounds_in_turn(models, _names(models[0]), device)
+def time_in_turn(
+    models: Sequence[Phases], device: str, effort: TimingEffort | None = None
+) -> tuple[list[dict[str, float]], str]:
+    """Time as `rounds_in_turn`, and take medians over rounds for each model."""
+    rounds, note = rounds_in_turn(models, _names(models[0]), device, effort)
     return [_medians(taken) for taken in rounds], note
 
 
 def beside(plan: Sequence[Mapping[str, float]], original: Sequence[Mapping[str, float]], note: str) -> RequestTimes:
-    """What the same rounds gave of a plan and of the unquantized model."""
+    """Return the times of a plan and of the unquantized model from the same rounds."""
     return RequestTimes(_medians(plan), _medians(original), note, tuple(zip(plan, original, strict=True)))
 
 
-def rounds_in_turn(
-    models: Sequence[Timed], names: Sequence[str], device: str, limit_s: float = math.inf
-) -> tuple[list[list[dict[str, float]]], str]:
-    """Time models of one workload, already warm, round after round, each round beginning with another one.
+Rounds = list[list[dict[str, float]]]
+"""For each model and round, the milliseconds of one call of each phase."""
 
-    Repeated while the machine is busy with something else.
+
+@dataclass(frozen=True, slots=True)
+class UntilEnough:
+    """When rounds go on beyond the usual number.
+
+    Attributes:
+        enough: Whether rounds that were done are enough.
+        most: Do not begin more rounds than these.
+        limit_s: Begin no further round, and do not repeat, after that time.
+    """
+
+    enough: Callable[[Rounds], bool]
+    most: int
+    limit_s: float
+
+
+def rounds_in_turn(
+    models: Sequence[Timed],
+    names: Sequence[str],
+    device: str,
+    effort: TimingEffort | None = None,
+    until: UntilEnough | None = None,
+) -> tuple[Rounds, str]:
+    """Time models, already warm, in rounds, each of which begins with another model.
+
+    All rounds are repeated while the machine is busy with something else.
 
     Args:
-        names: Of the phases.
-        limit_s: Begin no further round, and do not repeat, after that time.
+        names: Names of the phases.
+        effort: None for that of the process.
+        until: None for the effort's number of rounds.
 
     Returns:
-        For each model and round milliseconds of one call of each phase, and a note where the machine stayed busy.
+        The times, and a note if the machine stayed busy.
     """
-    until = time.perf_counter() + limit_s
-    for attempt in range(_ATTEMPTS):
-        watch = watch_load(device)
-        times = _rounds_in_turn(models, names, device, until)
+    effort = effort or timing_effort()
+    place = backend(device)
+    end_s = time.perf_counter() + (until.limit_s if until else math.inf)
+    for attempt in range(effort.attempts):
+        watch = place.watch_load()
+        times: Rounds = [[] for _ in models]
+        while not _is_done(times, effort, until, end_s):
+            _add_round(times, models, names, place, effort)
         share = watch.share()
-        if share <= HIGHEST_OTHER_LOAD:
+        if share <= effort.highest_other_load:
             return times, ""
-        if time.perf_counter() > until:
+        if time.perf_counter() > end_s:
             break
         time.sleep(attempt)
     return times, f"{DISTURBED} {share:.0%} of the machine: `autoquant bench` times it again"
 
 
-def _rounds_in_turn(
-    models: Sequence[Timed], names: Sequence[str], device: str, until: float
-) -> list[list[dict[str, float]]]:
-    samples: list[list[dict[str, float]]] = [[] for _ in models]
-    pairs = list(zip(models, samples, strict=True))
-    for number in range(_ROUNDS):
-        if number >= _FEWEST_ROUNDS and time.perf_counter() > until:
-            break
-        for _, taken in pairs:
-            taken.append({})
-        first = number % len(pairs)
-        for name in names:
-            for phases, taken in pairs[first:] + pairs[:first]:
-                taken[-1][name] = _sample(phases, name, device)
-    return samples
+def _is_done(times: Rounds, effort: TimingEffort, until: UntilEnough | None, end_s: float) -> bool:
+    done = len(times[0])
+    if done >= effort.fewest_request_rounds and time.perf_counter() > end_s:
+        return True
+    if done < effort.request_rounds:
+        return False
+    return until is None or done >= until.most or until.enough(times)
+
+
+def _add_round(
+    times: Rounds, models: Sequence[Timed], names: Sequence[str], place: Backend, effort: TimingEffort
+) -> None:
+    first = len(times[0]) % len(models)
+    pairs = list(zip(models, times, strict=True))
+    for taken in times:
+        taken.append({})
+    for name in names:
+        for model, taken in pairs[first:] + pairs[:first]:
+            taken[-1][name] = _sample(model, name, place, effort)
 
 
 def _names(phases: Phases) -> list[str]:
@@ -191,19 +229,19 @@ def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(taken[name] for taken in rounds) for name in rounds[0]}
 
 
-def _sample(phases: Timed, name: str, device: str) -> float:
-    """Median milliseconds of several calls in a row."""
+def _sample(model: Timed, name: str, place: Backend, effort: TimingEffort) -> float:
+    """Return the median milliseconds of several calls in a row."""
     calls: list[float] = []
     started = time.perf_counter()
     left = 0
-    while len(calls) < _CALLS_PER_ROUND and time.perf_counter() - started < _ROUND_S:
+    while len(calls) < effort.request_calls and time.perf_counter() - started < effort.request_round_s:
         if left == 0:
-            phases.reset(name)
-            left = phases.limit(name)
-        synchronize(device)
+            model.reset(name)
+            left = model.limit(name)
+        place.synchronize()
         start = time.perf_counter()
-        phases.run(name)
-        synchronize(device)
+        model.run(name)
+        place.synchronize()
         calls.append((time.perf_counter() - start) * 1e3)
         left -= 1
     return statistics.median(calls)

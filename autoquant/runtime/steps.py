@@ -1,4 +1,4 @@
-"""One step of a model, kernel by kernel: which layer each belongs to, what the others do, and the gaps between them.
+"""One step of a model, kernel by kernel: the layer or the kind of each, and the gaps between them.
 
 Times are microseconds. The kernels' times and the gaps add up to the step's.
 """
@@ -28,10 +28,11 @@ class KernelTime:
     """A kernel on a GPU, or an operator or compiled kernel on the CPU, that ran in a step.
 
     Attributes:
-        kind: `LINEAR`, one of `GLUE`, or `UNKNOWN` where it could not be told who launched it.
+        kind: `LINEAR`, one of `GLUE`, or `UNKNOWN` if its launch was not found.
         layers: The linears whose weights it reads: several where they are computed as one.
         start_us: From the step's beginning.
-        duration_us: What it adds to the step; less than it took where it overlaps with one that began before.
+        duration_us: What it adds to the step; less than it took where it overlaps with one that
+            began before.
     """
 
     name: str
@@ -46,7 +47,8 @@ class StepProfile:
     """What one step of a phase did, in the order of time.
 
     Attributes:
-        step_us: On the CPU the whole call, on a GPU from the first kernel's beginning to the last one's end.
+        step_us: On the CPU the whole call, on a GPU from the first kernel's beginning to the last
+            one's end.
     """
 
     phase: str
@@ -54,7 +56,7 @@ class StepProfile:
     kernels: tuple[KernelTime, ...]
 
     def gaps(self) -> list[tuple[float, float]]:
-        """(start, duration) of every time in which nothing ran."""
+        """Return (start, duration) of every time in which nothing ran."""
         found = []
         end = 0.0
         for kernel in self.kernels:
@@ -66,14 +68,15 @@ class StepProfile:
         return found
 
     def gaps_us(self) -> float:
-        """The step less its kernels."""
+        """Return the time of the step less that of its kernels."""
         return self.step_us - sum(kernel.duration_us for kernel in self.kernels)
 
     def layer_us(self, shares: Mapping[str, float]) -> dict[str, float]:
-        """Microseconds by linear.
+        """Return microseconds by linear.
 
         Args:
-            shares: By linear, in which proportion those that are computed as one share a kernel's time.
+            shares: By linear, in which proportion those that are computed as one share a kernel's
+                time.
         """
         times: dict[str, float] = {}
         for kernel in self.kernels:
@@ -83,7 +86,7 @@ class StepProfile:
         return times
 
     def glue_us(self) -> dict[str, float]:
-        """Microseconds by kind of what belongs to no linear, most first."""
+        """Return microseconds by kind of the kernels of no linear, most first."""
         times: dict[str, float] = {}
         for kernel in self.kernels:
             if kernel.kind != LINEAR:
@@ -92,9 +95,9 @@ class StepProfile:
 
 
 def median_step(steps: Sequence[StepProfile]) -> StepProfile:
-    """The step in which every kernel, and every gap, takes its median time over repetitions of one step.
+    """Return the step whose kernels and gaps take their median time over repetitions.
 
-    Where the repetitions did not run the same kernels, the one of median time.
+    If the repetitions did not run the same kernels, it is the one of median time.
     """
     by_time = sorted(steps, key=lambda step: step.step_us)
     if len({tuple(kernel.name for kernel in step.kernels) for step in steps}) > 1:
@@ -111,7 +114,7 @@ def median_step(steps: Sequence[StepProfile]) -> StepProfile:
 
 
 def _with_gaps(step: StepProfile) -> list[tuple[float, KernelTime]]:
-    """Each kernel, and how long nothing ran before it."""
+    """Return each kernel, and how long nothing ran before it."""
     ends = [0.0, *(kernel.start_us + kernel.duration_us for kernel in step.kernels)]
     return [(kernel.start_us - end, kernel) for kernel, end in zip(step.kernels, ends, strict=False)]
 
@@ -121,8 +124,9 @@ def _after_last(step: StepProfile) -> float:
 
 
 def glue_kind(name: str) -> str:
-    """What a kernel that reads no linear's weight does, by its name.
+    """Return the kind of a kernel that reads no linear's weight, by its name.
 
-    A fused kernel is named after all that it computes, and counts for the first kind of `GLUE` that its name tells.
+    A fused kernel is named after all that it computes. It counts as the first kind of `GLUE` that
+    its name fits.
     """
     return next((kind for kind, pattern in _GLUE if re.search(pattern, name.lower())), OTHER)

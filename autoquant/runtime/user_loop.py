@@ -1,4 +1,7 @@
-"""The loop that a user runs, and its time: `generate` of a causal language model, one call of any other module."""
+"""The loop that a user runs, and its time.
+
+It is `generate` of a causal language model, and one call of any other module.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.errors import WorkloadError
 from autoquant.models import LoadedModel
 from autoquant.models.outputs import output_tensor
@@ -18,10 +22,17 @@ from autoquant.models.quiet import quiet
 from autoquant.records import Interval, Loop, RunTimes, Workload
 from autoquant.runtime.modules import compile as compiled
 from autoquant.runtime.prepare import prepare
-from autoquant.runtime.request import MAX_RELATIVE_ERROR, WARM_UP_CALLS, RequestTimes, beside, rounds_in_turn
+from autoquant.runtime.request import (
+    MAX_RELATIVE_ERROR,
+    WARM_UP_CALLS,
+    RequestTimes,
+    Rounds,
+    UntilEnough,
+    beside,
+    rounds_in_turn,
+)
 
 _REQUEST, _FIRST = "request", "first token"
-_LONGEST_S = 30.0
 _CHECK_TOKENS = 48
 _CHECK_NEW_TOKENS = 8
 
@@ -31,7 +42,7 @@ class UserLoop:
     """One request of a workload to one model.
 
     Attributes:
-        new_tokens: That the request asks for; 0 for a forward pass.
+        new_tokens: How many the request asks for; 0 for a forward pass.
     """
 
     loop: Loop
@@ -40,7 +51,7 @@ class UserLoop:
 
     @property
     def names(self) -> list[str]:
-        """What is timed."""
+        """The names of the calls that are timed."""
         return list(self.calls)
 
     def run(self, name: str) -> None:
@@ -48,7 +59,7 @@ class UserLoop:
             self.calls[name]()
 
     def reset(self, name: str) -> None:
-        """Every call is a whole one."""
+        """Do nothing: every call is a whole one."""
 
     def limit(self, name: str) -> int:
         return 1 << 30
@@ -83,7 +94,7 @@ class Usage:
         return "generate" if self.kind == "causal_lm" else "forward"
 
     def loop_of(self, module: nn.Module) -> UserLoop:
-        """The loop of a model, which is prepared for it in place."""
+        """Return the loop of a model, and prepare the model for it in place."""
         if self.kind != "causal_lm":
             forward, inputs = compiled(module), self._inputs()
             return UserLoop("forward", 0, {_REQUEST: lambda: _call(forward, inputs)})
@@ -94,10 +105,11 @@ class Usage:
         return UserLoop("generate", tokens, calls)
 
     def answer_of(self, module: nn.Module, *, replayed: bool = False) -> Answer:
-        """What a model gives for the beginning of the prompt, or for the inputs.
+        """Return what a model gives for the beginning of the prompt, or for the inputs.
 
         Args:
-            replayed: Generate by compiled steps; otherwise as transformers itself does, which compiles nothing.
+            replayed: Generate by compiled steps; otherwise as transformers itself does, which
+                compiles nothing.
         """
         inputs = self._prompt(module)[:1, :_CHECK_TOKENS] if self.kind == "causal_lm" else self._inputs()
         with torch.no_grad():
@@ -109,7 +121,7 @@ class Usage:
         return Answer(output.float().cpu(), ids)
 
     def _prompt(self, module: nn.Module) -> torch.Tensor:
-        """Token ids [batch, tokens] drawn at random, the same for every model of a vocabulary."""
+        """Return random token ids `[batch, tokens]`, the same for every model of a vocabulary."""
         config: Any = module.config
         vocabulary = config.get_text_config(decoder=True).vocab_size
         shape = (self.workload.batch, self.workload.prompt_tokens)
@@ -130,14 +142,17 @@ class Answer:
 
     Attributes:
         output: In float32.
-        ids: Prompt and new tokens [1, tokens]; None where the model generates nothing.
+        ids: Prompt and new tokens `[1, tokens]`, or None if the model generates nothing.
     """
 
     output: torch.Tensor
     ids: torch.Tensor | None
 
     def error(self, expected: Answer) -> float:
-        """Relative difference of the output from that expected; 0 where they are equal bit for bit."""
+        """Return the relative difference from the expected output.
+
+        0 if they are equal bit for bit.
+        """
         if self.output.shape != expected.output.shape:
             return math.inf
         difference = (self.output - expected.output).norm() / expected.output.norm().clamp(min=1e-30)
@@ -149,7 +164,11 @@ def _call(forward: Callable[..., Any], inputs: Sequence[Any] | Mapping[str, Any]
 
 
 def generate(model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = False, **settings: Any) -> torch.Tensor:
-    """The prompt and up to `tokens` greedily chosen tokens behind it, or exactly so many: ids [batch, tokens]."""
+    """Return the prompt and up to `tokens` greedily chosen tokens behind it: ids `[batch, tokens]`.
+
+    Args:
+        exactly: Do not end before.
+    """
     ends = {"min_new_tokens": tokens} if exactly else {}
     with torch.no_grad(), quiet():
         made: torch.Tensor = model.generate(
@@ -159,9 +178,10 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = F
 
 
 def first_difference(model: Any, made: Answer, expected: Answer) -> str:
-    """Where generated ids first differ from those expected by more than a near tie; empty where they do not.
+    """Return where generated ids differ by more than a near tie, or an empty string.
 
-    The two tokens are a near tie where their logits are close beside the distance of the best logit from the mean.
+    Two tokens are a near tie if the gap between their logits is small against the distance from the
+    best logit to the mean.
     """
     if made.ids is None or expected.ids is None:
         return ""
@@ -184,28 +204,50 @@ def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bo
 
 @dataclass(frozen=True, slots=True)
 class UserTimes:
-    """Of one model, with the ratio of its request time to that of the first one that was timed (None for that one)."""
+    """Times of one model.
+
+    Attributes:
+        ratio: Its request time over that of the first model that was timed; None for that one.
+    """
 
     times: RunTimes
     ratio: Interval | None
 
 
-def time_user_loops(loops: Sequence[UserLoop], device: str) -> tuple[list[UserTimes], str]:
+def time_user_loops(
+    loops: Sequence[UserLoop], device: str, effort: TimingEffort | None = None
+) -> tuple[list[UserTimes], str]:
     """Warm loops up and time them in turn, the first being that of the unquantized model.
 
+    Rounds go on until every ratio is known well enough, within the limits of the effort.
+
+    Args:
+        effort: None for that of the process.
+
     Returns:
-        A time for each, and a note where other programs disturbed it.
+        Times of each, and a note if other programs disturbed them.
     """
+    effort = effort or timing_effort()
     with kernels_kept(device):
         for loop in loops:
             for name in loop.names * WARM_UP_CALLS:
                 loop.run(name)
-    rounds, note = rounds_in_turn(loops, loops[0].names, device, _LONGEST_S)
+
+    def enough(rounds: Rounds) -> bool:
+        ratios = [_ratio(beside(taken, rounds[0], "")) for taken in rounds[1:]]
+        return all(ratio.high - ratio.value < effort.loop_precision * ratio.value for ratio in ratios)
+
+    until = UntilEnough(enough, effort.loop_rounds, effort.loop_limit_s)
+    rounds, note = rounds_in_turn(loops, loops[0].names, device, effort, until)
     pairs = [beside(taken, rounds[0], note) for taken in rounds]
     found = [
         _user_times(pair, loop, first=number == 0) for number, (pair, loop) in enumerate(zip(pairs, loops, strict=True))
     ]
     return found, note
+
+
+def _ratio(times: RequestTimes) -> Interval:
+    return times.ratio({_REQUEST: 1, _FIRST: 0})
 
 
 def _user_times(pair: RequestTimes, loop: UserLoop, *, first: bool) -> UserTimes:
@@ -217,4 +259,4 @@ def _user_times(pair: RequestTimes, loop: UserLoop, *, first: bool) -> UserTimes
     else:
         step_ms = (request_ms - first_ms) / (loop.new_tokens - 1)
         times = RunTimes(request_ms=request_ms, first_token_ms=first_ms, step_ms=step_ms)
-    return UserTimes(times, None if first else pair.ratio({_REQUEST: 1, _FIRST: 0}))
+    return UserTimes(times, None if first else _ratio(pair))

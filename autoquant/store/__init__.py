@@ -1,4 +1,4 @@
-"""The SQLite store: every fact that a search learns, under a key that says when it may be used again."""
+"""The SQLite store: every fact of a search, under a key that says when it may be used again."""
 
 from autoquant.store.connect import open_store
 from autoquant.store.repository import Store

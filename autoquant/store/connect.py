@@ -1,4 +1,4 @@
-"""Opening a database: ours or refused, migrated to the newest schema, never half written."""
+"""Open a database: check that it is ours, and migrate it to the newest schema."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-APPLICATION_ID = 0x41514E54  # "AQNT", in the SQLite header: tells our files from other programs'
+APPLICATION_ID = 0x41514E54  # "AQNT" in the SQLite header marks our files
 VERSION_TABLE = "autoquant_schema"
 _BUSY_TIMEOUT_S = 60
 
@@ -32,14 +32,21 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     """Open the store at a path (SQLite) or an SQLAlchemy URL.
 
     Args:
-        create: Make the database where there is none. A file that `create=False` finds missing stays missing.
+        create: Make a missing database. With False, a missing file stays missing.
 
     Raises:
-        StoreError: The file is missing, not writable, damaged, of another program, or of a newer autoquant.
+        StoreError: The file is missing, not writable, damaged, of another program, or of a newer
+            autoquant.
     """
     check_address(address, create=create)
-    url = make_url(str(address)) if "://" in str(address) else URL.create("sqlite", database=str(address))
-    engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {})
+    url = (
+        make_url(str(address))
+        if "://" in str(address)
+        else URL.create("sqlite", database=str(address))
+    )
+    engine = create_engine(
+        url, connect_args={"timeout": _BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {}
+    )
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
@@ -56,19 +63,23 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
 
 
 def open_read_only(path: str | os.PathLike[str]) -> Store:
-    """Open a database file of today's schema for reading only: the file keeps every byte.
+    """Open a database file of today's schema, and change no byte of it.
 
     Raises:
-        StoreError: The file is missing, damaged, of another program, or of an older or newer autoquant.
+        StoreError: The file is missing, damaged, of another program, or of an older or newer
+            autoquant.
     """
     file = Path(path)
     _check_file(file, create=False, write=False)
-    # A file without a log beside it is open nowhere. Only `immutable` keeps SQLite from making a log, and leaving it there.
+    # A file without a log beside it is open nowhere else. Then `immutable` is safe, and it alone
+    # keeps SQLite from leaving a log there.
     mode = "mode=ro" if Path(f"{file}-wal").exists() else "mode=ro&immutable=1"
     uri = f"{file.absolute().as_uri()}?{mode}"
     engine = create_engine(
         "sqlite://",
-        creator=lambda: sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
+        creator=lambda: sqlite3.connect(
+            uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S
+        ),
         poolclass=NullPool,
     )
     event.listen(engine, "begin", _begin_sqlite)
@@ -80,38 +91,45 @@ def open_read_only(path: str | os.PathLike[str]) -> Store:
 
 
 def check_address(address: str | os.PathLike[str], *, create: bool = True) -> None:
-    """Refuse, without touching anything, a file that `open_store` would refuse.
+    """Refuse a file that `open_store` would refuse, without touching it.
 
     Raises:
-        StoreError: As for `open_store`, save for what only the schema tells.
+        StoreError: As for `open_store`, except for what only the schema shows.
     """
     if "://" not in str(address):
         _check_file(Path(address), create=create)
-    elif (url := make_url(str(address))).get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+        return
+    url = make_url(str(address))
+    if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
         _check_file(Path(url.database), create=create)
 
 
 def shown_address(address: str) -> str:
-    """An address as it may be shown to others: a URL without its password."""
+    """Return an address without its password, to be shown."""
     return make_url(address).render_as_string(hide_password=True) if "://" in address else address
 
 
 def folder_of(address: str) -> Path:
-    """The folder that a SQLite file lies in; the current one for a database that is no file."""
+    """Return the folder of a SQLite file, or the current folder for another database."""
     if "://" not in address:
         return Path(address).parent
     url = make_url(address)
-    return Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else Path()
+    return (
+        Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else Path()
+    )
 
 
 def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
-    """Refuse what SQLite would only find out after writing. The file is opened read-only here."""
+    """Refuse what SQLite would notice only after writing. This opens the file read-only."""
     if path.is_dir():
-        raise StoreError(f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}")
+        raise StoreError(
+            f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}"
+        )
     if not path.exists() or path.stat().st_size == 0:
         if not create:
             raise StoreError(
-                f"no database at {path}{did_you_mean_path(path)}; `autoquant search ... --db {path}` makes one"
+                f"no database at {path}{did_you_mean_path(path)}; "
+                f"`autoquant search ... --db {path}` makes one"
             )
         folder = path.parent
         if not folder.is_dir():
@@ -128,20 +146,29 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(100)
     if len(header) < 100 or header[:16] != b"SQLite format 3\0":
-        raise StoreError(f"{path} is not an autoquant database (no SQLite file); give another file for the database")
+        raise StoreError(
+            f"{path} is not an autoquant database (no SQLite file); "
+            "give another file for the database"
+        )
     application = int.from_bytes(header[68:72], "big")
     if application != APPLICATION_ID:
         raise StoreError(f"{path} belongs to another program; give another file for the database")
     page = int.from_bytes(header[16:18], "big")
     page = 65536 if page == 1 else page
-    if path.stat().st_size < page * int.from_bytes(header[28:32], "big") and not Path(f"{path}-wal").exists():
+    if (
+        path.stat().st_size < page * int.from_bytes(header[28:32], "big")
+        and not Path(f"{path}-wal").exists()
+    ):
         raise StoreError(f"{path} is truncated; restore it or give another file for the database")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by `_begin_sqlite`, so that they hold table changes too
+    # `_begin_sqlite` begins transactions, so that they cover changes of tables too.
+    connection.isolation_level = None
     cursor = connection.cursor()
-    if cursor.execute("PRAGMA page_count").fetchone()[0] == 0:  # before the log exists, so that the file itself says it
+    is_new = cursor.execute("PRAGMA page_count").fetchone()[0] == 0
+    if is_new:
+        # Before the log exists, so that the mark is in the file itself.
         cursor.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = NORMAL")
@@ -154,8 +181,8 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _migrate(engine: Engine, address: str) -> None:
-    """Bring the schema to the newest revision, each step in one transaction."""
-    from alembic import command  # deferred: only opening a database needs it
+    """Migrate the schema to the newest revision, each step in one transaction."""
+    from alembic import command
 
     config = _migrations()
     if _is_newest(engine, address, config):
@@ -170,7 +197,8 @@ def _check_revision(engine: Engine, address: str) -> None:
     """Refuse a schema that would have to be migrated before it can be read."""
     if not _is_newest(engine, address, _migrations()):
         raise StoreError(
-            f"{address} was written by an older autoquant; `autoquant studies {address}` brings it up to date"
+            f"{address} was written by an older autoquant; "
+            f"`autoquant studies {address}` brings it up to date"
         )
 
 
@@ -183,7 +211,7 @@ def _migrations() -> Config:
 
 
 def _is_newest(engine: Engine, address: str, config: Config) -> bool:
-    """Whether the schema is the newest; one that is newer than that is refused."""
+    """Return whether the schema is the newest, and refuse one that is newer than that."""
     from alembic.script import ScriptDirectory
 
     script = ScriptDirectory.from_config(config)
@@ -191,8 +219,8 @@ def _is_newest(engine: Engine, address: str, config: Config) -> bool:
     known = {revision.revision for revision in script.walk_revisions()}
     if current is not None and current not in known:
         raise StoreError(
-            f"{address} was written by a newer autoquant (schema {current}); upgrade autoquant to read it, or give another"
-            " file for the database"
+            f"{address} was written by a newer autoquant (schema {current}); "
+            "upgrade autoquant to read it, or give another file for the database"
         )
     return current == script.get_current_head()
 

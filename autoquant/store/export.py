@@ -1,4 +1,4 @@
-"""Every timing of a database as plain rows, whatever device, version or protocol it was made with."""
+"""Every timing of a database as plain rows, for any device, version and protocol."""
 
 from __future__ import annotations
 
@@ -33,24 +33,31 @@ COLUMNS = (
 
 
 def timing_rows(store: Store, device_part: str = "") -> list[dict[str, Any]]:
-    """Timings with the fields of `COLUMNS`, in the order in which they were made.
+    """Return timings with the fields of `COLUMNS`, oldest first.
 
-    `latency_us` is the median of the samples and `spread_us` their interquartile range, both None where there are none.
-    `device_key` tells apart devices of one name (threads, driver, cache), `versions` is a dict.
+    `latency_us` is the median of the samples and `spread_us` their interquartile range, or None
+    without samples. `device_key` separates devices of one name (threads, driver, cache).
+    `versions` is a dict.
 
     Args:
-        device_part: Only devices whose name contains this, in capitals or not.
+        device_part: Return only devices whose name contains this text, in any case.
 
     Raises:
         StoreError: No device has such a name.
     """
     with transaction(store.engine) as session:
         devices = {row.key: row.fingerprint for row in session.scalars(select(DeviceRow))}
-        chosen = [key for key, device in devices.items() if device_part.lower() in device["name"].lower()]
+        chosen = [
+            key for key, device in devices.items() if device_part.lower() in device["name"].lower()
+        ]
         if device_part and not chosen:
             names = ", ".join(sorted({device["name"] for device in devices.values()}))
-            raise StoreError(f"no device here has {device_part!r} in its name; devices: {names or 'none'}")
-        rows = session.scalars(select(TimingRow).where(TimingRow.device_key.in_(chosen)).order_by(TimingRow.id))
+            raise StoreError(
+                f"no device here has {device_part!r} in its name; devices: {names or 'none'}"
+            )
+        rows = session.scalars(
+            select(TimingRow).where(TimingRow.device_key.in_(chosen)).order_by(TimingRow.id)
+        )
         return [_row(row, devices[row.device_key]) for row in rows]
 
 

@@ -1,8 +1,8 @@
-"""Copying what was measured from one database into another.
+"""Copy measurements from one database into another.
 
-What belongs to devices and models travels: timings, rooflines, losses, task scores of unquantized models. What belongs to a
-study does not (plans, proofs, deliveries, references, task scores of plans): the same search makes it again, timing no kernel
-twice.
+What belongs to devices and models is copied: timings, rooflines, losses, and task scores of
+unquantized models. What belongs to a study is not: plans, proofs, deliveries, references, and task
+scores of plans. The same search makes it again, and times no kernel twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from sqlalchemy.orm import Session
 from autoquant.errors import StoreError
 from autoquant.store.connect import open_read_only
 from autoquant.store.repository import Store, transaction
-from autoquant.store.schema import Base, DeviceRow, LossRow, ModelRow, RooflineRow, TaskScoreRow, TimingRow
+from autoquant.store.schema import (
+    Base,
+    DeviceRow,
+    LossRow,
+    ModelRow,
+    RooflineRow,
+    TaskScoreRow,
+    TimingRow,
+)
 
 _MERGED: dict[str, type[Base]] = {
     "devices": DeviceRow,
@@ -28,27 +36,27 @@ _MERGED: dict[str, type[Base]] = {
     "losses": LossRow,
     "task scores": TaskScoreRow,
 }
-"""In an order in which rows come after those that they refer to."""
+"""Ordered so that rows follow the rows that they refer to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergedRows:
-    """How many rows of a table were new, and how many were there already."""
+    """How many rows of a table were new, and how many were known."""
 
     added: int
     known: int
 
 
 def merge(store: Store, other: str | os.PathLike[str]) -> dict[str, MergedRows]:
-    """Copy what was measured of devices and unquantized models in the database file `other` into `store`, in one transaction.
+    """Copy measurements of devices and unquantized models from the file `other` into `store`.
 
-    Rows whose key is known stay as they are in `store`; `other` is only read.
+    One transaction copies all of them. Rows whose key is known keep their values in `store`.
+    `other` is only read.
 
     Raises:
-        StoreError: `other` is the same file, or one that cannot be read as a database of this version.
+        StoreError: `other` is the same file, or no database of this version.
     """
-    own = store.engine.url.database
-    if own is not None and Path(own).exists() and Path(other).exists() and Path(own).samefile(other):
+    if _is_same_file(store.engine.url.database, Path(other)):
         raise StoreError(f"{other} is the database to merge into: name another one")
     source = open_read_only(other)
     try:
@@ -56,6 +64,12 @@ def merge(store: Store, other: str | os.PathLike[str]) -> dict[str, MergedRows]:
             return {name: _copy(reading, writing, row) for name, row in _MERGED.items()}
     finally:
         source.close()
+
+
+def _is_same_file(own: str | None, other: Path) -> bool:
+    if own is None or not Path(own).exists() or not other.exists():
+        return False
+    return Path(own).samefile(other)
 
 
 def _copy(reading: Session, writing: Session, row: type[Base]) -> MergedRows:
@@ -69,13 +83,19 @@ def _copy(reading: Session, writing: Session, row: type[Base]) -> MergedRows:
 
 
 def _travelling(row: type[Base]) -> Select[Any]:
-    """The rows that are copied, without the numbers that only their own database knows them by."""
-    columns = select(*(column for column in row.__table__.columns if column.name != "id"))
-    return columns.where(TaskScoreRow.subject.in_(select(ModelRow.hash))) if row is TaskScoreRow else columns
+    """Return the query for the rows to copy, without the ids of their database."""
+    query = select(*(column for column in row.__table__.columns if column.name != "id"))
+    if row is TaskScoreRow:
+        # Scores of plans belong to a study.
+        return query.where(TaskScoreRow.subject.in_(select(ModelRow.hash)))
+    return query
 
 
 def _key(row: type[Base]) -> list[str]:
-    """The columns that make a row unique: its unique constraint, or its primary key where it has none."""
+    """Return the columns of the unique constraint, or else of the primary key."""
     table = Base.metadata.tables[row.__tablename__]
-    unique = next((each for each in table.constraints if isinstance(each, UniqueConstraint)), table.primary_key)
+    unique = next(
+        (each for each in table.constraints if isinstance(each, UniqueConstraint)),
+        table.primary_key,
+    )
     return [column.name for column in unique.columns]

@@ -1,5 +1,8 @@
-"""Removing a study. Timings, rooflines, losses and task scores of the unquantized model stay: they belong to devices and
-models, not to studies."""
+"""Remove a study.
+
+Timings, rooflines, losses and task scores of the unquantized model stay, because they belong to
+devices and models.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,20 @@ from sqlalchemy.orm import Session
 
 from autoquant.errors import PlanError
 from autoquant.store.repository import Store, transaction
-from autoquant.store.schema import Base, DeliveryRow, PlanRow, ProofRow, ReferenceRow, StudyRow, TaskScoreRow
+from autoquant.store.schema import (
+    Base,
+    DeliveryRow,
+    PlanRow,
+    ProofRow,
+    ReferenceRow,
+    StudyRow,
+    TaskScoreRow,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemovedRows:
-    """How many rows went with a study."""
+    """How many rows were removed with a study."""
 
     plans: int
     proofs: int
@@ -25,10 +36,10 @@ class RemovedRows:
 
 
 def find_study(store: Store, beginning: str) -> str:
-    """The id of the only study whose id starts with `beginning`; a whole id stands for itself.
+    """Return the only study id that starts with `beginning`.
 
     Raises:
-        PlanError: None does, or several do.
+        PlanError: No id does, or several do.
     """
     known = store.studies()
     found = [study_id for study_id in known if study_id.startswith(beginning)]
@@ -36,12 +47,14 @@ def find_study(store: Store, beginning: str) -> str:
         return beginning
     if len(found) != 1:
         what = "no study" if not found else f"{len(found)} studies"
-        raise PlanError(f"{what} with id {beginning!r} here; studies: {', '.join(found or known) or 'none'}")
+        raise PlanError(
+            f"{what} with id {beginning!r} here; studies: {', '.join(found or known) or 'none'}"
+        )
     return found[0]
 
 
 def remove_study(store: Store, study_id: str) -> RemovedRows:
-    """Delete a study with its plans and all that was measured of them, in one transaction."""
+    """Delete a study, its plans and their measurements in one transaction."""
     plans = select(PlanRow.id).filter_by(study_id=study_id)
     with transaction(store.engine) as session:
         removed = RemovedRows(

@@ -1,4 +1,4 @@
-"""Reading and writing facts. One transaction a fact; nothing else in the project knows the tables."""
+"""Read and write facts, one transaction each. Only the store knows the tables."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ _CALIBRATION = "calibration"
 
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Session]:
-    """A session that is committed at the end, and rolled back where something is raised.
+    """Open a session that is committed at the end, or rolled back if something raises.
 
     Raises:
-        StoreError: The database refused what was asked of it.
+        StoreError: The database refused a statement.
     """
     try:
         with Session(engine) as session, session.begin():
@@ -84,32 +84,38 @@ class Store:
     def _session(self) -> AbstractContextManager[Session]:
         return transaction(self.engine)
 
-    # -- devices and timings -------------------------------------------------------------------------------------
+    # -- devices and timings -----------------------------------------------------------------------
 
     def put_device(self, device: Device) -> None:
         with self._session() as session:
             session.merge(DeviceRow(key=device.key, fingerprint=plain(device)))
 
     def roofline(self, device: Device) -> Roofline | None:
-        """What was measured of `device` itself, if it was."""
+        """Return the measured limits of `device`, or None."""
         with self._session() as session:
             row = session.get(RooflineRow, device.key)
             if row is None:
                 return None
-            return Roofline(bandwidth_bytes_per_s=row.bandwidth_bytes_per_s, flops_per_s=row.flops_per_s)
+            return Roofline(
+                bandwidth_bytes_per_s=row.bandwidth_bytes_per_s, flops_per_s=row.flops_per_s
+            )
 
     def put_roofline(self, device: Device, roofline: Roofline) -> None:
         with self._session() as session:
             session.merge(RooflineRow(device_key=device.key, **plain(roofline)))
 
     def timings(self, device: Device, protocol: str) -> dict[TimingSubject, Measurement]:
-        """Every measurement made on `device` under `protocol`."""
+        """Return every measurement made on `device` under `protocol`."""
         with self._session() as session:
-            rows = session.scalars(select(TimingRow).filter_by(device_key=device.key, protocol=protocol))
+            rows = session.scalars(
+                select(TimingRow).filter_by(device_key=device.key, protocol=protocol)
+            )
             return {measurement.subject: measurement for measurement in map(measurement_from, rows)}
 
-    def put_timings(self, device: Device, protocol: str, measurements: Iterable[Measurement]) -> None:
-        """Keep measurements that were made against one another, in one transaction."""
+    def put_timings(
+        self, device: Device, protocol: str, measurements: Iterable[Measurement]
+    ) -> None:
+        """Save measurements that were made in turn, all or none of them."""
         with self._session() as session:
             for measurement in measurements:
                 subject = measurement.subject
@@ -130,24 +136,32 @@ class Store:
                     )
                 )
 
-    # -- models and losses ---------------------------------------------------------------------------------------
+    # -- models and losses -------------------------------------------------------------------------
 
     def put_model(self, model_hash: str, source: Mapping[str, Any]) -> None:
         with self._session() as session:
             session.merge(ModelRow(hash=model_hash, source=dict(source)))
 
-    def losses(self, model_hash: str, quality_key: str, method: str) -> dict[tuple[str, str], float]:
-        """Isolated losses by (layer, numerics)."""
+    def losses(
+        self, model_hash: str, quality_key: str, method: str
+    ) -> dict[tuple[str, str], float]:
+        """Return the losses of single layers by (layer, numerics)."""
         with self._session() as session:
             rows = session.scalars(
-                select(LossRow).filter_by(model_hash=model_hash, quality_key=quality_key, method=method)
+                select(LossRow).filter_by(
+                    model_hash=model_hash, quality_key=quality_key, method=method
+                )
             )
             return {(row.layer, row.numerics): row.loss for row in rows}
 
     def put_losses(
-        self, model_hash: str, quality_key: str, method: str, losses: Mapping[tuple[str, str], float]
+        self,
+        model_hash: str,
+        quality_key: str,
+        method: str,
+        losses: Mapping[tuple[str, str], float],
     ) -> None:
-        """Keep several losses in one transaction (those that one pass over the text gave)."""
+        """Save the losses of one pass over the text, all or none of them."""
         with self._session() as session:
             for (layer, numerics), loss in losses.items():
                 session.add(
@@ -161,7 +175,7 @@ class Store:
                     )
                 )
 
-    # -- studies -------------------------------------------------------------------------------------------------
+    # -- studies -----------------------------------------------------------------------------------
 
     def put_study(
         self,
@@ -173,7 +187,7 @@ class Store:
         workload: Workload,
         limits: Mapping[str, Any],
     ) -> None:
-        """Create the study, or give an existing one new limits."""
+        """Create the study, or set new limits of an existing one."""
         with self._session() as session:
             row = session.get(StudyRow, study_id)
             if row is None:
@@ -191,7 +205,7 @@ class Store:
                 row.limits = dict(limits)
 
     def update_study(self, study_id: str, **columns: Any) -> None:
-        """Set columns of `StudyRow` (recording, problem, recommended, complete, spent_s)."""
+        """Set columns of `StudyRow`: recording, problem, recommended, complete or spent_s."""
         with self._session() as session:
             row = session.get(StudyRow, study_id)
             if row is None:
@@ -200,19 +214,28 @@ class Store:
                 setattr(row, name, plain(value) if isinstance(value, Recording) else value)
 
     def put_options(
-        self, study_id: str, options: Sequence[Sequence[LayerChoice]], about: Mapping[str, Any] | None = None
+        self,
+        study_id: str,
+        options: Sequence[Sequence[LayerChoice]],
+        about: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep what plans are solved from: the choices of every layer, with what is predicted of them, and what all plans
-        have in common."""
+        """Save what plans are solved from.
+
+        Args:
+            options: The choices of every layer, with their predictions.
+            about: What all plans have in common.
+        """
         layers = [[plain(choice) for choice in layer] for layer in options]
         self.update_study(study_id, problem={"options": layers, "about": dict(about or {})})
 
     def options(self, study_id: str) -> dict[str, list[LayerChoice]] | None:
-        """The choices that plans were solved from, by layer name; None where the search has not come so far."""
+        """Return the choices that plans are solved from by layer name, or None before solving."""
         return self.options_and_about(study_id)[0]
 
-    def options_and_about(self, study_id: str) -> tuple[dict[str, list[LayerChoice]] | None, dict[str, Any]]:
-        """`options`, and what all plans solved from them have in common; empty where that is not known."""
+    def options_and_about(
+        self, study_id: str
+    ) -> tuple[dict[str, list[LayerChoice]] | None, dict[str, Any]]:
+        """Return `options`, and what all plans have in common (empty if unknown)."""
         with self._session() as session:
             problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
         if problem is None:
@@ -221,19 +244,21 @@ class Store:
         return {layer[0].name: layer for layer in layers}, dict(problem.get("about") or {})
 
     def studies(self) -> list[str]:
-        """Study ids, the one last worked on first."""
+        """Return the study ids, the latest first."""
         with self._session() as session:
             return list(session.scalars(select(StudyRow.id).order_by(StudyRow.updated.desc())))
 
     def study(self, study_id: str | None = None) -> StudyFacts:
-        """The study named, or the one last worked on.
+        """Return a study, or the latest one for None.
 
         Raises:
-            PlanError: There is none, or none of that id.
+            PlanError: The study does not exist.
         """
         with self._session() as session:
             if study_id is None:
-                row = session.scalars(select(StudyRow).order_by(StudyRow.updated.desc()).limit(1)).first()
+                row = session.scalars(
+                    select(StudyRow).order_by(StudyRow.updated.desc()).limit(1)
+                ).first()
             else:
                 row = session.get(StudyRow, study_id)
             if row is None:
@@ -245,31 +270,42 @@ class Store:
                 )
             model = session.get_one(ModelRow, row.model_hash)
             device = session.get_one(DeviceRow, row.device_key)
-            calibration = session.scalars(select(ReferenceRow).filter_by(study_id=row.id, name=_CALIBRATION)).first()
-            return study_from(row, model, device, calibration.value["windows"] if calibration else None)
+            calibration = session.scalars(
+                select(ReferenceRow).filter_by(study_id=row.id, name=_CALIBRATION)
+            ).first()
+            return study_from(
+                row, model, device, calibration.value["windows"] if calibration else None
+            )
 
     def put_calibration(self, study_id: str, windows: Sequence[Sequence[int]]) -> None:
-        """Keep the token ids that the study's weights are rounded for."""
-        self.put_reference(study_id, _CALIBRATION, {"windows": [list(window) for window in windows]})
+        """Save the token ids that the study's weights are rounded for."""
+        self.put_reference(
+            study_id, _CALIBRATION, {"windows": [list(window) for window in windows]}
+        )
 
     def put_reference(self, study_id: str, name: str, value: Mapping[str, Any]) -> None:
-        """Keep `value` under a name of the study's; one of the same name is replaced."""
+        """Save `value` under a name of the study, and replace an earlier value."""
         with self._session() as session:
-            row = session.scalars(select(ReferenceRow).filter_by(study_id=study_id, name=name)).first()
+            row = session.scalars(
+                select(ReferenceRow).filter_by(study_id=study_id, name=name)
+            ).first()
             if row is None:
                 session.add(ReferenceRow(study_id=study_id, name=name, value=dict(value)))
             else:
                 row.value = dict(value)
 
     def references(self, study_id: str) -> dict[str, dict[str, Any]]:
-        """What else is known of a study, by name."""
+        """Return what else is known of a study, by name."""
         with self._session() as session:
-            return {row.name: row.value for row in session.scalars(select(ReferenceRow).filter_by(study_id=study_id))}
+            return {
+                row.name: row.value
+                for row in session.scalars(select(ReferenceRow).filter_by(study_id=study_id))
+            }
 
-    # -- plans and proofs ----------------------------------------------------------------------------------------
+    # -- plans and proofs --------------------------------------------------------------------------
 
     def put_plan(self, plan: Plan) -> None:
-        """Keep `plan`; one of the same id is replaced (its predictions may have been calibrated since)."""
+        """Save `plan`. It replaces one of the same id, whose predictions may be older."""
         data = plain(plan)
         with self._session() as session:
             session.merge(
@@ -286,23 +322,30 @@ class Store:
             )
 
     def plans(self, study_id: str) -> list[Plan]:
-        """All plans of a study, in the order in which they were made."""
+        """Return all plans of a study, oldest first."""
         with self._session() as session:
-            rows = session.scalars(select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id))
+            rows = session.scalars(
+                select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id)
+            )
             return [plan_from(row) for row in rows]
 
     def plan(self, plan_id: str) -> Plan:
-        """The plan whose id starts with `plan_id`.
+        """Return the plan whose id starts with `plan_id`.
 
         Raises:
-            PlanError: None does, or several do.
+            PlanError: No id does, or several do.
         """
         with self._session() as session:
-            rows = session.scalars(select(PlanRow).where(PlanRow.id.startswith(plan_id, autoescape=True))).all()
+            rows = session.scalars(
+                select(PlanRow).where(PlanRow.id.startswith(plan_id, autoescape=True))
+            ).all()
             if len(rows) != 1:
                 what = "no plan" if not rows else f"{len(rows)} plans"
                 where = self.engine.url.database or "PLAN.DB"
-                raise PlanError(f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a search")
+                raise PlanError(
+                    f"{what} with id {plan_id!r}: "
+                    f"`autoquant pareto {where}` lists the plans of a search"
+                )
             return plan_from(rows[0])
 
     def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> None:
@@ -317,28 +360,32 @@ class Store:
             )
 
     def proofs(self, study_id: str) -> dict[str, Proof]:
-        """Proofs by plan id."""
+        """Return the proofs by plan id."""
         with self._session() as session:
             rows = session.scalars(
-                select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(PlanRow.study_id == study_id)
+                select(ProofRow)
+                .join(PlanRow, PlanRow.id == ProofRow.plan_id)
+                .filter(PlanRow.study_id == study_id)
             )
             return {row.plan_id: proof_from(row.proof) for row in rows if row.proof is not None}
 
     def failed_proofs(self, study_id: str) -> dict[str, str]:
-        """Reasons why plans could not be proven, by plan id."""
+        """Return why plans could not be proven, by plan id."""
         with self._session() as session:
             rows = session.scalars(
-                select(ProofRow).join(PlanRow, PlanRow.id == ProofRow.plan_id).filter(PlanRow.study_id == study_id)
+                select(ProofRow)
+                .join(PlanRow, PlanRow.id == ProofRow.plan_id)
+                .filter(PlanRow.study_id == study_id)
             )
             return {row.plan_id: row.reason for row in rows if row.proof is None}
 
     def put_delivery(self, delivery: Delivery) -> None:
-        """Keep how a plan runs for its user; what was found before is replaced."""
+        """Save a delivery, and replace an earlier one of the plan."""
         with self._session() as session:
             session.merge(DeliveryRow(plan_id=delivery.plan_id, delivery=plain(delivery)))
 
     def deliveries(self, study_id: str) -> dict[str, Delivery]:
-        """Deliveries by plan id."""
+        """Return the deliveries by plan id."""
         with self._session() as session:
             rows = session.scalars(
                 select(DeliveryRow)
@@ -352,10 +399,14 @@ class Store:
         with self._session() as session:
             session.execute(delete(DeliveryRow).where(DeliveryRow.plan_id.in_(list(plan_ids))))
 
-    # -- tasks ---------------------------------------------------------------------------------------------------
+    # -- tasks -------------------------------------------------------------------------------------
 
     def put_task_scores(self, subject: str, dtype: str, scores: Iterable[TaskScore]) -> None:
-        """Keep what a plan, or the unquantized model of a content hash, scored; the same measured again replaces it."""
+        """Save task scores, and replace earlier ones of the same measurement.
+
+        Args:
+            subject: Id of a plan, or content hash of the unquantized model.
+        """
         with self._session() as session:
             for score in scores:
                 columns = asdict(score)
@@ -369,9 +420,15 @@ class Store:
                     row.value, row.stderr, row.samples, row.created = *found.values(), now()
 
     def task_scores(self, subject: str, dtype: str) -> list[TaskScore]:
-        """What a plan, or the unquantized model of a content hash, scored, in the order in which it was first measured."""
+        """Return the task scores of a subject, the first measured first.
+
+        Args:
+            subject: Id of a plan, or content hash of the unquantized model.
+        """
         with self._session() as session:
             rows = session.scalars(
-                select(TaskScoreRow).filter_by(subject=subject, dtype=dtype).order_by(TaskScoreRow.id)
+                select(TaskScoreRow)
+                .filter_by(subject=subject, dtype=dtype)
+                .order_by(TaskScoreRow.id)
             )
             return [task_score_from(row) for row in rows]

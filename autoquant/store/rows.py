@@ -1,4 +1,4 @@
-"""Rows of the tables as records, and records as JSON and back."""
+"""Convert rows of the tables to records, and records to JSON and back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class StudyFacts:
     """What the store knows of a study.
 
     Attributes:
-        calibration: Token ids `[windows, tokens]` that weights were rounded for; None where the search tried no such format.
+        calibration: Token ids `[windows, tokens]` that weights were rounded for, or None if the
+            search tried no such format.
     """
 
     study_id: str
@@ -118,12 +119,12 @@ def plan_from(row: PlanRow) -> Plan:
 
 
 def plain(record: Any) -> dict[str, Any]:
-    """A record as JSON-ready dicts and lists."""
+    """Return a record as dicts and lists that JSON can hold."""
     return cast(dict[str, Any], json.loads(to_json(record)))
 
 
 def to_json(record: Any) -> str:
-    """Serialize a record."""
+    """Return a record as JSON."""
     return json.dumps(asdict(record), separators=(",", ":"))
 
 
@@ -160,7 +161,11 @@ def workload_from(data: Mapping[str, Any]) -> Workload:
 
 def layer_from(data: Mapping[str, Any]) -> LayerChoice:
     """Rebuild a `LayerChoice` from its JSON object."""
-    rest = {key: value for key, value in data.items() if key not in ("shape", "route", "parameters", "joined")}
+    rest = {
+        key: value
+        for key, value in data.items()
+        if key not in ("shape", "route", "parameters", "joined")
+    }
     return LayerChoice(
         shape=_shape(data["shape"]),
         route=tuple(RouteStep(**step) for step in data["route"]),

@@ -17,7 +17,7 @@ NAMING = {
 
 
 def now() -> datetime:
-    """The current time in UTC, without the zone that SQLite cannot keep."""
+    """Return the current time in UTC, without the zone, which SQLite cannot keep."""
     return datetime.now(UTC).replace(tzinfo=None)
 
 
@@ -48,12 +48,21 @@ class RooflineRow(Base):
 
 
 class TimingRow(Base):
-    """One `Measurement`. Never measured twice: the unique key is everything that could change it."""
+    """One `Measurement`. The unique key is everything that could change it."""
 
     __tablename__ = "timing"
     __table_args__ = (
         UniqueConstraint(
-            "device_key", "protocol", "n", "k", "bias", "dtype", "m", "format", "kernel", "working_set_bytes"
+            "device_key",
+            "protocol",
+            "n",
+            "k",
+            "bias",
+            "dtype",
+            "m",
+            "format",
+            "kernel",
+            "working_set_bytes",
         ),
     )
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -76,7 +85,7 @@ class TimingRow(Base):
 
 
 class ModelRow(Base):
-    """A model by the hash of its content, with where it was last read from."""
+    """A model by the hash of its content, and where it was last read from."""
 
     __tablename__ = "model"
     hash: Mapped[str] = mapped_column(primary_key=True)
@@ -85,7 +94,7 @@ class ModelRow(Base):
 
 
 class LossRow(Base):
-    """What changing one layer alone costs, by one method on one text."""
+    """The loss of changing one layer, by one method on one text."""
 
     __tablename__ = "loss"
     __table_args__ = (UniqueConstraint("model_hash", "quality_key", "method", "layer", "numerics"),)
@@ -100,9 +109,10 @@ class LossRow(Base):
 
 
 class StudyRow(Base):
-    """One search: a model, a device, a workload and a text. Limits are not part of it: they are solved for again.
+    """One search: a model, a device, a workload and a text.
 
-    `problem` holds what plans were solved from: the options of every layer. It is large, and read only when asked for.
+    Limits are not part of its identity, because they can be solved for again. `problem` holds the
+    options of every layer. It is large, so it is read only when asked for.
     """
 
     __tablename__ = "study"
@@ -137,7 +147,7 @@ class PlanRow(Base):
 
 
 class ProofRow(Base):
-    """What was measured of a plan: the numbers, or the reason why it could not be proven."""
+    """The `Proof` of a plan, or the reason why it could not be proven."""
 
     __tablename__ = "proof"
     plan_id: Mapped[str] = mapped_column(ForeignKey("plan.id"), primary_key=True)
@@ -157,10 +167,15 @@ class DeliveryRow(Base):
 
 
 class TaskScoreRow(Base):
-    """One `TaskScore`. The subject is a plan's id, or the hash of the unquantized model; a limit of 0 is none."""
+    """One `TaskScore`.
+
+    The subject is a plan's id, or the hash of the unquantized model. A limit of 0 means none.
+    """
 
     __tablename__ = "task_score"
-    __table_args__ = (UniqueConstraint("subject", "dtype", "task", "metric", "samples_limit", "lm_eval_version"),)
+    __table_args__ = (
+        UniqueConstraint("subject", "dtype", "task", "metric", "samples_limit", "lm_eval_version"),
+    )
     id: Mapped[int] = mapped_column(primary_key=True)
     subject: Mapped[str]
     dtype: Mapped[str]
@@ -175,7 +190,10 @@ class TaskScoreRow(Base):
 
 
 class ReferenceRow(Base):
-    """What else is known of a study, by name: the command that it came from, and the text that weights are rounded for."""
+    """What else is known of a study, by name.
+
+    Examples are its command line, and the text that its weights are rounded for.
+    """
 
     __tablename__ = "reference"
     __table_args__ = (UniqueConstraint("study_id", "name"),)

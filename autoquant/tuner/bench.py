@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
-from autoquant.devices.device import compile_failure
+from autoquant.devices import backend
 from autoquant.errors import DeviceError
 from autoquant.events import (
     Listener,
@@ -25,8 +24,8 @@ from autoquant.export.applier import apply, load_searched, module_bytes
 from autoquant.models import LoadedModel
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.runtime.attribution import attribute
-from autoquant.runtime.compiled import share
-from autoquant.runtime.phases import Phases, divisions, make_phases
+from autoquant.runtime.compiled import shallow_copy
+from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_in_turn
 from autoquant.runtime.steps import StepProfile
 from autoquant.runtime.user_loop import Usage, time_user_loops
@@ -147,8 +146,10 @@ def bench_loop(
     loaded = load_searched(plans[0], model, facts, None)
     device = facts.device.type
     usage = Usage.of(loaded, facts.workload)
-    quantized = (apply(plan, share(loaded.module), calibration=facts.calibration) for plan in plans)
-    modules = [share(loaded.module), *quantized]
+    quantized = (
+        apply(plan, shallow_copy(loaded.module), calibration=facts.calibration) for plan in plans
+    )
+    modules = [shallow_copy(loaded.module), *quantized]
     listener(StageStarted("run", 0))
     found, busy = time_user_loops([usage.loop_of(module) for module in modules], device)
     listener(StageFinished("run", f"{len(modules)} models, {usage.loop}"))
@@ -198,24 +199,21 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
     device = facts.device.type
     module = loaded.module
     if plan is not None:
-        module = share(loaded.module)
+        module = shallow_copy(loaded.module)
         apply(plan, module, calibration=facts.calibration)
     memory = module_bytes(module)
-    on_cuda = device == "cuda"
-    before = 0
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    place = backend(device)
+    place.reset_peak()
     make = partial(
         make_phases,
         replace(loaded, module=module),
         facts.workload,
-        compiled=device != "cpu" or compile_failure() is None,
+        compiled=place.compile_failure() is None,
     )
     with kernels_kept(device):
-        phases, note = make_warm(make, divisions(device))
-    peak = memory + torch.cuda.max_memory_allocated() - before if on_cuda else None
-    return _Entrant(plan, module, phases, memory, peak, note)
+        phases, note = make_warm(make, place.divisions)
+    peak = place.peak_bytes()
+    return _Entrant(plan, module, phases, memory, None if peak is None else memory + peak, note)
 
 
 def _row(

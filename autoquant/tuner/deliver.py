@@ -8,20 +8,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from autoquant.candidates.registry import is_registered_here
-from autoquant.devices.device import release_memory
+from autoquant.devices import backend
+from autoquant.devices.effort import TimingEffort, timing_effort
+from autoquant.devices.memory import release_memory
 from autoquant.errors import ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.export import applier, checkpoint
 from autoquant.models import LoadedModel, SameModel
 from autoquant.records import Delivery, Plan, Where
-from autoquant.runtime.compiled import share
+from autoquant.runtime.caches import clear_caches
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.request import MAX_RELATIVE_ERROR
 from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops
 from autoquant.study.delivered import is_disturbed
@@ -41,7 +44,8 @@ class DeliverySpec:
     Attributes:
         folder: Where the plan was saved.
         expected: What the plan gave in the memory of the search.
-        threads: To compute with.
+        threads: How many it computes with.
+        effort: How much it measures.
     """
 
     plan_id: str
@@ -50,6 +54,7 @@ class DeliverySpec:
     usage: Usage
     expected: Answer
     threads: int
+    effort: TimingEffort = field(default_factory=timing_effort)
 
 
 def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Listener) -> None:
@@ -108,16 +113,16 @@ class Deliverer:
             self.listener(Notice(f"plan {plan.label} is not loaded again in a new process: {reason}"))
         where: Where = "in memory" if live else "same process" if reason else "new process"
         try:
-            quantized = applier.apply(plan, share(self.loaded.module), calibration=self.calibration)
+            quantized = applier.apply(plan, shallow_copy(self.loaded.module), calibration=self.calibration)
             if live:
-                return check_and_time(plan.plan_id, quantized, share(self.loaded.module), self.usage)
+                return check_and_time(plan.plan_id, quantized, shallow_copy(self.loaded.module), self.usage)
             with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
                 checkpoint.write(replace(self.loaded, module=quantized), plan, Path(folder))
                 spec = self._spec(plan, Path(folder), self.usage.answer_of(quantized))
                 del quantized
                 if where == "new process":
                     return self._apart(spec)
-                return load_and_deliver(spec, replace(self.loaded, module=share(self.loaded.module)))
+                return load_and_deliver(spec, replace(self.loaded, module=shallow_copy(self.loaded.module)))
         except Exception as error:  # noqa: BLE001 - what a plan cannot do is a fact about it, kept with its reason
             reason = first_line(error, with_type=True)
             return Delivery(plan_id=plan.plan_id, loop=self.usage.loop, where=where, reason=reason)
@@ -170,14 +175,14 @@ class Deliverer:
 
 @contextmanager
 def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
-    """Inside, a model on a GPU waits in the CPU's memory, and what was compiled of it is gone: others need the room."""
-    if torch.device(device).type != "cuda":
+    """Inside, a model on a GPU waits in the host's memory, and what was compiled of it is gone: others need the room."""
+    if backend(device).free_bytes() is None:
         yield
         return
-    torch.compiler.reset()
+    clear_caches()
     module.to("cpu")
     release_memory()
-    torch.cuda.empty_cache()
+    backend(device).trim_memory()
     try:
         yield
     finally:
@@ -186,7 +191,7 @@ def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
 
 def load_and_deliver(spec: DeliverySpec, original: LoadedModel, where: Where = "same process") -> Delivery:
     """Load the saved plan, compare it with what it was in memory, and time it in turn with the unquantized model."""
-    skeleton = None if original.describes_itself else share(original.module)
+    skeleton = None if original.describes_itself else shallow_copy(original.module)
     quantized = applier.load(spec.folder, skeleton, device=spec.usage.device)
     error = spec.usage.answer_of(quantized).error(spec.expected)
     if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong

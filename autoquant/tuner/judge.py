@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from autoquant.candidates import Format, Kernel
+from autoquant.devices import backend
 from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.data import check_data, data_pieces
 from autoquant.evaluators.outputs import SAMPLES, AnyQuality, OutputQuality, vary
@@ -20,7 +21,7 @@ from autoquant.events import Listener, Notice
 from autoquant.hints import did_you_mean_path
 from autoquant.models import LoadedModel
 from autoquant.models.named import quality_function
-from autoquant.profiler.profile import Candidates
+from autoquant.profiler.measure import Candidates
 
 _OWN_LOSS = "--quality package.module:callable"
 _MUCH_UNKNOWN = 0.1
@@ -208,6 +209,6 @@ def _text_quality(asked: Asked, loaded: LoadedModel, *, inputs: bool) -> tuple[T
         loaded.tokenizer,
         max_positions=loaded.max_positions,
         inputs=inputs,
-        windows=GPU_WINDOWS if loaded.device.startswith("cuda") else WANTED_WINDOWS,
+        windows=GPU_WINDOWS if backend(loaded.device).judges_long else WANTED_WINDOWS,
     )
     return TextQuality(parts, loaded.device), name

@@ -1,4 +1,4 @@
-"""The profile stage: timings kept as they are made, and a candidate that brings its process down found and noted."""
+"""The profile stage: times what the store does not know, and saves it at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant.errors import ProcessDiedError
-from autoquant.events import Listener
+from autoquant.events import Listener, StageStarted
+from autoquant.profiler import measure
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, Measurement, TimingSubject
 from autoquant.store import Store
@@ -17,48 +18,58 @@ from autoquant.tuner.workers.jobs import Limited, ProfileJob, Timed
 def measure_all(
     subjects: Sequence[TimingSubject], *, runner: Runner, hardware: Device, store: Store, listener: Listener
 ) -> dict[TimingSubject, Measurement]:
-    """Time the subjects that the store does not know; returns the measurements of all.
+    """Time the subjects that the store does not know; return the measurements of all.
 
-    Where the process dies, the subjects that were at work are tried one by one: those that bring a process down on their own
-    have failed, and the rest goes on.
+    If the process dies, the subjects that were at work are tried one by one. Those that bring a
+    process down alone have failed, and the rest goes on.
 
     Raises:
-        ProcessDiedError: It died, and no subject does that on its own (out of memory, say).
+        ProcessDiedError: It died, and no subject does that alone (out of memory, say).
     """
+    known = store.timings(hardware, PROTOCOL)
+    before = {subject for subject in subjects if subject in known}
+
+    def keep(measurements: Sequence[Measurement]) -> None:
+        store.put_timings(hardware, PROTOCOL, measurements)
+        known.update({measurement.subject: measurement for measurement in measurements})
 
     def on_message(message: Any) -> None:
         if isinstance(message, Timed):
-            store.put_timings(hardware, PROTOCOL, message.measurements)
+            keep(message.measurements)
         elif isinstance(message, Limited):
             store.put_roofline(hardware, message.roofline)
         else:
             listener(message)
 
-    while True:
+    if len(before) == len(set(subjects)):
+        listener(StageStarted(measure.STAGE, 0))
+    while missing := [subject for subject in subjects if subject not in known]:
         try:
-            known = store.timings(hardware, PROTOCOL)
-            return runner.run(ProfileJob(subjects, hardware, known, store.roofline(hardware)), on_message)
+            runner.run(ProfileJob(missing, hardware, store.roofline(hardware)), on_message)
         except ProcessDiedError as death:
             crashed = [
                 Measurement(subject=subject, outcome="failed", reason=reason)
-                for subject in _at_work(subjects, store.timings(hardware, PROTOCOL))
+                for subject in _at_work(subjects, known)
                 if (reason := _dies_alone(subject, runner, hardware))
             ]
             if not crashed:
                 raise death
-            store.put_timings(hardware, PROTOCOL, crashed)
+            keep(crashed)
+    result = {subject: known[subject] for subject in subjects}
+    measure.summarize(result, len(result) - len(before), listener)
+    return result
 
 
 def _dies_alone(subject: TimingSubject, runner: Runner, hardware: Device) -> str:
-    """How the process dies when only `subject` is timed, which nobody believes then; empty where it does not."""
+    """Return how the process dies if only `subject` is timed, or an empty string if it does not."""
     try:
-        runner.run(ProfileJob([subject], hardware, {}), lambda _message: None)
+        runner.run(ProfileJob([subject], hardware), lambda _message: None)  # a time that is not kept
     except ProcessDiedError as death:
         return str(death)
     return ""
 
 
 def _at_work(subjects: Sequence[TimingSubject], known: Mapping[TimingSubject, Measurement]) -> Sequence[TimingSubject]:
-    """What is unknown of the first shape and m that have something unknown: they are timed in order."""
+    """Return what is missing of the first incomplete shape and m: they are timed in order."""
     missing = [subject for subject in subjects if subject not in known]
     return [subject for subject in missing if (subject.shape, subject.m) == (missing[0].shape, missing[0].m)]

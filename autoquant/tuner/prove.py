@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from autoquant.candidates import get_format
-from autoquant.candidates.kernels.caches import kernels_kept
-from autoquant.candidates.kernels.gemlite import untuned
+from autoquant.candidates.kernels.caches import kernels_kept, untuned
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
-from autoquant.devices.device import release_memory
+from autoquant.devices import backend
+from autoquant.devices.memory import release_memory
 from autoquant.evaluators.quality import Quality
 from autoquant.export.applier import Quantized, apply, module_bytes
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import LayerChoice, Plan, Proof, RouteStep, Workload
-from autoquant.runtime.compiled import share
-from autoquant.runtime.phases import Phases, divisions, make_phases
+from autoquant.runtime.compiled import shallow_copy
+from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_requests
 
 
@@ -50,7 +50,7 @@ class Prover:
 
     def prove(self, plan: Plan) -> Proof:
         """Apply `plan` to a copy that shares every weight that it leaves alone, and measure it."""
-        module = share(self.loaded.module)
+        module = shallow_copy(self.loaded.module)
         apply(plan, module, calibration=self.calibration, quantized=self._quantized)
         release_memory()
         with (
@@ -104,7 +104,7 @@ class Prover:
             compiled=self.execution == "compiled",
         )
         with kernels_kept(self.device):
-            return make_warm(make, divisions(self.device))
+            return make_warm(make, backend(self.device).divisions)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant.candidates import Format, Kernel
-from autoquant.devices.device import fingerprint
+from autoquant.devices import backend
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality
 from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.models import LoadedModel, ModelRequest
-from autoquant.profiler.profile import with_original
+from autoquant.profiler.measure import with_original
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, Workload, content_key
 from autoquant.runtime.phases import check_workload, default_workload
@@ -93,7 +93,7 @@ class SearchSetup:
             method=method,
             workload=workload,
             limits=replace(request.limits, measure="divergence" if by_outputs else "increase"),
-            hardware=fingerprint(loaded.device),
+            hardware=backend(loaded.device).fingerprint(),
         )
 
     @property

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from autoquant.candidates import Format, Kernel
 from autoquant.candidates.formats.floats import original_format
-from autoquant.devices.device import compile_failure, release_memory
+from autoquant.devices import backend
+from autoquant.devices.memory import release_memory
 from autoquant.errors import CandidateError, first_line
 from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity import Sensitivity
@@ -105,7 +106,7 @@ class Stages:
                 )
             )
             return self._deliver()
-        if reason := compile_failure() if self.hardware.type == "cpu" else None:
+        if reason := backend(self.device).compile_failure():
             self.listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
             if self.fuse:
                 self.listener(Notice("layers are not computed as one, since torch.compile does that"))
@@ -377,7 +378,7 @@ class Stages:
 
         At the m of the workload the routes stay as they are, and so does what was proven of the plans.
         """
-        if self.hardware.type != "cuda":
+        if not backend(self.device).settles_routes:
             return
         front = {row["plan_id"] for row in Study(self.store, self.study_id).rows() if row["on_front"]}
         plans = [plan for plan_id, plan in self.plans.items() if plan_id in front]

@@ -11,7 +11,7 @@ from autoquant.events import Listener, StageFinished, StageProgress, StageStarte
 from autoquant.export.applier import apply, load_searched
 from autoquant.models import LoadedModel
 from autoquant.records import ORIGINAL_LABEL, Plan, TaskScore
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.store import Store, StudyFacts
 
 
@@ -55,7 +55,7 @@ def score_tasks(
 
 
 def _score(loaded: LoadedModel, plan: Plan | None, tasks: Tasks, facts: StudyFacts) -> TaskRow:
-    module = share(loaded.module)
+    module = shallow_copy(loaded.module)
     if plan is not None:
         apply(plan, module, calibration=facts.calibration)
     scores = tasks.score(module, loaded.tokenizer)

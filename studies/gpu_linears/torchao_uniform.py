@@ -85,7 +85,7 @@ def main() -> None:
 
     import torch
 
-    from autoquant.profiler.clocks import GraphClock
+    from autoquant.devices.cuda_graphs import GraphClock
 
     writer = csv.writer(sys.stdout)
     writer.writerow(["config", "n", "k", "m", "latency_us", "spread_us"])

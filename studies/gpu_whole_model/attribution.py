@@ -26,7 +26,7 @@ from autoquant.export.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time
 from autoquant.report.attribution import attribution_report, trace_object
 from autoquant.runtime.attribution import attribute
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import WrongResultError, time_in_turn, warm_up
 from autoquant.tuner.bench import BenchRow
@@ -76,7 +76,7 @@ def make_models(arguments: argparse.Namespace, workload: Workload, device: str) 
         if label not in makers:
             print(f"{label}: there is no such model here, only {', '.join(makers)}", flush=True)
             continue
-        copy = share(module)
+        copy = shallow_copy(module)
         makers[label](copy)
         models.append(make_ready(label, copy, workload, device, plans.get(label)))
     return models

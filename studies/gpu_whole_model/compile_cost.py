@@ -25,9 +25,9 @@ from whole_model import PROMPT, SMALL_PROMPT, SMALL_STEPS, STEPS, build
 from autoquant.candidates import get_format
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.devices.device import synchronize
+from autoquant.devices import backend
 from autoquant.records import RouteStep, Workload
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
 
 ROUTES = {
@@ -61,10 +61,10 @@ STAGES = {  # of PyTorch's own record of where compilation spends its time
 @contextmanager
 def timed(into: dict[str, float], name: str, device: str) -> Iterator[None]:
     """Add seconds to `into`."""
-    synchronize(device)
+    backend(device).synchronize()
     began = time.monotonic()
     yield
-    synchronize(device)
+    backend(device).synchronize()
     into[name] = into.get(name, 0.0) + time.monotonic() - began
 
 
@@ -116,7 +116,7 @@ def make_ready(module: nn.Module, label: str, workload: Workload, device: str, s
     seconds: dict[str, float] = {}
     model = label.removesuffix(AGAIN).removesuffix(IN_ONE_PIECE)
     before = compiler_seconds()
-    copy = share(module)
+    copy = shallow_copy(module)
     with timed(seconds, "total", device):
         if model != "bf16":
             with timed(seconds, "apply", device):
@@ -148,10 +148,10 @@ def step_ms(phases: Phases, device: str) -> Mapping[str, float]:
         samples = []
         for _ in range(7):
             phases.reset(phase.name)
-            synchronize(device)
+            backend(device).synchronize()
             began = time.perf_counter()
             phases.run(phase.name)
-            synchronize(device)
+            backend(device).synchronize()
             samples.append((time.perf_counter() - began) * 1e3)
         found[f"{phase.name}_ms"] = sorted(samples)[3]
     return found

@@ -16,10 +16,9 @@ from torch import nn
 
 from autoquant.candidates import Format, Kernel, get_format, select
 from autoquant.candidates.formats.floats import original_format
-from autoquant.devices.device import fingerprint
+from autoquant.devices import backend
 from autoquant.models import LoadedModel, ModelSource
-from autoquant.profiler.measure import cells_of, subjects_of
-from autoquant.profiler.profile import with_original
+from autoquant.profiler.measure import cells_of, subjects_of, with_original
 from autoquant.profiler.record import record
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Site, TimingSubject, Workload
@@ -219,7 +218,7 @@ def as_loaded(module: nn.Module) -> LoadedModel:
 def make_planner(module: nn.Module, workload: Workload, device: str, database: str) -> Planner:
     """A planner for a causal language model on this machine's device."""
     exists = Path(database).exists()
-    timings = open_store(database, create=False).timings(fingerprint(device), PROTOCOL) if exists else {}
+    timings = open_store(database, create=False).timings(backend(device).fingerprint(), PROTOCOL) if exists else {}
     recording = record(module, make_phases(as_loaded(module), workload))
     working_set = max((subject.working_set_bytes for subject in timings), default=0)
     return Planner(recording.sites, workload, device, timings, working_set)

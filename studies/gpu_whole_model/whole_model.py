@@ -25,11 +25,11 @@ from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, as
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
-from autoquant.devices.device import release_memory
+from autoquant.devices.memory import release_memory
 from autoquant.errors import first_line
 from autoquant.export.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import make_phases
 from autoquant.runtime.request import WrongResultError, time_requests, warm_up
 
@@ -81,7 +81,7 @@ def torchao_settings() -> dict[str, Callable[[nn.Module], None]]:
 def measure(label: str, module: nn.Module, original, workload: Workload, device: str, make):  # noqa: ANN001, ANN201
     """One model, made from a copy of the original: its row, and its phases (None where it does not run)."""
     row = {"label": label, "batch": workload.batch, "layers": module.config.num_hidden_layers}
-    copy = share(module)
+    copy = shallow_copy(module)
     began = time.monotonic()
     note = ""
     try:

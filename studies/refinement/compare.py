@@ -28,7 +28,7 @@ from autoquant.export.applier import Quantized, apply, load_searched
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.solver.hypervolume import hypervolume
 from autoquant.solver.planning import PlanContext, context_of, make_plan, original_plan, predict
 from autoquant.solver.refine import growth_of, point_of, proposals
@@ -59,7 +59,7 @@ class Evaluator:
         return self.known[plan.plan_id]
 
     def _measure(self, plan: Plan) -> Proof:
-        module = share(self.loaded.module)
+        module = shallow_copy(self.loaded.module)
         apply(plan, module, quantized=self.quantized)
         with worst_numerics(module, plan):
             losses = self.quality.losses(module, "selection")

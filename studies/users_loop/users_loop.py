@@ -24,9 +24,9 @@ from autoquant.candidates import get_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.linears import take_apart
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.devices.device import fingerprint
+from autoquant.devices import backend
 from autoquant.records import RouteStep
-from autoquant.runtime.compiled import share
+from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.prepare import prepare
 
 FORMATS = {
@@ -69,7 +69,7 @@ def quantized(model: nn.Module, name: str) -> nn.Module:
     """Return a copy of `model` that shares what is not quantized; every linear has the format."""
     format_id, steps = FORMATS[name]
     fmt, route = get_format(format_id), tuple(RouteStep(upper_m=upper, kernel=kernel) for upper, kernel in steps)
-    copy = share(model)
+    copy = shallow_copy(model)
 
     def wrapped(linear: Any) -> RoutedWeight:
         return RoutedWeight.wrap(fmt.store(linear.weight), fmt.id, route, linear.weight.dtype)
@@ -207,7 +207,7 @@ def main() -> None:
     models = {"bf16": model} | {name: quantized(model, name) for name in options.formats}
     rows = []
     for name, each in models.items():
-        prepared = {"plain": take_apart(share(each)), "fast": prepare(share(each))}
+        prepared = {"plain": take_apart(shallow_copy(each)), "fast": prepare(shallow_copy(each))}
         for loop in options.loops:
             try:
                 row = f"{name} {LOOPS[loop]}"
@@ -219,7 +219,7 @@ def main() -> None:
             row.round()
     results = [row.result() for row in rows]
     settings = {key: str(value) for key, value in vars(options).items()}
-    device = fingerprint("cuda")
+    device = backend("cuda").fingerprint()
     about = {"device": device.name, "versions": dict(device.versions), "date": time.strftime("%Y-%m-%d")}
     sizes = (options.layers, options.batch, options.prompt, options.new)
     name = f"rows-{'-'.join(map(str, sizes))}.json"

@@ -11,14 +11,14 @@ from autoquant.cli.main import app
 from autoquant.errors import ModelError
 from autoquant.events import Notice, StageFinished, StageStarted
 from autoquant.models import ModelRequest
-from autoquant.profiler.request import ProfileRequest
 from autoquant.records import Workload
+from autoquant.tuner.profile_request import ProfileRequest
 
 
 @pytest.fixture
 def timing(monkeypatch):
-    """A stand-in for `autoquant.profiler.profile`, whose `requests` are the options it got."""
-    module = ModuleType("autoquant.profiler.profile")
+    """A stand-in for `autoquant.tuner.profile`, whose `requests` are the options it got."""
+    module = ModuleType("autoquant.tuner.profile")
     module.requests = []
     module.error = None
 
@@ -32,7 +32,7 @@ def timing(monkeypatch):
         return SimpleNamespace(rows=({"n": 8, "latency_us": 1.5},))
 
     module.time_linears = time_linears
-    monkeypatch.setitem(sys.modules, "autoquant.profiler.profile", module)
+    monkeypatch.setitem(sys.modules, "autoquant.tuner.profile", module)
     monkeypatch.setattr(autoquant.profiler, "profile", module, raising=False)
     return module
 

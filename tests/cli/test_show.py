@@ -141,7 +141,7 @@ def test_why_is_a_further_table(runner, solved):
     result = runner.invoke(app, ["show", str(solved), "--why"])
     assert result.exit_code == 0
     assert "Instead" not in plain and "Instead" in result.stdout
-    table = result.stdout[result.stdout.index("Layers, as they are") :].splitlines()
+    table = result.stdout[result.stdout.index("Layers, and their choice") :].splitlines()
     assert max(map(len, table[:20])) <= 80
     assert any("more exact:" in line for line in table) and any("faster:" in line for line in table)
 
@@ -149,7 +149,7 @@ def test_why_is_a_further_table(runner, solved):
 def test_why_of_a_search_that_kept_no_options_says_so(runner, database):
     result = runner.invoke(app, ["show", str(database), "--why"])
     assert result.exit_code == 0
-    assert "What else the layers could have had is not in the database" in result.stdout
+    assert "The database does not hold the alternatives of the layers" in result.stdout
 
 
 def test_why_of_layers_computed_as_one_says_what_is_not_counted(runner, solved):
@@ -159,6 +159,6 @@ def test_why_of_layers_computed_as_one_says_what_is_not_counted(runner, solved):
     layers = tuple(replace(layer, joined=names) if layer.name in names else layer for layer in mixed.layers)
     store.put_plan(replace(mixed, layers=layers))
     store.close()
-    note = "what a change would cost the others is not counted"
+    note = "the cost of a change to the other layers is not counted"
     assert note in runner.invoke(app, ["show", str(solved), "--why"]).stdout
     assert note not in runner.invoke(app, ["show", str(solved), "--why", "--plan", SMALL]).stdout

@@ -12,22 +12,23 @@ if __name__ == "__main__":
 
 import torch
 
-from autoquant.profiler import clocks, roofline, timing
-from autoquant.runtime import request, user_loop
+from autoquant.devices import effort
+from autoquant.devices.effort import TimingEffort
 from autoquant.study import delivered
 from autoquant.tuner import driver, stages
 
+LITTLE = TimingEffort(
+    highest_other_load=9.0,
+    linear_rounds=4,
+    sample_s=2e-4,
+    request_rounds=3,
+    request_calls=4,
+    loop_limit_s=0.5,
+    largest_product=128,
+)
 SHORTER = (
-    (timing, "HIGHEST_OTHER_LOAD", 9.0),
-    (request, "HIGHEST_OTHER_LOAD", 9.0),
-    (timing, "_MAX_ROUNDS", 4),
-    (roofline, "HIGHEST_OTHER_LOAD", 9.0),
-    (roofline, "_PRODUCT_SIDE", {"cpu": 128, "cuda": 1024}),
-    (clocks, "_HOST_SAMPLE_S", 2e-4),
-    (request, "_ROUNDS", 3),
-    (request, "_CALLS_PER_ROUND", 4),
+    (effort, "_default", LITTLE),
     (stages, "_SHORTEST_PROOF_S", 0.1),
-    (user_loop, "_LONGEST_S", 0.5),
     (delivered, "is_faster", lambda _delivery: True),  # a tiny model gains nothing
 )
 

@@ -15,6 +15,7 @@ import autoquant
 from autoquant.candidates.flat import flatten_tensor
 from autoquant.candidates.joined import whole_of
 from autoquant.cli.main import app
+from autoquant.devices.cpu import CpuBackend
 from autoquant.events import Notice
 from autoquant.export.applier import apply, apply_to_disk, module_bytes
 from autoquant.models import load_model
@@ -22,7 +23,6 @@ from autoquant.profiler.measure import cells_of
 from autoquant.records import RouteStep
 from autoquant.runtime import compiled
 from autoquant.store import open_store
-from autoquant.tuner import stages
 from autoquant.tuner.fusion import sibling_sites
 
 from . import quick
@@ -61,7 +61,9 @@ def fused_db(searched, fused, tmp_path):
 
 
 def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its_own(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "compile_failure", lambda: None)  # as if models were compiled, which takes a minute
+    monkeypatch.setattr(
+        CpuBackend, "compile_failure", lambda _backend: None
+    )  # as if models were compiled, which takes a minute
     model, text = files
     db = tmp_path / "plan.db"
     alone = quick.search(model, text, db)
@@ -152,7 +154,7 @@ def test_apply_writes_a_fused_plan_and_says_what_it_is(fused_db, run, tmp_path):
 
 
 def test_bench_computes_the_layers_of_a_fused_plan_as_one(fused_db, run, monkeypatch):
-    monkeypatch.setattr("autoquant.tuner.bench.compile_failure", lambda: None)
+    monkeypatch.setattr(CpuBackend, "compile_failure", lambda _backend: None)
     counts = []
 
     def count(graph):

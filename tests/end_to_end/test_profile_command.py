@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from autoquant.cli.main import app
-from autoquant.profiler import roofline
+from autoquant.devices.effort import timing_effort, timing_effort_of
 from autoquant.profiler.latencies import COLUMNS
 
 from .conftest import WORKLOAD
@@ -19,10 +20,9 @@ CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm", "float32*")
 
 
 @pytest.fixture(autouse=True)
-def small_roofline(monkeypatch):
-    monkeypatch.setitem(roofline._COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(roofline._PRODUCT_SIDE, "cpu", 64)
-    monkeypatch.setattr(roofline, "HIGHEST_OTHER_LOAD", 9.0)
+def small_roofline():
+    with timing_effort_of(replace(timing_effort(), largest_copy_bytes=1 << 20, largest_product=64)):
+        yield
 
 
 @pytest.fixture

@@ -208,7 +208,7 @@ def test_pareto_as_csv_says_the_same_as_json(run, searched):
     assert set(table[0]) >= FRONT_FIELDS
 
 
-@pytest.mark.parametrize(("name", "start"), [("front.png", b"\x89PNG"), ("front.html", b"<")])
+@pytest.mark.parametrize(("name", "start"), [("front.png", b"\x89PNG"), ("front.svg", b"<?xml")])
 def test_pareto_draws_a_picture(run, searched, tmp_path, name, start):
     result = run("pareto", searched.db, "--plot", tmp_path / name)
     assert result.exit_code == 0, result.stderr

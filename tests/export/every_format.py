@@ -15,7 +15,7 @@ from end_to_end.tiny import make_tokenizer
 
 import autoquant
 from autoquant.candidates import Format, get_format, known_formats
-from autoquant.candidates.kernels import gemlite
+from autoquant.candidates.kernels.caches import untuned
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, Route, RouteStep
 
@@ -179,7 +179,7 @@ def ready(device: str) -> Iterator[None]:
         if device == "cpu":
             yield
         else:
-            with gemlite.untuned():
+            with untuned():
                 yield
     finally:
         torch.set_num_threads(threads)

@@ -76,9 +76,9 @@ def test_layers_that_read_the_same_input_share_its_hessian(llama, monkeypatch):
 
 def test_only_one_blocks_hessians_are_held_at_a_time(llama, monkeypatch):
     held = []
-    statistics = calibration_module._Watch.statistics
+    statistics = calibration_module._InputSums.statistics
     monkeypatch.setattr(
-        calibration_module._Watch, "statistics", lambda self: held.append(self._sums) or statistics(self)
+        calibration_module._InputSums, "statistics", lambda self: held.append(self._sums) or statistics(self)
     )
     Calibration(WINDOWS).prepare(llama, {name: [GPTQ] for name in linears(llama)})
     assert [len(sums) for sums in held] == [7, 7]

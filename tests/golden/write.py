@@ -23,6 +23,7 @@ from end_to_end.tiny import POSITIONS, WORDS, make_tokenizer, save_llama, save_t
 
 import autoquant
 from autoquant.candidates import get_format, known_formats
+from autoquant.devices.cpu import CpuBackend
 from autoquant.events import ignore
 from autoquant.export import checkpoint
 from autoquant.models import load_model
@@ -51,10 +52,8 @@ BLOCK = "model.layers.0"
 
 
 def on_this_device(patch: pytest.MonkeyPatch) -> None:
-    """Let searches believe that they run on `DEVICE`, wherever the fingerprint was imported."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("autoquant.") and hasattr(module, "fingerprint"):
-            patch.setattr(module, "fingerprint", lambda _device: DEVICE)
+    """Let searches believe that they run on `DEVICE`."""
+    patch.setattr(CpuBackend, "fingerprint", lambda _backend: DEVICE)
 
 
 def search(folder: Path, db: Path, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from models.tiny_models import as_loaded
 
-from autoquant.profiler import timing
+from autoquant.devices.cpu import CpuBackend
 from autoquant.profiler.record import record
 from autoquant.records import Workload
 from autoquant.runtime.phases import make_phases
@@ -31,5 +31,5 @@ def other_load(monkeypatch):
         def share(self):
             return shares.pop(0) if len(shares) > 1 else shares[0]
 
-    monkeypatch.setattr(timing, "watch_load", lambda _device: Watch())
+    monkeypatch.setattr(CpuBackend, "watch_load", lambda _backend: Watch())
     return shares

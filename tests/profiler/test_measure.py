@@ -1,19 +1,15 @@
-"""The campaign: what is measured, kept, and never measured again."""
+"""The campaign: what is measured, and what is said of it."""
 
 from dataclasses import replace
 
 import pytest
 import torch.nn.functional as F
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
 
 from autoquant.candidates import A16, Format, Kernel
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler import measure
-from autoquant.profiler.measure import cells_of, profile, subjects_of, working_set_bytes
+from autoquant.profiler.measure import Place, cells_of, subjects_of, summarize, working_set_bytes
 from autoquant.records import Device, LinearShape, Site, SiteUse
-from autoquant.store import open_store
-from autoquant.store.schema import TimingRow
 
 DEVICE = Device(
     type="cpu",
@@ -49,13 +45,6 @@ BOTH = ((FORMAT, RIGHT), (FORMAT, WRONG))
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = open_store(tmp_path / "plan.db")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def compared(monkeypatch):
     """The comparisons that are really made: (shape, m, kernels)."""
     made = []
@@ -69,82 +58,35 @@ def compared(monkeypatch):
     return made
 
 
-def rows(store):
-    with Session(store.engine) as session:
-        return session.scalar(select(func.count()).select_from(TimingRow))
-
-
-def campaign(store, *, sites=SITES, candidates=BOTH, device=DEVICE, working_set=WORKING_SET, events=None):
-    store.put_device(device)
-    return profile(
+def campaign(*, sites=SITES, candidates=BOTH, working_set=WORKING_SET, events=None, kept=None):
+    """Measure; return the measurements by subject."""
+    made = [] if kept is None else kept
+    measure.measure(
         subjects_of(cells_of(sites), candidates, working_set),
         candidates,
-        device=device,
-        device_name="cpu",
-        store=store,
+        Place(device="cpu", hardware=DEVICE, roofline=lambda: pytest.fail("nothing is prepared on a CPU")),
+        on_measured=made.extend,
         listener=(events if events is not None else []).append,
     )
+    return {measurement.subject: measurement for measurement in made}
 
 
-def test_every_shape_and_rows_is_measured_by_every_candidate(store, compared):
-    result = campaign(store, sites=(site(), site("gate"), site("head", rows=(5,))))
+def test_every_shape_and_rows_is_measured_by_every_candidate(compared):
+    result = campaign(sites=(site(), site("gate"), site("head", rows=(5,))))
     assert compared == [(SHAPE, 2, ["right", "wrong"]), (SHAPE, 5, ["right", "wrong"])]
     outcomes = {(s.m, s.kernel): measurement.outcome for s, measurement in result.items()}
     assert outcomes == {(2, "right"): "ok", (2, "wrong"): "incorrect", (5, "right"): "ok", (5, "wrong"): "incorrect"}
-    assert all(s.working_set_bytes == WORKING_SET for s in result) and rows(store) == 4
+    assert all(s.working_set_bytes == WORKING_SET for s in result)
 
 
-def test_a_second_campaign_measures_nothing_and_adds_nothing(store, compared, monkeypatch):
-    first = campaign(store)
-    made = len(compared)
-    monkeypatch.setattr(measure, "Arena", None)  # not even the arena is made
-    assert campaign(store) == first
-    assert (len(compared), rows(store)) == (made, 4)
+def test_nothing_to_measure_needs_no_arena(monkeypatch):
+    monkeypatch.setattr(measure, "Arena", None)
+    events = []
+    assert campaign(sites=(), events=events) == {}
+    assert events == [StageStarted("profile", 0)]
 
 
-def test_only_what_is_missing_is_measured(store, compared):
-    campaign(store, candidates=BOTH[:1])
-    compared.clear()
-    result = campaign(store, sites=(site(), site("head", rows=(7,))))
-    assert compared == [(SHAPE, 2, ["wrong"]), (SHAPE, 5, ["wrong"]), (SHAPE, 7, ["right", "wrong"])]
-    assert (len(result), rows(store)) == (6, 6)
-
-
-def test_a_campaign_returns_only_what_was_asked(store):
-    campaign(store)
-    result = campaign(store, sites=(site(rows=(5,)),), candidates=BOTH[:1])
-    assert [(subject.m, subject.kernel) for subject in result] == [(5, "right")]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"threads": 1},
-        {"name": "Another CPU"},
-        {"capability": "AVX512"},
-        {"cache_bytes": 1 << 23},
-        {"versions": {"torch": "2.14", "compiler": "none"}},
-        {"versions": {"torch": "2.13", "compiler": "none", "torchao": "0.18"}},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_another_device_measures_again(store, compared, change):
-    first = campaign(store, candidates=BOTH[:1])
-    compared.clear()
-    second = campaign(store, candidates=BOTH[:1], device=replace(DEVICE, **change))
-    assert len(compared) == 2 and rows(store) == 4
-    assert set(first) == set(second)
-    compared.clear()
-    assert campaign(store, candidates=BOTH[:1]) == first and not compared
-
-
-def test_colder_or_warmer_weights_are_measured_again(store, compared):
-    campaign(store, candidates=BOTH[:1])
-    campaign(store, candidates=BOTH[:1], working_set=2 * WORKING_SET)
-    assert len(compared) == 4 and rows(store) == 4
-
-
-def test_what_is_finished_is_kept_when_the_campaign_is_stopped(store, monkeypatch):
+def test_what_is_finished_was_given_when_the_campaign_is_stopped(monkeypatch):
     original = measure.compare
 
     def stopped(shape, m, candidates, **rest):
@@ -153,36 +95,34 @@ def test_what_is_finished_is_kept_when_the_campaign_is_stopped(store, monkeypatc
         return original(shape, m, candidates, **rest)
 
     monkeypatch.setattr(measure, "compare", stopped)
+    kept = []
     with pytest.raises(KeyboardInterrupt):
-        campaign(store)
-    assert rows(store) == 2
+        campaign(kept=kept)
+    assert [(m.subject.m, m.subject.kernel) for m in kept] == [(2, "right"), (2, "wrong")]
 
 
-def test_a_campaign_tells_its_progress_and_what_went_wrong(store):
+def test_a_campaign_tells_its_progress():
     events = []
-    campaign(store, events=events)
+    campaign(events=events)
     assert events[0] == StageStarted("profile", 4)
     progress = [event for event in events if isinstance(event, StageProgress)]
     assert [event.done for event in progress] == [0, 0, 2, 2]
     assert progress[0].what == f"{SHAPE} m=2 own/plain/right"
-    notices = [event.text for event in events if isinstance(event, Notice)]
-    (notice,) = notices
-    assert notice.startswith("own/plain/wrong is incorrect in 2 cases (m=2, m=5): relative error")
-    assert events[-1] == StageFinished("profile", "4 timings (2 ok, 2 incorrect), 4 measured now, 0 from the store")
-    events.clear()
-    campaign(store, events=events)
-    assert events == [
-        StageStarted("profile", 0),
-        Notice(notice),
-        StageFinished("profile", "4 timings (2 ok, 2 incorrect), 0 measured now, 4 from the store"),
-    ]
 
 
-def test_a_busy_machine_is_noticed(store, other_load, monkeypatch):
+def test_the_summary_names_what_cannot_be_used():
+    events = []
+    summarize(campaign(), 3, events.append)
+    notice, finished = events
+    assert notice.text.startswith("own/plain/wrong is incorrect in 2 cases (m=2, m=5): relative error")
+    assert finished == StageFinished("profile", "4 timings (2 ok, 2 incorrect), 3 measured now, 1 from the store")
+
+
+def test_a_busy_machine_is_noticed(other_load, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     other_load[:] = [0.5]
     events = []
-    campaign(store, sites=(site(rows=(2,)),), candidates=BOTH[:1], events=events)
+    campaign(sites=(site(rows=(2,)),), candidates=BOTH[:1], events=events)
     assert any(isinstance(event, Notice) and "50% of the machine" in event.text for event in events)
 
 

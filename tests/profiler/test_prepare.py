@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoquant.candidates import registry
-from autoquant.devices.device import fingerprint
+from autoquant.devices import backend
 from autoquant.profiler import prepare as module
 from autoquant.profiler.prepare import prepare, workers_kept
 from autoquant.records import LinearShape, Roofline, TimingSubject
@@ -57,7 +57,7 @@ def plug_in(tmp_path, monkeypatch):
 def prepared(*subjects, seen=None):
     return prepare(
         subjects,
-        device=fingerprint("cpu"),
+        device=backend("cpu").fingerprint(),
         device_name="cpu",
         roofline=lambda: ROOFLINE,
         on_progress=lambda done, what: None if seen is None else seen.append((done, what)),

@@ -1,21 +1,22 @@
-"""The limits of a device: their arithmetic, and that they are measured once a device and never believed on a busy one."""
+"""The limits of a device: their arithmetic, and that they are never believed on a busy machine."""
 
 from dataclasses import replace
 
 import pytest
 
+from autoquant.devices.cpu import CpuBackend
+from autoquant.devices.effort import TimingEffort
 from autoquant.events import Notice, StageFinished
 from autoquant.profiler import roofline as module
-from autoquant.profiler.roofline import floor_us, known_roofline, measure_roofline
-from autoquant.records import Device, LinearShape, Roofline
-from autoquant.store import open_store
+from autoquant.profiler.roofline import floor_us, measure_roofline, undisturbed_roofline
+from autoquant.records import LinearShape, Roofline
 
 ROOFLINE = Roofline(
     bandwidth_bytes_per_s=4e12, flops_per_s={"bfloat16": 8e14, "float32": 5e13, "int8": 1.6e15, "float8": 1.6e15}
 )
 SQUARE = LinearShape(n=4096, k=4096, bias=False, dtype="bfloat16")
 BYTES = 2 * 4096 * 4096
-DEVICE = Device(type="cpu", name="Test CPU", capability="", threads=2, cache_bytes=1, versions={})
+SMALL = TimingEffort(largest_copy_bytes=1 << 20, largest_product=64)
 
 
 def test_one_row_takes_as_long_as_reading_the_weight_and_moving_the_activations():
@@ -46,41 +47,42 @@ def test_arithmetic_that_a_device_lacks_is_done_in_the_fastest_wider_one():
     assert floor_us(memory_only, SQUARE, 64, 1e9, "int8") == pytest.approx((1e9 + 64 * 8192 * 2) / 1e9)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Measurements small enough for a test, on a machine that does nothing else."""
-    monkeypatch.setitem(module._COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(module._PRODUCT_SIDE, "cpu", 64)
-    shares = [0.0]
+@pytest.fixture(autouse=True)
+def shares(monkeypatch):
+    """The shares of the machine that others use in the measurements to come; the last one stays."""
+    left = [0.0]
 
     class Watch:
         def share(self):
-            return shares.pop(0) if len(shares) > 1 else shares[0]
+            return left.pop(0) if len(left) > 1 else left[0]
 
-    monkeypatch.setattr(module, "watch_load", lambda _device: Watch())
-    return shares
-
-
-@pytest.fixture
-def store(tmp_path):
-    opened = open_store(tmp_path / "timings.db")
-    opened.put_device(DEVICE)
-    yield opened
-    opened.close()
+    monkeypatch.setattr(CpuBackend, "watch_load", lambda _backend: Watch())
+    return left
 
 
-def test_a_cpu_has_a_bandwidth_and_rates_in_three_arithmetics(small):
-    measured = measure_roofline("cpu")
-    assert 1e7 < measured.bandwidth_bytes_per_s < 1e13
-    assert set(measured.flops_per_s) == {"bfloat16", "float32", "int8"}
-    assert all(1e6 < rate < 1e15 for rate in measured.flops_per_s.values())
+def measured(kept=None, events=None):
+    """Measure with little effort."""
+    return undisturbed_roofline(
+        "cpu",
+        cache_bytes=1,
+        on_measured=([] if kept is None else kept).append,
+        listener=([] if events is None else events).append,
+        effort=SMALL,
+    )
 
 
-def test_the_copy_does_not_fit_into_the_cache(small, monkeypatch):
+def test_a_cpu_has_a_bandwidth_and_rates_in_three_arithmetics():
+    found = measure_roofline("cpu", effort=SMALL)
+    assert 1e7 < found.bandwidth_bytes_per_s < 1e13
+    assert set(found.flops_per_s) == {"bfloat16", "float32", "int8"}
+    assert all(1e6 < rate < 1e15 for rate in found.flops_per_s.values())
+
+
+def test_the_copy_does_not_fit_into_the_cache(monkeypatch):
     sizes = []
     monkeypatch.setattr(module, "_copy_bytes_per_s", lambda size, _device: sizes.append(size) or 1.0)
-    measure_roofline("cpu")
-    measure_roofline("cpu", cache_bytes=1 << 21)
+    measure_roofline("cpu", effort=SMALL)
+    measure_roofline("cpu", cache_bytes=1 << 21, effort=SMALL)
     assert sizes == [1 << 20, 1 << 22]
 
 
@@ -90,38 +92,31 @@ def test_bandwidth_counts_bytes_read_and_bytes_written(monkeypatch):
     assert module._flops_per_s("float32", 32, "cpu") == 2 * 32**3 / 0.5
 
 
-def test_arithmetic_that_the_device_refuses_is_left_out(small, monkeypatch):
+def test_arithmetic_that_the_device_refuses_is_left_out(monkeypatch):
     def refuse(*_arguments, **_options):
         raise RuntimeError("not on this device")
 
     monkeypatch.setattr(module.torch, "_int_mm", refuse)
-    assert set(measure_roofline("cpu").flops_per_s) == {"bfloat16", "float32"}
+    assert set(measure_roofline("cpu", effort=SMALL).flops_per_s) == {"bfloat16", "float32"}
 
 
-def test_a_device_is_measured_once_and_another_one_again(small, store):
-    events = []
-    first = known_roofline(DEVICE, "cpu", store, events.append)
+def test_what_was_measured_undisturbed_is_given_to_be_kept():
+    kept, events = [], []
+    found = measured(kept, events)
+    assert kept == [found]
     assert isinstance(events[-1], StageFinished) and "GB/s" in events[-1].summary
-    events.clear()
-    assert known_roofline(DEVICE, "cpu", store, events.append) == first == store.roofline(DEVICE)
-    assert events == []
-    other = replace(DEVICE, threads=1)
-    store.put_device(other)
-    known_roofline(other, "cpu", store, events.append)
-    assert events and store.roofline(other) is not None
 
 
-def test_what_a_busy_machine_gave_is_used_with_a_notice_and_not_kept(small, store):
-    small[:] = [0.5]
-    events = []
-    assert known_roofline(DEVICE, "cpu", store, events.append).bandwidth_bytes_per_s > 0
+def test_what_a_busy_machine_gave_is_used_with_a_notice_and_not_kept(shares):
+    shares[:] = [0.5]
+    kept, events = [], []
+    assert measured(kept, events).bandwidth_bytes_per_s > 0
     assert any(isinstance(event, Notice) and "50% of the machine" in event.text for event in events)
-    assert store.roofline(DEVICE) is None
+    assert kept == []
 
 
-def test_a_machine_that_becomes_quiet_is_believed(small, store):
-    small[:] = [0.5, 0.0]
-    events = []
-    known_roofline(DEVICE, "cpu", store, events.append)
-    assert store.roofline(DEVICE) is not None
+def test_a_machine_that_becomes_quiet_is_believed(shares):
+    shares[:] = [0.5, 0.0]
+    kept, events = [], []
+    assert measured(kept, events) in kept
     assert not any(isinstance(event, Notice) for event in events)

@@ -82,7 +82,7 @@ def test_what_disturbed_that_timing_is_said_and_a_forward_pass_has_no_tokens():
 def test_plans_that_do_not_win_there_are_named_with_the_reason():
     slower = {**ROW, "recommended": False, "not_recommended": "it takes 1.20 times as long"}
     said = recommendation([slower, {**ORIGINAL, "recommended": True}], LIMITS, WORKLOAD)
-    assert "Recommended: the unquantized model. What is faster in the search is not so as you will run it." in said
+    assert "Recommended: the unquantized model. No plan that is faster in the search is faster as you will run it." in said
     assert "Not recommended: plan p1 (front 1): it takes 1.20 times as long" in said
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch._C._autograd import DeviceType
 from torch._C._profiler import _EventType
 
+from autoquant.devices import backend
 from autoquant.errors import DeviceError
 from autoquant.records import Workload
 from autoquant.runtime.attribution import _STEP, _device_step, _launches, _runs, attribute, match_launches
@@ -138,7 +139,7 @@ def launched():
     module = quantized_blocks(None, None)
     phases = phases_of(module, compiled=False)
     (phase,) = phases.workload.phases
-    results = _runs(phases, phase.name, phases.run_launched, "cpu")[-1]
+    results = _runs(phases, phase.name, phases.run_launched, backend("cpu"))[-1]
     weights = Weights(module, {})
     step = next(event for event in results.experimental_event_tree() if event.name == _STEP)
     operators = [event for event in step.children if event.name in ("aten::linear", "aten::relu", "aten::add")]

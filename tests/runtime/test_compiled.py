@@ -12,7 +12,7 @@ from autoquant.candidates.linears import is_product
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import RouteStep
 from autoquant.runtime import compiled
-from autoquant.runtime.compiled import compile_forward, ready_to_compile, share
+from autoquant.runtime.compiled import compile_forward, ready_to_compile, shallow_copy
 
 INT8 = ("int8-row/plain", "int8pack-mm")
 INT8_DEQUANTIZED = ("int8-row/plain", "dequantize-matmul")
@@ -100,7 +100,7 @@ def test_the_model_itself_is_left_as_it_is():
 
 def test_a_copy_of_the_structure_shares_every_tensor():
     module = Perceptron()
-    copy = share(module)
+    copy = shallow_copy(module)
     assert copy.up is not module.up and copy.up.weight is module.up.weight
 
 

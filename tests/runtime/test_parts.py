@@ -10,7 +10,7 @@ from torch import nn
 
 from autoquant.records import Workload
 from autoquant.runtime import parts
-from autoquant.runtime.compiled import ready_to_compile, share
+from autoquant.runtime.compiled import ready_to_compile, shallow_copy
 from autoquant.runtime.parts import compile_parts
 from autoquant.runtime.phases import _in_parts, make_phases
 from runtime.test_compiled import INT8, INT8_DEQUANTIZED, Blocks, X, quantize, quantized_blocks, siblings
@@ -20,7 +20,7 @@ WORKLOAD = Workload.parse("prefill=4,decode=3")
 
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch):
-    monkeypatch.setattr(parts, "_FUNCTIONS", {})
+    monkeypatch.setattr(parts, "FUNCTIONS", {})
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_steps_in_parts_compute_what_the_model_computes():
 def test_as_many_parts_are_compiled_for_many_layers_as_for_few(graphs):
     counts = []
     for layers in (2, 5):
-        parts._FUNCTIONS.clear()
+        parts.FUNCTIONS.clear()
         graphs.clear()
         for result, expected, length, expected_length in steps(deep_llama(layers)):
             torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
@@ -95,11 +95,11 @@ def test_the_next_plan_compiles_only_what_no_plan_had_before(graphs):
     module = quantized_blocks(None, None, None)
     run(in_parts(module))
     assert len(graphs) == 1
-    plan = share(module)
+    plan = shallow_copy(module)
     quantize(plan.layers[1].up, INT8)
     run(in_parts(plan))
     assert len(graphs) == 2
-    again = share(module)
+    again = shallow_copy(module)
     quantize(again.layers[2].up, INT8)
     torch.testing.assert_close(run(in_parts(again)), run(again))
     assert len(graphs) == 2

@@ -1,15 +1,18 @@
 """Timing a plan and the unquantized model in turn."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from autoquant.devices.cpu import CpuBackend
+from autoquant.devices.effort import TimingEffort
 from autoquant.records import Workload
-from autoquant.runtime import request
 from autoquant.runtime.request import RequestTimes, WrongResultError, make_warm, time_in_turn, time_requests, warm_up
 
 WORKLOAD = Workload.parse("prefill=8,decode=4")
+SHORT = TimingEffort(request_round_s=0.01)
 
 
 class Fake:
@@ -48,8 +51,7 @@ def shares(monkeypatch):
         def share(self):
             return left.pop(0) if len(left) > 1 else left[0]
 
-    monkeypatch.setattr(request, "watch_load", lambda _device: Watch())
-    monkeypatch.setattr(request, "_ROUND_S", 0.01)
+    monkeypatch.setattr(CpuBackend, "watch_load", lambda _backend: Watch())
     return left
 
 
@@ -60,7 +62,7 @@ def pair(log):
 
 def test_both_models_are_timed_in_alternating_order(shares):
     log = []
-    times = time_requests(*pair(log), "cpu")
+    times = time_requests(*pair(log), "cpu", SHORT)
     assert 0.9 < times.plan_ms["prefill"] < times.original_ms["prefill"] < 30
     assert times.plan_ms["decode"] < times.original_ms["decode"] and times.note == ""
     turns = [entry for i, entry in enumerate(log) if i == 0 or log[i - 1] != entry]
@@ -72,14 +74,14 @@ def test_both_models_are_timed_in_alternating_order(shares):
 def test_timing_is_repeated_while_the_machine_is_busy(shares):
     shares[:] = [0.8, 0.01]
     log = []
-    assert time_requests(*pair(log), "cpu").note == ""
+    assert time_requests(*pair(log), "cpu", SHORT).note == ""
     assert shares == [0.01]
 
 
-def test_a_machine_that_stays_busy_is_noted(shares, monkeypatch):
-    monkeypatch.setattr(request, "_ATTEMPTS", 1)
+def test_a_machine_that_stays_busy_is_noted(shares):
     shares[:] = [0.3]
-    assert "others used 30% of the machine" in time_requests(*pair([]), "cpu").note
+    once = replace(SHORT, attempts=1)
+    assert "others used 30% of the machine" in time_requests(*pair([]), "cpu", once).note
 
 
 def test_a_request_is_the_sum_of_calls_times_latency():
@@ -103,11 +105,10 @@ def test_a_compiled_phase_may_differ_by_rounding():
     warm_up(Fake("plan", [], {"prefill": 0.0, "decode": 0.0}, output=1.02))
 
 
-def test_every_model_begins_a_round(shares, monkeypatch):
-    monkeypatch.setattr(request, "_ROUNDS", 3)
+def test_every_model_begins_a_round(shares):
     log = []
     models = [Fake(name, log, {"prefill": 1e-3 * number, "decode": 0.0}) for number, name in enumerate("abc", 1)]
-    times, note = time_in_turn(models, "cpu")
+    times, note = time_in_turn(models, "cpu", replace(SHORT, request_rounds=3))
     assert note == "" and [round(each["prefill"]) for each in times] == sorted(round(each["prefill"]) for each in times)
     prefills = [name for i, (name, phase) in enumerate(log) if phase == "prefill" and (i == 0 or log[i - 1] != log[i])]
     assert prefills == list("abcbcacab")

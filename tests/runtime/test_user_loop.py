@@ -1,15 +1,19 @@
 """What a user runs, timed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from end_to_end.tiny import Perceptron, make_llama
 from torch import nn
 
+from autoquant.devices.effort import TimingEffort, timing_effort_of
 from autoquant.errors import WorkloadError
 from autoquant.records import Workload
 from autoquant.runtime import request, user_loop
-from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops
+from autoquant.runtime.user_loop import Answer, Usage, UserLoop, first_difference, time_user_loops
 
+SHORT = TimingEffort(highest_other_load=9.0, request_rounds=3, request_calls=2, loop_rounds=3)
 WORKLOAD = Workload.parse("prefill=6,decode=5", batch=2)
 LM = Usage(kind="causal_lm", workload=WORKLOAD, device="cpu")
 
@@ -35,10 +39,9 @@ def asked(llama, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(request, "HIGHEST_OTHER_LOAD", 9.0)
-    monkeypatch.setattr(request, "_ROUNDS", 3)
-    monkeypatch.setattr(request, "_CALLS_PER_ROUND", 2)
+def quick():
+    with timing_effort_of(SHORT):
+        yield
 
 
 def test_a_language_model_is_asked_for_all_tokens_and_for_one(llama, asked):
@@ -82,13 +85,34 @@ def test_a_module_without_inputs_is_refused():
 
 
 def test_rounds_end_when_their_time_is_over(llama, monkeypatch):
-    monkeypatch.setattr(request, "_ROUNDS", 50)
-    monkeypatch.setattr(user_loop, "_LONGEST_S", 0.0)
     loop = LM.loop_of(llama)
     calls = []
-    monkeypatch.setattr(request, "_sample", lambda _loop, name, _device: calls.append(name) or 1.0)
-    time_user_loops([loop], "cpu")
+    monkeypatch.setattr(request, "_sample", lambda _loop, name, *_rest: calls.append(name) or 1.0)
+    time_user_loops([loop], "cpu", replace(SHORT, request_rounds=50, loop_limit_s=0.0))
     assert len(calls) == 3 * 2, "three rounds of two phases"
+
+
+@pytest.mark.parametrize(
+    ("noise", "rounds"),
+    [
+        (0.0, 6),  # at least these
+        (0.02, 8),
+        (0.5, 30),  # at most these
+    ],
+)
+def test_rounds_go_on_until_the_ratio_is_known_to_two_percent(monkeypatch, noise, rounds):
+    models = [UserLoop("forward", 0, {"request": lambda: None}) for _ in range(2)]
+    done = {id(model): 0 for model in models}
+
+    def sample(model, *_rest):
+        done[id(model)] += 1
+        return 5.0 + (5.0 * noise * (-1) ** done[id(model)] if model is models[1] else 0.0)
+
+    monkeypatch.setattr(request, "_sample", sample)
+    (_, plan), _ = time_user_loops(models, "cpu", replace(TimingEffort(), highest_other_load=9.0))
+    assert set(done.values()) == {rounds}
+    known = (plan.ratio.high - plan.ratio.low) / 2 < 0.02 * plan.ratio.value
+    assert known == (rounds < 30)
 
 
 def test_equal_models_give_equal_answers(llama):

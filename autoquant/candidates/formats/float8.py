@@ -10,12 +10,19 @@ import torch.nn.functional as F
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.common import KernelPreference
 
-from autoquant.candidates.base import A8_FLOAT8_ROW, A8_FLOAT8_TENSOR, A16, Format, Kernel, round_float8
+from autoquant.candidates.base import (
+    A8_FLOAT8_ROW,
+    A8_FLOAT8_TENSOR,
+    A16,
+    Format,
+    Kernel,
+    round_float8,
+)
 from autoquant.candidates.calls import is_plain_call
 from autoquant.candidates.kernels.cuda_source import cuda_source_unsupported
 from autoquant.candidates.kernels.few_rows import rows_kernel, too_many_rows
 from autoquant.candidates.kernels.float8_rows import CHUNK_COLUMNS, float8_rows, multiply_float8_rows
-from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w8
+from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
 from autoquant.devices.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
 
@@ -39,13 +46,20 @@ def _dequantize(stored: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, stored.qdata.float() * stored.scale.float())  # type: ignore[attr-defined]
 
 
-def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _dequantize_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     values = weight.qdata.to(x.dtype) * weight.scale.to(x.dtype)  # type: ignore[attr-defined]
     return F.linear(x, values, bias)
 
 
 def float8_product(
-    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool = True
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    per_row: bool = True,
 ) -> torch.Tensor:
     """x `[..., k]`, rounded to float8, times float8 `[n, k]` with scales `[n, 1]` (`[]` in any shape if not `per_row`)."""
     rounded, x_scale = round_float8(x.reshape(-1, x.shape[-1]), per_row=per_row)
@@ -61,12 +75,14 @@ def float8_product(
     return y.reshape(*x.shape[:-1], values.shape[0])
 
 
-def _scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool) -> torch.Tensor:
+def _scaled_mm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool
+) -> torch.Tensor:
     return float8_product(x, weight.qdata, weight.scale, bias, per_row=per_row)  # type: ignore[attr-defined]
 
 
 def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    values, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    values, scale = _parts(weight)
     product = multiply_float8_rows if is_plain_call(x, bias) else float8_rows
     return product(x, values, scale, bias)
 
@@ -81,8 +97,8 @@ def _rows_unsupported(shape: LinearShape, m: int, device_type: str) -> str | Non
     return too_many_rows(shape, m, device_type)
 
 
-def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
-    return linear_w8(x, weight.qdata, weight.scale, bias, dynamic=dynamic)  # type: ignore[attr-defined]
+def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return weight.qdata, weight.scale  # type: ignore[attr-defined]
 
 
 def float8_product_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
@@ -124,25 +140,7 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
 
 _ROW_KERNELS = (
     rows_kernel(_rows, _rows_unsupported),
-    Kernel(
-        id="gemlite",
-        numerics=A16,
-        linear=functools.partial(_gemlite, dynamic=False),
-        opaque=True,
-        tuned=True,
-        unsupported=_gemlite_float8_unsupported,
-        description="gemlite's weight-only product",
-    ),
-    Kernel(
-        id="gemlite-dynamic",
-        numerics=A8_FLOAT8_ROW,
-        linear=functools.partial(_gemlite, dynamic=True),
-        opaque=True,
-        tuned=True,
-        arithmetic="float8",
-        unsupported=_gemlite_float8_unsupported,
-        description="activation rows rounded to float8, gemlite's product",
-    ),
+    *gemlite_kernels(_parts, rounds=A8_FLOAT8_ROW, arithmetic="float8", unsupported=_gemlite_float8_unsupported),
 )
 
 FORMATS = (

@@ -50,7 +50,9 @@ def _transposed_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     group = stored.block_size[1]
     values = unpack_int4(stored.qdata, n, k).reshape(k // group, group, n)
     scale, zero = stored.scale_and_zero.unbind(-1)
-    weights: torch.Tensor = (values.to(dtype) - 8) * scale.to(dtype).unsqueeze(1) + zero.to(dtype).unsqueeze(1)
+    weights: torch.Tensor = (values.to(dtype) - 8) * scale.to(dtype).unsqueeze(1) + zero.to(
+        dtype
+    ).unsqueeze(1)
     return weights.reshape(k, n)
 
 
@@ -62,7 +64,9 @@ def _pack(rounded: Rounded, group: int) -> torch.Tensor:
     """Integers as `Int4OpaqueTensor.from_hp` packs them."""
     packed = Int4OpaqueTensor(
         qdata=torch.ops.aten._convert_weight_to_int4pack_for_cpu(rounded.q + 8, 1),
-        scale_and_zero=pack_tinygemm_scales_and_zeros(rounded.scale, rounded.zero, rounded.scale.dtype),
+        scale_and_zero=pack_tinygemm_scales_and_zeros(
+            rounded.scale, rounded.zero, rounded.scale.dtype
+        ),
         block_size=[1, group],
         shape=rounded.q.shape,
     )
@@ -76,13 +80,18 @@ def _dequantize(stored: torch.Tensor) -> torch.Tensor:
 def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stored = cast(Int4OpaqueTensor, weight)
     y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.reshape(-1, x.shape[-1]).contiguous(), stored.qdata, stored.block_size[1], stored.scale_and_zero
+        x.reshape(-1, x.shape[-1]).contiguous(),
+        stored.qdata,
+        stored.block_size[1],
+        stored.scale_and_zero,
     )
     y = y.reshape(*x.shape[:-1], stored.shape[0])
     return y if bias is None else y + bias
 
 
-def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _dequantize_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     y: torch.Tensor = x.reshape(-1, x.shape[-1]) @ _transposed_float(weight, x.dtype)
     y = y.reshape(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias

@@ -17,7 +17,7 @@ from autoquant.candidates.formats.int4_tinygemm import (
     with_roundings,
 )
 from autoquant.candidates.formats.rounding import Rounded
-from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w4
+from autoquant.candidates.kernels.gemlite import GEMLITE, gemlite_unsupported, linear_w4
 from autoquant.records import LinearShape
 
 
@@ -33,7 +33,9 @@ class Int4GemliteTensor(TorchAOBaseTensor):  # type: ignore[misc]
     tensor_data_names = ["qdata", "scale", "offset"]  # noqa: RUF012
     tensor_attribute_names: list[str] = []  # noqa: RUF012
 
-    def __new__(cls, qdata: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> Int4GemliteTensor:
+    def __new__(
+        cls, qdata: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor
+    ) -> Int4GemliteTensor:
         shape = (qdata.shape[1], qdata.shape[0] * 8)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=scale.dtype, device=qdata.device, requires_grad=False
@@ -59,7 +61,9 @@ class Int4GemliteTensor(TorchAOBaseTensor):  # type: ignore[misc]
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.qdata.device)
         q = (self.qdata.t().unsqueeze(-1) >> shifts) & 15
         q = q.reshape(n, self.scale.shape[0], -1).to(dtype)
-        return (q * self.scale.t().unsqueeze(-1).to(dtype) + self.offset.t().unsqueeze(-1).to(dtype)).reshape(n, k)
+        return (
+            q * self.scale.t().unsqueeze(-1).to(dtype) + self.offset.t().unsqueeze(-1).to(dtype)
+        ).reshape(n, k)
 
 
 def _words(nibbles: torch.Tensor) -> torch.Tensor:
@@ -73,7 +77,9 @@ def _words(nibbles: torch.Tensor) -> torch.Tensor:
 torch.serialization.add_safe_globals([Int4GemliteTensor])
 
 
-def _gemlite_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _gemlite_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     stored = cast(Int4GemliteTensor, weight)
     return linear_w4(x, stored.qdata, stored.scale, stored.offset, bias)
 
@@ -83,7 +89,9 @@ def _pack_gemlite(rounded: Rounded) -> torch.Tensor:
 
 
 def _gemlite_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) -> str | None:
-    return int4_unsupported(shape, m, device_type, group=group) or gemlite_unsupported(shape, m, device_type)
+    return int4_unsupported(shape, m, device_type, group=group) or gemlite_unsupported(
+        shape, m, device_type
+    )
 
 
 def _gemlite_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -115,7 +123,7 @@ def _gemlite(group: int) -> Format:
                 numerics=A16,
                 linear=_gemlite_linear,
                 opaque=True,
-                tuned=True,
+                library=GEMLITE,
                 description="gemlite's weight-only product",
             ),
             dequantize_kernel(_gemlite_float),
@@ -134,4 +142,6 @@ def _gemlite(group: int) -> Format:
     )
 
 
-FORMATS = tuple(fmt for group in GROUP_SIZES for fmt in with_roundings(_gemlite(group), group, _pack_gemlite))
+FORMATS = tuple(
+    fmt for group in GROUP_SIZES for fmt in with_roundings(_gemlite(group), group, _pack_gemlite)
+)

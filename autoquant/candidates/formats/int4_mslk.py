@@ -24,7 +24,10 @@ def _mslk_float(stored: torch.Tensor) -> torch.Tensor:
     low, high = weight.qdata & 15, (weight.qdata >> 4) & 15
     q = torch.stack((low, high), dim=-1).reshape(n, k).float()
     q = torch.where(q > 7, q - 16, q).reshape(n, weight.scale.shape[0], -1)
-    scale, zero = weight.scale.t().float().unsqueeze(-1), weight.zero_point.t().float().unsqueeze(-1)
+    scale, zero = (
+        weight.scale.t().float().unsqueeze(-1),
+        weight.zero_point.t().float().unsqueeze(-1),
+    )
     return cast(torch.Tensor, (q * scale + zero).reshape(n, k))
 
 

@@ -56,13 +56,17 @@ class Int4TiledTensor(TorchAOBaseTensor):  # type: ignore[misc]
     tensor_data_names = ["qdata", "scale_and_zero", "row_scale"]  # noqa: RUF012
     tensor_attribute_names: list[str] = []  # noqa: RUF012
 
-    def __new__(cls, qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor) -> Int4TiledTensor:
+    def __new__(
+        cls, qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor
+    ) -> Int4TiledTensor:
         shape = (qdata.shape[0], qdata.shape[1] * 8)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=scale_and_zero.dtype, device=qdata.device, requires_grad=False
         )
 
-    def __init__(self, qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor) -> None:
+    def __init__(
+        self, qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor
+    ) -> None:
         super().__init__()
         self.qdata = qdata
         self.scale_and_zero = scale_and_zero
@@ -84,7 +88,9 @@ class Int4TiledTensor(TorchAOBaseTensor):  # type: ignore[misc]
         for pair in range(_PAIRS):
             for odd in range(2):
                 words |= nibbles[..., pair, odd] << (4 * pair + 16 * odd)
-        both = torch.stack((scale, zero), dim=-1).reshape(high, TILE_ROWS, wide, -1, 2).transpose(1, 2)
+        both = (
+            torch.stack((scale, zero), dim=-1).reshape(high, TILE_ROWS, wide, -1, 2).transpose(1, 2)
+        )
         packed = cls(words.reshape(n, k // 8), both.reshape(n, -1, 2), torch.empty(0))
         largest = packed.unpack(torch.float32).abs().amax(dim=1, keepdim=True)
         return cls(packed.qdata, packed.scale_and_zero, largest.clamp(min=1e-12) / FLOAT8_MAX)
@@ -93,11 +99,20 @@ class Int4TiledTensor(TorchAOBaseTensor):  # type: ignore[misc]
         """The `[n, k]` numbers."""
         n, k = self.shape
         high, wide = n // TILE_ROWS, k // TILE_COLUMNS
-        shifts = torch.tensor([[4 * pair, 4 * pair + 16] for pair in range(_PAIRS)], dtype=torch.int32)
+        shifts = torch.tensor(
+            [[4 * pair, 4 * pair + 16] for pair in range(_PAIRS)], dtype=torch.int32
+        )
         words = self.qdata.reshape(high, wide, TILE_ROWS, _LANES, _WORDS, 1, 1)
         q = ((words >> shifts.to(words.device)) & 15).permute(0, 2, 1, 4, 3, 5, 6)
-        both = self.scale_and_zero.reshape(high, wide, TILE_ROWS, -1, 2).transpose(1, 2).reshape(n, -1, 1, 2).to(dtype)
-        return ((q.reshape(n, both.shape[1], -1).to(dtype) - 8) * both[..., 0] + both[..., 1]).reshape(n, k)
+        both = (
+            self.scale_and_zero.reshape(high, wide, TILE_ROWS, -1, 2)
+            .transpose(1, 2)
+            .reshape(n, -1, 1, 2)
+            .to(dtype)
+        )
+        return (
+            (q.reshape(n, both.shape[1], -1).to(dtype) - 8) * both[..., 0] + both[..., 1]
+        ).reshape(n, k)
 
 
 torch.serialization.add_safe_globals([Int4TiledTensor])
@@ -108,7 +123,9 @@ def multiply_int4_rows(
 ) -> torch.Tensor:
     """x `[..., k]`, up to 16 rows in all, times an `Int4TiledTensor` `[n, k]`: `[..., n]`."""
     group = x.shape[-1] // scale_and_zero.shape[1]
-    return multiply_rows(_SOURCE, "int4_rows", SETTINGS, x, (qdata, scale_and_zero), bias, (("GROUP", group),))
+    return multiply_rows(
+        _SOURCE, "int4_rows", SETTINGS, x, (qdata, scale_and_zero), bias, (("GROUP", group),)
+    )
 
 
 def _empty_rows(
@@ -130,7 +147,9 @@ def unpack_int4_tiles(
     kernel = cuda_kernel(_SOURCE, "int4_unpack", defines, qdata.device)
     out = qdata.new_empty(n, k, dtype=torch.float8_e4m3fn if float8 else torch.bfloat16)
     blocks = -(-tiles // (_UNPACKING_THREADS // 32))
-    kernel.launch(blocks, _UNPACKING_THREADS, qdata, scale_and_zero, row_scale, out, tiles, k // TILE_COLUMNS)
+    kernel.launch(
+        blocks, _UNPACKING_THREADS, qdata, scale_and_zero, row_scale, out, tiles, k // TILE_COLUMNS
+    )
     return out
 
 
@@ -156,11 +175,15 @@ def _unpacked(weight: torch.Tensor, *, float8: bool) -> torch.Tensor:
     return cast(torch.Tensor, unpack(stored.qdata, stored.scale_and_zero, stored.row_scale, float8))
 
 
-def _unpack_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _unpack_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     return F.linear(x, _unpacked(weight, float8=False), bias)
 
 
-def _unpack_scaled_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _unpack_scaled_mm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     row_scale = cast(Int4TiledTensor, weight).row_scale
     return float8_product(x, _unpacked(weight, float8=True), row_scale, bias)
 
@@ -210,4 +233,6 @@ def _format(group: int) -> Format:
     )
 
 
-FORMATS = tuple(fmt for group in GROUP_SIZES for fmt in with_roundings(_format(group), group, _pack))
+FORMATS = tuple(
+    fmt for group in GROUP_SIZES for fmt in with_roundings(_format(group), group, _pack)
+)

@@ -17,7 +17,9 @@ from torchao.quantization.quant_primitives import (
     _choose_qparams_affine_tinygemm,
     _quantize_affine_tinygemm,
 )
-from torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor import Int4TilePackedTo4dTensor
+from torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor import (
+    Int4TilePackedTo4dTensor,
+)
 from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
 from autoquant.candidates.base import A16, Format, Kernel, by_name_only
@@ -31,7 +33,9 @@ ToFloat = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 """A stored weight to its numbers `[n, k]` in a dtype."""
 
 
-def tinygemm_rounding(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tinygemm_rounding(
+    weight: torch.Tensor, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round a weight `[n, k]`: q int32 `[n, k]` from 0 to 15, scale and zero `[n, k / group]` in the weight's dtype."""
     n, k = weight.shape
     block = (1, group)
@@ -51,7 +55,9 @@ def int4_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int
     return f"k={shape.k} is not divisible by the group size {group}" if shape.k % group else None
 
 
-def library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def library_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     """Multiply by the kernel that torchao chooses for the stored tensor."""
     return F.linear(x, weight, bias)
 
@@ -70,7 +76,9 @@ def _tinygemm_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).reshape(2, 2, 2)
     q = (words.reshape(tiles_n, tiles_k, 8, 4, 4, 1, 1, 1) >> shifts) & 15
     q = q.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(tiles_n * 8, tiles_k * 128)[:n, :k]
-    scale, zero = stored.scale_and_zero.transpose(0, 1)[:n, : k // stored.block_size[1]].to(dtype).unbind(-1)
+    scale, zero = (
+        stored.scale_and_zero.transpose(0, 1)[:n, : k // stored.block_size[1]].to(dtype).unbind(-1)
+    )
     q = q.reshape(n, scale.shape[1], -1).to(dtype)
     return cast(torch.Tensor, ((q - 8) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).reshape(n, k))
 
@@ -80,9 +88,13 @@ def _pack_tinygemm(rounded: Rounded, group: int) -> torch.Tensor:
     n, k = rounded.q.shape
     more_n, more_k = -n % _TILE_ROWS, -k % _TILE_COLUMNS
     q = F.pad(rounded.q + 8, (0, more_k, 0, more_n))
-    scale, zero = (F.pad(part, (0, more_k // group, 0, more_n)) for part in (rounded.scale, rounded.zero))
+    scale, zero = (
+        F.pad(part, (0, more_k // group, 0, more_n)) for part in (rounded.scale, rounded.zero)
+    )
     packed = Int4TilePackedTo4dTensor(
-        qdata=torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8),
+        qdata=torch.ops.aten._convert_weight_to_int4pack(
+            (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8
+        ),
         scale_and_zero=pack_tinygemm_scales_and_zeros(scale, zero, scale.dtype),
         block_size=[1, group],
         shape=rounded.q.shape,
@@ -110,7 +122,9 @@ def dequantize_kernel(to_float: ToFloat) -> Kernel:
 def _tinygemm(group: int) -> Format:
     return Format(
         id=f"int4-g{group}/tinygemm",
-        quantize=lambda weight: cast(torch.Tensor, Int4TilePackedTo4dTensor.from_hp(weight.detach(), [1, group])),
+        quantize=lambda weight: cast(
+            torch.Tensor, Int4TilePackedTo4dTensor.from_hp(weight.detach(), [1, group])
+        ),
         dequantize=lambda stored: _tinygemm_float(stored, torch.float32),
         tensor_type=Int4TilePackedTo4dTensor,
         unsupported=functools.partial(int4_unsupported, group=group),
@@ -128,13 +142,19 @@ def _tinygemm(group: int) -> Format:
     )
 
 
-def with_roundings(fmt: Format, group: int, pack: Callable[[Rounded], torch.Tensor]) -> tuple[Format, ...]:
+def with_roundings(
+    fmt: Format, group: int, pack: Callable[[Rounded], torch.Tensor]
+) -> tuple[Format, ...]:
     """An int4 format of tinygemm's rounding, and the same storage with every other rounding, by name only."""
-    return fmt, *rounded_formats(fmt, Grid(bits=4, group=group, symmetric=False), pack, by_name_only)
+    return fmt, *rounded_formats(
+        fmt, Grid(bits=4, group=group, symmetric=False), pack, by_name_only
+    )
 
 
 FORMATS = tuple(
     fmt
     for group in GROUP_SIZES
-    for fmt in with_roundings(_tinygemm(group), group, functools.partial(_pack_tinygemm, group=group))
+    for fmt in with_roundings(
+        _tinygemm(group), group, functools.partial(_pack_tinygemm, group=group)
+    )
 )

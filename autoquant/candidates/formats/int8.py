@@ -6,8 +6,7 @@ exactly the numbers that the float32 ones do.
 
 from __future__ import annotations
 
-import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torchao.quantization import Int8Tensor, PerRow
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
 from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int8
-from autoquant.candidates.kernels.gemlite import gemlite_unsupported, linear_w8
+from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
 from autoquant.records import LinearShape
 
 
@@ -28,7 +27,9 @@ def _quantize(weight: torch.Tensor) -> torch.Tensor:
 
 def _drop_zero_point(stored: torch.Tensor) -> torch.Tensor:
     """torchao keeps a row of zero points for symmetric weights too; kernels here never read it."""
-    return cast(torch.Tensor, Int8Tensor(stored.qdata, stored.scale, stored.block_size, stored.dtype))  # type: ignore[attr-defined]
+    values: Any = stored
+    bare = Int8Tensor(values.qdata, values.scale, values.block_size, values.dtype)
+    return cast(torch.Tensor, bare)
 
 
 def _dequantize(stored: torch.Tensor) -> torch.Tensor:
@@ -40,17 +41,25 @@ def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.qdata, weight.scale  # type: ignore[attr-defined]
 
 
-def _torchao_dynamic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _torchao_dynamic(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     values, scale = _parts(weight)
     dynamic = Int8Tensor(
-        values, scale, [1, values.shape[1]], weight.dtype, act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerRow())
+        values,
+        scale,
+        [1, values.shape[1]],
+        weight.dtype,
+        act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerRow()),
     )
     return F.linear(x, dynamic, bias)
 
 
 def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     values, scale = _parts(weight)
-    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), values, scale.reshape(-1))
+    y = torch._weight_int8pack_mm(
+        x.reshape(-1, x.shape[-1]).contiguous(), values, scale.reshape(-1)
+    )
     y = y.reshape(*x.shape[:-1], values.shape[0])
     return y if bias is None else y + bias
 
@@ -63,14 +72,15 @@ def _int_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return y.to(x.dtype).reshape(*x.shape[:-1], values.shape[0])
 
 
-def _dequantize_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _dequantize_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     values, scale = _parts(weight)
     return F.linear(x, (values.to(x.dtype) * scale), bias)
 
 
-def _gemlite(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool) -> torch.Tensor:
-    values, scale = _parts(weight)
-    return linear_w8(x, values, scale, bias, dynamic=dynamic)
+_PICKY_INT_MM = ("cuda",)
+"""Kinds of device whose `_int_mm` takes some shapes only."""
 
 
 def _packed_mm_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
@@ -82,9 +92,11 @@ def _packed_mm_unsupported(shape: LinearShape, _m: int, device_type: str) -> str
 
 
 def _int_mm_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
-    if device_type == "cuda" and m <= 16:
+    if device_type not in _PICKY_INT_MM:
+        return None
+    if m <= 16:
         return f"_int_mm needs more than 16 rows on CUDA, not {m}"
-    if device_type == "cuda" and (shape.n % 8 or shape.k % 8):
+    if shape.n % 8 or shape.k % 8:
         return f"_int_mm needs n and k divisible by 8 on CUDA, not {shape.n}x{shape.k}"
     return None
 
@@ -127,25 +139,7 @@ FORMATS = (
                 unsupported=_int_mm_unsupported,
                 description="torchao's int8 dynamic-activation product",
             ),
-            Kernel(
-                id="gemlite",
-                numerics=A16,
-                linear=functools.partial(_gemlite, dynamic=False),
-                opaque=True,
-                tuned=True,
-                unsupported=gemlite_unsupported,
-                description="gemlite's weight-only product",
-            ),
-            Kernel(
-                id="gemlite-dynamic",
-                numerics=A8_ROW,
-                linear=functools.partial(_gemlite, dynamic=True),
-                opaque=True,
-                tuned=True,
-                arithmetic="int8",
-                unsupported=gemlite_unsupported,
-                description="activation rows rounded to int8, gemlite's product",
-            ),
+            *gemlite_kernels(_parts, rounds=A8_ROW, arithmetic="int8", unsupported=gemlite_unsupported),
         ),
         description="int8 weights, one symmetric scale a row",
     ),

@@ -20,7 +20,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
-from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, f32_to_f4_unpacked, unpack_uint4
+from torchao.prototype.mx_formats.kernels import (
+    f4_unpacked_to_f32,
+    f32_to_f4_unpacked,
+    unpack_uint4,
+)
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs, _to_mx_rceil
 from torchao.prototype.mx_formats.nvfp4_tensor import (
     NVFP4Tensor,
@@ -80,7 +84,9 @@ def _quantize_nvfp4(weight: torch.Tensor) -> torch.Tensor:
 
 def _tensor_scale(x: torch.Tensor) -> torch.Tensor:
     """nvfp4's float32 scale of a whole tensor, `[]`; a tensor of zeros, which torchao divides by zero, has one too."""
-    return cast(torch.Tensor, per_tensor_amax_to_scale(x.abs().amax().float().clamp(min=_SMALLEST_AMAX)))
+    return cast(
+        torch.Tensor, per_tensor_amax_to_scale(x.abs().amax().float().clamp(min=_SMALLEST_AMAX))
+    )
 
 
 def _round_mx(x: torch.Tensor, elements: torch.dtype) -> torch.Tensor:
@@ -91,7 +97,9 @@ def _round_mx(x: torch.Tensor, elements: torch.dtype) -> torch.Tensor:
     blocks = x.float().reshape(-1, x.shape[-1] // MX_BLOCK, MX_BLOCK)
     largest = 448.0 if elements == torch.float8_e4m3fn else 6.0
     exponent, scaled = _to_mx_rceil(blocks, blocks.abs().amax(-1, keepdim=True), largest)
-    narrow: torch.Tensor = scaled.to(elements) if elements == torch.float8_e4m3fn else f32_to_f4_unpacked(scaled)
+    narrow: torch.Tensor = (
+        scaled.to(elements) if elements == torch.float8_e4m3fn else f32_to_f4_unpacked(scaled)
+    )
     return (_widen(narrow) * _power_of_two(exponent)).reshape(x.shape).to(x.dtype)
 
 
@@ -121,7 +129,11 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _widen(numbers: torch.Tensor) -> torch.Tensor:
     """e4m3, or e2m1 in the low bits of uint8, as float32."""
-    return cast(torch.Tensor, f4_unpacked_to_f32(numbers)) if numbers.dtype == torch.uint8 else numbers.float()
+    return (
+        cast(torch.Tensor, f4_unpacked_to_f32(numbers))
+        if numbers.dtype == torch.uint8
+        else numbers.float()
+    )
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
@@ -151,10 +163,16 @@ def _dequantize_nvfp4(stored: torch.Tensor) -> torch.Tensor:
 
 
 def _product_mx(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, rounding: Rounding | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    rounding: Rounding | None = None,
 ) -> torch.Tensor:
     """The float product in x's dtype, which holds every mx number."""
-    return F.linear(x if rounding is None else rounding(x), _dequantize_mx(weight).to(x.dtype), bias)
+    return F.linear(
+        x if rounding is None else rounding(x), _dequantize_mx(weight).to(x.dtype), bias
+    )
 
 
 def _product_nvfp4(
@@ -175,14 +193,22 @@ def _scaled_mm_mx(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return F.linear(x.contiguous(), weight, bias)
 
 
-def _scaled_mm_nvfp4(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = NVFP4Tensor.to_nvfp4(_rows(x), NVFP4_BLOCK, per_tensor_scale=_tensor_scale(x), is_swizzled_scales=True)
+def _scaled_mm_nvfp4(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    rows = NVFP4Tensor.to_nvfp4(
+        _rows(x), NVFP4_BLOCK, per_tensor_scale=_tensor_scale(x), is_swizzled_scales=True
+    )
     return F.linear(rows, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+_BLOCK_SCALED = ("cuda",)
+"""Kinds of device that PyTorch has block-scaled products for."""
 
 
 def _no_hardware(device_type: str) -> str | None:
     """Why the device has no tensor cores for scaled blocks, or None where it has."""
-    if device_type != "cuda":
+    if device_type not in _BLOCK_SCALED:
         return "block-scaled products are for CUDA"
     needed = "needs a GPU of compute capability 10.0 (Blackwell)"
     if not torch.cuda.is_available():
@@ -247,7 +273,9 @@ def _format(
                 numerics=numerics,
                 linear=scaled_mm,
                 arithmetic=arithmetic,
-                unsupported=functools.partial(_scaled_mm_unsupported, dtypes=scaled_mm_dtypes, k_step=32),
+                unsupported=functools.partial(
+                    _scaled_mm_unsupported, dtypes=scaled_mm_dtypes, k_step=32
+                ),
                 description=f"activation rounded to {values}, block-scaled product in hardware",
             ),
             Kernel(
@@ -275,13 +303,19 @@ def _mx_format(values: str, elements: torch.dtype, description: str) -> Format:
         emulated=functools.partial(_product_mx, rounding=rounding),
         scaled_mm=_scaled_mm_mx,
         arithmetic="float8" if elements == torch.float8_e4m3fn else "float4",
-        scaled_mm_dtypes=("bfloat16",),  # torchao asks for a bfloat16 result whatever the activation
+        scaled_mm_dtypes=(
+            "bfloat16",
+        ),  # torchao asks for a bfloat16 result whatever the activation
     )
 
 
 FORMATS = (
-    _mx_format("mxfp8", torch.float8_e4m3fn, "float8 e4m3 weights, a power of two for every 32 along k"),
-    _mx_format("mxfp4", torch.float4_e2m1fn_x2, "float4 e2m1 weights, a power of two for every 32 along k"),
+    _mx_format(
+        "mxfp8", torch.float8_e4m3fn, "float8 e4m3 weights, a power of two for every 32 along k"
+    ),
+    _mx_format(
+        "mxfp4", torch.float4_e2m1fn_x2, "float4 e2m1 weights, a power of two for every 32 along k"
+    ),
     _format(
         "nvfp4",
         "float4 e2m1 weights, a float8 scale for every 16 along k and a float32 one for all",

@@ -61,7 +61,9 @@ class Grid:
             low = -high
         return low, high
 
-    def fitted(self, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def fitted(
+        self, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero in float32, exact in `dtype`, with which the grid just spans `ends`; what lies beyond is clipped."""
         if self.symmetric:
             scale = (high / (self.half - 0.5)).clamp_(min=_SMALLEST_SCALE).to(dtype).float()
@@ -69,7 +71,9 @@ class Grid:
         scale = ((high - low) / (2 * self.half - 1)).clamp_(min=_SMALLEST_STEP).to(dtype).float()
         return scale, (low + scale * self.half).to(dtype).float()
 
-    def integers(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    def integers(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> torch.Tensor:
         """The nearest ones, as floats; the arguments broadcast."""
         return ((weight - zero) / scale).round_().clamp_(-self.half, self.half - 1)
 
@@ -108,7 +112,9 @@ def hqq(weight: torch.Tensor, grid: Grid, _inputs: InputStatistics | None = None
     n, k = weight.shape
     if grid.symmetric:
         block = [1, grid.group]
-        _, scale = _choose_qparams_and_quantize_scale_only_hqq(weight, block, -grid.half, grid.half - 1)
+        _, scale = _choose_qparams_and_quantize_scale_only_hqq(
+            weight, block, -grid.half, grid.half - 1
+        )
         zero = torch.zeros_like(scale)
     else:
         _, scale, zero, _ = _choose_qparams_and_quantize_affine_hqq(
@@ -152,7 +158,11 @@ def gptq(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None
             errors[column - start] = error
             left[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    return Rounded(q.t().to(torch.int32).contiguous(), torch.cat(scales, 1).to(dtype), torch.cat(zeros, 1).to(dtype))
+    return Rounded(
+        q.t().to(torch.int32).contiguous(),
+        torch.cat(scales, 1).to(dtype),
+        torch.cat(zeros, 1).to(dtype),
+    )
 
 
 def clip(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None) -> Rounded:
@@ -188,13 +198,23 @@ class Rounding:
 
 
 HQQ = Rounding(id="hqq", round=hqq, needs_inputs=False, description="half-quadratic rounding")
-GPTQ = Rounding(id="gptq", round=gptq, needs_inputs=True, description="rounded for the layer's inputs (GPTQ)")
-CLIP = Rounding(id="clip", round=clip, needs_inputs=True, description="clipped for the layer's inputs (as AWQ does)")
+GPTQ = Rounding(
+    id="gptq", round=gptq, needs_inputs=True, description="rounded for the layer's inputs (GPTQ)"
+)
+CLIP = Rounding(
+    id="clip",
+    round=clip,
+    needs_inputs=True,
+    description="clipped for the layer's inputs (as AWQ does)",
+)
 ROUNDINGS = (HQQ, CLIP, GPTQ)
 
 
 def rounded_formats(
-    fmt: Format, grid: Grid, pack: Callable[[Rounded], torch.Tensor], by_default: Callable[[str], bool]
+    fmt: Format,
+    grid: Grid,
+    pack: Callable[[Rounded], torch.Tensor],
+    by_default: Callable[[str], bool],
 ) -> tuple[Format, ...]:
     """A format that rounds to nearest, with every other rounding of its numbers: `int4-g64/L` gives `int4-g64-hqq/L` and so on.
 
@@ -203,7 +223,9 @@ def rounded_formats(
         by_default: As for `Format`.
     """
 
-    def quantize(weight: torch.Tensor, inputs: InputStatistics | None = None, *, rounding: Rounding) -> torch.Tensor:
+    def quantize(
+        weight: torch.Tensor, inputs: InputStatistics | None = None, *, rounding: Rounding
+    ) -> torch.Tensor:
         return pack(rounding.round(weight, grid, inputs))
 
     values, _, layout = fmt.id.partition("/")

@@ -1,1 +1,1 @@
-"""What several formats compute with: the project's own CUDA kernels, libraries that tune theirs, and where both are kept."""
+"""Kernels of several formats: the project's own for CUDA, and those that libraries tune."""

@@ -4,40 +4,78 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-
 from autoquant.cache import cache_folder
-from autoquant.candidates.kernels import gemlite
-from autoquant.devices.device import fingerprint
+from autoquant.candidates.kernels.library import TunedLibrary
+from autoquant.candidates.registry import known_formats
+from autoquant.devices import backend
 from autoquant.records import Device
 
 
 def use_kernel_caches() -> None:
-    """Have PyTorch's and Triton's compilers keep what they make there, unless the user has chosen other places."""
+    """Have compilers keep their output in the cache folder, unless the user chose others."""
     folder = cache_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def tuning_folder(device: Device) -> Path:
-    """Where the settings lie that libraries found by tuning their kernels on this device."""
+    """Return where the settings lie that libraries found by tuning their kernels on this device."""
     return cache_folder() / "tuning" / device.key
+
+
+def load_tuning(folder: Path) -> None:
+    """Have every library take over the settings in `folder`."""
+    for library in _libraries():
+        library.load(folder)
+
+
+def save_tuning(folder: Path) -> None:
+    """Have every library save its settings in `folder`."""
+    for library in _libraries():
+        library.save(folder)
+
+
+def tune_briefly() -> None:
+    """Have every library spend less time on each setting from now on."""
+    for library in _libraries():
+        library.tune_briefly()
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Inside, no library tunes its kernels."""
+    with ExitStack() as stack:
+        for library in _libraries():
+            stack.enter_context(library.untuned())
+        yield
 
 
 @contextmanager
 def kernels_kept(device: str) -> Iterator[None]:
-    """Inside, kernels for a GPU are compiled and tuned only where no process of this machine has done so before."""
-    if torch.device(device).type != "cuda":
+    """Inside, kernels are compiled and tuned only if no process of this machine has done so before.
+
+    This changes nothing on a device whose kernels are not prepared.
+    """
+    place = backend(device)
+    if not place.prepares:
         yield
         return
     use_kernel_caches()
-    folder = str(tuning_folder(fingerprint(device)))
-    gemlite.load_tuning(folder)
-    gemlite.tune_alone(threads=os.cpu_count() or 1)
+    folder = tuning_folder(place.fingerprint())
+    load_tuning(folder)
+    for library in _libraries():
+        library.tune_alone(threads=os.cpu_count() or 1)
     try:
         yield
     finally:
-        gemlite.save_tuning(folder)
+        save_tuning(folder)
+
+
+def _libraries() -> list[TunedLibrary]:
+    """Return the libraries of all candidates that are installed."""
+    kernels = [kernel for fmt in known_formats().values() for kernel in fmt.kernels]
+    found = dict.fromkeys(kernel.library for kernel in kernels if kernel.library is not None)
+    return [library for library in found if library.missing_reason() is None]

@@ -1,6 +1,6 @@
-"""The project's own CUDA kernels: compiled when they are first needed, by the compiler library that PyTorch brings along.
+"""The project's own CUDA kernels, compiled by PyTorch's compiler library on first use.
 
-The machine code is kept under the cache folder, so that a machine compiles each kernel once.
+The machine code is kept in the cache folder, so that a machine compiles each kernel once.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _MOST_ARGUMENTS = 16
 
 
 def cuda_source_unsupported(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Why `what`, a kernel of the project's own, does not run on the current device."""
+    """Return why one of the project's own kernels does not run on the current device."""
     return needs_cuda(device_type, what, capability) or needs_library("cuda.bindings", "cuda-bindings")
 
 
 class CudaKernel:
-    """A kernel of a source file on one device.
+    """One kernel of a source file, loaded on a device.
 
     Args:
-        file: Name of the file beside this one, which may include the headers (`.cuh`) there.
-        name: The kernel's, declared `extern "C"`.
-        defines: What the source is to be compiled with.
+        file: Name of a file in this folder, which may include the headers (`.cuh`) there.
+        name: Name of the kernel, declared `extern "C"`.
+        defines: Macros of the source, with their values.
 
     Raises:
         CandidateError: It does not compile, or the driver does not take it.
@@ -72,7 +72,7 @@ class CudaKernel:
 
 
 class _Slots(threading.local):
-    """Memory for the arguments of a launch, of each thread its own.
+    """Memory for the arguments of a launch, for each thread.
 
     Attributes:
         values: Each argument in eight bytes, of which the driver reads as many as it has.
@@ -88,7 +88,7 @@ class _Slots(threading.local):
 
 @functools.cache
 def cuda_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> CudaKernel:
-    """The kernel, loaded once in a process."""
+    """Return the kernel, loaded once in a process."""
     return CudaKernel(file, name, defines, device)
 
 
@@ -125,7 +125,7 @@ def _compile(source: str, file: str, headers: Mapping[str, str], options: Sequen
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call of the CUDA library gave."""
+    """Return the result of a call of the CUDA library, or raise its error."""
     error, *given = result
     if int(error):
         raise CandidateError(f"CUDA refused a kernel of the project's own: {error!r}")

@@ -1,4 +1,4 @@
-"""The host's side of the project's own products of a few rows with stored weights (`rows.cuh`)."""
+"""Products of a few rows by the project's own kernels (`rows.cuh`): the host's side."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from autoquant.candidates.kernels.cuda_source import cuda_kernel
 from autoquant.records import LinearShape
 
 ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16
-"""Rows of x that tensor cores take at a time, and how many a product of a few rows takes at most."""
+"""Rows of x that tensor cores take at a time, and most rows of a product of a few rows."""
 Setting = tuple[int, int, int]
 """Warps and tiles of 16 rows of a block, and blocks that a multiprocessor should hold."""
 Settings = Sequence[tuple[int, Setting, Setting]]
-"""Up to how many tiles for each multiprocessor (0: any) what is fastest for up to 8 rows of x, and for up to 16."""
+"""The fastest settings for up to 8 rows of x, and for up to 16.
+
+Each entry holds for up to so many tiles for each multiprocessor (0: any).
+"""
 
 
 def setting_of(settings: Settings, n: int, m: int, processors: int) -> Setting:
-    """The setting for `[m, k]` times a weight `[n, k]` on so many multiprocessors."""
+    """Return the setting for `[m, k]` times a weight `[n, k]` on so many multiprocessors."""
     few, many = next(both for most, *both in settings if not most or n <= 16 * most * processors)
     return few if m <= ROWS_OF_A_PRODUCT else many
 
@@ -34,12 +37,13 @@ def multiply_rows(
     bias: torch.Tensor | None,
     defines: Sequence[tuple[str, int]] = (),
 ) -> torch.Tensor:
-    """x `[..., k]`, up to 16 rows in all, times a weight `[n, k]`: `[..., n]`.
+    """Return x `[..., k]`, up to 16 rows in all, times a weight `[n, k]`: `[..., n]`.
 
     Args:
-        source: The kernel's file, and `name` its name there.
-        weight: The tensors that it is stored in, the first of which has a row for each of its rows.
-        defines: What the source is to be compiled with beside the setting.
+        source: File of the kernel.
+        name: Name of the kernel.
+        weight: The tensors that it is stored in. The first has a row for each of its rows.
+        defines: Macros of the source that are not part of the setting.
     """
     *rows, k = x.shape
     n, m = weight[0].shape[0], math.prod(rows)
@@ -55,7 +59,7 @@ def multiply_rows(
 
 
 _launches: dict[tuple[object, ...], tuple[Callable[..., None], int, int]] = {}
-"""What starts a product of one size on one device, and with how many blocks of how many threads."""
+"""The launcher of a product of one size on one device, with its numbers of blocks and threads."""
 
 
 def _launch_of(
@@ -76,7 +80,7 @@ def _launch_of(
 
 
 def rows_kernel(linear: LinearFunction, unsupported: Unsupported) -> Kernel:
-    """A format's kernel `rows`, which computes by `multiply_rows`."""
+    """Return a format's kernel `rows`, which computes by `multiply_rows`."""
     return Kernel(
         id="rows",
         numerics=A16,
@@ -88,5 +92,5 @@ def rows_kernel(linear: LinearFunction, unsupported: Unsupported) -> Kernel:
 
 
 def too_many_rows(_shape: LinearShape, m: int, _device_type: str) -> str | None:
-    """Why a product of a few rows does not take m of them."""
+    """Return why a product of a few rows does not take m of them, or None."""
     return f"it takes up to {MOST_ROWS} rows, not {m}" if m > MOST_ROWS else None

@@ -1,4 +1,4 @@
-"""The project's own product of a few rows with float8 weights, on tensor cores and at the memory's speed (`float8_rows.cu`)."""
+"""The project's own product of a few rows with float8 weights (`float8_rows.cu`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ SETTINGS = (
     (8, (4, 1, 4), (4, 2, 4)),
     (0, (16, 1, 2), (4, 2, 4)),
 )
-"""See `Settings` of `few_rows`; on an H200 (`python studies/gpu_linears/own_kernels/float8_settings.py`)."""
+"""See `Settings` of `few_rows`.
+
+On an H200 (`python studies/gpu_linears/own_kernels/float8_settings.py`).
+"""
 
 
 def multiply_float8_rows(
     x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x `[..., k]`, up to 16 rows in all, times float8 `[n, k]` with scales `[n, 1]`: `[..., n]`."""
+    """Return x `[..., k]`, up to 16 rows, times float8 `[n, k]` with scales `[n, 1]`: `[..., n]`."""
     return multiply_rows("float8_rows.cu", "float8_rows", SETTINGS, x, (values, scale), bias)
 
 

@@ -1,8 +1,8 @@
 """gemlite's Triton kernels (https://github.com/dropbox/gemlite) over the tensors of other formats.
 
-gemlite takes a weight `[k, n]` as any strided tensor, so the transposed view of plain `[n, k]` bytes will do: one stored
-weight serves its kernels and the others. Its operator is told everything by a list of integers, whose order is that of
-`GemLiteLinearTriton.get_meta_args` in gemlite's `core.py`.
+gemlite takes a weight `[k, n]` as any strided tensor, so the transposed view of plain `[n, k]`
+bytes will do: one stored weight serves its kernels and the others. Its operator takes its settings
+as a list of integers, in the order of `GemLiteLinearTriton.get_meta_args` in gemlite's `core.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, cast
 
 import torch
 
+from autoquant.candidates.base import A16, Kernel, Unsupported
+from autoquant.candidates.kernels.library import TunedLibrary
 from autoquant.devices.gpu import needs_cuda, needs_library
 from autoquant.records import LinearShape
 
@@ -37,7 +39,7 @@ _CALLS, _BENCH_S = 8, 0.02
 
 
 def gemlite_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
-    """Why gemlite cannot compute `shape` here."""
+    """Return why gemlite cannot compute `shape` here, or None."""
     if shape.n % 32 or shape.k % 32:
         return f"gemlite needs n and k divisible by 32, not {shape.n}x{shape.k}"
     if shape.dtype not in ("bfloat16", "float16"):
@@ -48,7 +50,7 @@ def gemlite_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | 
 def linear_w8(
     x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool
 ) -> torch.Tensor:
-    """8-bit weights with a scale a row.
+    """Multiply with 8-bit weights that have a scale a row.
 
     Args:
         x: `[..., k]`.
@@ -79,7 +81,7 @@ def linear_w8(
 def linear_w4(
     x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """4-bit weights in groups: q * scale + offset.
+    """Multiply with 4-bit weights in groups: q * scale + offset.
 
     Args:
         x: `[..., k]`.
@@ -98,51 +100,117 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Ten
     return cast(torch.Tensor, torch.ops.gemlite.forward_functional(x, bias, tensors, meta, -1))
 
 
-def load_tuning(folder: str) -> None:
-    """Take over what gemlite's tuning found in earlier runs, from every file in `folder`."""
-    if needs_library("gemlite", "gemlite") is None:
+class Gemlite(TunedLibrary):
+    """gemlite, whose Triton kernels choose among many settings for each shape."""
+
+    def missing_reason(self) -> str | None:
+        return needs_library("gemlite", "gemlite")
+
+    def load(self, folder: Path) -> None:
         _load()
         from gemlite.core import GemLiteLinearTriton
 
-        for path in sorted(Path(folder).glob("gemlite-*.json")):
+        for path in sorted(folder.glob("gemlite-*.json")):
             GemLiteLinearTriton.load_config(str(path), print_error=False)
 
-
-def save_tuning(folder: str) -> None:
-    """Keep what gemlite's tuning has found so far in a file of this process."""
-    if "gemlite" in sys.modules:
+    def save(self, folder: Path) -> None:
+        if "gemlite" not in sys.modules:  # nothing was tuned
+            return
         from gemlite.core import GemLiteLinearTriton
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        GemLiteLinearTriton.cache_config(str(Path(folder) / f"gemlite-{os.getpid()}.json"))
+        folder.mkdir(parents=True, exist_ok=True)
+        GemLiteLinearTriton.cache_config(str(folder / f"gemlite-{os.getpid()}.json"))
 
-
-def tune_briefly() -> None:
-    """Spend a fifth of Triton's usual time on each setting: many processes tune at once, and each is in the others' way."""
-    if needs_library("gemlite", "gemlite") is None:
+    def tune_briefly(self) -> None:
+        """Spend a fifth of Triton's usual time on each setting."""
         from triton.testing import do_bench
 
         for kernel in _tuned_kernels():
             kernel.do_bench = functools.partial(do_bench, warmup=5, rep=20)
 
+    def tune_alone(self, threads: int) -> None:
+        """Time settings by replayed CUDA graphs, and compile them all at once before.
 
-@functools.cache
-def tune_alone(threads: int) -> None:
-    """Tune by replayed CUDA graphs from now on: no other process uses the device.
+        Triton's own clock includes the launch on the host, which is longer than most kernels for
+        one row. Compiling takes most of the time.
+        """
+        _tune_alone(threads)
 
-    Triton's own clock counts what launching takes on the host, which is longer than most kernels for one row.
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """Inside, only the first settings are tried, and nothing is remembered."""
+        kernels = _tuned_kernels()
+        settings = [kernel.configs for kernel in kernels]
+        known = [dict(kernel.cache) for kernel in kernels]
+        try:
+            for kernel in kernels:
+                kernel.configs = kernel.configs[
+                    :_FIRST_SETTINGS
+                ]  # with one alone, Triton would not adapt it to the shape
+            yield
+        finally:
+            for kernel, configs, cache in zip(kernels, settings, known, strict=True):
+                kernel.configs = configs
+                kernel.cache.clear()
+                kernel.cache.update(cache)
+
+
+GEMLITE = Gemlite()
+
+
+def gemlite_kernels(
+    parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    *,
+    rounds: str,
+    arithmetic: str,
+    unsupported: Unsupported,
+) -> tuple[Kernel, Kernel]:
+    """Return gemlite's two kernels for 8-bit weights with a scale a row.
 
     Args:
-        threads: Compile a kernel's settings with so many at once before they are tried: compiling takes most of the time.
+        parts: Stored weight to its values `[n, k]` and scales `[n, 1]`.
+        rounds: Numerics of the second kernel, which rounds the activation to `arithmetic`.
     """
-    if needs_library("gemlite", "gemlite") is None:
-        for kernel in _tuned_kernels():
-            kernel.do_bench = replayed_ms
-            kernel.prune_configs = _compiled_first(kernel, threads)
+    shared: dict[str, Any] = {"opaque": True, "library": GEMLITE, "unsupported": unsupported}
+    plain = Kernel(
+        id="gemlite",
+        numerics=A16,
+        linear=functools.partial(_linear_of, parts, dynamic=False),
+        description="gemlite's weight-only product",
+        **shared,
+    )
+    dynamic = Kernel(
+        id="gemlite-dynamic",
+        numerics=rounds,
+        linear=functools.partial(_linear_of, parts, dynamic=True),
+        arithmetic=arithmetic,
+        description=f"activation rows rounded to {arithmetic}, gemlite's product",
+        **shared,
+    )
+    return plain, dynamic
+
+
+def _linear_of(
+    parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    dynamic: bool,
+) -> torch.Tensor:
+    values, scale = parts(weight)
+    return linear_w8(x, values, scale, bias, dynamic=dynamic)
+
+
+@functools.cache
+def _tune_alone(threads: int) -> None:
+    for kernel in _tuned_kernels():
+        kernel.do_bench = replayed_ms
+        kernel.prune_configs = _compiled_first(kernel, threads)
 
 
 def _compiled_first(kernel: Any, threads: int) -> Callable[[dict[str, Any]], list[Any]]:
-    """What a kernel asks for the settings to try: it has compiled them then."""
+    """Return what a kernel asks for the settings to try, which are compiled by then."""
     from triton.runtime._async_compile import AsyncCompileMode
 
     choose = kernel.prune_configs
@@ -159,7 +227,7 @@ def _compiled_first(kernel: Any, threads: int) -> Callable[[dict[str, Any]], lis
 
 
 def replayed_ms(call: Callable[[], object], quantiles: Sequence[float] = (0.5,)) -> list[float]:
-    """Milliseconds of `call` on the device, its weights read from memory, once for each of `quantiles`."""
+    """Return the milliseconds of `call` with cold weights, once for each of `quantiles`."""
     call()  # what the device cannot run fails here
     flush = _flush()
     ms = (_shortest_ms(lambda: (flush.zero_(), call())) - _flush_ms()) / _CALLS
@@ -168,7 +236,7 @@ def replayed_ms(call: Callable[[], object], quantiles: Sequence[float] = (0.5,))
 
 @functools.cache
 def _flush() -> torch.Tensor:
-    """Memory that fills the device's cache twice."""
+    """Return memory that fills the device's cache twice."""
     return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
 
 
@@ -178,7 +246,10 @@ def _flush_ms() -> float:
 
 
 def _shortest_ms(call: Callable[[], object]) -> float:
-    """The shortest replay of some calls; the device is busy long enough to run at its full clock."""
+    """Return the shortest replay of some calls.
+
+    The device is busy long enough to run at its full clock.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -200,26 +271,6 @@ def _shortest_ms(call: Callable[[], object]) -> float:
 
 def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def untuned() -> Iterator[None]:
-    """Inside, only the first settings are tried, and nothing is remembered; what tuning found before is used all the same."""
-    if needs_library("gemlite", "gemlite") is not None:
-        yield
-        return
-    kernels = _tuned_kernels()
-    settings = [kernel.configs for kernel in kernels]
-    known = [dict(kernel.cache) for kernel in kernels]
-    try:
-        for kernel in kernels:
-            kernel.configs = kernel.configs[:_FIRST_SETTINGS]  # with one alone, Triton would not adapt it to the shape
-        yield
-    finally:
-        for kernel, configs, cache in zip(kernels, settings, known, strict=True):
-            kernel.configs = configs
-            kernel.cache.clear()
-            kernel.cache.update(cache)
 
 
 def _tuned_kernels() -> list[Any]:

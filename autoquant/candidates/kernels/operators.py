@@ -1,4 +1,4 @@
-"""Operators of the project's own, which compilers leave as they are."""
+"""The project's own operators, which compilers do not look into."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _library: Any = torch.library.Library("autoquant", "FRAGMENT")  # type: ignore[n
 def define_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` as the operator `autoquant::NAME` for CUDA.
 
-    It is bound to the dispatcher directly: `torch.library.custom_op` adds some 20 us of Python to each call, which is as
-    long as four products.
+    It is bound to the dispatcher directly: `torch.library.custom_op` adds some 20 us of Python to
+    each call, which is as long as four products.
 
     Args:
         fake: Returns an empty result of the right shape and dtype.

@@ -5,7 +5,14 @@
 - `path` attributes the true divergence of a model whose layers are all changed to its layers.
 """
 
-from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, Losses, OnScored, Sensitivity, check_text
+from autoquant.evaluators.sensitivity.base import (
+    EVERY_LAYER,
+    Change,
+    Losses,
+    OnScored,
+    Sensitivity,
+    check_text,
+)
 from autoquant.evaluators.sensitivity.fisher import FISHER
 from autoquant.evaluators.sensitivity.isolated import ISOLATED
 from autoquant.evaluators.sensitivity.path import PATH

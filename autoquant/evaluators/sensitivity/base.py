@@ -82,4 +82,6 @@ def check_text(quality: AnyQuality, method: str) -> TextQuality:
     """
     if isinstance(quality, TextQuality):
         return quality
-    raise QualityError(f"--sensitivity {method} needs a text: without one use --sensitivity isolated")
+    raise QualityError(
+        f"--sensitivity {method} needs a text: without one use --sensitivity isolated"
+    )

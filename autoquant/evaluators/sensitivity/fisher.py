@@ -45,7 +45,9 @@ _LEAST_ROWS = 3000
 _RUN_TOKENS = 32
 
 
-def fisher_losses(module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored) -> None:
+def fisher_losses(
+    module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored
+) -> None:
     """Score every change on the calibration part, all at once; then what each numerics costs in all layers.
 
     A text of few windows is gone through several times, with other random signs.
@@ -65,7 +67,9 @@ def fisher_losses(module: nn.Module, changes: Sequence[Change], quality: AnyQual
         for site in sites:
             losses |= site.losses(rounds * calibration.rows)
         for numerics, of in by_numerics(changes).items():
-            own = {(change.site.name, numerics): losses[change.site.name, numerics] for change in of}
+            own = {
+                (change.site.name, numerics): losses[change.site.name, numerics] for change in of
+            }
             whole = calibration.whole(calibration.sites(of, dtypes))
             on_scored(numerics, own | {(EVERY_LAYER, numerics): whole})
 
@@ -75,7 +79,9 @@ def _observe(calibration: Calibration, sites: Sequence[_FisherSite], rounds: int
     places: dict[int, Place] = {id(site.parameter): site for site in sites}
     for _ in range(rounds):
         for batch in calibration.batches:
-            backpropagate(calibration.module, batch, places, lambda logits: fisher_vector(logits, generator))
+            backpropagate(
+                calibration.module, batch, places, lambda logits: fisher_vector(logits, generator)
+            )
             for site in sites:
                 site.end_of_pass()
 
@@ -83,7 +89,11 @@ def _observe(calibration: Calibration, sites: Sequence[_FisherSite], rounds: int
 def fisher_vector(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A random v for each row of logits `[..., vocabulary]`, with E[v v'] = diag(p) - p p' and p their softmax."""
     root = logits.float().softmax(-1).sqrt_()
-    signed = torch.randint(0, 2, root.shape, generator=generator, device=root.device, dtype=torch.int8).mul_(2).sub_(1)
+    signed = (
+        torch.randint(0, 2, root.shape, generator=generator, device=root.device, dtype=torch.int8)
+        .mul_(2)
+        .sub_(1)
+    )
     signed = root * signed
     return signed.sub_(root.square() * signed.sum(-1, keepdim=True)).to(logits.dtype)
 
@@ -91,7 +101,9 @@ def fisher_vector(logits: torch.Tensor, generator: torch.Generator) -> torch.Ten
 class _FisherSite:
     """One site in the unquantized model, with sums of (g . dY)^2 over tokens and over runs of tokens, for each change."""
 
-    def __init__(self, parameter: torch.Tensor, changes: Sequence[Change], dtype: torch.dtype, room: Room) -> None:
+    def __init__(
+        self, parameter: torch.Tensor, changes: Sequence[Change], dtype: torch.dtype, room: Room
+    ) -> None:
         self.name = changes[0].site.name
         self.parameter = parameter
         self._changes = changes
@@ -115,7 +127,9 @@ class _FisherSite:
             difference = changed_output(x, weight, change.activation).sub_(original)
             product = difference.mul_(gradient).sum(-1).flatten()
             key = (change.numerics, len(product))
-            self._products[key] = self._products[key] + product if key in self._products else product
+            self._products[key] = (
+                self._products[key] + product if key in self._products else product
+            )
 
     def end_of_pass(self) -> None:
         """Square what one backward pass gave."""

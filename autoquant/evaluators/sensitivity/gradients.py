@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from autoquant.candidates import A16, ACTIVATION_ROUNDING
-from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
+from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import QualityError
 from autoquant.models.blocks import block_lists
 from autoquant.models.outputs import output_tensor, run_on_tokens
@@ -56,7 +55,7 @@ class _Observed(torch.autograd.Function):
         return gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None, None, None, None
 
 
-class PlacedLinears(TorchFunctionMode):
+class PlacedLinears(LinearHook):
     """While active, every linear on a parameter of `places` (by identity) computes as its place says.
 
     Attributes:
@@ -71,14 +70,12 @@ class PlacedLinears(TorchFunctionMode):
         self._places = places
         self._anchor: torch.Tensor | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in LINEAR_FUNCTIONS:
-            x, weight, bias = linear_arguments(args, kwargs)
-            place = self._places.get(id(weight))
-            if place is not None:
-                y = self._product(x, place)
-                return y if bias is None else y + bias
-        return func(*args, **(kwargs or {}))
+    def on_linear(self, call: LinearCall) -> torch.Tensor | None:
+        place = self._places.get(id(call.weight))
+        if place is None:
+            return None
+        y = self._product(call.x, place)
+        return y if call.bias is None else y + call.bias
 
     def _product(self, x: torch.Tensor, place: Place) -> torch.Tensor:
         self.computed.add(id(place))

@@ -15,13 +15,26 @@ from torch import nn
 from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.evaluators.emulate import EmulatedLinear, in_float32
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality
-from autoquant.evaluators.quality import FunctionQuality, TextQuality, divergence_sum, next_token_logits
-from autoquant.evaluators.sensitivity.base import Change, OnScored, Sensitivity, by_site, parameter_of
+from autoquant.evaluators.quality import (
+    FunctionQuality,
+    TextQuality,
+    divergence_sum,
+    next_token_logits,
+)
+from autoquant.evaluators.sensitivity.base import (
+    Change,
+    OnScored,
+    Sensitivity,
+    by_site,
+    parameter_of,
+)
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, room_for_site
 from autoquant.models.blocks import BlockChain
 
 
-def isolated_losses(module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored) -> None:
+def isolated_losses(
+    module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored
+) -> None:
     """Score every change on the calibration part.
 
     A change that leaves the weight's numbers (to within 1e-5) and the activation as they are costs 0 and is not run.
@@ -45,7 +58,9 @@ def _text_losses(
         for name, changes in sites.items():
             totals = dict.fromkeys((change.numerics for change in changes), 0.0)
             parameter = parameter_of(module, changes[0].site)
-            weights = ChangedWeights(parameter, dtypes[name], room_for_site(parameter, len(changes)))
+            weights = ChangedWeights(
+                parameter, dtypes[name], room_for_site(parameter, len(changes))
+            )
             for run in runs:
                 reference = run.reference()
                 for change in changes:
@@ -53,8 +68,12 @@ def _text_losses(
                     if weight is None:
                         continue
                     with EmulatedLinear(parameter, weight, ACTIVATION_ROUNDING[change.activation]):
-                        totals[change.numerics] += divergence_sum(reference, run.logits(chain.start(parameter)))
-            losses = {(name, numerics): max(total / tokens, 0.0) for numerics, total in totals.items()}
+                        totals[change.numerics] += divergence_sum(
+                            reference, run.logits(chain.start(parameter))
+                        )
+            losses = {
+                (name, numerics): max(total / tokens, 0.0) for numerics, total in totals.items()
+            }
             on_scored(name, losses)
 
 
@@ -94,7 +113,9 @@ def _function_losses(
             losses[name, change.numerics] = 0.0
             if weight is None:
                 continue
-            with EmulatedLinear(parameter, weight.to(parameter.dtype), ACTIVATION_ROUNDING[change.activation]):
+            with EmulatedLinear(
+                parameter, weight.to(parameter.dtype), ACTIVATION_ROUNDING[change.activation]
+            ):
                 losses[name, change.numerics] = max(increase(module), 0.0)
         on_scored(name, losses)
 

@@ -21,7 +21,13 @@ from torch import nn
 
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.outputs import AnyQuality
-from autoquant.evaluators.sensitivity.base import EVERY_LAYER, Change, OnScored, Sensitivity, check_text
+from autoquant.evaluators.sensitivity.base import (
+    EVERY_LAYER,
+    Change,
+    OnScored,
+    Sensitivity,
+    check_text,
+)
 from autoquant.evaluators.sensitivity.gradients import backpropagate
 from autoquant.evaluators.sensitivity.together import Calibration, PathSite, by_numerics, dtypes_of
 
@@ -29,7 +35,9 @@ REACH = 0.7
 POINTS = 1
 
 
-def path_losses(module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored) -> None:
+def path_losses(
+    module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored
+) -> None:
     """Score the changes of one numerics after the other, each with what it costs in all of these layers."""
     text = check_text(quality, PATH.id)
     dtypes = dtypes_of(module, changes)
@@ -43,7 +51,11 @@ def path_losses(module: nn.Module, changes: Sequence[Change], quality: AnyQualit
 
 
 def path_shares(
-    calibration: Calibration, sites: Sequence[PathSite], *, reach: float = REACH, points: int = POINTS
+    calibration: Calibration,
+    sites: Sequence[PathSite],
+    *,
+    reach: float = REACH,
+    points: int = POINTS,
 ) -> dict[str, float]:
     """Mean divergence per token in nats that each site accounts for, by its name."""
     nodes, weights = np.polynomial.legendre.leggauss(points)
@@ -53,7 +65,9 @@ def path_shares(
             site.stand_at(reach * (float(node) + 1) / 2)
         for number, batch in enumerate(calibration.batches):
             seed = partial(divergence_gradient, calibration.reference(number))
-            backpropagate(calibration.module, batch, {id(site.parameter): site for site in sites}, seed)
+            backpropagate(
+                calibration.module, batch, {id(site.parameter): site for site in sites}, seed
+            )
         total += float(weight) / 2 / reach * torch.stack([site.inner for site in sites])
     shares = (total / calibration.rows).tolist()
     return {site.name: max(share, 0.0) for site, share in zip(sites, shares, strict=True)}

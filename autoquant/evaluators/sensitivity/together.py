@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoquant.candidates import A16
+from autoquant.devices import backend
 from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.quality import TextQuality, divergence_sum
 from autoquant.evaluators.sensitivity.base import Change, parameter_of
@@ -37,8 +38,9 @@ def dtypes_of(module: nn.Module, changes: Sequence[Change]) -> dict[str, torch.d
 def room_for_model(module: nn.Module) -> Room:
     """Room for as many bytes as the model's parameters take in float32, or on a GPU for half of what is free there."""
     device = next(module.parameters()).device
-    if device.type == "cuda":
-        return Room(torch.cuda.mem_get_info(device)[0] // 2)
+    free_bytes = backend(device).free_bytes()
+    if free_bytes is not None:
+        return Room(free_bytes // 2)
     return Room(4 * sum(parameter.numel() for parameter in module.parameters()))
 
 
@@ -69,11 +71,17 @@ class PathSite:
             return F.linear(x, self.parameter)
         if self._change.activation == A16 or self._position == 1.0:
             return changed_output(x, self.weight(), self._change.activation)
-        return F.linear(x, self.parameter).lerp_(changed_output(x, changed, self._change.activation), self._position)
+        return F.linear(x, self.parameter).lerp_(
+            changed_output(x, changed, self._change.activation), self._position
+        )
 
     def weight(self) -> torch.Tensor:
         changed = self._weights.changed(self._change)
-        return self.parameter if changed is None else torch.lerp(self.parameter, changed, self._position)
+        return (
+            self.parameter
+            if changed is None
+            else torch.lerp(self.parameter, changed, self._position)
+        )
 
     def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
         changed = self._weights.changed(self._change)
@@ -82,7 +90,9 @@ class PathSite:
         if self._change.activation == A16:
             difference = F.linear(x, changed - self.parameter)
         else:
-            difference = changed_output(x, changed, self._change.activation).sub_(F.linear(x, self.parameter))
+            difference = changed_output(x, changed, self._change.activation).sub_(
+                F.linear(x, self.parameter)
+            )
         self.inner += difference.mul_(gradient).sum()
 
 
@@ -105,10 +115,10 @@ class Calibration:
             fits = _LOGITS_AT_ONCE // batch_logits(module, windows[:1]).numel()
         self.batches = torch.split(windows, max(1, fits))
         # On a GPU they stay there, as many as leave room for all else: to compute them again is faster than to fetch them.
-        on_gpu = self.device.type == "cuda"
-        self._room = Room(torch.cuda.mem_get_info(self.device)[0] // 8 if on_gpu else 0)
+        free_bytes = backend(self.device).free_bytes()
+        self._room = Room((free_bytes or 0) // 8)
         self._there: dict[int, torch.Tensor] = {}
-        self._kept = [KeptTensor(0 if on_gpu else _KEPT_BYTES // len(self.batches)) for _ in self.batches]
+        self._kept = [KeptTensor(_KEPT_BYTES // len(self.batches) if free_bytes is None else 0) for _ in self.batches]
 
     def reference(self, number: int) -> torch.Tensor:
         """Logits `[batch, tokens, vocabulary]` of the unquantized model on a batch."""

@@ -45,7 +45,11 @@ class ChangedWeights:
         key = change.numerics
         if key in self._kept:
             return self._kept[key]
-        stored = change.stored() if change.stored else change.format.store(self._parameter.to(self._dtype))
+        stored = (
+            change.stored()
+            if change.stored
+            else change.format.store(self._parameter.to(self._dtype))
+        )
         weight = multiplied_numbers(change.format, stored, change.activation)
         if change.activation == A16 and _is_same(weight, self._parameter.float()):
             self._kept[key] = None

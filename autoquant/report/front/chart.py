@@ -1,4 +1,4 @@
-"""The front in characters, for the terminal: request time to the right, loss of quality upwards. No wider than 80 columns."""
+"""The front in characters, for the terminal. No wider than 80 columns."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from autoquant.records import ORIGINAL_LABEL
-from autoquant.report.front.scales import Row, drawable, increase_threshold, left_out_note, staircase, wide_times
-from autoquant.report.words import increase_heading, increase_words
+from autoquant.report.front.geometry import (
+    FAMILIES,
+    LINE_LABEL,
+    TIME_TITLE,
+    Family,
+    Front,
+    Point,
+    Row,
+    make_front,
+)
+from autoquant.report.words import increase_words
 
 _WIDEST, _HEIGHT = 80, 16
 _LEAST_CELLS = 10
-_CELLS_PER_TIME, _CELLS_PER_PERCENTAGE = 10, 3  # from one number beside an axis to the next, at least
+_CELLS_PER_TIME, _CELLS_PER_PERCENTAGE = 10, 3  # between two numbers of an axis, at least
 
 
 @dataclass(frozen=True, slots=True)
 class _Glyphs:
-    """The characters of a drawing; `points` by importance, the most important first."""
+    """The characters of a drawing."""
 
-    points: dict[str, str]
+    ascii: bool
     across: str
     down: str
     turn: str
@@ -32,52 +40,34 @@ class _Glyphs:
     origin: str
     column_tick: str
 
+    def of(self, family: Family) -> str:
+        return family.ascii if self.ascii else family.glyph
 
-_DRAWN = _Glyphs(
-    {
-        "recommended": "★",
-        "unquantized": "■",
-        "on the front": "●",
-        "uniform": "◇",
-        "heuristic": "△",
-        "bits alone": "▽",
-        "other": "·",
-    },
-    *"─│┐│┤└┬",
-)
-_ASCII = _Glyphs(
-    {
-        "recommended": ">",
-        "unquantized": "#",
-        "on the front": "*",
-        "uniform": "u",
-        "heuristic": "h",
-        "bits alone": "b",
-        "other": ".",
-    },
-    *"-|+||+|",
-)
+
+_DRAWN = _Glyphs(False, *"─│┐│┤└┬")
+_ASCII = _Glyphs(True, *"-|+||+|")
 
 
 @dataclass(frozen=True, slots=True)
 class FrontChart:
-    """Proven plans as points and the front as a line, in ASCII where the terminal has nothing else.
+    """Proven plans as points, in ASCII if the terminal has nothing else.
 
     Args:
-        rows: Those of `Study.rows`.
+        rows: The rows of `Study.rows`.
     """
 
     rows: Sequence[Row]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         glyphs = _ASCII if options.ascii_only else _DRAWN
-        for line in chart_lines(self.rows, min(options.max_width, _WIDEST), glyphs):
+        width = min(options.max_width, _WIDEST)
+        for line in _chart_lines(make_front(self.rows), width, glyphs):
             yield Text(line, no_wrap=True, overflow="crop")
 
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """A scale from values to cells: `bend` makes it linear or not, `low` and `high` are bent values."""
+    """A scale from values to cells. `low` and `high` are values after `bend`."""
 
     bend: Callable[[float], float]
     low: float
@@ -91,54 +81,98 @@ class _Axis:
         return cls(bend, min(bent) - room, max(bent) + room, cells)
 
     def cell(self, value: float) -> int:
-        return min(int((self.bend(value) - self.low) / (self.high - self.low) * self.cells), self.cells - 1)
+        share = (self.bend(value) - self.low) / (self.high - self.low)
+        return min(int(share * self.cells), self.cells - 1)
 
     def holds(self, value: float) -> bool:
         return self.low <= self.bend(value) <= self.high
 
 
-def chart_lines(rows: Sequence[Row], width: int, glyphs: _Glyphs = _DRAWN) -> list[str]:
-    """The chart, line by line, below a line that names the axis of quality; nothing where no row can be drawn."""
-    shown = [row for row in rows if drawable(row)]
-    if not shown:
-        return [left_out_note(rows)] if rows else []
-    increases = _increase_axis(shown)
-    labels = _row_labels(increases, increase_threshold(shown))
+class _Canvas:
+    """A grid of characters over both axes. Row 0 is the lowest."""
+
+    def __init__(self, times: _Axis, increases: _Axis, glyphs: _Glyphs) -> None:
+        self.times, self.increases, self.glyphs = times, increases, glyphs
+        self.grid = [[" "] * times.cells for _ in range(increases.cells)]
+
+    def cells(self, point: Point) -> tuple[int, int]:
+        """Return column and row of a point."""
+        return self.times.cell(point.request_ms), self.increases.cell(point.increase)
+
+    def draw_line(self, steps: Sequence[Point]) -> None:
+        """Draw from each step to the right until the next one, then down to it."""
+        cells = [self.cells(point) for point in steps]
+        for (column, row), (next_column, next_row) in itertools.pairwise(cells):
+            for between in range(column, next_column):
+                self.grid[row][between] = self.glyphs.across
+            for between in range(next_row + 1, row):
+                self.grid[between][next_column] = self.glyphs.down
+            if row != next_row:
+                self.grid[row][next_column] = self.glyphs.turn
+
+    def draw_points(self, points: Sequence[Point]) -> list[Point]:
+        """Draw the points and return those that a more important one covers."""
+        taken: set[tuple[int, int]] = set()
+        covered = []
+        for point in sorted(points, key=lambda point: FAMILIES.index(point.family)):
+            column, row = self.cells(point)
+            if (column, row) in taken:
+                covered.append(point)
+                continue
+            taken.add((column, row))
+            self.grid[row][column] = self.glyphs.of(point.family)
+        return covered
+
+
+def _chart_lines(front: Front, width: int, glyphs: _Glyphs) -> list[str]:
+    """Return the chart line by line, or only its note if no plan can be drawn."""
+    points = front.drawn
+    if not points:
+        return [front.note] if front.points else []
+    increases = _increase_axis(front)
+    labels = _row_labels(increases, front.linear_to)
     margin = max(map(len, labels.values()), default=0) + 1
-    times = _time_axis(shown, max(width - margin - 1, _LEAST_CELLS))
-    grid = [[" "] * times.cells for _ in range(increases.cells)]
-    _draw_line(grid, shown, times, increases, glyphs)
-    covered = _draw_points(grid, shown, times, increases, glyphs)
-    lines = [f"{increase_heading(rows)} [%]"]
+    times = _time_axis(front, max(width - margin - 1, _LEAST_CELLS))
+    canvas = _Canvas(times, increases, glyphs)
+    canvas.draw_line(front.line)
+    covered = canvas.draw_points(points)
+    lines = [f"{front.title} [%]"]
     for cell in reversed(range(increases.cells)):
         tick = glyphs.row_tick if cell in labels else glyphs.axis
-        lines.append(f"{labels.get(cell, ''):>{margin - 1}} {tick}{''.join(grid[cell])}".rstrip())
-    return [*lines, *_time_lines(times, margin, glyphs), *_legend(shown, glyphs), *_notes(rows, covered)]
+        text = f"{labels.get(cell, ''):>{margin - 1}} {tick}{''.join(canvas.grid[cell])}"
+        lines.append(text.rstrip())
+    lines += _time_lines(times, margin, glyphs)
+    return [*lines, *_legend(front, width, glyphs), *_notes(front, covered)]
 
 
-def _time_axis(rows: Sequence[Row], cells: int) -> _Axis:
-    return _Axis.over([row["measured_request_ms"] for row in rows], math.log if wide_times(rows) else float, cells)
+def _time_axis(front: Front, cells: int) -> _Axis:
+    bend = math.log if front.log_times else float
+    return _Axis.over([point.request_ms for point in front.drawn], bend, cells)
 
 
-def _increase_axis(rows: Sequence[Row]) -> _Axis:
-    """Percent; beyond the threshold of a wide range, tenfold steps are as high as the whole part below it."""
-    threshold = increase_threshold(rows)
+def _increase_axis(front: Front) -> _Axis:
+    """Return the axis of quality, in percent.
+
+    Above its linear part, a tenfold step is as high as the whole linear part.
+    """
+    linear_to = front.linear_to
 
     def bend(percent: float) -> float:
-        if threshold is None or abs(percent) <= threshold:
-            return percent / (threshold or 1.0)
-        return math.copysign(1 + math.log10(abs(percent) / threshold), percent)
+        if linear_to is None or abs(percent) <= linear_to:
+            return percent / (linear_to or 1.0)
+        return math.copysign(1 + math.log10(abs(percent) / linear_to), percent)
 
-    return _Axis.over([0.0, *(row["perplexity_increase"] * 100 for row in rows)], bend, _HEIGHT)
+    return _Axis.over([0.0, *(point.increase for point in front.drawn)], bend, _HEIGHT)
 
 
-def _row_labels(axis: _Axis, threshold: float | None) -> dict[int, str]:
-    """Percentages by the cell that they stand at, two cells apart at least, small numbers first."""
+def _row_labels(axis: _Axis, linear_to: float | None) -> dict[int, str]:
+    """Return percentages by their cell, at least two cells apart, small numbers first."""
     labels: dict[int, str] = {}
-    if threshold is None:
+    if linear_to is None:
         ticks = _round_ticks(axis, _CELLS_PER_PERCENTAGE)
     else:
-        above = [float(f"{threshold * factor:.0e}") for factor in (0.5, 1, 3, 10, 30, 100, 1e3, 1e4, 1e5)]
+        factors = (0.5, 1, 3, 10, 30, 100, 1e3, 1e4, 1e5)
+        above = [float(f"{linear_to * factor:.0e}") for factor in factors]
         ticks = [0.0, *above, *(-value for value in above)]
     for value in sorted(ticks, key=abs):
         if axis.holds(value) and all(abs(axis.cell(value) - cell) > 1 for cell in labels):
@@ -147,7 +181,7 @@ def _row_labels(axis: _Axis, threshold: float | None) -> dict[int, str]:
 
 
 def _round_ticks(axis: _Axis, cells_apart: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten on a linear axis, no closer than so many cells."""
+    """Return multiples of 1, 2 or 5 times a power of ten, at least so many cells apart."""
     least = (axis.high - axis.low) / (axis.cells / cells_apart)
     power = 10.0 ** math.floor(math.log10(least))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
@@ -155,51 +189,8 @@ def _round_ticks(axis: _Axis, cells_apart: int) -> list[float]:
     return [float(f"{number * step:.6g}") for number in numbers]
 
 
-def _draw_line(grid: list[list[str]], rows: Sequence[Row], times: _Axis, increases: _Axis, glyphs: _Glyphs) -> None:
-    """From each step of the front to the right until the next one, then down to it."""
-    cells = [_cells(row, times, increases) for row in staircase(rows)]
-    for (column, line), (next_column, next_line) in itertools.pairwise(cells):
-        for between in range(column, next_column):
-            grid[line][between] = glyphs.across
-        for between in range(next_line + 1, line):
-            grid[between][next_column] = glyphs.down
-        if line != next_line:
-            grid[line][next_column] = glyphs.turn
-
-
-def _draw_points(
-    grid: list[list[str]], rows: Sequence[Row], times: _Axis, increases: _Axis, glyphs: _Glyphs
-) -> list[Row]:
-    """Put every row's character into its cell; the rows that a more important one covers are given back."""
-    taken: set[tuple[int, int]] = set()
-    covered = []
-    order = list(glyphs.points)
-    for row in sorted(rows, key=lambda row: order.index(_family(row))):
-        column, line = _cells(row, times, increases)
-        if (column, line) in taken:
-            covered.append(row)
-            continue
-        taken.add((column, line))
-        grid[line][column] = glyphs.points[_family(row)]
-    return covered
-
-
-def _cells(row: Row, times: _Axis, increases: _Axis) -> tuple[int, int]:
-    return times.cell(row["measured_request_ms"]), increases.cell(row["perplexity_increase"] * 100)
-
-
-def _family(row: Row) -> str:
-    if row["recommended"]:
-        return "recommended"
-    if row["label"] == ORIGINAL_LABEL:
-        return "unquantized"
-    if row["on_front"]:
-        return "on the front"
-    return {"uniform": "uniform", "heuristic": "heuristic", "bits": "bits alone"}.get(row["kind"], "other")
-
-
 def _time_lines(axis: _Axis, margin: int, glyphs: _Glyphs) -> list[str]:
-    """The axis of time with its ticks, their numbers, and its name."""
+    """Return the axis of time with its ticks, their numbers, and its name."""
     rule, numbers = [glyphs.across] * axis.cells, [" "] * axis.cells
     free_from = 0
     for value in _time_ticks(axis):
@@ -211,29 +202,34 @@ def _time_lines(axis: _Axis, margin: int, glyphs: _Glyphs) -> list[str]:
         numbers[start : start + len(text)] = text
         free_from = start + len(text) + 2
     indent = " " * margin
-    name = "Time of one request [ms]"
     return [
         f"{indent}{glyphs.origin}{''.join(rule)}",
         f"{indent} {''.join(numbers).rstrip()}",
-        f"{indent} {name:>{axis.cells}}",
+        f"{indent} {TIME_TITLE:>{axis.cells}}",
     ]
 
 
 def _time_ticks(axis: _Axis) -> list[float]:
-    """Round numbers on the axis, about as many as have room."""
+    """Return round numbers on the axis, about as many as have room."""
     if axis.bend is not math.log:
         return [value for value in _round_ticks(axis, _CELLS_PER_TIME) if value > 0]
-    powers = range(math.floor(axis.low / math.log(10)), math.ceil(axis.high / math.log(10)) + 1)
+    ten = math.log(10)
+    powers = range(math.floor(axis.low / ten), math.ceil(axis.high / ten) + 1)
     ticks = [float(f"{digit * 10.0**power:.6g}") for power in powers for digit in (1, 2, 5)]
     return [value for value in ticks if axis.holds(value)]
 
 
-def _legend(rows: Sequence[Row], glyphs: _Glyphs) -> list[str]:
-    families = {_family(row) for row in rows}
-    parts = [f"{glyph} {name}" for name, glyph in glyphs.points.items() if name in families]
-    return ["   ".join(parts)]
+def _legend(front: Front, width: int, glyphs: _Glyphs) -> list[str]:
+    """Return the legend in lines that fit the width."""
+    lines: list[str] = []
+    for part in [*(f"{glyphs.of(each)} {each.name}" for each in front.families), LINE_LABEL]:
+        if lines and len(lines[-1]) + 3 + len(part) <= width:
+            lines[-1] += f"   {part}"
+        else:
+            lines.append(part)
+    return lines
 
 
-def _notes(rows: Sequence[Row], covered: Sequence[Row]) -> list[str]:
-    hidden = ", ".join(f"{row['label']} ({increase_words(row)})" for row in covered)
-    return [note for note in (f"covered by other points: {hidden}" if hidden else "", left_out_note(rows)) if note]
+def _notes(front: Front, covered: Sequence[Point]) -> list[str]:
+    hidden = ", ".join(f"{point.row['label']} ({increase_words(point.row)})" for point in covered)
+    return [text for text in (hidden and f"covered by other points: {hidden}", front.note) if text]

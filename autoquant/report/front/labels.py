@@ -1,4 +1,4 @@
-"""Where to write labels in a picture so that they cover neither points nor one another. Plain geometry, in pixels."""
+"""Places for labels in a picture, in pixels, so that they cover neither points nor each other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ _DIRECTIONS_DEGREES = (30, 150, 330, 210, 0, 180, 90, 270, 60, 120, 300, 240)
 _MARGIN = 2.0
 
 
-def place_labels(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], bounds: Box) -> list[Box]:
-    """Boxes for labels of `sizes` near their `anchors`, the first label first served.
+def place_labels(
+    anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], bounds: Box
+) -> list[Box]:
+    """Return boxes for labels of `sizes` near their `anchors`. The first label chooses first.
 
     Args:
         obstacles: Boxes that should stay free.
-        bounds: Where labels may be.
+        bounds: The box that labels should stay in.
     """
     taken = list(obstacles)
     placed: list[Box] = []
@@ -30,30 +32,35 @@ def place_labels(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Se
 
 
 def nearest_point(box: Box, anchor: Point) -> Point:
-    """The point of `box` nearest to `anchor`: where a line to it begins."""
+    """Return the point of `box` nearest to `anchor`."""
     return min(max(anchor[0], box[0]), box[2]), min(max(anchor[1], box[1]), box[3])
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Area that two boxes share."""
+    """Return the area that two boxes share."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return max(0.0, width) * max(0.0, height)
 
 
 def _places(anchor: Point, size: Point) -> list[Box]:
-    """Boxes around the anchor, the text always beginning or ending on the anchor's side."""
-    places = []
-    for distance in _DISTANCES:
-        for degrees in _DIRECTIONS_DEGREES:
-            x = anchor[0] + distance * math.cos(math.radians(degrees))
-            y = anchor[1] + distance * math.sin(math.radians(degrees))
-            left = (
-                x - size[0] / 2 if degrees in (90, 270) else x if math.cos(math.radians(degrees)) > 0 else x - size[0]
-            )
-            bottom = y - size[1] / 2
-            places.append((left, bottom, left + size[0], bottom + size[1]))
-    return places
+    """Return boxes around the anchor. The text begins or ends on the anchor's side."""
+    return [
+        _place(anchor, size, distance, degrees)
+        for distance in _DISTANCES
+        for degrees in _DIRECTIONS_DEGREES
+    ]
+
+
+def _place(anchor: Point, size: Point, distance: float, degrees: int) -> Box:
+    across = math.cos(math.radians(degrees))
+    left = anchor[0] + distance * across
+    if degrees in (90, 270):
+        left -= size[0] / 2
+    elif across < 0:
+        left -= size[0]
+    bottom = anchor[1] + distance * math.sin(math.radians(degrees)) - size[1] / 2
+    return left, bottom, left + size[0], bottom + size[1]
 
 
 def _cost(place: Box, anchor: Point, taken: Sequence[Box], bounds: Box) -> float:

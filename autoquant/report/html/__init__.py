@@ -1,4 +1,5 @@
-"""The report of a study as one HTML file. `page` puts it together, `data` says what is in it, `charts` how it is drawn.
+"""The report of a study as one HTML file.
 
-What a reader sees comes from `template.html`, `style.css` and `page.js`, which switches plans, shapes and looks.
+`page` puts it together, `data` chooses its content, and `charts` and `front_chart` draw it. Readers
+see `template.html` and `style.css`. `page.js` switches plans, shapes and looks.
 """

@@ -1,4 +1,4 @@
-"""What a study's numbers stand on: model, device, versions, workload, texts, limits; and what it does not cover."""
+"""The facts behind a study's numbers: model, device, versions, workload, text and limits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from autoquant.study.study import Study
 
 Fact = tuple[str, str]
 _PARTS = (
-    "its windows are dealt to three disjoint parts: calibration scores single layers, selection checks the limits, and report "
-    "is what the perplexities shown here are of"
+    "its windows are dealt to three disjoint parts: calibration scores single layers, selection "
+    "checks the limits, and report gives the perplexities shown here"
 )
 
 
 def about(study: Study) -> list[Fact]:
-    """Terms with what is known, in words."""
+    """Return the known facts as (term, words)."""
     facts = study.facts
     return [fact for fact in _facts(study, facts) if fact[1]]
 
@@ -39,16 +39,19 @@ def _facts(study: Study, facts: StudyFacts) -> Iterator[Fact]:
     yield "Sensitivity", str(identity.get("method", ""))
     yield "Limits", limits_words(facts.limits)
     yield "Layers as one", "tried where layers read the same input" if identity.get("fuse") else ""
-    yield "Candidates", f"{len(identity.get('candidates', ()))} pairs of format and kernel, and the weight as it is"
+    yield (
+        "Candidates",
+        f"{len(identity.get('candidates', ()))} pairs of format and kernel, and unquantized",
+    )
     yield "Seed", str(identity.get("seed", ""))
     yield "Timing protocol", str(identity.get("protocol", ""))
     yield "Time spent", units.clock_s(facts.spent_s)
-    yield "Study", f"{facts.study_id}{'' if facts.complete else ', not at its end'}"
+    yield "Study", f"{facts.study_id}{'' if facts.complete else ', not finished'}"
     yield "Report made by", f"autoquant {metadata.version('autoquant')}"
 
 
 def workload_words(workload: Workload) -> str:
-    """One request in words."""
+    """Return one request in words."""
     phases = [
         f"{phase.calls} x {phase.name}{f' of {phase.tokens} tokens' if phase.tokens > 1 else ''}"
         for phase in workload.phases
@@ -61,7 +64,8 @@ def _quality(study: Study, facts: StudyFacts) -> str:
     is_text = _is_text(study)
     kept = study.store.references(study.study_id)
     words = kept.get("judge", {}).get("words")
-    if words is None:  # a study of an older version
+    if words is None:
+        # A study of an older version.
         path = kept.get("command", {}).get("options", {}).get("eval-text")
         text = f"the text {path or 'given to the search'}{f' (key {key})' if key else ''}"
         words = text if is_text else f"a loss of the user's own, {key}" if key else ""

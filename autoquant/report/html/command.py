@@ -16,25 +16,30 @@ _FUNCTIONS = ("model_factory", "tokenizer", "sample_inputs")
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command line, an option a line, and what has to be said of it."""
+    """A command line with an option a line, and a note on it."""
 
     text: str
     note: str
 
 
 def search_command(study: Study) -> Command:
-    """The command as it was given, or, where the database does not hold it, what the study itself says of it."""
+    """Return the command of a study, or one rebuilt from the study if the database lacks it."""
     kept = study.store.references(study.study_id).get("command")
     if kept is not None:
-        return Command(_written(kept["options"]), "With every option that has a value, defaults among them.")
+        return Command(
+            _written(kept["options"]), "With every option that has a value, defaults among them."
+        )
     facts = study.facts
     own_quality = all(proof.perplexity is None for proof in study.proofs().values())
     if not facts.source.get("path"):
-        return Command("", "The search was started from Python with a live module: there is no command to repeat it.")
+        return Command(
+            "",
+            "The search was started from Python with a live module: no command repeats it.",
+        )
     return Command(
         _written(dict(_known_options(facts, own_quality=own_quality))),
-        "The database does not hold the command itself. This one is put together from what the study is known by; FILE stands "
-        "for the text, of which there is only a key.",
+        "The database does not hold the command itself. This one is rebuilt from the study's facts. "
+        "FILE stands for the text, of which only a key is known.",
     )
 
 
@@ -42,7 +47,7 @@ def _known_options(facts: StudyFacts, *, own_quality: bool) -> Iterator[tuple[st
     identity, limits, source = facts.identity, facts.limits, facts.source
     yield "model", source["path"]
     if limits.get("measure") == "divergence":
-        pass  # what is judged where nothing is said
+        pass  # the default for modules that read no text
     elif own_quality:
         yield "quality", ":".join(str(identity.get("quality", "")).rsplit(".", 1))
     else:
@@ -72,7 +77,11 @@ def _written(options: Mapping[str, Any]) -> str:
     for name, value in options.items():
         if name == "model" or value is False:
             continue
-        values = value if isinstance(value, list) else [shown_address(value) if name == "db" else value]
-        given = (f"--{name}" if each is True else f"--{name} {shlex.quote(str(each))}" for each in values)
+        values = (
+            value if isinstance(value, list) else [shown_address(value) if name == "db" else value]
+        )
+        given = (
+            f"--{name}" if each is True else f"--{name} {shlex.quote(str(each))}" for each in values
+        )
         lines.append(" ".join(given))
     return " \\\n    ".join(lines)

@@ -1,4 +1,4 @@
-"""What a study's device was timed at: the rows of `autoquant.profiler.latencies`, by shape, from the store."""
+"""The timings of a study's shapes from the store, as rows of `autoquant.profiler.latencies`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class KernelMap:
     """Timings of a study's shapes.
 
     Attributes:
-        shapes: Rows by shape, those of the model's layers first; the others are layers computed as one.
-        names: What the layers of a shape are called.
-        roofline: Of the device; None where it was not measured.
+        shapes: Rows by shape. Shapes of layers come first, then those of layers computed as one.
+        names: Names of the layers by shape.
+        roofline: Limits of the device, or None if they were not measured.
     """
 
     shapes: Mapping[LinearShape, tuple[Row, ...]]
@@ -27,12 +27,12 @@ class KernelMap:
     roofline: Roofline | None
 
     def rows(self) -> list[Row]:
-        """The rows of all shapes."""
+        """Return the rows of all shapes."""
         return [row for rows in self.shapes.values() for row in rows]
 
 
 def kernel_map(study: Study) -> KernelMap:
-    """Timings that the study could choose from: made on its device, under its protocol, with weights as cold as its own."""
+    """Return the timings of the study's device, protocol and working set."""
     facts = study.facts
     names: dict[LinearShape, tuple[str, ...]] = {}
     for site in facts.recording.sites if facts.recording else ():
@@ -41,7 +41,7 @@ def kernel_map(study: Study) -> KernelMap:
     used = Counter(subject.working_set_bytes for subject in timings if subject.shape in names)
     if not used:
         return KernelMap({}, names, study.store.roofline(facts.device))
-    # A search times all its shapes with one working set; that of another model in the same database covers fewer of them.
+    # A search times all its shapes with one working set. Another model's covers fewer of them.
     working_set, _ = max(used.items(), key=lambda item: (item[1], item[0]))
     found: dict[LinearShape, list[Row]] = {shape: [] for shape in names}
     for subject, measurement in timings.items():

@@ -1,4 +1,4 @@
-"""Layers by type and block: `model.layers.3.self_attn.q_proj` stands in row `self_attn.q_proj`, column `3`."""
+"""Layers by type and block: row `self_attn.q_proj`, column `3` for `layers.3.self_attn.q_proj`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 OUTSIDE = "-"
-"""The column of layers that are in no block, the head among them."""
-_Type = tuple[tuple[str, ...], tuple[str, ...]]  # what stands before the block's number, and after it
+"""The column of layers outside all blocks, such as the head."""
+_Type = tuple[tuple[str, ...], tuple[str, ...]]
+"""Parts of a name before the block's number, and after it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGrid:
-    """Rows are types of layers in the order of the model, columns are blocks; `places` is (row, column) by layer name.
+    """Layers by type and block.
 
-    Several layers share a place where a block has a list of its own, such as experts.
+    Attributes:
+        rows: Types of layers, in the order of the model.
+        columns: Blocks.
+        places: (row, column) by layer name. Layers of a list within a block, such as experts,
+            share a place.
     """
 
     rows: tuple[str, ...]
@@ -23,13 +28,18 @@ class LayerGrid:
 
 
 def layer_grid(names: Iterable[str]) -> LayerGrid:
-    """Where each layer stands. The first number in a name is its block, those after it are not told apart."""
+    """Return the grid. The first number in a name is its block, and later ones are ignored."""
     split = {name: _split(name) for name in names}
     types = list(dict.fromkeys(layer_type for layer_type, _ in split.values()))
-    blocks: list[int | None] = [*sorted({block for _, block in split.values() if block is not None})]
+    blocks: list[int | None] = [
+        *sorted({block for _, block in split.values() if block is not None})
+    ]
     if any(block is None for _, block in split.values()):
         blocks.append(None)
-    places = {name: (types.index(layer_type), blocks.index(block)) for name, (layer_type, block) in split.items()}
+    places = {
+        name: (types.index(layer_type), blocks.index(block))
+        for name, (layer_type, block) in split.items()
+    }
     columns = tuple(OUTSIDE if block is None else str(block) for block in blocks)
     return LayerGrid(tuple(_labels(types)), columns, places)
 
@@ -44,7 +54,7 @@ def _split(name: str) -> tuple[_Type, int | None]:
 
 
 def _labels(types: list[_Type]) -> list[str]:
-    """What comes after the block's number, or all of it where that does not tell types apart."""
+    """Return what follows the block's number, or the whole name if that is ambiguous."""
     short = [".".join(after or before) or "layer" for before, after in types]
     return [
         label if short.count(label) == 1 else ".".join([*before, "*", *after])

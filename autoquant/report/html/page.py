@@ -1,4 +1,4 @@
-"""One self-contained page: plotly, data, style and script are in it, and nothing is fetched."""
+"""One page that holds plotly, data, style and script, and fetches nothing."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", 
 
 
 def render_report(study: Study, database: str) -> bytes:
-    """The report of a study as an HTML file.
+    """Return the report of a study as an HTML file.
 
     Args:
-        database: As it is written in a command.
+        database: The database, written as in a command.
 
     Raises:
         PlanError: No plan has been proven yet.
@@ -28,7 +28,10 @@ def render_report(study: Study, database: str) -> bytes:
     from plotly.offline import get_plotlyjs
 
     if not study.proofs():
-        raise PlanError("there is nothing to report: no plan has been proven yet, run `autoquant search` to the end")
+        raise PlanError(
+            "there is nothing to report: no plan has been proven yet, "
+            "run `autoquant search` to the end"
+        )
     context, data = page_data(study, database)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
@@ -48,7 +51,7 @@ def render_report(study: Study, database: str) -> bytes:
 
 
 def embedded(data: Any) -> str:
-    """JSON that can stand in a script element: nothing in it can end the element, or begin another."""
+    """Return JSON for a script element: nothing in it can end the element or begin another."""
     text = json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return "".join(_UNSAFE.get(character, character) for character in text)
 
@@ -58,7 +61,7 @@ def _own(name: str) -> Any:
 
 
 def _as_is(text: str) -> Any:
-    """Text that is not escaped: of the project or of plotly, or made safe by `embedded`."""
+    """Mark text as safe: the project's own, plotly's, or made safe by `embedded`."""
     import markupsafe
 
     return markupsafe.Markup(text)

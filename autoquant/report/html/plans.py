@@ -1,4 +1,4 @@
-"""Proven plans as the page shows them once picked: formats by layer, shares of time and loss, predicted against measured."""
+"""A proven plan on the page: formats by layer, shares of time and loss, and predictions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from autoquant.records import LayerChoice, Plan, Workload, request_time
 from autoquant.report import units
 from autoquant.report.html.charts import share_chart
 from autoquant.report.html.layer_grid import LayerGrid, layer_grid
-from autoquant.report.html.points import FAMILIES, Point
-from autoquant.report.names import fold
+from autoquant.report.html.points import PlanPoint
+from autoquant.report.names import fold, shape_words
 from autoquant.report.tables.plans import route_text
 
 _ELSE = "everything else"
@@ -21,8 +21,13 @@ _COLOURS = 8
 _CODE = re.compile(r"([a-zA-Z])[a-zA-Z]*(\d+)")
 
 
-def plans_object(points: Sequence[Point], original: Plan | None, workload: Workload) -> dict[str, Any]:
-    """All plans for `page.js`. A choice that several plans make for a layer is written once: plans hold places in `choices`."""
+def plans_object(
+    points: Sequence[PlanPoint], original: Plan | None, workload: Workload
+) -> dict[str, Any]:
+    """Return all plans for `page.js`.
+
+    A choice that plans share is written once: plans hold indices into `choices`.
+    """
     layers = points[0].plan.layers
     grid = layer_grid(layer.name for layer in layers)
     kept = {layer.name: layer.format for layer in original.layers} if original else {}
@@ -33,7 +38,10 @@ def plans_object(points: Sequence[Point], original: Plan | None, workload: Workl
     for point in points:
         own = {layer.name: layer for layer in point.plan.layers}
         objects = (_choice_object(own[layer.name], formats, workload) for layer in layers)
-        places = [choices.setdefault(json.dumps([index, each]), len(choices)) for index, each in enumerate(objects)]
+        places = [
+            choices.setdefault(json.dumps([index, each]), len(choices))
+            for index, each in enumerate(objects)
+        ]
         plans.append(_plan_object(point, grid, kept, original, workload) | {"choices": places})
     return {
         "rows": list(grid.rows),
@@ -46,7 +54,7 @@ def plans_object(points: Sequence[Point], original: Plan | None, workload: Workl
 
 
 def format_objects(formats: Sequence[str], unquantized: Collection[str]) -> list[dict[str, Any]]:
-    """Formats with the short text that stands for each in a cell, and a colour: none for the weight as it is."""
+    """Return the formats with a short text and a colour, which is 0 for unquantized ones."""
     short = [_short(name) for name in formats]
     seen: dict[str, int] = {}
     found = []
@@ -59,26 +67,24 @@ def format_objects(formats: Sequence[str], unquantized: Collection[str]) -> list
 
 
 def _short(name: str) -> str:
-    """`i8` for `int8-row/plain`."""
+    """Return a short text such as `i8` for `int8-row/plain`."""
     match = _CODE.match(name)
     return f"{match[1].lower()}{match[2]}" if match else name[:2]
 
 
 def _layer_object(layer: LayerChoice, grid: LayerGrid) -> dict[str, Any]:
     row, column = grid.places[layer.name]
-    return {"name": layer.name, "row": row, "column": column, "shape": _shape(layer)}
+    return {"name": layer.name, "row": row, "column": column, "shape": shape_words(layer.shape)}
 
 
-def _shape(layer: LayerChoice) -> str:
-    shape = layer.shape
-    return f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}, {shape.dtype}"
-
-
-def _choice_object(layer: LayerChoice, formats: Sequence[str], workload: Workload) -> dict[str, Any]:
+def _choice_object(
+    layer: LayerChoice, formats: Sequence[str], workload: Workload
+) -> dict[str, Any]:
     joined = [name.rpartition(".")[2] for name in layer.joined if name != layer.name]
     return {
         "format": formats.index(layer.format),
-        "route": route_text(layer.route).replace("\n", ", ") + (f", as one with {', '.join(joined)}" if joined else ""),
+        "route": route_text(layer.route).replace("\n", ", ")
+        + (f", as one with {', '.join(joined)}" if joined else ""),
         "time": units.duration_us(request_time(layer.latency_us, workload.calls())),
         "loss": units.digits(layer.loss, 2),
         "memory": units.size(layer.memory_bytes),
@@ -87,7 +93,11 @@ def _choice_object(layer: LayerChoice, formats: Sequence[str], workload: Workloa
 
 
 def _plan_object(
-    point: Point, grid: LayerGrid, kept: dict[str, str], original: Plan | None, workload: Workload
+    point: PlanPoint,
+    grid: LayerGrid,
+    kept: dict[str, str],
+    original: Plan | None,
+    workload: Workload,
 ) -> dict[str, Any]:
     plan, row, proof = point.plan, point.row, point.proof
     before = type_times_ms(original, grid, workload) if original else {}
@@ -96,14 +106,14 @@ def _plan_object(
         "short": point.short_id,
         "number": point.number,
         "label": row["label"],
-        "family": point.family,
-        "glyph": FAMILIES[point.family].glyph,
+        "family": point.at.family.name,
+        "glyph": point.at.family.glyph,
         "x": point.request_ms if point.drawable else None,
         "y": point.quality if point.drawable else None,
         "time_ms": point.request_ms,
         "predicted_ms": row["predicted_request_ms"],
         "facts": [
-            ["Request", f"{units.duration_ms(point.request_ms)}, {row['speedup']:.2f}x as fast as unquantized"],
+            ["Request", _request_words(point)],
             ["Quality", _quality_words(point)],
             ["Memory", units.size(point.memory_bytes)],
             ["Predicted", _prediction_words(point)],
@@ -117,48 +127,63 @@ def _plan_object(
     }
 
 
-def _quality_words(point: Point) -> str:
+def _request_words(point: PlanPoint) -> str:
+    time, speedup = units.duration_ms(point.request_ms), point.row["speedup"]
+    return f"{time}, {speedup:.2f}x as fast as unquantized"
+
+
+def _quality_words(point: PlanPoint) -> str:
     row = point.row
     ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
     divergence = "" if row["kl"] is None else f", KL {units.digits(row['kl'])}"
     return f"{point.increase_text} (95 % {ends}){divergence}"
 
 
-def _prediction_words(point: Point) -> str:
+def _prediction_words(point: PlanPoint) -> str:
     predicted, measured = point.row["predicted_request_ms"], point.request_ms
+    linears = units.duration_ms(point.plan.prediction.linear_ms)
+    loss = units.digits(point.plan.prediction.loss)
+    error = f"{predicted / measured - 1:+.0%} against measured"
     return (
-        f"{units.duration_ms(predicted)} a request ({predicted / measured - 1:+.0%} against measured), of it "
-        f"{units.duration_ms(point.plan.prediction.linear_ms)} in these layers; loss {units.digits(point.plan.prediction.loss)}"
+        f"{units.duration_ms(predicted)} a request ({error}), "
+        f"of it {linears} in these layers; loss {loss}"
     )
 
 
-def _phases(point: Point, workload: Workload) -> list[list[str]]:
-    """A row for each phase: name, runs in a request, the layers as predicted, the model as measured, and unquantized."""
+def _phases(point: PlanPoint, workload: Workload) -> list[list[str]]:
+    """Return a row for each phase: name, runs, predicted layers, measured model, unquantized."""
     proof = point.proof
     rows = []
     for phase in workload.phases:
         layers_us = sum(layer.latency_us.get(phase.name, 0.0) for layer in point.plan.layers)
         measured, before = proof.phase_ms.get(phase.name), proof.original_phase_ms.get(phase.name)
-        times = [units.MISSING if time is None else units.duration_ms(time) for time in (measured, before)]
+        times = [
+            units.MISSING if time is None else units.duration_ms(time)
+            for time in (measured, before)
+        ]
         rows.append([phase.name, str(phase.calls), units.duration_us(layers_us), *times])
     return rows
 
 
 def left_alone(plan: Plan, kept: dict[str, str]) -> list[list[str]]:
-    """Layers that the plan does not quantize, as [names, how many of which shape, why]."""
+    """Return the layers that the plan leaves unquantized, as [names, number and shape, why]."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for layer in plan.layers:
         if layer.format == kept.get(layer.name):
-            by_reason.setdefault((_shape(layer), layer.reason), []).append(layer.name)
+            by_reason.setdefault((shape_words(layer.shape), layer.reason), []).append(layer.name)
     return [
-        [pattern, f"{len(names)} of {shape}" if len(names) > 1 else shape, reason or "no reason kept"]
+        [
+            pattern,
+            f"{len(names)} of {shape}" if len(names) > 1 else shape,
+            reason or "no reason kept",
+        ]
         for (shape, reason), members in by_reason.items()
         for pattern, names in fold(members)
     ]
 
 
 def type_times_ms(plan: Plan, grid: LayerGrid, workload: Workload) -> dict[str, list[float]]:
-    """Predicted milliseconds of one request by phase, for each type of layer."""
+    """Return the predicted milliseconds of one request by phase, for each type of layer."""
     times = {phase.name: [0.0] * len(grid.rows) for phase in workload.phases}
     calls = workload.calls()
     for layer in plan.layers:
@@ -168,13 +193,17 @@ def type_times_ms(plan: Plan, grid: LayerGrid, workload: Workload) -> dict[str, 
 
 
 def _rest_ms(plan: Plan, times: dict[str, list[float]]) -> float:
-    """What the prediction adds to the layers: attention, norms, glue."""
+    """Return what the prediction adds to the layers: attention, norms, glue."""
     return plan.prediction.request_ms - sum(map(sum, times.values()))
 
 
-def _time_chart(plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]) -> dict[str, Any]:
+def _time_chart(
+    plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]
+) -> dict[str, Any]:
     times = type_times_ms(plan, grid, workload)
-    parts: dict[str, list[float | None]] = {phase: [*values, None] for phase, values in times.items()}
+    parts: dict[str, list[float | None]] = {
+        phase: [*values, None] for phase, values in times.items()
+    }
     parts[_ELSE] = [*(None for _ in grid.rows), _rest_ms(plan, times)]
     whole = [sum(values) for values in zip(*before.values(), strict=True)]
     return share_chart("Predicted time in one request [ms]", [*grid.rows, _ELSE], parts, whole)
@@ -187,10 +216,14 @@ def _type_losses(plan: Plan, grid: LayerGrid) -> list[float]:
     return losses
 
 
-def _shares(plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]) -> dict[str, Any]:
-    """The numbers of both charts as a table."""
+def _shares(
+    plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Return the numbers of both charts as a table."""
     times, losses = type_times_ms(plan, grid, workload), _type_losses(plan, grid)
-    whole = [sum(values) for values in zip(*before.values(), strict=True)] or [math.nan] * len(grid.rows)
+    whole = [sum(values) for values in zip(*before.values(), strict=True)] or [math.nan] * len(
+        grid.rows
+    )
     rows = [
         [
             label,
@@ -202,7 +235,10 @@ def _shares(plan: Plan, grid: LayerGrid, workload: Workload, before: dict[str, l
     ]
     rest = [_ELSE, *("" for _ in times), "", ""]
     rest[1] = f"{units.duration_ms(_rest_ms(plan, times))}, all phases"
-    return {"heads": [*(f"Time, {phase}" for phase in times), "Unquantized", "Loss"], "rows": [*rows, rest]}
+    return {
+        "heads": [*(f"Time, {phase}" for phase in times), "Unquantized", "Loss"],
+        "rows": [*rows, rest],
+    }
 
 
 def _time(milliseconds: float) -> str:

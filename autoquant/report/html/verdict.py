@@ -1,14 +1,13 @@
-"""What a report says first: use this plan, or leave the model as it is."""
+"""The first sentences of a report: use this plan, or leave the model unquantized."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from autoquant.records import ORIGINAL_LABEL, Workload
+from autoquant.records import Workload
 from autoquant.report import units
-from autoquant.report.html.points import Point
+from autoquant.report.html.points import PlanPoint
 from autoquant.report.words import (
     NOT_RUN,
     as_run_lines,
@@ -24,7 +23,7 @@ from autoquant.store import StudyFacts
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One number, large, with what it is compared with."""
+    """One large number, with a comparison."""
 
     name: str
     value: str
@@ -33,63 +32,83 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A headline, sentences below it, and the numbers that it rests on (none where nothing is recommended)."""
+    """A headline, its sentences, and the numbers behind a recommendation."""
 
     headline: str
     sentences: tuple[str, ...]
     tiles: tuple[Tile, ...] = ()
 
 
-def verdict(points: Sequence[Point], facts: StudyFacts) -> Verdict:
-    """The recommended plan in a sentence, or why there is none."""
-    unfinished = () if facts.complete else ("This search has not come to its end: more plans may be proven.",)
-    limits = limits_words(facts.limits)
+def verdict(points: Sequence[PlanPoint], facts: StudyFacts) -> Verdict:
+    """Return the recommended plan in a sentence, or why there is none."""
+    found = _verdict(points, facts)
+    if facts.complete:
+        return found
+    unfinished = "This search is not finished: more plans may be proven."
+    return replace(found, sentences=(*found.sentences, unfinished))
+
+
+def _verdict(points: Sequence[PlanPoint], facts: StudyFacts) -> Verdict:
     point = next((point for point in points if point.row["recommended"]), None)
-    original = next((point for point in points if point.row["label"] == ORIGINAL_LABEL), None)
     if point is None:
-        return Verdict("No plan can be recommended.", (f"No proven plan is within the limits ({limits}).", *unfinished))
-    if point is original:
-        other = "smaller" if facts.limits.get("minimize") == "memory" else "faster"
-        if refused := refused_lines([point.row for point in points]):
-            return Verdict("Leave the model as it is.", (*(f"{line}." for line in refused), *unfinished))
-        said = f"No {other} plan is within the limits of this search ({limits})."
-        return Verdict("Leave the model as it is.", (said, *_beyond_limits(points, other), *unfinished))
-    named = f"plan {point.short_id} ({point.row['label']})"
-    quality, memory = _quality(point), _memory(point, original)
+        limits = limits_words(facts.limits)
+        return Verdict(
+            "No plan can be recommended.", (f"No proven plan is within the limits ({limits}).",)
+        )
+    if point.at.is_unquantized:
+        return Verdict("Leave the model unquantized.", _why_unquantized(points, facts))
+    return _use(point, points, facts)
+
+
+def _why_unquantized(points: Sequence[PlanPoint], facts: StudyFacts) -> tuple[str, ...]:
+    if refused := refused_lines([point.row for point in points]):
+        return tuple(f"{line}." for line in refused)
+    other = "smaller" if facts.limits.get("minimize") == "memory" else "faster"
+    limits = limits_words(facts.limits)
+    said = f"No {other} plan is within the limits of this search ({limits})."
+    return (said, _beyond_limits(points, other))
+
+
+def _use(point: PlanPoint, points: Sequence[PlanPoint], facts: StudyFacts) -> Verdict:
+    unquantized = next((point for point in points if point.at.is_unquantized), None)
+    quality, memory = _quality(point), _memory(point, unquantized)
     as_run = as_run_lines(point.row, facts.workload)
-    ran = " ".join(part.strip() for part in as_run) if as_run else NOT_RUN
-    aim, refused = _aim(facts.limits), refused_lines([point.row for point in points])
-    said = (
-        f"It is the {aim} proven plan within the limits of the search ({limits}){' that can be used' if refused else ''}: "
-        f"{quality.name.lower()} {quality.value} ({quality.detail}), memory {memory.detail}."
-    )
-    uniform = ("It is a uniform plan: choosing layer by layer brought nothing more here.",)
+    refused = refused_lines([point.row for point in points])
+    aim = "smallest" if facts.limits.get("minimize") == "memory" else "fastest"
+    usable = " that can be used" if refused else ""
+    sentences = [
+        " ".join(part.strip() for part in as_run) if as_run else NOT_RUN,
+        f"It is the {aim} proven plan within the limits of the search "
+        f"({limits_words(facts.limits)}){usable}: "
+        f"{quality.name.lower()} {quality.value} ({quality.detail}), memory {memory.detail}.",
+    ]
+    if point.row["kind"] == "uniform":
+        sentences.append("It is a uniform plan: choosing layer by layer brought nothing more here.")
+    speedup = times_words(point.row["as_run_speedup"] or point.row["speedup"])
     return Verdict(
-        f"Use {named}: {times_words(point.row['as_run_speedup'] or point.row['speedup'])}.",
-        (ran, said, *(uniform if point.row["kind"] == "uniform" else ()), *refused, *unfinished),
+        f"Use plan {point.short_id} ({point.row['label']}): {speedup}.",
+        (*sentences, *refused),
         (*_as_run(point, facts.workload), _speed(point), quality, memory),
     )
 
 
-def _aim(limits: Any) -> str:
-    return "smallest" if limits.get("minimize") == "memory" else "fastest"
-
-
-def _beyond_limits(points: Sequence[Point], other: str) -> tuple[str, ...]:
-    """The best of what the limits do not allow."""
-    key = {"smaller": lambda point: point.memory_bytes, "faster": lambda point: point.request_ms}[other]
-    best = min(points, key=key)
-    if best.row["label"] == ORIGINAL_LABEL:
-        return (f"No proven plan is {other} at all.",)
+def _beyond_limits(points: Sequence[PlanPoint], other: str) -> str:
+    """Return the best plan that the limits rule out, in a sentence."""
+    superlative, best = "fastest", min(points, key=lambda point: point.request_ms)
+    if other == "smaller":
+        superlative, best = "smallest", min(points, key=lambda point: point.memory_bytes)
+    if best.at.is_unquantized:
+        return f"No proven plan is {other} at all."
+    quality = _quality(best)
     return (
-        f"The {'smallest' if other == 'smaller' else 'fastest'} of all, plan {best.short_id} ({best.row['label']}), is "
-        f"{times_words(best.row['speedup'])} with {_quality(best).name.lower()} {_quality(best).value} "
-        f"and takes {units.size(best.memory_bytes)}.",
+        f"The {superlative} of all, plan {best.short_id} ({best.row['label']}), is "
+        f"{times_words(best.row['speedup'])} with {quality.name.lower()} {quality.value} "
+        f"and takes {units.size(best.memory_bytes)}."
     )
 
 
-def _as_run(point: Point, workload: Workload) -> tuple[Tile, ...]:
-    """What the user gets, where that was measured."""
+def _as_run(point: PlanPoint, workload: Workload) -> tuple[Tile, ...]:
+    """Return the speed of the plan as its user runs it, if that was measured."""
     row = point.row
     if row["as_run_request_ms"] is None:
         return ()
@@ -98,19 +117,19 @@ def _as_run(point: Point, workload: Workload) -> tuple[Tile, ...]:
     return (Tile("As you will run it", f"{row['as_run_speedup']:.2f}x", detail),)
 
 
-def _speed(point: Point) -> Tile:
+def _speed(point: PlanPoint) -> Tile:
     time, speedup = point.request_ms, point.row["speedup"]
     detail = f"{units.duration_ms(time)} a request instead of {units.duration_ms(time * speedup)}"
     return Tile("In the search", f"{speedup:.2f}x", detail)
 
 
-def _quality(point: Point) -> Tile:
+def _quality(point: PlanPoint) -> Tile:
     row = point.row
     ends = units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
     return Tile(measure_words(row), increase_words(row), f"95 % interval {ends}")
 
 
-def _memory(point: Point, original: Point | None) -> Tile:
+def _memory(point: PlanPoint, original: PlanPoint | None) -> Tile:
     stored = units.size(point.memory_bytes)
     if original is None or not original.memory_bytes:
         return Tile("Memory", stored, "of all parameters")

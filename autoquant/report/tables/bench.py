@@ -1,4 +1,4 @@
-"""What `autoquant bench` measured, as table and as JSON."""
+"""The measurements of `autoquant bench` as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from rich.table import Table
-from rich.text import Text
 
 from autoquant.records import Interval, Loop, Plan, RunTimes, Workload
 from autoquant.report import units
 from autoquant.report.attribution import Attributed, responsible, slowed_notes
-from autoquant.report.tables.plans import WIDE, plain_table
+from autoquant.report.tables.layout import WIDE, Column, number_table, plain_table
 from autoquant.report.words import is_off, loop_words
 
 
 class BenchLine(Attributed, Protocol):
-    """What is read of `autoquant.tuner.bench.BenchRow`."""
+    """What is read from `autoquant.tuner.bench.BenchRow`."""
 
     @property
     def plan_id(self) -> str | None: ...
@@ -36,7 +35,7 @@ class BenchLine(Attributed, Protocol):
 
 
 class LoopLine(Protocol):
-    """What is read of `autoquant.tuner.bench.LoopRow`."""
+    """What is read from `autoquant.tuner.bench.LoopRow`."""
 
     @property
     def plan_id(self) -> str | None: ...
@@ -61,52 +60,53 @@ class LoopLine(Protocol):
 
 
 def bench_table(rows: Sequence[BenchLine], workload: Workload, width: int = 80) -> Table:
-    """One line a model; the first is the unquantized one."""
-    table = plain_table(expand=width < WIDE)
-    table.add_column("Label", overflow="fold", ratio=1)
-    columns = []
-    for phase in workload.phases:
-        unit, cells = units.common_ms([row.phase_ms[phase.name] for row in rows])
-        columns.append((f"{phase.name}\n[{unit}]", cells))
-    unit, cells = units.common_ms([row.request_ms for row in rows])
-    columns.append((f"Request\n[{unit}]", cells))
-    columns.append(("Speed\n", [f"{rows[0].request_ms / row.request_ms:.2f}x" for row in rows]))
-    columns.append(("Pre-\ndicted", [_error(row) for row in rows]))
+    """Return a table with a row for each model. The first is the unquantized one."""
+    columns = [
+        _times(phase.name, [row.phase_ms[phase.name] for row in rows]) for phase in workload.phases
+    ]
+    columns += [
+        _times("Request", [row.request_ms for row in rows]),
+        Column("Speed\n", [f"{rows[0].request_ms / row.request_ms:.2f}x" for row in rows]),
+        Column("Pre-\ndicted", [_error(row) for row in rows]),
+    ]
     if any(phase.name == "decode" for phase in workload.phases):
-        columns.append(("Tokens\n/s", [units.digits(_tokens_per_s(row, workload) or 0.0) for row in rows]))
-    unit, cells = units.common_bytes([row.memory_bytes for row in rows])
-    columns.append((f"Memory\n[{unit}]", cells))
+        rates = [units.digits(_tokens_per_s(row, workload) or 0.0) for row in rows]
+        columns.append(Column("Tokens\n/s", rates))
+    columns.append(_bytes("Memory", [row.memory_bytes for row in rows]))
     if all(row.peak_bytes is not None for row in rows):
-        unit, cells = units.common_bytes([row.peak_bytes or 0 for row in rows])
-        columns.append((f"Peak\n[{unit}]", cells))
-    for head, _ in columns:
-        table.add_column(Text(head), justify="right", no_wrap=True)
-    for number, row in enumerate(rows):
-        table.add_row(*map(Text, [row.label, *(cells[number] for _, cells in columns)]))
-    return table
+        columns.append(_bytes("Peak", [row.peak_bytes or 0 for row in rows]))
+    table = plain_table(expand=width < WIDE)
+    return number_table([row.label for row in rows], columns, table)
 
 
 def loop_table(rows: Sequence[LoopLine], workload: Workload, width: int = 80) -> Table:
-    """One line a model, timed as a user runs it; the first is the unquantized one."""
-    table = plain_table(caption=f"Timed in turn: {loop_words(rows[0].loop, workload)}", expand=width < WIDE)
-    table.add_column("Label", overflow="fold", ratio=1)
-    columns = []
-    for head, times in _loop_times(rows):
-        unit, cells = units.common_ms(times)
-        columns.append((f"{head}\n[{unit}]", cells))
-    columns.append(("Speed\n", [_loop_speed(row) for row in rows]))
-    columns.append(("95%\ninterval", [_loop_interval(row) for row in rows]))
-    unit, cells = units.common_bytes([row.memory_bytes for row in rows])
-    columns.append((f"Memory\n[{unit}]", cells))
-    for head, _ in columns:
-        table.add_column(Text(head), justify="right", no_wrap=True)
-    for number, row in enumerate(rows):
-        table.add_row(*map(Text, [row.label, *(cells[number] for _, cells in columns)]))
-    return table
+    """Return a table with a row for each model, timed as a user runs it, unquantized first."""
+    columns = [_times(head, times) for head, times in _loop_times(rows)]
+    columns += [
+        Column("Speed\n", [_loop_speed(row) for row in rows]),
+        Column("95%\ninterval", [_loop_interval(row) for row in rows]),
+        _bytes("Memory", [row.memory_bytes for row in rows]),
+    ]
+    caption = f"Timed in turn: {loop_words(rows[0].loop, workload)}"
+    table = plain_table(caption=caption, expand=width < WIDE)
+    return number_table([row.label for row in rows], columns, table)
+
+
+def _times(head: str, milliseconds: Sequence[float]) -> Column:
+    unit, cells = units.common_ms(milliseconds)
+    return Column(f"{head}\n[{unit}]", cells)
+
+
+def _bytes(head: str, values: Sequence[float]) -> Column:
+    unit, cells = units.common_bytes(values)
+    return Column(f"{head}\n[{unit}]", cells)
 
 
 def loop_objects(rows: Sequence[LoopLine], workload: Workload) -> list[dict[str, Any]]:
-    """The rows with what follows from them; `request_ratio` is over the unquantized model, with its 95 % interval."""
+    """Return the rows as JSON objects.
+
+    `request_ratio` is over the unquantized model, with its 95 % interval.
+    """
     return [
         {
             "plan_id": row.plan_id,
@@ -126,7 +126,7 @@ def loop_objects(rows: Sequence[LoopLine], workload: Workload) -> list[dict[str,
 
 
 def _loop_times(rows: Sequence[LoopLine]) -> list[tuple[str, list[float]]]:
-    """The columns of times, each with its head; those of tokens where tokens are what is made."""
+    """Return the columns of times by head. A model that makes no tokens has only requests."""
     columns: list[tuple[str, list[float | None]]] = [
         ("First\ntoken", [row.times.first_token_ms for row in rows]),
         ("Each\nfurther", [row.times.step_ms for row in rows]),
@@ -141,26 +141,35 @@ def _loop_speed(row: LoopLine) -> str:
 
 
 def _loop_interval(row: LoopLine) -> str:
-    return f"{1 / row.ratio.high:.2f}..{1 / row.ratio.low:.2f}" if row.ratio and row.ratio.low > 0 else units.MISSING
+    if row.ratio is None or row.ratio.low <= 0:
+        return units.MISSING
+    return f"{1 / row.ratio.high:.2f}..{1 / row.ratio.low:.2f}"
 
 
-def bench_notes(rows: Sequence[BenchLine], plans: Mapping[str, Plan], workload: Workload) -> list[str]:
-    """What else there is to say, a line each: above all, what makes a request take another time than predicted."""
+def bench_notes(
+    rows: Sequence[BenchLine], plans: Mapping[str, Plan], workload: Workload
+) -> list[str]:
+    """Return notes on the rows, and which layers make a request miss its prediction."""
     notes = [f"note: {row.label}: {note}" for row in rows for note in row.notes]
     notes += [f"note: {row.label}: {note}" for row in rows for note in slowed_notes(row)]
     for row in rows:
-        if row.plan_id is None or row.predicted_request_ms is None or not is_off(_relative_error(row) or 0.0):
-            continue
-        instead = f"instead of the predicted {units.duration_ms(row.predicted_request_ms)}"
-        why = (
-            responsible(row, plans[row.plan_id], workload) if row.steps else "--attribute names the layers responsible"
-        )
-        notes.append(f"note: {row.label}: {units.duration_ms(row.request_ms)} a request {instead}: {why}")
+        if row.plan_id is not None and is_off(_relative_error(row) or 0.0):
+            notes.append(f"note: {row.label}: {_off_words(row, plans[row.plan_id], workload)}")
     return notes
 
 
+def _off_words(row: BenchLine, plan: Plan, workload: Workload) -> str:
+    predicted = units.duration_ms(row.predicted_request_ms or 0.0)
+    why = "--attribute names the layers responsible"
+    if row.steps:
+        why = responsible(row, plan, workload)
+    return (
+        f"{units.duration_ms(row.request_ms)} a request instead of the predicted {predicted}: {why}"
+    )
+
+
 def bench_objects(rows: Sequence[BenchLine], workload: Workload) -> list[dict[str, Any]]:
-    """The rows with what follows from them."""
+    """Return the rows as JSON objects."""
     return [
         {
             "plan_id": row.plan_id,
@@ -181,14 +190,16 @@ def bench_objects(rows: Sequence[BenchLine], workload: Workload) -> list[dict[st
 
 
 def _tokens_per_s(row: BenchLine, workload: Workload) -> float | None:
-    """Tokens that decoding gives a second, all sequences of the batch together."""
+    """Return decoded tokens per second over all sequences of the batch, or None."""
     step_ms = row.phase_ms.get("decode")
     return workload.batch * 1e3 / step_ms if step_ms else None
 
 
 def _relative_error(row: BenchLine) -> float | None:
-    """By how much the prediction was off, as a fraction of what was measured."""
-    return None if row.predicted_request_ms is None else row.predicted_request_ms / row.request_ms - 1
+    """Return the error of the prediction as a fraction of the measured time, or None."""
+    if row.predicted_request_ms is None:
+        return None
+    return row.predicted_request_ms / row.request_ms - 1
 
 
 def _error(row: BenchLine) -> str:

@@ -1,4 +1,4 @@
-"""Plans that were solved for and not proven: what is predicted of them. 80 columns."""
+"""Plans that were solved for and not proven, with their predictions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from rich.text import Text
 
 from autoquant.records import Plan
 from autoquant.report import units
-from autoquant.report.tables.plans import plain_table
+from autoquant.report.tables.layout import plain_table
 
 
 def predicted_table(plans: Sequence[Plan], chosen: Plan) -> Table:
-    """A plan a line, the most exact first."""
+    """Return a table of plans, the most exact first."""
     time_unit, times = units.common_ms([plan.prediction.request_ms for plan in plans])
     memory_unit, memory = units.common_bytes([plan.prediction.memory_bytes for plan in plans])
-    table = plain_table(caption="> within the limits, as predicted; the others for more exact and faster ones")
+    table = plain_table(
+        caption="> predicted to be within the limits; the others are more exact or faster"
+    )
     table.add_column("", no_wrap=True, width=1)
     table.add_column("Loss", justify="right", no_wrap=True)
     table.add_column(Text(f"Request\n[{time_unit}]"), justify="right", no_wrap=True)

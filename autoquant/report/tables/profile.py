@@ -1,4 +1,4 @@
-"""Latencies of linears for the terminal: a block per shape, the best routes in words, and the accounts. Fits 80 columns."""
+"""Latencies of linears for the terminal, shape by shape. Fits 80 columns."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from rich.text import Text
 from autoquant.profiler.latencies import Latencies, Row, is_original
 from autoquant.records import LinearShape
 from autoquant.report import units
-from autoquant.report.names import fold
+from autoquant.report.names import fold, shape_words
 from autoquant.report.words import device_words
 
 _CELL_WIDTH = 8
 _LEAST_NAME_WIDTH = 24
-_WORTH = 1.05  # a family that is nowhere this much faster than unquantized gets no line of its own
-_COUNTED = (("ok", "measured"), ("bounded", "bounded away"), ("beaten", "beaten in a try-out"),
-            ("unsupported", "unsupported"), ("incorrect", "incorrect"), ("failed", "failed"))  # fmt: skip
+_WORTH = 1.05  # a family needs this speedup at some m to get its own line
+_COUNTED = (
+    ("ok", "measured"),
+    ("bounded", "bounded away"),
+    ("beaten", "beaten in a try-out"),
+    ("unsupported", "unsupported"),
+    ("incorrect", "incorrect"),
+    ("failed", "failed"),
+)
 _SHORT = {
     "unsupported": "unsupp.",
     "incorrect": "incorr.",
@@ -34,7 +40,7 @@ _SHORT = {
 
 
 def latencies_report(latencies: Latencies, width: int = 80) -> RenderableType:
-    """Everything that timing shapes gave, shape by shape."""
+    """Return the whole report on timed shapes."""
     parts: list[RenderableType] = []
     for shape, rows in latencies.shapes().items():
         parts.append(Text(_heading(shape, latencies.names.get(shape, ()), width), style="bold"))
@@ -48,9 +54,9 @@ def latencies_report(latencies: Latencies, width: int = 80) -> RenderableType:
 
 
 def latency_tables(rows: Sequence[Row], width: int = 80) -> list[Table]:
-    """One shape: a row for each candidate, best first at the first m, a column for each m; several tables for many m.
+    """Return the tables of one shape: a row for each candidate, and a column for each m.
 
-    Candidates that are unsupported at every m are left to `reason_lines`.
+    Many m take several tables. `reason_lines` lists the candidates that support no m.
     """
     rows_m = _all_m(rows)
     best = {m: min((row["latency_us"] for row in _ok(rows, m)), default=math.inf) for m in rows_m}
@@ -67,14 +73,20 @@ def latency_tables(rows: Sequence[Row], width: int = 80) -> list[Table]:
         for line in lines:
             first = next(iter(line.values()))
             cells = [_cell(line.get(m), best[m]) for m in shown]
-            table.add_row(Text(_folded(_candidate(first), room)), *cells, style="bold" if is_original(first) else "")
+            table.add_row(
+                Text(_folded(_candidate(first), room)),
+                *cells,
+                style="bold" if is_original(first) else "",
+            )
         tables.append(table)
     return tables
 
 
 def route_lines(rows: Sequence[Row]) -> list[str]:
-    """For each family of formats its best format and route, compared with the weight as it is; best family first."""
-    original = {row["m"]: row["latency_us"] for row in rows if is_original(row) and row["outcome"] == "ok"}
+    """Return the best format and route of each family against unquantized, best family first."""
+    original = {
+        row["m"]: row["latency_us"] for row in rows if is_original(row) and row["outcome"] == "ok"
+    }
     families: dict[str, tuple[float, str]] = {}
     slower: dict[str, None] = {}
     for format_id in dict.fromkeys(row["format"] for row in rows if not is_original(row)):
@@ -86,24 +98,29 @@ def route_lines(rows: Sequence[Row]) -> list[str]:
         if max(speedups.values()) < _WORTH:
             slower[family] = None
             continue
-        mean = math.exp(sum(map(math.log, speedups.values())) / len(original))  # an m without a kernel counts as 1
+        # An m without a kernel counts as a speedup of 1.
+        mean = math.exp(sum(map(math.log, speedups.values())) / len(original))
         text = f"{format_id} {_route_words(route, _all_m(rows))}; {_speedup_words(speedups)}"
         families[family] = max(families.get(family, (0.0, "")), (mean, text))
     ranked = sorted(families.values(), reverse=True)
-    lines = [f"{'then' if position else 'best'}: {text}" for position, (_, text) in enumerate(ranked)]
+    lines = [
+        f"{'then' if position else 'best'}: {text}" for position, (_, text) in enumerate(ranked)
+    ]
     rest = [family for family in slower if family not in families]
     return [*lines, f"no faster than unquantized at any m: {', '.join(rest)}"] if rest else lines
 
 
 def best_route(rows: Sequence[Row]) -> dict[int, Row]:
-    """By m, the fastest of these rows that is ok."""
-    found = {m: min(_ok(rows, m), key=lambda row: row["latency_us"], default=None) for m in _all_m(rows)}
+    """Return the fastest of the rows that are ok by m."""
+    found = {
+        m: min(_ok(rows, m), key=lambda row: row["latency_us"], default=None) for m in _all_m(rows)
+    }
     return {m: row for m, row in found.items() if row is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Untimed:
-    """Candidates that have no latency at some m, for one reason."""
+    """Candidates that have no latency at some m for the same reason."""
 
     outcome: str
     reason: str
@@ -112,21 +129,27 @@ class Untimed:
 
 
 def untimed(rows: Sequence[Row]) -> list[Untimed]:
-    """Why candidates have no latency, each reason once with whom and where it concerns."""
+    """Return why candidates have no latency, with every reason once."""
     found: dict[tuple[str, str], dict[str, set[int]]] = {}
     first_reasons: dict[tuple[str, str], str] = {}
     for row in rows:
-        if row["outcome"] != "ok":
-            reason = first_reasons.setdefault((row["outcome"], _candidate(row)), row["reason"])
-            found.setdefault((row["outcome"], reason), {}).setdefault(_candidate(row), set()).add(row["m"])
+        if row["outcome"] == "ok":
+            continue
+        # Reasons may name an m. The first one stands for the candidate.
+        outcome, candidate = row["outcome"], _candidate(row)
+        reason = first_reasons.setdefault((outcome, candidate), row["reason"])
+        found.setdefault((outcome, reason), {}).setdefault(candidate, set()).add(row["m"])
+    order = list(_SHORT)
     return [
-        Untimed(outcome, reason, tuple(candidates), tuple(sorted(set().union(*candidates.values()))))
-        for (outcome, reason), candidates in sorted(found.items(), key=lambda item: list(_SHORT).index(item[0][0]))
+        Untimed(outcome, reason, tuple(members), tuple(sorted(set().union(*members.values()))))
+        for (outcome, reason), members in sorted(
+            found.items(), key=lambda item: order.index(item[0][0])
+        )
     ]
 
 
 def reason_lines(rows: Sequence[Row]) -> list[str]:
-    """`untimed`, a line each."""
+    """Return `untimed` as text, a line each."""
     every = tuple(_all_m(rows))
     lines = []
     for each in untimed(rows):
@@ -136,25 +159,29 @@ def reason_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def total_lines(latencies: Latencies) -> list[str]:
-    """How many timings came to what, from where, in what time, on what device."""
+    """Return the totals: outcomes of the timings, time spent, and the device."""
     rows = latencies.rows
     counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome, _ in _COUNTED}
     outcomes = ", ".join(f"{counts[outcome]} {words}" for outcome, words in _COUNTED)
     cells = len({(row["n"], row["k"], row["bias"], row["dtype"], row["m"]) for row in rows})
+    candidates = len({_candidate(row) for row in rows})
+    new = len(rows) - latencies.from_store
     roofline = latencies.roofline
-    rates = ", ".join(f"{name} {units.digits(rate / 1e12)}" for name, rate in roofline.flops_per_s.items())
+    bandwidth = units.digits(roofline.bandwidth_bytes_per_s / 1e9)
+    rates = ", ".join(
+        f"{name} {units.digits(rate / 1e12)}" for name, rate in roofline.flops_per_s.items()
+    )
     return [
-        f"{len(rows)} timings ({len({_candidate(row) for row in rows})} candidates at {cells} shapes and m): {outcomes}.",
-        f"{latencies.from_store} were in the store, {len(rows) - latencies.from_store} are new and took "
+        f"{len(rows)} timings ({candidates} candidates at {cells} shapes and m): {outcomes}.",
+        f"{latencies.from_store} were in the store, {new} are new and took "
         f"{units.clock_s(latencies.elapsed_s)} to prepare and time.",
-        f"{device_words(latencies.device)}: memory {units.digits(roofline.bandwidth_bytes_per_s / 1e9)} GB/s; "
-        f"Tflop/s in {rates}.",
+        f"{device_words(latencies.device)}: memory {bandwidth} GB/s; Tflop/s in {rates}.",
     ]
 
 
 def _heading(shape: LinearShape, names: Sequence[str], width: int) -> str:
     called = ", ".join(pattern for pattern, _ in fold(names))
-    text = f"{shape.n} x {shape.k}{' + bias' if shape.bias else ''}, {shape.dtype}{f': {called}' if called else ''}"
+    text = f"{shape_words(shape)}{f': {called}' if called else ''}"
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
@@ -171,15 +198,22 @@ def _candidate(row: Row) -> str:
 
 
 def _candidate_lines(rows: Sequence[Row]) -> list[dict[int, Row]]:
-    """Rows by m for each candidate, the best at the first m first, those without a latency there by the next m."""
+    """Return the rows by m for each candidate, sorted by their latencies at each m in turn."""
     by_candidate: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_candidate.setdefault(_candidate(row), {})[row["m"]] = row
-    lines = [line for line in by_candidate.values() if any(row["outcome"] != "unsupported" for row in line.values())]
+    lines = [
+        line
+        for line in by_candidate.values()
+        if any(row["outcome"] != "unsupported" for row in line.values())
+    ]
     rows_m = _all_m(rows)
 
     def order(line: dict[int, Row]) -> list[float]:
-        return [line[m]["latency_us"] if m in line and line[m]["outcome"] == "ok" else math.inf for m in rows_m]
+        return [
+            line[m]["latency_us"] if m in line and line[m]["outcome"] == "ok" else math.inf
+            for m in rows_m
+        ]
 
     return sorted(lines, key=order)
 
@@ -190,13 +224,17 @@ def _cell(row: Row | None, best_us: float) -> Text:
     if row["outcome"] != "ok":
         return Text(_SHORT[row["outcome"]], style="dim")
     is_best = row["latency_us"] <= best_us
-    return Text(f"{'*' if is_best else ''}{units.digits(row['latency_us'])}", style="green" if is_best else "")
+    return Text(
+        f"{'*' if is_best else ''}{units.digits(row['latency_us'])}",
+        style="green" if is_best else "",
+    )
 
 
 def _route_words(route: Mapping[int, Row], all_m: Sequence[int]) -> str:
-    """`int8pack-mm up to m=4, int-mm above`, and at which m there is no kernel."""
+    """Return a route in words: `int8pack-mm up to m=4, int-mm above`."""
     steps = [
-        (kernel, [m for m, _ in group]) for kernel, group in groupby(route.items(), lambda item: item[1]["kernel"])
+        (kernel, [m for m, _ in group])
+        for kernel, group in groupby(route.items(), lambda item: item[1]["kernel"])
     ]
     words = steps[0][0] if len(steps) == 1 else ", ".join(_step_words(steps))
     missing = [str(m) for m in all_m if m not in route]
@@ -210,7 +248,7 @@ def _step_words(steps: Sequence[tuple[str, list[int]]]) -> Iterator[str]:
 
 
 def _speedup_words(speedups: Mapping[int, float]) -> str:
-    """`3.1x at m=1, 1.0x at m=16..512`."""
+    """Return speedups in words: `3.1x at m=1, 1.0x at m=16..512`."""
     parts = []
     for words, group in groupby(speedups, lambda m: f"{speedups[m]:.1f}x"):
         rows_m = list(group)
@@ -219,10 +257,13 @@ def _speedup_words(speedups: Mapping[int, float]) -> str:
 
 
 def _folded(candidate: str, room: int) -> str:
-    """Broken before the kernel where it does not fit."""
+    """Return a candidate, with its kernel on a second line if it does not fit."""
     fmt, _, kernel = candidate.rpartition("/")
     return candidate if len(candidate) <= room else f"{fmt}/\n  {kernel}"
 
 
 def _wrapped(lines: Sequence[str], width: int) -> list[RenderableType]:
-    return [Text(textwrap.fill(line, width, subsequent_indent="      ", break_on_hyphens=False)) for line in lines]
+    return [
+        Text(textwrap.fill(line, width, subsequent_indent="      ", break_on_hyphens=False))
+        for line in lines
+    ]

@@ -1,4 +1,4 @@
-"""The recipes that have a name, as table and as JSON."""
+"""The named recipes as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoquant.recipes import Recipe, Value
-from autoquant.report.tables.plans import plain_table
+from autoquant.report.tables.layout import plain_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class RecipeRow:
 
 
 def recipes_table(rows: Sequence[RecipeRow]) -> Table:
-    """A recipe a line, with what it is for and its options as the command line has them."""
+    """Return a table of recipes, their purpose and their options."""
     table = plain_table()
     table.add_column("Recipe", no_wrap=True)
     table.add_column("What it is for, and its options", overflow="fold", ratio=1)
@@ -36,7 +36,7 @@ def recipes_table(rows: Sequence[RecipeRow]) -> Table:
 
 
 def recipes_objects(rows: Sequence[RecipeRow]) -> list[dict[str, Any]]:
-    """The same recipes for programs; `problem` is null where a recipe can be used."""
+    """Return the recipes as JSON objects. `problem` is null if a recipe can be used."""
     return [
         {
             "name": row.name,
@@ -51,7 +51,7 @@ def recipes_objects(rows: Sequence[RecipeRow]) -> list[dict[str, Any]]:
 
 
 def arguments(options: Mapping[str, Value]) -> list[str]:
-    """Options as the command line has them."""
+    """Return options as arguments of the command line."""
     found = []
     for key, value in options.items():
         for one in value if isinstance(value, list) else [value]:

@@ -1,4 +1,4 @@
-"""The studies of a database, as table and as JSON."""
+"""The studies of a database as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from autoquant.report import units
-from autoquant.report.tables.plans import plain_table
+from autoquant.report.tables.layout import plain_table
 from autoquant.report.words import constraints_words, device_words, limits_words, source_name
 
 
 def studies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A study a line; `rows` are those of `autoquant.study.overview.study_rows`."""
+    """Return a table of the rows of `autoquant.study.overview.study_rows`."""
     table = plain_table()
     table.add_column("Study", no_wrap=True)
     table.add_column("Model, device,\nworkload", overflow="fold", ratio=3)
@@ -37,7 +37,7 @@ def studies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def studies_objects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same studies for programs."""
+    """Return the studies as JSON objects."""
     return [
         {
             "study_id": row["study_id"],

@@ -1,4 +1,4 @@
-"""What models scored on tasks, as table and as JSON."""
+"""The scores of models on tasks as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.text import Text
 
 from autoquant.records import TaskScore
 from autoquant.report import units
-from autoquant.report.tables.plans import WIDE, plain_table
+from autoquant.report.tables.layout import WIDE, plain_table
 
 _LEAST_LABEL = 8
 
 
 class TaskLine(Protocol):
-    """What is read of `autoquant.tuner.tasks.TaskRow`."""
+    """What is read from `autoquant.tuner.tasks.TaskRow`."""
 
     @property
     def plan_id(self) -> str | None: ...
@@ -30,7 +30,7 @@ class TaskLine(Protocol):
 
 
 def task_table(rows: Sequence[TaskLine], width: int = 80) -> Table:
-    """A line for each task, metric and plan, beside the unquantized model, which is the first of `rows`."""
+    """Return a table of each task, metric and plan. The first row is the unquantized model."""
     table = plain_table(expand=width < WIDE)
     table.add_column("Task", overflow="fold")
     table.add_column("Metric", overflow="fold")
@@ -38,29 +38,33 @@ def task_table(rows: Sequence[TaskLine], width: int = 80) -> Table:
     table.add_column("Unquantized", justify="right", no_wrap=True)
     table.add_column("Quantized", justify="right", no_wrap=True)
     table.add_column("Plan", overflow="fold", ratio=1, min_width=_LEAST_LABEL)
-    original, *plans = rows
-    for reference in original.scores:
+    unquantized, *plans = rows
+    for score in unquantized.scores:
         for plan in plans:
-            score = _same(plan, reference)
-            samples = units.MISSING if reference.samples is None else str(reference.samples)
-            cells = [reference.task, reference.metric, samples, _value(reference), _value(score), plan.label]
+            samples = units.MISSING if score.samples is None else str(score.samples)
+            values = (_value(score), _value(_same(plan, score)))
+            cells = (score.task, score.metric, samples, *values, plan.label)
             table.add_row(*map(Text, cells))
     return table
 
 
 def task_objects(rows: Sequence[TaskLine]) -> list[dict[str, Any]]:
-    """One object for each model, task and metric."""
-    return [{"plan_id": row.plan_id, "label": row.label, **asdict(score)} for row in rows for score in row.scores]
+    """Return a JSON object for each model, task and metric."""
+    return [
+        {"plan_id": row.plan_id, "label": row.label, **asdict(score)}
+        for row in rows
+        for score in row.scores
+    ]
 
 
-def _same(row: TaskLine, reference: TaskScore) -> TaskScore | None:
-    """The row's score of the same task and metric."""
-    wanted = (reference.task, reference.metric)
+def _same(row: TaskLine, other: TaskScore) -> TaskScore | None:
+    """Return the row's score of the same task and metric, or None."""
+    wanted = (other.task, other.metric)
     return next((score for score in row.scores if (score.task, score.metric) == wanted), None)
 
 
 def _value(score: TaskScore | None) -> str:
-    """The value and its standard error, with as many decimals."""
+    """Return the value and its standard error, with the same decimals."""
     if score is None:
         return units.MISSING
     decimals = 4 if abs(score.value) < 10 else 2

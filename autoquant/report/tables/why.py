@@ -1,4 +1,4 @@
-"""Why the layers of a plan got what they got: what the next better and the next cheaper choice would change. 80 columns."""
+"""The alternatives of a plan's layers: the next better and the next cheaper choice."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from rich.text import Text
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
 from autoquant.report.names import fold
-from autoquant.report.tables.plans import joined_text, plain_table, route_text
+from autoquant.report.tables.layout import plain_table
+from autoquant.report.tables.plans import joined_text, route_text
 from autoquant.solver.alternatives import Alternative, Alternatives
 
 NOTHING_KEPT = (
-    "What else the layers could have had is not in the database: this search was made by an older autoquant, or has not "
-    "come as far as to solve for plans. The same `autoquant search` goes on to it."
+    "The database does not hold the alternatives of the layers: an older autoquant made this "
+    "search, or it has not solved for plans yet. The same `autoquant search` goes on to it."
 )
-TOGETHER = "Layers are computed as one by all of them or none: what a change would cost the others is not counted."
+TOGETHER = (
+    "Layers that are computed as one change together: "
+    "the cost of a change to the other layers is not counted."
+)
 
 
 def why_table(plan: Plan, found: Alternatives) -> Table:
-    """A block for each group of layers with the same choice and the same alternatives; differences are sums over the group."""
-    table = plain_table(caption="Differences as predicted, of all layers of a block together, in one request.")
-    table.add_column("Layers, as they are", overflow="fold", ratio=3)
+    """Return a table of layers with the same choice and alternatives. Differences are sums."""
+    table = plain_table(
+        caption="Differences as predicted, of all layers of a block together, in one request."
+    )
+    table.add_column("Layers, and their choice", overflow="fold", ratio=3)
     table.add_column("Instead", overflow="fold", ratio=3)
     table.add_column("Request", justify="right", no_wrap=True)
     table.add_column("Loss", justify="right", no_wrap=True)
@@ -42,17 +48,18 @@ def why_table(plan: Plan, found: Alternatives) -> Table:
 
 
 def together(plan: Plan, found: Alternatives) -> bool:
-    """Whether layers of the plan, or of an alternative, are computed as one."""
+    """Return whether layers of the plan, or of an alternative, are computed as one."""
     others = (each.choice for layer in plan.layers for each in found[layer.name])
     return any(choice.joined for choice in (*plan.layers, *others))
 
 
 def _groups(plan: Plan, found: Alternatives) -> list[tuple[str, tuple[LayerChoice, ...]]]:
-    """Layers of one shape with one choice and the same alternatives, folded by name, in the order of the plan."""
+    """Return layers with one shape, choice and alternatives, folded by name."""
     alike: dict[tuple[Any, ...], dict[str, LayerChoice]] = {}
     for layer in plan.layers:
         instead = tuple(
-            (each.gains, each.choice.format, each.choice.route, bool(each.choice.joined)) for each in found[layer.name]
+            (each.gains, each.choice.format, each.choice.route, bool(each.choice.joined))
+            for each in found[layer.name]
         )
         key = (layer.shape, layer.format, layer.route, bool(layer.joined), instead)
         alike.setdefault(key, {})[layer.name] = layer

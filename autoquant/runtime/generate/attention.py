@@ -1,9 +1,10 @@
 """Attention for one token over a static cache, for models of transformers.
 
-Attention of PyTorch's own copies keys and values for each query head that shares them, reads the whole cache however little of
-it is filled, and starts six kernels. `token_attention` reads what the mask shows, once, in two kernels. `use_token_attention`
-has a model use it in compiled steps of one token. For anything else the model does what it did: kernels that are launched
-one by one cost more time on the host than they save.
+PyTorch's attention copies keys and values for each query head that shares them, reads the whole
+cache even if little of it is filled, and starts six kernels. `token_attention` reads what the mask
+shows, once, in two kernels. `use_token_attention` has a model use it in compiled steps of one
+token. Anything else stays as it was: kernels that are launched one by one cost more time on the
+host than they save.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import nn
 IMPLEMENTATION = "autoquant"
 """What transformers calls this attention."""
 
-_DEVICES = ("cuda",)
+DEVICES = ("cuda",)
+"""Kinds of device that it has kernels for."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_COLUMNS, _MOST_GROUP = 256, 64
 _BLOCK_BYTES, _MOST_BLOCK = 16384, 128
@@ -33,11 +35,11 @@ _ADDED_COLUMNS = 64
 def token_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """softmax(q k' scale) v for one token: `[b, h, 1, d_v]`; zeros for a head that sees nothing.
+    """Return softmax(q k' scale) v for one token, `[b, h, 1, d_v]`; zeros if a head sees nothing.
 
     Args:
-        q: `[b, h, 1, d]`, with k `[b, h_kv, L, d]` and v `[b, h_kv, L, d_v]` of any strides; h_kv divides h, d and d_v are at
-            most 256.
+        q: `[b, h, 1, d]`, with k `[b, h_kv, L, d]` and v `[b, h_kv, L, d_v]` of any strides; h_kv
+            divides h, d and d_v are at most 256.
         mask: Which positions are seen: bool `[b or 1, h or 1, 1, L]`, or None for all.
     """
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -57,7 +59,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | No
 
 
 def splits_of(groups: int, blocks: int, processors: int) -> int:
-    """How many programs share the blocks of one head of keys, of `groups` heads in all."""
+    """Return how many programs share the blocks of one head of keys, of `groups` heads in all."""
     return max(1, min(blocks, _MOST_SPLITS, _PROGRAMS_OF_A_PROCESSOR * processors // groups))
 
 
@@ -108,7 +110,10 @@ def _launch(
 
 
 def use_token_attention(model: nn.Module) -> str | None:
-    """Have a causal language model of transformers attend with `token_attention`; return why it cannot, or None."""
+    """Have a causal language model of transformers attend with `token_attention`.
+
+    Return why it cannot, or None.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -170,8 +175,8 @@ def _takes(
     dropout: float,
     others: dict[str, Any],
 ) -> bool:
-    """Whether `token_attention` computes this."""
-    one_token = q.shape[2] == 1 and q.device.type in _DEVICES and q.dtype in _DTYPES
+    """Check whether `token_attention` computes this."""
+    one_token = q.shape[2] == 1 and q.device.type in DEVICES and q.dtype in _DTYPES
     same = q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
     small = max(q.shape[-1], v.shape[-1]) <= _MOST_COLUMNS and q.shape[1] <= _MOST_GROUP * k.shape[1]
     shown = mask is None or (

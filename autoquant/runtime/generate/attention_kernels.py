@@ -1,7 +1,8 @@
-"""The Triton kernels of attention for one token (`runtime.generate.attention`). Import them only where they are launched.
+"""The Triton kernels of attention for one token, to be imported only to launch them.
 
-The cache is read once, by many programs at a time: a program takes some blocks of positions for all query heads that share a
-head of keys, and another kernel adds up what the programs of a head found. Sums are float32, maxima are in powers of 2.
+The cache is read once, by many programs at a time: a program takes some blocks of positions for all
+query heads that share a head of keys, and another kernel adds up what the programs of a head found.
+Sums are float32, maxima are in powers of 2.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -49,8 +50,9 @@ def attend(
 ):
     """Attend to every `splits`-th block of a head of keys.
 
-    Writes `out` if ALONE, else `parts` `[head, split, column]` and `sums` `[head, 2, split]`, maxima and sums. Blocks of a
-    program lie apart, so that all programs have as much to do however far the cache is filled.
+    Writes `out` if ALONE, else `parts` `[head, split, column]` and `sums` `[head, 2, split]`,
+    maxima and sums. Blocks of a program lie apart, so that all programs have as much to do however
+    far the cache is filled.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
@@ -130,7 +132,7 @@ def add_up(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,  # at least `splits`, a power of 2
 ):
-    """Add up what the programs of a query head found, for COLUMNS columns: zeros if that head sees nothing."""
+    """Add up what the programs of a query head found; zeros if that head sees nothing."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, ROWS)
     there = split < splits

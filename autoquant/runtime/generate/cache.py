@@ -1,7 +1,8 @@
-"""What the steps of a decoder share: a static cache, and where in it the next tokens go.
+"""The state that the steps of a decoder share: a static cache, and where in it the next tokens go.
 
-All of it is tensors with fixed places, so that a step can be replayed as a CUDA graph. One position serves all layers: with
-one for each, as in transformers' static cache, a step launches a kernel more in every layer.
+Its tensors do not move, so that a step can be replayed as a CUDA graph. One position serves all
+layers. With one for each, as in transformers' static cache, a step launches another kernel in every
+layer.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ class StepState:
     """The position of a decoder, and its masks.
 
     Args:
-        batch: Sequences.
-        length: Of the cache.
+        batch: How many sequences.
+        length: How many places the cache has.
         padded: Sequences may begin with padding.
 
     Attributes:
         filled: How many places of the cache are filled, `[]`.
         kept: Which token of the step logits are wanted for, `[1]`.
-        padding: 0 for places that hold padding, `[batch, length]`; None where there is none.
+        padding: 0 for places that hold padding, `[batch, length]`, or None.
         now: The places of the step that runs.
     """
 
@@ -65,7 +66,7 @@ class StepState:
                 self.padding[:, : mask.shape[1]] = mask
 
     def place(self, positions: torch.Tensor, *, kept: int) -> None:
-        """Set the position ids `[batch, tokens]` of the next step, and which of its tokens logits are wanted for."""
+        """Set the position ids `[batch, tokens]` of the next step, and the token that needs logits."""
         self._of(positions.shape[1]).positions.copy_(positions)
         self.kept.fill_(kept)
 
@@ -96,7 +97,10 @@ class StepState:
 
     @contextmanager
     def set_aside(self, tokens: int) -> Iterator[None]:
-        """Inside, steps of so many tokens fit into the cache; afterwards the position is what it was."""
+        """Inside, steps of so many tokens fit into the cache.
+
+        Afterwards the position is what it was.
+        """
         self._of(tokens)
         before = [tensor.clone() for tensor in self.tensors()]
         self.filled.clamp_(max=len(self._all) - tokens)
@@ -114,7 +118,7 @@ class StepState:
 
 
 def static_cache(model: nn.Module, state: StepState) -> Any:
-    """Return a cache of transformers whose layers all hold every place: windows are left to the mask.
+    """Return a cache whose layers all hold every place: windows are left to the mask.
 
     Raises:
         TypeError: The model keeps something else than keys and values.
@@ -148,7 +152,7 @@ def static_cache(model: nn.Module, state: StepState) -> Any:
 
 
 def takes_made_mask(model: Any) -> bool:
-    """Check whether a model may be given the mask itself, `[batch, 1, tokens, length]`, instead of its padding.
+    """Check whether a model takes a mask `[batch, 1, tokens, length]` instead of its padding.
 
     Models that use windows in some layers make masks of several kinds.
     """

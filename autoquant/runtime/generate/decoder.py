@@ -1,8 +1,9 @@
 """The steps of a causal language model over a static cache: chunks of a prompt, and single tokens.
 
-Each kind of step has fixed shapes, so that it is compiled once and, on a GPU, replayed as one CUDA graph. A prompt of any
-length is cut into chunks of a few sizes. The last chunk is filled up with tokens whose keys and values later tokens
-overwrite: the causal mask hides them until then.
+Each kind of step has fixed shapes. So it is compiled once and, on a GPU, replayed as one CUDA
+graph. A prompt is cut into chunks of a few sizes, of which each unpacks all weights again. The last
+chunk is filled up with tokens whose keys and values later tokens overwrite: the causal mask hides
+them until then.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept, use_kernel_caches
-from autoquant.devices.device import compile_failure
+from autoquant.devices import Division, backend
 from autoquant.errors import first_line
-from autoquant.runtime.compiled import Division, GraphedStep, compile_forward, ready_to_compile, repeated_blocks
-from autoquant.runtime.generate.attention import use_token_attention
+from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
+from autoquant.runtime.generate import attention
 from autoquant.runtime.generate.cache import StepState, static_cache, takes_made_mask
 from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
 
-CHUNKS = (1024, 256, 64)
+CHUNKS = (1024, 512, 256, 64)
 """Tokens of a sequence in one step, for prompts."""
 _MOST_ROWS = 16384
 _SHORTEST_CACHE = 256
@@ -33,7 +34,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 def cache_positions(tokens: int) -> int:
-    """Return the length of the cache that holds `tokens`: one of two lengths an octave, so that few are compiled for."""
+    """Return the length of the cache for `tokens`: one of two an octave, so few are compiled."""
     length = _SHORTEST_CACHE
     while length < tokens:
         length = length * 3 // 2 if length & (length - 1) == 0 else length // 3 * 4
@@ -41,7 +42,10 @@ def cache_positions(tokens: int) -> int:
 
 
 def chunks_of(tokens: int, batch: int) -> list[int]:
-    """Return the chunks that a prompt is cut into; the last one may be longer than what is left of the prompt."""
+    """Return the chunks that a prompt is cut into.
+
+    The last one may be longer than what is left of the prompt.
+    """
     sizes = [size for size in CHUNKS if size * batch <= _MOST_ROWS] or [CHUNKS[-1]]
     chunks = []
     left = tokens
@@ -63,7 +67,7 @@ class Decoder:
         padded: Sequences may begin with padding, which a mask hides.
 
     Attributes:
-        note: How steps are compiled where that is not as usual, and why.
+        note: How steps are compiled and why, if it is not the usual way.
 
     Raises:
         TypeError: The model keeps something else than keys and values.
@@ -74,13 +78,14 @@ class Decoder:
         self.note = ""
         self._model = model
         self._device = next(model.parameters()).device
+        self._backend = backend(self._device)
         with torch.inference_mode(False), torch.no_grad():
             self._state = StepState(batch, positions, self._device, padded=padded)
             self._cache = static_cache(model, self._state)
             self._run_eagerly(self._ids(1))  # makes the cache's tensors
         self._steps: dict[int, Step] = {}
         self._in_parts: Step | None = None
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._pool = self._backend.graph_pool()
 
     def start(self, mask: torch.Tensor | None) -> None:
         """Forget all tokens.
@@ -114,7 +119,7 @@ class Decoder:
         return self._run(ids)
 
     def filled_cache(self, tokens: int) -> Any:
-        """Return the keys and values of the first `tokens` positions, as transformers hands them out."""
+        """Return keys and values of the first `tokens` positions as a cache of transformers."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
@@ -161,7 +166,7 @@ class Decoder:
     def _make(self, size: int) -> Step:
         """Return the step for chunks of `size` tokens, by the first way of compiling that works."""
         reason = ""
-        for division in _divisions(self._model, self._device):
+        for division in self._divisions():
             try:
                 step = self._compiled(division)
                 self._try(step, size)
@@ -170,13 +175,19 @@ class Decoder:
                 continue
             self.note = reason and f"steps are compiled in another way, since {reason}"
             return step
-        reason = reason or f"torch.compile does not work here: {compile_failure()}"
+        reason = reason or f"torch.compile does not work here: {self._backend.compile_failure()}"
         self.note = f"steps run without being compiled, since {reason}"
         return self._step_of(self._model)
 
+    def _divisions(self) -> tuple[Division, ...]:
+        """Return the ways to compile steps, in the order in which to try them."""
+        if self._backend.compile_failure() is not None:
+            return ()
+        blocks = any(True for _ in repeated_blocks(self._model))
+        return ("parts", "regions", "whole") if blocks else ("whole",)
+
     def _compiled(self, division: Division) -> Step:
         use_kernel_caches()
-        on_gpu = self._device.type == "cuda"
         if division != "parts":
             step = compile_forward(self._step_of(self._ready(regions=division == "regions")))
         else:
@@ -184,12 +195,12 @@ class Decoder:
                 ready = compile_parts(self._ready(regions=False))
                 self._in_parts = told_that_it_is_compiled()(self._step_of(ready))
             step = self._in_parts
-        return GraphedStep(step, self._state.tensors, self._pool) if on_gpu else step
+        return self._backend.graphed(step, self._state.tensors, self._pool)
 
     def _ready(self, *, regions: bool) -> nn.Module:
         ready = ready_to_compile(self._model, regions=regions)
-        if self._device.type == "cuda":
-            use_token_attention(ready)
+        if self._device.type in attention.DEVICES:
+            attention.use_token_attention(ready)
         return ready
 
     def _try(self, step: Step, size: int) -> None:
@@ -208,14 +219,6 @@ class Decoder:
         error = ((got - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
         if not error <= _LARGEST_ERROR:  # NaN counts as wrong
             raise ValueError(f"it is off by {error:.2g} (relative) from the same step run eagerly")
-
-
-def _divisions(model: nn.Module, device: torch.device) -> tuple[Division, ...]:
-    """Return the ways to compile steps, in the order in which to try them."""
-    if device.type == "cpu" and compile_failure() is not None:
-        return ()
-    blocks = any(True for _ in repeated_blocks(model))
-    return ("parts", "regions", "whole") if blocks else ("whole",)
 
 
 def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """A `generate` of transformers that replays compiled steps.
 
-`generate` itself stays transformers': it reads the settings, prepares the prompt, logits processors and stopping
-criteria, and then calls the model's `_sample`. That one method is replaced. It runs steps of a `Decoder` and looks at
-the result of a step only when the next ones have been launched, so that a GPU never waits for Python. Whatever it
-cannot do runs in transformers' own way, with one warning that says why.
+`generate` itself stays transformers': it reads the settings, prepares the prompt, logits processors
+and stopping criteria, and then calls the model's `_sample`. That one method is replaced. It runs
+steps of a `Decoder` and looks at the result of a step only when the next ones have been launched,
+so that a GPU never waits for Python. Whatever it cannot do runs in transformers' own way, with one
+warning that says why.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.devices import backend
 from autoquant.errors import first_line
 from autoquant.runtime.generate.decoder import Decoder, cache_positions
 from autoquant.runtime.generate.loop import Loop
@@ -32,7 +34,10 @@ _TAKEN = {
 
 
 def give_fast_generate(model: nn.Module) -> None:
-    """Replace how `model` samples, in place. It stays an instance of its class, under its class's name."""
+    """Replace how `model` samples, in place.
+
+    It stays an instance of its class, under its class's name.
+    """
     if not isinstance(model, _Fast):
         model.__class__ = _class_for(type(model))
 
@@ -48,7 +53,10 @@ class Decoders:
         self._kept: OrderedDict[tuple[int, int, bool], Decoder] = OrderedDict()
 
     def get(self, model: nn.Module, batch: int, tokens: int, *, padded: bool) -> Decoder:
-        """Return a decoder that has room for `tokens`; one that is much too long is slower than a new one."""
+        """Return a decoder that has room for `tokens`.
+
+        One that is much too long is slower than a new one.
+        """
         weights = tuple(map(_identity, model.parameters()))
         if weights != self._weights:  # steps were compiled for other tensors, which they would keep in memory
             self._kept.clear()
@@ -73,7 +81,7 @@ class Decoders:
 
 
 def _identity(weight: torch.Tensor) -> tuple[int, int]:
-    """Return what tells a weight from another one in its place, or elsewhere in memory."""
+    """Return what changes if a weight is replaced, or moved in memory."""
     return id(weight), id(weight.stored) if isinstance(weight, RoutedWeight) else weight.data_ptr()
 
 
@@ -86,10 +94,10 @@ def decoders_of(model: nn.Module) -> Decoders:
 
 
 class _Fast:
-    """What a model's class is mixed with."""
+    """A mixin for the class of a model."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Have pickle find the model's own class: this one is made, and has no name of its own."""
+        """Have pickle find the model's own class: this one is made at run time."""
         reduced: Any = super().__reduce_ex__(protocol)
         return _made_again, (type(self).__bases__[1],), *reduced[2:]
 
@@ -179,7 +187,7 @@ def _plain_reason(model: Any, input_ids: torch.Tensor, kwargs: Mapping[str, Any]
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Check for hooks of the user's own: transformers' stay on a model that once gave hidden states."""
+    """Check for the user's own hooks: transformers' stay after hidden states were given."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
@@ -189,7 +197,7 @@ def _place_reason(model: Any, input_ids: torch.Tensor) -> str:
     if len(devices) > 1:
         return "the model is spread over several devices"
     device = devices.pop()
-    if device.type not in ("cpu", "cuda"):
+    if not backend(device).replays_steps:
         return f"steps are not compiled for {device.type}"
     if input_ids.device != device:
         return f"input_ids are on {input_ids.device} and the model is on {device}: move them there"

@@ -1,8 +1,9 @@
 """The loop over the tokens of one call of `generate`, by the steps of a `Decoder`.
 
-It does what transformers' `GenerationMixin._sample` does, in the same order: scores, logits processors, choice of the
-next token, stopping criteria, streamer. On a GPU it runs ahead: results of a step are copied to the host while the next
-steps run, and steps that turn out to be behind the end are dropped.
+It does what transformers' `GenerationMixin._sample` does, in the same order: scores, logits
+processors, choice of the next token, stopping criteria, streamer. On a GPU it runs ahead: results
+of a step are copied to the host while the next steps run, and steps that turn out to be behind the
+end are dropped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.devices import backend
+from autoquant.devices.base import Event
 from autoquant.runtime.generate.decoder import Decoder
 
 _AHEAD = 2
@@ -82,9 +85,9 @@ class Loop:
 
     @functools.cached_property
     def _ahead(self) -> int:
-        """How many steps to run ahead: none where a criterion of the user's own must see each step by itself."""
+        """How many steps to run ahead: none if a criterion of the user must see each first."""
         own = any(not type(criterion).__module__.startswith("transformers.") for criterion in self._criteria)
-        return 0 if own or self._ids.device.type != "cuda" else _AHEAD
+        return 0 if own or not backend(self._ids.device).graphs else _AHEAD
 
     def _prompt_positions(self) -> torch.Tensor:
         positions = self._positions
@@ -129,18 +132,19 @@ class Loop:
 
 
 class _Seen:
-    """What the host has seen of the steps so far.
+    """The results of steps that the host has seen.
 
     Args:
-        steps: The most there may be.
+        steps: At most so many.
     """
 
     def __init__(self, ids: torch.Tensor, steps: int, streamer: Any) -> None:
-        pinned = ids.device.type == "cuda"
+        self._device = backend(ids.device)
+        pinned = self._device.graphs
         self._going_on = torch.ones(steps, dtype=torch.long, pin_memory=pinned)
         self._tokens = torch.zeros(steps, len(ids), dtype=torch.long, pin_memory=pinned)
         self._streamer = streamer
-        self._events: deque[Any] = deque()
+        self._events: deque[Event] = deque()
         self._added = self._looked_at = 0
 
     def add(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> None:
@@ -148,9 +152,7 @@ class _Seen:
         self._going_on[self._added].copy_(unfinished.max(), non_blocking=True)
         if self._streamer is not None:
             self._tokens[self._added].copy_(tokens, non_blocking=True)
-        if tokens.device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+        if (event := self._device.event()) is not None:
             self._events.append(event)
         self._added += 1
 

@@ -1,1 +1,1 @@
-"""Where the search's work runs: in this process, or in processes that may crash and give their memory back."""
+"""The processes that do a search's work: this one, or others that may crash."""

@@ -1,6 +1,7 @@
-"""The new process of `tuner.deliver`: run as `python -m autoquant.tuner.workers.delivery_worker FD`, where FD is a socket.
+"""The new process of `tuner.deliver`, run as `python -m MODULE FD` where FD is a socket.
 
-It is not forked, so that nothing of the search is in its memory, and a GPU can be used. It ends when the search does.
+It is not forked, so it starts without the search's memory and can use a GPU. It ends when the
+search does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from autoquant.devices.effort import use_timing_effort
 from autoquant.tuner.deliver import DeliverySpec, load_and_deliver
 from autoquant.tuner.workers.forking import receive, send
 from autoquant.tuner.workers.worker import die_with, portable
@@ -24,6 +26,7 @@ def main() -> None:
     sys.path[:] = receive(connection)
     spec: DeliverySpec = receive(connection)
     torch.set_num_threads(spec.threads)
+    use_timing_effort(spec.effort)
     try:
         send(connection, (True, load_and_deliver(spec, spec.model.load(), "new process")))
     except Exception as error:  # noqa: BLE001 - raised again on the other side

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, which give their memory back and may crash."""
+"""Jobs in other processes, which return their memory and may crash."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class ForkingRunner:
     """Runs each job in a fresh child of a worker process, which has the model loaded.
 
-    The worker is started anew where it is gone. It and its children are of a session of their own, so that Ctrl-C reaches this
-    process only, and end with it, however it ends.
+    The worker is restarted if it dies. It runs in its own session, so Ctrl-C does not reach it, and
+    it is killed when this process exits.
 
     Raises:
         AutoquantError: The worker cannot make the bench.
@@ -41,7 +41,7 @@ class ForkingRunner:
         self._connection = self._start()
 
     def run(self, job: Job[Result], on_message: Callable[[Any], None]) -> Result:
-        """As `Runner.run`.
+        """Run a job as `Runner.run`.
 
         Raises:
             ProcessDiedError: A signal, or code that ended the process, stopped the job.
@@ -59,7 +59,7 @@ class ForkingRunner:
             self.close()
             raise ProcessDiedError("the worker process was ended from outside") from None
         except BaseException:
-            self.close()  # what the job still says is for nobody
+            self.close()  # the job's further messages have no reader
             raise
         if kind == RAISED:
             raise value
@@ -93,7 +93,7 @@ class ForkingRunner:
 
 
 def start_process(module: str) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Run `python -m MODULE FD` in a session of its own, where FD is the other end of the connection."""
+    """Run `python -m MODULE FD` in its own session, where FD is the other end of the connection."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
@@ -118,10 +118,13 @@ def end_process(process: subprocess.Popen[bytes], connection: Connection) -> Non
 
 
 def send(connection: Connection, value: Any) -> None:
-    """Plain pickle: tensors as bytes, without the shared memory that PyTorch would use for them."""
+    """Send a value by plain pickle: tensors as bytes, without PyTorch's shared memory."""
     connection.send_bytes(pickle.dumps(value))
 
 
 def receive(connection: Connection) -> Any:
-    """What `send` sent. Both ends are ours: the socket has no name that another process could find."""
+    """Return what `send` sent.
+
+    Both ends are ours: the socket has no name that another process could find.
+    """
     return pickle.loads(connection.recv_bytes())

@@ -1,4 +1,4 @@
-"""What a runner of jobs is, and the one that runs them in this process."""
+"""Runners of jobs, and the one that runs them in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Runner(Protocol):
     """Runs jobs one at a time."""
 
     def run(self, job: Job[Result], on_message: Callable[[Any], None]) -> Result:
-        """The job's result; what it tells on the way goes to `on_message`. Raises what the job raises."""
+        """Return the job's result. Its messages go to `on_message`; its exceptions are raised."""
         ...
 
     def close(self) -> None: ...

@@ -1,16 +1,15 @@
-"""The heavy work of a search as jobs: what they need is said in records, so that a process of their own can do them."""
+"""The heavy work of a search as jobs: plain records, which another process can do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeVar, cast
-
-import torch
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from autoquant.candidates import Format, get_format
-from autoquant.devices.device import release_memory, trim_memory
+from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
+from autoquant.devices.memory import release_memory, trim_memory
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
@@ -18,25 +17,26 @@ from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, SameModel
-from autoquant.profiler.measure import profile
+from autoquant.profiler.measure import Place, measure
+from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.records import Device, Measurement, Plan, Proof, Roofline, Site, TimingSubject, Workload
-from autoquant.store import Store
+from autoquant.runtime.caches import clear_caches
 from autoquant.tuner.prove import Prover
 
 Tell = Callable[[Any], None]
-"""Takes what a job learns while it runs: events, and facts to be kept at once."""
+"""Takes the messages of a running job: events, and facts to be saved at once."""
 
 Result_co = TypeVar("Result_co", covariant=True)
 
 
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """What every job works on: the model, and how it is run and judged.
+    """The model that every job works on, and how it is run and judged.
 
     Attributes:
-        load: Gives the model; called once, when it is first needed.
-        own_process: Nothing but jobs runs in this process.
-        calibration: Weights rounded for their layers' inputs; None where no format needs those.
+        load: Returns the model; called once, when it is first needed.
+        own_process: Only jobs run in this process.
+        calibration: Weights rounded for their layers' inputs, or None if no format needs those.
     """
 
     load: Callable[[], LoadedModel]
@@ -55,14 +55,14 @@ class Bench:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model, in memory from now on."""
+        """The model, which stays in memory from now on."""
         if self._loaded is None:
             self._loaded = self.load()
         return self._loaded
 
     @property
     def prover(self) -> Prover:
-        """One for all proofs of a process: it has compiled the unquantized model."""
+        """The prover, one for all proofs of a process: it has compiled the unquantized model."""
         if self._prover is None:
             self._prover = Prover(
                 loaded=self.loaded,
@@ -75,9 +75,9 @@ class Bench:
         return self._prover
 
     def forget_compiled(self) -> None:
-        """Free what the compiler keeps of finished work, where nobody else has compiled anything."""
+        """Free what the compiler keeps of finished work, if only jobs have compiled anything."""
         if self.own_process:
-            torch.compiler.reset()
+            clear_caches()
             release_memory()
 
 
@@ -88,6 +88,7 @@ class BenchSpec:
     Attributes:
         formats: Ids that the process has to know.
         threads: How many threads a job computes with.
+        effort: How much a job measures.
     """
 
     model: SameModel
@@ -97,13 +98,15 @@ class BenchSpec:
     execution: str
     formats: tuple[str, ...]
     threads: int
+    effort: TimingEffort = field(default_factory=timing_effort)
 
     def make(self) -> Bench:
-        """The bench, whose model is loaded when a job needs it.
+        """Return the bench, whose model is loaded when a job needs it.
 
         Raises:
             CandidateError: A format is not known here.
         """
+        use_timing_effort(self.effort)
         for format_id in self.formats:
             get_format(format_id)
         return Bench(
@@ -122,7 +125,7 @@ class BenchSpec:
 
 
 class Job(Protocol[Result_co]):
-    """One piece of work. It tells what it learns as it learns it; its result is told last.
+    """One piece of work. It sends facts through `tell` once they are known.
 
     Attributes:
         needs_model: The model should be in memory before it starts.
@@ -135,21 +138,21 @@ class Job(Protocol[Result_co]):
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Told by `ProfileJob`: timings to keep, made against one another."""
+    """Sent by `ProfileJob`: timings to save, of candidates that were compared."""
 
     measurements: tuple[Measurement, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Limited:
-    """Told by `ProfileJob`: the device's roofline, where it had to be measured."""
+    """Sent by `ProfileJob`: the device's roofline, if it was measured."""
 
     roofline: Roofline
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Told by `ScoreJob`: losses by (site name, numerics), with a word for what they are of."""
+    """Sent by `ScoreJob`: losses by (site name, numerics), with a word for what they are of."""
 
     subject: str
     losses: Mapping[tuple[str, str], float]
@@ -157,7 +160,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """Finds out whether the model can be loaded again. Raises `ModelError` where not."""
+    """Loads the model again, or raises `ModelError`."""
 
     needs_model: ClassVar[bool] = False
 
@@ -167,58 +170,57 @@ class LoadJob:
 
 @dataclass(frozen=True, slots=True)
 class ProfileJob:
-    """Times the subjects that are not known yet; tells `Timed`, `Limited` and events."""
+    """Times the subjects; sends `Timed`, `Limited` and events.
+
+    Attributes:
+        roofline: The device's, or None to measure it if it is needed.
+    """
 
     needs_model: ClassVar[bool] = False
     subjects: Sequence[TimingSubject]
     hardware: Device
-    known: Mapping[TimingSubject, Measurement]
     roofline: Roofline | None = None
 
-    def run(self, bench: Bench, tell: Tell) -> dict[TimingSubject, Measurement]:
+    def run(self, bench: Bench, tell: Tell) -> None:
         formats = {(subject.format, subject.kernel): get_format(subject.format) for subject in self.subjects}
-        return profile(
+
+        def on_measured(measurements: Sequence[Measurement]) -> None:
+            tell(Timed(tuple(measurements)))
+            bench.forget_compiled()
+
+        measure(
             self.subjects,
             [(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
-            device=self.hardware,
-            device_name=bench.device,
-            store=cast(Store, _Relay(self.known, self.roofline, tell, bench)),
+            Place(device=bench.device, hardware=self.hardware, roofline=partial(self._limits, bench.device, tell)),
+            on_measured=on_measured,
             listener=partial(_tell_trimmed, tell),
+        )
+
+    def _limits(self, device: str, tell: Tell) -> Roofline:
+        return self.roofline or undisturbed_roofline(
+            device,
+            cache_bytes=self.hardware.cache_bytes,
+            on_measured=lambda roofline: tell(Limited(roofline)),
+            listener=tell,
         )
 
 
 def _tell_trimmed(tell: Tell, event: Event) -> None:
-    """Between candidates, off the clock, what their quantization freed goes back to the system."""
+    """Pass an event on.
+
+    Between candidates, off the clock, return what their quantization freed to the system.
+    """
     if isinstance(event, StageProgress):
         trim_memory()
     tell(event)
 
 
-class _Relay:
-    """Stands for the store where there is none: what is known came with the job, what is new is told."""
-
-    def __init__(
-        self, known: Mapping[TimingSubject, Measurement], roofline: Roofline | None, tell: Tell, bench: Bench
-    ) -> None:
-        self._known, self._roofline, self._tell, self._bench = known, roofline, tell, bench
-
-    def roofline(self, _device: Device) -> Roofline | None:
-        return self._roofline
-
-    def put_roofline(self, _device: Device, roofline: Roofline) -> None:
-        self._tell(Limited(roofline))
-
-    def timings(self, _device: Device, _protocol: str) -> dict[TimingSubject, Measurement]:
-        return dict(self._known)
-
-    def put_timings(self, _device: Device, _protocol: str, measurements: Iterable[Measurement]) -> None:
-        self._tell(Timed(tuple(measurements)))
-        self._bench.forget_compiled()
-
-
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """Losses of changes, each (site, numerics, format id, activation), by one sensitivity; tells `Scored`."""
+    """Scores changes, each (site, numerics, format id, activation), by one sensitivity.
+
+    Sends `Scored`.
+    """
 
     needs_model: ClassVar[bool] = True
 
@@ -243,7 +245,10 @@ class ScoreJob:
 
 
 def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Change]:
-    """The changes, with the weights of those that need inputs; those that cannot be made are told and left out."""
+    """Return the changes, with the weights of those that need inputs.
+
+    Those that cannot be made are left out with a notice.
+    """
     calibration = bench.calibration
     assert calibration is not None  # the search lets in no format that needs inputs without a text
     wanted: dict[str, dict[str, Format]] = {}
@@ -270,7 +275,8 @@ class ProveJob:
     """Proves a plan.
 
     Attributes:
-        selection: The unquantized model's losses on the selection part, from an earlier proof; empty before the first.
+        selection: The unquantized model's losses on the selection part, from an earlier proof;
+            empty before the first.
     """
 
     needs_model: ClassVar[bool] = True

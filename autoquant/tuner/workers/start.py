@@ -1,4 +1,4 @@
-"""Which runner a search gets."""
+"""The choice of a search's runner."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from autoquant.candidates.registry import is_registered_here
+from autoquant.devices import backend
 from autoquant.errors import AutoquantError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.events import Listener, Notice
@@ -21,9 +22,9 @@ IN_PROCESS_VARIABLE = "AUTOQUANT_IN_PROCESS"
 
 
 def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Runner:
-    """A `ForkingRunner` where another process can have the same model, formats and quality.
+    """Return a `ForkingRunner` if another process can have the same model, formats and quality.
 
-    Else an `InProcessRunner`, with a notice why.
+    Otherwise return an `InProcessRunner`, and give a notice why.
     """
     reason = _needs_this_process(bench, formats)
     if not reason:
@@ -40,7 +41,7 @@ def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Ru
 
 
 def _forking(bench: Bench, formats: Sequence[str]) -> Runner:
-    """Raises `AutoquantError` where the other process cannot make the same bench."""
+    """Return a `ForkingRunner`, or raise `AutoquantError` if it cannot make the bench."""
     quality = bench.quality
     assert not isinstance(quality, FunctionQuality)  # `_needs_this_process` saw to it
     runner = ForkingRunner(
@@ -63,12 +64,12 @@ def _forking(bench: Bench, formats: Sequence[str]) -> Runner:
 
 
 def _needs_this_process(bench: Bench, formats: Sequence[str]) -> str:
-    """Why no other process can do the work; empty where one can."""
+    """Return why no other process can do the work, or an empty string."""
     if os.environ.get(IN_PROCESS_VARIABLE):
         return f"{IN_PROCESS_VARIABLE} is set"
     if sys.platform != "linux":
         return f"a process cannot safely be forked on {sys.platform}"
-    if torch.device(bench.device).type != "cpu":
+    if not backend(bench.device).forks:
         return f"a process that uses {bench.device} cannot be forked"
     if bench.loaded.source.kind == "live":
         return "the model is a live module"

@@ -1,8 +1,9 @@
-"""The other side of `ForkingRunner`: a process that has everything loaded and forks a child for each job.
+"""The other side of `ForkingRunner`: a process that forks a child for each job.
 
-Run as `python -m autoquant.tuner.workers.worker FD`, where FD is a socket. This process itself never computes: a process whose
-OpenMP threads have run cannot be forked from. A child ends with its job, and all memory it took goes with it. A child that a
-signal ends is an answer like any other. When the searching process is gone, so are this one and its child.
+Run as `python -m autoquant.tuner.workers.worker FD`, where FD is a socket. This process never
+computes: a process whose OpenMP threads have run cannot be forked. A child ends with its job, which
+returns all its memory. A child that a signal ends is an answer like any other. When the searching
+process ends, so do this one and its child.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def _serve(job: Job[Any], bench: Bench, threads: int, connection: Connection) -> None:
-    """Fork, pass on what the child says, and say how it ended where that is all there is to say."""
+    """Fork, pass the child's messages on, and report how it ended if it did not finish."""
     if job.needs_model:
         try:
             bench.loaded  # noqa: B018 - loaded here, children share it
@@ -81,7 +82,7 @@ def _work(job: Job[Any], bench: Bench, answers: Connection) -> None:
 
 
 def portable(error: BaseException) -> BaseException:
-    """The error with its traceback as a note; where it cannot be sent, one that says the same."""
+    """Return the error with its traceback as a note, or a like one that can be sent."""
     error.add_note("".join(traceback.format_exception(error)))
     try:
         pickle.loads(pickle.dumps(error))

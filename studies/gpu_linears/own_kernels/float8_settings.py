@@ -19,7 +19,7 @@ from autoquant.candidates import get_format
 from autoquant.candidates.kernels.cuda_source import CudaKernel
 from autoquant.candidates.kernels.few_rows import Setting, setting_of
 from autoquant.candidates.kernels.float8_rows import SETTINGS
-from autoquant.candidates.kernels.gemlite import linear_w8, tune_alone
+from autoquant.candidates.kernels.gemlite import GEMLITE, linear_w8
 from autoquant.errors import CandidateError
 from autoquant.profiler.roofline import measure_roofline
 
@@ -58,7 +58,7 @@ def measure(n: int, k: int, m: int, weights: list[Float8Tensor]) -> dict[str, ob
 def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
-    tune_alone(TUNING_THREADS)
+    GEMLITE.tune_alone(TUNING_THREADS)
     bandwidth = measure_roofline("cuda").bandwidth_bytes_per_s
     fmt = get_format("float8-row/plain")
     for n, k in SIZES:

@@ -21,8 +21,8 @@ from autoquant.candidates import get_format
 from autoquant.candidates.formats.int4_tiled import SETTINGS, Int4TiledTensor, int4_unpack
 from autoquant.candidates.kernels.cuda_source import CudaKernel
 from autoquant.candidates.kernels.few_rows import Setting, setting_of
+from autoquant.devices.cuda_graphs import GraphClock
 from autoquant.errors import CandidateError
-from autoquant.profiler.clocks import GraphClock
 from autoquant.profiler.roofline import measure_roofline
 
 SIZES = ((1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (128256, 4096))

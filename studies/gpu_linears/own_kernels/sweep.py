@@ -12,7 +12,7 @@ import kernels
 import torch
 import triton
 
-from autoquant.profiler.clocks import GraphClock
+from autoquant.devices.cuda_graphs import GraphClock
 
 MATRICES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 COLD_BYTES = 130 << 20

@@ -157,12 +157,12 @@ def test_a_routed_linear_is_traced_in_one_graph(fmt, kernel, dtype):
     ],
 )
 def test_a_routed_linear_is_compiled(name):
-    from autoquant.devices.device import compile_failure
+    from autoquant.devices import backend
 
     fmt, kernel = CANDIDATES[name]
     if not supported(fmt, kernel, "bfloat16"):
         pytest.skip("this CPU has no packing for int4")
-    if reason := compile_failure():
+    if reason := backend("cpu").compile_failure():
         pytest.skip(reason)
     assert compiled_linear(fmt, kernel, "inductor") < tolerance(fmt, kernel, "bfloat16")
 

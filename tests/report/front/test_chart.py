@@ -32,7 +32,8 @@ def test_faster_is_to_the_left_and_worse_is_higher():
     assert fast[0] < recommended[0] < uniform[0] < original[0]
     assert original[1] < recommended[1] <= uniform[1] < fast[1]
     assert lines[0] == "Perplexity increase [%]"
-    assert "★ recommended   ■ unquantized   ● on the front   ◇ uniform" in lines
+    assert "★ recommended   ■ unquantized   ● searched, on the front   ◇ uniform, dominated" in lines
+    assert lines[-1] == "line: no plan is both faster and better"
 
 
 def test_the_line_of_the_front_goes_through_its_points_only():
@@ -54,7 +55,7 @@ def test_it_fits_a_narrow_terminal():
 
 def test_a_terminal_without_more_gets_ascii():
     lines = drawn(ROWS, encoding="ascii")
-    assert any("> recommended   # unquantized   * on the front   u uniform" in line for line in lines)
+    assert "> recommended   # unquantized   * searched, on the front   u uniform, dominated" in lines
     assert all(line.isascii() for line in lines)
     assert any("-+" in line for line in lines)
 

@@ -136,19 +136,19 @@ def test_a_plan_that_does_not_win_there_is_named_with_the_reason(tmp_path):
     opened = study(tmp_path)
     opened.store.put_delivery(made_up_study.make_delivery(FRONT, 1.5))
     found = verdict(front_points(opened), opened.facts)
-    assert found.headline == "Leave the model as it is."
+    assert found.headline == "Leave the model unquantized."
     assert f"Not recommended: plan {FRONT} (front 1): it works, but takes 1.50 times as long" in found.sentences[0]
 
 
 def test_where_nothing_faster_is_within_the_limits_the_model_is_left_as_it_is(tmp_path):
     text = said(tmp_path, limits={"max_ppl_increase": 0.001, "max_memory_bytes": None})
-    assert text.startswith("Leave the model as it is. No faster plan is within the limits")
+    assert text.startswith("Leave the model unquantized. No faster plan is within the limits")
     assert "The fastest of all, plan eeeeee (front 3), is 2.35 times faster with perplexity +900.0%" in text
 
 
 def test_where_nothing_is_faster_at_all_it_says_so(tmp_path):
     text = said(tmp_path, plans=(ORIGINAL,))
-    assert text.startswith("Leave the model as it is.") and "No proven plan is faster at all." in text
+    assert text.startswith("Leave the model unquantized.") and "No proven plan is faster at all." in text
 
 
 def test_where_no_plan_is_within_the_limits_none_is_recommended(tmp_path):
@@ -161,4 +161,4 @@ def test_a_uniform_plan_that_wins_is_called_uniform(tmp_path):
 
 
 def test_a_search_that_is_not_at_its_end_is_told(tmp_path):
-    assert "has not come to its end" in said(tmp_path, plans=(ORIGINAL, UNIFORM, FAST), complete=False)
+    assert "is not finished" in said(tmp_path, plans=(ORIGINAL, UNIFORM, FAST), complete=False)

@@ -49,7 +49,7 @@ def calls(monkeypatch):
         seen.append(tuple(k.shape))
         return token_attention(q, k, v, mask, scale)
 
-    monkeypatch.setattr(attention, "_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(attention, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(attention, "token_attention", counted)
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     return seen
@@ -113,7 +113,7 @@ def test_a_prompt_and_training_are_transformers_own(calls):
 
 @pytest.mark.parametrize("devices", [("cuda",), ("cuda", "cpu")])
 def test_on_a_cpu_and_where_nothing_is_compiled_all_stays(devices, monkeypatch):
-    monkeypatch.setattr(attention, "_DEVICES", devices)
+    monkeypatch.setattr(attention, "DEVICES", devices)
     monkeypatch.setattr(attention, "token_attention", None)
     model = tiny("llama")
     before = logits_of(model, ids_of(2))
@@ -130,7 +130,7 @@ def test_saving_keeps_the_choice_out(tmp_path):
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_block_that_is_traced_holds_the_operator(told, monkeypatch):
-    monkeypatch.setattr(attention, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(attention, "DEVICES", ("cpu",))
     model = tiny("llama")
     assert use_token_attention(model) is None
     block, angle = model.model.layers[0], torch.ones(1, 1, 16)

@@ -13,7 +13,8 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from autoquant.candidates import get_format
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.devices import device
+from autoquant.devices import Backend, backend
+from autoquant.devices.cpu import CpuBackend
 from autoquant.records import RouteStep
 from autoquant.runtime.generate import decoder
 from autoquant.runtime.generate.generation import decoders_of
@@ -25,7 +26,7 @@ VOCABULARY = 60
 @pytest.fixture(autouse=True)
 def not_compiled(monkeypatch):
     """Steps run as they are; how they are compiled has tests of its own."""
-    monkeypatch.setattr(decoder, "compile_failure", lambda: "not in these tests")
+    monkeypatch.setattr(CpuBackend, "compile_failure", lambda _backend: "not in these tests")
 
 
 @pytest.fixture
@@ -289,9 +290,9 @@ def test_few_lengths_of_caches_are_compiled_for():
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_same_text(plain, monkeypatch):
-    monkeypatch.setattr(decoder, "compile_failure", device.compile_failure)
+    monkeypatch.setattr(CpuBackend, "compile_failure", Backend.compile_failure)
     monkeypatch.delenv("AUTOQUANT_EAGER", raising=False)
-    assert device.compile_failure() is None  # imported here: the compiler's own warnings are not meant below
+    assert backend("cpu").compile_failure() is None  # imported here: the compiler's own warnings are not meant below
     model = prepare(copy.deepcopy(plain))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,15 +1,15 @@
 """The fingerprint of this machine, and how busy others keep it."""
 
-import functools
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from autoquant.devices import device, load
-from autoquant.devices.device import compile_failure, fingerprint, synchronize
+from autoquant.devices import backend, base, load
+from autoquant.devices.cpu import CpuBackend
 from autoquant.records import Device
 
+CPU = backend("cpu")
 OTHER = {
     "type": "mps",
     "name": "another",
@@ -25,14 +25,14 @@ def compiles(monkeypatch):
     """Set what the compiler says; None: it works."""
 
     def set_failure(reason):
-        monkeypatch.setattr(device, "compile_failure", lambda: reason)
+        monkeypatch.setattr(CpuBackend, "compile_failure", lambda _backend: reason)
 
     set_failure(None)
     return set_failure
 
 
 def test_the_fingerprint_names_the_cpu_its_threads_and_the_libraries(compiles):
-    found = fingerprint("cpu")
+    found = CPU.fingerprint()
     assert (found.type, found.threads) == ("cpu", torch.get_num_threads())
     assert found.name and found.cache_bytes > 0
     assert found.capability.split()[0] == torch.backends.cpu.get_cpu_capability()
@@ -41,41 +41,41 @@ def test_the_fingerprint_names_the_cpu_its_threads_and_the_libraries(compiles):
 
 
 def test_the_fingerprint_of_an_unchanged_machine_is_the_same(compiles):
-    assert fingerprint("cpu").key == fingerprint("cpu").key
+    assert CPU.fingerprint().key == CPU.fingerprint().key
 
 
 def test_another_thread_count_is_another_key(compiles):
-    before, threads = fingerprint("cpu"), torch.get_num_threads()
+    before, threads = CPU.fingerprint(), torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        after = fingerprint("cpu")
+        after = CPU.fingerprint()
     finally:
         torch.set_num_threads(threads)
     assert after.threads == threads + 1 and after.key != before.key
 
 
 def test_a_machine_without_a_compiler_is_another_key(compiles):
-    before = fingerprint("cpu")
+    before = CPU.fingerprint()
     compiles("no compiler found")
-    after = fingerprint("cpu")
+    after = CPU.fingerprint()
     assert after.versions["compiler"] == "none" and after.key != before.key
 
 
 def test_another_compiler_is_another_key(compiles, monkeypatch):
-    before = fingerprint("cpu")
+    before = CPU.fingerprint()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert fingerprint("cpu").key != before.key
+    assert CPU.fingerprint().key != before.key
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(Device)])
 def test_a_change_of_any_field_is_another_key(compiles, name):
-    found = fingerprint("cpu")
+    found = CPU.fingerprint()
     changed = replace(found, **{name: OTHER[name]})
     assert changed.key != found.key
 
 
 def test_a_change_of_any_version_is_another_key(compiles):
-    found = fingerprint("cpu")
+    found = CPU.fingerprint()
     keys = {found.key} | {
         replace(found, versions={**found.versions, name: "0.0.1"}).key for name in (*found.versions, "triton-cpu")
     }
@@ -84,7 +84,7 @@ def test_a_change_of_any_version_is_another_key(compiles):
 
 def test_compilation_is_off_where_the_user_says_so(monkeypatch):
     monkeypatch.setenv("AUTOQUANT_EAGER", "1")
-    assert compile_failure() == "AUTOQUANT_EAGER is set; unset it to compile"
+    assert CPU.compile_failure() == "AUTOQUANT_EAGER is set; unset it to compile"
 
 
 def test_a_compiler_that_fails_gives_its_first_line(monkeypatch):
@@ -94,14 +94,12 @@ def test_a_compiler_that_fails_gives_its_first_line(monkeypatch):
         raise RuntimeError("g++ not found\nlong trace")
 
     monkeypatch.setattr(torch, "compile", fails)
-    monkeypatch.setattr(
-        device, "_failure_of_the_compiler", functools.cache(device._failure_of_the_compiler.__wrapped__)
-    )
-    assert compile_failure() == "g++ not found; install a C++ compiler (g++ or clang++) to compile"
+    monkeypatch.setattr(base, "failure_of_the_compiler", base.failure_of_the_compiler.__wrapped__)
+    assert CPU.compile_failure() == "g++ not found; install a C++ compiler (g++ or clang++) to compile"
 
 
 def test_waiting_for_the_cpu_needs_nothing():
-    synchronize("cpu")
+    CPU.synchronize()
 
 
 @pytest.fixture

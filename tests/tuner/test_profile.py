@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 import autoquant
-from autoquant.devices.device import fingerprint
+from autoquant.devices import backend
 from autoquant.errors import CandidateError, WorkloadError
 from autoquant.profiler import measure
-from autoquant.profiler import profile as module
 from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import COLUMNS
-from autoquant.profiler.profile import time_linears
-from autoquant.profiler.request import ProfileRequest, asked_linears
 from autoquant.records import Measurement, Roofline, Workload
+from autoquant.tuner import profile as module
+from autoquant.tuner.profile import time_linears
+from autoquant.tuner.profile_request import ProfileRequest, asked_linears
 
 ROOFLINE = Roofline(bandwidth_bytes_per_s=1e9, flops_per_s={"float32": 1e9, "bfloat16": 4e9})
 LINEARS = ("model", "shapes", "device", "dtype", "sample_inputs")
@@ -42,7 +42,7 @@ def timed(monkeypatch):
         return measurements
 
     monkeypatch.setattr(measure, "compare", compare)
-    monkeypatch.setattr(module, "known_roofline", lambda *_arguments: ROOFLINE)
+    monkeypatch.setattr(module, "undisturbed_roofline", lambda *_arguments, **_options: ROOFLINE)
     monkeypatch.setenv("AUTOQUANT_EAGER", "1")
     return compared
 
@@ -109,7 +109,7 @@ def test_shapes_are_timed_at_the_rows_that_a_workload_has(profile, timed):
 
 
 def test_shapes_are_timed_as_cold_as_in_a_model_larger_than_the_cache(profile, timed, monkeypatch):
-    monkeypatch.setattr("autoquant.devices.device._cpu_cache_bytes", lambda: 3 << 20)
+    monkeypatch.setattr("autoquant.devices.cpu._cache_bytes", lambda: 3 << 20)
     profile(shapes=["64x32"], rows=(1,))
     assert timed[0][2] == 4 << 20, "twice the cache, rounded down to a power of two"
 
@@ -146,7 +146,7 @@ def test_a_models_weights_are_as_cold_as_a_search_has_them(profile, timed):
     module = perceptron()
     profile(model=module, sample_inputs=(torch.randn(3, 32),))
     shapes = [measure.LinearShape(n=n, k=k, bias=True, dtype="float32") for n, k in ((64, 32), (64, 64), (64, 64))]
-    assert timed[0][2] == measure.working_set_bytes(shapes, fingerprint("cpu"), 4)
+    assert timed[0][2] == measure.working_set_bytes(shapes, backend("cpu").fingerprint(), 4)
 
 
 def test_the_public_function_gives_a_data_frame(tmp_path):

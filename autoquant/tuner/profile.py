@@ -13,37 +13,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from autoquant.candidates import Format, Kernel, get_format, select, timed
+from autoquant.candidates import Format, select, timed
 from autoquant.candidates.flat import stored_bytes
-from autoquant.candidates.formats.floats import original_format
-from autoquant.devices.device import compile_failure, fingerprint
+from autoquant.devices import backend
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import LoadedModel, load_request
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
+from autoquant.profiler.measure import Candidates
 from autoquant.profiler.record import mean_element_bytes, record_model
-from autoquant.profiler.request import (
+from autoquant.profiler.roofline import undisturbed_roofline
+from autoquant.profiler.shapes import ListedShapes, NamedShapes
+from autoquant.profiler.timing import PROTOCOL
+from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
+from autoquant.runtime.phases import check_workload, default_workload
+from autoquant.store import Store, open_store
+from autoquant.tuner.profile_request import (
     DEFAULT_ROWS,
     ProfileRequest,
     Shapes,
     ShapesRequest,
     asked_linears,
 )
-from autoquant.profiler.roofline import known_roofline
-from autoquant.profiler.shapes import ListedShapes, NamedShapes
-from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
-from autoquant.runtime.phases import check_workload, default_workload
-from autoquant.store import Store, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _SAMPLE_ROWS = 256
 
-Candidates = Sequence[tuple[Format, Kernel]]
 Cell = tuple[LinearShape, int]
 
 
@@ -148,18 +147,10 @@ def time_linears(request: ProfileRequest, listener: Listener = ignore) -> Latenc
     store = open_store(request.db)  # after everything that can be refused without it
     try:
         subjects = make()
-        return _time(
-            subjects, with_original(pairs, subjects.dtype), request.device, store, listener
-        )
+        pairs = measure.with_original(pairs, subjects.dtype)
+        return _time(subjects, pairs, request.device, store, listener)
     finally:
         store.close()
-
-
-def with_original(pairs: Candidates, dtype: str) -> list[tuple[Format, Kernel]]:
-    """Return the candidates with the unquantized weight first, which no glob can exclude."""
-    original = get_format(original_format(dtype))
-    rest = [(fmt, kernel) for fmt, kernel in pairs if fmt.id != original.id]
-    return [*((original, kernel) for kernel in original.kernels), *rest]
 
 
 def _of_shapes(request: ProfileRequest, linears: ShapesRequest, listed: ListedShapes) -> _Subjects:
@@ -169,7 +160,7 @@ def _of_shapes(request: ProfileRequest, linears: ShapesRequest, listed: ListedSh
         batch = request.workload.batch
         rows = sorted({phase.tokens * batch for phase in request.workload.phases})
     dtype = next(iter(names)).dtype
-    hardware = fingerprint(request.device)
+    hardware = backend(request.device).fingerprint()
     # As cold as in a model that has as many of these linears as twice the cache holds.
     once = sum(shape.n * shape.k for shape in names) * ELEMENT_BYTES[dtype]
     repeated = list(names) * -(-2 * hardware.cache_bytes // once)
@@ -211,7 +202,9 @@ def _recorded(
     return _Subjects(
         names=names,
         cells=cells,
-        working_set=measure.working_set_bytes(shapes, fingerprint(loaded.device), element_bytes),
+        working_set=measure.working_set_bytes(
+            shapes, backend(loaded.device).fingerprint(), element_bytes
+        ),
         dtype=loaded.dtype,
         source=Path(loaded.source.path).name or type(loaded.module).__name__,
     )
@@ -220,29 +213,46 @@ def _recorded(
 def _time(
     subjects: _Subjects, candidates: Candidates, device_name: str, store: Store, listener: Listener
 ) -> Latencies:
-    hardware = fingerprint(device_name)
-    if reason := compile_failure() if hardware.type == "cpu" else None:
+    place = backend(device_name)
+    hardware = place.fingerprint()
+    if reason := place.compile_failure():
         listener(Notice(f"running eagerly, since torch.compile does not work here: {reason}"))
     store.put_device(hardware)
+    wanted = measure.subjects_of(subjects.cells, candidates, subjects.working_set)
     known = store.timings(hardware, PROTOCOL)
+    missing = [subject for subject in wanted if subject not in known]
+
+    def keep(measurements: Sequence[Measurement]) -> None:
+        store.put_timings(hardware, PROTOCOL, measurements)
+        known.update({measurement.subject: measurement for measurement in measurements})
+
+    def roofline() -> Roofline:
+        return store.roofline(hardware) or undisturbed_roofline(
+            device_name,
+            cache_bytes=hardware.cache_bytes,
+            on_measured=partial(store.put_roofline, hardware),
+            listener=listener,
+        )
+
     started = time.monotonic()
-    measured = measure.profile(
-        measure.subjects_of(subjects.cells, candidates, subjects.working_set),
+    measure.measure(
+        missing,
         candidates,
-        device=hardware,
-        device_name=device_name,
-        store=store,
+        measure.Place(device=device_name, hardware=hardware, roofline=roofline),
+        on_measured=keep,
         listener=listener,
     )
+    measured = {subject: known[subject] for subject in wanted}
+    measure.summarize(measured, len(set(missing)), listener)
     elapsed_s = time.monotonic() - started
-    roofline = known_roofline(hardware, device_name, store, listener)
+    limits = roofline()
     return Latencies(
-        rows=_rows(measured, candidates, hardware, device_name, roofline),
+        rows=_rows(measured, candidates, hardware, device_name, limits),
         names=subjects.names,
         source=subjects.source,
         device=hardware,
-        roofline=roofline,
-        from_store=sum(subject in known for subject in measured),
+        roofline=limits,
+        from_store=len(measured) - len(set(missing)),
         elapsed_s=elapsed_s,
     )
 

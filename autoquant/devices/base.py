@@ -1,0 +1,199 @@
+"""What the project asks of a device."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from autoquant.devices.clocks import Call, Clock, HostClock
+from autoquant.devices.effort import TimingEffort
+from autoquant.devices.load import Load, OtherLoad
+from autoquant.devices.memory import trim_memory
+from autoquant.records import Device
+
+Division = Literal["parts", "regions", "whole"]
+"""How a model is compiled.
+
+Part by part (see `autoquant.runtime.parts`), in one piece whose blocks are nested regions, or in
+one piece.
+"""
+
+DEFAULT_CACHE_BYTES = 32 << 20
+_LIBRARIES = ("torchao", "triton", "gemlite", "mslk-cuda")
+
+
+class Event(Protocol):
+    """A place in the work that a device was given."""
+
+    def synchronize(self) -> None: ...
+
+
+class Backend(ABC):
+    """One device, and all that the project has to know about its kind.
+
+    A new kind of device is a new file with a subclass, and its entry in
+    `autoquant.devices.BACKENDS`. The defaults suit a device that shares the host's memory, is timed
+    by the host's clock and compiles through PyTorch.
+
+    Args:
+        device: As torch names it, such as `cuda:1`.
+
+    Attributes:
+        type: PyTorch's name of the kind.
+        divisions: Ways to compile a whole model, the quickest to be ready first.
+        compiler_settings: Settings of Inductor.
+        graphs: A step can be captured as a graph, whose replay starts all its kernels at once.
+        prepares: Candidates are compiled and tuned ahead, by parallel processes, and kept on disk.
+        forks: A process that has a model for this device in memory can be forked.
+        replays_steps: `generate` may run compiled steps.
+        settles_routes: A search measures between its own m where kernels overtake one another.
+        judges_long: Whole models run so fast that quality is judged on a longer text.
+        profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it
+            cannot.
+        arithmetic: What a roofline's products are measured in.
+        copy_bytes, product_side: What a roofline is measured with: bytes copied, and rows of a
+            square matrix.
+    """
+
+    type: ClassVar[str]
+    divisions: ClassVar[Sequence[Division]] = ("regions", "whole")
+    compiler_settings: ClassVar[Mapping[str, Any]] = {}
+    graphs: ClassVar[bool] = False
+    prepares: ClassVar[bool] = False
+    forks: ClassVar[bool] = False
+    replays_steps: ClassVar[bool] = False
+    settles_routes: ClassVar[bool] = False
+    judges_long: ClassVar[bool] = False
+    profiler_activities: ClassVar[Sequence[ProfilerActivity]] = ()
+    arithmetic: ClassVar[Sequence[str]] = ("bfloat16", "float16", "float32")
+    copy_bytes: ClassVar[int] = 128 << 20
+    product_side: ClassVar[int] = 1024
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    # -- identity ----------------------------------------------------------------------------------
+
+    @classmethod
+    def count(cls) -> int:
+        """Return how many devices of this kind PyTorch sees."""
+        return 1
+
+    @classmethod
+    @abstractmethod
+    def missing_reason(cls) -> str:
+        """Return why there may be no device of this kind, and what to do."""
+
+    @abstractmethod
+    def fingerprint(self) -> Device:
+        """Describe the device as it is now, library versions included. Timings belong to that."""
+
+    def float16(self) -> torch.dtype:
+        """Return the better 16-bit float of the device."""
+        return torch.bfloat16
+
+    # -- time --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+
+    def clock(self, call: Call, positions: int, linears: int, effort: TimingEffort) -> Clock:
+        """Return what times a candidate.
+
+        Args:
+            call: Computes `linears` linears at once.
+            positions: Positions of the rotation of weights.
+        """
+        return HostClock(call, positions, linears=linears, synchronize=self.synchronize, sample_s=effort.sample_s)
+
+    def time_s(self, call: Callable[[], object]) -> float:
+        """Return the seconds that one call takes."""
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def watch_load(self) -> Load:
+        """Watch from now on what could disturb a measurement."""
+        return OtherLoad()
+
+    def event(self) -> Event | None:
+        """Return a place behind all work so far, or None if the device does its work at once."""
+        return None
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    def free_bytes(self) -> int | None:
+        """Return how much of the device's own memory is free, or None if it shares the host's."""
+        return None
+
+    def trim_memory(self) -> None:
+        """Return freed memory to the system."""
+        trim_memory()
+
+    def reset_peak(self) -> None:  # noqa: B027 - there may be nothing to watch
+        """Start to watch how much memory is allocated."""
+
+    def peak_bytes(self) -> int | None:
+        """Return the most bytes allocated beyond those at `reset_peak`, or None if unknown."""
+        return None
+
+    # -- compilation -------------------------------------------------------------------------------
+
+    def compile_failure(self) -> str | None:
+        """Return why `torch.compile` does not work here and what to do, or None."""
+        if os.environ.get("AUTOQUANT_EAGER"):
+            return "AUTOQUANT_EAGER is set; unset it to compile"
+        return failure_of_the_compiler(self.type)
+
+    def graph_pool(self) -> Any:
+        """Return memory that several graphs share, or None."""
+        return None
+
+    def graphed(
+        self,
+        step: Callable[..., torch.Tensor],
+        state: Callable[[], Sequence[torch.Tensor]],
+        pool: Any = None,
+    ) -> Callable[..., torch.Tensor]:
+        """Return the step, replayed as a graph if the device has `graphs`.
+
+        Args:
+            step: Takes tensors and returns a tensor. It may change tensors that it holds; every
+                replay makes such changes again.
+            state: Returns the tensors that a step advances.
+            pool: From `graph_pool`, for steps of which one runs at a time and whose output is read
+                before the next.
+        """
+        return step
+
+
+@functools.cache
+def failure_of_the_compiler(device: str) -> str | None:
+    """Return why `torch.compile` fails on a device and what to do, or None if it works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
+    except Exception as error:  # noqa: BLE001 - any failure of the compiler means eager execution, with its reason
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return f"{reason}; install a C++ compiler (g++ or clang++) to compile"
+    return None
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of PyTorch and of installed libraries that timings depend on."""
+    found: dict[str, str] = {"torch": torch.__version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,63 @@
+"""What times a prepared candidate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+Call = Callable[[int], object]
+"""Computes with the weights at a position of the rotation."""
+
+
+class Clock(Protocol):
+    """Times one candidate.
+
+    `start` warms it up; each `sample` returns microseconds of one linear.
+    """
+
+    def start(self) -> None: ...
+
+    def sample(self) -> float: ...
+
+
+class HostClock:
+    """Many calls between two readings of the host's clock.
+
+    Args:
+        call: Computes `linears` linears at once.
+        positions: Positions of the rotation.
+        synchronize: Waits until the device has finished.
+        sample_s: Length of one sample.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        positions: int,
+        *,
+        linears: int,
+        synchronize: Callable[[], None],
+        sample_s: float,
+    ) -> None:
+        self._call = call
+        self._positions = positions
+        self._linears = linears
+        self._synchronize = synchronize
+        self._sample_s = sample_s
+        self._position = 0
+        self._calls = 1
+
+    def start(self) -> None:
+        """Take one sample, which is not used but to find how many calls make a sample."""
+        seconds = self.sample() * self._linears / 1e6
+        self._calls = max(1, round(self._sample_s / max(seconds, 1e-7)))
+
+    def sample(self) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        for _ in range(self._calls):
+            self._call(self._position)
+            self._position = (self._position + 1) % self._positions
+        self._synchronize()
+        return (time.perf_counter() - start) / (self._calls * self._linears) * 1e6

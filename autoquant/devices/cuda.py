@@ -1,0 +1,113 @@
+"""GPUs of NVIDIA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from autoquant.devices.base import DEFAULT_CACHE_BYTES, Backend, Event, library_versions
+from autoquant.devices.clocks import Call, Clock
+from autoquant.devices.cuda_graphs import GraphClock, GraphedStep
+from autoquant.devices.effort import TimingEffort
+from autoquant.devices.load import GpuLoad, Load
+from autoquant.devices.memory import trim_memory
+from autoquant.records import Device
+
+
+class CudaBackend(Backend):
+    """A GPU of NVIDIA."""
+
+    type = "cuda"
+    divisions = ("parts", "regions", "whole")
+    # Small kernels that do not need one another become one, as those that turn queries and keys.
+    compiler_settings = {"combo_kernels": True}  # noqa: RUF012
+    graphs = True
+    prepares = True
+    replays_steps = True
+    settles_routes = True
+    judges_long = True
+    profiler_activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
+    arithmetic = ("bfloat16", "float16", "float32", "int8", "float8")
+    copy_bytes = 1 << 30
+    product_side = 8192
+
+    @classmethod
+    def count(cls) -> int:
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+    @classmethod
+    def missing_reason(cls) -> str:
+        return (
+            "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install PyTorch built for CUDA"
+        )
+
+    def fingerprint(self) -> Device:
+        properties = torch.cuda.get_device_properties(self.device)
+        return Device(
+            type=self.type,
+            name=properties.name,
+            capability=f"sm_{properties.major}{properties.minor}",
+            threads=0,
+            cache_bytes=int(getattr(properties, "L2_cache_size", DEFAULT_CACHE_BYTES)),
+            versions={**library_versions(), "cuda": str(torch.version.cuda)},
+        )
+
+    def float16(self) -> torch.dtype:
+        native = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def clock(self, call: Call, positions: int, linears: int, effort: TimingEffort) -> Clock:
+        return GraphClock(call, positions, self.device)
+
+    def time_s(self, call: Callable[[], object]) -> float:
+        """Return the seconds that one call takes by the GPU's own clock."""
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+
+    def watch_load(self) -> Load:
+        return GpuLoad(self.device)
+
+    def event(self) -> Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return cast(Event, event)
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def trim_memory(self) -> None:
+        trim_memory()
+        torch.cuda.empty_cache()
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._before_bytes = torch.cuda.memory_allocated(self.device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self._before_bytes
+
+    def compile_failure(self) -> str | None:
+        """Return None: Triton brings its own compiler."""
+        return None
+
+    def graph_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def graphed(
+        self,
+        step: Callable[..., torch.Tensor],
+        state: Callable[[], Sequence[torch.Tensor]],
+        pool: Any = None,
+    ) -> Callable[..., torch.Tensor]:
+        return GraphedStep(step, state, pool)

@@ -1,0 +1,69 @@
+"""How much is measured before a time is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimingEffort:
+    """The cost and the care of every measurement.
+
+    Attributes:
+        attempts: How often to measure again if other programs disturb it.
+        highest_other_load: Above this fraction of the machine's time, others disturb a measurement.
+        linear_rounds: Most samples of each candidate in a comparison.
+        linear_budget_s: No further round of a comparison begins after that time.
+        sample_s: Length of one sample by the host's clock.
+        request_rounds: Rounds in which whole models are timed in turn.
+        fewest_request_rounds: Rounds that are done even if they exceed a limit.
+        request_calls: Most calls of a phase in one round.
+        request_round_s: No further call of a phase in a round begins after that time.
+        loop_rounds: Most rounds in which the loops of users are timed in turn.
+        loop_limit_s: No further round of these begins after that time.
+        loop_precision: These end once the half interval of the ratio is below this fraction of it.
+        largest_copy_bytes, largest_product: Limits on what a roofline is measured with: bytes
+            copied, and rows of a square matrix.
+    """
+
+    attempts: int = 3
+    highest_other_load: float = 0.15
+    linear_rounds: int = 16
+    linear_budget_s: float = 1.5
+    sample_s: float = 2e-3
+    request_rounds: int = 6
+    fewest_request_rounds: int = 3
+    request_calls: int = 16
+    request_round_s: float = 0.1
+    loop_rounds: int = 30
+    loop_limit_s: float = 30.0
+    loop_precision: float = 0.02
+    largest_copy_bytes: int = 1 << 30
+    largest_product: int = 8192
+
+
+_default = TimingEffort()
+
+
+def timing_effort() -> TimingEffort:
+    """Return the effort of measurements that are given no other."""
+    return _default
+
+
+def use_timing_effort(effort: TimingEffort) -> None:
+    """Let `timing_effort` return this one in this process, and in those that it starts."""
+    global _default
+    _default = effort
+
+
+@contextmanager
+def timing_effort_of(effort: TimingEffort) -> Iterator[None]:
+    """Inside, `timing_effort` returns this one."""
+    before = _default
+    use_timing_effort(effort)
+    try:
+        yield
+    finally:
+        use_timing_effort(before)

@@ -1,0 +1,179 @@
+"""The profile stage: what is measured, kept, and never measured again."""
+
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from autoquant.errors import ProcessDiedError
+from autoquant.events import Notice, StageFinished, StageStarted
+from autoquant.profiler.timing import PROTOCOL
+from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject
+from autoquant.store import open_store
+from autoquant.store.schema import TimingRow
+from autoquant.tuner.profiling import measure_all
+from autoquant.tuner.workers.jobs import Limited, Timed
+
+DEVICE = Device(
+    type="cpu",
+    name="Test CPU",
+    capability="AVX2",
+    threads=2,
+    cache_bytes=1 << 22,
+    versions={"torch": "2.13", "compiler": "none"},
+)
+SHAPE = LinearShape(n=16, k=32, bias=False, dtype="float32")
+ROOFLINE = Roofline(bandwidth_bytes_per_s=1e9, flops_per_s={})
+
+
+def subject(m=2, kernel="right", working_set=1 << 14):
+    return TimingSubject(shape=SHAPE, m=m, format="own/plain", kernel=kernel, working_set_bytes=working_set)
+
+
+FOUR = [subject(m, kernel) for m in (2, 5) for kernel in ("right", "wrong")]
+
+
+class Runner:
+    """Answers profile jobs as a job does: cell by cell. The process dies at subjects in `deadly`."""
+
+    def __init__(self, deadly=()):
+        self.jobs = []
+        self.limits = []
+        self.deadly = deadly
+        self.stops_before = None
+
+    def run(self, job, on_message):
+        self.jobs.append(list(job.subjects))
+        self.limits.append(job.roofline)
+        on_message(Limited(ROOFLINE))
+        for m in dict.fromkeys(subject.m for subject in job.subjects):
+            cell = [subject for subject in job.subjects if subject.m == m]
+            if self.stops_before == m:
+                raise KeyboardInterrupt
+            if any(subject in self.deadly for subject in cell):
+                raise ProcessDiedError("SIGSEGV")
+            on_message(Timed(tuple(map(measurement, cell))))
+
+
+def measurement(of):
+    if of.kernel == "wrong":
+        return Measurement(subject=of, outcome="incorrect", reason="relative error 3", relative_error=3.0)
+    return Measurement(subject=of, outcome="ok", samples_us=(1.0, 2.0), relative_error=0.0)
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = open_store(tmp_path / "plan.db")
+    yield opened
+    opened.close()
+
+
+def rows(store):
+    with Session(store.engine) as session:
+        return session.scalar(select(func.count()).select_from(TimingRow))
+
+
+def stage(store, subjects=FOUR, *, runner=None, device=DEVICE, events=None):
+    store.put_device(device)
+    listener = (events if events is not None else []).append
+    return measure_all(subjects, runner=runner or Runner(), hardware=device, store=store, listener=listener)
+
+
+def test_only_what_is_missing_is_measured(store):
+    stage(store, FOUR[:1])
+    runner = Runner()
+    result = stage(store, FOUR, runner=runner)
+    assert runner.jobs == [FOUR[1:]] and list(result) == FOUR and rows(store) == 4
+
+
+def test_a_second_run_measures_nothing_and_adds_nothing(store):
+    first = stage(store)
+    runner = Runner()
+    assert stage(store, runner=runner) == first
+    assert (runner.jobs, rows(store)) == ([], 4)
+
+
+def test_only_what_was_asked_is_returned(store):
+    stage(store)
+    assert list(stage(store, FOUR[2:3])) == FOUR[2:3]
+
+
+def test_a_roofline_that_was_measured_is_kept_and_given_to_the_next_job(store):
+    stage(store, FOUR[:1])
+    assert store.roofline(DEVICE) == ROOFLINE
+    runner = Runner()
+    stage(store, runner=runner)
+    assert runner.limits == [ROOFLINE]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threads": 1},
+        {"name": "Another CPU"},
+        {"capability": "AVX512"},
+        {"cache_bytes": 1 << 23},
+        {"versions": {"torch": "2.14", "compiler": "none"}},
+        {"versions": {"torch": "2.13", "compiler": "none", "torchao": "0.18"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_device_measures_again(store, change):
+    stage(store)
+    runner = Runner()
+    stage(store, runner=runner, device=replace(DEVICE, **change))
+    assert runner.jobs == [FOUR] and rows(store) == 8
+
+
+def test_colder_or_warmer_weights_are_measured_again(store):
+    stage(store)
+    runner = Runner()
+    colder = [subject(working_set=1 << 15)]
+    stage(store, colder, runner=runner)
+    assert runner.jobs == [colder]
+
+
+def test_what_is_finished_is_kept_when_the_stage_is_stopped(store):
+    runner = Runner()
+    runner.stops_before = 5
+    with pytest.raises(KeyboardInterrupt):
+        stage(store, runner=runner)
+    assert rows(store) == 2
+
+
+def test_a_candidate_that_ends_its_process_has_failed_and_the_rest_goes_on(store):
+    deadly = subject(5, "right")
+    result = stage(store, runner=Runner([deadly]))
+    assert {s.kernel: m.outcome for s, m in result.items() if s.m == 5} == {"right": "failed", "wrong": "incorrect"}
+    assert result[deadly].reason == "SIGSEGV" and rows(store) == 4
+
+
+def test_a_process_that_no_candidate_ends_alone_is_not_tried_forever(store):
+    class Tired(Runner):
+        def run(self, job, on_message):
+            if len(job.subjects) > 1:
+                raise ProcessDiedError("out of memory")
+
+    with pytest.raises(ProcessDiedError, match="out of memory"):
+        stage(store, runner=Tired())
+
+
+def test_the_stage_ends_with_what_came_from_the_store(store):
+    events = []
+    stage(store, events=events)
+    (notice,) = [event for event in events if isinstance(event, Notice)]
+    assert notice.text.startswith("own/plain/wrong is incorrect in 2 cases (m=2, m=5)")
+    assert events[-1] == StageFinished("profile", "4 timings (2 ok, 2 incorrect), 4 measured now, 0 from the store")
+    events.clear()
+    stage(store, events=events)
+    assert events == [
+        StageStarted("profile", 0),
+        notice,
+        StageFinished("profile", "4 timings (2 ok, 2 incorrect), 0 measured now, 4 from the store"),
+    ]
+
+
+def test_the_protocol_of_the_timings_is_noted(store):
+    stage(store, FOUR[:1])
+    assert list(store.timings(DEVICE, PROTOCOL)) == FOUR[:1] and store.timings(DEVICE, "another") == {}

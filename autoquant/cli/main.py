@@ -101,9 +101,8 @@ def describe(error: Exception) -> tuple[str, int]:
     """Return one line for the user, and the exit code."""
     if isinstance(error, AutoquantError):
         return _one_line(str(error)), 2
-    usage = getattr(
-        error, "format_message", None
-    )  # click's errors, in whichever package typer keeps click
+    # click's errors, in whichever package typer keeps click
+    usage = getattr(error, "format_message", None)
     if usage is not None:
         command = getattr(getattr(error, "ctx", None), "command_path", "autoquant")
         return f"{_one_line(usage()).rstrip('.')}; see `{command} --help`", 2

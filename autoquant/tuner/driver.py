@@ -25,7 +25,7 @@ from autoquant.solver.planning import check_memory, context_of
 from autoquant.store import Store, open_store
 from autoquant.study.study import Study
 from autoquant.tuner.judge import Asked, make_judge
-from autoquant.tuner.request import SearchRequest, SearchSetup
+from autoquant.tuner.request import SearchRequest, SettledRequest
 from autoquant.tuner.stages import Stages
 
 _log = logging.getLogger(__name__)
@@ -156,44 +156,46 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     listener = logged(listener)
     loaded = load_request(request.model)
     judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
-    setup = SearchSetup.of(request, loaded, judge)
+    settled = SettledRequest.of(request, loaded, judge)
     store = open_store(request.db)
-    recording = _checked_recording(setup, store, listener)
-    _put_study(setup, store, recording)
-    _note_short_text(setup, listener)
+    recording = _checked_recording(settled, store, listener)
+    _put_study(settled, store, recording)
+    _note_short_text(settled, listener)
     _log.info(
         "study %s in %s: %s candidates, workload %s",
-        setup.study_id,
+        settled.study_id,
         request.db,
         len(judge.candidates),
-        setup.workload,
+        settled.workload,
     )
-    _stages(setup, store, listener, started).go()
-    return Study(store, setup.study_id)
+    _stages(settled, store, listener, started).go()
+    return Study(store, settled.study_id)
 
 
-def _checked_recording(setup: SearchSetup, store: Store, listener: Listener) -> Recording | None:
+def _checked_recording(
+    settled: SettledRequest, store: Store, listener: Listener
+) -> Recording | None:
     """Return what is recorded so far; refuse limits and constraints that no plan meets.
 
     Constraints can only be checked against a recording. If there is none, it is made now: a
     refused search must leave no study.
     """
-    recording = _known_recording(setup, store)
-    constraints = setup.request.constraints
+    recording = _known_recording(settled, store)
+    constraints = settled.request.constraints
     if recording is None and constraints.as_object():
-        recording = record_model(setup.loaded, setup.workload, listener)
-        ids = [(fmt.id, kernel.id) for fmt, kernel in setup.candidates]
-        bind(constraints, recording.sites, ids, setup.candidates[0][0].id)
+        recording = record_model(settled.loaded, settled.workload, listener)
+        ids = [(fmt.id, kernel.id) for fmt, kernel in settled.candidates]
+        bind(constraints, recording.sites, ids, settled.candidates[0][0].id)
     return recording
 
 
-def _known_recording(setup: SearchSetup, store: Store) -> Recording | None:
+def _known_recording(settled: SettledRequest, store: Store) -> Recording | None:
     """Return the store's recording of the study, or None.
 
     Raises:
         PlanError: An earlier run found that no plan meets the memory limit.
     """
-    study_id = setup.study_id
+    study_id = settled.study_id
     if study_id not in store.studies():
         return None
     facts = store.study(study_id)
@@ -202,33 +204,33 @@ def _known_recording(setup: SearchSetup, store: Store) -> Recording | None:
         context = context_of(
             about, study_id=study_id, model_hash=facts.model_hash, workload=facts.workload
         )
-        check_memory(list(options.values()), context, setup.limits.max_memory_bytes)
+        check_memory(list(options.values()), context, settled.limits.max_memory_bytes)
     return facts.recording
 
 
-def _put_study(setup: SearchSetup, store: Store, recording: Recording | None) -> None:
+def _put_study(settled: SettledRequest, store: Store, recording: Recording | None) -> None:
     """Write what the study is about, and its recording if there is one."""
-    study_id, quality = setup.study_id, setup.quality
-    store.put_device(setup.hardware)
-    store.put_model(setup.loaded.content_hash, asdict(setup.loaded.source))
+    study_id, quality = settled.study_id, settled.quality
+    store.put_device(settled.hardware)
+    store.put_model(settled.loaded.content_hash, asdict(settled.loaded.source))
     store.put_study(
         study_id,
-        model_hash=setup.loaded.content_hash,
-        device=setup.hardware,
-        identity=setup.identity(),
-        workload=setup.workload,
-        limits=setup.limits.as_object(),
+        model_hash=settled.loaded.content_hash,
+        device=settled.hardware,
+        identity=settled.identity(),
+        workload=settled.workload,
+        limits=settled.limits.as_object(),
     )
-    store.put_reference(study_id, "judge", {"words": setup.judge.words})
+    store.put_reference(study_id, "judge", {"words": settled.judge.words})
     if isinstance(quality, TextQuality) and quality.parts.inputs is not None:
         store.put_calibration(study_id, quality.parts.inputs.tolist())
     if recording is not None:
         store.update_study(study_id, recording=recording)
 
 
-def _note_short_text(setup: SearchSetup, listener: Listener) -> None:
+def _note_short_text(settled: SettledRequest, listener: Listener) -> None:
     """Say if a text is too short to round weights for it well."""
-    quality = setup.quality
+    quality = settled.quality
     if not isinstance(quality, TextQuality) or quality.parts.inputs is None:
         return
     if (count := len(quality.parts.inputs)) < ENOUGH_INPUT_WINDOWS:
@@ -240,24 +242,24 @@ def _note_short_text(setup: SearchSetup, listener: Listener) -> None:
         )
 
 
-def _stages(setup: SearchSetup, store: Store, listener: Listener, started: float) -> Stages:
-    request = setup.request
+def _stages(settled: SettledRequest, store: Store, listener: Listener, started: float) -> Stages:
+    request = settled.request
     return Stages(
         store=store,
-        study_id=setup.study_id,
-        loaded=setup.loaded,
-        quality=setup.quality,
-        workload=setup.workload,
-        device=setup.loaded.device,
-        hardware=setup.hardware,
-        candidates=setup.candidates,
+        study_id=settled.study_id,
+        loaded=settled.loaded,
+        quality=settled.quality,
+        workload=settled.workload,
+        device=settled.loaded.device,
+        hardware=settled.hardware,
+        candidates=settled.candidates,
         fuse=request.fuse,
-        sensitivity=setup.method,
+        sensitivity=settled.method,
         constraints=request.constraints,
-        limits=setup.limits,
+        limits=settled.limits,
         time_budget_s=request.time_budget_s,
         seed=request.seed,
         listener=listener,
         started=started,
-        spent_before_s=store.study(setup.study_id).spent_s,
+        spent_before_s=store.study(settled.study_id).spent_s,
     )

@@ -56,7 +56,7 @@ class SearchRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SearchSetup:
+class SettledRequest:
     """A request, and what became known of it when its model was loaded.
 
     Attributes:
@@ -74,7 +74,7 @@ class SearchSetup:
     hardware: Device
 
     @classmethod
-    def of(cls, request: SearchRequest, loaded: LoadedModel, judge: Judge) -> SearchSetup:
+    def of(cls, request: SearchRequest, loaded: LoadedModel, judge: Judge) -> SettledRequest:
         """Fill in what the user left open.
 
         Raises:

@@ -1,4 +1,4 @@
-"""autoquant: how each linear layer of a PyTorch model should be stored and computed on this device, by measurement.
+"""Find by measurement how to store and compute each linear of a PyTorch model on this device.
 
 >>> study = autoquant.search("model/", eval_text="text.txt")
 >>> study.pareto()
@@ -59,12 +59,13 @@ _HOMES = {
 }
 
 
-on_import.register()  # from now on, transformers' from_pretrained knows the folders that `autoquant apply` writes
+# From now on, transformers' from_pretrained knows the folders that `autoquant apply` writes.
+on_import.register()
 quiet_libraries()
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used: `autoquant --help` should not wait for torch."""
+    """Import a public name when it is first used: `autoquant --help` must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'autoquant' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -15,9 +15,10 @@ from transformers import StoppingCriteria, TextStreamer
 from autoquant.errors import ModelError, first_line
 from autoquant.export import checkpoint
 from autoquant.export.applier import load
-from autoquant.models.huggingface import has_tokenizer, load_tokenizer, pretrained
+from autoquant.models.huggingface import pretrained
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
 from autoquant.models.targets import resolve_device
+from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
 from autoquant.runtime.prepare import prepare
 
 _WARMING_TOKENS = 8  # enough for compiling, for capturing, and for replaying what was captured

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +31,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     workload = Workload.parse(arguments.workload)
-    original = load_model(arguments.model).module
-    quantized = autoquant.load(arguments.quantized)
-    make = partial(make_phases, kind="causal_lm", workload=workload, device="cpu", compiled=not arguments.eager)
+    original = load_model(arguments.model)
+    quantized = replace(original, module=autoquant.load(arguments.quantized))
     phases = []
-    for module in (quantized, original):
-        ready, note = make_warm(partial(make, module), backend("cpu").divisions)
+    for loaded in (quantized, original):
+        make = partial(make_phases, loaded, workload, compiled=not arguments.eager)
+        ready, note = make_warm(make, backend("cpu").divisions)
         phases.append(ready)
         if note:
             print(f"note: {note}")

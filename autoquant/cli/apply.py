@@ -1,4 +1,4 @@
-"""`autoquant apply`: a plan becomes a quantized checkpoint on disk, read back and compared."""
+"""`autoquant apply`: write a plan's quantized checkpoint, read it back and compare."""
 
 from __future__ import annotations
 
@@ -27,28 +27,38 @@ def apply(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder for the quantized model.", show_default="MODEL-PLANID beside the database"
+            metavar="DIR",
+            help="Folder for the quantized model.",
+            show_default="MODEL-PLANID beside the database",
         ),
     ] = None,
     plan: PlanOption = None,
     max_ppl_increase: Annotated[
         str | None,
-        typer.Option(metavar="PERCENT", help="Take the fastest plan within this increase.", show_default=False),
+        typer.Option(
+            metavar="PERCENT",
+            help="Take the fastest plan within this increase.",
+            show_default=False,
+        ),
     ] = None,
     model: ModelOption = None,
 ) -> None:
-    """Write the model quantized by a plan into a new folder, read it back and compare it with the one in memory."""
+    """Write the model that a plan quantizes into a new folder.
+
+    It is read back and compared with the model in memory.
+    """
     if plan is not None and max_ppl_increase is not None:
         raise typer.BadParameter("cannot be combined with --max-ppl-increase", param_hint="--plan")
-    increase = None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
+    increase = (
+        None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
+    )
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan) as study:
         chosen = _chosen(study, plan, increase)
         source = model or source_path(study)
-        from autoquant.export.applier import (
-            apply_to_disk,  # imports torch: after everything that can be refused without it
-        )
+        # Imports torch: only after everything that can be refused without it.
+        from autoquant.export.applier import apply_to_disk
         from autoquant.store.connect import folder_of
 
         with listening() as listener:
@@ -66,7 +76,7 @@ def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
 
 
 def _model_name(path: str) -> str:
-    """What a model is called after its folder, its file or its name on the hub."""
+    """Name a model after its folder, its file or its name on the hub."""
     place = Path(os.path.abspath(path))
     return (place.stem if place.suffix in _FILE_SUFFIXES else place.name) or "model"
 
@@ -76,19 +86,28 @@ def _print_report(plan: Plan, report: AppliedReport) -> None:
 
     formats = ", ".join(f"{count} x {name}" for name, count in report.formats.items())
     typer.echo(f"Plan {plan.plan_id} ({plan.label}) applied to {report.layers} layers: {formats}")
-    typer.echo(f"Memory {units.size(report.memory_bytes)} instead of {units.size(report.original_memory_bytes)}")
+    typer.echo(
+        f"Memory {units.size(report.memory_bytes)} instead of"
+        f" {units.size(report.original_memory_bytes)}"
+    )
     typer.echo(f"Wrote {report.out}: {', '.join(report.files)}")
     if report.repeatable:
         typer.echo("Read back: its logits are bit for bit those of the quantized model in memory.")
     else:
         typer.echo(
-            "Read back: its weights are those of the quantized model in memory, whose logits differ from run to run."
+            "Read back: its weights are those of the quantized model in memory, whose logits"
+            " differ from run to run."
         )
-    where = os.path.relpath(report.out) if report.out.is_relative_to(Path.cwd()) else str(report.out)
+    where = (
+        os.path.relpath(report.out) if report.out.is_relative_to(Path.cwd()) else str(report.out)
+    )
     typer.echo("\nNext:")
     if report.generates and not report.needs_module:
         typer.echo(f"  autoquant generate {shlex.quote(where)} --prompt TEXT")
     if report.needs_module:
-        typer.echo(f"  autoquant.load({where!r}, module)    in Python, with a module of the same architecture")
+        typer.echo(
+            f"  autoquant.load({where!r}, module)    in Python, with a module of the same"
+            " architecture"
+        )
     else:
         typer.echo(f"  autoquant.load({where!r})    in Python")

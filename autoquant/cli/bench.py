@@ -1,4 +1,4 @@
-"""`autoquant bench`: plans timed again in the whole model, in turn with the unquantized one."""
+"""`autoquant bench`: time plans in the whole model, in turn with the unquantized model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table, write_file
+from autoquant.cli.output import (
+    Database,
+    JsonFlag,
+    opened_study,
+    print_json,
+    print_table,
+    write_file,
+)
 from autoquant.cli.plans import ModelOption, PlansOption, chosen_plans, source_path
 
 if TYPE_CHECKING:
@@ -34,33 +41,50 @@ def bench(
     plan: PlansOption = None,
     compare: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="Also all proven plans of a kind, e.g. uniform.", show_default=False),
+        typer.Option(
+            metavar="KIND",
+            help="Also all proven plans of a kind, e.g. uniform.",
+            show_default=False,
+        ),
     ] = None,
     loop: Annotated[
-        TimedLoop, typer.Option(help="phases: compiled prefill and decode steps; generate: what a user runs.")
+        TimedLoop,
+        typer.Option(help="phases: compiled prefill and decode steps; generate: what a user runs."),
     ] = TimedLoop.PHASES,
     attribute: Annotated[
-        bool, typer.Option("--attribute", help="Also say where the time of a step goes: layers, glue, gaps.")
+        bool,
+        typer.Option(
+            "--attribute", help="Also say where the time of a step goes: layers, glue, gaps."
+        ),
     ] = False,
     trace: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.JSON", help="Write these steps for chrome://tracing or Perfetto.", show_default=False
+            metavar="FILE.JSON",
+            help="Write these steps for chrome://tracing or Perfetto.",
+            show_default=False,
         ),
     ] = None,
     model: ModelOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time plans in the whole model, in turn with the unquantized model, and compare with what was predicted.
+    """Time plans in the whole model, in turn with the unquantized model.
 
-    With --loop generate: time the model's own generate() instead (one call of a module that is no language model).
+    The times are compared with the predicted ones. With --loop generate: time the model's own
+    generate() instead, or one call of a module that is no language model.
     """
     if compare is not None and compare not in _KINDS:
-        raise typer.BadParameter(f"{compare!r} is none of {', '.join(_KINDS)}", param_hint="--compare")
+        raise typer.BadParameter(
+            f"{compare!r} is none of {', '.join(_KINDS)}", param_hint="--compare"
+        )
     if trace is not None and not trace.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {trace.absolute().parent}", param_hint="--trace")
+        raise typer.BadParameter(
+            f"there is no folder {trace.absolute().parent}", param_hint="--trace"
+        )
     if loop is TimedLoop.GENERATE and (attribute or trace is not None):
-        raise typer.BadParameter("--attribute and --trace are of phases: leave it out", param_hint="--loop")
+        raise typer.BadParameter(
+            "--attribute and --trace are of phases: leave it out", param_hint="--loop"
+        )
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
@@ -68,10 +92,13 @@ def bench(
         source = model or source_path(study)
         if loop is TimedLoop.GENERATE:
             return _bench_loop(plans, source, study.facts, as_json=as_json)
-        from autoquant.tuner.bench import bench as measure  # imports torch: after all that can be refused without it
+        # Imports torch: only after everything that can be refused without it.
+        from autoquant.tuner.bench import bench as measure
 
         with listening() as listener:
-            rows = measure(plans, source, study.facts, listener, attribution=attribute or trace is not None)
+            rows = measure(
+                plans, source, study.facts, listener, attribution=attribute or trace is not None
+            )
         workload = study.facts.workload
     by_id = {each.plan_id: each for each in plans}
     if trace is not None and rows[0].steps:
@@ -109,7 +136,9 @@ def _called(row: BenchRow) -> str:
     return row.label if row.plan_id is None else f"{row.label} ({row.plan_id})"
 
 
-def _print_json(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool) -> None:
+def _print_json(
+    rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool
+) -> None:
     from autoquant.report.attribution import attribution_object
     from autoquant.report.tables.bench import bench_objects
 
@@ -120,7 +149,9 @@ def _print_json(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: W
     print_json(objects)
 
 
-def _print_text(rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool) -> None:
+def _print_text(
+    rows: Sequence[BenchRow], plans: Mapping[str, Plan], workload: Workload, attribute: bool
+) -> None:
     from autoquant.report.attribution import attribution_report
     from autoquant.report.tables.bench import bench_notes, bench_table
 

@@ -1,16 +1,15 @@
-"""`autoquant candidates`: what could be used on a device, and why the rest cannot."""
+"""`autoquant candidates`: list what a device can use, and why it cannot use the rest."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
+from autoquant.cli.options import DeviceOption
 from autoquant.cli.output import JsonFlag, print_json, print_table
 
 
 def candidates(
-    device: Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """List the formats and kernels known here, usable or not, with the reason."""

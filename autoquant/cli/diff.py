@@ -1,4 +1,4 @@
-"""`autoquant diff`: what changes between two plans of a study, and what it buys."""
+"""`autoquant diff`: show what differs between two plans of a study, and what it buys."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def diff(
     ],
     as_json: JsonFlag = False,
 ) -> None:
-    """Show which layers PLAN_B stores or computes otherwise than PLAN_A, and what that changes in time, quality and memory."""
+    """Show which layers PLAN_B stores or computes differently from PLAN_A.
+
+    Also show what that changes in time, quality and memory.
+    """
     with opened_study(database, plan_id=plan_a) as study:
         pair = _pair(study, plan_a, plan_b)
         failures = study.store.failed_proofs(study.study_id)
@@ -48,7 +51,10 @@ def diff(
     _print_text(pair)
     for plan_id in pair.unproven():
         reason = failures.get(plan_id)
-        typer.echo(f"Plan {plan_id} is not proven{f' ({reason})' if reason else ''}: nothing measured is compared.")
+        typer.echo(
+            f"Plan {plan_id} is not proven{f' ({reason})' if reason else ''}: nothing measured"
+            " is compared."
+        )
 
 
 def _pair(study: Study, plan_a: str, plan_b: str) -> PlanPair:

@@ -1,4 +1,4 @@
-"""`autoquant eval`: what plans score on tasks, beside the unquantized model."""
+"""`autoquant eval`: score plans and the unquantized model on tasks."""
 
 from __future__ import annotations
 
@@ -14,22 +14,34 @@ from autoquant.cli.plans import ModelOption, PlansOption, chosen_plans, source_p
 def evaluate(
     database: Database,
     tasks: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Tasks of lm-eval, or of --tasks-path.", show_default=False)
+        str,
+        typer.Option(
+            metavar="NAME,...", help="Tasks of lm-eval, or of --tasks-path.", show_default=False
+        ),
     ],
     plan: PlansOption = None,
     tasks_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of further task files (YAML).", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of further task files (YAML).", show_default=False
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Samples of each task.", show_default="all")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Samples of each task.", show_default="all"),
     ] = None,
     model: ModelOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Score plans and the unquantized model on the same tasks of lm-evaluation-harness, and keep the scores."""
+    """Score plans and the unquantized model on the same tasks of lm-evaluation-harness.
+
+    The scores are kept in the database.
+    """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
-        raise typer.BadParameter("give one or more names of tasks, separated by commas", param_hint="--tasks")
+        raise typer.BadParameter(
+            "give one or more names of tasks, separated by commas", param_hint="--tasks"
+        )
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:

@@ -1,4 +1,4 @@
-"""`autoquant export-timings`: every timing of a database as CSV or JSON."""
+"""`autoquant export-timings`: print every timing of a database as CSV or JSON."""
 
 from __future__ import annotations
 
@@ -16,15 +16,24 @@ from autoquant.cli.output import Database, JsonFlag, opened_store, write_file
 def export_timings(
     database: Database,
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="Only devices with this in their name.", show_default="all")
+        str,
+        typer.Option(
+            metavar="NAME", help="Only devices with this in their name.", show_default="all"
+        ),
     ] = "",
-    as_csv: Annotated[bool, typer.Option("--csv", help="CSV; so it is if nothing else is asked for.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="CSV; so it is if nothing else is asked for.")
+    ] = False,
     as_json: JsonFlag = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write into a file, not to stdout.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Write into a file, not to stdout.", show_default=False),
     ] = None,
 ) -> None:
-    """Print every timing: device, versions, protocol, shape, rows m, candidate, outcome, latency and spread."""
+    """Print every timing of a database, as CSV or JSON.
+
+    Columns: device, versions, protocol, shape, rows m, candidate, outcome, latency and spread.
+    """
     if as_json and as_csv:
         raise typer.BadParameter("cannot be combined with --csv", param_hint="--json")
     if out is not None:
@@ -43,7 +52,7 @@ def export_timings(
 
 
 def _check_out(out: Path, database: str) -> None:
-    """Refuse to write over the database that is read.
+    """Refuse to overwrite the database that is read.
 
     Raises:
         AutoquantError: `out` is that database.

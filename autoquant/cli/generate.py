@@ -1,4 +1,4 @@
-"""`autoquant generate`: text from a model as it comes, then how fast it came."""
+"""`autoquant generate`: print a model's text as it comes, then how fast it came."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoquant.cli.options import FolderArgument, FolderDeviceOption
 from autoquant.cli.output import JsonFlag, print_json
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _ROUNDS = 3  # of requests to both models in turn
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What is asked of a model."""
+    """One request to a model."""
 
     prompt: Mapping[str, torch.Tensor]
     max_new_tokens: int
@@ -34,13 +35,13 @@ class _Request:
 
     @property
     def tokens(self) -> int:
-        """Of the prompt."""
+        """The length of the prompt."""
         return int(self.prompt["input_ids"].shape[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Speed:
-    """Medians of one or more replies to the same request."""
+    """The medians of one or more replies to the same request."""
 
     new_tokens: int
     first_token_s: float
@@ -49,39 +50,47 @@ class _Speed:
 
 
 def generate(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="Folder that `autoquant apply` wrote, or an unquantized model.", show_default=False
-        ),
-    ],
+    folder: FolderArgument,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Text to continue. Default: stdin, else a short one.")
+        str | None,
+        typer.Option(metavar="TEXT", help="Text to continue. Default: stdin, else a short one."),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File with the text to continue.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="File with the text to continue.", show_default=False),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Talk with the model, line by line; Ctrl-D ends.", show_default=False)
+        bool,
+        typer.Option(
+            "--chat", help="Talk with the model, line by line; Ctrl-D ends.", show_default=False
+        ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest text to write.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest text to write.")
+    ] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="Sample; 0 takes the likeliest token every time.")
+        float,
+        typer.Option(min=0.0, metavar="T", help="Sample; 0 takes the likeliest token every time."),
     ] = 0.0,
     compare: Annotated[
         Path | None,
         typer.Option(
-            metavar="ORIGINAL", help="Also time the unquantized model of this folder, in turn.", show_default=False
+            metavar="ORIGINAL",
+            help="Also time the unquantized model of this folder, in turn.",
+            show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto (where the plan was made, else the best) or a device.")] = "auto",
+    device: FolderDeviceOption = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a text with the model of DIR, print it as it comes, and say how fast it came.
 
-    The first request of a process may compile and tune: a short one is made before the one that is shown and timed.
+    The first request of a process may compile and tune. So a short request, which is not shown,
+    comes first.
     """
-    _check_together(chat, prompt=prompt, prompt_file=prompt_file, compare=compare, json=as_json or None)
+    _check_together(
+        chat, prompt=prompt, prompt_file=prompt_file, compare=compare, json=as_json or None
+    )
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("cannot be combined with --prompt-file", param_hint="--prompt")
     if prompt is None and prompt_file is not None:
@@ -133,14 +142,19 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        raise TextError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from error
+        raise TextError(
+            f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}"
+        ) from error
 
 
 def _prompt_of_stdin() -> str:
-    """The text that is piped in, or a short one of our own."""
+    """Return the text that is piped in, or else a short default."""
     if not sys.stdin.isatty() and (text := sys.stdin.read()).strip():
         return text
-    typer.echo(f"prompt: {_DEFAULT_PROMPT!r} (give your own with --prompt, --prompt-file or on stdin)", err=True)
+    typer.echo(
+        f"prompt: {_DEFAULT_PROMPT!r} (give your own with --prompt, --prompt-file or on stdin)",
+        err=True,
+    )
     return _DEFAULT_PROMPT
 
 
@@ -152,12 +166,16 @@ def _load(folder: Path, tokenizer: Any, device: str, dtype: Any, listener: Liste
     started = time.perf_counter()
     generator = prompting.load_generator(folder, tokenizer, device, dtype)
     kind = "quantized" if prompting.is_quantized(folder) else "unquantized"
-    listener(StageFinished("load", f"{kind} model on {device} in {_seconds(time.perf_counter() - started)}"))
+    listener(
+        StageFinished(
+            "load", f"{kind} model on {device} in {_seconds(time.perf_counter() - started)}"
+        )
+    )
     return generator
 
 
 def _fitting(generator: Generator, request: _Request, folder: Path, listener: Listener) -> _Request:
-    """The request, for as many new tokens as the model has room for."""
+    """Return the request, shortened to the tokens that the model has room for."""
     from autoquant.errors import ModelError
     from autoquant.events import Notice
 
@@ -172,7 +190,7 @@ def _fitting(generator: Generator, request: _Request, folder: Path, listener: Li
 
 
 def _warm_up(generator: Generator, request: _Request, started: float, listener: Listener) -> None:
-    """Make a first short request: it may compile and tune."""
+    """Make a short request first, since it may compile and tune."""
     from autoquant.events import StageFinished, StageStarted
 
     listener(StageStarted("prepare", 1))
@@ -183,13 +201,17 @@ def _warm_up(generator: Generator, request: _Request, started: float, listener: 
     listener(StageFinished("prepare", f"a first short request took {took}; ready after {ready}"))
 
 
-def _replies(generators: Sequence[Generator], request: _Request, show: Show | None) -> list[list[Reply]]:
-    """Replies of each model, in turn where there are two; the first of all is shown."""
+def _replies(
+    generators: Sequence[Generator], request: _Request, show: Show | None
+) -> list[list[Reply]]:
+    """Return the replies of each model; two models take turns. Show the first reply."""
     replies: list[list[Reply]] = [[] for _ in generators]
     for turn in range(1 if len(generators) == 1 else _ROUNDS):
         for kept, generator in zip(replies, generators, strict=True):
             shown = show if turn == 0 and kept is replies[0] else None
-            reply = generator.reply(request.prompt, request.max_new_tokens, temperature=request.temperature, show=shown)
+            reply = generator.reply(
+                request.prompt, request.max_new_tokens, temperature=request.temperature, show=shown
+            )
             kept.append(reply)
     return replies
 
@@ -210,7 +232,10 @@ def _speed(replies: Sequence[Reply]) -> _Speed:
 
 
 def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> tuple[int, str, str] | None:
-    """Where the greedy texts of two models first differ: the place, counted from 1, and the two tokens; None if nowhere."""
+    """Return where the greedy texts of two models first differ, or None.
+
+    The place counts from 1; the two tokens come with it.
+    """
     if len(replies) < 2:
         return None
     ours, theirs = (kept[0].ids for kept in replies)
@@ -222,7 +247,10 @@ def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> tuple[int
 
 
 def _faster(speeds: Sequence[_Speed]) -> dict[str, float | None]:
-    """How many times faster the first is than the second; in all by seconds a token, since a text may end early."""
+    """Return how many times faster the first is than the second.
+
+    In all, seconds a token are compared, since a text may end early.
+    """
     ours, theirs = speeds
     both = ours.tokens_per_s and theirs.tokens_per_s
     return {
@@ -268,38 +296,61 @@ def _lines(
     ours, tokens = speeds[0], request.tokens
     if len(speeds) == 1:
         return [
-            f"ready after {_seconds(ready_s[0])}; then {tokens} tokens of prompt, {ours.new_tokens} new ones: "
-            f"first token after {_seconds(ours.first_token_s)}, {_rate(ours)} tokens/s after it, "
-            f"{_seconds(ours.total_s)} in all"
+            f"ready after {_seconds(ready_s[0])}; then {tokens} tokens of prompt, {ours.new_tokens}"
+            f" new ones: first token after {_seconds(ours.first_token_s)}, {_rate(ours)} tokens/s"
+            f" after it, {_seconds(ours.total_s)} in all"
         ]
     faster = _faster(speeds)
     rows: list[tuple[str, ...]] = [("", "ready after", "first token", "tokens/s", "in all")]
     for name, speed, ready in zip(("this model", "original"), speeds, ready_s, strict=True):
-        rows.append((name, _seconds(ready), _seconds(speed.first_token_s), _rate(speed), _seconds(speed.total_s)))
-    rows.append(("times faster", "", *(_times(faster[name]) for name in ("first_token", "tokens_per_s", "total"))))
+        rows.append(
+            (
+                name,
+                _seconds(ready),
+                _seconds(speed.first_token_s),
+                _rate(speed),
+                _seconds(speed.total_s),
+            )
+        )
+    rows.append(
+        (
+            "times faster",
+            "",
+            *(_times(faster[name]) for name in ("first_token", "tokens_per_s", "total")),
+        )
+    )
     lines = [f"{name:<12}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
     lines.append(
-        f"medians of {_ROUNDS} requests to each in turn; {tokens} tokens of prompt, {ours.new_tokens} new ones"
+        f"medians of {_ROUNDS} requests to each in turn; {tokens} tokens of prompt,"
+        f" {ours.new_tokens} new ones"
     )
     if ours.new_tokens != speeds[1].new_tokens:
-        lines[-1] += f" ({speeds[1].new_tokens} of the original; the last ratio is of seconds a token)"
+        lines[-1] += (
+            f" ({speeds[1].new_tokens} of the original; the last ratio is of seconds a token)"
+        )
     if request.temperature:
         lines.append("texts are sampled, so they are not compared")
     elif difference is None:
         lines.append(f"greedy text: the same {ours.new_tokens} tokens")
     else:
         place, one, other = difference
-        lines.append(f"greedy text: differs from token {place} on ({one!r}, the original {other!r})")
+        lines.append(
+            f"greedy text: differs from token {place} on ({one!r}, the original {other!r})"
+        )
     return lines
 
 
-def _chat(folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temperature: float) -> None:
+def _chat(
+    folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temperature: float
+) -> None:
     from autoquant import prompting
     from autoquant.errors import ModelError
     from autoquant.report.progress import listening
 
     if not tokenizer.chat_template:
-        raise ModelError(f"{folder} has no chat template, so it is no model to talk with: use --prompt")
+        raise ModelError(
+            f"{folder} has no chat template, so it is no model to talk with: use --prompt"
+        )
 
     def asked(conversation: list[dict[str, str]]) -> _Request:
         prompt = prompting.encode_chat(tokenizer, conversation)
@@ -316,15 +367,19 @@ def _chat(folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temper
         messages.append({"role": "user", "content": said})
         with listening() as listener:
             request = asked(messages)
-        reply = generator.reply(request.prompt, request.max_new_tokens, temperature=temperature, show=_show)
+        reply = generator.reply(
+            request.prompt, request.max_new_tokens, temperature=temperature, show=_show
+        )
         messages.append({"role": "assistant", "content": reply.text})
         typer.echo()
         pace = _rate(_speed([reply]))
-        typer.echo(f"({_seconds(reply.first_token_s)} to the first token, then {pace} tokens/s)", err=True)
+        typer.echo(
+            f"({_seconds(reply.first_token_s)} to the first token, then {pace} tokens/s)", err=True
+        )
 
 
 def _line() -> str | None:
-    """What the user types, or None at the end."""
+    """Return what the user types, or None at the end."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

@@ -1,6 +1,7 @@
-"""The `autoquant` command: every error is one line on stderr, tracebacks only with --debug.
+"""The `autoquant` command: every error is one line on stderr, with a traceback only for --debug.
 
-Exit codes: 0 done, 1 an unexpected error, 2 an error the user can mend, 130 interrupted, 141 the reader of a pipe left.
+Exit codes: 0 done, 1 an unexpected error, 2 an error that the user can fix, 130 interrupted,
+141 the reader of a pipe left.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ _TALKATIVE = ("torchao", "torch.utils._pytree", "transformers")
 
 
 class OneLineErrors(TyperGroup):
-    """A group that reports errors in one line, whoever raised them, and takes --debug and --verbose anywhere on the line."""
+    """A group that reports every error in one line.
+
+    It accepts --debug and --verbose anywhere on the command line.
+    """
 
     def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
@@ -73,9 +77,11 @@ class OneLineErrors(TyperGroup):
 
 @contextmanager
 def logged_to_stderr() -> Iterator[None]:
-    """What autoquant logs goes to stderr, a line each."""
+    """Log to stderr inside."""
     logger, handler = logging.getLogger("autoquant"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+    )
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -87,20 +93,24 @@ def logged_to_stderr() -> Iterator[None]:
 
 
 def wants_debug(arguments: Sequence[str]) -> bool:
-    """Whether tracebacks, and what libraries have to say, are asked for."""
+    """Whether the user asks for tracebacks and for warnings of libraries."""
     return _DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """One line for the user, and the exit code."""
+    """Return one line for the user, and the exit code."""
     if isinstance(error, AutoquantError):
         return _one_line(str(error)), 2
-    usage = getattr(error, "format_message", None)  # click's errors, in whichever package typer keeps click
+    # click's errors, in whichever package typer keeps click
+    usage = getattr(error, "format_message", None)
     if usage is not None:
         command = getattr(getattr(error, "ctx", None), "command_path", "autoquant")
         return f"{_one_line(usage()).rstrip('.')}; see `{command} --help`", 2
     first = next(iter(str(error).splitlines()), "").strip() or "no message"
-    return f"unexpected {type(error).__name__}: {first}; run again with --debug for the traceback", 1
+    return (
+        f"unexpected {type(error).__name__}: {first}; run again with --debug for the traceback",
+        1,
+    )
 
 
 def _one_line(text: str) -> str:
@@ -108,7 +118,7 @@ def _one_line(text: str) -> str:
 
 
 def _drop_output() -> None:
-    """Send what is still buffered nowhere, so that the interpreter does not complain when it flushes at exit."""
+    """Discard what is still buffered, so that the interpreter can flush at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -149,20 +159,28 @@ def _print_version(wanted: bool) -> None:
 def autoquant(
     context: typer.Context,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
     _debug: Annotated[
         bool, typer.Option(_DEBUG_OPTION, help=f"Show tracebacks (also with {DEBUG_VARIABLE}=1).")
     ] = False,
-    _verbose: Annotated[bool, typer.Option(_VERBOSE_OPTION, help="Log on stderr what is done, step by step.")] = False,
+    _verbose: Annotated[
+        bool, typer.Option(_VERBOSE_OPTION, help="Log each step on stderr.")
+    ] = False,
 ) -> None:
-    """Find how each layer of a PyTorch model is best quantized on this device: measured speed against quality."""
+    """Find how best to quantize each layer of a PyTorch model on this device.
+
+    Speed and quality are measured.
+    """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
 def hush_libraries() -> None:
-    """Keep warnings of libraries, which a user cannot act on, out of what the command says."""
+    """Hide warnings of libraries: the user cannot act on them."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces each of its runs
@@ -171,7 +189,7 @@ def hush_libraries() -> None:
 
 
 def run() -> None:
-    """The entry point of the `autoquant` command."""
+    """Run the `autoquant` command."""
     if not wants_debug(sys.argv):
         hush_libraries()
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""`autoquant merge`: what was measured into another database is copied into this one."""
+"""`autoquant merge`: copy what another database has measured into this one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from autoquant.cli.output import Database, opened_store
 def merge(
     database: Database,
     other: Annotated[
-        Path, typer.Argument(metavar="OTHER.DB", help="Database to copy from; it is only read.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="OTHER.DB", help="Database to copy from; it is only read.", show_default=False
+        ),
     ],
 ) -> None:
-    """Copy what was measured of devices and unquantized models in OTHER.DB into PLAN.DB, all of it or nothing.
+    """Copy what OTHER.DB has measured of devices and unquantized models into PLAN.DB.
 
-    Timings, rooflines, losses and task scores of unquantized models travel; what PLAN.DB holds already is kept as it is.
-    Studies, with their plans, proofs and task scores, are not copied: a search in PLAN.DB makes them again and times nothing
-    twice.
+    Timings, rooflines, losses and task scores of unquantized models are copied: all of them or, on
+    an error, none. What PLAN.DB holds already is kept. Studies, with their plans, proofs and task
+    scores, are not copied: a search in PLAN.DB makes them again and times nothing twice.
     """
     from autoquant.store.merge import merge as copy_facts
 

@@ -1,4 +1,4 @@
-"""What the commands share: opening a study, and writing tables, lines and JSON to stdout."""
+"""What commands share: open a study; write tables, JSON and files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from autoquant.store import Store
     from autoquant.study.study import Study
 
-Database = Annotated[str, typer.Argument(metavar="PLAN.DB", help="Database that a search wrote.", show_default=False)]
+Database = Annotated[
+    str, typer.Argument(metavar="PLAN.DB", help="Database that a search wrote.", show_default=False)
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @contextmanager
 def opened_store(database: str) -> Iterator[Store]:
-    """An existing database, closed at the end."""
+    """Open an existing database, and close it at the end."""
     from autoquant.store import open_store
 
     store = open_store(database, create=False)
@@ -35,23 +37,39 @@ def opened_store(database: str) -> Iterator[Store]:
 
 
 @contextmanager
-def opened_study(database: str, *, study_id: str | None = None, plan_id: str | None = None) -> Iterator[Study]:
-    """A study of an existing database: the one named, the one of a plan, or the one last worked on."""
+def opened_study(
+    database: str, *, study_id: str | None = None, plan_id: str | None = None
+) -> Iterator[Study]:
+    """Open a study: the one named, the one of a plan, or the one last worked on."""
     from autoquant.study.study import Study
 
     with opened_store(database) as store:
         yield Study(store, store.plan(plan_id).study_id if plan_id is not None else study_id)
 
 
+@contextmanager
+def interruptible(database: str) -> Iterator[None]:
+    """Say on Ctrl-C that nothing measured is lost, and end the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted: everything measured so far is kept in {database}; the same command"
+            " goes on from there",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+
+
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document."""
     from autoquant.report.json_output import dumps
 
     typer.echo(dumps(value))
 
 
 def print_table(make: Callable[[int], RenderableType]) -> None:
-    """Draw what `make` makes for the width of the terminal, or for 80 columns where there is none."""
+    """Print what `make` returns for the terminal's width; without a terminal, for 80 columns."""
     from rich.console import Console
 
     console = Console(file=sys.stdout, highlight=False)
@@ -59,10 +77,10 @@ def print_table(make: Callable[[int], RenderableType]) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Refuse, before long work is done, a file that could not be written after it.
+    """Refuse a file that could not be written, before long work is done for it.
 
     Raises:
-        AutoquantError: It lies in no folder that can be written into.
+        AutoquantError: It is a folder, or its folder cannot be written into.
     """
     from autoquant.errors import AutoquantError
     from autoquant.files import is_writable
@@ -71,12 +89,13 @@ def check_place(path: Path) -> None:
         raise AutoquantError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir() or not is_writable(path.parent):
         raise AutoquantError(
-            f"cannot write {path}: {path.parent} is not a folder that can be written into; make it first, or choose another place"
+            f"cannot write {path}: {path.parent} is not a folder that can be written into; make it"
+            " first, or choose another place"
         )
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file in one go.
+    """Write a file.
 
     Raises:
         AutoquantError: The place is not writable; nothing is left there.
@@ -90,7 +109,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that whoever opens it finds all of it, or what was there before.
+    """Replace a file at once: a reader finds the old content or all of the new.
 
     Raises:
         AutoquantError: The place is not writable; what was there is untouched.

@@ -1,4 +1,4 @@
-"""`autoquant pareto`: the measured front as a table, JSON, CSV, picture, or a drawing in characters."""
+"""`autoquant pareto`: show the measured front as text, JSON, CSV or a picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.output import Database, JsonFlag, check_place, opened_study, print_json, print_table, write_file
+from autoquant.cli.output import (
+    Database,
+    JsonFlag,
+    check_place,
+    opened_study,
+    print_json,
+    print_table,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from autoquant.study.study import Study
@@ -18,14 +26,21 @@ if TYPE_CHECKING:
 def pareto(
     database: Database,
     study: Annotated[
-        str | None, typer.Option(metavar="ID", help="Which study; the last one if left out.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="ID", help="Which study; the last one if left out.", show_default=False
+        ),
     ] = None,
     as_json: JsonFlag = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
-    chart: Annotated[bool, typer.Option("--chart", help="Also draw the front in characters, below the table.")] = False,
+    chart: Annotated[
+        bool, typer.Option("--chart", help="Also draw the front in characters, below the table.")
+    ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the front into a .png or .svg file.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Draw the front into a .png or .svg file.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Show the proven plans, fastest first: request time, quality and memory, all measured."""
@@ -53,10 +68,13 @@ def _check_suffix(path: Path) -> None:
 
     if path.suffix.lower() == ".html":
         raise typer.BadParameter(
-            f"draws pictures; `autoquant report DATABASE --out {path}` writes the front as a page", param_hint="--plot"
+            f"draws pictures; `autoquant report DATABASE --out {path}` writes the front as a page",
+            param_hint="--plot",
         )
     if path.suffix.lower() not in SUFFIXES:
-        raise typer.BadParameter(f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot")
+        raise typer.BadParameter(
+            f"{path} must end in one of {', '.join(SUFFIXES)}", param_hint="--plot"
+        )
 
 
 def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
@@ -65,9 +83,15 @@ def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
     from autoquant.report.words import study_line
 
     if not rows:
-        raise PlanError("there is nothing to draw: no plan has been proven yet, run `autoquant search` to the end")
+        raise PlanError(
+            "there is nothing to draw: no plan has been proven yet, run `autoquant search` to"
+            " the end"
+        )
     facts = study.facts
-    write_file(path, render(rows, path.suffix.lower(), study_line(facts.source, facts.device, facts.workload)))
+    write_file(
+        path,
+        render(rows, path.suffix.lower(), study_line(facts.source, facts.device, facts.workload)),
+    )
     typer.echo(f"wrote {path}", err=True)
 
 
@@ -95,7 +119,9 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
     if constrained := constraints_words(study.constraints.as_object()):
         typer.echo(f"Constraints: {constrained}")
     if not facts.complete:
-        typer.echo("This search has not come to its end; the same `autoquant search` goes on from here.")
+        typer.echo(
+            "This search has not come to its end; the same `autoquant search` goes on from here."
+        )
     typer.echo()
     if rows:
         print_table(lambda width: front_table(rows, width))

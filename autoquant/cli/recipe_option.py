@@ -1,4 +1,4 @@
-"""`--recipe` and `--save-recipe`: options read from a file where the command line does not give them, and written to one."""
+"""`--recipe` and `--save-recipe`: read options from a file, and write them to one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PATHS = ("model", "eval-text", "tokenizer")
 
 
 def take_recipe(context: typer.Context, asked: str | None) -> str | None:
-    """Make a recipe's options the defaults of this call. Runs before any other option is looked at.
+    """Make a recipe's options the defaults of this call, before other options are read.
 
     Raises:
-        RecipeError: There is no such recipe, or it has an option or value that the command does not take.
+        RecipeError: There is no such recipe, or the command does not take one of its options.
     """
     if asked is not None:
         from autoquant.recipes import find_recipe
@@ -44,16 +44,19 @@ RecipeOption = Annotated[
 SaveRecipeOption = Annotated[
     Path | None,
     typer.Option(
-        "--save-recipe", metavar="FILE", help="Write all options of this search into a recipe.", show_default=False
+        "--save-recipe",
+        metavar="FILE",
+        help="Write all options of this search into a recipe.",
+        show_default=False,
     ),
 ]
 
 
 def recipe_defaults(recipe: Recipe, command: Any, context: typer.Context) -> dict[str, Any]:
-    """A recipe's values by parameter of a command, as they would come from the command line.
+    """Return a recipe's values by parameter, as the command line would give them.
 
     Raises:
-        RecipeError: The command has no such option, or not with such a value; the message names file and key.
+        RecipeError: The command does not take an option or its value; the message names both.
     """
     known = {_key(parameter): parameter for parameter in command.params}
     defaults = {}
@@ -64,7 +67,10 @@ def recipe_defaults(recipe: Recipe, command: Any, context: typer.Context) -> dic
 
 
 def command_line_wins(context: typer.Context, *names: str) -> list[Any]:
-    """The values of parameters that exclude one another: where the command line gives some, the recipe's are forgotten."""
+    """Return the values of parameters that exclude one another.
+
+    If the command line gives one of them, the recipe's are dropped.
+    """
     given = [name for name in names if _is_given(context, name)]
     for name in names:
         if given and name not in given:
@@ -73,7 +79,7 @@ def command_line_wins(context: typer.Context, *names: str) -> list[Any]:
 
 
 def check_save(path: Path | None) -> None:
-    """Refuse before a search what could not be written after it."""
+    """Refuse a recipe that could not be written, before the search."""
     if path is None:
         return
     from autoquant.recipes import SUFFIX
@@ -84,18 +90,23 @@ def check_save(path: Path | None) -> None:
 
 
 def save_recipe(context: typer.Context, path: Path) -> None:
-    """Write every option of this call that has a value, defaults too, so that `--recipe` replays it anywhere on the machine."""
+    """Write every option of this call that has a value, defaults included.
+
+    `--recipe` replays it from any folder of the machine.
+    """
     from autoquant.recipes import written
 
     options = configuration(context)
     write_file(path, written(f"Saved from a search of {options['model']}", options).encode())
     typer.echo(f"wrote {path}", err=True)
     if context.params["trust_pickle"]:
-        typer.echo(f"note: {path} does not hold --trust-pickle: say so again with each replay", err=True)
+        typer.echo(
+            f"note: {path} does not hold --trust-pickle: say so again with each replay", err=True
+        )
 
 
 def configuration(context: typer.Context) -> dict[str, Value]:
-    """Every option of this call that has a value, by its name without the dashes."""
+    """Return every option of this call that has a value, by its name without dashes."""
     from autoquant.evaluators.data import DataName
 
     found: dict[str, Value] = {}
@@ -112,7 +123,7 @@ def configuration(context: typer.Context) -> dict[str, Value]:
 
 
 def _key(parameter: Any) -> str:
-    """What a parameter is called in a recipe: the name of its option without the dashes."""
+    """Return a parameter's name in a recipe: its option's name without dashes."""
     return str(parameter.opts[0]).removeprefix("--")
 
 
@@ -122,7 +133,9 @@ def _parameter(recipe: Recipe, key: str, known: Mapping[str, Any]) -> Any:
     from autoquant.errors import RecipeError
 
     if key in _NEVER_TAKEN:
-        raise RecipeError(f"{recipe.path}: {key} is not taken from a recipe, give --{key} on the command line")
+        raise RecipeError(
+            f"{recipe.path}: {key} is not taken from a recipe, give --{key} on the command line"
+        )
     if key not in known:
         close = [name for name in known if name.startswith(key)] or get_close_matches(key, known, 1)
         meant = f"did you mean {close[0]}?" if close else "`autoquant search --help` lists them"
@@ -131,10 +144,16 @@ def _parameter(recipe: Recipe, key: str, known: Mapping[str, Any]) -> Any:
 
 
 def _checked(recipe: Recipe, key: str, value: Value, parameter: Any, context: typer.Context) -> Any:
-    """A value that the parameter takes: flags want a bool, repeatable options a list, the rest is read like text."""
+    """Return a value that the parameter takes.
+
+    A flag needs a bool and a repeatable option a list; anything else is read like text.
+    """
     from autoquant.errors import RecipeError
 
-    flag, many = bool(getattr(parameter, "is_flag", False)), bool(getattr(parameter, "multiple", False))
+    flag, many = (
+        bool(getattr(parameter, "is_flag", False)),
+        bool(getattr(parameter, "multiple", False)),
+    )
     wanted = "true or false" if flag else "a list of texts" if many else "one text or number"
     if isinstance(value, bool) != flag or isinstance(value, list) != many:
         raise RecipeError(f"{recipe.path}: {key} must be {wanted}")

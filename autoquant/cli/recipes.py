@@ -1,4 +1,4 @@
-"""`autoquant recipes`: what `autoquant search --recipe` knows by name."""
+"""`autoquant recipes`: list what `autoquant search --recipe` knows by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def recipes(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """List the recipes that come with autoquant, and your own in ~/.config/autoquant/recipes (or $AUTOQUANT_RECIPES)."""
+    """List the recipes that come with autoquant, and your own.
+
+    Yours are in ~/.config/autoquant/recipes, or in $AUTOQUANT_RECIPES.
+    """
     from autoquant.report.tables.recipes import recipes_objects, recipes_table
 
     rows = _rows(context)
@@ -22,7 +25,9 @@ def recipes(context: typer.Context, as_json: JsonFlag = False) -> None:
         print_json(recipes_objects(rows))
         return
     print_table(lambda _width: recipes_table(rows))
-    typer.echo("\nUse one with `autoquant search MODEL --recipe NAME`; options given beside it win.")
+    typer.echo(
+        "\nUse one with `autoquant search MODEL --recipe NAME`; options given beside it win."
+    )
 
 
 def _rows(context: typer.Context) -> list[RecipeRow]:

@@ -1,4 +1,4 @@
-"""`autoquant report`: everything about a search as one HTML file."""
+"""`autoquant report`: write everything about a search as one HTML file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ _SUFFIXES = (".html", ".htm")
 
 def report(
     database: Database,
-    out: Annotated[Path, typer.Option(metavar="FILE.HTML", help="Where to write it.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE.HTML", help="Where to write it.")] = Path(
+        "report.html"
+    ),
     study: Annotated[
-        str | None, typer.Option(metavar="ID", help="Which study; the last one if left out.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="ID", help="Which study; the last one if left out.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Write a report of a search: front, plans layer by layer, kernels, coverage. One file that needs no network."""
+    """Write a report of a search: front, plans layer by layer, kernels and coverage.
+
+    It is one file and needs no network.
+    """
     if out.suffix.lower() not in _SUFFIXES:
         raise typer.BadParameter(f"{out} must end in .html", param_hint="--out")
     check_place(out)

@@ -1,4 +1,4 @@
-"""`autoquant rm`: a study goes with its plans and what was measured of them; what belongs to devices and models stays."""
+"""`autoquant rm`: remove a study with its plans; timings and losses stay."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ def rm(
     database: Database,
     study: Annotated[
         str,
-        typer.Argument(metavar="STUDY_ID", help="Which study (the beginning of its id will do).", show_default=False),
+        typer.Argument(
+            metavar="STUDY_ID",
+            help="Which study (the beginning of its id will do).",
+            show_default=False,
+        ),
     ],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a study with its plans, their proofs and their task scores.
 
-    Timings, losses and task scores of the unquantized model are kept: the same search does not measure them again.
+    Timings, losses and task scores of the unquantized model are kept: the same search does not
+    measure them again.
     """
     from autoquant.report.words import study_line
     from autoquant.store.remove import find_study
@@ -33,7 +38,9 @@ def rm(
         study_id = find_study(store, study)
         facts = store.study(study_id)
         words = f"study {study_id} ({study_line(facts.source, facts.device, facts.workload)})"
-        if not yes and not _confirmed(f"Remove {words} with its {len(store.plans(study_id))} plans?"):
+        if not yes and not _confirmed(
+            f"Remove {words} with its {len(store.plans(study_id))} plans?"
+        ):
             typer.echo("Nothing was removed.")
             return
         removed = remove(store, study_id)
@@ -42,15 +49,17 @@ def rm(
 
 
 def _confirmed(question: str) -> bool:
-    """Ask on stderr, so that stdout holds nothing but what was done; anything but yes is no.
+    """Ask on stderr, since stdout is for results; anything but yes means no.
 
     Raises:
-        AutoquantError: There is nobody to ask.
+        AutoquantError: Standard input is no terminal.
     """
     from autoquant.errors import AutoquantError
 
     if not sys.stdin.isatty():
-        raise AutoquantError("nothing was removed: there is no terminal to ask for confirmation on; say --yes")
+        raise AutoquantError(
+            "nothing was removed: there is no terminal to ask for confirmation on; say --yes"
+        )
     typer.echo(f"{question} [y/N]: ", err=True, nl=False)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

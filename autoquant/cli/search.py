@@ -1,4 +1,4 @@
-"""`autoquant search`: measure, solve, prove; ends with the front and the recommended plan."""
+"""`autoquant search`: run a search, then print the front and the recommended plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoquant.cli.output import JsonFlag, print_json, print_table
+from autoquant.cli.options import (
+    BatchOption,
+    CandidatesOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    MaxKlOption,
+    MaxMemoryOption,
+    Minimize,
+    MinimizeOption,
+    ModelFactoryOption,
+    SampleInputsOption,
+    TokenizerOption,
+    TrustPickleOption,
+    WorkloadOption,
+)
+from autoquant.cli.output import JsonFlag, interruptible, print_json, print_table
 from autoquant.cli.recipe_option import (
     RecipeOption,
     SaveRecipeOption,
@@ -26,29 +42,12 @@ if TYPE_CHECKING:
 _JUDGES = ("eval_text", "eval_data", "quality")
 
 
-class Dtype(StrEnum):
-    """The precision that counts as unquantized."""
-
-    AUTO = "auto"
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FAST16 = "fast16"
-
-
 class Sensitivity(StrEnum):
-    """How what a change costs is found out; described in `autoquant.evaluators.sensitivity`."""
+    """How the loss of a change is found; see `autoquant.evaluators.sensitivity`."""
 
     ISOLATED = "isolated"
     FISHER = "fisher"
     PATH = "path"
-
-
-class Minimize(StrEnum):
-    """What the recommended plan has least of."""
-
-    TIME = "time"
-    MEMORY = "memory"
 
 
 def search(
@@ -67,7 +66,8 @@ def search(
         typer.Option(
             "--eval-text",
             metavar="FILE",
-            help="Text that quality is measured on, like what the model will read. By default one that autoquant ships.",
+            help="Text that quality is measured on, like what the model will read."
+            " The default is one that autoquant ships.",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +76,8 @@ def search(
         typer.Option(
             "--eval-data",
             metavar="NAME[:CONFIG][:SPLIT][:COLUMN]",
-            help="Instead of a text: a JSONL, JSON, CSV, Parquet or text file, a folder of them, or a dataset on the hub.",
+            help="Instead of a text: a JSONL, JSON, CSV, Parquet or text file, a folder of them,"
+            " or a dataset on the hub.",
             show_default=False,
         ),
     ] = None,
@@ -84,50 +85,36 @@ def search(
         str | None,
         typer.Option(
             metavar="PACKAGE.MODULE:CALLABLE",
-            help="Instead of a text: takes the module and calibration, selection or report; returns a loss per sample.",
+            help="Instead of a text: takes the module and calibration, selection or report;"
+            " returns a loss per sample.",
             show_default=False,
         ),
     ] = None,
-    sample_inputs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PACKAGE.MODULE:CALLABLE",
-            help="Returns the inputs (tuple or dict) of a module that is no language model. Without --quality, variations of"
-            " them show how far its outputs diverge.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")] = "auto",
-    db: Annotated[str, typer.Option(metavar="FILE", help="Database; an existing one is continued.")] = "plan.db",
-    workload: Annotated[
-        str | None,
-        typer.Option(help="One request, e.g. prefill=512,decode=128 (the default).", show_default=False),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the unquantized model.")] = Dtype.AUTO,
+    sample_inputs: SampleInputsOption = None,
+    device: DeviceOption = "auto",
+    db: Annotated[
+        str, typer.Option(metavar="FILE", help="Database; an existing one is continued.")
+    ] = "plan.db",
+    workload: WorkloadOption = None,
+    batch: BatchOption = 1,
+    dtype: DtypeOption = Dtype.AUTO,
     max_ppl_increase: Annotated[
         str,
         typer.Option(
             metavar="PERCENT",
-            help="Limit of the increase of perplexity or your own loss, or of output divergence, e.g. 1%.",
+            help="Limit of the increase of perplexity or of your own loss, or of output"
+            " divergence, e.g. 1%.",
         ),
     ] = "1%",
-    max_kl: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NATS", help="Limit of the mean KL to the unquantized model, e.g. 0.02.", show_default=False
-        ),
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False)
-    ] = None,
-    minimize: Annotated[
-        Minimize, typer.Option(help="What the recommended plan has least of, within the limits.")
-    ] = Minimize.TIME,
+    max_kl: MaxKlOption = None,
+    max_memory: MaxMemoryOption = None,
+    minimize: MinimizeOption = Minimize.TIME,
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Layers that stay unquantized, e.g. lm_head; repeatable.", show_default=False
+            metavar="GLOB",
+            help="Layers that stay unquantized, e.g. lm_head; repeatable.",
+            show_default=False,
         ),
     ] = None,
     pin: Annotated[
@@ -141,44 +128,39 @@ def search(
     fusable: Annotated[
         str | None,
         typer.Option(
-            metavar="vllm", help="One format for what this engine fuses (q, k, v; gate, up).", show_default=False
-        ),
-    ] = None,
-    candidates: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="Candidates to consider, repeatable. Default: all but the opt-in ones.",
+            metavar="vllm",
+            help="One format for what this engine fuses (q, k, v; gate, up).",
             show_default=False,
         ),
     ] = None,
+    candidates: CandidatesOption = None,
     fuse: Annotated[
         bool,
-        typer.Option("--fuse/--no-fuse", help="Also try layers that read the same input as one (q, k, v; gate, up)."),
+        typer.Option(
+            "--fuse/--no-fuse",
+            help="Also try layers that read the same input as one (q, k, v; gate, up).",
+        ),
     ] = False,
     time_budget: Annotated[
-        str, typer.Option(metavar="TIME", help="Refine until then, e.g. 10m; the steps before take what they take.")
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="Refine until then, e.g. 10m. The steps before it are never cut short.",
+        ),
     ] = "10m",
     sensitivity: Annotated[
         Sensitivity | None,
         typer.Option(
-            help="What tells a layer's loss: path and fisher, which need a text, predict all from a few gradients; isolated"
-            " measures each change alone. By default path; without a text isolated.",
+            help="How losses are found: path and fisher need a text and predict all from a few"
+            " gradients; isolated measures each change alone. Default: path with a text, else"
+            " isolated.",
             show_default=False,
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
-    model_factory: Annotated[
-        str | None,
-        typer.Option(metavar="PACKAGE.MODULE:CALLABLE", help="Builds the module of a state dict.", show_default=False),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Tokenizer, where the model has none of its own.", show_default=False),
-    ] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Load a pickled model: runs the code that is in it.")
-    ] = False,
+    model_factory: ModelFactoryOption = None,
+    tokenizer: TokenizerOption = None,
+    trust_pickle: TrustPickleOption = False,
     save_as: SaveRecipeOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -189,7 +171,9 @@ def search(
     eval_text, eval_data, quality = command_line_wins(context, *_JUDGES)
     _check_judge(context)
     if quality is not None and sensitivity not in (None, Sensitivity.ISOLATED):
-        raise typer.BadParameter("needs a text: with --quality only isolated works", param_hint="--sensitivity")
+        raise typer.BadParameter(
+            "needs a text: with --quality only isolated works", param_hint="--sensitivity"
+        )
     check_save(save_as)
     increase = fraction(max_ppl_increase, "--max-ppl-increase")
     divergence = None if max_kl is None else nats(max_kl, "--max-kl")
@@ -201,43 +185,38 @@ def search(
 
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.tuner import driver  # imports torch: after everything that can be refused without it
+    # Imports torch: only after everything that can be refused without it.
+    from autoquant.tuner import driver
 
-    try:
-        with listening() as listener:
-            study = driver.search(
-                model,
-                eval_text=eval_text,
-                eval_data=eval_data,
-                quality=quality,
-                sample_inputs=sample_inputs,
-                db=db,
-                device=device,
-                dtype=dtype.value,
-                workload=request,
-                batch=batch,
-                max_ppl_increase=increase,
-                max_kl=divergence,
-                max_memory_bytes=memory,
-                minimize=minimize.value,
-                keep=tuple(keep or ()),
-                pin=tuple(pin or ()),
-                fusable=fusable,
-                candidates=tuple(candidates or ("*",)),
-                fuse=fuse,
-                time_budget_s=budget_s,
-                sensitivity=sensitivity.value if sensitivity else None,
-                seed=seed,
-                model_factory=model_factory,
-                tokenizer=tokenizer,
-                trust_pickle=trust_pickle,
-                listener=listener,
-            )
-    except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted: everything measured so far is kept in {db}; the same command goes on from there", err=True
+    with interruptible(db), listening() as listener:
+        study = driver.search(
+            model,
+            eval_text=eval_text,
+            eval_data=eval_data,
+            quality=quality,
+            sample_inputs=sample_inputs,
+            db=db,
+            device=device,
+            dtype=dtype.value,
+            workload=request,
+            batch=batch,
+            max_ppl_increase=increase,
+            max_kl=divergence,
+            max_memory_bytes=memory,
+            minimize=minimize.value,
+            keep=tuple(keep or ()),
+            pin=tuple(pin or ()),
+            fusable=fusable,
+            candidates=tuple(candidates or ("*",)),
+            fuse=fuse,
+            time_budget_s=budget_s,
+            sensitivity=sensitivity.value if sensitivity else None,
+            seed=seed,
+            model_factory=model_factory,
+            tokenizer=tokenizer,
+            trust_pickle=trust_pickle,
+            listener=listener,
         )
-        raise typer.Exit(130) from None
     study.store.put_reference(study.study_id, "command", {"options": configuration(context)})
     if save_as is not None:
         save_recipe(context, save_as)
@@ -247,7 +226,9 @@ def search(
 def _check_judge(context: typer.Context) -> None:
     given = [f"--{name.replace('_', '-')}" for name in _JUDGES if context.params[name] is not None]
     if len(given) > 1:
-        raise typer.BadParameter(f"cannot be combined with {' and '.join(given[1:])}", param_hint=given[0])
+        raise typer.BadParameter(
+            f"cannot be combined with {' and '.join(given[1:])}", param_hint=given[0]
+        )
 
 
 def _report(study: Study, db: str, *, as_json: bool) -> None:
@@ -281,4 +262,6 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     typer.echo(f"  autoquant pareto {where} --plot front.png")
     if recommended is not None:
         typer.echo(f"  autoquant show {where}")
-    typer.echo(f"  autoquant apply {where} {'' if recommended is not None else '--plan ID'}".rstrip())
+    typer.echo(
+        f"  autoquant apply {where} {'' if recommended is not None else '--plan ID'}".rstrip()
+    )

@@ -1,4 +1,4 @@
-"""`autoquant serve`: transformers' own OpenAI-compatible server, with one model."""
+"""`autoquant serve`: run transformers' OpenAI-compatible server with one model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoquant.cli.options import FolderArgument, FolderDeviceOption
+
 if TYPE_CHECKING:
     from autoquant.events import Listener
 
@@ -25,24 +27,26 @@ _POLL_S = 0.05
 
 
 def serve(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="Folder that `autoquant apply` wrote, or an unquantized model.", show_default=False
-        ),
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen at.")] = 8000,
-    device: Annotated[str, typer.Option(help="auto (where the plan was made, else the best) or a device.")] = "auto",
+    folder: FolderArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen at.")
+    ] = 8000,
+    device: FolderDeviceOption = "auto",
 ) -> None:
     """Serve the model of DIR to OpenAI's clients with transformers' own server, until Ctrl-C.
 
-    It answers /v1/chat/completions, /v1/completions and /v1/responses, by one model only; its name is DIR as typed here.
+    It answers /v1/chat/completions, /v1/completions and /v1/responses, with this model only. The
+    model's name is DIR as typed here.
     """
     from autoquant.errors import AutoquantError, ModelError
 
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise AutoquantError(f"serving needs {', '.join(missing)}: install with pip install 'autoquant[serve]'")
+        raise AutoquantError(
+            f"serving needs {', '.join(missing)}: install with pip install 'autoquant[serve]'"
+        )
     _check_free(host, port)
     from autoquant import prompting
     from autoquant.report.progress import listening
@@ -50,7 +54,9 @@ def serve(
     if problems := prompting.problems_of(folder):
         raise ModelError("; ".join(problems))
     if "@" in str(folder):
-        raise ModelError(f"transformers takes what follows @ in {folder} for a revision: give another path to it")
+        raise ModelError(
+            f"transformers takes what follows @ in {folder} for a revision: give another path to it"
+        )
     place = prompting.device_of(folder, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.perf_counter()
@@ -59,7 +65,10 @@ def serve(
         with listening() as listener:
             server = _load(folder, place, host, port, listener)
             _warm_up(server, _url(host, port), listener)
-        typer.echo(f"ready at {_url(host, port)} after {time.perf_counter() - started:.1f} s; Ctrl-C stops it")
+        typer.echo(
+            f"ready at {_url(host, port)} after {time.perf_counter() - started:.1f} s;"
+            " Ctrl-C stops it"
+        )
         typer.echo(f"try: {_example(_url(host, port), folder)}")
         while not server.server.should_exit:
             time.sleep(_POLL_S)
@@ -71,7 +80,7 @@ def serve(
 
 
 def _check_free(host: str, port: int) -> None:
-    """See, before anything is loaded, that one can listen there."""
+    """Refuse an address that cannot be listened on, before anything is loaded."""
     from autoquant.errors import AutoquantError
 
     try:
@@ -86,7 +95,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _load(folder: Path, device: str, host: str, port: int, listener: Listener) -> Any:
-    """transformers' server, listening, with the model loaded and the only one that it has."""
+    """Return transformers' server, listening, with this model as its only one."""
     from transformers.cli.serve import Serve
 
     from autoquant import prompting
@@ -99,31 +108,46 @@ def _load(folder: Path, device: str, host: str, port: int, listener: Listener) -
     try:
         with quiet(), no_progress_bars():
             server = Serve(
-                force_model=str(folder), device=device, host=host, port=port, log_level="error", non_blocking=True
+                force_model=str(folder),
+                device=device,
+                host=host,
+                port=port,
+                log_level="error",
+                non_blocking=True,
             )
     except Exception as error:
         raise ModelError(f"transformers cannot serve {folder}: {first_line(error)}") from error
     _serve_only(server, folder)
     kind = "quantized" if prompting.is_quantized(folder) else "unquantized"
-    listener(StageFinished("load", f"{kind} model on {device} in {time.perf_counter() - before:.1f} s"))
+    listener(
+        StageFinished("load", f"{kind} model on {device} in {time.perf_counter() - before:.1f} s")
+    )
     return server
 
 
 def _serve_only(server: Any, folder: Path) -> None:
-    """Leave no way to load another model or to drop this one, and list this one alone; an unquantized one is prepared too."""
+    """Make this model the only one, which cannot be dropped.
+
+    An unquantized model is prepared, too.
+    """
     from autoquant.runtime.prepare import prepare
 
     manager = server._model_manager
     for loaded in manager.loaded_models.values():
         prepare(loaded.model)
-    listed = {"id": str(folder), "object": "model", "owned_by": "", "created": int(folder.stat().st_mtime)}
+    listed = {
+        "id": str(folder),
+        "object": "model",
+        "owned_by": "",
+        "created": int(folder.stat().st_mtime),
+    }
     manager.get_gen_models = lambda: [listed]
     routes = server.server.config.app.router.routes
     routes[:] = [route for route in routes if route.path not in ("/load_model", "/reset")]
 
 
 def _warm_up(server: Any, url: str, listener: Listener) -> None:
-    """Wait until the server answers a request, the first of which may compile and tune."""
+    """Wait until the server has answered a request: the first may compile and tune."""
     from autoquant.errors import AutoquantError
     from autoquant.events import StageFinished, StageStarted
     from autoquant.models.quiet import quiet
@@ -134,17 +158,24 @@ def _warm_up(server: Any, url: str, listener: Listener) -> None:
         while not server.server.started:
             if time.perf_counter() - before > _STARTING_S:
                 raise AutoquantError(
-                    f"the server did not start at {url} within {_STARTING_S:.0f} s; try another --port"
+                    f"the server did not start at {url} within {_STARTING_S:.0f} s; try another"
+                    " --port"
                 )
             time.sleep(_POLL_S)
         body = json.dumps({"prompt": "Hello", "max_tokens": _WARMING_TOKENS}).encode()
-        request = urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{url}/completions", body, {"Content-Type": "application/json"}
+        )
         try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                request
+            ) as answer:
                 answer.read()
         except urllib.error.URLError as error:
             raise AutoquantError(f"the server does not answer at {url}: {error.reason}") from error
-    listener(StageFinished("prepare", f"the first answer took {time.perf_counter() - before:.1f} s"))
+    listener(
+        StageFinished("prepare", f"the first answer took {time.perf_counter() - before:.1f} s")
+    )
 
 
 def _url(host: str, port: int) -> str:
@@ -153,11 +184,16 @@ def _url(host: str, port: int) -> str:
 
 
 def _example(url: str, folder: Path) -> str:
-    """A request that this model can answer."""
+    """Return a request that this model can answer."""
     from autoquant import prompting
 
     model = {"model": str(folder), "max_tokens": 64}
     kind, body = "completions", {**model, "prompt": "Once upon a time"}
     if prompting.tokenizer_of(folder).chat_template:
-        kind, body = "chat/completions", {**model, "messages": [{"role": "user", "content": "Hello"}]}
-    return f"curl {url}/{kind} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+        kind, body = (
+            "chat/completions",
+            {**model, "messages": [{"role": "user", "content": "Hello"}]},
+        )
+    return (
+        f"curl {url}/{kind} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    )

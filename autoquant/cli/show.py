@@ -1,4 +1,4 @@
-"""`autoquant show`: one plan, layer by layer, with why."""
+"""`autoquant show`: show one plan layer by layer, with why."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def show(
     database: Database,
     plan: PlanOption = None,
     why: Annotated[
-        bool, typer.Option("--why", help="Also what the next better and the next cheaper choices would change.")
+        bool,
+        typer.Option(
+            "--why", help="Also what the next better and the next cheaper choices would change."
+        ),
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -32,14 +35,22 @@ def show(
         if as_json:
             from autoquant.report.json_output import plan_object
 
-            found = plan_object(chosen, row, proof, study.facts.recording, study.alternatives(chosen))
+            found = plan_object(
+                chosen, row, proof, study.facts.recording, study.alternatives(chosen)
+            )
             print_json(found | {"constraints": study.constraints.as_object()})
         else:
             _print_text(study, chosen, rows, proof, why=why, database=shlex.quote(database))
 
 
 def _print_text(
-    study: Study, plan: Plan, rows: list[dict[str, Any]], proof: Proof | None, *, why: bool, database: str
+    study: Study,
+    plan: Plan,
+    rows: list[dict[str, Any]],
+    proof: Proof | None,
+    *,
+    why: bool,
+    database: str,
 ) -> None:
     from autoquant.report.tables.plans import coverage_line, coverage_table, layers_table
     from autoquant.report.words import (

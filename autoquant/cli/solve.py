@@ -1,4 +1,4 @@
-"""`autoquant solve`: a finished search solved for other limits, without its model."""
+"""`autoquant solve`: solve a finished search for other limits, without its model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoquant.cli.options import MaxKlOption, MaxMemoryOption, Minimize, MinimizeOption
 from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
-from autoquant.cli.search import Minimize
 from autoquant.cli.values import fraction, nats, size_bytes
 
 if TYPE_CHECKING:
@@ -21,26 +21,31 @@ def solve(
     database: Database,
     max_ppl_increase: Annotated[
         str | None,
-        typer.Option(metavar="PERCENT", help="Limit of the increase (or divergence) of quality.", show_default=False),
+        typer.Option(
+            metavar="PERCENT",
+            help="Limit of the increase (or divergence) of quality.",
+            show_default=False,
+        ),
     ] = None,
-    max_kl: Annotated[
-        str | None,
-        typer.Option(metavar="NATS", help="Limit of the mean KL to the unquantized model.", show_default=False),
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Limit of the weights' memory.", show_default=False)
-    ] = None,
-    minimize: Annotated[Minimize, typer.Option(help="What the plan has least of.")] = Minimize.TIME,
+    max_kl: MaxKlOption = None,
+    max_memory: MaxMemoryOption = None,
+    minimize: MinimizeOption = Minimize.TIME,
     study: Annotated[
-        str | None, typer.Option(metavar="ID", help="Which study; the last one if left out.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="ID", help="Which study; the last one if left out.", show_default=False
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Solve a finished search for other limits, at once: nothing is measured, and the plan is predicted, not proven.
+    """Solve a finished search for other limits, at once.
 
-    Limits that are not given are not set. The plan is kept; `autoquant apply --plan` takes it.
+    Nothing is measured: the plan is predicted, not proven. It is kept, and `autoquant apply --plan`
+    takes it. A limit that is not given is not set.
     """
-    increase = None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
+    increase = (
+        None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
+    )
     divergence = None if max_kl is None else nats(max_kl, "--max-kl")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
     from autoquant.solver.limits import Limits
@@ -65,7 +70,12 @@ def _object(solved: Solved, limits: dict[str, Any]) -> dict[str, Any]:
     def predicted(plan: Plan) -> dict[str, Any]:
         return {"plan_id": plan.plan_id, "formats": plan.formats(), **asdict(plan.prediction)}
 
-    plan = {**predicted(solved.plan), "label": solved.plan.label, "kind": solved.plan.kind, "proven": solved.proven}
+    plan = {
+        **predicted(solved.plan),
+        "label": solved.plan.label,
+        "kind": solved.plan.kind,
+        "proven": solved.proven,
+    }
     return {"limits": limits, "plan": plan, "around": [predicted(other) for other in solved.around]}
 
 

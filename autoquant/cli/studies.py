@@ -1,4 +1,4 @@
-"""`autoquant studies`: what searches a database holds."""
+"""`autoquant studies`: list the searches that a database holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from autoquant.cli.output import Database, JsonFlag, opened_store, print_json, p
 
 
 def studies(database: Database, as_json: JsonFlag = False) -> None:
-    """List the studies of a database, the one last worked on first: that is the one other commands take if not told."""
+    """List the studies of a database.
+
+    The one last worked on comes first: other commands take it by default.
+    """
     from autoquant.report.tables.studies import studies_objects, studies_table
     from autoquant.study.overview import study_rows
 

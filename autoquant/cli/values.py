@@ -1,4 +1,4 @@
-"""Option values as people write them: `1%`, `2GiB`, `10m`."""
+"""Read option values as people write them: `1%`, `2GiB`, `10m`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ def fraction(text: str, option: str) -> float:
     """Read `1%` or `0.01`, both as 0.01.
 
     Raises:
-        WorkloadError: It is neither, negative, or a bare number from 1 on, which could be meant either way.
+        WorkloadError: It is neither, or negative, or a bare number from 1 on, which is ambiguous.
     """
-    advice = f"{option}: cannot read {text!r}; write a percentage such as 1% or a fraction such as 0.01"
+    advice = (
+        f"{option}: cannot read {text!r}; write a percentage such as 1% or a fraction such as 0.01"
+    )
     number, is_percent = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:
         value = float(number) / (100 if is_percent else 1)
@@ -36,7 +38,7 @@ def nats(text: str, option: str) -> float:
     """Read `0.02` as a divergence.
 
     Raises:
-        WorkloadError: It is no number, or negative.
+        WorkloadError: It is no number, or is negative.
     """
     try:
         value = float(text)
@@ -51,15 +53,20 @@ def size_bytes(text: str, option: str) -> int:
     """Read `2GiB`, `500MB` or `123456` as bytes.
 
     Raises:
-        WorkloadError: It is none of these, or not positive.
+        WorkloadError: It is none of these, or is not positive.
     """
     match = _SIZE.fullmatch(text.strip())
     value = 0
     if match:
         unit = (match[2] or "b").lower().removesuffix("b")
-        value = int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** _POWERS[unit.removesuffix("i")])
+        value = int(
+            float(match[1])
+            * (1024 if unit.endswith("i") else 1000) ** _POWERS[unit.removesuffix("i")]
+        )
     if value < 1:
-        raise WorkloadError(f"{option}: cannot read {text!r}; write a size such as 2GiB, 500MB or 123456 (bytes)")
+        raise WorkloadError(
+            f"{option}: cannot read {text!r}; write a size such as 2GiB, 500MB or 123456 (bytes)"
+        )
     return value
 
 
@@ -67,7 +74,7 @@ def duration_s(text: str, option: str) -> float:
     """Read `10m`, `90s`, `1h30m` or `600` as seconds.
 
     Raises:
-        WorkloadError: It is none of these, or not positive.
+        WorkloadError: It is none of these, or is not positive.
     """
     match = _DURATION.fullmatch(text.strip())
     value = 0.0
@@ -75,5 +82,7 @@ def duration_s(text: str, option: str) -> float:
         hours, minutes, seconds = (float(part or 0) for part in match.groups())
         value = hours * 3600 + minutes * 60 + seconds
     if value <= 0:
-        raise WorkloadError(f"{option}: cannot read {text!r}; write a time such as 10m, 90s, 1h30m or 600 (seconds)")
+        raise WorkloadError(
+            f"{option}: cannot read {text!r}; write a time such as 10m, 90s, 1h30m or 600 (seconds)"
+        )
     return value

@@ -14,7 +14,7 @@ from torch import nn
 from autoquant.errors import QualityError, first_line
 from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.text import Part, TextParts
-from autoquant.models.outputs import output_tensor
+from autoquant.models.outputs import output_tensor, run_on_tokens
 
 _ROWS_AT_ONCE = 128
 _KEPT_BYTES = 1 << 30
@@ -173,8 +173,7 @@ def _mean(losses: Sequence[float]) -> float:
 def next_token_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Logits `[tokens, vocabulary]` of one window `[1, tokens]`, without a cache."""
     with torch.no_grad():
-        output = module(ids, use_cache=False) if hasattr(module, "generate") else module(ids)
-    return output_tensor(output)[0]
+        return output_tensor(run_on_tokens(module, ids))[0]
 
 
 def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:

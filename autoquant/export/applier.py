@@ -23,7 +23,7 @@ from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanEr
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.export import checkpoint
 from autoquant.export.rounding_inputs import Calibration, Windows
-from autoquant.models import LoadedModel, load_model
+from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.loaded import is_causal_lm, settle
 from autoquant.models.outputs import output_tensor
 from autoquant.records import LayerChoice, Plan
@@ -172,7 +172,7 @@ def apply_to_disk(
         memory_bytes=module_bytes(loaded.module),
         original_memory_bytes=original_bytes,
         repeatable=repeatable,
-        needs_module=not _describes_itself(loaded),
+        needs_module=not loaded.describes_itself,
         generates=loaded.kind == "causal_lm" and loaded.tokenizer is not None,
     )
 
@@ -304,18 +304,11 @@ def load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str 
         ModelError: What lies at `model` is another model.
         PlanError: A live module was searched, and there is no `model`.
     """
-    source = facts.source
-    if source["kind"] == "live" and not model:
+    source = ModelSource(**facts.source)
+    if source.kind == "live" and not model:
         raise PlanError("a live module was searched: apply its plan with autoquant.apply(plan, module) from Python")
-    loaded = load_model(
-        model,
-        dtype=plan.dtype,
-        device=device or facts.device.type,
-        model_factory=source.get("model_factory"),
-        tokenizer=source.get("tokenizer"),
-        trust_pickle=bool(source.get("trust_pickle")),
-        sample_inputs=source.get("sample_inputs"),
-    )
+    place = device or facts.device.type
+    loaded = load_request(source.request(dtype=plan.dtype, device=place, model=model))
     if loaded.content_hash != plan.model_hash:
         raise ModelError(
             f"{model} is not the model that was searched (content {loaded.content_hash}, plan for {plan.model_hash}): "
@@ -326,12 +319,7 @@ def load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str 
 
 def _skeleton(loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFacts) -> nn.Module | None:
     """A second module for checkpoints that cannot make one: an exported program or a pickled module is loaded again."""
-    return None if _describes_itself(loaded) else load_searched(plan, model, facts, None).module
-
-
-def _describes_itself(loaded: LoadedModel) -> bool:
-    """Whether a checkpoint of the model says how its module is made."""
-    return loaded.source.kind in ("huggingface", "state_dict")
+    return None if loaded.describes_itself else load_searched(plan, model, facts, None).module
 
 
 def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:

@@ -23,6 +23,7 @@ from autoquant.candidates import Format, InputStatistics
 from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import CandidateError
 from autoquant.models.blocks import BlockChain
+from autoquant.models.outputs import run_on_tokens
 
 Windows = Sequence[Sequence[int]] | torch.Tensor
 """Token ids `[windows, tokens]`."""
@@ -90,7 +91,7 @@ class Calibration:
         """Yield each parameter's name with what was found of its inputs, block by block."""
         parameters = {name: module.get_parameter(name) for name in names}
         device = next(iter(parameters.values())).device
-        forwards = [partial(_run, module, ids.unsqueeze(0).to(device)) for ids in self._windows]
+        forwards = [partial(run_on_tokens, module, ids.unsqueeze(0).to(device)) for ids in self._windows]
         chain = BlockChain(module, forwards[0])
         starts = {name: chain.start(parameter) for name, parameter in parameters.items()}
         outputs: list[Any] = [None] * len(forwards)
@@ -100,10 +101,6 @@ class Calibration:
             with _InputSums(here) as sums:
                 outputs = [chain.step(index, before, run) for before, run in pairs]
             yield from sums.statistics().items()
-
-
-def _run(module: nn.Module, ids: torch.Tensor) -> Any:
-    return module(ids, use_cache=False) if hasattr(module, "generate") else module(ids)
 
 
 class _InputSums(LinearHook):

@@ -1,4 +1,4 @@
-"""The module of a model without its weights, for putting saved ones into it."""
+"""Make a model's module without its weights, to put saved ones into it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from autoquant.models import factory, huggingface
 from autoquant.models.quiet import current_folder_importable, quiet
 
 
-def build_architecture(source: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, meta: bool) -> nn.Module:
+def build_architecture(
+    source: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, meta: bool
+) -> nn.Module:
     """Make the module that a source describes, with arbitrary weights.
 
     Args:
@@ -32,10 +34,12 @@ def build_architecture(source: Mapping[str, Any], folder: Path, dtype: torch.dty
             return huggingface.from_config(folder, dtype)
     if source["kind"] == "state_dict" and source.get("model_factory"):
         with current_folder_importable(), place:
-            return factory._call(factory.factory_of(source["model_factory"]), source["model_factory"])
+            return factory._call(
+                factory.factory_of(source["model_factory"]), source["model_factory"]
+            )
     raise ModelError(
-        f"the architecture of a model that came as {source['kind']} is not saved with it: call autoquant.load(folder, model) "
-        "with a module of it"
+        f"the architecture of a model that came as {source['kind']} is not saved with it: call"
+        " autoquant.load(folder, model) with a module of it"
     )
 
 

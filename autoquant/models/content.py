@@ -1,4 +1,4 @@
-"""A model's identity: a hash of its tensors and its architecture, whatever files and folders it came in."""
+"""Identify a model by a hash of its tensors and its architecture, not of its files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ _CHUNK_BYTES = 64 * 2**20
 _HASH_LENGTH = 16
 
 
-def content_hash(tensors: Iterable[tuple[str, torch.Tensor]], architecture: Mapping[str, Any] | str) -> str:
-    """Hash (name, dtype, shape, bytes) of every tensor and the canonical JSON of `architecture`: 16 hex digits.
+def content_hash(
+    tensors: Iterable[tuple[str, torch.Tensor]], architecture: Mapping[str, Any] | str
+) -> str:
+    """Hash every tensor and the architecture to 16 hex digits.
 
-    `tensors` is read once, one tensor at a time, and may come in any order and from any device: each tensor is digested
-    by itself and the digests are combined in the order of their names, so no more than one tensor need be in memory.
+    A tensor counts with its name, dtype, shape and bytes, the architecture with its canonical JSON.
+
+    Args:
+        tensors: In any order and from any device. They are read once, one at a time: no more than
+            one need be in memory.
 
     Raises:
-        ModelError: A tensor holds no plain values (meta, sparse or of a deprecated quantized dtype).
+        ModelError: A tensor has no plain values: it is meta, sparse or of a deprecated dtype.
     """
     digests = sorted((name, _tensor_digest(name, tensor)) for name, tensor in tensors)
     total = hashlib.sha256()
-    total.update(json.dumps(architecture, sort_keys=True, separators=(",", ":"), default=str).encode())
+    total.update(
+        json.dumps(architecture, sort_keys=True, separators=(",", ":"), default=str).encode()
+    )
     for name, digest in digests:
         total.update(f"\0{name}\0{digest}".encode())
     return total.hexdigest()[:_HASH_LENGTH]
@@ -41,7 +48,9 @@ def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
         inner, context = tensor.__tensor_flatten__()
         hasher.update(f"{type(tensor).__qualname__}:{without_addresses(str(context))}".encode())
         for attribute in sorted(inner):
-            hasher.update(_tensor_digest(f"{name}.{attribute}", getattr(tensor, attribute)).encode())
+            hasher.update(
+                _tensor_digest(f"{name}.{attribute}", getattr(tensor, attribute)).encode()
+            )
         return hasher.hexdigest()
     for chunk in _chunks(name, tensor.detach()):
         hasher.update(chunk.numpy().data)
@@ -49,9 +58,11 @@ def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
 
 
 def _chunks(name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor's bytes as uint8 tensors [<= 64 MiB] on the CPU."""
+    """Yield the tensor's bytes as uint8 tensors of at most 64 MiB on the CPU."""
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-        raise ModelError(f"cannot read the values of {name}: give the model with ordinary (dense) weights")
+        raise ModelError(
+            f"cannot read the values of {name}: give the model with ordinary (dense) weights"
+        )
     if tensor.numel() == 0:
         return
     flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
@@ -60,9 +71,12 @@ def _chunks(name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def module_architecture(module: torch.nn.Module) -> dict[str, str]:
-    """What stands for a module's architecture in its hash: its class and its printed form, without memory addresses."""
+    """Describe a module for its hash: its class and its printed form, without addresses."""
     kind = type(module)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "module": without_addresses(str(module))}
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "module": without_addresses(str(module)),
+    }
 
 
 def without_addresses(text: str) -> str:
@@ -75,13 +89,15 @@ class DtypeTally:
     def __init__(self) -> None:
         self._counts: dict[torch.dtype, int] = {}
 
-    def watch(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass `tensors` on, counted."""
+    def watch(
+        self, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Count `tensors` and pass them on."""
         for name, tensor in tensors:
             if tensor.is_floating_point():
                 self._counts[tensor.dtype] = self._counts.get(tensor.dtype, 0) + tensor.numel()
             yield name, tensor
 
     def main(self) -> torch.dtype | None:
-        """The dtype that most floating elements have; None where none is floating."""
+        """Return the dtype that most floating elements have, or None without any."""
         return max(self._counts, key=lambda dtype: self._counts[dtype], default=None)

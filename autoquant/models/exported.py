@@ -1,4 +1,4 @@
-"""Exported programs (`.pt2`, written by `torch.export.save`)."""
+"""Load exported programs: `.pt2`, written by `torch.export.save`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from autoquant.errors import ModelError, first_line
 from autoquant.models.content import DtypeTally, content_hash, without_addresses
 from autoquant.models.exported_check import needs_trust
 from autoquant.models.factory import tie
-from autoquant.models.huggingface import load_tokenizer
 from autoquant.models.loaded import LoadedModel, model_kind, settle
 from autoquant.models.quiet import current_folder_importable
-from autoquant.models.request import Request
+from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
+from autoquant.models.tokenizers import load_tokenizer
 
 _Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -31,23 +31,28 @@ def is_exported(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(
-            name.endswith(("/archive_format", "serialized_exported_program.json")) for name in archive.namelist()
+            name.endswith(("/archive_format", "serialized_exported_program.json"))
+            for name in archive.namelist()
         )
 
 
-def load_exported(path: Path, request: Request) -> LoadedModel:
+def load_exported(path: Path, request: ModelRequest) -> LoadedModel:
     """Load an exported program with the inputs it was exported on.
 
     Raises:
-        ModelError: It cannot be read, needs positional and keyword inputs, does not run in the dtype asked for, or holds what
-            can run code on loading and is not trusted.
+        ModelError: It cannot be read, needs positional and keyword inputs, or does not run in the
+            dtype. Or it can run code on loading, and is not trusted.
     """
     if request.model_factory is not None:
-        raise ModelError(f"{path} is an exported program, which holds its module: leave out --model-factory")
+        raise ModelError(
+            f"{path} is an exported program, which holds its module: leave out --model-factory"
+        )
     program = _read(path, trust=request.trust_pickle)
     inputs = _example_inputs(program, path)
     tally = DtypeTally()
-    digest = content_hash(tally.watch(_tensors(program)), {"graph": without_addresses(str(program.graph))})
+    digest = content_hash(
+        tally.watch(_tensors(program)), {"graph": without_addresses(str(program.graph))}
+    )
     stored = tally.main() or torch.float32
     words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else None
     module, inputs = _place(program, inputs, path, request, stored)
@@ -65,24 +70,27 @@ def load_exported(path: Path, request: Request) -> LoadedModel:
 
 def _read(path: Path, *, trust: bool) -> ExportedProgram:
     if not is_exported(path):
-        raise ModelError(f"{path} is damaged or no exported program: write it with torch.export.save")
+        raise ModelError(
+            f"{path} is damaged or no exported program: write it with torch.export.save"
+        )
     if not trust and (reason := needs_trust(path)):
         raise ModelError(
-            f"{path} holds more than tensors and their operations ({reason}), which can run anything on loading; pass"
-            " --trust-pickle if you trust its author"
+            f"{path} holds more than tensors and their operations ({reason}), which can run"
+            " anything on loading; pass --trust-pickle if you trust its author"
         )
     try:
         if trust:
             with current_folder_importable():
                 return torch.export.load(path)
-        # What torch.export.load does first; its second try reads an older form that has not been checked.
+        # The first thing that torch.export.load does. What it does next reads an older form, which
+        # was not checked.
         from torch.export.pt2_archive._package import load_pt2
 
         return load_pt2(str(path)).exported_programs["model"]
     except Exception as error:
         raise ModelError(
-            f"cannot read the exported program {path} ({type(error).__name__}: {first_line(error)}): export it again"
-            f" with PyTorch {torch.__version__}"
+            f"cannot read the exported program {path} ({type(error).__name__}:"
+            f" {first_line(error)}): export it again with PyTorch {torch.__version__}"
         ) from error
 
 
@@ -95,20 +103,24 @@ def _tensors(program: ExportedProgram) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _example_inputs(program: ExportedProgram, path: Path) -> _Inputs:
-    """The inputs that the program was exported on, positional or by name; none where the file holds none."""
+    """Return the inputs that the program was exported on; empty if the file holds none."""
     inputs, keywords = program.example_inputs or ((), {})
     if inputs and keywords:
         raise ModelError(
-            f"{path} was exported with positional and keyword inputs ({', '.join(keywords)}): export it with either, e.g."
-            " torch.export.export(module, (), all_inputs_by_name)"
+            f"{path} was exported with positional and keyword inputs ({', '.join(keywords)}):"
+            " export it with either, e.g. torch.export.export(module, (), all_inputs_by_name)"
         )
     return keywords or inputs
 
 
 def _place(
-    program: ExportedProgram, inputs: _Inputs, path: Path, request: Request, stored: torch.dtype
+    program: ExportedProgram,
+    inputs: _Inputs,
+    path: Path,
+    request: ModelRequest,
+    stored: torch.dtype,
 ) -> tuple[nn.Module, _Inputs]:
-    """The program's module and example inputs on the device and in the dtype asked for."""
+    """Return the module and its inputs, on the device and in the dtype asked for."""
     from torch.export.passes import move_to_device_pass
 
     ties = _shared(program)
@@ -128,23 +140,25 @@ def _place(
 
 
 def _cast(module: nn.Module, inputs: _Inputs, dtype: torch.dtype, path: Path) -> _Inputs:
-    """Cast the module and its inputs, and see that the graph, which has dtypes burnt in, still runs."""
+    """Cast the module and its inputs. Check that the graph, whose dtypes are fixed, still runs."""
     module.to(dtype)
-    inputs = tree_map_only(torch.Tensor, lambda item: item.to(dtype) if item.is_floating_point() else item, inputs)
+    inputs = tree_map_only(
+        torch.Tensor, lambda item: item.to(dtype) if item.is_floating_point() else item, inputs
+    )
     if inputs:
         try:
             with torch.no_grad():
                 module(**inputs) if isinstance(inputs, dict) else module(*inputs)
         except Exception as error:
             raise ModelError(
-                f"{path} does not run in {dtype_name(dtype)} ({first_line(error)}): export it in that dtype, or use"
-                " --dtype auto"
+                f"{path} does not run in {dtype_name(dtype)} ({first_line(error)}): export it in"
+                " that dtype, or use --dtype auto"
             ) from error
     return inputs
 
 
 def _shared(program: ExportedProgram) -> list[list[str]]:
-    """Names of parameters that are one stretch of memory, which a move or a cast would make into several."""
+    """Return groups of parameter names that share memory, which a move or a cast would split."""
     names: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in program.state_dict.items():
         if isinstance(tensor, nn.Parameter) and tensor.numel():

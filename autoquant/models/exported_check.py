@@ -1,8 +1,9 @@
-"""Look into an exported program before torch reads it: does it hold anything that could run code?
+"""Check before torch reads an exported program that nothing in it can run code.
 
-`torch.export.load` unpickles tensors of unusual types and custom objects, compiles libraries in the archive into the
-process, evaluates shape expressions as Python and writes names from the file into source that it executes. What is
-allowed here is what ordinary exports hold; anything else needs the user's trust.
+`torch.export.load` unpickles tensors of unusual types and custom objects. It loads libraries of the
+archive into the process, evaluates shape expressions as Python, and writes names from the file into
+source that it executes. Only what ordinary exports hold is allowed here. Anything else needs the
+user's trust.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _TARGET = re.compile(
     r"|lshift|rshift|invert)"
     r"|math\.[a-z]\w*|torch\.sym_\w+"
 )
-# Strings that are kept for people or for tracing and are never evaluated, or that torch quotes before it uses them.
+# Strings for people or for tracing, which are never evaluated or are quoted before use.
 _FREE = {
     "stack_trace",
     "nn_module_stack",
@@ -71,15 +72,17 @@ _SYNTAX = (
 
 
 def needs_trust(path: Path) -> str:
-    """The first thing in the archive that is not known to be harmless, in words; empty where there is none.
+    """Return the first thing in the archive that is not known to be harmless; empty if none.
 
-    The archive is read with the reader that torch itself uses, so that both see the same entries. Nothing is run.
+    Torch's own reader reads the archive, so that both see the same entries. Nothing is run.
     """
     from torch.export.pt2_archive import PT2ArchiveReader
 
     try:
         reader = PT2ArchiveReader(str(path))
-        return next((reason for name in reader.get_file_names() for reason in _entry(reader, name)), "")
+        return next(
+            (reason for name in reader.get_file_names() for reason in _entry(reader, name)), ""
+        )
     except (RuntimeError, AssertionError, ValueError, RecursionError) as error:
         return f"its contents cannot be checked: {type(error).__name__}"
 
@@ -112,7 +115,7 @@ def _sample_inputs(data: bytes) -> Iterator[str]:
 
 
 def _strings(value: Any, key: str) -> Iterator[str]:
-    """What is wrong with the strings in a JSON value that stands under `key`."""
+    """Yield what is wrong with the strings in the JSON value of `key`."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if _NAME.fullmatch(name) is None:
@@ -136,7 +139,7 @@ def _harmless(text: str, key: str) -> bool:
 
 
 def is_plain_expression(text: str) -> bool:
-    """Whether a shape expression is arithmetic over symbols, calling nothing but known functions."""
+    """Whether a shape expression is arithmetic that calls only known functions."""
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,4 +1,4 @@
-"""Build a module with the user's factory and put stored weights into it, without ever holding them twice."""
+"""Build a module with the user's factory and fill it, holding no weight twice."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ _OTHER = "give the factory of the model that was saved"
 
 
 def build(spec: str, state: Mapping[str, Any], path: Path) -> nn.Module:
-    """Call the factory `package.module:callable` and load `state`, which came from `path`, into its module.
+    """Call the factory `package.module:callable` and fill its module with `state`.
 
-    The factory is called under the meta device first, which costs no memory and no time; where that fails, or leaves a
-    tensor that the file does not hold, it is called again for real. Parameters that it ties stay tied.
+    The factory is first called under the meta device, which takes no memory and no time. If that
+    fails, or leaves a tensor that the file does not hold, it is called again for real. Parameters
+    that it ties stay tied.
 
     Raises:
-        ModelError: The factory cannot be imported, fails or returns no module, or the weights do not fit its module.
+        ModelError: The factory cannot be imported, fails or returns no module. Or the weights, read
+            from `path`, do not fit its module.
     """
     with current_folder_importable():
         factory = factory_of(spec)
@@ -34,23 +36,31 @@ def build(spec: str, state: Mapping[str, Any], path: Path) -> nn.Module:
             module = _call(factory, spec)
             _fill(module, state, spec, path)
     if _on_meta(module):
-        raise ModelError(f"--model-factory {spec} returns a module on the meta device: build it with real tensors")
+        raise ModelError(
+            f"--model-factory {spec} returns a module on the meta device: build it with real"
+            " tensors"
+        )
     return module
 
 
 def factory_of(spec: str) -> Callable[[], Any]:
-    """The callable of `--model-factory`."""
+    """Import the callable of `--model-factory`."""
     return import_named(spec, _OPTION, "returns the module")
 
 
 def _call(factory: Callable[[], Any], spec: str) -> nn.Module:
     module = call_named(factory, spec, _OPTION)
     if not isinstance(module, nn.Module):
-        raise ModelError(f"--model-factory {spec} returned a {type(module).__name__}: it must return an nn.Module")
+        raise ModelError(
+            f"--model-factory {spec} returned a {type(module).__name__}: it must return an"
+            " nn.Module"
+        )
     return module
 
 
-def _build_on_meta(factory: Callable[[], Any], spec: str, state: Mapping[str, Any], path: Path) -> nn.Module | None:
+def _build_on_meta(
+    factory: Callable[[], Any], spec: str, state: Mapping[str, Any], path: Path
+) -> nn.Module | None:
     try:
         with torch.device("meta"):
             module = _call(factory, spec)
@@ -61,13 +71,19 @@ def _build_on_meta(factory: Callable[[], Any], spec: str, state: Mapping[str, An
 
 
 def _on_meta(module: nn.Module) -> bool:
-    """Whether any tensor is left without values, registered or kept as a plain attribute."""
+    """Whether any tensor, registered or a plain attribute, has no values."""
     return any(tensor.is_meta for part in module.modules() for tensor in _tensors(part))
 
 
 def _tensors(part: nn.Module) -> Iterable[torch.Tensor]:
     for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        items = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else (value,)
+        )
         yield from (item for item in items if isinstance(item, torch.Tensor))
 
 
@@ -78,8 +94,12 @@ def _fill(module: nn.Module, state: Mapping[str, Any], spec: str, path: Path) ->
     try:
         result = module.load_state_dict(state, strict=False, assign=True)
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [first_line(error)]
-        raise ModelError(f"{path} does not fit --model-factory {spec}: {some(lines, 2)}; {_OTHER}") from error
+        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [
+            first_line(error)
+        ]
+        raise ModelError(
+            f"{path} does not fit --model-factory {spec}: {some(lines, 2)}; {_OTHER}"
+        ) from error
     covered = {name for group in ties if any(name in state for name in group) for name in group}
     problems = []
     if missing := [name for name in result.missing_keys if name not in covered]:
@@ -87,7 +107,9 @@ def _fill(module: nn.Module, state: Mapping[str, Any], spec: str, path: Path) ->
     if result.unexpected_keys:
         problems.append(f"the module has no {some(list(result.unexpected_keys))}")
     if problems:
-        raise ModelError(f"{path} does not fit --model-factory {spec}: {'; '.join(problems)}; {_OTHER}")
+        raise ModelError(
+            f"{path} does not fit --model-factory {spec}: {'; '.join(problems)}; {_OTHER}"
+        )
     for group in ties:
         _check_same(group, state, spec, path)
     tie(module, [sorted(group, key=lambda name: name not in state) for group in ties])
@@ -96,12 +118,16 @@ def _fill(module: nn.Module, state: Mapping[str, Any], spec: str, path: Path) ->
 def _check_same(group: list[str], state: Mapping[str, Any], spec: str, path: Path) -> None:
     first, *rest = [name for name in group if name in state] or [""]
     for name in rest:
-        if state[name].data_ptr() != state[first].data_ptr() and not torch.equal(state[name], state[first]):
-            raise ModelError(f"--model-factory {spec} ties {first} and {name}, but they differ in {path}")
+        if state[name].data_ptr() != state[first].data_ptr() and not torch.equal(
+            state[name], state[first]
+        ):
+            raise ModelError(
+                f"--model-factory {spec} ties {first} and {name}, but they differ in {path}"
+            )
 
 
 def tied_names(module: nn.Module) -> list[list[str]]:
-    """Names of parameters and buffers that are one tensor, a list for each tensor that has several names."""
+    """Return the names of each parameter or buffer that has several."""
     names: dict[int, list[str]] = {}
     for members in (module.named_parameters, module.named_buffers):
         for name, tensor in members(remove_duplicate=False):
@@ -116,6 +142,8 @@ def tie(module: nn.Module, groups: Iterable[Iterable[str]]) -> None:
         for name in group:
             owner, _, leaf = name.rpartition(".")
             part = module.get_submodule(owner)
-            members: dict[str, Any] = part._parameters if leaf in part._parameters else part._buffers
+            members: dict[str, Any] = (
+                part._parameters if leaf in part._parameters else part._buffers
+            )
             shared = members[leaf] if shared is None else shared
             members[leaf] = shared

@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: folders, the hub, tokenizers. Never runs code that comes with a model."""
+"""Load Hugging Face causal language models and tokenizers; never run code that comes with them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,32 @@ from autoquant.models.factory import tied_names
 from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
 from autoquant.models.quiet import no_progress_bars, some
-from autoquant.models.request import Request
+from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
+from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 _WRONG_CONFIG = "download or save the model again, with the config.json that belongs to it"
 _TOKENIZER_ADVICE = "put the model's tokenizer there, or give one with --tokenizer FOLDER"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "tiktoken.model",
-)
 _DOWNLOADED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
 # Fields of config.json that change when a model is saved or moved without being another model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def load_folder(folder: Path, request: Request, path: str) -> LoadedModel:
-    """Load a causal LM saved with `save_pretrained`. `path` is what the source says the model is.
+def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
+    """Load a causal LM that `save_pretrained` wrote.
+
+    Args:
+        path: How the source names the model.
 
     Raises:
         ModelError: A file is missing, truncated or of another kind, or the model is no causal LM.
     """
     if request.model_factory is not None:
-        raise ModelError(f"{folder} is a folder, and --model-factory goes with a file of weights: leave it out")
+        raise ModelError(
+            f"{folder} is a folder, and --model-factory goes with a file of weights: leave it out"
+        )
     config = _read_config(folder)
     _check_complete(folder, request)
     files = weights.files(folder)
@@ -58,14 +54,17 @@ def load_folder(folder: Path, request: Request, path: str) -> LoadedModel:
     stored = _plain_dtype(tally, str(folder))
     words = _tokenizer(folder, request)
     module, left = _pretrained(folder, resolve_dtype(request.dtype, request.device, stored))
-    return _finish(module, digest, stored, words, request, path, [_left_over(folder, left)] if left else [])
+    return _finish(
+        module, digest, stored, words, request, path, [_left_over(folder, left)] if left else []
+    )
 
 
-def load_beside(state: Mapping[str, Any], path: Path, request: Request) -> LoadedModel:
-    """Load weights that were saved by hand, `torch.save(model.state_dict())`, beside the model's config.json.
+def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> LoadedModel:
+    """Load a state dict that was saved by hand beside the model's config.json.
 
     Raises:
-        ModelError: The configuration is no causal LM's, the weights do not fit it, or there is no tokenizer.
+        ModelError: The configuration is no causal LM's, the weights do not fit it, or there is no
+            tokenizer.
     """
     config = _read_config(path.parent)
     if not has_tokenizer(path.parent) and request.tokenizer is None:
@@ -82,53 +81,79 @@ def has_config(folder: Path) -> bool:
 
 
 def _from_state(
-    state: Mapping[str, Any], config: dict[str, Any], folder: Path, request: Request, path: str, *, strict: bool
+    state: Mapping[str, Any],
+    config: dict[str, Any],
+    folder: Path,
+    request: ModelRequest,
+    path: str,
+    *,
+    strict: bool,
 ) -> LoadedModel:
     """Make the model that the configuration describes and put `state` into it.
 
     Args:
-        path: What the source says the model is: the file, or its folder.
-        strict: Weights that the model has no place for are an error; else they are left out, which a note says.
+        path: How the source names the model: the file, or its folder.
+        strict: Refuse weights that the model has no place for; otherwise leave them out with a
+            note.
     """
     with torch.device("meta"):
         skeleton = from_config(folder, torch.float32)
     wanted = skeleton.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     named = renamed(tensors, skeleton, getattr(skeleton, "base_model_prefix", ""))
-    computed = [name for name, value in named.items() if name not in wanted and is_computed(name, value, skeleton)]
+    computed = [
+        name
+        for name, value in named.items()
+        if name not in wanted and is_computed(name, value, skeleton)
+    ]
     kept = {name: value for name, value in named.items() if name not in computed}
     own, different = without_aliases(kept, tied_names(skeleton))
     if different:
         raise ModelError(
-            f"{folder / _CONFIG} ties {some(different)}, but they differ in {path}: set tie_word_embeddings to false there"
+            f"{folder / _CONFIG} ties {some(different)}, but they differ in {path}: set"
+            " tie_word_embeddings to false there"
         )
     if strict and not any(name in wanted for name in own):
         raise ModelError(
-            f"{path} has none of the weights of {type(skeleton).__name__}, which the config.json beside it describes: give"
-            " --model-factory package.module:callable that returns the module that they are of, or its own config.json"
+            f"{path} has none of the weights of {type(skeleton).__name__}, which the config.json"
+            " beside it describes: give --model-factory package.module:callable that returns the"
+            " module that they are of, or its own config.json"
         )
     tally = DtypeTally()
     digest = content_hash(tally.watch(own.items()), _architecture(config))
     stored = _plain_dtype(tally, path)
     words = _tokenizer(folder, request)
-    module, left = _filled(skeleton, own, resolve_dtype(request.dtype, request.device, stored), folder, path)
+    module, left = _filled(
+        skeleton, own, resolve_dtype(request.dtype, request.device, stored), folder, path
+    )
     if left and strict:
         raise ModelError(
-            f"{path} has {some(left)}, which {type(module).__name__} of the config.json beside it does not: give the"
-            " model's own config.json, or --model-factory"
+            f"{path} has {some(left)}, which {type(module).__name__} of the config.json beside it"
+            " does not: give the model's own config.json, or --model-factory"
         )
     notes = [_left_over(path, left)] if left else []
     if computed:
-        notes.append(f"left out of {path}: {some(computed)}: {type(module).__name__} computes these itself")
+        notes.append(
+            f"left out of {path}: {some(computed)}: {type(module).__name__} computes these itself"
+        )
     return _finish(module, digest, stored, words, request, path, notes)
 
 
 def _left_over(place: str | Path, names: list[str]) -> str:
-    return f"left out of {place}: {some(names)}: the model that its config.json describes has no place for them"
+    return (
+        f"left out of {place}: {some(names)}: the model that its config.json describes has no place"
+        " for them"
+    )
 
 
 def _finish(
-    module: nn.Module, digest: str, stored: torch.dtype, words: Any, request: Request, path: str, notes: list[str]
+    module: nn.Module,
+    digest: str,
+    stored: torch.dtype,
+    words: Any,
+    request: ModelRequest,
+    path: str,
+    notes: list[str],
 ) -> LoadedModel:
     module = settle(module.to(request.device))
     return LoadedModel(
@@ -156,8 +181,8 @@ def _plain_dtype(tally: DtypeTally, place: str) -> torch.dtype:
     return stored
 
 
-def _check_complete(folder: Path, request: Request) -> None:
-    """Refuse a folder that lacks weights or a tokenizer; what is missing is told at once."""
+def _check_complete(folder: Path, request: ModelRequest) -> None:
+    """Refuse a folder that lacks weights or a tokenizer, and name everything that is missing."""
     lacks, advice = [], []
     if not weights.any_files(folder):
         lacks.append(weights.BEST)
@@ -166,13 +191,23 @@ def _check_complete(folder: Path, request: Request) -> None:
         lacks.append("tokenizer.json")
         advice.append(_TOKENIZER_ADVICE)
     if lacks:
-        raise ModelError(f"{folder} has a config.json but no {' and no '.join(lacks)}: {', and '.join(advice)}")
+        raise ModelError(
+            f"{folder} has a config.json but no {' and no '.join(lacks)}: {', and '.join(advice)}"
+        )
 
 
 def _other_weights(folder: Path) -> str:
-    found = [path for pattern in ("*.pt", "*.pth", "*.safetensors", "*.bin") for path in sorted(folder.glob(pattern))]
+    found = [
+        path
+        for pattern in ("*.pt", "*.pth", "*.safetensors", "*.bin")
+        for path in sorted(folder.glob(pattern))
+    ]
     whole = [path for path in found if "-of-" not in path.name]
-    return f"give the file of weights itself, {whole[0]}" if whole else "download or save the model again"
+    return (
+        f"give the file of weights itself, {whole[0]}"
+        if whole
+        else "download or save the model again"
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -182,11 +217,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path} ({first_line(error)}): download or save it again") from error
+        raise ModelError(
+            f"cannot read {path} ({first_line(error)}): download or save it again"
+        ) from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"{path} names no model_type, so it is not the config.json of a Hugging Face model")
+        raise ModelError(
+            f"{path} names no model_type, so it is not the config.json of a Hugging Face model"
+        )
     if "quantization_config" in config:
-        raise ModelError(f"{folder} holds an already quantized model: give the model before it was quantized")
+        raise ModelError(
+            f"{folder} holds an already quantized model: give the model before it was quantized"
+        )
     return config
 
 
@@ -199,15 +240,20 @@ def _no_config(folder: Path) -> str:
         return f"{folder} has no config.json: give the model's own folder, {folder / models[0]}"
     if files := [name for name in names if name.endswith((".safetensors", ".bin"))]:
         files_to_add = _CONFIG if has_tokenizer(folder) else f"{_CONFIG} and tokenizer.json"
-        return f"{folder} has {files[0]} but no config.json: put the model's {files_to_add} beside it"
+        return (
+            f"{folder} has {files[0]} but no config.json: put the model's {files_to_add} beside it"
+        )
     files = [name for name in names if name.endswith((".pt", ".pth", ".pt2"))]
     if files:
         return f"{folder} has no config.json: give the model file itself, {folder / files[0]}"
-    return f"{folder} holds no model (no config.json): give a folder that save_pretrained() wrote, or a model file"
+    return (
+        f"{folder} holds no model (no config.json): give a folder that save_pretrained() wrote, or"
+        " a model file"
+    )
 
 
 def _pretrained(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, list[str]]:
-    """The causal LM of a folder, and the names of weights there that it has no place for."""
+    """Return the causal LM of a folder, and names of weights that it has no place for."""
     from transformers import AutoModelForCausalLM
 
     def load(**options: Any) -> Any:
@@ -233,7 +279,7 @@ def pretrained(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 def _filled(
     skeleton: nn.Module, state: Mapping[str, Any], dtype: torch.dtype, folder: Path, place: str
 ) -> tuple[nn.Module, list[str]]:
-    """The same with the weights of `state`, which came from `place`."""
+    """Return the same for a model filled with `state`, which came from `place`."""
     kind: Any = type(skeleton)
 
     def load(**options: Any) -> Any:
@@ -244,19 +290,28 @@ def _filled(
     return module, left
 
 
-def _loaded(load: Callable[..., Any], dtype: torch.dtype | str, place: str) -> tuple[nn.Module, list[str]]:
+def _loaded(
+    load: Callable[..., Any], dtype: torch.dtype | str, place: str
+) -> tuple[nn.Module, list[str]]:
     try:
         with no_progress_bars():
-            module, report = load(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+            module, report = load(
+                dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except Exception as error:
-        raise ModelError(f"transformers cannot load {place} as a causal language model: {first_line(error)}") from error
+        raise ModelError(
+            f"transformers cannot load {place} as a causal language model: {first_line(error)}"
+        ) from error
     if not isinstance(module, nn.Module):
-        raise ModelError(f"transformers made no torch module of {place}: give a causal language model")
+        raise ModelError(
+            f"transformers made no torch module of {place}: give a causal language model"
+        )
     name = type(module).__name__
     if mismatched := sorted(report["mismatched_keys"]):
         key, stored, wanted = mismatched[0]
         raise ModelError(
-            f"{place} has {key} of {list(stored)}, {name} of its config.json {list(wanted)}: {_WRONG_CONFIG}"
+            f"{place} has {key} of {list(stored)}, {name} of its config.json {list(wanted)}:"
+            f" {_WRONG_CONFIG}"
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"the weights in {place} lack {some(missing)} of {name}: {_WRONG_CONFIG}")
@@ -264,7 +319,7 @@ def _loaded(load: Callable[..., Any], dtype: torch.dtype | str, place: str) -> t
 
 
 def from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The causal LM that the folder's `config.json` describes, with arbitrary weights.
+    """Make the causal LM that the folder's `config.json` describes, with arbitrary weights.
 
     Raises:
         ModelError: transformers knows no such causal LM.
@@ -276,14 +331,15 @@ def from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
         module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         raise ModelError(
-            f"transformers cannot build the model of {folder / _CONFIG} as a causal language model: {first_line(error)}"
+            f"transformers cannot build the model of {folder / _CONFIG} as a causal language model:"
+            f" {first_line(error)}"
         ) from error
     give_generation_config(module, folder)
     return module
 
 
 def give_generation_config(module: nn.Module, folder: Path) -> None:
-    """Let the model generate as the folder's `generation_config.json` says, where there is one."""
+    """Give the model the folder's `generation_config.json`, if there is one."""
     from transformers import GenerationConfig
 
     path = folder / _GENERATION_CONFIG
@@ -292,44 +348,20 @@ def give_generation_config(module: nn.Module, folder: Path) -> None:
     try:
         module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"cannot read {path} ({first_line(error)}): download or save it again") from error
-
-
-def _tokenizer(folder: Path, request: Request) -> Any:
-    return load_tokenizer(request.tokenizer if request.tokenizer is not None else str(folder))
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
-
-
-def load_tokenizer(path: str) -> Any:
-    """Load a tokenizer from a folder or from a `tokenizer.json`.
-
-    Raises:
-        ModelError: There is none, or transformers cannot read it.
-    """
-    place = Path(path).expanduser().absolute()
-    if not place.exists() or (place.is_dir() and not has_tokenizer(place)):
-        raise ModelError(f"there is no tokenizer at {path}: give a folder that holds a tokenizer.json, or that file")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        if place.is_dir():
-            return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-        return PreTrainedTokenizerFast(tokenizer_file=str(place))
-    except Exception as error:
         raise ModelError(
-            f"cannot read the tokenizer {place} ({first_line(error)}): download or save it again"
+            f"cannot read {path} ({first_line(error)}): download or save it again"
         ) from error
 
 
+def _tokenizer(folder: Path, request: ModelRequest) -> Any:
+    return load_tokenizer(request.tokenizer if request.tokenizer is not None else str(folder))
+
+
 def download(name: str) -> Path:
-    """Fetch a model from the hub (or find it in the hub's cache) and return its folder.
+    """Return a model's folder in the hub's cache; fetch the model first if needed.
 
     Raises:
-        ModelError: The hub cannot be reached, or has no such model, or it is not open to this user.
+        ModelError: The hub cannot be reached, has no such model, or does not let this user have it.
     """
     from huggingface_hub import snapshot_download
 
@@ -338,9 +370,12 @@ def download(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
             if weights.any_files(folder):
                 return folder
-            return Path(snapshot_download(name, allow_patterns=[*_DOWNLOADED, "pytorch_model*.bin"]))
+            return Path(
+                snapshot_download(name, allow_patterns=[*_DOWNLOADED, "pytorch_model*.bin"])
+            )
     except Exception as error:
         raise ModelError(
-            f"{name} is neither a folder here{did_you_mean_path(name)} nor a model that can be fetched from the"
-            f" hub ({first_line(error)}): check the spelling and the network, or give a folder"
+            f"{name} is neither a folder here{did_you_mean_path(name)} nor a model that can be"
+            f" fetched from the hub ({first_line(error)}): check the spelling and the network, or"
+            " give a folder"
         ) from error

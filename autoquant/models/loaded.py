@@ -1,4 +1,4 @@
-"""What loading gives: the module ready to run, with its identity, its source and what kind of model it is."""
+"""A loaded model: ready to run, with its identity, source and kind."""
 
 from __future__ import annotations
 
@@ -9,48 +9,40 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from autoquant.models.request import ModelSource
 from autoquant.models.targets import dtype_name
 
-SourceKind = Literal["huggingface", "state_dict", "exported", "pickle", "live"]
 ModelKind = Literal["causal_lm", "token_lm", "module"]
 
 # What running a module on inputs that are not meant for it raises.
-_UNFIT = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """Where a model came from: what `load_model` needs to load it again. Serialize it with `dataclasses.asdict`.
-
-    Attributes:
-        path: Absolute path of the file or folder, or a name on the hub; empty for a live module.
-        model_factory: `package.module:callable` that built the module.
-        tokenizer: Path of a tokenizer given apart from the model.
-        trust_pickle: Whether the user allowed the file to run code.
-        sample_inputs: `package.module:callable` that made the example inputs.
-    """
-
-    kind: SourceKind
-    path: str = ""
-    model_factory: str | None = None
-    tokenizer: str | None = None
-    trust_pickle: bool = False
-    sample_inputs: str | None = None
+_UNFIT = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
 
 
 @dataclass(kw_only=True)
 class LoadedModel:
-    """A module in eval mode, without gradients, on its device and in the resolved dtype.
+    """A module in eval mode, without gradients, on its device and in its dtype.
 
     Attributes:
-        content_hash: Of the tensors as stored, before any cast, and the architecture.
+        content_hash: Of the architecture and of the tensors as stored, before any cast.
         tokenizer: A transformers tokenizer, or what the caller of `from_module` gave.
-        kind: `causal_lm`, a Hugging Face model that generates with a cache; `token_lm`, takes integer ids
-            [batch, tokens] as its only input and gives logits [batch, tokens, vocab], bare or as `.logits`; `module`,
-            anything else.
-        example_inputs: Arguments of one forward pass, on the device and in the dtype: those of `sample_inputs`, positional or
-            by name, or the positional ones saved with an exported program.
-        max_positions: Longest sequence in tokens, where the configuration says so.
+        kind: One of
+
+            - `causal_lm`: a Hugging Face model that generates with a cache
+            - `token_lm`: takes integer ids [batch, tokens] as its only input and returns logits
+              [batch, tokens, vocab], bare or as `.logits`
+            - `module`: anything else.
+        example_inputs: The arguments of one forward pass, positional or by name: the user's, or
+            else those of an exported program. None without any. What a callable or a program made
+            is on the device and in the dtype; tensors that the user gave stay as they are.
+        max_positions: Longest sequence in tokens, if the configuration says so.
         stored_dtype: The dtype that most of the stored weights have, e.g. `bfloat16`.
         notes: What the file holds and the model does not, a sentence each.
     """
@@ -67,18 +59,29 @@ class LoadedModel:
 
     @property
     def device(self) -> str:
-        """Where the first parameter or buffer is, e.g. `cuda:0`; `cpu` without any."""
-        tensor = next(iter(self.module.state_dict().values()), None)
-        return str(tensor.device) if isinstance(tensor, torch.Tensor) else "cpu"
+        """The device of the first parameter or buffer, e.g. `cuda:0`; `cpu` without any."""
+        return device_of(self.module)
+
+    @property
+    def describes_itself(self) -> bool:
+        """Whether a checkpoint of the model says how its module is made."""
+        return self.source.kind in ("huggingface", "state_dict")
 
     @property
     def dtype(self) -> str:
-        """The dtype that most floating parameters have now; the stored one where there are none."""
+        """The dtype that most floating parameters have now; without any, the stored one."""
         return dtype_name(main_dtype(self.module) or getattr(torch, self.stored_dtype))
 
 
+def device_of(module: nn.Module) -> str:
+    """Return the device of the first parameter or buffer, e.g. `cuda:0`; `cpu` without any."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return str(tensor.device)
+    return "cpu"
+
+
 def main_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype that most floating elements of the parameters (else buffers) have."""
+    """Return the dtype of most floating elements of the parameters, else buffers, or None."""
     for tensors in (list(module.parameters()), list(module.buffers())):
         counts: dict[torch.dtype, int] = {}
         for tensor in tensors:
@@ -92,8 +95,8 @@ def main_dtype(module: nn.Module) -> torch.dtype | None:
 def settle(module: nn.Module) -> nn.Module:
     """Put `module` in eval mode without gradients, in place.
 
-    An exported program's module refuses `eval()`: its mode was fixed when it was exported. There `eval` is replaced by
-    one that does nothing, so that callers need not know the difference.
+    An exported program's module refuses `eval()`, since the export fixed its mode. Its `eval` is
+    replaced by one that does nothing, so that callers need not know the difference.
     """
     try:
         module.eval()
@@ -128,14 +131,18 @@ def is_token_lm(module: nn.Module, device: str) -> bool:
 
 
 def model_kind(module: nn.Module, device: str, *, may_be_lm: bool) -> ModelKind:
-    """The kind of a settled module. `may_be_lm` says whether there is reason to try it on token ids."""
+    """Find the kind of a settled module.
+
+    Args:
+        may_be_lm: There is reason to try it on token ids.
+    """
     if is_causal_lm(module):
         return "causal_lm"
     return "token_lm" if may_be_lm and is_token_lm(module, device) else "module"
 
 
 def max_positions(module: nn.Module) -> int | None:
-    """The longest sequence in tokens that a Hugging Face model's configuration allows."""
+    """Return the longest sequence in tokens that the configuration allows, or None."""
     if not is_causal_lm(module):
         return None
     config: Any = module.config

@@ -1,4 +1,4 @@
-"""What a model file needs besides itself: all of it in one line, in the order in which to give it."""
+"""Say in one line what else a model file needs before it can be loaded."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autoquant.errors import ModelError
-from autoquant.models.request import Request
+from autoquant.models.request import ModelRequest
 
-_TOKEN_WEIGHTS = ("embed_tokens", "wte.", "word_embeddings", "tok_embeddings", "token_embedding", "lm_head")
+_TOKEN_WEIGHTS = (
+    "embed_tokens",
+    "wte.",
+    "word_embeddings",
+    "tok_embeddings",
+    "token_embedding",
+    "lm_head",
+)
 _TOKEN_CLASSES = ("ForCausalLM", "LMHeadModel")
 
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """An option that has to be given: what to type as an example, and the same in words."""
+    """An option that has to be given: an example to type, and words for it."""
 
     example: str
     words: str
@@ -27,16 +34,18 @@ _FACTORY = _Option(
     "--model-factory package.module:callable (returns the module that the weights are of)",
 )
 _INPUTS = _Option(
-    "--sample-inputs my_code:inputs", "--sample-inputs package.module:callable (returns the inputs of one forward pass)"
+    "--sample-inputs my_code:inputs",
+    "--sample-inputs package.module:callable (returns the inputs of one forward pass)",
 )
 _TOKENIZER = _Option("--tokenizer FOLDER", "--tokenizer FOLDER")
 _EITHER = _Option(
-    _INPUTS.example, f"{_INPUTS.words}, or for a model of token ids {_TOKENIZER.words} in place of the latter"
+    _INPUTS.example,
+    f"{_INPUTS.words}, or for a model of token ids {_TOKENIZER.words} in place of the latter",
 )
 
 
 def missing(
-    request: Request,
+    request: ModelRequest,
     problem: str,
     *,
     trust: bool = False,
@@ -44,21 +53,28 @@ def missing(
     reads_tokens: bool | None,
     instead: str,
 ) -> ModelError:
-    """The refusal of a file that cannot be loaded as asked.
+    """Make the error for a file that cannot be loaded as asked.
 
     Args:
         problem: What the file is, e.g. `model.pt is a state dict, weights without a model`.
         trust: The file may run code.
         factory: The file holds weights only.
-        reads_tokens: Whether the model takes token ids; None where that cannot be told.
-        instead: Another way to go, after `or`.
+        reads_tokens: Whether the model takes token ids; None if unknown.
+        instead: What else to do; follows `or`.
     """
     options = list(_options(request, trust=trust, factory=factory, reads_tokens=reads_tokens))
-    example = " ".join(["autoquant search", shlex.quote(request.name), *(option.example for option in options)])
-    return ModelError(f"{problem}: give {_listed(option.words for option in options)}, e.g. `{example}`; or {instead}")
+    example = " ".join(
+        ["autoquant search", shlex.quote(request.name), *(option.example for option in options)]
+    )
+    return ModelError(
+        f"{problem}: give {_listed(option.words for option in options)}, e.g. `{example}`;"
+        f" or {instead}"
+    )
 
 
-def _options(request: Request, *, trust: bool, factory: bool, reads_tokens: bool | None) -> Iterator[_Option]:
+def _options(
+    request: ModelRequest, *, trust: bool, factory: bool, reads_tokens: bool | None
+) -> Iterator[_Option]:
     if trust and not request.trust_pickle:
         yield _TRUST
     if factory and request.model_factory is None:
@@ -68,7 +84,7 @@ def _options(request: Request, *, trust: bool, factory: bool, reads_tokens: bool
 
 
 def _listed(words: Iterable[str]) -> str:
-    """`a, b and c`."""
+    """Join words as in `a, b and c`."""
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -79,5 +95,5 @@ def weights_read_tokens(names: Iterable[str]) -> bool:
 
 
 def class_reads_tokens(name: str) -> bool | None:
-    """Whether a class named so is a language model; None where its name does not tell."""
+    """Whether a class of this name is a language model; None if unknown."""
     return True if name.endswith(_TOKEN_CLASSES) else None

@@ -1,4 +1,4 @@
-"""What a user names as `package.module:callable`: imported, called, and every failure told in one line."""
+"""Import and call what a user names as `package.module:callable`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from autoquant.models.quiet import current_folder_importable
 
 
 def import_named(spec: str, option: str, use: str) -> Callable[..., Any]:
-    """The callable that `spec` names; the caller says whether the current folder can be imported from.
+    """Import the callable that `spec` names.
+
+    The current folder is searched only within `current_folder_importable`.
 
     Args:
         spec: `package.module:callable`.
@@ -33,20 +35,25 @@ def import_named(spec: str, option: str, use: str) -> Callable[..., Any]:
         module = importlib.import_module(place)
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"cannot import {place} of {option} ({first_line(error)}): run where it can be imported from"
+            f"cannot import {place} of {option} ({first_line(error)}): run where it can be imported"
+            " from"
         ) from error
     try:
         found = reduce(getattr, name.split("."), module)
     except AttributeError as error:
-        raise ModelError(f"{place} has no {name}{did_you_mean(name, vars(module))}: check {option} {spec}") from error
+        raise ModelError(
+            f"{place} has no {name}{did_you_mean(name, vars(module))}: check {option} {spec}"
+        ) from error
     if not callable(found):
-        raise ModelError(f"{name} in {place} cannot be called: {option} needs a callable that {use}")
+        raise ModelError(
+            f"{name} in {place} cannot be called: {option} needs a callable that {use}"
+        )
     function: Callable[..., Any] = found
     return function
 
 
 def call_named(function: Callable[[], Any], spec: str, option: str) -> Any:
-    """What the callable returns.
+    """Call it without arguments and return what it returns.
 
     Raises:
         ModelError: It failed.
@@ -55,13 +62,15 @@ def call_named(function: Callable[[], Any], spec: str, option: str) -> Any:
         return function()
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"{option} {spec} failed ({type(error).__name__}: {first_line(error)}): mend it, it is called without arguments;"
-            " --debug shows where it failed"
+            f"{option} {spec} failed ({type(error).__name__}: {first_line(error)}): fix it;"
+            " it is called without arguments, and --debug shows where it failed"
         ) from error
 
 
 def quality_function(spec: str) -> Callable[..., Any]:
-    """The function of `--quality`. What it imports when it is called must not be in the current folder only.
+    """Import the function of `--quality`.
+
+    What it imports when it is called must be importable from elsewhere than the current folder.
 
     Raises:
         ModelError: See `import_named`.
@@ -70,25 +79,33 @@ def quality_function(spec: str) -> Callable[..., Any]:
         return import_named(spec, "--quality", "takes (module, part) and returns losses")
 
 
-def make_inputs(spec: str, device: str, dtype: torch.dtype | None) -> tuple[Any, ...] | dict[str, Any]:
-    """What the callable of `--sample-inputs` returns, with its tensors on `device` and the floating ones in `dtype`.
+def make_inputs(
+    spec: str, device: str, dtype: torch.dtype | None
+) -> tuple[Any, ...] | dict[str, Any]:
+    """Return the inputs that the callable of `--sample-inputs` makes, on `device`.
+
+    Floating tensors are cast to `dtype`, if it is not None.
 
     Raises:
-        ModelError: See `import_named`; or it returns neither positional nor keyword arguments.
+        ModelError: As for `import_named`, or it returns neither a tuple nor a dict.
     """
     with current_folder_importable():
         inputs = call_named(
-            import_named(spec, "--sample-inputs", "returns a tuple or dict of inputs"), spec, "--sample-inputs"
+            import_named(spec, "--sample-inputs", "returns a tuple or dict of inputs"),
+            spec,
+            "--sample-inputs",
         )
     if not isinstance(inputs, (tuple, list, Mapping)):
         raise ModelError(
-            f"--sample-inputs {spec} returned a {type(inputs).__name__}: it must return a tuple of positional arguments or"
-            " a dict of keyword arguments of one forward pass"
+            f"--sample-inputs {spec} returned a {type(inputs).__name__}: it must return a tuple of"
+            " positional arguments or a dict of keyword arguments of one forward pass"
         )
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    placed = tree_map_only(torch.Tensor, place, dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs))
+    placed = tree_map_only(
+        torch.Tensor, place, dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
+    )
     made: tuple[Any, ...] | dict[str, Any] = placed
     return made

@@ -1,4 +1,4 @@
-"""What stored weights are called in their model, whatever a training program or a compiler put before or into the names."""
+"""Undo what training programs and compilers add to the names of stored weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Parts of names that come from wrapping a module, wherever in it: torch.compile, FSDP, activation checkpointing.
+# Parts of names that wrappers add anywhere: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What old versions of transformers stored and its models now compute.
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -17,25 +17,29 @@ _MASKS = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(masked_)
 
 
 def renamed(state: Mapping[str, Any], module: nn.Module, base: str = "") -> dict[str, Any]:
-    """The state under the names that it has in `module`; see `fitted`."""
+    """Return the state under the names that it has in `module`; see `fitted`."""
     return {new: state[stored] for stored, new in fitted(state, module.state_dict(), base).items()}
 
 
 def fitted(names: Collection[str], wanted: Collection[str], base: str) -> dict[str, str]:
-    """Stored names with what they are called in the model; the same ones where no other way fits better.
+    """Map stored names to those of the model. Names stay as they are if nothing fits better.
 
     Args:
         wanted: The model's own names.
-        base: The prefix that the model without its head is missing, e.g. `model`.
+        base: The prefix that names lack if the model was saved without its head, e.g. `model`.
     """
     wanted = set(wanted)
-    return max(_ways(names, wanted, base), key=lambda way: sum(name in wanted for name in way.values()))
+    return max(
+        _ways(names, wanted, base), key=lambda way: sum(name in wanted for name in way.values())
+    )
 
 
 def _ways(names: Collection[str], wanted: Collection[str], base: str) -> Iterator[dict[str, str]]:
-    """Ways to name the same weights: with less and less in front of them."""
+    """Yield ways to name the same weights, with ever shorter prefixes."""
     yield {name: name for name in names}
-    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
+    plain = {
+        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names
+    }
     while True:
         way = {name: _with_base(short, wanted, base) for name, short in plain.items()}
         if len(set(way.values())) == len(names):
@@ -58,18 +62,22 @@ def is_computed(name: str, value: Any, module: nn.Module) -> bool:
     return bool(_MASKS.search(name)) and isinstance(value, torch.Tensor) and value.dim() != 1
 
 
-def without_aliases(state: Mapping[str, Any], ties: Collection[Collection[str]]) -> tuple[dict[str, Any], list[str]]:
-    """The state with each tied weight once, under the first of its names.
+def without_aliases(
+    state: Mapping[str, Any], ties: Collection[Collection[str]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Keep each tied weight once, under the first of its names.
 
     Returns:
-        The state; and names that are tied in the model and differ here.
+        The state, and names that the model ties but whose values differ.
     """
     kept, different = dict(state), []
     for group in ties:
         first, *rest = [name for name in group if name in state] or [""]
         for name in rest:
             kept.pop(name)
-            if state[name].data_ptr() != state[first].data_ptr() and not torch.equal(state[name], state[first]):
+            if state[name].data_ptr() != state[first].data_ptr() and not torch.equal(
+                state[name], state[first]
+            ):
                 different += [first, name]
         if first and first != next(iter(group)):
             kept[next(iter(group))] = kept.pop(first)

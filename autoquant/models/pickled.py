@@ -1,4 +1,4 @@
-"""Look into a pickle without running it: is it one, and of which class is the object that it holds?"""
+"""Look into a pickle without running it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import IO
 
 _STRINGS = ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _SILENT = ("PROTO", "FRAME", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", *_STRINGS)
-# The old format of torch.save has a magic number, a version and facts about the machine before the object.
+# Before the object, the old format of torch.save has a magic number, a version and facts about
+# the machine.
 _PICKLES_OF_OLD_FORMAT = 4
 
 
@@ -22,22 +23,38 @@ def is_pickle(path: Path, *, is_zip: bool) -> bool:
             starts = file.read(1) == pickle.PROTO
             file.seek(0)
             return starts and all(True for _ in pickletools.genops(file))
-    except (OSError, StopIteration, zipfile.BadZipFile, ValueError, IndexError, OverflowError, MemoryError):
+    except (
+        OSError,
+        StopIteration,
+        zipfile.BadZipFile,
+        ValueError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+    ):
         return False
 
 
 def pickled_class(path: Path, *, is_zip: bool) -> str:
-    """`package.module.Class` of the object that the file holds, as far as can be told; else empty."""
+    """Return the `package.module.Class` of the object in the file; empty if unknown."""
     try:
         with _opened(path, is_zip=is_zip) as file:
             names = (_first_name(file) for _ in range(_PICKLES_OF_OLD_FORMAT))
             return next(filter(None, names), "")
-    except (OSError, StopIteration, zipfile.BadZipFile, ValueError, IndexError, OverflowError, MemoryError):
+    except (
+        OSError,
+        StopIteration,
+        zipfile.BadZipFile,
+        ValueError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+    ):
         return ""
 
 
 def _opened(path: Path, *, is_zip: bool) -> IO[bytes]:
-    """The pickle itself. Raises StopIteration for an archive without one."""
+    """Open the pickle. Raises StopIteration for an archive without one."""
     if not is_zip:
         return path.open("rb")
     with zipfile.ZipFile(path) as archive:
@@ -46,7 +63,10 @@ def _opened(path: Path, *, is_zip: bool) -> IO[bytes]:
 
 
 def _first_name(file: IO[bytes]) -> str:
-    """The class that one pickle begins with, which is that of its outermost object. The file is read to the pickle's end."""
+    """Return the class that a pickle begins with: that of its outermost object.
+
+    The file is read to the end of the pickle.
+    """
     found, strings, is_first = "", [""], True
     for operation, argument, _ in pickletools.genops(file):
         if not is_first:

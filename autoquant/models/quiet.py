@@ -13,7 +13,7 @@ from typing import Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no log records below error level inside; what was set before is set again after."""
+    """Silence warnings and log records below error level inside."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -26,12 +26,15 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Progress bars of transformers and of the hub client are off inside."""
+    """Turn off progress bars of transformers and of the hub client inside."""
     from huggingface_hub import utils
     from transformers.utils import logging as transformers_logging
 
     hub: Any = utils
-    hub_was_on, was_on = not hub.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    hub_was_on, was_on = (
+        not hub.are_progress_bars_disabled(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.disable_progress_bar()
     hub.disable_progress_bars()
     try:
@@ -44,7 +47,7 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def current_folder_importable() -> Iterator[None]:
-    """Modules of the current directory can be imported inside, as with `python -m`."""
+    """Make modules of the current folder importable inside, as `python -m` does."""
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
@@ -55,6 +58,6 @@ def current_folder_importable() -> Iterator[None]:
 
 
 def some(names: list[str], most: int = 3) -> str:
-    """`a, b, c and 4 more`."""
+    """Join names as in `a, b, c and 4 more`."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,37 +1,124 @@
-"""What the user asked `load_model` for, handed to the reader of each format."""
+"""Which model the user asks for, and where a model came from."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from autoquant.models.loaded import ModelSource, SourceKind
+import torch
+from torch import nn
+
+from autoquant.errors import ModelError
+from autoquant.models.targets import resolve_device, resolve_dtype
+
+SourceKind = Literal["huggingface", "state_dict", "exported", "pickle", "live"]
+ModelPath: TypeAlias = str | os.PathLike[str]
+SampleInputs: TypeAlias = Sequence[Any] | Mapping[str, Any] | str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The arguments of `load_model`; `device` is resolved, `dtype` is not (it depends on what is stored).
+class ModelSource:
+    """Where a model came from. The store keeps it as `dataclasses.asdict` gives it.
 
     Attributes:
-        sample_inputs: `package.module:callable`, or the inputs themselves.
+        path: Absolute path of the file or folder, or a name on the hub; empty for a live module.
+        model_factory: `package.module:callable` that built the module.
+        tokenizer: Path of a tokenizer that does not lie beside the model.
+        trust_pickle: Whether the user allowed the file to run code.
+        sample_inputs: `package.module:callable` that made the example inputs.
     """
 
-    name: str
-    dtype: str
-    device: str
-    model_factory: str | None
-    tokenizer: str | None
-    trust_pickle: bool
-    sample_inputs: Any | None = None
+    kind: SourceKind
+    path: str = ""
+    model_factory: str | None = None
+    tokenizer: str | None = None
+    trust_pickle: bool = False
+    sample_inputs: str | None = None
+
+    def request(self, *, dtype: str, device: str, model: ModelPath | None = None) -> ModelRequest:
+        """Return what loads the model again.
+
+        Args:
+            model: Where the model lies now; None if it was not moved.
+        """
+        return ModelRequest(
+            model=self.path if model is None else model,
+            dtype=dtype,
+            device=device,
+            model_factory=self.model_factory,
+            tokenizer=self.tokenizer,
+            trust_pickle=self.trust_pickle,
+            sample_inputs=self.sample_inputs,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRequest:
+    """Which model to load, and how.
+
+    Attributes:
+        model: One of
+
+            - a Hugging Face folder of a causal language model, or its name on the hub (`org/name`)
+            - a state dict (`.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`), with the `config.json`
+              of such a model beside it or a `model_factory`
+            - an exported program (`.pt2`, `.pt`)
+            - a pickled module (`.pt`)
+            - a live module.
+        dtype: auto (as stored), fp32, bf16, fp16 or fast16; see `resolve_dtype`.
+        device: auto, cpu, cuda, cuda:INDEX or mps; never auto once the request is made.
+        model_factory: `package.module:callable` that returns the module of a state dict. The
+            current directory is searched, too.
+        tokenizer: A tokenizer folder or a `tokenizer.json`; for a live module also the object.
+            A Hugging Face folder brings its own.
+        trust_pickle: Allow the file to run code on loading. Otherwise no code of it is ever run.
+        sample_inputs: Arguments of one forward pass, positional or by name, or
+            `package.module:callable` that returns them. Only for a model that is no language model.
+
+    Raises:
+        DeviceError: The device is not there.
+        WorkloadError: The dtype is unknown.
+        ModelError: A tokenizer object is given for a model that is not live.
+    """
+
+    model: ModelPath | nn.Module
+    dtype: str = "auto"
+    device: str = "auto"
+    model_factory: str | None = None
+    tokenizer: Any | None = None
+    trust_pickle: bool = False
+    sample_inputs: SampleInputs = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", resolve_device(self.device))
+        resolve_dtype(self.dtype, "cpu", torch.float32)  # a typo should not wait for the weights
+        is_object = not isinstance(self.tokenizer, (str, os.PathLike, type(None)))
+        if is_object and not isinstance(self.model, nn.Module):
+            raise ModelError(
+                "a model that is loaded from a path needs its tokenizer as a path, too: save the"
+                " tokenizer with save_pretrained() and give that folder"
+            )
+
+    @property
+    def name(self) -> str:
+        """The model as the user wrote it; empty for a live module."""
+        return "" if isinstance(self.model, nn.Module) else os.fspath(self.model)
 
     def source(self, kind: SourceKind, path: str) -> ModelSource:
-        """How to load the same model again."""
+        """Return how to load the same model again."""
         return ModelSource(
             kind=kind,
             path=path,
             model_factory=self.model_factory,
-            tokenizer=None if self.tokenizer is None else str(Path(self.tokenizer).expanduser().absolute()),
+            tokenizer=self._tokenizer_path(),
             trust_pickle=self.trust_pickle,
             sample_inputs=self.sample_inputs if isinstance(self.sample_inputs, str) else None,
         )
+
+    def _tokenizer_path(self) -> str | None:
+        if self.tokenizer is None:
+            return None
+        return str(Path(self.tokenizer).expanduser().absolute())

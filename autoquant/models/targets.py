@@ -1,4 +1,4 @@
-"""Names of devices and dtypes, as users write them, to what torch calls them."""
+"""Read names of devices and dtypes as users write them."""
 
 from __future__ import annotations
 
@@ -32,24 +32,33 @@ def resolve_device(name: str) -> str:
         return next(kind for kind, each in kinds.items() if each.count())
     match = re.fullmatch(r"(\w+?)(?::(\d+))?", name)
     if match is None or match[1] not in kinds:
-        raise DeviceError(f"unknown device {name!r}: use auto, {', '.join(kinds)}, or one of several, as cuda:INDEX")
+        raise DeviceError(
+            f"unknown device {name!r}: use auto, {', '.join(kinds)}, or one of several, as"
+            " cuda:INDEX"
+        )
     kind, index = match[1], int(match[2] or 0)
     count = kinds[kind].count()
     if not count:
         raise DeviceError(kinds[kind].missing_reason())
     if index >= count:
-        raise DeviceError(f"there is no {name}: PyTorch sees {count} {kind.upper()} device(s), numbered from 0")
+        raise DeviceError(
+            f"there is no {name}: PyTorch sees {count} {kind.upper()} device(s), numbered from 0"
+        )
     return name
 
 
 def resolve_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
-    """Turn a dtype name into the dtype to run in on `device` (a resolved name) for weights stored as `stored`.
+    """Return the dtype to run in.
 
-    `auto` keeps the stored dtype; `fast16` is the better 16-bit float of the device: bfloat16 on the CPU, on CUDA from
-    compute capability 8.0 and on MPS from macOS 14, float16 elsewhere.
+    Args:
+        name: `auto` keeps the stored dtype. `fast16` is the better 16-bit float of the device:
+            bfloat16 on the CPU, on CUDA from compute capability 8.0 and on MPS from macOS 14, else
+            float16. Others are fp32, bf16, fp16, float32, bfloat16 and float16.
+        device: As `resolve_device` returns it.
+        stored: The dtype of the stored weights.
 
     Raises:
-        WorkloadError: The name is none of auto, fp32, bf16, fp16, fast16, float32, bfloat16, float16.
+        WorkloadError: The name is unknown.
     """
     if name == "auto":
         return stored
@@ -61,5 +70,5 @@ def resolve_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Turn `torch.bfloat16` into `bfloat16`."""
+    """Name a dtype without its module: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""State dicts and pickled modules. A pickle is run only where the user trusts it."""
+"""Load state dicts and pickled modules. A pickle only runs if the user trusts it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,30 @@ from torch import nn
 from autoquant.errors import ModelError, first_line
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.factory import build
-from autoquant.models.huggingface import has_config, has_tokenizer, load_beside, load_tokenizer
-from autoquant.models.loaded import LoadedModel, SourceKind, max_positions, model_kind, settle
+from autoquant.models.huggingface import has_config, load_beside
+from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
 from autoquant.models.missing import class_reads_tokens, missing, weights_read_tokens
 from autoquant.models.names import renamed
 from autoquant.models.pickled import is_pickle, pickled_class
 from autoquant.models.quiet import current_folder_importable
-from autoquant.models.request import Request
+from autoquant.models.request import ModelRequest, SourceKind
 from autoquant.models.targets import dtype_name, resolve_dtype
+from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
 from autoquant.models.weights import check_safetensors, damaged, read_tensors, state_dict_of
 
-_CONTAINERS = ("", "collections.OrderedDict")  # what a pickled state dict is, before what else it holds
+_SAVE_PRETRAINED = "save it with save_pretrained() and give that folder"
+_EXPORT = "export the module, torch.export.save(torch.export.export(module, inputs), 'model.pt2')"
+_PUT_BESIDE = (
+    "put the model's config.json and tokenizer.json beside it, if it is one of transformers"
+)
+_CONTAINERS = (
+    "",
+    "collections.OrderedDict",
+)  # what a pickled state dict is, before what else it holds
 
 
-def load_safetensors(path: Path, request: Request) -> LoadedModel:
-    """Load a state dict kept as safetensors; see `load_torch_file`.
+def load_safetensors(path: Path, request: ModelRequest) -> LoadedModel:
+    """Load a state dict in a safetensors file; see `load_torch_file`.
 
     Raises:
         ModelError: There is no model to load it into, the file is damaged, or the two do not fit.
@@ -41,13 +50,15 @@ def load_safetensors(path: Path, request: Request) -> LoadedModel:
     return _load_state(path, load_file(path), request)
 
 
-def load_torch_file(path: Path, request: Request) -> LoadedModel:
-    """Load a file that torch.save wrote: a state dict or, where trusted, a pickled module.
+def load_torch_file(path: Path, request: ModelRequest) -> LoadedModel:
+    """Load a file that torch.save wrote: a state dict or, if trusted, a pickled module.
 
-    A state dict is loaded into the module that the factory makes or, without one, that a config.json beside it describes.
+    A state dict goes into the module that the factory makes. Without a factory, it goes into the
+    model that a config.json beside it describes.
 
     Raises:
-        ModelError: It is neither, lacks something, or holds code and is not trusted (nothing in it is run then).
+        ModelError: It is neither, or lacks something. Or it holds code and is not trusted; then
+            nothing in it is run.
     """
     value = _read(path, request)
     if isinstance(value, torch.jit.ScriptModule):
@@ -58,11 +69,14 @@ def load_torch_file(path: Path, request: Request) -> LoadedModel:
         return _load_pickled(path, value, request)
     state = state_dict_of(value)
     if state is None:
-        raise ModelError(f"{path} holds a {type(value).__name__}, not a state dict: save model.state_dict() instead")
+        raise ModelError(
+            f"{path} holds a {type(value).__name__}, not a state dict: save model.state_dict()"
+            " instead"
+        )
     return _load_state(path, state, request)
 
 
-def _load_state(path: Path, state: Mapping[str, Any], request: Request) -> LoadedModel:
+def _load_state(path: Path, state: Mapping[str, Any], request: ModelRequest) -> LoadedModel:
     if request.model_factory is not None:
         return _load_into_factory(request.model_factory, path, state, request)
     if has_config(path.parent):
@@ -73,13 +87,13 @@ def _load_state(path: Path, state: Mapping[str, Any], request: Request) -> Loade
         f"{path} is a state dict, weights without a model",
         factory=True,
         reads_tokens=reads_tokens,
-        instead="put the model's config.json and tokenizer.json beside it, if it is one of transformers"
-        if reads_tokens
-        else "export the module, torch.export.save(torch.export.export(module, inputs), 'model.pt2')",
+        instead=_PUT_BESIDE if reads_tokens else _EXPORT,
     )
 
 
-def _load_into_factory(factory: str, path: Path, state: Mapping[str, Any], request: Request) -> LoadedModel:
+def _load_into_factory(
+    factory: str, path: Path, state: Mapping[str, Any], request: ModelRequest
+) -> LoadedModel:
     tally = DtypeTally()
     module = build(factory, state, path)
     state = renamed(state, module)
@@ -95,16 +109,20 @@ def _load_into_factory(factory: str, path: Path, state: Mapping[str, Any], reque
 
 
 def _cast_unstored_buffers(module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Cast what the factory computed and the file does not hold; what the file holds stays as stored."""
+    """Cast buffers that the factory computed and the file does not hold; others stay as stored."""
     for name, buffer in list(module.named_buffers(remove_duplicate=False)):
         if name not in state and buffer.is_floating_point():
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner)._buffers[leaf] = buffer.to(dtype)
 
 
-def _load_pickled(path: Path, module: nn.Module, request: Request) -> LoadedModel:
+def _load_pickled(path: Path, module: nn.Module, request: ModelRequest) -> LoadedModel:
     tally = DtypeTally()
-    state = ((name, value) for name, value in module.state_dict().items() if isinstance(value, torch.Tensor))
+    state = (
+        (name, value)
+        for name, value in module.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    )
     digest = content_hash(tally.watch(state), module_architecture(module))
     stored = tally.main() or torch.float32
     if request.dtype != "auto":
@@ -113,7 +131,12 @@ def _load_pickled(path: Path, module: nn.Module, request: Request) -> LoadedMode
 
 
 def _finish(
-    path: Path, module: nn.Module, digest: str, stored: torch.dtype, source: SourceKind, request: Request
+    path: Path,
+    module: nn.Module,
+    digest: str,
+    stored: torch.dtype,
+    source: SourceKind,
+    request: ModelRequest,
 ) -> LoadedModel:
     words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else None
     settle(module.to(request.device))
@@ -130,8 +153,8 @@ def _finish(
     )
 
 
-def _read(path: Path, request: Request) -> Any:
-    """What the file holds. Without trust only tensors and plain containers are ever made of it."""
+def _read(path: Path, request: ModelRequest) -> Any:
+    """Return what the file holds. Without trust, only tensors and plain containers are made."""
     is_zip = zipfile.is_zipfile(path)
     try:
         return read_tensors(path)
@@ -149,14 +172,14 @@ def _read(path: Path, request: Request) -> Any:
 
 
 def _unpickle(path: Path) -> Any:
-    """Run the pickle: only for a file that the user trusts."""
+    """Run the pickle. Only for a file that the user trusts."""
     try:
         with current_folder_importable():
             return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
         raise ModelError(
-            f"cannot unpickle {path} ({first_line(error)}): its classes must be importable, in the versions it was"
-            " saved with; or save a state dict and give --model-factory"
+            f"cannot unpickle {path} ({first_line(error)}): its classes must be importable, in the"
+            " versions it was saved with; or save a state dict and give --model-factory"
         ) from error
 
 
@@ -168,19 +191,24 @@ def _is_torchscript(path: Path) -> bool:
 def _torchscript(path: Path) -> str:
     name = repr(path.name)
     return (
-        f"{path} holds TorchScript, whose layers cannot be replaced one by one: give what it was made of, as"
-        " torch.export.save(torch.export.export(module, inputs), 'model.pt2'), or its weights, as"
-        f" torch.save(torch.jit.load({name}).state_dict(), 'weights.pt'), with --model-factory package.module:callable"
+        f"{path} holds TorchScript, whose layers cannot be replaced one by one: give what it was"
+        " made of, as torch.export.save(torch.export.export(module, inputs), 'model.pt2'), or its"
+        f" weights, as torch.save(torch.jit.load({name}).state_dict(), 'weights.pt'), with"
+        " --model-factory package.module:callable"
     )
 
 
-def _untrusted(path: Path, error: Exception, request: Request, *, is_zip: bool) -> ModelError:
-    """The refusal of a pickle, with what else its model will need, as far as that can be told without running it."""
+def _untrusted(path: Path, error: Exception, request: ModelRequest, *, is_zip: bool) -> ModelError:
+    """Make the error for an untrusted pickle.
+
+    It names what else the model will need, as far as that is known without running the pickle.
+    """
     kind = pickled_class(path, is_zip=is_zip)
     is_state = kind in _CONTAINERS
     refused = re.search(r"GLOBAL (\S+)", str(error))
     name = (refused[1] if refused else "") if is_state else kind
-    problem = f"{path} holds pickled code{f' ({name})' if name else ''}, which can run anything on loading"
+    named = f" ({name})" if name else ""
+    problem = f"{path} holds pickled code{named}, which can run anything on loading"
     if is_state:
         beside = has_config(path.parent)
         if beside and has_tokenizer(path.parent):
@@ -198,9 +226,7 @@ def _untrusted(path: Path, error: Exception, request: Request, *, is_zip: bool) 
         problem,
         trust=True,
         reads_tokens=class_reads_tokens(kind),
-        instead="save it with save_pretrained() and give that folder"
-        if class_reads_tokens(kind)
-        else "export the module, torch.export.save(torch.export.export(module, inputs), 'model.pt2')",
+        instead=_SAVE_PRETRAINED if class_reads_tokens(kind) else _EXPORT,
     )
 
 
@@ -208,4 +234,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path):
             return damaged(path, error)
-    return f"{path} is not a file that torch.save wrote: give a state dict, a .safetensors file or an exported program"
+    return (
+        f"{path} is not a file that torch.save wrote: give a state dict, a .safetensors file or an"
+        " exported program"
+    )

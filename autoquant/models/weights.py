@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, and what torch.save wrote, of which only tensors and plain containers are ever made."""
+"""Read files of weights: safetensors, and those of torch.save. No code in them is run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def any_files(folder: Path) -> bool:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files that make up the model: safetensors, each opened once to see that it is whole, else pickled tensors.
+    """Return the files of the model: safetensors, or else pickled tensors.
+
+    Each safetensors file is opened once to check that it is whole.
 
     Raises:
         ModelError: One is missing or damaged.
@@ -47,17 +49,26 @@ def files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        names = sorted(
+            {
+                str(name)
+                for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            }
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"cannot read {index} ({first_line(error)}): download or save it again") from error
+        raise ModelError(
+            f"cannot read {index} ({first_line(error)}): download or save it again"
+        ) from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
-        raise ModelError(f"{index.parent} lacks {some(missing) or 'weights'} of {index.name}: download it again")
+        raise ModelError(
+            f"{index.parent} lacks {some(missing) or 'weights'} of {index.name}: download it again"
+        )
     return names
 
 
 def check_safetensors(path: Path) -> None:
-    """See that the header can be read and fits the file's length.
+    """Check that the header can be read and fits the file's length.
 
     Raises:
         ModelError: It does not.
@@ -69,12 +80,13 @@ def check_safetensors(path: Path) -> None:
             pass
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
-            f"{path} is truncated, damaged or no safetensors file ({first_line(error)}): download or save it again"
+            f"{path} is truncated, damaged or no safetensors file ({first_line(error)}): download"
+            " or save it again"
         ) from error
 
 
 def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of each tensor, one at a time."""
+    """Yield the name and value of each tensor."""
     from safetensors import safe_open
 
     for path in paths:
@@ -84,10 +96,10 @@ def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]
 
 
 def read_bins(paths: Iterable[Path]) -> dict[str, Any]:
-    """The state dict that `pytorch_model*.bin` files hold together.
+    """Return the state dict that `pytorch_model*.bin` files hold together.
 
     Raises:
-        ModelError: One is damaged, or holds more than tensors (nothing in it is run then).
+        ModelError: One is damaged, or holds more than tensors; then nothing in it is run.
     """
     state: dict[str, Any] = {}
     for path in paths:
@@ -95,7 +107,8 @@ def read_bins(paths: Iterable[Path]) -> dict[str, Any]:
             part = state_dict_of(read_tensors(path))
         except pickle.UnpicklingError as error:
             raise ModelError(
-                f"{path} holds pickled code, which is not run: save the model as safetensors with save_pretrained()"
+                f"{path} holds pickled code, which is not run: save the model as safetensors with"
+                " save_pretrained()"
             ) from error
         except Exception as error:
             raise ModelError(damaged(path, error)) from error
@@ -106,22 +119,29 @@ def read_bins(paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU. Raises what torch raises for one that holds more than tensors."""
+    """Return what a file of torch.save holds, on the CPU.
+
+    Raises what torch raises for a file that holds more than tensors.
+    """
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def state_dict_of(value: object) -> Mapping[str, Any] | None:
-    """`value`, or what it holds under one of the usual names, where that is a state dict."""
+    """Return the state dict that `value` is or holds under a usual name, or None."""
     if not isinstance(value, Mapping):
         return None
     for inner in (value, *(value.get(name) for name in _WRAPPERS)):
         if isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner):
-            tensors = [isinstance(item, torch.Tensor) for name, item in inner.items() if "_extra_state" not in name]
+            tensors = [
+                isinstance(item, torch.Tensor)
+                for name, item in inner.items()
+                if "_extra_state" not in name
+            ]
             if tensors and all(tensors):
                 return inner
     return None
 
 
 def damaged(path: Path, error: Exception) -> str:
-    """What is said of a file that cannot be read to its end."""
+    """Say that a file cannot be read to its end."""
     return f"{path} is truncated or damaged ({first_line(error)}): download or save it again"

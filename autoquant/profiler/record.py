@@ -138,27 +138,14 @@ def _module_stack(module: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def record_model(
-    loaded: LoadedModel, workload: Workload, *, device: str, sample_inputs: Any, listener: Listener
-) -> Recording:
+def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) -> Recording:
     """Record a loaded model at work, and report what is covered and what is left alone.
-
-    Args:
-        sample_inputs: See `make_phases`.
 
     Raises:
         WorkloadError: The workload does not fit the model, or runs no linear of it.
     """
     listener(StageStarted("record", len(workload.phases)))
-    phases = make_phases(
-        loaded.module,
-        loaded.kind,
-        workload,
-        device=device,
-        sample_inputs=sample_inputs,
-        max_positions=loaded.max_positions,
-    )
-    recording = record(loaded.module, phases)
+    recording = record(loaded.module, make_phases(loaded, workload))
     if not recording.sites:
         nothing = "the model has no linear layer that this workload runs: nothing to search"
         raise WorkloadError(nothing)

@@ -1,4 +1,4 @@
-"""The phases of a workload, run on a model: a prefill, a decode step, or a forward pass."""
+"""Run the phases of a workload: a prefill, a decode step, or one forward pass."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from autoquant.devices import Division, backend
 from autoquant.errors import WorkloadError
+from autoquant.models import LoadedModel
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
@@ -23,12 +24,14 @@ DEFAULT_TOKEN_WORKLOAD = "prefill=512"
 
 
 class Phases(Protocol):
-    """How a model is run for each phase of a workload.
+    """How to run a model for each phase of a workload.
 
-    `reset` prepares the model for `phase` (a decode step needs a filled cache). `run` does one
-    call, compiled if the phases were made so; at most `limit(phase)` calls may follow a reset.
-    `run_eager` never compiles. `run_launched` is `run` without a CUDA graph: the same kernels, each
-    launched from the host.
+    Methods:
+        reset: Get ready for calls of a phase. A decode step needs a filled cache.
+        run: Make one call of the phase, compiled if the phases were made so. At most
+            `limit(phase)` calls may follow a reset.
+        run_eager: As `run`, but never compiled.
+        run_launched: As `run`, but without a CUDA graph: each kernel is launched by itself.
     """
 
     workload: Workload
@@ -45,55 +48,69 @@ class Phases(Protocol):
 
 
 def make_phases(
-    module: nn.Module,
-    kind: str,
+    loaded: LoadedModel,
     workload: Workload,
     *,
-    device: str,
-    sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     compiled: bool = False,
     division: Division = "parts",
-    max_positions: int | None = None,
 ) -> Phases:
-    """Choose how to run `module`.
+    """Choose how to run a model for a workload.
 
     Args:
-        kind: `causal_lm` (Hugging Face, with a cache), `token_lm` (token ids in, logits out) or
-            `module`.
-        sample_inputs: Arguments of one forward pass, for `module`.
-        compiled: Compile the forward pass, each phase with static shapes; on CUDA also capture it
+        compiled: Compile the forward pass, each phase with static shapes. On CUDA also capture it
             as a CUDA graph.
-        division: How it is compiled. Part by part are only models with repeated blocks whose steps
-            become CUDA graphs, others as with `regions`.
-        max_positions: The longest sequence the model takes, where known.
+        division: What is compiled as one. `parts` needs a model with repeated blocks whose steps
+            become CUDA graphs; other models are then compiled by `regions`.
 
     Raises:
         WorkloadError: The workload does not fit the model.
     """
+    check_workload(loaded, workload)
+    if loaded.kind == "causal_lm":
+        return _CausalPhases(loaded.module, workload, loaded.device, compiled, division)
+    if loaded.kind == "token_lm":
+        shape = (workload.batch, workload.phases[0].tokens)
+        ids = torch.zeros(shape, dtype=torch.long, device=loaded.device)
+        return _ForwardPhases(loaded.module, workload, (ids,), compiled, division)
+    inputs = loaded.example_inputs
+    assert inputs is not None  # check_workload saw to it
+    return _ForwardPhases(loaded.module, workload, inputs, compiled, division)
+
+
+def check_workload(loaded: LoadedModel, workload: Workload) -> None:
+    """Refuse a workload that does not fit the model.
+
+    Raises:
+        WorkloadError: The sequence is too long, the model cannot decode, or inputs are missing.
+    """
+    tokens, most = _tokens(workload), loaded.max_positions
+    if most is not None and tokens > most:
+        raise WorkloadError(
+            f"the workload needs {tokens} positions, the model has {most}: ask for fewer tokens"
+        )
+    decodes = any(phase.name == "decode" for phase in workload.phases)
+    if loaded.kind == "token_lm" and decodes:
+        raise WorkloadError(
+            "this model keeps no cache, so it has no decode phase: use --workload prefill=TOKENS"
+        )
+    if loaded.kind == "module" and loaded.example_inputs is None:
+        raise WorkloadError(
+            "this model needs sample inputs: give autoquant search --sample-inputs"
+            " package.module:callable, or call it from Python with sample_inputs=...; a model that"
+            " takes token ids needs --tokenizer FOLDER instead"
+        )
+
+
+def _tokens(workload: Workload) -> int:
+    """Count the positions of one sequence."""
     tokens = sum(p.tokens * (1 if p.name == "prefill" else p.calls) for p in workload.phases)
     if all(phase.name == "decode" for phase in workload.phases):
         tokens += 1  # decoding alone starts behind a prompt of one token
-    if max_positions is not None and tokens > max_positions:
-        raise WorkloadError(
-            f"the workload needs {tokens} positions, the model has {max_positions}; ask for fewer tokens"
-        )
-    if kind == "causal_lm":
-        return _CausalPhases(module, workload, device, compiled, division)
-    if kind == "token_lm":
-        if any(phase.name == "decode" for phase in workload.phases):
-            raise WorkloadError("this model keeps no cache, so it has no decode phase; use --workload prefill=TOKENS")
-        ids = torch.zeros((workload.batch, workload.phases[0].tokens), dtype=torch.long, device=device)
-        return _ForwardPhases(module, workload, (ids,), compiled, division)
-    if sample_inputs is None:
-        raise WorkloadError(
-            "this model needs sample inputs: give autoquant search --sample-inputs package.module:callable, or call it from"
-            " Python with sample_inputs=...; one that takes token ids needs --tokenizer FOLDER instead"
-        )
-    return _ForwardPhases(module, workload, sample_inputs, compiled, division)
+    return tokens
 
 
 def default_workload(kind: str, batch: int) -> Workload:
-    """Return the default workload of a model of `kind` (see `make_phases`)."""
+    """Return the default workload of a model of `kind` (see `LoadedModel`)."""
     if kind == "causal_lm":
         return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
     if kind == "token_lm":
@@ -117,7 +134,9 @@ class _ForwardPhases:
         self._kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         self._eager = self._forward = _pass_of(module)
         if compiled:
-            self._forward = compile_forward(_pass_of(ready_to_compile(module, regions=division != "whole")))
+            self._forward = compile_forward(
+                _pass_of(ready_to_compile(module, regions=division != "whole"))
+            )
 
     def reset(self, phase: str) -> None:
         pass
@@ -140,7 +159,9 @@ class _ForwardPhases:
 class _CausalPhases:
     """Prefill and decode of a Hugging Face causal language model with a static cache."""
 
-    def __init__(self, module: nn.Module, workload: Workload, device: str, compiled: bool, division: Division) -> None:
+    def __init__(
+        self, module: nn.Module, workload: Workload, device: str, compiled: bool, division: Division
+    ) -> None:
         from transformers import StaticCache
 
         self.workload = workload
@@ -157,9 +178,11 @@ class _CausalPhases:
 
         self._cache = StaticCache(config=config, max_cache_len=self._prompt + self._steps)
         self._eager = self._launched = self._forward = _step_of(module, self._cache)
-        self._step(self._eager, 1)  # makes the cache's tensors, so that compiled code finds them ready
+        # Makes the cache's tensors, so that compiled code finds them ready.
+        self._step(self._eager, 1)
         if compiled:
-            graphed = backend(device).graphs and not any(layer.is_sliding for layer in self._cache.layers)
+            sliding = any(layer.is_sliding for layer in self._cache.layers)
+            graphed = backend(device).graphs and not sliding
             in_parts = graphed and division == "parts" and any(repeated_blocks(module))
             compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
             self._launched = self._forward = compiled_step(module, self._cache)
@@ -208,7 +231,13 @@ def _pass_of(module: nn.Module) -> Callable[..., Any]:
 
 def _step_of(module: nn.Module, cache: Any) -> _Step:
     def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        output = module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = module(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         logits: torch.Tensor = output.logits
         return logits
 

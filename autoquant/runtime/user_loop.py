@@ -16,6 +16,7 @@ from torch import nn
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.errors import WorkloadError
+from autoquant.models import LoadedModel
 from autoquant.models.outputs import output_tensor
 from autoquant.models.quiet import quiet
 from autoquant.records import Interval, Loop, RunTimes, Workload
@@ -69,7 +70,7 @@ class Usage:
     """How a model is used.
 
     Attributes:
-        kind: As for `autoquant.runtime.phases.make_phases`.
+        kind: As for `autoquant.models.LoadedModel`.
         sample_inputs: Arguments of one forward pass, for a `module`.
     """
 
@@ -77,6 +78,16 @@ class Usage:
     workload: Workload
     device: str
     sample_inputs: Sequence[Any] | Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, workload: Workload) -> Usage:
+        """Return how a loaded model is used, on its device and with its example inputs."""
+        return cls(
+            kind=loaded.kind,
+            workload=workload,
+            device=loaded.device,
+            sample_inputs=loaded.example_inputs,
+        )
 
     @property
     def loop(self) -> Loop:

@@ -1,4 +1,4 @@
-"""Time plans and the unquantized model again, all of them in turn in one run."""
+"""Time plans again in the whole model, in turn with the unquantized model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from torch import nn
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices import backend
 from autoquant.errors import DeviceError
-from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
+from autoquant.events import (
+    Listener,
+    Notice,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    ignore,
+    logged,
+)
 from autoquant.export.applier import apply, load_searched, module_bytes
 from autoquant.models import LoadedModel
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
@@ -26,17 +34,16 @@ from autoquant.store import StudyFacts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
-    """One model in a run.
+    """One model in a run of `bench`.
 
     Attributes:
         plan_id: None for the unquantized model.
-        predicted_request_ms: Scaled to the unquantized model's time in this run; None for that
-            model.
+        predicted_request_ms: Scaled to the unquantized model's time in this run; None for that one.
         phase_ms: Median milliseconds of one call of each phase.
-        request_ms: The sum over phases of calls times that.
+        request_ms: The sum over phases of their calls times that.
         memory_bytes: Of all parameters as stored.
-        peak_bytes: These, and the most that was allocated besides (on CUDA; None elsewhere).
-        notes: How it was compiled, if that was unusual, and what disturbed the run.
+        peak_bytes: Those, and the most that was allocated with them. Only on CUDA, else None.
+        notes: How it was compiled, if not as usual, and what disturbed the run.
         steps: One step of each phase, kernel by kernel; empty if not asked for.
     """
 
@@ -53,7 +60,7 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopRow:
-    """One model in a run of the user's loop.
+    """One model in a run of `bench_loop`.
 
     Attributes:
         plan_id: None for the unquantized model.
@@ -89,20 +96,22 @@ def bench(
     *,
     attribution: bool = False,
 ) -> list[BenchRow]:
-    """Apply plans of one study, and time them and the unquantized model in turn.
+    """Time plans of one study in turn with the unquantized model.
+
+    Each plan is applied to a copy that shares every weight that the plan leaves alone.
 
     Args:
         plans: At least one.
-        model: Path of the model that was searched.
+        model: Where the searched model is.
         facts: The plans' study.
-        attribution: After all timings, also profile a step of each phase of each model.
+        attribution: Also profile a step of each phase of each model, after the timing.
 
     Returns:
-        The unquantized model's row, then the plans' in their order.
+        The row of the unquantized model, then those of the plans in their order.
 
     Raises:
-        ModelError: Another model is at `model`.
-        WrongResultError: A plan's compiled code computes something else than its eager code.
+        ModelError: There is another model at `model`.
+        WrongResultError: A plan's compiled code does not compute what it does eagerly.
     """
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
@@ -123,19 +132,23 @@ def bench(
     return _attributed(rows, entrants, facts, listener) if attribution else rows
 
 
-def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore) -> list[LoopRow]:
-    """Time plans by the loop that a user runs.
+def bench_loop(
+    plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore
+) -> list[LoopRow]:
+    """Time plans as `bench` does, in the loop that a user runs.
 
-    That is `generate` of a causal language model, or one call of any other module.
+    That is `generate` of a causal language model, or one call of another module.
 
     Raises:
-        ModelError: Another model is at `model`.
+        ModelError: There is another model at `model`.
     """
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
     device = facts.device.type
-    usage = Usage(kind=loaded.kind, workload=facts.workload, device=device, sample_inputs=loaded.example_inputs)
-    quantized = (apply(plan, shallow_copy(loaded.module), calibration=facts.calibration) for plan in plans)
+    usage = Usage.of(loaded, facts.workload)
+    quantized = (
+        apply(plan, shallow_copy(loaded.module), calibration=facts.calibration) for plan in plans
+    )
     modules = [shallow_copy(loaded.module), *quantized]
     listener(StageStarted("run", 0))
     found, busy = time_user_loops([usage.loop_of(module) for module in modules], device)
@@ -159,14 +172,23 @@ def bench_loop(plans: Sequence[Plan], model: str, facts: StudyFacts, listener: L
 def _attributed(
     rows: Sequence[BenchRow], entrants: Sequence[_Entrant], facts: StudyFacts, listener: Listener
 ) -> list[BenchRow]:
-    """Return the rows with their steps. A profiler would slow down timings after it."""
-    layers = {layer.name: layer.parameters[0] for entrant in entrants if entrant.plan for layer in entrant.plan.layers}
+    """Return the rows with their steps. Runs last: timings after a profiler are slower."""
+    layers = {
+        layer.name: layer.parameters[0]
+        for entrant in entrants
+        if entrant.plan
+        for layer in entrant.plan.layers
+    }
     listener(StageStarted("attribute", len(rows)))
     attributed = []
     for done, (row, entrant) in enumerate(zip(rows, entrants, strict=True)):
         listener(StageProgress("attribute", done, row.label))
         try:
-            attributed.append(replace(row, steps=attribute(entrant.phases, entrant.module, layers, facts.device.type)))
+            attributed.append(
+                replace(
+                    row, steps=attribute(entrant.phases, entrant.module, layers, facts.device.type)
+                )
+            )
         except DeviceError as error:
             attributed.append(replace(row, notes=(*row.notes, f"not attributed: {error}")))
     listener(StageFinished("attribute", f"{len(rows)} models"))
@@ -184,13 +206,9 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
     place.reset_peak()
     make = partial(
         make_phases,
-        module,
-        loaded.kind,
+        replace(loaded, module=module),
         facts.workload,
-        device=device,
-        sample_inputs=loaded.example_inputs,
         compiled=place.compile_failure() is None,
-        max_positions=loaded.max_positions,
     )
     with kernels_kept(device):
         phases, note = make_warm(make, place.divisions)
@@ -199,7 +217,11 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
 
 
 def _row(
-    entrant: _Entrant, phase_ms: Mapping[str, float], workload: Workload, original_ms: float, busy: str
+    entrant: _Entrant,
+    phase_ms: Mapping[str, float],
+    workload: Workload,
+    original_ms: float,
+    busy: str,
 ) -> BenchRow:
     plan = entrant.plan
     return BenchRow(

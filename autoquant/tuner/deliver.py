@@ -21,8 +21,7 @@ from autoquant.devices.memory import release_memory
 from autoquant.errors import ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.export import applier, checkpoint
-from autoquant.models import LoadedModel
-from autoquant.models.loaded import ModelKind, ModelSource
+from autoquant.models import LoadedModel, SameModel
 from autoquant.records import Delivery, Plan, Where
 from autoquant.runtime.caches import clear_caches
 from autoquant.runtime.compiled import shallow_copy
@@ -31,7 +30,6 @@ from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_us
 from autoquant.study.delivered import is_disturbed
 from autoquant.study.study import Study
 from autoquant.tuner.workers.forking import end_process, receive, send, start_process
-from autoquant.tuner.workers.jobs import load_again
 from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE
 
 TRIES = 3
@@ -52,19 +50,11 @@ class DeliverySpec:
 
     plan_id: str
     folder: Path
-    source: ModelSource
-    dtype: str
-    kind: ModelKind
-    content_hash: str
+    model: SameModel
     usage: Usage
     expected: Answer
     threads: int
     effort: TimingEffort = field(default_factory=timing_effort)
-
-    def load_original(self) -> LoadedModel:
-        return load_again(
-            self.source, dtype=self.dtype, kind=self.kind, content_hash=self.content_hash, device=self.usage.device
-        )
 
 
 def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Listener) -> None:
@@ -157,10 +147,7 @@ class Deliverer:
         return DeliverySpec(
             plan_id=plan.plan_id,
             folder=folder,
-            source=self.loaded.source,
-            dtype=self.loaded.dtype,
-            kind=self.loaded.kind,
-            content_hash=self.loaded.content_hash,
+            model=SameModel.of(self.loaded),
             usage=self.usage,
             expected=expected,
             threads=torch.get_num_threads(),
@@ -205,8 +192,7 @@ def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
 
 def load_and_deliver(spec: DeliverySpec, original: LoadedModel, where: Where = "same process") -> Delivery:
     """Load the saved plan, compare its answer with the expected one, and time it."""
-    makes_itself = spec.source.kind in ("huggingface", "state_dict")
-    skeleton = None if makes_itself else shallow_copy(original.module)
+    skeleton = None if original.describes_itself else shallow_copy(original.module)
     quantized = applier.load(spec.folder, skeleton, device=spec.usage.device)
     error = spec.usage.answer_of(quantized).error(spec.expected)
     if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong

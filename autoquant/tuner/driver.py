@@ -1,43 +1,39 @@
-"""The search: record, profile, score, solve, prove, refine. Every stage starts from what the store holds already."""
+"""Run a search: load the model, choose what judges it, open the study, do the stages."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from autoquant.candidates import select
-from autoquant.devices import backend
-from autoquant.evaluators.outputs import OutputQuality
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.models import resolve_device, take_model
-from autoquant.profiler.measure import with_original
+from autoquant.models import ModelRequest, load_request
+from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler.record import record_model
-from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Objective, Recording, Workload, content_key
-from autoquant.runtime.phases import default_workload, make_phases
+from autoquant.records import Objective, Recording, Workload
 from autoquant.solver.constraints import Constraints, bind
 from autoquant.solver.limits import Limits
 from autoquant.store import Store, open_store
-from autoquant.store.connect import check_address
 from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.flow import run_stages
-from autoquant.tuner.judge import Asked, make_judge, method_of
+from autoquant.tuner.judge import Asked, make_judge
+from autoquant.tuner.request import SearchRequest, SettledRequest
 from autoquant.tuner.setup import SearchSetup
 
 _log = logging.getLogger(__name__)
 
 
-def search(
-    model: str | os.PathLike[str] | nn.Module,
+def search(  # noqa: PLR0913 - the keywords of a public function
+    model: ModelPath | nn.Module,
     *,
     eval_text: str | os.PathLike[str] | None = None,
     eval_data: str | None = None,
@@ -59,7 +55,7 @@ def search(
     model_factory: str | None = None,
     tokenizer: Any | None = None,
     trust_pickle: bool = False,
-    sample_inputs: Sequence[Any] | Mapping[str, Any] | str | None = None,
+    sample_inputs: SampleInputs = None,
     fuse: bool = False,
     quality: QualityFunction | str | None = None,
     sensitivity: str | None = None,
@@ -67,141 +63,178 @@ def search(
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
 
-    On Linux and a CPU, kernels run in processes of their own, which may crash and give memory back. A live module, a quality
-    function of the caller's and formats registered in this process only stay in this process; a notice says so.
+    On Linux and a CPU, kernels run in processes of their own: a crash does not end the search, and
+    memory is given back. A live module, a quality function and formats registered in this process
+    stay in this process. A notice says so.
 
     Args:
-        model: A path (see `autoquant.models.load_model`) or a live module.
-        eval_text: A UTF-8 text file that quality is measured on. At most one of this, `eval_data` and `quality` is given; without
-            any, a language model is judged on a text of autoquant's own, and any other module by the divergence of its outputs
-            from the unquantized module's, see `autoquant.evaluators.outputs`.
-        eval_data: Text out of what the `datasets` library loads, `NAME[:CONFIG][:SPLIT][:COLUMN]`, where NAME is a JSONL, JSON,
-            CSV, Parquet or text file, a folder of them, or a name on the hub.
+        model: A path, a name on the hub or a live module; see
+            `autoquant.models.request.ModelRequest`, which also describes `dtype`, `device`,
+            `model_factory`, `tokenizer`, `trust_pickle` and `sample_inputs`.
+        eval_text: A UTF-8 text file that quality is measured on. Give at most one of this,
+            `eval_data` and `quality`. Without any, a language model is judged on a text that
+            autoquant ships. Another module is judged by how far its outputs diverge from the
+            unquantized module's, see `autoquant.evaluators.outputs`.
+        eval_data: `NAME[:CONFIG][:SPLIT][:COLUMN]` of text that the `datasets` library loads. NAME
+            is a JSONL, JSON, CSV, Parquet or text file, a folder of them, or a name on the hub.
         db: Path of the SQLite store, or an SQLAlchemy URL.
-        workload: `prefill=TOKENS,decode=STEPS` or a `Workload`; for a module with sample inputs, one forward pass.
-        max_ppl_increase: Limit of the recommended plan, a fraction (None: no limit): of the increase of perplexity or of the
-            user's own loss, or, where outputs are compared, of their divergence.
-        max_kl: Limit of its mean divergence from the unquantized model, nats per token; needs a text.
+        workload: `prefill=TOKENS,decode=STEPS` or a `Workload`. None for the one that suits the
+            model; a module with sample inputs does one forward pass.
+        batch: Sequences at a time, for a workload that is a string or None.
+        max_ppl_increase: Limit of the recommended plan, a fraction; None for no limit. It limits
+            the increase of perplexity or of the user's own loss, or the divergence of outputs.
+        max_kl: Limit of the mean divergence from the unquantized model, nats per token. It needs
+            a text.
         max_memory_bytes: Limit on the bytes of all parameters.
-        minimize: What the recommended plan has least of within the limits: request time, or the bytes of all parameters.
+        minimize: What the recommended plan has least of within the limits: request time, or the
+            bytes of all parameters.
         keep: Globs over the names of layers that stay unquantized.
-        pin: `LAYERS=FORMATS`: the layers that the first glob matches get a candidate that the second one matches.
-        fusable: `vllm`: layers that vLLM computes as one get the same format.
-        candidates: Globs over `FORMAT/KERNEL`; `*` leaves out what `autoquant candidates` calls opt-in.
-        time_budget_s: What refinement may fill up, counted over all runs of the same search.
-        sample_inputs: Arguments (or keyword arguments) of one forward pass, for a module that is no language model; or
-            `package.module:callable` of a function without arguments that returns them.
-        fuse: Time linears that read the same input as one, too, and compute them so where that is faster.
-        quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`; named in the store by its qualified
-            name, so give a changed function another name. A string `package.module:callable` is imported.
-        sensitivity: How what each change costs is found out, a name of `autoquant.evaluators.sensitivity.SENSITIVITIES`. None:
-            `path` on a text; without one it is `isolated` alone.
-        listener: Told what is going on.
+        pin: `LAYERS=FORMATS`, two globs. Layers that match the first get a candidate that matches
+            the second.
+        fusable: `vllm` to give layers that vLLM computes as one the same format.
+        candidates: Globs over `FORMAT/KERNEL`. `*` leaves out the opt-in ones, see
+            `autoquant candidates`.
+        time_budget_s: Refine until so much time is spent, counted over all runs of the same search.
+            The steps before it are never cut short.
+        seed: Of everything drawn at random.
+        fuse: Also time linears that read the same input as one, and compute them so if that is
+            faster.
+        quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`, or
+            `package.module:callable`. The store knows it by its qualified name, so give a changed
+            function another name.
+        sensitivity: How the loss of each change is found, a name of
+            `autoquant.evaluators.sensitivity.SENSITIVITIES`. None for `path` on a text and
+            `isolated` without one.
+        listener: Receives what is going on.
 
     Returns:
-        The study. The same call on the same store goes on where an earlier one stopped, or re-solves at once.
+        The study. The same call on the same store continues it, or re-solves it at once.
 
     Raises:
-        AutoquantError: Something the user can mend; the message says what.
+        AutoquantError: Something the user can fix; the message says what.
     """
-    started = time.monotonic()
-    listener = logged(listener)
-    place = resolve_device(device)
-    check_address(db)
-    pairs = select(candidates, place.partition(":")[0])
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
-    constraints = Constraints.parse(keep, pin, fusable)
-    asked = Asked.of(eval_text, eval_data, quality)
-    asked.check(sensitivity, max_kl)
-    loaded = take_model(
-        model,
+    asked_model = ModelRequest(
+        model=model,
         dtype=dtype,
-        device=place,
+        device=device,
         model_factory=model_factory,
         tokenizer=tokenizer,
         trust_pickle=trust_pickle,
         sample_inputs=sample_inputs,
     )
-    inputs = loaded.example_inputs if sample_inputs is None or isinstance(sample_inputs, str) else sample_inputs
-    judge = make_judge(asked, loaded, pairs, device=place, sample_inputs=inputs, seed=seed, listener=listener)
-    measure, pairs = judge.quality, judge.candidates
-    method = method_of(sensitivity, max_kl, measure)
     limits = Limits(
         max_ppl_increase=max_ppl_increase,
         max_kl=max_kl,
         max_memory_bytes=max_memory_bytes,
         minimize=minimize,
-        measure="divergence" if isinstance(measure, OutputQuality) else "increase",
     )
-    workload = workload or default_workload(loaded.kind, batch)
-    make_phases(
-        loaded.module, loaded.kind, workload, device=place, sample_inputs=inputs, max_positions=loaded.max_positions
-    )
-    hardware = backend(place).fingerprint()
-    identity = {
-        "model_hash": loaded.content_hash,
-        "device": hardware.key,
-        "workload": str(workload),
-        "dtype": loaded.dtype,
-        "quality": measure.key,
-        "candidates": [candidate.id for candidate in pairs],
-        "seed": seed,
-        "protocol": PROTOCOL,
-        "method": method.version,
-    } | ({"fuse": True} if fuse else {})
-    identity |= {"constraints": constraints.as_object()} if constraints.as_object() else {}
-    store = open_store(db)
-    study_id = content_key(identity, 8)
-    chosen = with_original(pairs, loaded.dtype)
-    recording = _known_recording(store, study_id, limits)
-    if recording is None and constraints.as_object():  # refused before anything is written
-        recording = record_model(loaded, workload, device=place, sample_inputs=inputs, listener=listener)
-        bind(constraints, recording.sites, [each.id for each in chosen], chosen[0].format.id)
-    store.put_device(hardware)
-    store.put_model(loaded.content_hash, asdict(loaded.source))
-    store.put_study(
-        study_id,
-        model_hash=loaded.content_hash,
-        device=hardware,
-        identity=identity,
+    request = SearchRequest(
+        model=asked_model,
+        asked=Asked.of(eval_text, eval_data, quality),
+        candidates=select(candidates, asked_model.device.partition(":")[0]),
         workload=workload,
-        limits=limits.as_object(),
-    )
-    store.put_reference(study_id, "judge", {"words": judge.words})
-    if isinstance(measure, TextQuality) and measure.parts.inputs is not None:
-        store.put_calibration(study_id, measure.parts.inputs.tolist())
-        if (count := len(measure.parts.inputs)) < ENOUGH_INPUT_WINDOWS:
-            listener(Notice(f"weights are rounded for {count} windows of text only: a longer one serves -gptq better"))
-    if recording is not None:
-        store.update_study(study_id, recording=recording)
-    setup = SearchSetup(
-        store=store,
-        study_id=study_id,
-        loaded=loaded,
-        quality=measure,
-        workload=workload,
-        device=place,
-        hardware=hardware,
-        candidates=chosen,
-        sample_inputs=inputs,
-        fuse=fuse,
-        sensitivity=method,
-        constraints=constraints,
+        batch=batch,
         limits=limits,
+        constraints=Constraints.parse(keep, pin, fusable),
+        sensitivity=sensitivity,
+        fuse=fuse,
+        time_budget_s=time_budget_s,
         seed=seed,
-        listener=listener,
+        db=db,
     )
-    _log.info("study %s in %s: %s candidates, workload %s", study_id, db, len(pairs), workload)
-    run_stages(setup, Budget.of(store, study_id, time_budget_s, started))
-    return Study(store, study_id)
+    return run_search(request, listener)
 
 
-def _known_recording(store: Store, study_id: str, limits: Limits) -> Recording | None:
-    """What the store has recorded of this study, if anything. Where it has come further, the memory limit is checked."""
+def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
+    """Do what `search` describes.
+
+    Raises:
+        AutoquantError: Something the user can fix; the message says what.
+    """
+    started = time.monotonic()
+    listener = logged(listener)
+    loaded = load_request(request.model)
+    judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
+    settled = SettledRequest.of(request, loaded, judge)
+    store = open_store(request.db)
+    recording = _checked_recording(settled, store, listener)
+    _put_study(settled, store, recording)
+    _note_short_text(settled, listener)
+    _log.info(
+        "study %s in %s: %s candidates, workload %s",
+        settled.study_id,
+        request.db,
+        len(judge.candidates),
+        settled.workload,
+    )
+    budget = Budget.of(store, settled.study_id, request.time_budget_s, started)
+    run_stages(SearchSetup.of(settled, store, listener), budget)
+    return Study(store, settled.study_id)
+
+
+def _checked_recording(
+    settled: SettledRequest, store: Store, listener: Listener
+) -> Recording | None:
+    """Return what is recorded so far; refuse limits and constraints that no plan meets.
+
+    Constraints can only be checked against a recording. If there is none, it is made now: a
+    refused search must leave no study.
+    """
+    recording = _known_recording(settled, store)
+    constraints = settled.request.constraints
+    if recording is None and constraints.as_object():
+        recording = record_model(settled.loaded, settled.workload, listener)
+        ids = [candidate.id for candidate in settled.candidates]
+        bind(constraints, recording.sites, ids, settled.candidates[0].format.id)
+    return recording
+
+
+def _known_recording(settled: SettledRequest, store: Store) -> Recording | None:
+    """Return the store's recording of the study, or None.
+
+    Raises:
+        PlanError: An earlier run found that no plan meets the memory limit.
+    """
+    study_id = settled.study_id
     if study_id not in store.studies():
         return None
     study = Study(store, study_id)
     if (space := study.space()) is not None:
-        space.check_memory(limits.max_memory_bytes)
+        space.check_memory(settled.limits.max_memory_bytes)
     return study.facts.recording
+
+
+def _put_study(settled: SettledRequest, store: Store, recording: Recording | None) -> None:
+    """Write what the study is about, and its recording if there is one."""
+    study_id, quality = settled.study_id, settled.quality
+    store.put_device(settled.hardware)
+    store.put_model(settled.loaded.content_hash, asdict(settled.loaded.source))
+    store.put_study(
+        study_id,
+        model_hash=settled.loaded.content_hash,
+        device=settled.hardware,
+        identity=settled.identity(),
+        workload=settled.workload,
+        limits=settled.limits.as_object(),
+    )
+    store.put_reference(study_id, "judge", {"words": settled.judge.words})
+    if isinstance(quality, TextQuality) and quality.parts.inputs is not None:
+        store.put_calibration(study_id, quality.parts.inputs.tolist())
+    if recording is not None:
+        store.update_study(study_id, recording=recording)
+
+
+def _note_short_text(settled: SettledRequest, listener: Listener) -> None:
+    """Say if a text is too short to round weights for it well."""
+    quality = settled.quality
+    if not isinstance(quality, TextQuality) or quality.parts.inputs is None:
+        return
+    if (count := len(quality.parts.inputs)) < ENOUGH_INPUT_WINDOWS:
+        listener(
+            Notice(
+                f"weights are rounded for {count} windows of text only: a longer text serves"
+                " -gptq better"
+            )
+        )

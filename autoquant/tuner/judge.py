@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,6 @@ def make_judge(
     asked: Asked,
     loaded: LoadedModel,
     candidates: Candidates,
-    *,
-    device: str,
-    sample_inputs: Sequence[Any] | Mapping[str, Any] | None,
     seed: int,
     listener: Listener,
 ) -> Judge:
@@ -106,9 +102,8 @@ def make_judge(
         words = f"a loss of the user's own, {asked.function.key}"
         return Judge(asked.function, _without_inputs(candidates, listener), words)
     if loaded.kind == "module":
-        _check_module(asked, has_inputs=sample_inputs is not None)
-        assert sample_inputs is not None
-        quality = _output_quality(loaded, sample_inputs, seed, listener)
+        _check_module(asked, has_inputs=loaded.example_inputs is not None)
+        quality = _output_quality(loaded, seed, listener)
         words = (
             f"divergence of outputs from the unquantized model's, ||y - y0||^2 / ||y0||^2, on {sum(SAMPLES.values())} inputs"
             f" varied from its sample inputs (key {quality.key})"
@@ -116,7 +111,7 @@ def make_judge(
         return Judge(quality, _without_inputs(candidates, listener), words)
     if loaded.tokenizer is None:
         raise TextError(f"this model has no tokenizer: give one with --tokenizer FOLDER, or judge it by {_OWN_LOSS}")
-    text, name = _text_quality(asked, loaded, device, inputs=any(each.format.needs_inputs for each in candidates))
+    text, name = _text_quality(asked, loaded, inputs=any(each.format.needs_inputs for each in candidates))
     if asked.text is None and asked.data is None:
         listener(
             Notice(
@@ -186,11 +181,9 @@ def _check_module(asked: Asked, *, has_inputs: bool) -> None:
     )
 
 
-def _output_quality(
-    loaded: LoadedModel, sample_inputs: Sequence[Any] | Mapping[str, Any], seed: int, listener: Listener
-) -> OutputQuality:
-    sample = dict(sample_inputs) if isinstance(sample_inputs, Mapping) else tuple(sample_inputs)
-    inputs, notes = vary(loaded.module, sample, seed)
+def _output_quality(loaded: LoadedModel, seed: int, listener: Listener) -> OutputQuality:
+    assert loaded.example_inputs is not None  # _check_module saw to it
+    inputs, notes = vary(loaded.module, loaded.example_inputs, seed)
     for note in notes:
         listener(Notice(note))
     listener(
@@ -211,7 +204,7 @@ def _unknown_share(text: TextQuality, tokenizer: Any) -> float:
     return float((tokens == unknown).float().mean())
 
 
-def _text_quality(asked: Asked, loaded: LoadedModel, device: str, *, inputs: bool) -> tuple[TextQuality, str]:
+def _text_quality(asked: Asked, loaded: LoadedModel, *, inputs: bool) -> tuple[TextQuality, str]:
     """Return the quality, and what its text is called."""
     if asked.data is not None:
         name, pieces = f"the dataset {asked.data}", data_pieces(asked.data, loaded.tokenizer)
@@ -225,6 +218,6 @@ def _text_quality(asked: Asked, loaded: LoadedModel, device: str, *, inputs: boo
         loaded.tokenizer,
         max_positions=loaded.max_positions,
         inputs=inputs,
-        windows=GPU_WINDOWS if backend(device).judges_long else WANTED_WINDOWS,
+        windows=GPU_WINDOWS if backend(loaded.device).judges_long else WANTED_WINDOWS,
     )
-    return TextQuality(parts, device), name
+    return TextQuality(parts, loaded.device), name

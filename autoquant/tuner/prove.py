@@ -44,7 +44,6 @@ class Prover:
     quality: Quality
     device: str
     execution: str
-    sample_inputs: Any = None
     selection: tuple[float, ...] = ()
     calibration: Calibration | None = None
     _original: tuple[Phases, str] | None = None
@@ -101,13 +100,9 @@ class Prover:
         """Return the phases, ready to be timed, and a note on how they were compiled."""
         make = partial(
             make_phases,
-            module,
-            self.loaded.kind,
+            replace(self.loaded, module=module),
             self.workload,
-            device=self.device,
-            sample_inputs=self.sample_inputs,
             compiled=self.execution == "compiled",
-            max_positions=self.loaded.max_positions,
         )
         with kernels_kept(self.device):
             return make_warm(make, backend(self.device).divisions)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from autoquant.candidates import Candidate, Format
 from autoquant.devices import backend
@@ -19,6 +18,7 @@ from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store import Store
 from autoquant.tuner.profiling import measure_all
+from autoquant.tuner.request import SettledRequest
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Bench
 from autoquant.tuner.workers.start import start_runner
@@ -29,10 +29,8 @@ class SearchSetup:
     """One search.
 
     Attributes:
-        device: The torch device.
-        hardware: Its fingerprint.
+        hardware: The fingerprint of the device.
         candidates: Those of the search, the unquantized ones among them.
-        sample_inputs: Of one forward pass, for a module that is no language model.
         fuse: Also try to compute linears that read the same input as one.
     """
 
@@ -41,16 +39,39 @@ class SearchSetup:
     loaded: LoadedModel
     quality: AnyQuality
     workload: Workload
-    device: str
     hardware: Device
     candidates: list[Candidate]
-    sample_inputs: Any
     fuse: bool
     sensitivity: Sensitivity
     constraints: Constraints
     limits: Limits
     seed: int
     listener: Listener
+
+    @classmethod
+    def of(cls, settled: SettledRequest, store: Store, listener: Listener) -> SearchSetup:
+        """Return the setup of a request."""
+        request = settled.request
+        return cls(
+            store=store,
+            study_id=settled.study_id,
+            loaded=settled.loaded,
+            quality=settled.quality,
+            workload=settled.workload,
+            hardware=settled.hardware,
+            candidates=settled.candidates,
+            fuse=request.fuse,
+            sensitivity=settled.method,
+            constraints=request.constraints,
+            limits=settled.limits,
+            seed=request.seed,
+            listener=listener,
+        )
+
+    @property
+    def device(self) -> str:
+        """The torch device."""
+        return self.loaded.device
 
     @property
     def formats(self) -> list[Format]:
@@ -60,12 +81,7 @@ class SearchSetup:
     @property
     def usage(self) -> Usage:
         """How the user will run the model."""
-        return Usage(
-            kind=self.loaded.kind,
-            workload=self.workload,
-            device=self.device,
-            sample_inputs=self.sample_inputs,
-        )
+        return Usage.of(self.loaded, self.workload)
 
     def for_this_machine(self) -> SearchSetup:
         """Return the setup without what needs torch.compile, if that does not work here."""
@@ -86,7 +102,6 @@ class SearchSetup:
             workload=self.workload,
             device=self.device,
             execution="eager" if eager else "compiled",
-            sample_inputs=self.sample_inputs,
         )
         return start_runner(bench, [fmt.id for fmt in self.formats], self.listener)
 

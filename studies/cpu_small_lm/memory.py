@@ -17,12 +17,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import autoquant.tuner.driver
 from autoquant.candidates import known_formats; known_formats()
+from autoquant.models import from_module
 from autoquant.runtime.request import warm_up
 from autoquant.runtime.phases import make_phases
 from autoquant.records import Workload
 config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
 model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-warm_up(make_phases(model, 'causal_lm', Workload.parse('prefill=16,decode=4'), device='cpu', compiled=True))
+warm_up(make_phases(from_module(model), Workload.parse('prefill=16,decode=4'), compiled=True))
 """
 
 

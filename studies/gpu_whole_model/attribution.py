@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from plans import FASTEST, FASTEST_FUSED, TimingsMissing, make_planner
+from plans import FASTEST, FASTEST_FUSED, TimingsMissing, as_loaded, make_planner
 from rich.console import Console
 from torch import nn
 from whole_model import PROMPT, STEPS, build, torchao_settings
@@ -50,7 +50,7 @@ def make_ready(label: str, module: nn.Module, workload: Workload, device: str, p
     note = ""
     try:
         with kernels_kept(device):
-            phases = make_phases(module, "causal_lm", workload, device=device, compiled=True)
+            phases = make_phases(as_loaded(module), workload, compiled=True)
             warm_up(phases)
     except WrongResultError as error:
         note = str(error)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo.utils
+from plans import as_loaded
 from torch import nn
 from whole_model import PROMPT, SMALL_PROMPT, SMALL_STEPS, STEPS, build
 
@@ -122,7 +123,7 @@ def make_ready(module: nn.Module, label: str, workload: Workload, device: str, s
                 quantize(copy, model, small)
         with timed(seconds, "set up", device):
             division = "regions" if label.endswith(IN_ONE_PIECE) else "parts"
-            phases = make_phases(copy, "causal_lm", workload, device=device, compiled=True, division=division)
+            phases = make_phases(as_loaded(copy), workload, compiled=True, division=division)
         for phase in workload.phases:
             with timed(seconds, f"{phase.name}: eager", device):
                 phases.reset(phase.name)

@@ -17,6 +17,7 @@ from torch import nn
 from autoquant.candidates import Candidate, get_format, select
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices import backend
+from autoquant.models import LoadedModel, ModelSource
 from autoquant.profiler.measure import cells_of, subjects_of, with_original
 from autoquant.profiler.record import record
 from autoquant.profiler.timing import PROTOCOL
@@ -197,10 +198,24 @@ def _allowed(choices: SiteChoices, make: Make) -> list[LayerChoice]:
     return quantized if make.forced and quantized else list(choices.choices)
 
 
+def as_loaded(module: nn.Module) -> LoadedModel:
+    """A causal language model built here, whose content nobody asks for."""
+    return LoadedModel(
+        module=module,
+        content_hash="",
+        source=ModelSource(kind="live"),
+        tokenizer=None,
+        kind="causal_lm",
+        example_inputs=None,
+        max_positions=None,
+        stored_dtype=DTYPE,
+    )
+
+
 def make_planner(module: nn.Module, workload: Workload, device: str, database: str) -> Planner:
     """A planner for a causal language model on this machine's device."""
     exists = Path(database).exists()
     timings = open_store(database, create=False).timings(backend(device).fingerprint(), PROTOCOL) if exists else {}
-    recording = record(module, make_phases(module, "causal_lm", workload, device=device))
+    recording = record(module, make_phases(as_loaded(module), workload))
     working_set = max((subject.working_set_bytes for subject in timings), default=0)
     return Planner(recording.sites, workload, device, timings, working_set)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, make_planner
+from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, as_loaded, make_planner
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
@@ -88,7 +88,7 @@ def measure(label: str, module: nn.Module, original, workload: Workload, device:
         make(copy)
         try:
             with kernels_kept(device):
-                phases = make_phases(copy, "causal_lm", workload, device=device, compiled=True)
+                phases = make_phases(as_loaded(copy), workload, compiled=True)
                 warm_up(phases)
         except WrongResultError as error:  # random weights magnify rounding; said, and timed all the same
             note = str(error)
@@ -189,7 +189,7 @@ def main() -> None:
             label: make for label, make in torchao_settings().items() if not arguments.only or label in arguments.only
         }
     with kernels_kept(device):
-        original = make_phases(module, "causal_lm", workload, device=device, compiled=True)
+        original = make_phases(as_loaded(module), workload, compiled=True)
         warm_up(original)
     print(f"bf16 ready {time.monotonic() - started:.0f} s", flush=True)
     rows: list[dict[str, object]] = []

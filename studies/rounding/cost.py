@@ -29,7 +29,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     loaded = load_model(sys.argv[1])
     parts = read_text(sys.argv[2], loaded.tokenizer, max_positions=loaded.max_positions, inputs=True)
-    phases = make_phases(loaded.module, loaded.kind, Workload.parse("prefill=8"), device="cpu")
+    phases = make_phases(loaded, Workload.parse("prefill=8"))
     sites = [site for site in record(loaded.module, phases).sites if site.name != "lm_head"]
     names = [site.parameters[0] for site in sites]
     calibration = Calibration(parts.inputs)

@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parse(__doc__)
     out = set_up(arguments)
     loaded = load_model(arguments.model, device=arguments.device)
-    sites = searched_sites(loaded, arguments.device)
+    sites = searched_sites(loaded)
     plans, truth = true_divergences(loaded, sites, arguments, out / "truth.json")
     calibration = windows(loaded, arguments.calibration_text, 0, arguments.windows)
     lines = []
@@ -102,7 +102,7 @@ def subject(arguments: argparse.Namespace) -> Subject:
     loaded = load_model(arguments.model, device=arguments.device)
     return Subject(
         loaded,
-        searched_sites(loaded, arguments.device),
+        searched_sites(loaded),
         windows(loaded, arguments.calibration_text, 0, arguments.windows),
         windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows),
     )
@@ -131,9 +131,9 @@ def parse(
     return parser.parse_args()
 
 
-def searched_sites(loaded: LoadedModel, device: str) -> list[Site]:
+def searched_sites(loaded: LoadedModel) -> list[Site]:
     """Every linear but the output layer."""
-    phases = make_phases(loaded.module, loaded.kind, Workload.parse("prefill=8"), device=device)
+    phases = make_phases(loaded, Workload.parse("prefill=8"))
     return [site for site in record(loaded.module, phases).sites if site.name != "lm_head"]
 
 

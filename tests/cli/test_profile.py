@@ -10,7 +10,9 @@ import autoquant.profiler
 from autoquant.cli.main import app
 from autoquant.errors import ModelError
 from autoquant.events import Notice, StageFinished, StageStarted
+from autoquant.models import ModelRequest
 from autoquant.records import Workload
+from autoquant.tuner.profile_request import ProfileRequest
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def timing(monkeypatch):
     module.error = None
 
     def time_linears(request, listener):
-        module.requests.append(vars(request))
+        module.requests.append(request)
         listener(StageStarted("profile", 2))
         listener(Notice("a candidate failed"))
         listener(StageFinished("profile", "2 timings"))
@@ -29,7 +31,6 @@ def timing(monkeypatch):
             raise module.error
         return SimpleNamespace(rows=({"n": 8, "latency_us": 1.5},))
 
-    module.ProfileRequest = SimpleNamespace
     module.time_linears = time_linears
     monkeypatch.setitem(sys.modules, "autoquant.tuner.profile", module)
     monkeypatch.setattr(autoquant.profiler, "profile", module, raising=False)
@@ -38,36 +39,45 @@ def timing(monkeypatch):
 
 def test_options_reach_the_timing_as_values(runner, timing):
     options = [
-        "--shapes", "s.txt", "--db", "my.db", "--device", "cpu", "--dtype", "bf16", "--batch", "4", "--rows", "16,1",
+        "--db", "my.db", "--device", "cpu", "--dtype", "bf16", "--batch", "4", "--rows", "16,1",
         "--workload", "prefill=128,decode=64", "--candidates", "int8*", "--candidates", "int4*",
         "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle",
     ]  # fmt: skip
     result = runner.invoke(app, ["profile", "model", *options, "--json"])
     assert result.exit_code == 0, result.stderr
-    assert timing.requests == [
-        {
-            "model": "model",
-            "shapes": "s.txt",
-            "rows": (1, 16),
-            "workload": Workload.parse("prefill=128,decode=64", 4),
-            "batch": 4,
-            "device": "cpu",
-            "dtype": "bf16",
-            "candidates": ("int8*", "int4*"),
-            "db": "my.db",
-            "model_factory": "a.b:c",
-            "tokenizer": "tok",
-            "trust_pickle": True,
-        }
-    ]
+    model = ModelRequest(
+        model="model", device="cpu", dtype="bf16", model_factory="a.b:c", tokenizer="tok", trust_pickle=True
+    )
+    expected = ProfileRequest(
+        linears=model,
+        rows=(1, 16),
+        workload=Workload.parse("prefill=128,decode=64", 4),
+        batch=4,
+        candidates=("int8*", "int4*"),
+        db="my.db",
+    )
+    assert timing.requests == [expected]
+
+
+def test_shapes_reach_the_timing_in_place_of_a_model(runner, timing):
+    assert runner.invoke(app, ["profile", "--shapes", "s.txt", "--dtype", "fp16", "--json"]).exit_code == 0
+    (request,) = timing.requests
+    assert (request.linears.shapes, request.linears.dtype) == ("s.txt", "fp16")
+
+
+@pytest.mark.parametrize("given", [["model", "--shapes", "s.txt"], []])
+def test_either_a_model_or_shapes_is_timed(runner, timing, given):
+    result = runner.invoke(app, ["profile", *given])
+    assert (result.exit_code, timing.requests) == (2, [])
+    assert "give either a model or shapes" in result.stderr
 
 
 def test_defaults_leave_rows_and_workload_to_the_timing(runner, timing):
     runner.invoke(app, ["profile", "model", "--json"])
     (request,) = timing.requests
-    assert (request["rows"], request["workload"], request["shapes"]) == (None, None, None)
-    assert (request["db"], request["device"], request["dtype"]) == ("timings.db", "auto", "auto")
-    assert request["candidates"] == ("*",)
+    assert (request.rows, request.workload) == (None, None)
+    assert (request.db, request.linears) == ("timings.db", ModelRequest(model="model"))
+    assert request.candidates == ("*",)
 
 
 def test_json_is_alone_on_stdout_and_progress_goes_to_stderr(runner, timing):

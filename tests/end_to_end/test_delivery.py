@@ -9,7 +9,7 @@ import torch
 
 from autoquant.events import Notice
 from autoquant.export import applier, checkpoint
-from autoquant.models import load_model, take_model
+from autoquant.models import from_module, load_model
 from autoquant.records import Workload
 from autoquant.runtime.user_loop import Usage
 from autoquant.tuner import deliver
@@ -113,7 +113,7 @@ def test_a_live_module_is_run_in_memory_with_a_notice(plan, searched):
     from transformers import AutoModelForCausalLM
 
     module = AutoModelForCausalLM.from_pretrained(searched.model)
-    live = take_model(module, dtype="auto", device="cpu", model_factory=None, tokenizer=None, trust_pickle=False)
+    live = from_module(module)
     before = {name: id(parameter) for name, parameter in live.module.named_parameters()}
     found, told = delivered(live, plan)
     assert (found.where, found.reason, found.logits_error) == ("in memory", "", None) and found.times is not None

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny_models import Perceptron, tiny_llama
+from models.tiny_models import Perceptron, as_loaded, tiny_llama
 from torch import nn
 
 from autoquant.candidates import A8_ROW, A16, Format, Kernel, get_format
@@ -50,7 +50,7 @@ def lively_llama(**kwargs):
 
 
 def sites_of(module):
-    phases = make_phases(module, "causal_lm", Workload.parse("prefill=4"), device="cpu")
+    phases = make_phases(as_loaded(module), Workload.parse("prefill=4"))
     return {site.name: site for site in record(module, phases).sites}
 
 
@@ -195,7 +195,7 @@ def test_a_function_of_the_users_own_scores_the_increase_of_its_mean(dtype):
         parts.append(part)
         return (model(x).float() - target).square().mean(-1)
 
-    phases = make_phases(module, "module", Workload.single(), device="cpu", sample_inputs=(x,))
+    phases = make_phases(as_loaded(module, "module", (x,)), Workload.single())
     sites = {site.name: site for site in record(module, phases).sites}
     found = losses_of(module, list(sites.values()), FunctionQuality(mean_square, "own"))
     assert set(parts) == {"calibration"}

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from models.tiny_models import as_loaded
 from torch import nn
 
 from autoquant.candidates import A8_FLOAT8_TENSOR
@@ -221,7 +222,7 @@ def sites_of_module(module):
     from autoquant.runtime.phases import make_phases
 
     ids = torch.zeros(1, 4, dtype=torch.long)
-    return record(module, make_phases(module, "module", Workload.single(), device="cpu", sample_inputs=(ids,))).sites
+    return record(module, make_phases(as_loaded(module, "module", (ids,)), Workload.single())).sites
 
 
 def test_a_path_part_of_the_way_agrees_with_isolated_losses_where_nothing_else_is_changed(llama, quality):

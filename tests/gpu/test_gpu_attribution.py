@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models.tiny_models import as_loaded
 from torch import nn
 
 from autoquant.records import Workload
@@ -29,7 +30,7 @@ def small_llama():
 
 def test_the_kernels_of_a_replayed_step_are_told_by_layer():
     module = small_llama()
-    phases = make_phases(module, "causal_lm", Workload.parse("prefill=64,decode=32"), device="cuda", compiled=True)
+    phases = make_phases(as_loaded(module), Workload.parse("prefill=64,decode=32"), compiled=True)
     for phase in phases.workload.phases:
         phases.reset(phase.name)
         phases.run(phase.name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models.tiny_models import tiny_llama
+from models.tiny_models import as_loaded, tiny_llama
 
 from autoquant.candidates import get_format
 from autoquant.candidates.kernels import gemlite
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 def test_steps_in_parts_are_replayed_and_compute_what_the_model_computes(monkeypatch):
     monkeypatch.setattr(parts, "FUNCTIONS", {})
     module = tiny_llama().cuda().requires_grad_(False)
-    phases = make_phases(module, "causal_lm", Workload.parse("prefill=8,decode=4"), device="cuda", compiled=True)
+    phases = make_phases(as_loaded(module), Workload.parse("prefill=8,decode=4"), compiled=True)
     warm_up(phases)  # raises where they do not
     assert len(parts.FUNCTIONS) == 10  # embedding, positions, block, norm and head, for each of two phases
 

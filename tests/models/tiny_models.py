@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from autoquant.models import LoadedModel, ModelSource
+
 
 def tiny_llama(*, tied=False, dtype=torch.bfloat16, seed=0):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,3 +59,17 @@ class Perceptron(nn.Module):
 
     def forward(self, x):
         return self.down(self.drop(torch.relu(self.up(x))))
+
+
+def as_loaded(module, kind="causal_lm", inputs=None, max_positions=None):
+    """A live module of a kind, without a look at its weights."""
+    return LoadedModel(
+        module=module,
+        content_hash="",
+        source=ModelSource(kind="live"),
+        tokenizer=None,
+        kind=kind,
+        example_inputs=inputs,
+        max_positions=max_positions,
+        stored_dtype="float32",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from models.tiny_models import as_loaded
 
 from autoquant.devices.cpu import CpuBackend
 from autoquant.profiler.record import record
@@ -15,7 +16,7 @@ def recorded():
     """Record one forward pass of a module with these inputs."""
 
     def run(module, *inputs):
-        phases = make_phases(module.eval(), "module", Workload.single(), device="cpu", sample_inputs=inputs)
+        phases = make_phases(as_loaded(module.eval(), "module", inputs), Workload.single())
         return record(module, phases)
 
     return run

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny_models import tiny_llama
+from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 
 from autoquant.profiler.record import record
@@ -201,7 +201,7 @@ def test_an_exported_program_has_the_sites_of_its_module(recorded):
     module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4, bias=False)).eval()
     x = torch.randn(5, 8)
     exported = torch.export.export(module, (x,)).module()
-    phases = make_phases(exported, "module", Workload.single(), device="cpu", sample_inputs=(x,))
+    phases = make_phases(as_loaded(exported, "module", (x,)), Workload.single())
     recording, original = record(exported, phases), recorded(module, x)
     assert [site.name for site in recording.sites] == ["0", "2"]
     assert [(s.parameters, s.shape, s.uses) for s in recording.sites] == [
@@ -252,7 +252,7 @@ def test_a_module_that_recovers_from_a_childs_error_keeps_its_name(recorded):
 
 def test_a_language_model_is_recorded_once_per_phase():
     module = tiny_llama(tied=True)
-    phases = make_phases(module, "causal_lm", Workload.parse("prefill=6,decode=3", 2), device="cpu")
+    phases = make_phases(as_loaded(module), Workload.parse("prefill=6,decode=3", 2))
     recording = record(module, phases)
     sites = {site.name: site for site in recording.sites}
     assert len(sites) == 2 * 7 + 1

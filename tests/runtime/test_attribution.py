@@ -5,6 +5,7 @@ from types import BuiltinFunctionType, SimpleNamespace
 
 import pytest
 import torch
+from models.tiny_models import as_loaded
 from torch import nn
 from torch._C._autograd import DeviceType
 from torch._C._profiler import _EventType
@@ -21,9 +22,8 @@ from .test_compiled import INT8, INT8_DEQUANTIZED, X, quantized_blocks, siblings
 
 
 def phases_of(module, *, inputs=(X,), compiled):
-    return make_phases(
-        module, "module", Workload.single(), device="cpu", sample_inputs=inputs, compiled=compiled, division="regions"
-    )
+    loaded = as_loaded(module, "module", inputs)
+    return make_phases(loaded, Workload.single(), compiled=compiled, division="regions")
 
 
 def profiled(module, layers=None, *, inputs=(X,), compiled=True):

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from models.tiny_models import tiny_llama
+from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 
 from autoquant.records import Workload
@@ -57,7 +57,7 @@ def deep_llama(layers):
 
 def steps(module):
     """What each phase gives, in parts and as the model itself gives it, with how far the cache was filled after each."""
-    phases = make_phases(module, "causal_lm", WORKLOAD, device="cpu")
+    phases = make_phases(as_loaded(module), WORKLOAD)
     step = _in_parts(module, phases._cache)
     found = []
     for phase in WORKLOAD.phases:

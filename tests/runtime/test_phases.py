@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models.tiny_models import Perceptron, tiny_llama
+from models.tiny_models import Perceptron, as_loaded, tiny_llama
 from torch import nn
 
 from autoquant.errors import WorkloadError
@@ -14,7 +14,7 @@ from autoquant.runtime.phases import make_phases
 
 
 def causal(module, workload, batch=1, **rest):
-    return make_phases(module, "causal_lm", Workload.parse(workload, batch), device="cpu", **rest)
+    return make_phases(as_loaded(module, **rest), Workload.parse(workload, batch))
 
 
 def full_logits(module, phases, tokens):
@@ -83,7 +83,7 @@ class Tokens(nn.Module):
 
 
 def test_a_model_without_a_cache_is_prefilled():
-    phases = make_phases(Tokens(), "token_lm", Workload.parse("prefill=5", 3), device="cpu")
+    phases = make_phases(as_loaded(Tokens(), "token_lm"), Workload.parse("prefill=5", 3))
     phases.reset("prefill")
     assert phases.run("prefill").shape == (3, 5, 16)
     assert phases.limit("prefill") > 1000
@@ -92,13 +92,13 @@ def test_a_model_without_a_cache_is_prefilled():
 @pytest.mark.parametrize("workload", ["decode=5", "prefill=5,decode=5"])
 def test_a_model_without_a_cache_cannot_decode(workload):
     with pytest.raises(WorkloadError, match="no decode phase"):
-        make_phases(Tokens(), "token_lm", Workload.parse(workload), device="cpu")
+        make_phases(as_loaded(Tokens(), "token_lm"), Workload.parse(workload))
 
 
 @pytest.mark.parametrize("inputs", [(torch.ones(2, 8),), [torch.ones(2, 8)], {"x": torch.ones(2, 8)}])
 def test_a_module_runs_on_its_sample_inputs(inputs):
     module = Perceptron().eval()
-    phases = make_phases(module, "module", Workload.single(), device="cpu", sample_inputs=inputs)
+    phases = make_phases(as_loaded(module, "module", inputs), Workload.single())
     phases.reset("forward")
     y = phases.run("forward")
     assert torch.equal(y, module(torch.ones(2, 8))) and not y.requires_grad
@@ -106,7 +106,7 @@ def test_a_module_runs_on_its_sample_inputs(inputs):
 
 def test_a_module_without_sample_inputs_is_refused():
     with pytest.raises(WorkloadError, match="sample_inputs"):
-        make_phases(Perceptron(), "module", Workload.single(), device="cpu")
+        make_phases(as_loaded(Perceptron(), "module"), Workload.single())
 
 
 def test_the_tensor_of_an_output_is_found():

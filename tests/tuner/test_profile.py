@@ -12,11 +12,13 @@ from autoquant.errors import CandidateError, WorkloadError
 from autoquant.profiler import measure
 from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import COLUMNS
-from autoquant.records import Measurement, Roofline
+from autoquant.records import Measurement, Roofline, Workload
 from autoquant.tuner import profile as module
-from autoquant.tuner.profile import ProfileRequest, time_linears
+from autoquant.tuner.profile import time_linears
+from autoquant.tuner.profile_request import ProfileRequest, asked_linears
 
 ROOFLINE = Roofline(bandwidth_bytes_per_s=1e9, flops_per_s={"float32": 1e9, "bfloat16": 4e9})
+LINEARS = ("model", "shapes", "device", "dtype", "sample_inputs")
 INT8 = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")
 
 
@@ -49,8 +51,13 @@ def timed(monkeypatch):
 @pytest.fixture
 def profile(tmp_path):
     def run(**options):
-        defaults = {"device": "cpu", "candidates": INT8, "db": tmp_path / "timings.db"}
-        return time_linears(ProfileRequest(**(defaults | options)))
+        asked = dict.fromkeys(("model", "shapes", "model_factory", "tokenizer"))
+        asked |= {"device": "cpu", "dtype": "auto", "trust_pickle": False}
+        asked |= {name: options.pop(name) for name in LINEARS if name in options}
+        defaults = {"candidates": INT8, "db": tmp_path / "timings.db", "rows": None, "workload": None, "batch": 1}
+        if "workload" in options:
+            options["workload"] = Workload.parse(options["workload"], options.get("batch", 1))
+        return time_linears(ProfileRequest(linears=asked_linears(**asked), **(defaults | options)))
 
     return run
 

@@ -46,7 +46,6 @@ def bench():
         workload=WORKLOAD,
         device="cpu",
         execution="eager",
-        sample_inputs=None,
     )
 
 
@@ -66,7 +65,7 @@ def choice(site, format_id, kernel):
 @pytest.fixture(scope="module")
 def choices(bench):
     """int8 by two numerics everywhere, but for the first site, which timings have left one."""
-    phases = make_phases(bench.loaded.module, "causal_lm", WORKLOAD, device="cpu")
+    phases = make_phases(bench.loaded, WORKLOAD)
     sites = record(bench.loaded.module, phases).sites
     made = []
     for number, site in enumerate(sites):
@@ -165,9 +164,8 @@ def test_a_weight_that_cannot_be_rounded_for_its_inputs_is_left_out_with_the_rea
         workload=WORKLOAD,
         device="cpu",
         execution="eager",
-        sample_inputs=None,
     )
-    sites = record(llama, make_phases(llama, loaded.kind, WORKLOAD, device="cpu")).sites
+    sites = record(llama, make_phases(loaded, WORKLOAD)).sites
     gptq, nearest = get_format("int3-g32-gptq/bit-planes"), get_format("int3-g32/bit-planes")
     changes = [Change(site, fmt.values, fmt, "a16") for site in sites for fmt in (nearest, gptq)]
     told = []

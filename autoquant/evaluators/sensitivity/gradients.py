@@ -20,7 +20,7 @@ from autoquant.candidates import A16, ACTIVATION_ROUNDING
 from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import QualityError
 from autoquant.models.blocks import block_lists
-from autoquant.models.outputs import output_tensor
+from autoquant.models.outputs import output_tensor, run_on_tokens
 
 
 class Place(Protocol):
@@ -89,7 +89,7 @@ class PlacedLinears(LinearHook):
 
 def batch_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`, without a cache."""
-    return output_tensor(module(ids, use_cache=False) if hasattr(module, "generate") else module(ids))
+    return output_tensor(run_on_tokens(module, ids))
 
 
 def changed_output(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:

@@ -16,6 +16,7 @@ from autoquant.evaluators.quality import TextQuality, divergence_sum
 from autoquant.evaluators.sensitivity.base import Change, parameter_of
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits, changed_output
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
+from autoquant.models.loaded import is_causal_lm
 
 _LOGITS_AT_ONCE = 1 << 25
 _KEPT_BYTES = 1 << 30
@@ -110,7 +111,7 @@ class Calibration:
         self.device = windows.device
         self.rows = windows.numel()
         fits = 1
-        if hasattr(module, "generate"):
+        if is_causal_lm(module):
             fits = _LOGITS_AT_ONCE // batch_logits(module, windows[:1]).numel()
         self.batches = torch.split(windows, max(1, fits))
         # On a GPU they stay there, as many as leave room for all else: to compute them again is faster than to fetch them.

@@ -17,13 +17,7 @@ def record_linears(setup: SearchSetup) -> Recording:
     known = setup.store.study(setup.study_id).recording
     if known is not None:
         return known
-    recording = record_model(
-        setup.loaded,
-        setup.workload,
-        device=setup.device,
-        sample_inputs=setup.sample_inputs,
-        listener=setup.listener,
-    )
+    recording = record_model(setup.loaded, setup.workload, setup.listener)
     setup.store.update_study(setup.study_id, recording=recording)
     return recording
 

@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(spec.threads)
     use_timing_effort(spec.effort)
     try:
-        send(connection, (True, load_and_deliver(spec, spec.load_original(), "new process")))
+        send(connection, (True, load_and_deliver(spec, spec.model.load(), "new process")))
     except Exception as error:  # noqa: BLE001 - raised again on the other side
         send(connection, (False, portable(error)))
 

@@ -10,15 +10,13 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from autoquant.candidates import Candidate, Format, get_format
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.devices.memory import release_memory, trim_memory
-from autoquant.errors import ModelError
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
 from autoquant.export.rounding_inputs import Calibration
-from autoquant.models import LoadedModel, load_model
-from autoquant.models.loaded import ModelKind, ModelSource
+from autoquant.models import LoadedModel, SameModel
 from autoquant.profiler.measure import Place, measure
 from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.records import Device, Measurement, Plan, Proof, Roofline, Site, TimingSubject, Workload
@@ -46,7 +44,6 @@ class Bench:
     workload: Workload
     device: str
     execution: str
-    sample_inputs: Any
     own_process: bool = False
     calibration: Calibration | None = field(default=None, init=False)
     _loaded: LoadedModel | None = field(default=None, init=False)
@@ -67,14 +64,12 @@ class Bench:
     def prover(self) -> Prover:
         """The prover, one for all proofs of a process: it has compiled the unquantized model."""
         if self._prover is None:
-            inputs = self.sample_inputs if self.sample_inputs is not None else self.loaded.example_inputs
             self._prover = Prover(
                 loaded=self.loaded,
                 workload=self.workload,
                 quality=self.quality,
                 device=self.device,
                 execution=self.execution,
-                sample_inputs=inputs,
                 calibration=self.calibration,
             )
         return self._prover
@@ -91,22 +86,16 @@ class BenchSpec:
     """How another process makes the same bench.
 
     Attributes:
-        dtype: That the model was loaded in.
-        content_hash: What the files must still hold.
         formats: Ids that the process has to know.
         threads: How many threads a job computes with.
         effort: How much a job measures.
     """
 
-    source: ModelSource
-    dtype: str
-    kind: ModelKind
-    content_hash: str
+    model: SameModel
     judged_on: TextParts | VariedInputs
     workload: Workload
     device: str
     execution: str
-    sample_inputs: Any
     formats: tuple[str, ...]
     threads: int
     effort: TimingEffort = field(default_factory=timing_effort)
@@ -121,12 +110,11 @@ class BenchSpec:
         for format_id in self.formats:
             get_format(format_id)
         return Bench(
-            load=self._load,
+            load=self.model.load,
             quality=self._quality(),
             workload=self.workload,
             device=self.device,
             execution=self.execution,
-            sample_inputs=self.sample_inputs,
             own_process=True,
         )
 
@@ -134,32 +122,6 @@ class BenchSpec:
         if isinstance(self.judged_on, VariedInputs):
             return OutputQuality(self.judged_on)
         return TextQuality(self.judged_on, self.device, keep_reference=True)
-
-    def _load(self) -> LoadedModel:
-        return load_again(
-            self.source, dtype=self.dtype, kind=self.kind, content_hash=self.content_hash, device=self.device
-        )
-
-
-def load_again(source: ModelSource, *, dtype: str, kind: ModelKind, content_hash: str, device: str) -> LoadedModel:
-    """Load the model that was searched, in the same way.
-
-    Raises:
-        ModelError: It is gone, or was changed.
-    """
-    loaded = load_model(
-        source.path,
-        dtype=dtype,
-        device=device,
-        model_factory=source.model_factory,
-        tokenizer=source.tokenizer,
-        trust_pickle=source.trust_pickle,
-        sample_inputs=source.sample_inputs,
-    )
-    if loaded.content_hash != content_hash:
-        raise ModelError(f"{source.path} was changed while it was searched")
-    loaded.kind = kind
-    return loaded
 
 
 class Job(Protocol[Result_co]):

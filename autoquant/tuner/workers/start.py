@@ -13,6 +13,7 @@ from autoquant.devices import backend
 from autoquant.errors import AutoquantError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.events import Listener, Notice
+from autoquant.models import SameModel
 from autoquant.tuner.workers.forking import ForkingRunner
 from autoquant.tuner.workers.in_process import InProcessRunner, Runner
 from autoquant.tuner.workers.jobs import Bench, BenchSpec, LoadJob
@@ -45,15 +46,11 @@ def _forking(bench: Bench, formats: Sequence[str]) -> Runner:
     assert not isinstance(quality, FunctionQuality)  # `_needs_this_process` saw to it
     runner = ForkingRunner(
         BenchSpec(
-            source=bench.loaded.source,
-            dtype=bench.loaded.dtype,
-            kind=bench.loaded.kind,
-            content_hash=bench.loaded.content_hash,
+            model=SameModel.of(bench.loaded),
             judged_on=quality.parts if isinstance(quality, TextQuality) else quality.inputs,
             workload=bench.workload,
             device=bench.device,
             execution=bench.execution,
-            sample_inputs=bench.sample_inputs,
             formats=tuple(formats),
             threads=torch.get_num_threads(),
         )

@@ -22,7 +22,7 @@ from autoquant.errors import CandidateError, ModelError, ProcessDiedError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Notice
-from autoquant.models import from_module, load_model
+from autoquant.models import SameModel, from_module, load_model
 from autoquant.profiler.record import record
 from autoquant.records import Workload
 from autoquant.runtime.phases import make_phases
@@ -62,22 +62,17 @@ def bench(folder, parts):
         workload=WORKLOAD,
         device="cpu",
         execution="eager",
-        sample_inputs=None,
     )
 
 
 @pytest.fixture(scope="module")
 def spec(bench):
     return BenchSpec(
-        source=bench.loaded.source,
-        dtype=bench.loaded.dtype,
-        kind=bench.loaded.kind,
-        content_hash=bench.loaded.content_hash,
+        model=SameModel.of(bench.loaded),
         judged_on=bench.quality.parts,
         workload=WORKLOAD,
         device="cpu",
         execution="eager",
-        sample_inputs=None,
         formats=FORMATS,
         threads=2,
     )
@@ -112,7 +107,7 @@ def wait_until(condition, seconds=20):
 
 
 def test_scores_from_another_process_are_those_of_this_one(bench, shared):
-    phases = make_phases(bench.loaded.module, "causal_lm", WORKLOAD, device="cpu")
+    phases = make_phases(bench.loaded, WORKLOAD)
     sites = record(bench.loaded.module, phases).sites
     job = ScoreJob(
         [(site, f"int8-row+{how}", "int8-row/plain", how) for site in sites for how in ("a16", "a8-row")], "isolated"
@@ -252,7 +247,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(spec, tmp_path):
 
 @pytest.mark.parametrize("job", [LoadJob(), ScoreJob([], "isolated")])
 def test_a_model_that_was_changed_is_refused(spec, job):
-    runner = ForkingRunner(replace(spec, content_hash="another"))
+    runner = ForkingRunner(replace(spec, model=replace(spec.model, content_hash="another")))
     with pytest.raises(ModelError, match="changed while"):
         run(runner, job)
     runner.close()

@@ -1,0 +1,52 @@
+"""Find and load tokenizers; never run code that comes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from autoquant.errors import ModelError, first_line
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(
+        folder.glob("*.tiktoken")
+    )
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load a tokenizer from a folder or from a `tokenizer.json`.
+
+    Raises:
+        ModelError: There is none, or transformers cannot read it.
+    """
+    place = Path(path).expanduser().absolute()
+    if not place.exists() or (place.is_dir() and not has_tokenizer(place)):
+        raise ModelError(
+            f"there is no tokenizer at {path}: give a folder that holds a tokenizer.json, or that"
+            " file"
+        )
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if place.is_dir():
+            return AutoTokenizer.from_pretrained(
+                place, local_files_only=True, trust_remote_code=False
+            )
+        return PreTrainedTokenizerFast(tokenizer_file=str(place))
+    except Exception as error:
+        raise ModelError(
+            f"cannot read the tokenizer {place} ({first_line(error)}): download or save it again"
+        ) from error

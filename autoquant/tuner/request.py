@@ -1,0 +1,126 @@
+"""What a search was asked for, and what loading the model settled of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoquant.candidates import Candidate
+from autoquant.devices import backend
+from autoquant.evaluators.outputs import AnyQuality, OutputQuality
+from autoquant.evaluators.sensitivity import Sensitivity
+from autoquant.models import LoadedModel, ModelRequest
+from autoquant.profiler.measure import with_original
+from autoquant.profiler.timing import PROTOCOL
+from autoquant.records import Device, Workload, content_key
+from autoquant.runtime.phases import check_workload, default_workload
+from autoquant.solver.constraints import Constraints
+from autoquant.solver.limits import Limits
+from autoquant.store.connect import check_address
+from autoquant.tuner.judge import Asked, Judge, method_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRequest:
+    """The arguments of `autoquant.search`, read and checked.
+
+    Attributes:
+        asked: What is to judge quality.
+        candidates: Those to consider, without the unquantized weight.
+        workload: None for the one that suits the model, with `batch` sequences.
+        limits: Of the recommended plan. What the first one measures is known once quality is.
+        sensitivity: None for the method that suits the quality.
+
+    Raises:
+        AutoquantError: The database cannot be used, or the arguments contradict one another.
+    """
+
+    model: ModelRequest
+    asked: Asked
+    candidates: Sequence[Candidate]
+    workload: Workload | None
+    batch: int
+    limits: Limits
+    constraints: Constraints
+    sensitivity: str | None
+    fuse: bool
+    time_budget_s: float
+    seed: int
+    db: str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        check_address(self.db)
+        self.asked.check(self.sensitivity, self.limits.max_kl)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettledRequest:
+    """A request, and what became known of it when its model was loaded.
+
+    Attributes:
+        candidates: What the request names and quality can judge, and the unquantized weight.
+        method: How the loss of each change is found.
+    """
+
+    request: SearchRequest
+    loaded: LoadedModel
+    judge: Judge
+    candidates: list[Candidate]
+    method: Sensitivity
+    workload: Workload
+    limits: Limits
+    hardware: Device
+
+    @classmethod
+    def of(cls, request: SearchRequest, loaded: LoadedModel, judge: Judge) -> SettledRequest:
+        """Fill in what the user left open.
+
+        Raises:
+            QualityError: The method, or a limit, needs a text.
+            WorkloadError: The workload does not fit the model.
+        """
+        method = method_of(request.sensitivity, request.limits.max_kl, judge.quality)
+        workload = request.workload or default_workload(loaded.kind, request.batch)
+        check_workload(loaded, workload)
+        by_outputs = isinstance(judge.quality, OutputQuality)
+        return cls(
+            request=request,
+            loaded=loaded,
+            judge=judge,
+            candidates=with_original(judge.candidates, loaded.dtype),
+            method=method,
+            workload=workload,
+            limits=replace(request.limits, measure="divergence" if by_outputs else "increase"),
+            hardware=backend(loaded.device).fingerprint(),
+        )
+
+    @property
+    def quality(self) -> AnyQuality:
+        """How quality is measured."""
+        return self.judge.quality
+
+    @property
+    def study_id(self) -> str:
+        """Eight hex digits; searches that may share their results have the same."""
+        return content_key(self.identity(), 8)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a study's id is made of. A changed key or value loses users their studies."""
+        identity = {
+            "model_hash": self.loaded.content_hash,
+            "device": self.hardware.key,
+            "workload": str(self.workload),
+            "dtype": self.loaded.dtype,
+            "quality": self.quality.key,
+            "candidates": [candidate.id for candidate in self.judge.candidates],
+            "seed": self.request.seed,
+            "protocol": PROTOCOL,
+            "method": self.method.version,
+        }
+        if self.request.fuse:
+            identity["fuse"] = True
+        if constraints := self.request.constraints.as_object():
+            identity["constraints"] = constraints
+        return identity

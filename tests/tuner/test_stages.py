@@ -63,7 +63,8 @@ class Quality:
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return from_module(Gated().to(torch.bfloat16))
+    loaded = from_module(Gated().to(torch.bfloat16))
+    return replace(loaded, example_inputs=(torch.randn(4, 64, dtype=torch.bfloat16),))
 
 
 @pytest.fixture
@@ -85,10 +86,8 @@ def setup(tmp_path, model, events):
         loaded=model,
         quality=Quality(),
         workload=WORKLOAD,
-        device="cpu",
         hardware=DEVICE,
         candidates=CANDIDATES,
-        sample_inputs=(torch.randn(4, 64, dtype=torch.bfloat16),),
         fuse=False,
         sensitivity=SENSITIVITIES["isolated"],
         constraints=Constraints(),

@@ -1,6 +1,6 @@
-"""Evaluation text out of what the `datasets` library loads: a local file or folder, or a name on the hub. No torch.
+"""Evaluation text from the `datasets` library: a local file or folder, or a name on the hub.
 
-Rows are streamed, and no more of them read than are asked for. No code that comes with a dataset is ever run.
+Rows are streamed, and only as many as are asked for. Code that comes with a dataset never runs.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _HUB_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class DataName:
-    """A dataset as the user writes it, `NAME[:CONFIG][:SPLIT][:COLUMN]`.
+    """A dataset as users write it, `NAME[:CONFIG][:SPLIT][:COLUMN]`.
 
     Attributes:
         place: Path of a file or folder, or a name on the hub.
-        parts: The rest, in order. Each may be left out, or be empty, which means what is taken by itself.
+        parts: The rest, in order. A part that is left out or empty takes its default.
     """
 
     place: str
@@ -48,7 +48,7 @@ class DataName:
 
     @classmethod
     def parse(cls, name: str) -> DataName:
-        """The longest beginning that is a path, or else what stands before the first colon, is the place."""
+        """Parse a name. The place is the longest prefix that is a path, or ends at a colon."""
         words = name.split(":")
         for count in range(len(words), 0, -1):
             if Path(":".join(words[:count])).expanduser().exists():
@@ -67,16 +67,16 @@ class DataName:
         return ":".join((self.place, *self.parts))
 
     def absolute(self) -> str:
-        """The same name from any folder: a path in full."""
+        """Return the name with an absolute path, so that it works from any folder."""
         place = str(self.path.resolve()) if self.is_local else self.place
         return str(DataName(place, self.parts))
 
 
 def check_data(name: str) -> None:
-    """See that there may be such a dataset, without reading it.
+    """Check that such a dataset may exist, without reading it.
 
     Raises:
-        TextError: There is no such file, its kind is not known, or the name is none.
+        TextError: The file does not exist or has an unknown kind, or the name is invalid.
     """
     data = DataName.parse(name)
     if data.is_local and data.path.is_file():
@@ -85,19 +85,21 @@ def check_data(name: str) -> None:
         not _HUB_NAME.fullmatch(data.place) or _suffix(data.path) in _READERS
     ):
         raise TextError(
-            f"there is no file or folder at {data.place}{did_you_mean_path(data.place)}: give --eval-data a JSONL, JSON, CSV,"
+            f"there is no file or folder at {data.place}{did_you_mean_path(data.place)}: give "
+            "--eval-data a JSONL, JSON, CSV,"
             " Parquet or text file, a folder of them, or a name on the Hugging Face hub"
         )
 
 
 def data_pieces(name: str, tokenizer: Any) -> Iterator[str]:
-    """The text of a dataset's rows in pieces, row after row, each ending its line.
+    """Yield the text of a dataset in pieces of whole rows. Each row ends its line.
 
-    Rows that hold a conversation, a list of `{"role": ..., "content": ...}`, are written as the tokenizer's chat template does,
-    or where it has none as `role: content`.
+    A row may hold a conversation, a list of `{"role": ..., "content": ...}`. It is written with the
+    tokenizer's chat template, or else as `role: content`.
 
     Raises:
-        TextError: The dataset, its configuration, split or column is not there, or cannot be read.
+        TextError: The dataset, its configuration, split or column does not exist, or cannot be
+            read.
     """
     data = DataName.parse(name)
     try:
@@ -112,13 +114,13 @@ def data_pieces(name: str, tokenizer: Any) -> Iterator[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """What a reader of `datasets` says went wrong, which it wraps in an error that says nothing."""
+    """Return the message of a reader in `datasets`, which wraps it in an error without one."""
     wrapped = type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None
     return first_line(error.__cause__ if wrapped and error.__cause__ else error)
 
 
 def _open(data: DataName) -> tuple[Iterable[Mapping[str, Any]], str]:
-    """The rows that a name means, and the column of their text."""
+    """Return the rows of a dataset, and the column of their text."""
     import datasets
 
     from autoquant.models.quiet import no_progress_bars, quiet
@@ -128,7 +130,8 @@ def _open(data: DataName) -> tuple[Iterable[Mapping[str, Any]], str]:
         config, parts = _take(data.parts, configs)
         if config is None and len(configs) > 1 and "default" not in configs:
             raise TextError(
-                f"which configuration of {data.place}? Say {data.place}:CONFIG, one of {_list(configs)}"
+                f"which configuration of {data.place}? Say {data.place}:CONFIG, one of "
+                f"{_list(configs)}"
             )
         splits = datasets.load_dataset(place, config, streaming=True, **options)
         split, parts = _take(parts, list(splits))
@@ -142,7 +145,7 @@ def _open(data: DataName) -> tuple[Iterable[Mapping[str, Any]], str]:
 
 
 def _found(data: DataName) -> tuple[str, Mapping[str, Any], Sequence[str]]:
-    """What `datasets.load_dataset` takes for a place, and the names of its configurations."""
+    """Return arguments of `datasets.load_dataset` for a place, and its configurations."""
     import datasets
 
     check_data(str(data))
@@ -162,7 +165,8 @@ def _check_on_hub(name: str) -> None:
         HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S)
     except Exception as error:
         raise TextError(
-            f"{name} is neither a file or folder here{did_you_mean_path(name)} nor a dataset that can be had from the hub"
+            f"{name} is neither a file or folder here{did_you_mean_path(name)} nor a dataset that "
+            "can be had from the hub"
             f" ({first_line(error)}): check the spelling and the network, or give a local file"
         ) from error
 
@@ -178,13 +182,14 @@ def _reader(path: Path) -> tuple[str, Mapping[str, Any]]:
     found = _READERS.get(_suffix(path))
     if found is None:
         raise TextError(
-            f"{path} is no dataset that can be read: give a file that ends in one of {', '.join(_READERS)}"
+            f"{path} is no dataset that can be read: give a file that ends in one of "
+            f"{', '.join(_READERS)}"
         )
     return found
 
 
 def _take(parts: Sequence[str], known: Sequence[str]) -> tuple[str | None, Sequence[str]]:
-    """The first part, if it is one of the known names or empty, and the parts that follow."""
+    """Return the first part if it is known (None if empty), and the parts that are left."""
     if not parts or (parts[0] and parts[0] not in known):
         return None, parts
     return parts[0] or None, parts[1:]
@@ -197,7 +202,7 @@ def _column(
     configs: Sequence[str],
     splits: Sequence[str],
 ) -> str:
-    """The column named last, or the one that must be meant."""
+    """Return the column that is named, or the only one that can be meant."""
     if len(parts) == 1 and parts[0] in row:
         return parts[0]
     if any(parts):
@@ -209,7 +214,8 @@ def _column(
         known = [*configs, *splits, *row]
         among = f"configurations {_list(configs)}; " if configs else ""
         raise TextError(
-            f"{data.place} has no {wrong}{did_you_mean(wrong, known)}: write it as {GRAMMAR}, each of {among}splits"
+            f"{data.place} has no {wrong}{did_you_mean(wrong, known)}: write it as {GRAMMAR}, "
+            f"each of {among}splits"
             f" {_list(splits)}; columns {_list(row)}"
         )
     texts = [name for name, value in row.items() if isinstance(value, str)]
@@ -237,7 +243,8 @@ def _text(value: Any, column: str, data: DataName, tokenizer: Any) -> str:
     ):
         return _conversation(value, tokenizer)
     raise TextError(
-        f"column {column} of {data.place} holds {type(value).__name__}, neither text nor messages with role and content: name"
+        f"column {column} of {data.place} holds {type(value).__name__}, neither text nor messages "
+        "with role and content: name"
         f" another column, {GRAMMAR}"
     )
 
@@ -249,7 +256,7 @@ def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
 
 
 def _joined(rows: Iterable[str]) -> Iterator[str]:
-    """Rows in pieces worth tokenizing, each row ending its line."""
+    """Join rows into pieces that are worth tokenizing. Each row ends its line."""
     piece: list[str] = []
     characters = 0
     for row in rows:

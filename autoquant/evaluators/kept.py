@@ -1,4 +1,4 @@
-"""Tensors that are needed again, kept on disk: to read one takes less time than to compute it, and no memory between."""
+"""An on-disk cache of tensors: cheaper than recomputing, and free of memory in between."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ _COMPLETE = b"\1"
 
 
 class KeptTensor:
-    """A tensor that is made once, in a temporary file without a name, which is gone with the last process that has it open.
+    """A tensor that is made once, in a temporary file without a name.
 
-    Processes forked from the one that made this object share the file.
+    Forked processes share the file, which disappears with the last of them.
 
     Args:
-        most_bytes: A larger tensor is not kept, but made again each time; so is one that the disk has no room for.
+        most_bytes: A larger tensor is made again each time, as is one that does not fit the disk.
     """
 
     def __init__(self, most_bytes: int) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object is there
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object
         self._most_bytes = most_bytes
 
     def get(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `make` gives, or gave when it was called first."""
+        """Return the tensor of the first call of `make`."""
         number = self._file.fileno()
         if os.pread(number, 1, 0) == _COMPLETE:
             kept: torch.Tensor = pickle.loads(os.pread(number, self._most_bytes + 1, 1))
             return kept
         tensor = make()
-        if (
-            tensor.nbytes > self._most_bytes
-        ):  # not even pickled: from a GPU that takes longer than to make it
+        if tensor.nbytes > self._most_bytes:
+            # Pickling it first would take longer on a GPU than making it again.
             return tensor
         data = pickle.dumps(tensor)
         if len(data) <= self._most_bytes:

@@ -1,7 +1,7 @@
-"""How far a module's outputs are from the unquantized module's, on inputs varied from its sample inputs.
+"""Divergence of a module's outputs from the unquantized module's, on varied sample inputs.
 
-The judge of a module that reads no tokens, where the user gives no loss. It says how well two modules agree, not how good
-either is.
+It judges a module that reads no tokens if the user gives no loss. It measures how well two modules
+agree, and not how good either is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from autoquant.models.outputs import output_tensor
 
 SAMPLES: Mapping[Part, int] = {"calibration": 4, "selection": 12, "report": 16}
 Inputs = tuple[Any, ...] | dict[str, Any]
-"""Arguments of one forward pass: positional, or by name."""
+"""Arguments of one forward pass, positional or by name."""
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _WORST = 1e6
 _SAME_EVERY_TIME = 1e-6
@@ -32,23 +32,25 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class VariedInputs:
-    """Inputs of one forward pass, dealt in turn to three disjoint parts: `SAMPLES` says how many each part has.
+    """Inputs varied from sample inputs, dealt in turn to three disjoint parts.
 
-    Input 0 is the sample itself. Every other one is drawn from its number and the seed. Each element of a tensor gets a partner:
-    the element at the same place of a random row (entry of the first dimension), or, in a tensor of one row, a random element of
-    it. With t drawn from 0 to 1 for the whole input,
+    `SAMPLES` holds the number of inputs of each part. Input 0 is the sample itself. The number and
+    the seed of every other input determine it. Each element of a tensor gets a partner: the element
+    at the same place of a random row (entry of the first dimension), or a random element if the
+    tensor has one row. With t drawn from 0 to 1 for the whole input,
 
     - a floating-point element becomes (1 - t) times itself plus t times its partner;
     - an integer becomes its partner with probability t;
-    - booleans, tensors of one element, and what is no tensor, stay.
+    - booleans, tensors of one element, and objects that are no tensors do not change.
 
-    So dtypes and shapes stay, and numbers lie in the range of the sample's tensor, or of its column where it has several rows.
-    Where every floating-point tensor holds one number only (`torch.zeros`, `torch.ones`), which is a placeholder and no range,
-    its elements are drawn from the standard normal distribution, those of input 0 too.
+    So dtypes and shapes do not change, and numbers stay in the range of the sample's tensor (or of
+    its column, with several rows). If every floating-point tensor repeats one number
+    (`torch.zeros`, `torch.ones`), the sample is a placeholder without a range. Then all elements
+    are drawn from the standard normal distribution, also in input 0.
 
     Attributes:
         sample: The sample inputs, on the model's device.
-        integers: Integers are varied too.
+        integers: Vary integers too.
     """
 
     sample: Inputs
@@ -73,7 +75,7 @@ class VariedInputs:
 
     @property
     def placeholder(self) -> bool:
-        """Whether every floating-point tensor holds one number only."""
+        """Whether every floating-point tensor repeats one number."""
         tensors = [
             leaf
             for leaf in tree_leaves(self.sample)
@@ -89,13 +91,13 @@ class VariedInputs:
         return any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs)
 
     def part(self, part: Part) -> Iterator[Inputs]:
-        """The inputs of a part, each made when it is asked for."""
+        """Yield the inputs of a part, each made when it is asked for."""
         for number, owner in enumerate(deal(SAMPLES)):
             if owner == part:
                 yield self.make(number)
 
     def make(self, number: int) -> Inputs:
-        """One input."""
+        """Return the input with a number."""
         placeholder = self.placeholder
         if number == 0 and not placeholder:
             return self.sample
@@ -123,7 +125,7 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 
 
 def _partners(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """For each element the one at the same place of a random row, or any where there is one row only."""
+    """Return for each element one at its place in a random row, or any element of a single row."""
     rows = tensor.reshape(tensor.shape[0], -1) if len(tensor) > 1 else tensor.reshape(-1, 1)
     drawn = torch.randint(0, len(rows), (len(rows), rows.shape[1]), generator=generator).to(
         tensor.device
@@ -132,9 +134,9 @@ def _partners(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class OutputQuality:
-    """Divergence of a module's outputs from the unquantized module's; see `divergence`.
+    """Divergence of a module's outputs from the unquantized module's, see `divergence`.
 
-    The unquantized module diverges from itself by 0, so an increase over it is the divergence itself.
+    The unquantized module has 0, so an increase over it is the divergence itself.
     """
 
     logarithmic = False
@@ -153,7 +155,7 @@ class OutputQuality:
         return Comparison(losses, (0.0,) * len(losses), None)
 
     def increase_over(self, reference: nn.Module, part: Part) -> Callable[[nn.Module], float]:
-        """What tells the mean divergence of a module from the reference, as that one is now."""
+        """Return a function for the mean divergence of a module from today's reference."""
         samples = [(inputs, outputs_of(reference, inputs)) for inputs in self.inputs.part(part)]
 
         def increase(module: nn.Module) -> float:
@@ -169,10 +171,10 @@ AnyQuality = TextQuality | FunctionQuality | OutputQuality
 
 
 def outputs_of(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
-    """Every floating-point tensor that a forward pass returns, in order.
+    """Return every floating-point tensor that a forward pass returns, in order.
 
     Raises:
-        QualityError: There is none.
+        QualityError: It returns none.
     """
     with torch.no_grad():
         output = module(**inputs) if isinstance(inputs, dict) else module(*inputs)
@@ -183,24 +185,26 @@ def outputs_of(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
         tensors = []
     if not tensors:
         raise QualityError(
-            "the model returns no floating-point tensor whose divergence could be measured: judge it by a loss of your own,"
+            "the model returns no floating-point tensor whose divergence could be measured: "
+            "judge it by a loss of your own,"
             " --quality package.module:callable"
         )
     return tensors
 
 
 def divergence(expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> float:
-    """Relative squared error ||y - y0||^2 / ||y0||^2 of outputs y from expected ones y0, the mean over the tensors.
+    """Return ||y - y0||^2 / ||y0||^2 of outputs y from expected y0, averaged over tensors.
 
-    Elements that are not finite in y0, and tensors that are all 0 there, do not count. Where y is not finite, it is a million,
-    which is also the most that it ever is.
+    Elements that are not finite in y0 do not count, nor do tensors that are all 0 there. The error
+    of a tensor is at most a million, which also stands for a y that is not finite.
 
     Raises:
-        QualityError: The outputs have another number of tensors, or other shapes.
+        QualityError: The numbers of tensors or their shapes differ.
     """
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in outputs]:
         raise QualityError(
-            "the shapes of the model's outputs depend on its numbers, so quantized and unquantized ones cannot be compared:"
+            "the shapes of the model's outputs depend on its numbers, so quantized and "
+            "unquantized ones cannot be compared:"
             " judge it by a loss of your own, --quality package.module:callable"
         )
     errors = [
@@ -212,7 +216,7 @@ def divergence(expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
 
 
 def _relative_squared_error(expected: torch.Tensor, output: torch.Tensor) -> float | None:
-    """None where every expected element is 0 or not finite."""
+    """Return the error, or None if every expected element is 0 or not finite."""
     y0, y = expected.float(), output.float()
     counts = y0.isfinite()
     scale = torch.where(counts, y0, 0.0).square().sum().item()
@@ -223,7 +227,7 @@ def _relative_squared_error(expected: torch.Tensor, output: torch.Tensor) -> flo
 
 
 def vary(module: nn.Module, sample: Inputs, seed: int) -> tuple[VariedInputs, list[str]]:
-    """Inputs that the module takes, varied from the sample ones, and what the user should know of them.
+    """Return varied inputs that the module takes, and notes on them for the user.
 
     Raises:
         QualityError: The module takes no varied inputs, or its outputs cannot be compared.
@@ -239,21 +243,25 @@ def vary(module: nn.Module, sample: Inputs, seed: int) -> tuple[VariedInputs, li
         inputs = VariedInputs(sample, seed, integers=False)
         _try_floating(module, inputs, reason)
         notes.append(
-            f"integer inputs stay as the sample has them, since the model does not take others ({reason})"
+            "integer inputs stay as the sample has them, since the model does not take others "
+            f"({reason})"
         )
     if inputs.placeholder:
         notes.append(
-            "the sample inputs are placeholders (one number only), so standard normal numbers stand for them"
+            "the sample inputs are placeholders (one number only), so standard normal numbers "
+            "stand for them"
         )
     elif not inputs.varies:
         notes.append(
-            "nothing in the sample inputs can be varied, so all is judged on one input: give typical ones"
+            "nothing in the sample inputs can be varied, so all is judged on one input: give "
+            "typical ones"
         )
     first = inputs.make(0)
     again = divergence(outputs_of(module, first), outputs_of(module, first))
     if again > _SAME_EVERY_TIME:
         notes.append(
-            f"the unquantized model's outputs differ by {again:.2g} from run to run: smaller divergence says nothing"
+            f"the unquantized model's outputs differ by {again:.2g} from run to run: smaller "
+            "divergence says nothing"
         )
     return inputs, notes
 
@@ -265,18 +273,25 @@ def _try_floating(module: nn.Module, inputs: VariedInputs, reason: str) -> None:
         raise
     except Exception as error:
         raise QualityError(
-            f"the model does not take inputs varied from its sample inputs ({reason}): give other ones with --sample-inputs, or"
+            f"the model does not take inputs varied from its sample inputs ({reason}): give other "
+            "ones with --sample-inputs, or"
             " judge it by a loss of your own, --quality package.module:callable"
         ) from error
 
 
 def _try(module: nn.Module, inputs: VariedInputs) -> None:
-    """Run the module on every input. Raises what it raises, and `QualityError` where its outputs are all 0 or not finite."""
+    """Run the module on every input.
+
+    Raises:
+        QualityError: The outputs are all 0 or not finite.
+        Exception: Whatever the module raises.
+    """
     for part in PARTS:
         for each in inputs.part(part):
             outputs = outputs_of(module, each)
             if all(_relative_squared_error(tensor, tensor) is None for tensor in outputs):
                 raise QualityError(
-                    "the unquantized model's outputs on its sample inputs are all 0 or not finite, so nothing can diverge from"
+                    "the unquantized model's outputs on its sample inputs are all 0 or not "
+                    "finite, so nothing can diverge from"
                     " them: give typical ones with --sample-inputs package.module:callable"
                 )

@@ -1,4 +1,4 @@
-"""How good a model is, compared with the unquantized one: on text, or by a function of the user's own."""
+"""The quality of a model against the unquantized one: on text, or by the user's function."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ _ROWS_AT_ONCE = 128
 _KEPT_BYTES = 1 << 30
 
 QualityFunction = Callable[[nn.Module, Part], Any]
-"""The user's own: (module, part) to a loss per sample of that part, lower is better; the same samples every time."""
+"""Maps (module, part) to one loss per sample of the part, always in the same order.
+
+Lower is better.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Losses per sample of a model and of the unquantized one, and the mean divergence between them (None: not defined).
+    """Losses of a model and of the unquantized one on the same samples.
 
-    `sample_kl` has the divergence of each sample; empty where it is not defined.
+    Attributes:
+        kl: Mean divergence between the models, or None if it is not defined.
+        sample_kl: The divergence of each sample, or empty if it is not defined.
     """
 
     losses: tuple[float, ...]
@@ -37,11 +42,11 @@ class Comparison:
 
 
 class Quality(Protocol):
-    """What the search asks of a quality measure.
+    """What a search needs of a quality measure.
 
     Attributes:
-        key: Hash of everything that its numbers depend on, besides the model.
-        logarithmic: Losses are log-likelihoods and shown as perplexity.
+        key: Hash of everything but the model that the losses depend on.
+        logarithmic: The losses are log-likelihoods, and are shown as perplexity.
     """
 
     key: str
@@ -50,21 +55,21 @@ class Quality(Protocol):
     def compare(
         self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
     ) -> Comparison:
-        """Losses of both on the same samples.
+        """Return the losses of both models on the same samples.
 
         Args:
-            known: The reference's losses, where they were measured before.
+            known: The reference's losses, if they were measured before.
         """
         ...
 
 
 class TextQuality:
-    """Negative log-likelihood per token on windows of text, each window on its own.
+    """Negative log-likelihood per token on separate windows of text.
 
     Args:
         parts: The windows.
-        device: Where the model lies.
-        keep_reference: Every comparison will be with the same reference, whose logits are kept on disk.
+        device: The model's device.
+        keep_reference: Every comparison has the same reference, so keep its logits on disk.
     """
 
     logarithmic = True
@@ -82,12 +87,12 @@ class TextQuality:
             self._kept = {window: KeptTensor(_KEPT_BYTES // len(windows)) for window in windows}
 
     def windows(self, part: Part) -> Iterator[torch.Tensor]:
-        """Token ids `[1, tokens]`, one window at a time."""
+        """Yield the token ids `[1, tokens]` of each window."""
         for window in self.parts.windows[part]:
             yield window.unsqueeze(0).to(self._device)
 
     def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]:
-        """Mean negative log-likelihood in nats of each window's tokens but the first."""
+        """Return each window's mean negative log-likelihood in nats, without its first token."""
         return tuple(window_loss(next_token_logits(module, ids), ids) for ids in self.windows(part))
 
     def compare(
@@ -113,11 +118,11 @@ class TextQuality:
 
 
 class FunctionQuality:
-    """A quality function of the user's own.
+    """The user's own quality function.
 
     Args:
         function: See `QualityFunction`.
-        key: Names the function and its data; two different ones need different keys.
+        key: Names the function and its data. Different functions need different keys.
     """
 
     logarithmic = False
@@ -127,17 +132,18 @@ class FunctionQuality:
         self.key = key
 
     def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]:
-        """What the function returns, as floats.
+        """Return the function's losses as floats.
 
         Raises:
-            QualityError: It fails, or returns something else than losses.
+            QualityError: The function fails, or does not return losses.
         """
         try:
             with torch.no_grad():
                 value = self._function(module, part)
         except Exception as error:
             raise QualityError(
-                f"the quality function {self.key} failed on the {part} part ({type(error).__name__}: {first_line(error)})"
+                f"the quality function {self.key} failed on the {part} part "
+                f"({type(error).__name__}: {first_line(error)})"
             ) from error
         if hasattr(value, "tolist"):  # a tensor or an array
             value = value.reshape(-1).tolist()
@@ -148,7 +154,8 @@ class FunctionQuality:
             losses = ()
         if not losses:
             raise QualityError(
-                f"the quality function {self.key} returned no losses for the {part} part ({type(value).__name__}): it must"
+                f"the quality function {self.key} returned no losses for the {part} part "
+                f"({type(value).__name__}): it must"
                 " return one number per sample"
             )
         return losses
@@ -161,7 +168,7 @@ class FunctionQuality:
         )
 
     def increase_over(self, reference: nn.Module, part: Part) -> Callable[[nn.Module], float]:
-        """What tells by how much a module's mean loss is above that of the reference as it is now."""
+        """Return a function for the increase of a module's mean loss over today's reference."""
         base = _mean(self.losses(reference, part))
         return lambda module: _mean(self.losses(module, part)) - base
 
@@ -171,13 +178,13 @@ def _mean(losses: Sequence[float]) -> float:
 
 
 def next_token_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[tokens, vocabulary]` of one window `[1, tokens]`, without a cache."""
+    """Return the logits `[tokens, vocabulary]` of one window `[1, tokens]`, without a cache."""
     with torch.no_grad():
         return output_tensor(run_on_tokens(module, ids))[0]
 
 
 def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood in nats of tokens 2 to last.
+    """Return the mean negative log-likelihood in nats of tokens 2 to last.
 
     Args:
         logits: `[tokens, vocabulary]`.
@@ -192,7 +199,12 @@ def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 def divergence_sum(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """Sum over rows of the Kullback-Leibler divergence KL(reference || model) in nats, both `[rows, vocabulary]` logits."""
+    """Return KL(reference || model) in nats, summed over rows.
+
+    Args:
+        reference: Logits `[rows, vocabulary]`.
+        logits: The model's logits `[rows, vocabulary]`.
+    """
     parts = []
     for start in range(0, logits.shape[0], _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Accuracy on tasks of EleutherAI's lm-evaluation-harness (the package `lm_eval`), of models in memory."""
+"""Accuracy of models in memory on tasks of lm-evaluation-harness (the package `lm_eval`)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _STDERR = 2
 
 
 class Tasks:
-    """Tasks that any number of models are given, the same requests to each.
+    """Tasks with the same requests for any number of models.
 
     Args:
-        names: As lm-eval knows them, or as task files in `folder` say.
-        folder: Holds further task files (YAML).
-        limit: Samples of each task, from its start; None for all.
+        names: Names of tasks in lm-eval, or in the task files of `folder`.
+        folder: A folder of more task files (YAML).
+        limit: The number of samples from the start of each task, or None for all.
 
     Raises:
-        TaskError: lm-eval is not installed, or there is no such task or folder.
+        TaskError: lm-eval is not installed, or a task or the folder does not exist.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Tasks:
                 raise TaskError(_unknown(name, known, folder))
 
     def score(self, module: nn.Module, tokenizer: Any) -> tuple[TaskScore, ...]:
-        """What a Hugging Face causal language model scores, each task's metrics in turn.
+        """Return the scores of a Hugging Face causal language model, task by task.
 
         Raises:
-            TaskError: lm-eval cannot get a task's data or run the model on it.
+            TaskError: lm-eval cannot load a task's data or run the model on it.
         """
         with _silent(), _ties_kept(module):
             try:
@@ -74,7 +74,8 @@ class Tasks:
                 )
             except Exception as error:
                 raise TaskError(
-                    f"lm-eval cannot run {', '.join(self.names)} ({type(error).__name__}: {first_line(error)}): see that the"
+                    f"lm-eval cannot run {', '.join(self.names)} ({type(error).__name__}: "
+                    f"{first_line(error)}): see that the"
                     " tasks' data can be reached from here; --debug shows where it failed"
                 ) from error
         return tuple(self._scores(results))
@@ -99,7 +100,7 @@ class Tasks:
 
 
 class _Library:
-    """What is used of lm-eval. Imported here, because it need not be installed and takes seconds."""
+    """The parts of lm-eval in use. It may be missing, and its import takes seconds."""
 
     def __init__(self) -> None:
         try:
@@ -109,7 +110,8 @@ class _Library:
                 from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise TaskError(
-                f"tasks need the package lm_eval, which cannot be imported ({first_line(error)}): {INSTALL}"
+                f"tasks need the package lm_eval, which cannot be imported ({first_line(error)}): "
+                f"{INSTALL}"
             ) from error
         self.evaluate: Any = simple_evaluate
         self.model: Any = HFLM
@@ -130,7 +132,7 @@ def _unknown(name: str, known: set[str], folder: Path | None) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """What lm-eval prints, logs and draws goes nowhere, and neither do the complaints of programs that it starts."""
+    """Discard what lm-eval and the programs that it starts print, log and draw."""
     kept = os.dup(_STDERR)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -145,7 +147,7 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _ties_kept(module: Any) -> Iterator[None]:
-    """lm-eval ties the model's weights anew, which would put the embedding in place of a quantized output layer."""
+    """Keep lm-eval from tying weights, which would replace a quantized head by the embedding."""
     module.tie_weights = lambda *_arguments, **_options: None
     try:
         yield

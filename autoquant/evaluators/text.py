@@ -17,14 +17,14 @@ PARTS: tuple[Part, ...] = ("calibration", "selection", "report")
 WINDOW_TOKENS = 512
 WANTED_WINDOWS: Mapping[Part, int] = {"calibration": 8, "selection": 20, "report": 28}
 GPU_WINDOWS: Mapping[Part, int] = {"calibration": 8, "selection": 60, "report": 84}
-"""On GPUs, where running the model is cheap beside compiling it: intervals are narrower by 1.7."""
+"""On GPUs a run is cheap next to compiling, so more windows narrow intervals by 1.7."""
 LEAST_WINDOWS: Mapping[Part, int] = {"calibration": 1, "selection": 6, "report": 8}
 INPUT_WINDOWS = 32
-ENOUGH_INPUT_WINDOWS = 16  # studies/rounding: with 3, GPTQ is worse than clipping alone
+ENOUGH_INPUT_WINDOWS = 16  # with 3, GPTQ is worse than clipping alone (studies/rounding)
 _READ_CHARACTERS = 200_000
 
 DEFAULT_TEXT = Path(__file__).parent / "texts" / "default.txt"
-"""What is read where the user gives no text; beside it lies where it comes from."""
+"""The text for users who give none. `SOURCES.md` next to it lists its sources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class TextParts:
     """Windows of token ids, `[windows, tokens]` per part. No token is in two parts.
 
     Attributes:
-        inputs: Windows that weights are rounded for, where any are; None where no format looks at what a layer reads.
+        inputs: Windows that weights are rounded for, or None if no format needs them.
     """
 
     windows: Mapping[Part, torch.Tensor]
@@ -40,7 +40,7 @@ class TextParts:
 
     @property
     def key(self) -> str:
-        """Hash of the tokens and of which part they are in."""
+        """Hash of the tokens and their parts."""
         digest = hashlib.sha256()
         for part in PARTS:
             windows = self.windows[part]
@@ -53,7 +53,7 @@ class TextParts:
 
 
 def read_text(path: str | Path, tokenizer: Any, **options: Any) -> TextParts:
-    """As `deal_text`, for the text in a UTF-8 file.
+    """Deal the text in a UTF-8 file, as `deal_text` does.
 
     Raises:
         TextError: The file cannot be read, is no text, or is too short.
@@ -72,14 +72,14 @@ def deal_text(
 ) -> TextParts:
     """Tokenize as much of a text as the parts need.
 
-    The first windows of the text are dealt to the parts in turn, so that every part sees the same mixture.
+    The first windows are dealt to the parts in turn, so that every part has the same mixture.
 
     Args:
-        pieces: The text; no further piece is asked for when there are tokens enough.
-        name: What the text is called in messages.
-        inputs: Also take windows that weights are rounded for: what follows the parts, or where too little does, the calibration
-            part.
-        windows: How many each part gets where the text is long enough.
+        pieces: The text. Reading stops when there are enough tokens.
+        name: Name of the text in messages.
+        inputs: Also take windows that weights are rounded for: those after the parts, or the
+            calibration part if too few follow.
+        windows: The number of windows of each part in a text that is long enough.
 
     Raises:
         TextError: The text is too short.
@@ -91,7 +91,8 @@ def deal_text(
     least = sum(LEAST_WINDOWS.values())
     if available < least:
         raise TextError(
-            f"{name} gives {len(tokens)} tokens; at least {least * window} are needed for separate calibration, selection and "
+            f"{name} gives {len(tokens)} tokens; at least {least * window} are needed for "
+            "separate calibration, selection and "
             "report parts: give a longer text"
         )
     counts = _counts(min(available, wanted), windows)
@@ -108,7 +109,7 @@ def deal_text(
 def _input_windows(
     tokens: list[int], window: int, first: int, calibration: torch.Tensor
 ) -> torch.Tensor:
-    """Whichever are more: the windows from `first` on, or those of the calibration part."""
+    """Return the windows from `first` on, or those of the calibration part if they are more."""
     count = min(len(tokens) // window - first, INPUT_WINDOWS)
     if count <= len(calibration):
         return calibration
@@ -127,10 +128,10 @@ def _tokens(pieces: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
 
 
 def file_pieces(path: Path) -> Iterator[str]:
-    """The text of a file in pieces that end at lines.
+    """Yield the text of a file in pieces that end with a line.
 
     Raises:
-        TextError: It cannot be read, or is no UTF-8.
+        TextError: The file cannot be read, or is not UTF-8.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -151,9 +152,9 @@ def _first_bad_byte(path: Path) -> str:
 
 
 def _counts(available: int, windows: Mapping[Part, int]) -> dict[Part, int]:
-    """How many windows each part gets: as wanted, or in proportion where the text is shorter.
+    """Return how many windows each part gets: as wanted, or fewer in a short text.
 
-    With at least `WANTED_WINDOWS` of them the calibration part is whole, and only the others are smaller.
+    With at least `WANTED_WINDOWS`, only selection and report shrink. With fewer, all parts do.
     """
     usual = sum(WANTED_WINDOWS.values())
     if available >= usual:
@@ -173,7 +174,7 @@ def _counts(available: int, windows: Mapping[Part, int]) -> dict[Part, int]:
 
 
 def deal(counts: Mapping[Part, int]) -> list[Part]:
-    """Deal windows to parts, always to the part that is furthest behind its share."""
+    """Deal windows to parts. Each goes to the part that is furthest behind its share."""
     given = dict.fromkeys(counts, 0)
     order: list[Part] = []
     for _ in range(sum(counts.values())):

@@ -191,7 +191,8 @@ def plan_lines(
     ]
     if row is None:
         lines.append(
-            f"Not proven{f': {failure}' if failure else ' yet: the same search goes on to prove it'}"
+            "Not "
+            f"proven{f': {failure}' if failure else ' yet: the same search goes on to prove it'}"
         )
         return lines
     quality = ""
@@ -317,7 +318,8 @@ def limits_words(limits: Mapping[str, Any]) -> str:
     parts = []
     if limits.get("max_ppl_increase") is not None:
         parts.append(
-            f"{limits.get('measure', 'increase')} at most {units.percent(limits['max_ppl_increase'])}"
+            f"{limits.get('measure', 'increase')} at most "
+            f"{units.percent(limits['max_ppl_increase'])}"
         )
     if limits.get("max_kl") is not None:
         parts.append(f"KL at most {limits['max_kl']:g}")

@@ -55,7 +55,7 @@ def test_what_the_user_left_open_suits_the_model(request_of):
     settled = settled_by(request_of())
     assert settled.workload == Workload.single()
     assert settled.method.id == "isolated"
-    assert settled.candidates[0][0].id == "float32/plain"
+    assert settled.candidates[0].format.id == "float32/plain"
     assert settled.limits == Limits(max_ppl_increase=0.01)
 
 

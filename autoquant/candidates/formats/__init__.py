@@ -1,1 +1,1 @@
-"""How weights are stored: one module for each family of formats, with its tensors and products."""
+"""Formats of stored weights: a module for each family, with its tensors and products."""

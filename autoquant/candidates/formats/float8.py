@@ -1,4 +1,4 @@
-"""float8 (e4m3) weights with one scale a row or one in all, in torchao's `Float8Tensor`, and the ways to compute with them."""
+"""float8 (e4m3) weights in torchao's `Float8Tensor`, with a scale for each row or for all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def _quantize(weight: torch.Tensor, *, per_row: bool) -> torch.Tensor:
         weight.detach(),
         float8_dtype=torch.float8_e4m3fn,
         granularity=PerRow() if per_row else PerTensor(),
-        kernel_preference=KernelPreference.TORCH,  # what AUTO stands for depends on what else is installed
+        # AUTO would depend on what else is installed.
+        kernel_preference=KernelPreference.TORCH,
     )
     empty = stored.scale.flatten() == 0  # rows of zeros, which torchao divides by zero
     stored.scale.view(-1)[empty] = 1
@@ -61,7 +62,13 @@ def float8_product(
     *,
     per_row: bool = True,
 ) -> torch.Tensor:
-    """x `[..., k]`, rounded to float8, times float8 `[n, k]` with scales `[n, 1]` (`[]` in any shape if not `per_row`)."""
+    """Round x to float8 and multiply it by a float8 weight.
+
+    Args:
+        x: `[..., k]`.
+        values: float8 `[n, k]`.
+        scale: `[n, 1]` if `per_row`, else one number in any shape.
+    """
     rounded, x_scale = round_float8(x.reshape(-1, x.shape[-1]), per_row=per_row)
     y = torch._scaled_mm(
         rounded,
@@ -102,7 +109,7 @@ def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def float8_product_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
-    """Why `float8_product` cannot compute `shape` here."""
+    """Return why `float8_product` cannot compute `shape` here, or None."""
     if reason := not_divisible(shape.n, shape.k, 16, "a float8 product"):
         return reason
     if shape.dtype != "bfloat16":
@@ -133,7 +140,10 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
             linear=functools.partial(_scaled_mm, per_row=per_row),
             arithmetic="float8",
             unsupported=float8_product_unsupported,
-            description=f"activation rounded to float8 with {scales}, then torch._scaled_mm (as compiled torchao does)",
+            description=(
+                f"activation rounded to float8 with {scales}, then torch._scaled_mm (as compiled "
+                "torchao does)"
+            ),
         ),
     )
 

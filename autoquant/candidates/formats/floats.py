@@ -1,4 +1,4 @@
-"""Unquantized weights: as they are, or cast to another float."""
+"""Unquantized weights: in the model's dtype, or cast to another float."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def _cast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` in the stored weight's dtype, returned in x's."""
+    """Compute `F.linear` in the stored weight's dtype, and return it in x's."""
     bias = None if bias is None else bias.to(weight.dtype)
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
@@ -49,5 +49,5 @@ FORMATS = tuple(_format(dtype) for dtype in FLOATS)
 
 
 def original_format(dtype: str) -> str:
-    """Id of the format that leaves a weight of `dtype` as it is."""
+    """Return the id of the format that leaves a weight of `dtype` unquantized."""
     return f"{dtype}/plain"

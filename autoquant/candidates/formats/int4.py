@@ -1,9 +1,10 @@
-"""int4 weights in groups along k, in torchao's `Int4OpaqueTensor`: the packing that ATen's CPU kernel reads.
+"""int4 weights in groups along k, in torchao's `Int4OpaqueTensor`, for ATen's CPU kernel.
 
 The packing is opaque to torchao. It is that of `weight_to_int4pack_kernel` in PyTorch's
-`aten/src/ATen/native/cpu/int4mm_kernel.cpp`: rows are taken in blocks (64 with AVX512, 32 with AVX2); inside a block the
-bytes of one column k lie together, the low nibbles holding the first half of the rows, the high nibbles the second.
-Unpacking it gives the second kernel of a route: dequantize, then the float product.
+`aten/src/ATen/native/cpu/int4mm_kernel.cpp`. Rows form blocks (64 with AVX512, 32 with AVX2).
+Inside a block, the bytes of one column k lie together: the low nibbles hold the first half of the
+rows, and the high nibbles the second. Unpacking gives the second kernel of a route: dequantize,
+then multiply in floating point.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _ROWS_PER_BLOCK = {"AVX512": 64, "AVX2": 32}
 
 
 def rows_per_block() -> int | None:
-    """Rows that ATen packs together on this CPU, or None where the packing is not known."""
+    """Return the rows that ATen packs together on this CPU, or None if that is unknown."""
     return _ROWS_PER_BLOCK.get(torch.backends.cpu.get_cpu_capability())
 
 
@@ -44,7 +45,10 @@ def unpack_int4(qdata: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 
 def _transposed_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The dequantized weight, transposed: `[k, n]` of (value - 8) * scale + zero, with scale and zero `[groups, n]`."""
+    """Return the dequantized weight, transposed.
+
+    It is `[k, n]` of (value - 8) * scale + zero, with scale and zero `[groups, n]`.
+    """
     stored = cast(Int4OpaqueTensor, weight)
     n, k = stored.shape
     group = stored.block_size[1]
@@ -61,7 +65,7 @@ def _quantize(weight: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _pack(rounded: Rounded, group: int) -> torch.Tensor:
-    """Integers as `Int4OpaqueTensor.from_hp` packs them."""
+    """Pack integers as `Int4OpaqueTensor.from_hp` does."""
     packed = Int4OpaqueTensor(
         qdata=torch.ops.aten._convert_weight_to_int4pack_for_cpu(rounded.q + 8, 1),
         scale_and_zero=pack_tinygemm_scales_and_zeros(
@@ -122,7 +126,9 @@ def _format(group: int) -> Format:
                 id="int4pack-mm",
                 numerics=A16,
                 linear=_packed_mm,
-                nests=False,  # PyTorch 2.13 hands it the group size as a constant, and mixes up constants of nested regions
+                # PyTorch 2.13 passes the group size as a constant, and mixes up constants of
+                # nested regions.
+                nests=False,
                 description="ATen's int4 weight-only product",
             ),
             Kernel(

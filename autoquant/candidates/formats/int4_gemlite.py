@@ -1,4 +1,4 @@
-"""int4 weights in groups along k in gemlite's packing, which torchao has no class for."""
+"""int4 weights in groups along k in gemlite's packing, which has no class in torchao."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Int4GemliteTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     Tensor attributes:
         qdata: int32 `[k / 8, n]`, eight weights along k in each word, lowest bits first.
-        scale: `[k / group, n]`, of the dtype that the weight shows.
-        offset: The same; w = q * scale + offset.
+        scale: `[k / group, n]`, in the dtype that the weight shows.
+        offset: Like `scale`. The weight is q * scale + offset.
     """
 
     tensor_data_names = ["qdata", "scale", "offset"]  # noqa: RUF012
@@ -49,14 +49,19 @@ class Int4GemliteTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     @classmethod
     def pack(cls, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4GemliteTensor:
-        """Pack q `[n, k]` from 0 to 15 whose weight is (q - 8) * scale + zero, both `[n, k / group]`."""
+        """Pack q `[n, k]` from 0 to 15, whose weight is (q - 8) * scale + zero.
+
+        Args:
+            scale: `[n, k / group]`.
+            zero: `[n, k / group]`.
+        """
         n, k = q.shape
         words = _words(q.reshape(n, k // 8, 8).to(torch.int32))
         offset = (zero.float() - 8 * scale.float()).to(scale.dtype)
         return cls(words.t().contiguous(), scale.t().contiguous(), offset.t().contiguous())
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        """The `[n, k]` numbers that gemlite multiplies with."""
+        """Return the numbers `[n, k]` that gemlite multiplies with."""
         n, k = self.shape
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.qdata.device)
         q = (self.qdata.t().unsqueeze(-1) >> shifts) & 15
@@ -67,7 +72,7 @@ class Int4GemliteTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
 
 def _words(nibbles: torch.Tensor) -> torch.Tensor:
-    """`[..., 8]` nibbles put into one int32 `[...]`, the first one in the lowest bits."""
+    """Pack nibbles `[..., 8]` into int32 `[...]`, with the first one in the lowest bits."""
     word = torch.zeros_like(nibbles[..., 0])
     for position, nibble in enumerate(nibbles.unbind(-1)):
         word |= nibble << (4 * position)
@@ -137,8 +142,12 @@ def _gemlite(group: int) -> Format:
                 description="weight and activation rows rounded to int8, integer product",
             ),
         ),
-        by_default=by_name_only,  # takes the longest to tune, and was nowhere the fastest int4 (studies/gpu_linears)
-        description=f"int4 weights, scale and offset for every {group} along k, eight weights along k in a word",
+        # It takes the longest to tune, and was nowhere the fastest int4 (studies/gpu_linears).
+        by_default=by_name_only,
+        description=(
+            f"int4 weights, scale and offset for every {group} along k, eight weights along k in "
+            "a word"
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""int4 weights in groups along k in torchao's plain layout, for the kernel of the library mslk."""
+"""int4 weights in groups along k in torchao's plain layout, for the kernel of mslk."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def _mslk(group: int) -> Format:
                 description="mslk's int4 weight-only product, through torchao",
             ),
         ),
-        description=f"int4 weights, scale and zero point for every {group} along k, in torchao's plain layout",
+        description=(
+            f"int4 weights, scale and zero point for every {group} along k, in torchao's plain "
+            "layout"
+        ),
     )
 
 

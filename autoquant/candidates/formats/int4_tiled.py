@@ -1,10 +1,12 @@
-"""int4 weights for the project's own CUDA kernels, which read such a weight in half the time of one of 8 bits.
+"""int4 weights for the project's own CUDA kernels.
 
-Other libraries' int4 kernels spend more time on unpacking than on reading. Here weights lie as tensor cores want them, become
-operands by two instructions for two weights, and scales are applied to sums (`kernels/int4_tiled.cu` has the layout and the
-arithmetic; the idea of magic numbers is that of FasterTransformer and Marlin, Frantar et al., "MARLIN: Mixed-Precision
-Auto-Regressive Parallel Inference on Large Language Models", 2024). For many rows the weight is unpacked first, by a kernel of
-its own.
+They read a weight in half the time of an 8-bit one. Other libraries' int4 kernels spend more time
+on unpacking than on reading. Here weights lie in the order of tensor cores, two instructions turn
+two weights into operands, and scales are applied to sums. `kernels/int4_tiled.cu` has the layout
+and the arithmetic. The magic numbers are those of FasterTransformer and Marlin (Frantar et al.,
+"MARLIN: Mixed-Precision Auto-Regressive Parallel Inference on Large Language Models", 2024).
+
+For many rows, a separate kernel unpacks the weight first.
 """
 
 from __future__ import annotations
@@ -37,19 +39,23 @@ SETTINGS = (
     (32, (4, 1, 4), (4, 2, 3)),
     (0, (4, 4, 4), (4, 2, 3)),
 )
-"""See `Settings` of `few_rows`; on an H200 (`python studies/gpu_linears/own_kernels/int4_settings.py`)."""
+"""`Settings` of `few_rows` for an H200.
+
+`python studies/gpu_linears/own_kernels/int4_settings.py` measures them.
+"""
 
 
 class Int4TiledTensor(TorchAOBaseTensor):  # type: ignore[misc]
-    """int4 weights `[n, k]` in tiles of 8 rows and 128 columns, one for each warp (see `kernels/int4_tiled.cu`).
+    """int4 weights `[n, k]` in tiles of 8 rows and 128 columns, one for each warp.
 
-    All tensors have n rows, of which each 8 belong together: weights behind one another are one weight.
+    See `kernels/int4_tiled.cu`. All tensors have n rows, and 8 of them belong together. So stacked
+    weights form one weight.
 
     Tensor attributes:
-        qdata: int32 `[n, k / 8]`; of a tile, words `[8, 4, 4]` by row a, lane b and j, whose nibble (odd, p), lowest first, is
-            column 32 * j + 8 * b + 2 * p + odd.
-        scale_and_zero: `[n, k / group, 2]`, of the dtype that the weight shows; of a tile, `[8, groups, 2]`.
-            w = (q - 8) * scale + zero.
+        qdata: int32 `[n, k / 8]`. A tile has words `[8, 4, 4]` by row a, lane b and j. Nibble
+            (odd, p) of a word, lowest first, is column 32 * j + 8 * b + 2 * p + odd.
+        scale_and_zero: `[n, k / group, 2]`, in the dtype that the weight shows. A tile has
+            `[8, groups, 2]`. The weight is (q - 8) * scale + zero.
         row_scale: float32 `[n, 1]`, the largest number of each row over float8's largest.
     """
 
@@ -74,12 +80,17 @@ class Int4TiledTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     @property
     def group(self) -> int:
-        """Columns that share a scale."""
+        """The number of columns that share a scale."""
         return int(self.qdata.shape[1] * 8 // self.scale_and_zero.shape[1])
 
     @classmethod
     def pack(cls, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4TiledTensor:
-        """Pack q `[n, k]` from 0 to 15 whose weight is (q - 8) * scale + zero, both `[n, k / group]`."""
+        """Pack q `[n, k]` from 0 to 15, whose weight is (q - 8) * scale + zero.
+
+        Args:
+            scale: `[n, k / group]`.
+            zero: `[n, k / group]`.
+        """
         n, k = q.shape
         high, wide = n // TILE_ROWS, k // TILE_COLUMNS
         nibbles = q.to(torch.int32).reshape(high, TILE_ROWS, wide, _WORDS, _LANES, _PAIRS, 2)
@@ -96,7 +107,7 @@ class Int4TiledTensor(TorchAOBaseTensor):  # type: ignore[misc]
         return cls(packed.qdata, packed.scale_and_zero, largest.clamp(min=1e-12) / FLOAT8_MAX)
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        """The `[n, k]` numbers."""
+        """Return the numbers `[n, k]`."""
         n, k = self.shape
         high, wide = n // TILE_ROWS, k // TILE_COLUMNS
         shifts = torch.tensor(
@@ -121,7 +132,7 @@ torch.serialization.add_safe_globals([Int4TiledTensor])
 def multiply_int4_rows(
     x: torch.Tensor, qdata: torch.Tensor, scale_and_zero: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x `[..., k]`, up to 16 rows in all, times an `Int4TiledTensor` `[n, k]`: `[..., n]`."""
+    """Multiply x `[..., k]`, up to 16 rows in all, by an `Int4TiledTensor` `[n, k]`."""
     group = x.shape[-1] // scale_and_zero.shape[1]
     return multiply_rows(
         _SOURCE, "int4_rows", SETTINGS, x, (qdata, scale_and_zero), bias, (("GROUP", group),)
@@ -140,7 +151,7 @@ int4_rows = define_operator("int4_rows", multiply_int4_rows, _empty_rows)
 def unpack_int4_tiles(
     qdata: torch.Tensor, scale_and_zero: torch.Tensor, row_scale: torch.Tensor, float8: bool
 ) -> torch.Tensor:
-    """The `[n, k]` numbers of an `Int4TiledTensor`: bfloat16, or float8 of each over its row's scale."""
+    """Return the numbers `[n, k]` as bfloat16, or as float8 over the row's scale."""
     n, k = qdata.shape[0], 8 * qdata.shape[1]
     tiles = n * k // (TILE_ROWS * TILE_COLUMNS)
     defines = (("GROUP", k // scale_and_zero.shape[1]), ("FLOAT8", int(float8)))
@@ -194,7 +205,8 @@ def _unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
     if shape.dtype != "bfloat16":
         return f"int4 kernels take bfloat16 activations, not {shape.dtype}"
     if shape.n % TILE_ROWS or shape.k % TILE_COLUMNS:
-        return f"tiles need n divisible by {TILE_ROWS} and k by {TILE_COLUMNS}, not {shape.n}x{shape.k}"
+        wanted = f"n divisible by {TILE_ROWS} and k by {TILE_COLUMNS}"
+        return f"tiles need {wanted}, not {shape.n}x{shape.k}"
     return None
 
 
@@ -226,10 +238,16 @@ def _format(group: int) -> Format:
                 arithmetic="float8",
                 materializes=True,
                 unsupported=float8_product_unsupported,
-                description="weight unpacked to float8, activation rows rounded to it, then torch._scaled_mm",
+                description=(
+                    "weight unpacked to float8, activation rows rounded to it, then "
+                    "torch._scaled_mm"
+                ),
             ),
         ),
-        description=f"int4 weights, scale and zero point for every {group} along k, as the project's kernels read them",
+        description=(
+            f"int4 weights, scale and zero point for every {group} along k, as the project's "
+            "kernels read them"
+        ),
     )
 
 

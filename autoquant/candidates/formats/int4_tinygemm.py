@@ -1,7 +1,7 @@
-"""int4 weights in groups along k for GPUs, in torchao's tinygemm packing; and what int4 formats for other kernels share.
+"""int4 weights in groups along k for GPUs in torchao's tinygemm packing, and shared int4 helpers.
 
-All int4 layouts for GPUs hold the numbers of tinygemm's rounding, w = (q - 8) * scale + zero with q from 0 to 15 and scale and
-zero of 16 bits for each group, so they share one quality score.
+All int4 layouts for GPUs hold the numbers of tinygemm's rounding: (q - 8) * scale + zero with q
+from 0 to 15, and with 16-bit scale and zero for each group. So they share one quality score.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ from autoquant.records import LinearShape
 
 _TILE_ROWS, _TILE_COLUMNS = 8, 1024
 ToFloat = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
-"""A stored weight to its numbers `[n, k]` in a dtype."""
+"""Maps a stored weight to its numbers `[n, k]` in a dtype."""
 
 
 def tinygemm_rounding(
     weight: torch.Tensor, group: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round a weight `[n, k]`: q int32 `[n, k]` from 0 to 15, scale and zero `[n, k / group]` in the weight's dtype."""
+    """Round a weight `[n, k]`.
+
+    Returns:
+        q int32 `[n, k]` from 0 to 15, scale and zero `[n, k / group]` in the weight's dtype.
+    """
     n, k = weight.shape
     block = (1, group)
     scale, zero = _choose_qparams_affine_tinygemm(
@@ -47,7 +51,7 @@ def tinygemm_rounding(
 
 
 def int4_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) -> str | None:
-    """Why no int4 layout for GPUs can be used for `shape` here."""
+    """Return why no int4 layout for GPUs works for `shape` here, or None."""
     if reason := needs_cuda(device_type, "this int4 layout"):
         return reason
     if shape.dtype != "bfloat16":
@@ -58,15 +62,16 @@ def int4_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int
 def library_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Multiply by the kernel that torchao chooses for the stored tensor."""
+    """Multiply with the kernel that torchao chooses for the stored tensor."""
     return F.linear(x, weight, bias)
 
 
 def _tinygemm_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The dequantized weight `[n, k]`.
+    """Return the dequantized weight `[n, k]`.
 
-    The packing is that of `matrix_to_m16n8k16_Bint4_layout` in PyTorch's `aten/src/ATen/native/cuda/int4mm.cu`: words
-    `[n / 8, k / 128, 32, 4]`, where lane 4 * a + b holds row a, and nibble (odd, i, h) of its word j, lowest first, is column
+    The packing is that of `matrix_to_m16n8k16_Bint4_layout` in PyTorch's
+    `aten/src/ATen/native/cuda/int4mm.cu`: words `[n / 8, k / 128, 32, 4]`. Lane 4 * a + b holds row
+    a. Nibble (odd, i, h) of its word j, lowest first, is column
     32 * j + 16 * i + 8 * h + 2 * b + odd.
     """
     stored: Any = weight
@@ -84,7 +89,7 @@ def _tinygemm_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _pack_tinygemm(rounded: Rounded, group: int) -> torch.Tensor:
-    """Integers as `Int4TilePackedTo4dTensor.from_hp` packs them, k and n padded for the kernel."""
+    """Pack integers as `Int4TilePackedTo4dTensor.from_hp` does, with k and n padded."""
     n, k = rounded.q.shape
     more_n, more_k = -n % _TILE_ROWS, -k % _TILE_COLUMNS
     q = F.pad(rounded.q + 8, (0, more_k, 0, more_n))
@@ -109,7 +114,7 @@ def _dequantize_matmul(
 
 
 def dequantize_kernel(to_float: ToFloat) -> Kernel:
-    """Return the kernel that unpacks a stored weight by `to_float` and multiplies in floating point."""
+    """Return the kernel that unpacks a weight by `to_float` and multiplies in floating point."""
     return Kernel(
         id="dequantize-matmul",
         numerics=A16,
@@ -138,14 +143,17 @@ def _tinygemm(group: int) -> Format:
             ),
             dequantize_kernel(_tinygemm_float),
         ),
-        description=f"int4 weights, scale and zero point for every {group} along k, in tiles for tensor cores",
+        description=(
+            f"int4 weights, scale and zero point for every {group} along k, in tiles for tensor "
+            "cores"
+        ),
     )
 
 
 def with_roundings(
     fmt: Format, group: int, pack: Callable[[Rounded], torch.Tensor]
 ) -> tuple[Format, ...]:
-    """An int4 format of tinygemm's rounding, and the same storage with every other rounding, by name only."""
+    """Return an int4 format of tinygemm's rounding, and all other roundings by name only."""
     return fmt, *rounded_formats(
         fmt, Grid(bits=4, group=group, symmetric=False), pack, by_name_only
     )

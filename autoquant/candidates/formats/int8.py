@@ -1,7 +1,7 @@
-"""int8 weights with one scale a row, in torchao's `Int8Tensor`, and the ways to compute with them.
+"""int8 weights with one scale a row, in torchao's `Int8Tensor`, and their kernels.
 
-The scale is rounded to the model's dtype before the weight is divided by it, so kernels that take a 16-bit scale use
-exactly the numbers that the float32 ones do.
+The scale is rounded to the model's dtype before it divides the weight. So kernels with a 16-bit
+scale use exactly the numbers of the float32 ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _quantize(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _drop_zero_point(stored: torch.Tensor) -> torch.Tensor:
-    """torchao keeps a row of zero points for symmetric weights too; kernels here never read it."""
+    """Drop the zero points, which torchao stores for symmetric weights and no kernel here reads."""
     values: Any = stored
     bare = Int8Tensor(values.qdata, values.scale, values.block_size, values.dtype)
     return cast(torch.Tensor, bare)
@@ -37,7 +37,7 @@ def _dequantize(stored: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 values `[n, k]` and scales `[n, 1]`."""
+    """Return int8 values `[n, k]` and scales `[n, 1]`."""
     return weight.qdata, weight.scale  # type: ignore[attr-defined]
 
 
@@ -114,7 +114,9 @@ FORMATS = (
                 numerics=A16,
                 linear=_packed_mm,
                 unsupported=_packed_mm_unsupported,
-                description="ATen's int8 weight-only product, which compiled torchao code ends in too",
+                description=(
+                    "ATen's int8 weight-only product, which compiled torchao code ends in too"
+                ),
             ),
             Kernel(
                 id="dequantize-matmul",
@@ -129,7 +131,9 @@ FORMATS = (
                 linear=_int_mm,
                 arithmetic="int8",
                 unsupported=_int_mm_unsupported,
-                description="activation rows rounded to int8, integer product, scales applied in float32",
+                description=(
+                    "activation rows rounded to int8, integer product, scales applied in float32"
+                ),
             ),
             Kernel(
                 id="dynamic",

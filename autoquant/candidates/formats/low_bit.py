@@ -1,7 +1,7 @@
-"""int3 and int2 weights in groups along k, symmetric: for quality and memory only.
+"""Symmetric int3 and int2 weights in groups along k, for quality and memory only.
 
-No kernel here multiplies them faster than it would the dequantized weight, so a search tries them only when they are asked for
-by name. They are stored as bit planes, which take as many bits as they say whatever the number.
+No kernel here multiplies them faster than the dequantized weight, so a search tries them only by
+name. They are stored as bit planes, which waste no bits.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
     """Integer weights `[n, k]` of few bits with a scale for each group along k.
 
     Tensor attributes:
-        planes: uint8 `[bits, n, k / 8]`, the lowest bits first; each byte holds one bit of eight weights along k. The number that
-            the bits give stands for itself less 2^(bits - 1).
-        scale: `[n, k / group]`, of the dtype that the weight shows.
+        planes: uint8 `[bits, n, k / 8]`, the lowest bits first. Each byte holds one bit of eight
+            weights along k. The bits give an integer, and the weight is that less 2^(bits - 1).
+        scale: `[n, k / group]`, in the dtype that the weight shows.
     """
 
     tensor_data_names = ["planes", "scale"]  # noqa: RUF012
@@ -46,7 +46,10 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     @classmethod
     def round(cls, weight: torch.Tensor, bits: int, group: int) -> BitPlaneTensor:
-        """The nearest numbers to a weight `[n, k]`: the group's largest magnitude lies half a step beyond the largest one."""
+        """Round a weight `[n, k]` to nearest.
+
+        The largest magnitude of a group lies half a step beyond the largest number.
+        """
         n, k = weight.shape
         half = 2 ** (bits - 1)
         groups = weight.float().reshape(n, k // group, group)
@@ -56,11 +59,11 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     @classmethod
     def pack(cls, rounded: Rounded, bits: int) -> BitPlaneTensor:
-        """Integers of a symmetric grid of `bits` bits."""
+        """Pack integers of a symmetric grid of `bits` bits."""
         return cls(_planes((rounded.q + 2 ** (bits - 1)).to(torch.uint8), bits), rounded.scale)
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        """The `[n, k]` numbers."""
+        """Return the numbers `[n, k]`."""
         n, k = self.shape
         bits = self.planes.shape[0]
         places = torch.arange(8, dtype=torch.uint8, device=self.planes.device)
@@ -73,7 +76,7 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
 
 def _planes(q: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 `[n, k]` as bit planes `[bits, n, k / 8]`."""
+    """Return uint8 `[n, k]` as bit planes `[bits, n, k / 8]`."""
     n, k = q.shape
     planes = torch.zeros(bits, n, k // 8, dtype=torch.uint8, device=q.device)
     for bit, plane in enumerate(planes.unbind(0)):
@@ -91,7 +94,7 @@ def _unsupported(shape: LinearShape, _m: int, _device_type: str, *, group: int) 
 
 
 def make_format(bits: int, group: int) -> Format:
-    """Symmetric weights of `bits` bits, a scale for every `group` along k."""
+    """Return the format of symmetric weights of `bits` bits, with a scale for every `group`."""
     return Format(
         id=f"int{bits}-g{group}/bit-planes",
         quantize=functools.partial(BitPlaneTensor.round, bits=bits, group=group),
@@ -108,7 +111,9 @@ def make_format(bits: int, group: int) -> Format:
                 description="dequantize the weight, then the float product",
             ),
         ),
-        description=f"int{bits} weights, a symmetric scale for every {group} along k; no fast kernel",
+        description=(
+            f"int{bits} weights, a symmetric scale for every {group} along k; no fast kernel"
+        ),
     )
 
 

@@ -1,14 +1,15 @@
-"""Weights in small blocks along k that share a scale: mxfp8, mxfp4 and nvfp4, in torchao's `MXTensor` and `NVFP4Tensor`.
+"""Weights in small blocks along k that share a scale: mxfp8, mxfp4 and nvfp4.
 
-- mxfp8 and mxfp4 (OCP Microscaling Formats specification v1.0): 32 numbers, e4m3 or e2m1, share a power of two (e8m0).
-  The scale is rounded up, as NVIDIA's cuBLAS does and torchao's inference configuration too, so that no number saturates
-  by more than a rounding step.
-- nvfp4 (NVIDIA, Blackwell): 16 e2m1 numbers share an e4m3 scale, and the whole tensor one float32 scale, its largest
-  magnitude over 448 * 6.
+- mxfp8 and mxfp4 (OCP Microscaling Formats specification v1.0): 32 numbers, e4m3 or e2m1, share a
+  power of two (e8m0). The scale is rounded up, as in NVIDIA's cuBLAS and in torchao's inference
+  configuration, so that no number saturates by more than a rounding step.
+- nvfp4 (NVIDIA, Blackwell): 16 e2m1 numbers share an e4m3 scale. The whole tensor has one float32
+  scale, its largest magnitude over 448 * 6.
 
-The scales lie in the order that the tensor cores of Blackwell read (128 x 4 tiles, padded with zeros: cuBLAS manual,
-"1D block scaling factors layout"), and the stored tensor is what torchao's own configuration makes, so torchao runs it
-too. Elsewhere the numbers are multiplied in floating point: as exact, not faster.
+The scales lie in the order that Blackwell's tensor cores read: 128 x 4 tiles, padded with zeros
+(cuBLAS manual, "1D block scaling factors layout"). The stored tensors are torchao's own `MXTensor`
+and `NVFP4Tensor`, so torchao runs them too. Elsewhere the numbers are multiplied in floating
+point, which is as exact and not faster.
 """
 
 from __future__ import annotations
@@ -83,16 +84,17 @@ def _quantize_nvfp4(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _tensor_scale(x: torch.Tensor) -> torch.Tensor:
-    """nvfp4's float32 scale of a whole tensor, `[]`; a tensor of zeros, which torchao divides by zero, has one too."""
+    """Return nvfp4's float32 scale `[]` of a whole tensor, which is never 0."""
     return cast(
         torch.Tensor, per_tensor_amax_to_scale(x.abs().amax().float().clamp(min=_SMALLEST_AMAX))
     )
 
 
 def _round_mx(x: torch.Tensor, elements: torch.dtype) -> torch.Tensor:
-    """x `[..., k]` as mx blocks hold it, in x's dtype.
+    """Return x `[..., k]` rounded as mx blocks are, in x's dtype.
 
-    torchao's `to_mx` gives the same numbers, but keeps the scales as e8m0, which PyTorch 2.13 cannot compile for CPUs.
+    torchao's `to_mx` gives the same numbers, but its e8m0 scales do not compile for CPUs in PyTorch
+    2.13.
     """
     blocks = x.float().reshape(-1, x.shape[-1] // MX_BLOCK, MX_BLOCK)
     largest = 448.0 if elements == torch.float8_e4m3fn else 6.0
@@ -104,31 +106,34 @@ def _round_mx(x: torch.Tensor, elements: torch.dtype) -> torch.Tensor:
 
 
 def _round_nvfp4(x: torch.Tensor) -> torch.Tensor:
-    """x `[..., k]` as nvfp4 blocks under one scale of all rows hold it, in x's dtype."""
+    """Return x `[..., k]` rounded as nvfp4 blocks under one scale are, in x's dtype."""
     numbers, tensor_scale = _split_nvfp4(x)
     return (numbers * tensor_scale).reshape(x.shape).to(x.dtype)
 
 
 def _split_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x `[..., k]` as nvfp4 numbers, float32 `[m, k]` yet to be multiplied by the scale of the tensor, and that scale."""
+    """Return x `[..., k]` as float32 `[m, k]` of nvfp4 numbers, and the scale to multiply by."""
     tensor_scale = _tensor_scale(x)
     scale, packed = nvfp4_quantize(_rows(x).float(), NVFP4_BLOCK, tensor_scale)
     return _nvfp4_numbers(packed, scale), tensor_scale
 
 
 def _nvfp4_numbers(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 `[m, k]` of elements `[m, k / 2]` times block scales `[m, k / 16]`: 6 significant bits, so bfloat16 holds them."""
+    """Return float32 `[m, k]` of elements `[m, k / 2]` times block scales `[m, k / 16]`.
+
+    The products have 6 significant bits, so bfloat16 holds them.
+    """
     blocks = _widen(unpack_uint4(packed)).reshape(*scale.shape, NVFP4_BLOCK)
     return (blocks * scale.float().unsqueeze(-1)).flatten(-2)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x `[..., k]` as `[m, k]` in one piece, which torchao asks for."""
+    """Return x `[..., k]` as contiguous `[m, k]`, as torchao requires."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _widen(numbers: torch.Tensor) -> torch.Tensor:
-    """e4m3, or e2m1 in the low bits of uint8, as float32."""
+    """Return e4m3, or e2m1 in the low bits of uint8, as float32."""
     return (
         cast(torch.Tensor, f4_unpacked_to_f32(numbers))
         if numbers.dtype == torch.uint8
@@ -137,14 +142,14 @@ def _widen(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """The float32 that an e8m0 byte stands for."""
+    """Return the float32 value of an e8m0 byte."""
     return torch.exp2(exponent.float() - 127)
 
 
 def _dequantize_mx(stored: torch.Tensor) -> torch.Tensor:
     weight = cast(MXTensor, stored)
     n, k = weight.shape
-    # By way of int32: the compiler leaves a view of another width to ATen, and cannot read e8m0 on a CPU itself.
+    # The detour through int32 leaves the view to ATen: the compiler cannot read e8m0 on a CPU.
     exponent = from_blocked(weight.scale.view(torch.int32).view(torch.uint8), n, k // MX_BLOCK)
     packed = weight.elem_dtype == torch.float4_e2m1fn_x2
     numbers = _widen(unpack_uint4(weight.qdata) if packed else weight.qdata)
@@ -152,7 +157,7 @@ def _dequantize_mx(stored: torch.Tensor) -> torch.Tensor:
 
 
 def _unscaled_nvfp4(weight: NVFP4Tensor) -> torch.Tensor:
-    """The weight's numbers, float32 `[n, k]`, yet to be multiplied by its `per_tensor_scale`."""
+    """Return the weight's numbers, float32 `[n, k]`, without its `per_tensor_scale`."""
     n, k = weight.shape
     return _nvfp4_numbers(weight.qdata, from_blocked(weight.scale, n, k // NVFP4_BLOCK))
 
@@ -169,7 +174,7 @@ def _product_mx(
     *,
     rounding: Rounding | None = None,
 ) -> torch.Tensor:
-    """The float product in x's dtype, which holds every mx number."""
+    """Multiply in x's dtype, which holds every mx number."""
     return F.linear(
         x if rounding is None else rounding(x), _dequantize_mx(weight).to(x.dtype), bias
     )
@@ -178,7 +183,10 @@ def _product_mx(
 def _product_nvfp4(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, rounded: bool = False
 ) -> torch.Tensor:
-    """The float product in x's dtype; as in hardware, the tensors' scales, which bfloat16 cannot hold, come after it."""
+    """Multiply in x's dtype, and apply the tensors' scales afterwards, as hardware does.
+
+    bfloat16 could not hold the numbers times their scale.
+    """
     stored = cast(NVFP4Tensor, weight)
     rows, scale = _rows(x), cast(torch.Tensor, stored.per_tensor_scale)
     if rounded:
@@ -207,7 +215,7 @@ _BLOCK_SCALED = ("cuda",)
 
 
 def _no_hardware(device_type: str) -> str | None:
-    """Why the device has no tensor cores for scaled blocks, or None where it has."""
+    """Return why the device has no tensor cores for scaled blocks, or None."""
     if device_type not in _BLOCK_SCALED:
         return "block-scaled products are for CUDA"
     needed = "needs a GPU of compute capability 10.0 (Blackwell)"
@@ -282,7 +290,10 @@ def _format(
                 id="emulated",
                 numerics=numerics,
                 linear=emulated,
-                description=f"activation rounded to {values}, then the float product: what the hardware computes, slower",
+                description=(
+                    f"activation rounded to {values}, then the float product: what the hardware "
+                    "computes, slower"
+                ),
             ),
         ),
         description=description,

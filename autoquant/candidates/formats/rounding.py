@@ -1,8 +1,8 @@
-"""Rounding a weight better than to the nearest number, for the same storage and hence the same kernels.
+"""Better rounding than to nearest, for the same storage and the same kernels.
 
-Each function takes a weight `[n, k]` and gives the integers, scales and zero points of a `Grid`; how these are packed is the
-format's affair. `hqq` looks at the weight alone. `gptq` also looks at the layer's inputs and makes the error of the output small,
-not that of the weight; `clip` does so with less work.
+Each function takes a weight `[n, k]` and returns the integers, scales and zero points of a `Grid`,
+which the format packs. `hqq` uses only the weight. `gptq` also uses the layer's inputs, and
+minimizes the error of the output instead of the weight's. `clip` does so with less work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Rounded:
     Attributes:
         q: int32 `[n, k]`, from -2^(bits - 1) to 2^(bits - 1) - 1.
         scale: `[n, k / group]`, in the weight's dtype.
-        zero: The same; all 0 for a symmetric grid.
+        zero: Like `scale`, and all 0 for a symmetric grid.
     """
 
     q: torch.Tensor
@@ -42,7 +42,13 @@ class Rounded:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The numbers that a format can hold: integers of `bits` bits, a scale (and a zero point) for every `group` along k."""
+    """The numbers that a format can hold: integers with a scale for every group along k.
+
+    Attributes:
+        bits: Bits of an integer.
+        group: Weights along k that share a scale.
+        symmetric: The groups have no zero point.
+    """
 
     bits: int
     group: int
@@ -50,11 +56,11 @@ class Grid:
 
     @property
     def half(self) -> int:
-        """The smallest integer is -half, the largest half - 1."""
+        """Half the number of integers, which range from -half to half - 1."""
         return 1 << (self.bits - 1)
 
     def ends(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smallest and largest number `[..., 1]` that each of groups `[..., group]` needs."""
+        """Return the smallest and largest number `[..., 1]` of each group `[..., group]`."""
         low, high = torch.aminmax(groups, dim=-1, keepdim=True)
         if self.symmetric:
             high = torch.maximum(-low, high)
@@ -64,7 +70,10 @@ class Grid:
     def fitted(
         self, low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero in float32, exact in `dtype`, with which the grid just spans `ends`; what lies beyond is clipped."""
+        """Return scale and zero with which the grid just spans `ends`.
+
+        They are float32 values that are exact in `dtype`. Numbers beyond the ends are clipped.
+        """
         if self.symmetric:
             scale = (high / (self.half - 0.5)).clamp_(min=_SMALLEST_SCALE).to(dtype).float()
             return scale, torch.zeros_like(scale)
@@ -74,18 +83,20 @@ class Grid:
     def integers(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     ) -> torch.Tensor:
-        """The nearest ones, as floats; the arguments broadcast."""
+        """Return the nearest integers as floats. The arguments broadcast."""
         return ((weight - zero) / scale).round_().clamp_(-self.half, self.half - 1)
 
     def best(
         self, groups: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero `[..., 1]` of groups `[..., group]`, clipped where that makes the weighted squared error less.
+        """Return scale and zero `[..., 1]` of groups, clipped if that lowers the weighted error.
 
-        The search for a clipping range of AWQ (Lin et al., "AWQ: Activation-aware Weight Quantization", 2023).
+        This is AWQ's search for a clipping range (Lin et al., "AWQ: Activation-aware Weight
+        Quantization", 2023).
 
         Args:
-            importance: Of each number, broadcast to `[..., group]`.
+            groups: `[..., group]`.
+            importance: Weight of each number's squared error, broadcast to `[..., group]`.
         """
         low, high = self.ends(groups)
         least = scale = zero = None
@@ -104,10 +115,11 @@ class Grid:
 
 
 def hqq(weight: torch.Tensor, grid: Grid, _inputs: InputStatistics | None = None) -> Rounded:
-    """Half-quadratic quantization (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023).
+    """Round half-quadratically, with torchao's functions.
 
-    torchao's: with a zero point that is optimised where errors count by a norm below 1, so that outliers weigh less; a symmetric
-    grid has none, and its scale is optimised by alternating least squares.
+    See Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023. The
+    zero point is optimized under a norm below 1, so that outliers weigh less. A symmetric grid has
+    no zero point, and alternating least squares optimize its scale.
     """
     n, k = weight.shape
     if grid.symmetric:
@@ -127,18 +139,19 @@ def hqq(weight: torch.Tensor, grid: Grid, _inputs: InputStatistics | None = None
 
 
 def gptq(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None) -> Rounded:
-    """GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023).
+    """Round by GPTQ: later columns compensate the error of each rounded column.
 
-    Columns are rounded one after the other, and what each one's rounding does to the output is made up for by those that follow.
-    Each group's scale is chosen when its turn comes, with the clipping that suits the inputs best (`Grid.best`). Columns keep
-    their order: the order of activation needs every scale to be chosen beforehand, which costs more at 2 bits than it gains.
+    See Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+    Transformers", 2023. Each group's scale is chosen when its turn comes, with the clipping that
+    suits the inputs best (`Grid.best`). Columns keep their order. The order of activation would
+    need all scales beforehand, which costs more at 2 bits than it gains.
     """
-    assert inputs is not None  # `Format.store` saw to it
+    assert inputs is not None  # `Format.store` checks that
     n, k = weight.shape
     dtype = weight.dtype
     factor = inputs.inverse_factor
     importance = inputs.hessian.diagonal()
-    left = weight.float().t().contiguous()  # `[k, n]`: columns of the weight lie together
+    left = weight.float().t().contiguous()  # `[k, n]`, so that columns of the weight are contiguous
     q = torch.empty(k, n, dtype=torch.int8, device=weight.device)
     scales, zeros = [], []
     at_once = max(_COLUMNS_AT_ONCE, grid.group)
@@ -166,10 +179,10 @@ def gptq(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None
 
 
 def clip(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None) -> Rounded:
-    """To nearest, each group clipped as suits the inputs best (`Grid.best`): AWQ's clipping without its scales.
+    """Round to nearest, with each group clipped to suit the inputs: AWQ without its scales.
 
-    Its scales divide the inputs, which a general model has no place for but one more operation of the layer. They are worth less
-    than `gptq`, which costs the layer nothing.
+    AWQ's scales divide the inputs. In a general model that needs one more operation in the layer.
+    It gains less than `gptq`, which costs the layer nothing.
     """
     assert inputs is not None
     n, k = weight.shape
@@ -182,13 +195,13 @@ def clip(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounding:
-    """One way to round, which formats are made with.
+    """One way to round the weights of a format.
 
     Attributes:
-        id: Follows the storage in the format's id: `int4-g64-hqq`.
-        round: (weight `[n, k]`, grid, the layer's inputs or None) to integers.
-        needs_inputs: It cannot do without the layer's inputs.
-        description: What `autoquant candidates` adds to that of the storage.
+        id: Suffix of the storage in the format's id: `int4-g64-hqq`.
+        round: Maps (weight `[n, k]`, grid, the layer's inputs or None) to integers.
+        needs_inputs: The rounding needs the layer's inputs.
+        description: Text that `autoquant candidates` adds to the storage's.
     """
 
     id: str
@@ -216,10 +229,10 @@ def rounded_formats(
     pack: Callable[[Rounded], torch.Tensor],
     by_default: Callable[[str], bool],
 ) -> tuple[Format, ...]:
-    """A format that rounds to nearest, with every other rounding of its numbers: `int4-g64/L` gives `int4-g64-hqq/L` and so on.
+    """Return a format with every other rounding: `int4-g64/L` gives `int4-g64-hqq/L` and so on.
 
     Args:
-        pack: Integers of the grid to the format's stored tensor.
+        pack: Maps integers of the grid to the format's stored tensor.
         by_default: As for `Format`.
     """
 

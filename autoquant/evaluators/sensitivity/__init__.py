@@ -1,8 +1,8 @@
-"""How much each change of each layer will cost: sensitivities, all with the same interface.
+"""Sensitivities: the loss of each change of each layer, all with one interface.
 
-- `isolated` measures every change alone (the reference);
-- `fisher` predicts all of them to second order from a few backward passes;
-- `path` attributes the true divergence of a model whose layers are all changed to its layers.
+- `isolated` measures every change alone, and is the reference;
+- `fisher` predicts all changes to second order from a few backward passes;
+- `path` divides the true divergence of a model with all layers changed among the layers.
 """
 
 from autoquant.evaluators.sensitivity.base import (

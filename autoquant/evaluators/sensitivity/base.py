@@ -1,4 +1,4 @@
-"""What every sensitivity scores, and how it says so."""
+"""The interface of every sensitivity."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from autoquant.evaluators.quality import TextQuality
 from autoquant.records import Site
 
 EVERY_LAYER = "*"
-"""Stands for the layer's name in the loss of changing all of them at once."""
+"""Replaces the layer's name in the loss of changing all layers at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing that can be done to a site: the numbers of a format under an activation rounding.
+    """One change of a site: the numbers of a format with a rounding of the activation.
 
     Attributes:
-        stored: Gives the weight in the format, where that is not made from the weight alone.
+        stored: Returns the weight in the format, if more than the weight is needed to make it.
     """
 
     site: Site
@@ -34,22 +34,22 @@ class Change:
 
 
 Losses = Mapping[tuple[str, str], float]
-"""By (site name, numerics)."""
+"""Losses by (site name, numerics)."""
 OnScored = Callable[[str, Losses], None]
-"""Told losses as soon as they are known, with a word for what they are of: a site, or a numerics."""
+"""Called with losses as soon as they are known, and with their site or numerics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
-    """One way to predict what a change costs.
+    """One way to predict the loss of a change.
 
     Attributes:
-        id: Its name for users.
-        version: Names the losses in the store, so that those of two methods, or of two versions of one, never mix.
-        score: (module, changes, quality, on_scored): scores every change on the calibration part.
-        together: It asks for the changes of all sites of a numerics at once, and scores with them what changing all of these
-            sites costs (`EVERY_LAYER`); otherwise sites are scored one by one.
-        functions: It works with quality functions and divergence of outputs, not on text only.
+        id: Name for users.
+        version: Key of the losses in the store. Methods, and versions of a method, never mix.
+        score: Scores every change on the calibration part: (module, changes, quality, on_scored).
+        together: The method takes the changes of all sites of a numerics at once, and also scores
+            changing all of them (`EVERY_LAYER`). Otherwise it scores site by site.
+        functions: The method also works with quality functions and divergence of outputs.
         description: One line for users.
     """
 
@@ -62,7 +62,7 @@ class Sensitivity:
 
 
 def by_site(changes: Sequence[Change]) -> dict[str, list[Change]]:
-    """The changes of each site, by its name, in order."""
+    """Return the changes of each site by its name, in order."""
     found: dict[str, list[Change]] = {}
     for change in changes:
         found.setdefault(change.site.name, []).append(change)
@@ -70,15 +70,15 @@ def by_site(changes: Sequence[Change]) -> dict[str, list[Change]]:
 
 
 def parameter_of(module: nn.Module, site: Site) -> nn.Parameter:
-    """The site's weight in `module`."""
+    """Return the site's weight in `module`."""
     return module.get_parameter(site.parameters[0])
 
 
 def check_text(quality: AnyQuality, method: str) -> TextQuality:
-    """The quality, which must be text.
+    """Return the quality if it is text.
 
     Raises:
-        QualityError: It is not.
+        QualityError: The quality is not text.
     """
     if isinstance(quality, TextQuality):
         return quality

@@ -1,16 +1,19 @@
-"""Fisher output: the divergence to second order, from one backward pass for all layers and formats.
+"""Fisher output: the divergence to second order, from one backward pass for all changes.
 
-A change that adds dY to a linear's output moves the logits by J dY, and to second order KL = 1/2 (J dY)' F (J dY) with
-F = diag(p) - p p' of each token's distribution p: the Fisher information of the logits. A random vector v with E[v v'] = F
-makes that 1/2 E[(g . dY)^2], g = J' v being what one backward pass from v gives every layer at once (the gradient that
-nvidia-modelopt scores with, but for labels of the text; MacKay, "A Practical Bayesian Framework", 1992, for the form). Here
-v = sqrt(p) * r - p (sqrt(p) . r) with random signs r, whose products vary less than those of sampled labels. What remains for
-each change is to compute dY, a product of the layer's own size.
+A change that adds dY to a linear's output moves the logits by J dY. To second order,
+KL = 1/2 (J dY)' F (J dY), where F = diag(p) - p p' is the Fisher information of the logits for each
+token's distribution p. With a random vector v with E[v v'] = F, this is 1/2 E[(g . dY)^2]. One
+backward pass from v gives g = J' v for every layer at once. (nvidia-modelopt scores with the same
+gradient, but for labels of the text. For the form, see MacKay, "A Practical Bayesian Framework",
+1992.) Here v = sqrt(p) * r - p (sqrt(p) . r) with random signs r, because its products vary less
+than those of sampled labels. For each change, only dY remains to be computed, which is a product of
+the layer's size.
 
-g . dY sums over all tokens, and its square is a single number a window. The squares token by token are thousands, hence
-precise, but leave out how the errors of different tokens act together (one that all keys have does nothing to attention,
-one that all values have adds up). The ratio of the two is much the same for all changes of a layer: it is estimated from
-runs of tokens over all changes together, and the token's squares are multiplied by it.
+g . dY sums over all tokens, so its square is one number per window. The squares of single tokens
+are thousands of numbers and so more precise. But they leave out how errors of different tokens act
+together: an error that all keys share does nothing to attention, and one that all values share adds
+up. The ratio of the two is similar for all changes of a layer. So it is estimated from runs of
+tokens over all changes together, and multiplies the squares of the tokens.
 """
 
 from __future__ import annotations
@@ -48,9 +51,9 @@ _RUN_TOKENS = 32
 def fisher_losses(
     module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored
 ) -> None:
-    """Score every change on the calibration part, all at once; then what each numerics costs in all layers.
+    """Score every change on the calibration part, then each numerics in all layers.
 
-    A text of few windows is gone through several times, with other random signs.
+    A short text is read several times, with other random signs.
     """
     text = check_text(quality, FISHER.id)
     dtypes = dtypes_of(module, changes)
@@ -87,7 +90,10 @@ def _observe(calibration: Calibration, sites: Sequence[_FisherSite], rounds: int
 
 
 def fisher_vector(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A random v for each row of logits `[..., vocabulary]`, with E[v v'] = diag(p) - p p' and p their softmax."""
+    """Return a random v for each row of logits `[..., vocabulary]`.
+
+    E[v v'] = diag(p) - p p', where p is the softmax of the row.
+    """
     root = logits.float().softmax(-1).sqrt_()
     signed = (
         torch.randint(0, 2, root.shape, generator=generator, device=root.device, dtype=torch.int8)
@@ -99,7 +105,10 @@ def fisher_vector(logits: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 
 class _FisherSite:
-    """One site in the unquantized model, with sums of (g . dY)^2 over tokens and over runs of tokens, for each change."""
+    """One site of the unquantized model.
+
+    It sums (g . dY)^2 over tokens, and over runs of tokens, for each change.
+    """
 
     def __init__(
         self, parameter: torch.Tensor, changes: Sequence[Change], dtype: torch.dtype, room: Room
@@ -118,7 +127,7 @@ class _FisherSite:
         return self.parameter
 
     def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add g . dY of every row and change to what other uses of the same weight gave for these rows."""
+        """Add g . dY of every row and change. Uses of the same weight add up."""
         original = self.output(x)
         for change in self._changes:
             weight = self._weights.changed(change)
@@ -132,7 +141,7 @@ class _FisherSite:
             )
 
     def end_of_pass(self) -> None:
-        """Square what one backward pass gave."""
+        """Square the products of one backward pass."""
         columns = {change.numerics: column for column, change in enumerate(self._changes)}
         for (numerics, rows), product in self._products.items():
             runs = F.pad(product, (0, -rows % _RUN_TOKENS)).reshape(-1, _RUN_TOKENS)
@@ -141,7 +150,7 @@ class _FisherSite:
         self._products.clear()
 
     def losses(self, rows: int) -> dict[tuple[str, str], float]:
-        """Mean divergence per token in nats, by (site, numerics)."""
+        """Return the mean divergence per token in nats, by (site, numerics)."""
         by_token, by_run = self._sums.tolist()
         ratios = [run / token for token, run in zip(by_token, by_run, strict=True) if token > 0]
         ratio = sum(ratios) / len(ratios) if ratios else 0.0

@@ -1,8 +1,10 @@
-"""Isolated loss: what changing one layer alone costs, every other layer unquantized. Exact, and the reference for any other.
+"""Isolated loss: the loss of changing one layer, with every other layer unquantized.
 
-On text the loss is KL(unquantized || changed) per token in nats, computed in float32 so that the rounding of 16-bit
-activations, which is larger than what one int8 layer does, does not drown it. For a site of block b only the blocks from b
-on are run; what came before is the same for every change and taken from the unquantized run.
+It is exact, and the reference for the other methods. On text, the loss is
+KL(unquantized || changed) per token in nats. It is computed in float32, because the rounding of
+16-bit activations would drown the effect of one int8 layer. For a site of block b, only the blocks
+from b on are run. The output of the blocks before is the same for every change, so the unquantized
+run provides it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def isolated_losses(
 ) -> None:
     """Score every change on the calibration part.
 
-    A change that leaves the weight's numbers (to within 1e-5) and the activation as they are costs 0 and is not run.
+    A change that keeps the weight's numbers (to within 1e-5) and the activation costs 0.
     """
     sites = by_site(changes)
     if isinstance(quality, TextQuality):
@@ -78,7 +80,7 @@ def _text_losses(
 
 
 class _Run:
-    """One window: what the unquantized model's blocks made of it, so that a run may start behind any of them."""
+    """One window with the unquantized output of every block, where a run may start."""
 
     def __init__(self, module: nn.Module, chain: BlockChain, ids: torch.Tensor) -> None:
         self._module, self._chain, self._ids = module, chain, ids
@@ -87,12 +89,12 @@ class _Run:
             next_token_logits(module, ids)
 
     def logits(self, start: int) -> torch.Tensor:
-        """`[tokens, vocabulary]`, the blocks before `start` taken from the unquantized model."""
+        """Return logits `[tokens, vocabulary]`, with unquantized outputs before block `start`."""
         with self._chain.starting_at(start, self._outputs):
             return next_token_logits(self._module, self._ids)
 
     def reference(self) -> torch.Tensor:
-        """The unquantized model's logits: found again behind the last block, because keeping all of them takes much memory."""
+        """Return the unquantized model's logits, recomputed from the last block to save memory."""
         return self.logits(len(self._chain.blocks))
 
 
@@ -102,7 +104,7 @@ def _function_losses(
     quality: FunctionQuality | OutputQuality,
     on_scored: OnScored,
 ) -> None:
-    """Increase of the mean loss over the unquantized model's, or mean divergence from its outputs, never below 0."""
+    """Score by the increase of the mean loss or by divergence of outputs, never below 0."""
     increase = quality.increase_over(module, "calibration")
     for name, changes in sites.items():
         parameter = parameter_of(module, changes[0].site)

@@ -1,13 +1,15 @@
-"""Path integral: what each layer has in the divergence of a model whose layers are all changed at once, part of the way.
+"""Path integral: each layer's share of the divergence of a model with all layers changed.
 
-Let every linear compute (1 - t) y + t y', y its unquantized output and y' the changed one, and F(t) be the divergence of that
-model. The integral of dF/dy_i . (y'_i - y_i) over t from 0 to 1 is layer i's share of F(1), and the shares sum to it (Aumann
-and Shapley, "Values of Non-Atomic Games", 1974; as integrated gradients in Sundararajan et al., 2017). Other layers' errors
-are in the share, to the degree that they act together: what measuring a layer alone leaves out.
+Let every linear compute (1 - t) y + t y', where y is its unquantized output and y' the changed one,
+and let F(t) be the divergence of that model. The integral of dF/dy_i . (y'_i - y_i) over t from 0
+to 1 is layer i's share of F(1), and the shares sum to F(1) (Aumann and Shapley, "Values of
+Non-Atomic Games", 1974; as integrated gradients in Sundararajan et al., 2017). A share includes how
+other layers' errors act together with the layer's, which measuring it alone leaves out.
 
-In a mixed plan the others are changed less than in the uniform model at t = 1, whose shares are too large for it. So the
-integral ends at `REACH`, and is divided by its square, by which a divergence of second order has grown there. One numerics
-costs one forward and backward pass for each of the `POINTS` (Gauss-Legendre; exact to second order already with one).
+A mixed plan changes the other layers less than the uniform model at t = 1 does, so shares of that
+model are too large for it. So the integral ends at `REACH`, and is divided by `REACH` squared,
+because a divergence of second order grows like that. Each numerics costs one forward and backward
+pass for each of the `POINTS` (Gauss-Legendre, where one is already exact to second order).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ POINTS = 1
 def path_losses(
     module: nn.Module, changes: Sequence[Change], quality: AnyQuality, on_scored: OnScored
 ) -> None:
-    """Score the changes of one numerics after the other, each with what it costs in all of these layers."""
+    """Score the changes of each numerics in turn, and the numerics in all layers."""
     text = check_text(quality, PATH.id)
     dtypes = dtypes_of(module, changes)
     with torch.no_grad(), in_float32(module):
@@ -57,7 +59,7 @@ def path_shares(
     reach: float = REACH,
     points: int = POINTS,
 ) -> dict[str, float]:
-    """Mean divergence per token in nats that each site accounts for, by its name."""
+    """Return each site's share of the mean divergence per token in nats, by its name."""
     nodes, weights = np.polynomial.legendre.leggauss(points)
     total = torch.zeros(len(sites), device=calibration.device)
     for node, weight in zip(nodes, weights, strict=True):
@@ -74,7 +76,7 @@ def path_shares(
 
 
 def divergence_gradient(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The gradient of the summed KL(reference || logits) in the logits: the difference of the two distributions."""
+    """Return the gradient of the summed KL(reference || logits) with respect to the logits."""
     return (logits.float().softmax(-1) - reference.float().softmax(-1)).to(logits.dtype)
 
 
@@ -84,5 +86,8 @@ PATH = Sensitivity(
     score=path_losses,
     together=True,
     functions=False,
-    description="each layer's share where all layers are changed part of the way, from gradients of the true divergence",
+    description=(
+        "each layer's share where all layers are changed part of the way, from gradients of the "
+        "true divergence"
+    ),
 )

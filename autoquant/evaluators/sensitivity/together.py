@@ -1,4 +1,4 @@
-"""Changing the linears of a whole model at once, all or part of the way, on the calibration windows."""
+"""Change all linears of a model at once, all or part of the way, on calibration windows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEPT_BYTES = 1 << 30
 
 
 def by_numerics(changes: Sequence[Change]) -> dict[str, list[Change]]:
-    """The changes of each numerics, by its key, in order."""
+    """Return the changes of each numerics by its key, in order."""
     found: dict[str, list[Change]] = {}
     for change in changes:
         found.setdefault(change.numerics, []).append(change)
@@ -31,12 +31,12 @@ def by_numerics(changes: Sequence[Change]) -> dict[str, list[Change]]:
 
 
 def dtypes_of(module: nn.Module, changes: Sequence[Change]) -> dict[str, torch.dtype]:
-    """The dtype of each site's weight, by the site's name: to be asked before they are widened."""
+    """Return the dtype of each site's weight by its name, before the weights are widened."""
     return {change.site.name: parameter_of(module, change.site).dtype for change in changes}
 
 
 def room_for_model(module: nn.Module) -> Room:
-    """Room for as many bytes as the model's parameters take in float32, or on a GPU for half of what is free there."""
+    """Return room for the parameters in float32, or for half of a GPU's free memory."""
     device = next(module.parameters()).device
     free_bytes = backend(device).free_bytes()
     if free_bytes is not None:
@@ -48,10 +48,10 @@ class PathSite:
     """One site on the way from the unquantized output (position 0) to the changed one (1).
 
     Attributes:
-        name: The site's.
-        parameter: Its weight in float32.
-        inner: Sum over the rows since the site took its position of gradient . (changed output - unquantized output), a
-            scalar on the device.
+        name: The site's name.
+        parameter: The site's weight in float32.
+        inner: Sum of gradient . (changed output - unquantized output) over the rows since the site
+            took its position, a scalar on the device.
     """
 
     def __init__(self, parameter: torch.Tensor, change: Change, weights: ChangedWeights) -> None:
@@ -97,12 +97,12 @@ class PathSite:
 
 
 class Calibration:
-    """A model in float32 and the windows that it is scored on, in batches, with its unquantized logits.
+    """A model in float32, its calibration windows in batches, and its unquantized logits.
 
     Attributes:
-        batches: Windows `[batch, tokens]`, as many at once as their logits may take memory. A model that is no Hugging Face one
-            gets them one at a time, since a program that was exported may take no other number.
-        rows: How many tokens they have.
+        batches: Windows `[batch, tokens]`, as many as their logits have memory for. A model without
+            `generate` gets one at a time, because an exported program may take no other number.
+        rows: The number of tokens.
     """
 
     def __init__(self, module: nn.Module, quality: TextQuality) -> None:
@@ -114,14 +114,14 @@ class Calibration:
         if is_causal_lm(module):
             fits = _LOGITS_AT_ONCE // batch_logits(module, windows[:1]).numel()
         self.batches = torch.split(windows, max(1, fits))
-        # On a GPU they stay there, as many as leave room for all else: to compute them again is faster than to fetch them.
+        # A GPU keeps as many logits as leave room for all else: computing is faster than fetching.
         free_bytes = backend(self.device).free_bytes()
         self._room = Room((free_bytes or 0) // 8)
         self._there: dict[int, torch.Tensor] = {}
         self._kept = [KeptTensor(_KEPT_BYTES // len(self.batches) if free_bytes is None else 0) for _ in self.batches]
 
     def reference(self, number: int) -> torch.Tensor:
-        """Logits `[batch, tokens, vocabulary]` of the unquantized model on a batch."""
+        """Return the unquantized model's logits `[batch, tokens, vocabulary]` on a batch."""
         if number in self._there:
             return self._there[number]
         logits = self._kept[number].get(partial(batch_logits, self.module, self.batches[number]))
@@ -130,7 +130,7 @@ class Calibration:
         return logits
 
     def sites(self, changes: Sequence[Change], dtypes: Mapping[str, torch.dtype]) -> list[PathSite]:
-        """The sites that one numerics changes."""
+        """Return the sites that one numerics changes."""
         room = room_for_model(self.module)
         found = []
         for change in changes:
@@ -140,7 +140,7 @@ class Calibration:
         return found
 
     def whole(self, sites: Sequence[PathSite]) -> float:
-        """Mean divergence per token in nats where all these sites are changed."""
+        """Return the mean divergence per token in nats with all these sites changed."""
         for site in sites:
             site.stand_at(1.0)
         total = 0.0

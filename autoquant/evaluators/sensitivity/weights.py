@@ -1,4 +1,4 @@
-"""Weights as formats would have them, made when they are needed and kept while there is room."""
+"""Weights in the numbers of a format, made when needed and kept while there is room."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _SAME_WITHIN = 1e-5
 
 
 class Room:
-    """How many bytes may be kept; shared by weights that are there at the same time."""
+    """A budget of bytes to keep, shared by weights that are in use at the same time."""
 
     def __init__(self, free_bytes: int) -> None:
         self._free_bytes = free_bytes
 
     def take(self, size_bytes: int) -> bool:
-        """Whether there was room for that much; it is taken then."""
+        """Take so many bytes if there is room, and return whether there was."""
         if size_bytes > self._free_bytes:
             return False
         self._free_bytes -= size_bytes
@@ -26,12 +26,12 @@ class Room:
 
 
 class ChangedWeights:
-    """A site's weight under each change, kept while there is room and made again where there is none.
+    """A site's weight under each change, kept while there is room and else made again.
 
     Args:
         parameter: The weight `[n, k]` in float32.
-        dtype: The model's own, which formats are made from.
-        room: Where they are kept.
+        dtype: The model's dtype, from which formats are made.
+        room: The budget for weights that are kept.
     """
 
     def __init__(self, parameter: torch.Tensor, dtype: torch.dtype, room: Room) -> None:
@@ -41,7 +41,7 @@ class ChangedWeights:
         self._kept: dict[str, torch.Tensor | None] = {}
 
     def changed(self, change: Change) -> torch.Tensor | None:
-        """The float32 numbers, or None where neither they nor the activation change."""
+        """Return the float32 numbers, or None if neither they nor the activation change."""
         key = change.numerics
         if key in self._kept:
             return self._kept[key]
@@ -60,11 +60,11 @@ class ChangedWeights:
 
 
 def room_for_site(parameter: torch.Tensor, count: int) -> Room:
-    """Room for all of `count` changes of one site where they are small, else for none: there they would crowd the memory."""
+    """Return room for `count` changes of a site if they are small, else for none."""
     wanted = 4 * parameter.numel() * count
     return Room(wanted if wanted <= KEPT_BYTES else 0)
 
 
-def _is_same(weight: torch.Tensor, original: torch.Tensor) -> bool:
-    """Whether two weights are equal but for numbers too small to matter (what float16 loses of bfloat16)."""
-    return bool((weight - original).norm() <= _SAME_WITHIN * original.norm())
+def _is_same(weight: torch.Tensor, unquantized: torch.Tensor) -> bool:
+    """Return whether two weights differ by no more than what float16 loses of bfloat16."""
+    return bool((weight - unquantized).norm() <= _SAME_WITHIN * unquantized.norm())

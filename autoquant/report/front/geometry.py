@@ -76,7 +76,9 @@ class Point:
     """A proven plan in a drawing.
 
     Attributes:
-        increase, low, high: Percent, with the ends of the 95 % interval.
+        increase: How much worse quality is than unquantized, in percent.
+        low: Lower end of its 95 % interval.
+        high: Upper end of its 95 % interval.
         memory_share: 0 for the smallest plan of the front, 1 for the largest.
     """
 

@@ -21,8 +21,9 @@ class PlanPoint:
     Attributes:
         index: The plan's place by request time, from 0.
         at: The plan's place in every drawing.
-        quality, low, high: Perplexity, the user's own loss or output divergence, with the ends of
-            its paired interval.
+        quality: Perplexity, the user's own loss or output divergence.
+        low: Lower end of its paired interval.
+        high: Upper end of its paired interval.
         base: The same measure for the unquantized model.
     """
 

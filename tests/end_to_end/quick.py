@@ -23,7 +23,8 @@ LITTLE = TimingEffort(
     request_rounds=3,
     request_calls=4,
     loop_limit_s=0.5,
-    largest_product=128,
+    largest_copy_bytes=1 << 20,
+    largest_product=64,
 )
 SHORTER = (
     (effort, "_default", LITTLE),

@@ -5,43 +5,45 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import replace
 
 import pytest
-from typer.testing import CliRunner
 
-from autoquant.cli.main import app
-from autoquant.devices.effort import timing_effort, timing_effort_of
 from autoquant.profiler.latencies import COLUMNS
 
-from .conftest import WORKLOAD, copy_database
+from .conftest import WORKLOAD, copy_database, typed
 
 CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm", "float32*")
 
 
-@pytest.fixture(autouse=True)
-def small_roofline():
-    with timing_effort_of(replace(timing_effort(), largest_copy_bytes=1 << 20, largest_product=64)):
-        yield
+class Profile:
+    """The command in a folder, which has a file of shapes."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "shapes.txt").write_text("64x32 up\n32x64+bias down\n")
+
+    def __call__(self, *arguments):
+        globs = [part for glob in CANDIDATES for part in ("--candidates", glob)]
+        given = ["profile", "--db", self.folder / "timings.db", "--device", "cpu", *globs, *arguments]
+        result = typed(*given)
+        assert result.exit_code == 0, result.stderr
+        return result
+
+    def shapes(self, *arguments):
+        return self("--shapes", self.folder / "shapes.txt", "--rows", "1,4", *arguments)
 
 
 @pytest.fixture
 def profile(tmp_path):
-    """Run the command in its folder, which has a file of shapes; returns what it says."""
-    (tmp_path / "shapes.txt").write_text("64x32 up\n32x64+bias down\n")
+    return Profile(tmp_path)
 
-    def run(*arguments):
-        globs = [part for glob in CANDIDATES for part in ("--candidates", glob)]
-        given = ["profile", "--db", str(tmp_path / "timings.db"), "--device", "cpu", *globs, *map(str, arguments)]
-        result = CliRunner().invoke(app, given)
-        assert result.exit_code == 0, result.stderr
-        return result
 
-    def shapes(*arguments):
-        return run("--shapes", tmp_path / "shapes.txt", "--rows", "1,4", *arguments)
-
-    run.shapes = shapes
-    return run
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """The same where the shapes have been timed."""
+    profile = Profile(tmp_path_factory.mktemp("timed"))
+    profile.shapes()
+    return profile
 
 
 def test_a_file_of_shapes_gives_a_table_and_accounts(profile):
@@ -58,9 +60,9 @@ def test_a_file_of_shapes_gives_a_table_and_accounts(profile):
     assert "roofline" not in again.stderr
 
 
-def test_csv_and_json_hold_the_same_rows_and_are_alone_on_stdout(profile):
-    as_csv = list(csv.DictReader(io.StringIO(profile.shapes("--csv").stdout)))
-    as_json = json.loads(profile.shapes("--json").stdout)
+def test_csv_and_json_hold_the_same_rows_and_are_alone_on_stdout(timed):
+    as_csv = list(csv.DictReader(io.StringIO(timed.shapes("--csv").stdout)))
+    as_json = json.loads(timed.shapes("--json").stdout)
     assert len(as_csv) == len(as_json) == 16
     assert tuple(as_csv[0]) == tuple(as_json[0]) == COLUMNS
     for text, value in zip(as_csv, as_json, strict=True):
@@ -74,9 +76,9 @@ def test_csv_and_json_hold_the_same_rows_and_are_alone_on_stdout(profile):
 @pytest.mark.parametrize(
     ("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<!doctype html>")]
 )  # fmt: skip
-def test_the_picture_is_of_the_kind_that_the_suffix_names(profile, tmp_path, suffix, begin):
+def test_the_picture_is_of_the_kind_that_the_suffix_names(timed, tmp_path, suffix, begin):
     target = tmp_path / f"latency{suffix}"
-    result = profile.shapes("--json", "--plot", target)
+    result = timed.shapes("--json", "--plot", target)
     assert target.read_bytes().startswith(begin)
     assert f"wrote {target}" in result.stderr
     json.loads(result.stdout)

@@ -17,8 +17,8 @@ from autoquant.candidates import A16, Format, Kernel, get_format, registry
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
-from autoquant.export import applier
 from autoquant.export.applier import Quantized, module_bytes
+from autoquant.export.comparison import check_same
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 
 ROUTE = (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm"))
@@ -212,12 +212,12 @@ class Shaky(nn.Linear):
 @pytest.mark.parametrize(("kind", "repeatable"), [(nn.Linear, True), (Shaky, False)])
 def test_what_is_read_back_is_compared_by_its_logits_or_else_its_weights(kind, repeatable):
     written = SimpleNamespace(module=kind(8, 8), example_inputs=(torch.ones(1, 8),))
-    assert applier._check_same(written, copy.deepcopy(written.module), Path("out")) is repeatable
+    assert check_same(written, copy.deepcopy(written.module), Path("out")) is repeatable
     other = copy.deepcopy(written.module)
     with torch.no_grad():
         other.weight[0, 0] += 1
     with pytest.raises(CheckpointError, match="does not compute the same"):
-        applier._check_same(written, other, Path("out"))
+        check_same(written, other, Path("out"))
 
 
 def _counting(store, calls):

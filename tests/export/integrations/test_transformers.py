@@ -90,6 +90,7 @@ def test_a_device_map_of_one_device_is_followed(quantized, expected, place):
 
 def test_the_best_device_is_one_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     made = quantizer.AutoquantQuantizer(quantizer.AutoquantConfig())
     assert made.update_device_map("auto") == {"": "cuda"}
     assert made.update_device_map({"": 1}) == {"": 1} and quantizer._device_name(1) == "cuda:1"

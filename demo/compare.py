@@ -21,7 +21,9 @@ from autoquant.runtime.request import make_warm, time_requests
 
 def main() -> None:
     """Load both, warm both up, and print milliseconds and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("quantized", type=Path)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--workload", default="prefill=128,decode=128")
@@ -32,7 +34,9 @@ def main() -> None:
     workload = Workload.parse(arguments.workload)
     original = load_model(arguments.model).module
     quantized = autoquant.load(arguments.quantized)
-    make = partial(make_phases, kind="causal_lm", workload=workload, device="cpu", compiled=not arguments.eager)
+    make = partial(
+        make_phases, kind="causal_lm", workload=workload, device="cpu", compiled=not arguments.eager
+    )
     phases = []
     for module in (quantized, original):
         ready, note = make_warm(partial(make, module), backend("cpu").divisions)

@@ -93,19 +93,34 @@ class Setting:
 
     def cold(self, seed: int, folder: str) -> Proposals:
         """The same sampler in the same space, told of no plan."""
-        untold = {plan_id: (replace(plan, kind="uniform"), proof) for plan_id, (plan, proof) in self.known.items()}
+        untold = {
+            plan_id: (replace(plan, kind="uniform"), proof)
+            for plan_id, (plan, proof) in self.known.items()
+        }
         return self._proposals(untold, seed, f"{folder}/cold{seed}.db")
 
     def random(self, seed: int, _folder: str) -> Proposals:
         """Every kind of layer gets one of its choices, drawn at random."""
         draw = random.Random(seed)
         while True:
-            picked = [draw.choice([choice for choice in layer if not choice.joined]) for layer in self.options]
+            picked = [
+                draw.choice([choice for choice in layer if not choice.joined])
+                for layer in self.options
+            ]
             yield make_plan(picked, "random", "refined", self.context), lambda _proof: None
 
-    def _proposals(self, known: dict[str, tuple[Plan, Proof]], seed: int, database: str) -> Proposals:
+    def _proposals(
+        self, known: dict[str, tuple[Plan, Proof]], seed: int, database: str
+    ) -> Proposals:
         url = f"sqlite:///{database}"
-        return proposals(self.options, self.context, storage_url=url, seed=seed, known=known, max_memory_bytes=None)
+        return proposals(
+            self.options,
+            self.context,
+            storage_url=url,
+            seed=seed,
+            known=known,
+            max_memory_bytes=None,
+        )
 
 
 def main() -> None:
@@ -115,7 +130,9 @@ def main() -> None:
     setting, evaluate = prepare(arguments.database, arguments.text)
     rows = []
     with (arguments.out / "growth.csv").open("w", newline="", buffering=1) as file:
-        writer = csv.DictWriter(file, ["way", "seed", "evaluation", "hypervolume", "seconds"], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, ["way", "seed", "evaluation", "hypervolume", "seconds"], lineterminator="\n"
+        )
         writer.writeheader()
         for row in compare(setting, evaluate, arguments.evaluations, arguments.seeds):
             writer.writerow(row)
@@ -133,7 +150,9 @@ def prepare(database: str, text: str) -> tuple[Setting, Evaluator]:
     if not by_name or not about:
         raise SystemExit(f"{database} holds no finished search: run autoquant search to its end")
     options = list(by_name.values())
-    context = context_of(about, study_id=study.study_id, model_hash=facts.model_hash, workload=facts.workload)
+    context = context_of(
+        about, study_id=study.study_id, model_hash=facts.model_hash, workload=facts.workload
+    )
     plans = study.plans()
     loaded = load_searched(plans[0], str(facts.source["path"]), facts, None)
     parts = read_text(Path(text), loaded.tokenizer, max_positions=loaded.max_positions)
@@ -142,12 +161,22 @@ def prepare(database: str, text: str) -> tuple[Setting, Evaluator]:
         raise SystemExit(f"{text} is not the text that {database} was searched with")
     original = original_plan([layer[0] for layer in options], context)
     evaluate = Evaluator(loaded, quality, original.prediction.request_ms)
-    proven = [plan for plan in plans if plan.kind in (*BASELINES, "front") and plan.plan_id in study.proofs()]
-    start = [replace(plan, prediction=predict(_calibrated(plan, options), context)) for plan in proven]
-    return Setting(options, context, {plan.plan_id: (plan, evaluate(plan)) for plan in (original, *start)}), evaluate
+    proven = [
+        plan
+        for plan in plans
+        if plan.kind in (*BASELINES, "front") and plan.plan_id in study.proofs()
+    ]
+    start = [
+        replace(plan, prediction=predict(_calibrated(plan, options), context)) for plan in proven
+    ]
+    return Setting(
+        options, context, {plan.plan_id: (plan, evaluate(plan)) for plan in (original, *start)}
+    ), evaluate
 
 
-def compare(setting: Setting, evaluate: Evaluator, evaluations: int, seeds: int) -> Iterator[dict[str, object]]:
+def compare(
+    setting: Setting, evaluate: Evaluator, evaluations: int, seeds: int
+) -> Iterator[dict[str, object]]:
     """The hypervolume after each evaluation, over that of the start."""
     growth = growth_of(setting.known, "time")
     start = hypervolume(growth.points, growth.reference)
@@ -162,7 +191,13 @@ def compare(setting: Setting, evaluate: Evaluator, evaluations: int, seeds: int)
                     points.append(point_of(proof, "time") or growth.reference)
                     ratio = hypervolume(points, growth.reference) / start
                     seconds = round(time.monotonic() - began, 1)
-                    yield {"way": way, "seed": seed, "evaluation": number, "hypervolume": ratio, "seconds": seconds}
+                    yield {
+                        "way": way,
+                        "seed": seed,
+                        "evaluation": number,
+                        "hypervolume": ratio,
+                        "seconds": seconds,
+                    }
 
 
 def as_table(rows: Sequence[dict[str, object]], evaluations: int) -> str:
@@ -181,7 +216,11 @@ def as_table(rows: Sequence[dict[str, object]], evaluations: int) -> str:
                 if row["way"] == way and int(str(row["evaluation"])) <= count:
                     reached[row["seed"]] = float(str(row["hypervolume"]))
             values = list(reached.values())
-            cells.append(f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})" if values else "")
+            cells.append(
+                f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+                if values
+                else ""
+            )
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -189,7 +228,14 @@ def as_table(rows: Sequence[dict[str, object]], evaluations: int) -> str:
 def _calibrated(plan: Plan, options: Options) -> list[LayerChoice]:
     """The plan's choices with their times as they are in the options."""
     return [
-        next((c for c in layer if (c.format, c.route, c.joined) == (own.format, own.route, own.joined)), own)
+        next(
+            (
+                c
+                for c in layer
+                if (c.format, c.route, c.joined) == (own.format, own.route, own.joined)
+            ),
+            own,
+        )
         for own, layer in zip(plan.layers, options, strict=True)
     ]
 

@@ -29,7 +29,9 @@ def small_llama():
 
 def test_the_kernels_of_a_replayed_step_are_told_by_layer():
     module = small_llama()
-    phases = make_phases(module, "causal_lm", Workload.parse("prefill=64,decode=32"), device="cuda", compiled=True)
+    phases = make_phases(
+        module, "causal_lm", Workload.parse("prefill=64,decode=32"), device="cuda", compiled=True
+    )
     for phase in phases.workload.phases:
         phases.reset(phase.name)
         phases.run(phase.name)

@@ -15,7 +15,9 @@ def recorded():
     """Record one forward pass of a module with these inputs."""
 
     def run(module, *inputs):
-        phases = make_phases(module.eval(), "module", Workload.single(), device="cpu", sample_inputs=inputs)
+        phases = make_phases(
+            module.eval(), "module", Workload.single(), device="cpu", sample_inputs=inputs
+        )
         return record(module, phases)
 
     return run

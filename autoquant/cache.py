@@ -1,4 +1,4 @@
-"""The folder for what can be made again but takes time, and files kept in it."""
+"""A cache on disk for what takes time to make and can be made again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
-    """Return the project's folder: `$AUTOQUANT_CACHE`, or `autoquant` under the user's cache folder."""
+    """Return `$AUTOQUANT_CACHE`, or `autoquant` in the user's cache folder."""
     chosen = os.environ.get("AUTOQUANT_CACHE")
     if chosen:
         return Path(chosen)
@@ -21,13 +21,13 @@ def cache_folder() -> Path:
 
 
 def kept(kind: str, key: str, make: Callable[[], bytes]) -> bytes:
-    """Return what `make` gives, from the cache folder if a process has made it before.
+    """Return the result of `make`, read from the cache folder if it is there.
 
-    A file that is damaged is made again. A folder that cannot be written to costs the time of making it in each process.
+    A damaged file is made again. If the folder is not writable, every process makes its own.
 
     Args:
         kind: Name of the folder inside the cache folder.
-        key: Tells everything that `make` depends on.
+        key: Name of the file. It must differ whenever `make` would return something else.
     """
     path = cache_folder() / kind / key
     with suppress(OSError):
@@ -42,7 +42,7 @@ def kept(kind: str, key: str, make: Callable[[], bytes]) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a complete file, or none if writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     number, scratch = tempfile.mkstemp(dir=path.parent)
     try:

@@ -1,4 +1,4 @@
-"""What somebody probably meant who misspelt a name or a path, for the end of an error message."""
+"""Guess the intended name or path after a typing error, for the end of an error message."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def did_you_mean(asked: str, known: Iterable[str]) -> str:
-    """` (did you mean NAME?)` with the nearest of the names that exist, or nothing where none is near."""
+    """Return ` (did you mean NAME?)` with the nearest known name, or "" if none is near."""
     close = get_close_matches(asked, list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def did_you_mean_path(asked: str | os.PathLike[str]) -> str:
-    """The same for a path that does not exist, from what lies in its folder."""
+    """Return the same hint for a missing path, from the names in its folder."""
     path = Path(asked).expanduser()
     try:
         names = [entry.name for entry in path.parent.iterdir()]

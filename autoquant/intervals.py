@@ -1,4 +1,4 @@
-"""Estimates with intervals."""
+"""Means with their 95 % intervals."""
 
 from __future__ import annotations
 
@@ -13,36 +13,45 @@ CONFIDENCE = 0.95
 def paired_increase(
     losses: Sequence[float], reference: Sequence[float], *, logarithmic: bool, unseen: int = 0
 ) -> Interval:
-    """Relative increase of a plan over the unquantized model, from losses of the same samples.
+    """Return a plan's relative increase in loss over the unquantized model.
 
     Args:
-        losses: One mean loss per sample (window), of the plan.
-        reference: The same samples under the unquantized model.
-        logarithmic: The losses are log-likelihoods, and the increase is that of perplexity: exp(mean difference) - 1. Otherwise
-            it is mean difference over mean reference; over 1 where that is 0, as for divergence.
-        unseen: The interval is that of the mean of so many further samples, which have chance of their own; 0: of the mean over
-            all there could be.
+        losses: The plan's mean loss on each sample (window).
+        reference: The unquantized model's losses on the same samples.
+        logarithmic: The losses are log-likelihoods, and the increase is that of perplexity:
+            exp(mean difference) - 1. Otherwise the mean difference is divided by the mean
+            reference, or by 1 if that is 0 (as for divergence).
+        unseen: Number of further samples whose mean the interval should cover. 0 is for the mean
+            over all possible samples.
 
     Returns:
-        The increase as a fraction with its 95 % interval, from Student's t of the paired differences.
+        The increase as a fraction. Its 95 % interval comes from Student's t of the paired
+        differences.
     """
     if len(losses) != len(reference) or not losses:
         raise ValueError(f"{len(losses)} losses for {len(reference)} reference losses")
-    mean, half = _mean_and_half([a - b for a, b in zip(losses, reference, strict=True)], unseen)
+    differences = [loss - other for loss, other in zip(losses, reference, strict=True)]
+    mean, half = _mean_and_half(differences, unseen)
     if logarithmic:
-        return Interval(value=math.expm1(mean), low=math.expm1(mean - half), high=_expm1(mean + half))
+        return Interval(
+            value=math.expm1(mean), low=math.expm1(mean - half), high=_expm1(mean + half)
+        )
     scale = abs(math.fsum(reference) / len(reference)) or 1.0
     return Interval(value=mean / scale, low=(mean - half) / scale, high=(mean + half) / scale)
 
 
 def mean_interval(samples: Sequence[float], unseen: int = 0) -> Interval:
-    """Mean of samples with its 95 % interval, from Student's t; `unseen` as for `paired_increase`."""
+    """Return the mean of samples with its 95 % interval, from Student's t.
+
+    Args:
+        unseen: As for `paired_increase`.
+    """
     mean, half = _mean_and_half(samples, unseen)
     return Interval(value=mean, low=mean - half, high=mean + half)
 
 
 def _mean_and_half(samples: Sequence[float], unseen: int) -> tuple[float, float]:
-    """The mean, and half the length of its interval (infinite for a single sample)."""
+    """Return the mean and half the length of its interval, infinite for a single sample."""
     from scipy.stats import t as student
 
     count = len(samples)

@@ -8,7 +8,9 @@ import sys
 
 def quiet_libraries() -> None:
     """Drop the records below from now on, whoever imports torchao: a command, a worker, or a program that uses autoquant."""
-    logging.getLogger("autoquant").addHandler(logging.NullHandler())  # silent until a program asks for what is logged
+    logging.getLogger("autoquant").addHandler(
+        logging.NullHandler()
+    )  # silent until a program asks for what is logged
     logging.getLogger("torchao").addFilter(_is_missed)
     logging.getLogger("torch.utils._pytree").addFilter(_is_for_users)
 

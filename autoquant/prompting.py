@@ -1,4 +1,4 @@
-"""Text from a language model, timed as the user gets it: the time to the first token, and the pace after it."""
+"""Generate text, timed as the user sees it: time to the first token, and the pace after it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from autoquant.models.targets import resolve_device
 from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
 from autoquant.runtime.prepare import prepare
 
-_WARMING_TOKENS = 8  # enough for compiling, for capturing, and for replaying what was captured
+_WARMING_TOKENS = 8  # enough to compile, to capture a graph and to replay it
 
 Show = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """New text, and when it came.
+    """Generated text and its times.
 
     Attributes:
-        ids: Of the new tokens.
-        first_token_s: From the call to the first new token.
-        total_s: From the call to the last one.
+        ids: Ids of the new tokens.
+        first_token_s: Time from the call to the first new token.
+        total_s: Time from the call to the last one.
     """
 
     ids: tuple[int, ...]
@@ -43,9 +43,10 @@ class Reply:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Pace after the first token, or None with fewer than two."""
-        after, seconds = len(self.ids) - 1, self.total_s - self.first_token_s
-        return after / seconds if after > 0 and seconds > 0 else None
+        """Return the pace after the first token, or None for fewer than two tokens."""
+        tokens = len(self.ids) - 1
+        seconds = self.total_s - self.first_token_s
+        return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
 class Generator:
@@ -68,16 +69,19 @@ class Generator:
         """Continue a prompt.
 
         Args:
-            prompt: What `encode` or `encode_chat` made.
-            temperature: 0 takes the likeliest token every time.
-            show: Gets the text as it comes.
-            stop_after: Stop after so many new tokens, of a request that is like one of `max_new_tokens` otherwise.
+            prompt: The result of `encode` or `encode_chat`.
+            temperature: 0 always takes the likeliest token.
+            show: Called with each new piece of text.
+            stop_after: Stop after this many new tokens. The request is otherwise the same as one
+                for `max_new_tokens`, so it uses the same compiled code.
         """
         inputs = {name: tensor.to(self.device) for name, tensor in prompt.items()}
         watch = _Watch(self.tokenizer, show)
-        criteria = [] if stop_after is None else [_StopAt(inputs["input_ids"].shape[1] + stop_after)]
+        criteria = []
+        if stop_after is not None:
+            criteria.append(_StopAt(inputs["input_ids"].shape[1] + stop_after))
         how: dict[str, Any] = {"do_sample": True, "temperature": temperature}
-        if temperature == 0:
+        if temperature == 0:  # None overrides the model's own sampling settings
             how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         model: Any = self.model
         watch.start()
@@ -91,32 +95,40 @@ class Generator:
         )
         return watch.reply()
 
-    def warm_up(self, prompt: Mapping[str, torch.Tensor], max_new_tokens: int, *, temperature: float = 0.0) -> None:
-        """Let the first request of this process, which may compile and tune, be a short one that nobody waits to read."""
+    def warm_up(
+        self, prompt: Mapping[str, torch.Tensor], max_new_tokens: int, *, temperature: float = 0.0
+    ) -> None:
+        """Make a short request first, since the first one may compile and tune."""
         self.reply(prompt, max_new_tokens, temperature=temperature, stop_after=_WARMING_TOKENS)
 
     def room(self, prompt: Mapping[str, torch.Tensor]) -> int | None:
-        """How many tokens fit after a prompt, or None where the model names no limit."""
+        """Return how many tokens fit after a prompt, or None if the model has no limit."""
         positions = max_positions(self.model)
         return None if positions is None else positions - prompt["input_ids"].shape[1]
 
 
 def problems_of(folder: Path) -> list[str]:
-    """Why no text can be had from a folder; empty where nothing is known to be missing."""
+    """Return why a folder cannot generate text; empty if nothing is missing."""
     if not folder.is_dir():
         return [f"there is no folder {folder}"]
     if not (folder / "config.json").is_file():
         if (folder / checkpoint.MANIFEST).is_file():
-            return [f"{folder} holds a module that is no language model: run it with autoquant.load"]
+            return [
+                f"{folder} holds a module that is no language model: run it with autoquant.load"
+            ]
         return [f"{folder} holds no model (no config.json)"]
-    return [] if has_tokenizer(folder) else [f"{folder} has no tokenizer: put its tokenizer.json there"]
+    return (
+        []
+        if has_tokenizer(folder)
+        else [f"{folder} has no tokenizer: put its tokenizer.json there"]
+    )
 
 
 def encode(tokenizer: Any, text: str) -> dict[str, torch.Tensor]:
-    """The prompt of a text.
+    """Return a text as a prompt for `Generator.reply`.
 
     Raises:
-        ModelError: It has no token.
+        ModelError: The text has no token.
     """
     encoded = dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False))
     if not encoded["input_ids"].numel():
@@ -125,27 +137,32 @@ def encode(tokenizer: Any, text: str) -> dict[str, torch.Tensor]:
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
-    """The prompt of a conversation, by the model's chat template.
+    """Return a conversation as a prompt, using the model's chat template.
 
     Raises:
-        ModelError: The template does not take these messages.
+        ModelError: The template rejects these messages.
     """
     try:
         encoded = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except Exception as error:
-        raise ModelError(f"the model's chat template does not take the conversation: {first_line(error)}") from error
+        raise ModelError(
+            f"the model's chat template does not take the conversation: {first_line(error)}"
+        ) from error
     return {name: tensor for name, tensor in encoded.items() if name != "token_type_ids"}
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a folder."""
+    """Return the tokenizer of a folder."""
     return load_tokenizer(str(folder))
 
 
 def device_of(folder: Path, name: str) -> str:
-    """The device that a name means; `auto` is the one that a plan was made for, if it is there."""
+    """Return the device for a name.
+
+    For a plan made for the CPU, `auto` is the CPU.
+    """
     planned = _manifest(folder).get("device")
     if name == "auto" and planned == "cpu":
         return "cpu"
@@ -153,28 +170,34 @@ def device_of(folder: Path, name: str) -> str:
 
 
 def dtype_of(folder: Path) -> torch.dtype | None:
-    """The dtype that a plan was made for, or None for an unquantized model."""
+    """Return the dtype that a plan was made for, or None for an unquantized model."""
     dtype = _manifest(folder).get("dtype")
     return None if dtype is None else getattr(torch, dtype)
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether `autoquant apply` or a loaded model's `save_pretrained` wrote the folder."""
+    """Check for a folder written by `autoquant apply` or a quantized model's `save_pretrained`."""
     return (folder / checkpoint.MANIFEST).is_file()
 
 
-def load_generator(folder: Path, tokenizer: Any, device: str, dtype: torch.dtype | None = None) -> Generator:
+def load_generator(
+    folder: Path, tokenizer: Any, device: str, dtype: torch.dtype | None = None
+) -> Generator:
     """Load a folder that `autoquant apply` wrote, or an unquantized model.
 
     Args:
-        dtype: Of an unquantized model; None for its own.
+        dtype: Dtype of an unquantized model; None keeps its own.
 
     Raises:
-        ModelError: It holds no causal language model.
+        ModelError: The folder holds no causal language model.
     """
-    module = load(folder, device=device) if is_quantized(folder) else _unquantized(folder, device, dtype)
+    quantized = is_quantized(folder)
+    module = load(folder, device=device) if quantized else _unquantized(folder, device, dtype)
     if not is_causal_lm(module):
-        raise ModelError(f"{folder} holds no causal language model, so it writes no text: run it with autoquant.load")
+        raise ModelError(
+            f"{folder} holds no causal language model, so it writes no text: "
+            "run it with autoquant.load"
+        )
     return Generator(module, tokenizer, device)
 
 
@@ -192,7 +215,7 @@ def _pad_id(tokenizer: Any) -> int | None:
 
 
 class _StopAt(StoppingCriteria):  # type: ignore[misc, unused-ignore]
-    """Stops when a sequence has so many tokens."""
+    """Stops at a given number of tokens, prompt included."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -203,7 +226,7 @@ class _StopAt(StoppingCriteria):  # type: ignore[misc, unused-ignore]
 
 
 class _Watch(TextStreamer):  # type: ignore[misc, unused-ignore]
-    """Notes when tokens come, and hands on the text that is certain."""
+    """Times the tokens, and passes on text once it is final."""
 
     def __init__(self, tokenizer: Any, show: Show | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -213,11 +236,11 @@ class _Watch(TextStreamer):  # type: ignore[misc, unused-ignore]
         self._started = self._first = self._last = 0.0
 
     def start(self) -> None:
-        """The request is made now."""
+        """Start the clock."""
         self._started = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then tokens."""
+        """Take tokens; the first call brings the prompt."""
         if self._prompt_came:
             self._last = time.perf_counter()
             self._first = self._first or self._last
@@ -227,12 +250,12 @@ class _Watch(TextStreamer):  # type: ignore[misc, unused-ignore]
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Show text that no later token changes."""
+        """Show text that no later token can change."""
         if self._show is not None and text:
             self._show(text)
 
     def reply(self) -> Reply:
-        """What came."""
+        """Return the text and its times."""
         return Reply(
             ids=tuple(self._ids),
             text=self.tokenizer.decode(self._ids, skip_special_tokens=True),

@@ -22,7 +22,9 @@ from autoquant.runtime.request import make_warm, time_requests
 
 def main() -> None:
     """Load both, warm both up, and print milliseconds and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("quantized", type=Path)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--workload", default="prefill=128,decode=128")

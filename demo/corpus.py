@@ -37,7 +37,12 @@ SKIPPED_FOLDERS = {
     "encodings",  # generated mapping tables, and codecs that differ in one line
 }
 SKIPPED_FILES = {"html/entities.py", "pydoc_data/topics.py", "stringprep.py"}  # tables
-SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")  # written per installation
+SKIPPED_PREFIXES = (
+    "_sysconfigdata",
+    "config-",
+    "sitecustomize",
+    "usercustomize",
+)  # written per installation
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,9 @@ def topic_documents(path: Path) -> list[Document]:
     found: list[Document] = []
     seen: set[str] = set()
     for name in sorted(names, key=lambda name: (PARTS.index(part_of(name)), name)):
-        paragraphs = [p for p in topics[names[name]].split("\n\n") if p.strip() and p.strip() not in seen]
+        paragraphs = [
+            p for p in topics[names[name]].split("\n\n") if p.strip() and p.strip() not in seen
+        ]
         seen.update(p.strip() for p in paragraphs)
         text = "\n\n".join(paragraphs).strip("\n") + "\n"
         if len(text) >= MIN_CHARACTERS:
@@ -165,11 +172,19 @@ def join(texts: Iterable[str]) -> str:
 
 def main() -> None:
     """Write the texts that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for part in reversed(PARTS):
-        parser.add_argument(f"--{part}", type=Path, metavar="FILE", help=f"write the {part} text here")
-    parser.add_argument("--max-characters", type=int, metavar="N", help="limit the length of each text")
-    parser.add_argument("--library", type=Path, metavar="DIR", help="another standard library's folder")
+        parser.add_argument(
+            f"--{part}", type=Path, metavar="FILE", help=f"write the {part} text here"
+        )
+    parser.add_argument(
+        "--max-characters", type=int, metavar="N", help="limit the length of each text"
+    )
+    parser.add_argument(
+        "--library", type=Path, metavar="DIR", help="another standard library's folder"
+    )
     arguments = parser.parse_args()
     for part in reversed(PARTS):
         path: Path | None = getattr(arguments, part.replace("-", "_"))

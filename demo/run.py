@@ -49,7 +49,9 @@ def autoquant(*arguments: str | Path) -> None:
 
 def show_command(*words: str | Path) -> None:
     """Print a command as one would type it in the repository."""
-    print("\n$", *(relative(word) if isinstance(word, Path) else word for word in words), flush=True)
+    print(
+        "\n$", *(relative(word) if isinstance(word, Path) else word for word in words), flush=True
+    )
 
 
 def relative(path: Path) -> Path:

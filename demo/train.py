@@ -41,7 +41,9 @@ WARM_UP = 0.03
 class Recipe:
     """What decides the result of a training run, apart from the text and the machine."""
 
-    seconds: float = field(default=110.0, metadata={"help": "how long to train, without compilation and checks"})
+    seconds: float = field(
+        default=110.0, metadata={"help": "how long to train, without compilation and checks"}
+    )
     hidden: int = field(default=512, metadata={"help": "width of the residual stream"})
     layers: int = field(default=4, metadata={"help": "number of decoder layers"})
     intermediate: int = field(default=1408, metadata={"help": "width of the feed-forward layers"})
@@ -52,7 +54,9 @@ class Recipe:
     batch: int = field(default=32, metadata={"help": "sequences per step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
     weight_decay: float = field(default=1.0, metadata={"help": "weight decay of the matrices"})
-    dropout: float = field(default=0.3, metadata={"help": "dropout of embeddings and block outputs"})
+    dropout: float = field(
+        default=0.3, metadata={"help": "dropout of embeddings and block outputs"}
+    )
     seed: int = field(default=0, metadata={"help": "of the weights, the batches and the dropout"})
 
 
@@ -220,7 +224,9 @@ def check(model: LlamaForCausalLM, validation: Tensor, loss: float, outcome: Out
     print(f"{run_so_far}  loss {loss:.4f}  validation {now:.4f}", flush=True)
     if now < outcome.validation_loss:
         outcome.validation_loss, outcome.best_step = now, outcome.steps
-        outcome.state = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+        outcome.state = {
+            name: weight.detach().clone() for name, weight in model.state_dict().items()
+        }
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, context: int, folder: Path) -> None:
@@ -238,10 +244,16 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, context: int, folder: Pa
 
 def device_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.machine()})"
+    )
 
 
-def run(recipe: Recipe, library: Path | None, device: torch.device, checks: int, folder: Path) -> Report:
+def run(
+    recipe: Recipe, library: Path | None, device: torch.device, checks: int, folder: Path
+) -> Report:
     """Train the model and save it to the folder; returns the report to be saved beside it."""
     found = documents(library)
     source = part_text(found, "train")
@@ -308,15 +320,25 @@ def parse_arguments() -> argparse.Namespace:
     """The command line: the recipe's fields, and where things are."""
     folder = Path(__file__).resolve().parent / "model"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for entry in fields(Recipe):
         option = "--" + entry.name.replace("_", "-")
         about = f"{entry.metadata['help']} ({entry.default})"
         parser.add_argument(option, type=type(entry.default), default=entry.default, help=about)
-    parser.add_argument("--out", type=Path, default=folder, help="where to save (model, beside this file)")
-    parser.add_argument("--library", type=Path, metavar="DIR", help="another standard library's folder")
-    parser.add_argument("--device", type=torch.device, default=device, help=f"cuda or cpu ({device})")
-    parser.add_argument("--checks", type=int, default=20, help="how often to measure validation loss (20)")
+    parser.add_argument(
+        "--out", type=Path, default=folder, help="where to save (model, beside this file)"
+    )
+    parser.add_argument(
+        "--library", type=Path, metavar="DIR", help="another standard library's folder"
+    )
+    parser.add_argument(
+        "--device", type=torch.device, default=device, help=f"cuda or cpu ({device})"
+    )
+    parser.add_argument(
+        "--checks", type=int, default=20, help="how often to measure validation loss (20)"
+    )
     return parser.parse_args()
 
 

@@ -45,7 +45,11 @@ def commands_page() -> str:
     group: Any = typer.main.get_command(app)
     parts = ["# Commands", group.help, *_parameters(group, "autoquant")]
     for name, command in sorted(group.commands.items()):
-        parts += [f"## autoquant {name}", *_paragraphs(command.help), *_parameters(command, f"autoquant {name}")]
+        parts += [
+            f"## autoquant {name}",
+            *_paragraphs(command.help),
+            *_parameters(command, f"autoquant {name}"),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,7 +61,11 @@ def _paragraphs(text: str) -> Iterator[str]:
 def _parameters(command: Any, path: str) -> Iterator[str]:
     context = command.make_context(path, [], resilient_parsing=True)
     yield f"```text\n{command.get_usage(context).removeprefix('Usage: ')}\n```"
-    rows = [row for row in (parameter.get_help_record(context) for parameter in command.get_params(context)) if row]
+    rows = [
+        row
+        for row in (parameter.get_help_record(context) for parameter in command.get_params(context))
+        if row
+    ]
     if rows:
         yield "\n".join(["| option | meaning |", "| --- | --- |", *(_row(*row) for row in rows)])
 

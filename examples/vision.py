@@ -60,7 +60,8 @@ def images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
             x.square() + y.square() < radius.square(),
             (x.abs() < radius * 0.9) & (y.abs() < radius * 0.9),
             (y.abs() < radius) & (x.abs() < (y + radius) / 2),
-            ((x.abs() < radius / 3) & (y.abs() < radius)) | ((y.abs() < radius / 3) & (x.abs() < radius)),
+            ((x.abs() < radius / 3) & (y.abs() < radius))
+            | ((y.abs() < radius / 3) & (x.abs() < radius)),
         ]
     )
     drawn = outlines[labels, torch.arange(count)].float()

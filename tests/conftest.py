@@ -15,7 +15,17 @@ import torch
 
 HERE = Path(__file__).parent
 
-LONGEST_FIRST = ("end_to_end", "docs", "integrations", "profiler", "applier", "runtime", "evaluators", "tuner", "cli")
+LONGEST_FIRST = (
+    "end_to_end",
+    "docs",
+    "integrations",
+    "profiler",
+    "applier",
+    "runtime",
+    "evaluators",
+    "tuner",
+    "cli",
+)
 """Folders. Files are handed to workers whole, so that one that takes long must not be the last."""
 
 

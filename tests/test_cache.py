@@ -36,10 +36,14 @@ def test_a_file_is_made_once_for_each_key(folder, made):
     assert get(made) == get(made) == b"code"
     assert get(made, "other", b"") == get(made, "other", b"") == b""
     assert made == ["key", "other"]
-    assert sorted(path.name for path in (folder / "kind").iterdir()) == ["key", "other"], "nothing half written"
+    assert sorted(path.name for path in (folder / "kind").iterdir()) == ["key", "other"], (
+        "nothing half written"
+    )
 
 
-@pytest.mark.parametrize("damage", [lambda old: old[:-1], lambda _: b"", lambda old: old[:-1] + b"?"])
+@pytest.mark.parametrize(
+    "damage", [lambda old: old[:-1], lambda _: b"", lambda old: old[:-1] + b"?"]
+)
 def test_a_damaged_file_is_made_again(folder, made, damage):
     get(made)
     path = folder / "kind" / "key"

@@ -8,7 +8,12 @@ from autoquant.errors import first_line
 
 @pytest.mark.parametrize(
     ("message", "line"),
-    [("\n  first\nsecond", "first"), ("\x1b[31mred\x1b[0m", "red"), ("", "ValueError"), (400 * "x", None)],
+    [
+        ("\n  first\nsecond", "first"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("", "ValueError"),
+        (400 * "x", None),
+    ],
 )
 def test_the_first_line_that_says_something_is_told(message, line):
     found = first_line(ValueError(message))

@@ -14,7 +14,9 @@ def test_an_increase_of_plain_losses_follows_the_formula():
     found = paired_increase([11.0, 22.0, 33.0], [10.0, 20.0, 30.0], logarithmic=False)
     half = 4.30265273 / math.sqrt(3)
     assert found.value == pytest.approx(2 / 20)
-    assert found.low == pytest.approx((2 - half) / 20) and found.high == pytest.approx((2 + half) / 20)
+    assert found.low == pytest.approx((2 - half) / 20) and found.high == pytest.approx(
+        (2 + half) / 20
+    )
 
 
 def test_an_increase_of_log_likelihoods_is_that_of_perplexity():
@@ -75,7 +77,9 @@ def test_hopeless_losses_do_not_overflow():
 
 def test_a_mean_reference_of_zero_or_less_keeps_the_sign():
     assert paired_increase([1.0, 1.0], [0.0, 0.0], logarithmic=False).value == 1.0
-    assert paired_increase([-1.0, -1.0], [-2.0, -2.0], logarithmic=False).value == pytest.approx(0.5)
+    assert paired_increase([-1.0, -1.0], [-2.0, -2.0], logarithmic=False).value == pytest.approx(
+        0.5
+    )
 
 
 @pytest.mark.parametrize(("losses", "reference"), [([], []), ([1.0], [1.0, 2.0])])

@@ -9,8 +9,14 @@ import torch
 
 import autoquant
 
-KERNELS = ("torchao", "Failed to load /somewhere/torchao/_C_cutlass_90a.abi3.so: Could not load this library")
-ENUMERATION = ("torch.utils._pytree", "<enum 'X'> ... Calling register_constant() on Enum subclasses is deprecated")
+KERNELS = (
+    "torchao",
+    "Failed to load /somewhere/torchao/_C_cutlass_90a.abi3.so: Could not load this library",
+)
+ENUMERATION = (
+    "torch.utils._pytree",
+    "<enum 'X'> ... Calling register_constant() on Enum subclasses is deprecated",
+)
 
 
 @pytest.fixture
@@ -32,7 +38,9 @@ def logged(caplog):
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-def test_kernels_for_gpus_that_are_not_loaded_are_of_interest_only_where_there_is_one(logged, monkeypatch, gpu):
+def test_kernels_for_gpus_that_are_not_loaded_are_of_interest_only_where_there_is_one(
+    logged, monkeypatch, gpu
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert logged(*KERNELS) is gpu
 

@@ -48,7 +48,9 @@ def test_public_names_are_listed_in_order():
 
 
 def test_no_module_hides_a_public_name():
-    assert not {module.name for module in pkgutil.iter_modules(autoquant.__path__)} & set(autoquant.__all__)
+    assert not {module.name for module in pkgutil.iter_modules(autoquant.__path__)} & set(
+        autoquant.__all__
+    )
 
 
 def test_another_name_is_an_attribute_error():

@@ -3,7 +3,14 @@
 import pytest
 
 from autoquant.errors import RecipeError
-from autoquant.recipes import FOLDER_VARIABLE, find_recipe, read_recipe, recipe_files, user_folder, written
+from autoquant.recipes import (
+    FOLDER_VARIABLE,
+    find_recipe,
+    read_recipe,
+    recipe_files,
+    user_folder,
+    written,
+)
 
 
 @pytest.fixture
@@ -31,7 +38,10 @@ def test_the_users_own_are_found_by_name_and_win(own):
     (own / "mine.toml").write_text('about = "Mine"\nbatch = 4\n')
     (own / "cpu-latency.toml").write_text("batch = 8\n")
     assert find_recipe("mine").options == {"batch": 4}
-    assert (find_recipe("cpu-latency").options, find_recipe("cpu-latency").shipped) == ({"batch": 8}, False)
+    assert (find_recipe("cpu-latency").options, find_recipe("cpu-latency").shipped) == (
+        {"batch": 8},
+        False,
+    )
 
 
 def test_a_path_is_a_path_even_in_the_current_folder(own, tmp_path, monkeypatch):
@@ -49,7 +59,10 @@ def test_without_a_variable_the_users_own_lie_under_the_configuration_folder(tmp
 
 
 def test_an_unknown_name_lists_the_known_ones(own):
-    with pytest.raises(RecipeError, match=r"no recipe 'fast': take one of cpu-latency, h200-chat, .* or give the path"):
+    with pytest.raises(
+        RecipeError,
+        match=r"no recipe 'fast': take one of cpu-latency, h200-chat, .* or give the path",
+    ):
         find_recipe("fast")
 
 

@@ -114,7 +114,8 @@ def test_a_workload_knows_the_calls_of_each_phase():
 
 
 @pytest.mark.parametrize(
-    ("m", "kernel"), [(1, "packed"), (4, "packed"), (5, "wide"), (64, "wide"), (65, "mm"), (10**6, "mm")]
+    ("m", "kernel"),
+    [(1, "packed"), (4, "packed"), (5, "wide"), (64, "wide"), (65, "mm"), (10**6, "mm")],
 )
 def test_a_route_step_holds_up_to_its_upper_m_inclusive(m, kernel):
     assert route_kernel(ROUTE, m) == kernel
@@ -135,7 +136,9 @@ def test_a_recording_survives_json():
     )
     recording = Recording(
         sites=(site, replace(site, name="gate", kept=(), siblings=())),
-        skipped=(Skipped(name="conv", numel=10, share=0.25, reason="not used as a linear: conv2d"),),
+        skipped=(
+            Skipped(name="conv", numel=10, share=0.25, reason="not used as a linear: conv2d"),
+        ),
         weights_share=0.75,
         flops_share={"prefill": 0.9, "decode": 0.99},
         parameter_bytes=12345,
@@ -205,7 +208,14 @@ def test_content_keys_tell_values_apart():
 
 
 def test_a_content_key_is_the_same_in_every_process():
-    device = Device(type="cpu", name="c", capability="v", threads=2, cache_bytes=1, versions={"torch": "2", "b": "1"})
+    device = Device(
+        type="cpu",
+        name="c",
+        capability="v",
+        threads=2,
+        cache_bytes=1,
+        versions={"torch": "2", "b": "1"},
+    )
     code = (
         "from autoquant.records import Device\n"
         "print(Device(versions={'b': '1', 'torch': '2'}, cache_bytes=1, threads=2, capability='v', name='c', type='cpu').key)"
@@ -213,7 +223,11 @@ def test_a_content_key_is_the_same_in_every_process():
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert result.stdout.strip() == device.key
 
@@ -223,7 +237,9 @@ def test_a_content_key_is_the_same_in_every_process():
     [((3.0,), 3.0, 0.0), ((4.0, 1.0, 2.0), 2.0, 3.0), ((4.0, 1.0, 3.0, 2.0), 2.5, 2.0)],
 )
 def test_latency_is_the_median_of_the_samples_in_any_order(samples, median, spread):
-    subject = TimingSubject(shape=SHAPE, m=1, format="int8-row/plain", kernel="int-mm", working_set_bytes=1)
+    subject = TimingSubject(
+        shape=SHAPE, m=1, format="int8-row/plain", kernel="int-mm", working_set_bytes=1
+    )
     measurement = Measurement(subject=subject, outcome="ok", samples_us=samples)
     assert (measurement.latency_us, measurement.spread_us) == (median, spread)
     assert subject.candidate == "int8-row/plain/int-mm"

@@ -1,4 +1,4 @@
-"""What a candidate is: a format (how a weight is stored) and a kernel (how a linear is computed from it)."""
+"""Define candidates: a format (how a weight is stored) and a kernel (how a linear uses it)."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ LinearFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tor
 Unsupported = Callable[[LinearShape, int, str], str | None]
 
 A16 = "a16"
-"""Numerics of a kernel that leaves the activation as it is."""
+"""Numerics of a kernel that does not round the activation."""
 A8_ROW = "a8-row"
 """Numerics of a kernel that rounds each row of the activation to symmetric int8."""
 A8_FLOAT8_ROW = "a8-float8-row"
 """Numerics of a kernel that rounds the activation to float8 (e4m3) with a scale for each row."""
 A8_FLOAT8_TENSOR = "a8-float8-tensor"
-"""The same with one scale for the whole activation."""
+"""Numerics of a kernel that rounds the activation to float8 (e4m3) with one scale."""
 W8_A8_FLOAT8_ROW = "w8-a8-float8-row"
-"""Numerics of a kernel that rounds each row of the activation, and of a weight of other numbers, to float8 (e4m3)."""
-_DAMPING = 0.01
-_DAMPED_TIMES = 4
+"""Numerics of a kernel that rounds each row of activation and stored weight to float8 (e4m3)."""
+_DAMPING = 0.01  # of the mean of the Hessian's diagonal
+_DAMPING_ATTEMPTS = 4
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def always_supported(_shape: LinearShape, _m: int, _device_type: str) -> str | None:
-    """The `unsupported` of a kernel without conditions of its own."""
+    """Return None: the `unsupported` of a kernel without conditions of its own."""
     return None
 
 
 def always_by_default(_device_type: str) -> bool:
-    """The `by_default` of a format that every search tries."""
+    """Return True: the `by_default` of a format that every search tries."""
     return True
 
 
 def by_name_only(_device_type: str) -> bool:
-    """The `by_default` of a format that a search tries only where it is named."""
+    """Return False: the `by_default` of a format that a search tries only if it is named."""
     return False
 
 
@@ -52,16 +52,19 @@ class Kernel:
 
     Attributes:
         id: Name within its format, e.g. `int-mm`.
-        numerics: What it rounds (`A16`, `A8_ROW`, or the name of another entry of `ACTIVATION_ROUNDING`). Kernels of one format
-            with the same numerics share one quality score.
-        linear: x `[..., k]`, stored weight of `[n, k]`, bias `[n]` or None; returns `[..., n]` in x's dtype. It must trace
-            under `torch.compile(fullgraph=True)`.
-        opaque: Calls a library's kernels and nothing else, so that compiling it changes nothing: timed on GPUs as it is.
-        library: The library that tunes it for each shape when it is first called, or None.
-        arithmetic: What it multiplies in on a GPU, for the roofline; None is the activation's dtype.
-        materializes: Writes the weight out in the activation's dtype and reads it again.
+        numerics: Key of its rounding (`A16`, `A8_ROW` or another key of `ACTIVATION_ROUNDING`).
+            Kernels of one format with the same numerics share one quality score.
+        linear: Function of x `[..., k]`, a stored weight `[n, k]` and a bias `[n]` or None. It
+            returns `[..., n]` in x's dtype and must trace under `torch.compile(fullgraph=True)`.
+        opaque: It only calls a library's kernels, so compiling it changes nothing. On GPUs it is
+            timed uncompiled.
+        library: The library that tunes it for each shape at its first call, or None.
+        arithmetic: The type of number it multiplies on a GPU, for the roofline. None is the
+            activation's dtype.
+        materializes: It writes the weight to memory in the activation's dtype and reads it again.
         nests: The compiler takes it in a nested region (see `autoquant.runtime.compiled`).
-        unsupported: (shape, m, device type) to the reason why it cannot be used there, or None.
+        unsupported: Function of (shape, m, device type) that returns why the kernel cannot be used
+            there, or None.
         description: One line for `autoquant candidates`.
     """
 
@@ -78,16 +81,18 @@ class Kernel:
 
     @property
     def tuned(self) -> bool:
-        """Whether a library tunes it, which takes seconds for each shape."""
+        """Check whether a library tunes it, which takes seconds for each shape."""
         return self.library is not None
 
 
 class InputStatistics:
-    """What calibration found of a linear's input. Linears that read the same input share one.
+    """Statistics of a linear's input on the calibration text.
+
+    Linears that read the same input share one object.
 
     Attributes:
-        hessian: Float32 `[k, k]`, the sum of x x' over the rows x of the input: half the Hessian of the squared error of each
-            output in its weights.
+        hessian: Float32 `[k, k]`, the sum of x x' over the rows x of the input. It is half the
+            Hessian of each output's squared error with respect to its weights.
     """
 
     def __init__(self, hessian: torch.Tensor) -> None:
@@ -95,27 +100,31 @@ class InputStatistics:
 
     @functools.cached_property
     def inverse_factor(self) -> torch.Tensor:
-        """Upper triangular `[k, k]`, U of U' U = inverse of the damped Hessian.
+        """Return U `[k, k]`, upper triangular, with U' U = inverse of the damped Hessian.
 
-        Damped by 1 % of the mean of its diagonal, as in GPTQ, and by ten times as much for as long as it is not positive
-        definite. Inputs that never were anything but 0 stand apart.
+        The damping is 1 % of the mean of the diagonal, as in GPTQ. It is multiplied by ten until
+        the matrix is positive definite, at most three times.
 
         Raises:
-            CandidateError: The inputs were not finite.
+            CandidateError: The inputs were not finite, or no damping sufficed.
         """
         diagonal = self.hessian.diagonal()
         if not bool(diagonal.isfinite().all()):
             raise CandidateError("the layer's inputs on the calibration text are not finite")
-        dead = (diagonal == 0).to(diagonal.dtype)
+        dead = (diagonal == 0).to(diagonal.dtype)  # inputs that are always 0 get a 1 there
         damping = _DAMPING * diagonal.mean()
-        for _ in range(_DAMPED_TIMES):
-            factor, failed = torch.linalg.cholesky_ex(self.hessian + torch.diag(dead + damping))
+        for _ in range(_DAMPING_ATTEMPTS):
+            damped = self.hessian + torch.diag(dead + damping)
+            factor, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
-                inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+                inverse = torch.cholesky_inverse(factor)
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
                 if not failed:
-                    return cast(torch.Tensor, inverse)
+                    return cast(torch.Tensor, upper)
             damping = 10 * damping
-        raise CandidateError("the layer's inputs on the calibration text have no positive definite Hessian")
+        raise CandidateError(
+            "the layer's inputs on the calibration text have no positive definite Hessian"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,18 +132,24 @@ class Format:
     """How a weight is stored, and the kernels that compute with it.
 
     Attributes:
-        id: `VALUES/LAYOUT`, e.g. `int8-row/plain`. Formats with the same `VALUES` hold the same numbers.
-        quantize: Weight `[n, k]` in the model's dtype to the stored tensor, whose shape is `[n, k]` too; where it `needs_inputs`,
-            weight and `InputStatistics`.
-        tensor_type: What `quantize` must return; anything else (a library that leaves the weight alone) is an error.
-        dequantize: Stored tensor to the float32 `[n, k]` numbers that it holds.
-        kernels: In order of preference where they are equally fast.
-        unsupported: (shape, m, device type) to a reason or None; m is not looked at.
-        joins: Every tensor inside has a row for each of the weight's, so that weights behind one another are one weight.
-        by_default: Device type to whether a search that names no candidates tries the format there.
-        needs_inputs: The numbers depend on the layer's inputs on a calibration text, not on the weight alone.
-        rounds: Id of the format that this one is, but for how its numbers were found: it has the same stored tensors and kernels,
-            whose timings stand for both. Empty for a format of its own.
+        id: `VALUES/LAYOUT`, e.g. `int8-row/plain`. Formats with the same `VALUES` hold the same
+            numbers.
+        quantize: Function of a weight `[n, k]` in the model's dtype that returns the stored tensor,
+            also `[n, k]`. If the format `needs_inputs`, `InputStatistics` are its second argument.
+        dequantize: Function of the stored tensor that returns its float32 numbers `[n, k]`.
+        kernels: The kernels. Of equally fast ones, the first is preferred.
+        unsupported: Function of (shape, m, device type) that returns why the format cannot be used
+            there, or None. It ignores m.
+        tensor_type: The type that `quantize` must return. Another type is an error: some
+            libraries leave a weight unquantized without saying so.
+        joins: Every tensor inside has one row per row of the weight. Adjacent weights
+            then form one larger weight.
+        by_default: Function of a device type that returns whether a search that names no candidates
+            tries the format there.
+        needs_inputs: The numbers depend on the layer's inputs on a calibration text, too.
+        rounds: Id of a format with the same stored tensors and kernels, or "". The two differ only
+            in how the numbers are chosen, so they share timings.
+        values: The `VALUES` of the id.
     """
 
     id: str
@@ -153,16 +168,20 @@ class Format:
     def __post_init__(self) -> None:
         values, slash, layout = self.id.partition("/")
         if not values or not slash or not layout or "/" in layout:
-            raise CandidateError(f"format id {self.id!r} must read VALUES/LAYOUT, e.g. int8-row/plain")
+            raise CandidateError(
+                f"format id {self.id!r} must read VALUES/LAYOUT, e.g. int8-row/plain"
+            )
         if len({kernel.id for kernel in self.kernels}) != len(self.kernels) or not self.kernels:
-            raise CandidateError(f"format {self.id} needs at least one kernel, each with an id of its own")
+            raise CandidateError(
+                f"format {self.id} needs at least one kernel, each with an id of its own"
+            )
         object.__setattr__(self, "values", values)
 
     def kernel(self, kernel_id: str) -> Kernel:
-        """The kernel of that id.
+        """Return the kernel with an id.
 
         Raises:
-            CandidateError: The format has none.
+            CandidateError: The format has no such kernel.
         """
         for kernel in self.kernels:
             if kernel.id == kernel_id:
@@ -172,32 +191,38 @@ class Format:
 
     @property
     def timed_as(self) -> str:
-        """Id of the format whose timings, bytes and layout are this one's."""
+        """Return the id of the format whose timings, bytes and layout are also this one's."""
         return self.rounds or self.id
 
     def store(self, weight: torch.Tensor, inputs: InputStatistics | None = None) -> torch.Tensor:
-        """Quantize a weight `[n, k]` and check that it really was.
+        """Quantize a weight `[n, k]`, and check that it really was quantized.
 
         Args:
-            inputs: Of the layer; only a format that needs them looks at them.
+            inputs: Statistics of the layer's inputs, ignored unless the format needs them.
 
         Raises:
-            CandidateError: The result has another type or shape than the format promises, or the inputs are missing.
+            CandidateError: The result does not have the format's type and shape, or the inputs are
+                missing.
         """
         if self.needs_inputs and inputs is None:
             raise CandidateError(
-                f"{self.id} is rounded for a layer's inputs on a calibration text, which were not given"
+                f"{self.id} is rounded for a layer's inputs on a calibration text, "
+                "which were not given"
             )
-        stored = self.quantize(weight.detach(), inputs) if self.needs_inputs else self.quantize(weight.detach())
+        arguments = (weight.detach(), inputs) if self.needs_inputs else (weight.detach(),)
+        stored = self.quantize(*arguments)
         if type(stored) is not self.tensor_type or stored.shape != weight.shape:
+            found = f"{type(stored).__name__} {tuple(stored.shape)}"
             raise CandidateError(
-                f"{self.id} gave {type(stored).__name__} {tuple(stored.shape)} for a weight {tuple(weight.shape)}, "
+                f"{self.id} gave {found} for a weight {tuple(weight.shape)}, "
                 f"not a {self.tensor_type.__name__} of that shape: the weight was not quantized"
             )
         return stored
 
-    def unsupported_reason(self, kernel: Kernel, shape: LinearShape, m: int, device_type: str) -> str | None:
-        """Why `kernel` cannot compute `shape` at `m` rows on that device, or None."""
+    def unsupported_reason(
+        self, kernel: Kernel, shape: LinearShape, m: int, device_type: str
+    ) -> str | None:
+        """Return why a kernel cannot compute `shape` at m rows on a device, or None if it can."""
         return self.unsupported(shape, m, device_type) or kernel.unsupported(shape, m, device_type)
 
 
@@ -232,10 +257,11 @@ def round_row_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_float8(x: torch.Tensor, *, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to float8 (e4m3), the largest number of each row or of all being the largest that float8 has.
+    """Round to float8 (e4m3), scaled so that the largest number is float8's largest.
 
     Args:
         x: `[m, k]`.
+        per_row: Scale each row on its own.
 
     Returns:
         float8 `[m, k]` and its float32 scales, `[m, 1]` or `[]`.
@@ -262,9 +288,9 @@ ACTIVATION_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     A8_FLOAT8_TENSOR: functools.partial(_fake_float8, per_row=False),
     W8_A8_FLOAT8_ROW: functools.partial(_fake_float8, per_row=True),
 }
-"""What each numerics does to an activation, in floating point: used where quality is scored without the kernel.
+"""The rounding of an activation by numerics, in floating point. Quality is scored with it.
 
-Modules of formats add those of their own kernels.
+Modules of formats add the numerics of their own kernels.
 """
 
 _WEIGHT_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -273,7 +299,10 @@ _WEIGHT_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def multiplied_numbers(fmt: Format, stored: torch.Tensor, numerics: str) -> torch.Tensor:
-    """The float32 `[n, k]` numbers that kernels of these numerics multiply with: those stored, unless they round them again."""
+    """Return the float32 numbers `[n, k]` that kernels of these numerics multiply with.
+
+    They are the stored numbers, rounded again by kernels that do so.
+    """
     rounding = _WEIGHT_ROUNDING.get(numerics)
     numbers = fmt.dequantize(stored).float()
     return rounding(numbers) if rounding else numbers

@@ -1,4 +1,4 @@
-"""What a call of a linear is, and the one hook that sees or replaces such calls."""
+"""Calls of linears, and the one hook that sees or replaces them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 LINEAR_FUNCTIONS = (F.linear, torch.ops.aten.linear.default)
-"""A module's `F.linear`, and the operator that an exported program calls."""
+"""The function that a module calls, and the operator that an exported program calls."""
 
 
 def linear_arguments(
@@ -39,7 +39,7 @@ class LinearCall:
     bias: torch.Tensor | None
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return what the function makes of another activation and weight."""
+        """Return the function's result for another activation and weight."""
         return self.function(x, weight, self.bias)
 
 
@@ -67,10 +67,10 @@ class LinearHook(TorchFunctionMode):
 
 
 def is_plain_call(*tensors: torch.Tensor | None) -> bool:
-    """Check that nobody traces, watches or differentiates a call with these tensors.
+    """Check that a call with these tensors is not traced, intercepted or differentiated.
 
-    Then one of the project's operators may be called directly, without PyTorch's dispatch. That
-    saves 20 us on the host, longer than most products take on a GPU.
+    The project's operators may then be called directly, without PyTorch's dispatch. That saves
+    20 us on the host, longer than most products take on a GPU.
 
     Args:
         tensors: The first one is the activation.

@@ -1,4 +1,4 @@
-"""A tensor subclass taken apart into plain tensors, put together again and moved (nested subclasses too)."""
+"""Take a tensor subclass apart into plain tensors, rebuild it and move it, nested ones too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """How to put a tensor together again; `kind` None stands for a plain tensor."""
+    """Instructions for rebuilding a tensor from plain ones.
+
+    Attributes:
+        kind: The tensor's type, or None for a plain tensor.
+        names: Names of the tensors inside.
+        inner: Instructions for each of these.
+        context: The type's own data.
+    """
 
     kind: Any = None
     names: tuple[str, ...] = ()
@@ -22,7 +29,7 @@ class Rebuild:
 
 
 def flatten_tensor(tensor: torch.Tensor) -> tuple[list[torch.Tensor], Rebuild]:
-    """The plain tensors inside `tensor`, in order, and how to put it together again."""
+    """Return the plain tensors inside `tensor`, in order, and how to rebuild it."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor], Rebuild()
     names, context = tensor.__tensor_flatten__()
@@ -50,29 +57,32 @@ def _unflatten(rebuild: Rebuild, parts: list[torch.Tensor], start: int) -> tuple
     inner = {}
     for name, inside in zip(rebuild.names, rebuild.inner, strict=True):
         inner[name], start = _unflatten(inside, parts, start)
-    return rebuild.kind.__tensor_unflatten__(inner, rebuild.context, rebuild.size, rebuild.stride), start
+    make = rebuild.kind.__tensor_unflatten__
+    return make(inner, rebuild.context, rebuild.size, rebuild.stride), start
 
 
-def move_tensor(tensor: torch.Tensor, device: torch.device | str, *, copy: bool = False) -> torch.Tensor:
-    """The same tensor on `device`, whose plain tensors have moved one by one.
+def move_tensor(
+    tensor: torch.Tensor, device: torch.device | str, *, copy: bool = False
+) -> torch.Tensor:
+    """Return the same tensor on `device`, moving its plain tensors one by one.
 
-    torchao's subclasses cannot be moved inside an operator of another subclass: there they take the move for a view and give
-    the result the memory of the tensor it came from.
+    torchao's subclasses cannot be moved inside an operator of another subclass: they treat the move
+    as a view, so that the result has the memory of the tensor it came from.
 
     Args:
-        copy: Copy what lies on `device` already.
+        copy: Copy tensors that are on `device` already.
     """
     parts, rebuild = flatten_tensor(tensor)
     return unflatten_tensor(rebuild, [part.to(device, copy=copy) for part in parts])
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the plain tensors inside `tensor`."""
+    """Return the bytes of the plain tensors inside `tensor`."""
     return sum(part.nbytes for part in flatten_tensor(tensor)[0])
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Check whether two tensors of one kind hold the same, bit for bit."""
+    """Check whether two tensors of one type are equal, bit for bit."""
     parts, others = flatten_tensor(one)[0], flatten_tensor(other)[0]
     return len(parts) == len(others) and all(map(_same_bits, parts, others))
 
@@ -80,4 +90,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(*(part.contiguous().reshape(-1).view(torch.uint8) for part in (one, other)))
+    return torch.equal(_as_bytes(one), _as_bytes(other))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,7 +1,7 @@
-"""Weights of linears that read the same input, stored behind one another so that they can be multiplied as one.
+"""Store the weights of linears that read the same input adjacently, to multiply them as one.
 
-Each stays a weight of its own, of its own name: its tensors are views of rows of larger ones. Whoever multiplies them may take
-the larger ones instead (see `autoquant.runtime.compiled`); everybody else need not know.
+Each weight keeps its name; its tensors are row views of larger ones. Only `candidates.linears` uses
+the larger ones. All other code sees ordinary weights.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from autoquant.candidates.routed import RoutedWeight
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """What a weight is a part of.
+    """The larger weight that a joined weight is a part of.
 
     Attributes:
         parts: The plain tensors of the whole.
-        rebuild: How to put the whole together.
-        start: The weight's first row in it.
+        rebuild: How to rebuild the whole from them.
+        start: The first row of the part.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -32,7 +32,7 @@ class Whole:
 
 
 def join(weights: Sequence[torch.Tensor]) -> list[RoutedWeight]:
-    """The same weights, whose tensors lie behind one another.
+    """Return the same weights, with their tensors adjacent in memory.
 
     Args:
         weights: `[n_i, k]`, of one format that `joins`, with one route.
@@ -43,26 +43,27 @@ def join(weights: Sequence[torch.Tensor]) -> list[RoutedWeight]:
     if reason := unjoinable(weights):
         raise ValueError(reason)
     flat = [flatten_tensor(weight) for weight in weights]
-    wholes = [torch.cat(parts) for parts in zip(*(parts for parts, _ in flat), strict=True)]
+    rows_of_each = zip(*(parts for parts, _ in flat), strict=True)
+    wholes = [torch.cat(rows) for rows in rows_of_each]
     joined = []
     start = 0
-    for weight, (parts, rebuild) in zip(weights, flat, strict=True):
+    for weight, (_, rebuild) in zip(weights, flat, strict=True):
         rows = weight.shape[0]
-        views = [whole.narrow(0, start, len(part)) for whole, part in zip(wholes, parts, strict=True)]
-        together = unflatten_tensor(rebuild, views)
-        assert isinstance(together, RoutedWeight)
-        joined.append(together)
+        view = unflatten_tensor(rebuild, [whole.narrow(0, start, rows) for whole in wholes])
+        assert isinstance(view, RoutedWeight)
+        joined.append(view)
         start += rows
     return joined
 
 
 def unjoinable(weights: Sequence[torch.Tensor]) -> str:
-    """Why these weights cannot be multiplied as one; empty where they can."""
+    """Return why these weights cannot be multiplied as one, or "" if they can."""
     first = weights[0]
     if not isinstance(first, RoutedWeight) or not get_format(first.format_id).joins:
         return "the format's tensors do not lie row by row"
+    kind = (first.format_id, first.route)
     for other in weights[1:]:
-        if not isinstance(other, RoutedWeight) or other.format_id != first.format_id or other.route != first.route:
+        if not isinstance(other, RoutedWeight) or (other.format_id, other.route) != kind:
             return "the weights have different formats or routes"
         if other.shape[1] != first.shape[1] or other.compute_dtype != first.compute_dtype:
             return "the weights have different widths or dtypes"
@@ -70,31 +71,39 @@ def unjoinable(weights: Sequence[torch.Tensor]) -> str:
 
 
 def whole_of(weight: RoutedWeight) -> Whole | None:
-    """What the weight is a part of, or None where it stands for itself."""
+    """Return the larger weight that a weight is a part of, or None if it is not joined."""
     parts, rebuild = flatten_tensor(weight)
     rows = weight.shape[0]
     if not all(part.dim() and len(part) == rows and part.is_contiguous() for part in parts):
         return None
-    placed = {_placed(part) for part in parts}
-    if len(placed) != 1:
+    places = {_place(part) for part in parts}
+    if len(places) != 1:
         return None
-    start, total = placed.pop()
+    start, total = places.pop()
     if total == rows:
         return None
-    wholes = tuple(
-        part.new_empty(0).set_(part.untyped_storage(), 0, (total, *part.shape[1:]), part.stride()) for part in parts
-    )
+    wholes = tuple(_all_rows(part, total) for part in parts)
     return Whole(wholes, _with_rows(rebuild, rows, total), start)
 
 
-def _placed(part: torch.Tensor) -> tuple[int, int]:
-    """Row of its memory at which a tensor begins, and how many rows fit into that."""
-    return part.storage_offset() // part.stride(0), part.untyped_storage().nbytes() // (part.nbytes // len(part))
+def _place(part: torch.Tensor) -> tuple[int, int]:
+    """Return the row of its memory at which a tensor begins, and how many rows that memory has."""
+    row_bytes = part.nbytes // len(part)
+    memory_bytes = part.untyped_storage().nbytes()
+    return part.storage_offset() // part.stride(0), memory_bytes // row_bytes
+
+
+def _all_rows(part: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a view of all rows of a tensor's memory."""
+    shape = (rows, *part.shape[1:])
+    return part.new_empty(0).set_(part.untyped_storage(), 0, shape, part.stride())
 
 
 def _with_rows(rebuild: Rebuild, rows: int, total: int) -> Rebuild:
-    """The same make with another number of rows."""
+    """Return instructions for `total` rows instead of `rows`."""
     if rebuild.kind is None or rebuild.size is None:
         return rebuild
-    size = torch.Size((total if rebuild.size[0] == rows else rebuild.size[0], *rebuild.size[1:]))
-    return replace(rebuild, size=size, inner=tuple(_with_rows(inner, rows, total) for inner in rebuild.inner))
+    first, *others = rebuild.size
+    size = torch.Size((total if first == rows else first, *others))
+    inner = tuple(_with_rows(inside, rows, total) for inside in rebuild.inner)
+    return replace(rebuild, size=size, inner=inner)

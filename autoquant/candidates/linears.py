@@ -1,10 +1,11 @@
-"""Linears whose quantized weight is taken apart once, and not on every call.
+"""Take the quantized weight of a linear apart once, and not on every call.
 
-The weight stays the module's parameter: a tensor subclass under its own name in the state dict. Calls go around it. An
-eager call hands the stored tensor to its kernel, without PyTorch's search for an override. Compiled code sees plain
-tensors: nothing is unwrapped or guarded on each call, and a CUDA graph copies no weight.
+The weight stays the module's parameter: a tensor subclass under its own name in the state dict.
+Calls bypass it. An eager call passes the stored tensor to its kernel, without PyTorch's search for
+an override. Compiled code sees plain tensors: no call unwraps or guards anything, and a CUDA graph
+copies no weight.
 
-Weights that lie behind one another (`autoquant.candidates.joined`) are multiplied once for all linears that read the
+Adjacent weights (`autoquant.candidates.joined`) are multiplied once for all linears that read the
 same input.
 """
 
@@ -28,12 +29,12 @@ _Kept = tuple[torch.Tensor, torch.Tensor, int]
 
 
 def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
-    """Have linears computed from the tensors inside their quantized weight, in place.
+    """Make linears compute from the tensors inside their quantized weight, in place.
 
-    Only modules that compute as `nn.Linear` does are changed.
+    Only modules with the forward pass of `nn.Linear` are changed.
 
     Args:
-        any_subclass: Also take weights apart that are other tensor subclasses than `RoutedWeight`.
+        any_subclass: Take apart every tensor subclass, not only `RoutedWeight`.
     """
     wanted = torch.Tensor if any_subclass else RoutedWeight
     for owner in module.modules():
@@ -42,21 +43,24 @@ def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
         if is_traceable_wrapper_subclass(owner.weight):
             if not isinstance(owner, ApartLinear):
                 owner.__class__ = _class_for(cast(type[nn.Linear], type(owner)))
-            cast(ApartLinear, owner).take_apart()  # again too: the weight may have been replaced
+            cast(ApartLinear, owner).take_apart()  # again, too: the weight may have been replaced
     return module
 
 
 def _computes_as_linear(owner: nn.Module) -> bool:
     """Check that a module is a linear with the usual forward pass."""
-    return isinstance(owner, nn.Linear) and type(owner).forward in (nn.Linear.forward, ApartLinear.forward)
+    return isinstance(owner, nn.Linear) and type(owner).forward in (
+        nn.Linear.forward,
+        ApartLinear.forward,
+    )
 
 
 class Operand:
-    """What linears of one whole are multiplied with: the tensors, and the product that was computed last.
+    """The tensors that the linears of one whole multiply with, and their last product.
 
     Attributes:
-        make: Key of what the weight is made of and how it is multiplied, whatever its numbers.
-        stored: The whole's stored tensor `[n, k]`, or None for a subclass that is not a `RoutedWeight`.
+        make: Key of the weight's type, shape and kernels. It does not depend on the numbers.
+        stored: The whole's stored tensor `[n, k]`, or None if it is not a `RoutedWeight`.
         parts: The plain tensors inside.
         rows: The whole's n.
     """
@@ -75,12 +79,13 @@ class Operand:
             torch._dynamo.mark_static_address(part)
 
     def once(self, x: torch.Tensor, rows: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the product with `x`: the one kept for a sibling that read the same tensor, or a new one.
+        """Return the whole's product with `x`, computed once for all its linears.
 
-        It is kept until linears of all rows have had it.
+        It is kept until linears of all rows have asked for it.
 
         Args:
-            rows: How many of the whole's rows the caller uses.
+            rows: The number of the whole's rows that the caller uses.
+            compute: Function that returns the product.
         """
         if not self._keeps:
             return compute()
@@ -88,7 +93,8 @@ class Operand:
         if kept is None or kept[0] is not x:
             y, left = compute(), self.rows
             if kept is not None and torch.compiler.is_compiling():
-                # A sibling reads something else: what is kept beyond a call would be compiled for anew by the next.
+                # A sibling reads another tensor. A product kept after this call would make the next
+                # one compile again.
                 self._keeps, self._kept = False, None
                 return y
         else:
@@ -101,24 +107,32 @@ _operands: WeakValueDictionary[Any, Operand] = WeakValueDictionary()
 
 
 def operand_of(weight: torch.Tensor) -> tuple[Operand, int]:
-    """Return what a weight is multiplied as, shared with its siblings, and the weight's first row in it."""
+    """Return the operand of a weight and the weight's first row in it.
+
+    Siblings share one operand.
+    """
     whole = whole_of(weight) if isinstance(weight, RoutedWeight) else None
     if whole is None:
         parts, rebuild = flatten_tensor(weight)
         whole = Whole(tuple(parts), rebuild, 0)
-    places = tuple((part.data_ptr(), part.dtype, part.shape, part.stride(), part.device) for part in whole.parts)
-    key = (repr(whole.rebuild), places)
+    key = (repr(whole.rebuild), tuple(_memory(part) for part in whole.parts))
     operand = _operands.get(key)
     if operand is None:
         operand = _operands[key] = Operand(weight, whole)
     return operand, whole.start
 
 
+def _memory(part: torch.Tensor) -> tuple[object, ...]:
+    """Return a key of the memory that a plain tensor views."""
+    return part.data_ptr(), part.dtype, part.shape, part.stride(), part.device
+
+
 class ApartLinear(nn.Linear):
     """A linear that multiplies with the tensors inside its weight.
 
     Attributes:
-        keeps: In compiled code, a product with its whole is kept for its siblings.
+        operand: The operand of its weight.
+        keeps: Compiled code keeps the product with the whole for the linear's siblings.
     """
 
     operand: Operand
@@ -126,12 +140,12 @@ class ApartLinear(nn.Linear):
     keeps: bool
 
     def take_apart(self) -> None:
-        """Find what the weight is multiplied as."""
+        """Find the weight's operand."""
         self.operand, self._start = operand_of(self.weight)
         self.keeps = self.operand.rows > self.out_features
 
     def key(self) -> str:
-        """Key of what the linear computes, whatever its numbers."""
+        """Return a key of the linear's computation. It does not depend on the numbers."""
         return content_key([self.operand.make, self._start, self.out_features])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,16 +153,19 @@ class ApartLinear(nn.Linear):
         if torch.compiler.is_compiling():
             if operand.rows == self.out_features:
                 return operand.product(x, self.bias, *operand.parts)
-            y = operand.product(x, None, *operand.parts) if not self.keeps else self._once(x, _traced)
-            return self._own_rows(y)
+            return self._own_rows(self._once(x, _traced) if self.keeps else _traced(operand, x))
         weight = self._parameters["weight"]
         if torch._C._len_torch_function_stack() or not isinstance(weight, RoutedWeight):
-            return F.linear(x, self.weight, self.bias)  # somebody watches, or this is a library's own tensor
+            # A function mode watches, or the weight is a library's own tensor.
+            return F.linear(x, self.weight, self.bias)
         if operand.rows == self.out_features:
             return _eager(weight, operand, x, self.bias)
         return self._own_rows(self._once(x, _eager_whole, weight))
 
-    def _once(self, x: torch.Tensor, compute: Callable[..., torch.Tensor], *first: torch.Tensor) -> torch.Tensor:
+    def _once(
+        self, x: torch.Tensor, compute: Callable[..., torch.Tensor], *first: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the product with the whole: `compute(*first, operand, x)`, or the one kept."""
         operand = self.operand
         return operand.once(x, self.out_features, lambda: compute(*first, operand, x))
 
@@ -162,7 +179,10 @@ class ApartLinear(nn.Linear):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("operand", "_start")}
+        state = dict(self.__dict__)
+        for name in ("operand", "_start"):  # both are found again from the weight
+            state.pop(name, None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -190,8 +210,10 @@ def _eager_whole(weight: RoutedWeight, operand: Operand, x: torch.Tensor) -> tor
     return _eager(weight, operand, x, None)
 
 
-def _eager(weight: RoutedWeight, operand: Operand, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute with the weight's route as it is now, since a plan may be judged by other kernels than it is run by."""
+def _eager(
+    weight: RoutedWeight, operand: Operand, x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute with the weight's present route: quality may be measured with other kernels."""
     return multiply(x, weight, cast(torch.Tensor, operand.stored), bias)
 
 
@@ -199,14 +221,17 @@ _PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {}
 
 
 def _product(make: str, rebuild: Rebuild) -> Callable[..., torch.Tensor]:
-    """Return the function of x `[..., k]`, bias or None and the parts of a weight of this make to a linear's result.
+    """Return the linear function for weights of one make.
 
-    The compiler's first stage takes it as one function of plain tensors: it does not trace subclasses made on the way.
-    The second looks into it. Both tell functions apart by their names alone, so the name says what it computes.
+    It takes x `[..., k]`, a bias `[n]` or None, and the plain tensors of the weight. The compiler's
+    first stage does not look into it, since it cannot trace subclasses made on the way. The second
+    stage does. Both identify functions by their names alone, so the name contains the make.
     """
     if make not in _PRODUCTS:
 
-        def linear(x: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
+        def linear(
+            x: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor
+        ) -> torch.Tensor:
             return F.linear(x, unflatten_tensor(rebuild, list(parts)), bias)
 
         linear.__name__ = linear.__qualname__ = f"linear_{make}"

@@ -1,7 +1,7 @@
-"""The one ordered list of formats: those of the project, then those that other packages register.
+"""List all formats in order: the project's own, then those that other packages register.
 
-A package adds formats of its own through an entry point of the group `autoquant.candidates` that names a `Format`, or a
-callable that returns one or several of them.
+A package adds its formats through an entry point of the group `autoquant.candidates`. It names a
+`Format`, or a callable that returns one or several of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def register(candidate: Format) -> None:
     """Add a format for this process.
 
     Raises:
-        CandidateError: Another format has its id.
+        CandidateError: Another format has the same id.
     """
     known = known_formats()
     if candidate.id in known and known[candidate.id] is not candidate:
@@ -34,35 +34,39 @@ def register(candidate: Format) -> None:
 
 
 def is_registered_here(format_id: str) -> bool:
-    """Whether a format was registered by this process, so that another one would not know it."""
+    """Check whether this process registered a format, so that other processes lack it."""
     return format_id in _registered
 
 
 def known_formats() -> dict[str, Format]:
-    """Every format by id, in order."""
+    """Return all formats by id, in order."""
     return {**_built_in(), **_from_entry_points(), **_registered}
 
 
 def get_format(format_id: str) -> Format:
-    """The format of that id.
+    """Return the format with an id.
 
     Raises:
-        CandidateError: There is none (a package that registered it may be missing).
+        CandidateError: There is no such format. The package that registers it may be missing.
     """
     found = known_formats().get(format_id)
     if found is None:
-        raise CandidateError(f"no format {format_id!r}; `autoquant candidates` lists them (is a plug-in missing?)")
+        raise CandidateError(
+            f"no format {format_id!r}; `autoquant candidates` lists them (is a plug-in missing?)"
+        )
     return found
 
 
 def select(globs: Sequence[str], device_type: str | None = None) -> list[Candidate]:
-    """The candidates whose id `FORMAT/KERNEL` or format id matches one of the globs, in order.
+    """Return the candidates that match one of the globs, in order.
 
-    A glob that matches a format does not also choose its other roundings: `int4*` is rounded to nearest, `int4*-gptq` is not.
+    A glob matches `VALUES`, a format's id or a candidate's id `FORMAT/KERNEL`. It does not choose
+    the other roundings of a format that it matches: `int4*` rounds to nearest, `int4*-gptq` does
+    not.
 
     Args:
-        device_type: Where they are for: the glob `*` leaves out the formats that must be asked for by name there. Without
-            it, `*` chooses every candidate.
+        device_type: Device to choose for. The glob `*` omits the formats that a search there tries
+            only by name. If None, `*` chooses every candidate.
 
     Raises:
         CandidateError: A glob matches nothing.
@@ -71,14 +75,15 @@ def select(globs: Sequence[str], device_type: str | None = None) -> list[Candida
     chosen = [each for each in every if any(_matches(each, glob, device_type) for glob in globs)]
     for glob in globs:
         if not any(_matches(each, glob) for each in every):
+            hint = did_you_mean(glob, known_formats())
             raise CandidateError(
-                f"no candidate matches {glob!r}{did_you_mean(glob, known_formats())}; `autoquant candidates` lists them"
+                f"no candidate matches {glob!r}{hint}; `autoquant candidates` lists them"
             )
     return chosen
 
 
 def timed(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """The candidates to time in place of these: one for all that differ only in their rounding."""
+    """Return the candidates to time, one for all that differ in their rounding alone."""
     found = {(each.format.timed_as, each.kernel.id): each for each in candidates}
     return [
         each if each.format.id == name else Candidate(get_format(name), each.kernel)
@@ -87,7 +92,10 @@ def timed(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def timed_as(format_id: str) -> str:
-    """The format whose timings are this one's; a format that is not known here stands for itself."""
+    """Return the id of the format that shares its timings with this one.
+
+    An id that is not known here is returned unchanged.
+    """
     found = known_formats().get(format_id)
     return found.timed_as if found else format_id
 
@@ -96,7 +104,9 @@ def _matches(candidate: Candidate, glob: str, device_type: str | None = None) ->
     fmt, kernel = candidate.format, candidate.kernel
     if glob == "*":
         return device_type is None or fmt.by_default(device_type)
-    return _names(glob, fmt, kernel) and not (fmt.rounds and _names(glob, get_format(fmt.rounds), kernel))
+    if fmt.rounds and _names(glob, get_format(fmt.rounds), kernel):
+        return False
+    return _names(glob, fmt, kernel)
 
 
 def _names(glob: str, fmt: Format, kernel: Kernel) -> bool:
@@ -131,9 +141,12 @@ def _from_entry_points() -> dict[str, Format]:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         value = point.load()
         produced = value if isinstance(value, Format) else value()
-        for fmt in [produced] if isinstance(produced, Format) else _checked(produced, point.value):
+        formats = [produced] if isinstance(produced, Format) else _checked(produced, point.value)
+        for fmt in formats:
             if fmt.id in _built_in() or fmt.id in found:
-                raise CandidateError(f"plug-in {point.value} registers {fmt.id!r}, which exists already")
+                raise CandidateError(
+                    f"plug-in {point.value} registers {fmt.id!r}, which exists already"
+                )
             found[fmt.id] = fmt
     return found
 
@@ -143,14 +156,19 @@ def _checked(produced: object, origin: str) -> list[Format]:
         items = list(produced)
         if all(isinstance(item, Format) for item in items):
             return items
-    raise CandidateError(f"plug-in {origin} must give a Format or several, not {type(produced).__name__}")
+    raise CandidateError(
+        f"plug-in {origin} must give a Format or several, not {type(produced).__name__}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateStatus:
-    """One candidate on one device: whether a large, well-shaped linear could use it, and why not.
+    """Use of one candidate on one device.
 
-    `by_default` tells whether a search that names no candidates tries it there.
+    Attributes:
+        usable: A large linear with round sizes can use it.
+        reason: Why it cannot, or "".
+        by_default: A search that names no candidates tries it there.
     """
 
     format: str
@@ -163,7 +181,7 @@ class CandidateStatus:
 
 
 def survey(device_type: str) -> list[CandidateStatus]:
-    """Every candidate, judged for a 4096 x 4096 linear of bfloat16 at 64 rows."""
+    """Return every candidate's status for a 4096 x 4096 linear of bfloat16 at 64 rows."""
     shape = LinearShape(n=4096, k=4096, bias=False, dtype="bfloat16")
     statuses = []
     for candidate in select(["*"]):

@@ -1,4 +1,4 @@
-"""The weight that a plan puts into a model: a stored tensor and the kernel to use for each range of m."""
+"""Define the weight of a quantized linear: a stored tensor, and the kernel for each range of m."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
 
-from autoquant.candidates.calls import linear_arguments
+from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.registry import get_format
 from autoquant.records import Route, RouteStep, content_key
@@ -20,16 +19,18 @@ RouteAttribute = tuple[tuple[int | None, str], ...]
 
 
 class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
-    """A linear's weight whose kernel depends on the rows of the activation.
+    """A linear's weight whose kernel depends on the number of rows of the activation.
 
     Tensor attributes:
-        stored: The format's tensor, `[n, k]`: torchao's subclass or a plain tensor.
+        stored: The format's tensor `[n, k]`, plain or a subclass of torchao's.
 
     Other attributes:
         format_id: Id of the format.
-        route: ((upper m or None, kernel id), ...); with a static m the choice is made while tracing and costs nothing.
-        compute_dtype: The dtype the weight shows, which is that of the unquantized weight. It is computed in, whatever the
-            activation's: a cast of the model (`.half()`, `.float()`) leaves the weight as it is.
+        route: ((upper m or None, kernel id), ...). If m is static, the kernel is chosen while
+            tracing, at no cost.
+        compute_dtype: The unquantized weight's dtype. The weight shows it and computes in it,
+            whatever the activation's dtype. A cast of the model (`.half()`, `.float()`) does not
+            change it.
     """
 
     tensor_data_names = ["stored"]  # noqa: RUF012
@@ -42,7 +43,13 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             cls, stored.shape, dtype=compute_dtype, device=stored.device, requires_grad=False
         )
 
-    def __init__(self, stored: torch.Tensor, format_id: str, route: RouteAttribute, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        stored: torch.Tensor,
+        format_id: str,
+        route: RouteAttribute,
+        compute_dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.stored = stored
         self.format_id = format_id
@@ -50,25 +57,32 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         self.compute_dtype = compute_dtype
 
     @classmethod
-    def wrap(cls, stored: torch.Tensor, format_id: str, route: Route, compute_dtype: torch.dtype) -> RoutedWeight:
+    def wrap(
+        cls, stored: torch.Tensor, format_id: str, route: Route, compute_dtype: torch.dtype
+    ) -> RoutedWeight:
         """Put `route` around a stored tensor."""
-        return cls(stored, format_id, tuple((step.upper_m, step.kernel) for step in route), compute_dtype)
+        return cls(
+            stored, format_id, tuple((step.upper_m, step.kernel) for step in route), compute_dtype
+        )
 
     def steps(self) -> Route:
-        """The route as records."""
+        """Return the route as records."""
         return tuple(RouteStep(upper_m=upper, kernel=kernel) for upper, kernel in self.route)
 
     def _stable_hash_for_caching(self) -> str:
-        """What compiled code may depend on, for PyTorch's compile cache."""
+        """Return a key of all that compiled code depends on, for PyTorch's compile cache."""
         inner = type(self.stored).__name__, str(self.stored.dtype), tuple(self.stored.shape)
-        return content_key([self.format_id, self.route, str(self.compute_dtype), inner, self.code_key()])
+        return content_key(
+            [self.format_id, self.route, str(self.compute_dtype), inner, self.code_key()]
+        )
 
     def code_key(self) -> str:
-        """Hash of the code of the route's kernels."""
-        return content_key([_code_key(get_kernel_function(self.format_id, kernel)) for _, kernel in self.route])
+        """Return a hash of the code of the route's kernels."""
+        functions = [get_kernel_function(self.format_id, kernel) for _, kernel in self.route]
+        return content_key([_code_key(function) for function in functions])
 
     def dequantize(self) -> torch.Tensor:
-        """The float32 `[n, k]` numbers that the kernels multiply with."""
+        """Return the float32 numbers `[n, k]` that the weight stores."""
         return get_format(self.format_id).dequantize(self.stored)
 
 
@@ -81,7 +95,7 @@ def kernel_for_rows(route: RouteAttribute, m: int) -> str:
 
 
 @RoutedWeight.implements([torch.ops.aten.linear.default])  # type: ignore[untyped-decorator]
-@RoutedWeight.implements_torch_function([F.linear, torch.ops.aten.linear.default])  # type: ignore[untyped-decorator]
+@RoutedWeight.implements_torch_function(LINEAR_FUNCTIONS)  # type: ignore[untyped-decorator]
 def _linear(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     x, weight, bias = linear_arguments(args, kwargs)
     if not isinstance(weight, RoutedWeight):
@@ -89,13 +103,16 @@ def _linear(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return multiply(x, weight, weight.stored, bias)
 
 
-def multiply(x: torch.Tensor, weight: RoutedWeight, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x `[..., k]` times a stored tensor `[n, k]`, by the route and in the dtype of a weight.
+def multiply(
+    x: torch.Tensor, weight: RoutedWeight, stored: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return x `[..., k]` times a stored tensor `[n, k]`, with a weight's route and dtype.
 
     Args:
-        stored: The weight's own, or one that it is a part of.
+        stored: The weight's own tensor, or a larger one that it is a part of.
     """
-    kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, x.numel() // x.shape[-1]))
+    rows = x.numel() // x.shape[-1]
+    kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, rows))
     if x.dtype == weight.compute_dtype:
         return cast(torch.Tensor, kernel(x, stored, bias))
     bias = None if bias is None else bias.to(weight.compute_dtype)
@@ -103,7 +120,9 @@ def multiply(x: torch.Tensor, weight: RoutedWeight, stored: torch.Tensor, bias: 
 
 
 @RoutedWeight.implements(torch.ops.aten._to_copy.default)  # type: ignore[untyped-decorator]
-def _to_copy(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _to_copy(
+    _func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
     """Move to another device; a cast keeps the weight, its dtype and its memory."""
     weight: RoutedWeight = args[0]
     cast_to = kwargs.get("dtype") or weight.dtype
@@ -114,7 +133,7 @@ _KERNEL_FUNCTIONS: dict[tuple[str, str], Any] = {}
 
 
 def get_kernel_function(format_id: str, kernel_id: str) -> Any:
-    """The kernel's function; kept in a plain dict because compiled code looks it up while tracing."""
+    """Return a kernel's function. The compiler traces this look-up, so it uses a plain dict."""
     key = (format_id, kernel_id)
     if key not in _KERNEL_FUNCTIONS:
         _KERNEL_FUNCTIONS[key] = get_format(format_id).kernel(kernel_id).linear
@@ -123,7 +142,7 @@ def get_kernel_function(format_id: str, kernel_id: str) -> Any:
 
 @functools.cache
 def _code_key(function: Any) -> str:
-    """Hash of the source file that a kernel's function comes from, or of its bytecode where it comes from none."""
+    """Return a hash of a function's source file, or of its bytecode if there is no file."""
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(function, "__code__", None)

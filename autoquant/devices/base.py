@@ -113,7 +113,9 @@ class Backend(ABC):
             call: Computes `linears` linears at once.
             positions: Positions of the rotation of weights.
         """
-        return HostClock(call, positions, linears=linears, synchronize=self.synchronize, sample_s=effort.sample_s)
+        return HostClock(
+            call, positions, linears=linears, synchronize=self.synchronize, sample_s=effort.sample_s
+        )
 
     def time_s(self, call: Callable[[], object]) -> float:
         """Return the seconds that one call takes."""
@@ -183,7 +185,9 @@ def failure_of_the_compiler(device: str) -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - any failure of the compiler means eager execution, with its reason
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = (
+            str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        )
         return f"{reason}; install a C++ compiler (g++ or clang++) to compile"
     return None
 

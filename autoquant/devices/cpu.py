@@ -45,7 +45,9 @@ class CpuBackend(Backend):
 def _compiler_version() -> str:
     compiler = os.environ.get("CXX", "g++")
     try:
-        output = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return compiler
     return output.splitlines()[0].strip()

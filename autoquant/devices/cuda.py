@@ -40,9 +40,7 @@ class CudaBackend(Backend):
 
     @classmethod
     def missing_reason(cls) -> str:
-        return (
-            "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install PyTorch built for CUDA"
-        )
+        return "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install PyTorch built for CUDA"
 
     def fingerprint(self) -> Device:
         properties = torch.cuda.get_device_properties(self.device)

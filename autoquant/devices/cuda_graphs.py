@@ -90,7 +90,9 @@ class GraphedStep:
         self._step = step
         self._state = state
         self._pool = pool
-        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
+        self._graphs: dict[
+            tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]
+        ] = {}
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
         shapes = tuple(argument.shape for argument in arguments)
@@ -102,7 +104,9 @@ class GraphedStep:
         graph.replay()
         return output
 
-    def _capture(self, inputs: list[torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
+    def _capture(
+        self, inputs: list[torch.Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
         before = [tensor.clone() for tensor in self._state()]
         with _side_stream():
             for _ in range(_WARM_UP_CALLS):  # the first one compiles

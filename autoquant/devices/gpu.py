@@ -14,7 +14,9 @@ def needs_cuda(device_type: str, what: str, capability: tuple[int, int] = (8, 0)
         return f"{what} needs a CUDA GPU"
     here = torch.cuda.get_device_capability()
     if here < capability:
-        return f"{what} needs compute capability {_dotted(capability)}, this GPU has {_dotted(here)}"
+        return (
+            f"{what} needs compute capability {_dotted(capability)}, this GPU has {_dotted(here)}"
+        )
     return None
 
 

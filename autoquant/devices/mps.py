@@ -25,7 +25,9 @@ class MpsBackend(Backend):
 
     @classmethod
     def missing_reason(cls) -> str:
-        return "PyTorch sees no mps device here: use --device cpu, or run on a Mac with Apple silicon"
+        return (
+            "PyTorch sees no mps device here: use --device cpu, or run on a Mac with Apple silicon"
+        )
 
     def fingerprint(self) -> Device:
         versions = {**library_versions(), "macos": platform.mac_ver()[0]}
@@ -54,4 +56,6 @@ class MpsBackend(Backend):
 
 def _system(name: str) -> str:
     """Return what the system says of itself under this name."""
-    return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["sysctl", "-n", name], capture_output=True, text=True, check=True
+    ).stdout.strip()

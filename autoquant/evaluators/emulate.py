@@ -21,7 +21,10 @@ class EmulatedLinear(LinearHook):
     """
 
     def __init__(
-        self, parameter: torch.Tensor, weight: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        parameter: torch.Tensor,
+        weight: torch.Tensor,
+        rounding: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         super().__init__()
         self._parameter = parameter

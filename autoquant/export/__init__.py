@@ -1,1 +1,1 @@
-"""A plan put into a model: in memory, as a folder, and by transformers' own loading and saving."""
+"""Export a plan: apply it in memory, write it as a folder, and load it through transformers."""

@@ -1,4 +1,4 @@
-"""A plan put into a model: in memory, layer by layer, or from disk to disk with every step checked."""
+"""Apply a plan to a model: in memory, or from disk to disk with every step checked."""
 
 from __future__ import annotations
 
@@ -8,41 +8,48 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from autoquant.candidates import get_format
-from autoquant.candidates.flat import same_bits, stored_bytes
+from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows, route_words
 from autoquant.errors import CandidateError, CheckpointError, ModelError, PlanError
-from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted, ignore, logged
+from autoquant.events import (
+    Listener,
+    Notice,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    ignore,
+    logged,
+)
 from autoquant.export import checkpoint
+from autoquant.export.comparison import check_same
 from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.loaded import is_causal_lm, settle
-from autoquant.models.outputs import output_tensor
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
 from autoquant.store import StudyFacts
 
-_CHECK_TOKENS = 48
 _RIGHT_MODEL = "give the model that was searched"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppliedReport:
-    """What `apply_to_disk` wrote, and what it found when it read it back.
+    """A folder that `apply_to_disk` wrote and read back.
 
     Attributes:
-        repeatable: The model gives the same logits each time. Where kernels add up in another order each time, what was compared
-            is the weights.
-        needs_module: Loading the folder takes a module of the same architecture, which it does not describe.
-        generates: It is a language model with its tokenizer.
+        repeatable: The model gives the same logits each time, and they were compared. If its
+            kernels add in a different order each time, the weights were compared instead.
+        needs_module: Loading the folder takes a module of the same architecture, because the
+            folder does not describe it.
+        generates: The folder holds a language model and its tokenizer.
     """
 
     out: Path
@@ -57,29 +64,37 @@ class AppliedReport:
 
 
 class Quantized:
-    """Weights of one model as the last plan stored them: what the next plan leaves as it is need not be quantized again.
+    """Quantized weights of one model, kept from one plan to the next.
 
-    It holds nothing beyond the weights of one plan.
+    Weights that both plans store in the same format are quantized only once. It holds no more than
+    the weights of one plan.
     """
 
     def __init__(self) -> None:
         self._stored: dict[tuple[str, str], torch.Tensor] = {}
 
     def forget_all_but(self, plan: Plan) -> None:
-        """Free what the plan does not use."""
+        """Free the weights that the plan does not use."""
         used = {(layer.parameters[0], layer.format) for layer in plan.layers if not layer.joined}
         self._stored = {key: stored for key, stored in self._stored.items() if key in used}
 
-    def store(self, layer: LayerChoice, weight: torch.Tensor, made: Calibration | None) -> torch.Tensor:
-        """The layer's weight in its format, from the last plan or quantized now, or made for its inputs before."""
+    def store(
+        self, layer: LayerChoice, weight: torch.Tensor, made: Calibration | None
+    ) -> torch.Tensor:
+        """Return the layer's weight in its format, quantized now unless the last plan did.
+
+        Args:
+            made: The weights that were rounded for their layers' inputs.
+        """
         key = (layer.parameters[0], layer.format)
-        if key not in self._stored:
-            fmt = get_format(layer.format)
-            stored = made.stored(layer.parameters[0], fmt) if made and fmt.needs_inputs else fmt.store(weight)
-            if layer.joined:  # copied into memory shared with others
-                return stored
+        if key in self._stored:
+            return self._stored[key]
+        fmt = get_format(layer.format)
+        rounded = made if fmt.needs_inputs else None
+        stored = rounded.stored(layer.parameters[0], fmt) if rounded else fmt.store(weight)
+        if not layer.joined:  # a joined weight is copied into memory shared with others
             self._stored[key] = stored
-        return self._stored[key]
+        return stored
 
 
 def apply(
@@ -90,12 +105,13 @@ def apply(
     listener: Listener = ignore,
     quantized: Quantized | None = None,
 ) -> nn.Module:
-    """Replace the weights of `model`, in place and one at a time, by what `plan` says.
+    """Quantize the weights of `model` as `plan` says, in place and one at a time.
 
     Args:
         model: The model that was searched, loaded in the plan's dtype.
-        calibration: The token ids of the search, `study.calibration`, for a plan with weights that are rounded for their layers'
-            inputs: from them the same bits are made again (on the same device, with as many threads).
+        calibration: The token ids of the search, `study.calibration`. Needed by a plan with weights
+            that are rounded for their layers' inputs. The same device with the same number of
+            threads makes the same bits from them.
         quantized: Weights of the plan that was applied to the same model before.
 
     Returns:
@@ -103,7 +119,8 @@ def apply(
 
     Raises:
         PlanError: The plan needs a calibration.
-        ModelError: A layer of the plan is not in the model, or has another shape or dtype. Nothing has been changed then.
+        ModelError: The model lacks a layer of the plan, or has it with another shape or dtype. The
+            model has not been changed.
         CandidateError: A weight could not be quantized as planned.
     """
     _check_fits(plan, model)
@@ -133,16 +150,18 @@ def apply_to_disk(
     device: str | None = None,
     listener: Listener = ignore,
 ) -> AppliedReport:
-    """Load the model that was searched, apply `plan`, save it as a new folder, read that back and compare.
+    """Apply `plan` to the model that was searched, save it as a new folder and check the folder.
+
+    The folder is read back, and must compute the same as the model in memory, bit for bit.
 
     Args:
-        model: Where the model lies now.
-        out: The folder to make; it must not exist yet, or be empty.
-        facts: The plan's study: how the model was loaded, on which device.
+        model: Path or name of the model.
+        out: The folder to make. It must not exist yet, or be empty.
+        facts: Facts of the plan's study: how the model was loaded, and on which device.
 
     Raises:
         ModelError: The model is not the one that was searched (its content has another hash).
-        CheckpointError: `out` cannot be written, or what was written does not compute the same, bit for bit.
+        CheckpointError: `out` cannot be written, or its model computes something else.
     """
     listener = logged(listener)
     target = Path(out).absolute()
@@ -153,11 +172,12 @@ def apply_to_disk(
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         files = checkpoint.write(loaded, plan, scratch)
-        again = checkpoint.read(scratch, _skeleton(loaded, model, plan, facts), device=device or facts.device.type)
-        repeatable = _check_same(loaded, again, target)
-        scratch.chmod(0o755)
+        skeleton = _skeleton(loaded, model, plan, facts)
+        again = checkpoint.read(scratch, skeleton, device=device or facts.device.type)
+        repeatable = check_same(loaded, again, target)
+        scratch.chmod(0o755)  # mkdtemp gives access to its owner alone
         if target.exists():
-            target.rmdir()
+            target.rmdir()  # it is empty
         os.replace(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -177,17 +197,20 @@ def apply_to_disk(
     )
 
 
-def load(folder: str | Path, model: nn.Module | None = None, *, device: str | None = None) -> nn.Module:
-    """The ready model of a folder that `autoquant apply` wrote.
+def load(
+    folder: str | Path, model: nn.Module | None = None, *, device: str | None = None
+) -> nn.Module:
+    """Load a model from a folder that `autoquant apply` wrote, ready to run.
 
     Args:
-        model: Needed only where a live module was searched: a module of the same architecture, whose weights are replaced.
-        device: Where it will run: `cpu`, `cuda`, `cuda:1`, `auto`. None for the kind of device that the plan was searched on,
-            whose kernels it needs.
+        model: A module of the same architecture, whose weights are replaced. Needed only if a live
+            module was searched.
+        device: The device to run on: `cpu`, `cuda`, `cuda:1` or `auto`. None is the kind of device
+            that the plan was searched on, whose kernels the model needs.
 
     Raises:
-        CheckpointError: The folder is no such model, is damaged, or was packed for another CPU.
-        DeviceError: There is no such device here.
+        CheckpointError: The folder holds no such model, is damaged, or was packed for another CPU.
+        DeviceError: The device is not available here.
     """
     manifest = checkpoint.read_manifest(Path(folder))
     module = settle(checkpoint.read(Path(folder), model, device or manifest.get("device", "cpu")))
@@ -199,7 +222,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, device: str | No
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters as stored, each tensor counted once."""
+    """Return the bytes of all parameters as stored, counting each tensor once."""
     unique = {id(parameter): parameter for parameter in module.parameters()}
     return sum(stored_bytes(parameter.data) for parameter in unique.values())
 
@@ -207,73 +230,86 @@ def module_bytes(module: nn.Module) -> int:
 def _check_fits(plan: Plan, model: nn.Module) -> None:
     for layer in plan.layers:
         for name in layer.parameters:
-            try:
-                parameter = model.get_parameter(name)
-            except AttributeError:
-                raise ModelError(
-                    f"the plan is for another model: this one has no parameter {name}; {_RIGHT_MODEL}"
-                ) from None
-            wanted = (layer.shape.n, layer.shape.k)
-            if tuple(parameter.shape) != wanted:
-                raise ModelError(
-                    f"the plan is for another model: {name} is {tuple(parameter.shape)} here, not {wanted}; {_RIGHT_MODEL}"
-                )
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            if isinstance(parameter.data, RoutedWeight) or dtype != layer.shape.dtype:
-                kind = "already quantized" if isinstance(parameter.data, RoutedWeight) else dtype
-                raise ModelError(
-                    f"{name} is {kind}; the plan was made for {layer.shape.dtype}: load the model that way"
-                )
+            _check_parameter(model, name, layer)
 
 
-def _prepared(plan: Plan, model: nn.Module, calibration: Windows | Calibration | None) -> Calibration | None:
-    """The calibration with every weight of the plan that needs it; None where none does."""
-    wanted = {layer.parameters[0]: [get_format(layer.format)] for layer in plan.layers}
-    wanted = {name: [fmt] for name, (fmt,) in wanted.items() if fmt.needs_inputs}
+def _check_parameter(model: nn.Module, name: str, layer: LayerChoice) -> None:
+    """Refuse a parameter that is not the one the plan was made for."""
+    other_model = "the plan is for another model"
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError:
+        missing = f"this one has no parameter {name}"
+        raise ModelError(f"{other_model}: {missing}; {_RIGHT_MODEL}") from None
+    shape, wanted = tuple(parameter.shape), (layer.shape.n, layer.shape.k)
+    if shape != wanted:
+        raise ModelError(f"{other_model}: {name} is {shape} here, not {wanted}; {_RIGHT_MODEL}")
+    kind = str(parameter.dtype).removeprefix("torch.")
+    if isinstance(parameter.data, RoutedWeight):
+        kind = "already quantized"
+    if kind != layer.shape.dtype:
+        planned = f"the plan was made for {layer.shape.dtype}"
+        raise ModelError(f"{name} is {kind}; {planned}: load the model that way")
+
+
+def _prepared(
+    plan: Plan, model: nn.Module, calibration: Windows | Calibration | None
+) -> Calibration | None:
+    """Make the plan's weights that need a calibration, and return it, or None if none does."""
+    formats = {layer.parameters[0]: get_format(layer.format) for layer in plan.layers}
+    wanted = {name: fmt for name, fmt in formats.items() if fmt.needs_inputs}
     if not wanted:
         return None
     if calibration is None:
-        names = ", ".join(sorted({fmt.values for (fmt,) in wanted.values()}))
+        names = ", ".join(sorted({fmt.values for fmt in wanted.values()}))
         raise PlanError(
-            f"plan {plan.plan_id} has weights rounded for their layers' inputs ({names}): give the text they were rounded for"
-            " with calibration=study.calibration"
+            f"plan {plan.plan_id} has weights rounded for their layers' inputs ({names}): "
+            "give the text they were rounded for with calibration=study.calibration"
         )
     made = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-    for (name, format_id), reason in made.prepare(model, wanted).items():
+    failed = made.prepare(model, {name: [fmt] for name, fmt in wanted.items()})
+    for (name, format_id), reason in failed.items():
         raise CandidateError(f"{name} cannot be {format_id}: {reason}")
     return made
 
 
-def _replace(model: nn.Module, layer: LayerChoice, quantized: Quantized, made: Calibration | None) -> None:
+def _replace(
+    model: nn.Module, layer: LayerChoice, quantized: Quantized, made: Calibration | None
+) -> None:
     fmt = get_format(layer.format)
     parameter = model.get_parameter(layer.parameters[0])
     route = for_any_rows(layer.route, fmt, layer.shape, parameter.device.type)
-    routed = RoutedWeight.wrap(quantized.store(layer, parameter.data, made), fmt.id, route, parameter.dtype)
-    _put(model, layer, routed)
+    stored = quantized.store(layer, parameter.data, made)
+    _put(model, layer, RoutedWeight.wrap(stored, fmt.id, route, parameter.dtype))
     placed = model.get_parameter(layer.parameters[0]).data
     if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:
-        raise ModelError(f"{layer.name} did not become {fmt.id}: its module puts another weight in place")
+        raise ModelError(
+            f"{layer.name} did not become {fmt.id}: its module puts another weight in place"
+        )
 
 
 def _stand_ins(model: nn.Module, layer: LayerChoice) -> str:
-    """Where the layer's route is not the plan's, since that one's kernels do not take any number of rows: what it is."""
+    """Return a note if the applied route differs from the plan's, else "".
+
+    It does if a kernel supports only some numbers of rows.
+    """
     weight = model.get_parameter(layer.parameters[0]).data
     if not isinstance(weight, RoutedWeight) or weight.steps() == layer.route:
         return ""
     names = " and ".join(dict.fromkeys(step.kernel for step in layer.route))
-    return (
-        f"{layer.format}: {names} cannot compute every number of rows, so what is used is {route_words(weight.steps())}"
-    )
+    used = f"so what is used is {route_words(weight.steps())}"
+    return f"{layer.format}: {names} cannot compute every number of rows, {used}"
 
 
 def _join(model: nn.Module, layers: Sequence[LayerChoice]) -> None:
-    """Store the layers' weights behind one another, so that they can be multiplied as one."""
+    """Store the layers' weights adjacently, so that they can be multiplied as one."""
     weights = [model.get_parameter(layer.parameters[0]).data for layer in layers]
     for layer, weight in zip(layers, join(weights), strict=True):
         _put(model, layer, weight)
 
 
 def _put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:
+    """Make a tensor the layer's weight, under each of its names."""
     replacement = nn.Parameter(weight, requires_grad=False)
     for name in layer.parameters:
         owner, _, leaf = name.rpartition(".")
@@ -288,7 +324,9 @@ def _check_target(target: Path, plan: Plan) -> None:
     from autoquant.files import is_writable
 
     if checkpoint.plan_in(target) == plan.plan_id:
-        raise CheckpointError(f"{target} exists already and holds this plan; load it, or choose another --out")
+        raise CheckpointError(
+            f"{target} exists already and holds this plan; load it, or choose another --out"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists already; choose another --out")
     if not target.parent.is_dir():
@@ -297,64 +335,36 @@ def _check_target(target: Path, plan: Plan) -> None:
         raise CheckpointError(f"cannot write into {target.parent}; choose another --out")
 
 
-def load_searched(plan: Plan, model: str | Path, facts: StudyFacts, device: str | None) -> LoadedModel:
-    """The model that a plan was made for, loaded as it was for the search.
+def load_searched(
+    plan: Plan, model: str | Path, facts: StudyFacts, device: str | None
+) -> LoadedModel:
+    """Load the model that a plan was made for, the way the search loaded it.
 
     Raises:
-        ModelError: What lies at `model` is another model.
-        PlanError: A live module was searched, and there is no `model`.
+        ModelError: `model` is another model.
+        PlanError: A live module was searched, and no `model` is given.
     """
     source = ModelSource(**facts.source)
     if source.kind == "live" and not model:
-        raise PlanError("a live module was searched: apply its plan with autoquant.apply(plan, module) from Python")
+        raise PlanError(
+            "a live module was searched: apply its plan with autoquant.apply(plan, module) from Python"
+        )
     place = device or facts.device.type
     loaded = load_request(source.request(dtype=plan.dtype, device=place, model=model))
     if loaded.content_hash != plan.model_hash:
         raise ModelError(
-            f"{model} is not the model that was searched (content {loaded.content_hash}, plan for {plan.model_hash}): "
+            f"{model} is not the model that was searched "
+            f"(content {loaded.content_hash}, plan for {plan.model_hash}): "
             "give the right one with --model, or search this one"
         )
     return loaded
 
 
-def _skeleton(loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFacts) -> nn.Module | None:
-    """A second module for checkpoints that cannot make one: an exported program or a pickled module is loaded again."""
-    return None if loaded.describes_itself else load_searched(plan, model, facts, None).module
+def _skeleton(
+    loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFacts
+) -> nn.Module | None:
+    """Load a second module for a checkpoint that cannot make one, else return None.
 
-
-def _check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
-    """Compare two models that should be the same, by their logits or else their weights; tell whether it was by logits.
-
-    Raises:
-        CheckpointError: They differ.
+    Exported programs and pickled modules need it.
     """
-    args, keywords = _check_inputs(loaded)
-
-    def logits(module: nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            return output_tensor(module(*args, **keywords))
-
-    before, after = logits(loaded.module), logits(again)
-    if torch.equal(before, after):
-        return True
-    if torch.equal(before, logits(loaded.module)) or not _same_weights(loaded.module, again):
-        raise CheckpointError(f"what was written for {target} does not compute the same logits; please report this")
-    return False
-
-
-def _same_weights(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return all(same_bits(first.data, second.data) for first, second in pairs)
-
-
-def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    inputs = loaded.example_inputs
-    if inputs is not None:
-        return ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    if loaded.kind in ("causal_lm", "token_lm"):
-        tokens = min(_CHECK_TOKENS, loaded.max_positions or _CHECK_TOKENS)
-        return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,), {}
-    raise CheckpointError(
-        "this model has no sample inputs to check a checkpoint with: search it with --sample-inputs, or use autoquant.apply"
-        " from Python"
-    )
+    return None if loaded.describes_itself else load_searched(plan, model, facts, None).module

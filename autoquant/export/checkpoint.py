@@ -1,13 +1,14 @@
-"""A quantized model on disk: written whole or not at all, read back without ever holding the unquantized weights.
+"""Write a quantized model to disk, and read it without ever holding unquantized weights.
 
 A checkpoint is a folder:
 
-- `autoquant.json`: the plan's layers, ties, dtype, and where the architecture comes from;
-- `model.safetensors`: every tensor that can be kept there, torchao's subclasses flattened by torchao's own scheme, so that
-  other tools can read them;
+- `autoquant.json`: the plan's layers, ties, dtype, and the source of the architecture;
+- `model.safetensors`: every tensor that fits there. torchao's subclasses are flattened by
+  torchao's own scheme, so that other tools can read them;
 - `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`;
-- the configuration and tokenizer of a Hugging Face model; its `config.json` names autoquant as what quantized it, by which
-  transformers' own `from_pretrained` finds the way here (see `autoquant.export.integrations`).
+- the configuration and tokenizer of a Hugging Face model. Its `config.json` names autoquant as the
+  quantizer, so that transformers' `from_pretrained` finds its way here (see
+  `autoquant.export.integrations`).
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ SAFETENSORS = "model.safetensors"
 PACKED = "packed.pt"
 QUANT_METHOD = "autoquant"
 FORMAT_VERSION = 1
+_CANDIDATES = "autoquant.candidates"
 _MOVED_CLASSES = {
-    "autoquant.candidates.int4_gemlite_tensor.Int4GemliteTensor": "autoquant.candidates.formats.int4_gemlite",
-    "autoquant.candidates.int4_tiled_tensor.Int4TiledTensor": "autoquant.candidates.formats.int4_tiled",
-    "autoquant.candidates.low_bit.BitPlaneTensor": "autoquant.candidates.formats.low_bit",
+    f"{_CANDIDATES}.int4_gemlite_tensor.Int4GemliteTensor": f"{_CANDIDATES}.formats.int4_gemlite",
+    f"{_CANDIDATES}.int4_tiled_tensor.Int4TiledTensor": f"{_CANDIDATES}.formats.int4_tiled",
+    f"{_CANDIDATES}.low_bit.BitPlaneTensor": f"{_CANDIDATES}.formats.low_bit",
 }
-"""Names of classes that earlier versions wrote into `packed.pt`, with the modules that hold them now."""
+"""Names of classes that earlier versions wrote into `packed.pt`, with their modules of today."""
+_UNREADABLE = (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError)
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -65,7 +68,7 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     """Write a model that a plan was applied to into an existing, empty folder.
 
     Returns:
-        Names of the files written.
+        The names of the files.
     """
     about = {
         "plan_id": plan.plan_id,
@@ -91,25 +94,37 @@ def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> N
     """Write the tensors and the manifest of a module.
 
     Args:
-        about: What the module itself does not show: fields of the manifest that `write` made, or `read_manifest` read.
+        about: Fields of the manifest that the module does not show, from `write` or from
+            `read_manifest`.
     """
     ties = tied_names(module)
-    aliases = {name for group in ties for name in group[1:]}
-    tensors = {name: tensor for name, tensor in _named_tensors(module).items() if name not in aliases}
-    routed = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, RoutedWeight)}
-    plain = {
-        name: tensor.stored if isinstance(tensor, RoutedWeight) else tensor.detach() for name, tensor in tensors.items()
-    }
-    packed = {name: tensor for name, tensor in plain.items() if not _fits_safetensors(name, tensor)}
-    _write_safetensors({name: tensor for name, tensor in plain.items() if name not in packed}, folder / SAFETENSORS)
+    tensors = _named_tensors(module)
+    for group in ties:
+        for alias in group[1:]:
+            tensors.pop(alias, None)
+    routed: dict[str, dict[str, Any]] = {}
+    packed: dict[str, torch.Tensor] = {}
+    readable: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach()
+        if isinstance(tensor, RoutedWeight):
+            routed[name] = _describe(tensor)
+            plain = tensor.stored
+        if _fits_safetensors(name, plain):
+            readable[name] = plain
+        else:
+            packed[name] = plain
+    _write_safetensors(readable, folder / SAFETENSORS)
     if packed:
-        torch.save({name: move_tensor(tensor, "cpu") for name, tensor in packed.items()}, folder / PACKED)
+        on_cpu = {name: move_tensor(tensor, "cpu") for name, tensor in packed.items()}
+        torch.save(on_cpu, folder / PACKED)
+    capability = torch.backends.cpu.get_cpu_capability()
     manifest = {
         **about,
         "format_version": FORMAT_VERSION,
         "ties": ties,
-        "routed": {name: _describe(weight) for name, weight in routed.items()},
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() if _packed_for_this_cpu(packed) else None,
+        "routed": routed,
+        "cpu_capability": capability if _packed_for_this_cpu(packed) else None,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -118,13 +133,13 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
     """Rebuild the model of a checkpoint.
 
     Args:
-        module: The architecture, where the checkpoint cannot make it itself (a live module was searched): its weights are
-            replaced in place.
-        device: Where every tensor is put as it is read.
+        module: A module of the architecture, whose weights are replaced in place. Needed only if
+            the checkpoint cannot make one (a live module was searched).
+        device: The device of the model. Each tensor is moved there as it is read.
 
     Raises:
         CheckpointError: The folder is no checkpoint, is damaged, or was packed for another CPU.
-        DeviceError: There is no such device here.
+        DeviceError: The device is not available here.
     """
     device = resolve_device(device)
     manifest = read_manifest(folder)
@@ -136,54 +151,61 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
         except ModelError as error:
             raise CheckpointError(f"{error}; apply the plan again") from error
         _assign(module, tensors, manifest["ties"], folder)
-        if without_values(module):  # a tensor that is neither parameter nor buffer: only real construction fills it
+        if without_values(module):
+            # Tensors that are neither parameter nor buffer are only filled by real construction.
             module = build_architecture(manifest["source"], folder, dtype, meta=False)
     _assign(module, tensors, manifest["ties"], folder)
     return module
 
 
 def fill(module: nn.Module, folder: Path, device: str) -> nn.Module:
-    """Give a module, which may be on the meta device, the tensors of a checkpoint, in place.
+    """Give a module the tensors of a checkpoint, in place. It may be on the meta device.
 
     Raises:
-        CheckpointError: The folder is no checkpoint, is damaged, was packed for another CPU, or is of another architecture.
+        CheckpointError: The folder is no checkpoint, is damaged, was packed for another CPU, or is
+            of another architecture.
     """
     manifest = read_manifest(folder)
-    _assign(module, _read_stored(folder, manifest, resolve_device(device)), manifest["ties"], folder)
+    tensors = _read_stored(folder, manifest, resolve_device(device))
+    _assign(module, tensors, manifest["ties"], folder)
     return module
 
 
 def join_again(module: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Store the weights that are computed as one behind one another: each that is moved gets memory of its own."""
+    """Join the weights that are computed as one again, after moving gave each its own memory."""
     for names in manifest.get("joined", []):
         joined = join([module.get_parameter(name).data for name in names])
         for name, weight in zip(names, joined, strict=True):
             owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+            part = module.get_submodule(owner)
+            part._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
     tie(module, manifest["ties"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Return the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it is of a newer version.
+        CheckpointError: There is none, or a newer version wrote it.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a model that autoquant saved (no readable {MANIFEST})") from error
+        raise CheckpointError(
+            f"{folder} is not a model that autoquant saved (no readable {MANIFEST})"
+        ) from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; upgrade it"
+            f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; "
+            "upgrade it"
         )
     return cast(dict[str, Any], manifest)
 
 
 def plan_in(folder: Path) -> str | None:
-    """Id of the plan whose checkpoint a folder holds; None for any other folder."""
+    """Return the id of the plan whose checkpoint a folder holds, or None for another folder."""
     try:
         return str(read_manifest(folder)["plan_id"])
     except CheckpointError:
@@ -191,20 +213,23 @@ def plan_in(folder: Path) -> str | None:
 
 
 def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, with their routes."""
-    capability = manifest["cpu_capability"]
-    if capability and capability != torch.backends.cpu.get_cpu_capability():
+    """Return the tensors of a checkpoint by name, with their routes."""
+    packed_for = manifest["cpu_capability"]
+    here = torch.backends.cpu.get_cpu_capability()
+    if packed_for and packed_for != here:
         raise CheckpointError(
-            f"{folder} was packed for a CPU with {capability}, this one has {torch.backends.cpu.get_cpu_capability()}: "
+            f"{folder} was packed for a CPU with {packed_for}, this one has {here}: "
             "apply the plan again here"
         )
     for description in manifest["routed"].values():
-        get_format(description["format"])  # brings in the tensor classes that `packed.pt` may hold
+        get_format(description["format"])  # imports the tensor classes that `packed.pt` may hold
     tensors = _read_tensors(folder, device)
     dtype = getattr(torch, manifest["dtype"])
     for name, description in manifest["routed"].items():
         if name not in tensors:
-            raise CheckpointError(f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again")
+            raise CheckpointError(
+                f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again"
+            )
         route = tuple((upper, kernel) for upper, kernel in description["route"])
         tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
     for names in manifest.get("joined", []):
@@ -213,14 +238,17 @@ def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict
 
 
 def _packed_for_this_cpu(packed: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a tensor's packing depends on the CPU's instruction set."""
+    """Check whether a tensor's packing depends on the CPU's instruction set."""
     return any(type(tensor).__name__ == "Int4OpaqueTensor" for tensor in packed.values())
 
 
 def _joined_names(plan: Plan) -> list[list[str]]:
-    """Parameter names of the layers that are computed as one."""
-    groups = dict.fromkeys(layer.joined for layer in plan.layers if layer.joined)
-    return [[layer.parameters[0] for layer in plan.layers if layer.name in names] for names in groups]
+    """Return the parameter names of each group of layers that are computed as one."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for layer in plan.layers:
+        if layer.joined:
+            groups.setdefault(layer.joined, []).append(layer.parameters[0])
+    return list(groups.values())
 
 
 def _describe(weight: RoutedWeight) -> dict[str, Any]:
@@ -228,9 +256,14 @@ def _describe(weight: RoutedWeight) -> dict[str, Any]:
 
 
 def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and all buffers, those that a state dict leaves out too: with them no module needs to be run to be whole."""
-    parameters = {name: parameter.data for name, parameter in module.named_parameters(remove_duplicate=False)}
-    return parameters | dict(module.named_buffers(remove_duplicate=False))
+    """Return all parameters and buffers by name, also buffers that a state dict leaves out.
+
+    They make the checkpoint complete: the module's constructor need not compute any of them.
+    """
+    tensors = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        tensors[name] = parameter.data
+    return tensors | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _fits_safetensors(name: str, tensor: torch.Tensor) -> bool:
@@ -238,6 +271,7 @@ def _fits_safetensors(name: str, tensor: torch.Tensor) -> bool:
 
     if type(tensor) is torch.Tensor:
         return True
+    # torchao splits a subclass's name at its last dot
     return type(tensor).__name__ in ALLOWED_TENSORS_SUBCLASSES and "." in name
 
 
@@ -247,9 +281,9 @@ def _write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     dotted = {name if "." in name else f".{name}": tensor for name, tensor in tensors.items()}
     flat, metadata = flatten_tensor_state_dict(dotted)
-    flat = {
-        name: tensor.contiguous().clone() if tensor._is_view() else tensor.contiguous() for name, tensor in flat.items()
-    }
+    for name, tensor in flat.items():
+        whole = tensor.contiguous()
+        flat[name] = whole.clone() if tensor._is_view() else whole  # safetensors shares no memory
     save_file(flat, path, metadata={**metadata, "format": "pt"})
 
 
@@ -260,11 +294,13 @@ def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
     try:
         with safe_open(folder / SAFETENSORS, framework="pt") as file:
             metadata = file.metadata()
-            names = file.keys()
-            flat = {name: file.get_tensor(name).to(device, copy=True) for name in names}  # copies are aligned
+            flat = {}
+            for name in file.keys():  # noqa: SIM118 - it has no iterator
+                flat[name] = file.get_tensor(name).to(device, copy=True)  # a copy is aligned
         tensors, rest = unflatten_tensor_state_dict(flat, metadata)
         if rest:
-            raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {', '.join(list(rest)[:3])}")
+            names = ", ".join(list(rest)[:3])
+            raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {names}")
         if (folder / PACKED).exists():
             with torch.serialization.safe_globals(_moved_classes()):
                 packed = torch.load(folder / PACKED, map_location="cpu", weights_only=True)
@@ -273,42 +309,61 @@ def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{folder} does not fit into the memory of {device}: free some, or use another device"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"cannot read {folder}: {reason}; apply the plan again") from error
     return {name.removeprefix("."): tensor for name, tensor in tensors.items()}
 
 
 def _moved_classes() -> list[Any]:
-    """Return each class of `_MOVED_CLASSES` with the name that it had, as `torch.load` takes them."""
-    return [(getattr(import_module(module), name.rpartition(".")[2]), name) for name, module in _MOVED_CLASSES.items()]
+    """Return each class of `_MOVED_CLASSES` with its earlier name, as `torch.load` takes them."""
+    classes = []
+    for old_name, module in _MOVED_CLASSES.items():
+        class_name = old_name.rpartition(".")[2]
+        classes.append((getattr(import_module(module), class_name), old_name))
+    return classes
 
 
-def _assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], ties: list[list[str]], folder: Path) -> None:
+def _assign(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], ties: list[list[str]], folder: Path
+) -> None:
+    """Put tensors into a module by name, and tie what was tied."""
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         try:
             part = module.get_submodule(owner)
         except AttributeError as error:
-            raise CheckpointError(f"{folder} has {name}, which this model does not: another architecture") from error
+            raise _other_architecture(folder, name) from error
         if name in buffers:
             part._buffers[leaf] = tensor
         elif leaf in part._parameters:
             part._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
-            raise CheckpointError(f"{folder} has {name}, which this model does not: another architecture")
+            raise _other_architecture(folder, name)
     tie(module, ties)
     absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if absent:
+        names = ", ".join(absent[:3])
         raise CheckpointError(
-            f"{folder} lacks {', '.join(absent[:3])}: the checkpoint is damaged, apply the plan again"
+            f"{folder} lacks {names}: the checkpoint is damaged, apply the plan again"
         )
 
 
+def _other_architecture(folder: Path, name: str) -> CheckpointError:
+    reason = "which this model does not: another architecture"
+    return CheckpointError(f"{folder} has {name}, {reason}")
+
+
 def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
-    """Copy what describes a Hugging Face model from its folder, from beside its file of weights, or from the hub."""
-    here = source.parent if source.is_file() else source if source.is_dir() else download(str(source))
+    """Copy a Hugging Face model's files that match a pattern.
+
+    Args:
+        source: The model's folder, its file of weights, or its name on the hub.
+    """
+    here = source.parent if source.is_file() else source
+    if not here.is_dir():
+        here = download(str(source))
     for pattern in patterns:
         for path in here.glob(pattern):
             if path.is_file():
@@ -316,8 +371,11 @@ def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
 
 
 def _name_quantizer(config: Path, dtype: str) -> None:
-    """Say in a `config.json` what quantized the model, and the dtype that it computes in."""
+    """Write the quantizer and the dtype into a `config.json`."""
     fields = json.loads(config.read_text(encoding="utf-8"))
-    fields.pop("torch_dtype", None)  # the older name of the same
-    fields |= {"dtype": dtype, "quantization_config": {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}}
+    fields.pop("torch_dtype", None)  # older name of `dtype`
+    fields |= {
+        "dtype": dtype,
+        "quantization_config": {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION},
+    }
     config.write_text(json.dumps(fields, indent=2), encoding="utf-8")

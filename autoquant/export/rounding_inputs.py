@@ -1,4 +1,4 @@
-"""Round weights for what their layers read on a calibration text.
+"""Round weights for their layers' inputs on a calibration text.
 
 The text passes through the unquantized model once, block by block. Memory holds one block's outputs
 for all windows and the Hessians of its linears. Each weight is rounded as soon as its layer's
@@ -32,7 +32,7 @@ Wanted = Mapping[str, Sequence[Format]]
 
 
 class Calibration:
-    """Makes weights rounded for their layers' inputs on some windows of text, and keeps them.
+    """Rounds weights for their layers' inputs on windows of text, and keeps them.
 
     The same windows, model, device and number of threads give the same bits. Processes forked from
     the one that made this object share what has been made.
@@ -43,23 +43,21 @@ class Calibration:
         self._kept = _KeptTensors()
 
     def prepare(self, module: nn.Module, wanted: Wanted) -> dict[tuple[str, str], str]:
-        """Make what is wanted and still missing, from the unquantized model.
+        """Make the wanted weights that are still missing, from the unquantized model.
 
         Returns:
-            For each parameter's name and format's id that cannot be made, the reason.
+            Reasons for those that cannot be made, by parameter name and format id.
         """
         known = self._kept.keys()
         missing: dict[str, list[Format]] = {}
+        reasons: dict[tuple[str, str], str] = {}
         for name, formats in wanted.items():
-            if unknown := [fmt for fmt in formats if (name, fmt.id) not in known]:
-                missing[name] = unknown
-        reasons = {
-            (name, fmt.id): "the calibration text does not reach the layer"
-            for name, formats in missing.items()
-            for fmt in formats
-        }
+            for fmt in formats:
+                if (name, fmt.id) not in known:
+                    missing.setdefault(name, []).append(fmt)
+                    reasons[name, fmt.id] = "the calibration text does not reach the layer"
         if not missing:
-            return reasons
+            return {}
         with torch.no_grad():
             for name, inputs in self.inputs(module, list(missing)):
                 weight = module.get_parameter(name).data
@@ -88,10 +86,12 @@ class Calibration:
         module: nn.Module,
         names: Sequence[str],
     ) -> Iterator[tuple[str, InputStatistics]]:
-        """Yield each parameter's name with what was found of its inputs, block by block."""
+        """Yield each parameter's name with the statistics of its inputs, block by block."""
         parameters = {name: module.get_parameter(name) for name in names}
         device = next(iter(parameters.values())).device
-        forwards = [partial(run_on_tokens, module, ids.unsqueeze(0).to(device)) for ids in self._windows]
+        forwards = [
+            partial(run_on_tokens, module, ids.unsqueeze(0).to(device)) for ids in self._windows
+        ]
         chain = BlockChain(module, forwards[0])
         starts = {name: chain.start(parameter) for name, parameter in parameters.items()}
         outputs: list[Any] = [None] * len(forwards)
@@ -114,7 +114,7 @@ class _InputSums(LinearHook):
         super().__init__()
         self._names = names
         self._sums: dict[str, torch.Tensor] = {}
-        self._read: dict[str, list[int]] = {}  # which inputs, by their number
+        self._read: dict[str, list[int]] = {}  # numbers of the inputs it was multiplied with
         self._last: torch.Tensor | None = None
         self._product = torch.empty(0)
         self._number = 0
@@ -124,7 +124,7 @@ class _InputSums(LinearHook):
             self._add(name, call.x)
 
     def _add(self, name: str, x: torch.Tensor) -> None:
-        if x is not self._last:  # siblings read the same input, one right after the other
+        if x is not self._last:  # siblings read the same tensor, one right after the other
             rows = x.reshape(-1, x.shape[-1]).float()
             self._last, self._product = x, rows.t() @ rows
             self._number += 1
@@ -144,10 +144,10 @@ class _InputSums(LinearHook):
 
 
 class _KeptTensors:
-    """Tensors under keys, in a temporary file without a name.
+    """Tensors by key, in a temporary file without a name.
 
-    The file is gone when the last process that has it open ends. Processes forked from the one that
-    made this object share its tensors, as long as only one of them writes at a time.
+    The file is deleted when the last process that has it open ends. Forked processes share it. Only
+    one of them may write at a time. A record is: size of the key, size of the tensor, key, tensor.
     """
 
     _SIZES = struct.Struct("<QQ")
@@ -197,13 +197,13 @@ class _KeptTensors:
         return cast(torch.Tensor, torch.load(io.BytesIO(data), weights_only=True))
 
     def _look(self) -> None:
-        """Find what any process has written since the last look."""
+        """Find the records that any process has written since the last look."""
         number = self._file.fileno()
         size = os.fstat(number).st_size
         while len(sizes := os.pread(number, self._SIZES.size, self._end)) == self._SIZES.size:
             name_size, data_size = self._SIZES.unpack(sizes)
             start = self._end + self._SIZES.size + name_size
-            if start + data_size > size:
+            if start + data_size > size:  # still being written
                 return
             name, fmt = json.loads(os.pread(number, name_size, self._end + self._SIZES.size))
             self._places[name, fmt] = (start, data_size)

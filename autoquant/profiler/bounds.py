@@ -28,11 +28,18 @@ class Tried:
     stored_bytes: int
 
 
-def least_us(kernel: Kernel, shape: LinearShape, m: int, stored_bytes: int, roofline: Roofline) -> float:
+def least_us(
+    kernel: Kernel, shape: LinearShape, m: int, stored_bytes: int, roofline: Roofline
+) -> float:
     """Return a lower bound of the microseconds that a kernel takes."""
     least = floor_us(roofline, shape, m, stored_bytes, kernel.arithmetic or shape.dtype)
     if kernel.materializes:
-        moved = 2 * shape.n * shape.k * (1 if kernel.arithmetic == "int8" else ELEMENT_BYTES[shape.dtype])
+        moved = (
+            2
+            * shape.n
+            * shape.k
+            * (1 if kernel.arithmetic == "int8" else ELEMENT_BYTES[shape.dtype])
+        )
         least += 1e6 * moved / (_CACHE_SPEEDUP * roofline.bandwidth_bytes_per_s)
     return least / _HEADROOM
 
@@ -55,7 +62,9 @@ def bounded(
 
 
 def beaten(
-    subjects: Iterable[TimingSubject], tried: Mapping[TimingSubject, Tried], how: str = "when tried out"
+    subjects: Iterable[TimingSubject],
+    tried: Mapping[TimingSubject, Tried],
+    how: str = "when tried out",
 ) -> dict[TimingSubject, Measurement]:
     """Decide on subjects that took far longer than a no less exact kernel of their format."""
     found = {}
@@ -67,7 +76,9 @@ def beaten(
     return found
 
 
-def _best_rival(subject: TimingSubject, tried: Mapping[TimingSubject, Tried]) -> TimingSubject | None:
+def _best_rival(
+    subject: TimingSubject, tried: Mapping[TimingSubject, Tried]
+) -> TimingSubject | None:
     """Return the fastest other kernel of the format that rounds the activation no more, or None."""
     rivals = [
         other

@@ -55,7 +55,9 @@ def place_crossovers(plans: Sequence[Plan], timings: TimingTable, measure: Measu
     known = timings
     while True:
         found = {route: _changes(route, timings, known) for route in routes}
-        halves = [half for changes in found.values() for change in changes for half in change.halves()]
+        halves = [
+            half for changes in found.values() for change in changes for half in change.halves()
+        ]
         wanted = known.missing(halves)
         if not wanted:
             break
@@ -79,7 +81,10 @@ def _routes(plan: Plan) -> list[_TimedRoute]:
             return layer.shape
         return replace(layer.shape, n=sum(rows[name] for name in layer.joined), bias=False)
 
-    return [_TimedRoute(timed_shape(layer), timed_as(layer.format), layer.route) for layer in plan.layers]
+    return [
+        _TimedRoute(timed_shape(layer), timed_as(layer.format), layer.route)
+        for layer in plan.layers
+    ]
 
 
 def _changes(route: _TimedRoute, first: TimingTable, known: TimingTable) -> list[_Change]:
@@ -103,5 +108,8 @@ def _changes(route: _TimedRoute, first: TimingTable, known: TimingTable) -> list
 
 def _moved(route: Route, changes: Sequence[_Change]) -> Route:
     """The route with each change at the geometric mean of the two m between which it lies."""
-    moved = (replace(step, upper_m=isqrt(c.low * c.high)) for step, c in zip(route, changes, strict=False))
+    moved = (
+        replace(step, upper_m=isqrt(c.low * c.high))
+        for step, c in zip(route, changes, strict=False)
+    )
     return (*moved, route[-1])

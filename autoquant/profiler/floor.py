@@ -17,7 +17,9 @@ _EXACT_IN = {
 """By arithmetic, all that multiply its numbers exactly: a wider one may be faster."""
 
 
-def floor_us(roofline: Roofline, shape: LinearShape, m: float, weight_bytes: float, arithmetic: str) -> float:
+def floor_us(
+    roofline: Roofline, shape: LinearShape, m: float, weight_bytes: float, arithmetic: str
+) -> float:
     """Return the least microseconds of a linear of `m` rows: all bytes moved, or all products done.
 
     Args:

@@ -105,7 +105,9 @@ def measure(
         cells.setdefault((subject.shape, subject.m), []).append(subject)
     decided: Mapping[TimingSubject, Measurement] = {}
     if subjects and backend(place.device).prepares:
-        decided = _prepare([subject for cell in cells.values() for subject in cell], place, listener)
+        decided = _prepare(
+            [subject for cell in cells.values() for subject in cell], place, listener
+        )
     listener(StageStarted(STAGE, len(subjects)))
     if not subjects:
         return
@@ -130,7 +132,9 @@ def measure(
             listener(Notice(f"{shape} m={m}: {reason}; close other programs for timings to trust"))
 
 
-def summarize(result: Mapping[TimingSubject, Measurement], measured: int, listener: Listener) -> None:
+def summarize(
+    result: Mapping[TimingSubject, Measurement], measured: int, listener: Listener
+) -> None:
     """Report the end of the stage, with a notice for each candidate that cannot be used.
 
     Args:
@@ -172,7 +176,9 @@ def quiet_compiler(device: str) -> Iterator[None]:
     """
     import torch._inductor.config as inductor_config
 
-    threads = inductor_config.patch(compile_threads=1) if backend(device).prepares else nullcontext()
+    threads = (
+        inductor_config.patch(compile_threads=1) if backend(device).prepares else nullcontext()
+    )
     with warnings.catch_warnings(), threads:
         warnings.simplefilter("ignore")
         yield

@@ -164,7 +164,9 @@ class _Campaign:
             self.work_s += answer.seconds
             self._on_progress(len(self.seen), subject.candidate)
             if answer.measurement.outcome == "ok":
-                self._tried[subject] = Tried(min(answer.measurement.samples_us), answer.stored_bytes)
+                self._tried[subject] = Tried(
+                    min(answer.measurement.samples_us), answer.stored_bytes
+                )
             elif _kernel(subject).tuned and not tuned:
                 self._unsettled.append(subject)  # another setting may do
             else:
@@ -178,7 +180,9 @@ class _Campaign:
 
     def worth_tuning(self, subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
         """Return those that a library tunes, and decide on those far behind without."""
-        tunable = [subject for subject in subjects if subject in self._tried and _kernel(subject).tuned]
+        tunable = [
+            subject for subject in subjects if subject in self._tried and _kernel(subject).tuned
+        ]
         hopeless = beaten(tunable, self._tried, "before it was tuned")
         for measurement in hopeless.values():
             self.decide(measurement)
@@ -227,7 +231,12 @@ class _Workers:
     def start(self, subjects: Sequence[TimingSubject]) -> None:
         """Start processes for this work, as many as cores and memory allow."""
         self._reap()
-        most = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 1), len(subjects), self._fitting(subjects))
+        most = min(
+            _MOST_PROCESSES,
+            max(1, (os.cpu_count() or 2) - 1),
+            len(subjects),
+            self._fitting(subjects),
+        )
         while len(self._processes) < most:
             self._begin()
 
@@ -297,16 +306,26 @@ def _by_shape(subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
 
 
 def _died(subject: TimingSubject, exit_code: int | None) -> Measurement:
-    how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
-    return Measurement(subject=subject, outcome="failed", reason=f"brought its process down ({how})")
+    how = (
+        f"signal {-exit_code}"
+        if exit_code is not None and exit_code < 0
+        else f"exit code {exit_code}"
+    )
+    return Measurement(
+        subject=subject, outcome="failed", reason=f"brought its process down ({how})"
+    )
 
 
-def _work(connection: Connection, device_name: str, tuning: Path, compiled: bool, effort: TimingEffort) -> None:
+def _work(
+    connection: Connection, device_name: str, tuning: Path, compiled: bool, effort: TimingEffort
+) -> None:
     """Try candidates out until the other side is gone: all that a worker does."""
     import signal
     import warnings
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is interrupted
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent ends this process when it is interrupted
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # outcomes carry their reasons
     use_kernel_caches()
@@ -336,10 +355,14 @@ def _work(connection: Connection, device_name: str, tuning: Path, compiled: bool
                 linear = None  # frees its memory first
                 linear = LinearToTime(subject.shape, subject.m, device_name)
             with nullcontext() if tune else untuned():
-                measurement, stored = try_out(subject, fmt, fmt.kernel(subject.kernel), linear, compiled=compiled)
+                measurement, stored = try_out(
+                    subject, fmt, fmt.kernel(subject.kernel), linear, compiled=compiled
+                )
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
             measurement, stored = (
-                Measurement(subject=subject, outcome="failed", reason=first_line(error, with_type=True)),
+                Measurement(
+                    subject=subject, outcome="failed", reason=first_line(error, with_type=True)
+                ),
                 0,
             )
         if tune:

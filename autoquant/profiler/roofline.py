@@ -51,12 +51,18 @@ def undisturbed_roofline(
     else:
         busy = f"roofline measured while others used {share:.0%} of the machine"
         listener(Notice(f"{busy}: not kept; close other programs and run again"))
-    rates = ", ".join(f"{name} {rate / 1e12:.3g} Tflop/s" for name, rate in roofline.flops_per_s.items())
-    listener(StageFinished(_STAGE, f"memory {roofline.bandwidth_bytes_per_s / 1e9:.3g} GB/s; {rates}"))
+    rates = ", ".join(
+        f"{name} {rate / 1e12:.3g} Tflop/s" for name, rate in roofline.flops_per_s.items()
+    )
+    listener(
+        StageFinished(_STAGE, f"memory {roofline.bandwidth_bytes_per_s / 1e9:.3g} GB/s; {rates}")
+    )
     return roofline
 
 
-def measure_roofline(device: str, *, cache_bytes: int = 0, effort: TimingEffort | None = None) -> Roofline:
+def measure_roofline(
+    device: str, *, cache_bytes: int = 0, effort: TimingEffort | None = None
+) -> Roofline:
     """Measure copy bandwidth and matrix rates of a torch device. Arithmetic that it does not do is left out.
 
     Args:
@@ -94,7 +100,10 @@ def _flops_per_s(arithmetic: str, side: int, device_name: str) -> float | None:
 
 def _product(arithmetic: str, side: int, device_name: str) -> Callable[[], object]:
     if arithmetic == "int8":
-        x, w = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device_name) for _ in range(2))
+        x, w = (
+            torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device_name)
+            for _ in range(2)
+        )
         return lambda: torch._int_mm(x, w.t())
     a, b = (torch.randn(side, side, device=device_name) for _ in range(2))
     if arithmetic == "float8":

@@ -14,7 +14,9 @@ from autoquant.records import LinearShape
 
 NamedShapes = dict[LinearShape, tuple[str, ...]]
 
-_LINE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})(\+bias)?(?:\s+(?!rows=)(\S.*?))?(?:\s+rows=(\S*))?")
+_LINE = re.compile(
+    r"([1-9]\d{0,6})x([1-9]\d{0,6})(\+bias)?(?:\s+(?!rows=)(\S.*?))?(?:\s+rows=(\S*))?"
+)
 _ROWS = re.compile(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*")
 _FORM = "write OUTxIN, e.g. 4096x4096, 4096x4096+bias or 4096x4096 q_proj rows=1,16"
 
@@ -77,7 +79,9 @@ def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> Li
         names = found.get(shape, ())
         found[shape] = names if name is None or name in names else (*names, name)
         if rows is not None:
-            own_rows[shape] = parse_rows(f"{rows}{''.join(f',{m}' for m in own_rows.get(shape, ()))}")
+            own_rows[shape] = parse_rows(
+                f"{rows}{''.join(f',{m}' for m in own_rows.get(shape, ()))}"
+            )
     if not found:
         raise WorkloadError(f"{origin} holds no shape: {_FORM}, one linear a line")
     return ListedShapes(found, own_rows)
@@ -91,5 +95,7 @@ def parse_rows(text: str) -> tuple[int, ...]:
     """
     compact = text.replace(" ", "")
     if not _ROWS.fullmatch(compact):
-        raise WorkloadError(f"cannot read rows {text!r}: write how many rows the activation has, e.g. 1,16,2048")
+        raise WorkloadError(
+            f"cannot read rows {text!r}: write how many rows the activation has, e.g. 1,16,2048"
+        )
     return tuple(sorted({int(part) for part in compact.split(",")}))

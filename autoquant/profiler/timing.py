@@ -62,7 +62,9 @@ class Arena:
     def __init__(self, size_bytes: int, device: str) -> None:
         palette = torch.tensor(_BENIGN_BYTES, dtype=torch.uint8)
         generator = torch.Generator().manual_seed(0)
-        block = palette[torch.randint(0, len(palette), (min(size_bytes, 1 << 20),), generator=generator)]
+        block = palette[
+            torch.randint(0, len(palette), (min(size_bytes, 1 << 20),), generator=generator)
+        ]
         self.bytes = block.repeat(-(-size_bytes // block.numel()))[:size_bytes].to(device)
 
     def views(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -73,10 +75,14 @@ class Arena:
         starts = range(0, self.bytes.numel() - sum(sizes) + 1, sum(sizes))
         return [self._copy(tensors, sizes, start) for start in starts]
 
-    def _copy(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], start: int) -> list[torch.Tensor]:
+    def _copy(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], start: int
+    ) -> list[torch.Tensor]:
         copies = []
         for tensor, size in zip(tensors, sizes, strict=True):
-            copies.append(self.bytes[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+            copies.append(
+                self.bytes[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            )
             start += size
         return copies
 
@@ -109,7 +115,9 @@ class LinearToTime:
         self.backend = backend(device)
         self.weight = (normal(shape.n, shape.k) / shape.k**0.5).to(dtype)
         self.bias = (normal(shape.n) * 0.1).to(dtype) if shape.bias else None
-        self.inputs = [normal(1, m, shape.k).to(dtype) for _ in range(1 if self.backend.graphs else _unroll(m))]
+        self.inputs = [
+            normal(1, m, shape.k).to(dtype) for _ in range(1 if self.backend.graphs else _unroll(m))
+        ]
 
 
 def compare(
@@ -155,7 +163,11 @@ def compare(
         else:
             entrants.append(entered)
     others = _race_undisturbed(entrants, device, effort)
-    reason = f"measured while others used {others:.0%} of the machine" if others > effort.highest_other_load else ""
+    reason = (
+        f"measured while others used {others:.0%} of the machine"
+        if others > effort.highest_other_load
+        else ""
+    )
     for entrant in entrants:
         results[entrant.subject] = Measurement(
             subject=entrant.subject,
@@ -175,11 +187,15 @@ def try_out(
     Returns:
         The measurement, and the bytes of the stored weight (0 if it is not ok).
     """
-    entered = _enter(subject, fmt, kernel, linear, Arena(1, linear.device), compiled, timing_effort())
+    entered = _enter(
+        subject, fmt, kernel, linear, Arena(1, linear.device), compiled, timing_effort()
+    )
     if isinstance(entered, Measurement):
         return entered, 0
     samples = tuple(entered.clock.sample() for _ in range(_FIRST_ROUNDS))
-    measurement = Measurement(subject=subject, outcome="ok", samples_us=samples, relative_error=entered.relative_error)
+    measurement = Measurement(
+        subject=subject, outcome="ok", samples_us=samples, relative_error=entered.relative_error
+    )
     return measurement, stored_bytes(fmt.store(linear.weight))
 
 
@@ -207,7 +223,9 @@ def _enter(
             entrant.clock.start()
             return entrant
     except Exception as failure:  # noqa: BLE001 - whatever a kernel or compiler raises is an outcome with its reason
-        return Measurement(subject=subject, outcome="failed", reason=first_line(failure, with_type=True))
+        return Measurement(
+            subject=subject, outcome="failed", reason=first_line(failure, with_type=True)
+        )
     reason = f"relative error {error:.3g} against the float32 reference"
     return Measurement(subject=subject, outcome="incorrect", reason=reason, relative_error=error)
 
@@ -233,13 +251,20 @@ def _prepare(
     def compute(args: list[torch.Tensor]) -> list[torch.Tensor]:
         xs, rest = args[:unroll], args[unroll + len(biases) :]
         bias_arg = args[unroll] if biases else None
-        weights = [unflatten_tensor(rebuild, rest[i * len(parts) : (i + 1) * len(parts)]) for i in range(unroll)]
+        weights = [
+            unflatten_tensor(rebuild, rest[i * len(parts) : (i + 1) * len(parts)])
+            for i in range(unroll)
+        ]
         if graphs:
             return [kernel.linear(x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
         return [-kernel.linear(-x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
 
     groups = [
-        [*inputs, *biases, *(part for i in range(unroll) for part in copies[(start + i) % len(copies)])]
+        [
+            *inputs,
+            *biases,
+            *(part for i in range(unroll) for part in copies[(start + i) % len(copies)]),
+        ]
         for start in range(0, len(copies), unroll)
     ]
     with torch.no_grad():
@@ -306,5 +331,8 @@ def _race(entrants: list[_Entrant], effort: TimingEffort) -> None:
                 _DROP_BEYOND if round_number + 1 < 2 * _FIRST_ROUNDS else _TIE_WITHIN
             )
             racing = [entrant for entrant in racing if entrant.best_us <= limit]
-        if time.perf_counter() - started > effort.linear_budget_s and round_number + 1 >= _FIRST_ROUNDS:
+        if (
+            time.perf_counter() - started > effort.linear_budget_s
+            and round_number + 1 >= _FIRST_ROUNDS
+        ):
             break

@@ -28,7 +28,9 @@ _STEPS, _FEWEST_STEPS = 10, 4
 _ENOUGH_S = 5.0
 
 
-def attribute(phases: Phases, module: nn.Module, layers: Mapping[str, str], device: str) -> dict[str, StepProfile]:
+def attribute(
+    phases: Phases, module: nn.Module, layers: Mapping[str, str], device: str
+) -> dict[str, StepProfile]:
     """Profile one step of every phase; each kernel gets its median time over several.
 
     Timings taken after this in the same process are slower: the profiler leaves its hooks behind.
@@ -45,7 +47,10 @@ def attribute(phases: Phases, module: nn.Module, layers: Mapping[str, str], devi
         raise DeviceError(f"PyTorch's profiler does not see the kernels of {device}")
     weights = Weights(module, layers)
     with weights.ranges(), named_kernels():
-        return {phase.name: _profile(phases, phase.name, weights, place) for phase in phases.workload.phases}
+        return {
+            phase.name: _profile(phases, phase.name, weights, place)
+            for phase in phases.workload.phases
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +75,17 @@ def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: Backend
     results: list[Any] = []
     left = 0
     started = time.monotonic()
-    while len(results) < _STEPS and (len(results) < _FEWEST_STEPS or time.monotonic() - started < _ENOUGH_S):
+    while len(results) < _STEPS and (
+        len(results) < _FEWEST_STEPS or time.monotonic() - started < _ENOUGH_S
+    ):
         if left == 0:
             phases.reset(phase)
             left = phases.limit(phase)
         left -= 1
         device.synchronize()
-        with profile(activities=device.profiler_activities, record_shapes=True, acc_events=True) as profiler:
+        with profile(
+            activities=device.profiler_activities, record_shapes=True, acc_events=True
+        ) as profiler:
             with record_function(_STEP):
                 run(phase)
             device.synchronize()
@@ -108,12 +117,19 @@ def _step_event(results: Any) -> Any:
 def _launches(results: Any, weights: Weights) -> list[_Launch]:
     """Return the kernels of a run that launched each of them, in the order in which they ran."""
     started = _started(results, weights)
-    return [_Launch(event.name(), started.get(event.linked_correlation_id())) for event in _device_events(results)]
+    return [
+        _Launch(event.name(), started.get(event.linked_correlation_id()))
+        for event in _device_events(results)
+    ]
 
 
 def _started(results: Any, weights: Weights) -> dict[int, Operator]:
     """Return operators by the ids with which the profiler links their kernels."""
-    return {identity: operator for operator in operators(_step_event(results), weights) for identity in operator.ids}
+    return {
+        identity: operator
+        for operator in operators(_step_event(results), weights)
+        for identity in operator.ids
+    }
 
 
 def _device_events(results: Any) -> list[Any]:
@@ -121,7 +137,9 @@ def _device_events(results: Any) -> list[Any]:
     events = [
         event
         for event in results.events()
-        if event.device_type() != DeviceType.CPU and not event.is_user_annotation() and event.name() != _STEP
+        if event.device_type() != DeviceType.CPU
+        and not event.is_user_annotation()
+        and event.name() != _STEP
     ]
     if not events:
         raise DeviceError(
@@ -130,7 +148,9 @@ def _device_events(results: Any) -> list[Any]:
     return sorted(events, key=lambda event: event.start_ns())
 
 
-def _device_step(phase: str, results: Any, launches: Sequence[_Launch], weights: Weights) -> StepProfile:
+def _device_step(
+    phase: str, results: Any, launches: Sequence[_Launch], weights: Weights
+) -> StepProfile:
     """Return a replayed step. An earlier run's `launches` identify its graph's kernels."""
     started = _started(results, weights)
     events = _device_events(results)
@@ -142,14 +162,24 @@ def _device_step(phase: str, results: Any, launches: Sequence[_Launch], weights:
         if operator is None and position is not None:
             operator = launches[position].operator
         start_ns, end_ns = max(event.start_ns(), end_ns), max(event.end_ns(), end_ns)
-        kernels.append(_device_kernel(event.name(), operator, (start_ns - first) / 1e3, (end_ns - start_ns) / 1e3))
+        kernels.append(
+            _device_kernel(
+                event.name(), operator, (start_ns - first) / 1e3, (end_ns - start_ns) / 1e3
+            )
+        )
     return StepProfile(phase=phase, step_us=(end_ns - first) / 1e3, kernels=tuple(kernels))
 
 
-def _device_kernel(name: str, operator: Operator | None, start_us: float, duration_us: float) -> KernelTime:
+def _device_kernel(
+    name: str, operator: Operator | None, start_us: float, duration_us: float
+) -> KernelTime:
     layers = operator.layers if operator else ()
-    kind = UNKNOWN if operator is None else LINEAR if layers else glue_kind(f"{operator.name} {name}")
-    return KernelTime(name=name, kind=kind, layers=layers, start_us=start_us, duration_us=duration_us)
+    kind = (
+        UNKNOWN if operator is None else LINEAR if layers else glue_kind(f"{operator.name} {name}")
+    )
+    return KernelTime(
+        name=name, kind=kind, layers=layers, start_us=start_us, duration_us=duration_us
+    )
 
 
 def match_launches(launched: Sequence[str], replayed: Sequence[str]) -> list[int | None]:

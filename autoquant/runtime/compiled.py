@@ -45,7 +45,11 @@ def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:
     ready = take_apart(shallow_copy(module), any_subclass=True)
     for block in repeated_blocks(ready):
         if regions and _nests(block):
-            linears = [(name, linear) for name, linear in block.named_modules() if isinstance(linear, ApartLinear)]
+            linears = [
+                (name, linear)
+                for name, linear in block.named_modules()
+                if isinstance(linear, ApartLinear)
+            ]
             for _, linear in linears:
                 linear.keeps = False  # a nested region may change nothing outside
             make = content_key([(name, linear.key()) for name, linear in linears])
@@ -77,7 +81,11 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     tensors = [given for given in inputs if isinstance(given, torch.Tensor)]
-    settings = {key: value for tensor in tensors for key, value in backend(tensor.device).compiler_settings.items()}
+    settings = {
+        key: value
+        for tensor in tensors
+        for key, value in backend(tensor.device).compiler_settings.items()
+    }
     with config.patch(settings):
         return compile_fx(graph, list(inputs))
 
@@ -98,7 +106,9 @@ def _compute_once(graph: torch.fx.GraphModule) -> None:
 def _copy(function: Any, name: str) -> Callable[..., Any]:
     """Return the function with its own code object."""
     code = function.__code__.replace(co_name=name)
-    own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    own = FunctionType(
+        code, function.__globals__, name, function.__defaults__, function.__closure__
+    )
     own.__kwdefaults__ = function.__kwdefaults__
     return own
 
@@ -142,6 +152,10 @@ def _region_class(kind: type[nn.Module], make: str) -> type[nn.Module]:
     """
     key = (kind, make)
     if key not in REGION_CLASSES:
-        region = torch.compiler.nested_compile_region(_copy(kind.forward, f"{kind.forward.__name__}_{make}"))
-        REGION_CLASSES[key] = type(kind.__name__, (kind,), {"forward": region, "__module__": kind.__module__})
+        region = torch.compiler.nested_compile_region(
+            _copy(kind.forward, f"{kind.forward.__name__}_{make}")
+        )
+        REGION_CLASSES[key] = type(
+            kind.__name__, (kind,), {"forward": region, "__module__": kind.__module__}
+        )
     return REGION_CLASSES[key]

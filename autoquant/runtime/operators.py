@@ -152,7 +152,9 @@ def operators(step: Any, weights: Weights) -> list[Operator]:
             made.pop(place, None)
         if layers and not multiplies:
             made |= dict.fromkeys(places, layers)
-        found.append(Operator(event.name, layers, event.start_time_ns, event.end_time_ns, tuple(_ids(event))))
+        found.append(
+            Operator(event.name, layers, event.start_time_ns, event.end_time_ns, tuple(_ids(event)))
+        )
     return found
 
 

@@ -46,7 +46,10 @@ class RequestTimes:
         """
         plan_ms, original_ms = self.request_ms(calls)
         value = plan_ms / original_ms
-        each = [request_time(plan, calls) / request_time(original, calls) for plan, original in self.rounds]
+        each = [
+            request_time(plan, calls) / request_time(original, calls)
+            for plan, original in self.rounds
+        ]
         half = (interval := mean_interval(each)).high - interval.value if each else math.inf
         return Interval(value=value, low=value - half, high=value + half)
 
@@ -122,13 +125,17 @@ _COMPILED: dict[Division, str] = {
 }
 
 
-def time_requests(plan: Phases, original: Phases, device: str, effort: TimingEffort | None = None) -> RequestTimes:
+def time_requests(
+    plan: Phases, original: Phases, device: str, effort: TimingEffort | None = None
+) -> RequestTimes:
     """Time both models, already warm, in turn, and take medians over rounds.
 
     Args:
         effort: None for that of the process.
     """
-    (of_original, of_plan), note = rounds_in_turn([original, plan], _names(original), device, effort)
+    (of_original, of_plan), note = rounds_in_turn(
+        [original, plan], _names(original), device, effort
+    )
     return beside(of_plan, of_original, note)
 
 
@@ -140,9 +147,13 @@ def time_in_turn(
     return [_medians(taken) for taken in rounds], note
 
 
-def beside(plan: Sequence[Mapping[str, float]], original: Sequence[Mapping[str, float]], note: str) -> RequestTimes:
+def beside(
+    plan: Sequence[Mapping[str, float]], original: Sequence[Mapping[str, float]], note: str
+) -> RequestTimes:
     """Return the times of a plan and of the unquantized model from the same rounds."""
-    return RequestTimes(_medians(plan), _medians(original), note, tuple(zip(plan, original, strict=True)))
+    return RequestTimes(
+        _medians(plan), _medians(original), note, tuple(zip(plan, original, strict=True))
+    )
 
 
 Rounds = list[list[dict[str, float]]]
@@ -210,7 +221,11 @@ def _is_done(times: Rounds, effort: TimingEffort, until: UntilEnough | None, end
 
 
 def _add_round(
-    times: Rounds, models: Sequence[Timed], names: Sequence[str], place: Backend, effort: TimingEffort
+    times: Rounds,
+    models: Sequence[Timed],
+    names: Sequence[str],
+    place: Backend,
+    effort: TimingEffort,
 ) -> None:
     first = len(times[0]) % len(models)
     pairs = list(zip(models, times, strict=True))
@@ -234,7 +249,9 @@ def _sample(model: Timed, name: str, place: Backend, effort: TimingEffort) -> fl
     calls: list[float] = []
     started = time.perf_counter()
     left = 0
-    while len(calls) < effort.request_calls and time.perf_counter() - started < effort.request_round_s:
+    while (
+        len(calls) < effort.request_calls and time.perf_counter() - started < effort.request_round_s
+    ):
         if left == 0:
             model.reset(name)
             left = model.limit(name)

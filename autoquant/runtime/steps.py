@@ -15,10 +15,16 @@ OTHER = "other"
 UNKNOWN = "not attributed"
 _GLUE = (
     ("guards of compiled code", r"torchdynamo|aotdispatcher|pregraph"),
-    ("attention", r"softmax|^(?!.*(cpp|poi|red|per)_fused).*(sdpa|scaled_dot_product|flash|fmha|aten::(badd)?bmm)"),
+    (
+        "attention",
+        r"softmax|^(?!.*(cpp|poi|red|per)_fused).*(sdpa|scaled_dot_product|flash|fmha|aten::(badd)?bmm)",
+    ),
     ("activation rounding", r"amax|quantize|qparams|scale_activations"),
     ("norms", r"rsqrt|norm"),
-    ("copies and casts", r"(?<!_to)_copy|clone|memcpy|memset|aten::(copy_|cat|to\b|contiguous|_to_copy)"),
+    (
+        "copies and casts",
+        r"(?<!_to)_copy|clone|memcpy|memset|aten::(copy_|cat|to\b|contiguous|_to_copy)",
+    ),
 )
 GLUE = (*(kind for kind, _ in _GLUE), OTHER)
 
@@ -82,7 +88,9 @@ class StepProfile:
         for kernel in self.kernels:
             total = sum(shares.get(name, 1.0) for name in kernel.layers)
             for name in kernel.layers:
-                times[name] = times.get(name, 0.0) + kernel.duration_us * shares.get(name, 1.0) / total
+                times[name] = (
+                    times.get(name, 0.0) + kernel.duration_us * shares.get(name, 1.0) / total
+                )
         return times
 
     def glue_us(self) -> dict[str, float]:
@@ -116,11 +124,15 @@ def median_step(steps: Sequence[StepProfile]) -> StepProfile:
 def _with_gaps(step: StepProfile) -> list[tuple[float, KernelTime]]:
     """Return each kernel, and how long nothing ran before it."""
     ends = [0.0, *(kernel.start_us + kernel.duration_us for kernel in step.kernels)]
-    return [(kernel.start_us - end, kernel) for kernel, end in zip(step.kernels, ends, strict=False)]
+    return [
+        (kernel.start_us - end, kernel) for kernel, end in zip(step.kernels, ends, strict=False)
+    ]
 
 
 def _after_last(step: StepProfile) -> float:
-    return step.step_us - max((kernel.start_us + kernel.duration_us for kernel in step.kernels), default=0.0)
+    return step.step_us - max(
+        (kernel.start_us + kernel.duration_us for kernel in step.kernels), default=0.0
+    )
 
 
 def glue_kind(name: str) -> str:

@@ -99,7 +99,9 @@ class Usage:
             forward, inputs = compiled(module), self._inputs()
             return UserLoop("forward", 0, {_REQUEST: lambda: _call(forward, inputs)})
         model, prompt, tokens = prepare(module), self._prompt(module), self.workload.new_tokens
-        calls: dict[str, Callable[[], Any]] = {_REQUEST: lambda: generate(model, prompt, tokens, exactly=True)}
+        calls: dict[str, Callable[[], Any]] = {
+            _REQUEST: lambda: generate(model, prompt, tokens, exactly=True)
+        }
         if tokens > 1:
             calls[_FIRST] = lambda: generate(model, prompt, 1, exactly=True)
         return UserLoop("generate", tokens, calls)
@@ -111,9 +113,13 @@ class Usage:
             replayed: Generate by compiled steps; otherwise as transformers itself does, which
                 compiles nothing.
         """
-        inputs = self._prompt(module)[:1, :_CHECK_TOKENS] if self.kind == "causal_lm" else self._inputs()
+        inputs = (
+            self._prompt(module)[:1, :_CHECK_TOKENS] if self.kind == "causal_lm" else self._inputs()
+        )
         with torch.no_grad():
-            output = output_tensor(module(inputs) if isinstance(inputs, torch.Tensor) else _call(module, inputs))
+            output = output_tensor(
+                module(inputs) if isinstance(inputs, torch.Tensor) else _call(module, inputs)
+            )
         ids = None
         if isinstance(inputs, torch.Tensor):
             tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)
@@ -125,7 +131,9 @@ class Usage:
         config: Any = module.config
         vocabulary = config.get_text_config(decoder=True).vocab_size
         shape = (self.workload.batch, self.workload.prompt_tokens)
-        return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(
+            self.device
+        )
 
     def _inputs(self) -> Sequence[Any] | Mapping[str, Any]:
         if self.kind == "token_lm":
@@ -155,7 +163,9 @@ class Answer:
         """
         if self.output.shape != expected.output.shape:
             return math.inf
-        difference = (self.output - expected.output).norm() / expected.output.norm().clamp(min=1e-30)
+        difference = (self.output - expected.output).norm() / expected.output.norm().clamp(
+            min=1e-30
+        )
         return float(difference)
 
 
@@ -163,7 +173,9 @@ def _call(forward: Callable[..., Any], inputs: Sequence[Any] | Mapping[str, Any]
     return forward(**inputs) if isinstance(inputs, Mapping) else forward(*inputs)
 
 
-def generate(model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = False, **settings: Any) -> torch.Tensor:
+def generate(
+    model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = False, **settings: Any
+) -> torch.Tensor:
     """Return the prompt and up to `tokens` greedily chosen tokens behind it: ids `[batch, tokens]`.
 
     Args:
@@ -172,7 +184,12 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int, *, exactly: bool = F
     ends = {"min_new_tokens": tokens} if exactly else {}
     with torch.no_grad(), quiet():
         made: torch.Tensor = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, **ends, **settings
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            do_sample=False,
+            **ends,
+            **settings,
         )
     return made
 
@@ -188,7 +205,11 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
     pairs = zip(made.ids[0].tolist(), expected.ids[0].tolist(), strict=False)
     place = next((number for number, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
     if place is None:
-        return "" if made.ids.shape == expected.ids.shape else "generate ends at another token than it did in memory"
+        return (
+            ""
+            if made.ids.shape == expected.ids.shape
+            else "generate ends at another token than it did in memory"
+        )
     ours, theirs = int(made.ids[0, place]), int(expected.ids[0, place])
     if place > 0 and _is_near_tie(model, made.ids[:, :place], ours, theirs):
         return ""
@@ -235,13 +256,16 @@ def time_user_loops(
 
     def enough(rounds: Rounds) -> bool:
         ratios = [_ratio(beside(taken, rounds[0], "")) for taken in rounds[1:]]
-        return all(ratio.high - ratio.value < effort.loop_precision * ratio.value for ratio in ratios)
+        return all(
+            ratio.high - ratio.value < effort.loop_precision * ratio.value for ratio in ratios
+        )
 
     until = UntilEnough(enough, effort.loop_rounds, effort.loop_limit_s)
     rounds, note = rounds_in_turn(loops, loops[0].names, device, effort, until)
     pairs = [beside(taken, rounds[0], note) for taken in rounds]
     found = [
-        _user_times(pair, loop, first=number == 0) for number, (pair, loop) in enumerate(zip(pairs, loops, strict=True))
+        _user_times(pair, loop, first=number == 0)
+        for number, (pair, loop) in enumerate(zip(pairs, loops, strict=True))
     ]
     return found, note
 

@@ -64,11 +64,15 @@ def fit_loss_map(pairs: Sequence[tuple[float, float]]) -> LossMap:
         return float(np.square(np.log(predicted / measured)).sum())
 
     steepest = _STEEPEST / float(summed.max())
-    best = minimize_scalar(error, bounds=(-steepest, steepest), method="bounded", options={"xatol": 1e-6 * steepest})
+    best = minimize_scalar(
+        error, bounds=(-steepest, steepest), method="bounded", options={"xatol": 1e-6 * steepest}
+    )
     return LossMap(float(best.x))
 
 
-def together_pairs(losses: Mapping[tuple[str, str], float], every_layer: str) -> list[tuple[float, float]]:
+def together_pairs(
+    losses: Mapping[tuple[str, str], float], every_layer: str
+) -> list[tuple[float, float]]:
     """Return, for each numerics measured in all layers at once, (sum of layers' losses, measured).
 
     Args:
@@ -79,4 +83,8 @@ def together_pairs(losses: Mapping[tuple[str, str], float], every_layer: str) ->
     for (layer, numerics), loss in losses.items():
         if layer != every_layer:
             sums[numerics] = sums.get(numerics, 0.0) + loss
-    return [(sums.get(numerics, 0.0), loss) for (layer, numerics), loss in losses.items() if layer == every_layer]
+    return [
+        (sums.get(numerics, 0.0), loss)
+        for (layer, numerics), loss in losses.items()
+        if layer == every_layer
+    ]

@@ -77,15 +77,23 @@ def aimed(
         share = limits.used(proof) if proof else None
         if share is None:
             return
-        cost = plan.prediction.request_ms if limits.minimize == "time" else float(plan.prediction.memory_bytes)
+        cost = (
+            plan.prediction.request_ms
+            if limits.minimize == "time"
+            else float(plan.prediction.memory_bytes)
+        )
         shots[plan.plan_id] = _Shot(plan.prediction.loss, max(share, _LEAST_SHARE), cost)
         loss = _next_loss(list(shots.values()))
 
 
 def _next_loss(shots: Sequence[_Shot]) -> float | None:
     """The predicted loss to solve for next; None if the limit is reached or nothing is gained."""
-    within = max((shot for shot in shots if shot.share <= 1), key=lambda shot: shot.loss, default=None)
-    beyond = min((shot for shot in shots if shot.share > 1), key=lambda shot: shot.loss, default=None)
+    within = max(
+        (shot for shot in shots if shot.share <= 1), key=lambda shot: shot.loss, default=None
+    )
+    beyond = min(
+        (shot for shot in shots if shot.share > 1), key=lambda shot: shot.loss, default=None
+    )
     if within is None or beyond is None:
         nearest = within or beyond
         assert nearest is not None

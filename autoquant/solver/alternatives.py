@@ -35,23 +35,35 @@ Alternatives = Mapping[str, Sequence[Alternative]]
 """By layer name."""
 
 
-def next_more_exact(own: LayerChoice, options: Iterable[LayerChoice], workload: Workload) -> LayerChoice | None:
+def next_more_exact(
+    own: LayerChoice, options: Iterable[LayerChoice], workload: Workload
+) -> LayerChoice | None:
     """Return the fastest option with less loss, or None."""
     return min((c for c in options if c.loss < own.loss), key=_time_us(workload), default=None)
 
 
-def next_faster(own: LayerChoice, options: Iterable[LayerChoice], workload: Workload) -> LayerChoice | None:
+def next_faster(
+    own: LayerChoice, options: Iterable[LayerChoice], workload: Workload
+) -> LayerChoice | None:
     """Return the option with least loss of those that take less time, or None."""
     time_us = _time_us(workload)
-    return min((c for c in options if time_us(c) < time_us(own)), key=lambda c: c.loss, default=None)
+    return min(
+        (c for c in options if time_us(c) < time_us(own)), key=lambda c: c.loss, default=None
+    )
 
 
 def next_smaller(own: LayerChoice, options: Iterable[LayerChoice]) -> LayerChoice | None:
     """Return the option with least loss of those that take fewer bytes, or None."""
-    return min((c for c in options if c.memory_bytes < own.memory_bytes), key=lambda c: c.loss, default=None)
+    return min(
+        (c for c in options if c.memory_bytes < own.memory_bytes),
+        key=lambda c: c.loss,
+        default=None,
+    )
 
 
-def alternatives(own: LayerChoice, options: Sequence[LayerChoice], workload: Workload) -> tuple[Alternative, ...]:
+def alternatives(
+    own: LayerChoice, options: Sequence[LayerChoice], workload: Workload
+) -> tuple[Alternative, ...]:
     """Return the next more exact, the next faster and the next smaller choice, each once.
 
     A choice that computes layers as one counts by this layer's share of it. What it changes in the
@@ -60,7 +72,11 @@ def alternatives(own: LayerChoice, options: Sequence[LayerChoice], workload: Wor
     Args:
         options: All choices that plans were solved from for this layer.
     """
-    same = [c for c in options if (c.format, c.numerics, c.joined) == (own.format, own.numerics, own.joined)]
+    same = [
+        c
+        for c in options
+        if (c.format, c.numerics, c.joined) == (own.format, own.numerics, own.joined)
+    ]
     others = [c for c in options if c not in same]
     # Only the options' latencies are sure to be in whole-model time, so compare these.
     base = min(same, key=_time_us(workload), default=own)
@@ -70,11 +86,16 @@ def alternatives(own: LayerChoice, options: Sequence[LayerChoice], workload: Wor
         ("smaller", next_smaller(base, others)),
     ]
     distinct = [c for c in others if any(c is choice for _, choice in found)]
-    made = [_alternative(base, c, tuple(gain for gain, choice in found if choice is c), workload) for c in distinct]
+    made = [
+        _alternative(base, c, tuple(gain for gain, choice in found if choice is c), workload)
+        for c in distinct
+    ]
     return tuple(sorted(made, key=lambda made: [gain for gain, _ in found].index(made.gains[0])))
 
 
-def _alternative(base: LayerChoice, choice: LayerChoice, gains: tuple[Gain, ...], workload: Workload) -> Alternative:
+def _alternative(
+    base: LayerChoice, choice: LayerChoice, gains: tuple[Gain, ...], workload: Workload
+) -> Alternative:
     time_us = _time_us(workload)
     return Alternative(
         gains=gains,

@@ -34,7 +34,9 @@ def structural_plan(space: SearchSpace, *, limits: Limits, max_loss: float | Non
     Args:
         max_loss: The plan loss that the limits of quality are expected to allow (None: no limit).
     """
-    reasons = favoured_layers([layer[0].name for layer in space.options], [layer[0].shape for layer in space.options])
+    reasons = favoured_layers(
+        [layer[0].name for layer in space.options], [layer[0].shape for layer in space.options]
+    )
     keys = format_numerics(space)
     uniform = [[uniform_choice(space, layer, key) for layer in space.options] for key in keys]
     sizes = [sum(choice.memory_bytes for choice in chosen) for chosen in uniform]
@@ -64,7 +66,8 @@ def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list
     """
     places = [_block(name) for name in names]
     last = {
-        prefix: max(n for p in places if p and p[0] == prefix for n in [p[1]]) for prefix in {p[0] for p in places if p}
+        prefix: max(n for p in places if p and p[0] == prefix for n in [p[1]])
+        for prefix in {p[0] for p in places if p}
     }
     widest: dict[tuple[str, int], int] = {}
     for place, shape in zip(places, shapes, strict=True):
@@ -100,7 +103,9 @@ def bits_plan(space: SearchSpace, recommended: Plan) -> Plan | None:
 
 
 def _is_within(plan: Plan, limits: Limits, max_loss: float | None) -> bool:
-    fits = limits.max_memory_bytes is None or plan.prediction.memory_bytes <= limits.max_memory_bytes
+    fits = (
+        limits.max_memory_bytes is None or plan.prediction.memory_bytes <= limits.max_memory_bytes
+    )
     return fits and (max_loss is None or plan.prediction.loss <= max_loss)
 
 

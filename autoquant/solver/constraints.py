@@ -38,7 +38,9 @@ class Pin:
         """
         layers, sign, formats = (part.strip() for part in text.partition("="))
         if not (layers and sign and formats):
-            raise ConstraintError(f"--pin: cannot read {text!r}; write it as LAYERS=FORMATS, e.g. '*.q_proj=int8-row*'")
+            raise ConstraintError(
+                f"--pin: cannot read {text!r}; write it as LAYERS=FORMATS, e.g. '*.q_proj=int8-row*'"
+            )
         return cls(layers, formats)
 
     def __str__(self) -> str:
@@ -59,14 +61,18 @@ class Constraints:
     fusable: str | None = None
 
     @classmethod
-    def parse(cls, keep: Sequence[str] = (), pin: Sequence[str] = (), fusable: str | None = None) -> Constraints:
+    def parse(
+        cls, keep: Sequence[str] = (), pin: Sequence[str] = (), fusable: str | None = None
+    ) -> Constraints:
         """Read the options of a search.
 
         Raises:
             ConstraintError: A pin cannot be read, or there is no such engine.
         """
         if fusable is not None and fusable not in FUSABLE:
-            raise ConstraintError(f"--fusable: no engine {fusable!r}; choose one of {', '.join(FUSABLE)}")
+            raise ConstraintError(
+                f"--fusable: no engine {fusable!r}; choose one of {', '.join(FUSABLE)}"
+            )
         return cls(tuple(dict.fromkeys(keep)), tuple(dict.fromkeys(map(Pin.parse, pin))), fusable)
 
     @classmethod
@@ -77,7 +83,11 @@ class Constraints:
 
     def as_object(self) -> dict[str, Any]:
         """Return those that are set, for JSON and for a study's identity."""
-        values = {"keep": list(self.keep), "pin": list(map(str, self.pins)), "fusable": self.fusable}
+        values = {
+            "keep": list(self.keep),
+            "pin": list(map(str, self.pins)),
+            "fusable": self.fusable,
+        }
         return {name: value for name, value in values.items() if value}
 
     def kept(self, layer: str) -> str | None:
@@ -138,7 +148,9 @@ class Bound:
         """
         by_name = {layer[0].name: list(layer) for layer in options}
         for group in self.groups:
-            common = set.intersection(*({choice.format for choice in by_name[name]} for name in group))
+            common = set.intersection(
+                *({choice.format for choice in by_name[name]} for name in group)
+            )
             if not common:
                 raise ConstraintError(
                     f"{', '.join(group)} must get the same format, and no format can be used for all of them: leave out"
@@ -153,7 +165,9 @@ UNBOUND = Bound()
 """Nothing is constrained."""
 
 
-def bind(constraints: Constraints, sites: Sequence[Site], candidates: Iterable[str], original: str) -> Bound:
+def bind(
+    constraints: Constraints, sites: Sequence[Site], candidates: Iterable[str], original: str
+) -> Bound:
     """Find the layers that the constraints are about.
 
     Args:
@@ -169,7 +183,9 @@ def bind(constraints: Constraints, sites: Sequence[Site], candidates: Iterable[s
     reasons = {name: reason for name in names if (reason := constraints.reason(name))}
     for name in reasons:
         if not any(constraints.admits(name, candidate, original) for candidate in candidates):
-            raise ConstraintError(f"{name} is {reasons[name]}: these contradict each other, leave out one of them")
+            raise ConstraintError(
+                f"{name} is {reasons[name]}: these contradict each other, leave out one of them"
+            )
     groups = fused_groups(sites) if constraints.fusable else ()
     for group in groups:
         _check_group(group, constraints, candidates, original)
@@ -192,12 +208,19 @@ def fused_groups(sites: Sequence[Site]) -> list[tuple[str, ...]]:
         expert = re.match(r"(.*\.experts)\.\d+\.", site.name)
         groups.setdefault(expert[1] if expert else "\n".join(sorted(alike)), set()).update(alike)
     order = {site.name: number for number, site in enumerate(sites)}
-    members = [sorted((name for name in group if name in order), key=order.__getitem__) for group in groups.values()]
+    members = [
+        sorted((name for name in group if name in order), key=order.__getitem__)
+        for group in groups.values()
+    ]
     return [tuple(group) for group in members if len(group) > 1]
 
 
-def _check_patterns(constraints: Constraints, names: Sequence[str], candidates: Sequence[str]) -> None:
-    patterns = [("--keep", glob) for glob in constraints.keep] + [("--pin", pin.layers) for pin in constraints.pins]
+def _check_patterns(
+    constraints: Constraints, names: Sequence[str], candidates: Sequence[str]
+) -> None:
+    patterns = [("--keep", glob) for glob in constraints.keep] + [
+        ("--pin", pin.layers) for pin in constraints.pins
+    ]
     for option, glob in patterns:
         if not any(fnmatchcase(name, glob) for name in names):
             example = f"; layers are called like {names[0]}" if names else ""
@@ -212,10 +235,17 @@ def _check_patterns(constraints: Constraints, names: Sequence[str], candidates: 
             )
 
 
-def _check_group(group: Sequence[str], constraints: Constraints, candidates: Sequence[str], original: str) -> None:
-    allowed = [{format_of(c) for c in candidates if constraints.admits(name, c, original)} for name in group]
+def _check_group(
+    group: Sequence[str], constraints: Constraints, candidates: Sequence[str], original: str
+) -> None:
+    allowed = [
+        {format_of(c) for c in candidates if constraints.admits(name, c, original)}
+        for name in group
+    ]
     if not set.intersection(*allowed):
-        told = "; ".join(f"{name} is {reason}" for name in group if (reason := constraints.reason(name)))
+        told = "; ".join(
+            f"{name} is {reason}" for name in group if (reason := constraints.reason(name))
+        )
         raise ConstraintError(
             f"{', '.join(group)} must get the same format (--fusable {constraints.fusable}), but {told}: give them one"
             " format"

@@ -94,13 +94,19 @@ class Knapsack:
         for most_tried, growth in _EFFORTS:
             too_many = math.inf
             while nothing * _CLOSE < too_many:
-                limit = something if something < too_many else min(nothing * growth, math.sqrt(nothing * too_many))
+                limit = (
+                    something
+                    if something < too_many
+                    else min(nothing * growth, math.sqrt(nothing * too_many))
+                )
                 try:
                     found = self._enumerated(relaxed, limit, most_tried)
                 except _TooManyError:
                     too_many = limit
                 else:
-                    above = math.inf if found is None else float(self.cost[found].sum()) - relaxed.bound
+                    above = (
+                        math.inf if found is None else float(self.cost[found].sum()) - relaxed.bound
+                    )
                     if above <= limit + _ROUNDING or limit > len(self.cost):
                         return found
                     nothing, something = limit, min(something, above)
@@ -117,7 +123,9 @@ class Knapsack:
         core = np.flatnonzero(relaxed.regrets <= limit)
         measures = np.vstack((self.cost, self.weights))[:, core].T
         # A row for each choice of multipliers: cost less prices @ weights.
-        prices = np.array(list(itertools.product(_MULTIPLES, repeat=len(self.budgets)))) * relaxed.prices
+        prices = (
+            np.array(list(itertools.product(_MULTIPLES, repeat=len(self.budgets)))) * relaxed.prices
+        )
         lagrangian = np.vstack((np.ones(len(prices)), -prices.T))
         starts = _starts(self.owners[core])
         least = np.minimum.reduceat(measures @ lagrangian, starts)
@@ -126,7 +134,9 @@ class Knapsack:
         partial = np.zeros((1, measures.shape[1]))
         trail: list[tuple[int, Indices]] = []
         tried = 0
-        spread = np.maximum.reduceat(measures[:, 1:], starts) - np.minimum.reduceat(measures[:, 1:], starts)
+        spread = np.maximum.reduceat(measures[:, 1:], starts) - np.minimum.reduceat(
+            measures[:, 1:], starts
+        )
         for layer in np.argsort(-spread.max(1, initial=0.0), kind="stable"):
             options = measures[starts[layer] : ends[layer]]
             most = most + least[layer]
@@ -190,7 +200,9 @@ class Knapsack:
         tie_prices = result.eqlin.marginals[len(right) - self.ties.shape[0] :]
         reduced = self.cost - prices @ self.weights - self.ties.T @ tie_prices
         least = np.minimum.reduceat(reduced, _starts(self.owners))
-        return _Relaxed(prices, float(least.sum() + prices @ self.budgets), reduced - least[self.owners])
+        return _Relaxed(
+            prices, float(least.sum() + prices @ self.budgets), reduced - least[self.owners]
+        )
 
     def _branch_and_cut(self) -> Indices | None:
         equal, right = self._equalities()
@@ -208,7 +220,9 @@ class Knapsack:
         if result.x is None:
             return None
         starts = _starts(self.owners)
-        return np.asarray([a + np.argmax(result.x[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)])
+        return np.asarray(
+            [a + np.argmax(result.x[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        )
 
     def _equalities(self) -> tuple[csr_array, Vector]:
         """The constraints with `=`: one option of every layer, then the ties."""

@@ -77,9 +77,14 @@ class Limits:
             return False
         if plan.label == ORIGINAL_LABEL:
             return True
-        if self.max_ppl_increase is not None and not proof.selection_increase.high <= self.max_ppl_increase:
+        if (
+            self.max_ppl_increase is not None
+            and not proof.selection_increase.high <= self.max_ppl_increase
+        ):
             return False  # NaN is not within
-        return self.max_kl is None or (proof.selection_kl is not None and proof.selection_kl.high <= self.max_kl)
+        return self.max_kl is None or (
+            proof.selection_kl is not None and proof.selection_kl.high <= self.max_kl
+        )
 
     def used(self, proof: Proof) -> float | None:
         """Return the share of the tightest limit of quality that a plan uses (1: just within).
@@ -110,10 +115,18 @@ class Limits:
         budgets = []
         if self.max_ppl_increase is not None:
             measured = {plan_id: proof.selection_increase.high for plan_id, proof in proofs.items()}
-            logs = {plan_id: log(high) for plan_id, high in measured.items() if math.isfinite(high) and high > 0}
+            logs = {
+                plan_id: log(high)
+                for plan_id, high in measured.items()
+                if math.isfinite(high) and high > 0
+            }
             budgets.append(_budget(log(self.max_ppl_increase), logs, plans))
         if self.max_kl is not None:
-            divergences = {plan_id: proof.selection_kl.high for plan_id, proof in proofs.items() if proof.selection_kl}
+            divergences = {
+                plan_id: proof.selection_kl.high
+                for plan_id, proof in proofs.items()
+                if proof.selection_kl
+            }
             budgets.append(_budget(self.max_kl, divergences, plans))
         return min(budgets, default=None)
 

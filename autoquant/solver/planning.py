@@ -70,14 +70,19 @@ def fastest_choice(choices: Sequence[LayerChoice], workload: Workload) -> LayerC
     return min(choices, key=lambda choice: request_us(choice, workload))
 
 
-def make_plan(choices: Sequence[LayerChoice], label: str, kind: PlanKind, context: PlanContext) -> Plan:
+def make_plan(
+    choices: Sequence[LayerChoice], label: str, kind: PlanKind, context: PlanContext
+) -> Plan:
     """Make a plan of these choices.
 
     Its id is a hash of what it does, so the same plan has the same id in every run.
     """
     if context.fusion is not None:
         choices = context.fusion.join(choices)
-    does = [(c.name, c.format, [(s.upper_m, s.kernel) for s in c.route], *filter(None, [c.joined])) for c in choices]
+    does = [
+        (c.name, c.format, [(s.upper_m, s.kernel) for s in c.route], *filter(None, [c.joined]))
+        for c in choices
+    ]
     return Plan(
         plan_id=content_key([context.study_id, does], 8),
         study_id=context.study_id,
@@ -120,7 +125,9 @@ def explain(layer: Sequence[LayerChoice], index: int, context: PlanContext) -> s
     if other := next_more_exact(own, layer, workload):
         cost_us = request_us(other, workload) - request_us(own, workload)
         loss = other.loss - own.loss
-        parts.append(f"more exact {_called(other)} would take {cost_us:+.0f} us a request for {loss:+.2g} loss")
+        parts.append(
+            f"more exact {_called(other)} would take {cost_us:+.0f} us a request for {loss:+.2g} loss"
+        )
     if other := next_faster(own, layer, workload):
         gain_us = request_us(other, workload) - request_us(own, workload)
         loss = other.loss - own.loss

@@ -93,7 +93,9 @@ def proposals(
         yield plan, tell
 
 
-def growth_of(known: ProvenPlans, minimize: Objective, max_ppl_increase: float | None = None) -> Growth:
+def growth_of(
+    known: ProvenPlans, minimize: Objective, max_ppl_increase: float | None = None
+) -> Growth:
     """Return the front before refinement.
 
     Only plans count that cost less than the unquantized model, and that are no worse in quality
@@ -139,7 +141,9 @@ def forget(store: Store, study_id: str) -> int | None:
     Returns:
         The number of trials, or None if Optuna keeps nothing of it.
     """
-    if not inspect(store.engine).has_table("studies"):  # looked for first: Optuna would make its tables to look
+    if not inspect(store.engine).has_table(
+        "studies"
+    ):  # looked for first: Optuna would make its tables to look
         return None
     import optuna
 
@@ -166,7 +170,11 @@ def _study_name(study_id: str, minimize: Objective) -> str:
 
 def _objectives(proof: Proof, minimize: Objective) -> tuple[float, float]:
     """What is minimized, and the quality that limits are checked on (never the report part)."""
-    cost = proof.request_ms / proof.original_request_ms if minimize == "time" else float(proof.memory_bytes)
+    cost = (
+        proof.request_ms / proof.original_request_ms
+        if minimize == "time"
+        else float(proof.memory_bytes)
+    )
     return cost, proof.selection_increase.value
 
 
@@ -219,7 +227,8 @@ def _propose(
 ) -> Plan | None:
     """Solve for what the trial suggests; None if nothing is within the budgets."""
     values = {
-        name: trial.suggest_float(name, of.low, of.high, log=True) for name, of in _distributions(space, losses).items()
+        name: trial.suggest_float(name, of.low, of.high, log=True)
+        for name, of in _distributions(space, losses).items()
     }
     last = max(len(space.options) - 1, 1)
     with_depth = math.log(values["scale with depth"])

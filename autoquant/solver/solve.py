@@ -56,7 +56,9 @@ class AdditiveProblem:
     @property
     def equalities(self) -> list[tuple[tuple[int, tuple[int, ...]], ...]]:
         """`together` and `alike` in one form, that of `alike`."""
-        pairs = [tuple((layer, (option,)) for layer, option in options) for options in self.together]
+        pairs = [
+            tuple((layer, (option,)) for layer, option in options) for options in self.together
+        ]
         return [*pairs, *self.alike]
 
     def totals(self, picks: Picks) -> tuple[float, float, float]:
@@ -68,25 +70,33 @@ class AdditiveProblem:
         )
 
 
-def fastest(problem: AdditiveProblem, max_loss: float | None = None, max_memory: float | None = None) -> Picks | None:
+def fastest(
+    problem: AdditiveProblem, max_loss: float | None = None, max_memory: float | None = None
+) -> Picks | None:
     """Return the solution of least time within the budgets (None: unlimited), or None.
 
     Among equally fast ones it prefers less loss and less memory, so that no other solution beats it
     in all three.
     """
-    objective = _scaled(problem.time) + _TIE_BREAK * (_scaled(problem.loss) + _scaled(problem.memory))
+    objective = _scaled(problem.time) + _TIE_BREAK * (
+        _scaled(problem.loss) + _scaled(problem.memory)
+    )
     return _minimise(problem, objective, max_loss=max_loss, max_memory=max_memory)
 
 
 def smallest(problem: AdditiveProblem, max_loss: float | None = None) -> Picks | None:
     """Return the solution of least memory within a loss budget; among equals the faster one."""
-    objective = _scaled(problem.memory) + _TIE_BREAK * (_scaled(problem.time) + _scaled(problem.loss))
+    objective = _scaled(problem.memory) + _TIE_BREAK * (
+        _scaled(problem.time) + _scaled(problem.loss)
+    )
     return _minimise(problem, objective, max_loss=max_loss)
 
 
 def most_exact(problem: AdditiveProblem, max_memory: float | None = None) -> Picks | None:
     """Return the solution of least loss within a memory budget; among equals the faster one."""
-    return _minimise(problem, _scaled(problem.loss) + _TIE_BREAK * _scaled(problem.time), max_memory=max_memory)
+    return _minimise(
+        problem, _scaled(problem.loss) + _TIE_BREAK * _scaled(problem.time), max_memory=max_memory
+    )
 
 
 def front(problem: AdditiveProblem, points: int = 24) -> list[Picks]:
@@ -154,7 +164,11 @@ def _minimise(
     allowances = np.asarray([_allowance(layers, budget) for layers, budget in limits])
     if np.any(allowances < -1e-9):
         return None
-    weights = np.stack([_scaled(layers) for layers, _ in limits]) if limits else np.empty((0, len(objective)))
+    weights = (
+        np.stack([_scaled(layers) for layers, _ in limits])
+        if limits
+        else np.empty((0, len(objective)))
+    )
     sizes = [len(layer) for layer in problem.time]
     owners = np.repeat(np.arange(len(sizes)), sizes)
     kept = _unbeaten(problem, np.vstack((objective, weights)))
@@ -170,7 +184,9 @@ def _minimise(
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
     picks = tuple((kept[found] - starts).tolist())
     _, loss, memory = problem.totals(picks)
-    if _over(loss, max_loss) or _over(memory, max_memory):  # by what the solver's tolerance lets through
+    if _over(loss, max_loss) or _over(
+        memory, max_memory
+    ):  # by what the solver's tolerance lets through
         return (
             None
             if attempts <= 1
@@ -178,7 +194,9 @@ def _minimise(
                 problem,
                 objective,
                 max_loss=None if max_loss is None else max_loss - 2 * max(loss - max_loss, 0.0),
-                max_memory=None if max_memory is None else max_memory - 2 * max(memory - max_memory, 0.0),
+                max_memory=None
+                if max_memory is None
+                else max_memory - 2 * max(memory - max_memory, 0.0),
                 attempts=attempts - 1,
             )
         )
@@ -226,7 +244,9 @@ def _memberships(problem: AdditiveProblem) -> list[Indices]:
         for layer, options in members:
             for option in options:
                 sets[layer, option] = (*sets.get((layer, option), ()), number)
-    numbers = {each: number for number, each in enumerate(dict.fromkeys(sets.values()), start=1)} | {(): 0}
+    numbers = {
+        each: number for number, each in enumerate(dict.fromkeys(sets.values()), start=1)
+    } | {(): 0}
     return [
         np.asarray([numbers[sets.get((layer, option), ())] for option in range(len(time))])
         for layer, time in enumerate(problem.time)

@@ -43,7 +43,10 @@ class SearchSpace:
         """
         workload = self.context.workload
         return AdditiveProblem.build(
-            [[(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer] for layer in self.options],
+            [
+                [(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer]
+                for layer in self.options
+            ],
             self._joined(),
             self._same_format(),
         )
@@ -99,19 +102,26 @@ class SearchSpace:
         assert picks is not None  # without a limit there is always a solution
         least_bytes = self.memory_bytes(picks)
         if least_bytes > max_memory_bytes:
-            constrained = ", or fewer of --keep, --pin and --fusable" if self.context.bound.reasons else ""
+            constrained = (
+                ", or fewer of --keep, --pin and --fusable" if self.context.bound.reasons else ""
+            )
             raise PlanError(
                 f"no plan is as small as {max_memory_bytes:,} bytes: the smallest formats take"
                 f" {least_bytes:,}; allow at least that with --max-memory{constrained}"
             )
 
-    def allowed_loss(self, limits: Limits, plans: Mapping[str, Plan], proofs: Mapping[str, Proof]) -> float | None:
+    def allowed_loss(
+        self, limits: Limits, plans: Mapping[str, Plan], proofs: Mapping[str, Proof]
+    ) -> float | None:
         """Return the plan loss that the limits are expected to allow; None means no limit."""
         return limits.expected_loss(plans, proofs, logarithmic=self.logarithmic)
 
     def scaled(self, multiplier: Mapping[str, float]) -> SearchSpace:
         """Return the space with each layer's losses scaled by a factor of its own."""
-        options = [[replace(c, loss=c.loss * multiplier.get(c.name, 1.0)) for c in layer] for layer in self.options]
+        options = [
+            [replace(c, loss=c.loss * multiplier.get(c.name, 1.0)) for c in layer]
+            for layer in self.options
+        ]
         return replace(self, options=options)
 
     def about(self) -> dict[str, Any]:

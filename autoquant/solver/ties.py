@@ -55,7 +55,9 @@ def same_quality(a: Proof, b: Proof) -> bool:
     """
     if len(a.selection_losses) != len(b.selection_losses) or len(a.selection_losses) < 2:
         return False
-    interval = mean_interval([x - y for x, y in zip(a.selection_losses, b.selection_losses, strict=True)])
+    interval = mean_interval(
+        [x - y for x, y in zip(a.selection_losses, b.selection_losses, strict=True)]
+    )
     return interval.low <= 0 <= interval.high
 
 
@@ -69,7 +71,9 @@ def preferred(best: Proof, rivals: Sequence[Proof]) -> Proof:
         smallest = min((best, *rivals), key=lambda proof: proof.memory_bytes)
         return smallest if smallest.memory_bytes < best.memory_bytes * (1 - TIE_FRACTION) else best
     lowest = best.selection_kl.low
-    clearly = [(kl.value, proof) for proof in rivals if (kl := proof.selection_kl) and kl.high < lowest]
+    clearly = [
+        (kl.value, proof) for proof in rivals if (kl := proof.selection_kl) and kl.high < lowest
+    ]
     return min(clearly, key=lambda pair: pair[0], default=(0.0, best))[1]
 
 

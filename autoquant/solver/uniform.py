@@ -43,7 +43,9 @@ def format_numerics(space: SearchSpace) -> list[FormatNumerics]:
     return list(dict.fromkeys((choice.format, choice.numerics) for choice in alone))
 
 
-def uniform_choice(space: SearchSpace, layer: Sequence[LayerChoice], key: FormatNumerics) -> LayerChoice:
+def uniform_choice(
+    space: SearchSpace, layer: Sequence[LayerChoice], key: FormatNumerics
+) -> LayerChoice:
     """Return a layer's fastest option of a format and numerics.
 
     A layer that cannot have the format, or one of whose group cannot, gets its first format: the

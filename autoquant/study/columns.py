@@ -55,7 +55,10 @@ def request_times(proofs: Iterable[Proof]) -> dict[str, float]:
     """
     proofs = list(proofs)
     original_ms = original_request_ms(proofs)
-    return {proof.plan_id: proof.request_ms / proof.original_request_ms * original_ms for proof in proofs}
+    return {
+        proof.plan_id: proof.request_ms / proof.original_request_ms * original_ms
+        for proof in proofs
+    }
 
 
 def measure_of(proof: Proof, limits: Limits) -> Measure:
@@ -74,7 +77,12 @@ def original_request_ms(proofs: Iterable[Proof]) -> float:
 def as_run_columns(delivery: Delivery | None) -> dict[str, Any]:
     """Return the columns of how a plan runs for its user, each None if that is not known."""
     names = [name for name in COLUMNS if name.startswith("as_run_")]
-    if delivery is None or delivery.times is None or delivery.original_times is None or delivery.ratio is None:
+    if (
+        delivery is None
+        or delivery.times is None
+        or delivery.original_times is None
+        or delivery.ratio is None
+    ):
         return dict.fromkeys(names)
     times, original, ratio = delivery.times, delivery.original_times, delivery.ratio
     values = (

@@ -21,7 +21,11 @@ def refusal(delivery: Delivery, limits: Limits, *, instead: bool) -> str:
                 f"it could not be shown to be faster with {delivery.loop}, since other programs used the machine: on an idle"
                 " one the same search times it again"
             )
-        times = f", but takes {ratio.value:.2f} times as long ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
+        times = (
+            f", but takes {ratio.value:.2f} times as long ({ratio.low:.2f} to {ratio.high:.2f})"
+            if ratio
+            else ""
+        )
         return f"it works{times} as the unquantized model when run with {delivery.loop}"
     return ""
 

@@ -89,7 +89,8 @@ class Study:
         limits = limits or self.limits
         instead = self._original_fits(limits)
         reasons = {
-            plan_id: refusal(delivery, limits, instead=instead) for plan_id, delivery in self.deliveries().items()
+            plan_id: refusal(delivery, limits, instead=instead)
+            for plan_id, delivery in self.deliveries().items()
         }
         return {plan_id: reason for plan_id, reason in reasons.items() if reason}
 
@@ -116,7 +117,11 @@ class Study:
     def refinement_ended(self) -> str | None:
         """Say why the last refinement ended, or None."""
         kept = self.store.references(self.study_id).get("refinement")
-        return None if kept is None else f"{kept['plans']} further plans proven; ended: {kept['ended']}"
+        return (
+            None
+            if kept is None
+            else f"{kept['plans']} further plans proven; ended: {kept['ended']}"
+        )
 
     def plan(self, plan_id: str) -> Plan:
         """Return the plan whose id starts with `plan_id`."""
@@ -162,7 +167,8 @@ class Study:
         within = [
             proof
             for proof in proofs.values()
-            if limits.within(proof, plans[proof.plan_id]) and constraints.allow(plans[proof.plan_id])
+            if limits.within(proof, plans[proof.plan_id])
+            and constraints.allow(plans[proof.plan_id])
         ]
         if not within:
             raise PlanError(_nothing_within(proofs.values(), limits))
@@ -170,12 +176,21 @@ class Study:
             proof
             for proof in within
             if proof.plan_id not in refused
-            and (not delivered or proof.plan_id in known or plans[proof.plan_id].label == ORIGINAL_LABEL)
+            and (
+                not delivered
+                or proof.plan_id in known
+                or plans[proof.plan_id].label == ORIGINAL_LABEL
+            )
         ]
         if not within:
-            raise PlanError(f"no plan within the limits can be used: {'; '.join(_refusals(refused))}")
+            raise PlanError(
+                f"no plan within the limits can be used: {'; '.join(_refusals(refused))}"
+            )
         times = request_times(proofs.values())
-        costs = {proof.plan_id: times[proof.plan_id] if minimize == "time" else proof.memory_bytes for proof in within}
+        costs = {
+            proof.plan_id: times[proof.plan_id] if minimize == "time" else proof.memory_bytes
+            for proof in within
+        }
         least = min(costs.values())
         close = [proof for proof in within if costs[proof.plan_id] <= least * (1 + TIE_FRACTION)]
 
@@ -232,7 +247,10 @@ class Study:
         if options is None:
             return None
         workload = self.facts.workload
-        return {layer.name: alternatives(layer, options.get(layer.name, []), workload) for layer in plan.layers}
+        return {
+            layer.name: alternatives(layer, options.get(layer.name, []), workload)
+            for layer in plan.layers
+        }
 
     def pareto(self) -> pd.DataFrame:
         """Return every proven plan, fastest first, with the columns of `COLUMNS`.
@@ -301,7 +319,11 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
         )
     if limits.max_kl is not None:
         known = [proof.selection_kl.high for proof in proofs if proof.selection_kl]
-        least = f" (least: {min(known):.3g})" if known else " (proven before it was measured: search again)"
+        least = (
+            f" (least: {min(known):.3g})"
+            if known
+            else " (proven before it was measured: search again)"
+        )
         parts.append(f"a divergence of at most {limits.max_kl:g}{least}")
     if limits.max_memory_bytes is not None:
         smallest = min(proof.memory_bytes for proof in proofs)

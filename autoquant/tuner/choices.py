@@ -271,7 +271,9 @@ def _merge(best: Sequence[tuple[int, str]]) -> Route:
     return tuple(steps)
 
 
-def _choice(site: Site, fmt: Format, route: Route, measured: FormatTimings, memory_bytes: int) -> LayerChoice:
+def _choice(
+    site: Site, fmt: Format, route: Route, measured: FormatTimings, memory_bytes: int
+) -> LayerChoice:
     """A choice that is not scored yet."""
     latency: dict[str, float] = {}
     for use in site.uses:

@@ -64,12 +64,18 @@ def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Li
     machine.
     """
     known = study.deliveries()
-    study.store.forget_deliveries(plan_id for plan_id in study.refused() if is_disturbed(known[plan_id]))
+    study.store.forget_deliveries(
+        plan_id for plan_id in study.refused() if is_disturbed(known[plan_id])
+    )
     tries = 0
     while tries < TRIES and (plan := _next(study)) is not None:
         if tries == 0:
             listener(StageStarted("deliver", 0))
-        listener(StageProgress("deliver", tries, f"{plan.label}: saved, loaded again, and timed as you will run it"))
+        listener(
+            StageProgress(
+                "deliver", tries, f"{plan.label}: saved, loaded again, and timed as you will run it"
+            )
+        )
         study.store.put_delivery(deliver(plan))
         tries += 1
         if reason := study.refused().get(plan.plan_id):
@@ -81,7 +87,11 @@ def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Li
 def _next(study: Study) -> Plan | None:
     """The best plan, unless it was delivered already or is the unquantized model."""
     plan = study.candidate()
-    return None if plan is None or plan.kind == "original" or plan.plan_id in study.deliveries() else plan
+    return (
+        None
+        if plan is None or plan.kind == "original" or plan.plan_id in study.deliveries()
+        else plan
+    )
 
 
 def _summary(study: Study, tries: int) -> str:
@@ -111,19 +121,27 @@ class Deliverer:
         live = self.loaded.source.kind == "live"
         reason = self._needs_this_process(plan)
         if reason:
-            self.listener(Notice(f"plan {plan.label} is not loaded again in a new process: {reason}"))
+            self.listener(
+                Notice(f"plan {plan.label} is not loaded again in a new process: {reason}")
+            )
         where: Where = "in memory" if live else "same process" if reason else "new process"
         try:
-            quantized = applier.apply(plan, shallow_copy(self.loaded.module), calibration=self.calibration)
+            quantized = applier.apply(
+                plan, shallow_copy(self.loaded.module), calibration=self.calibration
+            )
             if live:
-                return check_and_time(plan.plan_id, quantized, shallow_copy(self.loaded.module), self.usage)
+                return check_and_time(
+                    plan.plan_id, quantized, shallow_copy(self.loaded.module), self.usage
+                )
             with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
                 checkpoint.write(replace(self.loaded, module=quantized), plan, Path(folder))
                 spec = self._spec(plan, Path(folder), self.usage.answer_of(quantized))
                 del quantized
                 if where == "new process":
                     return self._apart(spec)
-                return load_and_deliver(spec, replace(self.loaded, module=shallow_copy(self.loaded.module)))
+                return load_and_deliver(
+                    spec, replace(self.loaded, module=shallow_copy(self.loaded.module))
+                )
         except Exception as error:  # noqa: BLE001 - what a plan cannot do is a fact about it, kept with its reason
             reason = first_line(error, with_type=True)
             return Delivery(plan_id=plan.plan_id, loop=self.usage.loop, where=where, reason=reason)
@@ -190,21 +208,37 @@ def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
         module.to(device)
 
 
-def load_and_deliver(spec: DeliverySpec, original: LoadedModel, where: Where = "same process") -> Delivery:
+def load_and_deliver(
+    spec: DeliverySpec, original: LoadedModel, where: Where = "same process"
+) -> Delivery:
     """Load the saved plan, compare its answer with the expected one, and time it."""
     skeleton = None if original.describes_itself else shallow_copy(original.module)
     quantized = applier.load(spec.folder, skeleton, device=spec.usage.device)
     error = spec.usage.answer_of(quantized).error(spec.expected)
     if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong
-        reason = f"loaded again it computes something else: its output is off by {error:.2g} (relative)"
-        return Delivery(plan_id=spec.plan_id, loop=spec.usage.loop, where=where, logits_error=error, reason=reason)
+        reason = (
+            f"loaded again it computes something else: its output is off by {error:.2g} (relative)"
+        )
+        return Delivery(
+            plan_id=spec.plan_id,
+            loop=spec.usage.loop,
+            where=where,
+            logits_error=error,
+            reason=reason,
+        )
     delivery = check_and_time(spec.plan_id, quantized, original.module, spec.usage, spec.expected)
     note = f"loaded again, its output differs by {error:.2g} (relative) from what it was in memory"
-    return replace(delivery, where=where, logits_error=error, notes=((note,) if error else ()) + delivery.notes)
+    return replace(
+        delivery, where=where, logits_error=error, notes=((note,) if error else ()) + delivery.notes
+    )
 
 
 def check_and_time(
-    plan_id: str, quantized: nn.Module, original: nn.Module, usage: Usage, expected: Answer | None = None
+    plan_id: str,
+    quantized: nn.Module,
+    original: nn.Module,
+    usage: Usage,
+    expected: Answer | None = None,
 ) -> Delivery:
     """Time a plan in turn with the unquantized model, as a user runs them.
 

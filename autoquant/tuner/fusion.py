@@ -84,7 +84,10 @@ class Fusion:
                     for member in members:
                         size = memory_bytes(member, whole.format, facts)
                         added[member.name].append(_share(member, whole, group, size))
-        return [replace(choice, choices=(*choice.choices, *added[choice.site.name])) for choice in choices]
+        return [
+            replace(choice, choices=(*choice.choices, *added[choice.site.name]))
+            for choice in choices
+        ]
 
     def join(self, choices: Sequence[LayerChoice]) -> list[LayerChoice]:
         """Join the layers of a plan that can be joined and are faster so."""
@@ -114,7 +117,9 @@ class Fusion:
         alone: list[list[LayerChoice]] = [list(members)]
         return min([*alone, *filter(None, ways)], key=total_us)
 
-    def _way(self, group: Group, whole: LayerChoice, members: Sequence[LayerChoice]) -> list[LayerChoice] | None:
+    def _way(
+        self, group: Group, whole: LayerChoice, members: Sequence[LayerChoice]
+    ) -> list[LayerChoice] | None:
         """The members' shares of `whole`, or None if one of them was not scored for it."""
         keys = [(member.name, group.names, whole.format, whole.route) for member in members]
         if not all(key in self.scored for key in keys):
@@ -140,11 +145,18 @@ def sibling_sites(sites: Sequence[Site]) -> list[tuple[tuple[str, ...], Site]]:
     found: dict[tuple[str, ...], Site] = {}
     for site in sites:
         members = [by_name[name] for name in site.siblings if name in by_name]
-        alike = [other for other in members if (other.shape.k, other.uses) == (site.shape.k, site.uses)]
+        alike = [
+            other for other in members if (other.shape.k, other.uses) == (site.shape.k, site.uses)
+        ]
         names = tuple(other.name for other in alike)
         if len(names) < 2 or names in found:
             continue
-        shape = LinearShape(n=sum(other.shape.n for other in alike), k=site.shape.k, bias=False, dtype=site.shape.dtype)
+        shape = LinearShape(
+            n=sum(other.shape.n for other in alike),
+            k=site.shape.k,
+            bias=False,
+            dtype=site.shape.dtype,
+        )
         found[names] = Site(name=" + ".join(names), parameters=(), shape=shape, uses=site.uses)
     return list(found.items())
 
@@ -154,7 +166,9 @@ def joining(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [candidate for candidate in candidates if candidate.format.joins]
 
 
-def fusion_subjects(sites: Sequence[Site], candidates: Sequence[Candidate], working_set: int) -> list[TimingSubject]:
+def fusion_subjects(
+    sites: Sequence[Site], candidates: Sequence[Candidate], working_set: int
+) -> list[TimingSubject]:
     """Return what has to be timed to know which siblings are faster as one."""
     cells = cells_of([site for _, site in sibling_sites(sites)])
     return subjects_of(cells, joining(candidates), working_set)

@@ -16,7 +16,13 @@ from autoquant.evaluators.data import check_data, data_pieces
 from autoquant.evaluators.outputs import SAMPLES, AnyQuality, OutputQuality, vary
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
 from autoquant.evaluators.sensitivity import ISOLATED, PATH, SENSITIVITIES, Sensitivity
-from autoquant.evaluators.text import DEFAULT_TEXT, GPU_WINDOWS, WANTED_WINDOWS, deal_text, file_pieces
+from autoquant.evaluators.text import (
+    DEFAULT_TEXT,
+    GPU_WINDOWS,
+    WANTED_WINDOWS,
+    deal_text,
+    file_pieces,
+)
 from autoquant.events import Listener, Notice
 from autoquant.hints import did_you_mean_path
 from autoquant.models import LoadedModel
@@ -49,7 +55,11 @@ class Asked:
         """
         given = [
             name
-            for name, value in (("--eval-text", eval_text), ("--eval-data", eval_data), ("--quality", quality))
+            for name, value in (
+                ("--eval-text", eval_text),
+                ("--eval-data", eval_data),
+                ("--quality", quality),
+            )
             if value is not None
         ]
         if len(given) > 1:
@@ -66,7 +76,9 @@ class Asked:
     def check(self, sensitivity: str | None, max_kl: float | None) -> None:
         """Refuse, before the model is loaded, what `method_of` would refuse later."""
         if sensitivity is not None and sensitivity not in SENSITIVITIES:
-            raise QualityError(f"no sensitivity {sensitivity!r}: choose one of {', '.join(SENSITIVITIES)}")
+            raise QualityError(
+                f"no sensitivity {sensitivity!r}: choose one of {', '.join(SENSITIVITIES)}"
+            )
         if self.function is not None:
             method_of(sensitivity, max_kl, self.function)
 
@@ -110,8 +122,12 @@ def make_judge(
         )
         return Judge(quality, _without_inputs(candidates, listener), words)
     if loaded.tokenizer is None:
-        raise TextError(f"this model has no tokenizer: give one with --tokenizer FOLDER, or judge it by {_OWN_LOSS}")
-    text, name = _text_quality(asked, loaded, inputs=any(each.format.needs_inputs for each in candidates))
+        raise TextError(
+            f"this model has no tokenizer: give one with --tokenizer FOLDER, or judge it by {_OWN_LOSS}"
+        )
+    text, name = _text_quality(
+        asked, loaded, inputs=any(each.format.needs_inputs for each in candidates)
+    )
     if asked.text is None and asked.data is None:
         listener(
             Notice(
@@ -143,7 +159,9 @@ def method_of(name: str | None, max_kl: float | None, quality: AnyQuality) -> Se
             "--max-kl needs a text: without one use --max-ppl-increase, the limit of what is measured instead"
         )
     if name is not None and not SENSITIVITIES[name].functions:
-        raise QualityError(f"--sensitivity {name} needs a text: without one use --sensitivity isolated")
+        raise QualityError(
+            f"--sensitivity {name} needs a text: without one use --sensitivity isolated"
+        )
     return ISOLATED
 
 
@@ -151,13 +169,21 @@ def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | Non
     """The user's function with its qualified name, whether given itself or by that name."""
     if isinstance(quality, str):
         return FunctionQuality(quality_function(quality), quality.replace(":", "."))
-    return None if quality is None else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
+    return (
+        None
+        if quality is None
+        else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
+    )
 
 
 def _without_inputs(candidates: Candidates, listener: Listener) -> list[Candidate]:
     """Drop the formats that need calibration text, since none was given."""
     for name in dict.fromkeys(each.format.id for each in candidates if each.format.needs_inputs):
-        listener(Notice(f"{name} not considered: it is rounded for what layers read on a text, and there is none"))
+        listener(
+            Notice(
+                f"{name} not considered: it is rounded for what layers read on a text, and there is none"
+            )
+        )
     return [each for each in candidates if not each.format.needs_inputs]
 
 
@@ -167,8 +193,14 @@ def _check_module(asked: Asked, *, has_inputs: bool) -> None:
     Raises:
         TextError: It cannot; the message names everything that is missing.
     """
-    given = "--eval-text" if asked.text is not None else "--eval-data" if asked.data is not None else ""
-    needs = [] if has_inputs else ["give --sample-inputs package.module:callable, the arguments of one forward pass"]
+    given = (
+        "--eval-text" if asked.text is not None else "--eval-data" if asked.data is not None else ""
+    )
+    needs = (
+        []
+        if has_inputs
+        else ["give --sample-inputs package.module:callable, the arguments of one forward pass"]
+    )
     if given:
         needs.append(
             f"leave out {given} to compare its outputs with the unquantized model's, or give {_OWN_LOSS} instead of it"

@@ -30,7 +30,9 @@ class ProofLedger:
         failures: Why a plan could not be proven, by plan id.
     """
 
-    def __init__(self, store: Store, study_id: str, runner: Runner, budget: Budget, listener: Listener) -> None:
+    def __init__(
+        self, store: Store, study_id: str, runner: Runner, budget: Budget, listener: Listener
+    ) -> None:
         self.store, self.study_id, self.budget, self.listener = store, study_id, budget, listener
         self._runner = runner
         self._selection: tuple[float, ...] = ()
@@ -46,7 +48,9 @@ class ProofLedger:
     def proven(self) -> ProvenPlans:
         """Return the proven plans."""
         return {
-            plan_id: (self.plans[plan_id], proof) for plan_id, proof in self.proofs.items() if plan_id in self.plans
+            plan_id: (self.plans[plan_id], proof)
+            for plan_id, proof in self.proofs.items()
+            if plan_id in self.plans
         }
 
     def put_plan(self, plan: Plan) -> None:
@@ -77,7 +81,9 @@ class ProofLedger:
         self.store.put_proof(plan.plan_id, proof)
         self.proofs[plan.plan_id] = proof
         milliseconds, increase = proof.request_ms, proof.increase.value
-        _log.info("proved %s: %.4g ms a request, increase %+.3g", plan.label, milliseconds, increase)
+        _log.info(
+            "proved %s: %.4g ms a request, increase %+.3g", plan.label, milliseconds, increase
+        )
         self.budget.note()
         release_memory()
         return proof

@@ -11,9 +11,13 @@ from autoquant.tuner.choices import SiteChoices
 from autoquant.tuner.fusion import Fusion
 
 
-def constraint_notices(constraints: Constraints, bound: Bound, sites: Sequence[Site]) -> Iterator[str]:
+def constraint_notices(
+    constraints: Constraints, bound: Bound, sites: Sequence[Site]
+) -> Iterator[str]:
     """Say how many layers constraints are about."""
-    for reason, count in Counter(filter(None, (constraints.reason(site.name) for site in sites))).items():
+    for reason, count in Counter(
+        filter(None, (constraints.reason(site.name) for site in sites))
+    ).items():
         yield f"{count} of {len(sites)} layers {reason}"
     if constraints.fusable:
         grouped = sum(map(len, bound.groups))
@@ -26,7 +30,9 @@ def fusion_notices(fusion: Fusion) -> Iterator[str]:
         yield "no layers read the same input: nothing can be computed as one; --fuse can be left out"
     elif not any(group.choices or group.dropped for group in fusion.groups):
         yield "layers are not computed as one: no candidate's weights can lie behind one another; allow others"
-    for reason, count in Counter(reason for group in fusion.groups for reason in group.reasons()).items():
+    for reason, count in Counter(
+        reason for group in fusion.groups for reason in group.reasons()
+    ).items():
         yield f"{count} of {len(fusion.groups)} groups not computed as one by {reason}"
 
 

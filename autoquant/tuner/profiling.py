@@ -16,7 +16,12 @@ from autoquant.tuner.workers.jobs import Limited, ProfileJob, Timed
 
 
 def measure_all(
-    subjects: Sequence[TimingSubject], *, runner: Runner, hardware: Device, store: Store, listener: Listener
+    subjects: Sequence[TimingSubject],
+    *,
+    runner: Runner,
+    hardware: Device,
+    store: Store,
+    listener: Listener,
 ) -> dict[TimingSubject, Measurement]:
     """Time the subjects that the store does not know; return the measurements of all.
 
@@ -63,13 +68,21 @@ def measure_all(
 def _dies_alone(subject: TimingSubject, runner: Runner, hardware: Device) -> str:
     """Return how the process dies if only `subject` is timed, or an empty string if it does not."""
     try:
-        runner.run(ProfileJob([subject], hardware), lambda _message: None)  # a time that is not kept
+        runner.run(
+            ProfileJob([subject], hardware), lambda _message: None
+        )  # a time that is not kept
     except ProcessDiedError as death:
         return str(death)
     return ""
 
 
-def _at_work(subjects: Sequence[TimingSubject], known: Mapping[TimingSubject, Measurement]) -> Sequence[TimingSubject]:
+def _at_work(
+    subjects: Sequence[TimingSubject], known: Mapping[TimingSubject, Measurement]
+) -> Sequence[TimingSubject]:
     """Return what is missing of the first incomplete shape and m: they are timed in order."""
     missing = [subject for subject in subjects if subject not in known]
-    return [subject for subject in missing if (subject.shape, subject.m) == (missing[0].shape, missing[0].m)]
+    return [
+        subject
+        for subject in missing
+        if (subject.shape, subject.m) == (missing[0].shape, missing[0].m)
+    ]

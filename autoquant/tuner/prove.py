@@ -59,7 +59,9 @@ class Prover:
             untuned(),
         ):  # windows have other m than the workload; their speed does not matter
             report = self.quality.compare(module, self.loaded.module, "report")
-            selection = self.quality.compare(module, self.loaded.module, "selection", self.selection)
+            selection = self.quality.compare(
+                module, self.loaded.module, "selection", self.selection
+            )
         self.selection = selection.reference
         release_memory()
         original, original_note = self._original_phases()
@@ -76,17 +78,24 @@ class Prover:
             phase_ms=times.plan_ms,
             original_request_ms=original_ms,
             original_phase_ms=times.original_ms,
-            perplexity=torch.tensor(mean, dtype=torch.float64).exp().item() if logarithmic else None,
+            perplexity=torch.tensor(mean, dtype=torch.float64).exp().item()
+            if logarithmic
+            else None,
             loss=mean,
             increase=paired_increase(report.losses, report.reference, logarithmic=logarithmic),
             selection_increase=paired_increase(
-                selection.losses, selection.reference, logarithmic=logarithmic, unseen=len(report.losses)
+                selection.losses,
+                selection.reference,
+                logarithmic=logarithmic,
+                unseen=len(report.losses),
             ),
             kl=report.kl,
             memory_bytes=module_bytes(module),
             execution=self.execution,
             notes=tuple(dict.fromkeys(filter(None, (times.note, note, original_note)))),
-            selection_kl=mean_interval(selection.sample_kl, len(report.losses)) if selection.sample_kl else None,
+            selection_kl=mean_interval(selection.sample_kl, len(report.losses))
+            if selection.sample_kl
+            else None,
             selection_losses=selection.losses,
             time_ratio=times.ratio(self.workload.calls()),
         )

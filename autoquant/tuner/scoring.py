@@ -48,7 +48,11 @@ def score(
     changes = (
         _changes_together(choices, known, device_type)
         if method.together
-        else [change for change in _changes(choices) if (change.site.name, change.numerics) not in known]
+        else [
+            change
+            for change in _changes(choices)
+            if (change.site.name, change.numerics) not in known
+        ]
     )
     count = len({change.numerics if method.together else change.site.name for change in changes})
     listener(StageStarted("score", count))

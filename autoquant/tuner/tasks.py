@@ -25,7 +25,12 @@ class TaskRow:
 
 
 def score_tasks(
-    plans: Sequence[Plan], model: str, facts: StudyFacts, tasks: Tasks, store: Store, listener: Listener = ignore
+    plans: Sequence[Plan],
+    model: str,
+    facts: StudyFacts,
+    tasks: Tasks,
+    store: Store,
+    listener: Listener = ignore,
 ) -> list[TaskRow]:
     """Score the unquantized model and then each plan, and keep every score at once.
 
@@ -42,7 +47,9 @@ def score_tasks(
     listener = logged(listener)
     loaded = load_searched(plans[0], model, facts, None)
     if loaded.kind != "causal_lm" or loaded.tokenizer is None:
-        raise TaskError("tasks need a Hugging Face causal language model with its tokenizer: this model is none")
+        raise TaskError(
+            "tasks need a Hugging Face causal language model with its tokenizer: this model is none"
+        )
     listener(StageStarted("tasks", 1 + len(plans)))
     rows = []
     for done, plan in enumerate([None, *plans]):
@@ -59,4 +66,8 @@ def _score(loaded: LoadedModel, plan: Plan | None, tasks: Tasks, facts: StudyFac
     if plan is not None:
         apply(plan, module, calibration=facts.calibration)
     scores = tasks.score(module, loaded.tokenizer)
-    return TaskRow(plan_id=plan.plan_id if plan else None, label=plan.label if plan else ORIGINAL_LABEL, scores=scores)
+    return TaskRow(
+        plan_id=plan.plan_id if plan else None,
+        label=plan.label if plan else ORIGINAL_LABEL,
+        scores=scores,
+    )

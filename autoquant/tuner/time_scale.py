@@ -49,7 +49,8 @@ class TimeScale:
     def choice(self, choice: LayerChoice, site: Site) -> LayerChoice:
         """Return the choice with the latencies expected inside the model."""
         latency = {
-            phase: us * self.factor(phase, candidate_of(choice, site, phase)) for phase, us in choice.latency_us.items()
+            phase: us * self.factor(phase, candidate_of(choice, site, phase))
+            for phase, us in choice.latency_us.items()
         }
         return replace(choice, latency_us=latency)
 
@@ -57,7 +58,9 @@ class TimeScale:
         """Return the context with the time of a request outside its linears."""
         calls = context.workload.calls()
         original_ms = request_time(self.original_ms, calls) if self.original_ms else None
-        return replace(context, rest_ms=request_time(self.rest_ms, calls), original_request_ms=original_ms)
+        return replace(
+            context, rest_ms=request_time(self.rest_ms, calls), original_request_ms=original_ms
+        )
 
     def predicted(self, plan: Plan, sites: Sequence[Site], context: PlanContext) -> Plan:
         """Return the plan with its request time predicted; its layers keep isolated times."""
@@ -71,9 +74,12 @@ class TimeScale:
         There the solver decides which layers are computed as one, so plans are not joined further.
         """
         options = [
-            [self.choice(choice, site) for choice in layer] for layer, site in zip(space.options, sites, strict=True)
+            [self.choice(choice, site) for choice in layer]
+            for layer, site in zip(space.options, sites, strict=True)
         ]
-        return replace(space, options=options, context=replace(self.within(space.context), fusion=None))
+        return replace(
+            space, options=options, context=replace(self.within(space.context), fusion=None)
+        )
 
 
 def candidate_of(choice: LayerChoice, site: Site, phase: str) -> str:
@@ -83,7 +89,9 @@ def candidate_of(choice: LayerChoice, site: Site, phase: str) -> str:
     return f"{timed_as(choice.format)}/{route_kernel(choice.route, m)}"
 
 
-def fit_time_scale(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site]) -> TimeScale:
+def fit_time_scale(
+    plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Sequence[Site]
+) -> TimeScale:
     """Fit every phase on plans whose latencies are the isolated ones."""
     by_name = {site.name: site for site in sites}
     proven = [plan for plan in plans if plan.plan_id in proofs]
@@ -95,7 +103,9 @@ def fit_time_scale(plans: Sequence[Plan], proofs: Mapping[str, Proof], sites: Se
         measured = [_drift_free_ms(proofs, plan.plan_id, phase) for plan in proven]
         rest[phase], found = _fit_phase(isolated, measured)
         factors |= {(phase, candidate): factor for candidate, factor in found.items()}
-    return TimeScale(rest, factors, {phase: _original_ms(proofs, phase) for phase in phases} if proven else {})
+    return TimeScale(
+        rest, factors, {phase: _original_ms(proofs, phase) for phase in phases} if proven else {}
+    )
 
 
 def _isolated_ms(plan: Plan, sites: Mapping[str, Site], phase: str) -> dict[str, float]:
@@ -119,12 +129,19 @@ def _original_ms(proofs: Mapping[str, Proof], phase: str) -> float:
     return median_high(proof.original_phase_ms[phase] for proof in proofs.values())
 
 
-def _fit_phase(isolated: Sequence[Mapping[str, float]], measured: Sequence[float]) -> tuple[float, dict[str, float]]:
+def _fit_phase(
+    isolated: Sequence[Mapping[str, float]], measured: Sequence[float]
+) -> tuple[float, dict[str, float]]:
     candidates = list(dict.fromkeys(name for sums in isolated for name in sums))
     scale = float(np.median(measured))
     rows = [[1.0, *(sums.get(name, 0.0) / scale for name in candidates)] for sums in isolated]
-    pull = [[0.0, *(_STRENGTH if i == j else 0.0 for j in range(len(candidates)))] for i in range(len(candidates))]
+    pull = [
+        [0.0, *(_STRENGTH if i == j else 0.0 for j in range(len(candidates)))]
+        for i in range(len(candidates))
+    ]
     targets = [*(value / scale for value in measured), *([_STRENGTH] * len(candidates))]
     bounds = ([0.0, *([_LOWEST] * len(candidates))], [np.inf, *([_HIGHEST] * len(candidates))])
     solution = lsq_linear(np.asarray([*rows, *pull]), np.asarray(targets), bounds=bounds).x
-    return float(solution[0]) * scale, {name: float(x) for name, x in zip(candidates, solution[1:], strict=True)}
+    return float(solution[0]) * scale, {
+        name: float(x) for name, x in zip(candidates, solution[1:], strict=True)
+    }

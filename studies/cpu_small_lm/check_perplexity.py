@@ -40,14 +40,20 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
 
 def main() -> None:
     """Print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--first-characters", type=int, default=400_000)
     parser.add_argument("--skip-characters", type=int, default=0)
-    parser.add_argument("--float32", action="store_true", help="compute in float32 (unquantized models only)")
-    parser.add_argument("--parts", action="store_true", help="also the report part as autoquant deals it out")
+    parser.add_argument(
+        "--float32", action="store_true", help="compute in float32 (unquantized models only)"
+    )
+    parser.add_argument(
+        "--parts", action="store_true", help="also the report part as autoquant deals it out"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -61,11 +67,17 @@ def main() -> None:
     text = arguments.text.read_text(encoding="utf-8")[start : start + arguments.first_characters]
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     windows = ids[: len(ids) // 512 * 512].reshape(-1, 512)[: arguments.windows]
-    result = {"folder": arguments.folder.name, "windows": len(windows), "perplexity": perplexity(model, windows)}
+    result = {
+        "folder": arguments.folder.name,
+        "windows": len(windows),
+        "perplexity": perplexity(model, windows),
+    }
     if arguments.parts:
         from autoquant.evaluators.text import read_text
 
-        result["report_perplexity"] = perplexity(model, read_text(arguments.text, tokenizer).windows["report"])
+        result["report_perplexity"] = perplexity(
+            model, read_text(arguments.text, tokenizer).windows["report"]
+        )
     print(json.dumps(result))
 
 

@@ -25,8 +25,14 @@ def counts(database: Path) -> dict[str, int]:
     if not database.exists():
         return dict.fromkeys(TABLES, 0)
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
-        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        return {t: connection.execute(f"SELECT count(*) FROM {t}").fetchone()[0] if t in names else 0 for t in TABLES}
+        names = {
+            name
+            for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        }
+        return {
+            t: connection.execute(f"SELECT count(*) FROM {t}").fetchone()[0] if t in names else 0
+            for t in TABLES
+        }
 
 
 def timing_rows(database: Path) -> dict[tuple[object, ...], tuple[object, ...]]:
@@ -47,7 +53,9 @@ def front(database: Path) -> list[str]:
 
 def main() -> None:
     """Print one line per kill and a JSON object at the end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
     parser.add_argument("--db", type=Path, required=True)
@@ -59,7 +67,15 @@ def main() -> None:
         at = own.index("--")
         own, more = own[:at], own[at + 1 :]
     arguments = parser.parse_args(own)
-    command = [sys.executable, "-m", "autoquant", "search", arguments.model, "--eval-text", arguments.text]
+    command = [
+        sys.executable,
+        "-m",
+        "autoquant",
+        "search",
+        arguments.model,
+        "--eval-text",
+        arguments.text,
+    ]
     command += ["--db", str(arguments.db), *more]
     moments = random.Random(arguments.seed)
     seen: dict[tuple[object, ...], tuple[object, ...]] = {}
@@ -83,7 +99,12 @@ def main() -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     second = front(arguments.db), counts(arguments.db), timing_rows(arguments.db)
     repeated += sum(1 for key, value in seen.items() if first[2].get(key) != value)
-    result = {"kills": arguments.kills, "timings_changed": repeated, "rows": first[1], "front": first[0]}
+    result = {
+        "kills": arguments.kills,
+        "timings_changed": repeated,
+        "rows": first[1],
+        "front": first[0],
+    }
     print(json.dumps({**result, "a_further_run_changes_nothing": first == second}))
 
 

@@ -38,14 +38,22 @@ def unquantized(frame: pd.DataFrame) -> pd.Series:
 def print_table(table: pd.DataFrame, picked: pd.DataFrame | None) -> None:
     """Every cell: unquantized, what autoquant picks for it, and the pick's time against the best of another run."""
     best, plain = fastest(table, CELL), unquantized(table)
-    print("| shape | m | bf16 us | picked | us | over floor | times faster | pick in another run, over its best |")
+    print(
+        "| shape | m | bf16 us | picked | us | over floor | times faster | pick in another run, over its best |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for cell, row in best.iterrows():
         again = ""
         if picked is not None:
             there = picked[(picked[CELL] == list(cell)).all(axis=1) & (picked.outcome == "ok")]
             own = there[there.candidate == row.candidate].latency_us
-            again = f"{own.iloc[0] / there.latency_us.min():.3f}" if len(own) else "" if there.empty else "not timed"
+            again = (
+                f"{own.iloc[0] / there.latency_us.min():.3f}"
+                if len(own)
+                else ""
+                if there.empty
+                else "not timed"
+            )
         n, k, m = cell
         print(
             f"| {n}x{k} | {m} | {plain[cell]:.1f} | {row.candidate} | {row.latency_us:.1f} "
@@ -57,9 +65,17 @@ def print_routes(table: pd.DataFrame) -> None:
     """One stored weight for all m: the fastest kernel of each format over m, against unquantized."""
     plain = unquantized(table)
     best = fastest(table, ["format", *CELL])
-    ratios = best.assign(ratio=[plain[cell[1:]] / row.latency_us for cell, row in best.iterrows()]).ratio
-    means = ratios.groupby(level=["format", "m"]).apply(lambda r: r.prod() ** (1 / len(r))).unstack("m")
-    print(means.round(2).to_markdown() if hasattr(means, "to_markdown") and _has_tabulate() else means.round(2))
+    ratios = best.assign(
+        ratio=[plain[cell[1:]] / row.latency_us for cell, row in best.iterrows()]
+    ).ratio
+    means = (
+        ratios.groupby(level=["format", "m"]).apply(lambda r: r.prod() ** (1 / len(r))).unstack("m")
+    )
+    print(
+        means.round(2).to_markdown()
+        if hasattr(means, "to_markdown") and _has_tabulate()
+        else means.round(2)
+    )
 
 
 def _has_tabulate() -> bool:
@@ -83,8 +99,12 @@ def print_repeatability(first: pd.DataFrame, second: pd.DataFrame) -> None:
         )
         for cell in common[~(same | close)]:
             one, two = a.loc[cell], b.loc[cell]
-            print(f"  {cell}: {one.candidate} {one.latency_us:.2f} us, then {two.candidate} {two.latency_us:.2f} us")
-    both = first[first.outcome == "ok"].merge(second[second.outcome == "ok"], on=[*CELL, "candidate"])
+            print(
+                f"  {cell}: {one.candidate} {one.latency_us:.2f} us, then {two.candidate} {two.latency_us:.2f} us"
+            )
+    both = first[first.outcome == "ok"].merge(
+        second[second.outcome == "ok"], on=[*CELL, "candidate"]
+    )
     ratio = (both.latency_us_y / both.latency_us_x).sort_values()
     quantiles = ", ".join(f"{q:.0%} {ratio.quantile(q):.3f}" for q in (0.05, 0.25, 0.5, 0.75, 0.95))
     print(f"second over first run, {len(both)} candidates timed in both: {quantiles}")
@@ -92,12 +112,19 @@ def print_repeatability(first: pd.DataFrame, second: pd.DataFrame) -> None:
     print(f"spread within a comparison (interquartile range over median): median {spread:.2%}")
 
 
-def model_ms(latency_us: pd.Series, per_layer: dict[tuple[int, int], int] = PER_LAYER) -> dict[str, float]:
+def model_ms(
+    latency_us: pd.Series, per_layer: dict[tuple[int, int], int] = PER_LAYER
+) -> dict[str, float]:
     """Milliseconds of the linears of 32 layers in a prefill of 2,048 tokens, a decode step, and a request."""
     sums = {
-        m: sum(count * latency_us[n, k, m] for (n, k), count in per_layer.items()) * LAYERS / 1e3 for m in (1, 2048)
+        m: sum(count * latency_us[n, k, m] for (n, k), count in per_layer.items()) * LAYERS / 1e3
+        for m in (1, 2048)
     }
-    return {"prefill": sums[2048], "decode": sums[1], "request": PREFILLS * sums[2048] + STEPS * sums[1]}
+    return {
+        "prefill": sums[2048],
+        "decode": sums[1],
+        "request": PREFILLS * sums[2048] + STEPS * sums[1],
+    }
 
 
 def print_float8(table: pd.DataFrame, uniform: pd.DataFrame) -> None:
@@ -117,7 +144,11 @@ def print_float8(table: pd.DataFrame, uniform: pd.DataFrame) -> None:
 def main() -> None:
     """Print everything there is."""
     out = Path(sys.argv[1])
-    runs = {name: read(out, name) for name in ("cold1", "warm", "cold2", "table") if (out / f"{name}.csv").exists()}
+    runs = {
+        name: read(out, name)
+        for name in ("cold1", "warm", "cold2", "table")
+        if (out / f"{name}.csv").exists()
+    }
     if (out / "seconds.txt").exists():
         print((out / "seconds.txt").read_text())
     for name, frame in runs.items():

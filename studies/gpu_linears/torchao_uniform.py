@@ -45,7 +45,9 @@ def make(name: str, n: int, k: int, m: int, copies: int):  # noqa: ANN201
     weights = []
     for seed in range(copies):
         torch.manual_seed(seed)
-        linear = torch.nn.Sequential(torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="cuda"))
+        linear = torch.nn.Sequential(
+            torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="cuda")
+        )
         quantize_(linear, config(name))
         weights.append(linear[0].weight.detach())
     x = torch.randn(1, m, k, dtype=torch.bfloat16, device="cuda")
@@ -80,7 +82,9 @@ def main() -> None:
     listed = read_shapes(arguments.shapes, "bfloat16")
     shapes = [shape for shape in listed.names if shape not in listed.rows]
     jobs = [(c, s.n, s.k, m) for c in CONFIGS for s in shapes for m in ROWS]
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), (os.cpu_count() or 2) - 1)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        min(len(jobs), (os.cpu_count() or 2) - 1)
+    ) as pool:
         pool.map(compile_one, jobs, chunksize=1)
 
     import torch
@@ -92,7 +96,9 @@ def main() -> None:
     for name, n, k, m in jobs:
         function, x, weights = make(name, n, k, m, max(1, -(-COLD_BYTES // (n * k))))
         with torch.no_grad():
-            clock = GraphClock(lambda i, f=function, x=x, w=weights: f(x, w[i]), len(weights), "cuda")
+            clock = GraphClock(
+                lambda i, f=function, x=x, w=weights: f(x, w[i]), len(weights), "cuda"
+            )
             clock.start()
             samples = sorted(clock.sample() for _ in range(ROUNDS))
         quarter = len(samples) // 4

@@ -45,7 +45,9 @@ class Model:
     note: str = ""
 
 
-def make_ready(label: str, module: nn.Module, workload: Workload, device: str, plan: Plan | None = None) -> Model:
+def make_ready(
+    label: str, module: nn.Module, workload: Workload, device: str, plan: Plan | None = None
+) -> Model:
     """Compile, capture and run a model. Random weights magnify rounding: a wrong result is noted, not refused."""
     note = ""
     try:
@@ -68,7 +70,11 @@ def make_models(arguments: argparse.Namespace, workload: Workload, device: str) 
     plans: dict[str, Plan] = {}
     if arguments.timings:
         planner = make_planner(module, workload, device, arguments.timings)
-        makes = {label: make for label, make in (FASTEST | FASTEST_FUSED).items() if label in arguments.only}
+        makes = {
+            label: make
+            for label, make in (FASTEST | FASTEST_FUSED).items()
+            if label in arguments.only
+        }
         planner.check(list(makes.values()), arguments.timings, arguments.out / "shapes.txt")
         plans = {label: planner.plan(label, make) for label, make in makes.items()}
     makers = {label: partial(apply, plan) for label, plan in plans.items()} | torchao_settings()
@@ -102,28 +108,43 @@ def with_rest(plan: Plan | None, original: BenchRow, workload: Workload) -> Plan
     """The plan, which so far predicts its linears only, with what bf16 takes besides its own."""
     if plan is None:
         return None
-    linears = {phase: sum(step.layer_us({}).values()) / 1e3 for phase, step in original.steps.items()}
+    linears = {
+        phase: sum(step.layer_us({}).values()) / 1e3 for phase, step in original.steps.items()
+    }
     rest_ms = original.request_ms - request_time(linears, workload.calls())
-    return replace(plan, prediction=replace(plan.prediction, request_ms=plan.prediction.linear_ms + rest_ms))
+    return replace(
+        plan, prediction=replace(plan.prediction, request_ms=plan.prediction.linear_ms + rest_ms)
+    )
 
 
 def main() -> None:
     """Time, then profile."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--timings", help="as for whole_model.py; without it torchao's settings only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--timings", help="as for whole_model.py; without it torchao's settings only"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--small", action="store_true", help="a small model on the CPU, to try this script")
-    parser.add_argument("--only", nargs="*", default=MODELS, help="names of the models to look into")
+    parser.add_argument(
+        "--small", action="store_true", help="a small model on the CPU, to try this script"
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=MODELS, help="names of the models to look into"
+    )
     arguments = parser.parse_args()
     device = "cpu" if arguments.small else "cuda"
-    workload = Workload.parse(f"prefill={PROMPT // arguments.batch},decode={STEPS}", arguments.batch)
+    workload = Workload.parse(
+        f"prefill={PROMPT // arguments.batch},decode={STEPS}", arguments.batch
+    )
     models = make_models(arguments, workload, device)
     times, note = time_in_turn([model.phases for model in models], device)
     print(note, flush=True)
     original, *rows = [
-        profiled(model, phase_ms, workload, device) for model, phase_ms in zip(models, times, strict=True)
+        profiled(model, phase_ms, workload, device)
+        for model, phase_ms in zip(models, times, strict=True)
     ]
     with (arguments.out / f"attribution-{arguments.batch}.txt").open("w") as file:
         console = Console(file=file, width=120)

@@ -37,7 +37,10 @@ ROUTES = {
     ),
     "int8-row": (
         "int8-row/plain",
-        (RouteStep(upper_m=16, kernel="gemlite"), RouteStep(upper_m=None, kernel="gemlite-dynamic")),
+        (
+            RouteStep(upper_m=16, kernel="gemlite"),
+            RouteStep(upper_m=None, kernel="gemlite-dynamic"),
+        ),
     ),
 }
 AGAIN, IN_ONE_PIECE = " again", " in one piece"
@@ -70,7 +73,9 @@ def timed(into: dict[str, float], name: str, device: str) -> Iterator[None]:
 
 def compiler_seconds() -> dict[str, float]:
     """What PyTorch has spent on each stage so far, in this process."""
-    return {name: sum(seconds) for name, seconds in torch._dynamo.utils.compilation_time_metrics.items()}
+    return {
+        name: sum(seconds) for name, seconds in torch._dynamo.utils.compilation_time_metrics.items()
+    }
 
 
 def watch_tuning(seconds: dict[str, float]) -> Callable[[], None]:
@@ -111,7 +116,9 @@ def quantize(module: nn.Module, model: str, small: bool) -> None:
             owner.weight = nn.Parameter(wrapped, requires_grad=False)
 
 
-def make_ready(module: nn.Module, label: str, workload: Workload, device: str, small: bool) -> tuple[dict, Phases]:
+def make_ready(
+    module: nn.Module, label: str, workload: Workload, device: str, small: bool
+) -> tuple[dict, Phases]:
     """Apply, compile, capture; the seconds of each part."""
     seconds: dict[str, float] = {}
     model = label.removesuffix(AGAIN).removesuffix(IN_ONE_PIECE)
@@ -159,17 +166,23 @@ def step_ms(phases: Phases, device: str) -> Mapping[str, float]:
 
 def main() -> None:
     """Make models ready in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["bf16", "float8-row", "float8-row again"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--label", default="")
-    parser.add_argument("--small", action="store_true", help="a small model on the CPU, to try this script")
+    parser.add_argument(
+        "--small", action="store_true", help="a small model on the CPU, to try this script"
+    )
     arguments = parser.parse_args()
     device = "cpu" if arguments.small else "cuda"
     prompt, steps = (SMALL_PROMPT, SMALL_STEPS) if arguments.small else (PROMPT, STEPS)
-    workload = Workload.parse(f"prefill={prompt // arguments.batch},decode={steps}", arguments.batch)
+    workload = Workload.parse(
+        f"prefill={prompt // arguments.batch},decode={steps}", arguments.batch
+    )
     module = build(arguments.layers, arguments.small)
     for label in arguments.models:
         tuning: dict[str, float] = {}
@@ -177,7 +190,12 @@ def main() -> None:
         with kernels_kept(device):
             seconds, phases = make_ready(module, label, workload, device, arguments.small)
         end()
-        row = {"label": arguments.label, "model": label, "layers": arguments.layers, "batch": arguments.batch}
+        row = {
+            "label": arguments.label,
+            "model": label,
+            "layers": arguments.layers,
+            "batch": arguments.batch,
+        }
         row |= {name: round(value, 2) for name, value in (seconds | tuning).items()}
         row |= {name: round(value, 3) for name, value in step_ms(phases, device).items()}
         print(json.dumps(row), flush=True)

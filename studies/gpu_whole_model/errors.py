@@ -18,7 +18,9 @@ def main() -> None:
                 errors[f"{path.name}: {row['label']}"] = row["prediction_error"]
     for row in json.loads((HERE.parent / "gpu_search/results/pareto.json").read_text()):
         if row["kind"] != "original":
-            errors[f"gpu_search: {row['label']}"] = row["predicted_request_ms"] / row["measured_request_ms"] - 1
+            errors[f"gpu_search: {row['label']}"] = (
+                row["predicted_request_ms"] / row["measured_request_ms"] - 1
+            )
     for name, error in errors.items():
         print(f"{error:+7.1%}  {name}")
     sizes = [abs(error) for error in errors.values()]

@@ -22,7 +22,15 @@ from autoquant.profiler.measure import cells_of, subjects_of, with_original
 from autoquant.profiler.record import record
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.profiler.timing_table import TimingTable
-from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Site, TimingSubject, Workload
+from autoquant.records import (
+    LayerChoice,
+    LinearShape,
+    Measurement,
+    Plan,
+    Site,
+    TimingSubject,
+    Workload,
+)
 from autoquant.runtime.phases import make_phases
 from autoquant.solver.planning import PlanContext, make_plan
 from autoquant.solver.solve import fastest
@@ -79,7 +87,9 @@ DIFFERENT = {
     "mlp 8 bits, fused": Make(((MLP, ROWS),), fused=True),
     "mlp 8 bits": Make(((MLP, ROWS),)),
     "mlp 4 bits, the rest 8": Make(((MLP, FOUR_BITS), ("", ROWS))),
-    "attention int8, the rest float8, fused": Make(((ATTENTION, ("int8-row*",)), ("", ROWS)), fused=True),
+    "attention int8, the rest float8, fused": Make(
+        ((ATTENTION, ("int8-row*",)), ("", ROWS)), fused=True
+    ),
     "every second block 8 bits, fused": Make(((EVEN_BLOCKS, ROWS),), fused=True),
     "every second block 4 bits, others 8": Make(((EVEN_BLOCKS, FOUR_BITS), ("", ROWS))),
     "head alone 8 bits": Make(((r"lm_head", ROWS),)),
@@ -110,7 +120,11 @@ class Planner:
         }
         layers = complete([options[site.name] for site in self.sites])
         context = PlanContext(
-            study_id="whole-model", model_hash="random", dtype=DTYPE, workload=self.workload, other_bytes=0
+            study_id="whole-model",
+            model_hash="random",
+            dtype=DTYPE,
+            workload=self.workload,
+            other_bytes=0,
         )
         space = SearchSpace(layers, context)
         picks = fastest(space.problem)
@@ -134,13 +148,21 @@ class Planner:
         Raises:
             TimingsMissing: It does.
         """
-        missing = [subject for make in makes for subject in self._subjects(make) if subject not in self.timings]
+        missing = [
+            subject
+            for make in makes
+            for subject in self._subjects(make)
+            if subject not in self.timings
+        ]
         if not missing:
             return
         rows: dict[LinearShape, set[int]] = {}
         for subject in missing:
             rows.setdefault(subject.shape, set()).add(subject.m)
-        lines = [f"{shape.n}x{shape.k} rows={','.join(map(str, sorted(all_m)))}\n" for shape, all_m in rows.items()]
+        lines = [
+            f"{shape.n}x{shape.k} rows={','.join(map(str, sorted(all_m)))}\n"
+            for shape, all_m in rows.items()
+        ]
         shapes.write_text("".join(lines))
         globs = dict.fromkeys(subject.candidate for subject in missing)
         candidates = " ".join(f"--candidates '{glob}'" for glob in globs)
@@ -153,7 +175,9 @@ class Planner:
         """The sites by what they may get."""
         found: dict[tuple[str, ...], list[Site]] = {}
         for site in self.sites:
-            globs = next((globs for pattern, globs in make.rules if re.search(pattern, site.name)), ())
+            globs = next(
+                (globs for pattern, globs in make.rules if re.search(pattern, site.name)), ()
+            )
             found.setdefault(globs, []).append(site)
         return found
 
@@ -177,7 +201,9 @@ class Planner:
             )
         ]
 
-    def _choices(self, globs: Sequence[str], sites: Sequence[Site], fused: bool) -> list[SiteChoices]:
+    def _choices(
+        self, globs: Sequence[str], sites: Sequence[Site], fused: bool
+    ) -> list[SiteChoices]:
         candidates = self._candidates(globs)
         formats = {each.format.id: each.format for each in candidates}
         for shape in dict.fromkeys(site.shape for site in sites):
@@ -215,7 +241,11 @@ def as_loaded(module: nn.Module) -> LoadedModel:
 def make_planner(module: nn.Module, workload: Workload, device: str, database: str) -> Planner:
     """A planner for a causal language model on this machine's device."""
     exists = Path(database).exists()
-    timings = open_store(database, create=False).timings(backend(device).fingerprint(), PROTOCOL) if exists else {}
+    timings = (
+        open_store(database, create=False).timings(backend(device).fingerprint(), PROTOCOL)
+        if exists
+        else {}
+    )
     recording = record(module, make_phases(as_loaded(module), workload))
     working_set = max((subject.working_set_bytes for subject in timings), default=0)
     return Planner(recording.sites, workload, device, timings, working_set)

@@ -20,10 +20,17 @@ HEAD = (128256, 4096, 1)  # once in the prompt, once in each step
 BANDWIDTH_BYTES_PER_S = 4.15e12  # the rooflines of the linears' study: 4.13 to 4.16
 
 
-FUSED = {(6144, 4096): 1, (4096, 4096): 1, (28672, 4096): 1, (4096, 14336): 1}  # q + k + v, o, gate + up, down
+FUSED = {
+    (6144, 4096): 1,
+    (4096, 4096): 1,
+    (28672, 4096): 1,
+    (4096, 14336): 1,
+}  # q + k + v, o, gate + up, down
 
 
-def request_ms(latency_us: pd.Series, per_layer: dict[tuple[int, int], int] = PER_LAYER) -> tuple[float, float]:
+def request_ms(
+    latency_us: pd.Series, per_layer: dict[tuple[int, int], int] = PER_LAYER
+) -> tuple[float, float]:
     """Milliseconds of a decode step's linears, and of a request's, the head among them."""
     sums, head_ms = model_ms(latency_us, per_layer), latency_us[HEAD] / 1e3
     return sums["decode"] + head_ms, sums["request"] + (1 + STEPS) * head_ms
@@ -42,7 +49,10 @@ def main() -> None:
     table["candidate"] = table.format + "/" + table.kernel
     plain_step, plain = request_ms(unquantized(table))
     float8 = fastest(table[table.format == "float8-row/plain"], CELL).latency_us
-    apart, fused = measured("rows-1.jsonl", "8 bits"), measured("rows-1-fused.jsonl", "8 bits, fused")
+    apart, fused = (
+        measured("rows-1.jsonl", "8 bits"),
+        measured("rows-1-fused.jsonl", "8 bits, fused"),
+    )
     apart_too = measured("rows-1-fused.jsonl", "8 bits")
     tiled = measured("rows-1-tiled.jsonl", "any bits, fused")
     steps = {}

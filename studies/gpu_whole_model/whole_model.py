@@ -21,7 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from plans import DIFFERENT, FASTEST, FASTEST_FUSED, Planner, TimingsMissing, as_loaded, make_planner
+from plans import (
+    DIFFERENT,
+    FASTEST,
+    FASTEST_FUSED,
+    Planner,
+    TimingsMissing,
+    as_loaded,
+    make_planner,
+)
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
@@ -41,8 +49,18 @@ def build(layers: int, small: bool) -> nn.Module:
     """The model, random weights, bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    full = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    size = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    full = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     config = LlamaConfig(
         **(size if small else full),
         num_hidden_layers=layers,
@@ -73,7 +91,9 @@ def torchao_settings() -> dict[str, Callable[[nn.Module], None]]:
 
     return {
         "torchao float8 weight-only": setting(Float8WeightOnlyConfig()),
-        "torchao float8 dynamic rows": setting(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())),
+        "torchao float8 dynamic rows": setting(
+            Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+        ),
         "torchao int8 dynamic": setting(Int8DynamicActivationInt8WeightConfig()),
     }
 
@@ -90,7 +110,9 @@ def measure(label: str, module: nn.Module, original, workload: Workload, device:
             with kernels_kept(device):
                 phases = make_phases(as_loaded(copy), workload, compiled=True)
                 warm_up(phases)
-        except WrongResultError as error:  # random weights magnify rounding; said, and timed all the same
+        except (
+            WrongResultError
+        ) as error:  # random weights magnify rounding; said, and timed all the same
             note = str(error)
             for phase in workload.phases:
                 phases.reset(phase.name)
@@ -125,15 +147,24 @@ def make_plans(planner: Planner, arguments: argparse.Namespace) -> dict[str, Pla
     """The plans that were asked for, by label; those that are another one's again are left out, and said."""
     makes = dict(list(DIFFERENT.items())[: arguments.plans]) if arguments.plans else FASTEST
     makes = makes | (FASTEST_FUSED if arguments.fuse and not arguments.plans else {})
-    makes = {label: make for label, make in makes.items() if not arguments.only or label in arguments.only}
+    makes = {
+        label: make
+        for label, make in makes.items()
+        if not arguments.only or label in arguments.only
+    }
     planner.check(list(makes.values()), arguments.timings, arguments.out / "shapes.txt")
     plans: dict[str, Plan] = {}
     for label, make in makes.items():
         plan = planner.plan(label, make)
-        again = next((known for known, other in plans.items() if other.plan_id == plan.plan_id), None)
+        again = next(
+            (known for known, other in plans.items() if other.plan_id == plan.plan_id), None
+        )
         joined = sum(bool(layer.joined) for layer in plan.layers)
         linear_ms = request_time(planner.linear_ms(plan), planner.workload.calls())
-        print(f"{label}: {plan.formats()}, {joined} computed with others, linears {linear_ms:.1f} ms a request", end="")
+        print(
+            f"{label}: {plan.formats()}, {joined} computed with others, linears {linear_ms:.1f} ms a request",
+            end="",
+        )
         print(f"; the same plan as {again}, not measured again" if again else "", flush=True)
         if not again:
             plans[label] = plan
@@ -142,16 +173,26 @@ def make_plans(planner: Planner, arguments: argparse.Namespace) -> dict[str, Pla
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--timings", help="without it only torchao's settings are measured")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=500, help="no further model is begun after these")
-    parser.add_argument("--small", action="store_true", help="a small model on the CPU, to try this script")
+    parser.add_argument(
+        "--seconds", type=float, default=500, help="no further model is begun after these"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a small model on the CPU, to try this script"
+    )
     parser.add_argument("--fuse", action="store_true", help="also plans that compute layers as one")
     parser.add_argument(
-        "--plans", type=int, default=0, metavar="N", help=f"N of {len(DIFFERENT)} plans of different make"
+        "--plans",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"N of {len(DIFFERENT)} plans of different make",
     )
     parser.add_argument("--only", nargs="*", help="names of the models to measure")
     return parser.parse_args()
@@ -162,7 +203,8 @@ def summarise(rows: list[dict[str, object]]) -> None:
     errors = [abs(row["prediction_error"]) for row in rows if "prediction_error" in row]
     if errors:
         print(
-            f"predicted request time: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, ", end=""
+            f"predicted request time: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, ",
+            end="",
         )
         print(f"{len(errors)} plans", flush=True)
 
@@ -173,7 +215,9 @@ def main() -> None:
     started = time.monotonic()
     device = "cpu" if arguments.small else "cuda"
     prompt, steps = (SMALL_PROMPT, SMALL_STEPS) if arguments.small else (PROMPT, STEPS)
-    workload = Workload.parse(f"prefill={prompt // arguments.batch},decode={steps}", arguments.batch)
+    workload = Workload.parse(
+        f"prefill={prompt // arguments.batch},decode={steps}", arguments.batch
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
     module = build(arguments.layers, arguments.small)
     print(f"built {time.monotonic() - started:.0f} s", flush=True)
@@ -186,7 +230,9 @@ def main() -> None:
     }
     if not arguments.plans:
         makers |= {
-            label: make for label, make in torchao_settings().items() if not arguments.only or label in arguments.only
+            label: make
+            for label, make in torchao_settings().items()
+            if not arguments.only or label in arguments.only
         }
     with kernels_kept(device):
         original = make_phases(as_loaded(module), workload, compiled=True)

@@ -93,17 +93,25 @@ class Setting:
 
     def cold(self, seed: int, folder: str) -> Proposals:
         """The same sampler in the same space, told of no plan."""
-        untold = {plan_id: (replace(plan, kind="uniform"), proof) for plan_id, (plan, proof) in self.known.items()}
+        untold = {
+            plan_id: (replace(plan, kind="uniform"), proof)
+            for plan_id, (plan, proof) in self.known.items()
+        }
         return self._proposals(untold, seed, f"{folder}/cold{seed}.db")
 
     def random(self, seed: int, _folder: str) -> Proposals:
         """Every kind of layer gets one of its choices, drawn at random."""
         draw = random.Random(seed)
         while True:
-            picked = [draw.choice([choice for choice in layer if not choice.joined]) for layer in self.space.options]
+            picked = [
+                draw.choice([choice for choice in layer if not choice.joined])
+                for layer in self.space.options
+            ]
             yield make_plan(picked, "random", "refined", self.space.context), lambda _proof: None
 
-    def _proposals(self, known: dict[str, tuple[Plan, Proof]], seed: int, database: str) -> Proposals:
+    def _proposals(
+        self, known: dict[str, tuple[Plan, Proof]], seed: int, database: str
+    ) -> Proposals:
         url = f"sqlite:///{database}"
         return proposals(self.space, storage_url=url, seed=seed, known=known, max_memory_bytes=None)
 
@@ -115,7 +123,9 @@ def main() -> None:
     setting, evaluate = prepare(arguments.database, arguments.text)
     rows = []
     with (arguments.out / "growth.csv").open("w", newline="", buffering=1) as file:
-        writer = csv.DictWriter(file, ["way", "seed", "evaluation", "hypervolume", "seconds"], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, ["way", "seed", "evaluation", "hypervolume", "seconds"], lineterminator="\n"
+        )
         writer.writeheader()
         for row in compare(setting, evaluate, arguments.evaluations, arguments.seeds):
             writer.writerow(row)
@@ -140,12 +150,23 @@ def prepare(database: str, text: str) -> tuple[Setting, Evaluator]:
         raise SystemExit(f"{text} is not the text that {database} was searched with")
     original = original_plan(replace(space, unquantized=[layer[0] for layer in space.options]))
     evaluate = Evaluator(loaded, quality, original.prediction.request_ms)
-    proven = [plan for plan in plans if plan.kind in (*BASELINES, "front") and plan.plan_id in study.proofs()]
-    start = [replace(plan, prediction=predict(_calibrated(plan, space.options), space.context)) for plan in proven]
-    return Setting(space, {plan.plan_id: (plan, evaluate(plan)) for plan in (original, *start)}), evaluate
+    proven = [
+        plan
+        for plan in plans
+        if plan.kind in (*BASELINES, "front") and plan.plan_id in study.proofs()
+    ]
+    start = [
+        replace(plan, prediction=predict(_calibrated(plan, space.options), space.context))
+        for plan in proven
+    ]
+    return Setting(
+        space, {plan.plan_id: (plan, evaluate(plan)) for plan in (original, *start)}
+    ), evaluate
 
 
-def compare(setting: Setting, evaluate: Evaluator, evaluations: int, seeds: int) -> Iterator[dict[str, object]]:
+def compare(
+    setting: Setting, evaluate: Evaluator, evaluations: int, seeds: int
+) -> Iterator[dict[str, object]]:
     """The hypervolume after each evaluation, over that of the start."""
     growth = growth_of(setting.known, "time")
     start = hypervolume(growth.points, growth.reference)
@@ -160,7 +181,13 @@ def compare(setting: Setting, evaluate: Evaluator, evaluations: int, seeds: int)
                     points.append(point_of(proof, "time") or growth.reference)
                     ratio = hypervolume(points, growth.reference) / start
                     seconds = round(time.monotonic() - began, 1)
-                    yield {"way": way, "seed": seed, "evaluation": number, "hypervolume": ratio, "seconds": seconds}
+                    yield {
+                        "way": way,
+                        "seed": seed,
+                        "evaluation": number,
+                        "hypervolume": ratio,
+                        "seconds": seconds,
+                    }
 
 
 def as_table(rows: Sequence[dict[str, object]], evaluations: int) -> str:
@@ -179,7 +206,11 @@ def as_table(rows: Sequence[dict[str, object]], evaluations: int) -> str:
                 if row["way"] == way and int(str(row["evaluation"])) <= count:
                     reached[row["seed"]] = float(str(row["hypervolume"]))
             values = list(reached.values())
-            cells.append(f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})" if values else "")
+            cells.append(
+                f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+                if values
+                else ""
+            )
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -187,7 +218,14 @@ def as_table(rows: Sequence[dict[str, object]], evaluations: int) -> str:
 def _calibrated(plan: Plan, options: Options) -> list[LayerChoice]:
     """The plan's choices with their times as they are in the options."""
     return [
-        next((c for c in layer if (c.format, c.route, c.joined) == (own.format, own.route, own.joined)), own)
+        next(
+            (
+                c
+                for c in layer
+                if (c.format, c.route, c.joined) == (own.format, own.route, own.joined)
+            ),
+            own,
+        )
         for own, layer in zip(plan.layers, options, strict=True)
     ]
 

@@ -53,14 +53,19 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "calibration_text", "report_text", "out"):
         parser.add_argument(name)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("--report-windows", type=int, default=16)
     parser.add_argument(
-        "--skip-windows", type=int, default=24, help="windows of the report text that are left out first"
+        "--skip-windows",
+        type=int,
+        default=24,
+        help="windows of the report text that are left out first",
     )
     return parser.parse_args()
 
@@ -76,12 +81,15 @@ def format_name(storage: str, rounding: str) -> str:
 def format_of(values: str, device_type: str) -> Format:
     """The first layout of these values that the device can store."""
     layouts = {"cpu": ("cpu-packed", "bit-planes"), "cuda": ("gemlite", "bit-planes")}[device_type]
-    return next(fmt for fmt in known_formats().values() if fmt.values == values and fmt.id.endswith(layouts))
+    return next(
+        fmt for fmt in known_formats().values() if fmt.values == values and fmt.id.endswith(layouts)
+    )
 
 
 def windows(loaded: LoadedModel, path: str, first: int, count: int) -> torch.Tensor:
     """Token ids `[count, 512]` of a text, from window `first` on."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.endswith(".xz") else open(path, encoding="utf-8")  # noqa: SIM115
+    open_text = lzma.open if path.endswith(".xz") else open
+    opened = open_text(path, "rt", encoding="utf-8")
     wanted = (first + count) * WINDOW_TOKENS
     tokens: list[int] = []
     with opened as file:
@@ -93,7 +101,11 @@ def windows(loaded: LoadedModel, path: str, first: int, count: int) -> torch.Ten
 
 
 def measure(
-    loaded: LoadedModel, wanted: Sequence[str], arguments: argparse.Namespace, plans: Plans, path: Path
+    loaded: LoadedModel,
+    wanted: Sequence[str],
+    arguments: argparse.Namespace,
+    plans: Plans,
+    path: Path,
 ) -> None:
     """Add the plans that are wanted to those known, one by one."""
     module = loaded.module
@@ -108,7 +120,9 @@ def measure(
     inputs = dict(calibration.inputs(module, list(linears)))
     print(f"inputs of {len(inputs)} layers: {time.monotonic() - began:.1f} s", flush=True)
     originals = {name: layer.weight.data for name, layer in linears.items()}
-    report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
+    report = windows(
+        loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows
+    )
     report = report.to(arguments.device)
     with in_float32(module):
         references = [next_token_logits(module, ids.unsqueeze(0)) for ids in report]
@@ -116,7 +130,8 @@ def measure(
             fmt = format_of(values, torch.device(arguments.device).type)
             with rounded(linears, originals, inputs, fmt) as plan:
                 kl = [
-                    divergence_sum(reference, next_token_logits(module, ids.unsqueeze(0))) / WINDOW_TOKENS
+                    divergence_sum(reference, next_token_logits(module, ids.unsqueeze(0)))
+                    / WINDOW_TOKENS
                     for reference, ids in zip(references, report, strict=True)
                 ]
             plans[values] = plan | {"kl": kl}
@@ -152,7 +167,9 @@ def ratio(kl: Sequence[float], nearest: Sequence[float]) -> tuple[float, float, 
     """Mean KL over that of rounding to nearest on the same windows, with its 95 % interval (jackknife of the logarithm)."""
     count = len(kl)
     whole = math.log(sum(kl) / sum(nearest))
-    left_out = [math.log((sum(kl) - a) / (sum(nearest) - b)) for a, b in zip(kl, nearest, strict=True)]
+    left_out = [
+        math.log((sum(kl) - a) / (sum(nearest) - b)) for a, b in zip(kl, nearest, strict=True)
+    ]
     mean = sum(left_out) / count
     error = math.sqrt((count - 1) / count * sum((each - mean) ** 2 for each in left_out))
     reach = float(student.ppf(0.975, count - 1)) * error
@@ -160,7 +177,16 @@ def ratio(kl: Sequence[float], nearest: Sequence[float]) -> tuple[float, float, 
 
 
 def table_lines(plans: Plans) -> list[str]:
-    heading = ["storage", "bits", "rounding", "KL", "to nearest", "95 % interval", "seconds", "slowest layer, s"]
+    heading = [
+        "storage",
+        "bits",
+        "rounding",
+        "KL",
+        "to nearest",
+        "95 % interval",
+        "seconds",
+        "slowest layer, s",
+    ]
     rows = [heading, ["---"] * len(heading)]
     for storage, rounding in cases():
         plan = plans[format_name(storage, rounding)]
@@ -169,7 +195,17 @@ def table_lines(plans: Plans) -> list[str]:
         change = f"{value:.3f}" if rounding else ""
         interval = f"{low:.3f} to {high:.3f}" if rounding else ""
         took = [f"{plan['seconds']:.1f}", f"{plan['slowest_layer_s']:.2f}"]
-        rows.append([storage, f"{plan['bits']:.3f}", rounding or "nearest", f"{kl:.4f}", change, interval, *took])
+        rows.append(
+            [
+                storage,
+                f"{plan['bits']:.3f}",
+                rounding or "nearest",
+                f"{kl:.4f}",
+                change,
+                interval,
+                *took,
+            ]
+        )
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 

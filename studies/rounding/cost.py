@@ -28,7 +28,9 @@ NEAREST, GPTQ = get_format("int4-g64/cpu-packed"), get_format("int4-g64-gptq/cpu
 def main() -> None:
     torch.set_grad_enabled(False)
     loaded = load_model(sys.argv[1])
-    parts = read_text(sys.argv[2], loaded.tokenizer, max_positions=loaded.max_positions, inputs=True)
+    parts = read_text(
+        sys.argv[2], loaded.tokenizer, max_positions=loaded.max_positions, inputs=True
+    )
     phases = make_phases(loaded, Workload.parse("prefill=8"))
     sites = [site for site in record(loaded.module, phases).sites if site.name != "lm_head"]
     names = [site.parameters[0] for site in sites]
@@ -36,7 +38,8 @@ def main() -> None:
     began = time.monotonic()
     inputs = dict(calibration.inputs(loaded.module, names))
     print(
-        f"inputs of {len(inputs)} layers on {len(parts.inputs)} windows: {time.monotonic() - began:.1f} s", flush=True
+        f"inputs of {len(inputs)} layers on {len(parts.inputs)} windows: {time.monotonic() - began:.1f} s",
+        flush=True,
     )
     began = time.monotonic()
     for name in names:

@@ -39,13 +39,17 @@ def nearest(weight: torch.Tensor, grid: Grid, inputs: InputStatistics) -> torch.
 def clipped(weight: torch.Tensor, grid: Grid, inputs: InputStatistics) -> torch.Tensor:
     found = clip(weight, grid, inputs)
     groups = found.q.reshape(len(weight), -1, grid.group)
-    return (groups * found.scale.float().unsqueeze(-1) + found.zero.float().unsqueeze(-1)).reshape(weight.shape)
+    return (groups * found.scale.float().unsqueeze(-1) + found.zero.float().unsqueeze(-1)).reshape(
+        weight.shape
+    )
 
 
 def compensated(weight: torch.Tensor, grid: Grid, inputs: InputStatistics) -> torch.Tensor:
     found = gptq(weight, grid, inputs)
     groups = found.q.reshape(len(weight), -1, grid.group)
-    return (groups * found.scale.float().unsqueeze(-1) + found.zero.float().unsqueeze(-1)).reshape(weight.shape)
+    return (groups * found.scale.float().unsqueeze(-1) + found.zero.float().unsqueeze(-1)).reshape(
+        weight.shape
+    )
 
 
 def by_activation(weight: torch.Tensor, grid: Grid, inputs: InputStatistics) -> torch.Tensor:
@@ -65,7 +69,9 @@ def by_activation(weight: torch.Tensor, grid: Grid, inputs: InputStatistics) -> 
     return found[order.argsort()].t().contiguous()
 
 
-def scaled(weight: torch.Tensor, grid: Grid, inputs: InputStatistics, rounding: Variant = nearest) -> torch.Tensor:
+def scaled(
+    weight: torch.Tensor, grid: Grid, inputs: InputStatistics, rounding: Variant = nearest
+) -> torch.Tensor:
     """AWQ: columns multiplied by a power of the size of their inputs, the one that gives the least error of the output."""
     size = inputs.hessian.diagonal().sqrt()
     size = (size / size.mean()).clamp(min=1e-4)
@@ -84,7 +90,14 @@ def scaled_and_clipped(weight: torch.Tensor, grid: Grid, inputs: InputStatistics
     return scaled(weight, grid, inputs, clipped)
 
 
-VARIANTS: tuple[Variant, ...] = (nearest, clipped, scaled, scaled_and_clipped, compensated, by_activation)
+VARIANTS: tuple[Variant, ...] = (
+    nearest,
+    clipped,
+    scaled,
+    scaled_and_clipped,
+    compensated,
+    by_activation,
+)
 
 
 def main() -> None:
@@ -101,7 +114,9 @@ def main() -> None:
     calibration = Calibration(windows(loaded, arguments.calibration_text, 0, arguments.windows))
     inputs = dict(calibration.inputs(module, list(linears)))
     originals = {name: layer.weight.data for name, layer in linears.items()}
-    report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
+    report = windows(
+        loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows
+    )
     lines = []
     with in_float32(module):
         widened = {name: layer.weight.data for name, layer in linears.items()}

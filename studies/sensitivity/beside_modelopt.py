@@ -37,7 +37,13 @@ from autoquant.records import Site
 
 OWN = [mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.INT8_WEIGHT_ONLY_CFG]
 OWN_TARGETS = (4.5, 5.0, 6.0)
-OF_GROUP = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+OF_GROUP = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+}
 ROW_SHARES = 512  # numbers that share a scale in the narrowest layer's rows
 
 
@@ -49,7 +55,8 @@ def same_formats() -> list[dict[str, Any]]:
                 {"quantizer_name": "*", "enable": False},
                 {
                     "quantizer_name": "*weight_quantizer",
-                    "cfg": {"num_bits": int(bits)} | ({"block_sizes": {-1: group}} if group else {"axis": 0}),
+                    "cfg": {"num_bits": int(bits)}
+                    | ({"block_sizes": {-1: group}} if group else {"axis": 0}),
                 },
             ],
             "algorithm": "max",
@@ -59,16 +66,23 @@ def same_formats() -> list[dict[str, Any]]:
     ]
 
 
-def search(module: torch.nn.Module, formats: list[dict[str, Any]], ids: torch.Tensor, method: str) -> dict[str, Any]:
+def search(
+    module: torch.nn.Module, formats: list[dict[str, Any]], ids: torch.Tensor, method: str
+) -> dict[str, Any]:
     """nvidia-modelopt's scores, from which it solves for any budget."""
     own: dict[str, Any] = {}
     if method == "gradient":
-        own["loss_func"] = lambda logits, batch: F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        own["loss_func"] = lambda logits, batch: F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        )
     batches = list(ids.unsqueeze(1))
     with torch.enable_grad():
         _, state = mtq.auto_quantize(
             copy.deepcopy(module),
-            constraints={"effective_bits": 8.03, "cost": {"excluded_module_name_patterns": ["*lm_head*"]}},
+            constraints={
+                "effective_bits": 8.03,
+                "cost": {"excluded_module_name_patterns": ["*lm_head*"]},
+            },
             quantization_formats=formats,
             data_loader=batches,
             forward_step=lambda model, batch: model(batch, use_cache=False).logits,
@@ -110,7 +124,11 @@ def their_groups(sites: Sequence[Site]) -> list[list[int]]:
 
 
 def their_plans(
-    module: torch.nn.Module, ids: torch.Tensor, sites: Sequence[Site], truth: Truth, methods: Sequence[str]
+    module: torch.nn.Module,
+    ids: torch.Tensor,
+    sites: Sequence[Site],
+    truth: Truth,
+    methods: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     """A row for each method, set of formats and budget."""
     for method in methods:
@@ -134,7 +152,10 @@ def their_plans(
                     "seconds": seconds,
                 }
                 found |= {"kl": truth.of(quantized), "same plan": truth.windows(plan)}
-                print(f"{found['label']}, {found['bits']:.3f} bits: {np.mean(found['kl']):.4f}", flush=True)
+                print(
+                    f"{found['label']}, {found['bits']:.3f} bits: {np.mean(found['kl']):.4f}",
+                    flush=True,
+                )
                 yield found
 
 
@@ -149,10 +170,17 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     heading = ["nvidia-modelopt", "its budget", "true bits", "KL", *others.values(), "seconds"]
     lines = [heading, ["---"] * len(heading)]
     for each in rows:
-        cells = [each["label"], f"{each['target']:.1f}", f"{each['bits']:.3f}", f"{np.mean(each['kl']):.4f}"]
+        cells = [
+            each["label"],
+            f"{each['target']:.1f}",
+            f"{each['bits']:.3f}",
+            f"{np.mean(each['kl']):.4f}",
+        ]
         for other in others:
             ratio = paired_increase(each[other], each["kl"], logarithmic=False)
-            cells.append(f"{np.mean(each[other]):.4f}: {ratio.value:+.1%} ({ratio.low:+.1%} to {ratio.high:+.1%})")
+            cells.append(
+                f"{np.mean(each[other]):.4f}: {ratio.value:+.1%} ({ratio.low:+.1%} to {ratio.high:+.1%})"
+            )
         lines.append([*cells, f"{each['seconds']:.0f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -170,7 +198,9 @@ def compared(arguments: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     loaded, sites, calibration, report = subject(arguments)
     better = rounded_changes(loaded, sites, calibration, "gptq")
     nearest = score("path", loaded, sites, calibration, arguments.device, out / "path.json").losses
-    gptq = score("path", loaded, sites, calibration, arguments.device, out / "path-gptq.json", better).losses
+    gptq = score(
+        "path", loaded, sites, calibration, arguments.device, out / "path-gptq.json", better
+    ).losses
     ours = {
         "nearest, grouped": (nearest, None, their_groups(sites)),
         "nearest": (nearest, None, ()),

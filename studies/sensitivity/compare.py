@@ -42,7 +42,9 @@ WINDOW_TOKENS = 512
 REGIONS = {"above 6 bits": (6.0, 8.0), "4 to 6": (4.0, 6.0), "below 4": (2.6, 4.0)}
 PLANS_PER_REGION = 20
 INT4 = tuple(make_format(4, group) for group in (32, 128))
-FORMATS: Mapping[str, tuple[Format, float, int]] = {  # bits of a number, how many share 16 bits of scale (0: the row)
+FORMATS: Mapping[
+    str, tuple[Format, float, int]
+] = {  # bits of a number, how many share 16 bits of scale (0: the row)
     "int8-row": (get_format("int8-row/plain"), 8, 0),
     "int4-g32": (INT4[0], 4, 32),
     "int4-g128": (INT4[1], 4, 128),
@@ -75,7 +77,9 @@ def main() -> None:
         scored = score(method, loaded, sites, calibration, arguments.device, out / f"{method}.json")
         lines += table_rows(method, scored, sites, plans, truth)
     heading = ["method", "map", *REGIONS, "seconds", "CPU seconds"]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in [heading, ["---"] * len(heading), *lines])
+    table = "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in [heading, ["---"] * len(heading), *lines]
+    )
     (out / "table.md").write_text(table + "\n")
     print(table)
 
@@ -109,9 +113,15 @@ def subject(arguments: argparse.Namespace) -> Subject:
 
 
 def parse(
-    doc: str | None, *, methods: str = "isolated,fisher,path", rounding: bool = False, searches: str = ""
+    doc: str | None,
+    *,
+    methods: str = "isolated,fisher,path",
+    rounding: bool = False,
+    searches: str = "",
 ) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "calibration_text", "report_text", "out"):
         parser.add_argument(name)
     parser.add_argument("--device", default="cpu")
@@ -119,7 +129,10 @@ def parse(
     parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
     parser.add_argument("--report-windows", type=int, default=24)
     parser.add_argument(
-        "--skip-windows", type=int, default=24, help="windows of the report text that are left out first"
+        "--skip-windows",
+        type=int,
+        default=24,
+        help="windows of the report text that are left out first",
     )
     parser.add_argument("--seed", type=int, default=0)
     if searches:
@@ -139,7 +152,8 @@ def searched_sites(loaded: LoadedModel) -> list[Site]:
 
 def windows(loaded: LoadedModel, path: str, first: int, count: int) -> torch.Tensor:
     """Token ids `[count, 512]` of a text, from window `first` on."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.endswith(".xz") else open(path, encoding="utf-8")  # noqa: SIM115
+    open_text = lzma.open if path.endswith(".xz") else open
+    opened = open_text(path, "rt", encoding="utf-8")
     wanted = (first + count) * WINDOW_TOKENS
     tokens: list[int] = []
     with opened as file:
@@ -152,7 +166,9 @@ def windows(loaded: LoadedModel, path: str, first: int, count: int) -> torch.Ten
 
 def quality(calibration: torch.Tensor, device: str) -> TextQuality:
     nothing = calibration[:0]
-    return TextQuality(TextParts({"calibration": calibration, "selection": nothing, "report": nothing}), device)
+    return TextQuality(
+        TextParts({"calibration": calibration, "selection": nothing, "report": nothing}), device
+    )
 
 
 def average_bits(plan: Plan, sites: Sequence[Site]) -> float:
@@ -183,7 +199,9 @@ def random_plans(sites: Sequence[Site], seed: int) -> list[tuple[str, Plan]]:
 Changes = Mapping[tuple[str, str], Change]
 
 
-def changes(sites: Sequence[Site], plan: Plan | None = None, rounded: Changes | None = None) -> list[Change]:
+def changes(
+    sites: Sequence[Site], plan: Plan | None = None, rounded: Changes | None = None
+) -> list[Change]:
     """Those of a plan, or every format at every site; better rounded ones, by (site, format), where there are such."""
     return [
         (rounded or {}).get((site.name, name)) or Change(site, name, fmt, A16)
@@ -200,7 +218,9 @@ def true_divergences(
     plans = random_plans(sites, arguments.seed)
     kl: list[float] = json.loads(path.read_text())["kl"] if path.exists() else []
     if len(kl) < len(plans):
-        report = windows(loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows)
+        report = windows(
+            loaded, arguments.report_text, arguments.skip_windows, arguments.report_windows
+        )
         dtypes = {site.name: getattr(torch, site.shape.dtype) for site in sites}
         bits = [average_bits(plan, sites) for _, plan in plans]
         with in_float32(loaded.module):
@@ -252,10 +272,16 @@ def stopwatch(device: str) -> Iterator[list[float]]:
 
 
 def table_rows(
-    method: str, scored: Scored, sites: Sequence[Site], plans: Sequence[tuple[str, Plan]], truth: np.ndarray
+    method: str,
+    scored: Scored,
+    sites: Sequence[Site],
+    plans: Sequence[tuple[str, Plan]],
+    truth: np.ndarray,
 ) -> list[list[str]]:
     """A row for plain sums, and one for sums mapped by what changing all layers at once cost, where that was measured."""
-    summed = np.array([sum(scored.losses[name, numerics] for name, numerics in plan.items()) for _, plan in plans])
+    summed = np.array(
+        [sum(scored.losses[name, numerics] for name, numerics in plan.items()) for _, plan in plans]
+    )
     maps: dict[str, LossMap] = {"sum": ADDITION}
     if pairs := together_pairs(scored.losses, EVERY_LAYER):
         fitted = fit_loss_map(pairs)

@@ -67,21 +67,29 @@ class Truth:
     ) -> None:
         self.evaluations = 0
         self._calibration = Calibration(module, quality(ids, device))
-        self._references = [self._calibration.reference(n) for n in range(len(self._calibration.batches))]
+        self._references = [
+            self._calibration.reference(n) for n in range(len(self._calibration.batches))
+        ]
         self._sites: dict[tuple[str, str], PathSite] = {}
         room = Room(1 << 40)
-        with_change = {(change.site.name, change.numerics): change for change in changes(sites, None, rounded)}
+        with_change = {
+            (change.site.name, change.numerics): change for change in changes(sites, None, rounded)
+        }
         weights: dict[str, ChangedWeights] = {}
         for (name, numerics), change in with_change.items():
             parameter = module.get_parameter(change.site.parameters[0])
-            kept = weights.setdefault(name, ChangedWeights(parameter, getattr(torch, change.site.shape.dtype), room))
+            kept = weights.setdefault(
+                name, ChangedWeights(parameter, getattr(torch, change.site.shape.dtype), room)
+            )
             self._sites[name, numerics] = site = PathSite(parameter, change, kept)
             site.stand_at(1.0)
 
     def windows(self, plan: Mapping[str, str]) -> list[float]:
         """Mean divergence per token of each window, in nats."""
         self.evaluations += 1
-        with PlacedLinears({id(site.parameter): site for site in (self._sites[key] for key in plan.items())}):
+        with PlacedLinears(
+            {id(site.parameter): site for site in (self._sites[key] for key in plan.items())}
+        ):
             return self.of(self._calibration.module)
 
     def of(self, module: torch.nn.Module) -> list[float]:
@@ -128,7 +136,9 @@ def allocate(
     ]
     changed = None if near is None else most + 0.5
     together = [[(site, pick) for site in group] for group in groups for pick in range(len(names))]
-    picks = fastest(AdditiveProblem.build(costs, together), max_loss=changed, max_memory=bits * (1 + 1e-9))
+    picks = fastest(
+        AdditiveProblem.build(costs, together), max_loss=changed, max_memory=bits * (1 + 1e-9)
+    )
     assert picks is not None
     return {site.name: names[i] for site, i in zip(sites, picks, strict=True)}
 
@@ -139,7 +149,9 @@ def refine(plan: Plan, sites: Sequence[Site], bits: float, truth: Truth) -> Plan
     most = MOST_CHANGED
     for sweep in range(SWEEPS):
         marginal = {
-            (site.name, name): 0.0 if plan[site.name] == name else truth.loss(plan | {site.name: name}) - best
+            (site.name, name): 0.0
+            if plan[site.name] == name
+            else truth.loss(plan | {site.name: name}) - best
             for site in sites
             for name in FORMATS
         }
@@ -159,7 +171,10 @@ def refine(plan: Plan, sites: Sequence[Site], bits: float, truth: Truth) -> Plan
 
 def heuristic(sites: Sequence[Site], bits: float) -> Plan | None:
     """More bits for the first and last blocks and for what goes back into the residual stream, as mixtures of llama.cpp do."""
-    ladder = sorted(FORMATS, key=lambda name: average_bits(dict.fromkeys((site.name for site in sites), name), sites))
+    ladder = sorted(
+        FORMATS,
+        key=lambda name: average_bits(dict.fromkeys((site.name for site in sites), name), sites),
+    )
     depth = [_block(site.name) for site in sites]
     edge = max(1, (max(depth) + 1) // 8)
     best: Plan | None = None
@@ -167,7 +182,11 @@ def heuristic(sites: Sequence[Site], bits: float) -> Plan | None:
         for more in range(base, len(ladder)):
             plan = {}
             for site, block in zip(sites, depth, strict=True):
-                important = block < edge or block > max(depth) - edge or site.name.endswith(("down_proj", "v_proj"))
+                important = (
+                    block < edge
+                    or block > max(depth) - edge
+                    or site.name.endswith(("down_proj", "v_proj"))
+                )
                 plan[site.name] = ladder[more if important else base]
             used = average_bits(plan, sites)
             if used <= bits and (best is None or used > average_bits(best, sites)):
@@ -179,7 +198,9 @@ def _block(name: str) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
-def rounded_changes(loaded: LoadedModel, sites: Sequence[Site], ids: torch.Tensor, rounding: str) -> Changes:
+def rounded_changes(
+    loaded: LoadedModel, sites: Sequence[Site], ids: torch.Tensor, rounding: str
+) -> Changes:
     """Changes to better rounded weights, made for what layers read on some windows."""
     which = next(each for each in ROUNDINGS if each.id == rounding)
     made = {}
@@ -188,13 +209,19 @@ def rounded_changes(loaded: LoadedModel, sites: Sequence[Site], ids: torch.Tenso
             grid = Grid(bits=bits, group=group, symmetric=True)
             pack = partial(BitPlaneTensor.pack, bits=bits)
             made[name] = next(
-                fmt for fmt in rounded_formats(nearest, grid, pack, nearest.by_default) if f"-{which.id}/" in fmt.id
+                fmt
+                for fmt in rounded_formats(nearest, grid, pack, nearest.by_default)
+                if f"-{which.id}/" in fmt.id
             )
     calibration = Rounded(ids.cpu())
     with torch.no_grad():
-        calibration.prepare(loaded.module, {site.parameters[0]: list(made.values()) for site in sites})
+        calibration.prepare(
+            loaded.module, {site.parameters[0]: list(made.values()) for site in sites}
+        )
     return {
-        (site.name, name): Change(site, name, fmt, A16, partial(calibration.stored, site.parameters[0], fmt))
+        (site.name, name): Change(
+            site, name, fmt, A16, partial(calibration.stored, site.parameters[0], fmt)
+        )
         for name, fmt in made.items()
         for site in sites
     }
@@ -205,24 +232,38 @@ def main() -> None:
     out = set_up(arguments)
     loaded, sites, calibration, report = subject(arguments)
     losses = {
-        method: score(method, loaded, sites, calibration, arguments.device, out / f"{method}.json").losses
+        method: score(
+            method, loaded, sites, calibration, arguments.device, out / f"{method}.json"
+        ).losses
         for method in arguments.methods.split(",")
     }
     method = arguments.methods.split(",")[-1]
-    better = rounded_changes(loaded, sites, calibration, arguments.rounding) if arguments.rounding else None
+    better = (
+        rounded_changes(loaded, sites, calibration, arguments.rounding)
+        if arguments.rounding
+        else None
+    )
     if better:
         label = f"{method}, {arguments.rounding}"
         path = out / f"{method}-{arguments.rounding}.json"
         found = score(method, loaded, sites, calibration, arguments.device, path, better)
     with in_float32(loaded.module):
-        inner, truth = (Truth(loaded.module, sites, ids, arguments.device) for ids in (calibration, report))
+        inner, truth = (
+            Truth(loaded.module, sites, ids, arguments.device) for ids in (calibration, report)
+        )
         rows = [
-            *(row(f"uniform {name}", {site.name: name for site in sites}, sites, truth) for name in FORMATS),
+            *(
+                row(f"uniform {name}", {site.name: name for site in sites}, sites, truth)
+                for name in FORMATS
+            ),
             *fronts(losses, sites, inner if arguments.refine else None, truth),
         ]
         if better:
             truth = Truth(loaded.module, sites, report, arguments.device, better)
-            rows += [row(label, allocate(found.losses, sites, bits), sites, truth, bits) for bits in BUDGETS]
+            rows += [
+                row(label, allocate(found.losses, sites, bits), sites, truth, bits)
+                for bits in BUDGETS
+            ]
     (out / "front.json").write_text(json.dumps(rows))
     table = as_table(rows, next(iter(losses)))
     (out / "front.md").write_text(table)
@@ -264,18 +305,34 @@ def fronts(
 
 
 def as_table(rows: Sequence[Mapping[str, object]], first: str) -> str:
-    lines = ["| budget | plan | bits | KL | to the first method's | evaluations | seconds |", "| --- " * 7 + "|"]
+    lines = [
+        "| budget | plan | bits | KL | to the first method's | evaluations | seconds |",
+        "| --- " * 7 + "|",
+    ]
     for each in rows:
         base = next(
-            (other["kl"] for other in rows if other["label"] == first and other["budget"] == each["budget"]), None
+            (
+                other["kl"]
+                for other in rows
+                if other["label"] == first and other["budget"] == each["budget"]
+            ),
+            None,
         )
         ratio = ""
         if base and each["label"] != first:
             increase = paired_increase(each["kl"], base, logarithmic=False)
             ratio = f"{increase.value:+.1%} ({increase.low:+.1%} to {increase.high:+.1%})"
         seconds = f"{each['seconds']:.0f}" if "seconds" in each else ""
-        cells = [each["budget"] or "", each["label"], f"{each['bits']:.2f}", f"{np.mean(each['kl']):.4f}", ratio]
-        lines.append("| " + " | ".join(map(str, [*cells, each.get("evaluations", ""), seconds])) + " |")
+        cells = [
+            each["budget"] or "",
+            each["label"],
+            f"{each['bits']:.2f}",
+            f"{np.mean(each['kl']):.4f}",
+            ratio,
+        ]
+        lines.append(
+            "| " + " | ".join(map(str, [*cells, each.get("evaluations", ""), seconds])) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

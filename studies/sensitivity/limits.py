@@ -36,7 +36,10 @@ from autoquant.records import Interval
 BUDGETS = np.linspace(3.0, 8.0, 51)
 LIMITS = (0.003, 0.01, 0.03)
 SEARCHES = 2000
-RULES = {"mean": 1.0, "another mean": math.sqrt(1 + WANTED_WINDOWS["selection"] / WANTED_WINDOWS["report"])}
+RULES = {
+    "mean": 1.0,
+    "another mean": math.sqrt(1 + WANTED_WINDOWS["selection"] / WANTED_WINDOWS["report"]),
+}
 UNQUANTIZED = {"bits": 16.0, "report": 0.0, "others": 0.0}
 Losses = list[list[float]]
 
@@ -49,7 +52,9 @@ def measure(arguments: argparse.Namespace, out: Path) -> tuple[list[float], Loss
         return found["bits"], found["losses"]
     loaded, sites, calibration, report = subject(arguments)
     method = arguments.methods.split(",")[0]
-    scored = score(method, loaded, sites, calibration, arguments.device, out / f"{method}.json").losses
+    scored = score(
+        method, loaded, sites, calibration, arguments.device, out / f"{method}.json"
+    ).losses
     losses = {key: loss for key, loss in scored.items() if key[0] != EVERY_LAYER}
     plans: list[Plan] = []
     for bits in BUDGETS:
@@ -64,9 +69,14 @@ def measure(arguments: argparse.Namespace, out: Path) -> tuple[list[float], Loss
             for site in placed:
                 site.stand_at(1.0)
             found.append(window_losses(model, placed))
-            print(f"plan {number} of {len(plans)}: {np.mean(found[-1]) - np.mean(found[0]):+.4f} nats", flush=True)
+            print(
+                f"plan {number} of {len(plans)}: {np.mean(found[-1]) - np.mean(found[0]):+.4f} nats",
+                flush=True,
+            )
     bits = [average_bits(plan, sites) for plan in plans]
-    kept.write_text(json.dumps({"bits": bits, "losses": [[round(loss, 6) for loss in of] for of in found]}))
+    kept.write_text(
+        json.dumps({"bits": bits, "losses": [[round(loss, 6) for loss in of] for of in found]})
+    )
     return bits, found
 
 
@@ -92,16 +102,26 @@ def searches(bits: Sequence[float], losses: np.ndarray, seed: int) -> Found:
     found: Found = {(limit, rule): [] for limit in LIMITS for rule in RULES}
     for _ in range(SEARCHES):
         drawn = generator.permutation(losses.shape[1])
-        parts = {part: drawn[: len(order)][order == part] for part in WANTED_WINDOWS} | {"others": drawn[len(order) :]}
+        parts = {part: drawn[: len(order)][order == part] for part in WANTED_WINDOWS} | {
+            "others": drawn[len(order) :]
+        }
 
         def increase(plan: int, part: str, parts: dict[str, np.ndarray] = parts) -> Interval:
             chosen = parts[part]
-            return paired_increase(losses[plan + 1, chosen].tolist(), losses[0, chosen].tolist(), logarithmic=True)
+            return paired_increase(
+                losses[plan + 1, chosen].tolist(), losses[0, chosen].tolist(), logarithmic=True
+            )
 
         selection = {plan: increase(plan, "selection") for plan in plans}
         for (limit, rule), of in found.items():
-            plan = next((plan for plan in plans if upper_end(selection[plan], RULES[rule]) <= limit), None)
-            costs = {part: increase(plan, part).value for part in ("report", "others")} if plan is not None else {}
+            plan = next(
+                (plan for plan in plans if upper_end(selection[plan], RULES[rule]) <= limit), None
+            )
+            costs = (
+                {part: increase(plan, part).value for part in ("report", "others")}
+                if plan is not None
+                else {}
+            )
             of.append(UNQUANTIZED if plan is None else {"bits": bits[plan], **costs})
     return found
 
@@ -126,13 +146,22 @@ def main() -> None:
     ]
     lines = [[*heading, "increase on all others"], ["---"] * 7]
     for (limit, rule), found in searches(bits, np.array(losses), arguments.seed).items():
-        above = {part: np.array([each[part] > limit for each in found]) for part in ("report", "others")}
+        above = {
+            part: np.array([each[part] > limit for each in found]) for part in ("report", "others")
+        }
         others = [each["others"] for each in found]
         shares = [f"{100 * above[part].mean():.1f} of 100" for part in above]
         hundreds = above["report"].reshape(-1, 100).sum(1)
-        cells = [f"{limit:.1%}", rule, *shares, f"{hundreds[0]}; {(hundreds > 5).sum()} of {len(hundreds)}"]
+        cells = [
+            f"{limit:.1%}",
+            rule,
+            *shares,
+            f"{hundreds[0]}; {(hundreds > 5).sum()} of {len(hundreds)}",
+        ]
         bits_used = np.median([each["bits"] for each in found])
-        lines.append([*cells, f"{bits_used:.2f}", f"{np.median(others):.2%}, at most {max(others):.2%}"])
+        lines.append(
+            [*cells, f"{bits_used:.2f}", f"{np.median(others):.2%}, at most {max(others):.2%}"]
+        )
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     (out / "limits.md").write_text(table)
     print(table)

@@ -64,7 +64,9 @@ class Weights:
 class Landscape:
     """Mean divergence of plans on some windows, each evaluated once."""
 
-    def __init__(self, module: torch.nn.Module, weights: Weights, ids: torch.Tensor, device: str) -> None:
+    def __init__(
+        self, module: torch.nn.Module, weights: Weights, ids: torch.Tensor, device: str
+    ) -> None:
         self.module, self.weights = module, weights
         self.ids = ids.to(device)
         weights.put(None)
@@ -108,12 +110,16 @@ class Space:
     def __init__(self, sites: Sequence[Site], seed: int) -> None:
         self.sites = sites
         self.rng = random.Random(seed)
-        width = np.array([bits + 16 / group if group else 0.0 for _, bits, group in FORMATS.values()])
+        width = np.array(
+            [bits + 16 / group if group else 0.0 for _, bits, group in FORMATS.values()]
+        )
         sizes = np.array([site.shape.n * site.shape.k for site in sites], dtype=float)
         rows = np.array([[8 + 16 / site.shape.k] for site in sites])
         self.cost = np.where(width > 0, width, rows) * (sizes / sizes.sum())[:, None]
         ladder = np.argsort(self.cost[0])
-        self.near = [[int(g) for g in ladder[max(0, r - 2) : r + 3] if g != f] for f, r in ranks(ladder)]
+        self.near = [
+            [int(g) for g in ladder[max(0, r - 2) : r + 3] if g != f] for f, r in ranks(ladder)
+        ]
 
     def bits(self, picks: Picks) -> float:
         return float(sum(self.cost[i, f] for i, f in enumerate(picks)))
@@ -124,9 +130,13 @@ class Space:
     def allocated(self, losses: np.ndarray, near: Picks | None = None, most: int = 0) -> Picks:
         """The plan of least summed loss within the budget, see `allocate`."""
         named = {
-            (site.name, name): float(losses[i, f]) for i, site in enumerate(self.sites) for f, name in enumerate(NAMES)
+            (site.name, name): float(losses[i, f])
+            for i, site in enumerate(self.sites)
+            for f, name in enumerate(NAMES)
         }
-        return self.picks(allocate(named, self.sites, BITS, None if near is None else self.plan(near), most))
+        return self.picks(
+            allocate(named, self.sites, BITS, None if near is None else self.plan(near), most)
+        )
 
     def plan(self, picks: Picks) -> Plan:
         return {site.name: NAMES[f] for site, f in zip(self.sites, picks, strict=True)}
@@ -165,7 +175,9 @@ def fitted(known: dict[Picks, float], prior: np.ndarray, most: int = 3000) -> np
 Ends = Callable[[], bool]
 
 
-def anneal(f: Landscape, space: Space, start: Picks, prior: np.ndarray, ends: Callable[[], float]) -> Picks:
+def anneal(
+    f: Landscape, space: Space, start: Picks, prior: np.ndarray, ends: Callable[[], float]
+) -> Picks:
     """Simulated annealing whose proposals a linear model pre-selects; `ends` gives the share of time that is used up."""
     hot, cold = 0.01, 0.0002
     losses, here, value = prior, start, f(start)
@@ -187,7 +199,11 @@ def selected(space: Space, picks: Picks, losses: np.ndarray, temperature: float)
     """An exchange that the linear model would accept."""
     for _ in range(200):
         other = space.exchanged(picks, space.rng.choice((1, 2, 2, 3)))
-        changed = sum(losses[i, g] - losses[i, f] for i, (f, g) in enumerate(zip(picks, other, strict=True)) if f != g)
+        changed = sum(
+            losses[i, g] - losses[i, f]
+            for i, (f, g) in enumerate(zip(picks, other, strict=True))
+            if f != g
+        )
         if changed < 0 or space.rng.random() < math.exp(-changed / temperature):
             return other
     return other
@@ -198,7 +214,10 @@ def exchange(f: Landscape, space: Space, start: Picks, ends: Callable[[], float]
     best = start
     while ends() < 1:
         marginal = marginals(f, best)
-        found = next((p for p in promising(space, best, marginal)[:400] if ends() < 1 and f(p) < f(best)), None)
+        found = next(
+            (p for p in promising(space, best, marginal)[:400] if ends() < 1 and f(p) < f(best)),
+            None,
+        )
         if found is None:
             return best
         best = found
@@ -209,7 +228,10 @@ def marginals(f: Landscape, picks: Picks) -> np.ndarray:
     """What each change of one layer truly costs at a plan."""
     base = f(picks)
     return np.array(
-        [[f((*picks[:i], g, *picks[i + 1 :])) - base for g in range(len(NAMES))] for i in range(len(picks))]
+        [
+            [f((*picks[:i], g, *picks[i + 1 :])) - base for g in range(len(NAMES))]
+            for i in range(len(picks))
+        ]
     )
 
 
@@ -230,14 +252,18 @@ def promising(space: Space, picks: Picks, marginal: np.ndarray) -> list[Picks]:
     return list(dict.fromkeys(plan for _, plan in sorted(found)))
 
 
-def regression(f: Landscape, space: Space, start: Picks, prior: np.ndarray, ends: Callable[[], float]) -> Picks:
+def regression(
+    f: Landscape, space: Space, start: Picks, prior: np.ndarray, ends: Callable[[], float]
+) -> Picks:
     """Losses at the plan itself, over random mixtures around it: fitted, solved, and again from the better plan."""
     best, losses = start, prior
     while ends() < 1:
         for _ in range(300):
             f(space.exchanged(best, space.rng.randint(2, 10)))
         losses = fitted(f.known, losses)
-        tried = [space.allocated(losses - losses.min(), best, most) for most in (4, 8, 16, len(best))]
+        tried = [
+            space.allocated(losses - losses.min(), best, most) for most in (4, 8, 16, len(best))
+        ]
         best = min([*tried, best], key=f)
     return best
 
@@ -248,11 +274,16 @@ def pairs(f: Landscape, space: Space, start: Picks, ends: Callable[[], float]) -
     options = [
         [
             start[i],
-            *sorted(space.near[start[i]], key=lambda g, i=i: abs(space.cost[i, g] - space.cost[i, start[i]]))[:2],
+            *sorted(
+                space.near[start[i]],
+                key=lambda g, i=i: abs(space.cost[i, g] - space.cost[i, start[i]]),
+            )[:2],
         ]
         for i in range(count)
     ]
-    single = {(i, g): f((*start[:i], g, *start[i + 1 :])) - base for i in range(count) for g in options[i]}
+    single = {
+        (i, g): f((*start[:i], g, *start[i + 1 :])) - base for i in range(count) for g in options[i]
+    }
     both = np.zeros((count, len(NAMES), count, len(NAMES)))
     for i, j in combinations(range(count), 2):
         if ends() >= 1:
@@ -261,7 +292,9 @@ def pairs(f: Landscape, space: Space, start: Picks, ends: Callable[[], float]) -
             for h in options[j][1:]:
                 plan = list(start)
                 plan[i], plan[j] = g, h
-                both[i, g, j, h] = both[j, h, i, g] = f(tuple(plan)) - base - single[i, g] - single[j, h]
+                both[i, g, j, h] = both[j, h, i, g] = (
+                    f(tuple(plan)) - base - single[i, g] - single[j, h]
+                )
     best = start
     for damping in (0.25, 0.5, 0.75, 1.0):
         for _ in range(5):
@@ -269,7 +302,9 @@ def pairs(f: Landscape, space: Space, start: Picks, ends: Callable[[], float]) -
     return best
 
 
-def _annealed(space: Space, start: Picks, options: list[list[int]], single: dict, both: np.ndarray) -> Picks:
+def _annealed(
+    space: Space, start: Picks, options: list[list[int]], single: dict, both: np.ndarray
+) -> Picks:
     here, sites = list(start), np.arange(len(start))
     steps = 20_000
     for step in range(steps):
@@ -284,7 +319,9 @@ def _annealed(space: Space, start: Picks, options: list[list[int]], single: dict
         change = sum(single[k, other[k]] - single[k, here[k]] for k in (i, j))
         for k in (i, j):
             rest = (sites != i) & (sites != j)
-            effect = both[k, other[k], sites[rest], now[rest]] - both[k, here[k], sites[rest], now[rest]]
+            effect = (
+                both[k, other[k], sites[rest], now[rest]] - both[k, here[k], sites[rest], now[rest]]
+            )
             change += float(effect.sum())
         change += float(both[i, g, j, h] - both[i, here[i], j, here[j]])
         if change < 0 or space.rng.random() < math.exp(-change / temperature):
@@ -330,7 +367,10 @@ def search(name: str, f: Landscape, space: Space, prior: np.ndarray, seconds: fl
 
 def trace(f: Landscape, space: Space) -> dict[int, float]:
     """The least divergence of a plan within the budget, by how many evaluations it took."""
-    values = [value if space.bits(picks) <= BITS * (1 + 1e-9) else math.inf for picks, value in f.known.items()]
+    values = [
+        value if space.bits(picks) <= BITS * (1 + 1e-9) else math.inf
+        for picks, value in f.known.items()
+    ]
     least = np.minimum.accumulate(values)
     return {count: float(least[count - 1]) for count in SHOWN if count <= len(least)}
 
@@ -340,13 +380,18 @@ def main() -> None:
     out = set_up(arguments)
     loaded, sites, calibration, report = subject(arguments)
     method = arguments.methods.split(",")[0]
-    losses = score(method, loaded, sites, calibration, arguments.device, out / f"{method}.json").losses
+    losses = score(
+        method, loaded, sites, calibration, arguments.device, out / f"{method}.json"
+    ).losses
     prior = np.array([[losses[site.name, name] for name in NAMES] for site in sites])
     space = Space(sites, arguments.seed)
     rows: list[dict[str, object]] = []
     with in_float32(loaded.module):
         weights = Weights(loaded.module, sites)
-        f, oracle = (Landscape(loaded.module, weights, ids, arguments.device) for ids in (calibration, report))
+        f, oracle = (
+            Landscape(loaded.module, weights, ids, arguments.device)
+            for ids in (calibration, report)
+        )
         truth = Truth(loaded.module, sites, report, arguments.device)
         for name in ["allocated", *arguments.searches.split(",")]:
             landscape = oracle if name == "oracle" else f
@@ -358,7 +403,13 @@ def main() -> None:
             weights.put(None)
             kl = truth.windows(space.plan(best))
             rows.append(
-                {"label": name, "evaluations": evaluations, "seconds": seconds, "calibration": inner, "kl": kl}
+                {
+                    "label": name,
+                    "evaluations": evaluations,
+                    "seconds": seconds,
+                    "calibration": inner,
+                    "kl": kl,
+                }
                 | {"bits": space.bits(best), "plan": space.plan(best), "trace": reached}
             )
             print(
@@ -377,7 +428,11 @@ def as_table(rows: Sequence[dict]) -> str:
     ]
     for row in rows:
         increase = paired_increase(row["kl"], rows[0]["kl"], logarithmic=False)
-        ratio = f"{increase.value:+.1%} ({increase.low:+.1%} to {increase.high:+.1%})" if row is not rows[0] else ""
+        ratio = (
+            f"{increase.value:+.1%} ({increase.low:+.1%} to {increase.high:+.1%})"
+            if row is not rows[0]
+            else ""
+        )
         lines.append(
             f"| {row['label']} | {row['evaluations']} | {row['seconds']:.0f} | {row['bits']:.3f} | {row['calibration']:.4f} |"
             f" {np.mean(row['kl']):.4f} | {ratio} |"

@@ -32,7 +32,15 @@ from autoquant.solver.solve import AdditiveProblem, fastest, smallest
 from autoquant.solver.space import SearchSpace
 from autoquant.store import open_store
 
-SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (2048, 2048), (8192, 2048))
+SHAPES = (
+    (4096, 4096),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (6144, 4096),
+    (2048, 2048),
+    (8192, 2048),
+)
 BITS = (8.0, 8.5, 6.5, 4.5, 4.25, 4.0, 3.5, 2.5)
 SHARES = (1 / 3, 2 / 3)
 PROCESS_RUNS = 5
@@ -59,7 +67,14 @@ def curve(layers: int, choices: int, seed: int) -> Table:
 def independent(layers: int, choices: int, seed: int) -> Table:
     draw = np.random.default_rng(seed)
     size = (layers, choices)
-    table = np.stack((draw.uniform(0.1, 5, size), draw.exponential(0.01, size), draw.integers(1000, 10**6, size)), -1)
+    table = np.stack(
+        (
+            draw.uniform(0.1, 5, size),
+            draw.exponential(0.01, size),
+            draw.integers(1000, 10**6, size),
+        ),
+        -1,
+    )
     table[:, 0] = (5.0, 0.0, 10**6)
     return table
 
@@ -78,7 +93,11 @@ def _sensitivity(layers: int, draw: np.random.Generator) -> Table:
     return draw.lognormal(0.0, 1.0, (layers, 1))
 
 
-KINDS: dict[str, Callable[[int, int, int], Table]] = {"shapes": shapes, "curve": curve, "random": independent}
+KINDS: dict[str, Callable[[int, int, int], Table]] = {
+    "shapes": shapes,
+    "curve": curve,
+    "random": independent,
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,9 @@ def cases(kind: str, table: Table) -> Iterator[Case]:
         max_loss = most * 10 ** (-3 * (1 - share))
         yield Case(kind, problem, max_loss, None)
         ends = fastest(problem, max_loss), smallest(problem, max_loss)
-        yield Case(kind, problem, max_loss, statistics.fmean(problem.totals(end)[2] for end in ends if end))
+        yield Case(
+            kind, problem, max_loss, statistics.fmean(problem.totals(end)[2] for end in ends if end)
+        )
 
 
 def seconds_of(solve: Callable[[], object]) -> float:
@@ -121,7 +142,10 @@ def store_study(path: str, table: Table, workload: Workload) -> None:
                 format=f"f{index}/plain" if index else "bfloat16/plain",
                 route=route,
                 numerics=f"f{index}+a16",
-                latency_us={phase.name: 1e3 * ms / phase.calls / len(workload.phases) for phase in workload.phases},
+                latency_us={
+                    phase.name: 1e3 * ms / phase.calls / len(workload.phases)
+                    for phase in workload.phases
+                },
                 memory_bytes=int(size),
                 loss=loss,
                 parameters=(f"model.layers.{number}.weight",),
@@ -132,12 +156,19 @@ def store_study(path: str, table: Table, workload: Workload) -> None:
     ]
     device = Device(type="cpu", name="none", capability="", threads=1, cache_bytes=1, versions={})
     context = PlanContext(
-        study_id="study", model_hash="model", dtype="bfloat16", workload=workload, other_bytes=0, loss_map=ADDITION
+        study_id="study",
+        model_hash="model",
+        dtype="bfloat16",
+        workload=workload,
+        other_bytes=0,
+        loss_map=ADDITION,
     )
     store = open_store(path)
     store.put_device(device)
     store.put_model("model", {"kind": "live", "path": ""})
-    store.put_study("study", model_hash="model", device=device, identity={}, workload=workload, limits={})
+    store.put_study(
+        "study", model_hash="model", device=device, identity={}, workload=workload, limits={}
+    )
     space = SearchSpace(options, context, logarithmic=True)
     store.put_options("study", space.options, space.about())
     store.close()
@@ -148,7 +179,15 @@ def process_seconds(table: Table, case: Case) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/plan.db"
         store_study(path, table, Workload.parse("prefill=512,decode=128"))
-        command = [sys.executable, "-m", "autoquant", "solve", path, "--max-kl", repr(case.max_loss)]
+        command = [
+            sys.executable,
+            "-m",
+            "autoquant",
+            "solve",
+            path,
+            "--max-kl",
+            repr(case.max_loss),
+        ]
         if case.max_memory is not None:
             command += ["--max-memory", str(int(case.max_memory))]
         return [
@@ -158,7 +197,9 @@ def process_seconds(table: Table, case: Case) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--instances", type=int, default=20)
     parser.add_argument("--layers", type=int, default=300)
@@ -171,11 +212,17 @@ def main() -> None:
             table = make(arguments.layers, arguments.choices, seed)
             for number, case in enumerate(cases(kind, table)):
                 row = f"{kind}, {'one limit' if case.max_memory is None else 'two limits'}"
-                seconds = seconds_of(lambda case=case: fastest(case.problem, case.max_loss, case.max_memory))
+                seconds = seconds_of(
+                    lambda case=case: fastest(case.problem, case.max_loss, case.max_memory)
+                )
                 found.setdefault(row, []).append(seconds)
                 if seed == 0 and number < 2:
                     found[f"`autoquant solve`, {row}"] = process_seconds(table, case)
-        print(*(f"{row}: {statistics.median(of):.2f} s" for row, of in found.items()), sep="\n", flush=True)
+        print(
+            *(f"{row}: {statistics.median(of):.2f} s" for row, of in found.items()),
+            sep="\n",
+            flush=True,
+        )
     lines = ["| instances | median s | worst s | runs |", "| --- | --- | --- | --- |"]
     for row, of in sorted(found.items(), key=lambda item: item[0].startswith("`")):
         lines.append(f"| {row} | {statistics.median(of):.2f} | {max(of):.2f} | {len(of)} |")

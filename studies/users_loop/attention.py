@@ -45,7 +45,9 @@ def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
 WAYS: dict[str, Attend] = {"own": own, "sdpa, enable_gqa": grouped, "sdpa, repeat_kv": repeated}
 
 
-def captured(attend: Attend, q: torch.Tensor, caches: torch.Tensor, mask: torch.Tensor) -> torch.cuda.CUDAGraph:
+def captured(
+    attend: Attend, q: torch.Tensor, caches: torch.Tensor, mask: torch.Tensor
+) -> torch.cuda.CUDAGraph:
     """One call for each cache, each reading what the one before gave."""
 
     def calls() -> None:
@@ -77,13 +79,17 @@ def measure(batch: int, length: int) -> list[dict[str, object]]:
     """All ways at one size, in turn."""
     seen_bytes = 2 * batch * KV_HEADS * int(length * FILLED) * WIDTH * 2
     count = max(4, min(32, COLD_BYTES // seen_bytes))
-    caches = torch.randn(count, 2, batch, KV_HEADS, length, WIDTH, device="cuda", dtype=torch.bfloat16)
+    caches = torch.randn(
+        count, 2, batch, KV_HEADS, length, WIDTH, device="cuda", dtype=torch.bfloat16
+    )
     q = torch.randn(batch, HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16)
     mask = (torch.arange(length, device="cuda") < int(length * FILLED)).expand(batch, 1, 1, length)
     right = repeated(q.float(), caches[0, 0].float(), caches[0, 1].float(), mask)
     graphs, times = {}, {}
     for name, attend in WAYS.items():
-        off = ((attend(q, caches[0, 0], caches[0, 1], mask).float() - right).norm() / right.norm()).item()
+        off = (
+            (attend(q, caches[0, 0], caches[0, 1], mask).float() - right).norm() / right.norm()
+        ).item()
         assert off < 0.01, f"{name} is off by {off}"
         graphs[name], times[name] = captured(attend, q, caches, mask), []
     for round_number in range(ROUNDS + WARM_UP):
@@ -105,7 +111,9 @@ def measure(batch: int, length: int) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +124,11 @@ def main() -> None:
             for length in LENGTHS:
                 for row in measure(batch, length):
                     file.write(json.dumps({"device": torch.cuda.get_device_name(), **row}) + "\n")
-                    print("{batch:5} {length:6}  {way:16} {us:8.2f} {least_us:8.2f} {gb_per_s:6}".format(**row))
+                    print(
+                        "{batch:5} {length:6}  {way:16} {us:8.2f} {least_us:8.2f} {gb_per_s:6}".format(
+                            **row
+                        )
+                    )
 
 
 if __name__ == "__main__":

@@ -24,10 +24,16 @@ def kernels_of(path: Path) -> dict[str, list[Kernel]]:
     """The kernels of each step, by the step's name."""
     with gzip.open(path, "rt") as file:
         events = json.load(file)["traceEvents"]
-    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    names = {
+        event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"
+    }
     steps: dict[str, list[Kernel]] = {}
     for pid, name in names.items():
-        of_step = [event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == (pid, 1)]
+        of_step = [
+            event
+            for event in events
+            if event["ph"] == "X" and (event["pid"], event["tid"]) == (pid, 1)
+        ]
         end, found = 0.0, []
         for event in sorted(of_step, key=lambda event: event["ts"]):
             found.append((event["name"], event["dur"], max(0.0, event["ts"] - end)))
@@ -62,7 +68,9 @@ def main() -> None:
             taken, gap = (statistics.median(kernel[column] for kernel in same) for column in (1, 2))
             sums[0], sums[1] = sums[0] + taken, sums[1] + gap
             print(f"{taken:8.2f} {gap:6.2f}  {same[0][0][:100]}")
-        print(f"{sums[0]:8.2f} {sums[1]:6.2f}  a block; {sum(sums) * count / 1000:.2f} ms of {count} blocks")
+        print(
+            f"{sums[0]:8.2f} {sums[1]:6.2f}  a block; {sum(sums) * count / 1000:.2f} ms of {count} blocks"
+        )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def main() -> None:
     same, near, first = 0, 0, []
     for start in starts:
         prompt = ids[start : start + length].unsqueeze(0).to(options.device)
-        fast, plain = (generated(model, prompt, options.new, plain=plain) for plain in (False, True))
+        fast, plain = (
+            generated(model, prompt, options.new, plain=plain) for plain in (False, True)
+        )
         if torch.equal(fast, plain):
             same += 1
             continue
@@ -49,7 +51,9 @@ def main() -> None:
         near += gap < NEAR
         first.append((place - length, round(gap, 4)))
     print(f"{options.model}: {same} of {count} texts of {options.new} tokens are the same")
-    print(f"{near} of the other {count - same} part at a near tie (gap under {NEAR} of the logits' range)")
+    print(
+        f"{near} of the other {count - same} part at a near tie (gap under {NEAR} of the logits' range)"
+    )
     print(f"new token where they part, and gap: {first}")
 
 
@@ -57,7 +61,12 @@ def generated(model: Any, prompt: torch.Tensor, new: int, *, plain: bool) -> tor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mask = torch.ones_like(prompt)
-        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "disable_compile": plain}
+        settings = {
+            "max_new_tokens": new,
+            "min_new_tokens": new,
+            "do_sample": False,
+            "disable_compile": plain,
+        }
         found: torch.Tensor = model.generate(prompt, attention_mask=mask, **settings)
     return found
 

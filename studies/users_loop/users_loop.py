@@ -68,7 +68,10 @@ def make_model(layers: int, vocabulary: int, device: str) -> nn.Module:
 def quantized(model: nn.Module, name: str) -> nn.Module:
     """Return a copy of `model` that shares what is not quantized; every linear has the format."""
     format_id, steps = FORMATS[name]
-    fmt, route = get_format(format_id), tuple(RouteStep(upper_m=upper, kernel=kernel) for upper, kernel in steps)
+    fmt, route = (
+        get_format(format_id),
+        tuple(RouteStep(upper_m=upper, kernel=kernel) for upper, kernel in steps),
+    )
     copy = shallow_copy(model)
 
     def wrapped(linear: Any) -> RoutedWeight:
@@ -80,7 +83,9 @@ def quantized(model: nn.Module, name: str) -> nn.Module:
     for layer in copy.model.layers:
         for owner, members in SIBLINGS:
             linears = [getattr(getattr(layer, owner), member) for member in members]
-            for linear, weight in zip(linears, join([wrapped(one) for one in linears]), strict=True):
+            for linear, weight in zip(
+                linears, join([wrapped(one) for one in linears]), strict=True
+            ):
                 put(linear, weight)
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             put(linear, wrapped(linear))
@@ -106,7 +111,10 @@ class Row:
         self.tokens = call(new)
         self.whole_ready_s = time.perf_counter() - started
         call(new)
-        print(f"{name}: ready after {self.ready_s:.1f} s, whole request {self.whole_ready_s:.1f} s", flush=True)
+        print(
+            f"{name}: ready after {self.ready_s:.1f} s, whole request {self.whole_ready_s:.1f} s",
+            flush=True,
+        )
 
     def round(self) -> None:
         for times, new in ((self.first_s, 1), (self.request_s, self._new)):
@@ -117,7 +125,9 @@ class Row:
             times.append(time.perf_counter() - started)
 
     def result(self) -> dict[str, Any]:
-        first_ms, request_ms = (1e3 * statistics.median(times) for times in (self.first_s, self.request_s))
+        first_ms, request_ms = (
+            1e3 * statistics.median(times) for times in (self.first_s, self.request_s)
+        )
         return {
             "row": self.name,
             "first_token_ms": first_ms,
@@ -133,13 +143,20 @@ def generating(model: Any, ids: torch.Tensor, **settings: Any) -> Callable[[int]
 
     def call(new: int) -> Any:
         return model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **settings
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            **settings,
         )
 
     return call
 
 
-def compiled_steps(model: Any, ids: torch.Tensor, longest: int, **settings: Any) -> Callable[[int], Any]:
+def compiled_steps(
+    model: Any, ids: torch.Tensor, longest: int, **settings: Any
+) -> Callable[[int], Any]:
     """Return a loop of the user's own: an eager prompt, then `torch.compile(model)` for each token."""
     forward = torch.compile(model, fullgraph=True, dynamic=False, **settings)
 
@@ -153,7 +170,9 @@ def compiled_steps(model: Any, ids: torch.Tensor, longest: int, **settings: Any)
             place = torch.full((1, 1), ids.shape[1] + step, device=ids.device)
             if settings:
                 torch.compiler.cudagraph_mark_step_begin()
-            logits = forward(tokens, past_key_values=cache, position_ids=place, logits_to_keep=1).logits
+            logits = forward(
+                tokens, past_key_values=cache, position_ids=place, logits_to_keep=1
+            ).logits
             tokens = logits[:, -1:].argmax(-1)
             found.append(tokens)
         return torch.cat(found, dim=1)
@@ -177,7 +196,9 @@ LOOPS = {
 }
 
 
-def make_loop(loop: str, models: dict[str, nn.Module], ids: torch.Tensor, longest: int) -> Callable[[int], Any]:
+def make_loop(
+    loop: str, models: dict[str, nn.Module], ids: torch.Tensor, longest: int
+) -> Callable[[int], Any]:
     """Return what runs a request of so many new tokens in one of `LOOPS`."""
     if loop == "fast":
         return generating(models["fast"], ids)
@@ -185,7 +206,9 @@ def make_loop(loop: str, models: dict[str, nn.Module], ids: torch.Tensor, longes
         return generating(models["plain"], ids)
     if loop == "static":
         return generating(models["plain"], ids, cache_implementation="static")
-    return compiled_steps(models["plain"], ids, longest, **({} if loop == "compile" else {"mode": loop}))
+    return compiled_steps(
+        models["plain"], ids, longest, **({} if loop == "compile" else {"mode": loop})
+    )
 
 
 def main() -> None:
@@ -201,7 +224,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    torch._dynamo.config.recompile_limit = 64  # every model compiles the same functions of transformers
+    torch._dynamo.config.recompile_limit = (
+        64  # every model compiles the same functions of transformers
+    )
     model = make_model(options.layers, options.vocabulary, "cuda")
     ids = torch.randint(1, options.vocabulary, (options.batch, options.prompt), device="cuda")
     models = {"bf16": model} | {name: quantized(model, name) for name in options.formats}
@@ -211,7 +236,13 @@ def main() -> None:
         for loop in options.loops:
             try:
                 row = f"{name} {LOOPS[loop]}"
-                rows.append(Row(row, make_loop(loop, prepared, ids, options.prompt + options.new), options.new))
+                rows.append(
+                    Row(
+                        row,
+                        make_loop(loop, prepared, ids, options.prompt + options.new),
+                        options.new,
+                    )
+                )
             except Exception as error:  # noqa: BLE001 - a loop that cannot run is a result, too
                 print(f"{row} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
     for _ in range(options.rounds):
@@ -220,10 +251,16 @@ def main() -> None:
     results = [row.result() for row in rows]
     settings = {key: str(value) for key, value in vars(options).items()}
     device = backend("cuda").fingerprint()
-    about = {"device": device.name, "versions": dict(device.versions), "date": time.strftime("%Y-%m-%d")}
+    about = {
+        "device": device.name,
+        "versions": dict(device.versions),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     sizes = (options.layers, options.batch, options.prompt, options.new)
     name = f"rows-{'-'.join(map(str, sizes))}.json"
-    (options.out / name).write_text(json.dumps({**about, "settings": settings, "rows": results}, indent=1))
+    (options.out / name).write_text(
+        json.dumps({**about, "settings": settings, "rows": results}, indent=1)
+    )
     for result in results:
         print(
             "{row:48s} first {first_token_ms:8.2f} ms  step {step_ms:7.3f} ms  request {request_ms:9.2f} ms".format(

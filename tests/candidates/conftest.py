@@ -32,7 +32,10 @@ def spy(own_registry):
         id="spy/plain",
         quantize=lambda weight: weight.clone(),
         dequantize=lambda stored: stored.float(),
-        kernels=(Kernel(id="few", numerics=A16, linear=few), Kernel(id="many", numerics=A16, linear=many)),
+        kernels=(
+            Kernel(id="few", numerics=A16, linear=few),
+            Kernel(id="many", numerics=A16, linear=many),
+        ),
     )
     registry.register(fmt)
     return fmt, calls

@@ -114,5 +114,7 @@ def test_other_functions_are_reported_apart_with_all_their_arguments():
 
 def test_the_package_has_no_other_function_mode():
     package = Path(autoquant.__file__).parent
-    modes = [path.name for path in package.rglob("*.py") if "(TorchFunctionMode)" in path.read_text()]
+    modes = [
+        path.name for path in package.rglob("*.py") if "(TorchFunctionMode)" in path.read_text()
+    ]
     assert modes == ["calls.py"]

@@ -17,7 +17,9 @@ def weight(n, fmt_id="int8-row/plain", k=64, kernel="dequantize-matmul", seed=0)
     fmt = get_format(fmt_id)
     generator = torch.Generator().manual_seed(seed)
     stored = fmt.store(torch.randn(n, k, generator=generator).to(torch.bfloat16))
-    return RoutedWeight.wrap(stored, fmt_id, (RouteStep(upper_m=None, kernel=kernel),), torch.bfloat16)
+    return RoutedWeight.wrap(
+        stored, fmt_id, (RouteStep(upper_m=None, kernel=kernel),), torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("fmt_id", JOINING)

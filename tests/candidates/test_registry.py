@@ -4,7 +4,17 @@ import pytest
 import torch.nn.functional as F
 
 import autoquant
-from autoquant.candidates import A16, Format, Kernel, get_format, known_formats, register, registry, select, survey
+from autoquant.candidates import (
+    A16,
+    Format,
+    Kernel,
+    get_format,
+    known_formats,
+    register,
+    registry,
+    select,
+    survey,
+)
 from autoquant.errors import CandidateError
 
 
@@ -30,8 +40,14 @@ def ids(globs):
         (["bfloat16"], ["bfloat16/plain/matmul"]),
         (["float*/plain/matmul"], ["float32/plain/matmul", "float16/plain/matmul"]),
         (["*/int4pack-mm"], [f"int4-g{group}/cpu-packed/int4pack-mm" for group in (32, 64, 128)]),
-        (["int4-g64/cpu*"], ["int4-g64/cpu-packed/int4pack-mm", "int4-g64/cpu-packed/dequantize-matmul"]),
-        (["*plain/int-mm", "float16", "float16/*"], ["float16/plain/matmul", "int8-row/plain/int-mm"]),
+        (
+            ["int4-g64/cpu*"],
+            ["int4-g64/cpu-packed/int4pack-mm", "int4-g64/cpu-packed/dequantize-matmul"],
+        ),
+        (
+            ["*plain/int-mm", "float16", "float16/*"],
+            ["float16/plain/matmul", "int8-row/plain/int-mm"],
+        ),
         ([], []),
     ],
 )
@@ -40,7 +56,9 @@ def test_candidates_are_chosen_by_glob_in_the_registrys_order(globs, expected):
 
 
 def test_a_star_chooses_every_kernel_of_every_format():
-    assert ids(["*"]) == [f"{fmt.id}/{kernel.id}" for fmt in known_formats().values() for kernel in fmt.kernels]
+    assert ids(["*"]) == [
+        f"{fmt.id}/{kernel.id}" for fmt in known_formats().values() for kernel in fmt.kernels
+    ]
 
 
 def opt_in_format():
@@ -64,7 +82,9 @@ def opt_in_format():
         (["*/matmul"], "cpu", True),
     ],
 )
-def test_a_star_for_a_device_leaves_out_what_must_be_asked_for_there(own_registry, globs, device, chosen):
+def test_a_star_for_a_device_leaves_out_what_must_be_asked_for_there(
+    own_registry, globs, device, chosen
+):
     register(opt_in_format())
     found = [each.id for each in select(globs, device)]
     assert ("slow/plain/matmul" in found) is chosen
@@ -95,7 +115,12 @@ def test_a_format_of_ones_own_stands_behind_the_built_in_ones(own_registry):
     assert get_format("own/plain") is fmt
     assert ids(["own*"]) == ["own/plain/matmul"] and ids(["*"])[-1] == "own/plain/matmul"
     status = survey("cpu")[-1]
-    assert (status.format, status.kernel, status.usable, status.reason) == ("own/plain", "matmul", True, "")
+    assert (status.format, status.kernel, status.usable, status.reason) == (
+        "own/plain",
+        "matmul",
+        True,
+        "",
+    )
     assert status.description.startswith("weights as they are")
 
 
@@ -154,7 +179,12 @@ def plug_ins(monkeypatch):
 def test_formats_of_installed_packages_are_found(plug_ins):
     one, two, three, four = (own_format(f"plug{i}/plain") for i in range(4))
     plug_ins(one, lambda: two, lambda: [three, four])
-    assert list(known_formats())[-4:] == ["plug0/plain", "plug1/plain", "plug2/plain", "plug3/plain"]
+    assert list(known_formats())[-4:] == [
+        "plug0/plain",
+        "plug1/plain",
+        "plug2/plain",
+        "plug3/plain",
+    ]
     assert get_format("plug3/plain") is four
     assert "plug1/plain/matmul" in [f"{status.format}/{status.kernel}" for status in survey("cpu")]
 

@@ -26,9 +26,14 @@ FORMATS = [
 def routed(format_id, *, seed=0):
     """A weight that uses the format's first kernel up to 4 rows and its last one that works here beyond."""
     fmt = get_format(format_id)
-    usable = [kernel for kernel in fmt.kernels if fmt.unsupported_reason(kernel, SHAPE, 9, "cpu") is None]
+    usable = [
+        kernel for kernel in fmt.kernels if fmt.unsupported_reason(kernel, SHAPE, 9, "cpu") is None
+    ]
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    route = (RouteStep(upper_m=4, kernel=usable[0].id), RouteStep(upper_m=None, kernel=usable[-1].id))
+    route = (
+        RouteStep(upper_m=4, kernel=usable[0].id),
+        RouteStep(upper_m=None, kernel=usable[-1].id),
+    )
     return RoutedWeight.wrap(fmt.store(weight), format_id, route, torch.bfloat16)
 
 
@@ -38,7 +43,10 @@ def spy_weight(upper=4):
 
 
 def bits(tensor):
-    return [part.contiguous().reshape(-1).view(torch.uint8).clone() for part in flatten_tensor(tensor)[0]]
+    return [
+        part.contiguous().reshape(-1).view(torch.uint8).clone()
+        for part in flatten_tensor(tensor)[0]
+    ]
 
 
 def assert_same(weight, other):
@@ -57,7 +65,8 @@ def assert_same(weight, other):
 
 
 @pytest.mark.parametrize(
-    ("rows", "kernel"), [((1,), "few"), ((4,), "few"), ((5,), "many"), ((2, 2), "few"), ((2, 3), "many"), ((), "few")]
+    ("rows", "kernel"),
+    [((1,), "few"), ((4,), "few"), ((5,), "many"), ((2, 2), "few"), ((2, 3), "many"), ((), "few")],
 )
 def test_the_kernel_is_picked_by_the_rows_of_the_activation(spy, rows, kernel):
     _, calls = spy
@@ -99,20 +108,29 @@ def test_compiled_code_holds_the_kernel_of_its_own_rows(spy):
 
 
 def test_a_kernel_that_the_format_lacks_is_an_error(spy):
-    weight = RoutedWeight.wrap(torch.eye(8), "spy/plain", (RouteStep(upper_m=None, kernel="none"),), torch.float32)
+    weight = RoutedWeight.wrap(
+        torch.eye(8), "spy/plain", (RouteStep(upper_m=None, kernel="none"),), torch.float32
+    )
     with pytest.raises(CandidateError, match="no kernel 'none'"):
         F.linear(torch.randn(1, 8), weight)
 
 
 def test_a_routed_weight_shows_the_models_dtype_and_no_gradient():
     weight = routed("float16/plain")
-    assert (weight.dtype, weight.stored.dtype, weight.requires_grad) == (torch.bfloat16, torch.float16, False)
+    assert (weight.dtype, weight.stored.dtype, weight.requires_grad) == (
+        torch.bfloat16,
+        torch.float16,
+        False,
+    )
     assert weight.shape == (64, 128) and weight.device.type == "cpu"
 
 
 def test_a_routed_weight_gives_back_its_route_and_its_numbers():
     weight = routed("int8-row/plain")
-    assert weight.steps() == (RouteStep(upper_m=4, kernel="int8pack-mm"), RouteStep(upper_m=None, kernel="dynamic"))
+    assert weight.steps() == (
+        RouteStep(upper_m=4, kernel="int8pack-mm"),
+        RouteStep(upper_m=None, kernel="dynamic"),
+    )
     assert torch.equal(weight.dequantize(), get_format("int8-row/plain").dequantize(weight.stored))
 
 
@@ -144,7 +162,9 @@ def test_a_routed_weight_is_copied_with_its_model(format_id):
     module.weight = nn.Parameter(routed(format_id), requires_grad=False)
     copied = copy.deepcopy(module)
     assert_same(module.weight, copied.weight)
-    for part, other in zip(flatten_tensor(module.weight)[0], flatten_tensor(copied.weight)[0], strict=True):
+    for part, other in zip(
+        flatten_tensor(module.weight)[0], flatten_tensor(copied.weight)[0], strict=True
+    ):
         assert part.data_ptr() != other.data_ptr()
 
 
@@ -155,7 +175,9 @@ def test_a_model_with_a_routed_weight_moves_to_another_device(format_id):
     module.to("meta")
     weight = module.weight.data
     assert type(weight) is RoutedWeight and weight.route == routed(format_id).route
-    assert {part.device.type for part in (weight, weight.stored, *flatten_tensor(weight)[0])} == {"meta"}
+    assert {part.device.type for part in (weight, weight.stored, *flatten_tensor(weight)[0])} == {
+        "meta"
+    }
     assert type(weight.stored) is get_format(format_id).tensor_type
 
 
@@ -166,7 +188,9 @@ def test_a_moved_tensor_is_the_same_and_a_copy_has_its_own_memory(format_id):
     assert_same(weight, moved)
     assert_same(weight, copied)
     assert_same(weight, move_tensor(weight, "cpu"))
-    for part, same, other in zip(*(flatten_tensor(t)[0] for t in (weight, moved, copied)), strict=True):
+    for part, same, other in zip(
+        *(flatten_tensor(t)[0] for t in (weight, moved, copied)), strict=True
+    ):
         assert part.data_ptr() == same.data_ptr() != other.data_ptr()
 
 
@@ -183,7 +207,9 @@ def test_a_cast_of_the_model_leaves_its_routed_weights_as_they_are(format_id, dt
     assert module.bias.dtype == dtype and module.weight.dtype == torch.bfloat16
     assert before == [part.data_ptr() for part in flatten_tensor(module.weight)[0]]
     y = module(x.to(dtype))
-    assert y.dtype == dtype and torch.equal(y.bfloat16(), expected), "computed in another dtype than planned"
+    assert y.dtype == dtype and torch.equal(y.bfloat16(), expected), (
+        "computed in another dtype than planned"
+    )
 
 
 @pytest.mark.parametrize("format_id", FORMATS)
@@ -192,7 +218,9 @@ def test_detaching_shares_the_memory_and_cloning_does_not(format_id):
     detached, cloned = weight.detach(), weight.clone()
     assert_same(weight, detached)
     assert_same(weight, cloned)
-    for part, same, other in zip(*(flatten_tensor(t)[0] for t in (weight, detached, cloned)), strict=True):
+    for part, same, other in zip(
+        *(flatten_tensor(t)[0] for t in (weight, detached, cloned)), strict=True
+    ):
         assert part.data_ptr() == same.data_ptr() != other.data_ptr()
 
 
@@ -225,10 +253,15 @@ def test_the_compile_cache_tells_routes_and_formats_apart():
     rerouted = RoutedWeight(weight.stored, weight.format_id, weight.route[1:], weight.compute_dtype)
     keys = {each._stable_hash_for_caching() for each in (weight, other, rerouted)}
     assert len(keys) == 3
-    assert routed("int8-row/plain", seed=1)._stable_hash_for_caching() == weight._stable_hash_for_caching()
+    assert (
+        routed("int8-row/plain", seed=1)._stable_hash_for_caching()
+        == weight._stable_hash_for_caching()
+    )
 
 
-def test_compiled_code_of_a_kernel_is_not_found_again_once_the_kernel_has_changed(spy, own_registry, tmp_path):
+def test_compiled_code_of_a_kernel_is_not_found_again_once_the_kernel_has_changed(
+    spy, own_registry, tmp_path
+):
     def key(source):
         path = tmp_path / "plug_in.py"
         path.write_text(source)

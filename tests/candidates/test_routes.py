@@ -24,7 +24,12 @@ def never(_shape, _m, _device):
 
 def make(*kernels):
     made = tuple(
-        Kernel(id=name, numerics=numerics, linear=F.linear, **({"unsupported": unsupported} if unsupported else {}))
+        Kernel(
+            id=name,
+            numerics=numerics,
+            linear=F.linear,
+            **({"unsupported": unsupported} if unsupported else {}),
+        )
         for name, numerics, unsupported in kernels
     )
     return Format(id="own/plain", quantize=lambda w: w, dequantize=lambda s: s, kernels=made)
@@ -40,7 +45,11 @@ def whole(fmt, *steps):
 
 
 def test_a_route_that_holds_for_any_rows_stays_as_it_is():
-    for steps in ([(None, "any")], [(16, "few"), (None, "any")], [(32, "any"), (40, "many"), (None, "any")]):
+    for steps in (
+        [(None, "any")],
+        [(16, "few"), (None, "any")],
+        [(32, "any"), (40, "many"), (None, "any")],
+    ):
         assert whole(make(ANY, FEW, MANY), *steps) == steps
 
 
@@ -55,7 +64,11 @@ def test_a_kernel_for_many_rows_has_another_before_it():
 
 
 def test_between_two_that_both_stop_a_third_stands_in():
-    assert whole(make(FEW, MANY, ANY), (20, "few"), (None, "many")) == [(16, "few"), (32, "any"), (None, "many")]
+    assert whole(make(FEW, MANY, ANY), (20, "few"), (None, "many")) == [
+        (16, "few"),
+        (32, "any"),
+        (None, "many"),
+    ]
 
 
 def test_no_kernel_stands_in_that_rounds_activations_where_the_route_does_not():
@@ -74,10 +87,16 @@ def test_a_kernel_that_the_device_cannot_use_at_all_is_left_for_its_own_error():
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_the_projects_int4_product_for_a_few_rows_is_never_asked_for_more(group, monkeypatch):
-    monkeypatch.setattr("autoquant.candidates.formats.int4_tiled.cuda_source_unsupported", lambda _device, _what: None)
+    monkeypatch.setattr(
+        "autoquant.candidates.formats.int4_tiled.cuda_source_unsupported",
+        lambda _device, _what: None,
+    )
     fmt = get_format(f"int4-g{group}/tiled")
     route = (RouteStep(upper_m=None, kernel="rows"),)
-    assert route_words(for_any_rows(route, fmt, SHAPE, "cuda")) == "rows up to 16 rows, unpack-matmul above"
+    assert (
+        route_words(for_any_rows(route, fmt, SHAPE, "cuda"))
+        == "rows up to 16 rows, unpack-matmul above"
+    )
 
 
 def test_integer_products_on_a_gpu_are_never_asked_for_few_rows():
@@ -85,4 +104,7 @@ def test_integer_products_on_a_gpu_are_never_asked_for_few_rows():
     assert fmt.unsupported_reason(fmt.kernel("int-mm"), SHAPE, 16, "cuda")
     route = (RouteStep(upper_m=None, kernel="int-mm"),)
     found = for_any_rows(route, fmt, SHAPE, "cuda")
-    assert [(step.upper_m, step.kernel) for step in found] == [(16, "dequantize-matmul"), (None, "int-mm")]
+    assert [(step.upper_m, step.kernel) for step in found] == [
+        (16, "dequantize-matmul"),
+        (None, "int-mm"),
+    ]

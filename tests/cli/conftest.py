@@ -43,7 +43,12 @@ ROUTED = (RouteStep(upper_m=16, kernel="weight-only"), RouteStep(upper_m=None, k
 PLAIN = (RouteStep(upper_m=None, kernel="torch"),)
 
 DEVICE = Device(
-    type="cpu", name="Test CPU", capability="avx2", threads=2, cache_bytes=2**24, versions={"torch": "2.13"}
+    type="cpu",
+    name="Test CPU",
+    capability="avx2",
+    threads=2,
+    cache_bytes=2**24,
+    versions={"torch": "2.13"},
 )
 
 
@@ -58,7 +63,9 @@ def layer(name: str, shape: tuple[int, int], fmt: str) -> LayerChoice:
         latency_us={"prefill": 120.0, "decode": 35.5},
         memory_bytes=shape[0] * shape[1] * (1 if quantized else 2),
         loss=0.0001 if quantized else 0.0,
-        reason="fastest within the limit" if quantized else "quantizing it costs more quality than it saves time",
+        reason="fastest within the limit"
+        if quantized
+        else "quantizing it costs more quality than it saves time",
     )
 
 
@@ -77,11 +84,15 @@ def plan(plan_id: str, label: str, kind: str, formats: tuple[str, ...], request_
         model_hash=MODEL_HASH,
         dtype="bf16",
         layers=layers,
-        prediction=Prediction(request_ms=request_ms, linear_ms=request_ms * 0.8, loss=0.001, memory_bytes=memory),
+        prediction=Prediction(
+            request_ms=request_ms, linear_ms=request_ms * 0.8, loss=0.001, memory_bytes=memory
+        ),
     )
 
 
-def proof(plan_id: str, request_ms: float, increase: float, memory_bytes: int, half: float = 0.001) -> Proof:
+def proof(
+    plan_id: str, request_ms: float, increase: float, memory_bytes: int, half: float = 0.001
+) -> Proof:
     interval = Interval(value=increase, low=increase - half, high=increase + half)
     return Proof(
         plan_id=plan_id,
@@ -136,7 +147,9 @@ def recording() -> Recording:
         for choice in plan("x", "x", "front", ("bf16",), 1.0).layers
     )
     skipped = tuple(
-        Skipped(name=f"model.layers.{block}.conv", numel=1000, share=0.002, reason="not a linear layer")
+        Skipped(
+            name=f"model.layers.{block}.conv", numel=1000, share=0.002, reason="not a linear layer"
+        )
         for block in range(BLOCKS)
     )
     return Recording(

@@ -50,7 +50,9 @@ def test_the_recommended_plan_is_applied_to_the_model_that_was_searched(runner, 
 
 
 def test_a_plan_and_another_place_of_the_model_can_be_named(runner, database, work):
-    runner.invoke(app, ["apply", str(database), "--plan", UNIFORM[:5], "--model", "elsewhere", "--out", "DIR"])
+    runner.invoke(
+        app, ["apply", str(database), "--plan", UNIFORM[:5], "--model", "elsewhere", "--out", "DIR"]
+    )
     assert work.calls == [(UNIFORM, "elsewhere", "DIR")]
 
 
@@ -60,12 +62,16 @@ def test_another_limit_takes_another_plan(runner, database, work):
 
 
 def test_a_plan_and_a_limit_together_are_a_usage_error(runner, database, work):
-    result = runner.invoke(app, ["apply", str(database), "--plan", MIXED, "--max-ppl-increase", "1%", "--out", "DIR"])
+    result = runner.invoke(
+        app, ["apply", str(database), "--plan", MIXED, "--max-ppl-increase", "1%", "--out", "DIR"]
+    )
     assert (result.exit_code, result.stderr.count("\n"), work.calls) == (2, 1, [])
     assert "--plan: cannot be combined with --max-ppl-increase" in result.stderr
 
 
-def test_without_a_folder_it_is_named_after_model_and_plan_beside_the_database(runner, database, work):
+def test_without_a_folder_it_is_named_after_model_and_plan_beside_the_database(
+    runner, database, work
+):
     for address in (str(database), f"sqlite:///{database}"):
         result = runner.invoke(app, ["apply", address])
         assert result.exit_code == 0, result.stderr
@@ -108,10 +114,16 @@ def test_it_ends_with_what_can_be_done_with_the_folder(runner, database, work, c
 def test_logits_that_differ_from_run_to_run_are_not_said_to_be_the_same(runner, database, work):
     work.changes = {"repeatable": False}
     result = runner.invoke(app, ["apply", str(database), "--out", "DIR"])
-    assert result.exit_code == 0 and "its weights are those" in result.stdout and "bit for bit" not in result.stdout
+    assert (
+        result.exit_code == 0
+        and "its weights are those" in result.stdout
+        and "bit for bit" not in result.stdout
+    )
 
 
 def test_a_missing_database_is_refused_before_anything_is_written(runner, tmp_path, work):
-    result = runner.invoke(app, ["apply", str(tmp_path / "plan.db"), "--out", str(tmp_path / "out")])
+    result = runner.invoke(
+        app, ["apply", str(tmp_path / "plan.db"), "--out", str(tmp_path / "out")]
+    )
     assert result.exit_code == 2
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,9 @@ def autoquant(*arguments, **environment):
 def completed(line):
     """What bash would offer at the end of a line."""
     words = line.split(" ")
-    result = autoquant(_AUTOQUANT_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
+    result = autoquant(
+        _AUTOQUANT_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1)
+    )
     return result.stdout.split()
 
 

@@ -42,10 +42,14 @@ def test_json_has_every_layer_that_changes_and_what_it_buys(runner, database):
 def test_predicted_microseconds_count_all_calls_of_a_request(runner, database):
     store = open_store(database)
     slow = store.plan(SMALL)
-    faster = [replace(layer, latency_us={"prefill": 100.0, "decode": 35.0}) for layer in slow.layers]
+    faster = [
+        replace(layer, latency_us={"prefill": 100.0, "decode": 35.0}) for layer in slow.layers
+    ]
     store.put_plan(replace(slow, layers=tuple(faster)))
     store.close()
-    found = json.loads(runner.invoke(app, ["diff", str(database), ORIGINAL, SMALL, "--json"]).stdout)
+    found = json.loads(
+        runner.invoke(app, ["diff", str(database), ORIGINAL, SMALL, "--json"]).stdout
+    )
     assert found["changes"][0]["predicted_request_us"] == pytest.approx(-20.0 - 128 * 0.5)
 
 
@@ -74,7 +78,9 @@ def test_an_unproven_plan_has_no_measured_rows_and_says_why(runner, database):
     assert result.exit_code == 0
     assert "Request, predicted" in result.stdout and "Request, measured" not in result.stdout
     assert f"Plan {UNPROVEN} is not proven (the kernel failed)" in result.stdout
-    found = json.loads(runner.invoke(app, ["diff", str(database), SMALL, UNPROVEN, "--json"]).stdout)
+    found = json.loads(
+        runner.invoke(app, ["diff", str(database), SMALL, UNPROVEN, "--json"]).stdout
+    )
     assert (found["measured"], found["unproven"]) == (None, [UNPROVEN])
 
 
@@ -82,13 +88,20 @@ def test_a_plan_does_not_differ_from_itself(runner, database):
     result = runner.invoke(app, ["diff", str(database), MIXED, MIXED])
     assert result.exit_code == 0
     assert result.stdout.startswith("No layer changes.")
-    assert json.loads(runner.invoke(app, ["diff", str(database), MIXED, MIXED, "--json"]).stdout)["changes"] == []
+    assert (
+        json.loads(runner.invoke(app, ["diff", str(database), MIXED, MIXED, "--json"]).stdout)[
+            "changes"
+        ]
+        == []
+    )
 
 
 def test_plans_of_two_studies_are_refused_in_one_line(runner, database):
     store = open_store(database)
     workload = conftest.Workload.parse("decode=1")
-    store.put_study("an0ther", model_hash=MODEL_HASH, device=DEVICE, identity={}, workload=workload, limits={})
+    store.put_study(
+        "an0ther", model_hash=MODEL_HASH, device=DEVICE, identity={}, workload=workload, limits={}
+    )
     alien = conftest.plan("ffff00000006", "front 1", "front", ("bf16",), 1.0)
     store.put_plan(replace(alien, study_id="an0ther"))
     store.close()

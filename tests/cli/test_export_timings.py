@@ -20,7 +20,9 @@ COLUMNS = [
 
 
 def subject(m, kernel="torch"):
-    return TimingSubject(shape=SHAPE, m=m, format="bf16/plain", kernel=kernel, working_set_bytes=2**20)
+    return TimingSubject(
+        shape=SHAPE, m=m, format="bf16/plain", kernel=kernel, working_set_bytes=2**20
+    )
 
 
 @pytest.fixture
@@ -28,8 +30,12 @@ def timed(database):
     """The finished search with timings of two devices, one of them a failure."""
     store = open_store(database)
     store.put_device(OTHER)
-    fine = Measurement(subject=subject(1), outcome="ok", samples_us=(4.0, 1.0, 2.0, 8.0), relative_error=0.25)
-    failed = Measurement(subject=subject(16, "int-mm"), outcome="failed", reason='it broke, "badly"')
+    fine = Measurement(
+        subject=subject(1), outcome="ok", samples_us=(4.0, 1.0, 2.0, 8.0), relative_error=0.25
+    )
+    failed = Measurement(
+        subject=subject(16, "int-mm"), outcome="failed", reason='it broke, "badly"'
+    )
     store.put_timings(DEVICE, "7", [fine, failed])
     store.put_timings(OTHER, "8", [replace(fine, samples_us=(0.5,))])
     store.close()
@@ -63,7 +69,11 @@ def test_json_has_the_same_rows_with_null_where_there_is_no_number(runner, timed
     rows = json.loads(exported(runner, timed, "--json"))
     assert [list(row) for row in rows] == [COLUMNS] * 3
     assert (rows[0]["latency_us"], rows[0]["spread_us"], rows[0]["bias"]) == (3.0, 6.0, True)
-    assert (rows[1]["latency_us"], rows[1]["spread_us"], rows[1]["relative_error"]) == (None, None, None)
+    assert (rows[1]["latency_us"], rows[1]["spread_us"], rows[1]["relative_error"]) == (
+        None,
+        None,
+        None,
+    )
     assert rows[2]["versions"] == {"torch": "2.14", "triton": "3.9"}
     assert rows[2]["device_key"] == OTHER.key
 
@@ -81,13 +91,17 @@ def test_a_name_that_no_device_has_is_one_line_with_those_there_are(runner, time
 
 def test_a_file_gets_what_stdout_would(runner, timed, tmp_path):
     wanted = exported(runner, timed)
-    result = runner.invoke(app, ["export-timings", str(timed), "--out", str(tmp_path / "timings.csv")])
+    result = runner.invoke(
+        app, ["export-timings", str(timed), "--out", str(tmp_path / "timings.csv")]
+    )
     assert (result.exit_code, result.stdout) == (0, "")
     assert (tmp_path / "timings.csv").read_text() == wanted
 
 
 def test_a_file_in_a_missing_folder_is_one_line(runner, timed, tmp_path):
-    result = runner.invoke(app, ["export-timings", str(timed), "--out", str(tmp_path / "no" / "timings.csv")])
+    result = runner.invoke(
+        app, ["export-timings", str(timed), "--out", str(tmp_path / "no" / "timings.csv")]
+    )
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "cannot write" in result.stderr
 

@@ -44,7 +44,9 @@ def greedy(folder, text, tokens):
     tokenizer = prompting.tokenizer_of(folder)
     prompt = prompting.encode(tokenizer, text)
     model = prompting.load_generator(folder, tokenizer, "cpu").model
-    ids = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    ids = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -57,14 +59,20 @@ def test_it_prints_the_prompt_and_the_greedy_text_then_how_fast_it_came(quantize
         r" [\d.]+ s in all\n",
         speed,
     )
-    assert "load: quantized model on cpu" in result.stderr and "prepare: a first short request took" in result.stderr
+    assert (
+        "load: quantized model on cpu" in result.stderr
+        and "prepare: a first short request took" in result.stderr
+    )
 
 
 def test_the_prompt_comes_from_a_file_or_from_stdin(quantized, tmp_path):
     (tmp_path / "prompt.txt").write_text(PROMPT)
     options = (quantized, "--max-new-tokens", 4, "--json")
     given = json.loads(succeed(*options, "--prompt", PROMPT).stdout)["text"]
-    assert json.loads(succeed(*options, "--prompt-file", tmp_path / "prompt.txt").stdout)["text"] == given
+    assert (
+        json.loads(succeed(*options, "--prompt-file", tmp_path / "prompt.txt").stdout)["text"]
+        == given
+    )
     assert json.loads(succeed(*options, stdin=PROMPT).stdout)["text"] == given
 
 
@@ -75,7 +83,9 @@ def test_without_any_prompt_it_takes_one_of_its_own_and_says_so(quantized):
 
 
 def test_json_has_the_text_and_the_numbers_and_nothing_else_is_on_stdout(quantized):
-    shown = json.loads(succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 5, "--json").stdout)
+    shown = json.loads(
+        succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 5, "--json").stdout
+    )
     assert shown["text"] == greedy(quantized, PROMPT, 5)
     assert (shown["prompt_tokens"], shown["new_tokens"]) == (3, 5)
     assert 0 < shown["first_token_s"] < shown["total_s"] and shown["ready_s"] > 0
@@ -83,7 +93,9 @@ def test_json_has_the_text_and_the_numbers_and_nothing_else_is_on_stdout(quantiz
 
 
 def test_one_token_has_no_pace(quantized):
-    shown = json.loads(succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 1, "--json").stdout)
+    shown = json.loads(
+        succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 1, "--json").stdout
+    )
     assert shown["tokens_per_s"] is None and shown["first_token_s"] == shown["total_s"]
 
 
@@ -110,36 +122,62 @@ def test_the_original_is_timed_in_turn_and_the_texts_are_compared(both):
     original, quantized = both
     result = succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 20, "--compare", original)
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["this", "model"] in [row[:2] for row in rows] and ["original"] in [row[:1] for row in rows]
+    assert ["this", "model"] in [row[:2] for row in rows] and ["original"] in [
+        row[:1] for row in rows
+    ]
     assert re.search(r"times faster +[\d.]+x +[\d.]+x +[\d.]+x", result.stdout)
     ours, theirs = (greedy(folder, PROMPT, 20).split() for folder in (quantized, original))
-    first = next(place for place, (one, other) in enumerate(zip(ours, theirs, strict=True), 1) if one != other)
-    assert f"greedy text: differs from token {first} on ({ours[first - 1]!r}, the original {theirs[first - 1]!r})" in (
-        result.stdout
+    first = next(
+        place
+        for place, (one, other) in enumerate(zip(ours, theirs, strict=True), 1)
+        if one != other
+    )
+    assert (
+        f"greedy text: differs from token {first} on ({ours[first - 1]!r}, the original {theirs[first - 1]!r})"
+        in (result.stdout)
     )
 
 
 def test_a_model_compared_with_itself_writes_the_same(both):
     original, _ = both
     shown = json.loads(
-        succeed(original, "--prompt", PROMPT, "--max-new-tokens", 4, "--compare", original, "--json").stdout
+        succeed(
+            original, "--prompt", PROMPT, "--max-new-tokens", 4, "--compare", original, "--json"
+        ).stdout
     )
     assert shown["first_difference"] is None
-    assert shown["times_faster"]["total"] == pytest.approx(shown["original"]["total_s"] / shown["total_s"])
+    assert shown["times_faster"]["total"] == pytest.approx(
+        shown["original"]["total_s"] / shown["total_s"]
+    )
 
 
 def test_the_original_is_compared_in_the_plans_dtype(both, monkeypatch):
     original, quantized = both
     dtypes = []
     load = prompting.load_generator
-    monkeypatch.setattr(prompting, "load_generator", lambda *given: (dtypes.append(given[3]), load(*given))[1])
+    monkeypatch.setattr(
+        prompting, "load_generator", lambda *given: (dtypes.append(given[3]), load(*given))[1]
+    )
     succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 2, "--compare", original)
     assert dtypes == [torch.bfloat16, torch.bfloat16]
 
 
 def test_sampled_texts_are_not_compared(both):
-    result = succeed(both[1], "--prompt", PROMPT, "--max-new-tokens", 3, "--compare", both[0], "--temperature", 0.8)
-    assert "texts are sampled, so they are not compared" in result.stdout and "greedy" not in result.stdout
+    result = succeed(
+        both[1],
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        3,
+        "--compare",
+        both[0],
+        "--temperature",
+        0.8,
+    )
+    assert (
+        "texts are sampled, so they are not compared" in result.stdout
+        and "greedy" not in result.stdout
+    )
 
 
 def test_a_text_that_ends_early_is_compared_by_the_token():
@@ -157,7 +195,10 @@ def test_no_more_is_written_than_the_model_has_room_for(quantized):
     assert f"4 new tokens instead of 20: {quantized} takes 64 in all" in result.stderr
     result = run(quantized, "--prompt", " ".join(["w1"] * 64))
     assert result.exit_code == 2
-    assert "error: the prompt has 64 tokens" in result.stderr and "takes 64 in all: shorten it" in result.stderr
+    assert (
+        "error: the prompt has 64 tokens" in result.stderr
+        and "takes 64 in all: shorten it" in result.stderr
+    )
 
 
 def test_a_conversation_is_kept_and_ends_with_the_input(quantized, monkeypatch):
@@ -170,7 +211,9 @@ def test_a_conversation_is_kept_and_ends_with_the_input(quantized, monkeypatch):
 
     monkeypatch.setattr(prompting, "encode_chat", noted)
     result = succeed(quantized, "--chat", "--max-new-tokens", 3, stdin="w1 w2\n\nw5\n")
-    assert conversations == [["user"], ["user"], ["user", "assistant", "user"]], "the first to prepare"
+    assert conversations == [["user"], ["user"], ["user", "assistant", "user"]], (
+        "the first to prepare"
+    )
     assert len(result.stdout.split()) == 6
     assert result.stderr.count("to the first token") == 2
 
@@ -180,12 +223,17 @@ def test_a_model_without_a_chat_template_is_not_talked_with(quantized, tmp_path)
     (folder / "chat_template.jinja").unlink()
     result = run(folder, "--chat")
     assert result.exit_code == 2
-    assert result.stderr == f"error: {folder} has no chat template, so it is no model to talk with: use --prompt\n"
+    assert (
+        result.stderr
+        == f"error: {folder} has no chat template, so it is no model to talk with: use --prompt\n"
+    )
 
 
 def test_everything_that_is_missing_is_said_at_once(quantized, tmp_path):
     (tmp_path / "empty").mkdir()
-    bare = shutil.copytree(quantized, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    bare = shutil.copytree(
+        quantized, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")
+    )
     result = run(bare, "--compare", tmp_path / "empty")
     assert result.exit_code == 2
     assert result.stderr == (

@@ -24,7 +24,11 @@ def autoquant(*arguments, cwd=None, python=(), environment=None):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            **(environment or {}),
+        },
     )
 
 
@@ -86,7 +90,9 @@ def test_an_error_is_one_line_with_exit_code_2_and_leaves_no_file(tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("arguments", [("--debug", "show", "plan.db"), ("show", "plan.db", "--debug")])
+@pytest.mark.parametrize(
+    "arguments", [("--debug", "show", "plan.db"), ("show", "plan.db", "--debug")]
+)
 def test_debug_anywhere_shows_the_traceback(tmp_path, arguments):
     result = autoquant(*arguments, cwd=tmp_path)
     assert result.returncode == 2
@@ -130,7 +136,10 @@ def test_usage_errors_are_one_line_without_boxes(runner, arguments):
 def test_unexpected_errors_are_one_line_with_exit_code_1():
     result = CliRunner().invoke(failing_app(RuntimeError("first\nsecond")), ["fail"])
     assert result.exit_code == 1
-    assert result.stderr == "error: unexpected RuntimeError: first; run again with --debug for the traceback\n"
+    assert (
+        result.stderr
+        == "error: unexpected RuntimeError: first; run again with --debug for the traceback\n"
+    )
 
 
 def test_an_interrupt_exits_with_130():

@@ -15,10 +15,15 @@ def put(path, *all_m, latency_us=1.0):
     store = open_store(path)
     store.put_device(DEVICE)
     subjects = (
-        TimingSubject(shape=SHAPE, m=m, format="bf16/plain", kernel="torch", working_set_bytes=2**20) for m in all_m
+        TimingSubject(
+            shape=SHAPE, m=m, format="bf16/plain", kernel="torch", working_set_bytes=2**20
+        )
+        for m in all_m
     )
     store.put_timings(
-        DEVICE, "1", [Measurement(subject=each, outcome="ok", samples_us=(latency_us,)) for each in subjects]
+        DEVICE,
+        "1",
+        [Measurement(subject=each, outcome="ok", samples_us=(latency_us,)) for each in subjects],
     )
     store.close()
     return path

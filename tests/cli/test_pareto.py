@@ -53,15 +53,23 @@ def test_text_fits_80_columns_and_says_what_is_recommended(runner, database):
 def test_what_the_user_gets_stands_in_every_form(runner, database, deliver):
     deliver(delivery(MIXED, 0.5))
     text = runner.invoke(app, ["pareto", str(database)]).stdout
-    assert "As you will run it (generate, prompt 512 + 128): 400 ms -> 200 ms a request, 2.00 times faster" in text
+    assert (
+        "As you will run it (generate, prompt 512 + 128): 400 ms -> 200 ms a request, 2.00 times faster"
+        in text
+    )
     assert "first token 100 ms -> 50.0 ms, 2.00 ms -> 1.00 ms a further token" in text
     assert text.index("As you will run it") < text.index("in the search: 1.60 times faster")
     by_json = {
-        row["plan_id"]: row for row in json.loads(runner.invoke(app, ["pareto", str(database), "--json"]).stdout)
+        row["plan_id"]: row
+        for row in json.loads(runner.invoke(app, ["pareto", str(database), "--json"]).stdout)
     }
-    assert by_json[MIXED]["as_run_speedup"] == 2.0 and by_json[MIXED]["as_run_where"] == "new process"
+    assert (
+        by_json[MIXED]["as_run_speedup"] == 2.0 and by_json[MIXED]["as_run_where"] == "new process"
+    )
     assert by_json[SMALL]["as_run_request_ms"] is None
-    by_csv = csv.DictReader(io.StringIO(runner.invoke(app, ["pareto", str(database), "--csv"]).stdout))
+    by_csv = csv.DictReader(
+        io.StringIO(runner.invoke(app, ["pareto", str(database), "--csv"]).stdout)
+    )
     assert {row["plan_id"]: row["as_run_step_ms"] for row in by_csv}[MIXED] == "1.0"
 
 
@@ -78,7 +86,10 @@ def test_a_plan_that_cannot_be_used_is_not_recommended_and_why_is_shown(runner, 
 def test_where_no_plan_wins_the_unquantized_model_is_recommended(runner, database, deliver):
     deliver(delivery(MIXED, 1.1), delivery(UNIFORM, 1.2))
     text = runner.invoke(app, ["pareto", str(database)]).stdout
-    assert "Recommended: the unquantized model. No plan that is faster in the search is faster as you will run it." in text
+    assert (
+        "Recommended: the unquantized model. No plan that is faster in the search is faster as you will run it."
+        in text
+    )
     assert text.count("Not recommended: plan") == 2
 
 
@@ -107,7 +118,9 @@ def test_plot_of_a_page_names_the_command_that_writes_one(runner, database, tmp_
 
 
 def test_plot_into_a_missing_folder_is_one_line(runner, database, tmp_path):
-    result = runner.invoke(app, ["pareto", str(database), "--plot", str(tmp_path / "no" / "front.png")])
+    result = runner.invoke(
+        app, ["pareto", str(database), "--plot", str(tmp_path / "no" / "front.png")]
+    )
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "cannot write" in result.stderr
 
@@ -146,7 +159,11 @@ def test_chart_is_drawn_below_the_table(runner, database):
     plain = runner.invoke(app, ["pareto", str(database)]).stdout
     charted = runner.invoke(app, ["pareto", str(database), "--chart"]).stdout
     assert "Time of one request" not in plain
-    assert charted.index("1.60x") < charted.index("Time of one request [ms]") < charted.index("Recommended:")
+    assert (
+        charted.index("1.60x")
+        < charted.index("Time of one request [ms]")
+        < charted.index("Recommended:")
+    )
     assert "★ recommended   ■ unquantized   ● searched, on the front" in charted
 
 

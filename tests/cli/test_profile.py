@@ -46,7 +46,12 @@ def test_options_reach_the_timing_as_values(runner, timing):
     result = runner.invoke(app, ["profile", "model", *options, "--json"])
     assert result.exit_code == 0, result.stderr
     model = ModelRequest(
-        model="model", device="cpu", dtype="bf16", model_factory="a.b:c", tokenizer="tok", trust_pickle=True
+        model="model",
+        device="cpu",
+        dtype="bf16",
+        model_factory="a.b:c",
+        tokenizer="tok",
+        trust_pickle=True,
     )
     expected = ProfileRequest(
         linears=model,
@@ -60,7 +65,10 @@ def test_options_reach_the_timing_as_values(runner, timing):
 
 
 def test_shapes_reach_the_timing_in_place_of_a_model(runner, timing):
-    assert runner.invoke(app, ["profile", "--shapes", "s.txt", "--dtype", "fp16", "--json"]).exit_code == 0
+    assert (
+        runner.invoke(app, ["profile", "--shapes", "s.txt", "--dtype", "fp16", "--json"]).exit_code
+        == 0
+    )
     (request,) = timing.requests
     assert (request.linears.shapes, request.linears.dtype) == ("s.txt", "fp16")
 
@@ -103,7 +111,13 @@ def test_an_error_is_one_line_after_the_progress(runner, timing):
 
 @pytest.mark.parametrize(
     "options",
-    [["--rows", "many"], ["--workload", "soon"], ["--plot", "a.gif"], ["--plot", "no/a.png"], ["--json", "--csv"]],
+    [
+        ["--rows", "many"],
+        ["--workload", "soon"],
+        ["--plot", "a.gif"],
+        ["--plot", "no/a.png"],
+        ["--json", "--csv"],
+    ],
 )
 def test_values_are_checked_before_anything_is_timed(runner, timing, options):
     assert runner.invoke(app, ["profile", "model", *options]).exit_code == 2

@@ -44,14 +44,24 @@ def test_a_recipe_gives_the_options_that_the_command_line_leaves_out(runner, dri
 
 
 def test_an_option_of_the_command_line_wins_wherever_it_stands(runner, driver, own):
-    (own / "mine.toml").write_text('batch = 4\nfuse = true\ncandidates = ["int4*"]\nmax-ppl-increase = 0.5\n')
+    (own / "mine.toml").write_text(
+        'batch = 4\nfuse = true\ncandidates = ["int4*"]\nmax-ppl-increase = 0.5\n'
+    )
     given = ["--batch", "2", "--no-fuse", "--candidates", "int8*", "--max-ppl-increase", "2%"]
     before = searched(runner, driver, *given, "model", "--eval-text", "t", "--recipe", "mine")
     after = searched(runner, driver, "--recipe", "mine", "model", "--eval-text", "t", *given)
     alone = searched(runner, driver, "--recipe", "mine", "model", "--eval-text", "t")
     assert before == after
-    assert (before["fuse"], before["candidates"], before["max_ppl_increase"]) == (False, ("int8*",), 0.02)
-    assert (alone["fuse"], alone["candidates"], alone["max_ppl_increase"]) == (True, ("int4*",), 0.5)
+    assert (before["fuse"], before["candidates"], before["max_ppl_increase"]) == (
+        False,
+        ("int8*",),
+        0.02,
+    )
+    assert (alone["fuse"], alone["candidates"], alone["max_ppl_increase"]) == (
+        True,
+        ("int4*",),
+        0.5,
+    )
     assert alone["workload"] is None and (before["batch"], alone["batch"]) == (2, 4)
 
 
@@ -75,7 +85,10 @@ def test_a_recipe_may_hold_everything_the_model_too(runner, driver, own):
     [
         ("max-ppl = 1", "a search has no option 'max-ppl'; did you mean max-ppl-increase?"),
         ("zzz = 1", "a search has no option 'zzz'; `autoquant search --help` lists them"),
-        ("trust-pickle = true", "trust-pickle is not taken from a recipe, give --trust-pickle on the command line"),
+        (
+            "trust-pickle = true",
+            "trust-pickle is not taken from a recipe, give --trust-pickle on the command line",
+        ),
         ('recipe = "cpu-latency"', "recipe is not taken from a recipe"),
         ('batch = "many"', "batch: "),
         ("batch = 0", "batch: "),
@@ -86,25 +99,46 @@ def test_a_recipe_may_hold_everything_the_model_too(runner, driver, own):
         ("db = true", "db must be one text or number"),
     ],
 )
-def test_a_key_or_value_that_a_search_does_not_take_is_refused_by_file_and_key(runner, driver, own, line, what):
+def test_a_key_or_value_that_a_search_does_not_take_is_refused_by_file_and_key(
+    runner, driver, own, line, what
+):
     (own / "bad.toml").write_text(f"{line}\n")
     message = refused(runner, driver, "model", "--eval-text", "t", "--recipe", "bad")
     assert message.startswith(f"error: {own / 'bad.toml'}: {what}")
 
 
 def test_an_unknown_recipe_is_refused(runner, driver):
-    assert "no recipe 'fast': take one of cpu-latency" in refused(runner, driver, "model", "--recipe", "fast")
+    assert "no recipe 'fast': take one of cpu-latency" in refused(
+        runner, driver, "model", "--recipe", "fast"
+    )
 
 
 def test_a_saved_recipe_replays_the_search(runner, driver, own, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "text.txt").write_text("text")
     (own / "mine.toml").write_text('workload = "prefill=8,decode=4"\nfuse = true\n')
-    options = ["model", "--eval-text", "text.txt", "--recipe", "mine", "--candidates", "int8*", "--candidates", "int4*"]
-    first = searched(runner, driver, *options, "--minimize", "memory", "--save-recipe", "saved.toml")
+    options = [
+        "model",
+        "--eval-text",
+        "text.txt",
+        "--recipe",
+        "mine",
+        "--candidates",
+        "int8*",
+        "--candidates",
+        "int4*",
+    ]
+    first = searched(
+        runner, driver, *options, "--minimize", "memory", "--save-recipe", "saved.toml"
+    )
     again = searched(runner, driver, "--recipe", "saved.toml", "--save-recipe", "again.toml")
-    assert again == first | {"model": str(tmp_path / "model"), "eval_text": str(tmp_path / "text.txt")}
-    assert read_recipe(tmp_path / "again.toml").options == read_recipe(tmp_path / "saved.toml").options
+    assert again == first | {
+        "model": str(tmp_path / "model"),
+        "eval_text": str(tmp_path / "text.txt"),
+    }
+    assert (
+        read_recipe(tmp_path / "again.toml").options == read_recipe(tmp_path / "saved.toml").options
+    )
     saved = read_recipe(tmp_path / "saved.toml").options
     assert (saved["seed"], saved["time-budget"], saved["max-ppl-increase"]) == (0, "10m", "1%"), (
         "defaults are saved too"
@@ -113,7 +147,16 @@ def test_a_saved_recipe_replays_the_search(runner, driver, own, tmp_path):
 
 def test_trust_in_a_pickle_is_not_saved_and_that_is_said(runner, driver, tmp_path):
     result = runner.invoke(
-        app, ["search", "m.pt", "--eval-text", "t", "--trust-pickle", "--save-recipe", str(tmp_path / "saved.toml")]
+        app,
+        [
+            "search",
+            "m.pt",
+            "--eval-text",
+            "t",
+            "--trust-pickle",
+            "--save-recipe",
+            str(tmp_path / "saved.toml"),
+        ],
     )
     assert "does not hold --trust-pickle" in result.stderr
     assert "trust-pickle" not in (tmp_path / "saved.toml").read_text()
@@ -121,9 +164,15 @@ def test_trust_in_a_pickle_is_not_saved_and_that_is_said(runner, driver, tmp_pat
 
 @pytest.mark.parametrize(
     ("place", "what"),
-    [("no/saved.toml", "is not a folder"), ("saved.json", "must end in .toml"), ("d.toml", "a folder")],
+    [
+        ("no/saved.toml", "is not a folder"),
+        ("saved.json", "must end in .toml"),
+        ("d.toml", "a folder"),
+    ],
 )
-def test_a_place_that_cannot_be_written_is_refused_before_the_search(runner, driver, tmp_path, place, what):
+def test_a_place_that_cannot_be_written_is_refused_before_the_search(
+    runner, driver, tmp_path, place, what
+):
     (tmp_path / "d.toml").mkdir()
     assert what in refused(runner, driver, "model", "--eval-text", "t", "--save-recipe", place)
 
@@ -139,13 +188,23 @@ def test_recipes_lists_what_each_is_for_and_its_options_in_80_columns(runner, ow
     result = runner.invoke(app, ["recipes"])
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 81
-    for words in ("h200-chat", "smallest-within-1pct", "--minimize memory", "Mine alone", "--no-fuse", "'int8*'"):
+    for words in (
+        "h200-chat",
+        "smallest-within-1pct",
+        "--minimize memory",
+        "Mine alone",
+        "--no-fuse",
+        "'int8*'",
+    ):
         assert words in result.stdout
 
 
 def test_a_recipe_that_cannot_be_used_is_listed_with_the_reason(runner, own):
     (own / "bad.toml").write_text("batsh = 1\n")
-    listed = {recipe["name"]: recipe for recipe in json.loads(runner.invoke(app, ["recipes", "--json"]).stdout)}
+    listed = {
+        recipe["name"]: recipe
+        for recipe in json.loads(runner.invoke(app, ["recipes", "--json"]).stdout)
+    }
     assert "did you mean batch?" in listed["bad"]["problem"] and listed["bad"]["options"] is None
     assert listed["cpu-latency"]["shipped"] is True and listed["cpu-latency"]["problem"] is None
     assert listed["cpu-latency"]["options"]["device"] == "cpu"

@@ -14,7 +14,10 @@ def test_it_writes_one_page_and_says_where(runner, database, tmp_path):
     result = runner.invoke(app, ["report", str(database), "--out", str(out)])
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"wrote {out}\n")
     page = out.read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>") and f"Use plan {MIXED[:6]} (front 1): 1.60 times faster." in page
+    assert (
+        page.startswith("<!doctype html>")
+        and f"Use plan {MIXED[:6]} (front 1): 1.60 times faster." in page
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["front.html", database.name]
 
 
@@ -29,24 +32,37 @@ def test_what_was_there_is_replaced_and_readable_like_any_file(runner, database,
 
 def test_a_study_may_be_named(runner, database, tmp_path):
     out = tmp_path / "report.html"
-    assert runner.invoke(app, ["report", str(database), "--study", STUDY, "--out", str(out)]).exit_code == 0
-    result = runner.invoke(app, ["report", str(database), "--study", "other", "--out", str(tmp_path / "other.html")])
+    assert (
+        runner.invoke(app, ["report", str(database), "--study", STUDY, "--out", str(out)]).exit_code
+        == 0
+    )
+    result = runner.invoke(
+        app, ["report", str(database), "--study", "other", "--out", str(tmp_path / "other.html")]
+    )
     assert result.exit_code == 2 and "no study 'other' here" in result.stderr
     assert not (tmp_path / "other.html").exists()
 
 
 @pytest.mark.parametrize(
     ("out", "advice"),
-    [("front.txt", "must end in .html"), ("missing/report.html", "is not a folder"), ("folder.html", "it is a folder")],
+    [
+        ("front.txt", "must end in .html"),
+        ("missing/report.html", "is not a folder"),
+        ("folder.html", "it is a folder"),
+    ],
 )
 def test_a_place_that_cannot_be_written_is_refused(runner, database, tmp_path, out, advice):
     (tmp_path / "folder.html").mkdir()
     result = runner.invoke(app, ["report", str(database), "--out", str(tmp_path / out)])
-    assert result.exit_code == 2 and advice in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (
+        result.exit_code == 2 and advice in result.stderr and len(result.stderr.splitlines()) == 1
+    )
 
 
 def test_a_database_that_is_not_there_is_refused(runner, tmp_path):
-    result = runner.invoke(app, ["report", str(tmp_path / "none.db"), "--out", str(tmp_path / "report.html")])
+    result = runner.invoke(
+        app, ["report", str(tmp_path / "none.db"), "--out", str(tmp_path / "report.html")]
+    )
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -14,16 +14,24 @@ from . import conftest
 from .conftest import DEVICE, MIXED, MODEL_HASH, STUDY
 
 SHAPE = LinearShape(n=256, k=256, bias=False, dtype="bf16")
-SCORE = TaskScore(task="arc", metric="acc", value=0.5, stderr=None, samples=9, limit=None, lm_eval_version="0.4")
-SUBJECT = TimingSubject(shape=SHAPE, m=1, format="bf16/plain", kernel="torch", working_set_bytes=2**20)
+SCORE = TaskScore(
+    task="arc", metric="acc", value=0.5, stderr=None, samples=9, limit=None, lm_eval_version="0.4"
+)
+SUBJECT = TimingSubject(
+    shape=SHAPE, m=1, format="bf16/plain", kernel="torch", working_set_bytes=2**20
+)
 
 
 @pytest.fixture
 def measured(database):
     """The finished search with a timing, a loss and task scores beside it."""
     store = open_store(database)
-    store.put_timings(DEVICE, "1", [Measurement(subject=SUBJECT, outcome="ok", samples_us=(1.0, 2.0))])
-    store.put_losses(MODEL_HASH, "text", "isolated", {("model.layers.0.q_proj", "int8-row:a16"): 0.5})
+    store.put_timings(
+        DEVICE, "1", [Measurement(subject=SUBJECT, outcome="ok", samples_us=(1.0, 2.0))]
+    )
+    store.put_losses(
+        MODEL_HASH, "text", "isolated", {("model.layers.0.q_proj", "int8-row:a16"): 0.5}
+    )
     for subject in (MODEL_HASH, MIXED):
         store.put_task_scores(subject, "bf16", [SCORE])
     store.close()
@@ -34,7 +42,10 @@ def counts(database):
     connection = sqlite3.connect(database)
     tables = ("study", "plan", "proof", "timing", "loss", "model", "device", "task_score")
     try:
-        return {name: connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
+        return {
+            name: connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0]
+            for name in tables
+        }
     finally:
         connection.close()
 
@@ -46,7 +57,16 @@ def test_a_study_goes_with_its_plans_and_proofs_and_measurements_stay(runner, me
     assert "5 plans, 5 proofs" in result.stdout
     assert "Optuna" not in result.stdout
     assert "1 task scores of its plans" in result.stdout
-    left = {"study": 0, "plan": 0, "proof": 0, "timing": 1, "loss": 1, "model": 1, "device": 1, "task_score": 1}
+    left = {
+        "study": 0,
+        "plan": 0,
+        "proof": 0,
+        "timing": 1,
+        "loss": 1,
+        "model": 1,
+        "device": 1,
+        "task_score": 1,
+    }
     assert counts(measured) == left
     assert [path.name for path in measured.parent.iterdir()] == ["plan.db"]
 
@@ -70,7 +90,9 @@ def test_an_ambiguous_beginning_removes_nothing_and_lists_the_ids(runner, measur
     store.close()
     result = runner.invoke(app, ["rm", str(measured), STUDY[:6], "--yes"])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "2 studies with id" in result.stderr and STUDY in result.stderr and other in result.stderr
+    assert (
+        "2 studies with id" in result.stderr and STUDY in result.stderr and other in result.stderr
+    )
     assert counts(measured)["study"] == 2
 
 

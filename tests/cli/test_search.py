@@ -54,10 +54,16 @@ def test_options_reach_the_driver_as_values(runner, driver):
 
 
 def test_a_quality_of_ones_own_needs_no_text(runner, driver):
-    result = runner.invoke(app, ["search", "model.pt", "--quality", "a.b:loss", "--sample-inputs", "a.b:inputs"])
+    result = runner.invoke(
+        app, ["search", "model.pt", "--quality", "a.b:loss", "--sample-inputs", "a.b:inputs"]
+    )
     assert result.exit_code == 0, result.stderr
     call = driver.calls[0]
-    assert (call["eval_text"], call["quality"], call["sample_inputs"]) == (None, "a.b:loss", "a.b:inputs")
+    assert (call["eval_text"], call["quality"], call["sample_inputs"]) == (
+        None,
+        "a.b:loss",
+        "a.b:inputs",
+    )
 
 
 def test_a_model_is_all_that_must_be_given(runner, driver):
@@ -67,16 +73,28 @@ def test_a_model_is_all_that_must_be_given(runner, driver):
 
 
 def test_a_dataset_reaches_the_driver_as_it_is_written(runner, driver):
-    assert runner.invoke(app, ["search", "model", "--eval-data", "org/name:en:test:body"]).exit_code == 0
+    assert (
+        runner.invoke(app, ["search", "model", "--eval-data", "org/name:en:test:body"]).exit_code
+        == 0
+    )
     assert driver.calls[0]["eval_data"] == "org/name:en:test:body"
 
 
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        (["--eval-text", "text.txt", "--quality", "a:b"], "--eval-text: cannot be combined with --quality"),
-        (["--eval-data", "d.csv", "--eval-text", "text.txt"], "--eval-text: cannot be combined with --eval-data"),
-        (["--eval-data", "d.csv", "--quality", "a:b"], "--eval-data: cannot be combined with --quality"),
+        (
+            ["--eval-text", "text.txt", "--quality", "a:b"],
+            "--eval-text: cannot be combined with --quality",
+        ),
+        (
+            ["--eval-data", "d.csv", "--eval-text", "text.txt"],
+            "--eval-text: cannot be combined with --eval-data",
+        ),
+        (
+            ["--eval-data", "d.csv", "--quality", "a:b"],
+            "--eval-data: cannot be combined with --quality",
+        ),
         (
             ["--eval-data", "d.csv", "--quality", "a:b", "--eval-text", "t"],
             "--eval-text: cannot be combined with --eval-data and --quality",
@@ -85,21 +103,34 @@ def test_a_dataset_reaches_the_driver_as_it_is_written(runner, driver):
 )
 def test_a_model_is_judged_by_one_thing_only(runner, driver, options, advice):
     result = runner.invoke(app, ["search", "model", *options])
-    assert result.exit_code == 2 and advice in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (
+        result.exit_code == 2 and advice in result.stderr and len(result.stderr.splitlines()) == 1
+    )
     assert driver.calls == []
 
 
 def test_defaults_are_those_of_the_issue(runner, driver):
     runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
     call = driver.calls[0]
-    assert (call["db"], call["device"], call["dtype"], call["workload"]) == ("plan.db", "auto", "auto", None)
-    assert (call["max_ppl_increase"], call["time_budget_s"], call["candidates"]) == (0.01, 600.0, ("*",))
+    assert (call["db"], call["device"], call["dtype"], call["workload"]) == (
+        "plan.db",
+        "auto",
+        "auto",
+        None,
+    )
+    assert (call["max_ppl_increase"], call["time_budget_s"], call["candidates"]) == (
+        0.01,
+        600.0,
+        ("*",),
+    )
 
 
 def test_it_ends_with_the_front_the_recommendation_and_the_next_commands(runner, driver):
     result = runner.invoke(app, ["search", "model", "--eval-text", "text.txt"])
     assert "uniform int8-row" in result.stdout
-    assert f"Recommended: plan {MIXED} (front 1)\n  Not timed yet as you will run it" in result.stdout
+    assert (
+        f"Recommended: plan {MIXED} (front 1)\n  Not timed yet as you will run it" in result.stdout
+    )
     assert "perplexity +0.40%, 95% interval +0.30..+0.50%" in result.stdout
     assert "autoquant pareto plan.db" in result.stdout
     assert "  autoquant apply plan.db" in result.stdout.splitlines()
@@ -141,7 +172,9 @@ def test_values_are_checked_before_anything_is_searched(runner, driver):
     assert driver.calls == []
 
 
-def test_without_a_plan_within_the_limits_the_recommendation_is_null(runner, driver, tmp_path, monkeypatch):
+def test_without_a_plan_within_the_limits_the_recommendation_is_null(
+    runner, driver, tmp_path, monkeypatch
+):
     store = open_store(tmp_path / "tight.db")
     fill(store, {"max_ppl_increase": 0.01, "max_memory_bytes": 1000})
     monkeypatch.setattr(driver, "search", lambda *_args, **_options: Study(store))
@@ -156,7 +189,10 @@ def test_the_sensitivity_reaches_the_driver(runner, driver):
     from autoquant.evaluators.sensitivity import SENSITIVITIES
 
     for name in SENSITIVITIES:
-        assert runner.invoke(app, ["search", "m", "--eval-text", "t", "--sensitivity", name]).exit_code == 0
+        assert (
+            runner.invoke(app, ["search", "m", "--eval-text", "t", "--sensitivity", name]).exit_code
+            == 0
+        )
     assert [call["sensitivity"] for call in driver.calls] == list(SENSITIVITIES)
     assert runner.invoke(app, ["search", "m", "--eval-text", "t"]).exit_code == 0
     assert driver.calls[-1]["sensitivity"] is None
@@ -177,4 +213,8 @@ def test_a_sensitivity_that_does_not_fit_is_refused(runner, driver, options, adv
 def test_the_study_keeps_the_command_that_it_came_from(runner, driver, database):
     runner.invoke(app, ["search", "model", "--eval-text", "text.txt", "--batch", "3"])
     options = Study.open(database).store.references(STUDY)["command"]["options"]
-    assert options["model"] == "model" and options["batch"] == 3 and options["max-ppl-increase"] == "1%"
+    assert (
+        options["model"] == "model"
+        and options["batch"] == 3
+        and options["max-ppl-increase"] == "1%"
+    )

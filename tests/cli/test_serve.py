@@ -44,7 +44,11 @@ class Served:
     """A server in a process of its own, that has said that it is ready."""
 
     def __init__(self, folder, port, errors):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "AUTOQUANT_EAGER": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "AUTOQUANT_EAGER": "1",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "autoquant.cli.main", "serve", str(folder), "--port", str(port)],
             stdout=subprocess.PIPE,
@@ -57,7 +61,9 @@ class Served:
 
     def ask(self, path, **body):
         data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
         with OPENER.open(request, timeout=60) as answer:
             return json.loads(answer.read())
 
@@ -84,16 +90,25 @@ def served(both, tmp_path_factory):
 @needs_server
 def test_it_says_when_it_answers_and_how_to_ask(served, both):
     assert served.ready.startswith(f"ready at {served.url}/v1 after "), served.log.read_text()
-    assert served.example.startswith(f"try: curl {served.url}/v1/chat/completions ") and str(both[1]) in served.example
+    assert (
+        served.example.startswith(f"try: curl {served.url}/v1/chat/completions ")
+        and str(both[1]) in served.example
+    )
     said = served.log.read_text()
     assert "load: quantized model on cpu in" in said and "prepare: the first answer took" in said
 
 
 @needs_server
 def test_the_example_that_it_prints_is_answered(served):
-    command = ["bash", "-c", "curl() { printf '%s' \"${!#}\"; }; " + served.example.removeprefix("try: ")]
+    command = [
+        "bash",
+        "-c",
+        "curl() { printf '%s' \"${!#}\"; }; " + served.example.removeprefix("try: "),
+    ]
     body = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert served.ask("/v1/chat/completions", **body)["choices"][0]["message"]["role"] == "assistant"
+    assert (
+        served.ask("/v1/chat/completions", **body)["choices"][0]["message"]["role"] == "assistant"
+    )
 
 
 @needs_server
@@ -116,9 +131,13 @@ def test_no_client_loads_another_model_or_drops_this_one(served, path):
 
 @needs_server
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded(served, both):
-    result = CliRunner().invoke(app, ["serve", str(both[1]), "--port", served.url.rpartition(":")[2]])
+    result = CliRunner().invoke(
+        app, ["serve", str(both[1]), "--port", served.url.rpartition(":")[2]]
+    )
     assert result.exit_code == 2
-    assert "cannot listen at 127.0.0.1:" in result.stderr and "choose another --port" in result.stderr
+    assert (
+        "cannot listen at 127.0.0.1:" in result.stderr and "choose another --port" in result.stderr
+    )
 
 
 @needs_server
@@ -140,10 +159,15 @@ def test_an_unquantized_model_is_served_and_prepared_too(both, port, tmp_path):
 
 
 def test_what_is_not_installed_is_one_line_with_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("fastapi", "uvicorn") else name)
+    monkeypatch.setattr(
+        serve, "find_spec", lambda name: None if name in ("fastapi", "uvicorn") else name
+    )
     result = CliRunner().invoke(app, ["serve", str(tmp_path)])
     assert result.exit_code == 2
-    assert result.stderr == "error: serving needs fastapi, uvicorn: install with pip install 'autoquant[serve]'\n"
+    assert (
+        result.stderr
+        == "error: serving needs fastapi, uvicorn: install with pip install 'autoquant[serve]'\n"
+    )
 
 
 @needs_server
@@ -155,7 +179,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path, port):
 
 @pytest.mark.parametrize(
     ("host", "url"),
-    [("127.0.0.1", "http://127.0.0.1:80/v1"), ("0.0.0.0", "http://127.0.0.1:80/v1"), ("::1", "http://[::1]:80/v1")],
+    [
+        ("127.0.0.1", "http://127.0.0.1:80/v1"),
+        ("0.0.0.0", "http://127.0.0.1:80/v1"),
+        ("::1", "http://[::1]:80/v1"),
+    ],
 )
 def test_the_address_that_is_shown_can_be_asked(host, url):
     assert serve._url(host, 80) == url

@@ -45,7 +45,10 @@ def test_what_the_user_gets_stands_behind_the_name(runner, database, deliver):
     shown = json.loads(runner.invoke(app, ["show", str(database), "--json"]).stdout)
     assert shown["as_run_request_ms"] == 200.0 and shown["not_recommended"] == ""
     refused = runner.invoke(app, ["show", str(database), "--plan", UNIFORM]).stdout
-    assert f"Not recommended: plan {UNIFORM} (uniform int8-row): RuntimeError: it cannot be moved" in refused
+    assert (
+        f"Not recommended: plan {UNIFORM} (uniform int8-row): RuntimeError: it cannot be moved"
+        in refused
+    )
 
 
 def test_a_plan_is_found_by_the_beginning_of_its_id(runner, database):
@@ -62,13 +65,18 @@ def test_text_groups_alike_layers_and_shows_the_coverage(runner, database):
     assert "97.00% in decode" in result.stdout
     assert "model.layers.0-29.conv" in result.stdout
     assert len(result.stdout.splitlines()) < 80, "90 layers must not take 90 blocks"
-    assert max(len(line) for line in result.stdout.splitlines()[6:] if "autoquant bench" not in line) <= 100
+    assert (
+        max(len(line) for line in result.stdout.splitlines()[6:] if "autoquant bench" not in line)
+        <= 100
+    )
 
 
 def test_a_plan_that_was_predicted_badly_comes_with_the_command_that_says_why(runner, database):
     shown = runner.invoke(app, ["show", str(database), "--plan", MIXED]).stdout
     assert f"autoquant bench {database} --plan {MIXED} --attribute" in shown
-    assert "--attribute" not in runner.invoke(app, ["show", str(database), "--plan", UNIFORM]).stdout
+    assert (
+        "--attribute" not in runner.invoke(app, ["show", str(database), "--plan", UNIFORM]).stdout
+    )
 
 
 def test_a_plan_that_could_not_be_proven_says_why(runner, database):
@@ -156,7 +164,9 @@ def test_why_of_layers_computed_as_one_says_what_is_not_counted(runner, solved):
     store = open_store(solved)
     mixed = store.plan(MIXED)
     names = tuple(layer.name for layer in mixed.layers[:2])
-    layers = tuple(replace(layer, joined=names) if layer.name in names else layer for layer in mixed.layers)
+    layers = tuple(
+        replace(layer, joined=names) if layer.name in names else layer for layer in mixed.layers
+    )
     store.put_plan(replace(mixed, layers=layers))
     store.close()
     note = "the cost of a change to the other layers is not counted"

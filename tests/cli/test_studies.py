@@ -47,14 +47,20 @@ def test_json_lists_every_study_the_one_last_worked_on_first(runner, database):
         "complete": True,
         "recommended_plan_id": MIXED,
     }
-    assert (studies[1]["proven_plans"], studies[1]["complete"], studies[1]["recommended_plan_id"]) == (0, False, None)
+    assert (
+        studies[1]["proven_plans"],
+        studies[1]["complete"],
+        studies[1]["recommended_plan_id"],
+    ) == (0, False, None)
     touch(database, EARLIER)
     studies = json.loads(runner.invoke(app, ["studies", str(database), "--json"]).stdout)
     assert [study["study_id"] for study in studies] == [EARLIER, STUDY]
 
 
 def test_text_fits_80_columns_with_whole_ids(runner, database):
-    add_unfinished_study(database, EARLIER, "/models/a-model-with-a-very-long-name-that-does-not-fit-a-column")
+    add_unfinished_study(
+        database, EARLIER, "/models/a-model-with-a-very-long-name-that-does-not-fit-a-column"
+    )
     result = runner.invoke(app, ["studies", str(database)])
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
@@ -62,7 +68,9 @@ def test_text_fits_80_columns_with_whole_ids(runner, database):
     row = next(line for line in lines if STUDY in line)
     assert "tiny-model" in row and "4" in row and "yes" in row and MIXED in row
     assert next(line for line in lines if EARLIER in line).split()[-2:] == ["no", "-"]
-    assert "increase <= 1.00%" in result.stdout and "memory <= 3072 MiB" in result.stdout, "limits are not wrapped"
+    assert "increase <= 1.00%" in result.stdout and "memory <= 3072 MiB" in result.stdout, (
+        "limits are not wrapped"
+    )
 
 
 def test_a_database_without_a_study_is_an_empty_list(runner, tmp_path):

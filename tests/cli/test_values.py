@@ -5,7 +5,8 @@ from autoquant.errors import WorkloadError
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1%", 0.01), ("0.5%", 0.005), ("0.01", 0.01), (" 2 % ", 0.02), ("150%", 1.5), ("0", 0.0)]
+    ("text", "value"),
+    [("1%", 0.01), ("0.5%", 0.005), ("0.01", 0.01), (" 2 % ", 0.02), ("150%", 1.5), ("0", 0.0)],
 )
 def test_percentages_and_fractions_mean_the_same(text, value):
     assert fraction(text, "--limit") == pytest.approx(value)
@@ -40,7 +41,8 @@ def test_nonsense_sizes_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("10m", 600), ("90s", 90), ("1h", 3600), ("600", 600), ("1h30m", 5400), ("0.5m", 30)]
+    ("text", "value"),
+    [("10m", 600), ("90s", 90), ("1h", 3600), ("600", 600), ("1h30m", 5400), ("0.5m", 30)],
 )
 def test_durations_know_their_units(text, value):
     assert duration_s(text, "--time-budget") == value

@@ -15,7 +15,9 @@ from autoquant.report.progress import listening
 def test_what_is_done_is_logged_on_stderr(runner, database, place):
     arguments = ["pareto", str(database), "--json"]
     quiet = runner.invoke(app, arguments)
-    talking = runner.invoke(app, ["--verbose", *arguments] if place == "before" else [*arguments, "--verbose"])
+    talking = runner.invoke(
+        app, ["--verbose", *arguments] if place == "before" else [*arguments, "--verbose"]
+    )
     assert talking.exit_code == 0
     assert (quiet.stderr, talking.stdout) == ("", quiet.stdout)
     assert "INFO autoquant.store.connect: opened the database" in talking.stderr
@@ -31,7 +33,11 @@ def test_logging_ends_with_the_command(runner, database):
 def test_events_are_logged_and_told(caplog):
     told = []
     listener = logged(told.append)
-    events = [StageStarted("timing", 2), StageProgress("timing", 1, "int8"), StageFinished("timing", "2 timings")]
+    events = [
+        StageStarted("timing", 2),
+        StageProgress("timing", 1, "int8"),
+        StageFinished("timing", "2 timings"),
+    ]
     events.append(Notice("a layer was left alone"))
     with caplog.at_level(logging.INFO, "autoquant"):
         for event in events:

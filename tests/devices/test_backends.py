@@ -22,7 +22,9 @@ from autoquant.runtime.attribution import attribute
 from autoquant.runtime.request import time_in_turn
 from autoquant.tuner.workers.start import start_runner
 
-SMALL = TimingEffort(largest_copy_bytes=1 << 20, largest_product=32, linear_rounds=4, sample_s=1e-4, request_rounds=3)
+SMALL = TimingEffort(
+    largest_copy_bytes=1 << 20, largest_product=32, linear_rounds=4, sample_s=1e-4, request_rounds=3
+)
 
 
 class Quiet:
@@ -46,7 +48,9 @@ class MetaBackend(Backend):
         return "PyTorch sees no meta device here"
 
     def fingerprint(self):
-        return Device(type="meta", name="nothing", capability="1", threads=0, cache_bytes=1 << 20, versions={})
+        return Device(
+            type="meta", name="nothing", capability="1", threads=0, cache_bytes=1 << 20, versions={}
+        )
 
     def float16(self):
         return torch.float16
@@ -80,13 +84,24 @@ def test_a_new_kind_of_device_has_a_roofline(meta):
 
 def test_linears_are_timed_on_a_new_kind_of_device(meta, monkeypatch):
     kernel = Kernel(id="own", numerics=A16, linear=torch.nn.functional.linear)
-    fmt = Format(id="own/plain", quantize=lambda w: w.clone(), dequantize=lambda s: s.float(), kernels=(kernel,))
+    fmt = Format(
+        id="own/plain",
+        quantize=lambda w: w.clone(),
+        dequantize=lambda s: s.float(),
+        kernels=(kernel,),
+    )
     monkeypatch.setattr(torch, "Generator", lambda _device="cpu": _Seeded())
-    monkeypatch.setattr(torch, "randn", lambda *size, generator, device: torch.ones(size, device=device))
+    monkeypatch.setattr(
+        torch, "randn", lambda *size, generator, device: torch.ones(size, device=device)
+    )
     monkeypatch.setattr(torch.Tensor, "item", lambda _tensor: 0.0)  # nothing to compare
     shape = LinearShape(n=8, k=8, bias=False, dtype="float32")
-    arena = SimpleNamespace(bytes=torch.empty(64, dtype=torch.uint8), views=lambda tensors: [list(tensors)])
-    (found,) = compare(shape, 1, [(fmt, kernel)], arena=arena, device="meta", compiled=False, effort=SMALL)
+    arena = SimpleNamespace(
+        bytes=torch.empty(64, dtype=torch.uint8), views=lambda tensors: [list(tensors)]
+    )
+    (found,) = compare(
+        shape, 1, [(fmt, kernel)], arena=arena, device="meta", compiled=False, effort=SMALL
+    )
     assert found.outcome == "ok" and len(found.samples_us) == 4, found.reason
 
 
@@ -129,12 +144,16 @@ def test_what_a_new_kind_of_device_does_not_promise_is_not_asked_of_it(meta):
 
 @pytest.mark.parametrize("kind", [each.type for each in BACKENDS])
 def test_a_backend_is_found_by_any_name_of_its_device(kind):
-    assert backend(kind).type == backend(f"{kind}:0").type == backend(torch.device(kind)).type == kind
+    assert (
+        backend(kind).type == backend(f"{kind}:0").type == backend(torch.device(kind)).type == kind
+    )
     assert backend(f"{kind}:0").device == f"{kind}:0"
 
 
 def test_a_kind_that_is_not_there_is_refused_in_one_line():
-    with pytest.raises(DeviceError, match=r"^xpu devices are not supported: use one of cuda, mps, cpu$"):
+    with pytest.raises(
+        DeviceError, match=r"^xpu devices are not supported: use one of cuda, mps, cpu$"
+    ):
         backend("xpu")
 
 

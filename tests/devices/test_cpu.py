@@ -77,7 +77,8 @@ def test_a_change_of_any_field_is_another_key(compiles, name):
 def test_a_change_of_any_version_is_another_key(compiles):
     found = CPU.fingerprint()
     keys = {found.key} | {
-        replace(found, versions={**found.versions, name: "0.0.1"}).key for name in (*found.versions, "triton-cpu")
+        replace(found, versions={**found.versions, name: "0.0.1"}).key
+        for name in (*found.versions, "triton-cpu")
     }
     assert len(keys) == len(found.versions) + 2
 
@@ -95,7 +96,9 @@ def test_a_compiler_that_fails_gives_its_first_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", fails)
     monkeypatch.setattr(base, "failure_of_the_compiler", base.failure_of_the_compiler.__wrapped__)
-    assert CPU.compile_failure() == "g++ not found; install a C++ compiler (g++ or clang++) to compile"
+    assert (
+        CPU.compile_failure() == "g++ not found; install a C++ compiler (g++ or clang++) to compile"
+    )
 
 
 def test_waiting_for_the_cpu_needs_nothing():

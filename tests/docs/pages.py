@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 SHELL = ("bash", "console")
 _FENCE = re.compile(r"```(\w*)(.*)")
 _TITLE = re.compile(r'title="([^"]+)"')
@@ -49,7 +52,9 @@ def blocks(page: str) -> Iterator[Block]:
             start, content, before = number, [], line
         elif line == "```":
             title = _TITLE.search(fence[2])
-            yield Block(page, start, fence[1], "\n".join(content), title and title[1], mark and mark[1])
+            yield Block(
+                page, start, fence[1], "\n".join(content), title and title[1], mark and mark[1]
+            )
             fence = None
         else:
             content.append(line)

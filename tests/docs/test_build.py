@@ -44,7 +44,9 @@ def test_every_command_and_option_is_in_the_reference(site):
 
 def test_every_public_name_is_in_the_reference(site):
     page = (site / "reference/python.html").read_text()
-    assert [name for name in autoquant.__all__ if not re.search(rf'id="autoquant[\w.]*\.{name}"', page)] == []
+    assert [
+        name for name in autoquant.__all__ if not re.search(rf'id="autoquant[\w.]*\.{name}"', page)
+    ] == []
 
 
 def test_pages_load_nothing_from_elsewhere(site):

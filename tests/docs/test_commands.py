@@ -42,7 +42,10 @@ SMALLER = (
     (r"\b128256x4096\b", "128x32"),
     (r'device = "cuda"', 'device = "cpu"'),
     (r"rows=\[1, 2048\]", f'rows=[1], candidates=["{CANDIDATES}"]'),
-    (r'"(plan|mine)\.db"', rf'"\1.db", device="cpu", candidates=["{CANDIDATES}"], time_budget_s=1.0'),
+    (
+        r'"(plan|mine)\.db"',
+        rf'"\1.db", device="cpu", candidates=["{CANDIDATES}"], time_budget_s=1.0',
+    ),
 )
 
 
@@ -60,7 +63,9 @@ def finished(tmp_path_factory, short):
     save_text(folder / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run(f"search my-model --eval-text text.txt --db plan.db {ANY_PLAN} {' '.join(QUICK)} {WORKLOAD}")
+        run(
+            f"search my-model --eval-text text.txt --db plan.db {ANY_PLAN} {' '.join(QUICK)} {WORKLOAD}"
+        )
         study = autoquant.Study.open("plan.db")
         plans = [plan.plan_id for plan in study.plans() if plan.kind != "original"]
         study.store.close()
@@ -77,7 +82,10 @@ def place(finished, tmp_path, monkeypatch):
     known = set(sys.modules)
     yield ids
     for name in set(sys.modules) - known:
-        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in sys.modules[name].__file__:
+        if (
+            getattr(sys.modules[name], "__file__", None)
+            and str(tmp_path) in sys.modules[name].__file__
+        ):
             del sys.modules[name]
 
 
@@ -115,10 +123,14 @@ def quickly(command):
     if name not in ("search", "profile"):
         return command
     more = [*QUICK] if name == "search" else [*QUICK[:2]]
-    reads_tokens = "--sample-inputs" not in command and "--shapes" not in command and ".pt2" not in command
+    reads_tokens = (
+        "--sample-inputs" not in command and "--shapes" not in command and ".pt2" not in command
+    )
     if "--workload" not in command and reads_tokens:
         more.append(WORKLOAD)
-    if name == "search" and not any(option in command for option in ("--max", "--minimize", "--recipe")):
+    if name == "search" and not any(
+        option in command for option in ("--max", "--minimize", "--recipe")
+    ):
         more.append(ANY_PLAN)
     return " ".join([re.sub(r" --(candidates|device|time-budget) (\S+)", "", command), *more])
 

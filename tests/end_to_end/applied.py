@@ -13,9 +13,7 @@ EIGHT_BITS = (
     "int8-row/plain",
     (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm")),
 )
-TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
-)
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
 FOUR_BITS = ("int4-g32/cpu-packed", (RouteStep(upper_m=None, kernel="int4pack-mm"),))
 
 
@@ -29,7 +27,9 @@ def mixed_plan(module, eight=EIGHT_BITS, four=FOUR_BITS):
             layers.append(
                 LayerChoice(
                     name=name,
-                    shape=LinearShape(n=part.out_features, k=part.in_features, bias=False, dtype="bfloat16"),
+                    shape=LinearShape(
+                        n=part.out_features, k=part.in_features, bias=False, dtype="bfloat16"
+                    ),
                     format=fmt,
                     route=route,
                     numerics="",
@@ -37,7 +37,9 @@ def mixed_plan(module, eight=EIGHT_BITS, four=FOUR_BITS):
                     memory_bytes=0,
                     loss=0.0,
                     parameters=(f"{name}.weight",),
-                    joined=tuple(f"{parent}.{each}_proj" for each in "qkv") if leaf[0] in "qkv" else (),
+                    joined=tuple(f"{parent}.{each}_proj" for each in "qkv")
+                    if leaf[0] in "qkv"
+                    else (),
                 )
             )
     return Plan(

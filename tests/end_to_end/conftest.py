@@ -63,14 +63,20 @@ def rows(db, tables=FACTS):
     """Every row of the tables, without opening the database for writing."""
     connection = sqlite3.connect(f"file:{db}?mode=ro", uri=True)
     try:
-        return {table: connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables}
+        return {
+            table: connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall()
+            for table in tables
+        }
     finally:
         connection.close()
 
 
 def copy_database(source, target):
     """Copy a database that is open elsewhere, perhaps; returns the copy."""
-    with contextlib.closing(sqlite3.connect(source)) as before, contextlib.closing(sqlite3.connect(target)) as after:
+    with (
+        contextlib.closing(sqlite3.connect(source)) as before,
+        contextlib.closing(sqlite3.connect(target)) as after,
+    ):
         before.backup(after)
     return target
 
@@ -78,7 +84,9 @@ def copy_database(source, target):
 def folder_print(folder):
     """Every file below a folder with a hash of its bytes."""
     return {
-        str(entry.relative_to(folder)): hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else ""
+        str(entry.relative_to(folder)): hashlib.sha256(entry.read_bytes()).hexdigest()
+        if entry.is_file()
+        else ""
         for entry in sorted(Path(folder).rglob("*"))
     }
 
@@ -104,7 +112,16 @@ class Searched:
 
     def search(self, *options, cwd=None):
         """The same command again, with further options."""
-        base = ("--eval-text", self.text, "--db", self.db, "--device", "cpu", "--workload", WORKLOAD)
+        base = (
+            "--eval-text",
+            self.text,
+            "--db",
+            self.db,
+            "--device",
+            "cpu",
+            "--workload",
+            WORKLOAD,
+        )
         globs = ("--candidates", "int8*", "--candidates", "int4*", "--candidates", "float16*")
         return ("search", self.model, *base, *globs, *options)
 

@@ -32,7 +32,10 @@ SHORTER = (
     (refine, "SHORTEST_PROOF_S", 0.1),
     (delivered, "is_faster", lambda _delivery: True),  # a tiny model gains nothing
 )
-FEWER_PLANS = ((prove, "LEAST_PLANS", 4), (prove, "FRONT_PLANS", 2))  # not where a whole search is asked for
+FEWER_PLANS = (
+    (prove, "LEAST_PLANS", 4),
+    (prove, "FRONT_PLANS", 2),
+)  # not where a whole search is asked for
 
 CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")
 

@@ -21,7 +21,10 @@ from autoquant.tuner.stages import prove
 from .conftest import WORKLOAD, rows
 from .tiny import save_llama, save_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="all is one process elsewhere")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="all is one process elsewhere"),
+]
 
 CRASHING_KERNELS = """
 import os, signal
@@ -49,7 +52,9 @@ def plug_in(tmp_path_factory):
     """An installed package with a kernel that always brings its process down, and one that does so on long inputs."""
     package = tmp_path_factory.mktemp("site")
     (package / "crashing_kernels-1.0.dist-info").mkdir()
-    (package / "crashing_kernels-1.0.dist-info" / "METADATA").write_text("Name: crashing-kernels\nVersion: 1.0\n")
+    (package / "crashing_kernels-1.0.dist-info" / "METADATA").write_text(
+        "Name: crashing-kernels\nVersion: 1.0\n"
+    )
     entry_points = "[autoquant.candidates]\ncrashing = crashing_kernels:formats\n"
     (package / "crashing_kernels-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
     (package / "crashing_kernels.py").write_text(CRASHING_KERNELS)
@@ -98,7 +103,9 @@ def test_a_kernel_that_crashes_while_it_is_timed_has_failed_and_the_search_ends(
     for *_, fmt, _kernel, outcome, reason in timings(db):
         outcomes.setdefault(fmt, set()).add((outcome, reason))
     assert outcomes["crash/plain"] == {("failed", "its process was ended by SIGSEGV")}
-    assert {outcome for fmt in ("fragile/plain", "int8-row/plain") for outcome, _ in outcomes[fmt]} == {"ok"}
+    assert {
+        outcome for fmt in ("fragile/plain", "int8-row/plain") for outcome, _ in outcomes[fmt]
+    } == {"ok"}
     assert study.facts.complete and study.recommended() is not None
 
 
@@ -108,7 +115,10 @@ def test_a_plan_that_crashes_when_it_is_proven_has_failed_with_the_reason(search
     plans = {plan.plan_id: plan for plan in study.plans()}
     assert {"fragile/plain"} <= set(plans[next(iter(failed))].formats())
     assert all("ended by SIGBUS" in reason for reason in failed.values())
-    assert any(isinstance(e, Notice) and "could not be proven" in e.text and "SIGBUS" in e.text for e in events)
+    assert any(
+        isinstance(e, Notice) and "could not be proven" in e.text and "SIGBUS" in e.text
+        for e in events
+    )
     kinds = [plans[plan_id].kind for plan_id in study.proofs()]
     assert kinds.count("original") == 1 and "uniform" in kinds
 
@@ -139,13 +149,22 @@ def test_scores_and_qualities_are_those_of_one_process(small, tmp_path):
     def facts(study):
         plans = {plan.plan_id: plan for plan in study.plans()}
         return {
-            plans[i].label: (proof.loss, proof.kl, proof.increase, proof.selection_increase, proof.memory_bytes)
+            plans[i].label: (
+                proof.loss,
+                proof.kl,
+                proof.increase,
+                proof.selection_increase,
+                proof.memory_bytes,
+            )
             for i, proof in study.proofs().items()
             if plans[i].kind in ("original", "uniform")
         }
 
     assert facts(apart) == facts(here) and len(facts(here)) == 2
-    losses = [sorted(row[4:7] for row in rows(tmp_path / name)["loss"]) for name in ("apart.db", "here.db")]
+    losses = [
+        sorted(row[4:7] for row in rows(tmp_path / name)["loss"])
+        for name in ("apart.db", "here.db")
+    ]
     assert losses[0] == losses[1] and losses[0]
 
 
@@ -161,9 +180,30 @@ def one_process(runner):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_search_that_is_stopped_leaves_no_process_and_goes_on(small, tmp_path, how):
     db = tmp_path / "plan.db"
-    command = [sys.executable, "-m", "autoquant", "search", small[0], "--eval-text", small[1], "--db", db]
-    command += ["--workload", WORKLOAD, "--candidates", "int8-row/plain/int-mm", "--time-budget", "1s"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "AUTOQUANT_EAGER": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "autoquant",
+        "search",
+        small[0],
+        "--eval-text",
+        small[1],
+        "--db",
+        db,
+    ]
+    command += [
+        "--workload",
+        WORKLOAD,
+        "--candidates",
+        "int8-row/plain/int-mm",
+        "--time-budget",
+        "1s",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "AUTOQUANT_EAGER": "1",
+    }
     environment["OMP_NUM_THREADS"] = "1"
     environment.pop("AUTOQUANT_IN_PROCESS", None)
     searching = subprocess.Popen(
@@ -172,7 +212,9 @@ def test_a_search_that_is_stopped_leaves_no_process_and_goes_on(small, tmp_path,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a runner in the background ignores
+        preexec_fn=partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        ),  # which a runner in the background ignores
     )
     deadline = time.monotonic() + 60
     while not (db.exists() and len(timings(db)) >= 2):
@@ -183,7 +225,11 @@ def test_a_search_that_is_stopped_leaves_no_process_and_goes_on(small, tmp_path,
     searching.send_signal(how)
     _, said = searching.communicate(timeout=20)
     if how == signal.SIGINT:
-        assert searching.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+        assert (
+            searching.returncode == 130
+            and "the same command goes on" in said
+            and "Traceback" not in said
+        )
     while any(map(is_running, family)):
         assert time.monotonic() < deadline
         time.sleep(0.02)

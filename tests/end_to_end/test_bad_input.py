@@ -20,7 +20,16 @@ from autoquant.store.connect import VERSION_TABLE
 from .conftest import command, folder_print
 from .tiny import save_llama, save_text
 
-GOOD = ("--db", "plan.db", "--workload", "prefill=8,decode=4", "--candidates", "int8*", "--time-budget", "1s")
+GOOD = (
+    "--db",
+    "plan.db",
+    "--workload",
+    "prefill=8,decode=4",
+    "--candidates",
+    "int8*",
+    "--time-budget",
+    "1s",
+)
 
 
 class Payload:
@@ -56,20 +65,34 @@ def refused(here, *arguments):
 
 def check(exit_code, stdout, stderr):
     assert (exit_code, stdout) == (2, ""), (exit_code, stdout, stderr)
-    assert stderr.startswith("error: ") and stderr.endswith("\n") and stderr.count("\n") == 1, stderr
+    assert stderr.startswith("error: ") and stderr.endswith("\n") and stderr.count("\n") == 1, (
+        stderr
+    )
     assert "Traceback" not in stderr
 
 
 def search(model="given/model", text="given/text.txt", **options):
     """Arguments of a search that would succeed but for what is given here."""
-    spoiled = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    spoiled = [
+        part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
     return ("search", model, "--eval-text", text, *GOOD, *spoiled)
 
 
 def profile(shapes="given/shapes.txt", **options):
     """Arguments of a timing of shapes that would succeed but for what is given here."""
-    given = {"shapes": shapes, "db": "timings.db", "rows": "1,4", "candidates": "int8*", "device": "cpu", **options}
-    return ("profile", *(part for name, value in given.items() if value for part in (f"--{name}", value)))
+    given = {
+        "shapes": shapes,
+        "db": "timings.db",
+        "rows": "1,4",
+        "candidates": "int8*",
+        "device": "cpu",
+        **options,
+    }
+    return (
+        "profile",
+        *(part for name, value in given.items() if value for part in (f"--{name}", value)),
+    )
 
 
 def spoil(path, size):
@@ -199,7 +222,9 @@ def test_a_device_that_does_not_exist(here):
     assert "toaster" in refused(here, *search(device="toaster"))
 
 
-@pytest.mark.parametrize("workload", ["", "prefill", "prefill=0", "prefill=8,decode=-1", "prefill=8,prefill=8", "a=1"])
+@pytest.mark.parametrize(
+    "workload", ["", "prefill", "prefill=0", "prefill=8,decode=-1", "prefill=8,prefill=8", "a=1"]
+)
 def test_a_workload_that_cannot_be_parsed(here, workload):
     assert "prefill=TOKENS,decode=STEPS" in refused(here, *search(workload=workload))
 
@@ -284,7 +309,9 @@ def test_neither_a_model_nor_shapes_or_both(here):
 
 def test_a_model_that_cannot_be_timed(here):
     assert "missing-model" in refused(here, *profile(shapes=None), "missing-model")
-    assert "64" in refused(here, *profile(shapes=None, workload="prefill=60,decode=5"), "given/model")
+    assert "64" in refused(
+        here, *profile(shapes=None, workload="prefill=60,decode=5"), "given/model"
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,11 @@ OPTIONS = (
     " --candidates int8* --candidates int4* --candidates float16*"
 )
 SEARCH = "search model --recipe quick.toml"
-OWN = (
-    "search module.pt --db own.db --device cpu --workload prefill=8 --candidates int8-row/plain/int-mm --time-budget 1s"
-)
+OWN = "search module.pt --db own.db --device cpu --workload prefill=8 --candidates int8-row/plain/int-mm --time-budget 1s"
 OWN_JUDGE = "--quality mine:loss --sample-inputs mine:inputs"
-LAYERS = "--db plan.db --device cpu --workload prefill=8,decode=4 --candidates int8-row/plain/int-mm"
+LAYERS = (
+    "--db plan.db --device cpu --workload prefill=8,decode=4 --candidates int8-row/plain/int-mm"
+)
 SHAPES = "--db plan.db --device cpu --rows 1 --candidates int8-row/plain/int-mm"
 
 
@@ -246,7 +246,8 @@ def place(searched, tmp_path_factory):
     (folder / "mine.py").write_text(MINE)
     torch.save(make_llama().state_dict(), folder / "weights.pt")
     save_file(
-        {name: value.clone() for name, value in make_llama(layers=1).state_dict().items()}, folder / "other.safetensors"
+        {name: value.clone() for name, value in make_llama(layers=1).state_dict().items()},
+        folder / "other.safetensors",
     )
     torch.save(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), folder / "module.pt")
     copy_database(searched.db, folder / "plan.db")
@@ -260,7 +261,9 @@ def make_databases(folder):
     """A copy whose search had a limit that nothing meets, one of another program, one of a newer autoquant."""
     copy_database(folder / "plan.db", folder / "tight.db")
     with sqlite3.connect(folder / "tight.db") as connection:
-        connection.execute("""UPDATE study SET limits = json_set(limits, '$.max_memory_bytes', 1)""")
+        connection.execute(
+            """UPDATE study SET limits = json_set(limits, '$.max_memory_bytes', 1)"""
+        )
     with sqlite3.connect(folder / "foreign.db") as connection:
         connection.execute("CREATE TABLE holiday (day TEXT)")
     open_store(folder / "newer.db").close()

@@ -20,8 +20,27 @@ def constrained(files, tmp_path_factory):
     """(model, text, database, arguments of the search), searched."""
     model, text = files
     db = tmp_path_factory.mktemp("constrained") / "plan.db"
-    arguments = ["search", model, "--eval-text", text, "--db", db, "--device", "cpu", "--workload", WORKLOAD]
-    arguments += ["--candidates", "int8*", "--candidates", "int4*", "--time-budget", "1s", *CONSTRAINTS]
+    arguments = [
+        "search",
+        model,
+        "--eval-text",
+        text,
+        "--db",
+        db,
+        "--device",
+        "cpu",
+        "--workload",
+        WORKLOAD,
+    ]
+    arguments += [
+        "--candidates",
+        "int8*",
+        "--candidates",
+        "int4*",
+        "--time-budget",
+        "1s",
+        *CONSTRAINTS,
+    ]
     result = typed(*arguments, "--max-kl", "0.5", "--max-ppl-increase", "50%", "--json")
     assert result.exit_code == 0, result.stderr
     return model, text, db, arguments, result
@@ -39,7 +58,9 @@ def test_every_plan_but_the_original_honours_them(constrained):
         chosen = formats(plan)
         assert chosen[KEPT] == "bfloat16/plain" and chosen[K].startswith("int8-row"), plan.label
         assert chosen[Q] == chosen[K] == chosen[V], plan.label
-        assert chosen["model.layers.0.mlp.gate_proj"] == chosen["model.layers.0.mlp.up_proj"], plan.label
+        assert chosen["model.layers.0.mlp.gate_proj"] == chosen["model.layers.0.mlp.up_proj"], (
+            plan.label
+        )
         reasons = {layer.name: layer.reason for layer in plan.layers}
         assert f"kept unquantized by --keep {KEPT}" in reasons[KEPT]
         assert "pinned by --pin *.1.*.k_proj=int8-row*" in reasons[K]
@@ -62,7 +83,10 @@ def test_they_are_said_wherever_the_study_is_shown(constrained, run):
     assert json.loads(run("show", db, "--json").stdout)["constraints"] == wanted
     assert json.loads(run("studies", db, "--json").stdout)[0]["constraints"] == wanted
     for shown in (run("show", db), run("pareto", db)):
-        assert f"Constraints: --keep {KEPT} --pin *.1.*.k_proj=int8-row* --fusable vllm" in shown.stdout
+        assert (
+            f"Constraints: --keep {KEPT} --pin *.1.*.k_proj=int8-row* --fusable vllm"
+            in shown.stdout
+        )
     assert "--fusable vllm" in run("studies", db).stdout
 
 
@@ -70,12 +94,20 @@ def test_the_divergence_is_measured_on_the_selection_part_with_its_interval(cons
     study = Study.open(constrained[2])
     for plan_id, proof in study.proofs().items():
         assert proof.selection_kl.low <= proof.selection_kl.value <= proof.selection_kl.high
-        assert proof.selection_kl.value == pytest.approx(proof.kl, rel=0.8, abs=1e-9), study.plan(plan_id).label
+        assert proof.selection_kl.value == pytest.approx(proof.kl, rel=0.8, abs=1e-9), study.plan(
+            plan_id
+        ).label
         assert len(proof.selection_losses) > 1
-        assert proof.time_ratio.low <= proof.request_ms / proof.original_request_ms <= proof.time_ratio.high
+        assert (
+            proof.time_ratio.low
+            <= proof.request_ms / proof.original_request_ms
+            <= proof.time_ratio.high
+        )
 
 
-def test_it_is_solved_again_when_the_model_is_gone_and_the_plan_can_be_applied(constrained, run, tmp_path):
+def test_it_is_solved_again_when_the_model_is_gone_and_the_plan_can_be_applied(
+    constrained, run, tmp_path
+):
     model, _, db, *_ = constrained
     copy = tmp_path / "plan.db"
     copy_database(db, copy)

@@ -22,7 +22,9 @@ USAGE = Usage(kind="causal_lm", workload=Workload.parse("prefill=8,decode=4"), d
 
 @pytest.fixture
 def plan(study):
-    return next(p for p in study.plans() if p.kind == "uniform" and p.label.endswith("int8-row a16"))
+    return next(
+        p for p in study.plans() if p.kind == "uniform" and p.label.endswith("int8-row a16")
+    )
 
 
 @pytest.fixture
@@ -40,19 +42,35 @@ def delivered(loaded, plan, usage=USAGE):
 def test_a_search_keeps_how_its_recommended_plan_runs(searched, study):
     recommended = json.loads(searched.result.stdout)["recommended"]
     kept = study.deliveries()[recommended["plan_id"]]
-    assert (kept.loop, kept.where, kept.logits_error, kept.reason) == ("generate", "same process", 0.0, "")
+    assert (kept.loop, kept.where, kept.logits_error, kept.reason) == (
+        "generate",
+        "same process",
+        0.0,
+        "",
+    )
     assert recommended["as_run_request_ms"] == kept.times.request_ms
     assert recommended["as_run_speedup"] == pytest.approx(1 / kept.ratio.value)
     assert "deliver: 1 plan run as you will run it" in searched.result.stderr
-    assert "not loaded again in a new process: AUTOQUANT_IN_PROCESS is set" in searched.result.stderr
+    assert (
+        "not loaded again in a new process: AUTOQUANT_IN_PROCESS is set" in searched.result.stderr
+    )
 
 
 def test_a_saved_plan_gives_the_same_in_a_new_process(loaded, plan, monkeypatch):
     monkeypatch.delenv("AUTOQUANT_IN_PROCESS")
     found, told = delivered(loaded, plan)
-    assert (found.where, found.logits_error, found.reason) == ("new process", 0.0, "") and told == []
-    assert found.times.request_ms > found.times.first_token_ms > 0 and found.original_times.request_ms > 0
-    assert found.ratio.value == pytest.approx(found.times.request_ms / found.original_times.request_ms)
+    assert (found.where, found.logits_error, found.reason) == (
+        "new process",
+        0.0,
+        "",
+    ) and told == []
+    assert (
+        found.times.request_ms > found.times.first_token_ms > 0
+        and found.original_times.request_ms > 0
+    )
+    assert found.ratio.value == pytest.approx(
+        found.times.request_ms / found.original_times.request_ms
+    )
 
 
 def test_a_plan_that_ends_the_process_is_refused(loaded, plan, monkeypatch):
@@ -70,7 +88,9 @@ def test_a_model_that_is_changed_meanwhile_is_an_error_of_that_process(loaded, p
     assert "ModelError" in found.reason and "was changed while it was searched" in found.reason
 
 
-def test_a_plan_that_cannot_be_saved_or_loaded_is_refused_with_the_reason(loaded, plan, monkeypatch):
+def test_a_plan_that_cannot_be_saved_or_loaded_is_refused_with_the_reason(
+    loaded, plan, monkeypatch
+):
     def broken(*_arguments, **_options):
         raise RuntimeError("cannot be moved\nin many words")
 
@@ -92,7 +112,9 @@ def test_a_plan_that_computes_something_else_when_loaded_is_refused(loaded, plan
 
     monkeypatch.setattr(applier, "load", other_weights)
     found, _ = delivered(loaded, plan)
-    assert "loaded again it computes something else: its output is off by 2 (relative)" in found.reason
+    assert (
+        "loaded again it computes something else: its output is off by 2 (relative)" in found.reason
+    )
     assert found.times is None
 
 
@@ -116,14 +138,22 @@ def test_a_live_module_is_run_in_memory_with_a_notice(plan, searched):
     live = from_module(module)
     before = {name: id(parameter) for name, parameter in live.module.named_parameters()}
     found, told = delivered(live, plan)
-    assert (found.where, found.reason, found.logits_error) == ("in memory", "", None) and found.times is not None
+    assert (found.where, found.reason, found.logits_error) == (
+        "in memory",
+        "",
+        None,
+    ) and found.times is not None
     assert len(told) == 1 and "AUTOQUANT_IN_PROCESS" in told[0]
-    assert before == {name: id(parameter) for name, parameter in live.module.named_parameters()}, "left as it is"
+    assert before == {name: id(parameter) for name, parameter in live.module.named_parameters()}, (
+        "left as it is"
+    )
 
 
 def test_inputs_that_no_other_process_can_have_keep_it_here(loaded, plan, monkeypatch):
     monkeypatch.delenv("AUTOQUANT_IN_PROCESS")
-    usage = Usage(kind="causal_lm", workload=USAGE.workload, device="cpu", sample_inputs=(lambda: None,))
+    usage = Usage(
+        kind="causal_lm", workload=USAGE.workload, device="cpu", sample_inputs=(lambda: None,)
+    )
     found, told = delivered(loaded, plan, usage)
     assert found.where == "same process" and "its sample inputs cannot be sent there" in told[0]
 

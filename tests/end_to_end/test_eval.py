@@ -41,7 +41,9 @@ metric_list:
 
 def installed():
     return pytest.importorskip(
-        "lm_eval.models.huggingface", reason="lm_eval is not installed: pip install '.[eval]'", exc_type=ImportError
+        "lm_eval.models.huggingface",
+        reason="lm_eval is not installed: pip install '.[eval]'",
+        exc_type=ImportError,
     )
 
 
@@ -53,7 +55,11 @@ def documents():
         return " ".join(f"w{draw.randrange(WORDS)}" for _ in range(count))
 
     return [
-        {"context": words(12), "choices": [words(1) for _ in range(CHOICES)], "gold": draw.randrange(CHOICES)}
+        {
+            "context": words(12),
+            "choices": [words(1) for _ in range(CHOICES)],
+            "gold": draw.randrange(CHOICES),
+        }
         for _ in range(DOCUMENTS)
     ]
 
@@ -65,15 +71,25 @@ def folder(documents, tmp_path_factory):
     data = place / "guess.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     for kind, path in (("words", data), ("nothing", place / "missing.jsonl")):
-        (place / f"{kind}.yaml").write_text(TASK.format(kind=kind, data=path, cache=place / "cache"))
+        (place / f"{kind}.yaml").write_text(
+            TASK.format(kind=kind, data=path, cache=place / "cache")
+        )
     return place
 
 
 @pytest.fixture(scope="module")
 def plan(study):
     """A plan that quantizes the output layer, whose weight the embedding shares in the unquantized model."""
-    uniform = [plan for plan in study.plans() if plan.kind == "uniform" and plan.label.startswith("uniform int")]
-    head = [plan for plan in uniform if any("lm_head.weight" in layer.parameters for layer in plan.layers)]
+    uniform = [
+        plan
+        for plan in study.plans()
+        if plan.kind == "uniform" and plan.label.startswith("uniform int")
+    ]
+    head = [
+        plan
+        for plan in uniform
+        if any("lm_head.weight" in layer.parameters for layer in plan.layers)
+    ]
     return head[0]
 
 
@@ -85,7 +101,9 @@ def run(searched, *options):
 def scored(searched, plan, folder):
     """The command's JSON."""
     installed()
-    result = run(searched, "--plan", plan.plan_id, "--tasks", "guess_words", "--tasks-path", folder, "--json")
+    result = run(
+        searched, "--plan", plan.plan_id, "--tasks", "guess_words", "--tasks-path", folder, "--json"
+    )
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -102,10 +120,14 @@ def accuracy(module, tokenizer, documents):
     return right / len(documents)
 
 
-def test_the_unquantized_model_and_the_plan_score_what_they_get_right(scored, study, searched, plan, documents):
+def test_the_unquantized_model_and_the_plan_score_what_they_get_right(
+    scored, study, searched, plan, documents
+):
     loaded = load_searched(plan, str(searched.model), study.facts, None)
     quantized = apply(plan, copy.deepcopy(loaded.module))
-    expected = [accuracy(module, loaded.tokenizer, documents) for module in (loaded.module, quantized)]
+    expected = [
+        accuracy(module, loaded.tokenizer, documents) for module in (loaded.module, quantized)
+    ]
     found = [score for score in scored if score["metric"] == "acc"]
     assert [(score["plan_id"], score["task"]) for score in found] == [
         (None, "guess_words"),
@@ -122,11 +144,18 @@ def test_each_plan_is_scored_on_a_copy_with_its_layers_quantized(study, searched
 
         def score(self, module, tokenizer):
             parameters = module.named_parameters(remove_duplicate=False)
-            self.seen.append({name for name, parameter in parameters if isinstance(parameter.data, RoutedWeight)})
+            self.seen.append(
+                {name for name, parameter in parameters if isinstance(parameter.data, RoutedWeight)}
+            )
             return ()
 
     rows = score_tasks([plan, plan], str(searched.model), study.facts, Watcher(), study.store)
-    planned = {name for layer in plan.layers if layer.format != "bfloat16/plain" for name in layer.parameters}
+    planned = {
+        name
+        for layer in plan.layers
+        if layer.format != "bfloat16/plain"
+        for name in layer.parameters
+    }
     assert planned and Watcher.seen == [set(), planned, planned]
     assert [row.plan_id for row in rows] == [None, plan.plan_id, plan.plan_id]
 
@@ -143,9 +172,20 @@ def test_a_quantized_output_layer_is_not_tied_to_the_embedding_again(study, sear
     assert "tie_weights" not in vars(module)
 
 
-def test_scores_are_kept_and_measured_again_they_replace_the_old_ones(scored, searched, plan, folder):
+def test_scores_are_kept_and_measured_again_they_replace_the_old_ones(
+    scored, searched, plan, folder
+):
     for _ in range(2):
-        options = ("--plan", plan.plan_id, "--tasks", "guess_words", "--tasks-path", folder, "--limit", "8")
+        options = (
+            "--plan",
+            plan.plan_id,
+            "--tasks",
+            "guess_words",
+            "--tasks-path",
+            folder,
+            "--limit",
+            "8",
+        )
         assert run(searched, *options).exit_code == 0
     store = open_store(searched.db, create=False)
     for subject in (plan.plan_id, plan.model_hash):
@@ -169,17 +209,26 @@ def test_the_table_fits_80_columns_and_shows_both_models(scored, searched, plan,
         (("--tasks", "guess_word"), "did you mean guess_words"),
         (("--tasks", "guess_nothing"), "missing.jsonl"),
         (("--tasks", " , "), "separated by commas"),
-        (("--tasks", "guess_words", "--tasks-path", "nowhere"), "no folder of task files at nowhere"),
+        (
+            ("--tasks", "guess_words", "--tasks-path", "nowhere"),
+            "no folder of task files at nowhere",
+        ),
         (("--tasks", "guess_words", "--plan", "ffffffffffff"), "no plan"),
         (("--tasks", "guess_words", "--model", "/nowhere"), "/nowhere"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_in_one_line(searched, plan, folder, options, advice):
     installed()
-    given = {"--plan": plan.plan_id, "--tasks-path": folder} | dict(zip(options[::2], options[1::2], strict=True))
+    given = {"--plan": plan.plan_id, "--tasks-path": folder} | dict(
+        zip(options[::2], options[1::2], strict=True)
+    )
     result = run(searched, *(part for pair in given.items() for part in pair))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and advice in result.stderr
+    assert (
+        result.stderr.startswith("error: ")
+        and result.stderr.count("\n") == 1
+        and advice in result.stderr
+    )
 
 
 def test_without_lm_eval_the_command_says_how_to_install_it(searched, plan, monkeypatch):

@@ -33,7 +33,9 @@ IDS = torch.arange(12).unsqueeze(0)
 @pytest.fixture(scope="module")
 def fused(study):
     """The uniform int8 plan with its siblings joined."""
-    plan = next(p for p in study.plans() if p.kind == "uniform" and p.label.endswith("int8-row a16"))
+    plan = next(
+        p for p in study.plans() if p.kind == "uniform" and p.label.endswith("int8-row a16")
+    )
     by_name = {layer.name: layer for layer in plan.layers}
     for names, _ in sibling_sites(study.facts.recording.sites):
         for name in names:
@@ -59,7 +61,9 @@ def fused_db(searched, fused, tmp_path):
     return db, plan
 
 
-def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its_own(files, tmp_path, monkeypatch):
+def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its_own(
+    files, tmp_path, monkeypatch
+):
     monkeypatch.setattr(
         CpuBackend, "compile_failure", lambda _backend: None
     )  # as if models were compiled, which takes a minute
@@ -73,7 +77,9 @@ def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its
     groups = dict(sibling_sites(sites))
     assert sorted(len(names) for names in groups) == [2, 2, 3, 3]
     new = len(rows(db)["timing"]) - len(before)
-    assert new == len(set(cells_of(list(groups.values()))) - set(cells_of(sites))) * len(quick.CANDIDATES)
+    assert new == len(set(cells_of(list(groups.values()))) - set(cells_of(sites))) * len(
+        quick.CANDIDATES
+    )
     proven = study.proofs()
     assert len(proven) >= 3 and not study.store.failed_proofs(study.study_id)
     for plan in study.plans():
@@ -95,14 +101,21 @@ def test_joined_weights_lie_behind_one_another_and_compute_the_same(files, fused
     alone, together = (load_model(str(model), device="cpu").module for _ in range(2))
     apply(apart(fused), alone)
     apply(fused, together)
-    assert torch.equal(logits(alone), logits(together)) and module_bytes(alone) == module_bytes(together)
+    assert torch.equal(logits(alone), logits(together)) and module_bytes(alone) == module_bytes(
+        together
+    )
     attention = together.model.layers[0].self_attn
-    starts = [whole_of(linear.weight.data).start for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    starts = [
+        whole_of(linear.weight.data).start
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
     assert starts == [0, 64, 96] and whole_of(attention.o_proj.weight.data) is None
     assert set(alone.state_dict()) == set(together.state_dict())
 
 
-def test_a_saved_model_has_the_original_names_and_is_joined_again_when_it_is_loaded(files, fused, study, tmp_path):
+def test_a_saved_model_has_the_original_names_and_is_joined_again_when_it_is_loaded(
+    files, fused, study, tmp_path
+):
     model, _ = files
     report = apply_to_disk(fused, model, tmp_path / "out", facts=study.facts)
     assert (report.needs_module, report.generates) == (False, True)
@@ -119,11 +132,15 @@ def test_a_saved_model_has_the_original_names_and_is_joined_again_when_it_is_loa
 @pytest.mark.parametrize("fmt", ["int8-row/plain", "float8-row/plain"])
 def test_fusion_is_undone_in_what_is_saved_for_others_to_read(files, fused, study, fmt, tmp_path):
     route = (RouteStep(upper_m=None, kernel="dequantize-matmul"),)
-    plan = replace(fused, layers=tuple(replace(layer, format=fmt, route=route) for layer in fused.layers))
+    plan = replace(
+        fused, layers=tuple(replace(layer, format=fmt, route=route) for layer in fused.layers)
+    )
     model, _ = files
     apply_to_disk(plan, model, tmp_path / "fused", facts=study.facts)
     apply_to_disk(apart(plan), model, tmp_path / "apart", facts=study.facts)
-    written = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("fused", "apart")]
+    written = [
+        sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("fused", "apart")
+    ]
     assert written[0] == written[1] and "packed.pt" not in written[0]
     with (
         safe_open(tmp_path / "fused" / "model.safetensors", framework="pt") as ours,
@@ -168,15 +185,25 @@ def test_bench_computes_the_layers_of_a_fused_plan_as_one(fused_db, run, monkeyp
     assert result.exit_code == 0, result.stderr
     row = json.loads(result.stdout)[1]
     assert row["plan_id"] == plan.plan_id and row["request_ms"] > 0
-    assert set(counts) == {0, 3}, "of q, k, v two products are saved, of gate and up one, in a graph of a block"
+    assert set(counts) == {0, 3}, (
+        "of q, k, v two products are saved, of gate and up one, in a graph of a block"
+    )
 
 
 def test_show_says_what_is_computed_as_one(fused_db):
     db, plan = fused_db
     runner = CliRunner()
     text = runner.invoke(app, ["show", str(db), "--plan", plan.plan_id]).stdout
-    table = text[text.index("Layers, and why") :].partition("linear layers hold")[0].splitlines()[:-1]
+    table = (
+        text[text.index("Layers, and why") :].partition("linear layers hold")[0].splitlines()[:-1]
+    )
     assert "as one with" in text and all(len(line) <= 80 for line in table)
-    layers = json.loads(runner.invoke(app, ["show", str(db), "--plan", plan.plan_id, "--json"]).stdout)["layers"]
-    joined = {layer["name"].rpartition(".")[2]: layer["joined"] for layer in layers if ".0." in layer["name"]}
+    layers = json.loads(
+        runner.invoke(app, ["show", str(db), "--plan", plan.plan_id, "--json"]).stdout
+    )["layers"]
+    joined = {
+        layer["name"].rpartition(".")[2]: layer["joined"]
+        for layer in layers
+        if ".0." in layer["name"]
+    }
     assert len(joined["q_proj"]) == 3 and len(joined["up_proj"]) == 2 and joined["o_proj"] == []

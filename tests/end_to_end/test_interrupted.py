@@ -35,13 +35,17 @@ def start():
     """Start a search in a process of its own, which has everything imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([quick.__name__])
-    path = os.pathsep.join(filter(None, sys.path))  # the server of Python 3.11 looks for what it preloads only there
+    path = os.pathsep.join(
+        filter(None, sys.path)
+    )  # the server of Python 3.11 looks for what it preloads only there
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (*ENVIRONMENT, ("PYTHONPATH", path)):
             patch.setenv(name, value)
 
         def run(*arguments, **options):
-            process = context.Process(target=quick.search_as_process, args=arguments, kwargs=options)
+            process = context.Process(
+                target=quick.search_as_process, args=arguments, kwargs=options
+            )
             process.start()
             return process
 
@@ -119,9 +123,13 @@ def test_a_search_killed_at_many_moments_goes_on_and_comes_to_its_end(small, sta
     assert_kept(earlier, found, ("timing", "loss", "proof"))
     study = Study.open(db)
     assert study.facts.complete
-    assert {row[0] for row in found["proof"]} == {row[0] for row in found["plan"]}, "no plan is left without its proof"
+    assert {row[0] for row in found["proof"]} == {row[0] for row in found["plan"]}, (
+        "no plan is left without its proof"
+    )
     kinds = [plan.kind for plan in study.plans()]
-    assert kinds.count("original") == 1 and kinds.count("uniform") >= 1 and kinds.count("front") >= 1
+    assert (
+        kinds.count("original") == 1 and kinds.count("uniform") >= 1 and kinds.count("front") >= 1
+    )
     assert study.recommended() is not None
     study.store.close()
 
@@ -146,7 +154,11 @@ class InterruptAt:
 def test_an_interrupted_search_keeps_what_it_measured_and_goes_on(small, tmp_path):
     db = tmp_path / "plan.db"
     earlier = {table: [] for table in FACTS}
-    for stage, number, table in (("profile", 5, "timing"), ("score", 1, "loss"), ("prove", 3, "proof")):
+    for stage, number, table in (
+        ("profile", 5, "timing"),
+        ("score", 1, "loss"),
+        ("prove", 3, "proof"),
+    ):
         with pytest.raises(KeyboardInterrupt):
             quick.search(*small, db, listener=InterruptAt(stage, number))
         found = without_duplicates(db)
@@ -181,7 +193,9 @@ def test_a_second_search_with_more_candidates_times_only_the_new_ones(small, tmp
         if isinstance(event, StageStarted) and event.stage == "profile":
             totals.append(event.total)
 
-    second = quick.search(*small, db, candidates=("int8-row/plain/int8pack-mm", "float16*"), listener=listener)
+    second = quick.search(
+        *small, db, candidates=("int8-row/plain/int8pack-mm", "float16*"), listener=listener
+    )
     assert second.study_id != first.study_id
     after = without_duplicates(db)
     assert_kept(before, after)

@@ -59,7 +59,9 @@ def export(path, module, *inputs):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     torch.manual_seed(0)
-    return export(tmp_path_factory.mktemp("exported") / "net.pt2", Convolutional(), torch.randn(2, 3, 8, 8))
+    return export(
+        tmp_path_factory.mktemp("exported") / "net.pt2", Convolutional(), torch.randn(2, 3, 8, 8)
+    )
 
 
 def search(run, model, *options):
@@ -71,8 +73,14 @@ def search(run, model, *options):
 
 def test_a_language_model_is_judged_by_a_text_that_comes_with_autoquant(run, model):
     study, result = search(run, model, "--workload", WORKLOAD)
-    assert "100% of the tokens of a text that autoquant ships are unknown to the tokenizer" in result.stderr
-    assert result.stderr.count(OWN_TEXT) == 1 and "(--eval-text FILE or --eval-data DATASET)" in result.stderr
+    assert (
+        "100% of the tokens of a text that autoquant ships are unknown to the tokenizer"
+        in result.stderr
+    )
+    assert (
+        result.stderr.count(OWN_TEXT) == 1
+        and "(--eval-text FILE or --eval-data DATASET)" in result.stderr
+    )
     assert {row["measure"] for row in study.rows()} == {"perplexity"}
     again, _ = search(run, model, "--workload", WORKLOAD, "--eval-text", DEFAULT_TEXT)
     assert again.study_id == study.study_id
@@ -82,23 +90,38 @@ def test_a_language_model_is_judged_by_a_text_that_comes_with_autoquant(run, mod
 
 def test_rows_of_a_dataset_are_the_same_study_as_their_text(run, model, files, tmp_path):
     text = files[1].read_text()
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"n": 1, "text": row}) + "\n" for row in text.splitlines()))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"n": 1, "text": row}) + "\n" for row in text.splitlines())
+    )
     study, result = search(run, model, "--workload", WORKLOAD, "--eval-data", "rows.jsonl")
     assert OWN_TEXT not in result.stderr and "unknown to the tokenizer" not in result.stderr
-    assert study.store.references(study.study_id)["judge"]["words"].startswith("the dataset rows.jsonl (key ")
+    assert study.store.references(study.study_id)["judge"]["words"].startswith(
+        "the dataset rows.jsonl (key "
+    )
     other, _ = search(run, model, "--workload", WORKLOAD, "--eval-text", files[1])
     assert other.study_id == study.study_id
 
 
 def test_a_saved_recipe_finds_the_dataset_from_anywhere(run, model, files, tmp_path):
     (tmp_path / "d.txt").write_text(files[1].read_text())
-    search(run, model, "--workload", WORKLOAD, "--eval-data", "d.txt:text", "--save-recipe", "again.toml")
+    search(
+        run,
+        model,
+        "--workload",
+        WORKLOAD,
+        "--eval-data",
+        "d.txt:text",
+        "--save-recipe",
+        "again.toml",
+    )
     assert f'eval-data = "{tmp_path / "d.txt"}:text"' in Path("again.toml").read_text()
 
 
 def test_an_exported_program_is_judged_by_how_far_its_outputs_are(run, exported):
     study, result = search(run, exported)
-    assert "note: judged by how little outputs diverge from the unquantized model's" in result.stderr
+    assert (
+        "note: judged by how little outputs diverge from the unquantized model's" in result.stderr
+    )
     assert "a loss of your own says more, --quality package.module:callable" in result.stderr
     assert "Output" in result.stdout and "divergence" in result.stdout
     assert "perplexity" not in result.stdout.lower() and "increase" not in result.stdout.lower()
@@ -109,8 +132,15 @@ def test_an_exported_program_is_judged_by_how_far_its_outputs_are(run, exported)
     assert 0 < uniform["perplexity_increase"] < 0.01 and uniform["within_limits"]
     assert uniform["perplexity"] is None and uniform["kl"] is None
     proof = study.proofs()[uniform["plan_id"]]
-    assert proof.loss == pytest.approx(proof.increase.value) and len(proof.selection_losses) == SAMPLES["selection"]
-    assert study.limits.as_object() == {"max_ppl_increase": 0.01, "max_memory_bytes": None, "measure": "divergence"}
+    assert (
+        proof.loss == pytest.approx(proof.increase.value)
+        and len(proof.selection_losses) == SAMPLES["selection"]
+    )
+    assert study.limits.as_object() == {
+        "max_ppl_increase": 0.01,
+        "max_memory_bytes": None,
+        "measure": "divergence",
+    }
     assert study.best(max_ppl_increase=1.0).plan_id in {row["plan_id"] for row in rows.values()}
     for command in (("pareto", "--chart"), ("show", "--plan", uniform["plan_id"])):
         printed = run(command[0], "plan.db", *command[1:])
@@ -120,7 +150,10 @@ def test_an_exported_program_is_judged_by_how_far_its_outputs_are(run, exported)
     assert solved["limits"]["measure"] == "divergence"
     assert run("report", "plan.db", "--out", "report.html").exit_code == 0
     page = Path("report.html").read_text()
-    assert "divergence of outputs from the unquantized model" in page and "divergence at most 1.00%" in page
+    assert (
+        "divergence of outputs from the unquantized model" in page
+        and "divergence at most 1.00%" in page
+    )
     applied = run("apply", "plan.db", "--plan", uniform["plan_id"], "--out", "quantized")
     assert applied.exit_code == 0 and "bit for bit" in applied.stdout
 
@@ -143,9 +176,18 @@ def test_an_exported_program_is_searched_in_processes_of_its_own(exported, monke
     monkeypatch.delenv("AUTOQUANT_IN_PROCESS")
     events = []
     study = driver.search(
-        exported, db="plan.db", device="cpu", candidates=quick.CANDIDATES, time_budget_s=0.5, listener=events.append
+        exported,
+        db="plan.db",
+        device="cpu",
+        candidates=quick.CANDIDATES,
+        time_budget_s=0.5,
+        listener=events.append,
     )
-    assert not [event for event in events if isinstance(event, Notice) and "runs in one process" in event.text]
+    assert not [
+        event
+        for event in events
+        if isinstance(event, Notice) and "runs in one process" in event.text
+    ]
     assert [plan for plan in study.plans() if plan.kind == "uniform"]
     assert all(proof.loss < 0.01 for proof in study.proofs().values())
 
@@ -176,8 +218,16 @@ def test_a_live_module_needs_its_inputs_only():
         ),
         ({"eval_text": "missing.txt"}, TextError, "there is no text file at missing.txt"),
         ({"eval_data": "missing.csv"}, TextError, "there is no file or folder at missing.csv"),
-        ({"eval_data": "rows.jsonl", "quality": len}, TextError, "--eval-data and --quality cannot be combined"),
-        ({"max_kl": 0.1, "sample_inputs": (torch.ones(4, 32),)}, QualityError, "--max-kl needs a text"),
+        (
+            {"eval_data": "rows.jsonl", "quality": len},
+            TextError,
+            "--eval-data and --quality cannot be combined",
+        ),
+        (
+            {"max_kl": 0.1, "sample_inputs": (torch.ones(4, 32),)},
+            QualityError,
+            "--max-kl needs a text",
+        ),
         (
             {"sensitivity": "path", "sample_inputs": (torch.ones(4, 32),)},
             QualityError,
@@ -187,7 +237,9 @@ def test_a_live_module_needs_its_inputs_only():
     ],
     ids=str,
 )
-def test_what_cannot_be_judged_is_refused_before_a_database_is_made(tmp_path, options, error, message):
+def test_what_cannot_be_judged_is_refused_before_a_database_is_made(
+    tmp_path, options, error, message
+):
     (tmp_path / "rows.jsonl").write_text('{"text": "w1"}\n')
     with pytest.raises(error, match=message) as refused:
         live(**options)
@@ -199,5 +251,7 @@ def test_a_language_model_without_a_tokenizer_is_told_both_ways(model, tmp_path)
     from autoquant.models import load_model
 
     module = load_model(str(model)).module
-    with pytest.raises(TextError, match=r"give one with --tokenizer FOLDER, or judge it by --quality"):
+    with pytest.raises(
+        TextError, match=r"give one with --tokenizer FOLDER, or judge it by --quality"
+    ):
         driver.search(module, db="plan.db", device="cpu", candidates=quick.CANDIDATES)

@@ -73,8 +73,23 @@ def here(tmp_path, monkeypatch):
 
 def search(**changes):
     given = {"model-factory": "TwoArms", "sample-inputs": "inputs", "quality": "loss"} | changes
-    named = [part for name, value in given.items() if value for part in (f"--{name}", f"my_model_code:{value}")]
-    options = ("--candidates", "int8*", "--time-budget", "0.5s", "--db", "own.db", "--device", "cpu", "--json")
+    named = [
+        part
+        for name, value in given.items()
+        if value
+        for part in (f"--{name}", f"my_model_code:{value}")
+    ]
+    options = (
+        "--candidates",
+        "int8*",
+        "--time-budget",
+        "0.5s",
+        "--db",
+        "own.db",
+        "--device",
+        "cpu",
+        "--json",
+    )
     return ("search", "weights.pt", *named, *options)
 
 
@@ -93,8 +108,14 @@ def test_a_module_is_searched_and_written_by_the_functions_named(here):
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
-        ({"quality": "lost"}, "my_model_code has no lost (did you mean loss?): check --quality my_model_code:lost"),
-        ({"quality": "PARTS"}, "--quality needs a callable that takes (module, part) and returns losses"),
+        (
+            {"quality": "lost"},
+            "my_model_code has no lost (did you mean loss?): check --quality my_model_code:lost",
+        ),
+        (
+            {"quality": "PARTS"},
+            "--quality needs a callable that takes (module, part) and returns losses",
+        ),
         ({"quality": "nothing"}, "must return one number per sample"),
         ({"quality": "broken"}, "failed on the calibration part (NameError"),
         ({"sample-inputs": None}, "--sample-inputs package.module:callable"),
@@ -113,7 +134,10 @@ def test_inputs_are_cast_to_what_the_module_computes_in(here):
     from autoquant.models import load_model
 
     loaded = load_model(
-        "weights.pt", dtype="bf16", model_factory="my_model_code:TwoArms", sample_inputs="my_model_code:inputs"
+        "weights.pt",
+        dtype="bf16",
+        model_factory="my_model_code:TwoArms",
+        sample_inputs="my_model_code:inputs",
     )
     assert {tensor.dtype for tensor in loaded.example_inputs.values()} == {torch.bfloat16}
     assert loaded.source.sample_inputs == "my_model_code:inputs"

@@ -24,7 +24,15 @@ class Profile:
 
     def __call__(self, *arguments):
         globs = [part for glob in CANDIDATES for part in ("--candidates", glob)]
-        given = ["profile", "--db", self.folder / "timings.db", "--device", "cpu", *globs, *arguments]
+        given = [
+            "profile",
+            "--db",
+            self.folder / "timings.db",
+            "--device",
+            "cpu",
+            *globs,
+            *arguments,
+        ]
         result = typed(*given)
         assert result.exit_code == 0, result.stderr
         return result
@@ -48,10 +56,14 @@ def timed(tmp_path_factory):
 
 def test_a_file_of_shapes_gives_a_table_and_accounts(profile):
     first = profile.shapes()
-    assert "64 x 32, bfloat16: up" in first.stdout and "32 x 64 + bias, bfloat16: down" in first.stdout
+    assert (
+        "64 x 32, bfloat16: up" in first.stdout and "32 x 64 + bias, bfloat16: down" in first.stdout
+    )
     assert "bfloat16/plain/matmul" in first.stdout and "m=4" in first.stdout and "*" in first.stdout
     assert "unsupported: float32/plain/matmul: float32 is wider" in first.stdout
-    assert "16 timings (4 candidates at 4 shapes and m): 12 measured" in " ".join(first.stdout.split())
+    assert "16 timings (4 candidates at 4 shapes and m): 12 measured" in " ".join(
+        first.stdout.split()
+    )
     assert "0 were in the store, 16 are new" in " ".join(first.stdout.split())
     assert max(map(len, first.stdout.splitlines())) <= 80
     assert "roofline: memory" in first.stderr and "profile: 16 timings" in first.stderr
@@ -69,7 +81,10 @@ def test_csv_and_json_hold_the_same_rows_and_are_alone_on_stdout(timed):
         assert text == {name: "" if value[name] is None else str(value[name]) for name in COLUMNS}
     timed = [row for row in as_json if row["outcome"] == "ok"]
     assert len(timed) == 12
-    assert all(row["latency_us"] > 0 and row["floor_us"] > 0 and row["relative_error"] < 0.02 for row in timed)
+    assert all(
+        row["latency_us"] > 0 and row["floor_us"] > 0 and row["relative_error"] < 0.02
+        for row in timed
+    )
     assert {row["latency_us"] for row in as_json if row["outcome"] == "unsupported"} == {None}
 
 
@@ -101,7 +116,11 @@ def test_what_a_search_timed_is_not_timed_again(searched, tmp_path, profile):
     copy = copy_database(searched.db, tmp_path / "plan.db")
     result = profile(searched.model, "--workload", WORKLOAD, "--db", copy)
     said = " ".join(result.stdout.split())
-    assert ", 0 were in the store" not in said and " 0 are new" not in said  # float32 was not part of that search
-    rows = json.loads(profile(searched.model, "--workload", WORKLOAD, "--db", copy, "--json").stdout)
+    assert (
+        ", 0 were in the store" not in said and " 0 are new" not in said
+    )  # float32 was not part of that search
+    rows = json.loads(
+        profile(searched.model, "--workload", WORKLOAD, "--db", copy, "--json").stdout
+    )
     unsupported = sum(row["outcome"] == "unsupported" for row in rows)
     assert f"{len(rows) - unsupported} were in the store" in said

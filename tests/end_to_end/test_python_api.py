@@ -45,7 +45,11 @@ def quality(teacher):
 @pytest.fixture
 def search(teacher, quality, tmp_path):
     def run(module=None, **options):
-        base = {"sample_inputs": (SAMPLES["calibration"][:4],), "quality": quality, "db": tmp_path / "plan.db"}
+        base = {
+            "sample_inputs": (SAMPLES["calibration"][:4],),
+            "quality": quality,
+            "db": tmp_path / "plan.db",
+        }
         base |= {"candidates": CANDIDATES, "time_budget_s": 0.5, "device": "cpu"}
         return autoquant.search(module or copy.deepcopy(teacher), **(base | options))
 
@@ -102,13 +106,17 @@ def test_the_best_plan_is_within_the_limit_and_can_be_applied(studied, teacher, 
     assert losses.mean().item() == pytest.approx(proof.loss, rel=0.02)
 
 
-def test_limits_are_held_against_what_selection_says_of_as_many_samples_as_the_report_has(studied, teacher, quality):
+def test_limits_are_held_against_what_selection_says_of_as_many_samples_as_the_report_has(
+    studied, teacher, quality
+):
     study, _ = studied
     losses = {plan.label: study.proofs()[plan.plan_id].selection_losses for plan in study.plans()}
     uniform = next(plan for plan in study.plans() if plan.kind == "uniform")
     found = study.proofs()[uniform.plan_id].selection_increase
     unseen = len(quality(teacher, "report"))
-    expected = paired_increase(losses[uniform.label], losses["original"], logarithmic=False, unseen=unseen)
+    expected = paired_increase(
+        losses[uniform.label], losses["original"], logarithmic=False, unseen=unseen
+    )
     assert found.high == pytest.approx(expected.high) and found.low == pytest.approx(expected.low)
 
 
@@ -186,7 +194,10 @@ def test_a_whole_workload_can_be_given_as_a_record(search):
 def test_a_quality_function_takes_no_sensitivity_that_needs_gradients(search, tmp_path):
     from autoquant.errors import QualityError
 
-    for name, advice in (("fisher", "needs a text"), ("guess", "choose one of isolated, fisher, path")):
+    for name, advice in (
+        ("fisher", "needs a text"),
+        ("guess", "choose one of isolated, fisher, path"),
+    ):
         with pytest.raises(QualityError, match=advice):
             search(sensitivity=name)
     assert not (tmp_path / "plan.db").exists()
@@ -195,9 +206,15 @@ def test_a_quality_function_takes_no_sensitivity_that_needs_gradients(search, tm
 def test_the_search_ends_with_the_plans_as_the_database_has_them(search, monkeypatch):
     """On GPUs plans are written once more at the end, with settled routes: the unquantized one's calibrated prediction too."""
     ended = {}
-    monkeypatch.setattr(driver.Stages, "_settle_routes", lambda stages, *_: ended.update(stages.plans))
+    monkeypatch.setattr(
+        driver.Stages, "_settle_routes", lambda stages, *_: ended.update(stages.plans)
+    )
     study = search(time_budget_s=0.0)
     proven = study.proofs()
-    assert {i: plan.prediction for i, plan in ended.items()} == {p.plan_id: p.prediction for p in study.plans()}
+    assert {i: plan.prediction for i, plan in ended.items()} == {
+        p.plan_id: p.prediction for p in study.plans()
+    }
     [original] = [plan for plan in ended.values() if plan.kind == "original"]
-    assert original.prediction.request_ms == pytest.approx(proven[original.plan_id].request_ms, rel=0.01)
+    assert original.prediction.request_ms == pytest.approx(
+        proven[original.plan_id].request_ms, rel=0.01
+    )

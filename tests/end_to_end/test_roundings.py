@@ -32,12 +32,16 @@ def files(tmp_path_factory):
 def study(files, tmp_path_factory):
     with quick.short():
         return quick.search(
-            *files, tmp_path_factory.mktemp("searched") / "plan.db", candidates=("int3-g32", "int3-g32-gptq")
+            *files,
+            tmp_path_factory.mktemp("searched") / "plan.db",
+            candidates=("int3-g32", "int3-g32-gptq"),
         )
 
 
 def of_format(study, format_id):
-    (plan,) = [plan for plan in study.plans() if plan.kind == "uniform" and format_id in plan.formats()]
+    (plan,) = [
+        plan for plan in study.plans() if plan.kind == "uniform" and format_id in plan.formats()
+    ]
     return plan
 
 
@@ -54,7 +58,9 @@ def test_a_layer_is_rounded_as_suits_it(study):
     options = study.store.options(study.study_id)
     fronts = [plan for plan in study.plans() if plan.kind == "front"]
     assert any(GPTQ in plan.formats() for plan in fronts)
-    for layer in (layer for plan in fronts for layer in plan.layers if layer.format in (NEAREST, GPTQ)):
+    for layer in (
+        layer for plan in fronts for layer in plan.layers if layer.format in (NEAREST, GPTQ)
+    ):
         losses = {option.format: option.loss for option in options[layer.name]}
         assert layer.loss == min(losses[NEAREST], losses[GPTQ])
     proofs = study.proofs()
@@ -74,20 +80,26 @@ def test_roundings_of_one_format_are_timed_once_and_take_as_long(study):
 def test_a_plan_is_applied_from_the_database_with_the_same_bits_every_time(study, files, tmp_path):
     plan = of_format(study, GPTQ)
     models = [
-        autoquant.apply(plan, load_model(files[0], dtype="bf16").module, calibration=study.calibration)
+        autoquant.apply(
+            plan, load_model(files[0], dtype="bf16").module, calibration=study.calibration
+        )
         for _ in range(2)
     ]
     apply_to_disk(plan, files[0], tmp_path / "out", facts=study.facts)
     models.append(autoquant.load(tmp_path / "out"))
     first, *others = map(bits, models)
-    assert len(first) == 2 * len([name for layer in plan.layers if layer.format == GPTQ for name in layer.parameters])
+    assert len(first) == 2 * len(
+        [name for layer in plan.layers if layer.format == GPTQ for name in layer.parameters]
+    )
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_a_plan_without_its_text_is_refused_and_nothing_is_changed(study, files):
     model = load_model(files[0], dtype="bf16").module
-    with pytest.raises(PlanError, match=r"rounded for their layers' inputs \(int3-g32-gptq\): .*=study.calibration"):
+    with pytest.raises(
+        PlanError, match=r"rounded for their layers' inputs \(int3-g32-gptq\): .*=study.calibration"
+    ):
         autoquant.apply(of_format(study, GPTQ), model)
     assert not bits(model)
     autoquant.apply(of_format(study, NEAREST), model)  # needs none

@@ -32,12 +32,26 @@ def place(files, tmp_path_factory):
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     make_tokenizer().save_pretrained(folder)
-    state = {f"_orig_mod.{name}": value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    state = {
+        f"_orig_mod.{name}": value
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     old = {"_orig_mod.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     torch.save({"epoch": 1, "state_dict": state | old}, folder / "model.pt")
     shutil.copy(files[1], folder / "text.txt")
     globs = [part for glob in CANDIDATES for part in ("--candidates", glob)]
-    options = ("--eval-text", "text.txt", "--device", "cpu", "--workload", WORKLOAD, "--time-budget", "1s", *globs)
+    options = (
+        "--eval-text",
+        "text.txt",
+        "--device",
+        "cpu",
+        "--workload",
+        WORKLOAD,
+        "--time-budget",
+        "1s",
+        *globs,
+    )
     result = typed("search", "model.pt", *options, "--max-ppl-increase", "1000%", cwd=folder)
     assert result.exit_code == 0, result.stderr
     assert "rotary_emb.inv_freq: LlamaForCausalLM computes these itself" in result.stderr
@@ -60,7 +74,9 @@ def test_what_was_searched_is_applied_and_generates_from_the_new_folder_alone(ru
     folder = here / f"model-{study.best_of_search().plan_id}"
     study.store.close()
     assert f"autoquant generate {folder.name} --prompt TEXT" in result.stdout
-    assert {"config.json", "tokenizer.json", "autoquant.json"} <= {path.name for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "autoquant.json"} <= {
+        path.name for path in folder.iterdir()
+    }
     alone = here / "alone"
     folder.rename(alone)
     for path in ("model.pt", "config.json", "tokenizer.json", "plan.db"):

@@ -43,9 +43,13 @@ FRONT_FIELDS = {
 @pytest.fixture(scope="module")
 def applied(searched, study, tmp_path_factory):
     """(plan, folder) of the front's first quantized plan that rounds no activations."""
-    plan = next(p for p in study.plans() if p.kind == "uniform" and p.label.endswith("int8-row a16"))
+    plan = next(
+        p for p in study.plans() if p.kind == "uniform" and p.label.endswith("int8-row a16")
+    )
     folder = tmp_path_factory.mktemp("applied") / "quantized"
-    result = CliRunner().invoke(app, ["apply", str(searched.db), "--plan", plan.plan_id, "--out", str(folder)])
+    result = CliRunner().invoke(
+        app, ["apply", str(searched.db), "--plan", plan.plan_id, "--out", str(folder)]
+    )
     assert result.exit_code == 0, result.stderr
     return plan, folder
 
@@ -96,7 +100,9 @@ def test_the_original_every_uniform_plan_and_several_of_the_front_are_proven(stu
         kinds.setdefault(plan.kind, []).append(plan)
     proven = set(study.proofs())
     assert len(kinds["original"]) == 1 and len(kinds["front"]) >= 2
-    assert {plan.plan_id for kind in ("original", "uniform", "front") for plan in kinds[kind]} <= proven
+    assert {
+        plan.plan_id for kind in ("original", "uniform", "front") for plan in kinds[kind]
+    } <= proven
     labels = {plan.label for plan in kinds["uniform"]}
     assert {"uniform int8-row a16", "uniform int4-g32 a16"} <= labels
 
@@ -120,11 +126,17 @@ def test_the_original_is_compared_with_itself_and_differs_in_nothing(study):
 def test_measured_memory_is_what_was_predicted(study):
     proofs = study.proofs()
     for plan in study.plans():
-        assert proofs[plan.plan_id].memory_bytes == pytest.approx(plan.prediction.memory_bytes, rel=0.01)
+        assert proofs[plan.plan_id].memory_bytes == pytest.approx(
+            plan.prediction.memory_bytes, rel=0.01
+        )
 
 
 def test_optuna_shares_the_database_and_no_other_file_appears(searched):
-    assert {entry.name for entry in searched.db.parent.iterdir()} <= {"plan.db", "plan.db-wal", "plan.db-shm"}
+    assert {entry.name for entry in searched.db.parent.iterdir()} <= {
+        "plan.db",
+        "plan.db-wal",
+        "plan.db-shm",
+    }
     assert len(rows(searched.db, ("studies",))["studies"]) == 1
 
 
@@ -143,22 +155,35 @@ def test_another_limit_recommends_another_plan(run, searched, study, tmp_path):
     copy_database(searched.db, db)
     recommended = {}
     for limit in ("0%", "10000%"):
-        result = run(*searched.search("--time-budget", "12s", "--max-ppl-increase", limit, "--db", db, "--json"))
+        result = run(
+            *searched.search(
+                "--time-budget", "12s", "--max-ppl-increase", limit, "--db", db, "--json"
+            )
+        )
         assert result.exit_code == 0, result.stderr
         recommended[limit] = json.loads(result.stdout)["recommended"]
     fastest = min(study.rows(), key=lambda row: row["measured_request_ms"])
     assert recommended["10000%"]["plan_id"] in (fastest["plan_id"], *fastest["ties"].split())
-    assert recommended["0%"]["measured_request_ms"] >= 0.95 * recommended["10000%"]["measured_request_ms"]  # ties
+    assert (
+        recommended["0%"]["measured_request_ms"]
+        >= 0.95 * recommended["10000%"]["measured_request_ms"]
+    )  # ties
     careful = study.proofs()[recommended["0%"]["plan_id"]]
     assert careful.selection_increase.high <= 0
 
 
-def test_a_report_of_the_search_has_its_command_its_plans_and_its_kernels(searched, study, tmp_path):
+def test_a_report_of_the_search_has_its_command_its_plans_and_its_kernels(
+    searched, study, tmp_path
+):
     out = tmp_path / "report.html"
     result = CliRunner().invoke(app, ["report", str(searched.db), "--out", str(out)])
     assert result.exit_code == 0, result.stderr
     page = out.read_text(encoding="utf-8")
-    assert f"autoquant search {searched.model}" in page and "--eval-text" in page and "FILE stands for" not in page
+    assert (
+        f"autoquant search {searched.model}" in page
+        and "--eval-text" in page
+        and "FILE stands for" not in page
+    )
     assert all(row["label"] in page for row in study.rows())
     assert "int8-row/plain/int8pack-mm" in page and "15 linear layers hold" in page
 
@@ -169,7 +194,15 @@ def test_a_report_of_the_search_has_its_command_its_plans_and_its_kernels(search
 def test_the_smallest_plan_is_asked_for_by_a_recipe_that_replays(run, searched, study, tmp_path):
     db, saved = tmp_path / "plan.db", tmp_path / "saved.toml"
     copy_database(searched.db, db)
-    options = ("--recipe", "smallest-within-1pct", "--max-ppl-increase", "1000%", "--time-budget", "12s", "--json")
+    options = (
+        "--recipe",
+        "smallest-within-1pct",
+        "--max-ppl-increase",
+        "1000%",
+        "--time-budget",
+        "12s",
+        "--json",
+    )
     first = run(*searched.search(*options, "--db", db, "--save-recipe", saved))
     again = run("search", "--recipe", saved, "--json")
     assert (first.exit_code, again.exit_code) == (0, 0), first.stderr + again.stderr
@@ -186,7 +219,11 @@ def test_pareto_as_json_has_an_object_for_each_proven_plan(run, searched, study)
     times = [row["measured_request_ms"] for row in front]
     assert times == sorted(times)
     for row in front:
-        assert row["perplexity_increase_low"] <= row["perplexity_increase"] <= row["perplexity_increase_high"]
+        assert (
+            row["perplexity_increase_low"]
+            <= row["perplexity_increase"]
+            <= row["perplexity_increase_high"]
+        )
 
 
 def test_pareto_marks_exactly_the_plans_that_none_beats(run, searched):
@@ -201,7 +238,9 @@ def test_pareto_as_csv_says_the_same_as_json(run, searched):
     table = list(csv.DictReader(io.StringIO(run("pareto", searched.db, "--csv").stdout)))
     front = json.loads(run("pareto", searched.db, "--json").stdout)
     assert [row["plan_id"] for row in table] == [row["plan_id"] for row in front]
-    assert [float(row["measured_request_ms"]) for row in table] == [row["measured_request_ms"] for row in front]
+    assert [float(row["measured_request_ms"]) for row in table] == [
+        row["measured_request_ms"] for row in front
+    ]
     assert set(table[0]) >= FRONT_FIELDS
 
 
@@ -227,25 +266,35 @@ def test_show_as_json_tells_every_layer(run, searched, study, kind):
     for layer in shown["layers"]:
         assert {"name", "shape", "format", "route", "latency_us", "loss"} <= set(layer)
         assert set(layer["latency_us"]) == {"prefill", "decode"}
-        assert layer["route"][-1]["upper_m"] is None and all(step["kernel"] for step in layer["route"])
+        assert layer["route"][-1]["upper_m"] is None and all(
+            step["kernel"] for step in layer["route"]
+        )
         assert layer["reason"]
 
 
 def test_what_another_choice_would_change_is_what_plans_with_it_predict(run, searched, study):
     plans = {plan.label: plan for plan in study.plans()}
     workload = study.facts.workload
-    shown = json.loads(run("show", searched.db, "--plan", plans["original"].plan_id, "--json").stdout)
+    shown = json.loads(
+        run("show", searched.db, "--plan", plans["original"].plan_id, "--json").stdout
+    )
     assert all(layer["alternatives"] for layer in shown["layers"]), "every layer could be smaller"
     front = next(plan for plan in study.plans() if plan.kind == "front")
     options = study.store.options(study.study_id)
     for layer in front.layers:
-        assert layer.loss in [option.loss for option in options[layer.name] if option.format == layer.format]
+        assert layer.loss in [
+            option.loss for option in options[layer.name] if option.format == layer.format
+        ]
         for other in study.alternatives(front)[layer.name]:
             own = sum(workload.calls()[phase] * us for phase, us in layer.latency_us.items())
             its = sum(workload.calls()[phase] * us for phase, us in other.choice.latency_us.items())
             assert other.request_us == pytest.approx(its - own)
             assert other.memory_bytes == other.choice.memory_bytes - layer.memory_bytes
-            better = {"more exact": other.loss, "faster": other.request_us, "smaller": other.memory_bytes}
+            better = {
+                "more exact": other.loss,
+                "faster": other.request_us,
+                "smaller": other.memory_bytes,
+            }
             assert all(better[gain] < 0 for gain in other.gains)
 
 
@@ -264,7 +313,9 @@ def test_apply_leaves_a_whole_folder_and_nothing_beside_it(applied):
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
     names = {entry.name for entry in folder.iterdir()}
     assert {"autoquant.json", "model.safetensors", "config.json"} <= names
-    assert not [name for name in names if name.startswith((".", "tmp")) or name.endswith((".tmp", ".part"))]
+    assert not [
+        name for name in names if name.startswith((".", "tmp")) or name.endswith((".tmp", ".part"))
+    ]
 
 
 def test_loading_gives_bit_for_bit_the_model_that_was_applied_in_memory(searched, study, tmp_path):
@@ -275,7 +326,9 @@ def test_loading_gives_bit_for_bit_the_model_that_was_applied_in_memory(searched
     ids = torch.arange(20).unsqueeze(0)
     for number, plan in enumerate(plans):
         folder = tmp_path / f"plan{number}"
-        result = CliRunner().invoke(app, ["apply", str(searched.db), "--plan", plan.plan_id, "--out", str(folder)])
+        result = CliRunner().invoke(
+            app, ["apply", str(searched.db), "--plan", plan.plan_id, "--out", str(folder)]
+        )
         assert result.exit_code == 0, result.stderr
         assert "bit for bit" in result.stdout
         in_memory = autoquant.apply(plan, loaded(searched).module)
@@ -305,7 +358,9 @@ def test_the_tied_embedding_stays_unquantized_beside_the_quantized_head(applied,
 
 def test_perplexity_by_hand_agrees_with_the_proof(applied, searched, study):
     plan, folder = applied
-    windows = read_text(searched.text, loaded(searched).tokenizer, max_positions=POSITIONS).windows["report"]
+    windows = read_text(searched.text, loaded(searched).tokenizer, max_positions=POSITIONS).windows[
+        "report"
+    ]
     assert perplexity(autoquant.load(folder), windows) == pytest.approx(
         study.proofs()[plan.plan_id].perplexity, rel=0.002
     )
@@ -315,19 +370,27 @@ def test_perplexity_of_the_original_by_hand_agrees_with_its_proof(searched, stud
     original = next(plan for plan in study.plans() if plan.kind == "original")
     model = loaded(searched)
     windows = read_text(searched.text, model.tokenizer, max_positions=POSITIONS).windows["report"]
-    assert perplexity(model.module, windows) == pytest.approx(study.proofs()[original.plan_id].perplexity, rel=0.002)
+    assert perplexity(model.module, windows) == pytest.approx(
+        study.proofs()[original.plan_id].perplexity, rel=0.002
+    )
 
 
 def test_apply_without_a_plan_takes_the_recommended_one(run, searched, study, tmp_path):
     result = run("apply", searched.db, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert json.loads((tmp_path / "out" / "autoquant.json").read_text())["plan_id"] == study.recommended().plan_id
+    assert (
+        json.loads((tmp_path / "out" / "autoquant.json").read_text())["plan_id"]
+        == study.recommended().plan_id
+    )
 
 
 def test_apply_with_a_limit_takes_the_best_plan_within_it(run, searched, study, tmp_path):
     result = run("apply", searched.db, "--max-ppl-increase", "10000%", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert json.loads((tmp_path / "out" / "autoquant.json").read_text())["plan_id"] == study.best(100.0).plan_id
+    assert (
+        json.loads((tmp_path / "out" / "autoquant.json").read_text())["plan_id"]
+        == study.best(100.0).plan_id
+    )
 
 
 def test_apply_fills_an_empty_folder(run, searched, tmp_path):
@@ -400,12 +463,17 @@ def test_a_checkpoint_works_wherever_in_the_file_its_tensors_lie(applied, search
 
     _, folder = applied
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     folders = []
     for padding in (1, 9):
         folders.append(tmp_path / f"padded{padding}")
         shutil.copytree(folder, folders[-1])
-        save_file(tensors, folders[-1] / "model.safetensors", metadata=metadata | {"padding": "x" * padding})
+        save_file(
+            tensors,
+            folders[-1] / "model.safetensors",
+            metadata=metadata | {"padding": "x" * padding},
+        )
     code = "import sys, torch, autoquant\nfor f in sys.argv[1:]: autoquant.load(f)(torch.arange(20).unsqueeze(0))"
     result = python("-c", code, *folders)
     assert result.returncode == 0, (result.returncode, result.stderr)
@@ -421,7 +489,9 @@ def int4_folder(run, searched, study, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", ["autoquant.json", "model.safetensors", "packed.pt", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["autoquant.json", "model.safetensors", "packed.pt", "config.json"]
+)
 @pytest.mark.parametrize("damage", ["deleted", "empty", "halved"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(int4_folder, name, damage):
     path = int4_folder / name
@@ -465,10 +535,14 @@ def test_an_unknown_plan_is_refused(study):
         study.plan("nope")
 
 
-def test_a_packed_checkpoint_loads_in_a_process_that_has_seen_nothing_else(searched, study, tmp_path):
+def test_a_packed_checkpoint_loads_in_a_process_that_has_seen_nothing_else(
+    searched, study, tmp_path
+):
     plan = next(plan for plan in study.plans() if plan.label.startswith("uniform int4"))
     folder = tmp_path / "packed"
-    result = CliRunner().invoke(app, ["apply", str(searched.db), "--plan", plan.plan_id, "--out", str(folder)])
+    result = CliRunner().invoke(
+        app, ["apply", str(searched.db), "--plan", plan.plan_id, "--out", str(folder)]
+    )
     assert result.exit_code == 0 and (folder / "packed.pt").exists()
     script = f"import autoquant; print(type(autoquant.load({str(folder)!r})).__name__)"
     fresh = python("-c", script)

@@ -25,7 +25,11 @@ def test_a_search_predicts_plans_by_the_sensitivity_asked_for(files, tmp_path, m
     monkeypatch.setattr(fisher, "_LEAST_ROWS", 60)
     events = []
     study = quick.search(*files, tmp_path / "plan.db", sensitivity=method, listener=events.append)
-    (said,) = [event.summary for event in events if isinstance(event, StageFinished) and event.stage == "score"]
+    (said,) = [
+        event.summary
+        for event in events
+        if isinstance(event, StageFinished) and event.stage == "score"
+    ]
     assert said.startswith(f"sensitivity {method}: ")
     assert study.facts.identity["method"] == SENSITIVITIES[method].version
     connection = sqlite3.connect(tmp_path / "plan.db")
@@ -37,4 +41,6 @@ def test_a_search_predicts_plans_by_the_sensitivity_asked_for(files, tmp_path, m
     plans = [plan for plan in study.plans() if plan.kind != "original"]
     assert plans
     for plan in plans:
-        assert plan.prediction.loss == pytest.approx(loss_map.plan_loss(sum(layer.loss for layer in plan.layers)))
+        assert plan.prediction.loss == pytest.approx(
+            loss_map.plan_loss(sum(layer.loss for layer in plan.layers))
+        )

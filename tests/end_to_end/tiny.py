@@ -53,7 +53,9 @@ def save_text(path, windows=24, seed=0):
     """Text of that many windows of the model's length."""
     draw = random.Random(seed)
     words = [f"w{draw.randrange(WORDS)}" for _ in range(windows * POSITIONS)]
-    path.write_text("\n".join(" ".join(words[start : start + 16]) for start in range(0, len(words), 16)))
+    path.write_text(
+        "\n".join(" ".join(words[start : start + 16]) for start in range(0, len(words), 16))
+    )
     return path
 
 

@@ -14,7 +14,10 @@ def quality():
     """Text quality on three calibration windows of 20 tokens."""
     generator = torch.Generator().manual_seed(5)
     sizes = {"calibration": 3, "selection": 2, "report": 4}
-    windows = {part: torch.randint(0, 64, (count, 20), generator=generator) for part, count in sizes.items()}
+    windows = {
+        part: torch.randint(0, 64, (count, 20), generator=generator)
+        for part, count in sizes.items()
+    }
     return TextQuality(TextParts(windows), "cpu")
 
 

@@ -13,7 +13,10 @@ from autoquant.evaluators import data
 from autoquant.evaluators.data import DataName, check_data, data_pieces
 
 ROWS = [{"n": number, "text": f"row {number}", "title": f"title {number}"} for number in range(6)]
-CHAT = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]} for n in range(2)]
+CHAT = [
+    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]}
+    for n in range(2)
+]
 
 
 class Tokenizer:
@@ -61,7 +64,10 @@ def write_gz(name):
 
 def write_table(name, separator):
     with open(name, "w") as file:
-        file.writelines(separator.join(map(str, row)) + "\n" for row in [ROWS[0].keys(), *(r.values() for r in ROWS)])
+        file.writelines(
+            separator.join(map(str, row)) + "\n"
+            for row in [ROWS[0].keys(), *(r.values() for r in ROWS)]
+        )
 
 
 def write_parquet(name):
@@ -105,7 +111,9 @@ def test_a_folder_has_splits_of_which_held_out_ones_come_first():
     assert read("folder::train:") == expected()
 
 
-@pytest.mark.parametrize("name", ["d.jsonl:train:title", "d.jsonl::train:title", "d.jsonl:::title", "d.jsonl::title"])
+@pytest.mark.parametrize(
+    "name", ["d.jsonl:train:title", "d.jsonl::train:title", "d.jsonl:::title", "d.jsonl::title"]
+)
 def test_parts_that_are_left_out_may_be_empty(name):
     jsonl("d.jsonl")
     assert read(name) == expected("title")
@@ -140,7 +148,10 @@ def test_the_column_is_guessed(row, column):
             r"nor a dataset that can be had from the hub \(no network\): check the spelling and the network",
         ),
         ("../none", r"there is no file or folder at ../none"),
-        ("model.pt", r"model.pt is no dataset that can be read: give a file that ends in one of .jsonl"),
+        (
+            "model.pt",
+            r"model.pt is no dataset that can be read: give a file that ends in one of .jsonl",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(name, message, monkeypatch):
@@ -193,8 +204,13 @@ def test_a_name_on_the_hub_is_streamed_and_runs_no_code(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("org/name:en") == "test\n"
     assert read("org/name:de:train:body") == "train\n"
-    assert calls == [("org/name", "en", {"streaming": True}), ("org/name", "de", {"streaming": True})]
-    with pytest.raises(TextError, match=r"which configuration of org/name\? Say org/name:CONFIG, one of de, en"):
+    assert calls == [
+        ("org/name", "en", {"streaming": True}),
+        ("org/name", "de", {"streaming": True}),
+    ]
+    with pytest.raises(
+        TextError, match=r"which configuration of org/name\? Say org/name:CONFIG, one of de, en"
+    ):
         read("org/name")
 
 
@@ -221,7 +237,11 @@ def test_checking_a_name_reads_nothing(here):
 def test_names_need_no_torch():
     import subprocess
 
-    code = "import sys, autoquant.evaluators.data; assert not {'torch', 'datasets'} & set(sys.modules)"
+    code = (
+        "import sys, autoquant.evaluators.data; assert not {'torch', 'datasets'} & set(sys.modules)"
+    )
     subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )

@@ -58,7 +58,9 @@ class Mixed(nn.Module):
         self.embedding = nn.Embedding(256, 256, dtype=torch.bfloat16)
         self.head = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
         numbers = every_16_bit_number(torch.bfloat16)
-        self.head.weight = nn.Parameter(numbers[~numbers.isnan()].reshape(-1, 2), requires_grad=False)
+        self.head.weight = nn.Parameter(
+            numbers[~numbers.isnan()].reshape(-1, 2), requires_grad=False
+        )
         self.embedding.weight = self.head.weight
         halves = every_16_bit_number(torch.float16)
         self.sixteen = nn.Parameter(halves[~halves.isnan()], requires_grad=False)
@@ -96,8 +98,14 @@ def test_parameters_are_float32_inside_and_the_same_bits_afterwards():
             "thirty_two": torch.float32,
             "counts": torch.int64,
         }
-        assert module.embedding.weight is module.head.weight and id(module.sixteen) == before["sixteen"][0]
-        assert torch.equal(module.head.weight, numbers.float()) and module.table.dtype == torch.bfloat16
+        assert (
+            module.embedding.weight is module.head.weight
+            and id(module.sixteen) == before["sixteen"][0]
+        )
+        assert (
+            torch.equal(module.head.weight, numbers.float())
+            and module.table.dtype == torch.bfloat16
+        )
     assert_restored(module, before)
 
 

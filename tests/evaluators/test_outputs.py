@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from autoquant.errors import QualityError
-from autoquant.evaluators.outputs import SAMPLES, OutputQuality, VariedInputs, divergence, outputs_of, vary
+from autoquant.evaluators.outputs import (
+    SAMPLES,
+    OutputQuality,
+    VariedInputs,
+    divergence,
+    outputs_of,
+    vary,
+)
 from autoquant.evaluators.text import PARTS
 
 COUNT = sum(SAMPLES.values())
@@ -32,7 +39,10 @@ def test_floating_inputs_keep_dtype_shape_and_the_range_of_their_columns():
     assert torch.equal(made[0], sample)
     assert all(x.dtype == sample.dtype and x.shape == sample.shape for x in made)
     low, high = sample.amin(0), sample.amax(0)
-    assert all(bool((x >= low - 0.01 * low.abs()).all() and (x <= high + 0.01 * high.abs()).all()) for x in made)
+    assert all(
+        bool((x >= low - 0.01 * low.abs()).all() and (x <= high + 0.01 * high.abs()).all())
+        for x in made
+    )
     assert len({x.float().sum().item() for x in made}) == COUNT
 
 
@@ -46,9 +56,17 @@ def test_integers_are_those_that_the_sample_has_at_that_place():
 
 
 def test_masks_scalars_and_what_is_no_tensor_stay():
-    sample = {"x": drawn(1, 8), "mask": drawn(1, 8) > 0, "scale": torch.tensor([2.0]), "mode": "fast", "steps": 3}
+    sample = {
+        "x": drawn(1, 8),
+        "mask": drawn(1, 8) > 0,
+        "scale": torch.tensor([2.0]),
+        "mode": "fast",
+        "steps": 3,
+    }
     for made in every(VariedInputs(sample, 0)):
-        assert torch.equal(made["mask"], sample["mask"]) and torch.equal(made["scale"], sample["scale"])
+        assert torch.equal(made["mask"], sample["mask"]) and torch.equal(
+            made["scale"], sample["scale"]
+        )
         assert (made["mode"], made["steps"]) == ("fast", 3)
 
 
@@ -68,7 +86,15 @@ def test_the_key_depends_on_the_sample_and_the_seed():
     x = drawn(4, 8)
     changed = x.clone()
     changed[-1, -1] += 1
-    samples = [((x,), 0), ((x,), 1), ((changed,), 0), ((x.double(),), 0), ({"x": x}, 0), ({"y": x}, 0), ((x, 2), 0)]
+    samples = [
+        ((x,), 0),
+        ((x,), 1),
+        ((changed,), 0),
+        ((x.double(),), 0),
+        ({"x": x}, 0),
+        ({"y": x}, 0),
+        ((x, 2), 0),
+    ]
     assert len({VariedInputs(*sample).key for sample in samples}) == len(samples)
     assert VariedInputs((x.clone(),), 0).key == VariedInputs((x,), 0).key
 
@@ -84,11 +110,13 @@ def test_placeholders_are_replaced_by_normal_numbers(make):
 def test_divergence_is_the_relative_squared_error():
     y0, y = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
     assert divergence([y0], [y]) == pytest.approx(0.25 / 25)
-    assert divergence([y0, 10 * y0], [y, 10 * y0]) == pytest.approx(0.25 / 50)  # each tensor counts alike
+    assert divergence([y0, 10 * y0], [y, 10 * y0]) == pytest.approx(
+        0.25 / 50
+    )  # each tensor counts alike
     assert divergence([y0, torch.zeros(2)], [y, torch.ones(2)]) == pytest.approx(0.25 / 25)
-    assert divergence([torch.tensor([3.0, 4.0, -torch.inf])], [torch.tensor([3.0, 4.5, 0.0])]) == pytest.approx(
-        0.25 / 25
-    )
+    assert divergence(
+        [torch.tensor([3.0, 4.0, -torch.inf])], [torch.tensor([3.0, 4.5, 0.0])]
+    ) == pytest.approx(0.25 / 25)
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e30])

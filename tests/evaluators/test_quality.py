@@ -47,8 +47,12 @@ def test_the_loss_of_a_window_is_the_mean_of_its_next_tokens(tokens, dtype):
 @pytest.mark.parametrize("rows", [1, 20, 128, 129, 300])
 def test_the_divergence_is_kl_of_the_reference_from_the_model(rows, dtype, mean_divergence):
     reference, logits = random(rows, 64, dtype=dtype), random(rows, 64, seed=1, dtype=dtype)
-    assert divergence_sum(reference, logits) == pytest.approx(mean_divergence(reference, logits) * rows, rel=1e-5)
-    assert divergence_sum(reference, logits) != pytest.approx(divergence_sum(logits, reference), rel=1e-3)
+    assert divergence_sum(reference, logits) == pytest.approx(
+        mean_divergence(reference, logits) * rows, rel=1e-5
+    )
+    assert divergence_sum(reference, logits) != pytest.approx(
+        divergence_sum(logits, reference), rel=1e-3
+    )
 
 
 def test_a_model_does_not_diverge_from_itself():
@@ -115,7 +119,9 @@ def test_a_function_of_the_users_own_may_give_its_losses_in_several_ways(value):
 
 @pytest.mark.parametrize("value", [2.5, torch.tensor(2.5), np.float32(2.5)])
 def test_a_function_of_the_users_own_may_give_one_loss(value):
-    assert FunctionQuality(lambda module, part: value, "own").losses(Perceptron(), "report") == (2.5,)
+    assert FunctionQuality(lambda module, part: value, "own").losses(Perceptron(), "report") == (
+        2.5,
+    )
 
 
 def test_a_function_of_the_users_own_compares_the_two_models_on_the_part():

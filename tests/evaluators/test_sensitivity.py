@@ -83,7 +83,9 @@ def brute_force(module, site, fmt, activation, quality, mean_divergence):
         owner = name.removesuffix(".weight")
         linear = changed.get_submodule(owner)
         original = module.get_submodule(owner).weight
-        linear.weight = nn.Parameter(fmt.dequantize(fmt.store(original)).float(), requires_grad=False)
+        linear.weight = nn.Parameter(
+            fmt.dequantize(fmt.store(original)).float(), requires_grad=False
+        )
         if activation == A8_ROW:
             linear.register_forward_pre_hook(rounded_rows)
     reference = copy.deepcopy(module).float()
@@ -111,7 +113,10 @@ def test_isolated_losses_are_those_of_brute_force(quality, mean_divergence, tied
     for name in SITES:
         for numerics, (fmt, activation) in HOW.items():
             expected = brute_force(module, sites[name], fmt, activation, quality, mean_divergence)
-            assert found[name, numerics] == pytest.approx(expected, rel=2e-2, abs=1e-7), (name, numerics)
+            assert found[name, numerics] == pytest.approx(expected, rel=2e-2, abs=1e-7), (
+                name,
+                numerics,
+            )
         assert found[name, "bfloat16:a16"] == 0.0
         assert found[name, "coarse:a16"] > 100 * found[name, "int8-row:a16"] > 1e-5
         assert found[name, "int8-row:a8-row"] > found[name, "int8-row:a16"]
@@ -132,8 +137,13 @@ def test_a_weight_shared_by_two_layers_is_changed_in_both(quality, mean_divergen
 
 def test_scoring_leaves_the_model_as_it_was(quality):
     module = lively_llama(tied=True)
-    before = {name: (id(p), p.detach().clone()) for name, p in module.named_parameters(remove_duplicate=False)}
-    losses_of(module, list(sites_of(module).values())[:2], quality, {"coarse:a16": HOW["coarse:a16"]})
+    before = {
+        name: (id(p), p.detach().clone())
+        for name, p in module.named_parameters(remove_duplicate=False)
+    }
+    losses_of(
+        module, list(sites_of(module).values())[:2], quality, {"coarse:a16": HOW["coarse:a16"]}
+    )
     for name, parameter in module.named_parameters(remove_duplicate=False):
         assert id(parameter) == before[name][0] and torch.equal(parameter, before[name][1])
         assert parameter.dtype == torch.bfloat16
@@ -214,6 +224,8 @@ def test_a_function_of_the_users_own_scores_the_increase_of_its_mean(dtype):
         if dtype == torch.float32:
             assert found[site.name, "bfloat16:a8-row"] >= 0.0
         else:
-            assert found[site.name, "bfloat16:a8-row"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+            assert found[site.name, "bfloat16:a8-row"] == pytest.approx(
+                expected, rel=1e-3, abs=1e-9
+            )
             assert found[site.name, "bfloat16:a16"] == 0.0
     assert all(loss >= 0 for loss in found.values())

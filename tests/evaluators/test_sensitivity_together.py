@@ -22,7 +22,11 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def changes_of(sites, how):
-    return [Change(site, numerics, fmt, activation) for site in sites for numerics, (fmt, activation) in how.items()]
+    return [
+        Change(site, numerics, fmt, activation)
+        for site in sites
+        for numerics, (fmt, activation) in how.items()
+    ]
 
 
 def score(method, module, sites, quality, how=HOW):
@@ -40,7 +44,9 @@ def score(method, module, sites, quality, how=HOW):
 def isolated(module, sites, quality, how=HOW):
     found = {}
     changes = changes_of(sites, how)
-    SENSITIVITIES["isolated"].score(module, changes, quality, lambda _name, losses: found.update(losses))
+    SENSITIVITIES["isolated"].score(
+        module, changes, quality, lambda _name, losses: found.update(losses)
+    )
     return found
 
 
@@ -81,7 +87,9 @@ def test_the_random_vectors_have_the_fisher_information_as_covariance():
 
 def test_fisher_losses_are_the_same_every_time(llama, quality):
     sites = list(sites_of(llama).values())[:3]
-    assert score("fisher", llama, sites, quality, SMALL) == score("fisher", llama, sites, quality, SMALL)
+    assert score("fisher", llama, sites, quality, SMALL) == score(
+        "fisher", llama, sites, quality, SMALL
+    )
 
 
 @pytest.mark.parametrize("numerics", ["coarse:a16", "int8-row:a8-row"])
@@ -92,7 +100,9 @@ def test_shares_of_a_whole_path_sum_to_what_all_changes_together_cost(llama, qua
         module = copy.deepcopy(llama).float()
         calibration = Calibration(module, quality)
         changes = [Change(site, numerics, fmt, activation) for site in sites]
-        path = calibration.sites(changes, dict.fromkeys((site.name for site in sites), torch.bfloat16))
+        path = calibration.sites(
+            changes, dict.fromkeys((site.name for site in sites), torch.bfloat16)
+        )
         shares = path_shares(calibration, path, reach=1.0, points=8)
         whole = calibration.whole(path)
     assert whole > 1e-4
@@ -101,7 +111,9 @@ def test_shares_of_a_whole_path_sum_to_what_all_changes_together_cost(llama, qua
 
 @each_method
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_all_layers_changed_together_cost_is_that_of_brute_force(quality, mean_divergence, method, tied):
+def test_what_all_layers_changed_together_cost_is_that_of_brute_force(
+    quality, mean_divergence, method, tied
+):
     module = lively_llama(tied=tied)
     sites = list(sites_of(module).values())
     found = score(method, module, sites, quality)
@@ -136,7 +148,9 @@ def test_a_weight_shared_by_two_layers_is_changed_in_both(quality, method, monke
     found = score(method, module, [site], quality, SMALL)
     exact = isolated(module, [site], quality, SMALL)
     for numerics in SMALL:
-        assert found[site.name, numerics] == pytest.approx(exact[site.name, numerics], rel=0.35), numerics
+        assert found[site.name, numerics] == pytest.approx(exact[site.name, numerics], rel=0.35), (
+            numerics
+        )
 
 
 @each_method
@@ -152,7 +166,11 @@ def test_scoring_leaves_the_model_as_it_was(quality, method):
     for name, parameter in module.named_parameters(remove_duplicate=False):
         identity, thawed, value = before[name]
         assert id(parameter) == identity and parameter.requires_grad == thawed
-        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, value) and parameter.grad is None
+        assert (
+            parameter.dtype == torch.bfloat16
+            and torch.equal(parameter, value)
+            and parameter.grad is None
+        )
     assert not any(child._forward_hooks or "forward" in vars(child) for child in module.modules())
 
 
@@ -173,7 +191,9 @@ def test_windows_in_one_batch_score_as_one_by_one(llama, quality, method, activa
 
 def test_the_inside_of_a_block_is_computed_again_rather_than_kept(llama, quality):
     runs = []
-    llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_args: runs.append(torch.is_grad_enabled()))
+    llama.model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_args: runs.append(torch.is_grad_enabled())
+    )
     site = sites_of(llama)["model.layers.0.mlp.up_proj"]
     runs.clear()
     score("path", llama, [site], quality, {"coarse:a16": HOW["coarse:a16"]})
@@ -191,7 +211,12 @@ def test_weights_that_there_is_no_room_for_are_made_again(llama, quality, method
 @each_method
 def test_a_quality_function_is_refused(llama, method):
     with pytest.raises(QualityError, match=f"--sensitivity {method} needs a text"):
-        score(method, llama, list(sites_of(llama).values()), FunctionQuality(lambda module, part: [0.0], "own"))
+        score(
+            method,
+            llama,
+            list(sites_of(llama).values()),
+            FunctionQuality(lambda module, part: [0.0], "own"),
+        )
 
 
 class WithoutGradients(nn.Module):
@@ -212,7 +237,9 @@ class WithoutGradients(nn.Module):
 def test_a_model_that_gradients_do_not_get_through_is_refused(quality, method):
     module = WithoutGradients().eval()
     sites = {site.name: site for site in sites_of_module(module)}
-    with pytest.raises(QualityError, match=r"no gradient reaches 1 of 2 linears .* --sensitivity isolated"):
+    with pytest.raises(
+        QualityError, match=r"no gradient reaches 1 of 2 linears .* --sensitivity isolated"
+    ):
         score(method, module, list(sites.values()), quality, {"coarse:a16": (COARSE, "a16")})
 
 
@@ -225,8 +252,12 @@ def sites_of_module(module):
     return record(module, make_phases(as_loaded(module, "module", (ids,)), Workload.single())).sites
 
 
-def test_a_path_part_of_the_way_agrees_with_isolated_losses_where_nothing_else_is_changed(llama, quality):
+def test_a_path_part_of_the_way_agrees_with_isolated_losses_where_nothing_else_is_changed(
+    llama, quality
+):
     site = sites_of(llama)["model.layers.1.mlp.down_proj"]
     found = score("path", llama, [site], quality, {"coarse:a16": HOW["coarse:a16"]})
-    assert found[site.name, "coarse:a16"] == pytest.approx(found[EVERY_LAYER, "coarse:a16"], rel=0.1)
+    assert found[site.name, "coarse:a16"] == pytest.approx(
+        found[EVERY_LAYER, "coarse:a16"], rel=0.1
+    )
     assert math.isfinite(found[EVERY_LAYER, "coarse:a16"])

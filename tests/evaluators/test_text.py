@@ -50,7 +50,9 @@ def test_parts_are_disjoint_whole_windows_of_the_text(numbers_file, windows):
     parts = read(numbers_file(windows, spare=WINDOW - 1))
     seen = torch.cat([parts.windows[part] for part in PARTS])
     starts = sorted(seen[:, 0].tolist())
-    assert starts == [i * WINDOW for i in range(min(windows, 56))]  # each window once, the first of the text
+    assert starts == [
+        i * WINDOW for i in range(min(windows, 56))
+    ]  # each window once, the first of the text
     assert torch.equal(seen, seen[:, :1] + torch.arange(WINDOW)) and seen.dtype == torch.int64
     for part in PARTS:
         assert parts.windows[part][:, 0].tolist() == sorted(parts.windows[part][:, 0].tolist())
@@ -67,13 +69,22 @@ def test_parts_are_disjoint_whole_windows_of_the_text(numbers_file, windows):
         (30, (4, 10, 16)),
     ],
 )
-def test_on_gpus_a_long_text_gives_more_to_the_parts_that_intervals_are_of(numbers_file, windows, expected):
+def test_on_gpus_a_long_text_gives_more_to_the_parts_that_intervals_are_of(
+    numbers_file, windows, expected
+):
     assert counts(read(numbers_file(windows), windows=text.GPU_WINDOWS)) == expected
 
 
 @pytest.mark.parametrize(
     ("windows", "expected"),
-    [(200, (8, 20, 28)), (56, (8, 20, 28)), (30, (4, 10, 16)), (45, (6, 16, 23)), (16, (2, 6, 8)), (15, (1, 6, 8))],
+    [
+        (200, (8, 20, 28)),
+        (56, (8, 20, 28)),
+        (30, (4, 10, 16)),
+        (45, (6, 16, 23)),
+        (16, (2, 6, 8)),
+        (15, (1, 6, 8)),
+    ],
 )
 def test_a_shorter_text_gives_each_part_its_share(numbers_file, windows, expected):
     assert counts(read(numbers_file(windows))) == expected
@@ -115,7 +126,9 @@ def test_the_key_depends_on_every_token_and_on_the_parts(numbers_file):
 @pytest.mark.parametrize(("windows", "spare"), [(0, 0), (14, WINDOW - 1)])
 def test_a_text_too_short_for_the_parts_says_what_is_needed(numbers_file, windows, spare):
     path = numbers_file(windows, spare=spare)
-    with pytest.raises(TextError, match=rf"gives {windows * WINDOW + spare} tokens; at least {15 * WINDOW}") as refused:
+    with pytest.raises(
+        TextError, match=rf"gives {windows * WINDOW + spare} tokens; at least {15 * WINDOW}"
+    ) as refused:
         read(path)
     assert "\n" not in str(refused.value) and str(path) in str(refused.value)
 
@@ -170,7 +183,15 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
 
 def test_dealing_gives_each_part_its_count_and_spreads_it():
     dealt = deal({"calibration": 1, "selection": 2, "report": 4})
-    assert dealt == ["report", "selection", "report", "calibration", "report", "selection", "report"]
+    assert dealt == [
+        "report",
+        "selection",
+        "report",
+        "calibration",
+        "report",
+        "selection",
+        "report",
+    ]
 
 
 def test_dealing_starts_with_the_part_that_has_the_largest_share():

@@ -42,7 +42,12 @@ class Case:
 
     def unsupported(self, device: str) -> str:
         """Why the case cannot be run on this device; empty where it can."""
-        return next(filter(None, (_unsupported(get_format(name), device, self.tuned) for name in self.formats)), "")
+        return next(
+            filter(
+                None, (_unsupported(get_format(name), device, self.tuned) for name in self.formats)
+            ),
+            "",
+        )
 
 
 def cases(device: str, leave_out: frozenset[str] = frozenset()) -> list[Case]:
@@ -63,7 +68,11 @@ def cases(device: str, leave_out: frozenset[str] = frozenset()) -> list[Case]:
 def routes(fmt: Format, device: str, *, tuned: bool = False) -> list[Route]:
     """Each usable kernel for any number of rows, and a route of two."""
     few, many = (
-        [k.id for k in fmt.kernels if k.tuned == tuned and not fmt.unsupported_reason(k, SHAPE, rows, device)]
+        [
+            k.id
+            for k in fmt.kernels
+            if k.tuned == tuned and not fmt.unsupported_reason(k, SHAPE, rows, device)
+        ]
         for rows in (min(ROWS), max(ROWS))
     )
     alone = [(RouteStep(upper_m=None, kernel=kernel),) for kernel in dict.fromkeys((*few, *many))]
@@ -76,13 +85,23 @@ def _unsupported(fmt: Format, device: str, tuned: bool) -> str:
     if routes(fmt, device, tuned=tuned):
         return ""
     kernels = [kernel for kernel in fmt.kernels if kernel.tuned == tuned]
-    return fmt.unsupported_reason(kernels[0], SHAPE, max(ROWS), device) or "" if kernels else "it has no such kernel"
+    return (
+        fmt.unsupported_reason(kernels[0], SHAPE, max(ROWS), device) or ""
+        if kernels
+        else "it has no such kernel"
+    )
 
 
 def is_tuned(module: torch.nn.Module) -> bool:
     """Whether libraries tune a kernel that the model uses, so that another process may use another one of theirs."""
-    weights = [parameter.data for parameter in module.parameters() if isinstance(parameter.data, RoutedWeight)]
-    return any(get_format(w.format_id).kernel(step.kernel).tuned for w in weights for step in w.steps())
+    weights = [
+        parameter.data
+        for parameter in module.parameters()
+        if isinstance(parameter.data, RoutedWeight)
+    ]
+    return any(
+        get_format(w.format_id).kernel(step.kernel).tuned for w in weights for step in w.steps()
+    )
 
 
 def make_plan(module: torch.nn.Module, case: Case, device: str) -> Plan:
@@ -90,7 +109,9 @@ def make_plan(module: torch.nn.Module, case: Case, device: str) -> Plan:
     names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
     turns = {}
     for name in names:
-        group = next((group for group in SIBLINGS if case.joined and name.rpartition(".")[2] in group), None)
+        group = next(
+            (group for group in SIBLINGS if case.joined and name.rpartition(".")[2] in group), None
+        )
         key = tuple(f"{name.rpartition('.')[0]}.{leaf}" for leaf in group) if group else (name,)
         turns.setdefault(key, len(turns))
     layers = tuple(
@@ -165,7 +186,11 @@ def outputs(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {f"logits of {ids.shape[1]}": module(ids).logits for ids in prompts}
     mask = torch.ones_like(prompts[-1])
     found["tokens"] = module.generate(  # compiling steps for each format would take minutes
-        prompts[-1], attention_mask=mask, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, disable_compile=True
+        prompts[-1],
+        attention_mask=mask,
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        disable_compile=True,
     )
     return {name: tensor.cpu() for name, tensor in found.items()}
 
@@ -185,7 +210,9 @@ def ready(device: str) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def outputs_elsewhere(folders: list[Path], device: str, out: Path) -> dict[str, dict[str, torch.Tensor]]:
+def outputs_elsewhere(
+    folders: list[Path], device: str, out: Path
+) -> dict[str, dict[str, torch.Tensor]]:
     """By the folders' names: what a new process that loads them there computes."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", __name__, device, *map(str, folders), str(out)]
@@ -197,4 +224,7 @@ def outputs_elsewhere(folders: list[Path], device: str, out: Path) -> dict[str, 
 if __name__ == "__main__":
     device, *places, out = sys.argv[1:]
     with ready(device):
-        torch.save({Path(place).name: outputs(autoquant.load(place, device=device)) for place in places}, out)
+        torch.save(
+            {Path(place).name: outputs(autoquant.load(place, device=device)) for place in places},
+            out,
+        )

@@ -17,8 +17,8 @@ from autoquant.candidates import A16, Format, Kernel, get_format, registry
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
-from autoquant.export import applier
 from autoquant.export.applier import Quantized, module_bytes
+from autoquant.export.comparison import check_same
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 
 ROUTE = (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=None, kernel="int-mm"))
@@ -46,7 +46,9 @@ def model():
     return Model().to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def layer(name, parameters=None, fmt="int8-row/plain", route=ROUTE, n=64, dtype="bfloat16", bias=False):
+def layer(
+    name, parameters=None, fmt="int8-row/plain", route=ROUTE, n=64, dtype="bfloat16", bias=False
+):
     return LayerChoice(
         name=name,
         shape=LinearShape(n=n, k=64, bias=bias, dtype=dtype),
@@ -87,13 +89,24 @@ def test_a_weight_becomes_its_format_with_its_route(model):
     assert not model.one.weight.requires_grad
 
 
-def test_another_kernel_stands_in_for_rows_that_the_routes_own_cannot_compute_and_that_is_told(model, monkeypatch):
-    few = Kernel(id="few", numerics=A16, linear=F.linear, unsupported=lambda _s, m, _d: "too many" if m > 4 else None)
+def test_another_kernel_stands_in_for_rows_that_the_routes_own_cannot_compute_and_that_is_told(
+    model, monkeypatch
+):
+    few = Kernel(
+        id="few",
+        numerics=A16,
+        linear=F.linear,
+        unsupported=lambda _s, m, _d: "too many" if m > 4 else None,
+    )
     kernels = (few, Kernel(id="any", numerics=A16, linear=F.linear))
-    fmt = Format(id="narrow/plain", quantize=torch.clone, dequantize=lambda stored: stored, kernels=kernels)
+    fmt = Format(
+        id="narrow/plain", quantize=torch.clone, dequantize=lambda stored: stored, kernels=kernels
+    )
     monkeypatch.setattr(registry, "_registered", {fmt.id: fmt})
     told = []
-    narrow = layer("one", fmt="narrow/plain", route=(RouteStep(upper_m=None, kernel="few"),), bias=True)
+    narrow = layer(
+        "one", fmt="narrow/plain", route=(RouteStep(upper_m=None, kernel="few"),), bias=True
+    )
     autoquant.apply(plan(narrow), model, listener=told.append)
     steps = (RouteStep(upper_m=4, kernel="few"), RouteStep(upper_m=None, kernel="any"))
     assert model.one.weight.data.steps() == steps
@@ -172,7 +185,12 @@ def test_memory_counts_each_weight_once_as_it_is_stored(model):
 def test_progress_is_told_layer_by_layer(model):
     events = []
     autoquant.apply(plan(SHARED, HEAD), model, listener=events.append)
-    assert [type(event) for event in events] == [StageStarted, StageProgress, StageProgress, StageFinished]
+    assert [type(event) for event in events] == [
+        StageStarted,
+        StageProgress,
+        StageProgress,
+        StageFinished,
+    ]
     assert [event.what for event in events if isinstance(event, StageProgress)] == ["one", "head"]
     assert "2 int8-row/plain" in events[-1].summary
 
@@ -193,9 +211,13 @@ def test_only_layers_that_change_from_plan_to_plan_are_quantized_again(model, mo
     kept = Quantized()
     modules = [copy.deepcopy(model) for _ in range(4)]
     rerouted = replace(SHARED, route=ROUTE[1:])
-    for module, layers in zip(modules, ((SHARED,), (rerouted, HEAD), (HEAD,), (SHARED, HEAD)), strict=True):
+    for module, layers in zip(
+        modules, ((SHARED,), (rerouted, HEAD), (HEAD,), (SHARED, HEAD)), strict=True
+    ):
         autoquant.apply(plan(*layers), module, quantized=kept)
-    assert len(quantized) == 3, "the shared weight, the head, and the shared weight that one plan was without"
+    assert len(quantized) == 3, (
+        "the shared weight, the head, and the shared weight that one plan was without"
+    )
     ids = torch.arange(32).unsqueeze(0)
     fresh = autoquant.apply(plan(SHARED, HEAD), copy.deepcopy(model))
     assert torch.equal(modules[3](ids), fresh(ids))
@@ -212,12 +234,12 @@ class Shaky(nn.Linear):
 @pytest.mark.parametrize(("kind", "repeatable"), [(nn.Linear, True), (Shaky, False)])
 def test_what_is_read_back_is_compared_by_its_logits_or_else_its_weights(kind, repeatable):
     written = SimpleNamespace(module=kind(8, 8), example_inputs=(torch.ones(1, 8),))
-    assert applier._check_same(written, copy.deepcopy(written.module), Path("out")) is repeatable
+    assert check_same(written, copy.deepcopy(written.module), Path("out")) is repeatable
     other = copy.deepcopy(written.module)
     with torch.no_grad():
         other.weight[0, 0] += 1
     with pytest.raises(CheckpointError, match="does not compute the same"):
-        applier._check_same(written, other, Path("out"))
+        check_same(written, other, Path("out"))
 
 
 def _counting(store, calls):

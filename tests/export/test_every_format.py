@@ -131,4 +131,6 @@ def test_every_kernel_of_a_usable_format_is_in_some_case():
         layers = make_plan(module, case, "cpu").layers
         used = {step.kernel for layer in layers for step in layer.route}
         ways = routes(get_format(case.formats[0]), "cpu")
-        assert used == {step.kernel for way in ways for step in way} and {layer.route for layer in layers} == set(ways)
+        assert used == {step.kernel for way in ways for step in way} and {
+            layer.route for layer in layers
+        } == set(ways)

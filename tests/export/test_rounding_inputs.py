@@ -23,7 +23,9 @@ def llama():
 
 def linears(module):
     return [
-        f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and name != "lm_head"
     ]
 
 
@@ -44,7 +46,9 @@ def same(first, second):
     return torch.equal(first.planes, second.planes) and torch.equal(first.scale, second.scale)
 
 
-@pytest.mark.parametrize("layer", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"])
+@pytest.mark.parametrize(
+    "layer", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"]
+)
 def test_a_weight_is_rounded_for_what_its_layer_reads_in_the_unquantized_model(llama, layer):
     made = Calibration(WINDOWS)
     assert made.prepare(llama, {name: [GPTQ] for name in linears(llama)}) == {}
@@ -55,7 +59,9 @@ def test_a_weight_is_rounded_for_what_its_layer_reads_in_the_unquantized_model(l
     def error(stored):
         return ((GPTQ.dequantize(stored) - weight.float()) @ x.t()).norm().item()
 
-    assert error(stored) == pytest.approx(error(GPTQ.store(weight, InputStatistics(x.t() @ x))), rel=0.02)
+    assert error(stored) == pytest.approx(
+        error(GPTQ.store(weight, InputStatistics(x.t() @ x))), rel=0.02
+    )
     assert error(stored) < 0.9 * error(get_format("int3-g32/bit-planes").store(weight))
 
 
@@ -68,17 +74,23 @@ def test_the_head_that_shares_the_embeddings_weight_is_rounded_too(llama):
 def test_layers_that_read_the_same_input_share_its_hessian(llama, monkeypatch):
     factored = []
     monkeypatch.setattr(
-        InputStatistics, "inverse_factor", property(lambda self: factored.append(self) or torch.eye(len(self.hessian)))
+        InputStatistics,
+        "inverse_factor",
+        property(lambda self: factored.append(self) or torch.eye(len(self.hessian))),
     )
     Calibration(WINDOWS).prepare(llama, {name: [GPTQ] for name in linears(llama)})
-    assert len(factored) == 14 and len(set(map(id, factored))) == 8  # q, k, v and gate, up of two blocks
+    assert (
+        len(factored) == 14 and len(set(map(id, factored))) == 8
+    )  # q, k, v and gate, up of two blocks
 
 
 def test_only_one_blocks_hessians_are_held_at_a_time(llama, monkeypatch):
     held = []
     statistics = calibration_module._InputSums.statistics
     monkeypatch.setattr(
-        calibration_module._InputSums, "statistics", lambda self: held.append(self._sums) or statistics(self)
+        calibration_module._InputSums,
+        "statistics",
+        lambda self: held.append(self._sums) or statistics(self),
     )
     Calibration(WINDOWS).prepare(llama, {name: [GPTQ] for name in linears(llama)})
     assert [len(sums) for sums in held] == [7, 7]
@@ -89,7 +101,9 @@ def test_what_was_made_is_not_made_again_and_another_process_finds_it(llama):
     names = linears(llama)[:2]
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
+        torch.set_num_threads(
+            1
+        )  # a forked process has none of its parent's threads, and would wait for them
         failed = 1
         try:
             made.prepare(llama, {name: [GPTQ] for name in names})
@@ -107,7 +121,9 @@ def test_a_process_that_ended_while_it_wrote_does_no_harm(llama):
     first, second = linears(llama)[:2]
     made.prepare(llama, {first: [GPTQ]})
     whole = made.stored(first, GPTQ)
-    os.pwrite(made._kept._file.fileno(), made._kept._SIZES.pack(30, 1 << 20) + b"half", made._kept._end)
+    os.pwrite(
+        made._kept._file.fileno(), made._kept._SIZES.pack(30, 1 << 20) + b"half", made._kept._end
+    )
     made.prepare(llama, {second: [GPTQ]})
     assert same(made.stored(first, GPTQ), whole) and made.stored(second, GPTQ) is not None
 

@@ -27,7 +27,11 @@ from . import write
 
 HERE = Path(__file__).parent
 STUDY = "644e6705"
-PLANS = {"e2a46f6b": "original", "4e13e24d": "uniform int8-row a16", "9a2976be": "uniform float16 a16"}
+PLANS = {
+    "e2a46f6b": "original",
+    "4e13e24d": "uniform int8-row a16",
+    "9a2976be": "uniform float16 a16",
+}
 RECOMMENDED = "6deed148"
 LOSS_KEY = ("33e07d15ca6f-bfloat16", "path-1")  # of the quality and the method
 
@@ -74,7 +78,10 @@ def test_a_plan_has_the_id_that_it_had():
         name="head",
         shape=LinearShape(n=64, k=32, bias=True, dtype="bfloat16"),
         format="int8-row/plain",
-        route=(RouteStep(upper_m=8, kernel="int8pack-mm"), RouteStep(upper_m=None, kernel="int-mm")),
+        route=(
+            RouteStep(upper_m=8, kernel="int8pack-mm"),
+            RouteStep(upper_m=None, kernel="int-mm"),
+        ),
         numerics="int8-row+a16 int8-row+a8-row",
         latency_us={"prefill": 3.5},
         memory_bytes=2112,
@@ -95,9 +102,17 @@ def test_a_plan_has_the_id_that_it_had():
     )
     workload = Workload.parse("prefill=8")
     context = PlanContext(
-        study_id="5tudy000", model_hash="m", dtype="bfloat16", workload=workload, other_bytes=0, rest_ms=0.0
+        study_id="5tudy000",
+        model_hash="m",
+        dtype="bfloat16",
+        workload=workload,
+        other_bytes=0,
+        rest_ms=0.0,
     )
-    ids = [plan_of(choices, "front 1", "front", context).plan_id for choices in ([alone], [alone, joined])]
+    ids = [
+        plan_of(choices, "front 1", "front", context).plan_id
+        for choices in ([alone], [alone, joined])
+    ]
     assert ids == ["333835d8", "4f085c4b"]
 
 
@@ -105,7 +120,9 @@ def test_candidates_have_the_names_that_databases_hold():
     known = json.loads((HERE / "candidates.json").read_text())
     now = write.candidate_names()
     assert {name: now.get(name) for name in known} == known
-    assert [name for name in now if name in known] == list(known)  # a study's id depends on their order
+    assert [name for name in now if name in known] == list(
+        known
+    )  # a study's id depends on their order
 
 
 def test_a_finished_study_is_read_as_it_was(copied):
@@ -146,7 +163,9 @@ def test_the_same_search_goes_on_where_an_interrupted_one_stopped(here, copied):
     assert len(study.proofs()) > 2
     after = rows(db)
     assert all(set(map(repr, before[table])) <= set(map(repr, after[table])) for table in FACTS)
-    assert [len(after[table]) for table in ("timing", "loss")] == [len(before[table]) for table in ("timing", "loss")]
+    assert [len(after[table]) for table in ("timing", "loss")] == [
+        len(before[table]) for table in ("timing", "loss")
+    ]
     study.store.close()
 
 

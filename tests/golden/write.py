@@ -130,7 +130,10 @@ def expected_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def candidate_names() -> dict[str, Any]:
     """By the id of each format: the name of its values, and what each kernel rounds activations to."""
     return {
-        fmt.id: {"values": fmt.values, "kernels": {kernel.id: kernel.numerics for kernel in fmt.kernels}}
+        fmt.id: {
+            "values": fmt.values,
+            "kernels": {kernel.id: kernel.numerics for kernel in fmt.kernels},
+        }
         for fmt in known_formats().values()
     }
 
@@ -144,7 +147,9 @@ def write_databases(folder: Path) -> None:
             with contextlib.suppress(KeyboardInterrupt):
                 search(folder, db, budget_s=0.2, listener=listener)
             with contextlib.closing(sqlite3.connect(db)) as connection:
-                connection.execute("VACUUM INTO ?", (str(folder / f"{name}.sqlite"),))  # one file, without its log
+                connection.execute(
+                    "VACUUM INTO ?", (str(folder / f"{name}.sqlite"),)
+                )  # one file, without its log
 
 
 def write_checkpoint(folder: Path) -> None:

@@ -21,7 +21,9 @@ WEIGHT_BYTES = 2 * 4096 * 4096
 
 
 def measured(*candidates, m=1, arena_bytes=1 << 28):
-    return compare(SHAPE, m, candidates, arena=Arena(arena_bytes, "cuda"), device="cuda", compiled=True)
+    return compare(
+        SHAPE, m, candidates, arena=Arena(arena_bytes, "cuda"), device="cuda", compiled=True
+    )
 
 
 def test_a_matrix_product_takes_no_less_than_reading_its_weight_and_not_many_times_that():
@@ -45,7 +47,12 @@ def test_what_cannot_be_captured_has_failed_and_does_not_spoil_the_others():
         return x @ w.t() * float(x.abs().max().item() > 0)
 
     kernel = Kernel(id="syncs", numerics=A16, linear=syncs, opaque=True)
-    own = Format(id="own/plain", quantize=lambda w: w.clone(), dequantize=lambda s: s.float(), kernels=(kernel,))
+    own = Format(
+        id="own/plain",
+        quantize=lambda w: w.clone(),
+        dequantize=lambda s: s.float(),
+        kernels=(kernel,),
+    )
     failed, right = measured(Candidate(own, kernel), *select(["bfloat16/plain/matmul"]))
     assert (failed.outcome, right.outcome) == ("failed", "ok") and failed.reason
 

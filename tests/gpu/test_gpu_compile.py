@@ -20,7 +20,9 @@ def test_steps_in_parts_are_replayed_and_compute_what_the_model_computes(monkeyp
     module = tiny_llama().cuda().requires_grad_(False)
     phases = make_phases(as_loaded(module), Workload.parse("prefill=8,decode=4"), compiled=True)
     warm_up(phases)  # raises where they do not
-    assert len(parts.FUNCTIONS) == 10  # embedding, positions, block, norm and head, for each of two phases
+    assert (
+        len(parts.FUNCTIONS) == 10
+    )  # embedding, positions, block, norm and head, for each of two phases
 
 
 def test_a_replayed_call_takes_no_less_than_the_memory_and_not_as_long_as_a_launch():
@@ -40,4 +42,8 @@ def test_a_kernel_is_tuned_once_on_a_machine(tmp_path, monkeypatch):
         fmt.kernel("gemlite").linear(x, stored, None)
     assert not core.GEMLITE_TRITON_CONFIG_CACHE
     with kernels_kept("cuda"):
-        assert any("256, 512" in key for settings in core.GEMLITE_TRITON_CONFIG_CACHE.values() for key in settings)
+        assert any(
+            "256, 512" in key
+            for settings in core.GEMLITE_TRITON_CONFIG_CACHE.values()
+            for key in settings
+        )

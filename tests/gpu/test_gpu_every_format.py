@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from export.every_format import VOCABULARY, cases, is_tuned, make_plan, outputs, outputs_elsewhere, ready, save_llama
+from export.every_format import (
+    VOCABULARY,
+    cases,
+    is_tuned,
+    make_plan,
+    outputs,
+    outputs_elsewhere,
+    ready,
+    save_llama,
+)
 
 import autoquant
 from autoquant.candidates.flat import flatten_tensor, same_bits
@@ -20,7 +29,9 @@ pytestmark = pytest.mark.gpu
 
 # Each group size of gemlite's takes as long to compile as everything else together.
 LEFT_OUT = frozenset(
-    f"int4-g{group}{rounding}/gemlite" for group in (32, 128) for rounding in ("", "-hqq", "-clip", "-gptq")
+    f"int4-g{group}{rounding}/gemlite"
+    for group in (32, 128)
+    for rounding in ("", "-hqq", "-clip", "-gptq")
 )
 CASES = {case.name: case for case in cases("cuda", LEFT_OUT)} if torch.cuda.is_available() else {}
 
@@ -40,7 +51,9 @@ def models(original, tmp_path_factory):
     calibration = Calibration(ids)
     made = {}
     with ready("cuda"):
-        for number, case in enumerate(case for case in CASES.values() if not case.unsupported("cuda")):
+        for number, case in enumerate(
+            case for case in CASES.values() if not case.unsupported("cuda")
+        ):
             loaded = replace(original, module=copy.deepcopy(original.module))
             folder = place / str(number)
             folder.mkdir()
@@ -68,7 +81,9 @@ def assert_same(found, expected, *, exactly):
             assert torch.equal(found[name], tensor), name
         elif name != "tokens":
             off = (found[name].float() - tensor.float()).norm() / tensor.float().norm()
-            assert off < MAX_RELATIVE_ERROR, name  # what a search demands of a plan that it loads again
+            assert off < MAX_RELATIVE_ERROR, (
+                name
+            )  # what a search demands of a plan that it loads again
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,7 +107,9 @@ def test_a_model_is_loaded_onto_the_cpu_and_moved_to_the_gpu(models, name):
     folder, module, _ = models[name]
     moved = autoquant.load(folder, device="cpu").to("cuda")
     for (parameter, one), other in zip(module.named_parameters(), moved.parameters(), strict=True):
-        assert {part.device.type for part in (other.data, *flatten_tensor(other.data)[0])} == {"cuda"}, parameter
+        assert {part.device.type for part in (other.data, *flatten_tensor(other.data)[0])} == {
+            "cuda"
+        }, parameter
         assert type(other.data) is type(one.data) and same_bits(one.data, other.data), parameter
 
 

@@ -19,9 +19,15 @@ def off(y, expected):
 
 
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
-@pytest.mark.parametrize(("n", "k"), [(8, 128), (24, 384), (520, 1024), (1000, 2816), (9000, 256), (70000, 128)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(8, 128), (24, 384), (520, 1024), (1000, 2816), (9000, 256), (70000, 128)]
+)
 def test_the_product_of_a_few_rows_is_right_for_every_size(n, k, m):
-    weight, x, bias = get_format("float8-row/plain").store(normal(n, k)), normal(m, k, seed=1), normal(n, seed=2)
+    weight, x, bias = (
+        get_format("float8-row/plain").store(normal(n, k)),
+        normal(m, k, seed=1),
+        normal(n, seed=2),
+    )
     numbers = weight.qdata.double() * weight.scale.double()
     y = float8_rows(x, weight.qdata, weight.scale, bias)
     assert off(y, x.double() @ numbers.t() + bias.double()) < 0.003
@@ -46,7 +52,9 @@ def test_large_and_small_activations_neither_overflow_nor_vanish():
     numbers = weight.qdata.double() * weight.scale.double()
     for factor in (1e30, 1e-30):
         x = normal(1, 1024) * factor
-        assert off(float8_rows(x, weight.qdata, weight.scale, None), x.double() @ numbers.t()) < 0.003
+        assert (
+            off(float8_rows(x, weight.qdata, weight.scale, None), x.double() @ numbers.t()) < 0.003
+        )
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 3), (2, 1, 8), (0,)])
@@ -54,7 +62,11 @@ def test_the_operator_computes_what_its_implementation_does(rows):
     fmt = get_format("float8-row/plain")
     weight, x, bias = fmt.store(normal(72, 1024)), normal(*rows, 1024, seed=1), normal(72, seed=2)
     y = multiply_float8_rows(x, weight.qdata, weight.scale, bias)
-    assert y.shape == (*rows, 72) and torch.equal(y, float8_rows(x, weight.qdata, weight.scale, bias))
+    assert y.shape == (*rows, 72) and torch.equal(
+        y, float8_rows(x, weight.qdata, weight.scale, bias)
+    )
     assert torch.equal(y, fmt.kernel("rows").linear(x, weight, bias))
     # Not test_schema: it multiplies what it is given, which PyTorch does not implement for float8.
-    torch.library.opcheck(float8_rows, (x, weight.qdata, weight.scale, bias), test_utils=("test_faketensor",))
+    torch.library.opcheck(
+        float8_rows, (x, weight.qdata, weight.scale, bias), test_utils=("test_faketensor",)
+    )

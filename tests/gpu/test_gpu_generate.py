@@ -28,7 +28,11 @@ def model(request):
     module = make_llama().cuda().requires_grad_(False)
     module.config.max_position_embeddings = 512
     case = CASES[request.param]
-    return prepare(module) if case is None else autoquant.apply(make_plan(module, case, "cuda"), module)
+    return (
+        prepare(module)
+        if case is None
+        else autoquant.apply(make_plan(module, case, "cuda"), module)
+    )
 
 
 def prompts(batch, tokens):
@@ -38,7 +42,12 @@ def prompts(batch, tokens):
 
 def assert_same_text(model: nn.Module, ids, **settings):
     """Check both loops' tokens; the first that differ may be a near tie."""
-    settings = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids), **settings}
+    settings = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+        **settings,
+    }
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fast = model.generate(ids, **settings)
@@ -49,7 +58,9 @@ def assert_same_text(model: nn.Module, ids, **settings):
         if len(differ):
             place = int(differ[0])
             logits = model(theirs[None, :place]).logits[0, -1].float()
-            gap = (logits[ours[place]] - logits[theirs[place]]).abs() / (logits.max() - logits.mean())
+            gap = (logits[ours[place]] - logits[theirs[place]]).abs() / (
+                logits.max() - logits.mean()
+            )
             assert gap < NEAR
 
 
@@ -83,7 +94,9 @@ def test_it_ends_and_streams_as_it_should(model):
     ids = prompts(1, 20)
     text = model.generate(ids, max_new_tokens=20, do_sample=False)[0]
     streamer, end = Streamer(), int(text[26])
-    short = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=end, streamer=streamer)[0]
+    short = model.generate(
+        ids, max_new_tokens=20, do_sample=False, eos_token_id=end, streamer=streamer
+    )[0]
     first = text[20:].tolist().index(end) + 21
     assert short.tolist() == text[:first].tolist()
     assert streamer.got == [*short.tolist(), "end"]

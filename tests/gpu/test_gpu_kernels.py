@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING, known_formats, multiplied_numbers, select, timed
+from autoquant.candidates import (
+    ACTIVATION_ROUNDING,
+    known_formats,
+    multiplied_numbers,
+    select,
+    timed,
+)
 from autoquant.candidates.formats import int4_tinygemm
 from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.routed import RoutedWeight
@@ -45,7 +51,13 @@ CANDIDATES = {each.id: (each.format, each.kernel) for each in timed(select(["*"]
 def test_a_kernel_computes_the_product_of_the_stored_numbers(name, m):
     fmt, kernel = CANDIDATES[name]
     if not usable(fmt, kernel, m):
-        pytest.skip(str(fmt.unsupported_reason(kernel, LinearShape(n=N, k=K, bias=True, dtype="bfloat16"), m, "cuda")))
+        pytest.skip(
+            str(
+                fmt.unsupported_reason(
+                    kernel, LinearShape(n=N, k=K, bias=True, dtype="bfloat16"), m, "cuda"
+                )
+            )
+        )
     weight, bias, x = tensors(m)
     stored = fmt.store(weight)
     for b in (bias, None):
@@ -53,7 +65,9 @@ def test_a_kernel_computes_the_product_of_the_stored_numbers(name, m):
         assert (y.shape, y.dtype) == ((1, m, N), torch.bfloat16)
         rounded = ACTIVATION_ROUNDING[kernel.numerics](x.float()).double()
         expected = F.linear(
-            rounded, multiplied_numbers(fmt, stored, kernel.numerics).double(), None if b is None else b.double()
+            rounded,
+            multiplied_numbers(fmt, stored, kernel.numerics).double(),
+            None if b is None else b.double(),
         )
         assert ((y.double() - expected).norm() / expected.norm()).item() < MAX_RELATIVE_ERROR
 

@@ -20,12 +20,19 @@ def normal(*size, dtype=torch.bfloat16, seed=0):
 def inputs(b, h, h_kv, length, d=128, d_v=None, dtype=torch.bfloat16):
     """Query, keys and values as models have them: heads of a query lie behind one another, the cache is as it is kept."""
     q = normal(b, 1, h, d, dtype=dtype).transpose(1, 2)
-    return q, normal(b, h_kv, length, d, dtype=dtype, seed=1), normal(b, h_kv, length, d_v or d, dtype=dtype, seed=2)
+    return (
+        q,
+        normal(b, h_kv, length, d, dtype=dtype, seed=1),
+        normal(b, h_kv, length, d_v or d, dtype=dtype, seed=2),
+    )
 
 
 def filled(length, share, batch=1, padding=0):
     """A mask over a cache of which a share is filled; sample i begins with i * padding tokens that are not seen."""
-    at, first = torch.arange(length, device="cuda"), padding * torch.arange(batch, device="cuda")[:, None]
+    at, first = (
+        torch.arange(length, device="cuda"),
+        padding * torch.arange(batch, device="cuda")[:, None],
+    )
     return ((at < max(1, int(length * share))) & (at >= first))[:, None, None, :]
 
 
@@ -49,7 +56,8 @@ def attend(q, k, v, mask):
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0, None])
 @pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize(
-    ("h", "h_kv", "length"), [(32, 8, 512), (32, 8, 2304), (8, 8, 1000), (28, 4, 777), (16, 1, 4096)]
+    ("h", "h_kv", "length"),
+    [(32, 8, 512), (32, 8, 2304), (8, 8, 1000), (28, 4, 777), (16, 1, 4096)],
 )
 def test_the_result_is_right_for_every_cache(h, h_kv, length, batch, share):
     q, k, v = inputs(batch, h, h_kv, length)
@@ -68,7 +76,9 @@ def test_short_and_long_caches(length):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("d", "d_v"), [(16, 16), (64, 64), (80, 80), (96, 96), (128, 64), (192, 128), (256, 256)])
+@pytest.mark.parametrize(
+    ("d", "d_v"), [(16, 16), (64, 64), (80, 80), (96, 96), (128, 64), (192, 128), (256, 256)]
+)
 def test_sizes_of_a_head(d, d_v, dtype):
     q, k, v = inputs(2, 12, 4, 700, d, d_v, dtype)
     mask = filled(700, 0.6, batch=2, padding=9)
@@ -156,8 +166,13 @@ def test_a_replayed_graph_of_layers_computes_what_they_do_one_after_another():
     """Each layer's cache is written in place by the kernel before its attention, at a position that moves."""
     h, d, length = 8, 128, 2304
     width, at = h * d, torch.zeros(1, dtype=torch.long, device="cuda")
-    weights = [get_format("int4-g128/tiled").store(normal(width, width, seed=seed) / 32) for seed in range(8)]
-    caches = [[normal(1, 2, length, d, seed=2 * layer + which) for which in (0, 1)] for layer in range(8)]
+    weights = [
+        get_format("int4-g128/tiled").store(normal(width, width, seed=seed) / 32)
+        for seed in range(8)
+    ]
+    caches = [
+        [normal(1, 2, length, d, seed=2 * layer + which) for which in (0, 1)] for layer in range(8)
+    ]
 
     def step(x):
         mask = torch.arange(length, device="cuda")[None, None, None] <= at

@@ -22,7 +22,9 @@ ANY_ROWS = (RouteStep(upper_m=None, kernel="dequantize-matmul"),)
 def quantized(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("quantized")
     weights = (request.param, ANY_ROWS)
-    return save_applied(save_llama(place / "original"), place / "out", "cuda", eight=weights, four=weights)
+    return save_applied(
+        save_llama(place / "original"), place / "out", "cuda", eight=weights, four=weights
+    )
 
 
 def by_device_map(folder):

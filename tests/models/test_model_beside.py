@@ -42,7 +42,9 @@ NAMES = {
     "of a trainer that holds the model": prefixed("model."),
     "of a trainer that holds the model compiled": prefixed("model._orig_mod."),
     "of a trainer with a name of its own": prefixed("student.net."),
-    "without the base's prefix": lambda state: {name.removeprefix("model."): value for name, value in state.items()},
+    "without the base's prefix": lambda state: {
+        name.removeprefix("model."): value for name, value in state.items()
+    },
     "of compiled layers": lambda state: {
         name.replace("layers.1.", "layers.1._orig_mod."): value for name, value in state.items()
     },
@@ -54,10 +56,16 @@ NAMES = {
 def test_weights_under_any_prefix_are_the_model_that_the_config_describes(by_hand, change, tied):
     path, model = by_hand(change, tied=tied)
     loaded = load_model(path)
-    assert (loaded.kind, loaded.max_positions, loaded.stored_dtype) == ("causal_lm", 128, "bfloat16")
+    assert (loaded.kind, loaded.max_positions, loaded.stored_dtype) == (
+        "causal_lm",
+        128,
+        "bfloat16",
+    )
     assert (loaded.source.kind, loaded.source.path, loaded.notes) == ("huggingface", str(path), ())
     assert loaded.tokenizer("w1 w2").input_ids == [1, 2]
-    assert not loaded.module.training and not any(p.requires_grad for p in loaded.module.parameters())
+    assert not loaded.module.training and not any(
+        p.requires_grad for p in loaded.module.parameters()
+    )
     assert torch.equal(loaded.module(IDS).logits, model(IDS).logits)
     assert (loaded.module.lm_head.weight is loaded.module.model.embed_tokens.weight) is tied
 
@@ -96,7 +104,9 @@ def test_tied_weights_that_differ_in_the_file_are_refused(by_hand, refusal):
 
 
 def test_buffers_of_old_checkpoints_are_left_out_with_the_reason(by_hand):
-    old = {f"model.layers.{number}.self_attn.rotary_emb.inv_freq": torch.ones(4) for number in range(2)}
+    old = {
+        f"model.layers.{number}.self_attn.rotary_emb.inv_freq": torch.ones(4) for number in range(2)
+    }
     path, model = by_hand(lambda state: state | old)
     loaded = load_model(path)
     assert torch.equal(loaded.module(IDS).logits, model(IDS).logits)
@@ -107,7 +117,15 @@ def test_buffers_of_old_checkpoints_are_left_out_with_the_reason(by_hand):
 def test_masks_of_old_checkpoints_are_left_out_and_a_bias_is_not(tmp_path, refusal):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        vocab_size=64,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     model = GPT2LMHeadModel(config).eval()
     config.save_pretrained(tmp_path)
     from tiny_models import tiny_tokenizer
@@ -121,14 +139,19 @@ def test_masks_of_old_checkpoints_are_left_out_and_a_bias_is_not(tmp_path, refus
     loaded = load_model(tmp_path / "model.pt")
     assert torch.equal(loaded.module(IDS).logits, model(IDS).logits)
     assert "attn.bias" in loaded.notes[0] and "attn.masked_bias" in loaded.notes[0]
-    torch.save(model.state_dict() | {"transformer.h.0.attention.bias": torch.ones(32)}, tmp_path / "model.pt")
+    torch.save(
+        model.state_dict() | {"transformer.h.0.attention.bias": torch.ones(32)},
+        tmp_path / "model.pt",
+    )
     assert "attention.bias" in refusal(ModelError, load_model, tmp_path / "model.pt")
 
 
 def test_weights_that_the_model_lacks_or_has_too_many_of_are_named(by_hand, refusal):
     message = refusal(ModelError, load_model, by_hand(lacking("up_proj"))[0])
     assert "lack model.layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight" in message
-    message = refusal(ModelError, load_model, by_hand(lambda state: state | {"extra.weight": torch.ones(2)})[0])
+    message = refusal(
+        ModelError, load_model, by_hand(lambda state: state | {"extra.weight": torch.ones(2)})[0]
+    )
     assert "has extra.weight" in message and "--model-factory" in message
 
 
@@ -154,7 +177,9 @@ def test_the_tokenizer_may_be_elsewhere_and_is_asked_for(by_hand, save_llama, re
 def test_a_config_of_no_causal_lm_is_refused_by_name(by_hand, refusal):
     path, _ = by_hand()
     config = json.loads((path.parent / "config.json").read_text())
-    (path.parent / "config.json").write_text(json.dumps(config | {"model_type": "vit", "architectures": ["ViTModel"]}))
+    (path.parent / "config.json").write_text(
+        json.dumps(config | {"model_type": "vit", "architectures": ["ViTModel"]})
+    )
     message = refusal(ModelError, load_model, path)
     assert str(path.parent / "config.json") in message and "causal language model" in message
 
@@ -171,14 +196,18 @@ def test_code_beside_the_weights_is_not_run(by_hand, tmp_path, refusal):
     (path.parent / "modeling_own.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
     config = json.loads((path.parent / "config.json").read_text())
     classes = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
-    (path.parent / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": classes}))
+    (path.parent / "config.json").write_text(
+        json.dumps(config | {"model_type": "own", "auto_map": classes})
+    )
     refusal(ModelError, load_model, path)
     assert not mark.exists()
 
 
 def test_how_the_folder_says_to_generate_is_kept(by_hand):
     path, _ = by_hand()
-    (path.parent / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 3, "do_sample": true}')
+    (path.parent / "generation_config.json").write_text(
+        '{"eos_token_id": 7, "top_k": 3, "do_sample": true}'
+    )
     config = load_model(path).module.generation_config
     assert (config.eos_token_id, config.top_k) == (7, 3)
 
@@ -193,7 +222,10 @@ def save_bins(folder, model, shards=1):
         torch.save(state, folder / "pytorch_model.bin")
         return
     names = list(state)
-    files = {name: f"pytorch_model-{number % shards + 1:05}-of-{shards:05}.bin" for number, name in enumerate(names)}
+    files = {
+        name: f"pytorch_model-{number % shards + 1:05}-of-{shards:05}.bin"
+        for number, name in enumerate(names)
+    }
     for file in set(files.values()):
         torch.save({name: state[name] for name in names if files[name] == file}, folder / file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
@@ -213,7 +245,9 @@ def test_a_folder_with_pickled_tensors_is_loaded_and_is_the_same_model(save_llam
 def test_weights_in_a_folder_that_its_model_has_no_place_for_are_noted(save_llama):
     folder, model = save_llama()
     save_bins(folder, model)
-    torch.save(dict(model.state_dict()) | {"extra.weight": torch.ones(2)}, folder / "pytorch_model.bin")
+    torch.save(
+        dict(model.state_dict()) | {"extra.weight": torch.ones(2)}, folder / "pytorch_model.bin"
+    )
     assert "extra.weight" in load_model(folder).notes[0]
 
 
@@ -231,7 +265,9 @@ def test_a_missing_or_damaged_shard_is_named(save_llama, refusal):
 def test_code_in_a_pickled_shard_is_never_run(save_llama, tmp_path, refusal, trust):
     folder, model = save_llama()
     save_bins(folder, model)
-    torch.save(dict(model.state_dict()) | {"p": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    torch.save(
+        dict(model.state_dict()) | {"p": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin"
+    )
     assert "pickled code" in refusal(ModelError, load_model, folder, trust_pickle=trust)
     assert not (tmp_path / "ran").exists()
 
@@ -245,7 +281,9 @@ def test_a_folder_that_lacks_weights_and_tokenizer_is_told_both(save_llama, refu
 
 def test_a_folder_with_weights_saved_by_hand_names_the_file_to_give(by_hand, refusal):
     path, _ = by_hand(prefixed("module."))
-    assert f"give the file of weights itself, {path}" in refusal(ModelError, load_model, path.parent)
+    assert f"give the file of weights itself, {path}" in refusal(
+        ModelError, load_model, path.parent
+    )
 
 
 def test_a_factory_takes_weights_with_prefixes_too(tmp_path, factory):

@@ -98,9 +98,15 @@ def test_the_blocks_of_a_language_model_are_found():
     chain = chain_of(module)
     assert chain.blocks == tuple(module.model.layers)
     for index, layer in enumerate(module.model.layers):
-        assert all(chain.start(linear.weight) == index for linear in layer.modules() if isinstance(linear, nn.Linear))
+        assert all(
+            chain.start(linear.weight) == index
+            for linear in layer.modules()
+            if isinstance(linear, nn.Linear)
+        )
     assert chain.start(module.lm_head.weight) == 2
-    assert chain.start(module.model.embed_tokens.weight) == 0  # never seen in a linear: nothing may be skipped
+    assert (
+        chain.start(module.model.embed_tokens.weight) == 0
+    )  # never seen in a linear: nothing may be skipped
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,7 +121,9 @@ def test_a_list_of_blocks_in_order_is_a_chain(block):
     assert_every_start_gives_the_full_logits(module)
 
 
-@pytest.mark.parametrize("way", ["each on the embedding", "backwards", "twice", "something between", "one left out"])
+@pytest.mark.parametrize(
+    "way", ["each on the embedding", "backwards", "twice", "something between", "one left out"]
+)
 def test_a_list_of_blocks_run_in_another_way_is_no_chain(way):
     module = Stack(way)
     chain = chain_of(module)
@@ -178,7 +186,9 @@ def test_a_lighter_chain_is_taken_where_the_heaviest_list_is_none():
     module.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16))
     chain = chain_of(module)
     assert chain.blocks == tuple(module.head)
-    assert chain.start(module.blocks[0].linear.weight) == 0 and chain.start(module.head[1].weight) == 1
+    assert (
+        chain.start(module.blocks[0].linear.weight) == 0 and chain.start(module.head[1].weight) == 1
+    )
 
 
 def test_a_weight_shared_by_blocks_starts_at_the_first():

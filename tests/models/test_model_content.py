@@ -27,7 +27,12 @@ def test_the_hash_is_the_same_in_every_process():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("one element", lambda t: t | {"a": t["a"] + torch.nn.functional.one_hot(torch.tensor([2] * 5), 3) * 1e-6}),
+        (
+            "one element",
+            lambda t: (
+                t | {"a": t["a"] + torch.nn.functional.one_hot(torch.tensor([2] * 5), 3) * 1e-6}
+            ),
+        ),
         ("dtype", lambda t: t | {"b": t["b"].view(torch.float16)}),
         ("shape", lambda t: t | {"a": t["a"].reshape(3, 5)}),
         ("name", lambda t: {("e" if key == "a" else key): value for key, value in t.items()}),
@@ -35,7 +40,9 @@ def test_the_hash_is_the_same_in_every_process():
     ],
 )
 def test_any_change_of_a_tensor_changes_the_hash(name, value):
-    assert content_hash(_tensors().items(), "x") != content_hash(value(_tensors()).items(), "x"), name
+    assert content_hash(_tensors().items(), "x") != content_hash(value(_tensors()).items(), "x"), (
+        name
+    )
 
 
 def test_the_architecture_is_part_of_the_hash_but_not_the_order_of_its_keys():
@@ -74,6 +81,8 @@ def test_tensors_are_taken_one_at_a_time():
     assert len(alive) == 3
 
 
-@pytest.mark.parametrize("tensor", [torch.empty(2, device="meta"), torch.eye(2).to_sparse()], ids=["meta", "sparse"])
+@pytest.mark.parametrize(
+    "tensor", [torch.empty(2, device="meta"), torch.eye(2).to_sparse()], ids=["meta", "sparse"]
+)
 def test_a_tensor_without_plain_values_is_refused_by_name(refusal, tensor):
     assert "layer.weight" in refusal(ModelError, content_hash, [("layer.weight", tensor)], "")

@@ -48,14 +48,20 @@ def _rewrite(path, name, change):
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
         assert any(entry.endswith(name) for entry in old.namelist())
         for entry in old.namelist():
-            new.writestr(entry, change(old.read(entry)) if entry.endswith(name) else old.read(entry))
+            new.writestr(
+                entry, change(old.read(entry)) if entry.endswith(name) else old.read(entry)
+            )
     shutil.move(copy, path)
 
 
 def test_an_exported_program_is_loaded_with_the_inputs_it_was_exported_on(tmp_path):
     module, x = Perceptron(), torch.randn(3, 8)
     loaded = load_model(_export(tmp_path / "model.pt2", module, x))
-    assert (loaded.kind, loaded.source.kind, loaded.stored_dtype) == ("module", "exported", "float32")
+    assert (loaded.kind, loaded.source.kind, loaded.stored_dtype) == (
+        "module",
+        "exported",
+        "float32",
+    )
     assert len(loaded.example_inputs) == 1 and torch.equal(loaded.example_inputs[0], x)
     torch.testing.assert_close(loaded.module(*loaded.example_inputs), module(x))
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
@@ -114,9 +120,13 @@ def test_a_program_on_token_ids_is_a_token_lm_where_a_tokenizer_is_given(tmp_pat
 def test_an_export_with_shape_arithmetic_and_structured_values_needs_no_trust(tmp_path):
     auto = torch.export.Dim.AUTO
     inputs = (torch.randn(4, 6, 8), {"a": torch.ones(8)})
-    path = _export(tmp_path / "model.pt2", Shaped(), *inputs, dynamic_shapes=({0: auto, 1: auto}, {"a": {}}))
+    path = _export(
+        tmp_path / "model.pt2", Shaped(), *inputs, dynamic_shapes=({0: auto, 1: auto}, {"a": {}})
+    )
     loaded = load_model(path)
-    torch.testing.assert_close(loaded.module(*loaded.example_inputs)["flat"].shape, torch.Size([8, 24]))
+    torch.testing.assert_close(
+        loaded.module(*loaded.example_inputs)["flat"].shape, torch.Size([8, 24])
+    )
     assert loaded.module(torch.randn(5, 10, 8), inputs[1])["half"].shape == (5, 5, 8)
 
 
@@ -132,11 +142,15 @@ def test_a_program_with_keyword_inputs_is_loaded_with_them_by_name(tmp_path, dty
     loaded = load_model(tmp_path / "model.pt2", dtype=dtype)
     assert list(loaded.example_inputs) == ["x"]
     tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == "bf16" else {}
-    torch.testing.assert_close(loaded.module(**loaded.example_inputs).float(), module(x), **tolerance)
+    torch.testing.assert_close(
+        loaded.module(**loaded.example_inputs).float(), module(x), **tolerance
+    )
 
 
 def test_a_program_with_positional_and_keyword_inputs_is_refused(tmp_path, refusal):
-    program = torch.export.export(Shaped().eval(), (torch.ones(2, 4, 8),), {"more": {"a": torch.ones(8)}})
+    program = torch.export.export(
+        Shaped().eval(), (torch.ones(2, 4, 8),), {"more": {"a": torch.ones(8)}}
+    )
     torch.export.save(program, tmp_path / "model.pt2")
     assert "keyword inputs (more)" in refusal(ModelError, load_model, tmp_path / "model.pt2")
 
@@ -161,7 +175,11 @@ def test_a_pickled_weight_is_refused_and_not_run(tmp_path, refusal):
     buffer = io.BytesIO()
     torch.save(Payload(mark), buffer)
     _rewrite(path, "weights/weight_0", lambda _: buffer.getvalue())
-    _rewrite(path, "weights_config.json", lambda data: data.replace(b'"use_pickle": false', b'"use_pickle": true', 1))
+    _rewrite(
+        path,
+        "weights_config.json",
+        lambda data: data.replace(b'"use_pickle": false', b'"use_pickle": true', 1),
+    )
     assert "--trust-pickle" in refusal(ModelError, load_model, path)
     assert not mark.exists()
     refusal(ModelError, load_model, path, trust_pickle=True)
@@ -170,7 +188,9 @@ def test_a_pickled_weight_is_refused_and_not_run(tmp_path, refusal):
 
 def test_code_in_a_shape_expression_is_refused_and_not_run(tmp_path, refusal):
     auto = torch.export.Dim.AUTO
-    path = _export(tmp_path / "model.pt2", Perceptron(), torch.randn(3, 8), dynamic_shapes=({0: auto},))
+    path = _export(
+        tmp_path / "model.pt2", Perceptron(), torch.randn(3, 8), dynamic_shapes=({0: auto},)
+    )
     mark = tmp_path / "ran"
 
     def poison(data):
@@ -196,16 +216,26 @@ def test_code_in_a_shape_expression_is_refused_and_not_run(tmp_path, refusal):
     assert mark.exists(), "the payload is a live one"
 
 
-@pytest.mark.parametrize("target", ["torch.load", "torch.ops.load_library", "torch.hub.load", "_operator.methodcaller"])
+@pytest.mark.parametrize(
+    "target", ["torch.load", "torch.ops.load_library", "torch.hub.load", "_operator.methodcaller"]
+)
 def test_a_graph_that_calls_anything_but_tensor_operations_is_refused(tmp_path, refusal, target):
     path = _export(tmp_path / "model.pt2", Perceptron(), torch.randn(3, 8))
-    _rewrite(path, "models/model.json", lambda data: data.replace(b"torch.ops.aten.relu.default", target.encode()))
+    _rewrite(
+        path,
+        "models/model.json",
+        lambda data: data.replace(b"torch.ops.aten.relu.default", target.encode()),
+    )
     assert target in refusal(ModelError, load_model, path)
 
 
 def test_a_name_that_would_become_source_code_is_refused(tmp_path, refusal):
     path = _export(tmp_path / "model.pt2", Perceptron(), torch.randn(3, 8))
-    _rewrite(path, "models/model.json", lambda data: data.replace(b'"up.weight"', b'"up.weight\\"+exit()+\\""'))
+    _rewrite(
+        path,
+        "models/model.json",
+        lambda data: data.replace(b'"up.weight"', b'"up.weight\\"+exit()+\\""'),
+    )
     assert "--trust-pickle" in refusal(ModelError, load_model, path)
 
 

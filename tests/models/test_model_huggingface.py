@@ -18,9 +18,15 @@ def _edit_config(folder, **changes):
 def test_a_folder_is_loaded_as_a_causal_lm_ready_to_run(save_llama):
     folder, model = save_llama()
     loaded = load_model(folder)
-    assert (loaded.kind, loaded.max_positions, loaded.stored_dtype) == ("causal_lm", 128, "bfloat16")
+    assert (loaded.kind, loaded.max_positions, loaded.stored_dtype) == (
+        "causal_lm",
+        128,
+        "bfloat16",
+    )
     assert (loaded.dtype, loaded.device, loaded.example_inputs) == ("bfloat16", "cpu", None)
-    assert not loaded.module.training and not any(p.requires_grad for p in loaded.module.parameters())
+    assert not loaded.module.training and not any(
+        p.requires_grad for p in loaded.module.parameters()
+    )
     assert loaded.tokenizer("w1 w2").input_ids == [1, 2]
     torch.testing.assert_close(loaded.module(IDS).logits, model(IDS).logits, rtol=0, atol=0)
 
@@ -78,7 +84,11 @@ def test_loading_prints_nothing_and_leaves_the_progress_bars_as_they_were(save_l
     shards = sorted(folder.glob("*.safetensors"))
     from safetensors.torch import load_file, save_file
 
-    save_file(load_file(shards[0]) | {"leftover.weight": torch.ones(2)}, shards[0], metadata={"format": "pt"})
+    save_file(
+        load_file(shards[0]) | {"leftover.weight": torch.ones(2)},
+        shards[0],
+        metadata={"format": "pt"},
+    )
     before = logging.is_progress_bar_enabled()
     capfd.readouterr()
     load_model(folder)
@@ -183,7 +193,8 @@ def test_a_broken_tokenizer_is_named(save_llama, refusal):
 
 
 @pytest.mark.parametrize(
-    "name", ["missing/place/model", "./model", "/nowhere/model", "weights.pt", "weights.safetensors"]
+    "name",
+    ["missing/place/model", "./model", "/nowhere/model", "weights.pt", "weights.safetensors"],
 )
 def test_a_path_that_is_not_there_is_refused(refusal, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

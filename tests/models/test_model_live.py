@@ -81,7 +81,12 @@ def test_a_live_exported_module_is_settled_too():
 
 def test_a_module_without_parameters_has_a_kind_and_a_hash():
     loaded = from_module(nn.ReLU())
-    assert (loaded.kind, loaded.dtype, loaded.device, len(loaded.content_hash)) == ("module", "float32", "cpu", 16)
+    assert (loaded.kind, loaded.dtype, loaded.device, len(loaded.content_hash)) == (
+        "module",
+        "float32",
+        "cpu",
+        16,
+    )
 
 
 def test_a_wrong_device_or_dtype_leaves_the_module_untouched(refusal):
@@ -97,6 +102,10 @@ def test_token_ids_that_do_not_give_logits_of_every_token_make_a_module(form):
         def forward(self, ids):
             logits = super().forward(ids)
             last = logits[:, -1:]
-            return {"last token only": last, "hidden first": (logits, last), "one score": logits.mean()}[form]
+            return {
+                "last token only": last,
+                "hidden first": (logits, last),
+                "one score": logits.mean(),
+            }[form]
 
     assert from_module(Otherwise(), tokenizer=object()).kind == "module"

@@ -39,12 +39,18 @@ def test_a_state_dict_alone_of_another_module_needs_a_factory_and_inputs(tmp_pat
     assert "torch.export.save" in message
 
 
-@pytest.mark.parametrize("inputs", ["my_code:inputs", (torch.ones(2, 8),), {"x": torch.ones(2, 8)}], ids=str)
+@pytest.mark.parametrize(
+    "inputs", ["my_code:inputs", (torch.ones(2, 8),), {"x": torch.ones(2, 8)}], ids=str
+)
 def test_what_is_given_is_not_asked_for(tmp_path, refusal, inputs):
     torch.save(Perceptron().state_dict(), tmp_path / "model.pt")
-    assert options(refusal(ModelError, load_model, tmp_path / "model.pt", sample_inputs=inputs)) == ["--model-factory"]
+    assert options(
+        refusal(ModelError, load_model, tmp_path / "model.pt", sample_inputs=inputs)
+    ) == ["--model-factory"]
     torch.save(Perceptron(), tmp_path / "model.pt")
-    assert options(refusal(ModelError, load_model, tmp_path / "model.pt", sample_inputs=inputs)) == ["--trust-pickle"]
+    assert options(
+        refusal(ModelError, load_model, tmp_path / "model.pt", sample_inputs=inputs)
+    ) == ["--trust-pickle"]
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "pickle"])
@@ -71,7 +77,9 @@ def test_a_pickled_language_model_needs_trust_and_a_tokenizer(tmp_path, refusal,
 
 
 @pytest.mark.parametrize("container", [dict, OrderedDict])
-def test_a_state_dict_with_objects_in_it_needs_trust_and_a_model(tmp_path, refusal, container, save_llama):
+def test_a_state_dict_with_objects_in_it_needs_trust_and_a_model(
+    tmp_path, refusal, container, save_llama
+):
     value = container(model=tiny_llama().state_dict(), arguments=Namespace())
     torch.save(value, tmp_path / "model.pt")
     message = refusal(ModelError, load_model, tmp_path / "model.pt")
@@ -98,7 +106,9 @@ def test_no_class_is_imported_to_tell_what_is_missing(tmp_path, factory, refusal
     assert name not in sys.modules
 
 
-def test_what_to_save_instead_of_torchscript_can_be_typed_as_it_stands(tmp_path, refusal, factory, monkeypatch):
+def test_what_to_save_instead_of_torchscript_can_be_typed_as_it_stands(
+    tmp_path, refusal, factory, monkeypatch
+):
     module = Perceptron().eval()
     torch.jit.trace(module, torch.ones(1, 8)).save(tmp_path / "scripted.pt")
     message = refusal(ModelError, load_model, tmp_path / "scripted.pt")

@@ -18,14 +18,22 @@ def test_auto_is_a_device_once_the_request_is_made():
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"device": "tpu"}, DeviceError), ({"dtype": "int3"}, WorkloadError), ({"tokenizer": object()}, ModelError)],
+    [
+        ({"device": "tpu"}, DeviceError),
+        ({"dtype": "int3"}, WorkloadError),
+        ({"tokenizer": object()}, ModelError),
+    ],
 )
-def test_a_request_that_makes_no_sense_is_refused_before_the_model_is_looked_for(refusal, options, error):
+def test_a_request_that_makes_no_sense_is_refused_before_the_model_is_looked_for(
+    refusal, options, error
+):
     refusal(error, ModelRequest, model="/no/such/model", **options)
 
 
 def test_a_live_module_may_come_with_its_tokenizer():
-    loaded = load_request(ModelRequest(model=tiny_llama(), device="cpu", tokenizer=tiny_tokenizer()))
+    loaded = load_request(
+        ModelRequest(model=tiny_llama(), device="cpu", tokenizer=tiny_tokenizer())
+    )
     assert (loaded.source.kind, loaded.kind) == ("live", "causal_lm")
 
 
@@ -39,7 +47,11 @@ def test_another_process_loads_the_same_model(save_llama):
     folder, _ = save_llama()
     loaded = load_model(folder, dtype="fp32")
     again = pickle.loads(pickle.dumps(SameModel.of(loaded))).load()
-    assert (again.content_hash, again.dtype, again.kind) == (loaded.content_hash, "float32", loaded.kind)
+    assert (again.content_hash, again.dtype, again.kind) == (
+        loaded.content_hash,
+        "float32",
+        loaded.kind,
+    )
     assert again.source == loaded.source
 
 

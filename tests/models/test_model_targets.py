@@ -13,7 +13,9 @@ def _devices(monkeypatch, *, cuda=0, mps=False, capability=(8, 0)):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "mps", "expected"), [(1, True, "cuda"), (0, True, "mps"), (0, False, "cpu")], ids=["cuda", "mps", "cpu"]
+    ("cuda", "mps", "expected"),
+    [(1, True, "cuda"), (0, True, "mps"), (0, False, "cpu")],
+    ids=["cuda", "mps", "cpu"],
 )
 def test_auto_takes_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, expected):
     _devices(monkeypatch, cuda=cuda, mps=mps)
@@ -66,7 +68,9 @@ def test_both_spellings_of_a_dtype_are_known(name, expected):
         ("cuda", (7, 5), torch.float16),
     ],
 )
-def test_fast16_is_the_16_bit_float_the_device_computes_in(monkeypatch, device, capability, expected):
+def test_fast16_is_the_16_bit_float_the_device_computes_in(
+    monkeypatch, device, capability, expected
+):
     _devices(monkeypatch, cuda=2, capability=capability)
     assert resolve_dtype("fast16", device, torch.float32) is expected
 

@@ -74,7 +74,9 @@ def test_a_state_dict_and_a_factory_give_back_the_module(factory, tmp_path, file
     loaded = load_model(path, model_factory=spec)
     x = torch.randn(3, 8)
     torch.testing.assert_close(loaded.module(x), module(x), rtol=0, atol=0)
-    assert not loaded.module.training and not any(p.requires_grad for p in loaded.module.parameters())
+    assert not loaded.module.training and not any(
+        p.requires_grad for p in loaded.module.parameters()
+    )
     assert (loaded.kind, loaded.stored_dtype, loaded.tokenizer) == ("module", "float32", None)
     assert (loaded.source.kind, loaded.source.model_factory) == ("state_dict", spec)
 
@@ -118,7 +120,11 @@ def test_weights_keep_their_stored_dtypes_with_auto(factory, tmp_path):
 @pytest.mark.parametrize("stored", ["both", "one"])
 def test_weights_that_the_factory_ties_stay_tied(factory, tmp_path, stored):
     weight = torch.randn(16, 8)
-    state = {"head.weight": weight} if stored == "one" else {"embedding.weight": weight, "head.weight": weight}
+    state = (
+        {"head.weight": weight}
+        if stored == "one"
+        else {"embedding.weight": weight, "head.weight": weight}
+    )
     loaded = load_model(_save(tmp_path / "a.pt", state), model_factory=factory(TIED), dtype="bf16")
     assert loaded.module.head.weight is loaded.module.embedding.weight
     assert torch.equal(loaded.module.head.weight, weight.bfloat16())
@@ -155,7 +161,9 @@ def test_a_large_module_is_not_built_twice_in_memory(factory, tmp_path):
 
 
 def test_a_factory_that_cannot_run_on_meta_is_run_for_real(factory, tmp_path):
-    spec = factory(PERCEPTRON + "\ndef build():\n    torch.ones(2).sum().item()\n    return Perceptron()\n")
+    spec = factory(
+        PERCEPTRON + "\ndef build():\n    torch.ones(2).sum().item()\n    return Perceptron()\n"
+    )
     module = Perceptron()
     loaded = load_model(_save(tmp_path / "a.pt", module.state_dict()), model_factory=spec)
     assert torch.equal(loaded.module.up.weight, module.up.weight)
@@ -168,7 +176,8 @@ def test_a_factory_module_on_token_ids_is_a_token_lm(factory, tmp_path):
 
 def test_a_factory_module_that_gives_an_object_with_logits_is_a_token_lm(factory, tmp_path):
     source = TIED.replace(
-        "return self.head(", "from types import SimpleNamespace\n        return SimpleNamespace(logits=self.head("
+        "return self.head(",
+        "from types import SimpleNamespace\n        return SimpleNamespace(logits=self.head(",
     ).replace("self.embedding(ids))", "self.embedding(ids)))")
     path = _save(tmp_path / "a.pt", {"embedding.weight": torch.randn(16, 8)})
     assert load_model(path, model_factory=factory(source)).kind == "token_lm"
@@ -184,7 +193,9 @@ def test_a_tokenizer_file_goes_with_a_factory(factory, tmp_path, save_llama):
 def test_a_tokenizer_that_is_not_there_is_refused(factory, tmp_path, refusal):
     path = _save(tmp_path / "a.pt", {"embedding.weight": torch.randn(16, 8)})
     spec = factory(TIED)
-    assert "nowhere" in refusal(ModelError, load_model, path, model_factory=spec, tokenizer="nowhere")
+    assert "nowhere" in refusal(
+        ModelError, load_model, path, model_factory=spec, tokenizer="nowhere"
+    )
 
 
 def test_a_hugging_face_model_made_by_a_factory_is_a_causal_lm(factory, tmp_path):
@@ -221,7 +232,9 @@ def test_keys_that_do_not_fit_are_named_the_first_few(factory, tmp_path, refusal
 
 def test_a_weight_of_another_shape_is_named(factory, tmp_path, refusal):
     state = Perceptron().state_dict() | {"up.weight": torch.ones(16, 9)}
-    message = refusal(ModelError, load_model, _save(tmp_path / "a.pt", state), model_factory=factory(PERCEPTRON))
+    message = refusal(
+        ModelError, load_model, _save(tmp_path / "a.pt", state), model_factory=factory(PERCEPTRON)
+    )
     assert "up.weight" in message and "[16, 9]" in message
 
 
@@ -237,7 +250,9 @@ def test_a_weight_of_another_shape_is_named(factory, tmp_path, refusal):
         ("def build(): return nn.Linear(8, 16, device='meta')", "meta device"),
     ],
 )
-def test_a_factory_that_does_not_work_is_refused_with_its_reason(factory, tmp_path, refusal, source, expected):
+def test_a_factory_that_does_not_work_is_refused_with_its_reason(
+    factory, tmp_path, refusal, source, expected
+):
     path = _save(tmp_path / "a.pt", {"weight": torch.ones(16, 8), "bias": torch.ones(16)})
     if "meta" in source:
         source = source.replace("nn.Linear(8, 16, device='meta')", "Held()") + (
@@ -274,12 +289,18 @@ def test_a_pickled_module_is_refused_unless_trusted(tmp_path, refusal):
     torch.save(module, path)
     assert "--trust-pickle" in refusal(ModelError, load_model, path)
     loaded = load_model(path, trust_pickle=True, dtype="bf16")
-    assert (loaded.source.kind, loaded.source.trust_pickle, loaded.kind) == ("pickle", True, "module")
+    assert (loaded.source.kind, loaded.source.trust_pickle, loaded.kind) == (
+        "pickle",
+        True,
+        "module",
+    )
     assert not loaded.module.training and loaded.module.up.weight.dtype is torch.bfloat16
     assert loaded.content_hash == load_model(path, trust_pickle=True).content_hash
 
 
-def test_a_trusted_pickle_whose_class_is_gone_is_refused_with_its_reason(tmp_path, refusal, factory):
+def test_a_trusted_pickle_whose_class_is_gone_is_refused_with_its_reason(
+    tmp_path, refusal, factory
+):
     import importlib
     import sys
 
@@ -295,11 +316,15 @@ def test_a_trusted_pickle_whose_class_is_gone_is_refused_with_its_reason(tmp_pat
 
 
 @pytest.mark.parametrize("trust", [False, True])
-@pytest.mark.parametrize("content", [b"hello world\n", b"\x00" * 64, b"\x80\x02 not a pickle", b"GGUF" + b"\x01" * 40])
+@pytest.mark.parametrize(
+    "content", [b"hello world\n", b"\x00" * 64, b"\x80\x02 not a pickle", b"GGUF" + b"\x01" * 40]
+)
 def test_a_file_that_is_no_torch_file_is_refused(tmp_path, refusal, content, trust):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    assert "not a file that torch.save wrote" in refusal(ModelError, load_model, path, trust_pickle=trust)
+    assert "not a file that torch.save wrote" in refusal(
+        ModelError, load_model, path, trust_pickle=trust
+    )
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -324,17 +349,23 @@ def test_a_file_of_another_kind_or_without_content_is_refused(tmp_path, refusal)
     (tmp_path / "model.pt").touch()
     assert "is empty" in refusal(ModelError, load_model, tmp_path / "model.pt")
     (tmp_path / "model.safetensors").write_bytes(b"x" * 30)
-    assert "truncated" in refusal(ModelError, load_model, tmp_path / "model.safetensors", model_factory="a:b")
+    assert "truncated" in refusal(
+        ModelError, load_model, tmp_path / "model.safetensors", model_factory="a:b"
+    )
 
 
 def test_a_torch_file_that_holds_no_state_dict_is_refused(tmp_path, refusal):
     torch.save([torch.ones(2)], tmp_path / "model.pt")
-    assert "holds a list" in refusal(ModelError, load_model, tmp_path / "model.pt", model_factory="a:b")
+    assert "holds a list" in refusal(
+        ModelError, load_model, tmp_path / "model.pt", model_factory="a:b"
+    )
 
 
 def test_the_search_path_for_modules_is_left_as_it_was(factory, tmp_path):
     import sys
 
     before = list(sys.path)
-    load_model(_save(tmp_path / "a.pt", Perceptron().state_dict()), model_factory=factory(PERCEPTRON))
+    load_model(
+        _save(tmp_path / "a.pt", Perceptron().state_dict()), model_factory=factory(PERCEPTRON)
+    )
     assert sys.path == before

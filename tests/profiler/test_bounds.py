@@ -21,18 +21,26 @@ def kernel(kernel_id):
 
 def test_a_kernel_reads_its_weight_and_activations_once():
     moved = 2_000_000 + 2 * (1000 + 2000)
-    assert least_us(kernel("gemlite"), SHAPE, 1, 2_000_000, ROOFLINE) == pytest.approx(moved / 1e6 / HEADROOM)
+    assert least_us(kernel("gemlite"), SHAPE, 1, 2_000_000, ROOFLINE) == pytest.approx(
+        moved / 1e6 / HEADROOM
+    )
 
 
 def test_a_kernel_that_materializes_its_weight_also_writes_and_reads_it_at_the_speed_of_the_cache():
     moved = 2_000_000 + 2 * (1000 + 2000) + 2 * 4_000_000 / 2
-    assert least_us(kernel("dequantize-matmul"), SHAPE, 1, 2_000_000, ROOFLINE) == pytest.approx(moved / 1e6 / HEADROOM)
+    assert least_us(kernel("dequantize-matmul"), SHAPE, 1, 2_000_000, ROOFLINE) == pytest.approx(
+        moved / 1e6 / HEADROOM
+    )
 
 
 def test_many_rows_take_the_time_of_their_products():
     flops = 2 * 4096 * 1000 * 2000
-    assert least_us(kernel("gemlite"), SHAPE, 4096, 2_000_000, ROOFLINE) == pytest.approx(flops / 1e14 * 1e6 / HEADROOM)
-    assert least_us(kernel("int-mm"), SHAPE, 4096, 2_000_000, ROOFLINE) == pytest.approx(flops / 2e14 * 1e6 / HEADROOM)
+    assert least_us(kernel("gemlite"), SHAPE, 4096, 2_000_000, ROOFLINE) == pytest.approx(
+        flops / 1e14 * 1e6 / HEADROOM
+    )
+    assert least_us(kernel("int-mm"), SHAPE, 4096, 2_000_000, ROOFLINE) == pytest.approx(
+        flops / 2e14 * 1e6 / HEADROOM
+    )
 
 
 def test_a_kernel_is_bounded_away_by_a_faster_one_of_its_format_that_is_no_less_exact():

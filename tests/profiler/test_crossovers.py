@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from autoquant.candidates import A8_ROW, A16, Format, Kernel
 from autoquant.profiler.crossovers import CLOSE_ENOUGH, place_crossovers
 from autoquant.profiler.timing_table import TimingTable
-from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Prediction, RouteStep, TimingSubject
+from autoquant.records import (
+    LayerChoice,
+    LinearShape,
+    Measurement,
+    Plan,
+    Prediction,
+    RouteStep,
+    TimingSubject,
+)
 
 SHAPE = LinearShape(n=64, k=64, bias=False, dtype="bfloat16")
 WORKING_SET = 1 << 20
@@ -21,7 +29,9 @@ FORMAT = Format(id="own/plain", quantize=lambda w: w, dequantize=lambda s: s, ke
 
 
 def subject(kernel, m):
-    return TimingSubject(shape=SHAPE, m=m, format="own/plain", kernel=kernel, working_set_bytes=WORKING_SET)
+    return TimingSubject(
+        shape=SHAPE, m=m, format="own/plain", kernel=kernel, working_set_bytes=WORKING_SET
+    )
 
 
 def timed(kernel, m, latency_us):
@@ -39,14 +49,24 @@ def latency_us(kernel, m):
 
 def known_at(rows):
     return {
-        s: timed(s.kernel, s.m, latency_us(s.kernel, s.m)) for k in KERNELS for m in rows if (s := subject(k.id, m))
+        s: timed(s.kernel, s.m, latency_us(s.kernel, s.m))
+        for k in KERNELS
+        for m in rows
+        if (s := subject(k.id, m))
     }
 
 
 def choice(*steps):
     route = tuple(RouteStep(upper_m=upper_m, kernel=kernel) for upper_m, kernel in steps)
     return LayerChoice(
-        name="a", shape=SHAPE, format="own/plain", route=route, numerics="", latency_us={}, memory_bytes=1, loss=0.0
+        name="a",
+        shape=SHAPE,
+        format="own/plain",
+        route=route,
+        numerics="",
+        latency_us={},
+        memory_bytes=1,
+        loss=0.0,
     )
 
 
@@ -71,7 +91,9 @@ def settle(rows, *steps):
     (found,) = place_crossovers([plan], TimingTable(WORKING_SET, known_at(rows)), measure)
     route = found.layers[0].route
     assert found.layers[0] == found.layers[1] and replace(found, layers=plan.layers) == plan
-    assert [step.kernel for step in route] == [kernel for _, kernel in steps] and route[-1].upper_m is None
+    assert [step.kernel for step in route] == [kernel for _, kernel in steps] and route[
+        -1
+    ].upper_m is None
     return [step.upper_m for step in route[:-1]], asked
 
 

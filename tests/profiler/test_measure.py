@@ -37,9 +37,15 @@ def wrong(x, weight, bias):
     return F.linear(x, weight, bias) + 100
 
 
-RIGHT, WRONG = Kernel(id="right", numerics=A16, linear=F.linear), Kernel(id="wrong", numerics=A16, linear=wrong)
+RIGHT, WRONG = (
+    Kernel(id="right", numerics=A16, linear=F.linear),
+    Kernel(id="wrong", numerics=A16, linear=wrong),
+)
 FORMAT = Format(
-    id="own/plain", quantize=lambda w: w.clone(), dequantize=lambda stored: stored.float(), kernels=(RIGHT, WRONG)
+    id="own/plain",
+    quantize=lambda w: w.clone(),
+    dequantize=lambda stored: stored.float(),
+    kernels=(RIGHT, WRONG),
 )
 BOTH = (Candidate(FORMAT, RIGHT), Candidate(FORMAT, WRONG))
 
@@ -64,7 +70,11 @@ def campaign(*, sites=SITES, candidates=BOTH, working_set=WORKING_SET, events=No
     measure.measure(
         subjects_of(cells_of(sites), candidates, working_set),
         candidates,
-        Place(device="cpu", hardware=DEVICE, roofline=lambda: pytest.fail("nothing is prepared on a CPU")),
+        Place(
+            device="cpu",
+            hardware=DEVICE,
+            roofline=lambda: pytest.fail("nothing is prepared on a CPU"),
+        ),
         on_measured=made.extend,
         listener=(events if events is not None else []).append,
     )
@@ -75,7 +85,12 @@ def test_every_shape_and_rows_is_measured_by_every_candidate(compared):
     result = campaign(sites=(site(), site("gate"), site("head", rows=(5,))))
     assert compared == [(SHAPE, 2, ["right", "wrong"]), (SHAPE, 5, ["right", "wrong"])]
     outcomes = {(s.m, s.kernel): measurement.outcome for s, measurement in result.items()}
-    assert outcomes == {(2, "right"): "ok", (2, "wrong"): "incorrect", (5, "right"): "ok", (5, "wrong"): "incorrect"}
+    assert outcomes == {
+        (2, "right"): "ok",
+        (2, "wrong"): "incorrect",
+        (5, "right"): "ok",
+        (5, "wrong"): "incorrect",
+    }
     assert all(s.working_set_bytes == WORKING_SET for s in result)
 
 
@@ -114,8 +129,12 @@ def test_the_summary_names_what_cannot_be_used():
     events = []
     summarize(campaign(), 3, events.append)
     notice, finished = events
-    assert notice.text.startswith("own/plain/wrong is incorrect in 2 cases (m=2, m=5): relative error")
-    assert finished == StageFinished("profile", "4 timings (2 ok, 2 incorrect), 3 measured now, 1 from the store")
+    assert notice.text.startswith(
+        "own/plain/wrong is incorrect in 2 cases (m=2, m=5): relative error"
+    )
+    assert finished == StageFinished(
+        "profile", "4 timings (2 ok, 2 incorrect), 3 measured now, 1 from the store"
+    )
 
 
 def test_a_busy_machine_is_noticed(other_load, monkeypatch):
@@ -144,6 +163,8 @@ def test_cells_are_the_distinct_shapes_and_rows_in_order():
         (1 << 30, 1024, 1 << 20),
     ],
 )
-def test_the_working_set_is_the_model_rounded_down_or_twice_the_cache_rounded_up(model_elements, cache, expected):
+def test_the_working_set_is_the_model_rounded_down_or_twice_the_cache_rounded_up(
+    model_elements, cache, expected
+):
     half = LinearShape(n=model_elements // 2048, k=1024, bias=False, dtype="bfloat16")
     assert working_set_bytes((half, half), replace(DEVICE, cache_bytes=cache), 2) == expected

@@ -32,7 +32,9 @@ def plug_in(tmp_path, monkeypatch):
     """An installed package whose formats every process finds; some of their kernels are bad."""
     package = tmp_path / "site"
     (package / "bad_kernels-1.0.dist-info").mkdir(parents=True)
-    (package / "bad_kernels-1.0.dist-info" / "METADATA").write_text("Name: bad-kernels\nVersion: 1.0\n")
+    (package / "bad_kernels-1.0.dist-info" / "METADATA").write_text(
+        "Name: bad-kernels\nVersion: 1.0\n"
+    )
     (package / "bad_kernels-1.0.dist-info" / "entry_points.txt").write_text(
         "[autoquant.candidates]\nbad = bad_kernels:bad\n"
     )
@@ -47,7 +49,9 @@ def plug_in(tmp_path, monkeypatch):
         "bad = Format(id='bad/plain', quantize=lambda w: w.clone(), dequantize=lambda s: s.float(), kernels=kernels)\n"
     )
     monkeypatch.syspath_prepend(str(package))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    )
     registry._from_entry_points.cache_clear()
     yield
     monkeypatch.undo()
@@ -65,7 +69,9 @@ def prepared(*subjects, seen=None):
 
 
 def test_a_kernel_that_crashes_takes_only_its_own_process_along(plug_in, monkeypatch):
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)  # one worker, so that what follows needs a new one
+    monkeypatch.setattr(
+        module.os, "cpu_count", lambda: 2
+    )  # one worker, so that what follows needs a new one
     names = ("crash", "fail", "wrong", "linear")
     seen = []
     found = prepared(*(subject("bad/plain", name) for name in names), seen=seen)
@@ -81,24 +87,36 @@ def test_a_kernel_that_crashes_takes_only_its_own_process_along(plug_in, monkeyp
 
 
 def test_what_is_unsupported_is_said_without_a_process(monkeypatch):
-    monkeypatch.setattr(module._Workers, "_begin", lambda self: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        module._Workers, "_begin", lambda self: pytest.fail("a process was started")
+    )
     found = prepared(subject("int8-row/plain", "gemlite"))
     assert [m.outcome for m in found.decided.values()] == ["unsupported"] and found.tried == 0
 
 
 def test_a_format_of_this_process_alone_is_left_to_it(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {"bfloat16/plain": registry.get_format("bfloat16/plain")})
-    monkeypatch.setattr(module._Workers, "_begin", lambda self: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        registry, "_registered", {"bfloat16/plain": registry.get_format("bfloat16/plain")}
+    )
+    monkeypatch.setattr(
+        module._Workers, "_begin", lambda self: pytest.fail("a process was started")
+    )
     assert prepared(subject("bfloat16/plain", "matmul")) == module.Prepared({}, 0, 0.0)
 
 
 def test_no_worker_is_left_when_preparation_ends():
     import multiprocessing
 
-    found = prepared(subject("bfloat16/plain", "matmul"), subject("int8-row/plain", "dequantize-matmul"))
+    found = prepared(
+        subject("bfloat16/plain", "matmul"), subject("int8-row/plain", "dequantize-matmul")
+    )
     assert found.decided == {} or all(m.outcome == "beaten" for m in found.decided.values())
     assert found.tried == 2
-    assert not [child for child in multiprocessing.active_children() if child.name.startswith("SpawnProcess")]
+    assert not [
+        child
+        for child in multiprocessing.active_children()
+        if child.name.startswith("SpawnProcess")
+    ]
     assert torch.get_num_threads() >= 1
 
 

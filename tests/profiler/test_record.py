@@ -40,7 +40,12 @@ def reasons(recording):
 def test_a_linear_module_is_a_site_with_its_shape_and_rows(recorded):
     recording = recorded(Net(lambda self, x: self.up(x), up=nn.Linear(8, 16)), torch.randn(2, 3, 8))
     site = site_of(recording)
-    assert (site.name, site.parameters, site.kept, site.siblings) == ("up", ("up.weight",), (), ("up",))
+    assert (site.name, site.parameters, site.kept, site.siblings) == (
+        "up",
+        ("up.weight",),
+        (),
+        ("up",),
+    )
     assert site.shape == LinearShape(n=16, k=8, bias=True, dtype="float32")
     assert site.uses == (SiteUse(phase="forward", m=6, calls=1),)
     assert reasons(recording) == {"(vectors)": "vectors (norms, biases): too small to quantize"}
@@ -79,11 +84,17 @@ def test_a_linear_called_by_keywords_is_a_site(recorded, call):
 
 
 def test_linears_that_share_a_weight_are_one_site(recorded):
-    module = Net(lambda self, x: self.second(self.first(x)), first=nn.Linear(8, 8), second=nn.Linear(8, 8))
+    module = Net(
+        lambda self, x: self.second(self.first(x)), first=nn.Linear(8, 8), second=nn.Linear(8, 8)
+    )
     module.second.weight = module.first.weight
     recording = recorded(module, torch.randn(3, 8))
     site = site_of(recording)
-    assert (site.name, site.parameters, site.kept) == ("first", ("first.weight", "second.weight"), ())
+    assert (site.name, site.parameters, site.kept) == (
+        "first",
+        ("first.weight", "second.weight"),
+        (),
+    )
     assert site.uses == (SiteUse(phase="forward", m=3, calls=2),)
     assert recording.parameter_bytes == (64 + 16) * 4
 
@@ -97,7 +108,11 @@ def test_a_head_tied_to_the_embedding_is_a_site_that_keeps_the_embedding(recorde
     module.head.weight = module.embedding.weight
     recording = recorded(module, torch.zeros(1, 4, dtype=torch.long))
     site = site_of(recording)
-    assert (site.name, site.parameters, site.kept) == ("head", ("head.weight",), ("embedding.weight",))
+    assert (site.name, site.parameters, site.kept) == (
+        "head",
+        ("head.weight",),
+        ("embedding.weight",),
+    )
     assert "stays unquantized beside it" in reasons(recording)["embedding.weight"]
     assert recording.skipped[0].share == 0.0
 
@@ -173,7 +188,9 @@ def test_a_weight_that_is_multiplied_by_hand_is_not_called_unused(recorded, how)
     assert reasons(recording)["w"].startswith("not used as a linear")
 
 
-@pytest.mark.parametrize("by_hand", [lambda x, w: x @ w, lambda x, w: x @ w.t(), lambda x, w: x @ w.T])
+@pytest.mark.parametrize(
+    "by_hand", [lambda x, w: x @ w, lambda x, w: x @ w.t(), lambda x, w: x @ w.T]
+)
 def test_a_weight_that_the_same_module_also_multiplies_by_hand_is_not_a_site(recorded, by_hand):
     module = Net(lambda self, x: by_hand(F.linear(x, self.w), self.w), w=bare(8, 8))
     recording = recorded(module, torch.randn(3, 8))
@@ -261,8 +278,13 @@ def test_a_language_model_is_recorded_once_per_phase():
         SiteUse(phase="prefill", m=12, calls=1),
         SiteUse(phase="decode", m=2, calls=1),
     )
-    assert sites[f"{layer}.self_attn.q_proj"].siblings == tuple(f"{layer}.self_attn.{x}_proj" for x in "qkv")
-    assert sites[f"{layer}.mlp.up_proj"].siblings == (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
+    assert sites[f"{layer}.self_attn.q_proj"].siblings == tuple(
+        f"{layer}.self_attn.{x}_proj" for x in "qkv"
+    )
+    assert sites[f"{layer}.mlp.up_proj"].siblings == (
+        f"{layer}.mlp.gate_proj",
+        f"{layer}.mlp.up_proj",
+    )
     assert sites[f"{layer}.mlp.down_proj"].siblings == (f"{layer}.mlp.down_proj",)
     assert sites["lm_head"].uses[0].m == 2  # only the last token of each sequence
     assert sites["lm_head"].kept == ("model.embed_tokens.weight",)

@@ -12,7 +12,8 @@ from autoquant.profiler.roofline import floor_us, measure_roofline, undisturbed_
 from autoquant.records import LinearShape, Roofline
 
 ROOFLINE = Roofline(
-    bandwidth_bytes_per_s=4e12, flops_per_s={"bfloat16": 8e14, "float32": 5e13, "int8": 1.6e15, "float8": 1.6e15}
+    bandwidth_bytes_per_s=4e12,
+    flops_per_s={"bfloat16": 8e14, "float32": 5e13, "int8": 1.6e15, "float8": 1.6e15},
 )
 SQUARE = LinearShape(n=4096, k=4096, bias=False, dtype="bfloat16")
 BYTES = 2 * 4096 * 4096
@@ -44,7 +45,9 @@ def test_arithmetic_that_a_device_lacks_is_done_in_the_fastest_wider_one():
     for arithmetic in ("float8", "int8", "bfloat16", "float16", "float32"):
         assert floor_us(old, SQUARE, 64, BYTES, arithmetic) == pytest.approx(expected)
     memory_only = replace(old, flops_per_s={})
-    assert floor_us(memory_only, SQUARE, 64, 1e9, "int8") == pytest.approx((1e9 + 64 * 8192 * 2) / 1e9)
+    assert floor_us(memory_only, SQUARE, 64, 1e9, "int8") == pytest.approx(
+        (1e9 + 64 * 8192 * 2) / 1e9
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +83,9 @@ def test_a_cpu_has_a_bandwidth_and_rates_in_three_arithmetics():
 
 def test_the_copy_does_not_fit_into_the_cache(monkeypatch):
     sizes = []
-    monkeypatch.setattr(module, "_copy_bytes_per_s", lambda size, _device: sizes.append(size) or 1.0)
+    monkeypatch.setattr(
+        module, "_copy_bytes_per_s", lambda size, _device: sizes.append(size) or 1.0
+    )
     measure_roofline("cpu", effort=SMALL)
     measure_roofline("cpu", cache_bytes=1 << 21, effort=SMALL)
     assert sizes == [1 << 20, 1 << 22]

@@ -13,7 +13,9 @@ def shape(n, k, bias=False):
 
 def test_a_file_has_a_linear_a_line_with_bias_name_and_comments(tmp_path):
     path = tmp_path / "shapes.txt"
-    path.write_text("# a model\n\n4096x1024\n 64x32+bias  down_proj # why\n8x16 gate and up\n", encoding="utf-8")
+    path.write_text(
+        "# a model\n\n4096x1024\n 64x32+bias  down_proj # why\n8x16 gate and up\n", encoding="utf-8"
+    )
     assert read_shapes(path, "bfloat16").names == {
         shape(4096, 1024): (),
         shape(64, 32, bias=True): ("down_proj",),
@@ -28,7 +30,8 @@ def test_a_shape_that_comes_again_is_timed_once_under_all_its_names():
 
 def test_a_shape_may_have_rows_of_its_own():
     found = parse_shapes(
-        ["8x8 q", "64x8 lm head rows=16,1", "32x8 rows=4", "32x8 rows=2", "16x8  rows = 1"], "bfloat16"
+        ["8x8 q", "64x8 lm head rows=16,1", "32x8 rows=4", "32x8 rows=2", "16x8  rows = 1"],
+        "bfloat16",
     )
     assert found.rows == {shape(64, 8): (1, 16), shape(32, 8): (2, 4)}
     assert found.names[shape(64, 8)] == ("lm head",) and found.names[shape(16, 8)] == ("rows = 1",)
@@ -38,7 +41,18 @@ def test_a_shape_may_have_rows_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "line", ["4096", "4096x", "0x8", "-1x8", "4096 x 4096", "4096x4096+bias2", "8x8q", "8x99999999", "q 8x8"]
+    "line",
+    [
+        "4096",
+        "4096x",
+        "0x8",
+        "-1x8",
+        "4096 x 4096",
+        "4096x4096+bias2",
+        "8x8q",
+        "8x99999999",
+        "q 8x8",
+    ],
 )
 def test_a_line_that_cannot_be_read_is_named_with_what_to_write(tmp_path, line):
     path = tmp_path / "shapes.txt"
@@ -46,7 +60,12 @@ def test_a_line_that_cannot_be_read_is_named_with_what_to_write(tmp_path, line):
     with pytest.raises(WorkloadError) as caught:
         read_shapes(path, "bfloat16")
     message = str(caught.value)
-    assert f"{path}, line 2" in message and line in message and "4096x4096+bias" in message and "\n" not in message
+    assert (
+        f"{path}, line 2" in message
+        and line in message
+        and "4096x4096+bias" in message
+        and "\n" not in message
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\n# nothing\n", b"\xff\xfe\x00"])

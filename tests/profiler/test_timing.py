@@ -26,7 +26,10 @@ def with_kernel(linear, *, numerics=A16, name="own", unsupported=None):
     rest = {} if unsupported is None else {"unsupported": unsupported}
     kernel = Kernel(id=name, numerics=numerics, linear=linear, **rest)
     fmt = Format(
-        id="own/plain", quantize=lambda w: w.clone(), dequantize=lambda stored: stored.float(), kernels=(kernel,)
+        id="own/plain",
+        quantize=lambda w: w.clone(),
+        dequantize=lambda stored: stored.float(),
+        kernels=(kernel,),
     )
     return Candidate(fmt, kernel)
 
@@ -36,7 +39,9 @@ def raising(_x, _weight, _bias):
 
 
 def measured(*candidates, shape=SHAPE, m=3, arena_bytes=1 << 17):
-    return compare(shape, m, candidates, arena=Arena(arena_bytes, "cpu"), device="cpu", compiled=False)
+    return compare(
+        shape, m, candidates, arena=Arena(arena_bytes, "cpu"), device="cpu", compiled=False
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -66,7 +71,9 @@ def test_a_kernel_with_wrong_numbers_is_incorrect_and_not_timed(linear, error):
     (result,) = measured(with_kernel(linear))
     assert (result.outcome, result.samples_us) == ("incorrect", ())
     assert result.relative_error == pytest.approx(error, rel=0.1, nan_ok=True)
-    assert result.reason == f"relative error {result.relative_error:.3g} against the float32 reference"
+    assert (
+        result.reason == f"relative error {result.relative_error:.3g} against the float32 reference"
+    )
 
 
 def test_a_kernel_is_judged_by_its_own_numerics():
@@ -87,7 +94,9 @@ def test_a_kernel_that_raises_has_failed_with_the_first_line_of_its_reason():
 
 def test_a_format_that_does_not_quantize_has_failed():
     kernel = Kernel(id="own", numerics=A16, linear=F.linear)
-    fmt = Format(id="own/plain", quantize=lambda w: w.t(), dequantize=lambda s: s, kernels=(kernel,))
+    fmt = Format(
+        id="own/plain", quantize=lambda w: w.t(), dequantize=lambda s: s, kernels=(kernel,)
+    )
     (result,) = measured(Candidate(fmt, kernel))
     assert result.outcome == "failed" and "the weight was not quantized" in result.reason
 
@@ -100,7 +109,11 @@ def test_an_unsupported_kernel_is_not_run():
         return "no such instruction"
 
     (result,) = measured(with_kernel(raising, unsupported=unsupported))
-    assert (result.outcome, result.reason, result.samples_us) == ("unsupported", "no such instruction", ())
+    assert (result.outcome, result.reason, result.samples_us) == (
+        "unsupported",
+        "no such instruction",
+        (),
+    )
     assert seen == [(SHAPE, 3, "cpu")]
 
 
@@ -122,8 +135,20 @@ def test_a_candidate_that_fails_does_not_spoil_the_others():
         compiled=False,
         on_candidate=names.append,
     )
-    assert [result.outcome for result in results] == ["failed", "ok", "incorrect", "unsupported", "ok"]
-    assert [result.subject.kernel for result in results] == ["broken", "right", "wrong", "absent", "right too"]
+    assert [result.outcome for result in results] == [
+        "failed",
+        "ok",
+        "incorrect",
+        "unsupported",
+        "ok",
+    ]
+    assert [result.subject.kernel for result in results] == [
+        "broken",
+        "right",
+        "wrong",
+        "absent",
+        "right too",
+    ]
     assert names == [result.subject.candidate for result in results]
 
 
@@ -137,7 +162,9 @@ def one_thread():
 
 
 def test_a_candidate_far_behind_is_dropped_early_and_keeps_its_samples(one_thread):
-    fast, slow = measured(with_kernel(F.linear, name="fast"), with_kernel(sleepy_linear, name="slow"))
+    fast, slow = measured(
+        with_kernel(F.linear, name="fast"), with_kernel(sleepy_linear, name="slow")
+    )
     assert (fast.outcome, slow.outcome) == ("ok", "ok")
     assert slow.latency_us > 1000 > fast.latency_us
     assert 4 <= len(slow.samples_us) < len(fast.samples_us)
@@ -169,12 +196,21 @@ def test_a_comparison_on_a_machine_that_stays_busy_says_so(other_load, monkeypat
     assert result.outcome == "ok" and "others used 40% of the machine" in result.reason
 
 
-FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FLOATS = [
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_arena_numbers_are_ordinary_in_every_float(dtype):
-    ((numbers,),) = Arena(1 << 16, "cpu").views([torch.empty((1 << 16) // dtype.itemsize, dtype=dtype)])
+    ((numbers,),) = Arena(1 << 16, "cpu").views(
+        [torch.empty((1 << 16) // dtype.itemsize, dtype=dtype)]
+    )
     magnitudes = numbers.double().abs()
     assert torch.isfinite(magnitudes).all()
     assert magnitudes.min() >= torch.finfo(dtype).tiny and magnitudes.max() < 2.0
@@ -183,7 +219,11 @@ def test_arena_numbers_are_ordinary_in_every_float(dtype):
 
 
 def test_arena_views_are_disjoint_aligned_and_of_the_same_kind():
-    tensors = [torch.empty(5, 7, dtype=torch.int8), torch.empty(5, 1, dtype=torch.bfloat16), torch.empty(33)]
+    tensors = [
+        torch.empty(5, 7, dtype=torch.int8),
+        torch.empty(5, 1, dtype=torch.bfloat16),
+        torch.empty(33),
+    ]
     arena = Arena(4096, "cpu")
     copies = arena.views(tensors)
     assert len(copies) == 4096 // (64 + 64 + 192)
@@ -228,6 +268,8 @@ def test_every_linear_of_a_call_reads_a_weight_of_its_own_and_all_of_the_arena_i
 
 
 def test_a_comparison_in_which_nothing_can_be_timed_has_its_outcomes():
-    results = measured(with_kernel(raising, name="broken"), with_kernel(F.linear, unsupported=lambda *_: "no"))
+    results = measured(
+        with_kernel(raising, name="broken"), with_kernel(F.linear, unsupported=lambda *_: "no")
+    )
     assert [result.outcome for result in results] == ["failed", "unsupported"]
     assert measured() == []

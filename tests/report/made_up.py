@@ -6,9 +6,14 @@ from autoquant.profiler.latencies import Latencies
 from autoquant.records import Device, LinearShape, Roofline
 
 DEVICE = Device(type="cpu", name="Test CPU", capability="", threads=2, cache_bytes=1, versions={})
-ROOFLINE = Roofline(bandwidth_bytes_per_s=5e10, flops_per_s={"bfloat16": 3e11, "float32": 1e11, "int8": 6e11})
+ROOFLINE = Roofline(
+    bandwidth_bytes_per_s=5e10, flops_per_s={"bfloat16": 3e11, "float32": 1e11, "int8": 6e11}
+)
 SHAPES = {
-    LinearShape(n=512, k=256, bias=False, dtype="bfloat16"): ("model.layers.0.q_proj", "model.layers.1.q_proj"),
+    LinearShape(n=512, k=256, bias=False, dtype="bfloat16"): (
+        "model.layers.0.q_proj",
+        "model.layers.1.q_proj",
+    ),
     LinearShape(n=1024, k=256, bias=True, dtype="bfloat16"): (),
 }
 ROWS = (1, 4, 512)
@@ -21,7 +26,11 @@ TIMES = {
     ("int8-row/plain", "dynamic"): ("incorrect: relative error 3", 40.0, 440.0),
     ("int4-g32/packed", "packed-mm"): (12.0, 30.0, 9000.0),
     ("float8-row/plain", "dequantize-matmul"): (60.0, 64.0, 800.0),
-    ("int4-g64/packed", "packed-mm"): ("failed: no compiler", "failed: no compiler", "failed: no compiler"),
+    ("int4-g64/packed", "packed-mm"): (
+        "failed: no compiler",
+        "failed: no compiler",
+        "failed: no compiler",
+    ),
 }
 
 

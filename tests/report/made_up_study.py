@@ -29,7 +29,12 @@ STUDY, MODEL_HASH, PROTOCOL = "5tudy001", "m0del", "3"
 MODEL_PATH = "/somewhere/<b>tiny"
 EVIL = '</script><script>window.broken = 1</script><img src="x" onerror="window.broken = 1">'
 DEVICE = Device(
-    type="cpu", name="Test & Co CPU", capability="", threads=2, cache_bytes=2**24, versions={"torch": "2.13"}
+    type="cpu",
+    name="Test & Co CPU",
+    capability="",
+    threads=2,
+    cache_bytes=2**24,
+    versions={"torch": "2.13"},
 )
 WORKLOAD = Workload.parse("prefill=64,decode=16")
 PLAIN, INT8, INT4 = "bfloat16/plain", "int8-row/plain", "int4-g64/packed"
@@ -70,8 +75,15 @@ def choice(name: str, fmt: str, number: int) -> LayerChoice:
 
 def make_plan(plan_id: str, blocks: int) -> Plan:
     label, kind, predicted, _, _, share, formats = PLANS[plan_id]
-    names = [f"model.layers.{block}.{part}" for block in range(blocks) for part in ("attn.q_proj", "mlp.down_proj")]
-    layers = [choice(name, formats.get(name.rpartition(".")[2], PLAIN), n % 2) for n, name in enumerate(names)]
+    names = [
+        f"model.layers.{block}.{part}"
+        for block in range(blocks)
+        for part in ("attn.q_proj", "mlp.down_proj")
+    ]
+    layers = [
+        choice(name, formats.get(name.rpartition(".")[2], PLAIN), n % 2)
+        for n, name in enumerate(names)
+    ]
     layers.append(choice("lm_head", PLAIN, 0))
     return Plan(
         plan_id=plan_id,
@@ -129,7 +141,10 @@ def recording(plan: Plan) -> Recording:
                 name=layer.name,
                 parameters=layer.parameters,
                 shape=layer.shape,
-                uses=(SiteUse(phase="prefill", m=64, calls=1), SiteUse(phase="decode", m=1, calls=1)),
+                uses=(
+                    SiteUse(phase="prefill", m=64, calls=1),
+                    SiteUse(phase="decode", m=1, calls=1),
+                ),
             )
             for layer in plan.layers
         ),
@@ -148,19 +163,39 @@ def timings(working_set_bytes: int, factor: float = 1.0) -> list[Measurement]:
             subject = TimingSubject(
                 shape=shape, m=m, format=PLAIN, kernel="matmul", working_set_bytes=working_set_bytes
             )
-            for fmt, kernel, base in ((PLAIN, "matmul", 40.0), (INT8, "weight-only", 10.0), (INT8, "integer", 20.0)):
-                time_us = factor * (base + m * (0.5 if kernel == "weight-only" else 0.1)) * shape.n / 256
+            for fmt, kernel, base in (
+                (PLAIN, "matmul", 40.0),
+                (INT8, "weight-only", 10.0),
+                (INT8, "integer", 20.0),
+            ):
+                time_us = (
+                    factor * (base + m * (0.5 if kernel == "weight-only" else 0.1)) * shape.n / 256
+                )
                 own = replace(subject, format=fmt, kernel=kernel)
                 found.append(
-                    Measurement(subject=own, outcome="ok", samples_us=(time_us,), relative_error=0.001, reason=NOISE)
+                    Measurement(
+                        subject=own,
+                        outcome="ok",
+                        samples_us=(time_us,),
+                        relative_error=0.001,
+                        reason=NOISE,
+                    )
                 )
             own = replace(subject, format="float8-row/plain", kernel="scaled-mm")
-            found.append(Measurement(subject=own, outcome="failed", reason=f"the kernel failed {EVIL}"))
+            found.append(
+                Measurement(subject=own, outcome="failed", reason=f"the kernel failed {EVIL}")
+            )
     return found
 
 
 def fill(
-    store, *, blocks: int = 4, limits: dict | None = None, timed: bool = True, plans=tuple(PLANS), complete=True
+    store,
+    *,
+    blocks: int = 4,
+    limits: dict | None = None,
+    timed: bool = True,
+    plans=tuple(PLANS),
+    complete=True,
 ) -> None:
     """Keep the study and `plans` of it; with a limit of 1 % `FRONT` is the recommended one."""
     store.put_device(DEVICE)
@@ -180,12 +215,20 @@ def fill(
     for plan_id in plans:
         store.put_plan(make_plan(plan_id, blocks))
         store.put_proof(plan_id, make_proof(plan_id))
-    store.put_plan(replace(make_plan(FAST, blocks), plan_id=UNPROVEN, label="refined 1", kind="refined"))
+    store.put_plan(
+        replace(make_plan(FAST, blocks), plan_id=UNPROVEN, label="refined 1", kind="refined")
+    )
     store.put_proof(UNPROVEN, None, f"the compiler failed {EVIL}")
     if timed:
         store.put_timings(DEVICE, PROTOCOL, timings(2**24))
-        store.put_timings(DEVICE, PROTOCOL, timings(2**20, factor=100.0)[:4])  # as another model left them
+        store.put_timings(
+            DEVICE, PROTOCOL, timings(2**20, factor=100.0)[:4]
+        )  # as another model left them
         store.put_timings(DEVICE, "2", timings(2**24, factor=0.001))  # of an older protocol
         store.put_roofline(
-            DEVICE, Roofline(bandwidth_bytes_per_s=5e10, flops_per_s={"bfloat16": 3e11, "float32": 1e11, "int8": 6e11})
+            DEVICE,
+            Roofline(
+                bandwidth_bytes_per_s=5e10,
+                flops_per_s={"bfloat16": 3e11, "float32": 1e11, "int8": 6e11},
+            ),
         )

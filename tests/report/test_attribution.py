@@ -73,14 +73,25 @@ def step(phase, scale=1.0):
         (LINEAR, (QUERIES[1], KEYS[1]), 60.0 * scale),
     ):
         kernels.append(
-            KernelTime(name=f"{kind}_kernel", kind=kind, layers=layers, start_us=start, duration_us=duration)
+            KernelTime(
+                name=f"{kind}_kernel",
+                kind=kind,
+                layers=layers,
+                start_us=start,
+                duration_us=duration,
+            )
         )
         start += duration + 1.0
     return StepProfile(phase=phase, step_us=start, kernels=tuple(kernels))
 
 
 ROW = Row(steps={"prefill": step("prefill", 10.0), "decode": step("decode")})
-ORIGINAL = Row("original", {"prefill": 2.0, "decode": 0.2}, 22.0, {p: step(p, 20.0) for p in ("prefill", "decode")})
+ORIGINAL = Row(
+    "original",
+    {"prefill": 2.0, "decode": 0.2},
+    22.0,
+    {p: step(p, 20.0) for p in ("prefill", "decode")},
+)
 
 
 def drawn(report, width):
@@ -105,7 +116,9 @@ def test_both_sides_of_the_differences_add_up_to_the_request():
     queries = next(each for each in found if each.what == "model.layers.0-1.attn.q_proj")
     assert queries.predicted_ms == pytest.approx(2 * (0.2 + 100 * 0.02))
     assert queries.time_ms == pytest.approx(2 / 3 * (0.9 + 100 * 0.09))
-    assert [abs(each.excess_ms) for each in found] == sorted((abs(each.excess_ms) for each in found), reverse=True)
+    assert [abs(each.excess_ms) for each in found] == sorted(
+        (abs(each.excess_ms) for each in found), reverse=True
+    )
 
 
 def test_the_layers_responsible_are_those_that_pull_the_request_the_way_it_went():
@@ -119,25 +132,41 @@ def test_the_layers_responsible_are_those_that_pull_the_request_the_way_it_went(
 def test_the_report_fits_the_terminal_and_names_types_layers_kernels_and_gaps(width):
     text = drawn(attribution_report(ROW, ORIGINAL, PLAN, WORKLOAD, width), width)
     assert all(len(line) <= width for line in text.splitlines())
-    for words in ("model.layers.0-1.attn.q_proj", "attention", "gaps", "attention_kernel", "int8-row/plain", "request"):
+    for words in (
+        "model.layers.0-1.attn.q_proj",
+        "attention",
+        "gaps",
+        "attention_kernel",
+        "int8-row/plain",
+        "request",
+    ):
         assert words in text
     assert "3 kernels, 4 gaps between them, the longest 2.00 µs" in text
 
 
 def test_a_model_that_is_no_plan_is_reported_without_predictions():
-    assert "Largest differences" not in drawn(attribution_report(ROW, ORIGINAL, None, WORKLOAD, 80), 80)
+    assert "Largest differences" not in drawn(
+        attribution_report(ROW, ORIGINAL, None, WORKLOAD, 80), 80
+    )
 
 
 def test_json_has_every_kernel_and_every_layer():
     found = attribution_object(ROW, ORIGINAL, PLAN, WORKLOAD)
     assert set(found["steps"]["decode"]["layers_us"]) == {*QUERIES, *KEYS}
-    assert [kernel["kind"] for kernel in found["steps"]["decode"]["kernels"]] == ["linear", "attention", "linear"]
+    assert [kernel["kind"] for kernel in found["steps"]["decode"]["kernels"]] == [
+        "linear",
+        "attention",
+        "linear",
+    ]
     assert found["differences"][0]["what"] == "all else"
 
 
 def test_a_trace_shows_kernels_below_their_layers():
     events = trace_object({"front 1": ROW.steps})["traceEvents"]
-    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["front 1, prefill", "front 1, decode"]
+    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == [
+        "front 1, prefill",
+        "front 1, decode",
+    ]
     decode = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
     layers = {event["name"]: (event["ts"], event["dur"]) for event in decode if event["tid"] == 0}
     assert layers == {
@@ -145,7 +174,9 @@ def test_a_trace_shows_kernels_below_their_layers():
         "attention": (33.0, 25.0),
         "model.layers.1.attn.q_proj + k_proj": (59.0, 60.0),
     }
-    assert [event["name"] for event in decode if event["tid"] == 1] == [k.name for k in ROW.steps["decode"].kernels]
+    assert [event["name"] for event in decode if event["tid"] == 1] == [
+        k.name for k in ROW.steps["decode"].kernels
+    ]
 
 
 def test_layers_of_different_parents_keep_their_full_names():

@@ -14,7 +14,8 @@ from .made_up import ROOFLINE, ROWS, SHAPES, TIMES, latencies
 
 FIRST, SECOND = SHAPES
 MANY = {("bfloat16/plain", "matmul"): (30.0, 32.0, 400.0)} | {
-    (f"format{number}/plain", "kernel"): (10.0 + number, 11.0 + number, 100.0 + number) for number in range(14)
+    (f"format{number}/plain", "kernel"): (10.0 + number, 11.0 + number, 100.0 + number)
+    for number in range(14)
 }
 
 
@@ -38,7 +39,9 @@ def test_at_most_nine_formats_and_unquantized_are_drawn_and_the_rest_is_named():
 
 
 def test_limits_are_those_of_the_roofline_for_16_8_and_4_bits():
-    for floor, bits, arithmetic in zip(FLOORS, (16, 8, 4), ("bfloat16", "int8", "int8"), strict=True):
+    for floor, bits, arithmetic in zip(
+        FLOORS, (16, 8, 4), ("bfloat16", "int8", "int8"), strict=True
+    ):
         points = floor_line(latencies().roofline, FIRST, floor, ROWS)
         assert points[0][0] < 1 and points[-1][0] > 512
         for m, time_us in points:
@@ -47,7 +50,9 @@ def test_limits_are_those_of_the_roofline_for_16_8_and_4_bits():
 
 
 def test_a_panel_shows_the_limits_and_cuts_off_what_is_far_slower_than_unquantized():
-    low, high = latency_range_us(latencies().roofline, FIRST, format_lines(latencies().shapes()[FIRST]))
+    low, high = latency_range_us(
+        latencies().roofline, FIRST, format_lines(latencies().shapes()[FIRST])
+    )
     assert low < floor_line(latencies().roofline, FIRST, FLOORS[2], ROWS)[0][1]
     assert 400.0 < high < 9000.0
 
@@ -68,7 +73,9 @@ def test_the_page_needs_no_network_and_tells_kernel_latency_and_limit_on_hover()
     assert "int8-row\\u002fplain\\u002fint-mm" in page and "limit 2.00" in page
 
 
-@pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<!doctype html>")])
+@pytest.mark.parametrize(
+    ("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<!doctype html>")]
+)
 @pytest.mark.parametrize(
     "given",
     [

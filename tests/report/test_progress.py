@@ -25,7 +25,9 @@ def test_without_a_terminal_only_results_and_notices_are_written(capsys):
 
 def live_text(width=100):
     ticks = iter(range(0, 1000, 10))
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False, color_system=None)
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=width, highlight=False, color_system=None
+    )
     with LiveListener(console, now=lambda: float(next(ticks))) as listener:
         for event in EVENTS:
             listener(event)

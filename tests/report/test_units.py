@@ -6,7 +6,8 @@ from autoquant.report import units
 
 
 @pytest.mark.parametrize(
-    ("microseconds", "text"), [(0.5, "0.500 µs"), (850, "850 µs"), (1234, "1.23 ms"), (2.5e6, "2.50 s"), (0, "0 µs")]
+    ("microseconds", "text"),
+    [(0.5, "0.500 µs"), (850, "850 µs"), (1234, "1.23 ms"), (2.5e6, "2.50 s"), (0, "0 µs")],
 )
 def test_durations_take_the_unit_that_suits_them(microseconds, text):
     assert units.duration_us(microseconds) == text
@@ -14,7 +15,13 @@ def test_durations_take_the_unit_that_suits_them(microseconds, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(512, "512 B"), (2048, "2.00 KiB"), (2**25, "32.0 MiB"), (2**31, "2048 MiB"), (20 * 2**30, "20.0 GiB")],
+    [
+        (512, "512 B"),
+        (2048, "2.00 KiB"),
+        (2**25, "32.0 MiB"),
+        (2**31, "2048 MiB"),
+        (20 * 2**30, "20.0 GiB"),
+    ],
 )
 def test_sizes_are_mib_up_to_ten_gib(value, text):
     assert units.size(value) == text
@@ -22,7 +29,13 @@ def test_sizes_are_mib_up_to_ten_gib(value, text):
 
 @pytest.mark.parametrize(
     ("fraction", "text"),
-    [(0.0042, "+0.42%"), (-0.0001, "-0.01%"), (1.5, "+150.0%"), (42.0, "+4200%"), (math.inf, "inf")],
+    [
+        (0.0042, "+0.42%"),
+        (-0.0001, "-0.01%"),
+        (1.5, "+150.0%"),
+        (42.0, "+4200%"),
+        (math.inf, "inf"),
+    ],
 )
 def test_percentages_keep_the_decimals_that_matter(fraction, text):
     assert units.percent(fraction, signed=True) == text

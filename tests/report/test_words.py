@@ -43,7 +43,9 @@ def test_the_recommended_plan_is_compared_with_the_original():
 
 
 def test_a_slower_plan_is_called_slower():
-    assert "2.00 times slower" in recommendation([{**ROW, "speedup": 0.5}, ORIGINAL], LIMITS, WORKLOAD)
+    assert "2.00 times slower" in recommendation(
+        [{**ROW, "speedup": 0.5}, ORIGINAL], LIMITS, WORKLOAD
+    )
 
 
 def test_a_uniform_winner_is_called_uniform():
@@ -53,9 +55,13 @@ def test_a_uniform_winner_is_called_uniform():
 
 
 def test_the_original_as_winner_and_no_winner_are_said_plainly():
-    assert "the unquantized model" in recommendation([{**ORIGINAL, "recommended": True}], LIMITS, WORKLOAD)
+    assert "the unquantized model" in recommendation(
+        [{**ORIGINAL, "recommended": True}], LIMITS, WORKLOAD
+    )
     assert "increase at most 1.00%" in recommendation([ORIGINAL], LIMITS, WORKLOAD)
-    smallest = recommendation([{**ORIGINAL, "recommended": True}], {**LIMITS, "minimize": "memory"}, WORKLOAD)
+    smallest = recommendation(
+        [{**ORIGINAL, "recommended": True}], {**LIMITS, "minimize": "memory"}, WORKLOAD
+    )
     assert "No smaller plan is within the limits (increase at most 1.00%, least memory)" in smallest
     assert "No plan has been proven yet" in recommendation([], LIMITS, WORKLOAD)
 
@@ -72,9 +78,15 @@ def test_what_the_user_gets_stands_first():
 
 
 def test_what_disturbed_that_timing_is_said_and_a_forward_pass_has_no_tokens():
-    forward = RUN | {"as_run_loop": "forward", "as_run_first_token_ms": None, "as_run_step_ms": None}
+    forward = RUN | {
+        "as_run_loop": "forward",
+        "as_run_first_token_ms": None,
+        "as_run_step_ms": None,
+    }
     lines = as_run_lines({**ROW, **forward, "as_run_notes": "two things"}, Workload.single())
-    assert lines[0].startswith("As you will run it (one forward pass): ") and lines[1:] == ["  note: two things"]
+    assert lines[0].startswith("As you will run it (one forward pass): ") and lines[1:] == [
+        "  note: two things"
+    ]
     assert as_run_lines(ROW, WORKLOAD) == []
     assert "2.00 times slower" in as_run_lines({**ROW, **RUN, "as_run_speedup": 0.5}, WORKLOAD)[0]
 
@@ -82,7 +94,10 @@ def test_what_disturbed_that_timing_is_said_and_a_forward_pass_has_no_tokens():
 def test_plans_that_do_not_win_there_are_named_with_the_reason():
     slower = {**ROW, "recommended": False, "not_recommended": "it takes 1.20 times as long"}
     said = recommendation([slower, {**ORIGINAL, "recommended": True}], LIMITS, WORKLOAD)
-    assert "Recommended: the unquantized model. No plan that is faster in the search is faster as you will run it." in said
+    assert (
+        "Recommended: the unquantized model. No plan that is faster in the search is faster as you will run it."
+        in said
+    )
     assert "Not recommended: plan p1 (front 1): it takes 1.20 times as long" in said
 
 
@@ -105,7 +120,10 @@ def test_plans_that_were_predicted_badly_are_named_with_the_command_that_says_wh
 
 
 def test_of_many_bad_predictions_the_worst_are_named():
-    rows = [{**ROW, "plan_id": f"p{i}", "label": f"front {i}", "predicted_request_ms": 150.0 + i} for i in range(5)]
+    rows = [
+        {**ROW, "plan_id": f"p{i}", "label": f"front {i}", "predicted_request_ms": 150.0 + i}
+        for i in range(5)
+    ]
     said, command = off_predictions(rows, "plan.db")
     assert "front 4 +54%" in said and "and 2 more" in said and command.count("--plan") == 3
 
@@ -123,7 +141,9 @@ def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_th
     assert disturbed_proofs({"p0": quiet}, "p0", "plan.db") == []
 
 
-def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False, ties="", within=True):
+def front_row(
+    plan_id, kind="front", ms=10.0, increase=0.004, recommended=False, ties="", within=True
+):
     return {
         "plan_id": plan_id, "label": f"{kind} {plan_id}", "kind": kind, "predicted_request_ms": ms,
         "measured_request_ms": ms, "speedup": 20.0 / ms, "measure": "perplexity", "perplexity": 10.0,
@@ -143,18 +163,33 @@ def front_row(plan_id, kind="front", ms=10.0, increase=0.004, recommended=False,
     ],
 )
 def test_a_baseline_that_wins_is_named_and_the_searchs_own_plan_compared(kind, words):
-    rows = [front_row("a", kind, recommended=True), front_row("b", ms=11.0), front_row("c", ms=9.0, increase=0.5)]
+    rows = [
+        front_row("a", kind, recommended=True),
+        front_row("b", ms=11.0),
+        front_row("c", ms=9.0, increase=0.5),
+    ]
     text = recommendation(rows, LIMITS, WORKLOAD)
     assert f"It is {words}: choosing layer by layer brought nothing more here." in text
     assert "The search's own plan b (front b) of such quality takes +10.0% time." in text
-    beyond = [front_row("a", kind, recommended=True, ties="b"), front_row("b", ms=9.0, within=False)]
+    beyond = [
+        front_row("a", kind, recommended=True, ties="b"),
+        front_row("b", ms=9.0, within=False),
+    ]
     said = recommendation(beyond, LIMITS, WORKLOAD)
-    assert "own plan" not in said and "A tie" not in said, "it could not be recommended, however fast"
+    assert "own plan" not in said and "A tie" not in said, (
+        "it could not be recommended, however fast"
+    )
     tied = [front_row("a", kind, recommended=True, ties="b"), front_row("b", ms=10.05, ties="a")]
     assert "own plan" not in recommendation(tied, LIMITS, WORKLOAD)
 
 
 def test_ties_of_the_recommended_plan_are_said():
-    rows = [front_row("a", recommended=True, ties="b c"), front_row("b", ties="a"), front_row("c", ties="a")]
-    assert "A tie with front b (b), front c (c): neither speed nor quality" in recommendation(rows, LIMITS, WORKLOAD)
+    rows = [
+        front_row("a", recommended=True, ties="b c"),
+        front_row("b", ties="a"),
+        front_row("c", ties="a"),
+    ]
+    assert "A tie with front b (b), front c (c): neither speed nor quality" in recommendation(
+        rows, LIMITS, WORKLOAD
+    )
     assert ties_lines(rows, rows[0] | {"ties": ""}) == []

@@ -13,7 +13,14 @@ from torch._C._profiler import _EventType
 from autoquant.devices import backend
 from autoquant.errors import DeviceError
 from autoquant.records import Workload
-from autoquant.runtime.attribution import _STEP, _device_step, _launches, _runs, attribute, match_launches
+from autoquant.runtime.attribution import (
+    _STEP,
+    _device_step,
+    _launches,
+    _runs,
+    attribute,
+    match_launches,
+)
 from autoquant.runtime.operators import Weights, named_kernels, operators
 from autoquant.runtime.phases import make_phases
 from autoquant.runtime.steps import LINEAR, UNKNOWN
@@ -31,7 +38,9 @@ def profiled(module, layers=None, *, inputs=(X,), compiled=True):
     torch._dynamo.reset()
     phases = phases_of(module, inputs=inputs, compiled=compiled)
     (phase,) = phases.workload.phases
-    for _ in range(2):  # the first call may show that joined layers read different inputs, which is compiled anew
+    for _ in range(
+        2
+    ):  # the first call may show that joined layers read different inputs, which is compiled anew
         phases.run(phase.name)
     return attribute(phases, module, layers or {}, "cpu")[phase.name]
 
@@ -53,12 +62,16 @@ def test_the_compilers_kernels_count_for_the_layer_whose_weight_they_dequantize_
     step = profiled(quantized_blocks(INT8_DEQUANTIZED, INT8_DEQUANTIZED))
     for layer in ("layers.0.up", "layers.1.down"):
         names = [kernel.name for kernel in step.kernels if kernel.layers == (layer,)]
-        assert any(name.startswith("cpp_") for name in names) and any(name.endswith("mm") for name in names)
+        assert any(name.startswith("cpp_") for name in names) and any(
+            name.endswith("mm") for name in names
+        )
 
 
 def test_layers_computed_as_one_have_their_kernels_together():
     step = profiled(siblings(("q", "k", "v")))
-    assert ("q", "k", "v") in {kernel.layers for kernel in step.kernels if kernel.name.endswith("mm")}
+    assert ("q", "k", "v") in {
+        kernel.layers for kernel in step.kernels if kernel.name.endswith("mm")
+    }
 
 
 def test_the_compilers_kernels_are_left_as_they_were():
@@ -66,7 +79,12 @@ def test_the_compilers_kernels_are_left_as_they_were():
 
     def kernels():
         modules = sys.modules["torch._inductor.codecache"].PyCodeCache.modules
-        return [value for module in modules for name, value in vars(module).items() if name.startswith("cpp_fused")]
+        return [
+            value
+            for module in modules
+            for name, value in vars(module).items()
+            if name.startswith("cpp_fused")
+        ]
 
     assert kernels() and all(isinstance(kernel, BuiltinFunctionType) for kernel in kernels())
     with named_kernels():
@@ -79,7 +97,10 @@ def test_without_a_compiler_a_layer_has_all_that_runs_while_it_is_called():
     assert set(step.layer_us({})) == linears(module)
     by_layer = {kernel.name for kernel in step.kernels if kernel.layers == ("layers.0.up",)}
     assert {"aten::mul", "aten::linear"} <= by_layer
-    assert [kernel.kind for kernel in step.kernels if kernel.name == "aten::relu"] == ["other", "other"]
+    assert [kernel.kind for kernel in step.kernels if kernel.name == "aten::relu"] == [
+        "other",
+        "other",
+    ]
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
 
 
@@ -142,9 +163,15 @@ def launched():
     results = _runs(phases, phase.name, phases.run_launched, backend("cpu"))[-1]
     weights = Weights(module, {})
     step = next(event for event in results.experimental_event_tree() if event.name == _STEP)
-    operators = [event for event in step.children if event.name in ("aten::linear", "aten::relu", "aten::add")]
+    operators = [
+        event
+        for event in step.children
+        if event.name in ("aten::linear", "aten::relu", "aten::add")
+    ]
     kernels = [
-        device_event(event.name.replace("aten::", "kernel_"), 10 * i, 10 * i + 5, event.correlation_id)
+        device_event(
+            event.name.replace("aten::", "kernel_"), 10 * i, 10 * i + 5, event.correlation_id
+        )
         for i, event in enumerate(operators)
     ]
     return Device(results, [*kernels, device_event(_STEP, 0, 90, annotation=True)]), weights
@@ -161,14 +188,23 @@ def test_a_replayed_graphs_kernels_are_those_that_were_launched_in_the_same_orde
     step = _device_step("decode", replayed, launches, weights)
     linear = [kernel.layers for kernel in step.kernels if kernel.kind == LINEAR]
     assert linear == [("layers.0.up",), ("layers.0.down",), ("layers.1.up",), ("layers.1.down",)]
-    assert [kernel.name for kernel in step.kernels if kernel.kind == UNKNOWN] == ["Memcpy", "kernel_of_nobody"]
+    assert [kernel.name for kernel in step.kernels if kernel.kind == UNKNOWN] == [
+        "Memcpy",
+        "kernel_of_nobody",
+    ]
     assert step.step_us == pytest.approx(20.0)
-    assert sum(kernel.duration_us for kernel in step.kernels) + step.gaps_us() == pytest.approx(20.0)
+    assert sum(kernel.duration_us for kernel in step.kernels) + step.gaps_us() == pytest.approx(
+        20.0
+    )
 
 
 def test_time_in_which_two_kernels_run_counts_once(launched):
     results, weights = launched
-    kernels = [device_event("a", 0, 1000), device_event("b", 500, 2000), device_event("c", 600, 700)]
+    kernels = [
+        device_event("a", 0, 1000),
+        device_event("b", 500, 2000),
+        device_event("c", 600, 700),
+    ]
     step = _device_step("decode", Device(results, kernels), [], weights)
     assert [kernel.duration_us for kernel in step.kernels] == pytest.approx([1.0, 1.0, 0.0])
     assert step.step_us == pytest.approx(2.0) and step.gaps() == []
@@ -179,16 +215,27 @@ def test_a_gpu_of_which_the_profiler_sees_nothing_is_an_error_with_a_reason(laun
     with pytest.raises(DeviceError, match="saw no kernel on the GPU"):
         _device_step("decode", Device(results, []), [], weights)
     with pytest.raises(DeviceError, match="does not see the kernels of mps"):
-        attribute(phases_of(quantized_blocks(None, None), compiled=False), nn.Linear(1, 1), {}, "mps")
+        attribute(
+            phases_of(quantized_blocks(None, None), compiled=False), nn.Linear(1, 1), {}, "mps"
+        )
 
 
 def test_kernels_are_matched_by_name_and_order_and_what_is_left_over_is_not():
-    assert match_launches(["a", "b", "a", "c"], ["x", "a", "b", "a", "y", "c"]) == [None, 0, 1, 2, None, 3]
+    assert match_launches(["a", "b", "a", "c"], ["x", "a", "b", "a", "y", "c"]) == [
+        None,
+        0,
+        1,
+        2,
+        None,
+        3,
+    ]
 
 
 def event(name, *children, tag=_EventType.TorchOp):
     """One of the profiler's, which is given a tensor if it is a kernel."""
-    fields = SimpleNamespace(inputs=[SimpleNamespace(storage_data_ptr=1)] if name.startswith("triton") else ())
+    fields = SimpleNamespace(
+        inputs=[SimpleNamespace(storage_data_ptr=1)] if name.startswith("triton") else ()
+    )
     return SimpleNamespace(
         name=name,
         children=children,
@@ -202,7 +249,11 @@ def event(name, *children, tag=_EventType.TorchOp):
 
 def test_operators_that_the_profiler_files_under_a_range_of_the_gpu_are_found():
     launch = event("cuLaunchKernel", tag=_EventType.Kineto)
-    on_the_gpu = event("## Call CompiledFxGraph ##", event("aten::mm"), event("triton_2"), tag=_EventType.Kineto)
-    step = event(_STEP, event("## Call CompiledFxGraph ##", event("triton_1", launch), on_the_gpu), launch)
+    on_the_gpu = event(
+        "## Call CompiledFxGraph ##", event("aten::mm"), event("triton_2"), tag=_EventType.Kineto
+    )
+    step = event(
+        _STEP, event("## Call CompiledFxGraph ##", event("triton_1", launch), on_the_gpu), launch
+    )
     found = operators(step, Weights(quantized_blocks(None), {}))
     assert [operator.name for operator in found] == ["triton_1", "aten::mm", "triton_2"]

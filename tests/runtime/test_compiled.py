@@ -67,7 +67,11 @@ def regions(module, x=X):
     found = []
 
     def backend(graph, _inputs):
-        calls = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
+        calls = [
+            node
+            for node in graph.graph.nodes
+            if node.target is torch.ops.higher_order.invoke_subgraph
+        ]
         found.append((len(calls), len({call.args[1] for call in calls})))
         return graph
 
@@ -124,7 +128,9 @@ def test_a_kernel_that_the_compiler_does_not_take_in_a_region_stays_outside():
     assert regions(ready_to_compile(quantized_blocks(INT4_PACKED, INT8, INT8))) == (2, 1)
 
 
-@pytest.mark.parametrize("candidates", [(INT8, INT8, INT8_DEQUANTIZED), (None, INT8, None), (INT4_PACKED, INT8, INT8)])
+@pytest.mark.parametrize(
+    "candidates", [(INT8, INT8, INT8_DEQUANTIZED), (None, INT8, None), (INT4_PACKED, INT8, INT8)]
+)
 def test_compiled_regions_compute_what_the_model_computes(candidates):
     module = quantized_blocks(*candidates)
     ready = ready_to_compile(module)
@@ -193,7 +199,11 @@ def products(module, monkeypatch):
 
 @pytest.mark.parametrize(
     ("joined", "expected"),
-    [(("q",), 3), (("q", "k"), 2), (("q", "k", "v"), 2)],  # v reads another input than its siblings here
+    [
+        (("q",), 3),
+        (("q", "k"), 2),
+        (("q", "k", "v"), 2),
+    ],  # v reads another input than its siblings here
 )
 def test_joined_weights_of_one_input_are_multiplied_as_one(joined, expected, monkeypatch):
     module = siblings(joined)
@@ -227,4 +237,6 @@ def test_blocks_of_joined_weights_are_one_region():
     assert regions(ready) == (3, 1)
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.testing.assert_close(compile_forward(lambda x: ready(x))(X), module(X), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(
+            compile_forward(lambda x: ready(x))(X), module(X), rtol=0.05, atol=0.05
+        )

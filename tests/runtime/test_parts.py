@@ -13,7 +13,15 @@ from autoquant.runtime import parts
 from autoquant.runtime.compiled import ready_to_compile, shallow_copy
 from autoquant.runtime.parts import compile_parts
 from autoquant.runtime.phases import _in_parts, make_phases
-from runtime.test_compiled import INT8, INT8_DEQUANTIZED, Blocks, X, quantize, quantized_blocks, siblings
+from runtime.test_compiled import (
+    INT8,
+    INT8_DEQUANTIZED,
+    Blocks,
+    X,
+    quantize,
+    quantized_blocks,
+    siblings,
+)
 
 WORKLOAD = Workload.parse("prefill=4,decode=3")
 
@@ -137,10 +145,14 @@ def test_a_part_is_traced_anew_for_other_shapes_and_other_arguments(graphs):
     assert len(graphs) == 3
 
 
-@pytest.mark.parametrize(("joined", "expected"), [(("q",), 3), (("q", "k"), 2), (("q", "k", "v"), 2)])
+@pytest.mark.parametrize(
+    ("joined", "expected"), [(("q",), 3), (("q", "k"), 2), (("q", "k", "v"), 2)]
+)
 def test_joined_weights_of_one_input_are_multiplied_as_one(joined, expected, graphs):
     module = siblings(joined)  # v reads another input than q and k
-    torch.testing.assert_close(run(in_parts(nn.Sequential(module))), run(module), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        run(in_parts(nn.Sequential(module))), run(module), rtol=0.02, atol=0.02
+    )
     (graph,) = graphs
     assert sum(node.target in PRODUCTS for node in graph.graph.nodes) == expected
 
@@ -159,7 +171,9 @@ def test_a_linear_of_a_strided_input_is_a_product_of_matrices(graphs):
 
     module, x = nn.Sequential(Sliced()).requires_grad_(False), torch.randn(4, 7, 64)
     torch.testing.assert_close(run(in_parts(module), x), run(module, x))
-    assert [node.target for node in graphs[0].graph.nodes if node.target in (*PRODUCTS, BATCHED)] == [PRODUCTS[0]]
+    assert [
+        node.target for node in graphs[0].graph.nodes if node.target in (*PRODUCTS, BATCHED)
+    ] == [PRODUCTS[0]]
 
 
 BATCHED = torch.ops.aten.bmm.default

@@ -43,7 +43,9 @@ def test_decoding_alone_starts_from_one_token():
     phases = causal(module, "decode=3")
     phases.reset("decode")
     first = phases.run("decode")
-    torch.testing.assert_close(first[:, -1], full_logits(module, phases, 2)[:, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        first[:, -1], full_logits(module, phases, 2)[:, -1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_same_tokens_are_run_for_every_model():
@@ -95,7 +97,9 @@ def test_a_model_without_a_cache_cannot_decode(workload):
         make_phases(as_loaded(Tokens(), "token_lm"), Workload.parse(workload))
 
 
-@pytest.mark.parametrize("inputs", [(torch.ones(2, 8),), [torch.ones(2, 8)], {"x": torch.ones(2, 8)}])
+@pytest.mark.parametrize(
+    "inputs", [(torch.ones(2, 8),), [torch.ones(2, 8)], {"x": torch.ones(2, 8)}]
+)
 def test_a_module_runs_on_its_sample_inputs(inputs):
     module = Perceptron().eval()
     phases = make_phases(as_loaded(module, "module", inputs), Workload.single())
@@ -111,7 +115,13 @@ def test_a_module_without_sample_inputs_is_refused():
 
 def test_the_tensor_of_an_output_is_found():
     tensor, other = torch.ones(1), torch.zeros(1)
-    for output in (tensor, (tensor, other), [[tensor]], {"logits": tensor, "x": other}, SimpleNamespace(logits=tensor)):
+    for output in (
+        tensor,
+        (tensor, other),
+        [[tensor]],
+        {"logits": tensor, "x": other},
+        SimpleNamespace(logits=tensor),
+    ):
         assert output_tensor(output) is tensor
     with pytest.raises(WorkloadError, match="the model returns NoneType"):
         output_tensor(None)

@@ -9,7 +9,14 @@ import torch
 from autoquant.devices.cpu import CpuBackend
 from autoquant.devices.effort import TimingEffort
 from autoquant.records import Workload
-from autoquant.runtime.request import RequestTimes, WrongResultError, make_warm, time_in_turn, time_requests, warm_up
+from autoquant.runtime.request import (
+    RequestTimes,
+    WrongResultError,
+    make_warm,
+    time_in_turn,
+    time_requests,
+    warm_up,
+)
 
 WORKLOAD = Workload.parse("prefill=8,decode=4")
 SHORT = TimingEffort(request_round_s=0.01)
@@ -20,7 +27,13 @@ class Fake:
 
     def __init__(self, name, log, seconds, limit=4, output=1.0):
         self.workload = WORKLOAD
-        self._name, self._log, self._seconds, self._limit, self._output = name, log, seconds, limit, output
+        self._name, self._log, self._seconds, self._limit, self._output = (
+            name,
+            log,
+            seconds,
+            limit,
+            output,
+        )
         self._left = 0
 
     def reset(self, phase):
@@ -107,10 +120,19 @@ def test_a_compiled_phase_may_differ_by_rounding():
 
 def test_every_model_begins_a_round(shares):
     log = []
-    models = [Fake(name, log, {"prefill": 1e-3 * number, "decode": 0.0}) for number, name in enumerate("abc", 1)]
+    models = [
+        Fake(name, log, {"prefill": 1e-3 * number, "decode": 0.0})
+        for number, name in enumerate("abc", 1)
+    ]
     times, note = time_in_turn(models, "cpu", replace(SHORT, request_rounds=3))
-    assert note == "" and [round(each["prefill"]) for each in times] == sorted(round(each["prefill"]) for each in times)
-    prefills = [name for i, (name, phase) in enumerate(log) if phase == "prefill" and (i == 0 or log[i - 1] != log[i])]
+    assert note == "" and [round(each["prefill"]) for each in times] == sorted(
+        round(each["prefill"]) for each in times
+    )
+    prefills = [
+        name
+        for i, (name, phase) in enumerate(log)
+        if phase == "prefill" and (i == 0 or log[i - 1] != log[i])
+    ]
     assert prefills == list("abcbcacab")
 
 
@@ -118,15 +140,20 @@ DIVISIONS = ("parts", "regions", "whole")
 
 
 def test_a_model_is_compiled_in_the_first_way_that_works():
-    phases, note = make_warm(lambda division: Fake(division, [], {"prefill": 0.0, "decode": 0.0}), DIVISIONS)
+    phases, note = make_warm(
+        lambda division: Fake(division, [], {"prefill": 0.0, "decode": 0.0}), DIVISIONS
+    )
     assert phases._name == "parts" and note == ""
 
 
 @pytest.mark.parametrize("output", [0.0, RuntimeError("the compiler gave up\nin many words")])
 @pytest.mark.parametrize(
-    ("works", "said"), [("regions", "in one piece, not part by part"), ("whole", "whole, not block")]
+    ("works", "said"),
+    [("regions", "in one piece, not part by part"), ("whole", "whole, not block")],
 )
-def test_a_model_that_does_not_compile_in_one_way_is_compiled_in_the_next_with_a_note(output, works, said):
+def test_a_model_that_does_not_compile_in_one_way_is_compiled_in_the_next_with_a_note(
+    output, works, said
+):
     def make(division):
         fails = DIVISIONS.index(division) < DIVISIONS.index(works)
         if fails and isinstance(output, Exception):
@@ -140,4 +167,7 @@ def test_a_model_that_does_not_compile_in_one_way_is_compiled_in_the_next_with_a
 
 def test_a_model_that_is_wrong_either_way_is_refused():
     with pytest.raises(WrongResultError):
-        make_warm(lambda division: Fake("plan", [], {"prefill": 0.0, "decode": 0.0}, output=0.0), DIVISIONS)
+        make_warm(
+            lambda division: Fake("plan", [], {"prefill": 0.0, "decode": 0.0}, output=0.0),
+            DIVISIONS,
+        )

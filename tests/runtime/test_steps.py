@@ -44,10 +44,15 @@ def test_a_disturbance_of_one_repetition_does_not_count():
     def repetition(gap_us, duration_us):
         first = kernel("mm", gap_us, duration_us, "q")
         last = kernel("norm", gap_us + duration_us + 1.0, 2.0)
-        return StepProfile(phase="decode", step_us=gap_us + duration_us + 4.0, kernels=(first, last))
+        return StepProfile(
+            phase="decode", step_us=gap_us + duration_us + 4.0, kernels=(first, last)
+        )
 
     median = median_step([repetition(1.0, 10.0), repetition(1.0, 900.0), repetition(500.0, 11.0)])
-    assert [(each.start_us, each.duration_us) for each in median.kernels] == [(1.0, 11.0), (13.0, 2.0)]
+    assert [(each.start_us, each.duration_us) for each in median.kernels] == [
+        (1.0, 11.0),
+        (13.0, 2.0),
+    ]
     assert median.step_us == pytest.approx(16.0) and median.gaps_us() == pytest.approx(3.0)
 
 
@@ -61,12 +66,21 @@ def test_repetitions_that_ran_other_kernels_are_not_mixed():
     ("name", "kind"),
     [
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
-        ("aten::_scaled_dot_product_cudnn_attention void cudnn::fusion::lean_reduction_kernel", "attention"),
+        (
+            "aten::_scaled_dot_product_cudnn_attention void cudnn::fusion::lean_reduction_kernel",
+            "attention",
+        ),
         ("aten::bmm", "attention"),
         ("cpp_fused__scaled_dot_product_flash_attention_for_cpu_clone_3", "copies and casts"),
-        ("triton_red_fused__to_copy_abs_amax_arange_bmm_cat_clamp_mean_rsqrt_2", "activation rounding"),
+        (
+            "triton_red_fused__to_copy_abs_amax_arange_bmm_cat_clamp_mean_rsqrt_2",
+            "activation rounding",
+        ),
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_14", "norms"),
-        ("triton_poi_fused__to_copy__unsafe_view_add_arange_bmm_cat_clone_cos_embedding", "copies and casts"),
+        (
+            "triton_poi_fused__to_copy__unsafe_view_add_arange_bmm_cat_clone_cos_embedding",
+            "copies and casts",
+        ),
         ("aten::copy_ Memcpy DtoD (Device -> Device)", "copies and casts"),
         ("triton_poi_fused__to_copy_bmm_cat_cos_mul_silu_3", "other"),
         ("TorchDynamo Cache Lookup", "guards of compiled code"),

@@ -60,13 +60,21 @@ def test_the_time_of_a_further_token_is_what_the_request_takes_beyond_the_first(
     times = smaller.times
     assert times.step_ms == pytest.approx((times.request_ms - times.first_token_ms) / 4)
     assert times.request_ms < original.times.request_ms
-    assert smaller.ratio.low < smaller.ratio.value == pytest.approx(times.request_ms / original.times.request_ms)
+    assert (
+        smaller.ratio.low
+        < smaller.ratio.value
+        == pytest.approx(times.request_ms / original.times.request_ms)
+    )
 
 
 def test_a_prompt_alone_is_asked_for_one_token(llama, asked):
-    loop = Usage(kind="causal_lm", workload=Workload.parse("prefill=6"), device="cpu").loop_of(llama)
+    loop = Usage(kind="causal_lm", workload=Workload.parse("prefill=6"), device="cpu").loop_of(
+        llama
+    )
     (found,), _ = time_user_loops([loop], "cpu")
-    assert {shape for shape, _, _ in asked} == {(1, 6)} and {made for _, made, _ in asked} == {(1, 7)}
+    assert {shape for shape, _, _ in asked} == {(1, 6)} and {made for _, made, _ in asked} == {
+        (1, 7)
+    }
     assert found.times.first_token_ms == found.times.request_ms and found.times.step_ms is None
 
 
@@ -142,4 +150,6 @@ def test_another_token_is_found_and_a_near_tie_is_none(llama, monkeypatch):
 
 def test_an_early_end_is_a_difference(llama):
     answer = LM.answer_of(llama)
-    assert "ends at another token" in first_difference(llama, Answer(answer.output, answer.ids[:, :-1]), answer)
+    assert "ends at another token" in first_difference(
+        llama, Answer(answer.output, answer.ids[:, :-1]), answer
+    )

@@ -19,14 +19,21 @@ def layers(count=24):
     """Each with an exact and a fast option, worth more or less the same, so that plans of nearly every loss exist."""
     made = []
     for number in range(count):
-        fast = {"fmt": "int4/plain", "us": 500.0 - 7 * number, "loss": 0.001 + 0.00003 * number, "memory": 25}
+        fast = {
+            "fmt": "int4/plain",
+            "us": 500.0 - 7 * number,
+            "loss": 0.001 + 0.00003 * number,
+            "memory": 25,
+        }
         made.append([choice(f"layers.{number}"), choice(f"layers.{number}", **fast)])
     return made
 
 
 def prove(plan, law):
     """A proof whose interval ends where `law` says of the predicted loss."""
-    return make_proof(plan.plan_id, ms=plan.prediction.request_ms, increase=law(plan.prediction.loss))
+    return make_proof(
+        plan.plan_id, ms=plan.prediction.request_ms, increase=law(plan.prediction.loss)
+    )
 
 
 def guess_of(options, law, guess, limits=LIMITS):
@@ -84,7 +91,14 @@ def test_without_a_limit_of_quality_there_is_nothing_to_aim_at():
     assert list(aimed(SearchSpace(options, CONTEXT), limits=limits, guess=None, known={})) == []
     never = Limits(max_ppl_increase=0.0)
     assert (
-        list(aimed(SearchSpace(options, CONTEXT), limits=never, guess=0.01, known=guess_of(options, doubled, 0.01)))
+        list(
+            aimed(
+                SearchSpace(options, CONTEXT),
+                limits=never,
+                guess=0.01,
+                known=guess_of(options, doubled, 0.01),
+            )
+        )
         == []
     )
 
@@ -104,7 +118,12 @@ def test_what_is_left_between_the_two_sides_must_be_worth_a_trial():
 
 def test_a_plan_that_cannot_be_proven_ends_it():
     options = layers()
-    running = aimed(SearchSpace(options, CONTEXT), limits=LIMITS, guess=0.01, known=guess_of(options, doubled, 0.01))
+    running = aimed(
+        SearchSpace(options, CONTEXT),
+        limits=LIMITS,
+        guess=0.01,
+        known=guess_of(options, doubled, 0.01),
+    )
     _, tell = next(running)
     tell(None)
     assert next(running, None) is None
@@ -120,7 +139,9 @@ def test_what_is_proven_already_is_not_proven_again():
 
 def test_the_smallest_plan_is_aimed_at_too_and_memory_limits_are_kept_to():
     options = layers()
-    limits = Limits(max_ppl_increase=0.01, max_memory_bytes=CONTEXT.other_bytes + 24 * 90, minimize="memory")
+    limits = Limits(
+        max_ppl_increase=0.01, max_memory_bytes=CONTEXT.other_bytes + 24 * 90, minimize="memory"
+    )
     before, *after = take(options, halved, guess=0.01, limits=limits)
     assert after
     smaller = [plan.prediction.memory_bytes for plan, proof in after if limits.used(proof) <= 1]
@@ -129,7 +150,9 @@ def test_the_smallest_plan_is_aimed_at_too_and_memory_limits_are_kept_to():
 
 def test_of_two_limits_the_tighter_one_is_aimed_at():
     both = Limits(max_ppl_increase=0.01, max_kl=0.02)
-    proof = replace(make_proof("a", increase=0.005), selection_kl=Interval(value=0.01, low=0.01, high=0.03))
+    proof = replace(
+        make_proof("a", increase=0.005), selection_kl=Interval(value=0.01, low=0.01, high=0.03)
+    )
     assert both.used(proof) == pytest.approx(1.5)
     assert Limits(max_ppl_increase=0.01).used(proof) == pytest.approx(0.5)
     assert Limits().used(proof) is None

@@ -57,7 +57,9 @@ def test_a_choice_predicted_before_calibration_is_not_its_own_alternative():
     uncalibrated = replace(INT8, latency_us={"prefill": 650.0, "decode": 0.0})
     others = found(uncalibrated)
     assert set(others) == {"int8-g32/plain", "int4/plain"}
-    assert others["int4/plain"].request_us == -300.0, "against what the options say of the same choice"
+    assert others["int4/plain"].request_us == -300.0, (
+        "against what the options say of the same choice"
+    )
 
 
 JOINED = replace(INT8, latency_us={"prefill": 400.0, "decode": 0.0}, joined=("layer", "other"))
@@ -69,7 +71,9 @@ def test_a_layer_computed_as_one_is_compared_by_its_share_of_that():
 
 
 def test_being_computed_as_one_is_another_choice_than_the_same_format_alone():
-    faster = next(each for each in alternatives(INT8, [*OPTIONS, JOINED], WORKLOAD) if "faster" in each.gains)
+    faster = next(
+        each for each in alternatives(INT8, [*OPTIONS, JOINED], WORKLOAD) if "faster" in each.gains
+    )
     assert (faster.choice, faster.request_us, faster.loss) == (JOINED, -200.0, 0.0)
 
 

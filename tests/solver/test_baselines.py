@@ -17,7 +17,11 @@ from autoquant.solver.space import SearchSpace
 
 BLOCKS = 16
 SHAPES = {"attn.q": (64, 64), "attn.o": (64, 64), "mlp.up": (256, 64), "mlp.down": (64, 256)}
-FORMATS = {"int8/plain": (600.0, 0.002, 0.5), "int4/plain": (300.0, 0.03, 0.25), "int3/plain": (290.0, 0.2, 0.19)}
+FORMATS = {
+    "int8/plain": (600.0, 0.002, 0.5),
+    "int4/plain": (300.0, 0.03, 0.25),
+    "int3/plain": (290.0, 0.2, 0.19),
+}
 
 
 def shape(n, k):
@@ -33,7 +37,10 @@ def layers():
     for name, of in zip(NAMES, OF, strict=True):
         size = of.n * of.k // 64
         options = [choice(name, memory=2 * size)]
-        options += [choice(name, fmt, us, loss, int(2 * size * share)) for fmt, (us, loss, share) in FORMATS.items()]
+        options += [
+            choice(name, fmt, us, loss, int(2 * size * share))
+            for fmt, (us, loss, share) in FORMATS.items()
+        ]
         made.append([replace(each, shape=of) for each in options])
     return made
 
@@ -47,11 +54,15 @@ def test_more_bits_go_to_the_ends_the_down_projections_and_the_head():
     assert reasons.pop("lm_head") == "in no block"
     ends = {name for name, why in reasons.items() if why == "in the first or last blocks"}
     assert ends == {f"model.layers.{block}.{name}" for block in (0, 1, 14, 15) for name in SHAPES}
-    assert {name for name in reasons if name not in ends} == {f"model.layers.{b}.mlp.down" for b in range(2, 14)}
+    assert {name for name in reasons if name not in ends} == {
+        f"model.layers.{b}.mlp.down" for b in range(2, 14)
+    }
 
 
 def test_a_shallow_model_has_one_block_at_each_end_and_other_names_do():
-    names = [f"encoder.layer.{block}.{part}" for block in range(4) for part in ("query", "out.dense")]
+    names = [
+        f"encoder.layer.{block}.{part}" for block in range(4) for part in ("query", "out.dense")
+    ]
     shapes = [shape(64, 64), shape(64, 256)] * 4
     reasons = favoured_layers(names, shapes)
     assert [bool(why) for why in reasons] == [True, True, False, True, False, True, True, True]
@@ -59,7 +70,9 @@ def test_a_shallow_model_has_one_block_at_each_end_and_other_names_do():
 
 
 def test_the_heuristic_takes_the_pair_of_formats_that_is_fastest_within_the_limits():
-    plan = structural_plan(SearchSpace(layers(), CONTEXT), limits=Limits(max_ppl_increase=0.1), max_loss=1.6)
+    plan = structural_plan(
+        SearchSpace(layers(), CONTEXT), limits=Limits(max_ppl_increase=0.1), max_loss=1.6
+    )
     wanted = {name: "int8/plain" if name in favoured() else "int4/plain" for name in NAMES}
     assert {layer.name: layer.format for layer in plan.layers} == wanted
     assert plan.kind == "heuristic" and plan.prediction.loss <= 1.6
@@ -73,29 +86,43 @@ def test_a_tighter_limit_gives_the_heuristic_more_bits_and_a_memory_limit_fewer(
     tight = structural_plan(SearchSpace(layers(), CONTEXT), limits=Limits(), max_loss=0.07)
     assert set(tight.formats()) == {"bfloat16/plain", "int8/plain"}
     size = tight.prediction.memory_bytes // 2
-    small = structural_plan(SearchSpace(layers(), CONTEXT), limits=Limits(max_memory_bytes=size), max_loss=None)
+    small = structural_plan(
+        SearchSpace(layers(), CONTEXT), limits=Limits(max_memory_bytes=size), max_loss=None
+    )
     assert small.prediction.memory_bytes <= size
-    most_exact = structural_plan(SearchSpace(layers(), CONTEXT), limits=Limits(max_memory_bytes=1), max_loss=None)
-    assert set(most_exact.formats()) == {"bfloat16/plain", "int8/plain"}, "where nothing fits, the most exact"
+    most_exact = structural_plan(
+        SearchSpace(layers(), CONTEXT), limits=Limits(max_memory_bytes=1), max_loss=None
+    )
+    assert set(most_exact.formats()) == {"bfloat16/plain", "int8/plain"}, (
+        "where nothing fits, the most exact"
+    )
 
 
 def test_without_two_sizes_there_is_no_heuristic():
     assert (
-        structural_plan(SearchSpace([layer[:1] for layer in layers()], CONTEXT), limits=Limits(), max_loss=None) is None
+        structural_plan(
+            SearchSpace([layer[:1] for layer in layers()], CONTEXT), limits=Limits(), max_loss=None
+        )
+        is None
     )
 
 
-@pytest.mark.parametrize("formats", [("int8/plain", "int4/plain"), ("bfloat16/plain", "int3/plain")])
+@pytest.mark.parametrize(
+    "formats", [("int8/plain", "int4/plain"), ("bfloat16/plain", "int3/plain")]
+)
 def test_bits_alone_are_spent_for_least_loss_in_the_bytes_of_the_recommended_plan(formats):
     few = [
-        [replace(each, loss=each.loss * (1 + number)) for each in layer] for number, layer in enumerate(layers()[:5])
+        [replace(each, loss=each.loss * (1 + number)) for each in layer]
+        for number, layer in enumerate(layers()[:5])
     ]
     mixed = [next(c for c in layer if c.format == formats[i % 2]) for i, layer in enumerate(few)]
     recommended = make_plan(mixed, "front 1", "front", CONTEXT)
     plan = bits_plan(SearchSpace(few, CONTEXT), recommended)
     budget = sum(layer.memory_bytes for layer in mixed)
     best = min(
-        sum(c.loss for c in each) for each in itertools.product(*few) if sum(c.memory_bytes for c in each) <= budget
+        sum(c.loss for c in each)
+        for each in itertools.product(*few)
+        if sum(c.memory_bytes for c in each) <= budget
     )
     assert plan.kind == "bits" and sum(layer.memory_bytes for layer in plan.layers) <= budget
     assert plan.prediction.loss == pytest.approx(best)
@@ -104,7 +131,13 @@ def test_bits_alone_are_spent_for_least_loss_in_the_bytes_of_the_recommended_pla
 
 def test_bits_alone_are_blind_to_latency():
     """The more exact of two formats of one size is taken, though it is slower than leaving the layer as it is."""
-    options = [[choice("a"), choice("a", "fast/plain", 10.0, 0.1, 50), choice("a", "slow/plain", 9000.0, 0.09, 50)]]
+    options = [
+        [
+            choice("a"),
+            choice("a", "fast/plain", 10.0, 0.1, 50),
+            choice("a", "slow/plain", 9000.0, 0.09, 50),
+        ]
+    ]
     recommended = make_plan([options[0][1]], "front 1", "front", CONTEXT)
     assert bits_plan(SearchSpace(options, CONTEXT), recommended).layers[0].format == "slow/plain"
 
@@ -115,7 +148,8 @@ def test_baselines_honour_groups_of_one_format():
     group = (NAMES[0], NAMES[1])
     context = replace(CONTEXT, bound=Bound((group,), {}))
     plans = [
-        structural_plan(SearchSpace(options, context), limits=Limits(), max_loss=limit) for limit in (None, 0.05, 0.5)
+        structural_plan(SearchSpace(options, context), limits=Limits(), max_loss=limit)
+        for limit in (None, 0.05, 0.5)
     ]
     plans += [bits_plan(SearchSpace(options, context), plan) for plan in plans]
     assert all(plan.layers[0].format == plan.layers[1].format for plan in plans)

@@ -26,7 +26,14 @@ CANDIDATES = [
     "int8-row/plain/pack-mm",
     "int4-g32/plain/mm",
 ]
-NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+NAMES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+)
 
 
 def block_sites(blocks=2):
@@ -34,7 +41,9 @@ def block_sites(blocks=2):
     sites = []
     for block in range(blocks):
         names = [f"model.layers.{block}.{name}" for name in NAMES]
-        siblings = {name: tuple(names[:3]) for name in names[:3]} | {name: tuple(names[4:]) for name in names[4:]}
+        siblings = {name: tuple(names[:3]) for name in names[:3]} | {
+            name: tuple(names[4:]) for name in names[4:]
+        }
         sites += [make_site(name, siblings=siblings.get(name, ())) for name in names]
     return [*sites, make_site("lm_head")]
 
@@ -46,18 +55,30 @@ def bound(keep=(), pin=(), fusable=None):
 def test_kept_layers_admit_nothing_but_the_unquantized_weight():
     constraints = Constraints.parse(["lm_head", "*.o_proj"])
     assert constraints.admits("lm_head", CANDIDATES[0], ORIGINAL)
-    assert not any(constraints.admits("lm_head", candidate, ORIGINAL) for candidate in CANDIDATES[1:])
-    assert all(constraints.admits("model.layers.0.mlp.up_proj", candidate, ORIGINAL) for candidate in CANDIDATES)
+    assert not any(
+        constraints.admits("lm_head", candidate, ORIGINAL) for candidate in CANDIDATES[1:]
+    )
+    assert all(
+        constraints.admits("model.layers.0.mlp.up_proj", candidate, ORIGINAL)
+        for candidate in CANDIDATES
+    )
     assert bound(["lm_head"]).reasons == {"lm_head": "kept unquantized by --keep lm_head"}
 
 
 @pytest.mark.parametrize(
     ("formats", "admitted"),
-    [("int8-row*", [1, 2]), ("int8-row", [1, 2]), ("int8-row/plain/int-mm", [1]), ("int*", [1, 2, 3])],
+    [
+        ("int8-row*", [1, 2]),
+        ("int8-row", [1, 2]),
+        ("int8-row/plain/int-mm", [1]),
+        ("int*", [1, 2, 3]),
+    ],
 )
 def test_a_pin_matches_formats_as_candidates_are_matched(formats, admitted):
     constraints = Constraints.parse(pin=[f"*.q_proj={formats}"])
-    found = [number for number, c in enumerate(CANDIDATES) if constraints.admits("a.q_proj", c, ORIGINAL)]
+    found = [
+        number for number, c in enumerate(CANDIDATES) if constraints.admits("a.q_proj", c, ORIGINAL)
+    ]
     assert found == admitted
 
 
@@ -65,21 +86,33 @@ def test_a_layer_meets_all_of_its_pins():
     constraints = Constraints.parse(pin=["*=int*", "*.q_proj=*row*"])
     assert constraints.admits("a.q_proj", CANDIDATES[1], ORIGINAL)
     assert not constraints.admits("a.q_proj", CANDIDATES[3], ORIGINAL)
-    assert constraints.reason("a.q_proj") == "pinned by --pin *=int* and pinned by --pin *.q_proj=*row*"
+    assert (
+        constraints.reason("a.q_proj")
+        == "pinned by --pin *=int* and pinned by --pin *.q_proj=*row*"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"keep": ["*.down"]}, ["--keep: no searched layer matches '*.down'", "model.layers.0.self_attn.q_proj"]),
+        (
+            {"keep": ["*.down"]},
+            ["--keep: no searched layer matches '*.down'", "model.layers.0.self_attn.q_proj"],
+        ),
         ({"pin": ["nothing=int8*"]}, ["--pin: no searched layer matches 'nothing'"]),
-        ({"pin": ["lm_head=float4*"]}, ["no candidate of this search matches 'float4*'", "autoquant candidates"]),
+        (
+            {"pin": ["lm_head=float4*"]},
+            ["no candidate of this search matches 'float4*'", "autoquant candidates"],
+        ),
         ({"pin": ["lm_head"]}, ["cannot read 'lm_head'", "'*.q_proj=int8-row*'"]),
         (
             {"keep": ["lm_head"], "pin": ["lm_head=int8*"]},
             ["lm_head is kept unquantized", "contradict", "leave out one"],
         ),
-        ({"pin": ["*=int4*", "lm_head=int8*"]}, ["lm_head is pinned by --pin *=int4* and pinned", "contradict"]),
+        (
+            {"pin": ["*=int4*", "lm_head=int8*"]},
+            ["lm_head is pinned by --pin *=int4* and pinned", "contradict"],
+        ),
         (
             {"pin": ["*.0.*.q_proj=int4*", "*.0.*.k_proj=int8*"], "fusable": "vllm"},
             ["must get the same format (--fusable vllm)", "give them one format"],
@@ -102,12 +135,23 @@ def test_layers_of_one_module_that_read_one_input_are_a_group():
 def test_names_do_not_make_a_group_and_other_modules_do_not_belong_to_one():
     apart = [make_site("a.q_proj"), make_site("a.k_proj")]
     assert fused_groups(apart) == []
-    names = ("b.attn.q", "b.attn.k", "b.mlp.fc1")  # a block whose attention and perceptron read the same norm
-    assert fused_groups([make_site(name, siblings=names) for name in names]) == [("b.attn.q", "b.attn.k")]
+    names = (
+        "b.attn.q",
+        "b.attn.k",
+        "b.mlp.fc1",
+    )  # a block whose attention and perceptron read the same norm
+    assert fused_groups([make_site(name, siblings=names) for name in names]) == [
+        ("b.attn.q", "b.attn.k")
+    ]
 
 
 def test_all_experts_of_a_layer_are_one_group():
-    names = [f"l.{layer}.mlp.experts.{e}.{p}" for layer in (0, 1) for e in range(3) for p in ("up", "down")]
+    names = [
+        f"l.{layer}.mlp.experts.{e}.{p}"
+        for layer in (0, 1)
+        for e in range(3)
+        for p in ("up", "down")
+    ]
     groups = fused_groups([make_site(name, siblings=(name,)) for name in names])
     assert groups == [tuple(names[:6]), tuple(names[6:])]
 
@@ -121,7 +165,12 @@ def options_of(names, seed=0):
         for fmt, memory in (("int8/plain", 50), ("int4/plain", 25)):
             layer += [
                 choice(
-                    name, fmt, us=draw.uniform(100, 900), loss=draw.uniform(0.001, 0.1), memory=memory, kernel=kernel
+                    name,
+                    fmt,
+                    us=draw.uniform(100, 900),
+                    loss=draw.uniform(0.001, 0.1),
+                    memory=memory,
+                    kernel=kernel,
                 )
                 for kernel in ("one", "two")
             ]
@@ -189,7 +238,9 @@ def test_uniform_and_front_plans_honour_constraints_and_say_so():
     assert len(plans) > 5 and all(is_honoured(plan) for plan in plans)
     for plan in plans:
         assert plan.layers[0].reason.startswith("kept unquantized by --keep x")
-    assert all("pinned by --pin y" in plan.layers[1].reason for plan in plans if plan.kind == "front")
+    assert all(
+        "pinned by --pin y" in plan.layers[1].reason for plan in plans if plan.kind == "front"
+    )
 
 
 def test_refinement_honours_constraints(tmp_path):

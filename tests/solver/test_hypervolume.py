@@ -12,7 +12,10 @@ from autoquant.solver.hypervolume import Growth, hypervolume
 def counted(points, reference, cells=200):
     """The same area by counting cells of a grid."""
     hit = sum(
-        any(p[0] <= (i + 0.5) / cells * reference[0] and p[1] <= (j + 0.5) / cells * reference[1] for p in points)
+        any(
+            p[0] <= (i + 0.5) / cells * reference[0] and p[1] <= (j + 0.5) / cells * reference[1]
+            for p in points
+        )
         for i in range(cells)
         for j in range(cells)
     )
@@ -28,7 +31,10 @@ def test_it_is_the_area_that_points_beat():
 def test_beaten_points_equal_points_and_points_beyond_the_reference_add_nothing():
     alone = hypervolume([(1.0, 1.0)], (2.0, 2.0))
     assert alone == 1.0
-    assert hypervolume([(1.0, 1.0), (1.5, 1.5), (1.0, 1.0), (3.0, 0.0), (0.0, 2.0)], (2.0, 2.0)) == alone
+    assert (
+        hypervolume([(1.0, 1.0), (1.5, 1.5), (1.0, 1.0), (3.0, 0.0), (0.0, 2.0)], (2.0, 2.0))
+        == alone
+    )
     assert hypervolume([], (2.0, 2.0)) == 0.0
 
 

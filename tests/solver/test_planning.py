@@ -39,7 +39,9 @@ def originals(options):
 def test_the_same_plan_has_the_same_id_whatever_it_is_called():
     options = layers()
     one = make_plan(originals(options), "one", "front", CONTEXT)
-    relabelled = [replace(c, reason="another", latency_us={"prefill": 1.0}) for c in originals(options)]
+    relabelled = [
+        replace(c, reason="another", latency_us={"prefill": 1.0}) for c in originals(options)
+    ]
     assert make_plan(relabelled, "two", "refined", CONTEXT).plan_id == one.plan_id
 
 
@@ -110,7 +112,10 @@ def test_a_layer_that_cannot_have_the_uniform_format_stays_unquantized():
 
 
 def test_a_uniform_plan_takes_the_fastest_route_of_its_format():
-    options = [[*layer, choice(layer[0].name, **(INT8 | {"us": 500.0, "kernel": "faster"}))] for layer in layers()]
+    options = [
+        [*layer, choice(layer[0].name, **(INT8 | {"us": 500.0, "kernel": "faster"}))]
+        for layer in layers()
+    ]
     plan = next(p for p in uniform_plans(space(options)) if "int8" in p.label)
     assert {c.route[0].kernel for c in plan.layers} == {"faster"}
 
@@ -134,11 +139,15 @@ def test_front_plans_begin_with_the_fastest_within_the_limits():
 
 
 def test_front_plans_for_memory_begin_with_the_smallest_within_the_limits():
-    plans = front_plans(space(layers()), count=5, max_loss=0.16, max_memory_bytes=None, minimize="memory")
+    plans = front_plans(
+        space(layers()), count=5, max_loss=0.16, max_memory_bytes=None, minimize="memory"
+    )
     assert plans[0].label == "front: smallest within limits"
     assert plans[0].formats() == {"int4/plain": 3, "int8/plain": 1}
     smallest = plans[0].prediction.memory_bytes
-    plans = front_plans(space(layers()), count=1, max_loss=0.16, max_memory_bytes=smallest - 1, minimize="memory")
+    plans = front_plans(
+        space(layers()), count=1, max_loss=0.16, max_memory_bytes=smallest - 1, minimize="memory"
+    )
     assert "within limits" not in plans[0].label
 
 
@@ -166,7 +175,9 @@ def test_front_plans_say_why_for_every_layer():
 
 def make_line(count=21):
     """One layer of options along a line from fast and inexact to slow and exact."""
-    return AdditiveProblem.build([[(float(i), 2.0**-i, 1.0) for i in range(count)]]), [(i,) for i in range(count)]
+    return AdditiveProblem.build([[(float(i), 2.0**-i, 1.0) for i in range(count)]]), [
+        (i,) for i in range(count)
+    ]
 
 
 def test_spread_points_lie_far_from_each_other():

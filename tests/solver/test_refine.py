@@ -22,8 +22,18 @@ def layers(count=6):
     made = []
     for number in range(count):
         name = f"model.layers.{number}.{'up' if number % 2 else 'down'}"
-        int8 = {"fmt": "int8/plain", "us": 600.0 + 7 * number, "loss": 0.002 + 0.0003 * number, "memory": 50}
-        int4 = {"fmt": "int4/plain", "us": 300.0 + 11 * number, "loss": 0.03 + 0.005 * number, "memory": 25}
+        int8 = {
+            "fmt": "int8/plain",
+            "us": 600.0 + 7 * number,
+            "loss": 0.002 + 0.0003 * number,
+            "memory": 50,
+        }
+        int4 = {
+            "fmt": "int4/plain",
+            "us": 300.0 + 11 * number,
+            "loss": 0.03 + 0.005 * number,
+            "memory": 25,
+        }
         made.append([choice(name), choice(name, **int8), choice(name, **int4)])
     return made
 
@@ -47,7 +57,9 @@ def first_proofs(options):
 
 def prove(plan):
     """A proof that says what was predicted."""
-    return make_proof(plan.plan_id, ms=plan.prediction.request_ms, original_ms=8.0, increase=plan.prediction.loss)
+    return make_proof(
+        plan.plan_id, ms=plan.prediction.request_ms, original_ms=8.0, increase=plan.prediction.loss
+    )
 
 
 @pytest.fixture
@@ -57,7 +69,9 @@ def propose(store, options):
     def start(known, **changes):
         url = store.engine.url.render_as_string(hide_password=False)
         values = {"storage_url": url, "seed": 0, "known": known, "max_memory_bytes": None}
-        return proposals(SearchSpace(changes.pop("options", options), CONTEXT), **(values | changes))
+        return proposals(
+            SearchSpace(changes.pop("options", options), CONTEXT), **(values | changes)
+        )
 
     return start
 
@@ -112,8 +126,18 @@ def test_a_plan_that_could_not_be_proven_is_not_proposed_again(propose, options)
 def test_optuna_keeps_its_tables_in_the_database_of_the_study(propose, options, store, tmp_path):
     take(propose(first_proofs(options)), 2)
     connection = sqlite3.connect(tmp_path / "plan.db")
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert {"studies", "trials", "trial_values", "alembic_version", "autoquant_schema", "timing"} <= tables
+    tables = {
+        name
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    }
+    assert {
+        "studies",
+        "trials",
+        "trial_values",
+        "alembic_version",
+        "autoquant_schema",
+        "timing",
+    } <= tables
     assert connection.execute("SELECT study_name FROM studies").fetchall() == [(STUDY_NAME,)]
     connection.close()
     assert {entry.name for entry in tmp_path.iterdir()} <= {"plan.db", "plan.db-wal", "plan.db-shm"}
@@ -151,7 +175,9 @@ def test_proposals_keep_to_the_memory_limit(propose, options):
         assert plan.prediction.memory_bytes <= limit
 
 
-def test_a_search_for_memory_learns_bytes_apart_from_what_was_learnt_of_time(propose, options, store):
+def test_a_search_for_memory_learns_bytes_apart_from_what_was_learnt_of_time(
+    propose, options, store
+):
     known = first_proofs(options)
     take(propose(known), 2)
     plans = take(propose(known, minimize="memory"), 3)
@@ -161,7 +187,9 @@ def test_a_search_for_memory_learns_bytes_apart_from_what_was_learnt_of_time(pro
     assert plans
     for plan in plans:
         proof = prove(plan)
-        assert finished[plan.plan_id] == pytest.approx([proof.memory_bytes, proof.selection_increase.value])
+        assert finished[plan.plan_id] == pytest.approx(
+            [proof.memory_bytes, proof.selection_increase.value]
+        )
 
 
 def test_the_same_seed_proposes_the_same(options, tmp_path):
@@ -169,7 +197,13 @@ def test_the_same_seed_proposes_the_same(options, tmp_path):
     for name in ("one", "two"):
         url = f"sqlite:///{tmp_path / name}.db"
         known = first_proofs(options)
-        running = proposals(SearchSpace(options, CONTEXT), storage_url=url, seed=3, known=known, max_memory_bytes=None)
+        running = proposals(
+            SearchSpace(options, CONTEXT),
+            storage_url=url,
+            seed=3,
+            known=known,
+            max_memory_bytes=None,
+        )
         runs.append([plan.plan_id for plan in take(running, 4)])
     assert runs[0] == runs[1]
 
@@ -177,7 +211,9 @@ def test_the_same_seed_proposes_the_same(options, tmp_path):
 def test_a_proposal_predicts_with_the_scores_as_they_are(propose, options):
     scores = {(c.name, c.format): c.loss for layer in options for c in layer}
     for plan in take(propose(first_proofs(options)), 5):
-        assert plan.prediction.loss == pytest.approx(sum(scores[c.name, c.format] for c in plan.layers))
+        assert plan.prediction.loss == pytest.approx(
+            sum(scores[c.name, c.format] for c in plan.layers)
+        )
 
 
 def test_a_proposal_says_why_for_every_layer(propose, options):
@@ -207,7 +243,9 @@ def test_the_kind_of_a_layer_is_its_name_without_numbers(name, kind):
 def test_the_front_that_counts_lies_between_the_original_and_the_worst_plan_solved_for(options):
     known = first_proofs(options)
     growth = growth_of(known, "time")
-    front = [prove(plan).selection_increase.value for plan, _ in known.values() if plan.kind == "front"]
+    front = [
+        prove(plan).selection_increase.value for plan, _ in known.values() if plan.kind == "front"
+    ]
     original = next(proof for plan, proof in known.values() if plan.kind == "original")
     assert growth.reference == (original.request_ms / original.original_request_ms, max(front))
     assert growth_of(known, "time", 0.001).reference[1] == pytest.approx(0.004)

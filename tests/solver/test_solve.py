@@ -20,7 +20,11 @@ def random_problem(seed):
     for _ in range(draw.integers(3, 6)):
         count = draw.integers(2, 5)
         losses = np.concatenate(([0.0], draw.exponential(0.01, count - 1)))
-        layers.append(np.column_stack((draw.uniform(0.1, 5, count), losses, draw.integers(1000, 10**6, count))))
+        layers.append(
+            np.column_stack(
+                (draw.uniform(0.1, 5, count), losses, draw.integers(1000, 10**6, count))
+            )
+        )
     return AdditiveProblem.build([[tuple(option) for option in layer.tolist()] for layer in layers])
 
 
@@ -29,7 +33,10 @@ def tied_problem(seed):
     draw = np.random.default_rng(seed)
     return AdditiveProblem.build(
         [
-            [tuple(option) for option in draw.integers(0, 5, (draw.integers(2, 5), 3)).astype(float).tolist()]
+            [
+                tuple(option)
+                for option in draw.integers(0, 5, (draw.integers(2, 5), 3)).astype(float).tolist()
+            ]
             for _ in range(draw.integers(3, 6))
         ]
     )
@@ -40,14 +47,19 @@ def joined_problem(seed):
     draw = np.random.default_rng(seed + 500)
     alone = random_problem(seed)
     members = int(draw.integers(2, len(alone.time) + 1))
-    layers = [np.column_stack(columns) for columns in zip(alone.time, alone.loss, alone.memory, strict=True)]
+    layers = [
+        np.column_stack(columns)
+        for columns in zip(alone.time, alone.loss, alone.memory, strict=True)
+    ]
     together = []
     for _ in range(2):
         together.append([(member, len(layers[member])) for member in range(members)])
         for member in range(members):
             row = (draw.uniform(0.1, 2), draw.exponential(0.01), draw.integers(1000, 10**6))
             layers[member] = np.vstack((layers[member], row))
-    return AdditiveProblem.build([[tuple(option) for option in layer.tolist()] for layer in layers], together)
+    return AdditiveProblem.build(
+        [[tuple(option) for option in layer.tolist()] for layer in layers], together
+    )
 
 
 def every_solution(problem):
@@ -57,14 +69,20 @@ def every_solution(problem):
 
 
 def keeps_together(problem, picks):
-    return all(len({picks[layer] == option for layer, option in options}) == 1 for options in problem.together)
+    return all(
+        len({picks[layer] == option for layer, option in options}) == 1
+        for options in problem.together
+    )
 
 
 def budgets(solutions, seed):
     """Pairs of budgets between the least and the greatest sums, none at all among them."""
     draw = np.random.default_rng(seed + 1000)
     for _ in range(3):
-        loss, memory = (draw.uniform(column.min(), column.max()) for column in (solutions[:, 1], solutions[:, 2]))
+        loss, memory = (
+            draw.uniform(column.min(), column.max())
+            for column in (solutions[:, 1], solutions[:, 2])
+        )
         yield from ((None, None), (loss, None), (None, memory), (loss, memory))
 
 
@@ -121,7 +139,9 @@ def test_a_budget_that_a_solution_just_meets_admits_it():
         assert problem.totals(fastest(problem, max_loss=0.0))[1] == 0.0, seed
 
 
-@pytest.mark.parametrize("budget", [{"max_loss": -0.001}, {"max_memory": 0.0}, {"max_loss": 0.5, "max_memory": 0.0}])
+@pytest.mark.parametrize(
+    "budget", [{"max_loss": -0.001}, {"max_memory": 0.0}, {"max_loss": 0.5, "max_memory": 0.0}]
+)
 def test_budgets_that_nothing_meets_give_none(budget):
     for seed in SEEDS:
         assert fastest(random_problem(seed), **budget) is None
@@ -147,9 +167,13 @@ def test_an_option_far_slower_than_all_others_does_not_blur_them():
 
 def test_options_taken_together_are_found_where_each_alone_would_be_slower_than_another():
     apart = [(2.0, 0.0, 1.0), (1.0, 9.0, 1.0)]
-    problem = AdditiveProblem.build([[*apart, (0.5, 0.1, 1.0)], [*apart, (1.2, 0.1, 1.0)]], [[(0, 2), (1, 2)]])
+    problem = AdditiveProblem.build(
+        [[*apart, (0.5, 0.1, 1.0)], [*apart, (1.2, 0.1, 1.0)]], [[(0, 2), (1, 2)]]
+    )
     assert fastest(problem) == (2, 2) and fastest(problem, max_loss=0.1) == (0, 0)
-    slower = AdditiveProblem.build([[*apart, (0.5, 0.1, 1.0)], [*apart, (1.6, 0.1, 1.0)]], [[(0, 2), (1, 2)]])
+    slower = AdditiveProblem.build(
+        [[*apart, (0.5, 0.1, 1.0)], [*apart, (1.6, 0.1, 1.0)]], [[(0, 2), (1, 2)]]
+    )
     assert fastest(slower) == (1, 1)
 
 
@@ -161,8 +185,12 @@ def test_the_front_holds_nothing_that_any_solution_beats(make):
         for picks in front(problem):
             found = np.array(problem.totals(picks))
             better = (solutions <= found).all(axis=1) & (solutions < found).any(axis=1)
-            gap = (found - solutions[better]) / solutions.max(axis=0) if better.any() else np.zeros(1)
-            assert gap.max() < 1e-5, f"seed {seed}: {picks} {found} is beaten by {solutions[better]}"
+            gap = (
+                (found - solutions[better]) / solutions.max(axis=0) if better.any() else np.zeros(1)
+            )
+            assert gap.max() < 1e-5, (
+                f"seed {seed}: {picks} {found} is beaten by {solutions[better]}"
+            )
 
 
 def test_the_front_runs_from_the_fastest_to_the_most_exact_and_the_smallest():
@@ -183,7 +211,9 @@ def test_the_front_has_no_point_twice():
 
 
 def test_undominated_leaves_out_what_is_beaten_and_keeps_what_is_equal():
-    problem = AdditiveProblem.build([[(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.5, 2.0, 1.0)]])
+    problem = AdditiveProblem.build(
+        [[(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.5, 2.0, 1.0)]]
+    )
     assert undominated(problem, [(0,), (1,), (2,), (3,)]) == [(0,), (2,), (3,)]
 
 
@@ -223,9 +253,15 @@ def large_problem(seed, layers=300, choices=40, *, alike=False):
     options = []
     for layer in range(layers):
         milliseconds, size = kinds[layer % len(kinds)]
-        loss = np.where(bits < 16, 4.0**-bits * draw.lognormal(0, 1) * draw.lognormal(0, 0.3, choices), 0.0)
+        loss = np.where(
+            bits < 16, 4.0**-bits * draw.lognormal(0, 1) * draw.lognormal(0, 0.3, choices), 0.0
+        )
         options.append(list(zip(milliseconds, loss, size, strict=True)))
-    pairs = [[(layer, [i]) for layer in (2 * n, 2 * n + 1)] for n in range(layers // 4) for i in range(choices)]
+    pairs = [
+        [(layer, [i]) for layer in (2 * n, 2 * n + 1)]
+        for n in range(layers // 4)
+        for i in range(choices)
+    ]
     return AdditiveProblem.build(options, alike=pairs if alike else ())
 
 
@@ -274,18 +310,25 @@ def test_options_left_out_beforehand_are_in_no_faster_solution(alike):
             picks = fastest(problem, max_loss, max_memory)
             total = problem.totals(picks)
             assert total[1] <= max_loss * (1 + 1e-9) and total[2] <= max_memory, seed
-            assert total[0] == pytest.approx(least_time_of_all_options(problem, max_loss, max_memory), rel=1e-5), seed
+            assert total[0] == pytest.approx(
+                least_time_of_all_options(problem, max_loss, max_memory), rel=1e-5
+            ), seed
 
 
 def test_layers_of_one_format_get_it_as_trying_everything_finds():
     for seed in SEEDS:
         alone = random_problem(seed)
-        layers = [np.column_stack(each) for each in zip(alone.time, alone.loss, alone.memory, strict=True)]
+        layers = [
+            np.column_stack(each) for each in zip(alone.time, alone.loss, alone.memory, strict=True)
+        ]
         alike = [[(0, [i]), (1, [i] if i < len(layers[1]) else [])] for i in range(len(layers[0]))]
         alike += [[(0, []), (1, [i])] for i in range(len(layers[0]), len(layers[1]))]
         problem = AdditiveProblem.build([layer.tolist() for layer in layers], alike=alike)
         solutions = every_solution(alone)
-        same = [picks[0] == picks[1] for picks in itertools.product(*(range(len(layer)) for layer in alone.time))]
+        same = [
+            picks[0] == picks[1]
+            for picks in itertools.product(*(range(len(layer)) for layer in alone.time))
+        ]
         for max_loss, max_memory in budgets(solutions, seed):
             within = solutions[is_within(solutions, max_loss, max_memory) & same]
             picks = fastest(problem, max_loss, max_memory)

@@ -57,12 +57,19 @@ def test_plans_whose_losses_are_not_known_are_told_apart():
 
 
 def test_ties_go_both_ways_and_not_to_oneself():
-    found = ties({p.plan_id: p for p in (proof("a"), proof("b", 10.05), proof("c", 12.0), proof("d", shift=0.1))})
+    found = ties(
+        {
+            p.plan_id: p
+            for p in (proof("a"), proof("b", 10.05), proof("c", 12.0), proof("d", shift=0.1))
+        }
+    )
     assert found == {"a": ["b"], "b": ["a"], "c": [], "d": []}
 
 
 def test_of_tied_plans_one_with_clearly_less_divergence_is_recommended(study_of):
-    original = replace(make_proof("original", ms=20.0), selection_losses=tuple(x - 1 for x in LOSSES))
+    original = replace(
+        make_proof("original", ms=20.0), selection_losses=tuple(x - 1 for x in LOSSES)
+    )
     fast = proof("fast", 10.0, spread=0.02, kl=0.02, noise=0.01)
     exact = proof("exact", 10.2, spread=0.02, kl=0.005, noise=0.01)
     slow = proof("slow", 11.0, spread=0.02, kl=0.001, noise=0.01)
@@ -70,7 +77,11 @@ def test_of_tied_plans_one_with_clearly_less_divergence_is_recommended(study_of)
     study = study_of(original, fast, exact, slow, worse)
     assert study.best().plan_id == "exact"
     rows = {row["plan_id"]: row for row in study.rows()}
-    assert (rows["exact"]["ties"], rows["fast"]["ties"], rows["slow"]["ties"]) == ("fast", "exact", "")
+    assert (rows["exact"]["ties"], rows["fast"]["ties"], rows["slow"]["ties"]) == (
+        "fast",
+        "exact",
+        "",
+    )
 
 
 def test_the_faster_of_tied_plans_stays_where_no_other_diverges_clearly_less(study_of):
@@ -80,7 +91,11 @@ def test_the_faster_of_tied_plans_stays_where_no_other_diverges_clearly_less(stu
 
 
 def test_without_divergence_the_smallest_of_tied_plans_is_recommended(study_of):
-    plans = [proof("large", 10.0, memory=120), proof("small", 10.05, memory=90), proof("slow", 12.0, memory=10)]
+    plans = [
+        proof("large", 10.0, memory=120),
+        proof("small", 10.05, memory=90),
+        proof("slow", 12.0, memory=10),
+    ]
     assert study_of(*plans).best().plan_id == "small"
 
 

@@ -37,7 +37,9 @@ def folder_print():
 
     def take(folder):
         return {
-            str(entry.relative_to(folder)): hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else ""
+            str(entry.relative_to(folder)): hashlib.sha256(entry.read_bytes()).hexdigest()
+            if entry.is_file()
+            else ""
             for entry in sorted(folder.rglob("*"))
         }
 

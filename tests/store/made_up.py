@@ -25,7 +25,14 @@ from autoquant.records import (
     Workload,
 )
 
-DEVICE = Device(type="cpu", name="Test CPU", capability="avx2", threads=2, cache_bytes=2**24, versions={"torch": "2"})
+DEVICE = Device(
+    type="cpu",
+    name="Test CPU",
+    capability="avx2",
+    threads=2,
+    cache_bytes=2**24,
+    versions={"torch": "2"},
+)
 SHAPE = LinearShape(n=64, k=32, bias=True, dtype="bfloat16")
 STUDY = "5tudy001"
 MODEL = "m0del"
@@ -33,9 +40,17 @@ WORKLOAD = Workload.parse("prefill=8,decode=4", 3)
 
 
 def measurement(m=1, kernel="matmul", latency=10.0, **changes):
-    subject = TimingSubject(shape=SHAPE, m=m, format="bfloat16/plain", kernel=kernel, working_set_bytes=2**20)
-    samples = {} if changes.get("outcome", "ok") != "ok" else {"samples_us": (latency, latency + 1, latency + 0.125)}
-    return Measurement(subject=subject, **({"outcome": "ok", "relative_error": 0.001} | samples | changes))
+    subject = TimingSubject(
+        shape=SHAPE, m=m, format="bfloat16/plain", kernel=kernel, working_set_bytes=2**20
+    )
+    samples = (
+        {}
+        if changes.get("outcome", "ok") != "ok"
+        else {"samples_us": (latency, latency + 1, latency + 0.125)}
+    )
+    return Measurement(
+        subject=subject, **({"outcome": "ok", "relative_error": 0.001} | samples | changes)
+    )
 
 
 def recording():
@@ -49,7 +64,11 @@ def recording():
     )
     skipped = Skipped(name="conv", numel=10, share=0.25, reason="not a linear")
     return Recording(
-        sites=(site,), skipped=(skipped,), weights_share=0.5, flops_share={"prefill": 0.75}, parameter_bytes=4096
+        sites=(site,),
+        skipped=(skipped,),
+        weights_share=0.5,
+        flops_share={"prefill": 0.75},
+        parameter_bytes=4096,
     )
 
 
@@ -58,7 +77,10 @@ def plan(plan_id="abcd0001", study_id=STUDY, **changes):
         name="head",
         shape=SHAPE,
         format="int8-row/plain",
-        route=(RouteStep(upper_m=2, kernel="weight-only"), RouteStep(upper_m=None, kernel="int-mm")),
+        route=(
+            RouteStep(upper_m=2, kernel="weight-only"),
+            RouteStep(upper_m=None, kernel="int-mm"),
+        ),
         numerics="int8-row+a8-row",
         latency_us={"prefill": 0.1 + 0.2, "decode": 1 / 3},
         memory_bytes=2048,
@@ -67,7 +89,13 @@ def plan(plan_id="abcd0001", study_id=STUDY, **changes):
         reason="größer ≠ \"better\"; it's\n'so'",
     )
     prediction = Prediction(request_ms=1.5, linear_ms=1.25, loss=1e-17, memory_bytes=2**40 + 1)
-    values = {"label": "front 1", "kind": "front", "model_hash": MODEL, "dtype": "bfloat16", "layers": (layer,)}
+    values = {
+        "label": "front 1",
+        "kind": "front",
+        "model_hash": MODEL,
+        "dtype": "bfloat16",
+        "layers": (layer,),
+    }
     return Plan(plan_id=plan_id, study_id=study_id, prediction=prediction, **(values | changes))
 
 
@@ -104,7 +132,13 @@ def delivery(plan_id="abcd0001", **changes):
 
 def task_score(value=0.5):
     return TaskScore(
-        task="arc", metric="acc", value=value, stderr=0.01, samples=200, limit=200, lm_eval_version="0.4.13"
+        task="arc",
+        metric="acc",
+        value=value,
+        stderr=0.01,
+        samples=200,
+        limit=200,
+        lm_eval_version="0.4.13",
     )
 
 

@@ -9,7 +9,18 @@ from autoquant.errors import PlanError, StoreError
 from autoquant.records import Roofline, TaskScore
 from autoquant.store.rows import workload_from
 
-from .made_up import DEVICE, MODEL, STUDY, WORKLOAD, delivery, fill, measurement, plan, proof, recording
+from .made_up import (
+    DEVICE,
+    MODEL,
+    STUDY,
+    WORKLOAD,
+    delivery,
+    fill,
+    measurement,
+    plan,
+    proof,
+    recording,
+)
 
 
 def test_timings_come_back_as_they_went_in(filled):
@@ -29,7 +40,10 @@ def test_timings_belong_to_their_device_and_protocol(filled):
     filled.put_timings(DEVICE, "1", [measurement(latency=1.0)])
     filled.put_timings(other, "1", [measurement(latency=2.0)])
     filled.put_timings(DEVICE, "2", [measurement(latency=3.0)])
-    found = [next(iter(filled.timings(*key).values())).samples_us[0] for key in ((DEVICE, "1"), (other, "1"))]
+    found = [
+        next(iter(filled.timings(*key).values())).samples_us[0]
+        for key in ((DEVICE, "1"), (other, "1"))
+    ]
     assert found == [1.0, 2.0]
     assert filled.timings(other, "2") == {}
 
@@ -54,7 +68,9 @@ def test_timings_of_an_unknown_device_are_refused(store):
 
 
 def test_a_roofline_comes_back_as_it_went_in_and_belongs_to_its_device(filled):
-    roofline = Roofline(bandwidth_bytes_per_s=1e11 / 3, flops_per_s={"bfloat16": 1e12, "int8": 2e12 / 3})
+    roofline = Roofline(
+        bandwidth_bytes_per_s=1e11 / 3, flops_per_s={"bfloat16": 1e12, "int8": 2e12 / 3}
+    )
     assert filled.roofline(DEVICE) is None
     filled.put_roofline(DEVICE, roofline)
     assert filled.roofline(DEVICE) == roofline
@@ -68,12 +84,23 @@ def test_a_roofline_measured_again_replaces_the_old_one(filled, query):
 
 
 def task_score(**changes):
-    base = {"task": "arc", "metric": "acc", "value": 1 / 3, "stderr": 0.01, "samples": 9, "limit": 9}
+    base = {
+        "task": "arc",
+        "metric": "acc",
+        "value": 1 / 3,
+        "stderr": 0.01,
+        "samples": 9,
+        "limit": 9,
+    }
     return TaskScore(**(base | {"lm_eval_version": "0.4.13"} | changes))
 
 
 def test_task_scores_come_back_as_they_went_in_and_belong_to_their_subject(filled):
-    scores = [task_score(), task_score(metric="acc_norm", stderr=None), task_score(limit=None, samples=None)]
+    scores = [
+        task_score(),
+        task_score(metric="acc_norm", stderr=None),
+        task_score(limit=None, samples=None),
+    ]
     filled.put_task_scores("abcd0001", "bfloat16", scores)
     filled.put_task_scores(MODEL, "bfloat16", [task_score(value=0.5)])
     assert filled.task_scores("abcd0001", "bfloat16") == scores
@@ -90,7 +117,11 @@ def test_a_task_score_measured_again_replaces_the_old_one_of_the_same_limit_and_
 
 
 def test_losses_come_back_as_they_went_in_and_are_kept_once(filled, query):
-    losses = {("a", "int8-row+a16"): 0.0, ("a", "int8-row+a8-row"): 1e-300, ("b", "int8-row+a16"): 1 / 3}
+    losses = {
+        ("a", "int8-row+a16"): 0.0,
+        ("a", "int8-row+a8-row"): 1e-300,
+        ("b", "int8-row+a16"): 1 / 3,
+    }
     filled.put_losses(MODEL, "text", "isolated", losses)
     assert filled.losses(MODEL, "text", "isolated") == losses
     assert filled.losses(MODEL, "another text", "isolated") == {}
@@ -137,7 +168,10 @@ def test_a_failed_proof_keeps_its_reason(filled):
 
 def test_deliveries_come_back_as_they_went_in(filled):
     filled.put_plan(plan())
-    for wanted in (delivery(), delivery(times=None, original_times=None, ratio=None, reason="it cannot be loaded")):
+    for wanted in (
+        delivery(),
+        delivery(times=None, original_times=None, ratio=None, reason="it cannot be loaded"),
+    ):
         filled.put_delivery(wanted)
         assert filled.deliveries(STUDY) == {"abcd0001": wanted}, "the last one counts"
 
@@ -147,7 +181,10 @@ def test_deliveries_belong_to_their_study_and_can_be_forgotten(filled):
     for plan_id, study_id in (("one", STUDY), ("two", STUDY), ("three", "another1")):
         filled.put_plan(plan(plan_id, study_id=study_id))
         filled.put_delivery(delivery(plan_id))
-    assert (set(filled.deliveries(STUDY)), set(filled.deliveries("another1"))) == ({"one", "two"}, {"three"})
+    assert (set(filled.deliveries(STUDY)), set(filled.deliveries("another1"))) == (
+        {"one", "two"},
+        {"three"},
+    )
     filled.forget_deliveries(["one"])
     assert set(filled.deliveries(STUDY)) == {"two"}
 
@@ -170,7 +207,8 @@ def test_a_plan_is_found_by_the_beginning_of_its_id(filled):
 
 
 @pytest.mark.parametrize(
-    ("asked", "what"), [("abcd", "2 plans"), ("", "3 plans"), ("nope", "no plan"), ("%", "no plan"), ("_", "no plan")]
+    ("asked", "what"),
+    [("abcd", "2 plans"), ("", "3 plans"), ("nope", "no plan"), ("%", "no plan"), ("_", "no plan")],
 )
 def test_an_id_that_fits_no_plan_or_several_is_refused(filled, asked, what):
     for plan_id in ("abcd0001", "abcd0002", "efgh0003"):
@@ -180,7 +218,9 @@ def test_an_id_that_fits_no_plan_or_several_is_refused(filled, asked, what):
 
 
 def test_a_study_comes_back_as_it_went_in(filled):
-    filled.update_study(STUDY, recording=recording(), complete=True, spent_s=1.5, recommended="abcd0001")
+    filled.update_study(
+        STUDY, recording=recording(), complete=True, spent_s=1.5, recommended="abcd0001"
+    )
     facts = filled.study(STUDY)
     assert facts.recording == recording()
     assert (facts.device, facts.workload) == (DEVICE, WORKLOAD)
@@ -191,7 +231,12 @@ def test_a_study_comes_back_as_it_went_in(filled):
 def test_a_study_put_again_gets_new_limits_and_keeps_the_rest(filled):
     filled.update_study(STUDY, complete=True, spent_s=2.0)
     filled.put_study(
-        STUDY, model_hash=MODEL, device=DEVICE, identity={}, workload=WORKLOAD, limits={"max_ppl_increase": 0.5}
+        STUDY,
+        model_hash=MODEL,
+        device=DEVICE,
+        identity={},
+        workload=WORKLOAD,
+        limits={"max_ppl_increase": 0.5},
     )
     facts = filled.study(STUDY)
     assert (facts.limits, facts.complete, facts.spent_s) == ({"max_ppl_increase": 0.5}, True, 2.0)

@@ -24,8 +24,14 @@ def facts(path, latency, rows_m=(1,), losses=("a",)):
     store.put_device(OTHER_DEVICE)
     store.put_roofline(DEVICE, Roofline(bandwidth_bytes_per_s=latency, flops_per_s={"int8": 1 / 3}))
     store.put_timings(DEVICE, "1", [measurement(m=m, latency=latency) for m in rows_m])
-    store.put_timings(DEVICE, "1", [measurement(m=m, kernel="other", outcome="failed", reason="no") for m in rows_m])
-    store.put_losses(MODEL, "text", "isolated", {(layer, "int8+a16"): latency / 3 for layer in losses})
+    store.put_timings(
+        DEVICE,
+        "1",
+        [measurement(m=m, kernel="other", outcome="failed", reason="no") for m in rows_m],
+    )
+    store.put_losses(
+        MODEL, "text", "isolated", {(layer, "int8+a16"): latency / 3 for layer in losses}
+    )
     store.put_plan(plan())
     store.put_proof("abcd0001", proof())
     store.put_task_scores(MODEL, "bfloat16", [task_score(latency / 4)])
@@ -36,7 +42,9 @@ def facts(path, latency, rows_m=(1,), losses=("a",)):
 def dump(path, table):
     connection = sqlite3.connect(path)
     try:
-        columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})") if row[1] != "id"]
+        columns = [
+            row[1] for row in connection.execute(f"PRAGMA table_info({table})") if row[1] != "id"
+        ]
         return set(connection.execute(f"SELECT {', '.join(columns)} FROM {table}").fetchall())
     finally:
         connection.close()
@@ -66,7 +74,9 @@ def test_everything_measured_arrives_in_an_empty_database_and_no_study_does(stor
         assert dump(path, table) == set() != dump(other, table)
 
 
-def test_task_scores_of_the_unquantized_model_travel_and_those_of_plans_stay_with_their_study(store, other):
+def test_task_scores_of_the_unquantized_model_travel_and_those_of_plans_stay_with_their_study(
+    store, other
+):
     merge(store, other)
     assert store.task_scores(MODEL, "bfloat16") == [task_score(0.5)]
     assert store.task_scores("abcd0001", "bfloat16") == []
@@ -79,10 +89,15 @@ def test_what_is_there_already_is_kept(path, other):
     assert merged["losses"] == MergedRows(added=1, known=1)
     assert merged["rooflines"] == MergedRows(added=0, known=1)
     times = {
-        subject.m: timing.samples_us[0] for subject, timing in store.timings(DEVICE, "1").items() if timing.samples_us
+        subject.m: timing.samples_us[0]
+        for subject, timing in store.timings(DEVICE, "1").items()
+        if timing.samples_us
     }
     assert times == {1: 1.0, 8: 2.0}
-    assert store.losses(MODEL, "text", "isolated") == {("a", "int8+a16"): 1 / 3, ("b", "int8+a16"): 2 / 3}
+    assert store.losses(MODEL, "text", "isolated") == {
+        ("a", "int8+a16"): 1 / 3,
+        ("b", "int8+a16"): 2 / 3,
+    }
     assert store.roofline(DEVICE).bandwidth_bytes_per_s == 1.0
     assert merged["task scores"] == MergedRows(added=0, known=1)
     assert store.task_scores(MODEL, "bfloat16") == [task_score(0.25)]
@@ -97,7 +112,9 @@ def test_merging_again_adds_nothing(store, other):
     }
 
 
-def test_the_other_database_keeps_every_byte_even_where_it_cannot_be_written(store, other, folder_print):
+def test_the_other_database_keeps_every_byte_even_where_it_cannot_be_written(
+    store, other, folder_print
+):
     other.chmod(0o444)
     before = folder_print(other.parent)
     merge(store, other)
@@ -118,14 +135,21 @@ def test_what_another_process_has_not_yet_written_back_is_read_too(store, other)
 def test_a_merge_that_fails_leaves_nothing(store, path, other):
     with store.engine.begin() as connection:
         connection.execute(
-            text("CREATE TRIGGER full BEFORE INSERT ON loss BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+            text(
+                "CREATE TRIGGER full BEFORE INSERT ON loss BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+            )
         )
     with pytest.raises(StoreError, match="disk full"):
         merge(store, other)
-    assert all(dump(path, table) == set() for table in ("device", "roofline", "timing", "model", "loss", "task_score"))
+    assert all(
+        dump(path, table) == set()
+        for table in ("device", "roofline", "timing", "model", "loss", "task_score")
+    )
 
 
-@pytest.mark.parametrize(("revision", "what"), [("9999", "newer autoquant"), ("0001", "older autoquant")])
+@pytest.mark.parametrize(
+    ("revision", "what"), [("9999", "newer autoquant"), ("0001", "older autoquant")]
+)
 def test_another_schema_is_refused_and_left_alone(store, other, folder_print, revision, what):
     connection = sqlite3.connect(other)
     connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'")

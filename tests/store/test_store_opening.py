@@ -62,8 +62,14 @@ def tables(path):
     """Every table with its rows, read past our own code."""
     connection = sqlite3.connect(path)
     try:
-        names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        return {name: connection.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall() for name in names}
+        names = [
+            row[0]
+            for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        ]
+        return {
+            name: connection.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall()
+            for name in names
+        }
     finally:
         connection.close()
 
@@ -103,14 +109,20 @@ def test_the_migrated_schema_is_that_of_the_models(store):
     from alembic.migration import MigrationContext
 
     with store.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "compare_type": True})
+        context = MigrationContext.configure(
+            connection, opts={"version_table": VERSION_TABLE, "compare_type": True}
+        )
         assert compare_metadata(context, Base.metadata) == []
 
 
 def test_a_database_of_the_first_schema_is_migrated_without_loss(path):
     make_first_schema(path)
     before = tables(path)
-    assert before.pop(VERSION_TABLE) == [("0001",)] and all(before.values()) and "roofline" not in before
+    assert (
+        before.pop(VERSION_TABLE) == [("0001",)]
+        and all(before.values())
+        and "roofline" not in before
+    )
     store = open_store(path, create=False)
     store.put_roofline(DEVICE, Roofline(bandwidth_bytes_per_s=1.0, flops_per_s={}))
     store.close()
@@ -156,7 +168,9 @@ def test_a_missing_database_stays_missing_where_none_is_to_be_made(path):
 
 @pytest.mark.parametrize("journal", ["DELETE", "WAL"])
 @pytest.mark.parametrize("create", [True, False])
-def test_a_database_of_another_program_is_refused_and_left_alone(path, folder_print, journal, create):
+def test_a_database_of_another_program_is_refused_and_left_alone(
+    path, folder_print, journal, create
+):
     make_foreign(path, journal)
     before = folder_print(path.parent)
     assert "another program" in refusal(path, create=create)
@@ -184,7 +198,9 @@ def test_a_database_of_another_program_is_refused_by_url_too(path, folder_print)
     assert folder_print(path.parent) == before
 
 
-@pytest.mark.parametrize("content", [b"not a database, only text\n" * 400, b"\0" * 8192, b"x", b"SQLite format 3\0"])
+@pytest.mark.parametrize(
+    "content", [b"not a database, only text\n" * 400, b"\0" * 8192, b"x", b"SQLite format 3\0"]
+)
 def test_a_file_that_is_no_database_is_refused_and_left_alone(path, folder_print, content):
     path.write_bytes(content)
     before = folder_print(path.parent)

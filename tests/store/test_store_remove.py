@@ -28,14 +28,20 @@ def two_studies(filled):
 
 
 def test_only_the_rows_of_that_study_go(two_studies):
-    assert remove_study(two_studies, STUDY) == RemovedRows(plans=2, proofs=2, deliveries=2, references=1, task_scores=2)
+    assert remove_study(two_studies, STUDY) == RemovedRows(
+        plans=2, proofs=2, deliveries=2, references=1, task_scores=2
+    )
     assert two_studies.studies() == [OTHER]
     assert [kept.plan_id for kept in two_studies.plans(OTHER)] == ["three"]
     assert set(two_studies.proofs(OTHER)) == set(two_studies.deliveries(OTHER)) == {"three"}
     assert two_studies.references(OTHER) == {"losses": {"report": [1.0]}}
     assert two_studies.task_scores("three", "bfloat16") == [task_score()]
     assert two_studies.plans(STUDY) == []
-    assert two_studies.task_scores("one", "bfloat16") == two_studies.task_scores("two", "bfloat16") == []
+    assert (
+        two_studies.task_scores("one", "bfloat16")
+        == two_studies.task_scores("two", "bfloat16")
+        == []
+    )
     assert two_studies.references(STUDY) == {}
 
 
@@ -48,7 +54,11 @@ def test_what_belongs_to_devices_and_models_stays(two_studies):
 
 def test_a_removal_that_fails_removes_nothing(two_studies):
     with two_studies.engine.begin() as connection:
-        connection.execute(text("CREATE TRIGGER kept BEFORE DELETE ON study BEGIN SELECT RAISE(ABORT, 'kept'); END"))
+        connection.execute(
+            text(
+                "CREATE TRIGGER kept BEFORE DELETE ON study BEGIN SELECT RAISE(ABORT, 'kept'); END"
+            )
+        )
     with pytest.raises(StoreError, match="kept"):
         remove_study(two_studies, STUDY)
     assert len(two_studies.plans(STUDY)) == 2

@@ -15,7 +15,9 @@ def optuna_study(store, study_id, trials):
     for number in range(trials):
         study.add_trial(
             optuna.trial.create_trial(
-                params={"x": number / 10}, distributions={"x": optuna.distributions.FloatDistribution(0, 1)}, value=1.0
+                params={"x": number / 10},
+                distributions={"x": optuna.distributions.FloatDistribution(0, 1)},
+                value=1.0,
             )
         )
     storage.engine.dispose()

@@ -29,7 +29,13 @@ def layers(count, formats, seed=0):
             bits = 2 + (index * 6) // formats
             loss = 10 ** draw.uniform(-1, 0) * 4.0**-bits
             layer.append(
-                choice(f"l.{number}", f"f{index}/plain", us * draw.uniform(0.2, 1.1), loss, int(scale * 1000 * bits))
+                choice(
+                    f"l.{number}",
+                    f"f{index}/plain",
+                    us * draw.uniform(0.2, 1.1),
+                    loss,
+                    int(scale * 1000 * bits),
+                )
             )
         made.append(layer)
     return made
@@ -44,7 +50,9 @@ def finished(store):
         store.put_options(STUDY, space.options, space.about())
         store.put_plan(make_plan("a", "uniform a", "uniform", loss=0.01))
         proof = make_proof("a", increase=0.02, high=0.02)
-        store.put_proof("a", replace(proof, selection_kl=Interval(value=0.018, low=0.016, high=0.02)))
+        store.put_proof(
+            "a", replace(proof, selection_kl=Interval(value=0.018, low=0.016, high=0.02))
+        )
         return Study(store, STUDY)
 
     return make
@@ -53,8 +61,13 @@ def finished(store):
 def test_the_plan_is_within_the_limits_as_predicted_and_kept_unproven(finished, store):
     study = finished()
     solved = solve_again(study, Limits(max_ppl_increase=0.02))
-    assert 0 < solved.plan.prediction.loss <= 0.01 * 1.001, "measured are twice the predicted losses"
-    assert (solved.plan.kind, solved.plan.label) == ("solved", "solved: fastest with increase at most 2%")
+    assert 0 < solved.plan.prediction.loss <= 0.01 * 1.001, (
+        "measured are twice the predicted losses"
+    )
+    assert (solved.plan.kind, solved.plan.label) == (
+        "solved",
+        "solved: fastest with increase at most 2%",
+    )
     assert study.plan(solved.plan.plan_id) == solved.plan
     assert not solved.proven and solved.plan.plan_id not in study.proofs()
     assert study.recommended() is None or study.recommended().plan_id != solved.plan.plan_id
@@ -62,7 +75,9 @@ def test_the_plan_is_within_the_limits_as_predicted_and_kept_unproven(finished, 
 
 def test_another_limit_gives_another_plan_and_those_around_are_ordered(finished):
     study = finished()
-    tight, loose = (solve_again(study, Limits(max_ppl_increase=limit), AROUND) for limit in (0.001, 0.01))
+    tight, loose = (
+        solve_again(study, Limits(max_ppl_increase=limit), AROUND) for limit in (0.001, 0.01)
+    )
     assert tight.plan.prediction.loss < loose.plan.prediction.loss
     assert tight.plan.prediction.request_ms > loose.plan.prediction.request_ms
     losses = [plan.prediction.loss for plan in loose.around]
@@ -81,7 +96,10 @@ def test_a_memory_limit_is_kept_and_the_smallest_can_be_asked_for(finished):
     free = solve_again(study, Limits(max_ppl_increase=0.02)).plan
     limit = free.prediction.memory_bytes - 1
     assert (
-        solve_again(study, Limits(max_ppl_increase=0.02, max_memory_bytes=limit)).plan.prediction.memory_bytes <= limit
+        solve_again(
+            study, Limits(max_ppl_increase=0.02, max_memory_bytes=limit)
+        ).plan.prediction.memory_bytes
+        <= limit
     )
     smallest = solve_again(study, Limits(max_ppl_increase=0.02, minimize="memory")).plan
     assert smallest.prediction.memory_bytes <= free.prediction.memory_bytes
@@ -99,15 +117,23 @@ def test_solving_twice_gives_the_same_plan_and_a_known_one_is_said_to_be_proven(
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
-        (Limits(max_memory_bytes=10), ["no plan is as small as 10 bytes", "allow at least that with --max-memory"]),
-        (Limits(max_ppl_increase=0.0, max_memory_bytes=60_000), ["increase at most 0%", "the smallest takes"]),
+        (
+            Limits(max_memory_bytes=10),
+            ["no plan is as small as 10 bytes", "allow at least that with --max-memory"],
+        ),
+        (
+            Limits(max_ppl_increase=0.0, max_memory_bytes=60_000),
+            ["increase at most 0%", "the smallest takes"],
+        ),
     ],
 )
 def test_limits_that_nothing_meets_are_refused_with_what_would_do(finished, limits, words):
     study = finished()
     with pytest.raises(PlanError) as caught:
         solve_again(study, limits)
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(
+        caught.value
+    )
     assert len(study.plans()) == 1, "nothing is kept"
 
 

@@ -18,7 +18,10 @@ def original(**changes):
 
 def test_the_best_plan_is_the_fastest_within_the_limit(study_of):
     study = study_of(
-        original(), make_proof("a", ms=5, increase=0.02), make_proof("b", ms=8, increase=0.004), make_proof("c", ms=12)
+        original(),
+        make_proof("a", ms=5, increase=0.02),
+        make_proof("b", ms=8, increase=0.004),
+        make_proof("c", ms=12),
     )
     assert study.best(0.01).plan_id == "b"
     assert study.best(0.03).plan_id == "a"
@@ -27,7 +30,9 @@ def test_the_best_plan_is_the_fastest_within_the_limit(study_of):
 
 
 def test_the_limit_is_held_against_the_upper_end_of_the_selection_interval(study_of):
-    study = study_of(original(), make_proof("wide", ms=5, increase=0.001, high=0.02), make_proof("sure", ms=8))
+    study = study_of(
+        original(), make_proof("wide", ms=5, increase=0.001, high=0.02), make_proof("sure", ms=8)
+    )
     assert study.best(0.01).plan_id == "sure"
     assert study.best(0.02).plan_id == "wide"
 
@@ -38,11 +43,16 @@ def test_the_report_part_is_not_looked_at(study_of):
 
 
 def test_the_original_is_within_every_limit_of_quality(study_of):
-    assert study_of(original(high=0.5), make_proof("a", ms=5, increase=0.3)).best(0.0).plan_id == "original"
+    assert (
+        study_of(original(high=0.5), make_proof("a", ms=5, increase=0.3)).best(0.0).plan_id
+        == "original"
+    )
 
 
 def test_a_memory_limit_counts_what_was_measured(study_of):
-    study = study_of(original(), make_proof("a", ms=5, memory=150), make_proof("b", ms=8, memory=90))
+    study = study_of(
+        original(), make_proof("a", ms=5, memory=150), make_proof("b", ms=8, memory=90)
+    )
     assert study.best(None, 150).plan_id == "a"
     assert study.best(None, 149).plan_id == "b"
     assert study.best(0.01, 90).plan_id == "b"
@@ -54,9 +64,13 @@ def test_a_limit_of_divergence_is_held_against_the_upper_end_of_its_interval(stu
     from autoquant.records import Interval
 
     def proof(plan_id, ms, kl, high):
-        return replace(make_proof(plan_id, ms=ms), selection_kl=Interval(value=kl, low=0.0, high=high))
+        return replace(
+            make_proof(plan_id, ms=ms), selection_kl=Interval(value=kl, low=0.0, high=high)
+        )
 
-    study = study_of(original(), proof("a", 5, 0.01, 0.03), proof("b", 8, 0.015, 0.02), make_proof("old", ms=4))
+    study = study_of(
+        original(), proof("a", 5, 0.01, 0.03), proof("b", 8, 0.015, 0.02), make_proof("old", ms=4)
+    )
     assert study.best(max_kl=0.03).plan_id == "a"
     assert study.best(max_kl=0.02).plan_id == "b"
     assert study.best(max_kl=0.01).plan_id == "original"
@@ -89,7 +103,9 @@ def test_the_smallest_plan_within_the_limits_can_be_asked_for(study_of):
 
 def test_without_a_plan_within_the_limits_the_error_says_what_there_is(study_of):
     study = study_of(original(), make_proof("a", memory=90))
-    with pytest.raises(PlanError, match=r"no proven plan has at most 89 bytes \(smallest: 90\); allow more"):
+    with pytest.raises(
+        PlanError, match=r"no proven plan has at most 89 bytes \(smallest: 90\); allow more"
+    ):
         study.best(None, 89)
     with pytest.raises(PlanError, match=r"an increase of at most 1\.000% and at most 1 bytes"):
         study.best(0.01, 1)
@@ -108,15 +124,24 @@ def test_errors_are_one_line(study_of):
 
 
 def test_the_recommended_plan_is_the_best_under_the_limits_of_the_search(study_of):
-    study = study_of(original(), make_proof("a", ms=5, increase=0.02), make_proof("b", ms=8, increase=0.004))
+    study = study_of(
+        original(), make_proof("a", ms=5, increase=0.02), make_proof("b", ms=8, increase=0.004)
+    )
     assert study.recommended().plan_id == "b"
 
 
 def test_a_search_for_the_smallest_plan_recommends_it(study_of, store):
-    study = study_of(original(), make_proof("a", ms=5, memory=150), make_proof("b", ms=8, memory=90))
+    study = study_of(
+        original(), make_proof("a", ms=5, memory=150), make_proof("b", ms=8, memory=90)
+    )
     facts = study.facts
     limits = {"max_ppl_increase": 0.01, "max_memory_bytes": None}
-    same = {"model_hash": "m0del", "device": facts.device, "identity": {}, "workload": facts.workload}
+    same = {
+        "model_hash": "m0del",
+        "device": facts.device,
+        "identity": {},
+        "workload": facts.workload,
+    }
     store.put_study(STUDY, limits=limits, **same)
     assert study.recommended().plan_id == "a"
     store.put_study(STUDY, limits=limits | {"minimize": "memory"}, **same)
@@ -138,7 +163,9 @@ def test_nothing_is_recommended_where_nothing_is_within_the_limits(study_of, sto
 
 
 def test_the_front_has_its_columns_and_a_row_for_each_proven_plan_fastest_first(study_of, store):
-    study = study_of(original(), make_proof("b", ms=8, increase=0.004), make_proof("a", ms=5, increase=0.02))
+    study = study_of(
+        original(), make_proof("b", ms=8, increase=0.004), make_proof("a", ms=5, increase=0.02)
+    )
     store.put_plan(make_plan("unproven"))
     store.put_plan(make_plan("failed"))
     store.put_proof("failed", None, "it broke")
@@ -149,7 +176,9 @@ def test_the_front_has_its_columns_and_a_row_for_each_proven_plan_fastest_first(
     assert list(frame["speedup"]) == pytest.approx([4.0, 2.5, 1.0])
     row = study.rows()[1]
     assert (row["perplexity"], row["perplexity_increase"]) == pytest.approx((10.04, 0.004))
-    assert (row["perplexity_increase_low"], row["perplexity_increase_high"]) == pytest.approx((0.003, 0.005))
+    assert (row["perplexity_increase_low"], row["perplexity_increase_high"]) == pytest.approx(
+        (0.003, 0.005)
+    )
 
 
 def test_predictions_are_shown_beside_the_unquantized_model_as_it_was_timed_since(study_of, store):
@@ -168,14 +197,25 @@ def test_an_empty_study_has_an_empty_front(study_of):
 def test_the_front_holds_exactly_the_plans_that_none_beats(study_of):
     draw = random.Random(0)
     proofs = [
-        make_proof(f"p{number}", ms=draw.randint(1, 6), increase=draw.randint(0, 5) / 100, memory=draw.randint(1, 5))
+        make_proof(
+            f"p{number}",
+            ms=draw.randint(1, 6),
+            increase=draw.randint(0, 5) / 100,
+            memory=draw.randint(1, 5),
+        )
         for number in range(40)
     ]
     rows = study_of(*proofs).rows()
-    points = {row["plan_id"]: (row["measured_request_ms"], row["perplexity"], row["memory_bytes"]) for row in rows}
+    points = {
+        row["plan_id"]: (row["measured_request_ms"], row["perplexity"], row["memory_bytes"])
+        for row in rows
+    }
     for row in rows:
         own = points[row["plan_id"]]
-        beaten = any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points.values())
+        beaten = any(
+            other != own and all(a <= b for a, b in zip(other, own, strict=True))
+            for other in points.values()
+        )
         assert row["on_front"] is not beaten
     assert 0 < sum(row["on_front"] for row in rows) < len(rows)
 
@@ -183,7 +223,10 @@ def test_the_front_holds_exactly_the_plans_that_none_beats(study_of):
 def test_without_perplexity_the_front_compares_the_increase(study_of):
     from dataclasses import replace
 
-    proofs = [replace(make_proof("a", ms=5, increase=0.1), perplexity=None), replace(original(), perplexity=None)]
+    proofs = [
+        replace(make_proof("a", ms=5, increase=0.1), perplexity=None),
+        replace(original(), perplexity=None),
+    ]
     worse = replace(make_proof("b", ms=6, increase=0.2), perplexity=None)
     assert {row["plan_id"]: row["on_front"] for row in study_of(*proofs, worse).rows()} == {
         "a": True, "b": False, "original": True,

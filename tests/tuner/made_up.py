@@ -27,9 +27,16 @@ WORKING_SET = 1 << 20
 SHAPE = LinearShape(n=64, k=64, bias=False, dtype="bfloat16")
 WORKLOAD = Workload.parse("prefill=8,decode=4")
 STUDY, MODEL = "5tudy001", "m0del"
-DEVICE = Device(type="cpu", name="Test CPU", capability="avx2", threads=2, cache_bytes=2**24, versions={})
+DEVICE = Device(
+    type="cpu", name="Test CPU", capability="avx2", threads=2, cache_bytes=2**24, versions={}
+)
 CONTEXT = PlanContext(
-    study_id=STUDY, model_hash=MODEL, dtype="bfloat16", workload=WORKLOAD, other_bytes=1000, rest_ms=2.0
+    study_id=STUDY,
+    model_hash=MODEL,
+    dtype="bfloat16",
+    workload=WORKLOAD,
+    other_bytes=1000,
+    rest_ms=2.0,
 )
 
 
@@ -54,20 +61,28 @@ def make_site(name="layer", rows=(8, 1), **changes):
     """A site that is used once in prefill and once in each decode step."""
     phases = ("prefill", "decode")
     uses = tuple(SiteUse(phase=phase, m=m, calls=1) for phase, m in zip(phases, rows, strict=False))
-    return Site(name=name, parameters=(f"{name}.weight",), shape=SHAPE, **({"uses": uses} | changes))
+    return Site(
+        name=name, parameters=(f"{name}.weight",), shape=SHAPE, **({"uses": uses} | changes)
+    )
 
 
 def timings(table):
     """Measurements from {(format, kernel, m): microseconds, or the reason why there are none}."""
     measured = {}
     for (fmt, kernel, m), value in table.items():
-        subject = TimingSubject(shape=SHAPE, m=m, format=fmt, kernel=kernel, working_set_bytes=WORKING_SET)
+        subject = TimingSubject(
+            shape=SHAPE, m=m, format=fmt, kernel=kernel, working_set_bytes=WORKING_SET
+        )
         if isinstance(value, str):
             outcome, _, reason = value.partition(": ")
             # What was measured before it failed must not count: it would be the fastest of all.
-            measured[subject] = Measurement(subject=subject, outcome=outcome, reason=reason, samples_us=(0.001,))
+            measured[subject] = Measurement(
+                subject=subject, outcome=outcome, reason=reason, samples_us=(0.001,)
+            )
         else:
-            measured[subject] = Measurement(subject=subject, outcome="ok", samples_us=(float(value),))
+            measured[subject] = Measurement(
+                subject=subject, outcome="ok", samples_us=(float(value),)
+            )
     return measured
 
 
@@ -76,7 +91,15 @@ def facts(**by_values):
     return {(f"{values}/plain", SHAPE): FormatFacts(*pair) for values, pair in by_values.items()}
 
 
-def choice(name="layer", fmt="bfloat16/plain", us=1000.0, loss=0.0, memory=100, kernel="matmul", numerics=None):
+def choice(
+    name="layer",
+    fmt="bfloat16/plain",
+    us=1000.0,
+    loss=0.0,
+    memory=100,
+    kernel="matmul",
+    numerics=None,
+):
     """A choice that takes `us` microseconds in prefill and nothing in decode."""
     return LayerChoice(
         name=name,
@@ -105,7 +128,9 @@ def make_plan(plan_id, label="front 1", kind="front", loss=0.01, **prediction):
     )
 
 
-def make_proof(plan_id, ms=10.0, original_ms=20.0, increase=0.0, high=None, memory=100, perplexity=None):
+def make_proof(
+    plan_id, ms=10.0, original_ms=20.0, increase=0.0, high=None, memory=100, perplexity=None
+):
     """A proof whose selection interval ends at `high` (the increase itself where left out)."""
     high = increase if high is None else high
     return Proof(
@@ -145,4 +170,6 @@ def fill(store):
     store.put_device(DEVICE)
     store.put_model(MODEL, {"kind": "live", "path": ""})
     limits = {"max_ppl_increase": 0.01, "max_memory_bytes": None}
-    store.put_study(STUDY, model_hash=MODEL, device=DEVICE, identity={}, workload=WORKLOAD, limits=limits)
+    store.put_study(
+        STUDY, model_hash=MODEL, device=DEVICE, identity={}, workload=WORKLOAD, limits=limits
+    )

@@ -14,7 +14,17 @@ from autoquant.records import LinearShape, RouteStep, SiteUse, route_kernel
 from autoquant.solver.planning import request_us
 from autoquant.tuner.choices import ChoiceMaker, format_facts, numerics_of, scored
 
-from .made_up import INT8, ORIGINAL, SHAPE, WORKING_SET, WORKLOAD, facts, make_format, make_site, timings
+from .made_up import (
+    INT8,
+    ORIGINAL,
+    SHAPE,
+    WORKING_SET,
+    WORKLOAD,
+    facts,
+    make_format,
+    make_site,
+    timings,
+)
 
 FACTS = facts(bfloat16=(200, 0.0), int8=(100, 0.01))
 ALWAYS_16 = {("bfloat16/plain", "matmul", 1): 50.0, ("bfloat16/plain", "matmul", 8): 50.0}
@@ -46,7 +56,9 @@ def int8_times(weight_only, integer):
     """Times at m = 1 and 8 of the two kernels."""
     names = (("weight-only", weight_only), ("integer", integer))
     return ALWAYS_16 | {
-        ("int8/plain", kernel, m): us for kernel, pair in names for m, us in zip((1, 8), pair, strict=True)
+        ("int8/plain", kernel, m): us
+        for kernel, pair in names
+        for m, us in zip((1, 8), pair, strict=True)
     }
 
 
@@ -59,7 +71,11 @@ def test_a_route_takes_the_fastest_kernel_for_each_m():
 
 def test_there_is_a_route_without_rounding_and_one_that_rounds_where_it_pays():
     choices = choices_of(int8_times(weight_only=(10.0, 40.0), integer=(20.0, 15.0)))
-    found = {rounds(c): [(s.upper_m, s.kernel) for s in c.route] for c in choices.choices if c.format == "int8/plain"}
+    found = {
+        rounds(c): [(s.upper_m, s.kernel) for s in c.route]
+        for c in choices.choices
+        if c.format == "int8/plain"
+    }
     assert found["int8+a16"] == [(None, "weight-only")]
     assert found["int8+a16 int8+a8-row"] == [(isqrt(8), "weight-only"), (None, "integer")]
 
@@ -72,13 +88,17 @@ def test_rounding_everywhere_is_dropped_where_rounding_only_sometimes_is_faster(
 def test_rounding_is_dropped_where_the_original_is_faster_smaller_and_exact():
     rounding = make_format("rounding/plain", kernel="a8-row")
     table = ALWAYS_16 | {("rounding/plain", "kernel", m): 60.0 for m in (1, 8)}
-    choices = choices_of(table, formats=(rounding,), known=facts(bfloat16=(200, 0.0), rounding=(300, 0.01)))
+    choices = choices_of(
+        table, formats=(rounding,), known=facts(bfloat16=(200, 0.0), rounding=(300, 0.01))
+    )
     assert [c.format for c in choices.choices] == ["bfloat16/plain"]
 
 
 def test_a_kernel_that_is_fastest_everywhere_is_the_whole_route():
     choices = choices_of(int8_times(weight_only=(10.0, 10.0), integer=(20.0, 15.0)))
-    assert only(choices, "int8/plain", "int8+a16").route == (RouteStep(upper_m=None, kernel="weight-only"),)
+    assert only(choices, "int8/plain", "int8+a16").route == (
+        RouteStep(upper_m=None, kernel="weight-only"),
+    )
 
 
 @pytest.mark.parametrize("rows", [(1, 2), (1, 3), (4, 9), (16, 512), (100, 101)])
@@ -87,7 +107,9 @@ def test_kernels_change_at_the_geometric_mean_of_the_measured_m(rows):
     table = {("bfloat16/plain", "matmul", m): 50.0 for m in rows}
     table |= {("int8/plain", "weight-only", few): 1.0, ("int8/plain", "weight-only", many): 9.0}
     table |= {("int8/plain", "integer", few): 9.0, ("int8/plain", "integer", many): 1.0}
-    route = only(choices_of(table, site=make_site(rows=(many, few))), "int8/plain", "int8+a16 int8+a8-row").route
+    route = only(
+        choices_of(table, site=make_site(rows=(many, few))), "int8/plain", "int8+a16 int8+a8-row"
+    ).route
     boundary = route[0].upper_m
     assert len(route) == 2 and few <= boundary < many
     assert boundary == max(few, isqrt(few * many))
@@ -95,12 +117,20 @@ def test_kernels_change_at_the_geometric_mean_of_the_measured_m(rows):
 
 def test_equal_kernels_of_neighbouring_m_are_merged():
     table = {("bfloat16/plain", "matmul", m): 50.0 for m in (1, 4, 16, 64)}
-    table |= {("int8/plain", "weight-only", m): us for m, us in zip((1, 4, 16, 64), (1, 1, 9, 9), strict=True)}
-    table |= {("int8/plain", "integer", m): us for m, us in zip((1, 4, 16, 64), (9, 9, 1, 1), strict=True)}
+    table |= {
+        ("int8/plain", "weight-only", m): us
+        for m, us in zip((1, 4, 16, 64), (1, 1, 9, 9), strict=True)
+    }
+    table |= {
+        ("int8/plain", "integer", m): us for m, us in zip((1, 4, 16, 64), (9, 9, 1, 1), strict=True)
+    }
     uses = tuple(SiteUse(phase="prefill", m=m, calls=1) for m in (64, 1, 16, 4))
     choices = choices_of(table, site=make_site(uses=uses))
     route = only(choices, "int8/plain", "int8+a16 int8+a8-row").route
-    assert route == (RouteStep(upper_m=8, kernel="weight-only"), RouteStep(upper_m=None, kernel="integer"))
+    assert route == (
+        RouteStep(upper_m=8, kernel="weight-only"),
+        RouteStep(upper_m=None, kernel="integer"),
+    )
 
 
 def test_times_count_every_call_of_a_phase():
@@ -112,10 +142,14 @@ def test_times_count_every_call_of_a_phase():
 
 def test_a_request_weighs_phases_by_their_calls():
     choices = choices_of(int8_times((10.0, 40.0), (20.0, 15.0)))
-    assert request_us(only(choices, "int8/plain", "int8+a16 int8+a8-row"), WORKLOAD) == 15.0 + 4 * 10.0
+    assert (
+        request_us(only(choices, "int8/plain", "int8+a16 int8+a8-row"), WORKLOAD) == 15.0 + 4 * 10.0
+    )
 
 
-@pytest.mark.parametrize("outcome", ["failed: it broke", "incorrect: wrong numbers", "unsupported: not here"])
+@pytest.mark.parametrize(
+    "outcome", ["failed: it broke", "incorrect: wrong numbers", "unsupported: not here"]
+)
 def test_a_kernel_that_did_not_work_is_never_used(outcome):
     choices = choices_of(int8_times(weight_only=(10.0, outcome), integer=(outcome, 15.0)))
     routes = [c.route for c in choices.choices if c.format == "int8/plain"]
@@ -123,7 +157,9 @@ def test_a_kernel_that_did_not_work_is_never_used(outcome):
 
 
 def test_a_format_without_a_kernel_for_every_m_is_dropped_with_the_reason():
-    choices = choices_of(int8_times(weight_only=(10.0, "failed: it broke"), integer=(9.0, "failed: it broke")))
+    choices = choices_of(
+        int8_times(weight_only=(10.0, "failed: it broke"), integer=(9.0, "failed: it broke"))
+    )
     assert {c.format for c in choices.choices} == {"bfloat16/plain"}
     assert choices.dropped == {"int8/plain": "it broke"}
 
@@ -133,7 +169,9 @@ def test_a_choice_that_another_beats_in_everything_is_dropped_with_the_reason():
     known = facts(bfloat16=(200, 0.0), slow=(300, 0.01))
     choices = choices_of(table, formats=(make_format("slow/plain", kernel="a16"),), known=known)
     assert [c.format for c in choices.choices] == ["bfloat16/plain"]
-    assert choices.dropped == {"slow/plain": "bfloat16/plain is at least as fast, as small and as exact"}
+    assert choices.dropped == {
+        "slow/plain": "bfloat16/plain is at least as fast, as small and as exact"
+    }
 
 
 @pytest.mark.parametrize("better", ["time", "memory", "exactness"])
@@ -143,7 +181,9 @@ def test_a_choice_that_is_better_in_one_thing_is_kept(better):
     table = int8_times(weight_only=(10.0, 10.0), integer=(90.0, 90.0))
     us = 11.0 if better == "time" else 9.0
     table |= {("good/plain", "kernel", m): us for m in (1, 8)}
-    known = FACTS | facts(good=(103 if better == "memory" else 99, 0.02 if better == "exactness" else 0.005))
+    known = FACTS | facts(
+        good=(103 if better == "memory" else 99, 0.02 if better == "exactness" else 0.005)
+    )
     choices = choices_of(table, formats=(INT8, good), known=known)
     assert {c.format for c in choices.choices} == {"bfloat16/plain", "int8/plain", "good/plain"}
 
@@ -159,7 +199,9 @@ def test_a_choice_that_is_smaller_by_less_than_its_scales_is_dropped():
 
 
 def test_of_two_choices_that_differ_in_size_alone_the_smaller_is_kept():
-    table = ALWAYS_16 | {(name, "kernel", m): 5.0 for name in ("larger/plain", "smaller/plain") for m in (1, 8)}
+    table = ALWAYS_16 | {
+        (name, "kernel", m): 5.0 for name in ("larger/plain", "smaller/plain") for m in (1, 8)
+    }
     formats = [make_format(f"{name}/plain", kernel="a16") for name in ("larger", "smaller")]
     known = facts(bfloat16=(400, 0.0), larger=(201, 0.01), smaller=(200, 0.01))
     choices = choices_of(table, formats=formats, known=known)
@@ -196,14 +238,20 @@ def test_whatever_is_dropped_is_beaten_by_something_that_is_kept():
     formats = [make_format(f"{name}/plain", kernel="a16") for name in names]
     for seed in range(40):
         draw = random.Random(seed)
-        table = ALWAYS_16 | {(f"{name}/plain", "kernel", m): draw.randint(1, 6) * 10 for name in names for m in (1, 8)}
+        table = ALWAYS_16 | {
+            (f"{name}/plain", "kernel", m): draw.randint(1, 6) * 10
+            for name in names
+            for m in (1, 8)
+        }
         known = facts(
-            bfloat16=(200, 0.0), **{name: (draw.randint(1, 4) * 50, draw.randint(1, 4) / 100) for name in names}
+            bfloat16=(200, 0.0),
+            **{name: (draw.randint(1, 4) * 50, draw.randint(1, 4) / 100) for name in names},
         )
         choices = choices_of(table, formats=formats, known=known)
         kept = {c.format: c for c in choices.choices}
         points = {
-            name: (request_us(c, WORKLOAD), c.memory_bytes, known[name, SHAPE].weight_error) for name, c in kept.items()
+            name: (request_us(c, WORKLOAD), c.memory_bytes, known[name, SHAPE].weight_error)
+            for name, c in kept.items()
         }
         for name in names:
             fmt = f"{name}/plain"
@@ -211,22 +259,36 @@ def test_whatever_is_dropped_is_beaten_by_something_that_is_kept():
                 continue
             times = sum(calls * table[fmt, "kernel", m] for m, calls in ((8, 1), (1, 4)))
             own = (times, known[fmt, SHAPE].memory_bytes, known[fmt, SHAPE].weight_error)
-            assert any(all(a <= b for a, b in zip(point, own, strict=True)) for point in points.values()), seed
+            assert any(
+                all(a <= b for a, b in zip(point, own, strict=True)) for point in points.values()
+            ), seed
             assert fmt in choices.dropped
 
 
 def test_quantizing_a_weight_that_stays_beside_it_costs_both():
     tied = make_site(kept=("embedding.weight",))
-    free = {c.format: c.memory_bytes for c in choices_of(int8_times((10.0, 10.0), (90.0, 90.0))).choices}
-    kept = {c.format: c.memory_bytes for c in choices_of(int8_times((10.0, 10.0), (90.0, 90.0)), site=tied).choices}
+    free = {
+        c.format: c.memory_bytes for c in choices_of(int8_times((10.0, 10.0), (90.0, 90.0))).choices
+    }
+    kept = {
+        c.format: c.memory_bytes
+        for c in choices_of(int8_times((10.0, 10.0), (90.0, 90.0)), site=tied).choices
+    }
     assert free == {"bfloat16/plain": 200, "int8/plain": 100}
     assert kept == {"bfloat16/plain": 200, "int8/plain": 300}
 
 
 def test_scores_fill_in_the_worst_numerics_of_a_route():
     choices = choices_of(int8_times((10.0, 40.0), (20.0, 15.0)))
-    losses = {("layer", "bfloat16+a16"): 0.0, ("layer", "int8+a16"): 0.3, ("layer", "int8+a8-row"): 0.2}
-    filled = {tuple(step.kernel for step in c.route): (c.numerics, c.loss) for c in scored(choices, losses).choices}
+    losses = {
+        ("layer", "bfloat16+a16"): 0.0,
+        ("layer", "int8+a16"): 0.3,
+        ("layer", "int8+a8-row"): 0.2,
+    }
+    filled = {
+        tuple(step.kernel for step in c.route): (c.numerics, c.loss)
+        for c in scored(choices, losses).choices
+    }
     assert filled["matmul",] == ("bfloat16+a16", 0.0)
     assert filled["weight-only",] == ("int8+a16", 0.3)
     assert filled["weight-only", "integer"] == ("int8+a16", 0.3)
@@ -234,14 +296,20 @@ def test_scores_fill_in_the_worst_numerics_of_a_route():
 
 def test_a_choice_without_a_score_is_left_out():
     choices = choices_of(int8_times((10.0, 40.0), (20.0, 15.0)))
-    losses = {("layer", "bfloat16+a16"): 0.0, ("layer", "int8+a16"): 0.3, ("another", "int8+a8-row"): 0.2}
+    losses = {
+        ("layer", "bfloat16+a16"): 0.0,
+        ("layer", "int8+a16"): 0.3,
+        ("another", "int8+a8-row"): 0.2,
+    }
     assert {c.numerics for c in scored(choices, losses).choices} == {"bfloat16+a16", "int8+a16"}
 
 
 def test_facts_are_those_of_the_real_formats():
     formats = [get_format(name) for name in ("bfloat16/plain", "int8-row/plain", "float32/plain")]
     found = format_facts(formats, [SHAPE], "cpu")
-    assert set(found) == {("bfloat16/plain", SHAPE), ("int8-row/plain", SHAPE)}, "float32 is wider than the weight"
+    assert set(found) == {("bfloat16/plain", SHAPE), ("int8-row/plain", SHAPE)}, (
+        "float32 is wider than the weight"
+    )
     assert found["bfloat16/plain", SHAPE].memory_bytes == 64 * 64 * 2
     assert found["bfloat16/plain", SHAPE].weight_error == 0.0
     assert 64 * 64 <= found["int8-row/plain", SHAPE].memory_bytes < 64 * 64 * 1.1

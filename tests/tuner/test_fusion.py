@@ -28,7 +28,11 @@ def sites():
     shapes = {Q: 64, K: 32, OTHER: 128}
     siblings = {Q: (Q, K), K: (Q, K), OTHER: (OTHER,)}
     return [
-        replace(make_site(name), shape=LinearShape(n=n, k=64, bias=False, dtype="bfloat16"), siblings=siblings[name])
+        replace(
+            make_site(name),
+            shape=LinearShape(n=n, k=64, bias=False, dtype="bfloat16"),
+            siblings=siblings[name],
+        )
         for name, n in shapes.items()
     ]
 
@@ -65,7 +69,11 @@ def fusion(weight_only_us=10.0, integer_us=99.0):
 
 def test_siblings_are_timed_at_the_shape_of_all_of_them():
     [(names, site)] = sibling_sites(sites())
-    assert names == (Q, K) and (site.shape.n, site.shape.k) == (96, 64) and site.uses == sites()[0].uses
+    assert (
+        names == (Q, K)
+        and (site.shape.n, site.shape.k) == (96, 64)
+        and site.uses == sites()[0].uses
+    )
     subjects = fusion_subjects(sites(), CANDIDATES, WORKING_SET)
     assert {(subject.shape.n, subject.m) for subject in subjects} == {(96, 8), (96, 1)}
     assert isinstance(subjects[0], TimingSubject) and len(subjects) == 4
@@ -91,10 +99,14 @@ def test_siblings_of_one_format_are_joined_where_that_is_faster():
     q, k, other = sites()
     joined = scored_fusion(9.0).join([choice(q, 6.0), choice(k, 4.0), choice(other, 7.0)])
     assert [layer.joined for layer in joined] == [(Q, K), (Q, K), ()]
-    assert joined[0].latency_us == {"prefill": 6.0, "decode": 6.0} and joined[1].latency_us["decode"] == pytest.approx(
-        3.0
+    assert joined[0].latency_us == {"prefill": 6.0, "decode": 6.0} and joined[1].latency_us[
+        "decode"
+    ] == pytest.approx(3.0)
+    assert (
+        joined[0].loss == 0.25
+        and joined[0].memory_bytes == 64 * 64
+        and joined[2] == choice(other, 7.0)
     )
-    assert joined[0].loss == 0.25 and joined[0].memory_bytes == 64 * 64 and joined[2] == choice(other, 7.0)
 
 
 @pytest.mark.parametrize("reason", ["slower", "another format", "less exact"])
@@ -106,7 +118,10 @@ def test_siblings_are_left_alone_where(reason):
     elif reason == "another format":
         second = choice(k, 4.0, fmt="bfloat16/plain", numerics="bfloat16+a16", kernels=("matmul",))
     else:
-        us = (99.0, 1.0)  # only the kernel that rounds activations is faster, which neither does now
+        us = (
+            99.0,
+            1.0,
+        )  # only the kernel that rounds activations is faster, which neither does now
     layers = [first, second, choice(other, 7.0)]
     assert scored_fusion(*us).join(layers) == layers
 
@@ -147,20 +162,30 @@ def unquantized(site, us=5.0):
 def offered(whole, memory=64 * 64):
     """Options of all sites: q is fastest unquantized, k by int8; both as one by int8 where they are members."""
     q, k, other = sites()
-    alone = {Q: [unquantized(q), choice(q, 6.0)], K: [unquantized(k), choice(k, 4.0)], OTHER: [unquantized(other)]}
+    alone = {
+        Q: [unquantized(q), choice(q, 6.0)],
+        K: [unquantized(k), choice(k, 4.0)],
+        OTHER: [unquantized(other)],
+    }
     facts = {("int8-row/plain", site.shape): FormatFacts(memory, 0.01) for site in (q, k)}
-    return whole.offered([SiteChoices(site, tuple(alone[site.name]), {}) for site in sites()], facts)
+    return whole.offered(
+        [SiteChoices(site, tuple(alone[site.name]), {}) for site in sites()], facts
+    )
 
 
 def with_losses(choices, missing=()):
-    losses = {(site.name, key): 0.25 for site in sites() for key in ("int8-row+a16", "int8-row+a8-row")}
+    losses = {
+        (site.name, key): 0.25 for site in sites() for key in ("int8-row+a16", "int8-row+a8-row")
+    }
     losses |= {(site.name, "bfloat16+a16"): 0.0 for site in sites()}
     known = {key: loss for key, loss in losses.items() if key not in missing}
     return complete([scored(one, known).choices for one in choices])
 
 
 def fastest_plan(options):
-    return front_plans(SearchSpace(options, CONTEXT), count=1, max_loss=None, max_memory_bytes=None)[0]
+    return front_plans(
+        SearchSpace(options, CONTEXT), count=1, max_loss=None, max_memory_bytes=None
+    )[0]
 
 
 def test_members_that_would_get_different_formats_alone_are_one_where_that_is_faster_than_both():
@@ -182,7 +207,10 @@ def test_members_that_would_get_different_formats_alone_are_one_where_that_is_fa
 
 def test_what_is_offered_as_one_names_all_numerics_so_that_each_member_is_scored_for_it():
     both = [one for one in offered(fusion(8.5, 1.0))[0].choices if one.joined]
-    assert {str(key) for one in both for key in numerics_of(one)} == {"int8-row+a16", "int8-row+a8-row"}
+    assert {str(key) for one in both for key in numerics_of(one)} == {
+        "int8-row+a16",
+        "int8-row+a8-row",
+    }
     assert {one.memory_bytes for one in both} == {64 * 64}
 
 
@@ -209,7 +237,9 @@ def test_uniform_plans_join_what_they_chose_layer_by_layer():
 
 def test_the_reason_of_a_choice_says_where_another_one_is_as_one_with_others():
     options = with_losses(offered(fusion(7.0)))
-    exact = front_plans(SearchSpace(options, CONTEXT), count=1, max_loss=0.0, max_memory_bytes=None)[0]
+    exact = front_plans(
+        SearchSpace(options, CONTEXT), count=1, max_loss=0.0, max_memory_bytes=None
+    )[0]
     assert "faster int8-row/plain as one with others would take" in exact.layers[0].reason
 
 
@@ -229,7 +259,10 @@ def test_a_plan_is_another_one_when_its_layers_are_joined_and_is_predicted_so():
     assert together.plan_id != alone.plan_id
     saved_ms = alone.prediction.request_ms - together.prediction.request_ms
     assert saved_ms == pytest.approx((1 + 4) * 1.0 / 1e3)
-    assert make_plan(layers, "plan", "front", replace(CONTEXT, fusion=fusion(99.0))).plan_id == alone.plan_id
+    assert (
+        make_plan(layers, "plan", "front", replace(CONTEXT, fusion=fusion(99.0))).plan_id
+        == alone.plan_id
+    )
 
 
 def test_a_joined_layer_comes_back_from_json():

@@ -33,13 +33,21 @@ def timed(monkeypatch):
         for candidate in candidates:
             fmt, kernel = candidate.format, candidate.kernel
             subject = measure.TimingSubject(
-                shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=arena.bytes.numel()
+                shape=shape,
+                m=m,
+                format=fmt.id,
+                kernel=kernel.id,
+                working_set_bytes=arena.bytes.numel(),
             )
             if kernel.id == "int-mm" and m == 1:
-                measurements.append(Measurement(subject=subject, outcome="bounded", reason="cannot win"))
+                measurements.append(
+                    Measurement(subject=subject, outcome="bounded", reason="cannot win")
+                )
                 continue
             samples = (float(m), float(m), m + 1.0, m + 2.0)
-            measurements.append(Measurement(subject=subject, outcome="ok", samples_us=samples, relative_error=0.001))
+            measurements.append(
+                Measurement(subject=subject, outcome="ok", samples_us=samples, relative_error=0.001)
+            )
         return measurements
 
     monkeypatch.setattr(measure, "compare", compare)
@@ -54,7 +62,13 @@ def profile(tmp_path):
         asked = dict.fromkeys(("model", "shapes", "model_factory", "tokenizer"))
         asked |= {"device": "cpu", "dtype": "auto", "trust_pickle": False}
         asked |= {name: options.pop(name) for name in LINEARS if name in options}
-        defaults = {"candidates": INT8, "db": tmp_path / "timings.db", "rows": None, "workload": None, "batch": 1}
+        defaults = {
+            "candidates": INT8,
+            "db": tmp_path / "timings.db",
+            "rows": None,
+            "workload": None,
+            "batch": 1,
+        }
         if "workload" in options:
             options["workload"] = Workload.parse(options["workload"], options.get("batch", 1))
         return time_linears(ProfileRequest(linears=asked_linears(**asked), **(defaults | options)))
@@ -63,12 +77,17 @@ def profile(tmp_path):
 
 
 def perceptron():
-    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)
+    )
 
 
 def test_every_shape_is_timed_at_every_m_and_the_unquantized_weight_too(profile):
     latencies = profile(shapes=["64x32 q", "32x64+bias"], rows=(1, 4))
-    seen = [(row["n"], row["k"], row["bias"], row["m"], f"{row['format']}/{row['kernel']}") for row in latencies.rows]
+    seen = [
+        (row["n"], row["k"], row["bias"], row["m"], f"{row['format']}/{row['kernel']}")
+        for row in latencies.rows
+    ]
     assert seen == [
         (n, k, bias, m, candidate)
         for n, k, bias in ((64, 32, False), (32, 64, True))
@@ -83,12 +102,24 @@ def test_a_row_says_what_was_measured_and_the_least_that_it_could_be(profile):
     (shape,) = latencies.shapes()
     by_key = {(row["m"], row["kernel"]): row for row in latencies.rows}
     original, packed = by_key[4, "matmul"], by_key[4, "int8pack-mm"]
-    assert (original["latency_us"], original["spread_us"], original["relative_error"]) == (4.5, 2.0, 0.001)
-    assert original["floor_us"] == pytest.approx(floor_us(ROOFLINE, shape, 4, 64 * 32 * 2, "bfloat16"))
-    assert packed["floor_us"] == pytest.approx(floor_us(ROOFLINE, shape, 4, 64 * 32 + 64 * 2, "bfloat16"))
+    assert (original["latency_us"], original["spread_us"], original["relative_error"]) == (
+        4.5,
+        2.0,
+        0.001,
+    )
+    assert original["floor_us"] == pytest.approx(
+        floor_us(ROOFLINE, shape, 4, 64 * 32 * 2, "bfloat16")
+    )
+    assert packed["floor_us"] == pytest.approx(
+        floor_us(ROOFLINE, shape, 4, 64 * 32 + 64 * 2, "bfloat16")
+    )
     assert (packed["numerics"], by_key[4, "int-mm"]["numerics"]) == ("a16", "a8-row")
     bounded = by_key[1, "int-mm"]
-    assert (bounded["outcome"], bounded["latency_us"], bounded["reason"]) == ("bounded", None, "cannot win")
+    assert (bounded["outcome"], bounded["latency_us"], bounded["reason"]) == (
+        "bounded",
+        None,
+        "cannot win",
+    )
 
 
 def test_the_floor_of_a_large_weight_is_that_of_all_its_rows(profile):
@@ -123,7 +154,9 @@ def test_a_second_call_times_nothing(profile, timed):
     assert again.rows[:6] == first.rows
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("auto", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("auto", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")]
+)
 def test_shapes_have_the_dtype_asked_for(profile, dtype, stored):
     rows = profile(shapes=["64x32"], rows=(4,), dtype=dtype, candidates=("int8*",)).rows
     assert {row["dtype"] for row in rows} == {stored}
@@ -133,7 +166,10 @@ def test_shapes_have_the_dtype_asked_for(profile, dtype, stored):
 def test_a_model_is_timed_at_the_rows_that_it_really_gives_its_layers(profile, timed):
     module = perceptron()
     latencies = profile(model=module, sample_inputs=(torch.randn(3, 5, 32),))
-    assert [(shape, m) for shape, m, _ in timed] == [("64x32+bias:float32", 15), ("64x64+bias:float32", 15)]
+    assert [(shape, m) for shape, m, _ in timed] == [
+        ("64x32+bias:float32", 15),
+        ("64x64+bias:float32", 15),
+    ]
     assert list(latencies.names.values()) == [("0",), ("2", "4")]
     assert latencies.source == "Sequential"
 
@@ -146,13 +182,20 @@ def test_rows_override_those_of_a_models_workload(profile, timed):
 def test_a_models_weights_are_as_cold_as_a_search_has_them(profile, timed):
     module = perceptron()
     profile(model=module, sample_inputs=(torch.randn(3, 32),))
-    shapes = [measure.LinearShape(n=n, k=k, bias=True, dtype="float32") for n, k in ((64, 32), (64, 64), (64, 64))]
+    shapes = [
+        measure.LinearShape(n=n, k=k, bias=True, dtype="float32")
+        for n, k in ((64, 32), (64, 64), (64, 64))
+    ]
     assert timed[0][2] == measure.working_set_bytes(shapes, backend("cpu").fingerprint(), 4)
 
 
 def test_the_public_function_gives_a_data_frame(tmp_path):
     frame = autoquant.profile(
-        shapes=["64x32"], rows=[1, 4], device="cpu", candidates=INT8, db=str(tmp_path / "timings.db")
+        shapes=["64x32"],
+        rows=[1, 4],
+        device="cpu",
+        candidates=INT8,
+        db=str(tmp_path / "timings.db"),
     )
     assert tuple(frame.columns) == COLUMNS
     assert len(frame) == 6
@@ -172,7 +215,9 @@ def test_the_public_function_gives_a_data_frame(tmp_path):
         ({"shapes": ["8x8"], "workload": "decode"}, "prefill=TOKENS"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused_and_leave_no_database(profile, tmp_path, options, says):
+def test_requests_that_make_no_sense_are_refused_and_leave_no_database(
+    profile, tmp_path, options, says
+):
     with pytest.raises(WorkloadError, match=says):
         profile(**options)
     assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,9 @@ ROOFLINE = Roofline(bandwidth_bytes_per_s=1e9, flops_per_s={})
 
 
 def subject(m=2, kernel="right", working_set=1 << 14):
-    return TimingSubject(shape=SHAPE, m=m, format="own/plain", kernel=kernel, working_set_bytes=working_set)
+    return TimingSubject(
+        shape=SHAPE, m=m, format="own/plain", kernel=kernel, working_set_bytes=working_set
+    )
 
 
 FOUR = [subject(m, kernel) for m in (2, 5) for kernel in ("right", "wrong")]
@@ -58,7 +60,9 @@ class Runner:
 
 def measurement(of):
     if of.kernel == "wrong":
-        return Measurement(subject=of, outcome="incorrect", reason="relative error 3", relative_error=3.0)
+        return Measurement(
+            subject=of, outcome="incorrect", reason="relative error 3", relative_error=3.0
+        )
     return Measurement(subject=of, outcome="ok", samples_us=(1.0, 2.0), relative_error=0.0)
 
 
@@ -77,7 +81,9 @@ def rows(store):
 def stage(store, subjects=FOUR, *, runner=None, device=DEVICE, events=None):
     store.put_device(device)
     listener = (events if events is not None else []).append
-    return measure_all(subjects, runner=runner or Runner(), hardware=device, store=store, listener=listener)
+    return measure_all(
+        subjects, runner=runner or Runner(), hardware=device, store=store, listener=listener
+    )
 
 
 def test_only_what_is_missing_is_measured(store):
@@ -145,7 +151,10 @@ def test_what_is_finished_is_kept_when_the_stage_is_stopped(store):
 def test_a_candidate_that_ends_its_process_has_failed_and_the_rest_goes_on(store):
     deadly = subject(5, "right")
     result = stage(store, runner=Runner([deadly]))
-    assert {s.kernel: m.outcome for s, m in result.items() if s.m == 5} == {"right": "failed", "wrong": "incorrect"}
+    assert {s.kernel: m.outcome for s, m in result.items() if s.m == 5} == {
+        "right": "failed",
+        "wrong": "incorrect",
+    }
     assert result[deadly].reason == "SIGSEGV" and rows(store) == 4
 
 
@@ -164,7 +173,9 @@ def test_the_stage_ends_with_what_came_from_the_store(store):
     stage(store, events=events)
     (notice,) = [event for event in events if isinstance(event, Notice)]
     assert notice.text.startswith("own/plain/wrong is incorrect in 2 cases (m=2, m=5)")
-    assert events[-1] == StageFinished("profile", "4 timings (2 ok, 2 incorrect), 4 measured now, 0 from the store")
+    assert events[-1] == StageFinished(
+        "profile", "4 timings (2 ok, 2 incorrect), 4 measured now, 0 from the store"
+    )
     events.clear()
     stage(store, events=events)
     assert events == [
@@ -176,4 +187,6 @@ def test_the_stage_ends_with_what_came_from_the_store(store):
 
 def test_the_protocol_of_the_timings_is_noted(store):
     stage(store, FOUR[:1])
-    assert list(store.timings(DEVICE, PROTOCOL)) == FOUR[:1] and store.timings(DEVICE, "another") == {}
+    assert (
+        list(store.timings(DEVICE, PROTOCOL)) == FOUR[:1] and store.timings(DEVICE, "another") == {}
+    )

@@ -28,7 +28,11 @@ def format_that_tells(calls):
         id="spy-any/plain",
         quantize=lambda w: w.clone(),
         dequantize=lambda s: s,
-        kernels=(kernel("few", A16, unsupported=few_only), kernel("any", A16), kernel("rounding", A8_ROW)),
+        kernels=(
+            kernel("few", A16, unsupported=few_only),
+            kernel("any", A16),
+            kernel("rounding", A8_ROW),
+        ),
     )
 
 
@@ -63,7 +67,10 @@ def kernels_used(monkeypatch, numerics, *steps):
     fmt = format_that_tells(calls)
     monkeypatch.setitem(registry._registered, fmt.id, fmt)
     monkeypatch.setattr(routed, "_KERNEL_FUNCTIONS", {})
-    plan, module = plan_of(numerics, *steps), nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
+    plan, module = (
+        plan_of(numerics, *steps),
+        nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False),
+    )
     apply(plan, module)
     with worst_numerics(module, plan):
         for rows in (1, 32):
@@ -75,14 +82,19 @@ def kernels_used(monkeypatch, numerics, *steps):
     return measured, calls
 
 
-def test_a_window_is_computed_where_the_kernel_that_stands_for_the_loss_takes_few_rows_only(monkeypatch):
+def test_a_window_is_computed_where_the_kernel_that_stands_for_the_loss_takes_few_rows_only(
+    monkeypatch,
+):
     measured, after = kernels_used(monkeypatch, A16, (None, "few"))
     assert measured == after == [("few", 1), ("any", 32)]
 
 
 def test_the_worst_numerics_of_a_route_are_used_for_any_rows(monkeypatch):
     measured, after = kernels_used(monkeypatch, A8_ROW, (4, "few"), (None, "rounding"))
-    assert measured == [("rounding", 1), ("rounding", 32)] and after == [("few", 1), ("rounding", 32)]
+    assert measured == [("rounding", 1), ("rounding", 32)] and after == [
+        ("few", 1),
+        ("rounding", 32),
+    ]
 
 
 def test_exact_numerics_that_score_worse_are_used_for_windows_too(monkeypatch):

@@ -48,7 +48,9 @@ def request_of(tmp_path):
 
 def settled_by(request):
     loaded = load_request(request.model)
-    return SettledRequest.of(request, loaded, make_judge(request.asked, loaded, request.candidates, request.seed, print))
+    return SettledRequest.of(
+        request, loaded, make_judge(request.asked, loaded, request.candidates, request.seed, print)
+    )
 
 
 def test_what_the_user_left_open_suits_the_model(request_of):
@@ -83,12 +85,20 @@ def test_limits_and_time_are_no_part_of_the_identity_and_constraints_are(request
     settled = settled_by(request_of())
     others = {"limits": Limits(), "time_budget_s": 9.0, "db": "other.db"}
     assert replace(settled, request=replace(settled.request, **others)).study_id == settled.study_id
-    for changed in ({"fuse": True}, {"constraints": Constraints.parse(("0",), (), None)}, {"seed": 4}):
+    for changed in (
+        {"fuse": True},
+        {"constraints": Constraints.parse(("0",), (), None)},
+        {"seed": 4},
+    ):
         other = replace(settled, request=replace(settled.request, **changed))
-        assert other.study_id != settled.study_id and set(settled.identity()) <= set(other.identity())
+        assert other.study_id != settled.study_id and set(settled.identity()) <= set(
+            other.identity()
+        )
 
 
-def test_a_request_that_contradicts_itself_is_refused_before_the_model_is_loaded(request_of, tmp_path):
+def test_a_request_that_contradicts_itself_is_refused_before_the_model_is_loaded(
+    request_of, tmp_path
+):
     with pytest.raises(QualityError, match="needs a text"):
         request_of(sensitivity="path")
     with pytest.raises(AutoquantError, match="folder"):

@@ -37,7 +37,8 @@ def few_passes(monkeypatch):
 def bench():
     generator = torch.Generator().manual_seed(5)
     windows = {
-        part: torch.randint(0, 64, (2, 20), generator=generator) for part in ("calibration", "selection", "report")
+        part: torch.randint(0, 64, (2, 20), generator=generator)
+        for part in ("calibration", "selection", "report")
     }
     loaded = from_module(tiny_llama().requires_grad_(False))
     return Bench(
@@ -69,7 +70,11 @@ def choices(bench):
     sites = record(bench.loaded.module, phases).sites
     made = []
     for number, site in enumerate(sites):
-        all_three = [choice(site, ORIGINAL, "matmul"), choice(site, INT8, "int-mm"), choice(site, INT8, "int8pack-mm")]
+        all_three = [
+            choice(site, ORIGINAL, "matmul"),
+            choice(site, INT8, "int-mm"),
+            choice(site, INT8, "int8pack-mm"),
+        ]
         made.append(SiteChoices(site, tuple(all_three if number else all_three[:2]), {}))
     return made
 
@@ -112,9 +117,13 @@ def test_isolated_losses_are_measured_for_what_choices_use(run, choices):
 
 
 @pytest.mark.parametrize("method", ["fisher", "path"])
-def test_the_others_score_a_numerics_in_every_layer_whatever_timings_left_over(run, choices, method):
+def test_the_others_score_a_numerics_in_every_layer_whatever_timings_left_over(
+    run, choices, method
+):
     scores, events = run(method)
-    assert set(scores.losses) == {(of.site.name, key) for of in choices for key in (A16, A8, "bfloat16+a16")}
+    assert set(scores.losses) == {
+        (of.site.name, key) for of in choices for key in (A16, A8, "bfloat16+a16")
+    }
     assert scores.loss_map.curvature != 0
     assert events[0] == StageStarted("score", 3)
     assert [event.done for event in events if isinstance(event, StageProgress)] == [1, 2, 3]
@@ -133,7 +142,10 @@ def test_what_is_known_is_not_scored_again_and_predicts_the_same(run, method, mo
 
 def test_losses_of_different_methods_never_mix(run, store):
     found = {method: run(method)[0].losses for method in SENSITIVITIES}
-    kept = {method.version: store.losses("m0del", "text", method.version) for method in SENSITIVITIES.values()}
+    kept = {
+        method.version: store.losses("m0del", "text", method.version)
+        for method in SENSITIVITIES.values()
+    }
     assert len(kept) == 3 and all(kept.values())
     for method, losses in found.items():
         version = SENSITIVITIES[method].version
@@ -146,7 +158,9 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(run, store):
     whole, _ = run("path")
     store.engine.dispose()
     with store.engine.begin() as connection:
-        connection.exec_driver_sql(f"DELETE FROM loss WHERE numerics = '{A8}' AND layer LIKE '%layers.1%'")
+        connection.exec_driver_sql(
+            f"DELETE FROM loss WHERE numerics = '{A8}' AND layer LIKE '%layers.1%'"
+        )
         connection.exec_driver_sql(f"DELETE FROM loss WHERE numerics = '{A8}' AND layer = '*'")
     again, events = run("path")
     assert again.losses == pytest.approx(whole.losses)

@@ -62,7 +62,9 @@ def test_a_plan_that_fails_is_kept_with_its_reason_and_the_search_goes_on(store)
     ledger, _ = prove_all(store, FakeRunner(prove=broken_for(INT4)), events=events)
     (reason,) = store.failed_proofs(STUDY).values()
     assert reason == "RuntimeError: out of luck"
-    assert len(ledger.proofs) >= 5 and INT4 not in {plan.label for plan, _ in ledger.proven().values()}
+    assert len(ledger.proofs) >= 5 and INT4 not in {
+        plan.label for plan, _ in ledger.proven().values()
+    }
     assert events[-1] == StageFinished("prove", f"{len(ledger.proofs)} plans proven, 1 failed")
 
 

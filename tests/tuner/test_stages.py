@@ -203,7 +203,9 @@ def test_routes_stay_as_they_are_where_kernels_need_no_second_look(setup):
     assert setup.store.plans(STUDY) == [make_plan("a")]
 
 
-def test_without_a_compiler_nothing_is_computed_as_one_and_both_are_said(setup, events, monkeypatch):
+def test_without_a_compiler_nothing_is_computed_as_one_and_both_are_said(
+    setup, events, monkeypatch
+):
     monkeypatch.setattr(CpuBackend, "compile_failure", lambda _backend: "no C++ compiler")
     assert not replace(setup, fuse=True).for_this_machine().fuse
     assert [event.text for event in events] == [

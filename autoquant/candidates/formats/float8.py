@@ -21,7 +21,11 @@ from autoquant.candidates.base import (
 from autoquant.candidates.calls import is_plain_call
 from autoquant.candidates.kernels.cuda_source import cuda_source_unsupported
 from autoquant.candidates.kernels.few_rows import rows_kernel, too_many_rows
-from autoquant.candidates.kernels.float8_rows import CHUNK_COLUMNS, float8_rows, multiply_float8_rows
+from autoquant.candidates.kernels.float8_rows import (
+    CHUNK_COLUMNS,
+    float8_rows,
+    multiply_float8_rows,
+)
 from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
 from autoquant.devices.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
@@ -150,7 +154,9 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
 
 _ROW_KERNELS = (
     rows_kernel(_rows, _rows_unsupported),
-    *gemlite_kernels(_parts, rounds=A8_FLOAT8_ROW, arithmetic="float8", unsupported=_gemlite_float8_unsupported),
+    *gemlite_kernels(
+        _parts, rounds=A8_FLOAT8_ROW, arithmetic="float8", unsupported=_gemlite_float8_unsupported
+    ),
 )
 
 FORMATS = (

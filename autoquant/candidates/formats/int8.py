@@ -143,7 +143,9 @@ FORMATS = (
                 unsupported=_int_mm_unsupported,
                 description="torchao's int8 dynamic-activation product",
             ),
-            *gemlite_kernels(_parts, rounds=A8_ROW, arithmetic="int8", unsupported=gemlite_unsupported),
+            *gemlite_kernels(
+                _parts, rounds=A8_ROW, arithmetic="int8", unsupported=gemlite_unsupported
+            ),
         ),
         description="int8 weights, one symmetric scale a row",
     ),

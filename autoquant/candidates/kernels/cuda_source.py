@@ -22,9 +22,13 @@ from autoquant.records import content_key
 _MOST_ARGUMENTS = 16
 
 
-def cuda_source_unsupported(device_type: str, what: str, capability: tuple[int, int] = (8, 0)) -> str | None:
+def cuda_source_unsupported(
+    device_type: str, what: str, capability: tuple[int, int] = (8, 0)
+) -> str | None:
     """Return why one of the project's own kernels does not run on the current device."""
-    return needs_cuda(device_type, what, capability) or needs_library("cuda.bindings", "cuda-bindings")
+    return needs_cuda(device_type, what, capability) or needs_library(
+        "cuda.bindings", "cuda-bindings"
+    )
 
 
 class CudaKernel:
@@ -39,7 +43,9 @@ class CudaKernel:
         CandidateError: It does not compile, or the driver does not take it.
     """
 
-    def __init__(self, file: str, name: str, defines: Sequence[tuple[str, int]], device: torch.device) -> None:
+    def __init__(
+        self, file: str, name: str, defines: Sequence[tuple[str, int]], device: torch.device
+    ) -> None:
         from cuda.bindings import driver
 
         source = "".join(f"#define {key} {value}\n" for key, value in defines)
@@ -47,7 +53,9 @@ class CudaKernel:
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # PyTorch's context is the current one from here on
             self._device = torch.cuda.current_device()
-            module = _checked(driver.cuModuleLoadData(binary_of(source, file, torch.cuda.get_device_capability())))
+            module = _checked(
+                driver.cuModuleLoadData(binary_of(source, file, torch.cuda.get_device_capability()))
+            )
             self._function = _checked(driver.cuModuleGetFunction(module, name.encode()))
         self._start = driver.cuLaunchKernel
         self._slots = _Slots()
@@ -82,12 +90,16 @@ class _Slots(threading.local):
     def __init__(self) -> None:
         self.values: Any = (ctypes.c_int64 * _MOST_ARGUMENTS)()
         start, size = ctypes.addressof(self.values), ctypes.sizeof(ctypes.c_int64)
-        self._pointers = (ctypes.c_void_p * _MOST_ARGUMENTS)(*(start + size * i for i in range(_MOST_ARGUMENTS)))
+        self._pointers = (ctypes.c_void_p * _MOST_ARGUMENTS)(
+            *(start + size * i for i in range(_MOST_ARGUMENTS))
+        )
         self.address = ctypes.addressof(self._pointers)
 
 
 @functools.cache
-def cuda_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> CudaKernel:
+def cuda_kernel(
+    file: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device
+) -> CudaKernel:
     """Return the kernel, loaded once in a process."""
     return CudaKernel(file, name, defines, device)
 
@@ -112,8 +124,12 @@ def _compile(source: str, file: str, headers: Mapping[str, str], options: Sequen
     from cuda.bindings import nvrtc
 
     texts, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), len(headers), texts, names))
-    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), len(headers), texts, names)
+    )
+    (failed,) = nvrtc.nvrtcCompileProgram(
+        program, len(options), [option.encode() for option in options]
+    )
     if int(failed):
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))

@@ -28,7 +28,9 @@ def multiply_float8_rows(
     return multiply_rows("float8_rows.cu", "float8_rows", SETTINGS, x, (values, scale), bias)
 
 
-def _empty_rows(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _empty_rows(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 

@@ -48,7 +48,12 @@ def gemlite_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | 
 
 
 def linear_w8(
-    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, dynamic: bool
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    dynamic: bool,
 ) -> torch.Tensor:
     """Multiply with 8-bit weights that have a scale a row.
 
@@ -79,7 +84,11 @@ def linear_w8(
 
 
 def linear_w4(
-    x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Multiply with 4-bit weights in groups: q * scale + offset.
 
@@ -90,13 +99,31 @@ def linear_w4(
     """
     group = words.shape[0] * 8 // scale.shape[0]
     dtype = _CODES[x.dtype]
-    meta = [0, 4, group, 15, 8, dtype, dtype, _FLOAT32, _CODES[scale.dtype], 0, _GROUPS_AND_OFFSETS, 1]
+    meta = [
+        0,
+        4,
+        group,
+        15,
+        8,
+        dtype,
+        dtype,
+        _FLOAT32,
+        _CODES[scale.dtype],
+        0,
+        _GROUPS_AND_OFFSETS,
+        1,
+    ]
     return _forward(x, bias, [words, scale, offset], meta)
 
 
-def _forward(x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Tensor], meta: list[int]) -> torch.Tensor:
+def _forward(
+    x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Tensor], meta: list[int]
+) -> torch.Tensor:
     _load()
-    tensors = [*tensors, torch.empty((), dtype=torch.float32, device=x.device)]  # a scale that only nvfp4 has
+    tensors = [
+        *tensors,
+        torch.empty((), dtype=torch.float32, device=x.device),
+    ]  # a scale that only nvfp4 has
     return cast(torch.Tensor, torch.ops.gemlite.forward_functional(x, bias, tensors, meta, -1))
 
 
@@ -237,7 +264,9 @@ def replayed_ms(call: Callable[[], object], quantiles: Sequence[float] = (0.5,))
 @functools.cache
 def _flush() -> torch.Tensor:
     """Return memory that fills the device's cache twice."""
-    return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+    return torch.empty(
+        2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda"
+    )
 
 
 @functools.cache

@@ -10,7 +10,9 @@ import torch
 _library: Any = torch.library.Library("autoquant", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define_operator(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Return `function` as the operator `autoquant::NAME` for CUDA.
 
     It is bound to the dispatcher directly: `torch.library.custom_op` adds some 20 us of Python to

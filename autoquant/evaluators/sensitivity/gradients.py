@@ -40,14 +40,18 @@ class _Observed(torch.autograd.Function):
     """A linear whose place sees the gradient. `anchor` has it differentiated even where x has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, _anchor: torch.Tensor, place: Place, observed: set[int]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, _anchor: torch.Tensor, place: Place, observed: set[int]
+    ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.place = place
         ctx.observed = observed
         return place.output(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         (gradient,) = gradients
         ctx.observed.add(id(ctx.place))
@@ -100,7 +104,11 @@ def changed_output(x: torch.Tensor, weight: torch.Tensor, activation: str) -> to
 def _rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
     """Each window on its own, as in a call of its own: some roundings have one scale for all rows of a call."""
     rounding = ACTIVATION_ROUNDING[activation]
-    return rounding(x) if x.ndim < 3 or len(x) == 1 else torch.stack([rounding(window) for window in x])
+    return (
+        rounding(x)
+        if x.ndim < 3 or len(x) == 1
+        else torch.stack([rounding(window) for window in x])
+    )
 
 
 def backpropagate(

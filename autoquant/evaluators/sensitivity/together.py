@@ -118,7 +118,10 @@ class Calibration:
         free_bytes = backend(self.device).free_bytes()
         self._room = Room((free_bytes or 0) // 8)
         self._there: dict[int, torch.Tensor] = {}
-        self._kept = [KeptTensor(_KEPT_BYTES // len(self.batches) if free_bytes is None else 0) for _ in self.batches]
+        self._kept = [
+            KeptTensor(_KEPT_BYTES // len(self.batches) if free_bytes is None else 0)
+            for _ in self.batches
+        ]
 
     def reference(self, number: int) -> torch.Tensor:
         """Return the unquantized model's logits `[batch, tokens, vocabulary]` on a batch."""

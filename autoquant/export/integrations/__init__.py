@@ -1,1 +1,1 @@
-"""Other libraries' own ways to load and save a model, taught to handle a folder that `autoquant apply` wrote."""
+"""Integrations with the loading and saving of other libraries."""

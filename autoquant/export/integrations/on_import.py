@@ -1,4 +1,7 @@
-"""Register with transformers when it is imported, whichever of the two is imported first. Imports neither."""
+"""Register autoquant's quantizer with transformers, in whichever order the two are imported.
+
+This module imports neither of them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _QUANTIZER = "autoquant.export.integrations.quantizer"  # registers itself when 
 
 
 def register() -> None:
-    """Register autoquant's quantizer now if transformers' registry is there, else as soon as it is."""
+    """Register the quantizer now if transformers' registry is imported, else when it is."""
     if _REGISTRY in sys.modules:
         import_module(_QUANTIZER)
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
@@ -23,14 +26,14 @@ def register() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds the registry as all other finders do, and has the quantizer imported after it."""
+    """Finds the registry through the other finders, and imports the quantizer after it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # its work is done, and `find_spec` must not come back here
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

@@ -1,8 +1,9 @@
-"""autoquant among transformers' quantizers: `from_pretrained` of a folder that `autoquant apply` wrote.
+"""A quantizer for transformers: `from_pretrained` of a folder that `autoquant apply` wrote.
 
-transformers makes the module without memory and would then read `model.safetensors` tensor by tensor. Here it finds nothing to
-read: the module is filled by `autoquant.export.checkpoint`, as `autoquant.load` does, with the class that `config.json` names.
-Nothing that `autoquant.json` says about where the model came from is used, so no code is found by what a file says.
+transformers builds the module that `config.json` names, without memory. It would then read
+`model.safetensors` tensor by tensor. Here it finds nothing to read, and
+`autoquant.export.checkpoint` fills the module, as it does for `autoquant.load`. The source of the
+model in `autoquant.json` is ignored, so that no file can choose the code that is run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PLACES = 'device_map="cpu", "cuda", "cuda:1", {"": 0}, or "auto" for the best d
 
 @register_quantization_config(_METHOD)
 class AutoquantConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
-    """The `quantization_config` of a `config.json`: everything else stands in `autoquant.json`."""
+    """The `quantization_config` of a `config.json`. All other settings are in `autoquant.json`."""
 
     def __init__(self, format_version: int = 1, **_others: Any) -> None:
         self.quant_method = _METHOD
@@ -33,9 +34,9 @@ class AutoquantConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ign
 
 @register_quantizer(_METHOD)
 class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
-    """Fills the module that transformers made, and prepares it to run."""
+    """Fills the module that transformers built, and prepares it to run."""
 
-    requires_calibration = True  # transformers' word for: cannot quantize while it loads
+    requires_calibration = True  # tells transformers that it cannot quantize while loading
     _folder: Path
     _device: str
 
@@ -43,17 +44,22 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         """Refuse to spread the model over several devices."""
         from autoquant.errors import DeviceError
 
-        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {device_map}
+        is_map = isinstance(device_map, dict)
+        places = set(map(str, device_map.values())) if is_map else {device_map}
         if len(places) != 1 or places & {"balanced", "balanced_low_0", "sequential", "disk"}:
-            raise DeviceError(f"a model that autoquant quantized runs on one device: give {_PLACES}")
+            raise DeviceError(
+                f"a model that autoquant quantized runs on one device: give {_PLACES}"
+            )
 
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
-        """One device for everything; None for the CPU."""
+        """Return a map of everything to one device, or None for the CPU."""
         if device_map is None:
             return None
         from autoquant.models.targets import resolve_device
 
-        return {"": resolve_device("auto") if device_map == "auto" else next(iter(device_map.values()))}
+        if device_map == "auto":
+            return {"": resolve_device("auto")}
+        return {"": next(iter(device_map.values()))}
 
     def _process_model_before_weight_loading(
         self, model: Any, *, device_map: Any, checkpoint_files: list[str], **_options: Any
@@ -75,17 +81,17 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         return settle_loaded(settle(model), checkpoint.read_manifest(self._folder))
 
     def is_serializable(self) -> bool:
-        """Whether it can be saved."""
+        """Return True: it can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether its quantized weights can be trained."""
+        """Return False: quantized weights cannot be trained."""
         return False
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `torch.compile` takes it."""
+        """Return True: `torch.compile` takes it."""
         return True
 
 
@@ -97,23 +103,29 @@ def _check_dtype(planned: str, asked: torch.dtype) -> None:
     from autoquant.errors import CheckpointError
 
     if str(asked).removeprefix("torch.") != planned:
-        raise CheckpointError(f'this model was quantized for {planned}: leave out dtype, or give dtype="{planned}"')
+        raise CheckpointError(
+            f'this model was quantized for {planned}: leave out dtype, or give dtype="{planned}"'
+        )
 
 
 def _leave_nothing_to_load(model: Any) -> None:
-    """Have transformers' loader find a module that is complete: nothing is read, made up or reported as missing.
+    """Make the module look complete, so that transformers reads no tensor and reports none missing.
 
-    What is set here on the instance is taken away again when the module has been filled.
+    Attributes set on the instance are deleted again once the module has been filled.
     """
     model.state_dict = dict
     model._keys_to_ignore_on_load_unexpected = {""}
-    model.all_tied_weights_keys = {}  # a plan may part tied weights: what is tied stands in the manifest
+    model.all_tied_weights_keys = {}  # a plan may untie weights: the manifest has the ties
     for part in model.modules():
         part._is_hf_initialized = True
 
 
 def _whole_folder(weights: Path, name: str) -> Path:
-    """The folder of a checkpoint; of one on the hub, of which transformers fetched its own files, with the others."""
+    """Return the folder of a checkpoint, complete.
+
+    Of a checkpoint on the hub, transformers fetches only the files that it knows. The others are
+    fetched here.
+    """
     from autoquant.export.checkpoint import MANIFEST, PACKED
 
     folder = weights.parent
@@ -123,6 +135,6 @@ def _whole_folder(weights: Path, name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     hf_hub_download(name, MANIFEST, revision=folder.name)
-    with suppress(EntryNotFoundError):  # every tensor fitted into model.safetensors
+    with suppress(EntryNotFoundError):  # absent if every tensor is in model.safetensors
         hf_hub_download(name, PACKED, revision=folder.name)
     return folder

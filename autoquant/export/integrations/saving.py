@@ -1,4 +1,4 @@
-"""A loaded model of transformers: how it is saved, and what happens when it is moved."""
+"""Teach a loaded transformers model to save itself, and to stay whole when it is moved."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from autoquant.errors import CheckpointError
 from autoquant.export import checkpoint
 from autoquant.runtime.prepare import prepare
 
-_TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; the weights are one file all the same
+_TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; it is ignored
 
 
 def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
-    """Give a filled model of transformers what autoquant knows about it, and prepare it to run.
+    """Settle a transformers model that has its quantized weights, and prepare it to run.
 
-    Afterwards `save_pretrained` and `push_to_hub` write a folder that loads again, and moving it keeps it whole.
+    Afterwards `save_pretrained` and `push_to_hub` write a folder that can be loaded again, and the
+    model can be moved to another device.
 
     Returns:
-        The same model, in place.
+        The same model, changed in place.
     """
     from autoquant.export.integrations.quantizer import AutoquantConfig, AutoquantQuantizer
 
@@ -50,14 +51,14 @@ def _save(
     is_main_process: bool = True,
     **options: Any,
 ) -> None:
-    """Write the model as `autoquant apply` does: `autoquant.load` and `from_pretrained` load it again.
+    """Write the model as `autoquant apply` does, for `autoquant.load` and `from_pretrained`.
 
     Raises:
-        CheckpointError: An option that cannot be followed is given, or the folder cannot be written.
+        CheckpointError: An option is not supported, or the folder cannot be written.
     """
-    if unknown := sorted(set(options) - set(_TAKEN)):
+    if unknown := ", ".join(sorted(set(options) - set(_TAKEN))):
         raise CheckpointError(
-            f"a model that autoquant quantized cannot be saved with {', '.join(unknown)}: leave it out"
+            f"a model that autoquant quantized cannot be saved with {unknown}: leave it out"
         )
     folder = Path(save_directory)
     if is_main_process:
@@ -71,7 +72,7 @@ def _save(
 
 
 def _write_all(model: Any, manifest: Mapping[str, Any], folder: Path) -> None:
-    """Write into a scratch folder first: what breaks leaves the files that were there."""
+    """Write into a scratch folder first, so that a failure leaves the old files."""
     scratch = Path(tempfile.mkdtemp(prefix=".saving.", dir=folder))
     try:
         model.config.architectures = [type(model).__name__]
@@ -83,13 +84,18 @@ def _write_all(model: Any, manifest: Mapping[str, Any], folder: Path) -> None:
         for path in written:
             os.replace(path, folder / path.name)
         if checkpoint.PACKED not in {path.name for path in written}:
-            (folder / checkpoint.PACKED).unlink(missing_ok=True)  # of what was there before
+            (folder / checkpoint.PACKED).unlink(missing_ok=True)  # of an earlier model
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _apply(model: Any, manifest: Mapping[str, Any], function: Callable[..., Any], recurse: bool = True) -> Any:
-    """Move or cast the model; moved, its weights that are computed as one are put together again where they are now."""
+def _apply(
+    model: Any, manifest: Mapping[str, Any], function: Callable[..., Any], recurse: bool = True
+) -> Any:
+    """Move or cast the model, and join its weights again after a move.
+
+    Moving gives each weight its own memory, also those that are computed as one.
+    """
     before = model.device
     type(model)._apply(model, function, recurse)
     if model.device != before and model.device.type != "meta":

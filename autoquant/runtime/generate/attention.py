@@ -48,12 +48,16 @@ def token_attention(
 
 
 @token_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
 @token_attention.register_kernel("cpu")
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return y.contiguous()
 
@@ -124,7 +128,11 @@ def use_token_attention(model: nn.Module) -> str | None:
     if config._attn_implementation != "sdpa":
         return f"its attention is {config._attn_implementation}, not sdpa"
     # The text model's class tells, as in transformers: others inherit their attention from it.
-    owners = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config]
+    owners = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module.config is config
+    ]
     if not all(owner._can_set_attn_implementation() for owner in owners):
         return "its attention is not one that transformers lets others replace"
     _register()
@@ -177,8 +185,12 @@ def _takes(
 ) -> bool:
     """Check whether `token_attention` computes this."""
     one_token = q.shape[2] == 1 and q.device.type in DEVICES and q.dtype in _DTYPES
-    same = q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
-    small = max(q.shape[-1], v.shape[-1]) <= _MOST_COLUMNS and q.shape[1] <= _MOST_GROUP * k.shape[1]
+    same = (
+        q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
+    )
+    small = (
+        max(q.shape[-1], v.shape[-1]) <= _MOST_COLUMNS and q.shape[1] <= _MOST_GROUP * k.shape[1]
+    )
     shown = mask is None or (
         mask.dtype == torch.bool
         and mask.dim() == 4
@@ -188,4 +200,12 @@ def _takes(
     )
     trains = dropout > 0 or (torch.is_grad_enabled() and q.requires_grad)
     plain = all(others.get(name) is None or others[name] is False for name in _CHANGES)
-    return torch.compiler.is_compiling() and one_token and same and small and shown and not trains and plain
+    return (
+        torch.compiler.is_compiling()
+        and one_token
+        and same
+        and small
+        and shown
+        and not trains
+        and plain
+    )

@@ -92,17 +92,23 @@ def attend(
             read_k = (read > 0)[:, None] & (columns[None, :] < WIDTH)
             read_v = (read > 0)[:, None] & (v_columns[None, :] < V_WIDTH)
             keys = tl.load(k + at[:, None] * k_row + columns[None, :] * k_column, mask=read_k)
-            values = tl.load(v + at[:, None] * v_row + v_columns[None, :] * v_column, mask=read_v, other=0.0)
+            values = tl.load(
+                v + at[:, None] * v_row + v_columns[None, :] * v_column, mask=read_v, other=0.0
+            )
             # Zeros are put in here so that the compiler starts reading values before it has the keys.
             keys = tl.where(read_k, keys, 0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(seen > 0, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # a head may see nothing of what others see
+            base = tl.where(
+                higher == float("-inf"), 0.0, higher
+            )  # a head may see nothing of what others see
             weights = tl.exp2(scores - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(weights, 1)
-            acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+            acc = acc * shrink[:, None] + tl.dot(
+                weights.to(values.dtype), values, input_precision="ieee"
+            )
             top = higher
     row = pair.to(tl.int64) * GROUP + rows
     if ALONE:

@@ -47,7 +47,9 @@ class StepState:
     def __init__(self, batch: int, length: int, device: torch.device, *, padded: bool) -> None:
         self.filled = torch.zeros((), dtype=torch.long, device=device)
         self.kept = torch.zeros(1, dtype=torch.long, device=device)
-        self.padding = torch.ones(batch, length, dtype=torch.long, device=device) if padded else None
+        self.padding = (
+            torch.ones(batch, length, dtype=torch.long, device=device) if padded else None
+        )
         self.now: Places | None = None
         self._batch = batch
         self._all = torch.arange(length, device=device)
@@ -129,14 +131,18 @@ def static_cache(model: nn.Module, state: StepState) -> Any:
     length = len(state._all)
     cache = StaticCache(config=model.config, max_cache_len=length)
     if other := {
-        type(layer).__name__ for layer in cache.layers if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)
+        type(layer).__name__
+        for layer in cache.layers
+        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)
     }:
         raise TypeError(f"it keeps a {', '.join(sorted(other))}")
 
     class Layer(StaticLayer):  # type: ignore[misc]
         """Keys and values at the places of the step that runs."""
 
-        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        ) -> Any:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             places = state.now
@@ -158,5 +164,9 @@ def takes_made_mask(model: Any) -> bool:
     """
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = getattr(config, "sliding_window", None) if not getattr(config, "layer_types", None) else None
+    windows = (
+        getattr(config, "sliding_window", None)
+        if not getattr(config, "layer_types", None)
+        else None
+    )
     return kinds == {"full_attention"} and not windows and config._attn_implementation == "sdpa"

@@ -27,7 +27,9 @@ CHUNKS = (1024, 512, 256, 64)
 _MOST_ROWS = 16384
 _SHORTEST_CACHE = 256
 _FILL_FROM = 0.75
-_LARGEST_ERROR = 0.5  # float8 rounds elsewhere in a compiled model: only garbage is meant to be caught
+_LARGEST_ERROR = (
+    0.5  # float8 rounds elsewhere in a compiled model: only garbage is meant to be caught
+)
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 """Token ids `[batch, tokens]` to logits `[batch, 1, vocabulary]`."""
@@ -171,7 +173,9 @@ class Decoder:
                 step = self._compiled(division)
                 self._try(step, size)
             except Exception as error:  # noqa: BLE001 - what one way of compiling fails on another may take
-                reason = reason or f"compiling in {division} failed: {first_line(error, with_type=True)}"
+                reason = (
+                    reason or f"compiling in {division} failed: {first_line(error, with_type=True)}"
+                )
                 continue
             self.note = reason and f"steps are compiled in another way, since {reason}"
             return step

@@ -28,7 +28,14 @@ from autoquant.runtime.generate.loop import Loop
 _MOST_DECODERS = 4
 _TOO_LONG = 4
 _TAKEN = {
-    *("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"),
+    *(
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "cache_position",
+    ),
     *("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
 }
 
@@ -58,7 +65,9 @@ class Decoders:
         One that is much too long is slower than a new one.
         """
         weights = tuple(map(_identity, model.parameters()))
-        if weights != self._weights:  # steps were compiled for other tensors, which they would keep in memory
+        if (
+            weights != self._weights
+        ):  # steps were compiled for other tensors, which they would keep in memory
             self._kept.clear()
             self._weights = weights
         for key, decoder in self._kept.items():
@@ -104,7 +113,11 @@ class _Fast:
     def _sample(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         decoders = decoders_of(self)
         with decoders.lock:  # a decoder has one cache
-            reason = "it is called within another generate" if decoders.busy else _plain_reason(self, input_ids, kwargs)
+            reason = (
+                "it is called within another generate"
+                if decoders.busy
+                else _plain_reason(self, input_ids, kwargs)
+            )
             decoder = None if reason else _decoder_for(self, input_ids, kwargs)
             if decoder is not None and not isinstance(decoder, str):
                 decoders.busy = True
@@ -141,7 +154,9 @@ def _plainly(method: Callable[..., Any], what: str) -> Callable[..., Any]:
 
     @functools.wraps(method)  # `generate` looks at the signature
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _warn(self, f"generate runs as transformers does it, which is slower: {what} is not replayed")
+        _warn(
+            self, f"generate runs as transformers does it, which is slower: {what} is not replayed"
+        )
         return method(self, *args, **kwargs)
 
     return run
@@ -154,7 +169,9 @@ def _warn(model: nn.Module, text: str) -> None:
         warnings.warn(f"autoquant: {text}", stacklevel=5)
 
 
-def _decoder_for(model: nn.Module, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> Decoder | str:
+def _decoder_for(
+    model: nn.Module, input_ids: torch.Tensor, kwargs: Mapping[str, Any]
+) -> Decoder | str:
     """Return a decoder for the call, or why there is none."""
     mask = kwargs.get("attention_mask")
     limit = kwargs["stopping_criteria"].max_length
@@ -167,10 +184,14 @@ def _decoder_for(model: nn.Module, input_ids: torch.Tensor, kwargs: Mapping[str,
 def _plain_reason(model: Any, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> str:
     """Return why a call cannot be replayed; empty if it can."""
     config = kwargs["generation_config"]
-    asked = [name for name in ("output_attentions", "output_hidden_states") if getattr(config, name)]
+    asked = [
+        name for name in ("output_attentions", "output_hidden_states") if getattr(config, name)
+    ]
     if asked and config.return_dict_in_generate:
         return f"{' and '.join(asked)} was asked for"
-    if unknown := [name for name, value in kwargs.items() if name not in _TAKEN and value is not None]:
+    if unknown := [
+        name for name, value in kwargs.items() if name not in _TAKEN and value is not None
+    ]:
         return f"{', '.join(unknown)} was given"
     if config.disable_compile:
         return "disable_compile was asked for"
@@ -218,7 +239,11 @@ def _cache_reason(cache: Any) -> str:
     others = [layer for layer in cache.layers if not isinstance(layer, (DynamicLayer, StaticLayer))]
     if others:
         return f"it keeps a {type(others[0]).__name__}"
-    return "past_key_values were given" if getattr(cache, "_is_user_defined", False) or _is_filled(cache) else ""
+    return (
+        "past_key_values were given"
+        if getattr(cache, "_is_user_defined", False) or _is_filled(cache)
+        else ""
+    )
 
 
 def _is_filled(cache: Any) -> bool:

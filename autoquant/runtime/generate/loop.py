@@ -61,8 +61,12 @@ class Loop:
         self._pad = generation_config._pad_token_tensor.to(input_ids.device) if ends else None
         kept = generation_config.return_dict_in_generate
         self._reads_scores = bool(len(logits_processor) or generation_config.do_sample or kept)
-        self._scores: list[torch.Tensor] | None = [] if kept and generation_config.output_scores else None
-        self._logits: list[torch.Tensor] | None = [] if kept and generation_config.output_logits else None
+        self._scores: list[torch.Tensor] | None = (
+            [] if kept and generation_config.output_scores else None
+        )
+        self._logits: list[torch.Tensor] | None = (
+            [] if kept and generation_config.output_logits else None
+        )
 
     def run(self) -> Any:
         """Return what `_sample` returns."""
@@ -86,7 +90,10 @@ class Loop:
     @functools.cached_property
     def _ahead(self) -> int:
         """How many steps to run ahead: none if a criterion of the user must see each first."""
-        own = any(not type(criterion).__module__.startswith("transformers.") for criterion in self._criteria)
+        own = any(
+            not type(criterion).__module__.startswith("transformers.")
+            for criterion in self._criteria
+        )
         return 0 if own or not backend(self._ids.device).graphs else _AHEAD
 
     def _prompt_positions(self) -> torch.Tensor:
@@ -106,7 +113,9 @@ class Loop:
         if self._logits is not None:
             self._logits.append(raw)
         if self._config.do_sample:
-            tokens = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            tokens = torch.multinomial(
+                nn.functional.softmax(scores, dim=-1), num_samples=1
+            ).squeeze(1)
         else:
             tokens = scores.argmax(dim=-1)
         if self._pad is not None:

@@ -38,7 +38,9 @@ class Referenced:
     allowed_loss: float | None
 
 
-def prove_references(space: SearchSpace, ledger: ProofLedger, sites: Sequence[Site], limits: Limits) -> Referenced:
+def prove_references(
+    space: SearchSpace, ledger: ProofLedger, sites: Sequence[Site], limits: Limits
+) -> Referenced:
     """Prove the unquantized model, the uniform plans and the heuristic, and learn from them.
 
     Raises:
@@ -66,7 +68,9 @@ def prove_references(space: SearchSpace, ledger: ProofLedger, sites: Sequence[Si
     return Referenced(scaled, frozenset(references), allowed)
 
 
-def _prove_original(space: SearchSpace, ledger: ProofLedger, sites: Sequence[Site]) -> tuple[Plan, TimeScale]:
+def _prove_original(
+    space: SearchSpace, ledger: ProofLedger, sites: Sequence[Site]
+) -> tuple[Plan, TimeScale]:
     """Prove the unquantized model; its plan has isolated times, the ledger's whole-model time."""
     original = original_plan(space)
     ledger.prove(original)
@@ -107,7 +111,9 @@ def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> 
 def _prove_aimed(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> int:
     """Prove plans until one is at the limit of quality; return how many."""
     count = 0
-    trials = aimed(referenced.space, limits=limits, guess=referenced.allowed_loss, known=ledger.proven())
+    trials = aimed(
+        referenced.space, limits=limits, guess=referenced.allowed_loss, known=ledger.proven()
+    )
     for plan, tell in trials:
         if ledger.budget.left_s() <= 0:
             ledger.listener(Notice("not aimed at the limit any further: the time budget is spent"))

@@ -25,7 +25,9 @@ def refine(referenced: Referenced, ledger: ProofLedger, limits: Limits, seed: in
     prove_bits(referenced.space, ledger)
 
 
-def _prove_proposals(referenced: Referenced, ledger: ProofLedger, limits: Limits, seed: int) -> tuple[int, str]:
+def _prove_proposals(
+    referenced: Referenced, ledger: ProofLedger, limits: Limits, seed: int
+) -> tuple[int, str]:
     """Return how many plans were proven, and why it ended."""
     budget, known = ledger.budget, ledger.proven()
     growth = growth_of(known, limits.minimize, limits.max_ppl_increase)

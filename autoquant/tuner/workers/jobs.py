@@ -19,7 +19,16 @@ from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, SameModel
 from autoquant.profiler.measure import Place, measure
 from autoquant.profiler.roofline import undisturbed_roofline
-from autoquant.records import Device, Measurement, Plan, Proof, Roofline, Site, TimingSubject, Workload
+from autoquant.records import (
+    Device,
+    Measurement,
+    Plan,
+    Proof,
+    Roofline,
+    Site,
+    TimingSubject,
+    Workload,
+)
 from autoquant.runtime.caches import clear_caches
 from autoquant.tuner.prove import Prover
 
@@ -182,7 +191,10 @@ class ProfileJob:
     roofline: Roofline | None = None
 
     def run(self, bench: Bench, tell: Tell) -> None:
-        formats = {(subject.format, subject.kernel): get_format(subject.format) for subject in self.subjects}
+        formats = {
+            (subject.format, subject.kernel): get_format(subject.format)
+            for subject in self.subjects
+        }
 
         def on_measured(measurements: Sequence[Measurement]) -> None:
             tell(Timed(tuple(measurements)))
@@ -191,7 +203,11 @@ class ProfileJob:
         measure(
             self.subjects,
             [Candidate(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
-            Place(device=bench.device, hardware=self.hardware, roofline=partial(self._limits, bench.device, tell)),
+            Place(
+                device=bench.device,
+                hardware=self.hardware,
+                roofline=partial(self._limits, bench.device, tell),
+            ),
             on_measured=on_measured,
             listener=partial(_tell_trimmed, tell),
         )
@@ -230,7 +246,11 @@ class ScoreJob:
     @classmethod
     def of(cls, method: Sensitivity, changes: Sequence[Change]) -> ScoreJob:
         return cls(
-            [(change.site, change.numerics, change.format.id, change.activation) for change in changes], method.id
+            [
+                (change.site, change.numerics, change.format.id, change.activation)
+                for change in changes
+            ],
+            method.id,
         )
 
     def run(self, bench: Bench, tell: Tell) -> None:
@@ -241,7 +261,12 @@ class ScoreJob:
         if any(change.format.needs_inputs for change in changes):
             changes = _with_inputs(changes, bench, tell)
         score = SENSITIVITIES[self.sensitivity].score
-        score(bench.loaded.module, changes, bench.quality, lambda subject, losses: tell(Scored(subject, dict(losses))))
+        score(
+            bench.loaded.module,
+            changes,
+            bench.quality,
+            lambda subject, losses: tell(Scored(subject, dict(losses))),
+        )
 
 
 def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Change]:
@@ -262,7 +287,9 @@ def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Ch
     for (name, format_id), reason in reasons.items():
         tell(Notice(f"{format_id} not considered for {name}: {reason}"))
     return [
-        replace(change, stored=partial(calibration.stored, change.site.parameters[0], change.format))
+        replace(
+            change, stored=partial(calibration.stored, change.site.parameters[0], change.format)
+        )
         if change.format.needs_inputs
         else change
         for change in changes

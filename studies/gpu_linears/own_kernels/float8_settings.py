@@ -39,7 +39,9 @@ def measure(n: int, k: int, m: int, weights: list[Float8Tensor]) -> dict[str, ob
         except CandidateError:
             continue  # more shared memory than a block may have
 
-        def call(copy: int, kernel: CudaKernel = kernel, warps: int = warps, tiles: int = tiles) -> None:
+        def call(
+            copy: int, kernel: CudaKernel = kernel, warps: int = warps, tiles: int = tiles
+        ) -> None:
             values, scale = weights[copy].qdata, weights[copy].scale
             kernel.launch(-(-n // (16 * tiles)), 32 * warps, x, values, scale, None, y, m, n, k)
 
@@ -47,7 +49,8 @@ def measure(n: int, k: int, m: int, weights: list[Float8Tensor]) -> dict[str, ob
         assert ((y.float() - expected).norm() / expected.norm()).item() < 0.003
         times[warps, tiles, blocks] = latency_us(call, len(weights))
     gemlite_us = latency_us(
-        lambda copy: linear_w8(x, weights[copy].qdata, weights[copy].scale, None, dynamic=False), len(weights)
+        lambda copy: linear_w8(x, weights[copy].qdata, weights[copy].scale, None, dynamic=False),
+        len(weights),
     )
     picked = setting_of(SETTINGS, n, m, torch.cuda.get_device_properties(0).multi_processor_count)
     fastest = sorted(times, key=times.__getitem__)[:3]

@@ -25,7 +25,15 @@ from autoquant.devices.cuda_graphs import GraphClock
 from autoquant.errors import CandidateError
 from autoquant.profiler.roofline import measure_roofline
 
-SIZES = ((1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
+SIZES = (
+    (1024, 4096),
+    (4096, 4096),
+    (6144, 4096),
+    (14336, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (128256, 4096),
+)
 ROWS = (1, 4, 8, 16)
 COLD_BYTES = 150e6
 SAMPLES = 5
@@ -44,14 +52,31 @@ def latency_us(call: Callable[[int], object], copies: int) -> float:
     return sorted(clock.sample() for _ in range(SAMPLES))[SAMPLES // 2]
 
 
-def launcher(kernel: CudaKernel, setting: Setting, weights: list[Int4TiledTensor], x: torch.Tensor, y: torch.Tensor):  # noqa: ANN201
+def launcher(
+    kernel: CudaKernel,
+    setting: Setting,
+    weights: list[Int4TiledTensor],
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> Callable[[int], None]:
     (warps, tiles, _), (n, k) = setting, weights[0].shape
     return lambda copy: kernel.launch(
-        -(-n // (16 * tiles)), 32 * warps, x, weights[copy].qdata, weights[copy].scale_and_zero, None, y, len(x), n, k
+        -(-n // (16 * tiles)),
+        32 * warps,
+        x,
+        weights[copy].qdata,
+        weights[copy].scale_and_zero,
+        None,
+        y,
+        len(x),
+        n,
+        k,
     )
 
 
-def measure(n: int, k: int, m: int, group: int, weights: list[Int4TiledTensor]) -> dict[str, object]:
+def measure(
+    n: int, k: int, m: int, group: int, weights: list[Int4TiledTensor]
+) -> dict[str, object]:
     """All settings at one size."""
     x = torch.randn(m, k, device="cuda").bfloat16()
     y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
@@ -59,7 +84,13 @@ def measure(n: int, k: int, m: int, group: int, weights: list[Int4TiledTensor]) 
     times: dict[Setting, float] = {}
     for setting in settings():
         warps, tiles, blocks = setting
-        defines = {"GROUP": group, "WARPS": warps, "TILES": tiles, "BLOCKS": blocks, "EIGHTS": -(-m // 8)}
+        defines = {
+            "GROUP": group,
+            "WARPS": warps,
+            "TILES": tiles,
+            "BLOCKS": blocks,
+            "EIGHTS": -(-m // 8),
+        }
         try:
             kernel = CudaKernel("int4_tiled.cu", "int4_rows", tuple(defines.items()), x.device)
         except CandidateError:
@@ -77,7 +108,9 @@ def measure(n: int, k: int, m: int, group: int, weights: list[Int4TiledTensor]) 
 def unpacking(weights: list[Int4TiledTensor]) -> dict[str, float]:
     """Microseconds to write the weight out."""
     calls = {
-        name: latency_us(lambda copy, float8=float8: int4_unpack(*parts(weights[copy]), float8), len(weights))
+        name: latency_us(
+            lambda copy, float8=float8: int4_unpack(*parts(weights[copy]), float8), len(weights)
+        )
         for name, float8 in (("unpack_bfloat16_us", False), ("unpack_float8_us", True))
     }
     return {name: round(value, 1) for name, value in calls.items()}
@@ -88,7 +121,9 @@ def parts(weight: Int4TiledTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--group", type=int, default=128)
     arguments = parser.parse_args()
@@ -99,7 +134,10 @@ def main() -> None:
         copies = max(2, int(2 * COLD_BYTES / (n * k)))
         weights = [fmt.store(torch.randn(n, k, device="cuda").bfloat16()) for _ in range(copies)]
         read_bytes = sum(part.nbytes for part in parts(weights[0])[:2])
-        more = {"read_us": round(read_bytes / bandwidth * 1e6, 2), **(unpacking(weights) if n < 100_000 else {})}
+        more = {
+            "read_us": round(read_bytes / bandwidth * 1e6, 2),
+            **(unpacking(weights) if n < 100_000 else {}),
+        }
         for m in ROWS:
             row = measure(n, k, m, arguments.group, weights) | more
             print(json.dumps(row), flush=True)

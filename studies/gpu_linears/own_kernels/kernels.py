@@ -41,7 +41,16 @@ def _unpack(q, ASM: tl.constexpr):
             _UNPACK_8,
             "=f,=f,=f,=f,=f,=f,=f,=f,r",
             [q],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            dtype=(
+                tl.float32,
+                tl.float32,
+                tl.float32,
+                tl.float32,
+                tl.float32,
+                tl.float32,
+                tl.float32,
+                tl.float32,
+            ),
             is_pure=True,
             pack=1,
         )
@@ -148,7 +157,9 @@ def gemv_w8(
             w = tl.load(w_rows + cols_k[None, :], eviction_policy="evict_first")
         else:
             inside = inside_n[:, None] & (cols_k < k)[None, :]
-            w = tl.load(w_rows + cols_k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            w = tl.load(
+                w_rows + cols_k[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+            )
         x = tl.load(x_ptr + cols_k, mask=cols_k < k, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[None, :]
     y = tl.sum(acc, axis=1)

@@ -32,7 +32,9 @@ def settings(kind: str) -> list[tuple[int, int, int, bool]]:
 def weight(kind: str, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random values and scales."""
     if kind == "w8":
-        values = torch.randint(0x38, 0x3E, (n, k), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+        values = torch.randint(0x38, 0x3E, (n, k), dtype=torch.uint8, device="cuda").view(
+            torch.float8_e4m3fn
+        )
         return values, torch.rand(n, device="cuda")
     words = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), dtype=torch.int32, device="cuda")
     return words, torch.rand(n, k // GROUP, 2, device="cuda").bfloat16().view(torch.int32)
@@ -41,7 +43,9 @@ def weight(kind: str, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def time_us(kind: str, n: int, k: int, setting: tuple[int, int, int, bool]) -> float:
     """Microseconds of one product with cold weights."""
     rows, columns, warps, asm = setting
-    copies = [weight(kind, n, k) for _ in range(-(-COLD_BYTES // (n * k if kind == "w8" else n * k // 2)))]
+    copies = [
+        weight(kind, n, k) for _ in range(-(-COLD_BYTES // (n * k if kind == "w8" else n * k // 2)))
+    ]
     x = torch.randn(1, k, device="cuda").bfloat16()
     y = torch.empty(1, n, device="cuda").bfloat16()
     grid = (triton.cdiv(n, rows),)
@@ -51,12 +55,33 @@ def time_us(kind: str, n: int, k: int, setting: tuple[int, int, int, bool]) -> f
         common = {"HAS_BIAS": False, "EVEN_N": n % rows == 0, "BLOCK_N": rows, "num_warps": warps}
         if kind == "w8":
             kernels.gemv_w8[grid](
-                x, values, scales, None, y, n, k, PER_ROW=True, EVEN_K=k % columns == 0, BLOCK_K=columns, **common
+                x,
+                values,
+                scales,
+                None,
+                y,
+                n,
+                k,
+                PER_ROW=True,
+                EVEN_K=k % columns == 0,
+                BLOCK_K=columns,
+                **common,
             )
         else:
             even = (k // 32) % columns == 0
             kernels.gemv_w4[grid](
-                x, values, scales, None, y, n, k, GROUP=GROUP, EVEN_K=even, BLOCK_C=columns, ASM=asm, **common
+                x,
+                values,
+                scales,
+                None,
+                y,
+                n,
+                k,
+                GROUP=GROUP,
+                EVEN_K=even,
+                BLOCK_C=columns,
+                ASM=asm,
+                **common,
             )
 
     clock = GraphClock(call, len(copies), "cuda")
@@ -67,7 +92,9 @@ def time_us(kind: str, n: int, k: int, setting: tuple[int, int, int, bool]) -> f
 def main() -> None:
     """Print one JSON line per matrix and kernel."""
     for (n, k), kind in itertools.product(MATRICES, ("w4", "w8")):
-        timed = sorted((round(time_us(kind, n, k, setting), 2), setting) for setting in settings(kind))
+        timed = sorted(
+            (round(time_us(kind, n, k, setting), 2), setting) for setting in settings(kind)
+        )
         print(json.dumps([n, k, kind, timed]), flush=True)
 
 

@@ -20,7 +20,13 @@ MATMUL = Kernel(id="matmul", numerics=A16, linear=F.linear)
 
 
 def own_format(quantize=lambda weight: weight, *, name="own/plain", kernels=(MATMUL,), **rest):
-    return Format(id=name, quantize=quantize, dequantize=lambda stored: stored.float(), kernels=kernels, **rest)
+    return Format(
+        id=name,
+        quantize=quantize,
+        dequantize=lambda stored: stored.float(),
+        kernels=kernels,
+        **rest,
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,9 @@ def test_a_stored_int4_weight_takes_half_a_byte_and_a_scale_and_zero_a_group(gro
 @pytest.mark.skipif(rows_per_block() is None, reason="this CPU has no packing for int4")
 @pytest.mark.parametrize(("n", "k"), [(64, 32), (64, 256), (192, 96)])
 def test_unpacking_int4_inverts_the_packing_of_aten(n, k):
-    values = torch.randint(0, 16, (n, k), generator=torch.Generator().manual_seed(n + k), dtype=torch.int32)
+    values = torch.randint(
+        0, 16, (n, k), generator=torch.Generator().manual_seed(n + k), dtype=torch.int32
+    )
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
     unpacked = unpack_int4(packed, n, k)
     assert unpacked.dtype == torch.uint8
@@ -123,12 +131,16 @@ def test_unpacking_int4_inverts_the_packing_of_aten(n, k):
 def test_gemlites_packing_holds_the_numbers_of_the_other_int4_layouts(group):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     q, scale, zero = tinygemm_rounding(weight, group)
-    expected = (q.reshape(64, -1, group).float() - 8) * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)
+    expected = (q.reshape(64, -1, group).float() - 8) * scale.float().unsqueeze(
+        -1
+    ) + zero.float().unsqueeze(-1)
     stored = Int4GemliteTensor.pack(q, scale, zero)
     assert (stored.shape, stored.dtype) == (weight.shape, weight.dtype)
     assert (stored.qdata.shape, stored.scale.shape) == ((256 // 8, 64), (256 // group, 64))
     # The offset is rounded to 16 bits once more.
-    torch.testing.assert_close(stored.unpack(torch.float32), expected.reshape(64, 256), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        stored.unpack(torch.float32), expected.reshape(64, 256), rtol=0, atol=0.02
+    )
     assert stored_bytes(stored) == 64 * 256 // 2 + 2 * 2 * 64 * 256 // group
     error = (stored.unpack(torch.float32) - weight.float()).norm() / weight.float().norm()
     assert error < (0.09 if group == 32 else 0.11)
@@ -149,7 +161,11 @@ def test_a_packed_tensor_survives_taking_apart_copying_and_saving():
     torch.save(stored, file)
     file.seek(0)
     parts, rebuild = flatten_tensor(stored)
-    for again in (torch.load(file, weights_only=True), copy.deepcopy(stored), unflatten_tensor(rebuild, parts)):
+    for again in (
+        torch.load(file, weights_only=True),
+        copy.deepcopy(stored),
+        unflatten_tensor(rebuild, parts),
+    ):
         assert type(again) is Int4GemliteTensor and again.shape == stored.shape
         assert torch.equal(again.unpack(torch.float32), stored.unpack(torch.float32))
 
@@ -161,4 +177,6 @@ def test_float8_rounding_uses_the_whole_range(per_row):
     assert rounded.dtype == torch.float8_e4m3fn and scale.shape == ((3, 1) if per_row else ())
     assert rounded.float().abs().amax(-1)[0] == 448 and not rounded.float().isnan().any()
     assert (rounded.float()[1].abs().max() == 448) == per_row
-    torch.testing.assert_close(rounded.float() * scale, x, rtol=2**-4, atol=1e-2 if not per_row else 1e-6)
+    torch.testing.assert_close(
+        rounded.float() * scale, x, rtol=2**-4, atol=1e-2 if not per_row else 1e-6
+    )

@@ -20,7 +20,9 @@ def normal(n=N, seed=0):
 
 
 def by_hand(q, scale, zero, group):
-    return ((q.reshape(len(q), -1, group) - 8) * scale.float()[..., None] + zero.float()[..., None]).reshape(q.shape)
+    return (
+        (q.reshape(len(q), -1, group) - 8) * scale.float()[..., None] + zero.float()[..., None]
+    ).reshape(q.shape)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -46,7 +48,10 @@ def test_a_word_holds_eight_neighbouring_columns_even_ones_below_odd_ones():
 def test_weights_behind_one_another_are_one_weight():
     fmt = get_format("int4-g64/tiled")
     route = (RouteStep(upper_m=None, kernel="unpack-matmul"),)
-    weights = [RoutedWeight.wrap(fmt.store(normal(n, seed=n)), fmt.id, route, torch.bfloat16) for n in (24, 8, 40)]
+    weights = [
+        RoutedWeight.wrap(fmt.store(normal(n, seed=n)), fmt.id, route, torch.bfloat16)
+        for n in (24, 8, 40)
+    ]
     joined = join(weights)
     whole = whole_of(joined[1])
     assert whole.start == 24
@@ -78,4 +83,7 @@ def test_shapes_that_do_not_fit_are_refused_with_the_reason(monkeypatch, n, k, d
 
 def test_without_a_gpu_that_is_the_reason():
     shape = LinearShape(n=24, k=256, bias=False, dtype="bfloat16")
-    assert get_format("int4-g64/tiled").unsupported(shape, 1, "cpu") == "this int4 layout needs a CUDA GPU"
+    assert (
+        get_format("int4-g64/tiled").unsupported(shape, 1, "cpu")
+        == "this int4 layout needs a CUDA GPU"
+    )

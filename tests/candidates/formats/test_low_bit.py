@@ -31,7 +31,12 @@ def test_numbers_are_the_nearest_of_a_symmetric_grid(bits, group, dtype):
     fmt = low_bit(bits, group)
     found = fmt.dequantize(fmt.store(weight)).reshape(24, -1, group)
     groups = weight.float().reshape(24, -1, group)
-    scale = (groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)).clamp(min=1e-12).to(dtype).float()
+    scale = (
+        (groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5))
+        .clamp(min=1e-12)
+        .to(dtype)
+        .float()
+    )
     grid = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) * scale.unsqueeze(-1)
     nearest = (groups.unsqueeze(-1) - grid).abs().amin(-1)
     torch.testing.assert_close((groups - found).abs(), nearest, atol=1e-6, rtol=1e-5)
@@ -49,7 +54,9 @@ def test_the_product_is_that_of_the_numbers(bits, group):
     fmt = low_bit(bits, group)
     stored = fmt.store(weight_of())
     x, bias = torch.randn(2, 5, 192), torch.randn(24)
-    torch.testing.assert_close(fmt.kernels[0].linear(x, stored, bias), F.linear(x, fmt.dequantize(stored), bias))
+    torch.testing.assert_close(
+        fmt.kernels[0].linear(x, stored, bias), F.linear(x, fmt.dequantize(stored), bias)
+    )
 
 
 def test_a_stored_weight_survives_a_file_without_pickled_code():
@@ -58,7 +65,9 @@ def test_a_stored_weight_survives_a_file_without_pickled_code():
     torch.save({"weight": stored}, file)
     file.seek(0)
     again = torch.load(file, weights_only=True)["weight"]
-    assert type(again) is BitPlaneTensor and torch.equal(again.unpack(torch.float32), stored.unpack(torch.float32))
+    assert type(again) is BitPlaneTensor and torch.equal(
+        again.unpack(torch.float32), stored.unpack(torch.float32)
+    )
 
 
 def test_a_shape_that_does_not_divide_is_left_out():
@@ -68,5 +77,9 @@ def test_a_shape_that_does_not_divide_is_left_out():
 
 
 def test_a_search_gets_them_only_by_name():
-    assert not any("bit-planes" in each.format.id for each in select(["*"], "cuda") + select(["*"], "cpu"))
-    assert {each.format.id for each in select(["int3*", "int2*"], "cpu")} == {low_bit(*choice).id for choice in CHOICES}
+    assert not any(
+        "bit-planes" in each.format.id for each in select(["*"], "cuda") + select(["*"], "cpu")
+    )
+    assert {each.format.id for each in select(["int3*", "int2*"], "cpu")} == {
+        low_bit(*choice).id for choice in CHOICES
+    }

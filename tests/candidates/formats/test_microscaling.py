@@ -31,9 +31,9 @@ def wide_range(*shape, dtype=torch.bfloat16, seed=0):
     """Numbers whose blocks differ by many powers of two, a row of zeros among them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
-    x = x * torch.exp2(torch.randint(-12, 12, (*shape[:-1], shape[-1] // 16), generator=generator)).repeat_interleave(
-        16, -1
-    )
+    x = x * torch.exp2(
+        torch.randint(-12, 12, (*shape[:-1], shape[-1] // 16), generator=generator)
+    ).repeat_interleave(16, -1)
     x[1] = 0
     return x.to(dtype)
 
@@ -41,9 +41,9 @@ def wide_range(*shape, dtype=torch.bfloat16, seed=0):
 def by_torchao(values, x):
     """x `[m, k]` rounded by torchao's tensors in their plain layout, in float32."""
     if values == "nvfp4":
-        return NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().max())).dequantize(
-            torch.float32
-        )
+        return NVFP4Tensor.to_nvfp4(
+            x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().max())
+        ).dequantize(torch.float32)
     elements = torch.float8_e4m3fn if values == "mxfp8" else torch.float4_e2m1fn_x2
     return MXTensor.to_mx(x, elements, 32, ScaleCalculationMode.RCEIL).dequantize(torch.float32)
 
@@ -77,9 +77,15 @@ def test_an_activation_is_rounded_as_torchao_rounds_it(values, dtype):
 @each_dtype
 def test_emulated_is_the_product_of_the_rounded_activation_and_the_stored_numbers(values, dtype):
     fmt = blocks(values)
-    weight, x, bias = torch.randn(N, K).to(dtype), torch.randn(2, 3, K).to(dtype), torch.randn(N).to(dtype)
+    weight, x, bias = (
+        torch.randn(N, K).to(dtype),
+        torch.randn(2, 3, K).to(dtype),
+        torch.randn(N).to(dtype),
+    )
     stored, kernel = fmt.store(weight), fmt.kernel("emulated")
-    expected = F.linear(by_torchao(values, x.reshape(6, K)), by_torchao(values, weight), bias.float()).reshape(2, 3, N)
+    expected = F.linear(
+        by_torchao(values, x.reshape(6, K)), by_torchao(values, weight), bias.float()
+    ).reshape(2, 3, N)
     y = kernel.linear(x, stored, bias)
     assert y.dtype == dtype
     error = (y.float() - expected).norm() / expected.norm()
@@ -102,7 +108,9 @@ def test_a_tensor_of_zeros_stays_zero(values):
     stored = fmt.store(zeros)
     assert torch.equal(fmt.dequantize(stored), zeros.float())
     assert torch.equal(ACTIVATION_ROUNDING[f"a-{values}"](zeros), zeros)
-    assert torch.equal(fmt.kernel("emulated").linear(zeros, stored, None), torch.zeros(N, N).bfloat16())
+    assert torch.equal(
+        fmt.kernel("emulated").linear(zeros, stored, None), torch.zeros(N, N).bfloat16()
+    )
 
 
 def scaled_product(a, b, scale_a, scale_b, bias=None, out_dtype=None, output_dtype=None, **_rest):
@@ -142,11 +150,15 @@ HARDWARE_CASES = [
 @pytest.mark.parametrize(("values", "dtype"), HARDWARE_CASES)
 @pytest.mark.parametrize("shape", [(1, K), (2, 3, K)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_hardware_is_given_the_numbers_that_emulated_multiplies(hardware, values, dtype, shape, with_bias):
+def test_the_hardware_is_given_the_numbers_that_emulated_multiplies(
+    hardware, values, dtype, shape, with_bias
+):
     fmt = blocks(values)
     stored = fmt.store(torch.randn(N, K).to(dtype))
     x, bias = torch.randn(shape).to(dtype), torch.randn(N).to(dtype) if with_bias else None
-    y, expected = (fmt.kernel(kernel).linear(x, stored, bias) for kernel in ("scaled-mm", "emulated"))
+    y, expected = (
+        fmt.kernel(kernel).linear(x, stored, bias) for kernel in ("scaled-mm", "emulated")
+    )
     assert (y.shape, y.dtype) == (expected.shape, dtype)
     assert (y.float() - expected.float()).norm() / expected.float().norm() < 2**-7
 
@@ -157,7 +169,10 @@ def test_the_hardware_product_is_traced_in_one_graph(hardware, values):
     fmt = blocks(values)
     module = nn.Linear(K, N, dtype=torch.bfloat16)
     weight = RoutedWeight.wrap(
-        fmt.store(module.weight), fmt.id, (RouteStep(upper_m=None, kernel="scaled-mm"),), torch.bfloat16
+        fmt.store(module.weight),
+        fmt.id,
+        (RouteStep(upper_m=None, kernel="scaled-mm"),),
+        torch.bfloat16,
     )
     module.weight = nn.Parameter(weight, requires_grad=False)
     x = torch.randn(2, 3, K).bfloat16()
@@ -182,7 +197,9 @@ def gpu(monkeypatch, capability):
 
 def reason(values, n=N, k=K, dtype="bfloat16", device="cuda", kernel="scaled-mm"):
     fmt = blocks(values)
-    return fmt.unsupported_reason(fmt.kernel(kernel), LinearShape(n=n, k=k, bias=False, dtype=dtype), 1, device)
+    return fmt.unsupported_reason(
+        fmt.kernel(kernel), LinearShape(n=n, k=k, bias=False, dtype=dtype), 1, device
+    )
 
 
 @each_format
@@ -222,7 +239,11 @@ def test_no_gpu_is_asked_about_where_none_is_used(monkeypatch, values):
         ("nvfp4", {"k": 144}, "needs n divisible by 16 and k by 32, not 48x144"),
         ("mxfp4", {"dtype": "float32"}, "gives bfloat16, not float32"),
         ("nvfp4", {"dtype": "float32"}, None),
-        ("nvfp4", {"dtype": "float16"}, "torchao makes blocks of bfloat16 and float32 weights, not of float16"),
+        (
+            "nvfp4",
+            {"dtype": "float16"},
+            "torchao makes blocks of bfloat16 and float32 weights, not of float16",
+        ),
     ],
 )
 def test_the_hardware_product_says_what_does_not_fit(monkeypatch, values, case, told):
@@ -233,7 +254,11 @@ def test_the_hardware_product_says_what_does_not_fit(monkeypatch, values, case, 
 @each_format
 def test_the_activation_rounding_is_a_numerics_of_its_own(values):
     numerics = {kernel.id: kernel.numerics for kernel in blocks(values).kernels}
-    assert numerics == {"dequantize-matmul": A16, "scaled-mm": f"a-{values}", "emulated": f"a-{values}"}
+    assert numerics == {
+        "dequantize-matmul": A16,
+        "scaled-mm": f"a-{values}",
+        "emulated": f"a-{values}",
+    }
 
 
 @each_format

@@ -48,7 +48,9 @@ def weight_error(fmt, weight, inputs=None):
 
 
 def output_error(fmt, weight, x):
-    return ((fmt.dequantize(fmt.store(weight, statistics(x))) - weight.float()) @ x.t()).norm().item()
+    return (
+        ((fmt.dequantize(fmt.store(weight, statistics(x))) - weight.float()) @ x.t()).norm().item()
+    )
 
 
 @each_format
@@ -107,24 +109,33 @@ def test_rounding_packs_integers_as_rounding_to_nearest_does():
 @pytest.mark.parametrize("rounding", ["hqq", "gptq"])
 def test_layouts_hold_the_same_numbers(rounding):
     weight, inputs = heavy_tailed(), statistics(correlated_inputs())
-    packed, gemlite = (get_format(f"int4-g64-{rounding}/{layout}") for layout in ("cpu-packed", "gemlite"))
+    packed, gemlite = (
+        get_format(f"int4-g64-{rounding}/{layout}") for layout in ("cpu-packed", "gemlite")
+    )
     numbers, others = (fmt.dequantize(fmt.store(weight, inputs)) for fmt in (packed, gemlite))
     assert (numbers - others).norm() < 0.01 * numbers.norm()
 
 
 def test_compensation_still_works_on_fewer_rows_than_inputs():
     weight, x = heavy_tailed(), correlated_inputs(rows=40)
-    assert output_error(named("int3-g64", "gptq"), weight, x) < 0.5 * output_error(named("int3-g64"), weight, x)
+    assert output_error(named("int3-g64", "gptq"), weight, x) < 0.5 * output_error(
+        named("int3-g64"), weight, x
+    )
 
 
 def test_the_same_inputs_give_the_same_bits():
     weight, x = heavy_tailed(), correlated_inputs()
     first, second = (named("int4-g32", "gptq").store(weight, statistics(x)) for _ in range(2))
-    assert torch.equal(first.qdata, second.qdata) and torch.equal(first.scale_and_zero, second.scale_and_zero)
+    assert torch.equal(first.qdata, second.qdata) and torch.equal(
+        first.scale_and_zero, second.scale_and_zero
+    )
 
 
 def test_a_format_that_needs_inputs_says_so_where_there_are_none():
-    with pytest.raises(CandidateError, match=r"int3-g64-gptq/bit-planes is rounded for a layer's inputs .* not given"):
+    with pytest.raises(
+        CandidateError,
+        match=r"int3-g64-gptq/bit-planes is rounded for a layer's inputs .* not given",
+    ):
         named("int3-g64", "gptq").store(heavy_tailed())
 
 
@@ -139,7 +150,9 @@ def test_the_inverse_factor_is_that_of_the_damped_hessian():
     hessian = statistics(correlated_inputs()).hessian
     factor = InputStatistics(hessian).inverse_factor.double()
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(K)
-    torch.testing.assert_close(factor.t() @ factor @ damped, torch.eye(K).double(), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        factor.t() @ factor @ damped, torch.eye(K).double(), atol=2e-3, rtol=0
+    )
     assert torch.equal(factor, factor.triu())
 
 
@@ -157,7 +170,9 @@ def test_a_glob_names_a_rounding_or_gets_the_nearest(glob, found):
 
 
 def test_a_search_that_names_no_candidates_rounds_to_nearest():
-    assert not any(each.format.rounds for device in ("cpu", "cuda") for each in select(["*"], device))
+    assert not any(
+        each.format.rounds for device in ("cpu", "cuda") for each in select(["*"], device)
+    )
 
 
 def test_roundings_of_one_format_are_timed_once():
@@ -170,5 +185,6 @@ def test_roundings_of_one_format_are_timed_once():
         "int3-g64/bit-planes/dequantize-matmul",
     ]
     assert (
-        timed_as("int4-g64-gptq/cpu-packed") == "int4-g64/cpu-packed" and timed_as("unknown/plain") == "unknown/plain"
+        timed_as("int4-g64-gptq/cpu-packed") == "int4-g64/cpu-packed"
+        and timed_as("unknown/plain") == "unknown/plain"
     )

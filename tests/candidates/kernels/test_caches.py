@@ -12,7 +12,14 @@ from autoquant.candidates.kernels.library import TunedLibrary
 from autoquant.devices.cuda import CudaBackend
 from autoquant.records import Device
 
-GPU = Device(type="cuda", name="a GPU", capability="sm_90", threads=0, cache_bytes=1 << 20, versions={"torch": "2"})
+GPU = Device(
+    type="cuda",
+    name="a GPU",
+    capability="sm_90",
+    threads=0,
+    cache_bytes=1 << 20,
+    versions={"torch": "2"},
+)
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
@@ -66,7 +73,9 @@ def test_what_was_tuned_on_a_gpu_is_taken_from_its_folder_and_what_is_new_kept_t
         calls.append("compile")
         raise RuntimeError("the compiler gave up")  # what was tuned until then is kept all the same
     assert calls == [("load", folder), ("tune", os.cpu_count()), "compile", ("save", folder)]
-    assert all(os.environ[variable].startswith(os.environ["AUTOQUANT_CACHE"]) for variable in VARIABLES)
+    assert all(
+        os.environ[variable].startswith(os.environ["AUTOQUANT_CACHE"]) for variable in VARIABLES
+    )
 
 
 def test_a_cpu_has_no_kernels_to_keep(calls):

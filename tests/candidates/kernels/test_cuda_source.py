@@ -80,11 +80,15 @@ def driver(monkeypatch, compiled):
     )
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", library)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: stand_in.devices.append(device) or nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: stand_in.devices.append(device) or nullcontext()
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: stand_in.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False
+    )
     return stand_in
 
 
@@ -144,5 +148,7 @@ def test_only_a_call_that_nobody_traces_watches_or_differentiates_is_a_plain_one
 
 def test_compiled_code_never_makes_a_plain_call():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + 1 if is_plain_call(x) else x - 1, backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x: x + 1 if is_plain_call(x) else x - 1, backend="eager", fullgraph=True
+    )
     assert torch.equal(compiled(torch.ones(2)), torch.zeros(2))

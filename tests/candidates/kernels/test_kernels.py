@@ -43,7 +43,11 @@ PAIRS = [
 ]
 
 
-FORMATS = list({fmt.id: fmt for fmt, kernel in CANDIDATES.values() if supported(fmt, kernel, "float32")}.values())
+FORMATS = list(
+    {
+        fmt.id: fmt for fmt, kernel in CANDIDATES.values() if supported(fmt, kernel, "float32")
+    }.values()
+)
 
 
 def tensors(dtype):
@@ -58,7 +62,11 @@ def tensors(dtype):
 
 def reference(fmt, kernel, stored, x, bias):
     rounded = ACTIVATION_ROUNDING[kernel.numerics](x.float())
-    return F.linear(rounded, multiplied_numbers(fmt, stored, kernel.numerics), None if bias is None else bias.float())
+    return F.linear(
+        rounded,
+        multiplied_numbers(fmt, stored, kernel.numerics),
+        None if bias is None else bias.float(),
+    )
 
 
 def tolerance(fmt, kernel, dtype):
@@ -73,9 +81,15 @@ def relative_error(y, expected):
 
 
 def test_the_unquantized_weight_and_three_quantized_families_work_on_any_cpu():
-    usable = {fmt.values for name, (fmt, kernel) in CANDIDATES.items() if supported(fmt, kernel, "bfloat16")}
+    usable = {
+        fmt.values
+        for name, (fmt, kernel) in CANDIDATES.items()
+        if supported(fmt, kernel, "bfloat16")
+    }
     assert usable >= {"bfloat16", "float16", "int8-row", "float8-row"}
-    numerics = {kernel.numerics for fmt, kernel in CANDIDATES.values() if fmt.id == "int8-row/plain"}
+    numerics = {
+        kernel.numerics for fmt, kernel in CANDIDATES.values() if fmt.id == "int8-row/plain"
+    }
     assert numerics == {"a16", "a8-row"}
 
 
@@ -101,7 +115,9 @@ def test_a_kernel_takes_activations_that_do_not_lie_in_one_piece(fmt, kernel, dt
     stored = fmt.store(weight)
     with torch.no_grad():
         y = kernel.linear(x, stored, bias)
-    assert relative_error(y, reference(fmt, kernel, stored, x, bias)) < tolerance(fmt, kernel, dtype)
+    assert relative_error(y, reference(fmt, kernel, stored, x, bias)) < tolerance(
+        fmt, kernel, dtype
+    )
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.id)
@@ -133,7 +149,9 @@ def compiled_linear(fmt, kernel, backend):
     stored = fmt.store(weight)
     module = nn.Linear(K, N)
     route = (RouteStep(upper_m=None, kernel=kernel.id),)
-    module.weight = nn.Parameter(RoutedWeight.wrap(stored, fmt.id, route, torch.bfloat16), requires_grad=False)
+    module.weight = nn.Parameter(
+        RoutedWeight.wrap(stored, fmt.id, route, torch.bfloat16), requires_grad=False
+    )
     module.bias = nn.Parameter(bias)
     # The cache of traced graphs knows a kernel by its name and would give what an older version of it computed.
     with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
@@ -141,7 +159,9 @@ def compiled_linear(fmt, kernel, backend):
     return relative_error(y, reference(fmt, kernel, stored, x, bias))
 
 
-@pytest.mark.parametrize(("fmt", "kernel", "dtype"), [pair for pair in PAIRS if pair.values[2] == "bfloat16"])
+@pytest.mark.parametrize(
+    ("fmt", "kernel", "dtype"), [pair for pair in PAIRS if pair.values[2] == "bfloat16"]
+)
 def test_a_routed_linear_is_traced_in_one_graph(fmt, kernel, dtype):
     assert compiled_linear(fmt, kernel, "aot_eager") < tolerance(fmt, kernel, dtype)
 
@@ -174,7 +194,13 @@ def test_a_routed_linear_is_compiled(name):
         ("int4-g32/cpu-packed", (80, 64), 1, "cpu", "n=80 is not divisible by"),
         ("int4-g32/cpu-packed", (64, 64), 1, "cuda", "for CPUs"),
         ("int8-row/plain/int8pack-mm", (66, 64), 1, "cpu", "n divisible by 4 and k by 16, not 66"),
-        ("int8-row/plain/int8pack-mm", (64, 100), 1, "cpu", "100"),  # reads beyond the end, and may crash
+        (
+            "int8-row/plain/int8pack-mm",
+            (64, 100),
+            1,
+            "cpu",
+            "100",
+        ),  # reads beyond the end, and may crash
         ("int8-row/plain/int8pack-mm", (64, 8), 1, "cpu", "8"),
         ("int8-row/plain/int8pack-mm", (64, 64), 1, "cuda", "CPU kernel"),
         ("int8-row/plain/int-mm", (64, 64), 16, "cuda", "more than 16 rows on CUDA, not 16"),
@@ -209,7 +235,10 @@ def test_a_candidate_says_why_it_cannot_be_used(format_id, shape, m, device, rea
 )
 def test_a_candidate_that_can_be_used_gives_no_reason(name, shape, m, device, dtype):
     fmt, kernel = CANDIDATES[name]
-    if fmt.values.startswith("int4") and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    if fmt.values.startswith("int4") and torch.backends.cpu.get_cpu_capability() not in (
+        "AVX2",
+        "AVX512",
+    ):
         pytest.skip("this CPU has no packing for int4")
     shape = LinearShape(n=shape[0], k=shape[1], bias=False, dtype=dtype)
     assert fmt.unsupported_reason(kernel, shape, m, device) is None
@@ -230,10 +259,14 @@ def test_a_candidate_works_on_every_odd_shape_that_it_does_not_refuse(name, shap
     n, k = shape
     if fmt.unsupported_reason(kernel, LinearShape(n=n, k=k, bias=False, dtype=dtype), 3, "cpu"):
         return
-    assert (kernel.id, dtype, k % 16 > 0) != ("int8pack-mm", "bfloat16", True), "ATen's kernel would crash here"
+    assert (kernel.id, dtype, k % 16 > 0) != ("int8pack-mm", "bfloat16", True), (
+        "ATen's kernel would crash here"
+    )
     generator = torch.Generator().manual_seed(2)
     stored = fmt.store(torch.randn(n, k, generator=generator).to(getattr(torch, dtype)))
     x = torch.randn(3, k, generator=generator).to(getattr(torch, dtype))
     with torch.no_grad():
         y = kernel.linear(x, stored, None)
-    assert relative_error(y, reference(fmt, kernel, stored, x, None)) < tolerance(fmt, kernel, dtype)
+    assert relative_error(y, reference(fmt, kernel, stored, x, None)) < tolerance(
+        fmt, kernel, dtype
+    )

@@ -41,7 +41,9 @@ def test_few_tiles_get_more_warps_each_and_more_rows_their_own_setting():
     assert setting_of(settings, 16 * 132 + 8, 1, processors=132) == (4, 4, 4)
 
 
-@pytest.mark.parametrize(("m", "setting"), [(1, (16, 1, 2)), (8, (16, 1, 2)), (9, (8, 2, 3)), (16, (8, 2, 3))])
+@pytest.mark.parametrize(
+    ("m", "setting"), [(1, (16, 1, 2)), (8, (16, 1, 2)), (9, (8, 2, 3)), (16, (8, 2, 3))]
+)
 def test_a_product_is_launched_with_what_its_source_asks_for(monkeypatch, m, setting):
     compiled, launched = [], []
 
@@ -51,11 +53,26 @@ def test_a_product_is_launched_with_what_its_source_asks_for(monkeypatch, m, set
 
     monkeypatch.setattr(few_rows, "_launches", {})
     monkeypatch.setattr(few_rows, "cuda_kernel", kernel)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-    x, weight, scale, bias = torch.ones(128, m).t(), torch.ones(72, 64), torch.ones(72, 1), torch.ones(72)
-    y = few_rows.multiply_rows("a.cu", "a", [(0, (16, 1, 2), (8, 2, 3))], x, (weight, scale), bias, [("GROUP", 64)])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+    )
+    x, weight, scale, bias = (
+        torch.ones(128, m).t(),
+        torch.ones(72, 64),
+        torch.ones(72, 1),
+        torch.ones(72),
+    )
+    y = few_rows.multiply_rows(
+        "a.cu", "a", [(0, (16, 1, 2), (8, 2, 3))], x, (weight, scale), bias, [("GROUP", 64)]
+    )
     warps, tiles, blocks = setting
-    defines = {"GROUP": 64, "WARPS": warps, "TILES": tiles, "BLOCKS": blocks, "EIGHTS": 1 if m <= 8 else 2}
+    defines = {
+        "GROUP": 64,
+        "WARPS": warps,
+        "TILES": tiles,
+        "BLOCKS": blocks,
+        "EIGHTS": 1 if m <= 8 else 2,
+    }
     assert compiled == [("a.cu", "a", defines, x.device)]
     [(count, threads, given_x, *rest)] = launched
     assert (count, threads) == (5 if tiles == 1 else 3, 32 * warps), "72 rows in tiles of 16"
@@ -65,7 +82,10 @@ def test_a_product_is_launched_with_what_its_source_asks_for(monkeypatch, m, set
     product = partial(few_rows.multiply_rows, "a.cu", "a", [(0, (16, 1, 2), (8, 2, 3))])
     y = product(x.reshape(m, 1, 128), (weight, scale), None, [("GROUP", 64)])
     assert len(compiled) == 1 and launched[1][6:] == (y, m, 72, 128) and y.shape == (m, 1, 72)
-    assert product(x[:0], (weight, scale), None, [("GROUP", 64)]).shape == (0, 72) and len(launched) == 2
+    assert (
+        product(x[:0], (weight, scale), None, [("GROUP", 64)]).shape == (0, 72)
+        and len(launched) == 2
+    )
 
 
 @pytest.mark.parametrize("source", ["int4_tiled.cu", "float8_rows.cu"])
@@ -85,10 +105,14 @@ def test_what_a_source_includes_lies_beside_it(source):
         (24, 256, "bfloat16", 16, None),
     ],
 )
-def test_what_the_float8_product_does_not_take_is_refused_with_the_reason(monkeypatch, n, k, dtype, m, reason):
+def test_what_the_float8_product_does_not_take_is_refused_with_the_reason(
+    monkeypatch, n, k, dtype, m, reason
+):
     monkeypatch.setattr(float8, "cuda_source_unsupported", lambda *_: None)
     fmt = get_format("float8-row/plain")
-    found = fmt.unsupported_reason(fmt.kernel("rows"), LinearShape(n=n, k=k, bias=False, dtype=dtype), m, "cuda")
+    found = fmt.unsupported_reason(
+        fmt.kernel("rows"), LinearShape(n=n, k=k, bias=False, dtype=dtype), m, "cuda"
+    )
     assert found is None if reason is None else reason in found
 
 
@@ -101,5 +125,7 @@ def test_without_a_gpu_the_float8_product_says_so():
 def test_the_compiler_is_told_what_the_float8_product_gives():
     stored = get_format("float8-row/plain").store(torch.randn(24, 128).bfloat16())
     x = torch.empty(2, 3, 128, dtype=torch.bfloat16, device="meta")
-    y = float8_rows.float8_rows(x.reshape(-1, 128), stored.qdata.to("meta"), stored.scale.to("meta"), None)
+    y = float8_rows.float8_rows(
+        x.reshape(-1, 128), stored.qdata.to("meta"), stored.scale.to("meta"), None
+    )
     assert (y.shape, y.dtype, y.device.type) == ((6, 24), torch.bfloat16, "meta")

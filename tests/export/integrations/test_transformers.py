@@ -57,7 +57,9 @@ def same(model, expected):
     return torch.equal(logits(model), expected)
 
 
-def test_from_pretrained_in_a_new_process_gives_the_logits_of_load_without_a_warning(quantized, expected, tmp_path):
+def test_from_pretrained_in_a_new_process_gives_the_logits_of_load_without_a_warning(
+    quantized, expected, tmp_path
+):
     result = python("-c", ELSEWHERE, quantized, tmp_path / "logits.pt")
     assert result.returncode == 0, result.stderr
     assert "weights" not in result.stderr.replace("Loading weights", "").lower(), result.stderr
@@ -67,22 +69,32 @@ def test_from_pretrained_in_a_new_process_gives_the_logits_of_load_without_a_war
 def test_from_pretrained_gives_the_tensors_that_were_saved(quantized, model, expected):
     assert same(model, expected)
     loaded = autoquant.load(quantized)
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        model.named_parameters(), loaded.named_parameters(), strict=True
+    ):
         assert type(ours.data) is type(theirs.data), name
         assert getattr(ours.data, "route", None) == getattr(theirs.data, "route", None)
         assert not ours.requires_grad and not ours.is_meta
-    assert whole_of(model.model.layers[0].self_attn.k_proj.weight.data).start == 64, "joined with q_proj"
+    assert whole_of(model.model.layers[0].self_attn.k_proj.weight.data).start == 64, (
+        "joined with q_proj"
+    )
     assert type(model.model.embed_tokens.weight.data) is torch.Tensor
-    assert isinstance(model.lm_head.weight.data, RoutedWeight), "parted from the embedding, which it was tied to"
+    assert isinstance(model.lm_head.weight.data, RoutedWeight), (
+        "parted from the embedding, which it was tied to"
+    )
 
 
 def test_nothing_of_the_loading_is_left_on_the_model(model):
-    assert "state_dict" not in vars(model) and "_keys_to_ignore_on_load_unexpected" not in vars(model)
+    assert "state_dict" not in vars(model) and "_keys_to_ignore_on_load_unexpected" not in vars(
+        model
+    )
     assert "lm_head.weight" in model.state_dict()
     assert not model.training and model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("place", ["cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}, torch.device("cpu")])
+@pytest.mark.parametrize(
+    "place", ["cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}, torch.device("cpu")]
+)
 def test_a_device_map_of_one_device_is_followed(quantized, expected, place):
     pytest.importorskip("accelerate")
     assert same(AutoModelForCausalLM.from_pretrained(quantized, device_map=place), expected)
@@ -90,16 +102,21 @@ def test_a_device_map_of_one_device_is_followed(quantized, expected, place):
 
 def test_the_best_device_is_one_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     made = quantizer.AutoquantQuantizer(quantizer.AutoquantConfig())
     assert made.update_device_map("auto") == {"": "cuda"}
     assert made.update_device_map({"": 1}) == {"": 1} and quantizer._device_name(1) == "cuda:1"
     assert made.update_device_map(None) is None
 
 
-@pytest.mark.parametrize("place", ["balanced", "sequential", {"model": "cpu", "lm_head": "disk"}, {"": "disk"}])
+@pytest.mark.parametrize(
+    "place", ["balanced", "sequential", {"model": "cpu", "lm_head": "disk"}, {"": "disk"}]
+)
 def test_several_devices_are_refused_in_one_line(quantized, place):
     pytest.importorskip("accelerate")
-    with pytest.raises(DeviceError, match=r"^a model that autoquant quantized runs on one device: give [^\n]+$"):
+    with pytest.raises(
+        DeviceError, match=r"^a model that autoquant quantized runs on one device: give [^\n]+$"
+    ):
         AutoModelForCausalLM.from_pretrained(quantized, device_map=place)
 
 
@@ -116,7 +133,10 @@ def test_a_plan_for_another_dtype_than_the_model_was_stored_in_needs_no_dtype(bo
     config = json.loads((original / "config.json").read_text()) | {"torch_dtype": "float32"}
     del config["dtype"]
     (original / "config.json").write_text(json.dumps(config))
-    assert AutoModelForCausalLM.from_pretrained(save_applied(original, tmp_path / "out")).dtype == torch.bfloat16
+    assert (
+        AutoModelForCausalLM.from_pretrained(save_applied(original, tmp_path / "out")).dtype
+        == torch.bfloat16
+    )
 
 
 def test_another_architecture_is_refused(quantized):
@@ -134,7 +154,9 @@ def test_the_manifest_makes_nothing_be_imported(quantized, expected, tmp_path, m
     assert same(AutoModelForCausalLM.from_pretrained(folder), expected)
 
 
-def test_a_folder_written_before_config_json_named_autoquant_still_loads(quantized, expected, tmp_path):
+def test_a_folder_written_before_config_json_named_autoquant_still_loads(
+    quantized, expected, tmp_path
+):
     folder = shutil.copytree(quantized, tmp_path / "folder")
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("quantization_config") == {"quant_method": "autoquant", "format_version": 1}
@@ -144,13 +166,19 @@ def test_a_folder_written_before_config_json_named_autoquant_still_loads(quantiz
 
 @pytest.mark.parametrize("first", ["load", "from_pretrained"])
 def test_what_save_pretrained_writes_loads_by_both_ways(quantized, expected, tmp_path, first):
-    model = autoquant.load(quantized) if first == "load" else AutoModelForCausalLM.from_pretrained(quantized)
+    model = (
+        autoquant.load(quantized)
+        if first == "load"
+        else AutoModelForCausalLM.from_pretrained(quantized)
+    )
     out = tmp_path / "deeper" / "out"
     model.save_pretrained(out)
     assert sorted(path.name for path in out.iterdir()) == [
         "autoquant.json", "config.json", "generation_config.json", "model.safetensors", "packed.pt",
     ]  # fmt: skip
-    before, after = (json.loads((place / "autoquant.json").read_text()) for place in (quantized, out))
+    before, after = (
+        json.loads((place / "autoquant.json").read_text()) for place in (quantized, out)
+    )
     assert before == after
     for again in (AutoModelForCausalLM.from_pretrained(out), autoquant.load(out)):
         assert same(again, expected)
@@ -183,7 +211,9 @@ def test_an_option_that_saving_cannot_follow_is_refused(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_pushed_to_the_hub_is_what_save_pretrained_writes(model, expected, tmp_path, monkeypatch):
+def test_what_is_pushed_to_the_hub_is_what_save_pretrained_writes(
+    model, expected, tmp_path, monkeypatch
+):
     def upload(_self, folder, *_arguments, **_options):
         shutil.copytree(folder, tmp_path / "pushed")
 
@@ -210,7 +240,9 @@ def test_of_a_model_on_the_hub_the_other_files_are_fetched_too(tmp_path, monkeyp
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert quantizer._whole_folder(snapshot / "model.safetensors", "somebody/model") == snapshot
-    assert fetched == [("somebody/model", file, "0123abcd") for file in ("autoquant.json", "packed.pt")]
+    assert fetched == [
+        ("somebody/model", file, "0123abcd") for file in ("autoquant.json", "packed.pt")
+    ]
 
 
 def test_a_copy_of_a_model_saves_itself(model, tmp_path):
@@ -226,7 +258,9 @@ def test_weights_that_are_computed_as_one_are_still_one_after_a_move(model, monk
     prepared = []
     monkeypatch.setattr(saving, "prepare", prepared.append)
     moved = []
-    monkeypatch.setattr(type(model), "device", property(lambda _self: torch.device("cpu", len(moved))))
+    monkeypatch.setattr(
+        type(model), "device", property(lambda _self: torch.device("cpu", len(moved)))
+    )
 
     def move(tensor):
         moved.append(1)
@@ -250,7 +284,9 @@ def test_generate_samples_and_streams(quantized, model, capsys):
 
     tokenizer = AutoTokenizer.from_pretrained(quantized)
     torch.manual_seed(0)
-    ids = model.generate(IDS, max_new_tokens=6, do_sample=True, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    ids = model.generate(
+        IDS, max_new_tokens=6, do_sample=True, streamer=TextStreamer(tokenizer, skip_prompt=True)
+    )
     assert tokenizer.decode(ids[0, IDS.shape[1] :]).split() == capsys.readouterr().out.split()
 
 
@@ -259,13 +295,16 @@ def test_a_quantized_model_is_not_trained_and_not_quantized_while_loading(both, 
     with pytest.raises(ValueError, match="half"):
         model.half()
     with pytest.raises(ValueError, match="pre-quantized"):
-        AutoModelForCausalLM.from_pretrained(both[0], quantization_config=quantizer.AutoquantConfig())
+        AutoModelForCausalLM.from_pretrained(
+            both[0], quantization_config=quantizer.AutoquantConfig()
+        )
 
 
 @pytest.mark.parametrize("order", ["import autoquant; {}", "{}; import autoquant"])
 def test_it_is_registered_whichever_is_imported_first(order):
     code = (
-        order.format("from transformers.quantizers import auto") + "; assert 'autoquant' in auto.AUTO_QUANTIZER_MAPPING"
+        order.format("from transformers.quantizers import auto")
+        + "; assert 'autoquant' in auto.AUTO_QUANTIZER_MAPPING"
     )
     assert python("-c", code).returncode == 0
 
@@ -273,11 +312,11 @@ def test_it_is_registered_whichever_is_imported_first(order):
 def test_registering_twice_changes_nothing():
     on_import.register()
     assert AUTO_QUANTIZER_MAPPING["autoquant"] is quantizer.AutoquantQuantizer
-    code = (
-        "import sys, autoquant; n = len(sys.meta_path); autoquant.on_import.register(); assert n == len(sys.meta_path)"
-    )
+    code = "import sys, autoquant; n = len(sys.meta_path); autoquant.on_import.register(); assert n == len(sys.meta_path)"
     environment = {"PYTHONPATH": str(Path(autoquant.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    )
 
 
 def test_load_takes_the_device_of_the_plan_unless_told_otherwise(quantized, expected, tmp_path):

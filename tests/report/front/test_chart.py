@@ -32,7 +32,9 @@ def test_faster_is_to_the_left_and_worse_is_higher():
     assert fast[0] < recommended[0] < uniform[0] < original[0]
     assert original[1] < recommended[1] <= uniform[1] < fast[1]
     assert lines[0] == "Perplexity increase [%]"
-    assert "★ recommended   ■ unquantized   ● searched, on the front   ◇ uniform, dominated" in lines
+    assert (
+        "★ recommended   ■ unquantized   ● searched, on the front   ◇ uniform, dominated" in lines
+    )
     assert lines[-1] == "line: no plan is both faster and better"
 
 
@@ -55,13 +57,17 @@ def test_it_fits_a_narrow_terminal():
 
 def test_a_terminal_without_more_gets_ascii():
     lines = drawn(ROWS, encoding="ascii")
-    assert "> recommended   # unquantized   * searched, on the front   u uniform, dominated" in lines
+    assert (
+        "> recommended   # unquantized   * searched, on the front   u uniform, dominated" in lines
+    )
     assert all(line.isascii() for line in lines)
     assert any("-+" in line for line in lines)
 
 
 def test_numbers_stand_at_their_places_on_both_axes():
-    lines = drawn([row("original", "original", 100.0, 0.0), row("a", "front", 50.0, 0.01, recommended=True)])
+    lines = drawn(
+        [row("original", "original", 100.0, 0.0), row("a", "front", 50.0, 0.01, recommended=True)]
+    )
     assert next(line for line in lines if "■" in line).startswith("  0 ┤")
     assert next(line for line in lines if "★" in line and "┤" in line).startswith("  1 ┤")
     ticks, numbers = lines[-4], lines[-3]
@@ -86,9 +92,14 @@ def test_what_is_covered_or_cannot_be_drawn_is_said():
 
 def test_one_plan_alone_and_none_at_all_are_drawn_too():
     assert any("■" in line for line in drawn(ROWS[:1]))
-    assert drawn([row("broken", "front", 50.0, math.nan)]) == ["not shown: 1 plans without finite quality"]
+    assert drawn([row("broken", "front", 50.0, math.nan)]) == [
+        "not shown: 1 plans without finite quality"
+    ]
     assert drawn([]) == []
 
 
 def test_a_loss_of_ones_own_is_called_loss():
-    assert drawn([{**each, "perplexity": None, "measure": "loss"} for each in ROWS])[0] == "Loss increase [%]"
+    assert (
+        drawn([{**each, "perplexity": None, "measure": "loss"} for each in ROWS])[0]
+        == "Loss increase [%]"
+    )

@@ -37,7 +37,9 @@ def test_whatever_the_search_proposed_is_searched(kind):
 
 @pytest.mark.parametrize("on_front", [True, False])
 def test_every_kind_that_has_to_be_beaten_looks_different(on_front):
-    families = [family(row(kind, kind, 1.0, 0.0, on_front=on_front)) for kind in (*BASELINES, "front")]
+    families = [
+        family(row(kind, kind, 1.0, 0.0, on_front=on_front)) for kind in (*BASELINES, "front")
+    ]
     for look in ("name", "marker", "symbol", "glyph", "ascii"):
         assert len({getattr(each, look) for each in families}) == 4
     assert all(each.filled is on_front for each in families)

@@ -27,5 +27,7 @@ def test_a_label_in_a_corner_stays_inside():
 def test_the_first_label_gets_the_nearest_place():
     anchor = (400.0, 250.0)
     first, second = place_labels([anchor] * 2, [(50.0, 10.0)] * 2, [], BOUNDS)
-    assert math.dist(nearest_point(first, anchor), anchor) <= math.dist(nearest_point(second, anchor), anchor)
+    assert math.dist(nearest_point(first, anchor), anchor) <= math.dist(
+        nearest_point(second, anchor), anchor
+    )
     assert overlap(first, second) == 0

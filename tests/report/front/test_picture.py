@@ -10,7 +10,11 @@ TITLE = "model on a CPU"
 
 def test_svg_names_axes_uniform_plans_and_the_original():
     text = render(ROWS, ".svg", TITLE).decode()
-    found = [word for word in ("unquantized", "int8-row", "front 1", "Time of one request", TITLE) if word in text]
+    found = [
+        word
+        for word in ("unquantized", "int8-row", "front 1", "Time of one request", TITLE)
+        if word in text
+    ]
     assert len(found) == 5
 
 

@@ -11,7 +11,9 @@ from autoquant.study.study import Study
 from report import made_up_study
 from report.made_up_study import FAST, FRONT, INT4, UNIFORM
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
 
@@ -59,7 +61,12 @@ def opened(chromium, address):
         pages.append(page)
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
+        page.on(
+            "request",
+            lambda request: (
+                complaints.append(request.url) if request.url.startswith("http") else None
+            ),
+        )
         page.goto(address + fragment)
         page.wait_for_selector("#latency-chart .main-svg")
         return page
@@ -83,7 +90,11 @@ def test_nothing_scrolls_sideways_and_every_chart_is_as_wide_as_its_place(opened
     assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
     assert page.evaluate(TOO_WIDE) == []
     for chart in page.locator(".chart").all():
-        assert chart.locator(".main-svg").first.bounding_box()["width"] == chart.bounding_box()["width"] > 0
+        assert (
+            chart.locator(".main-svg").first.bounding_box()["width"]
+            == chart.bounding_box()["width"]
+            > 0
+        )
 
 
 def test_hovering_over_a_point_tells_what_the_plan_is_made_of(opened):
@@ -95,7 +106,9 @@ def test_hovering_over_a_point_tells_what_the_plan_is_made_of(opened):
 
 def test_no_chart_offers_to_be_sent_away(opened):
     page = opened()
-    titles = page.locator(".modebar-btn").evaluate_all("(all) => [...new Set(all.map((each) => each.dataset.title))]")
+    titles = page.locator(".modebar-btn").evaluate_all(
+        "(all) => [...new Set(all.map((each) => each.dataset.title))]"
+    )
     assert sorted(titles) == ["Download plot as a PNG", "Pan", "Reset axes", "Zoom"]
 
 
@@ -155,13 +168,17 @@ def test_another_shape_draws_its_own_latencies_and_table(opened):
     page = opened()
     before = page.evaluate("document.getElementById('latency-chart').data.at(-1).y[0]")
     page.select_option("#shape-select", "2")
-    assert page.evaluate("document.getElementById('latency-chart').data.at(-1).y[0]") == pytest.approx(3 * before)
+    assert page.evaluate(
+        "document.getElementById('latency-chart').data.at(-1).y[0]"
+    ) == pytest.approx(3 * before)
     assert page.locator("table.shape:not([hidden]) caption").all_text_contents() == [
         "768 x 256, bfloat16: layers as one"
     ]
 
 
-@pytest.mark.parametrize(("look", "button", "dark"), [("light", "Dark look", True), ("dark", "Light look", False)])
+@pytest.mark.parametrize(
+    ("look", "button", "dark"), [("light", "Dark look", True), ("dark", "Light look", False)]
+)
 def test_the_button_switches_the_look_of_page_and_charts(opened, look, button, dark):
     page = opened(look=look)
     before = [brightness(page, name) for name in ("background-color", "color")]
@@ -187,7 +204,11 @@ def test_text_stands_out_from_what_is_behind_it(opened, look):
         const names = ["page", "panel", "picked", "ink", "muted", "accent", ...Array.from({length: 9}, (_, n) => `h${n}`)];
         return Object.fromEntries(names.map((name) => [name, read(name)])); }"""
     )
-    pairs = [(text, behind) for text in ("ink", "muted", "accent") for behind in ("page", "panel", "picked")]
+    pairs = [
+        (text, behind)
+        for text in ("ink", "muted", "accent")
+        for behind in ("page", "panel", "picked")
+    ]
     pairs += [("ink", f"h{number}") for number in range(9)]
     low = {pair: contrast(*(colours[name] for name in pair)) for pair in pairs}
     assert {pair: ratio for pair, ratio in low.items() if ratio < 4.5} == {}
@@ -195,7 +216,10 @@ def test_text_stands_out_from_what_is_behind_it(opened, look):
 
 def contrast(one, other):
     lights = sorted(
-        sum(weight * linear(part / 255) for weight, part in zip((0.2126, 0.7152, 0.0722), colour, strict=True))
+        sum(
+            weight * linear(part / 255)
+            for weight, part in zip((0.2126, 0.7152, 0.0722), colour, strict=True)
+        )
         for colour in (one, other)
     )
     return (lights[1] + 0.05) / (lights[0] + 0.05)
@@ -208,7 +232,9 @@ def linear(part):
 def test_charts_are_laid_out_again_when_the_window_changes(opened):
     page = opened()
     page.set_viewport_size(PHONE)
-    playwright.expect(page.locator("#front-chart .main-svg").first).to_have_attribute("width", re.compile("^3[0-9]{2}"))
+    playwright.expect(page.locator("#front-chart .main-svg").first).to_have_attribute(
+        "width", re.compile("^3[0-9]{2}")
+    )
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     assert page.locator("#layers-chart .heatmap-label").count() == 25
 

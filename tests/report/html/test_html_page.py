@@ -46,7 +46,11 @@ class Outline(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def text(self, tag):
-        return [text.strip() for (name, _), text in zip(self.elements, self.texts, strict=True) if name == tag]
+        return [
+            text.strip()
+            for (name, _), text in zip(self.elements, self.texts, strict=True)
+            if name == tag
+        ]
 
 
 @pytest.fixture
@@ -77,9 +81,13 @@ def plan_of(data, plan_id):
 
 
 def test_the_page_fetches_nothing(outline):
-    assert not {"src", "href", "srcset", "action"} & {name for _, attributes in outline.elements for name in attributes}
+    assert not {"src", "href", "srcset", "action"} & {
+        name for _, attributes in outline.elements for name in attributes
+    }
     policy = next(
-        meta["content"] for meta in outline.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+        meta["content"]
+        for meta in outline.all("meta")
+        if meta.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy.startswith("default-src 'none'")
 
@@ -111,15 +119,22 @@ def test_every_section_has_a_heading_and_every_chart_a_table(outline):
         "Speed against quality", "One plan", "Kernels on this device", "What was searched", "What could not be used",
         "How this came about",
     ]  # fmt: skip
-    charts = [attributes for tag, attributes in outline.elements if attributes.get("class") == "chart"]
+    charts = [
+        attributes for tag, attributes in outline.elements if attributes.get("class") == "chart"
+    ]
     assert len(charts) == 6 and all("table" in chart["aria-label"] for chart in charts)
-    assert {label["for"] for label in outline.all("label")} == {"plan-select", "shape-select"} <= ids
+    assert (
+        {label["for"] for label in outline.all("label")} == {"plan-select", "shape-select"} <= ids
+    )
 
 
 def test_the_table_of_plans_has_what_the_front_has(page, study):
     for row in study.rows():
         assert f"{row['speedup']:.2f}x</td>" in page
-    assert "+0.40..+0.60%" in page and "4 x int4-g64/packed, 4 x int8-row/plain, 1 x bfloat16/plain" in page
+    assert (
+        "+0.40..+0.60%" in page
+        and "4 x int4-g64/packed, 4 x int8-row/plain, 1 x bfloat16/plain" in page
+    )
 
 
 def test_a_point_has_its_interval_and_tells_what_the_plan_is_made_of(data, study):
@@ -139,9 +154,13 @@ def test_families_are_told_apart_by_shape(data):
 def test_larger_plans_have_larger_points(data):
     sizes = {}
     for trace in data["front"]["data"]:
-        for index, size in zip(trace.get("customdata", ()), trace.get("marker", {}).get("size", ()), strict=True):
+        for index, size in zip(
+            trace.get("customdata", ()), trace.get("marker", {}).get("size", ()), strict=True
+        ):
             sizes[data["plans"][index]["id"]] = size
-    by_memory = sorted((plan_id for plan_id in PLANS if plan_id != FRONT), key=lambda plan_id: PLANS[plan_id][5])
+    by_memory = sorted(
+        (plan_id for plan_id in PLANS if plan_id != FRONT), key=lambda plan_id: PLANS[plan_id][5]
+    )
     assert sorted(by_memory, key=sizes.get) == by_memory
 
 
@@ -158,7 +177,13 @@ def test_every_layer_of_every_plan_has_its_cell(data, study):
             shown = plan_of(data, plan.plan_id)["choices"]
             formats = [data["formats"][data["choices"][place]["format"]]["id"] for place in shown]
             assert formats == [layer.format for layer in plan.layers]
-    assert data["rows"] == ["attn.q_proj", "mlp.down_proj", "lm_head"] and data["columns"] == ["0", "1", "2", "3", "-"]
+    assert data["rows"] == ["attn.q_proj", "mlp.down_proj", "lm_head"] and data["columns"] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "-",
+    ]
     assert data["layers"][2] | {"shape": ""} == {
         "name": "model.layers.1.attn.q_proj",
         "row": 0,
@@ -184,14 +209,19 @@ def test_times_by_type_add_up_to_the_predicted_request(data, study):
 
 
 def test_a_types_time_counts_every_call(data, study):
-    decode = next(trace for trace in plan_of(data, FRONT)["time"]["data"] if trace["name"] == "decode")
+    decode = next(
+        trace for trace in plan_of(data, FRONT)["time"]["data"] if trace["name"] == "decode"
+    )
     assert decode["x"][0] == pytest.approx(4 * WORKLOAD.calls()["decode"] * 50.0 / 1e3)
 
 
 def test_what_a_plan_leaves_alone_has_its_reason(data):
     assert plan_of(data, FRONT)["left_alone"] == [["lm_head", "256 x 256, bfloat16", LEFT_ALONE]]
     original = next(plan for plan in data["plans"] if plan["label"] == "original")
-    assert original["left_alone"][0][:2] == ["model.layers.0-3.attn.q_proj", "4 of 256 x 256, bfloat16"]
+    assert original["left_alone"][0][:2] == [
+        "model.layers.0-3.attn.q_proj",
+        "4 of 256 x 256, bfloat16",
+    ]
 
 
 def test_predicted_stands_beside_realised(data, page):
@@ -204,7 +234,13 @@ def test_predicted_stands_beside_realised(data, page):
 def test_the_kernel_map_has_a_chart_with_the_limits_for_every_shape(data, outline):
     assert len(data["shapes"]) == 3 == len([option for option in outline.all("option")])
     names = [trace["name"] for trace in data["shapes"][0]["data"]]
-    assert names == ["limit, 16-bit weights", "limit, 8-bit weights", "limit, 4-bit weights", "unquantized", INT8]
+    assert names == [
+        "limit, 16-bit weights",
+        "limit, 8-bit weights",
+        "limit, 4-bit weights",
+        "unquantized",
+        INT8,
+    ]
     assert data["shapes"][0]["data"][4]["y"] == [
         10.5,
         pytest.approx(26.4),
@@ -232,7 +268,8 @@ def test_failures_are_shown_with_their_reasons(outline):
 
 
 @pytest.mark.parametrize(
-    "fact", ["Test & Co CPU", "torch 2.13", "1 x prefill of 64 tokens, 16 x decode; batch 1", "5tudy001"]
+    "fact",
+    ["Test & Co CPU", "torch 2.13", "1 x prefill of 64 tokens, 16 x decode; batch 1", "5tudy001"],
 )
 def test_where_the_numbers_come_from_is_told(outline, fact):
     assert fact in outline.text("dd")
@@ -258,7 +295,9 @@ def test_a_loss_of_ones_own_takes_the_place_of_perplexity(tmp_path):
     for plan_id, proof in store.proofs(made_up_study.STUDY).items():
         store.put_proof(plan_id, replace(proof, perplexity=None, kl=None))
     page = render_report(Study(store), "own.db").decode()
-    assert '<th scope="col" class="number">Loss</th>' in page and "Perplexity" not in Outline(page).text("th")
+    assert '<th scope="col" class="number">Loss</th>' in page and "Perplexity" not in Outline(
+        page
+    ).text("th")
     assert "--quality k3y" in page
 
 
@@ -279,4 +318,9 @@ def test_plans_without_finite_quality_are_told_and_not_drawn(study):
 
 def test_the_page_is_made_without_torch():
     code = "import sys, autoquant.report.html.page; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}
+        ).returncode
+        == 0
+    )

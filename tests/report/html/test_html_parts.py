@@ -11,7 +11,18 @@ from autoquant.report.html.verdict import verdict
 from autoquant.store import open_store
 from autoquant.study.study import Study
 from report import made_up_study
-from report.made_up_study import ATTENTION, FAST, FRONT, FUSED, INT8, MLP, ORIGINAL, PLAIN, STUDY, UNIFORM
+from report.made_up_study import (
+    ATTENTION,
+    FAST,
+    FRONT,
+    FUSED,
+    INT8,
+    MLP,
+    ORIGINAL,
+    PLAIN,
+    STUDY,
+    UNIFORM,
+)
 
 
 def study(tmp_path, **options):
@@ -30,7 +41,11 @@ def said(tmp_path, **options):
 @pytest.mark.parametrize(
     ("names", "rows", "columns"),
     [
-        (["model.layers.0.attn.q", "model.layers.10.attn.q", "head"], ("attn.q", "head"), ("0", "10", OUTSIDE)),
+        (
+            ["model.layers.0.attn.q", "model.layers.10.attn.q", "head"],
+            ("attn.q", "head"),
+            ("0", "10", OUTSIDE),
+        ),
         (["enc.0.q", "dec.0.q"], ("enc.*.q", "dec.*.q"), ("0",)),
         (["layers.0.experts.0.up", "layers.0.experts.1.up"], ("experts.*.up",), ("0",)),
         (["0", "2"], ("layer",), ("0", "2")),
@@ -51,7 +66,14 @@ def test_blocks_are_in_the_order_of_their_numbers():
 
 
 def test_every_format_has_a_short_text_of_its_own():
-    names = ["bfloat16/plain", "int8-row/plain", "int4-g64/packed", "int4-g128/packed", "float8-row/plain", "odd"]
+    names = [
+        "bfloat16/plain",
+        "int8-row/plain",
+        "int4-g64/packed",
+        "int4-g128/packed",
+        "float8-row/plain",
+        "odd",
+    ]
     formats = format_objects(names, {"bfloat16/plain"})
     assert [each["code"] for each in formats] == ["b16", "i8", "i4a", "i4b", "f8", "od"]
     assert [each["colour"] for each in formats] == [0, 1, 2, 3, 4, 5]
@@ -61,7 +83,9 @@ def test_kernels_are_those_of_the_studys_protocol_and_working_set(tmp_path):
     kernels = kernel_map(study(tmp_path))
     assert list(kernels.shapes) == [ATTENTION, MLP, FUSED]
     latencies = {
-        (row["format"], row["kernel"]): row["latency_us"] for row in kernels.shapes[ATTENTION] if row["m"] == 1
+        (row["format"], row["kernel"]): row["latency_us"]
+        for row in kernels.shapes[ATTENTION]
+        if row["m"] == 1
     }
     assert latencies == {
         (PLAIN, "matmul"): 40.1, (INT8, "weight-only"): 10.5, (INT8, "integer"): 20.1, ("float8-row/plain", "scaled-mm"): None,
@@ -98,7 +122,10 @@ def test_a_password_is_not_shown(tmp_path):
 def test_an_older_study_tells_what_is_known_of_its_command(tmp_path):
     command = search_command(study(tmp_path))
     assert "autoquant search '/somewhere/<b>tiny' \\\n    --eval-text FILE" in command.text
-    assert "--workload prefill=64,decode=16" in command.text and "--max-ppl-increase 0.01" in command.text
+    assert (
+        "--workload prefill=64,decode=16" in command.text
+        and "--max-ppl-increase 0.01" in command.text
+    )
     assert "--candidates int8-row/plain/weight-only" in command.text and "--seed 7" in command.text
     assert "does not hold the command itself" in command.note
 
@@ -127,7 +154,9 @@ def test_what_the_user_gets_is_the_headline_and_the_first_tile(tmp_path):
     opened.store.put_delivery(made_up_study.make_delivery(FRONT, 0.5))
     found = verdict(front_points(opened), opened.facts)
     assert found.headline == "Use plan cccccc (front 1): 2.00 times faster."
-    assert found.sentences[0].startswith("As you will run it (generate, prompt 64 + 16): 200 ms -> 100 ms a request")
+    assert found.sentences[0].startswith(
+        "As you will run it (generate, prompt 64 + 16): 200 ms -> 100 ms a request"
+    )
     assert (found.tiles[0].name, found.tiles[0].value) == ("As you will run it", "2.00x")
     assert found.tiles[1].name == "In the search" and found.tiles[1].value == "2.02x"
 
@@ -137,18 +166,27 @@ def test_a_plan_that_does_not_win_there_is_named_with_the_reason(tmp_path):
     opened.store.put_delivery(made_up_study.make_delivery(FRONT, 1.5))
     found = verdict(front_points(opened), opened.facts)
     assert found.headline == "Leave the model unquantized."
-    assert f"Not recommended: plan {FRONT} (front 1): it works, but takes 1.50 times as long" in found.sentences[0]
+    assert (
+        f"Not recommended: plan {FRONT} (front 1): it works, but takes 1.50 times as long"
+        in found.sentences[0]
+    )
 
 
 def test_where_nothing_faster_is_within_the_limits_the_model_is_left_as_it_is(tmp_path):
     text = said(tmp_path, limits={"max_ppl_increase": 0.001, "max_memory_bytes": None})
     assert text.startswith("Leave the model unquantized. No faster plan is within the limits")
-    assert "The fastest of all, plan eeeeee (front 3), is 2.35 times faster with perplexity +900.0%" in text
+    assert (
+        "The fastest of all, plan eeeeee (front 3), is 2.35 times faster with perplexity +900.0%"
+        in text
+    )
 
 
 def test_where_nothing_is_faster_at_all_it_says_so(tmp_path):
     text = said(tmp_path, plans=(ORIGINAL,))
-    assert text.startswith("Leave the model unquantized.") and "No proven plan is faster at all." in text
+    assert (
+        text.startswith("Leave the model unquantized.")
+        and "No proven plan is faster at all." in text
+    )
 
 
 def test_where_no_plan_is_within_the_limits_none_is_recommended(tmp_path):
@@ -157,7 +195,9 @@ def test_where_no_plan_is_within_the_limits_none_is_recommended(tmp_path):
 
 
 def test_a_uniform_plan_that_wins_is_called_uniform(tmp_path):
-    assert "choosing layer by layer brought nothing more" in said(tmp_path, plans=(ORIGINAL, UNIFORM))
+    assert "choosing layer by layer brought nothing more" in said(
+        tmp_path, plans=(ORIGINAL, UNIFORM)
+    )
 
 
 def test_a_search_that_is_not_at_its_end_is_told(tmp_path):

@@ -3,7 +3,15 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, Recording, RouteStep, Skipped
+from autoquant.records import (
+    LayerChoice,
+    LinearShape,
+    Plan,
+    Prediction,
+    Recording,
+    RouteStep,
+    Skipped,
+)
 from autoquant.report.tables import plans
 
 ROUTE = (RouteStep(upper_m=16, kernel="weight-only"), RouteStep(upper_m=None, kernel="dynamic"))
@@ -64,7 +72,10 @@ def test_the_front_marks_plans_and_fits_80_columns():
 
 
 def test_plans_beyond_the_limits_are_marked_and_only_then_is_the_mark_explained():
-    rows = [row("a" * 12, recommended=True, ties="b" * 12), row("b" * 12, within_limits=False, on_front=False)]
+    rows = [
+        row("a" * 12, recommended=True, ties="b" * 12),
+        row("b" * 12, within_limits=False, on_front=False),
+    ]
     lines = drawn(plans.front_table(rows)).splitlines()
     assert next(line for line in lines if "bbbbbb" in line).startswith("! "), (
         "not a tie either: it cannot be recommended"
@@ -81,7 +92,10 @@ def test_a_wide_front_adds_prediction_perplexity_and_divergence():
 
 def test_numbers_that_are_missing_or_not_finite_are_shown_as_such():
     text = drawn(
-        plans.front_table([row("a", kl=None, perplexity=None, measure="loss", perplexity_increase=float("inf"))], 140),
+        plans.front_table(
+            [row("a", kl=None, perplexity=None, measure="loss", perplexity_increase=float("inf"))],
+            140,
+        ),
         140,
     )
     assert "inf" in text
@@ -97,10 +111,15 @@ def test_short_ids_tell_all_plans_apart():
 
 def test_layers_that_got_the_same_share_a_line_and_others_do_not():
     layers = [
-        layer(f"layers.{block}.{role}", "bf16" if block == 3 else "int8-row") for block in range(40) for role in "qkvo"
+        layer(f"layers.{block}.{role}", "bf16" if block == 3 else "int8-row")
+        for block in range(40)
+        for role in "qkvo"
     ]
     groups = plans.layer_groups(layers)
-    assert [pattern for pattern, _ in groups][:2] == ["layers.{0-2, 4-39}.q", "layers.{0-2, 4-39}.k"]
+    assert [pattern for pattern, _ in groups][:2] == [
+        "layers.{0-2, 4-39}.q",
+        "layers.{0-2, 4-39}.k",
+    ]
     assert len(groups) == 8
     assert sum(len(members) for _, members in groups) == 160
 
@@ -121,7 +140,10 @@ def test_differing_reasons_are_counted():
 
 
 def test_coverage_lists_the_largest_and_counts_the_rest():
-    skipped = tuple(Skipped(name=f"part{chr(97 + i)}", numel=1, share=0.01 * (i + 1), reason="conv") for i in range(20))
+    skipped = tuple(
+        Skipped(name=f"part{chr(97 + i)}", numel=1, share=0.01 * (i + 1), reason="conv")
+        for i in range(20)
+    )
     recording = Recording(
         sites=(), skipped=skipped, weights_share=0.5, flops_share={"prefill": 0.25}, parameter_bytes=1
     )  # fmt: skip
@@ -150,5 +172,9 @@ def test_candidates_show_why_not():
 
 def test_candidates_show_which_must_be_asked_for():
     lines = [Status(usable=True), Status(usable=True, by_default=False), Status(by_default=False)]
-    rows = [line.split() for line in drawn(plans.candidates_table(lines)).splitlines() if "scaled-mm" in line]
+    rows = [
+        line.split()
+        for line in drawn(plans.candidates_table(lines)).splitlines()
+        if "scaled-mm" in line
+    ]
     assert [row[2] for row in rows] == ["yes", "opt-in", "no"]

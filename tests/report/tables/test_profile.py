@@ -68,7 +68,10 @@ def test_routes_name_the_kernel_by_m_and_compare_with_unquantized():
 
 
 def test_a_route_says_where_it_has_no_kernel():
-    times = {("bfloat16/plain", "matmul"): (30.0, 32.0, 400.0), ("int8-row/plain", "int-mm"): ("no", 16.0, 100.0)}
+    times = {
+        ("bfloat16/plain", "matmul"): (30.0, 32.0, 400.0),
+        ("int8-row/plain", "int-mm"): ("no", 16.0, 100.0),
+    }
     lines = route_lines(latencies(times=times).shapes()[FIRST])
     assert lines == ["best: int8-row/plain int-mm (not at m=1); 2.0x at m=4, 4.0x at m=512"]
 

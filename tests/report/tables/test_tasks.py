@@ -16,12 +16,22 @@ class Row:
 
 def score(task="arc_easy", metric="acc", value=0.5, stderr=0.0125, samples=2376):
     return TaskScore(
-        task=task, metric=metric, value=value, stderr=stderr, samples=samples, limit=None, lm_eval_version="0.4"
+        task=task,
+        metric=metric,
+        value=value,
+        stderr=stderr,
+        samples=samples,
+        limit=None,
+        lm_eval_version="0.4",
     )
 
 
 ROWS = [
-    Row(None, "original", (score(), score(metric="word_perplexity", value=123.456, stderr=None, samples=None))),
+    Row(
+        None,
+        "original",
+        (score(), score(metric="word_perplexity", value=123.456, stderr=None, samples=None)),
+    ),
     Row("aaaa", "uniform int8-row/plain", (score(value=0.25),)),
     Row("bbbb", "front 1", (score(value=0.75),)),
 ]
@@ -45,10 +55,17 @@ def test_what_a_model_has_no_score_for_is_a_dash():
 
 
 def test_long_names_are_folded_within_80_columns():
-    long = score(task="a_task_whose_name_is_as_long_as_those_of_some_groups", metric="exact_match,flexible-extract")
-    printed = lines([Row(None, "original", (long,)), Row("aaaa", "uniform int8-row/plain", (long,))])
+    long = score(
+        task="a_task_whose_name_is_as_long_as_those_of_some_groups",
+        metric="exact_match,flexible-extract",
+    )
+    printed = lines(
+        [Row(None, "original", (long,)), Row("aaaa", "uniform int8-row/plain", (long,))]
+    )
     assert max(map(len, printed)) <= 80
-    assert "".join(line[:20].split()[0] for line in printed[2:] if line[:1].strip()).startswith("a_task_whose")
+    assert "".join(line[:20].split()[0] for line in printed[2:] if line[:1].strip()).startswith(
+        "a_task_whose"
+    )
 
 
 def test_objects_hold_each_models_scores():

@@ -17,7 +17,9 @@ def choice(name, fmt, kernel):
     )  # fmt: skip
 
 
-LAYERS = tuple(choice(f"model.layers.{number}.mlp.down_proj", "int8/plain", "int-mm") for number in range(12))
+LAYERS = tuple(
+    choice(f"model.layers.{number}.mlp.down_proj", "int8/plain", "int-mm") for number in range(12)
+)
 PLAN = Plan(
     plan_id="p", study_id="s", label="front 1", kind="front", model_hash="m", dtype="bfloat16", layers=LAYERS,
     prediction=Prediction(request_ms=1.0, linear_ms=1.0, loss=0.1, memory_bytes=12),
@@ -57,11 +59,16 @@ def test_layers_whose_alternatives_differ_are_blocks_of_their_own():
     found = {layer.name: (EXACT, CHEAP) for layer in LAYERS} | {LAYERS[0].name: (CHEAP,)}
     text = lines(found)
     assert sum("faster, smaller:" in line for line in text) == 2
-    assert next(line for line in text if "+3.00 ms" in line or "+2.75 ms" in line).count("+2.75 ms") == 1
+    assert (
+        next(line for line in text if "+3.00 ms" in line or "+2.75 ms" in line).count("+2.75 ms")
+        == 1
+    )
 
 
 def test_where_nothing_is_better_in_anything_that_is_said():
-    assert any("nothing is more exact" in line for line in lines({layer.name: () for layer in LAYERS}))
+    assert any(
+        "nothing is more exact" in line for line in lines({layer.name: () for layer in LAYERS})
+    )
 
 
 def test_a_choice_that_is_joined_is_another_block():

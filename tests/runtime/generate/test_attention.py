@@ -36,7 +36,9 @@ PROMPT, LENGTH = 5, 12
 
 def tiny(name: str, **changes) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name.partition("-")[0], **SIZES, **MODELS[name], **changes)
+    config = transformers.AutoConfig.for_model(
+        name.partition("-")[0], **SIZES, **MODELS[name], **changes
+    )
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -59,14 +61,18 @@ def calls(monkeypatch):
 def logits_of(model, ids, padding=None, static=True):
     """Logits of a prompt and of each further token."""
     cache = (
-        transformers.StaticCache(config=model.config, max_cache_len=LENGTH) if static else transformers.DynamicCache()
+        transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
+        if static
+        else transformers.DynamicCache()
     )
     steps = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)]
     found, end = [], 0
     for step in steps:
         positions = torch.arange(end, end := end + step.shape[1]).expand(len(ids), -1)
         seen = None if padding is None else padding[:, :end]
-        found.append(model(step, attention_mask=seen, position_ids=positions, past_key_values=cache).logits)
+        found.append(
+            model(step, attention_mask=seen, position_ids=positions, past_key_values=cache).logits
+        )
     return torch.cat(found, dim=1)
 
 
@@ -90,13 +96,20 @@ def test_padding_stays_unseen(static, calls):
     padding[1, :3] = 0
     before = logits_of(model, ids_of(2), padding, static)
     assert use_token_attention(model) is None
-    torch.testing.assert_close(logits_of(model, ids_of(2), padding, static), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of(model, ids_of(2), padding, static), before, rtol=1e-4, atol=1e-5
+    )
     assert calls
 
 
 def test_greedy_text_is_the_same(calls):
     model = tiny("llama")
-    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    }
     before = model.generate(ids_of(2), **options)
     assert use_token_attention(model) is None
     assert torch.equal(model.generate(ids_of(2), **options), before)
@@ -125,7 +138,10 @@ def test_saving_keeps_the_choice_out(tmp_path):
     model = tiny("llama")
     assert use_token_attention(model) is None
     model.save_pretrained(tmp_path)
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation
+        == "sdpa"
+    )
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -135,8 +151,14 @@ def test_a_block_that_is_traced_holds_the_operator(told, monkeypatch):
     assert use_token_attention(model) is None
     block, angle = model.model.layers[0], torch.ones(1, 1, 16)
     with torch.no_grad(), told_that_it_is_compiled(told):
-        graph = make_fx(lambda x: block(x, None, position_embeddings=(angle, angle)))(torch.ones(1, 1, 64))
-    calls = [node for node in graph.graph.nodes if node.target == torch.ops.autoquant.token_attention.default]
+        graph = make_fx(lambda x: block(x, None, position_embeddings=(angle, angle)))(
+            torch.ones(1, 1, 64)
+        )
+    calls = [
+        node
+        for node in graph.graph.nodes
+        if node.target == torch.ops.autoquant.token_attention.default
+    ]
     assert len(calls) == told
 
 
@@ -149,7 +171,10 @@ def test_a_copy_attends_the_same_way():
 
 def test_models_that_cannot_say_why():
     assert use_token_attention(nn.Linear(2, 2)) == "it is no model of transformers"
-    assert use_token_attention(tiny("llama", attn_implementation="eager")) == "its attention is eager, not sdpa"
+    assert (
+        use_token_attention(tiny("llama", attn_implementation="eager"))
+        == "its attention is eager, not sdpa"
+    )
 
 
 def test_a_head_that_sees_nothing_gives_zeros():
@@ -159,7 +184,9 @@ def test_a_head_that_sees_nothing_gives_zeros():
 
 def test_the_operator_is_well_formed():
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 8)
-    torch.library.opcheck(token_attention, (q, k, v, torch.ones(2, 1, 1, 9, dtype=torch.bool), 0.25))
+    torch.library.opcheck(
+        token_attention, (q, k, v, torch.ones(2, 1, 1, 9, dtype=torch.bool), 0.25)
+    )
     torch.library.opcheck(token_attention, (q, k, v, None, 0.25))
 
 

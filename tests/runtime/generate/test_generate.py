@@ -45,7 +45,9 @@ def model(plain):
 
 
 def prompts(batch=1, tokens=20, seed=0):
-    return torch.randint(1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def both(model, plain, ids, **settings):
@@ -92,7 +94,9 @@ def test_sampling_with_processors_draws_the_same_tokens(model, plain):
 def test_it_ends_where_every_sequence_has_ended(model, plain, batch):
     ids = prompts(batch)
     text = plain.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
-    fast, slow = both(model, plain, ids, max_new_tokens=30, do_sample=False, eos_token_id=int(text[7]))
+    fast, slow = both(
+        model, plain, ids, max_new_tokens=30, do_sample=False, eos_token_id=int(text[7])
+    )
     assert torch.equal(fast, slow)
 
 
@@ -163,7 +167,9 @@ def test_criteria_and_processors_of_the_users_own_see_every_step(model, plain):
         ({"inputs_embeds": torch.zeros(1, 20, 32)}, "inputs_embeds"),
     ],
 )
-def test_what_cannot_be_replayed_runs_as_in_transformers_with_one_warning(model, plain, settings, reason):
+def test_what_cannot_be_replayed_runs_as_in_transformers_with_one_warning(
+    model, plain, settings, reason
+):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -171,16 +177,24 @@ def test_what_cannot_be_replayed_runs_as_in_transformers_with_one_warning(model,
     slow = plain.generate(prompts(), max_new_tokens=4, do_sample=False, **settings)
     text = [str(warning.message) for warning in caught if "autoquant" in str(warning.message)]
     assert len(text) == 1 and reason in text[0]
-    fast, slow = (found if isinstance(found, torch.Tensor) else found.sequences for found in (fast, slow))
+    fast, slow = (
+        found if isinstance(found, torch.Tensor) else found.sequences for found in (fast, slow)
+    )
     assert torch.equal(fast, slow)
 
 
 def test_a_conversation_goes_on_from_the_cache_that_was_handed_out(model, plain):
-    first = both(model, plain, prompts(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    first = both(
+        model, plain, prompts(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True
+    )
     texts = []
     for each, output in zip((model, plain), first, strict=True):
         ids = torch.cat((output.sequences, prompts(tokens=6, seed=3)), dim=1)
-        texts.append(each.generate(ids, past_key_values=output.past_key_values, max_new_tokens=6, do_sample=False))
+        texts.append(
+            each.generate(
+                ids, past_key_values=output.past_key_values, max_new_tokens=6, do_sample=False
+            )
+        )
     assert torch.equal(*texts)
 
 
@@ -199,7 +213,11 @@ def test_other_architectures_give_the_same_text(name):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if name == "GPTNeoXConfig" else 2}
     config = getattr(transformers, name)(
-        **sizes, **heads, pad_token_id=0, eos_token_id=2, **{"num_hidden_layers": 2, **ARCHITECTURES[name]}
+        **sizes,
+        **heads,
+        pad_token_id=0,
+        eos_token_id=2,
+        **{"num_hidden_layers": 2, **ARCHITECTURES[name]},
     )
     torch.manual_seed(0)
     plain = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -210,7 +228,9 @@ def test_other_architectures_give_the_same_text(name):
         model = prepare(copy.deepcopy(plain))
         for batch, given in ((1, None), (2, mask)):
             ids = prompts(batch, 70)
-            fast, slow = both(model, plain, ids, attention_mask=given, max_new_tokens=8, do_sample=False)
+            fast, slow = both(
+                model, plain, ids, attention_mask=given, max_new_tokens=8, do_sample=False
+            )
             assert torch.equal(fast, slow)
 
 
@@ -231,9 +251,14 @@ def test_a_quantized_model_gives_the_text_of_its_plain_loop_also_after_a_weight_
     linear = model.model.layers[0].mlp.down_proj
     for factor in (1, -40):
         stored = fmt.store(torch.randn(linear.out_features, linear.in_features) * factor)
-        linear.weight = torch.nn.Parameter(RoutedWeight.wrap(stored, fmt.id, route, torch.float32), requires_grad=False)
+        linear.weight = torch.nn.Parameter(
+            RoutedWeight.wrap(stored, fmt.id, route, torch.float32), requires_grad=False
+        )
         prepare(model)
-        texts = [model.generate(prompts(), max_new_tokens=8, do_sample=False, disable_compile=p) for p in (False, True)]
+        texts = [
+            model.generate(prompts(), max_new_tokens=8, do_sample=False, disable_compile=p)
+            for p in (False, True)
+        ]
         assert torch.equal(*texts)
 
 
@@ -257,7 +282,9 @@ def test_calls_from_several_threads_do_not_mix(model, plain):
     for thread in threads:
         thread.join()
     for seed, text in found.items():
-        assert torch.equal(text, plain.generate(prompts(seed=seed), max_new_tokens=15, do_sample=False))
+        assert torch.equal(
+            text, plain.generate(prompts(seed=seed), max_new_tokens=15, do_sample=False)
+        )
 
 
 def test_the_model_stays_of_its_class_and_name(model, plain, tmp_path):
@@ -265,7 +292,9 @@ def test_the_model_stays_of_its_class_and_name(model, plain, tmp_path):
     assert prepare(model) is model
     model.save_pretrained(tmp_path)
     again = type(plain).from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    assert all(
+        torch.equal(tensor, again.state_dict()[name]) for name, tensor in plain.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 300, 1024, 1300, 5000])
@@ -292,7 +321,9 @@ def test_few_lengths_of_caches_are_compiled_for():
 def test_compiled_steps_give_the_same_text(plain, monkeypatch):
     monkeypatch.setattr(CpuBackend, "compile_failure", Backend.compile_failure)
     monkeypatch.delenv("AUTOQUANT_EAGER", raising=False)
-    assert backend("cpu").compile_failure() is None  # imported here: the compiler's own warnings are not meant below
+    assert (
+        backend("cpu").compile_failure() is None
+    )  # imported here: the compiler's own warnings are not meant below
     model = prepare(copy.deepcopy(plain))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

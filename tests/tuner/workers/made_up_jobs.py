@@ -61,7 +61,11 @@ class Fill:
 
     def run(self, bench, tell):
         memory = torch.ones(self.mib << 18)
-        return (memory[: 1 << 20].reshape(1024, 1024) @ memory[: 1 << 20].reshape(1024, 1024)).sum().item()
+        return (
+            (memory[: 1 << 20].reshape(1024, 1024) @ memory[: 1 << 20].reshape(1024, 1024))
+            .sum()
+            .item()
+        )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,12 @@ def folder(tmp_path_factory):
 def parts():
     generator = torch.Generator().manual_seed(5)
     sizes = {"calibration": 2, "selection": 2, "report": 2}
-    return TextParts({part: torch.randint(0, 64, (count, 20), generator=generator) for part, count in sizes.items()})
+    return TextParts(
+        {
+            part: torch.randint(0, 64, (count, 20), generator=generator)
+            for part, count in sizes.items()
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +115,12 @@ def test_scores_from_another_process_are_those_of_this_one(bench, shared):
     phases = make_phases(bench.loaded, WORKLOAD)
     sites = record(bench.loaded.module, phases).sites
     job = ScoreJob(
-        [(site, f"int8-row+{how}", "int8-row/plain", how) for site in sites for how in ("a16", "a8-row")], "isolated"
+        [
+            (site, f"int8-row+{how}", "int8-row/plain", how)
+            for site in sites
+            for how in ("a16", "a8-row")
+        ],
+        "isolated",
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -141,7 +151,8 @@ def test_what_a_job_raises_is_raised_here_with_its_traceback(shared):
 
 
 @pytest.mark.parametrize(
-    ("number", "how"), [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGKILL, "SIGKILL"), (-3, "exit code 3")]
+    ("number", "how"),
+    [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGKILL, "SIGKILL"), (-3, "exit code 3")],
 )
 def test_a_crash_is_an_error_that_says_how_and_the_next_job_runs(shared, number, how):
     told = []
@@ -156,7 +167,11 @@ def test_memory_of_a_job_is_given_back(shared):
         found = 0
         for status in Path("/proc").glob("[0-9]*/status"):
             try:
-                fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+                fields = dict(
+                    line.split(":\t", 1)
+                    for line in status.read_text().splitlines()
+                    if ":\t" in line
+                )
                 command = status.with_name("cmdline").read_text()
             except OSError:
                 continue
@@ -221,7 +236,9 @@ def test_no_process_outlives_the_one_that_searches(spec, tmp_path, how):
         stderr=subprocess.DEVNULL,
         text=True,
         env=environment,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a runner in the background ignores
+        preexec_fn=partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        ),  # which a runner in the background ignores
     )
     process = int(searching.stdout.readline())
     worker = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
@@ -237,7 +254,9 @@ def test_a_script_without_a_main_guard_is_not_run_again(spec, tmp_path):
 
     (tmp_path / "spec").write_bytes(pickle.dumps(spec))
     script = tmp_path / "script.py"
-    script.write_text(SEARCHING.replace('if __name__ == "__main__":', "if True:").replace("Sleep()", "Sleep(0)"))
+    script.write_text(
+        SEARCHING.replace('if __name__ == "__main__":', "if True:").replace("Sleep()", "Sleep(0)")
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(script), str(tmp_path / "spec")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -277,7 +296,10 @@ def test_a_model_from_a_folder_is_worked_on_apart_and_nothing_said(bench):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"quality": FunctionQuality(lambda module, part: [1.0], "own")}, "quality function is the caller's own"),
+        (
+            {"quality": FunctionQuality(lambda module, part: [1.0], "own")},
+            "quality function is the caller's own",
+        ),
         ({"load": lambda: from_module(nn.Sequential(Perceptron()))}, "live module"),
         ({"device": "cuda:0"}, "cuda:0 cannot be forked"),
     ],
@@ -290,7 +312,11 @@ def test_what_only_this_process_has_stays_here_and_why_is_said(bench, changes, w
 def test_a_format_registered_in_this_process_stays_here(bench, monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
     kernel = Kernel(id="matmul", numerics=A16, linear=torch.nn.functional.linear)
-    register(Format(id="own/plain", quantize=lambda w: w, dequantize=lambda s: s.float(), kernels=(kernel,)))
+    register(
+        Format(
+            id="own/plain", quantize=lambda w: w, dequantize=lambda s: s.float(), kernels=(kernel,)
+        )
+    )
     kind, (notice,) = chosen(bench, (*FORMATS, "own/plain"))
     assert kind is InProcessRunner and "own/plain is registered in this process only" in notice
 

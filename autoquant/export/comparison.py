@@ -1,0 +1,61 @@
+"""Check that a model read back from disk is the one that was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.candidates.flat import same_bits
+from autoquant.errors import CheckpointError
+from autoquant.models import LoadedModel
+from autoquant.models.outputs import output_tensor
+
+_CHECK_TOKENS = 48
+
+
+def check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
+    """Check that the model read back is the one that was written.
+
+    Their logits are compared, or their weights if the logits differ from run to run.
+
+    Returns:
+        Whether the logits are the same.
+
+    Raises:
+        CheckpointError: The models differ.
+    """
+    args, keywords = _check_inputs(loaded)
+
+    def logits(module: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return output_tensor(module(*args, **keywords))
+
+    before, after = logits(loaded.module), logits(again)
+    if torch.equal(before, after):
+        return True
+    if torch.equal(before, logits(loaded.module)) or not _same_weights(loaded.module, again):
+        raise CheckpointError(
+            f"what was written for {target} does not compute the same logits; please report this"
+        )
+    return False
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(same_bits(first.data, second.data) for first, second in pairs)
+
+
+def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    inputs = loaded.example_inputs
+    if inputs is not None:
+        return ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    if loaded.kind in ("causal_lm", "token_lm"):
+        tokens = min(_CHECK_TOKENS, loaded.max_positions or _CHECK_TOKENS)
+        return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,), {}
+    raise CheckpointError(
+        "this model has no sample inputs to check a checkpoint with: "
+        "search it with --sample-inputs, or use autoquant.apply from Python"
+    )

@@ -1,7 +1,8 @@
-"""Peak memory of a search, against the model's size and what torch, transformers and the compiler take by themselves.
+"""Peak memory of a search, against the model's size and what torch, transformers and the compiler
+take by themselves.
 
-python memory.py -- autoquant search MODEL ...     runs the command and prints its largest process's peak in MiB
-python memory.py --baseline                        the same for a process that compiles and runs a model of 0.1 MB
+python memory.py -- autoquant search MODEL ...   runs the command, prints its largest process's MiB
+python memory.py --baseline                      the same for a process that compiles a tiny model
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from autoquant.candidates import known_formats; known_formats()
 from autoquant.runtime.request import warm_up
 from autoquant.runtime.phases import make_phases
 from autoquant.records import Workload
-config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                     num_attention_heads=2, vocab_size=64)
 model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-warm_up(make_phases(model, 'causal_lm', Workload.parse('prefill=16,decode=4'), device='cpu', compiled=True))
+workload = Workload.parse('prefill=16,decode=4')
+warm_up(make_phases(model, 'causal_lm', workload, device='cpu', compiled=True))
 """
 
 

@@ -2,10 +2,11 @@
 
     python studies/rounding/compare.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT
 
-MODEL is a Hugging Face language model; texts are UTF-8 files (also .xz). Every linear but the output layer is rounded; KL is the
-mean per token in nats to the unquantized model, in float32, on windows of 512 tokens of the report text. Its ratio to that of
-rounding to nearest has a 95 % interval from the jackknife over windows, paired. OUT gets `plans.json`, where what is there
-already is not measured again, and `table.md`.
+MODEL is a Hugging Face language model; texts are UTF-8 files (also .xz). Every linear but the
+output layer is rounded; KL is the mean per token in nats to the unquantized model, in float32, on
+windows of 512 tokens of the report text. Its ratio to that of rounding to nearest has a 95 %
+interval from the jackknife over windows, paired. OUT gets `plans.json`, where what is there already
+is not measured again, and `table.md`.
 """
 
 from __future__ import annotations
@@ -88,14 +89,10 @@ def format_of(values: str, device_type: str) -> Format:
 
 def windows(loaded: LoadedModel, path: str, first: int, count: int) -> torch.Tensor:
     """Token ids `[count, 512]` of a text, from window `first` on."""
-    opened = (
-        lzma.open(path, "rt", encoding="utf-8")
-        if path.endswith(".xz")
-        else open(path, encoding="utf-8")
-    )  # noqa: SIM115
+    open_text = lzma.open if path.endswith(".xz") else open
     wanted = (first + count) * WINDOW_TOKENS
     tokens: list[int] = []
-    with opened as file:
+    with open_text(path, "rt", encoding="utf-8") as file:
         while len(tokens) < wanted and (text := file.read(100_000) + file.readline()):
             tokens += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < wanted:
@@ -149,7 +146,10 @@ def rounded(
     inputs: Mapping[str, InputStatistics],
     fmt: Format,
 ) -> Iterator[dict[str, float]]:
-    """While active, the linears have the numbers of a format. Says what rounding took, in all and for the slowest layer."""
+    """While active, the linears have the numbers of a format.
+
+    Says what rounding took, in all and for the slowest layer.
+    """
     kept = {name: layer.weight.data for name, layer in linears.items()}
     seconds, size = [], 0
     for found in set(inputs.values()):  # each format pays for its own factors
@@ -167,7 +167,9 @@ def rounded(
 
 
 def ratio(kl: Sequence[float], nearest: Sequence[float]) -> tuple[float, float, float]:
-    """Mean KL over that of rounding to nearest on the same windows, with its 95 % interval (jackknife of the logarithm)."""
+    """Mean KL over that of rounding to nearest on the same windows, with its 95 % interval
+    (jackknife of the logarithm).
+    """
     count = len(kl)
     whole = math.log(sum(kl) / sum(nearest))
     left_out = [

@@ -1,11 +1,13 @@
 """How well each sensitivity predicts the divergence of whole plans, and how long it takes.
 
-    python studies/sensitivity/compare.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda] [--methods fisher,path]
+    python studies/sensitivity/compare.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT
+        [--device cuda] [--methods fisher,path]
 
-MODEL is a Hugging Face language model; texts are UTF-8 files (also .xz). For each method: Kendall's tau and the relative error
-of predicted against true KL (mean per token, nats, to the unquantized model, in float32) over random plans in three regions
-of average bits. Weights are rounded to nearest; bits count a 16-bit scale for each group or row. OUT gets `truth.json`
-(plans and their true KL), `METHOD.json` (every loss) and `table.md`; what is there already is not measured again.
+MODEL is a Hugging Face language model; texts are UTF-8 files (also .xz). For each method: Kendall's
+tau and the relative error of predicted against true KL (mean per token, nats, to the unquantized
+model, in float32) over random plans in three regions of average bits. Weights are rounded to
+nearest; bits count a 16-bit scale for each group or row. OUT gets `truth.json` (plans and their
+true KL), `METHOD.json` (every loss) and `table.md`; what is there already is not measured again.
 """
 
 from __future__ import annotations
@@ -85,7 +87,10 @@ def main() -> None:
 
 
 def set_up(arguments: argparse.Namespace) -> Path:
-    """Have float32 computed as such, and no gradients kept; returns the folder for what is found, made if need be."""
+    """Have float32 computed as such, and no gradients kept.
+
+    Returns the folder for what is found, made if need be.
+    """
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     out = Path(arguments.out)
@@ -152,14 +157,10 @@ def searched_sites(loaded: LoadedModel, device: str) -> list[Site]:
 
 def windows(loaded: LoadedModel, path: str, first: int, count: int) -> torch.Tensor:
     """Token ids `[count, 512]` of a text, from window `first` on."""
-    opened = (
-        lzma.open(path, "rt", encoding="utf-8")
-        if path.endswith(".xz")
-        else open(path, encoding="utf-8")
-    )  # noqa: SIM115
+    open_text = lzma.open if path.endswith(".xz") else open
     wanted = (first + count) * WINDOW_TOKENS
     tokens: list[int] = []
-    with opened as file:
+    with open_text(path, "rt", encoding="utf-8") as file:
         while len(tokens) < wanted and (text := file.read(100_000) + file.readline()):
             tokens += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < wanted:
@@ -185,7 +186,10 @@ def average_bits(plan: Plan, sites: Sequence[Site]) -> float:
 
 
 def random_plans(sites: Sequence[Site], seed: int) -> list[tuple[str, Plan]]:
-    """Plans in each region: each draws how common every format is, then the format of every layer."""
+    """Plans in each region.
+
+    Each draws how common every format is, then the format of every layer.
+    """
     rng = random.Random(seed)
     plans = []
     for region, (low, high) in REGIONS.items():
@@ -205,7 +209,10 @@ Changes = Mapping[tuple[str, str], Change]
 def changes(
     sites: Sequence[Site], plan: Plan | None = None, rounded: Changes | None = None
 ) -> list[Change]:
-    """Those of a plan, or every format at every site; better rounded ones, by (site, format), where there are such."""
+    """Those of a plan, or every format at every site.
+
+    Better rounded ones, by (site, format), where there are such.
+    """
     return [
         (rounded or {}).get((site.name, name)) or Change(site, name, fmt, A16)
         for name, (fmt, _, _) in FORMATS.items()
@@ -281,7 +288,9 @@ def table_rows(
     plans: Sequence[tuple[str, Plan]],
     truth: np.ndarray,
 ) -> list[list[str]]:
-    """A row for plain sums, and one for sums mapped by what changing all layers at once cost, where that was measured."""
+    """A row for plain sums, and one for sums mapped by what changing all layers at once cost, where
+    that was measured.
+    """
     summed = np.array(
         [sum(scored.losses[name, numerics] for name, numerics in plan.items()) for _, plan in plans]
     )
@@ -299,7 +308,7 @@ def table_rows(
 
 
 def cell(predicted: np.ndarray, truth: np.ndarray) -> str:
-    """Kendall's tau; median of the relative error's magnitude, and the range of the error itself."""
+    """Return Kendall's tau, the median size of the relative error, and the error's range."""
     error = predicted / truth - 1
     tau = kendalltau(predicted, truth).statistic
     return f"{tau:.3f}; {np.median(np.abs(error)):.1%} ({error.min():+.0%} to {error.max():+.0%})"

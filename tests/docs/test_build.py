@@ -1,4 +1,6 @@
-"""The pages are built without a warning and without a network, and the reference has what the code has."""
+"""The pages are built without a warning and without a network, and the reference has what the code
+has.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,9 @@ def deep_llama(layers):
 
 
 def steps(module):
-    """What each phase gives, in parts and as the model itself gives it, with how far the cache was filled after each."""
+    """What each phase gives, in parts and as the model itself gives it, with how far the cache was
+    filled after each.
+    """
     phases = make_phases(module, "causal_lm", WORKLOAD, device="cpu")
     step = _in_parts(module, phases._cache)
     found = []

@@ -1,10 +1,12 @@
-"""How many warps and tiles a block of the project's int4 product should have, for the linears of Llama-3-8B.
+"""How many warps and tiles a block of the project's int4 product should have, for the linears of
+Llama-3-8B.
 
     python studies/gpu_linears/own_kernels/int4_settings.py OUT [--group 128]
 
-Every setting is compiled, checked against the float32 product, and timed: weights cold, many calls in one CUDA graph. Beside the
-fastest settings stand what the package picks, and the time it takes to read the weight at the memory's measured bandwidth. OUT
-gets `int4_settings.jsonl`, a line for each size and number of rows.
+Every setting is compiled, checked against the float32 product, and timed: weights cold, many calls
+in one CUDA graph. Beside the fastest settings stand what the package picks, and the time it takes
+to read the weight at the memory's measured bandwidth. OUT gets `int4_settings.jsonl`, a line for
+each size and number of rows.
 """
 
 from __future__ import annotations
@@ -52,13 +54,13 @@ def latency_us(call: Callable[[int], object], copies: int) -> float:
     return sorted(clock.sample() for _ in range(SAMPLES))[SAMPLES // 2]
 
 
-def launcher(
+def launcher(  # noqa: ANN201
     kernel: CudaKernel,
     setting: Setting,
     weights: list[Int4TiledTensor],
     x: torch.Tensor,
     y: torch.Tensor,
-):  # noqa: ANN201
+):
     (warps, tiles, _), (n, k) = setting, weights[0].shape
     return lambda copy: kernel.launch(
         -(-n // (16 * tiles)),
@@ -101,7 +103,8 @@ def measure(
         times[setting] = latency_us(call, len(weights))
     picked = setting_of(SETTINGS, n, m, torch.cuda.get_device_properties(0).multi_processor_count)
     fastest = sorted(times, key=times.__getitem__)[:3]
-    return {"n": n, "k": k, "m": m, "group": group, "picked": picked, "picked_us": round(times[picked], 2),
+    return {"n": n, "k": k, "m": m, "group": group, "picked": picked,
+        "picked_us": round(times[picked], 2),
             "fastest": {str(setting): round(times[setting], 2) for setting in fastest}}  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""The report in a real Chromium: what a reader does with it, in both looks, on a desktop and on a phone."""
+"""The report in a real Chromium.
+
+What a reader does with it, in both looks, on a desktop and on a phone.
+"""
 
 import re
 import shutil

@@ -51,7 +51,7 @@ def loss(module: nn.Module, part: str) -> torch.Tensor:
 
 
 def images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images `[count, 1, SIZE, SIZE]` of a shape at a random place, and the shapes `[count]`."""
+    """Return images `[count, 1, SIZE, SIZE]` of one shape each, and the shapes `[count]`."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(SHAPES, (count,), generator=draw)
     radius = 5 + 4 * torch.rand(count, 1, 1, generator=draw)

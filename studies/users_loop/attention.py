@@ -127,9 +127,8 @@ def main() -> None:
                 for row in measure(batch, length):
                     file.write(json.dumps({"device": torch.cuda.get_device_name(), **row}) + "\n")
                     print(
-                        "{batch:5} {length:6}  {way:16} {us:8.2f} {least_us:8.2f} {gb_per_s:6}".format(
-                            **row
-                        )
+                        "{batch:5} {length:6}  {way:16} {us:8.2f} "
+                        "{least_us:8.2f} {gb_per_s:6}".format(**row)
                     )
 
 

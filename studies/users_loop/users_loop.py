@@ -268,9 +268,8 @@ def main() -> None:
     )
     for result in results:
         print(
-            "{row:48s} first {first_token_ms:8.2f} ms  step {step_ms:7.3f} ms  request {request_ms:9.2f} ms".format(
-                **result
-            )
+            "{row:48s} first {first_token_ms:8.2f} ms  step {step_ms:7.3f} ms  "
+            "request {request_ms:9.2f} ms".format(**result)
         )
     agree(rows)
 

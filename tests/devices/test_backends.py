@@ -1,4 +1,7 @@
-"""One file for each kind of device: how it is found, what it says, and how another kind is added."""
+"""One file for each kind of device.
+
+How it is found, what it says, and how another kind is added.
+"""
 
 import subprocess
 from types import SimpleNamespace

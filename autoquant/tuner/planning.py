@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -220,7 +221,7 @@ def front_plans(
     if target is not None:
         chosen.append(target)
     points = front(problem)
-    least_loss = 0.0 if summed is None else summed / _TOLD_APART
+    least_loss = summed / _TOLD_APART if summed is not None and math.isfinite(summed) else 0.0
     chosen += spread(problem, undominated(problem, points), count - len(chosen), taken=chosen, least_loss=least_loss)
     wanted = f"front: {'fastest' if minimize == 'time' else 'smallest'} within limits"
     plans = []
@@ -318,10 +319,9 @@ def spread(
     if not pool or count <= 0:
         return []
     totals = np.array([problem.totals(p) for p in [*pool, *taken]])
-    losses = totals[:, 1]
-    told = losses[(losses > 0) & np.isfinite(losses)]
-    floor = max(told.min() * 0.1 if len(told) else 1.0, least_loss)
-    totals[:, 1] = np.log(np.clip(losses, floor, max(floor, told.max(initial=0.0))))  # an endless loss has no distance
+    positive = totals[:, 1][totals[:, 1] > 0]
+    floor = max(positive.min() * 0.1 if len(positive) else 1.0, least_loss)
+    totals[:, 1] = np.log(np.maximum(totals[:, 1], floor))
     span = totals.max(axis=0) - totals.min(axis=0)
     where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
     own, fixed = where[: len(pool)], where[len(pool) :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ import torch
 from autoquant.devices import effort
 from autoquant.devices.effort import TimingEffort
 from autoquant.profiler import timing
+from autoquant.runtime import request
 from autoquant.study import delivered
 from autoquant.tuner import driver
+from autoquant.tuner import prove as proving
 from autoquant.tuner.stages import prove, refine
 
 LITTLE = TimingEffort(
@@ -26,7 +29,26 @@ LITTLE = TimingEffort(
     largest_copy_bytes=1 << 20,
     largest_product=64,
 )
+
+
+def time_requests(plan, original, device, effort=None):
+    """Time as a search does, with an unquantized model that is four times as slow.
+
+    Tiny models differ by noise alone, and a search recommends nothing where nothing is faster.
+    """
+    times = request.time_requests(plan, original, device, effort)
+    plan_ms = _slower(times.plan_ms) if plan is original else times.plan_ms
+    rounds = tuple((of_plan, _slower(of_original)) for of_plan, of_original in times.rounds)
+    original_ms = _slower(times.original_ms)
+    return replace(times, plan_ms=plan_ms, original_ms=original_ms, rounds=rounds)
+
+
+def _slower(phases):
+    return {name: 4 * ms for name, ms in phases.items()}
+
+
 SHORTER = (
+    (proving, "time_requests", time_requests),
     (effort, "_default", LITTLE),
     (timing, "_unroll", lambda _m: 2),
     (refine, "SHORTEST_PROOF_S", 0.1),

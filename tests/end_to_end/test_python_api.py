@@ -10,7 +10,7 @@ import torch
 import autoquant
 from autoquant.errors import ModelError, PlanError, TextError, WorkloadError
 from autoquant.intervals import paired_increase
-from autoquant.tuner import driver
+from autoquant.tuner import flow
 
 from . import quick
 from .tiny import Perceptron
@@ -206,9 +206,7 @@ def test_a_quality_function_takes_no_sensitivity_that_needs_gradients(search, tm
 def test_the_search_ends_with_the_plans_as_the_database_has_them(search, monkeypatch):
     """On GPUs plans are written once more at the end, with settled routes: the unquantized one's calibrated prediction too."""
     ended = {}
-    monkeypatch.setattr(
-        driver.Stages, "_settle_routes", lambda stages, *_: ended.update(stages.plans)
-    )
+    monkeypatch.setattr(flow, "measure_crossovers", lambda ledger, *_: ended.update(ledger.plans))
     study = search(time_budget_s=0.0)
     proven = study.proofs()
     assert {i: plan.prediction for i, plan in ended.items()} == {

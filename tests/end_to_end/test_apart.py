@@ -16,6 +16,7 @@ import torch
 from autoquant.candidates import registry
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.tuner import driver
+from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages import prove
 
 from .conftest import WORKLOAD, rows
@@ -143,7 +144,7 @@ def test_scores_and_qualities_are_those_of_one_process(small, tmp_path):
     quick = ("int8-row/plain/int8pack-mm",)
     apart = search(small, tmp_path / "apart.db", candidates=quick)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver.Stages, "_runner", one_process(driver.Stages._runner))
+        patch.setattr(SearchSetup, "start_runner", one_process(SearchSetup.start_runner))
         here = search(small, tmp_path / "here.db", candidates=quick)
 
     def facts(study):

@@ -143,7 +143,8 @@ def _device_events(results: Any) -> list[Any]:
     ]
     if not events:
         raise DeviceError(
-            "PyTorch's profiler saw no kernel on the GPU: its counters may be kept to the administrator here"
+            "PyTorch's profiler saw no kernel on the GPU: its counters may be kept to the"
+            " administrator here"
         )
     return sorted(events, key=lambda event: event.start_ns())
 

@@ -20,7 +20,7 @@ from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION
 
 TRIALS = 3
-"""At most so many plans are proven."""
+"""At most this many plans are proven."""
 CLOSE = 0.95
 """A plan that uses this share of the limit is close enough to it."""
 _TARGET = 0.975

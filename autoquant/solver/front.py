@@ -11,8 +11,7 @@ from autoquant.solver.solve import AdditiveProblem, Picks, front, undominated
 from autoquant.solver.space import SearchSpace
 
 _DISTINGUISHABLE = 64.0
-"""Quality does not distinguish a plan that costs this part of what is allowed from the unquantized
-model."""
+"""A plan that loses less than this fraction of the allowed loss counts as exact."""
 
 
 def front_plans(
@@ -65,9 +64,9 @@ def spread(
         return []
     totals = np.array([problem.totals(p) for p in [*pool, *taken]])
     losses = totals[:, 1]
-    told = losses[(losses > 0) & np.isfinite(losses)]
-    floor = max(told.min() * 0.1 if len(told) else 1.0, least_loss)
-    highest = max(floor, told.max(initial=0.0))  # an infinite loss would have no distance
+    usual = losses[(losses > 0) & np.isfinite(losses)]
+    floor = max(usual.min() * 0.1 if len(usual) else 1.0, least_loss)
+    highest = max(floor, usual.max(initial=0.0))  # an infinite loss would have no distance
     totals[:, 1] = np.log(np.clip(losses, floor, highest))
     span = totals.max(axis=0) - totals.min(axis=0)
     where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)

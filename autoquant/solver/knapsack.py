@@ -90,23 +90,22 @@ class Knapsack:
             return None
         if self.ties.shape[0]:
             return self._branched(relaxed)
+        # Limits above the bound. The first holds no solution, the second the best one found.
         nothing, something = _FIRST_LIMIT, math.inf
         for most_tried, growth in _EFFORTS:
             too_many = math.inf
             while nothing * _CLOSE < too_many:
-                limit = (
-                    something
-                    if something < too_many
-                    else min(nothing * growth, math.sqrt(nothing * too_many))
-                )
+                limit = something
+                if something >= too_many:
+                    limit = min(nothing * growth, math.sqrt(nothing * too_many))
                 try:
                     found = self._enumerated(relaxed, limit, most_tried)
                 except _TooManyError:
                     too_many = limit
                 else:
-                    above = (
-                        math.inf if found is None else float(self.cost[found].sum()) - relaxed.bound
-                    )
+                    above = math.inf
+                    if found is not None:
+                        above = float(self.cost[found].sum()) - relaxed.bound
                     if above <= limit + _ROUNDING or limit > len(self.cost):
                         return found
                     nothing, something = limit, min(something, above)

@@ -136,14 +136,13 @@ def _open(storage_url: str, study_name: str, seed: int) -> optuna.Study:
 
 
 def forget(store: Store, study_id: str) -> int | None:
-    """Delete what Optuna keeps of a study, whatever was minimized.
+    """Delete what Optuna keeps of a study, for every objective.
 
     Returns:
         The number of trials, or None if Optuna keeps nothing of it.
     """
-    if not inspect(store.engine).has_table(
-        "studies"
-    ):  # looked for first: Optuna would make its tables to look
+    # Optuna would create its tables in order to look into them.
+    if not inspect(store.engine).has_table("studies"):
         return None
     import optuna
 
@@ -169,12 +168,13 @@ def _study_name(study_id: str, minimize: Objective) -> str:
 
 
 def _objectives(proof: Proof, minimize: Objective) -> tuple[float, float]:
-    """What is minimized, and the quality that limits are checked on (never the report part)."""
-    cost = (
-        proof.request_ms / proof.original_request_ms
-        if minimize == "time"
-        else float(proof.memory_bytes)
-    )
+    """Return (cost, loss): what is minimized, and the quality that limits are checked on.
+
+    The loss is of the selection part, never the report part.
+    """
+    cost = float(proof.memory_bytes)
+    if minimize == "time":
+        cost = proof.request_ms / proof.original_request_ms
     return cost, proof.selection_increase.value
 
 
@@ -200,9 +200,9 @@ def _warm_start(
     """Add the plans of the exact front as trials: all scales 1, their loss as the budget."""
     import optuna
 
-    told = {trial.user_attrs.get("plan_id") for trial in study.get_trials(deepcopy=False)}
+    known_ids = {trial.user_attrs.get("plan_id") for trial in study.get_trials(deepcopy=False)}
     for plan, proof in known.values():
-        if plan.kind != "front" or plan.plan_id in told or _summed(plan) <= 0:
+        if plan.kind != "front" or plan.plan_id in known_ids or _summed(plan) <= 0:
             continue
         budget = distributions["loss budget"]
         parameters = dict.fromkeys(distributions, 1.0) | {

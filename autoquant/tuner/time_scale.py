@@ -1,4 +1,4 @@
-"""From single-layer times to whole-model times: what the first proven plans teach about others.
+"""Predict times of whole models from those of linears, with factors learnt from proven plans.
 
 Inside a compiled model a linear is not as fast as on its own: neighbours are fused into it, caches
 are shared, calls cost. The model of a phase's time is
@@ -27,14 +27,14 @@ _LOWEST, _HIGHEST = 0.2, 5.0
 
 @dataclass(frozen=True, slots=True)
 class TimeScale:
-    """How isolated times of linears become times of the whole model.
+    """Turns isolated times of linears into times of the whole model.
 
     A candidate that no proven plan used gets the median of its phase's factors, or 1 without any.
 
     Attributes:
         rest_ms: Each phase's time outside its linears.
         factors: By (phase, candidate).
-        original_ms: What the unquantized model took for each phase; the others are in its units.
+        original_ms: Time of each phase of the unquantized model, to which all others are scaled.
     """
 
     rest_ms: Mapping[str, float] = field(default_factory=dict)

@@ -129,7 +129,7 @@ MISTAKES = {
     ),
     "a factory that fails": Mistake(
         f"profile weights.pt {LAYERS} --model-factory mine:broken",
-        "NameError: name 'LAYERS' is not defined.*: mend it",
+        "NameError: name 'LAYERS' is not defined.*: fix it",
         f"profile weights.pt {LAYERS} --model-factory mine:broken",
         mend_factory,
     ),

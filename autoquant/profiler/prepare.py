@@ -91,6 +91,7 @@ def prepare(
             decided[subject] = Measurement(subject=subject, outcome="unsupported", reason=reason)
         elif not is_registered_here(subject.format):  # another process would not know it
             waiting.append(subject)
+    # Kernels of libraries need no compilation. What they take shows which others cannot win.
     library = [subject for subject in waiting if _kernel(subject).opaque]
     with _workers(device, device_name) as workers:
         workers.start(waiting)

@@ -158,6 +158,7 @@ def _device_step(
     found = match_launches([launch.name for launch in launches], [event.name() for event in events])
     first = end_ns = events[0].start_ns()
     kernels = []
+    # Kernels may overlap: each counts from where the ones before it have ended.
     for event, position in zip(events, found, strict=True):
         operator = started.get(event.linked_correlation_id())
         if operator is None and position is not None:

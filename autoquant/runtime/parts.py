@@ -202,6 +202,7 @@ def _function(
     inputs: Sequence[torch.Tensor],
 ) -> Callable[..., Sequence[torch.Tensor]]:
     """Compile a graph. Equal graphs get the same function."""
+    # Which inputs are the same tensor is part of the key: a graph may have merged them.
     places = list(map(id, inputs))
     same = [places.index(place) for place in places]
     key = content_key([graph.code, [_signature(tensor) for tensor in inputs], same], length=32)

@@ -87,7 +87,7 @@ def aimed(
 
 
 def _next_loss(shots: Sequence[_Shot]) -> float | None:
-    """The predicted loss to solve for next; None if the limit is reached or nothing is gained."""
+    """Return the loss to solve for next; None if the limit is reached or nothing is gained."""
     within = max(
         (shot for shot in shots if shot.share <= 1), key=lambda shot: shot.loss, default=None
     )

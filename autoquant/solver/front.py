@@ -70,6 +70,7 @@ def spread(
     totals[:, 1] = np.log(np.clip(losses, floor, highest))
     span = totals.max(axis=0) - totals.min(axis=0)
     where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
+    # Farthest-point sampling: each time take the point whose nearest chosen one is farthest.
     own, fixed = where[: len(pool)], where[len(pool) :]
     chosen: list[int] = []
     distance = np.full(len(pool), np.inf)

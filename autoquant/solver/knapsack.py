@@ -127,6 +127,7 @@ class Knapsack:
         )
         lagrangian = np.vstack((np.ones(len(prices)), -prices.T))
         starts = _starts(self.owners[core])
+        # By layer and multipliers, the least that any option adds; `most` is what may be added.
         least = np.minimum.reduceat(measures @ lagrangian, starts)
         most = relaxed.bound + limit + _ROUNDING - prices @ self.budgets - least.sum(0)
         ends = np.append(starts[1:], len(core))
@@ -139,6 +140,7 @@ class Knapsack:
         for layer in np.argsort(-spread.max(1, initial=0.0), kind="stable"):
             options = measures[starts[layer] : ends[layer]]
             most = most + least[layer]
+            # Every partial solution with every option of this layer.
             partial = (partial[:, None] + options).reshape(-1, partial.shape[1])
             tried += len(partial)
             if tried > most_tried:
@@ -153,6 +155,7 @@ class Knapsack:
         within = np.flatnonzero(np.all(partial[:, 1:] <= self.budgets + _ROUNDING, axis=1))
         if not len(within):
             return None
+        # Walk back from the cheapest solution: each kept index encodes its parent and its option.
         state = int(within[np.argmin(partial[within, 0])])
         picks = np.empty(len(starts), dtype=np.int64)
         for layer, kept in reversed(trail):

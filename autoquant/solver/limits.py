@@ -121,6 +121,7 @@ class Limits:
                 for plan_id, high in measured.items()
                 if math.isfinite(high) and high > 0
             }
+            # Predicted losses are logarithmic if the quality is, so the limit must be, too.
             budgets.append(_budget(log(self.max_ppl_increase), logs, plans))
         if self.max_kl is not None:
             divergences = {

@@ -116,7 +116,7 @@ def point_of(proof: Proof | None, minimize: Objective) -> tuple[float, float] | 
 
 
 def _summed(plan: Plan) -> float:
-    """The layers' summed losses, which the solver has a budget for."""
+    """Return the layers' summed losses, which the solver has a budget for."""
     return sum(layer.loss for layer in plan.layers)
 
 
@@ -163,7 +163,7 @@ def forget(store: Store, study_id: str) -> int | None:
 
 
 def _study_name(study_id: str, minimize: Objective) -> str:
-    """The name of Optuna's study. Each objective has its own: trials do not carry over."""
+    """Return the name of Optuna's study. Each objective has its own: trials do not carry over."""
     return f"autoquant-{study_id}{'' if minimize == 'time' else f'-{minimize}'}"
 
 
@@ -230,6 +230,7 @@ def _propose(
         name: trial.suggest_float(name, of.low, of.high, log=True)
         for name, of in _distributions(space, losses).items()
     }
+    # The losses of a layer are scaled by its kind and, exponentially, along the depth.
     last = max(len(space.options) - 1, 1)
     with_depth = math.log(values["scale with depth"])
     multiplier = {}

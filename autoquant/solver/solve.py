@@ -217,6 +217,7 @@ def _unbeaten(problem: AdditiveProblem, columns: NDArray[np.float64]) -> Indices
 def _equalities(problem: AdditiveProblem, sizes: Sequence[int]) -> csr_array:
     """Return a row for every layer of a set: it takes as many of its options as the first layer."""
     starts = np.concatenate(([0], np.cumsum(sizes)))
+    # A row has 1 for the options of the first layer, and -1 for those of the other.
     pairs = [(first, other) for first, *others in problem.equalities for other in others]
     entries = [
         (sign, row, int(starts[layer]) + option)

@@ -163,7 +163,7 @@ class SearchSpace:
         return cls(options, context, logarithmic=bool(about["logarithmic"]))
 
     def _joined(self) -> list[list[tuple[int, int]]]:
-        """For each way to compute layers as one, its options as (layer, option)."""
+        """Return, for each way to compute layers as one, its options as (layer, option)."""
         together: dict[tuple[tuple[str, ...], str, Route], list[tuple[int, int]]] = {}
         for position, layer in enumerate(self.options):
             for index, choice in enumerate(layer):
@@ -173,7 +173,7 @@ class SearchSpace:
         return list(together.values())
 
     def _same_format(self) -> list[list[tuple[int, list[int]]]]:
-        """For each group and format, the options of each member that have the format."""
+        """Return, for each group and format, the options of each member that have the format."""
         positions = {layer[0].name: position for position, layer in enumerate(self.options)}
         found: list[list[tuple[int, list[int]]]] = []
         for group in self.context.bound.groups:

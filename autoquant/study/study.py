@@ -77,7 +77,7 @@ class Study:
         return self.store.proofs(self.study_id)
 
     def deliveries(self) -> dict[str, Delivery]:
-        """Return how plans run for their user, by plan id, in the order of trying."""
+        """Return the deliveries by plan id, in the order of trying."""
         return self.store.deliveries(self.study_id)
 
     def refused(self, limits: Limits | None = None) -> dict[str, str]:
@@ -153,11 +153,15 @@ class Study:
         )
 
     def best_within(self, limits: Limits) -> Plan:
-        """As `best`."""
+        """Return the best plan within limits, see `best`."""
         return self._best(limits, delivered=False)
 
     def _best(self, limits: Limits, *, delivered: bool) -> Plan:
-        """As `best`; with `delivered` only of the unquantized model and delivered plans."""
+        """Return the best plan, see `best`.
+
+        Args:
+            delivered: Consider only delivered plans and the unquantized model.
+        """
         proofs = self.proofs()
         known, refused = self.deliveries(), self.refused(limits)
         plans = {plan.plan_id: plan for plan in self.plans()}

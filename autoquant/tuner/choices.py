@@ -277,7 +277,7 @@ def _merge(best: Sequence[tuple[int, str]]) -> Route:
 def _choice(
     site: Site, fmt: Format, route: Route, measured: FormatTimings, memory_bytes: int
 ) -> LayerChoice:
-    """A choice that is not scored yet."""
+    """Make a choice that is not scored yet."""
     latency: dict[str, float] = {}
     for use in site.uses:
         one_us = measured.latency_us(route_kernel(route, use.m), use.m)

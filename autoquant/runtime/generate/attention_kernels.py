@@ -100,9 +100,8 @@ def attend(
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(seen > 0, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(
-                higher == float("-inf"), 0.0, higher
-            )  # a head may see nothing of what others see
+            # A head may see none of the positions that others see.
+            base = tl.where(higher == float("-inf"), 0.0, higher)
             weights = tl.exp2(scores - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(weights, 1)

@@ -1,6 +1,9 @@
-"""Time a saved, quantized model against the unquantized one: both compiled the same way, in turn, one request after another.
+"""Time a saved, quantized model against the unquantized one.
 
-python demo/compare.py QUANTIZED_FOLDER [--model ORIGINAL_FOLDER] [--workload prefill=128,decode=128]
+Both are compiled the same way and run in turn, one request after another.
+
+python demo/compare.py QUANTIZED_FOLDER [--model ORIGINAL_FOLDER]
+    [--workload prefill=128,decode=128]
 """
 
 from __future__ import annotations

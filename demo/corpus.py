@@ -1,8 +1,8 @@
 """Text that every Python installation has: the standard library's sources and its reference topics.
 
-A document is one source file, or one topic of ``help()``. Where it belongs follows from its name alone (a
-hash of it), so a file held out on one Python version is held out on every other: a model trained on one
-version's training text has not seen the file of that name on another.
+A document is one source file, or one topic of ``help()``. Where it belongs follows from its name
+alone (a hash of it), so a file held out on one Python version is held out on every other: a model
+trained on one version's training text has not seen the file of that name on another.
 
     python demo/corpus.py --held-out held-out.txt --max-characters 200000
     python demo/corpus.py --train train.txt
@@ -64,7 +64,10 @@ def name_hash(name: str) -> int:
 
 
 def part_of(name: str) -> Part:
-    """The part that a document of this name belongs to: a tenth is held out, another is for validation."""
+    """Return the part of the corpus for a document of this name.
+
+    A tenth is held out, another tenth is for validation.
+    """
     return TENTHS.get(name_hash(name) % 10, "train")
 
 
@@ -99,7 +102,10 @@ def is_wanted(name: str) -> bool:
 
 
 def read_text(path: Path) -> str | None:
-    """A file's text with one newline at its end, or None if it is not UTF-8 or holds the separator."""
+    """Return a file's text with one newline at its end.
+
+    None if it is not UTF-8 or holds the separator.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -110,8 +116,8 @@ def read_text(path: Path) -> str | None:
 def topic_documents(path: Path) -> list[Document]:
     """The reference topics that ship with Python, none repeating a paragraph of another.
 
-    Long topics contain short ones. A paragraph stays where it comes first, held-out topics before validation
-    topics before training topics, so that nothing held out is seen in training.
+    Long topics contain short ones. A paragraph stays where it comes first, held-out topics before
+    validation topics before training topics, so that nothing held out is seen in training.
     """
     topics = read_topics(path)
     names = {f"{TOPICS_FILE.removesuffix('.py')}/{key}": key for key in topics}
@@ -129,7 +135,10 @@ def topic_documents(path: Path) -> list[Document]:
 
 
 def read_topics(path: Path) -> dict[str, str]:
-    """The dictionary of topics, read without running the file; empty if the installation has none."""
+    """Return the dictionary of topics, read without running the file.
+
+    It is empty if the installation has none.
+    """
     source = read_text(path) if path.exists() else None
     for statement in ast.parse(source or "").body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):

@@ -1,4 +1,4 @@
-"""The demo: search a small language model, look at the front, apply the recommended plan, and time it against the original.
+"""Search a small language model, show the front, apply the recommended plan and time it.
 
 Run by `make demo`; everything it writes goes to `out/demo/`.
 """

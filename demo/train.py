@@ -2,9 +2,10 @@
 
     python demo/train.py --seconds 110
 
-Training stops after a fixed time; the learning rate follows the clock, so the run ends annealed. The text
-is small and the model could learn it by heart: dropout and weight decay slow that, and the weights kept are
-those that did best on the validation tenth. The held-out tenth is measured once, on what is saved.
+Training stops after a fixed time; the learning rate follows the clock, so the run ends annealed.
+The text is small and the model could learn it by heart: dropout and weight decay slow that, and the
+weights kept are those that did best on the validation tenth. The held-out tenth is measured once,
+on what is saved.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Text:
-    """The corpus as tokens: what is trained on, what picks the weights, and what neither has seen."""
+    """The corpus as tokens: to train on, to pick the weights with, and held out from both."""
 
     train: Tensor
     validation: Tensor
@@ -71,7 +72,10 @@ class Text:
 
 @dataclass
 class Outcome:
-    """What a training run came to; the state holds the weights that did best on the validation text."""
+    """Result of a training run.
+
+    The state holds the weights that did best on the validation text.
+    """
 
     steps: int = 0
     seconds: float = 0.0
@@ -172,7 +176,7 @@ def batches(tokens: Tensor, recipe: Recipe) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, tokens: Tensor) -> float:
-    """The mean loss per token over windows that follow one another, each starting without context."""
+    """Return the mean loss per token over consecutive windows, each without earlier context."""
     model.eval()
     loss, count = make_loss(model), (len(tokens) - 1) // EVALUATION_WINDOW
     starts = torch.arange(count, device=tokens.device)[:, None] * EVALUATION_WINDOW
@@ -183,12 +187,18 @@ def evaluate(model: LlamaForCausalLM, tokens: Tensor) -> float:
 
 
 def learning_rate_share(progress: float) -> float:
-    """The share of the highest learning rate at a point of the run: a rise, then a cosine down to zero."""
+    """Return the share of the highest learning rate at a point of the run.
+
+    It rises first, then follows a cosine down to zero.
+    """
     return min(1.0, progress / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
 
 
 def train(model: LlamaForCausalLM, text: Text, recipe: Recipe, checks: int) -> Outcome:
-    """Train for the recipe's time, measuring the validation loss `checks` times; keep the best weights."""
+    """Train for the recipe's time, and keep the best weights.
+
+    The validation loss is measured `checks` times.
+    """
     on_gpu = text.train.device.type == "cuda"
     loss_of = torch.compile(make_loss(model)) if on_gpu else make_loss(model)
     optimizer = make_optimizer(model, recipe, fused=on_gpu)
@@ -217,7 +227,7 @@ def train(model: LlamaForCausalLM, text: Text, recipe: Recipe, checks: int) -> O
 
 
 def check(model: LlamaForCausalLM, validation: Tensor, loss: float, outcome: Outcome) -> None:
-    """Measure the validation loss, say where the run stands, and keep the weights if they are the best."""
+    """Measure and print the validation loss, and keep the weights if they are the best."""
     now = evaluate(model, validation)
     outcome.checks += 1
     run_so_far = f"{outcome.seconds:6.1f} s  step {outcome.steps:6}"

@@ -1,7 +1,10 @@
-"""An encoder that says which of two words a sequence has more of: trained in seconds, then searched with a loss of its own.
+"""An encoder that says which of two words a sequence has more of.
+
+It is trained in seconds, then searched with a loss of its own.
 
 python encoder.py encoder.pt
-autoquant search encoder.pt --model-factory encoder:make --sample-inputs encoder:inputs --quality encoder:loss --db encoder.db
+autoquant search encoder.pt --model-factory encoder:make --sample-inputs encoder:inputs
+    --quality encoder:loss --db encoder.db
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ def loss(module: nn.Module, part: str) -> torch.Tensor:
 
 
 def sequences(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Word ids `[count, LENGTH]`, and whether the second word is the more frequent one `[count]`."""
+    """Return word ids `[count, LENGTH]` and labels `[count]`, 1 if the second word is the more
+    frequent one.
+    """
     draw = torch.Generator().manual_seed(seed)
     words = torch.randint(3, WORDS, (count, LENGTH), generator=draw)
     counted = torch.rand(count, LENGTH, generator=draw) < 0.4
@@ -62,7 +67,7 @@ def sequences(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(steps: int) -> nn.Module:
-    """A model that has seen `steps` batches, all of them different and none of those that it is judged by."""
+    """Return a model trained on `steps` batches, none of which it is judged by."""
     torch.manual_seed(0)
     module = make().train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)

@@ -1,7 +1,10 @@
-"""A vision transformer that tells four shapes apart in noise: trained in seconds, then searched with a loss of its own.
+"""A vision transformer that tells four shapes apart in noise.
+
+It is trained in seconds, then searched with a loss of its own.
 
 python vision.py vision.pt
-autoquant search vision.pt --model-factory vision:make --sample-inputs vision:inputs --quality vision:loss --db vision.db
+autoquant search vision.pt --model-factory vision:make --sample-inputs vision:inputs
+    --quality vision:loss --db vision.db
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ def loss(module: nn.Module, part: str) -> torch.Tensor:
 
 
 def images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels `[count, 1, SIZE, SIZE]` with a shape each at a random place, and which shape it is `[count]`."""
+    """Return images `[count, 1, SIZE, SIZE]` of one shape each, and the shapes `[count]`."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(SHAPES, (count,), generator=draw)
     radius = 5 + 4 * torch.rand(count, 1, 1, generator=draw)
@@ -69,7 +72,7 @@ def images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(steps: int) -> nn.Module:
-    """A model that has seen `steps` batches, all of them different and none of those that it is judged by."""
+    """Return a model trained on `steps` batches, none of which it is judged by."""
     torch.manual_seed(0)
     module = make().train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)

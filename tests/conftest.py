@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # small kernels are slow where threads of several processes wait for cores
+# Small kernels are slow where threads of several processes wait for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 HERE = Path(__file__).parent
@@ -18,12 +17,12 @@ HERE = Path(__file__).parent
 LONGEST_FIRST = (
     "end_to_end",
     "docs",
-    "integrations",
+    "export",
     "profiler",
-    "applier",
     "runtime",
     "evaluators",
     "tuner",
+    "solver",
     "cli",
 )
 """Folders. Files are handed to workers whole, so that one that takes long must not be the last."""

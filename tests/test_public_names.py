@@ -13,7 +13,8 @@ names = ["autoquant", "autoquant.records", "autoquant.errors", "autoquant.events
 for package in ("autoquant.study", "autoquant.solver", "autoquant.store", "autoquant.report",
                 "autoquant.report.front", "autoquant.report.html", "autoquant.report.tables"):
     names.append(package)
-    names += [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__, package + ".")]
+    path = importlib.import_module(package).__path__
+    names += [module.name for module in pkgutil.iter_modules(path, package + ".")]
 for name in names:
     if not name.endswith(".migrations"):
         importlib.import_module(name)

@@ -218,7 +218,8 @@ def test_a_content_key_is_the_same_in_every_process():
     )
     code = (
         "from autoquant.records import Device\n"
-        "print(Device(versions={'b': '1', 'torch': '2'}, cache_bytes=1, threads=2, capability='v', name='c', type='cpu').key)"
+        "print(Device(versions={'b': '1', 'torch': '2'}, cache_bytes=1, threads=2, "
+        "capability='v', name='c', type='cpu').key)"
     )
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed}

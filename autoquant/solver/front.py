@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +36,7 @@ def front_plans(
         undominated(problem, front(problem)),
         count - len(chosen),
         taken=chosen,
-        least_loss=0.0 if summed is None else summed / _DISTINGUISHABLE,
+        least_loss=_smallest_loss(summed),
     )
     wanted = f"front: {'fastest' if minimize == 'time' else 'smallest'} within limits"
     plans = []
@@ -43,6 +44,13 @@ def front_plans(
         label = wanted if target is not None and number == 1 else f"front {number}"
         plans.append(space.plan(picks, label, "front"))
     return plans
+
+
+def _smallest_loss(budget: float | None) -> float:
+    """Return the summed loss below which plans do not differ, for the budget of a plan."""
+    if budget is None or not math.isfinite(budget):  # the limit is above all that is predicted
+        return 0.0
+    return budget / _DISTINGUISHABLE
 
 
 def spread(
@@ -63,11 +71,9 @@ def spread(
     if not pool or count <= 0:
         return []
     totals = np.array([problem.totals(p) for p in [*pool, *taken]])
-    losses = totals[:, 1]
-    usual = losses[(losses > 0) & np.isfinite(losses)]
-    floor = max(usual.min() * 0.1 if len(usual) else 1.0, least_loss)
-    highest = max(floor, usual.max(initial=0.0))  # an infinite loss would have no distance
-    totals[:, 1] = np.log(np.clip(losses, floor, highest))
+    positive = totals[:, 1][totals[:, 1] > 0]
+    floor = max(positive.min() * 0.1 if len(positive) else 1.0, least_loss)
+    totals[:, 1] = np.log(np.maximum(totals[:, 1], floor))
     span = totals.max(axis=0) - totals.min(axis=0)
     where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
     # Farthest-point sampling: each time take the point whose nearest chosen one is farthest.

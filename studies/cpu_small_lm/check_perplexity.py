@@ -1,6 +1,8 @@
-"""Perplexity of a folder, computed with a few lines of its own: nothing of autoquant but `autoquant.load` is used.
+"""Perplexity of a folder, computed with a few lines of its own: nothing of autoquant but
+`autoquant.load` is used.
 
-    python check_perplexity.py FOLDER --text FILE [--windows 24] [--first-characters 400000] [--float32]
+    python check_perplexity.py FOLDER --text FILE [--windows 24] [--first-characters 400000]
+        [--float32]
 
 Prints the perplexity per token over the first windows of 512 tokens, without overlap.
 """

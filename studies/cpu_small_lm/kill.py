@@ -1,9 +1,11 @@
-"""Kill a search at random moments, run it to the end, and see whether anything was measured twice or came out differently.
+"""Kill a search at random moments, run it to the end, and see whether anything was measured twice
+or came out differently.
 
-    python kill.py MODEL --text FILE --db plan.db [--kills 10] [--longest 40] [--seed 0] -- MORE SEARCH OPTIONS
+    python kill.py MODEL --text FILE --db plan.db [--kills 10] [--longest 40]
+        [--seed 0] -- MORE SEARCH OPTIONS
 
-Each run is killed (SIGKILL) after a random time; the last one is let run to its end. Then it is run once more, which must
-change nothing.
+Each run is killed (SIGKILL) after a random time; the last one is let run to its end. Then it is run
+once more, which must change nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def counts(database: Path) -> dict[str, int]:
 
 
 def timing_rows(database: Path) -> dict[tuple[object, ...], tuple[object, ...]]:
-    """Every timing by what it is of, with its identity (row, when): a timing made again would show another one."""
+    """Every timing by what it is of, with its identity (row, when).
+
+    A timing made again would show another one.
+    """
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
         rows = connection.execute(
             "SELECT device_key, protocol, n, k, m, format, kernel, id, created FROM timing"

@@ -36,10 +36,13 @@ def unquantized(frame: pd.DataFrame) -> pd.Series:
 
 
 def print_table(table: pd.DataFrame, picked: pd.DataFrame | None) -> None:
-    """Every cell: unquantized, what autoquant picks for it, and the pick's time against the best of another run."""
+    """Every cell: unquantized, what autoquant picks for it, and the pick's time against the best of
+    another run.
+    """
     best, plain = fastest(table, CELL), unquantized(table)
     print(
-        "| shape | m | bf16 us | picked | us | over floor | times faster | pick in another run, over its best |"
+        "| shape | m | bf16 us | picked | us | over floor | times faster | pick in another run, "
+        "over its best |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for cell, row in best.iterrows():
@@ -57,12 +60,16 @@ def print_table(table: pd.DataFrame, picked: pd.DataFrame | None) -> None:
         n, k, m = cell
         print(
             f"| {n}x{k} | {m} | {plain[cell]:.1f} | {row.candidate} | {row.latency_us:.1f} "
-            f"| {row.latency_us / row.floor_us:.2f} | {plain[cell] / row.latency_us:.2f} | {again} |"
+            f"| {row.latency_us / row.floor_us:.2f} | {plain[cell] / row.latency_us:.2f} | "
+            f"{again} |"
         )
 
 
 def print_routes(table: pd.DataFrame) -> None:
-    """One stored weight for all m: the fastest kernel of each format over m, against unquantized."""
+    """One stored weight for all m.
+
+    The fastest kernel of each format over m, against unquantized.
+    """
     plain = unquantized(table)
     best = fastest(table, ["format", *CELL])
     ratios = best.assign(
@@ -87,7 +94,10 @@ def _has_tabulate() -> bool:
 
 
 def print_repeatability(first: pd.DataFrame, second: pd.DataFrame) -> None:
-    """Per format and cell, and per cell: does the other run pick the same kernel, or one as fast?"""
+    """Per format and cell, and per cell.
+
+    Does the other run pick the same kernel, or one as fast?
+    """
     for what, by in (("kernel of a format", ["format", *CELL]), ("candidate of a cell", CELL)):
         a, b = fastest(first, by), fastest(second, by)
         common = a.index.intersection(b.index)
@@ -95,12 +105,14 @@ def print_repeatability(first: pd.DataFrame, second: pd.DataFrame) -> None:
         same = a.candidate == b.candidate
         close = (a.latency_us / b.latency_us - 1).abs() < 0.03
         print(
-            f"{what}: {len(common)} cells, the same in {same.mean():.1%}; the same or within 3 % in {(same | close).mean():.1%}"
+            f"{what}: {len(common)} cells, the same in {same.mean():.1%}; the same or within 3 % "
+            f"in {(same | close).mean():.1%}"
         )
         for cell in common[~(same | close)]:
             one, two = a.loc[cell], b.loc[cell]
             print(
-                f"  {cell}: {one.candidate} {one.latency_us:.2f} us, then {two.candidate} {two.latency_us:.2f} us"
+                f"  {cell}: {one.candidate} {one.latency_us:.2f} us, then {two.candidate} "
+                f"{two.latency_us:.2f} us"
             )
     both = first[first.outcome == "ok"].merge(
         second[second.outcome == "ok"], on=[*CELL, "candidate"]
@@ -115,7 +127,9 @@ def print_repeatability(first: pd.DataFrame, second: pd.DataFrame) -> None:
 def model_ms(
     latency_us: pd.Series, per_layer: dict[tuple[int, int], int] = PER_LAYER
 ) -> dict[str, float]:
-    """Milliseconds of the linears of 32 layers in a prefill of 2,048 tokens, a decode step, and a request."""
+    """Milliseconds of the linears of 32 layers in a prefill of 2,048 tokens, a decode step, and a
+    request.
+    """
     sums = {
         m: sum(count * latency_us[n, k, m] for (n, k), count in per_layer.items()) * LAYERS / 1e3
         for m in (1, 2048)
@@ -157,7 +171,8 @@ def main() -> None:
         print("\n# Every cell\n")
         print_table(runs["table"], runs.get("cold2", runs.get("warm")))
         print(
-            "\n# Times faster than bf16 by format, each with its fastest kernel at every m (geometric mean over shapes)\n"
+            "\n# Times faster than bf16 by format, each with its fastest kernel at every m "
+            "(geometric mean over shapes)\n"
         )
         print_routes(runs["table"])
     if {"cold1", "cold2"} <= runs.keys():

@@ -1,9 +1,11 @@
-"""Times torchao's own float8 configurations, compiled as torchao recommends, by the same clock as autoquant's candidates.
+"""Times torchao's own float8 configurations, compiled as torchao recommends, by the same clock as
+autoquant's candidates.
 
     python torchao_uniform.py --shapes FILE > uniform.csv
 
-A configuration is applied by `quantize_` with its inductor flags (its default), and `F.linear` is compiled around the weight.
-Compilation happens in parallel processes first; the process that times finds its results in the compiler's cache.
+A configuration is applied by `quantize_` with its inductor flags (its default), and `F.linear` is
+compiled around the weight. Compilation happens in parallel processes first; the process that times
+finds its results in the compiler's cache.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ COLD_BYTES = 128 << 20
 ROUNDS = 12
 
 
-def config(name: str):  # noqa: ANN201 - torchao has no type for what its configurations have in common
+def config(name: str):  # noqa: ANN201 - torchao's configurations have no common type
     """One of torchao's configurations."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,

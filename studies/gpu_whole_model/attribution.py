@@ -1,9 +1,11 @@
 """Where a step of a Llama-3-8B goes on one GPU, microsecond by microsecond: layers, glue and gaps.
 
-    python attribution.py --timings timings.db --out OUT [--batch 1] [--layers 32] [--only "8 bits" ...]
+    python attribution.py --timings timings.db --out OUT [--batch 1] [--layers 32]
+        [--only "8 bits" ...]
 
-The models are those of whole_model.py. They are timed in turn, and after that one step of each phase is profiled. Writes
-attribution-BATCH.txt, and trace-BATCH.json for chrome://tracing or Perfetto.
+The models are those of whole_model.py. They are timed in turn, and after that one step of each
+phase is profiled. Writes attribution-BATCH.txt, and trace-BATCH.json for chrome://tracing or
+Perfetto.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ class Model:
 def make_ready(
     label: str, module: nn.Module, workload: Workload, device: str, plan: Plan | None = None
 ) -> Model:
-    """Compile, capture and run a model. Random weights magnify rounding: a wrong result is noted, not refused."""
+    """Compile, capture and run a model.
+
+    Random weights magnify rounding: a wrong result is noted, not refused.
+    """
     note = ""
     try:
         with kernels_kept(device):

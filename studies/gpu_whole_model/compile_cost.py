@@ -1,10 +1,13 @@
-"""Where the seconds go until a model's steps are ready, for models that one process compiles one after the other.
+"""Where the seconds go until a model's steps are ready, for models that one process compiles one
+after the other.
 
-    python compile_cost.py --out OUT [--models bf16 float8-row "float8-row again"] [--layers 32] [--batch 1] [--label cold]
+    python compile_cost.py --out OUT [--models bf16 float8-row "float8-row again"]
+        [--layers 32] [--batch 1] [--label cold]
 
-`float8-row again` is the same plan once more, `float8-row in one piece` the model compiled as one graph with nested regions.
-Kernels are kept under AUTOQUANT_CACHE: a new folder is a cold start. Appends a line a model to OUT/compile-cost.jsonl: seconds,
-and milliseconds of a step. What is computed is not checked here.
+`float8-row again` is the same plan once more, `float8-row in one piece` the model compiled as one
+graph with nested regions. Kernels are kept under AUTOQUANT_CACHE: a new folder is a cold start.
+Appends a line a model to OUT/compile-cost.jsonl: seconds, and milliseconds of a step. What is
+computed is not checked here.
 """
 
 from __future__ import annotations
@@ -79,7 +82,10 @@ def compiler_seconds() -> dict[str, float]:
 
 
 def watch_tuning(seconds: dict[str, float]) -> Callable[[], None]:
-    """Add the seconds that gemlite's kernels spend on tuning to `seconds`; returns what ends that."""
+    """Add the seconds that gemlite's kernels spend on tuning to `seconds`.
+
+    Returns what ends that.
+    """
     from autoquant.candidates.kernels.gemlite import _tuned_kernels
 
     kernels = _tuned_kernels()

@@ -1,4 +1,5 @@
-"""How far request times were from their predictions, over all plans of this study and of gpu_search that have both.
+"""How far request times were from their predictions, over all plans of this study and of gpu_search
+that have both.
 
 python studies/gpu_whole_model/errors.py
 """

@@ -1,7 +1,9 @@
-"""Plans for a whole model from single-layer timings: the fastest of some formats, and many of different make.
+"""Plans for a whole model from single-layer timings: the fastest of some formats, and many of
+different make.
 
-No quality is asked for: weights are random. Every layer gets the fastest of what its make allows, by its own timing; with
-`fused` layers that read the same input may be computed as one, which the search's solver decides.
+No quality is asked for: weights are random. Every layer gets the fastest of what its make allows,
+by its own timing; with `fused` layers that read the same input may be computed as one, which the
+search's solver decides.
 """
 
 from __future__ import annotations
@@ -50,9 +52,9 @@ MLP, ATTENTION, EVEN_BLOCKS = r"\.mlp\.", r"\.self_attn\.", r"\.layers\.\d*[0246
 class Make:
     """What layers may get.
 
-    Attributes:
-        rules: (Pattern, globs over candidates), the first whose pattern is found in a layer's name; none: it stays as it is.
-        forced: Leave a layer unquantized only where no allowed format works, not where none is faster.
+    Attributes: rules: (Pattern, globs over candidates), the first whose pattern is found in a
+        layer's name; none: it stays as it is. forced: Leave a layer unquantized only where no
+        allowed format works, not where none is faster.
     """
 
     rules: tuple[tuple[str, tuple[str, ...]], ...]
@@ -132,7 +134,10 @@ class Planner:
         return make_plan(space.chosen(picks), label, "front", context)
 
     def linear_ms(self, plan: Plan | None) -> dict[str, float]:
-        """Milliseconds of all linears in one run of each phase, by their own timings; of the unquantized ones for None."""
+        """Milliseconds of all linears in one run of each phase, by their own timings.
+
+        Of the unquantized ones for None.
+        """
         layers = plan.layers if plan else self.plan("original", Make(())).layers
         return {
             phase.name: sum(layer.latency_us.get(phase.name, 0.0) for layer in layers) / 1e3
@@ -167,7 +172,8 @@ class Planner:
         globs = dict.fromkeys(subject.candidate for subject in missing)
         candidates = " ".join(f"--candidates '{glob}'" for glob in globs)
         raise TimingsMissing(
-            f"{database} lacks {len(set(missing))} timings of {self.device}; make them by: autoquant profile --shapes {shapes}"
+            f"{database} lacks {len(set(missing))} timings of {self.device}; make them by: "
+            f"autoquant profile --shapes {shapes}"
             f" --device {self.device} --dtype bf16 --db {database} {candidates}"
         )
 

@@ -1,4 +1,5 @@
-"""What single-layer timings say of the whole model, against what was measured: python predict.py. Needs pandas, no GPU.
+"""What single-layer timings say of the whole model, against what was measured: python predict.py.
+Needs pandas, no GPU.
 
 Reads the table of studies/gpu_linears and the rows that whole_model.py measured.
 """
@@ -66,8 +67,10 @@ def main() -> None:
         before = row["bf16_request_ms"]
         predicted = before - plain + linears
         print(
-            f"{name}: linears {linears:.0f} ms a request, {steps[name]:.2f} a step; predicted request "
-            f"{before:.0f} - {plain:.0f} + {linears:.0f} = {predicted:.0f} ms; measured {row['request_ms']:.0f} "
+            f"{name}: linears {linears:.0f} ms a request, {steps[name]:.2f} a step; predicted "
+            "request "
+            f"{before:.0f} - {plain:.0f} + {linears:.0f} = {predicted:.0f} ms; measured "
+            f"{row['request_ms']:.0f} "
             f"({predicted / row['request_ms'] - 1:+.1%})"
         )
     weights = LAYERS * sum(count * n * k for (n, k), count in PER_LAYER.items()) + HEAD[0] * HEAD[1]
@@ -79,7 +82,8 @@ def main() -> None:
     ):
         limit_ms = width * weights / BANDWIDTH_BYTES_PER_S * 1e3
         print(
-            f"{name}: a token's weights need {limit_ms:.2f} ms; linears {linears_ms / limit_ms:.2f} times, "
+            f"{name}: a token's weights need {limit_ms:.2f} ms; linears "
+            f"{linears_ms / limit_ms:.2f} times, "
             f"step {step_ms / limit_ms:.2f} times that"
         )
 

@@ -1,13 +1,17 @@
-"""A Llama-3-8B with random weights on one GPU: plans and torchao's uniform settings in the whole model, in turn with bf16.
+"""A Llama-3-8B with random weights on one GPU: plans and torchao's uniform settings in the whole
+model, in turn with bf16.
 
-    python whole_model.py --timings timings.db --out OUT [--fuse] [--batch 1] [--layers 32] [--seconds 500]
+    python whole_model.py --timings timings.db --out OUT [--fuse] [--batch 1] [--layers 32]
+        [--seconds 500]
     python whole_model.py --timings timings.db --out OUT --plans 12 --layers 8
 
-`timings.db` holds what `autoquant profile` measured of the model's shapes; where something is missing, this says how to make
-it. `--fuse` adds plans whose q, k and v, and gate and up, are computed as one (6144x4096 and 28672x4096). `--plans` measures
-plans of different make instead, torchao's settings left out. Every model is compiled and captured the same way; latencies are of
-CUDA graphs, memory is that of the weights as stored. Each row says what was predicted from the timings: the unquantized model's
-time in the same rounds, with its linears' times exchanged for the plan's. Rows are printed, and written to OUT, as they come.
+`timings.db` holds what `autoquant profile` measured of the model's shapes; where something is
+missing, this says how to make it. `--fuse` adds plans whose q, k and v, and gate and up, are
+computed as one (6144x4096 and 28672x4096). `--plans` measures plans of different make instead,
+torchao's settings left out. Every model is compiled and captured the same way; latencies are of
+CUDA graphs, memory is that of the weights as stored. Each row says what was predicted from the
+timings: the unquantized model's time in the same rounds, with its linears' times exchanged for the
+plan's. Rows are printed, and written to OUT, as they come.
 """
 
 from __future__ import annotations
@@ -98,8 +102,18 @@ def torchao_settings() -> dict[str, Callable[[nn.Module], None]]:
     }
 
 
-def measure(label: str, module: nn.Module, original, workload: Workload, device: str, make):  # noqa: ANN001, ANN201
-    """One model, made from a copy of the original: its row, and its phases (None where it does not run)."""
+def measure(  # noqa: ANN201
+    label: str,
+    module: nn.Module,
+    original,  # noqa: ANN001
+    workload: Workload,
+    device: str,
+    make,  # noqa: ANN001
+):
+    """One model, made from a copy of the original.
+
+    Its row, and its phases (None where it does not run).
+    """
     row = {"label": label, "batch": workload.batch, "layers": module.config.num_hidden_layers}
     copy = shallow_copy(module)
     began = time.monotonic()
@@ -126,7 +140,8 @@ def measure(label: str, module: nn.Module, original, workload: Workload, device:
         "compile_s": round(compile_s, 1),
         **{f"{phase}_ms": round(ms, 3) for phase, ms in times.plan_ms.items()},
         **{f"bf16_{phase}_ms": round(ms, 3) for phase, ms in times.original_ms.items()},
-        "request_ms": round(request, 1), "bf16_request_ms": round(before, 1), "speedup": round(before / request, 3),
+        "request_ms": round(request, 1), "bf16_request_ms": round(before, 1),
+        "speedup": round(before / request, 3),
         "memory_gib": round(module_bytes(copy) / 2**30, 3), "note": note or times.note,
     }, phases  # fmt: skip
 
@@ -139,12 +154,16 @@ def predict(row: dict[str, object], planner: Planner, plan: Plan) -> dict[str, o
     return {
         **{f"linear_{phase}_ms": round(ms, 3) for phase, ms in after.items()},
         **{f"predicted_{phase}_ms": round(ms, 3) for phase, ms in phase_ms.items()},
-        "predicted_request_ms": round(request_ms, 1), "prediction_error": round(request_ms / row["request_ms"] - 1, 4),
+        "predicted_request_ms": round(request_ms, 1),
+        "prediction_error": round(request_ms / row["request_ms"] - 1, 4),
     }  # fmt: skip
 
 
 def make_plans(planner: Planner, arguments: argparse.Namespace) -> dict[str, Plan]:
-    """The plans that were asked for, by label; those that are another one's again are left out, and said."""
+    """The plans that were asked for, by label.
+
+    Those that are another one's again are left out, and said.
+    """
     makes = dict(list(DIFFERENT.items())[: arguments.plans]) if arguments.plans else FASTEST
     makes = makes | (FASTEST_FUSED if arguments.fuse and not arguments.plans else {})
     makes = {
@@ -162,7 +181,8 @@ def make_plans(planner: Planner, arguments: argparse.Namespace) -> dict[str, Pla
         joined = sum(bool(layer.joined) for layer in plan.layers)
         linear_ms = request_time(planner.linear_ms(plan), planner.workload.calls())
         print(
-            f"{label}: {plan.formats()}, {joined} computed with others, linears {linear_ms:.1f} ms a request",
+            f"{label}: {plan.formats()}, {joined} computed with others, linears {linear_ms:.1f} "
+            "ms a request",
             end="",
         )
         print(f"; the same plan as {again}, not measured again" if again else "", flush=True)
@@ -203,7 +223,8 @@ def summarise(rows: list[dict[str, object]]) -> None:
     errors = [abs(row["prediction_error"]) for row in rows if "prediction_error" in row]
     if errors:
         print(
-            f"predicted request time: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, ",
+            f"predicted request time: median error {statistics.median(errors):.1%}, worst "
+            f"{max(errors):.1%}, ",
             end="",
         )
         print(f"{len(errors)} plans", flush=True)

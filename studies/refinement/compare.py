@@ -1,13 +1,16 @@
-"""How fast refinement makes the front grow, beside random plans and the same sampler without a warm start.
+"""How fast refinement makes the front grow, beside random plans and the same sampler without a warm
+start.
 
     python studies/refinement/compare.py PLAN.DB TEXT OUT [--evaluations 40] [--seeds 3]
 
-PLAN.DB is a finished search of a language model, TEXT the text that it was searched with. Each way proposes plans; each plan is
-really applied and its perplexity measured on the selection part, against the unquantized model window by window; its request
-time is what the search's calibrated model predicts, so that the ways differ by their plans and not by noise of a clock. Told is
-the hypervolume of all plans so far (see `autoquant.solver.hypervolume`) over that of the plans that a search has proven when it
-begins to refine (uniform, heuristic, by bits and solved), by true evaluations spent. OUT gets `growth.csv`, one row for each way,
-seed and evaluation, as they are made, and `table.md`.
+PLAN.DB is a finished search of a language model, TEXT the text that it was searched with. Each way
+proposes plans; each plan is really applied and its perplexity measured on the selection part,
+against the unquantized model window by window; its request time is what the search's calibrated
+model predicts, so that the ways differ by their plans and not by noise of a clock. Told is the
+hypervolume of all plans so far (see `autoquant.solver.hypervolume`) over that of the plans that a
+search has proven when it begins to refine (uniform, heuristic, by bits and solved), by true
+evaluations spent. OUT gets `growth.csv`, one row for each way, seed and evaluation, as they are
+made, and `table.md`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""What it costs a search to try one more rounding: seconds for the inputs, for rounding, and for scoring beside those of nearest.
+"""What it costs a search to try one more rounding: seconds for the inputs, for rounding, and for
+scoring beside those of nearest.
 
     python studies/rounding/cost.py MODEL TEXT
 
-The text is split as a search splits it; scoring is the `isolated` sensitivity of every linear but the output layer.
+The text is split as a search splits it; scoring is the `isolated` sensitivity of every linear but
+the output layer.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def main() -> None:
     began = time.monotonic()
     inputs = dict(calibration.inputs(loaded.module, names))
     print(
-        f"inputs of {len(inputs)} layers on {len(parts.inputs)} windows: {time.monotonic() - began:.1f} s",
+        f"inputs of {len(inputs)} layers on {len(parts.inputs)} windows: "
+        f"{time.monotonic() - began:.1f} s",
         flush=True,
     )
     began = time.monotonic()

@@ -1,8 +1,11 @@
-"""Roundings that were tried and are not formats: AWQ's scales of the inputs, and GPTQ in the order of activation.
+"""Roundings that were tried and are not formats: AWQ's scales of the inputs, and GPTQ in the order
+of activation.
 
-    python studies/rounding/variants.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--windows 32] [--report-windows 4]
+    python studies/rounding/variants.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--windows 32]
+        [--report-windows 4]
 
-As `compare.py`, but OUT gets `variants.txt`. AWQ's scales divide the inputs, which is one more operation for the layer.
+As `compare.py`, but OUT gets `variants.txt`. AWQ's scales divide the inputs, which is one more
+operation for the layer.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ def by_activation(weight: torch.Tensor, grid: Grid, inputs: InputStatistics) -> 
 def scaled(
     weight: torch.Tensor, grid: Grid, inputs: InputStatistics, rounding: Variant = nearest
 ) -> torch.Tensor:
-    """AWQ: columns multiplied by a power of the size of their inputs, the one that gives the least error of the output."""
+    """AWQ: columns multiplied by a power of the size of their inputs, the one that gives the least
+    error of the output.
+    """
     size = inputs.hessian.diagonal().sqrt()
     size = (size / size.mean()).clamp(min=1e-4)
     tried = []

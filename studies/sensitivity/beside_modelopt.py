@@ -1,17 +1,21 @@
-"""Divergence at equal true bits: plans of nvidia-modelopt's auto_quantize beside those of autoquant.
+"""Divergence at equal true bits: plans of nvidia-modelopt's auto_quantize beside those of
+autoquant.
 
     python -m pip install "nvidia-modelopt==0.47.*"
-    python studies/sensitivity/beside_modelopt.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--methods gradient,kl_div]
+    python studies/sensitivity/beside_modelopt.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT
+        [--methods gradient,kl_div]
 
-Arguments and OUT are those of compare.py, but `--methods` are nvidia-modelopt's. It scores on the same calibration windows, the
-output layer left out of its search and of its count of bits, and chooses among its own int4 and int8 (which it counts as 4 and 8
-bits), then among numbers of the bits and groups of compare.py's `FORMATS`, whose true bits it is told. Its plans are judged as
-it computes them. The true bits of each (scales of 16 bits counted, over the same layers) are the budget of two plans by the
-path's losses: to nearest, and with weights of fewer than 8 bits rounded by GPTQ. To tell where the difference is from there are
-its own plan with the numbers that autoquant rounds to nearest, whose steps are smaller, and autoquant's plan where layers that
-read the same input get one format, as with nvidia-modelopt. Divergences are mean KL per token to the
-unquantized model on the report text, in float32; the 95 % interval of the ratio is paired. OUT gets `modelopt.json` and
-`modelopt.md`; losses that are there already are not measured again.
+Arguments and OUT are those of compare.py, but `--methods` are nvidia-modelopt's. It scores on the
+same calibration windows, the output layer left out of its search and of its count of bits, and
+chooses among its own int4 and int8 (which it counts as 4 and 8 bits), then among numbers of the
+bits and groups of compare.py's `FORMATS`, whose true bits it is told. Its plans are judged as it
+computes them. The true bits of each (scales of 16 bits counted, over the same layers) are the
+budget of two plans by the path's losses: to nearest, and with weights of fewer than 8 bits rounded
+by GPTQ. To tell where the difference is from there are its own plan with the numbers that autoquant
+rounds to nearest, whose steps are smaller, and autoquant's plan where layers that read the same
+input get one format, as with nvidia-modelopt. Divergences are mean KL per token to the unquantized
+model on the report text, in float32; the 95 % interval of the ratio is paired. OUT gets
+`modelopt.json` and `modelopt.md`; losses that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -96,7 +100,10 @@ def search(
 
 
 def read_plan(config: dict[str, Any], sites: Sequence[Site]) -> tuple[Plan, float]:
-    """The layers' formats, and the average bits with a scale of 16 bits for each group or row; a layer left alone has 16."""
+    """The layers' formats, and the average bits with a scale of 16 bits for each group or row.
+
+    A layer left alone has 16.
+    """
     weights = {entry["quantizer_name"]: entry for entry in config["quant_cfg"]}
     names = {(bits, group): name for name, (_, bits, group) in FORMATS.items()}
     plan: Plan = {}
@@ -160,7 +167,10 @@ def their_plans(
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line for each of nvidia-modelopt's plans: its KL, and those of others at its bits with the ratio to it."""
+    """One line for each of nvidia-modelopt's plans.
+
+    Its KL, and those of others at its bits with the ratio to it.
+    """
     others = {
         "same plan": "same plan, autoquant's numbers",
         "nearest, grouped": "autoquant, nearest, same groups",
@@ -179,7 +189,8 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         for other in others:
             ratio = paired_increase(each[other], each["kl"], logarithmic=False)
             cells.append(
-                f"{np.mean(each[other]):.4f}: {ratio.value:+.1%} ({ratio.low:+.1%} to {ratio.high:+.1%})"
+                f"{np.mean(each[other]):.4f}: {ratio.value:+.1%} ({ratio.low:+.1%} to "
+                f"{ratio.high:+.1%})"
             )
         lines.append([*cells, f"{each['seconds']:.0f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

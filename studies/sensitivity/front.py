@@ -1,14 +1,17 @@
-"""Divergence at equal average bits: plans that each sensitivity allocates, refined, beside uniform and heuristic ones.
+"""Divergence at equal average bits: plans that each sensitivity allocates, refined, beside uniform
+and heuristic ones.
 
-    python studies/sensitivity/front.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda] [--methods fisher,path]
+    python studies/sensitivity/front.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda]
+        [--methods fisher,path]
 
-Arguments and OUT are those of compare.py, whose losses (`METHOD.json`) are used where they are there. For each budget of
-average bits the plan of least summed loss is found exactly. With `--refine` the plans of 3 and 3.5 bits are then improved by
-true evaluations on the calibration text: the loss of each change is measured, the sums are solved again for a plan that differs
-in few layers, and the plan is kept if it is truly better. With `--rounding gptq` (or hqq, clip) the last method allocates once
-more, with weights of fewer than 8 bits rounded so, for the calibration text. Divergences are mean KL per token to the
-unquantized model on the report text, in float32, with a paired 95 % interval of the ratio to the first method's plan. OUT gets
-`front.json` and `front.md`.
+Arguments and OUT are those of compare.py, whose losses (`METHOD.json`) are used where they are
+there. For each budget of average bits the plan of least summed loss is found exactly. With
+`--refine` the plans of 3 and 3.5 bits are then improved by true evaluations on the calibration
+text: the loss of each change is measured, the sums are solved again for a plan that differs in few
+layers, and the plan is kept if it is truly better. With `--rounding gptq` (or hqq, clip) the last
+method allocates once more, with weights of fewer than 8 bits rounded so, for the calibration text.
+Divergences are mean KL per token to the unquantized model on the report text, in float32, with a
+paired 95 % interval of the ratio to the first method's plan. OUT gets `front.json` and `front.md`.
 """
 
 from __future__ import annotations
@@ -55,7 +58,10 @@ MOST_CHANGED = 12
 
 
 class Truth:
-    """True divergences of plans on some windows; changed weights are kept, so that a plan costs its forward passes only."""
+    """True divergences of plans on some windows.
+
+    Changed weights are kept, so that a plan costs its forward passes only.
+    """
 
     def __init__(
         self,
@@ -113,7 +119,8 @@ def allocate(
     most: int = 0,
     groups: Sequence[Sequence[int]] = (),
 ) -> Plan:
-    """The plan of least summed loss within a budget of average bits; it differs from `near` in at most `most` layers.
+    """The plan of least summed loss within a budget of average bits; it differs from `near` in at
+    most `most` layers.
 
     Args:
         groups: Sites, by their numbers, that get one format.
@@ -170,7 +177,9 @@ def refine(plan: Plan, sites: Sequence[Site], bits: float, truth: Truth) -> Plan
 
 
 def heuristic(sites: Sequence[Site], bits: float) -> Plan | None:
-    """More bits for the first and last blocks and for what goes back into the residual stream, as mixtures of llama.cpp do."""
+    """More bits for the first and last blocks and for what goes back into the residual stream, as
+    mixtures of llama.cpp do.
+    """
     ladder = sorted(
         FORMATS,
         key=lambda name: average_bits(dict.fromkeys((site.name for site in sites), name), sites),

@@ -1,14 +1,18 @@
-"""How often a recommended plan breaks its limit on text that the search never saw, over searches on resampled texts.
+"""How often a recommended plan breaks its limit on text that the search never saw, over searches on
+resampled texts.
 
-    python studies/sensitivity/limits.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda] [--methods path]
+    python studies/sensitivity/limits.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT
+        [--device cuda] [--methods path]
 
-Arguments are those of compare.py. The plans are one front: allocated by the first method's losses for `BUDGETS` of average bits.
-Each plan's loss is measured once on every window of the report text; a search then is a draw of 56 of these windows (with
-replacement between searches, without within one), dealt to calibration, selection and report as `autoquant search` deals them.
-It recommends the plan of fewest bits whose upper end of the paired 95 % interval on the selection part is within the limit, and
-breaks the limit if the increase on the report part, or on all other windows, is above it. Beside the interval of the mean stands
-that of the mean of as many other windows as the report part has, which autoquant uses (`RULES`). OUT gets `limits.json` (bits
-and losses, which are not measured again where they are there) and `limits.md`.
+Arguments are those of compare.py. The plans are one front: allocated by the first method's losses
+for `BUDGETS` of average bits. Each plan's loss is measured once on every window of the report text;
+a search then is a draw of 56 of these windows (with replacement between searches, without within
+one), dealt to calibration, selection and report as `autoquant search` deals them. It recommends the
+plan of fewest bits whose upper end of the paired 95 % interval on the selection part is within the
+limit, and breaks the limit if the increase on the report part, or on all other windows, is above
+it. Beside the interval of the mean stands that of the mean of as many other windows as the report
+part has, which autoquant uses (`RULES`). OUT gets `limits.json` (bits and losses, which are not
+measured again where they are there) and `limits.md`.
 """
 
 from __future__ import annotations
@@ -45,7 +49,10 @@ Losses = list[list[float]]
 
 
 def measure(arguments: argparse.Namespace, out: Path) -> tuple[list[float], Losses]:
-    """Average bits of each plan, and the mean negative log-likelihood of each window: of the unquantized model, then of plans."""
+    """Average bits of each plan, and the mean negative log-likelihood of each window.
+
+    Of the unquantized model, then of plans.
+    """
     kept = out / "limits.json"
     if kept.exists():
         found = json.loads(kept.read_text())
@@ -70,7 +77,8 @@ def measure(arguments: argparse.Namespace, out: Path) -> tuple[list[float], Loss
                 site.stand_at(1.0)
             found.append(window_losses(model, placed))
             print(
-                f"plan {number} of {len(plans)}: {np.mean(found[-1]) - np.mean(found[0]):+.4f} nats",
+                f"plan {number} of {len(plans)}: {np.mean(found[-1]) - np.mean(found[0]):+.4f} "
+                "nats",
                 flush=True,
             )
     bits = [average_bits(plan, sites) for plan in plans]
@@ -95,7 +103,9 @@ Found = dict[tuple[float, str], list[dict[str, float]]]
 
 
 def searches(bits: Sequence[float], losses: np.ndarray, seed: int) -> Found:
-    """By limit and rule, what each search recommends, and its increase on the report part and on all windows not drawn."""
+    """By limit and rule, what each search recommends, and its increase on the report part and on
+    all windows not drawn.
+    """
     generator = np.random.default_rng(seed)
     order = np.array(deal(WANTED_WINDOWS))
     plans = sorted(range(len(bits)), key=lambda plan: bits[plan])

@@ -1,14 +1,18 @@
-"""How low the divergence at 3.0 average bits can be brought by true evaluations, however many: several searches side by side.
+"""How low the divergence at 3.0 average bits can be brought by true evaluations, however many:
+several searches side by side.
 
-    python studies/sensitivity/search.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT [--device cuda] [--seconds 30]
+    python studies/sensitivity/search.py MODEL CALIBRATION_TEXT REPORT_TEXT OUT
+        [--device cuda] [--seconds 30]
 
-Arguments and OUT are those of compare.py; plans start from the losses of the first of `--methods`. Each search proposes plans
-within the budget and evaluates them on the calibration windows, in TF32 on a GPU, one CUDA graph for all windows. `refine`: as
-front.py does. `exchange`: every change of one layer and the most promising exchanges between two, until none pays. `anneal`:
-simulated annealing over exchanges, which a linear model of all plans evaluated so far pre-selects. `elsewhere`: the same from a
-random plan. `regression`: losses fitted to plans drawn around the best, solved exactly, again from there. `pairs`: the
-interaction of every pair of layers measured at the plan, the quadratic model annealed, its best plans evaluated. `oracle`:
-`anneal` on the report windows themselves: what nothing that is fair can reach. What each found is evaluated on the report
+Arguments and OUT are those of compare.py; plans start from the losses of the first of `--methods`.
+Each search proposes plans within the budget and evaluates them on the calibration windows, in TF32
+on a GPU, one CUDA graph for all windows. `refine`: as front.py does. `exchange`: every change of
+one layer and the most promising exchanges between two, until none pays. `anneal`: simulated
+annealing over exchanges, which a linear model of all plans evaluated so far pre-selects.
+`elsewhere`: the same from a random plan. `regression`: losses fitted to plans drawn around the
+best, solved exactly, again from there. `pairs`: the interaction of every pair of layers measured at
+the plan, the quadratic model annealed, its best plans evaluated. `oracle`: `anneal` on the report
+windows themselves: what nothing that is fair can reach. What each found is evaluated on the report
 windows in float32. OUT gets `search.json` and `search.md`.
 """
 
@@ -38,7 +42,9 @@ Picks = tuple[int, ...]
 
 
 class Weights:
-    """The model's weights in every format, put in place where a plan wants another one than is there."""
+    """The model's weights in every format, put in place where a plan wants another one than is
+    there.
+    """
 
     def __init__(self, module: torch.nn.Module, sites: Sequence[Site]) -> None:
         self.parameters = [module.get_parameter(site.parameters[0]) for site in sites]
@@ -160,7 +166,9 @@ def ranks(ladder: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def fitted(known: dict[Picks, float], prior: np.ndarray, most: int = 3000) -> np.ndarray:
-    """Losses `[sites, formats]` whose sums best explain the last plans evaluated, as near to the prior as that leaves open."""
+    """Losses `[sites, formats]` whose sums best explain the last plans evaluated, as near to the
+    prior as that leaves open.
+    """
     plans = list(known)[-most:]
     x = np.zeros((len(plans), prior.size))
     for row, picks in enumerate(plans):
@@ -178,7 +186,9 @@ Ends = Callable[[], bool]
 def anneal(
     f: Landscape, space: Space, start: Picks, prior: np.ndarray, ends: Callable[[], float]
 ) -> Picks:
-    """Simulated annealing whose proposals a linear model pre-selects; `ends` gives the share of time that is used up."""
+    """Simulated annealing whose proposals a linear model pre-selects; `ends` gives the share of
+    time that is used up.
+    """
     hot, cold = 0.01, 0.0002
     losses, here, value = prior, start, f(start)
     best, least, fitted_at = start, value, 0
@@ -210,7 +220,9 @@ def selected(space: Space, picks: Picks, losses: np.ndarray, temperature: float)
 
 
 def exchange(f: Landscape, space: Space, start: Picks, ends: Callable[[], float]) -> Picks:
-    """Steepest single changes, then exchanges in the order of their summed effects, until 400 in a row gain nothing."""
+    """Steepest single changes, then exchanges in the order of their summed effects, until 400 in a
+    row gain nothing.
+    """
     best = start
     while ends() < 1:
         marginal = marginals(f, best)
@@ -255,7 +267,10 @@ def promising(space: Space, picks: Picks, marginal: np.ndarray) -> list[Picks]:
 def regression(
     f: Landscape, space: Space, start: Picks, prior: np.ndarray, ends: Callable[[], float]
 ) -> Picks:
-    """Losses at the plan itself, over random mixtures around it: fitted, solved, and again from the better plan."""
+    """Losses at the plan itself, over random mixtures around it.
+
+    Fitted, solved, and again from the better plan.
+    """
     best, losses = start, prior
     while ends() < 1:
         for _ in range(300):
@@ -269,7 +284,9 @@ def regression(
 
 
 def pairs(f: Landscape, space: Space, start: Picks, ends: Callable[[], float]) -> Picks:
-    """The quadratic model of what changes of two layers cost together, measured at the plan, annealed and tried out."""
+    """The quadratic model of what changes of two layers cost together, measured at the plan,
+    annealed and tried out.
+    """
     base, count = f(start), len(start)
     options = [
         [
@@ -413,7 +430,8 @@ def main() -> None:
                 | {"bits": space.bits(best), "plan": space.plan(best), "trace": reached}
             )
             print(
-                f"{name}: {evaluations} in {seconds:.0f} s, {reached}, {inner:.4f}, report {np.mean(kl):.4f}",
+                f"{name}: {evaluations} in {seconds:.0f} s, {reached}, {inner:.4f}, report "
+                f"{np.mean(kl):.4f}",
                 flush=True,
             )
             (out / "search.json").write_text(json.dumps(rows))
@@ -423,7 +441,8 @@ def main() -> None:
 
 def as_table(rows: Sequence[dict]) -> str:
     lines = [
-        "| search | evaluations | seconds | bits | calibration KL | report KL | to the allocated plan's |",
+        "| search | evaluations | seconds | bits | calibration KL | report KL | to the allocated "
+        "plan's |",
         "| --- " * 7 + "|",
     ]
     for row in rows:
@@ -434,7 +453,8 @@ def as_table(rows: Sequence[dict]) -> str:
             else ""
         )
         lines.append(
-            f"| {row['label']} | {row['evaluations']} | {row['seconds']:.0f} | {row['bits']:.3f} | {row['calibration']:.4f} |"
+            f"| {row['label']} | {row['evaluations']} | {row['seconds']:.0f} | {row['bits']:.3f} "
+            f"| {row['calibration']:.4f} |"
             f" {np.mean(row['kl']):.4f} | {ratio} |"
         )
     return "\n".join(lines) + "\n"

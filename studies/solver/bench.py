@@ -1,13 +1,15 @@
-"""How long it takes to solve 300 layers of 40 choices exactly, with one limit and with two, and `autoquant solve` as a whole.
+"""How long it takes to solve 300 layers of 40 choices exactly, with one limit and with two, and
+`autoquant solve` as a whole.
 
     python studies/solver/bench.py OUT [--instances 20] [--layers 300] [--choices 40]
 
-Three kinds of instances. `shapes`: as a search has them; layers of 7 shapes share times and bytes, choices lie on a curve of
-time and bytes against loss, with scatter. `curve`: the same, but no two layers have anything in common. `random`: times, losses
-and bytes are independent of one another. Each is solved for loss limits that a third and two thirds of the layers' log-loss
-range allow; with two limits, memory may take the mean of what the fastest and the smallest solution within the loss limit take,
-so that both bind. Then `autoquant solve` is run on a database of one such study for each kind, and its process timed. OUT gets
-`solver.json` and `solver.md`.
+Three kinds of instances. `shapes`: as a search has them; layers of 7 shapes share times and bytes,
+choices lie on a curve of time and bytes against loss, with scatter. `curve`: the same, but no two
+layers have anything in common. `random`: times, losses and bytes are independent of one another.
+Each is solved for loss limits that a third and two thirds of the layers' log-loss range allow; with
+two limits, memory may take the mean of what the fastest and the smallest solution within the loss
+limit take, so that both bind. Then `autoquant solve` is run on a database of one such study for
+each kind, and its process timed. OUT gets `solver.json` and `solver.md`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ BITS = (8.0, 8.5, 6.5, 4.5, 4.25, 4.0, 3.5, 2.5)
 SHARES = (1 / 3, 2 / 3)
 PROCESS_RUNS = 5
 Table = np.ndarray
-"""`[layers, choices, 3]`: milliseconds, loss, bytes; the first choice of a layer is the unquantized one."""
+"""`[layers, choices, 3]`: milliseconds, loss, bytes.
+
+The first choice of a layer is the unquantized one.
+"""
 
 
 def shapes(layers: int, choices: int, seed: int) -> Table:

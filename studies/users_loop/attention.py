@@ -1,10 +1,12 @@
-"""How long attention for one token takes, by the project's kernels and by PyTorch's, over a cache that is half full.
+"""How long attention for one token takes, by the project's kernels and by PyTorch's, over a cache
+that is half full.
 
     python studies/users_loop/attention.py --out OUT
 
-Heads as in Llama-3-8B: 32 of queries, 8 of keys, 128 columns, bfloat16. Each call reads another cache, as each layer of a
-model does, so that none lies in a GPU's own cache. All calls are one CUDA graph; gaps between kernels are in the times. OUT
-gets `attention.jsonl`: microseconds a call (median and the least of rounds in turn) and, for what is seen of the cache, GB/s.
+Heads as in Llama-3-8B: 32 of queries, 8 of keys, 128 columns, bfloat16. Each call reads another
+cache, as each layer of a model does, so that none lies in a GPU's own cache. All calls are one CUDA
+graph; gaps between kernels are in the times. OUT gets `attention.jsonl`: microseconds a call
+(median and the least of rounds in turn) and, for what is seen of the cache, GB/s.
 """
 
 from __future__ import annotations
@@ -125,9 +127,8 @@ def main() -> None:
                 for row in measure(batch, length):
                     file.write(json.dumps({"device": torch.cuda.get_device_name(), **row}) + "\n")
                     print(
-                        "{batch:5} {length:6}  {way:16} {us:8.2f} {least_us:8.2f} {gb_per_s:6}".format(
-                            **row
-                        )
+                        "{batch:5} {length:6}  {way:16} {us:8.2f} "
+                        "{least_us:8.2f} {gb_per_s:6}".format(**row)
                     )
 
 

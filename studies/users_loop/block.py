@@ -1,9 +1,10 @@
-"""What one block of a replayed decode step is made of, from a trace of `autoquant bench --trace` or of the attribution study.
+"""What one block of a replayed decode step is made of, from a trace of `autoquant bench --trace` or
+of the attribution study.
 
     python studies/users_loop/block.py TRACE.json.gz
 
-Prints, for each decode step in the trace, the kernels of its repeated block in order: microseconds and the gap before (medians
-over the blocks), and their sums over the step.
+Prints, for each decode step in the trace, the kernels of its repeated block in order: microseconds
+and the gap before (medians over the blocks), and their sums over the step.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def main() -> None:
             sums[0], sums[1] = sums[0] + taken, sums[1] + gap
             print(f"{taken:8.2f} {gap:6.2f}  {same[0][0][:100]}")
         print(
-            f"{sums[0]:8.2f} {sums[1]:6.2f}  a block; {sum(sums) * count / 1000:.2f} ms of {count} blocks"
+            f"{sums[0]:8.2f} {sums[1]:6.2f}  a block; {sum(sums) * count / 1000:.2f} ms of "
+            f"{count} blocks"
         )
 
 

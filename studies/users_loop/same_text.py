@@ -2,8 +2,9 @@
 
     python studies/users_loop/same_text.py MODEL --text text.txt [--device cuda]
 
-MODEL is a Hugging Face folder or one that `autoquant apply` wrote. Where the texts part, it says how near the two tokens'
-logits were: a difference of rounding can only decide between tokens that are nearly as likely.
+MODEL is a Hugging Face folder or one that `autoquant apply` wrote. Where the texts part, it says
+how near the two tokens' logits were: a difference of rounding can only decide between tokens that
+are nearly as likely.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def main() -> None:
         first.append((place - length, round(gap, 4)))
     print(f"{options.model}: {same} of {count} texts of {options.new} tokens are the same")
     print(
-        f"{near} of the other {count - same} part at a near tie (gap under {NEAR} of the logits' range)"
+        f"{near} of the other {count - same} part at a near tie (gap under {NEAR} of the logits' "
+        "range)"
     )
     print(f"new token where they part, and gap: {first}")
 

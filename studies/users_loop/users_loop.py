@@ -1,9 +1,11 @@
-"""Time a model in the loops that users run: `generate` and `torch.compile`, quantized and not, in turn.
+"""Time a model in the loops that users run: `generate` and `torch.compile`, quantized and not, in
+turn.
 
-The model has the shapes of Llama-3-8B and random weights, whose residual branches are scaled down so that activations stay
-finite. Every linear gets one format; siblings are computed as one.
+The model has the shapes of Llama-3-8B and random weights, whose residual branches are scaled down
+so that activations stay finite. Every linear gets one format; siblings are computed as one.
 
-    python studies/users_loop/users_loop.py --layers 8 --vocabulary 8192 --prompt 1024 --new 128 --out OUT
+    python studies/users_loop/users_loop.py --layers 8 --vocabulary 8192 --prompt 1024
+        --new 128 --out OUT
 """
 
 from __future__ import annotations
@@ -157,7 +159,10 @@ def generating(model: Any, ids: torch.Tensor, **settings: Any) -> Callable[[int]
 def compiled_steps(
     model: Any, ids: torch.Tensor, longest: int, **settings: Any
 ) -> Callable[[int], Any]:
-    """Return a loop of the user's own: an eager prompt, then `torch.compile(model)` for each token."""
+    """Return a loop of the user's own.
+
+    An eager prompt, then `torch.compile(model)` for each token.
+    """
     forward = torch.compile(model, fullgraph=True, dynamic=False, **settings)
 
     @torch.no_grad()
@@ -263,9 +268,8 @@ def main() -> None:
     )
     for result in results:
         print(
-            "{row:48s} first {first_token_ms:8.2f} ms  step {step_ms:7.3f} ms  request {request_ms:9.2f} ms".format(
-                **result
-            )
+            "{row:48s} first {first_token_ms:8.2f} ms  step {step_ms:7.3f} ms  "
+            "request {request_ms:9.2f} ms".format(**result)
         )
     agree(rows)
 

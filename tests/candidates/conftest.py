@@ -17,7 +17,9 @@ def own_registry(monkeypatch):
 
 @pytest.fixture
 def spy(own_registry):
-    """A registered format whose kernels `few` and `many` note their calls; `many` gives twice the product."""
+    """A registered format whose kernels `few` and `many` note their calls; `many` gives twice the
+    product.
+    """
     calls = []
 
     def few(x, weight, bias):

@@ -24,7 +24,9 @@ FORMATS = [
 
 
 def routed(format_id, *, seed=0):
-    """A weight that uses the format's first kernel up to 4 rows and its last one that works here beyond."""
+    """A weight that uses the format's first kernel up to 4 rows and its last one that works here
+    beyond.
+    """
     fmt = get_format(format_id)
     usable = [
         kernel for kernel in fmt.kernels if fmt.unsupported_reason(kernel, SHAPE, 9, "cpu") is None

@@ -270,5 +270,6 @@ def test_bad_options_are_one_line(quantized, tmp_path, monkeypatch, options, sai
 
 def test_auto_is_the_device_that_the_plan_was_made_for(quantized, both, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert prompting.device_of(quantized, "auto") == "cpu"
     assert prompting.device_of(both[0], "auto") == "cuda"

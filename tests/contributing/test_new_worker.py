@@ -1,4 +1,5 @@
-"""A new kind of worker: a `Runner` in a file of its own, and the rule in `start.py` that chooses it.
+"""A new kind of worker: a `Runner` in a file of its own, and the rule in `start.py` that chooses
+it.
 
 The one here sends jobs through a connection to a thread, as another would to another machine: what
 crosses the connection is plain pickle. It is run through what every runner has to do.

@@ -1,4 +1,6 @@
-"""The pages are built without a warning and without a network, and the reference has what the code has."""
+"""The pages are built without a warning and without a network, and the reference has what the code
+has.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +53,7 @@ def test_every_public_name_is_in_the_reference(site):
 
 def test_pages_load_nothing_from_elsewhere(site):
     loading = re.compile(
-        r'<(?:script|img|iframe)[^>]+src="https?://|<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+https?://'
+        r'<(?:script|img|iframe)[^>]+src="https?://'
+        r'|<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+https?://'
     )
     assert [page.name for page in site.rglob("*.html") if loading.search(page.read_text())] == []

@@ -1,4 +1,6 @@
-"""Every command and every Python block of the README and the pages is run, on a tiny model, or marked as not run."""
+"""Every command and every Python block of the README and the pages is run, on a tiny model, or
+marked as not run.
+"""
 
 from __future__ import annotations
 
@@ -57,14 +59,17 @@ def short():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, short):
-    """A folder with a model, a text, and the database of a search, and what stands for ids of its plans in the pages."""
+    """A folder with a model, a text, and the database of a search, and what stands for ids of its
+    plans in the pages.
+    """
     folder = tmp_path_factory.mktemp("finished")
     save_llama(folder / "my-model")
     save_text(folder / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run(
-            f"search my-model --eval-text text.txt --db plan.db {ANY_PLAN} {' '.join(QUICK)} {WORKLOAD}"
+            f"search my-model --eval-text text.txt --db plan.db {ANY_PLAN} {' '.join(QUICK)} "
+            f"{WORKLOAD}"
         )
         study = autoquant.Study.open("plan.db")
         plans = [plan.plan_id for plan in study.plans() if plan.kind != "original"]

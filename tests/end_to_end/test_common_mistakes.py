@@ -185,7 +185,7 @@ MISTAKES = {
     ),
     "more tokens than the model has positions": Mistake(
         f"profile model {LAYERS} --workload prefill=60,decode=5",
-        "needs 65 positions, the model has (64); ask for fewer tokens",
+        "needs 65 positions, the model has (64): ask for fewer tokens",
         f"profile model {LAYERS} --workload prefill=60,decode=4",
     ),
     "a device that is not there": Mistake(f"{SEARCH} --device cuda", "use (--device cpu)", f"{SEARCH} {{0}}"),

@@ -145,7 +145,8 @@ def test_the_column_is_guessed(row, column):
         ("missing.csv", r"there is no file or folder at missing.csv"),
         (
             "folder/none",
-            r"nor a dataset that can be had from the hub \(no network\): check the spelling and the network",
+            r"nor a dataset that can be had from the hub \(no network\): check the spelling and "
+            r"the network",
         ),
         ("../none", r"there is no file or folder at ../none"),
         (

@@ -1,4 +1,7 @@
-"""Fisher output and the path integral: against the isolated losses, against brute force, and what they leave as it was."""
+"""Fisher output and the path integral.
+
+Against the isolated losses, against brute force, and what they leave as it was.
+"""
 
 import copy
 import math

@@ -1,4 +1,7 @@
-"""Plans that put every format, kernel and route into a tiny language model; also a program that runs saved ones."""
+"""Plans that put every format, kernel and route into a tiny language model.
+
+Also a program that runs saved ones.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,9 @@ def _unsupported(fmt: Format, device: str, tuned: bool) -> str:
 
 
 def is_tuned(module: torch.nn.Module) -> bool:
-    """Whether libraries tune a kernel that the model uses, so that another process may use another one of theirs."""
+    """Whether libraries tune a kernel that the model uses, so that another process may use another
+    one of theirs.
+    """
     weights = [
         parameter.data
         for parameter in module.parameters()
@@ -152,7 +157,9 @@ def _layer(
 
 
 def save_llama(folder: Path) -> None:
-    """Save a Llama whose linears fit every kernel, its head tied to the embedding, with a tokenizer."""
+    """Save a Llama whose linears fit every kernel, its head tied to the embedding, with a
+    tokenizer.
+    """
     make_llama().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
@@ -197,7 +204,10 @@ def outputs(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def ready(device: str) -> Iterator[None]:
-    """Inside, what is computed does not depend on the process: one thread, and libraries tune next to nothing."""
+    """Inside, what is computed does not depend on the process.
+
+    One thread, and libraries tune next to nothing.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

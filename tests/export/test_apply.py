@@ -25,7 +25,9 @@ ROUTE = (RouteStep(upper_m=4, kernel="dequantize-matmul"), RouteStep(upper_m=Non
 
 
 class Model(nn.Module):
-    """Two linears, of which the first shares its weight with a third, and an embedding that shares the head's."""
+    """Two linears, of which the first shares its weight with a third, and an embedding that shares
+    the head's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +114,8 @@ def test_another_kernel_stands_in_for_rows_that_the_routes_own_cannot_compute_an
     assert model.one.weight.data.steps() == steps
     [notice] = [event for event in told if isinstance(event, Notice)]
     assert notice.text == (
-        "narrow/plain: few cannot compute every number of rows, so what is used is few up to 4 rows, any above"
+        "narrow/plain: few cannot compute every number of rows, so what is used is few up to 4 "
+        "rows, any above"
     )
 
 

@@ -1,4 +1,7 @@
-"""Every format, kernel, route and joined group that this CPU has: applied, saved, loaded and run."""
+"""Every format, kernel, route and joined group that this CPU has.
+
+Applied, saved, loaded and run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights rounded for what layers read: from the right inputs, made once, shared, and the same every time."""
+"""Weights rounded for what layers read.
+
+From the right inputs, made once, shared, and the same every time.
+"""
 
 import os
 

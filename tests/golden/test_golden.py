@@ -1,6 +1,7 @@
 """What earlier versions wrote stays readable and unchanged: names, ids, databases, a checkpoint.
 
-A test that fails here says that users lose what they have. The files are kept as they were written, see `write.py`.
+A test that fails here says that users lose what they have. The files are kept as they were written,
+see `write.py`.
 """
 
 from __future__ import annotations

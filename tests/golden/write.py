@@ -1,7 +1,9 @@
-"""Writes the files beside this one that the golden tests read: models, databases, a checkpoint and names.
+"""Writes the files beside this one that the golden tests read: models, databases, a checkpoint and
+names.
 
-They stand for what users have on their disks, so they are written once and kept. For a new format version, run
-`PYTHONPATH=tests python -m golden.write FOLDER` and add what it writes to the old files.
+They stand for what users have on their disks, so they are written once and kept. For a new format
+version, run `PYTHONPATH=tests python -m golden.write FOLDER` and add what it writes to the old
+files.
 """
 
 from __future__ import annotations
@@ -115,7 +117,10 @@ def _layer(module: torch.nn.Module, leaf: str, format_id: str, kernel: str) -> L
 
 @torch.no_grad()
 def expected_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By the names of the quantized linears: the first rows of its weight, and a product with it where a CPU has the kernel."""
+    """By the names of the quantized linears.
+
+    The first rows of its weight, and a product with it where a CPU has the kernel.
+    """
     expected = {}
     for name in (f"{BLOCK}.{leaf}" for leaf in LAYERS):
         weight = module.get_parameter(f"{name}.weight").data
@@ -128,7 +133,10 @@ def expected_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def candidate_names() -> dict[str, Any]:
-    """By the id of each format: the name of its values, and what each kernel rounds activations to."""
+    """By the id of each format.
+
+    The name of its values, and what each kernel rounds activations to.
+    """
     return {
         fmt.id: {
             "values": fmt.values,

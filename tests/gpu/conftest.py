@@ -1,4 +1,7 @@
-"""gemlite without its tuning: what is computed does not depend on it, and it takes seconds for each shape."""
+"""gemlite without its tuning.
+
+What is computed does not depend on it, and it takes seconds for each shape.
+"""
 
 from __future__ import annotations
 

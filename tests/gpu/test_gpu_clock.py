@@ -68,7 +68,8 @@ def test_a_gpu_that_another_process_uses_is_busy():
     assert undisturbed.share() <= timing_effort().highest_other_load
     burner = (
         "import torch\nx = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)\n"
-        "print('go', flush=True)\nwhile True:\n    for _ in range(50): x @ x\n    torch.cuda.synchronize()\n"
+        "print('go', flush=True)\nwhile True:\n    for _ in range(50): x @ x\n    "
+        "torch.cuda.synchronize()\n"
     )
     with subprocess.Popen([sys.executable, "-c", burner], stdout=subprocess.PIPE) as process:
         try:

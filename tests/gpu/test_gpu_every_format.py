@@ -1,4 +1,7 @@
-"""Every format, kernel, route and joined group that this GPU has: applied, saved, and run by a new process."""
+"""Every format, kernel, route and joined group that this GPU has.
+
+Applied, saved, and run by a new process.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def test_the_product_of_a_few_rows_is_right_for_every_size(n, k, m):
 
 
 def test_every_number_of_float8_is_read_as_what_it_is():
-    """All 254 finite ones, the smallest without a leading 1 among them, each picked by a row of ones and zeros."""
+    """All 254 finite ones, the smallest without a leading 1 among them, each picked by a row of
+    ones and zeros.
+    """
     bits = torch.arange(256, device="cuda", dtype=torch.uint8)
     values = bits.view(torch.float8_e4m3fn)
     values = torch.where(values.float().isfinite(), values.float(), 0.0).to(torch.float8_e4m3fn)

@@ -15,7 +15,8 @@ from autoquant.runtime.request import MAX_RELATIVE_ERROR
 
 pytestmark = pytest.mark.gpu
 
-NEAR = MAX_RELATIVE_ERROR  # what a search takes for a near tie: the logits of random weights lie close together
+# What a search takes for a near tie: the logits of random weights lie close together.
+NEAR = MAX_RELATIVE_ERROR
 CASES = {
     "bf16": None,
     "4 bits, joined": Case("int4-g128/tiled joined", ("int4-g128/tiled",), joined=True),

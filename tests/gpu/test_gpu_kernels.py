@@ -1,4 +1,6 @@
-"""Every candidate of a GPU against the float64 product of the numbers that it stores, alone and as a model's weight."""
+"""Every candidate of a GPU against the float64 product of the numbers that it stores, alone and as
+a model's weight.
+"""
 
 import copy
 import io

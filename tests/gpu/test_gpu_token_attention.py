@@ -18,7 +18,10 @@ def normal(*size, dtype=torch.bfloat16, seed=0):
 
 
 def inputs(b, h, h_kv, length, d=128, d_v=None, dtype=torch.bfloat16):
-    """Query, keys and values as models have them: heads of a query lie behind one another, the cache is as it is kept."""
+    """Query, keys and values as models have them.
+
+    Heads of a query lie behind one another, the cache is as it is kept.
+    """
     q = normal(b, 1, h, d, dtype=dtype).transpose(1, 2)
     return (
         q,
@@ -28,7 +31,10 @@ def inputs(b, h, h_kv, length, d=128, d_v=None, dtype=torch.bfloat16):
 
 
 def filled(length, share, batch=1, padding=0):
-    """A mask over a cache of which a share is filled; sample i begins with i * padding tokens that are not seen."""
+    """A mask over a cache of which a share is filled.
+
+    Sample i begins with i * padding tokens that are not seen.
+    """
     at, first = (
         torch.arange(length, device="cuda"),
         padding * torch.arange(batch, device="cuda")[:, None],
@@ -163,7 +169,9 @@ def test_a_replayed_graph_sees_what_was_written_since():
 
 
 def test_a_replayed_graph_of_layers_computes_what_they_do_one_after_another():
-    """Each layer's cache is written in place by the kernel before its attention, at a position that moves."""
+    """Each layer's cache is written in place by the kernel before its attention, at a position that
+    moves.
+    """
     h, d, length = 8, 128, 2304
     width, at = h * d, torch.zeros(1, dtype=torch.long, device="cuda")
     weights = [

@@ -24,7 +24,10 @@ def recorded():
 
 @pytest.fixture
 def other_load(monkeypatch):
-    """The shares of the machine that others use in the comparisons to come; the last one stays. 0 unless set."""
+    """The shares of the machine that others use in the comparisons to come; the last one stays.
+
+    0 unless set.
+    """
     shares = [0.0]
 
     class Watch:

@@ -41,7 +41,9 @@ def timed(kernel, m, latency_us):
 
 
 def latency_us(kernel, m):
-    """`many` overtakes `few` behind m = 100; `dynamic` cannot be used up to 16 rows and is fastest from 33 on."""
+    """`many` overtakes `few` behind m = 100; `dynamic` cannot be used up to 16 rows and is fastest
+    from 33 on.
+    """
     if kernel == "dynamic" and m <= 16:
         return None
     return {"few": float(m), "many": 100.5, "dynamic": 33.0}[kernel]

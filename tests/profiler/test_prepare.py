@@ -45,8 +45,10 @@ def plug_in(tmp_path, monkeypatch):
         "def crash(x, w, b):\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
         "def fail(x, w, b):\n    raise RuntimeError('out of luck')\n"
         "def wrong(x, w, b):\n    return 2 * F.linear(x, w, b)\n"
-        "kernels = tuple(Kernel(id=f.__name__, numerics=A16, linear=f) for f in (crash, fail, wrong, F.linear))\n"
-        "bad = Format(id='bad/plain', quantize=lambda w: w.clone(), dequantize=lambda s: s.float(), kernels=kernels)\n"
+        "kernels = tuple(Kernel(id=f.__name__, numerics=A16, linear=f) for f in (crash, fail, "
+        "wrong, F.linear))\n"
+        "bad = Format(id='bad/plain', quantize=lambda w: w.clone(), dequantize=lambda s: "
+        "s.float(), kernels=kernels)\n"
     )
     monkeypatch.syspath_prepend(str(package))
     monkeypatch.setenv(

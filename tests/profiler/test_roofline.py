@@ -28,7 +28,8 @@ def test_one_row_takes_as_long_as_reading_the_weight_and_moving_the_activations(
 
 
 def test_many_rows_take_as_long_as_their_products():
-    # 2 * 2048 * 4096 * 4096 / 8e14 = 85.899 us; memory would take (33,554,432 + 33,554,432) / 4e12 = 16.8 us
+    # 2 * 2048 * 4096 * 4096 / 8e14 = 85.899 us; memory would take (33,554,432 + 33,554,432) / 4e12
+    # = 16.8 us
     assert floor_us(ROOFLINE, SQUARE, 2048, BYTES, "bfloat16") == pytest.approx(85.89934592)
     assert floor_us(ROOFLINE, SQUARE, 2048, BYTES / 2, "float8") == pytest.approx(42.94967296)
 

@@ -1,4 +1,7 @@
-"""Latencies of two linears, made up: what each candidate takes is its entry in `TIMES` times the shape's share."""
+"""Latencies of two linears, made up.
+
+What each candidate takes is its entry in `TIMES` times the shape's share.
+"""
 
 from __future__ import annotations
 

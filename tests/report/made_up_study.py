@@ -1,4 +1,7 @@
-"""A small finished search with timings, made up, in a database. Names and reasons are such as would break a careless page."""
+"""A small finished search with timings, made up, in a database.
+
+Names and reasons are such as would break a careless page.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,16 @@ ROUTED = (RouteStep(upper_m=16, kernel="weight-only"), RouteStep(upper_m=None, k
 NOISE = "measured while others used 40% of the machine"
 LEFT_ALONE = f"costs too much {EVIL}"
 ORIGINAL, UNIFORM, FRONT, FAST, FAR, UNPROVEN = (letter * 8 for letter in "abcdef")
-# Label, kind, request ms as predicted and as measured, increase, share of the memory, format by type of layer.
+# Label, kind, request ms as predicted and as measured, increase, share of the memory, format by
+# type of layer.
 PLANS = {
     ORIGINAL: ("original", "original", 100.0, 101.0, 0.0, 1.0, {}),
-    UNIFORM: ("uniform int8-row", "uniform", 60.0, 66.0, 0.004, 0.5, {"q_proj": INT8, "down_proj": INT8}),
+    UNIFORM: ("uniform int8-row", "uniform", 60.0, 66.0, 0.004, 0.5, {"q_proj": INT8,
+    "down_proj": INT8}),
     FRONT: ("front 1", "front", 50.0, 50.0, 0.005, 0.4, {"q_proj": INT4, "down_proj": INT8}),
     FAST: ("front 2", "front", 45.0, 44.0, 0.02, 0.3, {"q_proj": INT4, "down_proj": INT4}),
-    FAR: ("front 3", "front", 43.0, 43.0, 9.0, 0.2, {"q_proj": INT4_SMALL, "down_proj": INT4_SMALL}),
+    FAR: ("front 3", "front", 43.0, 43.0, 9.0, 0.2, {"q_proj": INT4_SMALL,
+    "down_proj": INT4_SMALL}),
 }  # fmt: skip
 
 
@@ -205,7 +211,8 @@ def fill(
         model_hash=MODEL_HASH,
         device=DEVICE,
         identity={
-            "protocol": PROTOCOL, "quality": "k3y", "dtype": "bfloat16", "method": "isolated-1", "seed": 7,
+            "protocol": PROTOCOL, "quality": "k3y", "dtype": "bfloat16", "method": "isolated-1",
+            "seed": 7,
             "candidates": ["int8-row/plain/weight-only", "int8-row/plain/integer"],
         },
         workload=WORKLOAD,

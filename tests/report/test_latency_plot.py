@@ -60,8 +60,10 @@ def test_a_panel_shows_the_limits_and_cuts_off_what_is_far_slower_than_unquantiz
 def test_the_picture_has_a_panel_per_shape_and_names_its_lines():
     picture = render_latencies(latencies(), ".svg").decode()
     names = [
-        "512 x 256  q_proj", "1024 x 256 + bias", "unquantized", "int8-row/plain", "int4-g32/packed",
-        "limit, 16-bit weights", "limit, 4-bit weights", "Latency of one linear", "tiny on Test CPU, 2 threads",
+        "512 x 256  q_proj", "1024 x 256 + bias", "unquantized", "int8-row/plain",
+        "int4-g32/packed",
+        "limit, 16-bit weights", "limit, 4-bit weights", "Latency of one linear",
+        "tiny on Test CPU, 2 threads",
     ]  # fmt: skip
     assert [name for name in names if name not in picture] == []
 

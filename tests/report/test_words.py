@@ -13,9 +13,12 @@ from autoquant.report.words import (
 )
 
 ROW = {
-    "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0, "speedup": 2.0,
-    "measure": "perplexity", "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
-    "perplexity_increase_high": 0.005, "memory_bytes": 2**20, "recommended": True, "within_limits": True,
+    "plan_id": "p1", "label": "front 1", "kind": "front", "measured_request_ms": 100.0,
+    "speedup": 2.0,
+    "measure": "perplexity", "perplexity": 20.0, "perplexity_increase": 0.004,
+    "perplexity_increase_low": 0.003,
+    "perplexity_increase_high": 0.005, "memory_bytes": 2**20, "recommended": True,
+    "within_limits": True,
 }  # fmt: skip
 ORIGINAL = {
     **ROW,
@@ -30,7 +33,8 @@ LIMITS = {"max_ppl_increase": 0.01, "max_memory_bytes": None}
 WORKLOAD = Workload.parse("prefill=512,decode=128")
 RUN = {
     "as_run_loop": "generate", "as_run_where": "new process", "as_run_request_ms": 2100.0,
-    "as_run_original_request_ms": 4410.0, "as_run_speedup": 2.1, "as_run_speedup_low": 2.05, "as_run_speedup_high": 2.15,
+    "as_run_original_request_ms": 4410.0, "as_run_speedup": 2.1, "as_run_speedup_low": 2.05,
+    "as_run_speedup_high": 2.15,
     "as_run_first_token_ms": 100.0, "as_run_original_first_token_ms": 190.0, "as_run_step_ms": 15.0,
     "as_run_original_step_ms": 33.0, "as_run_notes": "",
 }  # fmt: skip
@@ -69,7 +73,8 @@ def test_the_original_as_winner_and_no_winner_are_said_plainly():
 def test_what_the_user_gets_stands_first():
     said = recommendation([{**ROW, **RUN}, ORIGINAL], LIMITS, WORKLOAD).splitlines()
     assert said[1:4] == [
-        "  As you will run it (generate, prompt 512 + 128): 4.41 s -> 2.10 s a request, 2.10 times faster"
+        "  As you will run it (generate, prompt 512 + 128): 4.41 s -> 2.10 s a request, 2.10 "
+        "times faster"
         " (95% interval 2.05x to 2.15x)",
         "    first token 190 ms -> 100 ms, 33.0 ms -> 15.0 ms a further token",
         "  in the search: 2.00 times faster than unquantized (100 ms a request instead of 200 ms)",
@@ -95,8 +100,8 @@ def test_plans_that_do_not_win_there_are_named_with_the_reason():
     slower = {**ROW, "recommended": False, "not_recommended": "it takes 1.20 times as long"}
     said = recommendation([slower, {**ORIGINAL, "recommended": True}], LIMITS, WORKLOAD)
     assert (
-        "Recommended: the unquantized model. No plan that is faster in the search is faster as you will run it."
-        in said
+        "Recommended: the unquantized model. No plan that is faster in the search is faster as "
+        "you will run it." in said
     )
     assert "Not recommended: plan p1 (front 1): it takes 1.20 times as long" in said
 
@@ -130,7 +135,8 @@ def test_of_many_bad_predictions_the_worst_are_named():
 
 def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_that_repeats_it():
     quiet = Proof(
-        plan_id="p0", request_ms=1.0, phase_ms={}, original_request_ms=1.0, original_phase_ms={}, perplexity=2.0, loss=1.0,
+        plan_id="p0", request_ms=1.0, phase_ms={}, original_request_ms=1.0, original_phase_ms={},
+        perplexity=2.0, loss=1.0,
         increase=NOTHING, selection_increase=NOTHING, kl=0.0, memory_bytes=1,
     )  # fmt: skip
     busy = replace(quiet, plan_id="p1", notes=(f"{DISTURBED} 67% of the machine",))
@@ -146,9 +152,11 @@ def front_row(
 ):
     return {
         "plan_id": plan_id, "label": f"{kind} {plan_id}", "kind": kind, "predicted_request_ms": ms,
-        "measured_request_ms": ms, "speedup": 20.0 / ms, "measure": "perplexity", "perplexity": 10.0,
+        "measured_request_ms": ms, "speedup": 20.0 / ms, "measure": "perplexity",
+        "perplexity": 10.0,
         "perplexity_increase": increase,
-        "perplexity_increase_low": increase - 0.001, "perplexity_increase_high": increase + 0.001, "kl": 0.01,
+        "perplexity_increase_low": increase - 0.001, "perplexity_increase_high": increase + 0.001,
+        "kl": 0.01,
         "memory_bytes": 1000, "on_front": True, "within_limits": within, "recommended": recommended,
         "ties": ties,
     }  # fmt: skip

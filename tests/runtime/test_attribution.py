@@ -58,7 +58,7 @@ def test_blocks_that_share_their_code_are_told_apart():
     assert attributed == pytest.approx(step.step_us)
 
 
-def test_the_compilers_kernels_count_for_the_layer_whose_weight_they_dequantize_and_so_do_the_products():
+def test_compiled_kernels_count_for_the_layer_whose_weight_they_dequantize_and_so_do_products():
     step = profiled(quantized_blocks(INT8_DEQUANTIZED, INT8_DEQUANTIZED))
     for layer in ("layers.0.up", "layers.1.down"):
         names = [kernel.name for kernel in step.kernels if kernel.layers == (layer,)]
@@ -156,7 +156,9 @@ def device_event(name, start_ns, end_ns, linked=0, annotation=False):
 
 @pytest.fixture
 def launched():
-    """A real run's events, as if each outermost operator of it had launched one kernel of the same name."""
+    """A real run's events, as if each outermost operator of it had launched one kernel of the same
+    name.
+    """
     module = quantized_blocks(None, None)
     phases = phases_of(module, compiled=False)
     (phase,) = phases.workload.phases

@@ -63,7 +63,9 @@ X = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1)).to(torch.b
 
 
 def regions(module, x=X):
-    """How many nested regions are called, and how many different ones there are, once `module` is traced."""
+    """How many nested regions are called, and how many different ones there are, once `module` is
+    traced.
+    """
     found = []
 
     def backend(graph, _inputs):

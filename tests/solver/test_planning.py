@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -192,6 +193,14 @@ def test_spread_keeps_away_from_points_already_taken():
     assert [p[0] for p in chosen] == [20, 10]
 
 
+def test_a_limit_above_all_that_is_predicted_is_as_none():
+    endless, none = (
+        front_plans(space(layers()), count=4, max_loss=limit, max_memory_bytes=None)
+        for limit in (math.inf, None)
+    )
+    assert [plan.plan_id for plan in endless] == [plan.plan_id for plan in none]
+
+
 @pytest.mark.parametrize(("count", "wanted"), [(0, 0), (-1, 0), (3, 3), (100, 21)])
 def test_spread_gives_as_many_points_as_there_are(count, wanted):
     problem, points = make_line()
@@ -203,11 +212,6 @@ def test_spread_copes_with_points_that_do_not_differ():
     problem = AdditiveProblem.build([[(1.0, 0.0, 1.0), (1.0, 0.0, 1.0)]])
     assert set(spread(problem, [(0,), (1,)], 2)) == {(0,), (1,)}
     assert spread(problem, [], 2) == []
-
-
-def test_spread_treats_an_endless_loss_as_the_largest_that_ends():
-    problem = AdditiveProblem.build([[(2.0, 0.1, 1.0), (1.5, 0.2, 1.0), (1.0, float("inf"), 1.0)]])
-    assert spread(problem, [(0,), (1,), (2,)], 2) == [(2,), (0,)]
 
 
 def test_the_reason_names_what_the_neighbours_would_cost():

@@ -28,7 +28,9 @@ for m in range(1, 1000):
 
 
 def write_until(path, ending, rows=0):
-    """Run the writer until it ends itself, or until it has said that it has written `rows` pairs and is killed."""
+    """Run the writer until it ends itself, or until it has said that it has written `rows` pairs
+    and is killed.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", WRITER, str(path), ending]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

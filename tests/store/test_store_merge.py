@@ -136,7 +136,8 @@ def test_a_merge_that_fails_leaves_nothing(store, path, other):
     with store.engine.begin() as connection:
         connection.execute(
             text(
-                "CREATE TRIGGER full BEFORE INSERT ON loss BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+                "CREATE TRIGGER full BEFORE INSERT ON loss BEGIN SELECT RAISE(ABORT, 'disk "
+                "full'); END"
             )
         )
     with pytest.raises(StoreError, match="disk full"):

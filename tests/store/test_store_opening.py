@@ -1,4 +1,4 @@
-"""Which files are opened as databases, which are refused, and that refused ones stay as they were."""
+"""Opening of databases, and refusal of other files, which stay unchanged."""
 
 import sqlite3
 from pathlib import Path
@@ -28,7 +28,10 @@ def make_foreign(path, journal="DELETE"):
 
 
 def make_ours(path, revision=None):
-    """A database of ours with a study and 40 plans; of another schema revision where one is given."""
+    """A database of ours with a study and 40 plans.
+
+    Of another schema revision where one is given.
+    """
     store = open_store(path)
     fill(store)
     for number in range(40):

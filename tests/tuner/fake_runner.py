@@ -57,10 +57,8 @@ class FakeRunner:
                 on_message(Scored(site.name, {(site.name, numerics): loss}))
             return None
         assert isinstance(job, ProfileJob)
-        known = getattr(job, "known", {})
-        new = {subject: self._measured(subject) for subject in job.subjects if subject not in known}
-        on_message(Timed(tuple(new.values())))
-        return known | new
+        on_message(Timed(tuple(map(self._measured, job.subjects))))
+        return None
 
     def close(self):
         self.closed = True

@@ -1,8 +1,10 @@
-"""How many warps and tiles a block of the project's float8 product should have, for the linears of Llama-3-8B.
+"""How many warps and tiles a block of the project's float8 product should have, for the linears of
+Llama-3-8B.
 
     python studies/gpu_linears/own_kernels/float8_settings.py OUT
 
-As `int4_settings.py`; beside the fastest settings stands gemlite's product of the same weight. OUT gets `float8_settings.jsonl`.
+As `int4_settings.py`; beside the fastest settings stands gemlite's product of the same weight. OUT
+gets `float8_settings.jsonl`.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def measure(n: int, k: int, m: int, weights: list[Float8Tensor]) -> dict[str, ob
     )
     picked = setting_of(SETTINGS, n, m, torch.cuda.get_device_properties(0).multi_processor_count)
     fastest = sorted(times, key=times.__getitem__)[:3]
-    return {"n": n, "k": k, "m": m, "picked": picked, "picked_us": round(times[picked], 2), "gemlite_us": round(gemlite_us, 2),
+    return {"n": n, "k": k, "m": m, "picked": picked, "picked_us": round(times[picked], 2),
+        "gemlite_us": round(gemlite_us, 2),
             "fastest": {str(setting): round(times[setting], 2) for setting in fastest}}  # fmt: skip
 
 

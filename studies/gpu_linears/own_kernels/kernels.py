@@ -1,4 +1,5 @@
-"""Triton kernels of weight-only products with one row, which were tried and are not faster than the libraries'.
+"""Triton kernels of weight-only products with one row, which were tried and are not faster than the
+libraries'.
 
 Shape suffixes: n out features, k in features, c chunks of 32 weights along k, g groups along k.
 """
@@ -83,10 +84,12 @@ def gemv_w4(
     BLOCK_C: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """y_n = x_k . ((q_nk - 8) * scale_ng + zero_ng) (+ bias_n), weights in chunks of 32 held in four 32-bit words.
+    """y_n = x_k . ((q_nk - 8) * scale_ng + zero_ng) (+ bias_n), weights in chunks of 32 held in
+    four 32-bit words.
 
-    Weight 4 * s + j of a chunk is nibble s of word j. A chunk lies in one group, so scale and zero point are applied to sums:
-    scale * (sum(q * x) - 8 * sum(x)) + zero * sum(x). Roofline: (1/2 + 4/GROUP) * n * k bytes over the memory's bandwidth.
+    Weight 4 * s + j of a chunk is nibble s of word j. A chunk lies in one group, so scale and zero
+    point are applied to sums: scale * (sum(q * x) - 8 * sum(x)) + zero * sum(x). Roofline: (1/2 +
+    4/GROUP) * n * k bytes over the memory's bandwidth.
     """
     rows_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = rows_n < n
@@ -146,7 +149,10 @@ def gemv_w8(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y_n = (x_k . w_nk) * scale_n (+ bias_n), w of 8 bits. Roofline: n * k bytes over the memory's bandwidth."""
+    """y_n = (x_k . w_nk) * scale_n (+ bias_n), w of 8 bits.
+
+    Roofline: n * k bytes over the memory's bandwidth.
+    """
     rows_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = rows_n < n
     w_rows = w_ptr + rows_n.to(tl.int64)[:, None] * k

@@ -1,6 +1,8 @@
-"""Times `kernels.py` over tile shapes for one row: python sweep.py > results.jsonl. Needs a CUDA GPU and triton.
+"""Times `kernels.py` over tile shapes for one row: python sweep.py > results.jsonl. Needs a CUDA
+GPU and triton.
 
-One line per matrix and kernel: n, k, kernel, and [microseconds, [rows, columns or chunks, warps, inline PTX]], fastest first.
+One line per matrix and kernel: n, k, kernel, and [microseconds, [rows, columns or chunks, warps,
+inline PTX]], fastest first.
 """
 
 from __future__ import annotations

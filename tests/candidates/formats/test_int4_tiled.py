@@ -1,4 +1,7 @@
-"""int4 weights in the tiles of the project's own CUDA kernels: what can be seen of them without a GPU."""
+"""int4 weights in the tiles of the project's own CUDA kernels.
+
+What can be seen of them without a GPU.
+"""
 
 import pytest
 import torch

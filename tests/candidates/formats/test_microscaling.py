@@ -1,4 +1,7 @@
-"""Blocks that share a scale: the same numbers as torchao's, emulated or in hardware, and who is told what."""
+"""Blocks that share a scale.
+
+The same numbers as torchao's, emulated or in hardware, and who is told what.
+"""
 
 import io
 
@@ -114,7 +117,9 @@ def test_a_tensor_of_zeros_stays_zero(values):
 
 
 def scaled_product(a, b, scale_a, scale_b, bias=None, out_dtype=None, output_dtype=None, **_rest):
-    """What `torch._scaled_mm` and `F.scaled_mm` compute on Blackwell, from the very bytes that they are given."""
+    """What `torch._scaled_mm` and `F.scaled_mm` compute on Blackwell, from the very bytes that they
+    are given.
+    """
     y = _numbers(a, scale_a) @ _numbers(b.t(), scale_b).t()
     return (y if bias is None else y + bias.float()).to(out_dtype or output_dtype)
 

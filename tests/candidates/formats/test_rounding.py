@@ -1,4 +1,6 @@
-"""Roundings: what they make smaller, that they store what their format stores, and that nobody times them twice."""
+"""Roundings: what they make smaller, that they store what their format stores, and that nobody
+times them twice.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Compiling, keeping and launching the project's own CUDA kernels, with a stand-in for the CUDA library."""
+"""Compiling, keeping and launching the project's own CUDA kernels, with a stand-in for the CUDA
+library.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ class Headers:
 
 @pytest.fixture
 def driver(monkeypatch, compiled):
-    """A driver that notes launches: function, grid, block, stream and the eight bytes of each argument."""
+    """A driver that notes launches.
+
+    Function, grid, block, stream and the eight bytes of each argument.
+    """
     stand_in = SimpleNamespace(launches=[], error=0, device=0, devices=[])
 
     def launch(function, x, y, z, threads, ty, tz, shared, stream, parameters, extra):

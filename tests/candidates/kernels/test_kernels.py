@@ -153,7 +153,8 @@ def compiled_linear(fmt, kernel, backend):
         RoutedWeight.wrap(stored, fmt.id, route, torch.bfloat16), requires_grad=False
     )
     module.bias = nn.Parameter(bias)
-    # The cache of traced graphs knows a kernel by its name and would give what an older version of it computed.
+    # The cache of traced graphs knows a kernel by its name and would give what an older version of
+    # it computed.
     with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
         y = torch.compile(module, fullgraph=True, dynamic=False, backend=backend)(x)
     return relative_error(y, reference(fmt, kernel, stored, x, bias))

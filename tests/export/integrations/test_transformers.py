@@ -312,7 +312,10 @@ def test_it_is_registered_whichever_is_imported_first(order):
 def test_registering_twice_changes_nothing():
     on_import.register()
     assert AUTO_QUANTIZER_MAPPING["autoquant"] is quantizer.AutoquantQuantizer
-    code = "import sys, autoquant; n = len(sys.meta_path); autoquant.on_import.register(); assert n == len(sys.meta_path)"
+    code = (
+        "import sys, autoquant; n = len(sys.meta_path); "
+        "autoquant.on_import.register(); assert n == len(sys.meta_path)"
+    )
     environment = {"PYTHONPATH": str(Path(autoquant.__file__).parents[1])}
     assert (
         subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

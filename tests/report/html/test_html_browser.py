@@ -1,4 +1,7 @@
-"""The report in a real Chromium: what a reader does with it, in both looks, on a desktop and on a phone."""
+"""The report in a real Chromium.
+
+What a reader does with it, in both looks, on a desktop and on a phone.
+"""
 
 import re
 import shutil
@@ -21,13 +24,17 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 POSITION = """(label) => {
   const chart = document.getElementById("front-chart");
-  const plan = JSON.parse(document.getElementById("data").textContent).plans.find((each) => each.label === label);
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const plan = data.plans.find((each) => each.label === label);
   const box = chart.querySelector(".nsewdrag").getBoundingClientRect();
   const at = (value, axis) => (value - axis.range[0]) / (axis.range[1] - axis.range[0]);
-  return [box.x + at(plan.x, chart.layout.xaxis) * box.width, box.y + (1 - at(plan.y, chart.layout.yaxis)) * box.height];
+  const x = at(plan.x, chart.layout.xaxis), y = at(plan.y, chart.layout.yaxis);
+  return [box.x + x * box.width, box.y + (1 - y) * box.height];
 }"""
-TOO_WIDE = """[...document.querySelectorAll(".chart, td, tbody th, select, pre")].filter((each) => each.offsetParent)
-  .filter((each) => each.getBoundingClientRect().right > innerWidth || each.scrollWidth > each.clientWidth + 1)
+TOO_WIDE = """[...document.querySelectorAll(".chart, td, tbody th, select, pre")]
+  .filter((each) => each.offsetParent)
+  .filter((each) => each.getBoundingClientRect().right > innerWidth
+    || each.scrollWidth > each.clientWidth + 1)
   .map((each) => each.outerHTML.slice(0, 200))"""
 
 
@@ -53,7 +60,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def opened(chromium, address):
-    """Opens the report; at the end nothing may have been complained about or asked of the network."""
+    """Open the report. At the end, no error and no request of the network may have occurred."""
     pages, complaints = [], []
 
     def open_page(viewport=DESKTOP, look="light", fragment=""):
@@ -199,9 +206,11 @@ def test_text_stands_out_from_what_is_behind_it(opened, look):
     """At least 4.5 to 1, as WCAG 2.1 (1.4.3) asks for."""
     page = opened(look=look)
     colours = page.evaluate(
-        """() => { const probe = document.body.appendChild(document.createElement("i")); const read = (name) => {
-        probe.style.color = `var(--${name})`; return getComputedStyle(probe).color.match(/[0-9]+/g).map(Number); };
-        const names = ["page", "panel", "picked", "ink", "muted", "accent", ...Array.from({length: 9}, (_, n) => `h${n}`)];
+        """() => { const probe = document.body.appendChild(document.createElement("i"));
+        const read = (name) => { probe.style.color = `var(--${name})`;
+          return getComputedStyle(probe).color.match(/[0-9]+/g).map(Number); };
+        const names = ["page", "panel", "picked", "ink", "muted", "accent",
+          ...Array.from({length: 9}, (_, n) => `h${n}`)];
         return Object.fromEntries(names.map((name) => [name, read(name)])); }"""
     )
     pairs = [

@@ -20,8 +20,10 @@ from report import made_up_study
 from report.made_up_study import EVIL, FAR, FRONT, INT4, INT8, LEFT_ALONE, NOISE, PLANS, WORKLOAD
 
 OWN_TAGS = {
-    "html", "head", "meta", "title", "style", "body", "header", "main", "section", "div", "p", "h1", "h2", "h3", "button",
-    "noscript", "dl", "dt", "dd", "ul", "li", "span", "details", "summary", "table", "caption", "thead", "tbody", "tr", "th",
+    "html", "head", "meta", "title", "style", "body", "header", "main", "section", "div", "p",
+    "h1", "h2", "h3", "button",
+    "noscript", "dl", "dt", "dd", "ul", "li", "span", "details", "summary", "table", "caption",
+    "thead", "tbody", "tr", "th",
     "td", "select", "option", "label", "code", "pre", "meter", "script",
 }  # fmt: skip
 
@@ -116,7 +118,8 @@ def test_every_section_has_a_heading_and_every_chart_a_table(outline):
     ids = {attributes.get("id") for _, attributes in outline.elements}
     assert {section["aria-labelledby"] for section in outline.all("section")} <= ids
     assert [text for text in outline.text("h2")][1:] == [
-        "Speed against quality", "One plan", "Kernels on this device", "What was searched", "What could not be used",
+        "Speed against quality", "One plan", "Kernels on this device", "What was searched",
+        "What could not be used",
         "How this came about",
     ]  # fmt: skip
     charts = [

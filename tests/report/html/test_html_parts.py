@@ -88,7 +88,8 @@ def test_kernels_are_those_of_the_studys_protocol_and_working_set(tmp_path):
         if row["m"] == 1
     }
     assert latencies == {
-        (PLAIN, "matmul"): 40.1, (INT8, "weight-only"): 10.5, (INT8, "integer"): 20.1, ("float8-row/plain", "scaled-mm"): None,
+        (PLAIN, "matmul"): 40.1, (INT8, "weight-only"): 10.5, (INT8, "integer"): 20.1,
+        ("float8-row/plain", "scaled-mm"): None,
     }  # fmt: skip
     assert kernels.names[ATTENTION][-1] == "lm_head" and kernels.roofline is not None
 
@@ -108,7 +109,8 @@ def test_the_command_that_the_study_came_from_is_given_back(tmp_path):
     }
     opened.store.put_reference(STUDY, "command", {"options": options})
     assert search_command(opened).text.split(" \\\n    ") == [
-        "autoquant search 'my model'", "--eval-text '/a text'", "--fuse", "--candidates 'int8*' --candidates 'int4*'",
+        "autoquant search 'my model'", "--eval-text '/a text'", "--fuse",
+        "--candidates 'int8*' --candidates 'int4*'",
     ]  # fmt: skip
 
 

@@ -25,10 +25,12 @@ def drawn(table, width=80):
 
 def row(plan_id, label="front 1", **changes):
     values = {
-        "plan_id": plan_id, "label": label, "kind": "front", "predicted_request_ms": 11.0, "measured_request_ms": 12.5,
+        "plan_id": plan_id, "label": label, "kind": "front", "predicted_request_ms": 11.0,
+        "measured_request_ms": 12.5,
         "speedup": 1.6, "measure": "perplexity",
         "perplexity": 20.0, "perplexity_increase": 0.004, "perplexity_increase_low": 0.003,
-        "perplexity_increase_high": 0.005, "kl": 0.001, "memory_bytes": 2**25, "on_front": True, "within_limits": True,
+        "perplexity_increase_high": 0.005, "kl": 0.001, "memory_bytes": 2**25, "on_front": True,
+        "within_limits": True,
         "recommended": False,
     }  # fmt: skip
     return {**values, **changes}
@@ -51,7 +53,8 @@ def layer(name, fmt="int8-row", reason="it is fastest", n=64):
 def plan(*layers):
     prediction = Prediction(request_ms=1.0, linear_ms=0.5, loss=0.01, memory_bytes=1)
     return Plan(
-        plan_id="p", study_id="s", label="l", kind="front", model_hash="h", dtype="bf16", layers=layers,
+        plan_id="p", study_id="s", label="l", kind="front", model_hash="h", dtype="bf16",
+        layers=layers,
         prediction=prediction,
     )  # fmt: skip
 
@@ -145,7 +148,8 @@ def test_coverage_lists_the_largest_and_counts_the_rest():
         for i in range(20)
     )
     recording = Recording(
-        sites=(), skipped=skipped, weights_share=0.5, flops_share={"prefill": 0.25}, parameter_bytes=1
+        sites=(), skipped=skipped, weights_share=0.5, flops_share={"prefill": 0.25},
+        parameter_bytes=1
     )  # fmt: skip
     text = drawn(plans.coverage_table(recording))
     assert "8 more" in text

@@ -61,7 +61,8 @@ def test_reasons_come_once_with_whom_and_where_they_concern():
 def test_routes_name_the_kernel_by_m_and_compare_with_unquantized():
     lines = route_lines(latencies().shapes()[FIRST])
     assert lines == [
-        "best: int8-row/plain int8pack-mm up to m=4, int-mm above; 3.0x at m=1, 1.6x at m=4, 2.0x at m=512",
+        "best: int8-row/plain int8pack-mm up to m=4, int-mm above; 3.0x at m=1, 1.6x at m=4, 2.0x "
+        "at m=512",
         "then: int4-g32/packed packed-mm; 2.5x at m=1, 1.1x at m=4, 0.0x at m=512",
         "no faster than unquantized at any m: float8",
     ]
@@ -79,7 +80,8 @@ def test_a_route_says_where_it_has_no_kernel():
 def test_totals_count_every_outcome_and_say_where_timings_came_from():
     printed = " ".join(text().split())
     assert (
-        "48 timings (8 candidates at 6 shapes and m): 32 measured, 2 bounded away, 0 beaten in a try-out, "
+        "48 timings (8 candidates at 6 shapes and m): 32 measured, 2 bounded away, 0 beaten in a "
+        "try-out, "
         "6 unsupported, 2 incorrect, 6 failed." in printed
     )
     assert "8 were in the store, 40 are new and took 1m 15s to prepare and time." in printed

@@ -71,5 +71,6 @@ def test_long_names_are_folded_within_80_columns():
 def test_objects_hold_each_models_scores():
     objects = task_objects(ROWS)
     assert [(each["plan_id"], each["metric"], each["value"]) for each in objects] == [
-        (None, "acc", 0.5), (None, "word_perplexity", 123.456), ("aaaa", "acc", 0.25), ("bbbb", "acc", 0.75),
+        (None, "acc", 0.5), (None, "word_perplexity", 123.456), ("aaaa", "acc", 0.25), ("bbbb",
+        "acc", 0.75),
     ]  # fmt: skip

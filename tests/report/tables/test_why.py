@@ -13,7 +13,8 @@ from autoquant.solver.alternatives import Alternative
 def choice(name, fmt, kernel):
     return LayerChoice(
         name=name, shape=LinearShape(n=64, k=64, bias=False, dtype="bfloat16"), format=fmt,
-        route=(RouteStep(upper_m=None, kernel=kernel),), numerics="n", latency_us={}, memory_bytes=1, loss=0.0,
+        route=(RouteStep(upper_m=None, kernel=kernel),), numerics="n", latency_us={},
+        memory_bytes=1, loss=0.0,
     )  # fmt: skip
 
 
@@ -21,7 +22,8 @@ LAYERS = tuple(
     choice(f"model.layers.{number}.mlp.down_proj", "int8/plain", "int-mm") for number in range(12)
 )
 PLAN = Plan(
-    plan_id="p", study_id="s", label="front 1", kind="front", model_hash="m", dtype="bfloat16", layers=LAYERS,
+    plan_id="p", study_id="s", label="front 1", kind="front", model_hash="m", dtype="bfloat16",
+    layers=LAYERS,
     prediction=Prediction(request_ms=1.0, linear_ms=1.0, loss=0.1, memory_bytes=12),
 )  # fmt: skip
 EXACT = Alternative(
@@ -32,7 +34,8 @@ EXACT = Alternative(
     loss=-0.001,
 )
 CHEAP = Alternative(
-    gains=("faster", "smaller"), choice=choice("x", "int4/plain", "packed-mm"), request_us=-0.5, memory_bytes=-10, loss=0.01
+    gains=("faster", "smaller"), choice=choice("x", "int4/plain", "packed-mm"), request_us=-0.5,
+    memory_bytes=-10, loss=0.01
 )  # fmt: skip
 
 

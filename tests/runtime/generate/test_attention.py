@@ -1,4 +1,7 @@
-"""Attention for one token: what models of transformers compute with it is what they computed without."""
+"""Attention for one token.
+
+What models of transformers compute with it is what they computed without.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ def tiny(name: str, **changes) -> nn.Module:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Attend with the operator on the CPU, too, as in compiled code; gives the shapes of the keys that it was called with."""
+    """Attend with the operator on the CPU, too, as in compiled code.
+
+    Gives the shapes of the keys that it was called with.
+    """
     seen = []
 
     def counted(q, k, v, mask, scale):

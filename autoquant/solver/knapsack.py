@@ -39,7 +39,7 @@ _FIRST_LIMIT = 1e-6
 _EFFORTS = ((20_000, 1.5), (200_000, 1.1), (2_000_000, 1.05))
 # The limit is not raised any further within this factor of one that was too much.
 _CLOSE = 1.02
-# From so many partial solutions on, those that others beat are dropped.
+# With more partial solutions than these, those that others beat are dropped.
 _MANY = 200
 _CORE_PER_LAYER = 1.3
 _ROUNDING = 1e-12

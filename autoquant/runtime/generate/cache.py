@@ -99,7 +99,7 @@ class StepState:
 
     @contextmanager
     def set_aside(self, tokens: int) -> Iterator[None]:
-        """Inside, steps of so many tokens fit into the cache.
+        """Inside, steps of `tokens` tokens fit into the cache.
 
         Afterwards the position is what it was.
         """

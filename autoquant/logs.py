@@ -1,4 +1,4 @@
-"""What libraries log and a user can do nothing about is dropped; what autoquant logs is kept for those who ask."""
+"""Drop what libraries log if a user can do nothing about it. Autoquant logs only on request."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import sys
 
 
 def quiet_libraries() -> None:
-    """Drop the records below from now on, whoever imports torchao: a command, a worker, or a program that uses autoquant."""
-    logging.getLogger("autoquant").addHandler(
-        logging.NullHandler()
-    )  # silent until a program asks for what is logged
+    """Drop the records that the filters below name, in this process from now on.
+
+    A command, a worker, or a program that uses autoquant may be the one that imports torchao.
+    """
+    # Silent until a program adds a handler.
+    logging.getLogger("autoquant").addHandler(logging.NullHandler())
     logging.getLogger("torchao").addFilter(_is_missed)
     logging.getLogger("torch.utils._pytree").addFilter(_is_for_users)
 
 
 def _is_missed(record: logging.LogRecord) -> bool:
-    """Drop that kernels for GPUs could not be loaded where there is no GPU."""
+    """Drop the warning that kernels for GPUs cannot be loaded, unless there is a GPU."""
     if not record.getMessage().startswith("Failed to load "):
         return True
     torch = sys.modules.get("torch")  # torchao has imported it; `autoquant --help` must not

@@ -323,10 +323,9 @@ class LayerChoice:
 
     Attributes:
         parameters: Names of the parameters that are replaced.
-        latency_us: Predicted microseconds in one run of each phase (all of the layer's calls in it).
-        numerics: The text of the `Numerics` whose score is `loss`; empty before the choice is scored.
+        latency_us: Predicted microseconds in one run of each phase, of all calls in it together.
+        numerics: Text of the `Numerics` that `loss` is of; empty before the choice is scored.
         loss: Predicted loss of this choice alone.
-        parameters: Names of the parameters that are replaced.
         joined: Names of the layers that are computed as one, with this one. Empty if the layer is
             computed alone.
         reason: Why this choice was made.

@@ -1,4 +1,4 @@
-"""What the project asks of a device."""
+"""The interface of a device: everything that the project needs from it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from autoquant.devices.memory import trim_memory
 from autoquant.records import Device
 
 Division = Literal["parts", "regions", "whole"]
-"""How a model is compiled.
+"""The pieces that a model is compiled in.
 
-Part by part (see `autoquant.runtime.parts`), in one piece whose blocks are nested regions, or in
-one piece.
+One by one (`parts`, see `autoquant.runtime.parts`), all at once with nested regions for blocks, or
+all at once (`whole`).
 """
 
 DEFAULT_CACHE_BYTES = 32 << 20
@@ -94,7 +94,7 @@ class Backend(ABC):
 
     @abstractmethod
     def fingerprint(self) -> Device:
-        """Describe the device as it is now, library versions included. Timings belong to that."""
+        """Return the key of timings: the device, its settings now, and versions of libraries."""
 
     def float16(self) -> torch.dtype:
         """Return the better 16-bit float of the device."""
@@ -184,10 +184,9 @@ def failure_of_the_compiler(device: str) -> str | None:
     """Return why `torch.compile` fails on a device and what to do, or None if it works."""
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001 - any failure of the compiler means eager execution, with its reason
-        reason = (
-            str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        )
+    except Exception as error:  # noqa: BLE001 - after any failure, models run eagerly
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:200] if lines else type(error).__name__
         return f"{reason}; install a C++ compiler (g++ or clang++) to compile"
     return None
 

@@ -1,4 +1,4 @@
-"""What times a prepared candidate."""
+"""Clocks that time a prepared candidate."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class HostClock:
         self._calls = 1
 
     def start(self) -> None:
-        """Take one sample, which is not used but to find how many calls make a sample."""
+        """Take one sample, only to find how many calls make a sample."""
         seconds = self.sample() * self._linears / 1e6
         self._calls = max(1, round(self._sample_s / max(seconds, 1e-7)))
 

@@ -22,7 +22,7 @@ class CudaBackend(Backend):
 
     type = "cuda"
     divisions = ("parts", "regions", "whole")
-    # Small kernels that do not need one another become one, as those that turn queries and keys.
+    # Merges small independent kernels, such as those that rotate queries and keys.
     compiler_settings = {"combo_kernels": True}  # noqa: RUF012
     graphs = True
     prepares = True
@@ -40,7 +40,10 @@ class CudaBackend(Backend):
 
     @classmethod
     def missing_reason(cls) -> str:
-        return "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install PyTorch built for CUDA"
+        return (
+            "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install"
+            " PyTorch built for CUDA"
+        )
 
     def fingerprint(self) -> Device:
         properties = torch.cuda.get_device_properties(self.device)

@@ -1,4 +1,4 @@
-"""Calls captured as CUDA graphs, so that nothing is left between their kernels."""
+"""Calls captured as CUDA graphs, so that the host adds no gaps between their kernels."""
 
 from __future__ import annotations
 

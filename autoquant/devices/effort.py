@@ -1,4 +1,4 @@
-"""How much is measured before a time is believed."""
+"""The effort of measurements: how long and how often something is timed."""
 
 from __future__ import annotations
 

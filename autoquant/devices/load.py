@@ -1,4 +1,4 @@
-"""How busy others kept the machine, or its GPU, during a measurement."""
+"""Measure how busy other programs kept the machine, or its GPU, during a measurement."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def check_data(name: str) -> None:
     ):
         raise TextError(
             f"there is no file or folder at {data.place}{did_you_mean_path(data.place)}: give "
-            "--eval-data a JSONL, JSON, CSV,"
-            " Parquet or text file, a folder of them, or a name on the Hugging Face hub"
+            "--eval-data a JSONL, JSON, CSV, Parquet or text file, a folder of them, or a name on"
+            " the Hugging Face hub"
         )
 
 
@@ -109,7 +109,7 @@ def data_pieces(name: str, tokenizer: Any) -> Iterator[str]:
         raise
     except Exception as error:
         raise TextError(
-            f"cannot read {name} ({_reason(error)}): mend it, or give another --eval-data"
+            f"cannot read {name} ({_reason(error)}): fix it, or give another --eval-data"
         ) from error
 
 
@@ -135,9 +135,8 @@ def _open(data: DataName) -> tuple[Iterable[Mapping[str, Any]], str]:
             )
         splits = datasets.load_dataset(place, config, streaming=True, **options)
         split, parts = _take(parts, list(splits))
-        rows = splits[
-            split or next((known for known in _SPLITS if known in splits), next(iter(splits)))
-        ]
+        usual = next((name for name in _SPLITS if name in splits), next(iter(splits)))
+        rows = splits[split or usual]
         first = next(iter(rows), None)
     if first is None:
         raise TextError(f"{data} has no rows: give another split or dataset")
@@ -166,8 +165,8 @@ def _check_on_hub(name: str) -> None:
     except Exception as error:
         raise TextError(
             f"{name} is neither a file or folder here{did_you_mean_path(name)} nor a dataset that "
-            "can be had from the hub"
-            f" ({first_line(error)}): check the spelling and the network, or give a local file"
+            f"can be had from the hub ({first_line(error)}): check the spelling and the network,"
+            " or give a local file"
         ) from error
 
 
@@ -206,17 +205,13 @@ def _column(
     if len(parts) == 1 and parts[0] in row:
         return parts[0]
     if any(parts):
-        wrong = (
-            next(part for part in parts if part and part not in row)
-            if set(parts) - set(row) - {""}
-            else parts[-1]
-        )
+        # The first part that names nothing; if all are columns, there are too many of them.
+        wrong = next((part for part in parts if part and part not in row), parts[-1])
         known = [*configs, *splits, *row]
         among = f"configurations {_list(configs)}; " if configs else ""
         raise TextError(
-            f"{data.place} has no {wrong}{did_you_mean(wrong, known)}: write it as {GRAMMAR}, "
-            f"each of {among}splits"
-            f" {_list(splits)}; columns {_list(row)}"
+            f"{data.place} has no {wrong}{did_you_mean(wrong, known)}: write it as {GRAMMAR}, each"
+            f" of {among}splits {_list(splits)}; columns {_list(row)}"
         )
     texts = [name for name, value in row.items() if isinstance(value, str)]
     found = next((name for name in _COLUMNS if name in row), texts[0] if len(texts) == 1 else None)
@@ -244,8 +239,7 @@ def _text(value: Any, column: str, data: DataName, tokenizer: Any) -> str:
         return _conversation(value, tokenizer)
     raise TextError(
         f"column {column} of {data.place} holds {type(value).__name__}, neither text nor messages "
-        "with role and content: name"
-        f" another column, {GRAMMAR}"
+        f"with role and content: name another column, {GRAMMAR}"
     )
 
 

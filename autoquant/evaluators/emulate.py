@@ -1,4 +1,7 @@
-"""Numerics without kernels: a linear's weight replaced by other numbers and its activation rounded, in float32."""
+"""Emulate a linear's numerics in float32, without its kernel.
+
+The weight is replaced by the numbers that a format stores, and the activation is rounded.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,10 @@ class EmulatedLinear(LinearHook):
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """Hold `module`'s parameters in float32, tensor by tensor, and put them back as they were.
+    """Hold the parameters of `module` in float32, and restore their dtypes afterwards.
 
-    Widening and narrowing again gives the same bits. Parameters keep their identity, so ties stay tied. Buffers are left
-    alone: those that matter for precision are float32 already.
+    Widening and narrowing again gives the same bits. Parameters keep their identity, so tied ones
+    stay tied. Buffers do not change: those that matter for precision are float32 already.
     """
     narrowed: list[tuple[nn.Parameter, torch.dtype]] = []
     try:

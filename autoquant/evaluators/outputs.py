@@ -127,10 +127,8 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 def _partners(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return for each element one at its place in a random row, or any element of a single row."""
     rows = tensor.reshape(tensor.shape[0], -1) if len(tensor) > 1 else tensor.reshape(-1, 1)
-    drawn = torch.randint(0, len(rows), (len(rows), rows.shape[1]), generator=generator).to(
-        tensor.device
-    )
-    return rows.gather(0, drawn).reshape(tensor.shape)
+    drawn = torch.randint(0, len(rows), rows.shape, generator=generator)
+    return rows.gather(0, drawn.to(tensor.device)).reshape(tensor.shape)
 
 
 class OutputQuality:
@@ -185,9 +183,8 @@ def outputs_of(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
         tensors = []
     if not tensors:
         raise QualityError(
-            "the model returns no floating-point tensor whose divergence could be measured: "
-            "judge it by a loss of your own,"
-            " --quality package.module:callable"
+            "the model returns no floating-point tensor whose divergence could be measured: judge"
+            " it by a loss of your own, --quality package.module:callable"
         )
     return tensors
 
@@ -203,9 +200,9 @@ def divergence(expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
     """
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in outputs]:
         raise QualityError(
-            "the shapes of the model's outputs depend on its numbers, so quantized and "
-            "unquantized ones cannot be compared:"
-            " judge it by a loss of your own, --quality package.module:callable"
+            "the shapes of the model's outputs depend on its numbers, so quantized and unquantized"
+            " ones cannot be compared: judge it by a loss of your own, --quality"
+            " package.module:callable"
         )
     errors = [
         error
@@ -274,8 +271,8 @@ def _try_floating(module: nn.Module, inputs: VariedInputs, reason: str) -> None:
     except Exception as error:
         raise QualityError(
             f"the model does not take inputs varied from its sample inputs ({reason}): give other "
-            "ones with --sample-inputs, or"
-            " judge it by a loss of your own, --quality package.module:callable"
+            "ones with --sample-inputs, or judge it by a loss of your own, --quality"
+            " package.module:callable"
         ) from error
 
 
@@ -284,14 +281,14 @@ def _try(module: nn.Module, inputs: VariedInputs) -> None:
 
     Raises:
         QualityError: The outputs are all 0 or not finite.
-        Exception: Whatever the module raises.
+        Exception: Any error of the module.
     """
     for part in PARTS:
         for each in inputs.part(part):
             outputs = outputs_of(module, each)
             if all(_relative_squared_error(tensor, tensor) is None for tensor in outputs):
                 raise QualityError(
-                    "the unquantized model's outputs on its sample inputs are all 0 or not "
-                    "finite, so nothing can diverge from"
-                    " them: give typical ones with --sample-inputs package.module:callable"
+                    "the unquantized model's outputs on its sample inputs are all 0 or not finite,"
+                    " so nothing can diverge from them: give typical ones with --sample-inputs"
+                    " package.module:callable"
                 )

@@ -155,8 +155,7 @@ class FunctionQuality:
         if not losses:
             raise QualityError(
                 f"the quality function {self.key} returned no losses for the {part} part "
-                f"({type(value).__name__}): it must"
-                " return one number per sample"
+                f"({type(value).__name__}): it must return one number per sample"
             )
         return losses
 

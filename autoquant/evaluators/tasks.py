@@ -75,8 +75,8 @@ class Tasks:
             except Exception as error:
                 raise TaskError(
                     f"lm-eval cannot run {', '.join(self.names)} ({type(error).__name__}: "
-                    f"{first_line(error)}): see that the"
-                    " tasks' data can be reached from here; --debug shows where it failed"
+                    f"{first_line(error)}): see that the tasks' data can be reached from here;"
+                    " --debug shows where it failed"
                 ) from error
         return tuple(self._scores(results))
 

@@ -91,9 +91,8 @@ def deal_text(
     least = sum(LEAST_WINDOWS.values())
     if available < least:
         raise TextError(
-            f"{name} gives {len(tokens)} tokens; at least {least * window} are needed for "
-            "separate calibration, selection and "
-            "report parts: give a longer text"
+            f"{name} gives {len(tokens)} tokens; at least {least * window} are needed for separate"
+            " calibration, selection and report parts: give a longer text"
         )
     counts = _counts(min(available, wanted), windows)
     dealt = torch.tensor(tokens[: sum(counts.values()) * window], dtype=torch.long).reshape(

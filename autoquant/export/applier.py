@@ -347,15 +347,15 @@ def load_searched(
     source = ModelSource(**facts.source)
     if source.kind == "live" and not model:
         raise PlanError(
-            "a live module was searched: apply its plan with autoquant.apply(plan, module) from Python"
+            "a live module was searched: apply its plan with autoquant.apply(plan, module) from"
+            " Python"
         )
     place = device or facts.device.type
     loaded = load_request(source.request(dtype=plan.dtype, device=place, model=model))
     if loaded.content_hash != plan.model_hash:
         raise ModelError(
-            f"{model} is not the model that was searched "
-            f"(content {loaded.content_hash}, plan for {plan.model_hash}): "
-            "give the right one with --model, or search this one"
+            f"{model} is not the model that was searched (content {loaded.content_hash}, plan for"
+            f" {plan.model_hash}): give the right one with --model, or search this one"
         )
     return loaded
 

@@ -44,5 +44,5 @@ def build_architecture(
 
 
 def without_values(module: nn.Module) -> bool:
-    """Whether any tensor of the module is still on the meta device."""
+    """Check whether any tensor of the module is still on the meta device."""
     return factory._on_meta(module)

@@ -1,4 +1,4 @@
-"""Run a model from one of its blocks on; what comes before is taken from an earlier run."""
+"""Run a model from one of its blocks on, with the output of the earlier blocks replayed."""
 
 from __future__ import annotations
 

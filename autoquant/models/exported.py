@@ -26,7 +26,7 @@ _Inputs = tuple[Any, ...] | dict[str, Any]
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a file holds an exported program, whatever its name."""
+    """Check whether a file holds an exported program, by its content."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -110,7 +110,7 @@ def _sample_inputs(data: bytes) -> Iterator[str]:
     try:
         if data:
             torch.load(io.BytesIO(data), map_location="meta", weights_only=True)
-    except Exception:  # noqa: BLE001  whatever is wrong with it, torch would go on to unpickle it freely
+    except Exception:  # noqa: BLE001 - after any error, torch would go on to unpickle it freely
         yield "pickled example inputs"
 
 
@@ -139,7 +139,7 @@ def _harmless(text: str, key: str) -> bool:
 
 
 def is_plain_expression(text: str) -> bool:
-    """Whether a shape expression is arithmetic that calls only known functions."""
+    """Check whether a shape expression is arithmetic that calls only known functions."""
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):

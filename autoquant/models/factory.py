@@ -71,19 +71,17 @@ def _build_on_meta(
 
 
 def _on_meta(module: nn.Module) -> bool:
-    """Whether any tensor, registered or a plain attribute, has no values."""
+    """Check whether any tensor, registered or a plain attribute, has no values."""
     return any(tensor.is_meta for part in module.modules() for tensor in _tensors(part))
 
 
 def _tensors(part: nn.Module) -> Iterable[torch.Tensor]:
     for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
-        items = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, (list, tuple))
-            else (value,)
-        )
+        items: Iterable[Any] = (value,)
+        if isinstance(value, dict):
+            items = value.values()
+        elif isinstance(value, (list, tuple)):
+            items = value
         yield from (item for item in items if isinstance(item, torch.Tensor))
 
 

@@ -73,7 +73,7 @@ def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> 
 
 
 def has_config(folder: Path) -> bool:
-    """Whether the folder holds the configuration of a Hugging Face model."""
+    """Check whether the folder holds the configuration of a Hugging Face model."""
     try:
         return "model_type" in json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):

@@ -41,7 +41,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_request(request: ModelRequest) -> LoadedModel:
-    """Load a model, or take a live module as it is.
+    """Load a model, or describe a live module.
 
     Raises:
         ModelError: The model cannot be read; the message says why and what to do, in one line.
@@ -158,7 +158,7 @@ def from_module(
 
     Args:
         device: Where to move the module; None to leave it where it is.
-        dtype: What to cast the module to; auto to leave it as it is.
+        dtype: The dtype to cast the module to; auto for no cast.
         tokenizer: With one, a module that takes token ids is recognised as a language model.
 
     Raises:

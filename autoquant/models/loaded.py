@@ -40,11 +40,11 @@ class LoadedModel:
               [batch, tokens, vocab], bare or as `.logits`
             - `module`: anything else.
         example_inputs: The arguments of one forward pass, positional or by name: the user's, or
-            else those of an exported program. None without any. What a callable or a program made
-            is on the device and in the dtype; tensors that the user gave stay as they are.
+            else those of an exported program. None if there are none. Inputs that a callable or a
+            program made are on the device and in the dtype; the user's own tensors do not change.
         max_positions: Longest sequence in tokens, if the configuration says so.
         stored_dtype: The dtype that most of the stored weights have, e.g. `bfloat16`.
-        notes: What the file holds and the model does not, a sentence each.
+        notes: A sentence for each part of the file that the model has no place for.
     """
 
     module: nn.Module
@@ -109,7 +109,7 @@ def settle(module: nn.Module) -> nn.Module:
 
 
 def is_causal_lm(module: nn.Module) -> bool:
-    """Whether `module` is a Hugging Face decoder that generates."""
+    """Check whether `module` is a Hugging Face decoder that generates."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return False
@@ -117,7 +117,7 @@ def is_causal_lm(module: nn.Module) -> bool:
 
 
 def is_token_lm(module: nn.Module, device: str) -> bool:
-    """Whether two token ids [1, 2] on `device` give logits [1, 2, vocab]."""
+    """Check whether two token ids [1, 2] on `device` give logits [1, 2, vocab]."""
     ids = torch.tensor([[0, 1]], device=device)
     try:
         with torch.no_grad():

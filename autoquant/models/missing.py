@@ -90,10 +90,10 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def weights_read_tokens(names: Iterable[str]) -> bool:
-    """Whether weights of these names are a language model's."""
+    """Check whether weights of these names are a language model's."""
     return any(part in name for name in names for part in _TOKEN_WEIGHTS)
 
 
 def class_reads_tokens(name: str) -> bool | None:
-    """Whether a class of this name is a language model; None if unknown."""
+    """Check whether a class of this name is a language model; None if unknown."""
     return True if name.endswith(_TOKEN_CLASSES) else None

@@ -22,7 +22,7 @@ def renamed(state: Mapping[str, Any], module: nn.Module, base: str = "") -> dict
 
 
 def fitted(names: Collection[str], wanted: Collection[str], base: str) -> dict[str, str]:
-    """Map stored names to those of the model. Names stay as they are if nothing fits better.
+    """Map stored names to those of the model. Names do not change if nothing fits better.
 
     Args:
         wanted: The model's own names.
@@ -55,7 +55,7 @@ def _with_base(name: str, wanted: Collection[str], base: str) -> str:
 
 
 def is_computed(name: str, value: Any, module: nn.Module) -> bool:
-    """Whether `value`, which `module` has no place for, is a buffer that it computes itself."""
+    """Check whether a value without a place in `module` is a buffer that it computes itself."""
     patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
     if any(re.search(pattern, name) for pattern in patterns) or _FREQUENCIES.search(name):
         return True

@@ -1,4 +1,4 @@
-"""What a model returns, whatever it is wrapped in."""
+"""Find the tensor in what a model returns."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _PICKLES_OF_OLD_FORMAT = 4
 
 
 def is_pickle(path: Path, *, is_zip: bool) -> bool:
-    """Whether the file is a pickle, or a torch file around one."""
+    """Check whether the file is a pickle, or a torch file around one."""
     try:
         with _opened(path, is_zip=is_zip) as file:
             starts = file.read(1) == pickle.PROTO

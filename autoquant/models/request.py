@@ -1,4 +1,4 @@
-"""Which model the user asks for, and where a model came from."""
+"""The model that the user asks for, and the source of a loaded one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SampleInputs: TypeAlias = Sequence[Any] | Mapping[str, Any] | str | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """Where a model came from. The store keeps it as `dataclasses.asdict` gives it.
+    """The source of a model. The store keeps it as `dataclasses.asdict` gives it.
 
     Attributes:
         path: Absolute path of the file or folder, or a name on the hub; empty for a live module.
         model_factory: `package.module:callable` that built the module.
-        tokenizer: Path of a tokenizer that does not lie beside the model.
+        tokenizer: Path of a tokenizer that is kept elsewhere than the model.
         trust_pickle: Whether the user allowed the file to run code.
         sample_inputs: `package.module:callable` that made the example inputs.
     """
@@ -57,7 +57,7 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRequest:
-    """Which model to load, and how.
+    """A model to load, with the options of loading it.
 
     Attributes:
         model: One of

@@ -12,7 +12,7 @@ from autoquant.models.request import ModelRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SameModel:
-    """A request that another process can load, and what must come of it.
+    """A request that another process can load, with the identity of the result.
 
     Attributes:
         content_hash: What the files must still hold.
@@ -26,9 +26,8 @@ class SameModel:
     def of(cls, loaded: LoadedModel) -> SameModel:
         """Describe a model that is not live, in the dtype and on the device that it has now."""
         request = loaded.source.request(dtype=loaded.dtype, device=loaded.device)
-        if (
-            request.sample_inputs is None
-        ):  # the user gave the inputs themselves, or the file holds them
+        if request.sample_inputs is None:
+            # The user gave the inputs themselves, or the file holds them.
             request = replace(request, sample_inputs=loaded.example_inputs)
         return cls(request=request, kind=loaded.kind, content_hash=loaded.content_hash)
 

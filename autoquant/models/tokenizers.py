@@ -20,7 +20,7 @@ _TOKENIZER_FILES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer."""
+    """Check whether the folder holds a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(
         folder.glob("*.tiktoken")
     )

@@ -32,10 +32,8 @@ _EXPORT = "export the module, torch.export.save(torch.export.export(module, inpu
 _PUT_BESIDE = (
     "put the model's config.json and tokenizer.json beside it, if it is one of transformers"
 )
-_CONTAINERS = (
-    "",
-    "collections.OrderedDict",
-)  # what a pickled state dict is, before what else it holds
+# The outermost class in the pickle of a state dict.
+_CONTAINERS = ("", "collections.OrderedDict")
 
 
 def load_safetensors(path: Path, request: ModelRequest) -> LoadedModel:

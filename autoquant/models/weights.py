@@ -21,7 +21,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 def any_files(folder: Path) -> bool:
-    """Whether the folder holds weights under the names that `save_pretrained` gives them."""
+    """Check whether the folder holds weights as `save_pretrained` names them."""
     return any((folder / name).is_file() for names in _FORMS for name in names)
 
 

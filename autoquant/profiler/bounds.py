@@ -34,13 +34,9 @@ def least_us(
     """Return a lower bound of the microseconds that a kernel takes."""
     least = floor_us(roofline, shape, m, stored_bytes, kernel.arithmetic or shape.dtype)
     if kernel.materializes:
-        moved = (
-            2
-            * shape.n
-            * shape.k
-            * (1 if kernel.arithmetic == "int8" else ELEMENT_BYTES[shape.dtype])
-        )
-        least += 1e6 * moved / (_CACHE_SPEEDUP * roofline.bandwidth_bytes_per_s)
+        element_bytes = 1 if kernel.arithmetic == "int8" else ELEMENT_BYTES[shape.dtype]
+        moved_bytes = 2 * shape.n * shape.k * element_bytes  # written once and read once
+        least += 1e6 * moved_bytes / (_CACHE_SPEEDUP * roofline.bandwidth_bytes_per_s)
     return least / _HEADROOM
 
 

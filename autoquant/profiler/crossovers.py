@@ -53,6 +53,7 @@ def place_crossovers(plans: Sequence[Plan], timings: TimingTable, measure: Measu
     """
     routes = dict.fromkeys(each for plan in plans for each in _routes(plan) if len(each.route) > 1)
     known = timings
+    # Each round times the middle of every interval in which a change of kernel lies.
     while True:
         found = {route: _changes(route, timings, known) for route in routes}
         halves = [
@@ -73,7 +74,10 @@ def _with_routes(plan: Plan, moved: Mapping[_TimedRoute, Route]) -> Plan:
 
 
 def _routes(plan: Plan) -> list[_TimedRoute]:
-    """The route of each layer. Layers that are computed as one were timed at the shape of all."""
+    """Return the route of each layer, with the shape and format that it was timed with.
+
+    Layers that are computed as one were timed at the shape of all of them.
+    """
     rows = {layer.name: layer.shape.n for layer in plan.layers}
 
     def timed_shape(layer: LayerChoice) -> LinearShape:
@@ -88,7 +92,7 @@ def _routes(plan: Plan) -> list[_TimedRoute]:
 
 
 def _changes(route: _TimedRoute, first: TimingTable, known: TimingTable) -> list[_Change]:
-    """The changes of a route, each between the nearest m that are known.
+    """Return the changes of a route, each between the nearest m that are known.
 
     Args:
         first: What the route was made from.
@@ -107,7 +111,7 @@ def _changes(route: _TimedRoute, first: TimingTable, known: TimingTable) -> list
 
 
 def _moved(route: Route, changes: Sequence[_Change]) -> Route:
-    """The route with each change at the geometric mean of the two m between which it lies."""
+    """Return the route with each change at the geometric mean of the two m around it."""
     moved = (
         replace(step, upper_m=isqrt(c.low * c.high))
         for step, c in zip(route, changes, strict=False)

@@ -25,11 +25,12 @@ _SMALLEST_WORKING_SET = 1 << 20
 
 
 def working_set_bytes(shapes: Sequence[LinearShape], device: Device, element_bytes: int) -> int:
-    """Return how cold weights are: their bytes, or twice the last-level cache if that is less.
+    """Return the bytes that a timing rotates through, so that weights are as cold as in the model.
 
-    It is rounded to a power of two, so that models of similar size share their timings. The
-    weights' size is rounded down, to be no more than it is. Twice the cache is rounded up, so that
-    it does not fit into the cache.
+    These are the bytes of all weights, or twice the last-level cache if that is less.
+
+    The result is a power of two, so that models of similar size share their timings. The weights'
+    size is rounded down. Twice the cache is rounded up, so that it does not fit into the cache.
     """
     model = max(sum(shape.n * shape.k for shape in shapes) * element_bytes, _SMALLEST_WORKING_SET)
     if model > 2 * device.cache_bytes:
@@ -71,7 +72,7 @@ def with_original(candidates: Candidates, dtype: str) -> list[Candidate]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where linears are measured.
+    """The device that linears are measured on.
 
     Attributes:
         device: The torch device to run on.
@@ -198,6 +199,7 @@ def _tell_unusable(result: Mapping[TimingSubject, Measurement], listener: Listen
         where = ", ".join(dict.fromkeys(f"m={m.subject.m}" for m in measurements))
         listener(
             Notice(
-                f"{candidate} is {outcome} in {len(measurements)} cases ({where}): {measurements[0].reason}; {_UNUSED}"
+                f"{candidate} is {outcome} in {len(measurements)} cases ({where}):"
+                f" {measurements[0].reason}; {_UNUSED}"
             )
         )

@@ -91,6 +91,7 @@ def prepare(
             decided[subject] = Measurement(subject=subject, outcome="unsupported", reason=reason)
         elif not is_registered_here(subject.format):  # another process would not know it
             waiting.append(subject)
+    # Kernels of libraries need no compilation. What they take shows which others cannot win.
     library = [subject for subject in waiting if _kernel(subject).opaque]
     with _workers(device, device_name) as workers:
         workers.start(waiting)
@@ -137,7 +138,7 @@ def _workers(device: Device, device_name: str) -> Iterator[_Workers]:
 
 
 class _Campaign:
-    """What has been found so far."""
+    """Collects outcomes, and decides which candidates are worth more work."""
 
     def __init__(
         self,
@@ -306,14 +307,11 @@ def _by_shape(subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
 
 
 def _died(subject: TimingSubject, exit_code: int | None) -> Measurement:
-    how = (
-        f"signal {-exit_code}"
-        if exit_code is not None and exit_code < 0
-        else f"exit code {exit_code}"
-    )
-    return Measurement(
-        subject=subject, outcome="failed", reason=f"brought its process down ({how})"
-    )
+    how = f"exit code {exit_code}"
+    if exit_code is not None and exit_code < 0:
+        how = f"signal {-exit_code}"
+    reason = f"brought its process down ({how})"
+    return Measurement(subject=subject, outcome="failed", reason=reason)
 
 
 def _work(
@@ -323,9 +321,8 @@ def _work(
     import signal
     import warnings
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent ends this process when it is interrupted
+    # The parent ends this process when it is interrupted.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # outcomes carry their reasons
     use_kernel_caches()
@@ -359,12 +356,9 @@ def _work(
                     subject, fmt, fmt.kernel(subject.kernel), linear, compiled=compiled
                 )
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
-            measurement, stored = (
-                Measurement(
-                    subject=subject, outcome="failed", reason=first_line(error, with_type=True)
-                ),
-                0,
-            )
+            reason = first_line(error, with_type=True)
+            measurement = Measurement(subject=subject, outcome="failed", reason=reason)
+            stored = 0
         if tune:
             save_tuning(tuning)
         connection.send(_Answer(measurement, stored, time.monotonic() - started))

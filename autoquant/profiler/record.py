@@ -52,7 +52,7 @@ _ATTENTION = {
 
 @dataclass(slots=True)
 class _Seen:
-    """What was seen of one parameter that is a linear's weight.
+    """The observed uses of one parameter that is a linear's weight.
 
     Attributes:
         first: How many such parameters were seen before it.

@@ -63,7 +63,9 @@ def undisturbed_roofline(
 def measure_roofline(
     device: str, *, cache_bytes: int = 0, effort: TimingEffort | None = None
 ) -> Roofline:
-    """Measure copy bandwidth and matrix rates of a torch device. Arithmetic that it does not do is left out.
+    """Measure copy bandwidth and matrix rates of a torch device.
+
+    Arithmetic that the device cannot do is left out.
 
     Args:
         cache_bytes: Size of the last-level cache, which the copy must not fit into.

@@ -44,8 +44,8 @@ def read_shapes(path: str | os.PathLike[str], dtype: str) -> ListedShapes:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise WorkloadError(
-            f"cannot read shapes from {path}: {error.strerror or error}{did_you_mean_path(path)}; give a text file with one"
-            " linear a line, e.g. 4096x4096"
+            f"cannot read shapes from {path}: {error.strerror or error}{did_you_mean_path(path)};"
+            " give a text file with one linear a line, e.g. 4096x4096"
         ) from error
     except UnicodeDecodeError as error:
         raise WorkloadError(f"{path} is no text: {_FORM}, one linear a line") from error

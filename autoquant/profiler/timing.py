@@ -28,6 +28,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -68,7 +69,10 @@ class Arena:
         self.bytes = block.repeat(-(-size_bytes // block.numel()))[:size_bytes].to(device)
 
     def views(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Return as many disjoint tensors of the same shapes and dtypes as fit, at least one set."""
+        """Return as many disjoint copies of `tensors` as fit, at least one.
+
+        A copy has the same shapes and dtypes, not the same numbers.
+        """
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         if sum(sizes) > self.bytes.numel():
             return [list(tensors)]
@@ -102,7 +106,10 @@ class _Entrant:
 
 
 class LinearToTime:
-    """One linear to time: weight `[n, k]`, bias, and inputs `[1, m, k]`, one for each linear of a call."""
+    """One linear to time: weight `[n, k]`, bias, and inputs `[1, m, k]`.
+
+    A timed call computes several linears, and has an input for each.
+    """
 
     def __init__(self, shape: LinearShape, m: int, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -222,7 +229,7 @@ def _enter(
         if error <= MAX_RELATIVE_ERROR:  # NaN counts as incorrect
             entrant.clock.start()
             return entrant
-    except Exception as failure:  # noqa: BLE001 - whatever a kernel or compiler raises is an outcome with its reason
+    except Exception as failure:  # noqa: BLE001 - any error of a kernel or compiler is an outcome
         return Measurement(
             subject=subject, outcome="failed", reason=first_line(failure, with_type=True)
         )
@@ -259,19 +266,16 @@ def _prepare(
             return [kernel.linear(x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
         return [-kernel.linear(-x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
 
-    groups = [
-        [
-            *inputs,
-            *biases,
-            *(part for i in range(unroll) for part in copies[(start + i) % len(copies)]),
-        ]
-        for start in range(0, len(copies), unroll)
-    ]
+    # Each call reads the next `unroll` copies of the weight, so that none is still in the cache.
+    groups: list[list[torch.Tensor]] = []
+    for start in range(0, len(copies), unroll):
+        taken = [copies[(start + i) % len(copies)] for i in range(unroll)]
+        groups.append([*inputs, *biases, *chain.from_iterable(taken)])
     with torch.no_grad():
         # Traced on distinct tensors: one that came twice would be read once.
         run: Callable[[list[torch.Tensor]], Any] = compute
         if not (graphs and kernel.opaque):
-            # For the compiler fake tensors are enough; real ones would all be computed, and held until the end.
+            # The compiler needs no real tensors: they would be computed, and held to the end.
             fake = compiled and not graphs
             run = make_fx(compute, tracing_mode="fake" if fake else "real")(groups[0])
             run = _compile(run, groups[0]) if compiled else run

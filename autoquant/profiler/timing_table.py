@@ -78,7 +78,7 @@ class FormatTimings:
         return min(timed, key=lambda kernel: timed[kernel], default=None)
 
     def first_reason(self, kernels: Sequence[Kernel], rows: Sequence[int]) -> str:
-        """Say why the first kernel that cannot be used at one of these m cannot."""
+        """Return the reason of the first kernel that cannot be used at one of these m."""
         made = (self.table.measurement(self.subject(k.id, m)) for k in kernels for m in rows)
         return next(measurement.reason for measurement in made if measurement.outcome != "ok")
 

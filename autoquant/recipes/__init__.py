@@ -84,8 +84,8 @@ def find_recipe(asked: str) -> Recipe:
     files = recipe_files()
     if asked not in files:
         raise RecipeError(
-            f"no recipe {asked!r}{did_you_mean(asked, files)}: "
-            f"take one of {', '.join(files)}, or give the path of a .toml file"
+            f"no recipe {asked!r}{did_you_mean(asked, files)}: take one of {', '.join(files)}, or"
+            " give the path of a .toml file"
         )
     return read_recipe(files[asked])
 

@@ -142,8 +142,8 @@ def ties_lines(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> lis
         return []
     more = f" and {len(rivals) - _TIES_SHOWN} more" if len(rivals) > _TIES_SHOWN else ""
     return [
-        f"A tie with {', '.join(rivals[:_TIES_SHOWN])}{more}: "
-        "neither speed nor quality differs by more than noise."
+        f"A tie with {', '.join(rivals[:_TIES_SHOWN])}{more}: neither speed nor quality differs by"
+        " more than noise."
     ]
 
 

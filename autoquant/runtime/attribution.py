@@ -143,7 +143,8 @@ def _device_events(results: Any) -> list[Any]:
     ]
     if not events:
         raise DeviceError(
-            "PyTorch's profiler saw no kernel on the GPU: its counters may be kept to the administrator here"
+            "PyTorch's profiler saw no kernel on the GPU: its counters may be kept to the"
+            " administrator here"
         )
     return sorted(events, key=lambda event: event.start_ns())
 
@@ -157,6 +158,7 @@ def _device_step(
     found = match_launches([launch.name for launch in launches], [event.name() for event in events])
     first = end_ns = events[0].start_ns()
     kernels = []
+    # Kernels may overlap: each counts from where the ones before it have ended.
     for event, position in zip(events, found, strict=True):
         operator = started.get(event.linked_correlation_id())
         if operator is None and position is not None:

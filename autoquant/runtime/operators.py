@@ -43,7 +43,7 @@ class Operator:
 
 
 class Weights:
-    """Where the weights of linears lie in memory.
+    """Finds linears by where their weights lie in memory.
 
     Adjacent weights (see `autoquant.candidates.joined`) share their memory, and so their kernels.
 

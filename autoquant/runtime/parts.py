@@ -38,13 +38,13 @@ def compile_parts(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def told_that_it_is_compiled(told: bool = True) -> Iterator[None]:
+def as_if_compiled(compiling: bool = True) -> Iterator[None]:
     """Inside, code that asks whether it is being compiled gets this answer.
 
     Models ask to avoid decisions by a tensor's values, which no traced code can make.
     """
     before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = told
+    torch.compiler._is_compiling_flag = compiling
     try:
         yield
     finally:
@@ -109,7 +109,7 @@ class _Part:
         if known is None:
             known = _compile(self._forward, leaves, structure, signature)
             self._compiled.append(known)
-        with told_that_it_is_compiled(False):
+        with as_if_compiled(False):
             return known(leaves)
 
 
@@ -141,7 +141,7 @@ def _compile(
         return found
 
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    with told_that_it_is_compiled(), _Hollow() as hollow, _LinearsOfRows():
+    with as_if_compiled(), _Hollow() as hollow, _LinearsOfRows():
         graph = make_fx(flat)(*map(hollow.of, inputs))
     constants = _as_inputs(graph)
     function = _function(graph, [*inputs, *constants])
@@ -197,19 +197,17 @@ def _as_inputs(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
     return [value for value, _ in constants.values()]
 
 
-_FUNCTIONS: dict[str, Callable[..., Sequence[torch.Tensor]]] = {}
-
-
 def _function(
     graph: torch.fx.GraphModule,
     inputs: Sequence[torch.Tensor],
 ) -> Callable[..., Sequence[torch.Tensor]]:
     """Compile a graph. Equal graphs get the same function."""
+    # Which inputs are the same tensor is part of the key: a graph may have merged them.
     places = list(map(id, inputs))
     same = [places.index(place) for place in places]
     key = content_key([graph.code, [_signature(tensor) for tensor in inputs], same], length=32)
     if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)
-        with told_that_it_is_compiled(False):
+        with as_if_compiled(False):
             FUNCTIONS[key] = compile_graph(without_tensors, inputs)
     return FUNCTIONS[key]

@@ -15,7 +15,7 @@ from autoquant.models import LoadedModel
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
-from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
+from autoquant.runtime.parts import as_if_compiled, compile_parts
 
 _Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -24,7 +24,7 @@ DEFAULT_TOKEN_WORKLOAD = "prefill=512"
 
 
 class Phases(Protocol):
-    """How to run a model for each phase of a workload.
+    """Runs a model for each phase of a workload.
 
     Methods:
         reset: Get ready for calls of a phase. A decode step needs a filled cache.
@@ -252,7 +252,7 @@ def _in_parts(module: nn.Module, cache: Any) -> _Step:
     step = _step_of(compile_parts(ready_to_compile(module, regions=False)), cache)
 
     def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with told_that_it_is_compiled():
+        with as_if_compiled():
             return step(ids, positions)
 
     return forward

@@ -50,7 +50,10 @@ class RequestTimes:
             request_time(plan, calls) / request_time(original, calls)
             for plan, original in self.rounds
         ]
-        half = (interval := mean_interval(each)).high - interval.value if each else math.inf
+        if not each:
+            return Interval(value=value, low=-math.inf, high=math.inf)
+        interval = mean_interval(each)
+        half = interval.high - interval.value
         return Interval(value=value, low=value - half, high=value + half)
 
 
@@ -85,7 +88,8 @@ def warm_up(phases: Phases) -> None:
             error = (difference / expected.norm().clamp(min=1e-30)).item()
             if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong
                 raise WrongResultError(
-                    f"compiled {phase.name} is off by {error:.2g} (relative) from the same plan run eagerly"
+                    f"compiled {phase.name} is off by {error:.2g} (relative) from the same plan"
+                    " run eagerly"
                 )
             for _ in range(WARM_UP_CALLS):
                 phases.reset(phase.name)
@@ -136,7 +140,7 @@ def time_requests(
     (of_original, of_plan), note = rounds_in_turn(
         [original, plan], _names(original), device, effort
     )
-    return beside(of_plan, of_original, note)
+    return paired(of_plan, of_original, note)
 
 
 def time_in_turn(
@@ -147,7 +151,7 @@ def time_in_turn(
     return [_medians(taken) for taken in rounds], note
 
 
-def beside(
+def paired(
     plan: Sequence[Mapping[str, float]], original: Sequence[Mapping[str, float]], note: str
 ) -> RequestTimes:
     """Return the times of a plan and of the unquantized model from the same rounds."""
@@ -162,7 +166,7 @@ Rounds = list[list[dict[str, float]]]
 
 @dataclass(frozen=True, slots=True)
 class UntilEnough:
-    """When rounds go on beyond the usual number.
+    """Ends rounds that go on beyond the usual number.
 
     Attributes:
         enough: Whether rounds that were done are enough.

@@ -28,7 +28,7 @@ from autoquant.runtime.request import (
     RequestTimes,
     Rounds,
     UntilEnough,
-    beside,
+    paired,
     rounds_in_turn,
 )
 
@@ -67,7 +67,7 @@ class UserLoop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """How a model is used.
+    """The way a user runs a model.
 
     Attributes:
         kind: As for `autoquant.models.LoadedModel`.
@@ -113,18 +113,16 @@ class Usage:
             replayed: Generate by compiled steps; otherwise as transformers itself does, which
                 compiles nothing.
         """
-        inputs = (
-            self._prompt(module)[:1, :_CHECK_TOKENS] if self.kind == "causal_lm" else self._inputs()
-        )
+        if self.kind != "causal_lm":
+            with torch.no_grad():
+                output = output_tensor(_call(module, self._inputs()))
+            return Answer(output.float().cpu(), None)
+        prompt = self._prompt(module)[:1, :_CHECK_TOKENS]
         with torch.no_grad():
-            output = output_tensor(
-                module(inputs) if isinstance(inputs, torch.Tensor) else _call(module, inputs)
-            )
-        ids = None
-        if isinstance(inputs, torch.Tensor):
-            tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)
-            ids = generate(module, inputs, tokens, disable_compile=not replayed).cpu()
-        return Answer(output.float().cpu(), ids)
+            output = output_tensor(module(prompt))
+        tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)
+        ids = generate(module, prompt, tokens, disable_compile=not replayed)
+        return Answer(output.float().cpu(), ids.cpu())
 
     def _prompt(self, module: nn.Module) -> torch.Tensor:
         """Return random token ids `[batch, tokens]`, the same for every model of a vocabulary."""
@@ -205,15 +203,15 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
     pairs = zip(made.ids[0].tolist(), expected.ids[0].tolist(), strict=False)
     place = next((number for number, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
     if place is None:
-        return (
-            ""
-            if made.ids.shape == expected.ids.shape
-            else "generate ends at another token than it did in memory"
-        )
+        same = made.ids.shape == expected.ids.shape
+        return "" if same else "generate ends at another token than it did in memory"
     ours, theirs = int(made.ids[0, place]), int(expected.ids[0, place])
     if place > 0 and _is_near_tie(model, made.ids[:, :place], ours, theirs):
         return ""
-    return f"generate gives another token at position {place} than it did in memory: {ours} instead of {theirs}"
+    return (
+        f"generate gives another token at position {place} than it did in memory: {ours} instead"
+        f" of {theirs}"
+    )
 
 
 def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bool:
@@ -255,14 +253,14 @@ def time_user_loops(
                 loop.run(name)
 
     def enough(rounds: Rounds) -> bool:
-        ratios = [_ratio(beside(taken, rounds[0], "")) for taken in rounds[1:]]
+        ratios = [_ratio(paired(taken, rounds[0], "")) for taken in rounds[1:]]
         return all(
             ratio.high - ratio.value < effort.loop_precision * ratio.value for ratio in ratios
         )
 
     until = UntilEnough(enough, effort.loop_rounds, effort.loop_limit_s)
     rounds, note = rounds_in_turn(loops, loops[0].names, device, effort, until)
-    pairs = [beside(taken, rounds[0], note) for taken in rounds]
+    pairs = [paired(taken, rounds[0], note) for taken in rounds]
     found = [
         _user_times(pair, loop, first=number == 0)
         for number, (pair, loop) in enumerate(zip(pairs, loops, strict=True))

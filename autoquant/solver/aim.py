@@ -20,7 +20,7 @@ from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION
 
 TRIALS = 3
-"""At most so many plans are proven."""
+"""At most this many plans are proven."""
 CLOSE = 0.95
 """A plan that uses this share of the limit is close enough to it."""
 _TARGET = 0.975
@@ -87,7 +87,7 @@ def aimed(
 
 
 def _next_loss(shots: Sequence[_Shot]) -> float | None:
-    """The predicted loss to solve for next; None if the limit is reached or nothing is gained."""
+    """Return the loss to solve for next; None if the limit is reached or nothing is gained."""
     within = max(
         (shot for shot in shots if shot.share <= 1), key=lambda shot: shot.loss, default=None
     )

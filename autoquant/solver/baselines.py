@@ -13,9 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from autoquant.records import LinearShape, Plan
+from autoquant.records import LayerChoice, LinearShape, Plan
 from autoquant.solver.limits import Limits
-from autoquant.solver.planning import make_plan, with_reason
+from autoquant.solver.planning import PlanContext, make_plan, with_reason
 from autoquant.solver.solve import most_exact
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.uniform import format_numerics, uniform_choice
@@ -40,17 +40,13 @@ def structural_plan(space: SearchSpace, *, limits: Limits, max_loss: float | Non
     keys = format_numerics(space)
     uniform = [[uniform_choice(space, layer, key) for layer in space.options] for key in keys]
     sizes = [sum(choice.memory_bytes for choice in chosen) for chosen in uniform]
-    plans = []
-    for low, low_size in zip(uniform, sizes, strict=True):
-        for high, high_size in zip(uniform, sizes, strict=True):
-            if high_size > low_size * _MORE_BITS:
-                chosen = [
-                    with_reason(more, f"{why}: more bits", space.context)
-                    if why
-                    else with_reason(less, "fewer bits than the others", space.context)
-                    for less, more, why in zip(low, high, reasons, strict=True)
-                ]
-                plans.append(make_plan(chosen, HEURISTIC_LABEL, "heuristic", space.context))
+    sized = list(zip(uniform, sizes, strict=True))
+    plans = [
+        _mixed_plan(low, high, reasons, space.context)
+        for low, low_size in sized
+        for high, high_size in sized
+        if high_size > low_size * _MORE_BITS
+    ]
     within = [plan for plan in plans if _is_within(plan, limits, max_loss)]
     if not within:
         return min(plans, key=lambda plan: plan.prediction.loss, default=None)
@@ -59,30 +55,48 @@ def structural_plan(space: SearchSpace, *, limits: Limits, max_loss: float | Non
     return min(within, key=lambda plan: plan.prediction.memory_bytes)
 
 
+def _mixed_plan(
+    low: Sequence[LayerChoice],
+    high: Sequence[LayerChoice],
+    reasons: Sequence[str],
+    context: PlanContext,
+) -> Plan:
+    """Make the plan in which layers with a reason get their choice of `high`, the others `low`."""
+    chosen = []
+    for less, more, reason in zip(low, high, reasons, strict=True):
+        if reason:
+            chosen.append(with_reason(more, f"{reason}: more bits", context))
+        else:
+            chosen.append(with_reason(less, "fewer bits than the others", context))
+    return make_plan(chosen, HEURISTIC_LABEL, "heuristic", context)
+
+
 def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list[str]:
     """Return for each layer why it gets more bits, or an empty text if it does not.
 
     The first number in a layer's name is that of its block.
     """
     places = [_block(name) for name in names]
-    last = {
-        prefix: max(n for p in places if p and p[0] == prefix for n in [p[1]])
-        for prefix in {p[0] for p in places if p}
-    }
+    last: dict[str, int] = {}
     widest: dict[tuple[str, int], int] = {}
     for place, shape in zip(places, shapes, strict=True):
         if place:
+            prefix, number = place
+            last[prefix] = max(last.get(prefix, 0), number)
             widest[place] = max(widest.get(place, 0), shape.k)
     reasons = []
     for place, shape in zip(places, shapes, strict=True):
         if place is None:
             reasons.append("in no block")
             continue
-        ends = max(1, (last[place[0]] + 1) // _END_SHARE)
-        if not ends <= place[1] <= last[place[0]] - ends:
+        prefix, number = place
+        ends = max(1, (last[prefix] + 1) // _END_SHARE)
+        if not ends <= number <= last[prefix] - ends:
             reasons.append("in the first or last blocks")
+        elif shape.k == widest[place] > shape.n:
+            reasons.append("down projection")
         else:
-            reasons.append("down projection" if shape.k == widest[place] > shape.n else "")
+            reasons.append("")
     return reasons
 
 

@@ -39,7 +39,8 @@ class Pin:
         layers, sign, formats = (part.strip() for part in text.partition("="))
         if not (layers and sign and formats):
             raise ConstraintError(
-                f"--pin: cannot read {text!r}; write it as LAYERS=FORMATS, e.g. '*.q_proj=int8-row*'"
+                f"--pin: cannot read {text!r}; write it as LAYERS=FORMATS, e.g."
+                " '*.q_proj=int8-row*'"
             )
         return cls(layers, formats)
 
@@ -153,8 +154,8 @@ class Bound:
             )
             if not common:
                 raise ConstraintError(
-                    f"{', '.join(group)} must get the same format, and no format can be used for all of them: leave out"
-                    " --fusable, or loosen --pin and --keep"
+                    f"{', '.join(group)} must get the same format, and no format can be used for"
+                    " all of them: leave out --fusable, or loosen --pin and --keep"
                 )
             for name in group:
                 by_name[name] = [choice for choice in by_name[name] if choice.format in common]
@@ -225,13 +226,14 @@ def _check_patterns(
         if not any(fnmatchcase(name, glob) for name in names):
             example = f"; layers are called like {names[0]}" if names else ""
             raise ConstraintError(
-                f"{option}: no searched layer matches {glob!r}{example} (`autoquant show` lists them)"
+                f"{option}: no searched layer matches {glob!r}{example} (`autoquant show` lists"
+                " them)"
             )
     for pin in constraints.pins:
         if not any(_matches(candidate, pin.formats) for candidate in candidates):
             raise ConstraintError(
-                f"--pin {pin}: no candidate of this search matches {pin.formats!r}; `autoquant candidates` lists them,"
-                " --candidates chooses them"
+                f"--pin {pin}: no candidate of this search matches {pin.formats!r}; `autoquant"
+                " candidates` lists them, --candidates chooses them"
             )
 
 
@@ -243,12 +245,11 @@ def _check_group(
         for name in group
     ]
     if not set.intersection(*allowed):
-        told = "; ".join(
-            f"{name} is {reason}" for name in group if (reason := constraints.reason(name))
-        )
+        reasons = {name: constraints.reason(name) for name in group}
+        listed = "; ".join(f"{name} is {reason}" for name, reason in reasons.items() if reason)
         raise ConstraintError(
-            f"{', '.join(group)} must get the same format (--fusable {constraints.fusable}), but {told}: give them one"
-            " format"
+            f"{', '.join(group)} must get the same format (--fusable {constraints.fusable}), but"
+            f" {listed}: give them one format"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which points others beat. All coordinates count the less the better."""
+"""Find the points that no other beats. In every coordinate, less is better."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from autoquant.solver.solve import AdditiveProblem, Picks, front, undominated
 from autoquant.solver.space import SearchSpace
 
 _DISTINGUISHABLE = 64.0
-"""Quality does not distinguish a plan that costs this part of what is allowed from the unquantized
-model."""
+"""A plan that loses less than this fraction of the allowed loss counts as exact."""
 
 
 def front_plans(
@@ -77,6 +76,7 @@ def spread(
     totals[:, 1] = np.log(np.maximum(totals[:, 1], floor))
     span = totals.max(axis=0) - totals.min(axis=0)
     where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
+    # Farthest-point sampling: each time take the point whose nearest chosen one is farthest.
     own, fixed = where[: len(pool)], where[len(pool) :]
     chosen: list[int] = []
     distance = np.full(len(pool), np.inf)

@@ -14,7 +14,7 @@ Point = tuple[float, float]
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """Return the area that points beat; both coordinates count the less the better.
+    """Return the area that points beat. In both coordinates, less is better.
 
     Points beyond the reference in either coordinate count for nothing.
     """
@@ -57,12 +57,14 @@ class Growth:
     def last_growth(self) -> float:
         """The fraction by which the hypervolume grew over the last `patience` evaluations.
 
-        Infinite before there are so many.
+        Infinite before there are that many.
         """
         if len(self._volumes) <= self.patience:
             return float("inf")
         before, now = self._volumes[-1 - self.patience], self._volumes[-1]
-        return now / before - 1 if before > 0 else float("inf") if now > 0 else 0.0
+        if before > 0:
+            return now / before - 1
+        return float("inf") if now > 0 else 0.0
 
     @property
     def ended(self) -> bool:

@@ -39,7 +39,7 @@ _FIRST_LIMIT = 1e-6
 _EFFORTS = ((20_000, 1.5), (200_000, 1.1), (2_000_000, 1.05))
 # The limit is not raised any further within this factor of one that was too much.
 _CLOSE = 1.02
-# From so many partial solutions on, those that others beat are dropped.
+# With more partial solutions than these, those that others beat are dropped.
 _MANY = 200
 _CORE_PER_LAYER = 1.3
 _ROUNDING = 1e-12
@@ -90,23 +90,22 @@ class Knapsack:
             return None
         if self.ties.shape[0]:
             return self._branched(relaxed)
+        # Limits above the bound. The first holds no solution, the second the best one found.
         nothing, something = _FIRST_LIMIT, math.inf
         for most_tried, growth in _EFFORTS:
             too_many = math.inf
             while nothing * _CLOSE < too_many:
-                limit = (
-                    something
-                    if something < too_many
-                    else min(nothing * growth, math.sqrt(nothing * too_many))
-                )
+                limit = something
+                if something >= too_many:
+                    limit = min(nothing * growth, math.sqrt(nothing * too_many))
                 try:
                     found = self._enumerated(relaxed, limit, most_tried)
                 except _TooManyError:
                     too_many = limit
                 else:
-                    above = (
-                        math.inf if found is None else float(self.cost[found].sum()) - relaxed.bound
-                    )
+                    above = math.inf
+                    if found is not None:
+                        above = float(self.cost[found].sum()) - relaxed.bound
                     if above <= limit + _ROUNDING or limit > len(self.cost):
                         return found
                     nothing, something = limit, min(something, above)
@@ -128,6 +127,7 @@ class Knapsack:
         )
         lagrangian = np.vstack((np.ones(len(prices)), -prices.T))
         starts = _starts(self.owners[core])
+        # By layer and multipliers, the least that any option adds; `most` is what may be added.
         least = np.minimum.reduceat(measures @ lagrangian, starts)
         most = relaxed.bound + limit + _ROUNDING - prices @ self.budgets - least.sum(0)
         ends = np.append(starts[1:], len(core))
@@ -140,6 +140,7 @@ class Knapsack:
         for layer in np.argsort(-spread.max(1, initial=0.0), kind="stable"):
             options = measures[starts[layer] : ends[layer]]
             most = most + least[layer]
+            # Every partial solution with every option of this layer.
             partial = (partial[:, None] + options).reshape(-1, partial.shape[1])
             tried += len(partial)
             if tried > most_tried:
@@ -154,6 +155,7 @@ class Knapsack:
         within = np.flatnonzero(np.all(partial[:, 1:] <= self.budgets + _ROUNDING, axis=1))
         if not len(within):
             return None
+        # Walk back from the cheapest solution: each kept index encodes its parent and its option.
         state = int(within[np.argmin(partial[within, 0])])
         picks = np.empty(len(starts), dtype=np.int64)
         for layer, kept in reversed(trail):

@@ -18,7 +18,7 @@ from autoquant.records import ORIGINAL_LABEL, Objective, Plan, Proof
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the recommended plan has to keep to; None means no limit.
+    """The limits that the recommended plan keeps to. None means no limit.
 
     Attributes:
         max_ppl_increase: Limit of what `measure` names, a fraction.
@@ -66,7 +66,8 @@ class Limits:
             parts.append(f"KL at most {self.max_kl:g}")
         if self.max_memory_bytes is not None:
             parts.append(f"memory at most {self.max_memory_bytes:,} bytes")
-        return f"{'fastest' if self.minimize == 'time' else 'smallest'} with {' and '.join(parts) or 'no limits'}"
+        wanted = "fastest" if self.minimize == "time" else "smallest"
+        return f"{wanted} with {' and '.join(parts) or 'no limits'}"
 
     def within(self, proof: Proof, plan: Plan) -> bool:
         """Check whether a proven plan keeps to all limits.
@@ -120,6 +121,7 @@ class Limits:
                 for plan_id, high in measured.items()
                 if math.isfinite(high) and high > 0
             }
+            # Predicted losses are logarithmic if the quality is, so the limit must be, too.
             budgets.append(_budget(log(self.max_ppl_increase), logs, plans))
         if self.max_kl is not None:
             divergences = {

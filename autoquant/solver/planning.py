@@ -126,7 +126,8 @@ def explain(layer: Sequence[LayerChoice], index: int, context: PlanContext) -> s
         cost_us = request_us(other, workload) - request_us(own, workload)
         loss = other.loss - own.loss
         parts.append(
-            f"more exact {_called(other)} would take {cost_us:+.0f} us a request for {loss:+.2g} loss"
+            f"more exact {_called(other)} would take {cost_us:+.0f} us a request for {loss:+.2g}"
+            " loss"
         )
     if other := next_faster(own, layer, workload):
         gain_us = request_us(other, workload) - request_us(own, workload)

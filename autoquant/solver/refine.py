@@ -116,7 +116,7 @@ def point_of(proof: Proof | None, minimize: Objective) -> tuple[float, float] | 
 
 
 def _summed(plan: Plan) -> float:
-    """The layers' summed losses, which the solver has a budget for."""
+    """Return the layers' summed losses, which the solver has a budget for."""
     return sum(layer.loss for layer in plan.layers)
 
 
@@ -136,14 +136,13 @@ def _open(storage_url: str, study_name: str, seed: int) -> optuna.Study:
 
 
 def forget(store: Store, study_id: str) -> int | None:
-    """Delete what Optuna keeps of a study, whatever was minimized.
+    """Delete what Optuna keeps of a study, for every objective.
 
     Returns:
         The number of trials, or None if Optuna keeps nothing of it.
     """
-    if not inspect(store.engine).has_table(
-        "studies"
-    ):  # looked for first: Optuna would make its tables to look
+    # Optuna would create its tables in order to look into them.
+    if not inspect(store.engine).has_table("studies"):
         return None
     import optuna
 
@@ -164,17 +163,18 @@ def forget(store: Store, study_id: str) -> int | None:
 
 
 def _study_name(study_id: str, minimize: Objective) -> str:
-    """The name of Optuna's study. Each objective has its own: trials do not carry over."""
+    """Return the name of Optuna's study. Each objective has its own: trials do not carry over."""
     return f"autoquant-{study_id}{'' if minimize == 'time' else f'-{minimize}'}"
 
 
 def _objectives(proof: Proof, minimize: Objective) -> tuple[float, float]:
-    """What is minimized, and the quality that limits are checked on (never the report part)."""
-    cost = (
-        proof.request_ms / proof.original_request_ms
-        if minimize == "time"
-        else float(proof.memory_bytes)
-    )
+    """Return (cost, loss): what is minimized, and the quality that limits are checked on.
+
+    The loss is of the selection part, never the report part.
+    """
+    cost = float(proof.memory_bytes)
+    if minimize == "time":
+        cost = proof.request_ms / proof.original_request_ms
     return cost, proof.selection_increase.value
 
 
@@ -200,9 +200,9 @@ def _warm_start(
     """Add the plans of the exact front as trials: all scales 1, their loss as the budget."""
     import optuna
 
-    told = {trial.user_attrs.get("plan_id") for trial in study.get_trials(deepcopy=False)}
+    known_ids = {trial.user_attrs.get("plan_id") for trial in study.get_trials(deepcopy=False)}
     for plan, proof in known.values():
-        if plan.kind != "front" or plan.plan_id in told or _summed(plan) <= 0:
+        if plan.kind != "front" or plan.plan_id in known_ids or _summed(plan) <= 0:
             continue
         budget = distributions["loss budget"]
         parameters = dict.fromkeys(distributions, 1.0) | {
@@ -230,6 +230,7 @@ def _propose(
         name: trial.suggest_float(name, of.low, of.high, log=True)
         for name, of in _distributions(space, losses).items()
     }
+    # The losses of a layer are scaled by its kind and, exponentially, along the depth.
     last = max(len(space.options) - 1, 1)
     with_depth = math.log(values["scale with depth"])
     multiplier = {}

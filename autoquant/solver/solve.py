@@ -184,23 +184,18 @@ def _minimise(
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
     picks = tuple((kept[found] - starts).tolist())
     _, loss, memory = problem.totals(picks)
-    if _over(loss, max_loss) or _over(
-        memory, max_memory
-    ):  # by what the solver's tolerance lets through
-        return (
-            None
-            if attempts <= 1
-            else _minimise(
-                problem,
-                objective,
-                max_loss=None if max_loss is None else max_loss - 2 * max(loss - max_loss, 0.0),
-                max_memory=None
-                if max_memory is None
-                else max_memory - 2 * max(memory - max_memory, 0.0),
-                attempts=attempts - 1,
-            )
-        )
-    return _without_waste(problem, picks)
+    if not _over(loss, max_loss) and not _over(memory, max_memory):
+        return _without_waste(problem, picks)
+    if attempts <= 1:
+        return None
+    # The solver's tolerance let a budget be exceeded: try again with tighter budgets.
+    return _minimise(
+        problem,
+        objective,
+        max_loss=_tightened(max_loss, loss),
+        max_memory=_tightened(max_memory, memory),
+        attempts=attempts - 1,
+    )
 
 
 def _allowance(layers: Sequence[Vector], budget: float) -> float:
@@ -222,6 +217,7 @@ def _unbeaten(problem: AdditiveProblem, columns: NDArray[np.float64]) -> Indices
 def _equalities(problem: AdditiveProblem, sizes: Sequence[int]) -> csr_array:
     """Return a row for every layer of a set: it takes as many of its options as the first layer."""
     starts = np.concatenate(([0], np.cumsum(sizes)))
+    # A row has 1 for the options of the first layer, and -1 for those of the other.
     pairs = [(first, other) for first, *others in problem.equalities for other in others]
     entries = [
         (sign, row, int(starts[layer]) + option)
@@ -235,6 +231,11 @@ def _equalities(problem: AdditiveProblem, sizes: Sequence[int]) -> csr_array:
 
 def _over(total: float, budget: float | None) -> bool:
     return budget is not None and total > budget * (1 + 1e-12)
+
+
+def _tightened(budget: float | None, total: float) -> float | None:
+    """Return the budget less twice what `total` exceeds it by."""
+    return None if budget is None else budget - 2 * max(total - budget, 0.0)
 
 
 def _memberships(problem: AdditiveProblem) -> list[Indices]:

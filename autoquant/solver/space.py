@@ -117,7 +117,7 @@ class SearchSpace:
         return limits.expected_loss(plans, proofs, logarithmic=self.logarithmic)
 
     def scaled(self, multiplier: Mapping[str, float]) -> SearchSpace:
-        """Return the space with each layer's losses scaled by a factor of its own."""
+        """Return the space with the losses of each layer scaled by its factor."""
         options = [
             [replace(c, loss=c.loss * multiplier.get(c.name, 1.0)) for c in layer]
             for layer in self.options
@@ -125,7 +125,7 @@ class SearchSpace:
         return replace(self, options=options)
 
     def about(self) -> dict[str, Any]:
-        """Return what the store keeps beside the options."""
+        """Return what the store keeps in addition to the options."""
         context = self.context
         return {
             "other_bytes": context.other_bytes,
@@ -148,7 +148,7 @@ class SearchSpace:
         model_hash: str,
         workload: Workload,
     ) -> SearchSpace:
-        """Make the space again of its options and what `about` gave."""
+        """Restore a space from its options and the result of `about`."""
         context = PlanContext(
             study_id=study_id,
             model_hash=model_hash,
@@ -163,7 +163,7 @@ class SearchSpace:
         return cls(options, context, logarithmic=bool(about["logarithmic"]))
 
     def _joined(self) -> list[list[tuple[int, int]]]:
-        """For each way to compute layers as one, its options as (layer, option)."""
+        """Return, for each way to compute layers as one, its options as (layer, option)."""
         together: dict[tuple[tuple[str, ...], str, Route], list[tuple[int, int]]] = {}
         for position, layer in enumerate(self.options):
             for index, choice in enumerate(layer):
@@ -173,7 +173,7 @@ class SearchSpace:
         return list(together.values())
 
     def _same_format(self) -> list[list[tuple[int, list[int]]]]:
-        """For each group and format, the options of each member that have the format."""
+        """Return, for each group and format, the options of each member that have the format."""
         positions = {layer[0].name: position for position, layer in enumerate(self.options)}
         found: list[list[tuple[int, list[int]]]] = []
         for group in self.context.bound.groups:

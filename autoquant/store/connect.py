@@ -128,8 +128,8 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     if not path.exists() or path.stat().st_size == 0:
         if not create:
             raise StoreError(
-                f"no database at {path}{did_you_mean_path(path)}; "
-                f"`autoquant search ... --db {path}` makes one"
+                f"no database at {path}{did_you_mean_path(path)}; `autoquant search ... --db"
+                f" {path}` makes one"
             )
         folder = path.parent
         if not folder.is_dir():
@@ -147,8 +147,8 @@ def _check_header(path: Path) -> None:
         header = file.read(100)
     if len(header) < 100 or header[:16] != b"SQLite format 3\0":
         raise StoreError(
-            f"{path} is not an autoquant database (no SQLite file); "
-            "give another file for the database"
+            f"{path} is not an autoquant database (no SQLite file); give another file for the"
+            " database"
         )
     application = int.from_bytes(header[68:72], "big")
     if application != APPLICATION_ID:
@@ -197,8 +197,8 @@ def _check_revision(engine: Engine, address: str) -> None:
     """Refuse a schema that would have to be migrated before it can be read."""
     if not _is_newest(engine, address, _migrations()):
         raise StoreError(
-            f"{address} was written by an older autoquant; "
-            f"`autoquant studies {address}` brings it up to date"
+            f"{address} was written by an older autoquant; `autoquant studies {address}` brings it"
+            " up to date"
         )
 
 

@@ -343,8 +343,8 @@ class Store:
                 what = "no plan" if not rows else f"{len(rows)} plans"
                 where = self.engine.url.database or "PLAN.DB"
                 raise PlanError(
-                    f"{what} with id {plan_id!r}: "
-                    f"`autoquant pareto {where}` lists the plans of a search"
+                    f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a"
+                    " search"
                 )
             return plan_from(rows[0])
 

@@ -62,7 +62,7 @@ def request_times(proofs: Iterable[Proof]) -> dict[str, float]:
 
 
 def measure_of(proof: Proof, limits: Limits) -> Measure:
-    """Return what quality was measured by."""
+    """Return the measure of a plan's quality."""
     if limits.measure == "divergence":
         return "divergence"
     return "loss" if proof.perplexity is None else "perplexity"

@@ -32,8 +32,9 @@ def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
     """
     if before.study_id != after.study_id:
         raise PlanError(
-            f"plan {after.plan_id} is of study {after.study_id}, plan {before.plan_id} of {before.study_id}: "
-            "compare plans of one study, `autoquant pareto --study ID` lists them"
+            f"plan {after.plan_id} is of study {after.study_id}, plan {before.plan_id} of"
+            f" {before.study_id}: compare plans of one study, `autoquant pareto --study ID` lists"
+            " them"
         )
     choices = {layer.name: layer for layer in after.layers}
     pairs = [(layer, choices[layer.name]) for layer in before.layers]

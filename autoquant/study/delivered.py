@@ -18,8 +18,8 @@ def refusal(delivery: Delivery, limits: Limits, *, instead: bool) -> str:
         ratio = delivery.ratio
         if ratio and ratio.low < 1 and is_disturbed(delivery):
             return (
-                f"it could not be shown to be faster with {delivery.loop}, since other programs used the machine: on an idle"
-                " one the same search times it again"
+                f"it could not be shown to be faster with {delivery.loop}, since other programs"
+                " used the machine: on an idle one the same search times it again"
             )
         times = (
             f", but takes {ratio.value:.2f} times as long ({ratio.low:.2f} to {ratio.high:.2f})"

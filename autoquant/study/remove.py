@@ -11,13 +11,13 @@ from autoquant.store.remove import RemovedRows, remove_study
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
-    """What was removed: our rows, and the trials of Optuna's study (None: it had none)."""
+    """The removed rows, and the number of Optuna's trials (None: it had no study)."""
 
     rows: RemovedRows
     trials: int | None
 
 
 def remove(store: Store, study_id: str) -> Removed:
-    """Delete a study. Optuna's goes first, so that a second call finishes what was cut short."""
+    """Delete a study, Optuna's first, so that a second call finishes an interrupted one."""
     trials = forget(store, study_id)
     return Removed(rows=remove_study(store, study_id), trials=trials)

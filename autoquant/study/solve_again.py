@@ -1,7 +1,7 @@
 """Solve a finished search for other limits, from what the store holds: nothing is measured.
 
-The plan that comes out is predicted, not proven. It is kept as such, can be shown and applied, and
-is proven when a search for the same limits comes to it. Needs no model and no torch.
+The resulting plan is predicted, not proven. It is kept as such, and can be shown and applied. A
+search for the same limits proves it. Needs no model and no torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ AROUND = (0.25, 0.5, 2.0, 4.0)
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """What came out.
+    """The result of `solve_again`.
 
     Attributes:
         plan: The fastest (or smallest) plan that is predicted to be within the limits.
         proven: Whether it had been proven before.
-        around: `plan`, and those for less and for more loss than the limits are expected to allow,
-            the most exact first. They are not kept.
+        around: `plan`, and plans for less and more loss than the limits are expected to allow, the
+            most exact first. The store does not keep these.
     """
 
     plan: Plan
@@ -49,8 +49,8 @@ def solve_again(study: Study, limits: Limits, around: Sequence[float] = ()) -> S
     space = study.space()
     if space is None:
         raise PlanError(
-            f"study {study.study_id} keeps nothing to solve: it has not come so far, or was made by an older autoquant; run"
-            " its search again, which measures nothing twice"
+            f"study {study.study_id} keeps nothing to solve: it has not come so far, or was made"
+            " by an older autoquant; run its search again, which measures nothing twice"
         )
     known = {plan.plan_id: plan for plan in study.plans()}
     proofs = study.proofs()
@@ -87,10 +87,11 @@ def _infeasible(space: SearchSpace, limits: Limits, allowed: float | None) -> st
     picks = smallest(space.problem, max_loss=space.budget(allowed))
     if picks is None:
         return (
-            f"no plan is predicted to be the {limits}: the constraints of this search cost more quality; allow more, or"
-            " search with fewer of --keep, --pin and --fusable"
+            f"no plan is predicted to be the {limits}: the constraints of this search cost more"
+            " quality; allow more, or search with fewer of --keep, --pin and --fusable"
         )
     return (
         f"no plan is predicted to be the {limits}: within the limit of quality the smallest takes"
-        f" {space.memory_bytes(picks):,} bytes; allow that with --max-memory, or a larger increase or divergence"
+        f" {space.memory_bytes(picks):,} bytes; allow that with --max-memory, or a larger increase"
+        " or divergence"
     )

@@ -77,7 +77,7 @@ class Study:
         return self.store.proofs(self.study_id)
 
     def deliveries(self) -> dict[str, Delivery]:
-        """Return how plans run for their user, by plan id, in the order of trying."""
+        """Return the deliveries by plan id, in the order of trying."""
         return self.store.deliveries(self.study_id)
 
     def refused(self, limits: Limits | None = None) -> dict[str, str]:
@@ -117,11 +117,9 @@ class Study:
     def refinement_ended(self) -> str | None:
         """Say why the last refinement ended, or None."""
         kept = self.store.references(self.study_id).get("refinement")
-        return (
-            None
-            if kept is None
-            else f"{kept['plans']} further plans proven; ended: {kept['ended']}"
-        )
+        if kept is None:
+            return None
+        return f"{kept['plans']} further plans proven; ended: {kept['ended']}"
 
     def plan(self, plan_id: str) -> Plan:
         """Return the plan whose id starts with `plan_id`."""
@@ -155,11 +153,15 @@ class Study:
         )
 
     def best_within(self, limits: Limits) -> Plan:
-        """As `best`."""
+        """Return the best plan within limits, see `best`."""
         return self._best(limits, delivered=False)
 
     def _best(self, limits: Limits, *, delivered: bool) -> Plan:
-        """As `best`; with `delivered` only of the unquantized model and delivered plans."""
+        """Return the best plan, see `best`.
+
+        Args:
+            delivered: Consider only delivered plans and the unquantized model.
+        """
         proofs = self.proofs()
         known, refused = self.deliveries(), self.refused(limits)
         plans = {plan.plan_id: plan for plan in self.plans()}
@@ -172,16 +174,11 @@ class Study:
         ]
         if not within:
             raise PlanError(_nothing_within(proofs.values(), limits))
-        within = [
-            proof
-            for proof in within
-            if proof.plan_id not in refused
-            and (
-                not delivered
-                or proof.plan_id in known
-                or plans[proof.plan_id].label == ORIGINAL_LABEL
-            )
-        ]
+        if delivered:
+            originals = {plan.plan_id for plan in plans.values() if plan.label == ORIGINAL_LABEL}
+            usable = originals | known.keys()
+            within = [proof for proof in within if proof.plan_id in usable]
+        within = [proof for proof in within if proof.plan_id not in refused]
         if not within:
             raise PlanError(
                 f"no plan within the limits can be used: {'; '.join(_refusals(refused))}"
@@ -314,9 +311,8 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
         return "no plan has been proven yet: run `autoquant search` to the end"
     parts = []
     if limits.max_ppl_increase is not None:
-        parts.append(
-            f"{'an increase' if limits.measure == 'increase' else 'a divergence'} of at most {limits.max_ppl_increase:.3%}"
-        )
+        measure = "an increase" if limits.measure == "increase" else "a divergence"
+        parts.append(f"{measure} of at most {limits.max_ppl_increase:.3%}")
     if limits.max_kl is not None:
         known = [proof.selection_kl.high for proof in proofs if proof.selection_kl]
         least = (
@@ -331,6 +327,6 @@ def _nothing_within(proofs: Any, limits: Limits) -> str:
     if not parts:
         return "no proven plan meets --pin: loosen it and search again"
     return (
-        f"no proven plan has {' and '.join(parts)}; allow more (the same `autoquant search` with another limit measures"
-        " nothing anew) or take one that `autoquant pareto` lists"
+        f"no proven plan has {' and '.join(parts)}; allow more (the same `autoquant search` with"
+        " another limit measures nothing anew) or take one that `autoquant pareto` lists"
     )

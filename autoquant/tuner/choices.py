@@ -34,7 +34,7 @@ _SAME_SIZE = 1.01
 
 @dataclass(frozen=True, slots=True)
 class FormatFacts:
-    """What a format does to any weight of one shape.
+    """The size and the error that a format gives any weight of one shape.
 
     Attributes:
         memory_bytes: Bytes that the stored weight takes.
@@ -51,7 +51,7 @@ Facts = Mapping[tuple[str, LinearShape], FormatFacts]
 
 @dataclass(frozen=True, slots=True)
 class SiteChoices:
-    """What one site can get.
+    """The choices of one site.
 
     Attributes:
         dropped: Why the site cannot get the other formats, by format.
@@ -202,7 +202,7 @@ class ChoiceMaker:
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """A choice as pruning sees it; of all four the less the better."""
+    """A choice as pruning sees it. In all four, less is better."""
 
     request_us: float
     memory_bytes: int
@@ -210,7 +210,7 @@ class _Point:
     roundings: frozenset[str]
 
     def beats(self, other: _Point) -> bool:
-        """Check whether this is no worse in everything; of equals only the smaller one beats."""
+        """Check whether this is no worse in everything. Of two equals, the smaller one beats."""
         if not self.roundings <= other.roundings:
             return False
         if (self.request_us, self.weight_error) == (other.request_us, other.weight_error):
@@ -239,14 +239,17 @@ def scored(choices: SiteChoices, losses: Mapping[tuple[str, str], float]) -> Sit
 
 
 def _rounding_sets(kernels: Sequence[Kernel]) -> Iterator[tuple[str, ...]]:
-    """Every set of activation roundings that a route over these kernels may be confined to."""
+    """Yield every set of activation roundings that a route over these kernels may use."""
     roundings = list(dict.fromkeys(kernel.numerics for kernel in kernels))
     for size in range(1, len(roundings) + 1):
         yield from combinations(roundings, size)
 
 
 def _routes(site: Site, kernels: Sequence[Kernel], measured: FormatTimings) -> list[Route]:
-    """The fastest route for every set of activation roundings that covers all of the site's m."""
+    """Return the fastest route for every set of activation roundings.
+
+    A set without a usable kernel for each of the site's m has no route.
+    """
     routes: dict[Route, None] = {}
     rows = sorted({use.m for use in site.uses})
     for allowed in _rounding_sets(kernels):
@@ -274,7 +277,7 @@ def _merge(best: Sequence[tuple[int, str]]) -> Route:
 def _choice(
     site: Site, fmt: Format, route: Route, measured: FormatTimings, memory_bytes: int
 ) -> LayerChoice:
-    """A choice that is not scored yet."""
+    """Make a choice that is not scored yet."""
     latency: dict[str, float] = {}
     for use in site.uses:
         one_us = measured.latency_us(route_kernel(route, use.m), use.m)

@@ -39,13 +39,13 @@ _LONGEST_ENDING_S = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliverySpec:
-    """What a process needs to load a plan and the unquantized model, and to check and time them.
+    """All that a process needs to load a plan and the unquantized model, check and time them.
 
     Attributes:
         folder: Where the plan was saved.
-        expected: What the plan gave in the memory of the search.
-        threads: How many it computes with.
-        effort: How much it measures.
+        expected: The plan's answer in the memory of the search.
+        threads: The number of threads to compute with.
+        effort: The effort of the timings.
     """
 
     plan_id: str
@@ -60,8 +60,8 @@ class DeliverySpec:
 def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Listener) -> None:
     """Deliver the plan that would be recommended; if it is refused, the next best, a few times.
 
-    What the store knows is not done again, unless a plan was refused while other programs used the
-    machine.
+    A delivery that the store knows is not repeated, unless other programs used the machine then and
+    the plan was refused.
     """
     known = study.deliveries()
     study.store.forget_deliveries(
@@ -85,22 +85,22 @@ def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Li
 
 
 def _next(study: Study) -> Plan | None:
-    """The best plan, unless it was delivered already or is the unquantized model."""
+    """Return the best plan; None if it was delivered already or is the unquantized model."""
     plan = study.candidate()
-    return (
-        None
-        if plan is None or plan.kind == "original" or plan.plan_id in study.deliveries()
-        else plan
-    )
+    if plan is None or plan.kind == "original" or plan.plan_id in study.deliveries():
+        return None
+    return plan
 
 
 def _summary(study: Study, tries: int) -> str:
     best = study.recommended()
     delivery = study.deliveries().get(best.plan_id) if best else None
-    tried = f"{tries} plan{'' if tries == 1 else 's'} run as you will run {'it' if tries == 1 else 'them'}"
+    plans, them = ("plan", "it") if tries == 1 else ("plans", "them")
+    tried = f"{tries} {plans} run as you will run {them}"
     if best is None or delivery is None or delivery.ratio is None:
         return f"{tried}; none is better there than the unquantized model"
-    return f"{tried}; {best.label}: {1 / delivery.ratio.value:.2f} times the speed of the unquantized model"
+    speed = 1 / delivery.ratio.value
+    return f"{tried}; {best.label}: {speed:.2f} times the speed of the unquantized model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,14 +117,16 @@ class Deliverer:
     listener: Listener
 
     def __call__(self, plan: Plan) -> Delivery:
-        """Deliver `plan`; whatever fails is the reason why it cannot be used."""
+        """Deliver `plan`. If anything fails, the delivery has the reason and no times."""
         live = self.loaded.source.kind == "live"
         reason = self._needs_this_process(plan)
         if reason:
             self.listener(
                 Notice(f"plan {plan.label} is not loaded again in a new process: {reason}")
             )
-        where: Where = "in memory" if live else "same process" if reason else "new process"
+        where: Where = "same process" if reason else "new process"
+        if live:
+            where = "in memory"
         try:
             quantized = applier.apply(
                 plan, shallow_copy(self.loaded.module), calibration=self.calibration
@@ -138,11 +140,11 @@ class Deliverer:
                 spec = self._spec(plan, Path(folder), self.usage.answer_of(quantized))
                 del quantized
                 if where == "new process":
-                    return self._apart(spec)
+                    return self._in_new_process(spec)
                 return load_and_deliver(
                     spec, replace(self.loaded, module=shallow_copy(self.loaded.module))
                 )
-        except Exception as error:  # noqa: BLE001 - what a plan cannot do is a fact about it, kept with its reason
+        except Exception as error:  # noqa: BLE001 - any error is a fact about the plan
             reason = first_line(error, with_type=True)
             return Delivery(plan_id=plan.plan_id, loop=self.usage.loop, where=where, reason=reason)
 
@@ -171,9 +173,9 @@ class Deliverer:
             threads=torch.get_num_threads(),
         )
 
-    def _apart(self, spec: DeliverySpec) -> Delivery:
-        """Do `load_and_deliver` in a new process."""
-        with _out_of_the_way(self.loaded.module, self.usage.device):
+    def _in_new_process(self, spec: DeliverySpec) -> Delivery:
+        """Run `load_and_deliver` in a new process."""
+        with _moved_off_gpu(self.loaded.module, self.usage.device):
             process, connection = start_process(WORKER)
             try:
                 send(connection, sys.path)
@@ -193,8 +195,8 @@ class Deliverer:
 
 
 @contextmanager
-def _out_of_the_way(module: nn.Module, device: str) -> Iterator[None]:
-    """Make room for another process on a GPU: the model moves to the CPU meanwhile."""
+def _moved_off_gpu(module: nn.Module, device: str) -> Iterator[None]:
+    """Keep the model on the CPU meanwhile, to make room for another process on a GPU."""
     if backend(device).free_bytes() is None:
         yield
         return

@@ -98,7 +98,7 @@ class Fusion:
         return [by_name[choice.name] for choice in choices]
 
     def _best(self, group: Group, members: Sequence[LayerChoice]) -> list[LayerChoice]:
-        """The fastest way to compute the members: alone, or as one.
+        """Return the fastest way to compute the members: alone, or as one.
 
         Computed as one, they round only activations that a member rounds already.
         """
@@ -120,7 +120,7 @@ class Fusion:
     def _way(
         self, group: Group, whole: LayerChoice, members: Sequence[LayerChoice]
     ) -> list[LayerChoice] | None:
-        """The members' shares of `whole`, or None if one of them was not scored for it."""
+        """Return the members' shares of `whole`, or None if one of them was not scored for it."""
         keys = [(member.name, group.names, whole.format, whole.route) for member in members]
         if not all(key in self.scored for key in keys):
             return None
@@ -202,7 +202,7 @@ def complete(options: Sequence[Sequence[LayerChoice]]) -> list[list[LayerChoice]
 
 
 def _share(member: Site, whole: LayerChoice, group: Group, memory_bytes: int) -> LayerChoice:
-    """A member's part of what all of them get; the time is divided by rows."""
+    """Return a member's part of what all of them get. The time is divided by rows."""
     share = member.shape.n / group.site.shape.n
     return LayerChoice(
         name=member.name,
@@ -219,5 +219,5 @@ def _share(member: Site, whole: LayerChoice, group: Group, memory_bytes: int) ->
 
 
 def _activations(choice: LayerChoice) -> set[str]:
-    """The activation roundings of the kernels that the route uses."""
+    """Return the activation roundings of the kernels that the route uses."""
     return {numerics.activation for numerics in numerics_of(choice)}

@@ -1,4 +1,4 @@
-"""How a search measures quality: by a text, the user's own loss, or the divergence of outputs."""
+"""Choose how a search measures quality: text, the user's own loss, or divergence of outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MUCH_UNKNOWN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the user wants quality to be measured by: at most one of these."""
+    """The measure of quality that the user asked for: at most one of these."""
 
     text: Path | None
     data: str | None
@@ -53,21 +53,14 @@ class Asked:
         Raises:
             TextError: There is no such text, or more than one of them is given.
         """
-        given = [
-            name
-            for name, value in (
-                ("--eval-text", eval_text),
-                ("--eval-data", eval_data),
-                ("--quality", quality),
-            )
-            if value is not None
-        ]
+        options = {"--eval-text": eval_text, "--eval-data": eval_data, "--quality": quality}
+        given = [name for name, value in options.items() if value is not None]
         if len(given) > 1:
             raise TextError(f"{' and '.join(given)} cannot be combined: give one of them, or none")
         if eval_text is not None and not Path(eval_text).is_file():
             raise TextError(
-                f"there is no text file at {eval_text}{did_you_mean_path(eval_text)}: give a plain UTF-8 text like what the"
-                " model will read"
+                f"there is no text file at {eval_text}{did_you_mean_path(eval_text)}: give a plain"
+                " UTF-8 text like what the model will read"
             )
         if eval_data is not None:
             check_data(eval_data)
@@ -85,7 +78,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """How quality is measured.
+    """A measure of quality, and the candidates that it suits.
 
     Attributes:
         candidates: Those whose quality can be measured so.
@@ -114,33 +107,46 @@ def make_judge(
         words = f"a loss of the user's own, {asked.function.key}"
         return Judge(asked.function, _without_inputs(candidates, listener), words)
     if loaded.kind == "module":
-        _check_module(asked, has_inputs=loaded.example_inputs is not None)
-        quality = _output_quality(loaded, seed, listener)
-        words = (
-            f"divergence of outputs from the unquantized model's, ||y - y0||^2 / ||y0||^2, on {sum(SAMPLES.values())} inputs"
-            f" varied from its sample inputs (key {quality.key})"
-        )
-        return Judge(quality, _without_inputs(candidates, listener), words)
+        return _judge_by_outputs(asked, loaded, candidates, seed, listener)
+    return _judge_by_text(asked, loaded, candidates, listener)
+
+
+def _judge_by_outputs(
+    asked: Asked, loaded: LoadedModel, candidates: Candidates, seed: int, listener: Listener
+) -> Judge:
+    _check_module(asked, has_inputs=loaded.example_inputs is not None)
+    quality = _output_quality(loaded, seed, listener)
+    words = (
+        "divergence of outputs from the unquantized model's, ||y - y0||^2 / ||y0||^2, on"
+        f" {sum(SAMPLES.values())} inputs varied from its sample inputs (key {quality.key})"
+    )
+    return Judge(quality, _without_inputs(candidates, listener), words)
+
+
+def _judge_by_text(
+    asked: Asked, loaded: LoadedModel, candidates: Candidates, listener: Listener
+) -> Judge:
     if loaded.tokenizer is None:
         raise TextError(
-            f"this model has no tokenizer: give one with --tokenizer FOLDER, or judge it by {_OWN_LOSS}"
+            "this model has no tokenizer: give one with --tokenizer FOLDER, or judge it by"
+            f" {_OWN_LOSS}"
         )
-    text, name = _text_quality(
-        asked, loaded, inputs=any(each.format.needs_inputs for each in candidates)
-    )
+    needs_inputs = any(each.format.needs_inputs for each in candidates)
+    text, name = _text_quality(asked, loaded, inputs=needs_inputs)
     if asked.text is None and asked.data is None:
         listener(
             Notice(
-                "quality is measured on a text that autoquant ships: one like what the model will read is better (--eval-text"
-                " FILE or --eval-data DATASET)"
+                "quality is measured on a text that autoquant ships: one like what the model will"
+                " read is better (--eval-text FILE or --eval-data DATASET)"
             )
         )
     unknown = _unknown_share(text, loaded.tokenizer)
     if unknown > _MUCH_UNKNOWN:
         listener(
             Notice(
-                f"{unknown:.0%} of the tokens of {name} are unknown to the tokenizer, so quality says little: give a text like"
-                " what the model reads (--eval-text FILE or --eval-data DATASET)"
+                f"{unknown:.0%} of the tokens of {name} are unknown to the tokenizer, so quality"
+                " says little: give a text like what the model reads (--eval-text FILE or"
+                " --eval-data DATASET)"
             )
         )
     return Judge(text, list(candidates), f"{name} (key {text.key})")
@@ -156,7 +162,8 @@ def method_of(name: str | None, max_kl: float | None, quality: AnyQuality) -> Se
         return SENSITIVITIES[name] if name is not None else PATH
     if max_kl is not None:
         raise QualityError(
-            "--max-kl needs a text: without one use --max-ppl-increase, the limit of what is measured instead"
+            "--max-kl needs a text: without one use --max-ppl-increase, the limit of what is"
+            " measured instead"
         )
     if name is not None and not SENSITIVITIES[name].functions:
         raise QualityError(
@@ -166,14 +173,15 @@ def method_of(name: str | None, max_kl: float | None, quality: AnyQuality) -> Se
 
 
 def _own_quality(quality: QualityFunction | str | None) -> FunctionQuality | None:
-    """The user's function with its qualified name, whether given itself or by that name."""
+    """Return the user's function with its qualified name, or None.
+
+    The user gives the function itself, or that name.
+    """
+    if quality is None:
+        return None
     if isinstance(quality, str):
         return FunctionQuality(quality_function(quality), quality.replace(":", "."))
-    return (
-        None
-        if quality is None
-        else FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
-    )
+    return FunctionQuality(quality, f"{quality.__module__}.{quality.__qualname__}")
 
 
 def _without_inputs(candidates: Candidates, listener: Listener) -> list[Candidate]:
@@ -181,7 +189,8 @@ def _without_inputs(candidates: Candidates, listener: Listener) -> list[Candidat
     for name in dict.fromkeys(each.format.id for each in candidates if each.format.needs_inputs):
         listener(
             Notice(
-                f"{name} not considered: it is rounded for what layers read on a text, and there is none"
+                f"{name} not considered: it is rounded for what layers read on a text, and there"
+                " is none"
             )
         )
     return [each for each in candidates if not each.format.needs_inputs]
@@ -193,23 +202,26 @@ def _check_module(asked: Asked, *, has_inputs: bool) -> None:
     Raises:
         TextError: It cannot; the message names everything that is missing.
     """
-    given = (
-        "--eval-text" if asked.text is not None else "--eval-data" if asked.data is not None else ""
-    )
-    needs = (
-        []
-        if has_inputs
-        else ["give --sample-inputs package.module:callable, the arguments of one forward pass"]
-    )
+    given = ""
+    if asked.text is not None:
+        given = "--eval-text"
+    elif asked.data is not None:
+        given = "--eval-data"
+    needs = []
+    if not has_inputs:
+        needs.append(
+            "give --sample-inputs package.module:callable, the arguments of one forward pass"
+        )
     if given:
         needs.append(
-            f"leave out {given} to compare its outputs with the unquantized model's, or give {_OWN_LOSS} instead of it"
+            f"leave out {given} to compare its outputs with the unquantized model's, or give"
+            f" {_OWN_LOSS} instead of it"
         )
     if not needs:
         return
     raise TextError(
-        f"this model is not known to read tokens, so {'a text' if given else 'text'} cannot judge it: {', and '.join(needs)}"
-        " (if it is a language model, give --tokenizer FOLDER instead)"
+        f"this model is not known to read tokens, so {'a text' if given else 'text'} cannot judge"
+        f" it: {', and '.join(needs)} (if it is a language model, give --tokenizer FOLDER instead)"
     )
 
 
@@ -220,8 +232,9 @@ def _output_quality(loaded: LoadedModel, seed: int, listener: Listener) -> Outpu
         listener(Notice(note))
     listener(
         Notice(
-            "judged by how little outputs diverge from the unquantized model's, ||y - y0||^2 / ||y0||^2 on inputs varied from its"
-            f" sample inputs, which --max-ppl-increase limits: a loss of your own says more, {_OWN_LOSS}"
+            "judged by how little outputs diverge from the unquantized model's, ||y - y0||^2 /"
+            " ||y0||^2 on inputs varied from its sample inputs, which --max-ppl-increase limits: a"
+            f" loss of your own says more, {_OWN_LOSS}"
         )
     )
     return OutputQuality(inputs)

@@ -15,24 +15,30 @@ def constraint_notices(
     constraints: Constraints, bound: Bound, sites: Sequence[Site]
 ) -> Iterator[str]:
     """Say how many layers constraints are about."""
-    for reason, count in Counter(
-        filter(None, (constraints.reason(site.name) for site in sites))
-    ).items():
+    reasons = (constraints.reason(site.name) for site in sites)
+    for reason, count in Counter(filter(None, reasons)).items():
         yield f"{count} of {len(sites)} layers {reason}"
     if constraints.fusable:
         grouped = sum(map(len, bound.groups))
-        yield f"{grouped} layers in {len(bound.groups)} groups of one format each, which {constraints.fusable} fuses"
+        yield (
+            f"{grouped} layers in {len(bound.groups)} groups of one format each, which"
+            f" {constraints.fusable} fuses"
+        )
 
 
 def fusion_notices(fusion: Fusion) -> Iterator[str]:
     """Say which layers cannot be computed as one."""
     if not fusion.groups:
-        yield "no layers read the same input: nothing can be computed as one; --fuse can be left out"
+        yield (
+            "no layers read the same input: nothing can be computed as one; --fuse can be left out"
+        )
     elif not any(group.choices or group.dropped for group in fusion.groups):
-        yield "layers are not computed as one: no candidate's weights can lie behind one another; allow others"
-    for reason, count in Counter(
-        reason for group in fusion.groups for reason in group.reasons()
-    ).items():
+        yield (
+            "layers are not computed as one: no candidate's weights can lie behind one another;"
+            " allow others"
+        )
+    reasons = Counter(reason for group in fusion.groups for reason in group.reasons())
+    for reason, count in reasons.items():
         yield f"{count} of {len(fusion.groups)} groups not computed as one by {reason}"
 
 

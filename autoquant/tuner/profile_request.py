@@ -1,4 +1,4 @@
-"""What `autoquant profile` is asked to time."""
+"""The request of `autoquant profile`: the linears to time."""
 
 from __future__ import annotations
 

@@ -68,9 +68,7 @@ def measure_all(
 def _dies_alone(subject: TimingSubject, runner: Runner, hardware: Device) -> str:
     """Return how the process dies if only `subject` is timed, or an empty string if it does not."""
     try:
-        runner.run(
-            ProfileJob([subject], hardware), lambda _message: None
-        )  # a time that is not kept
+        runner.run(ProfileJob([subject], hardware), lambda _message: None)  # keeps no time
     except ProcessDiedError as death:
         return str(death)
     return ""
@@ -79,10 +77,7 @@ def _dies_alone(subject: TimingSubject, runner: Runner, hardware: Device) -> str
 def _at_work(
     subjects: Sequence[TimingSubject], known: Mapping[TimingSubject, Measurement]
 ) -> Sequence[TimingSubject]:
-    """Return what is missing of the first incomplete shape and m: they are timed in order."""
+    """Return what is missing of the first incomplete cell (shape and m). Cells run in order."""
     missing = [subject for subject in subjects if subject not in known]
-    return [
-        subject
-        for subject in missing
-        if (subject.shape, subject.m) == (missing[0].shape, missing[0].m)
-    ]
+    cell = missing[0].shape, missing[0].m
+    return [subject for subject in missing if (subject.shape, subject.m) == cell]

@@ -17,7 +17,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
 from autoquant.devices import backend
 from autoquant.devices.memory import release_memory
-from autoquant.evaluators.quality import Quality
+from autoquant.evaluators.quality import Comparison, Quality
 from autoquant.export.applier import Quantized, apply, module_bytes
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
@@ -25,7 +25,7 @@ from autoquant.models import LoadedModel
 from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload
 from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
-from autoquant.runtime.request import make_warm, time_requests
+from autoquant.runtime.request import RequestTimes, make_warm, time_requests
 
 
 @dataclass(slots=True)
@@ -54,51 +54,58 @@ class Prover:
         module = shallow_copy(self.loaded.module)
         apply(plan, module, calibration=self.calibration, quantized=self._quantized)
         release_memory()
-        with (
-            worst_numerics(module, plan),
-            untuned(),
-        ):  # windows have other m than the workload; their speed does not matter
-            report = self.quality.compare(module, self.loaded.module, "report")
-            selection = self.quality.compare(
-                module, self.loaded.module, "selection", self.selection
-            )
+        report, selection = self._compare(module, plan)
         self.selection = selection.reference
         release_memory()
-        original, original_note = self._original_phases()
-        phases, note = original, original_note
-        if plan.kind != "original":
-            phases, note = self._warm_phases(module)
-        times = time_requests(phases, original, self.device)
-        request_ms, original_ms = times.request_ms(self.workload.calls())
+        times, notes = self._time(module, plan)
+        calls = self.workload.calls()
+        request_ms, original_ms = times.request_ms(calls)
         logarithmic = self.quality.logarithmic
-        mean = sum(report.losses) / len(report.losses)
+        unseen = len(report.losses)
+        mean = sum(report.losses) / unseen
+        perplexity = selection_kl = None
+        if logarithmic:
+            perplexity = torch.tensor(mean, dtype=torch.float64).exp().item()
+        if selection.sample_kl:
+            selection_kl = mean_interval(selection.sample_kl, unseen)
         return Proof(
             plan_id=plan.plan_id,
             request_ms=request_ms,
             phase_ms=times.plan_ms,
             original_request_ms=original_ms,
             original_phase_ms=times.original_ms,
-            perplexity=torch.tensor(mean, dtype=torch.float64).exp().item()
-            if logarithmic
-            else None,
+            perplexity=perplexity,
             loss=mean,
             increase=paired_increase(report.losses, report.reference, logarithmic=logarithmic),
             selection_increase=paired_increase(
-                selection.losses,
-                selection.reference,
-                logarithmic=logarithmic,
-                unseen=len(report.losses),
+                selection.losses, selection.reference, logarithmic=logarithmic, unseen=unseen
             ),
             kl=report.kl,
             memory_bytes=module_bytes(module),
             execution=self.execution,
-            notes=tuple(dict.fromkeys(filter(None, (times.note, note, original_note)))),
-            selection_kl=mean_interval(selection.sample_kl, len(report.losses))
-            if selection.sample_kl
-            else None,
+            notes=tuple(dict.fromkeys(filter(None, notes))),
+            selection_kl=selection_kl,
             selection_losses=selection.losses,
-            time_ratio=times.ratio(self.workload.calls()),
+            time_ratio=times.ratio(calls),
         )
+
+    def _compare(self, module: nn.Module, plan: Plan) -> tuple[Comparison, Comparison]:
+        """Return the losses on the report and on the selection part."""
+        original = self.loaded.module
+        # Windows have other m than the workload, and their speed does not matter: tune nothing.
+        with worst_numerics(module, plan), untuned():
+            report = self.quality.compare(module, original, "report")
+            selection = self.quality.compare(module, original, "selection", self.selection)
+        return report, selection
+
+    def _time(self, module: nn.Module, plan: Plan) -> tuple[RequestTimes, list[str]]:
+        """Time the plan and the unquantized model in turn; return notes on how they ran, too."""
+        original, original_note = self._original_phases()
+        phases, note = original, original_note
+        if plan.kind != "original":
+            phases, note = self._warm_phases(module)
+        times = time_requests(phases, original, self.device)
+        return times, [times.note, note, original_note]
 
     def _original_phases(self) -> tuple[Phases, str]:
         if self._original is None:

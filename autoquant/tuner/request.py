@@ -1,4 +1,4 @@
-"""What a search was asked for, and what loading the model settled of it."""
+"""The request of a search, and what loading the model settles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SearchRequest:
         asked: What is to judge quality.
         candidates: Those to consider, without the unquantized weight.
         workload: None for the one that suits the model, with `batch` sequences.
-        limits: Of the recommended plan. What the first one measures is known once quality is.
+        limits: Of the recommended plan. The quality settles what the first of them measures.
         sensitivity: None for the method that suits the quality.
 
     Raises:
@@ -57,7 +57,7 @@ class SearchRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettledRequest:
-    """A request, and what became known of it when its model was loaded.
+    """A request with all that was open, filled in once the model is loaded.
 
     Attributes:
         candidates: What the request names and quality can judge, and the unquantized weight.
@@ -98,7 +98,7 @@ class SettledRequest:
 
     @property
     def quality(self) -> AnyQuality:
-        """How quality is measured."""
+        """The measure of quality."""
         return self.judge.quality
 
     @property

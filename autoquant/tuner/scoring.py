@@ -42,20 +42,16 @@ def score(
     """Score the changes that the choices need and the store does not know.
 
     Args:
-        quality_key: Names what quality is measured by; losses of another one are not taken.
+        quality_key: Names the measure of quality. Losses by another measure are not used.
     """
     known = store.losses(model_hash, quality_key, method.version)
-    changes = (
-        _changes_together(choices, known, device_type)
-        if method.together
-        else [
-            change
-            for change in _changes(choices)
-            if (change.site.name, change.numerics) not in known
-        ]
-    )
-    count = len({change.numerics if method.together else change.site.name for change in changes})
-    listener(StageStarted("score", count))
+    if method.together:
+        changes = _changes_together(choices, known, device_type)
+        steps = {change.numerics for change in changes}
+    else:
+        changes = [c for c in _changes(choices) if (c.site.name, c.numerics) not in known]
+        steps = {change.site.name for change in changes}
+    listener(StageStarted("score", len(steps)))
     done = 0
 
     def on_message(message: Scored | Notice) -> None:
@@ -77,7 +73,8 @@ def score(
 
 def _summary(method: Sensitivity, changes: Sequence[Change], known: int, loss_map: LossMap) -> str:
     sites = len({change.site.name for change in changes})
-    text = f"sensitivity {method.id}: {len(changes)} changes of {sites} layers scored now, {known} known"
+    scored = f"{len(changes)} changes of {sites} layers scored now, {known} known"
+    text = f"sensitivity {method.id}: {scored}"
     if loss_map.curvature:
         text += f"; a sum of 0.1 predicts {loss_map.plan_loss(0.1):.3g}"
     return text

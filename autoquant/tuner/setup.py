@@ -1,4 +1,4 @@
-"""What a search is about: settled before its first stage, and the same for all of them."""
+"""The setup of a search: settled before its first stage, and the same for all stages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from autoquant.tuner.workers.start import start_runner
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSetup:
-    """One search.
+    """All that the stages of one search share.
 
     Attributes:
         hardware: The fingerprint of the device.
@@ -80,7 +80,7 @@ class SearchSetup:
 
     @property
     def usage(self) -> Usage:
-        """How the user will run the model."""
+        """The way the user will run the model."""
         return Usage.of(self.loaded, self.workload)
 
     def for_this_machine(self) -> SearchSetup:

@@ -1,4 +1,4 @@
-"""From single-layer times to whole-model times: what the first proven plans teach about others.
+"""Predict times of whole models from those of linears, with factors learnt from proven plans.
 
 Inside a compiled model a linear is not as fast as on its own: neighbours are fused into it, caches
 are shared, calls cost. The model of a phase's time is
@@ -27,14 +27,14 @@ _LOWEST, _HIGHEST = 0.2, 5.0
 
 @dataclass(frozen=True, slots=True)
 class TimeScale:
-    """How isolated times of linears become times of the whole model.
+    """Turns isolated times of linears into times of the whole model.
 
     A candidate that no proven plan used gets the median of its phase's factors, or 1 without any.
 
     Attributes:
         rest_ms: Each phase's time outside its linears.
         factors: By (phase, candidate).
-        original_ms: What the unquantized model took for each phase; the others are in its units.
+        original_ms: Time of each phase of the unquantized model, to which all others are scaled.
     """
 
     rest_ms: Mapping[str, float] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def fit_time_scale(
 
 
 def _isolated_ms(plan: Plan, sites: Mapping[str, Site], phase: str) -> dict[str, float]:
-    """Isolated milliseconds by candidate in one run of the phase."""
+    """Return isolated milliseconds by candidate in one run of the phase."""
     sums: dict[str, float] = {}
     for layer in plan.layers:
         if phase in layer.latency_us:
@@ -119,13 +119,16 @@ def _isolated_ms(plan: Plan, sites: Mapping[str, Site], phase: str) -> dict[str,
 
 
 def _drift_free_ms(proofs: Mapping[str, Proof], plan_id: str, phase: str) -> float:
-    """The plan's time in units of the unquantized model's, which was timed in turn with it."""
+    """Return the plan's time, without the machine's drift between proofs.
+
+    The unquantized model was timed in turn with each plan; the ratio is applied to its median.
+    """
     proof = proofs[plan_id]
     return proof.phase_ms[phase] / proof.original_phase_ms[phase] * _original_ms(proofs, phase)
 
 
 def _original_ms(proofs: Mapping[str, Proof], phase: str) -> float:
-    """The median of the unquantized model's times."""
+    """Return the median of the unquantized model's times."""
     return median_high(proof.original_phase_ms[phase] for proof in proofs.values())
 
 
@@ -134,7 +137,9 @@ def _fit_phase(
 ) -> tuple[float, dict[str, float]]:
     candidates = list(dict.fromkeys(name for sums in isolated for name in sums))
     scale = float(np.median(measured))
+    # One equation for each proven plan: rest + sum of factor * isolated = measured.
     rows = [[1.0, *(sums.get(name, 0.0) / scale for name in candidates)] for sums in isolated]
+    # And a weak one for each candidate, which pulls its factor towards 1.
     pull = [
         [0.0, *(_STRENGTH if i == j else 0.0 for j in range(len(candidates)))]
         for i in range(len(candidates))

@@ -48,13 +48,38 @@ def test_a_reader_finds_the_files_to_start_at(row):
     assert [name for name in spans(row[2]) if not (where / name).exists()] == []
 
 
-def test_rooms_of_the_map_are_in_the_order_of_their_floors():
+def floors():
+    """The rooms of each floor, the highest first."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     layers = config["tool"]["importlinter"]["contracts"][0]["layers"]
-    floors = [{name.strip().rpartition(".")[2] for name in layer.split("|")} for layer in layers]
+    return [{name.strip().rpartition(".")[2] for name in layer.split("|")} for layer in layers]
+
+
+def test_rooms_of_the_map_are_in_the_order_of_their_floors():
     shown = [[name.removesuffix(".py").split("/")[0] for name in spans(row[0])] for row in MAP]
-    numbers = [next(n for n, floor in enumerate(floors) if set(names) & floor) for names in shown]
+    numbers = [next(n for n, floor in enumerate(floors()) if set(names) & floor) for names in shown]
     assert numbers == sorted(numbers)
+
+
+# The numbered lists under "Four walks", each as the file that every item begins with.
+LEGS = [
+    re.findall(r"^\d\. `([^`]+)`", text, flags=re.MULTILINE)
+    for text in section("Four walks").split("\n\n")
+    if text.startswith("1. ")
+]
+
+
+@pytest.mark.parametrize("files", LEGS, ids=lambda files: files[0])
+def test_a_walk_goes_down_the_floors_only(files):
+    assert [name for name in files if not (PACKAGE / name).is_file()] == []
+    rooms = [name.partition("/")[0] for name in files]
+    numbers = [next(n for n, floor in enumerate(floors()) if room in floor) for room in rooms]
+    assert numbers == sorted(numbers)
+    assert len(set(files)) == len(files)
+
+
+def test_every_walk_is_checked():
+    assert len(LEGS) == 8
 
 
 @pytest.mark.parametrize("row", CHANGES, ids=lambda row: row[0])

@@ -140,7 +140,7 @@ def test_the_column_is_guessed(row, column):
         ("d.jsonl:text:more", r"d.jsonl has no more"),
         ("d.jsonl:n", r"column n of d.jsonl holds int, neither text nor messages"),
         ("empty.jsonl", r"cannot read empty.jsonl|has no rows"),
-        ("broken.jsonl", r"cannot read broken.jsonl \(.*\): mend it, or give another --eval-data"),
+        ("broken.jsonl", r"cannot read broken.jsonl \(.*\): fix it, or give another --eval-data"),
         ("d.jsnl", r"neither a file or folder here \(did you mean d.jsonl\?\) nor a dataset"),
         ("missing.csv", r"there is no file or folder at missing.csv"),
         (

@@ -314,9 +314,7 @@ def _mx_format(values: str, elements: torch.dtype, description: str) -> Format:
         emulated=functools.partial(_product_mx, rounding=rounding),
         scaled_mm=_scaled_mm_mx,
         arithmetic="float8" if elements == torch.float8_e4m3fn else "float4",
-        scaled_mm_dtypes=(
-            "bfloat16",
-        ),  # torchao asks for a bfloat16 result whatever the activation
+        scaled_mm_dtypes=("bfloat16",),  # the result that torchao asks for, of any activation
     )
 
 

@@ -1,4 +1,4 @@
-"""Where compiled and tuned kernels are kept, so that shapes, models and runs share them."""
+"""Keep compiled and tuned kernels on disk, so that shapes, models and runs share them."""
 
 from __future__ import annotations
 

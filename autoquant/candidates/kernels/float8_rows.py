@@ -24,7 +24,11 @@ On an H200 (`python studies/gpu_linears/own_kernels/float8_settings.py`).
 def multiply_float8_rows(
     x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return x `[..., k]`, up to 16 rows, times float8 `[n, k]` with scales `[n, 1]`: `[..., n]`."""
+    """Multiply x `[..., k]`, up to 16 rows, by float8 `[n, k]` with scales `[n, 1]`.
+
+    Returns:
+        `[..., n]`, with the bias added.
+    """
     return multiply_rows("float8_rows.cu", "float8_rows", SETTINGS, x, (values, scale), bias)
 
 

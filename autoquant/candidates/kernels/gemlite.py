@@ -120,11 +120,9 @@ def _forward(
     x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Tensor], meta: list[int]
 ) -> torch.Tensor:
     _load()
-    tensors = [
-        *tensors,
-        torch.empty((), dtype=torch.float32, device=x.device),
-    ]  # a scale that only nvfp4 has
-    return cast(torch.Tensor, torch.ops.gemlite.forward_functional(x, bias, tensors, meta, -1))
+    no_scale = torch.empty((), dtype=torch.float32, device=x.device)  # only nvfp4 has one
+    result = torch.ops.gemlite.forward_functional(x, bias, [*tensors, no_scale], meta, -1)
+    return cast(torch.Tensor, result)
 
 
 class Gemlite(TunedLibrary):
@@ -171,9 +169,8 @@ class Gemlite(TunedLibrary):
         known = [dict(kernel.cache) for kernel in kernels]
         try:
             for kernel in kernels:
-                kernel.configs = kernel.configs[
-                    :_FIRST_SETTINGS
-                ]  # with one alone, Triton would not adapt it to the shape
+                # With a single one, Triton would not adapt it to the shape.
+                kernel.configs = kernel.configs[:_FIRST_SETTINGS]
             yield
         finally:
             for kernel, configs, cache in zip(kernels, settings, known, strict=True):

@@ -1,4 +1,4 @@
-"""What a library that tunes its kernels for each shape is asked for."""
+"""The interface of a library that tunes its kernels for each shape."""
 
 from __future__ import annotations
 

@@ -95,12 +95,11 @@ def fisher_vector(logits: torch.Tensor, generator: torch.Generator) -> torch.Ten
     E[v v'] = diag(p) - p p', where p is the softmax of the row.
     """
     root = logits.float().softmax(-1).sqrt_()
-    signed = (
-        torch.randint(0, 2, root.shape, generator=generator, device=root.device, dtype=torch.int8)
-        .mul_(2)
-        .sub_(1)
+    zeros_and_ones = torch.randint(
+        0, 2, root.shape, generator=generator, device=root.device, dtype=torch.int8
     )
-    signed = root * signed
+    signs = zeros_and_ones.mul_(2).sub_(1)
+    signed = root * signs
     return signed.sub_(root.square() * signed.sum(-1, keepdim=True)).to(logits.dtype)
 
 

@@ -1,7 +1,9 @@
-"""One forward and one backward pass in which every linear of interest computes, and sees its gradient, as it is told to.
+"""Run a model forward and backward, with its linears replaced and their gradients observed.
 
-The blocks of the model are checkpointed (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016): each one's input
-is kept, and what lies inside is computed again when the gradients get there. The activations of one block are held at a time.
+A `Place` says how a linear computes, and receives its gradient. Blocks of the model are
+checkpointed (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016): only the input of
+each block is kept, and the block is computed again when the gradients reach it. So memory holds the
+activations of one block at a time.
 """
 
 from __future__ import annotations
@@ -24,20 +26,23 @@ from autoquant.models.outputs import output_tensor, run_on_tokens
 
 
 class Place(Protocol):
-    """What is done at one site."""
+    """Computes one linear in place of the model, and observes its gradient."""
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
-        """The product `[..., n]` of x `[..., k]`, without the bias."""
+        """Return the product `[..., n]` of x `[..., k]`, without the bias."""
 
     def weight(self) -> torch.Tensor:
-        """`[n, k]`: what gradients are passed back through."""
+        """Return the weight `[n, k]` that gradients are passed back through."""
 
     def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Takes the input `[..., k]` and the gradient of the output `[..., n]`."""
+        """Take the input `[..., k]` and the gradient of the output `[..., n]`."""
 
 
 class _Observed(torch.autograd.Function):
-    """A linear whose place sees the gradient. `anchor` has it differentiated even where x has no gradient."""
+    """A linear that passes its gradient to its place.
+
+    PyTorch differentiates it even if x needs no gradient, because `_anchor` needs one.
+    """
 
     @staticmethod
     def forward(
@@ -56,11 +61,15 @@ class _Observed(torch.autograd.Function):
         (gradient,) = gradients
         ctx.observed.add(id(ctx.place))
         ctx.place.observe(x, gradient)
-        return gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None, None, None, None
+        of_x = gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None
+        return of_x, None, None, None
 
 
 class PlacedLinears(LinearHook):
-    """While active, every linear on a parameter of `places` (by identity) computes as its place says.
+    """While active, linears compute as their places say.
+
+    Args:
+        places: By the identity of a linear's parameter.
 
     Attributes:
         computed: Identities of the places that computed something.
@@ -92,23 +101,24 @@ class PlacedLinears(LinearHook):
 
 
 def batch_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`, without a cache."""
+    """Return logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`, without a cache."""
     return output_tensor(run_on_tokens(module, ids))
 
 
 def changed_output(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
-    """x `[..., k]`, rounded as the activation says, times a weight `[n, k]`."""
+    """Return x `[..., k]`, rounded as the activation says, times a weight `[n, k]`."""
     return F.linear(x if activation == A16 else _rounded(x, activation), weight)
 
 
 def _rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """Each window on its own, as in a call of its own: some roundings have one scale for all rows of a call."""
+    """Round each window by itself.
+
+    Some roundings share one scale among all rows of a call, and a call is one window.
+    """
     rounding = ACTIVATION_ROUNDING[activation]
-    return (
-        rounding(x)
-        if x.ndim < 3 or len(x) == 1
-        else torch.stack([rounding(window) for window in x])
-    )
+    if x.ndim < 3 or len(x) == 1:
+        return rounding(x)
+    return torch.stack([rounding(window) for window in x])
 
 
 def backpropagate(
@@ -117,11 +127,13 @@ def backpropagate(
     places: Mapping[int, Place],
     seed: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Run windows `[batch, tokens]` forward and back; every place observes the gradient of `sum(seed * logits)`.
+    """Run windows forward and back. Every place observes the gradient of `sum(seed * logits)`.
 
     Args:
+        ids: Windows `[batch, tokens]`.
         places: By the identity of the parameter.
-        seed: Takes the logits `[batch, tokens, vocabulary]` and returns as many numbers, constant under differentiation.
+        seed: Takes the logits `[batch, tokens, vocabulary]` and returns as many numbers, which
+            count as constants.
 
     Raises:
         QualityError: The model does not let gradients through to every linear.
@@ -136,14 +148,14 @@ def backpropagate(
             logits.backward(vector)  # type: ignore[no-untyped-call]
     if missing := len(mode.computed - mode.observed):
         raise QualityError(
-            f"no gradient reaches {missing} of {len(mode.computed)} linears of this model: use --sensitivity isolated, which"
-            " needs none"
+            f"no gradient reaches {missing} of {len(mode.computed)} linears of this model: use"
+            " --sensitivity isolated, which needs none"
         )
 
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter collects a gradient."""
+    """Inside, no parameter collects a gradient."""
     thawed = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         for parameter in thawed:
@@ -159,7 +171,7 @@ Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManage
 
 @contextmanager
 def _checkpointed(module: nn.Module, contexts: Contexts) -> Iterator[None]:
-    """The model's blocks, if it has a list of them, forget what is inside until the gradients need it."""
+    """Inside, the blocks of the model (if it has a list of them) keep only their inputs."""
     blocks = list(next(iter(block_lists(module)), ()))
     own = [vars(block).get("forward") for block in blocks]
     try:

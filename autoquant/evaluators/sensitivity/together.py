@@ -77,11 +77,9 @@ class PathSite:
 
     def weight(self) -> torch.Tensor:
         changed = self._weights.changed(self._change)
-        return (
-            self.parameter
-            if changed is None
-            else torch.lerp(self.parameter, changed, self._position)
-        )
+        if changed is None:
+            return self.parameter
+        return torch.lerp(self.parameter, changed, self._position)
 
     def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
         changed = self._weights.changed(self._change)

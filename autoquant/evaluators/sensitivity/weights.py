@@ -18,7 +18,7 @@ class Room:
         self._free_bytes = free_bytes
 
     def take(self, size_bytes: int) -> bool:
-        """Take so many bytes if there is room, and return whether there was."""
+        """Take `size_bytes` if there is room, and return whether there was."""
         if size_bytes > self._free_bytes:
             return False
         self._free_bytes -= size_bytes
@@ -45,11 +45,10 @@ class ChangedWeights:
         key = change.numerics
         if key in self._kept:
             return self._kept[key]
-        stored = (
-            change.stored()
-            if change.stored
-            else change.format.store(self._parameter.to(self._dtype))
-        )
+        if change.stored:
+            stored = change.stored()
+        else:
+            stored = change.format.store(self._parameter.to(self._dtype))
         weight = multiplied_numbers(change.format, stored, change.activation)
         if change.activation == A16 and _is_same(weight, self._parameter.float()):
             self._kept[key] = None

@@ -39,8 +39,7 @@ def search_command(study: Study) -> Command:
     return Command(
         _written(dict(_known_options(facts, own_quality=own_quality))),
         "The database does not hold the command itself. This one is rebuilt from the study's "
-        "facts. "
-        "FILE stands for the text, of which only a key is known.",
+        "facts. FILE stands for the text, of which only a key is known.",
     )
 
 

@@ -145,8 +145,8 @@ def _prediction_words(point: PlanPoint) -> str:
     loss = units.digits(point.plan.prediction.loss)
     error = f"{predicted / measured - 1:+.0%} against measured"
     return (
-        f"{units.duration_ms(predicted)} a request ({error}), "
-        f"of it {linears} in these layers; loss {loss}"
+        f"{units.duration_ms(predicted)} a request ({error}), of it {linears} in these layers;"
+        f" loss {loss}"
     )
 
 

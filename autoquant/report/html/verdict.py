@@ -79,8 +79,8 @@ def _use(point: PlanPoint, points: Sequence[PlanPoint], facts: StudyFacts) -> Ve
     sentences = [
         " ".join(part.strip() for part in as_run) if as_run else NOT_RUN,
         f"It is the {aim} proven plan within the limits of the search "
-        f"({limits_words(facts.limits)}){usable}: "
-        f"{quality.name.lower()} {quality.value} ({quality.detail}), memory {memory.detail}.",
+        f"({limits_words(facts.limits)}){usable}: {quality.name.lower()} {quality.value}"
+        f" ({quality.detail}), memory {memory.detail}.",
     ]
     if point.row["kind"] == "uniform":
         sentences.append("It is a uniform plan: choosing layer by layer brought nothing more here.")

@@ -20,8 +20,8 @@ NOTHING_KEPT = (
     "search, or it has not solved for plans yet. The same `autoquant search` goes on to it."
 )
 TOGETHER = (
-    "Layers that are computed as one change together: "
-    "the cost of a change to the other layers is not counted."
+    "Layers that are computed as one change together: the cost of a change to the other layers is"
+    " not counted."
 )
 
 

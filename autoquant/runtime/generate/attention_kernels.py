@@ -88,21 +88,20 @@ def attend(
             read = inside.to(tl.int32)
             seen = tl.broadcast_to(read[None, :], [ROWS, BLOCK])
         if tl.max(read, 0) > 0:
-            # Positions that no head sees are not read: what lies there, an infinity even, has no effect.
+            # Positions that no head sees are not read, so even an infinity there has no effect.
             read_k = (read > 0)[:, None] & (columns[None, :] < WIDTH)
             read_v = (read > 0)[:, None] & (v_columns[None, :] < V_WIDTH)
             keys = tl.load(k + at[:, None] * k_row + columns[None, :] * k_column, mask=read_k)
             values = tl.load(
                 v + at[:, None] * v_row + v_columns[None, :] * v_column, mask=read_v, other=0.0
             )
-            # Zeros are put in here so that the compiler starts reading values before it has the keys.
+            # Zeros are put in only here, so that values are read before the keys have arrived.
             keys = tl.where(read_k, keys, 0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(seen > 0, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(
-                higher == float("-inf"), 0.0, higher
-            )  # a head may see nothing of what others see
+            # A head may see none of the positions that others see.
+            base = tl.where(higher == float("-inf"), 0.0, higher)
             weights = tl.exp2(scores - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(weights, 1)

@@ -68,7 +68,7 @@ class StepState:
                 self.padding[:, : mask.shape[1]] = mask
 
     def place(self, positions: torch.Tensor, *, kept: int) -> None:
-        """Set the position ids `[batch, tokens]` of the next step, and the token that needs logits."""
+        """Set the position ids `[batch, tokens]` of the next step, and which token needs logits."""
         self._of(positions.shape[1]).positions.copy_(positions)
         self.kept.fill_(kept)
 
@@ -99,7 +99,7 @@ class StepState:
 
     @contextmanager
     def set_aside(self, tokens: int) -> Iterator[None]:
-        """Inside, steps of so many tokens fit into the cache.
+        """Inside, steps of `tokens` tokens fit into the cache.
 
         Afterwards the position is what it was.
         """

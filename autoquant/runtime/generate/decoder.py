@@ -20,7 +20,7 @@ from autoquant.errors import first_line
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.generate import attention
 from autoquant.runtime.generate.cache import StepState, static_cache, takes_made_mask
-from autoquant.runtime.parts import compile_parts, told_that_it_is_compiled
+from autoquant.runtime.parts import as_if_compiled, compile_parts
 
 CHUNKS = (1024, 512, 256, 64)
 """Tokens of a sequence in one step, for prompts."""
@@ -197,7 +197,7 @@ class Decoder:
         else:
             if self._in_parts is None:
                 ready = compile_parts(self._ready(regions=False))
-                self._in_parts = told_that_it_is_compiled()(self._step_of(ready))
+                self._in_parts = as_if_compiled()(self._step_of(ready))
             step = self._in_parts
         return self._backend.graphed(step, self._state.tensors, self._pool)
 

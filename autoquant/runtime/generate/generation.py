@@ -3,8 +3,8 @@
 `generate` itself stays transformers': it reads the settings, prepares the prompt, logits processors
 and stopping criteria, and then calls the model's `_sample`. That one method is replaced. It runs
 steps of a `Decoder` and looks at the result of a step only when the next ones have been launched,
-so that a GPU never waits for Python. Whatever it cannot do runs in transformers' own way, with one
-warning that says why.
+so that a GPU never waits for Python. A call that it cannot replay runs in transformers' own way,
+with one warning that says why.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from autoquant.runtime.generate.loop import Loop
 _MOST_DECODERS = 4
 _TOO_LONG = 4
 _TAKEN = {
-    *(
-        "attention_mask",
-        "position_ids",
-        "past_key_values",
-        "use_cache",
-        "logits_to_keep",
-        "cache_position",
-    ),
-    *("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "cache_position",
+    "logits_processor",
+    "stopping_criteria",
+    "generation_config",
+    "synced_gpus",
+    "streamer",
 }
+"""The arguments that compiled steps know; any other one is left to transformers."""
 
 
 def give_fast_generate(model: nn.Module) -> None:
@@ -60,14 +63,10 @@ class Decoders:
         self._kept: OrderedDict[tuple[int, int, bool], Decoder] = OrderedDict()
 
     def get(self, model: nn.Module, batch: int, tokens: int, *, padded: bool) -> Decoder:
-        """Return a decoder that has room for `tokens`.
-
-        One that is much too long is slower than a new one.
-        """
+        """Return a decoder with room for `tokens`; one that is much too long would be slower."""
         weights = tuple(map(_identity, model.parameters()))
-        if (
-            weights != self._weights
-        ):  # steps were compiled for other tensors, which they would keep in memory
+        if weights != self._weights:
+            # The steps were compiled for other weights, and would keep these in memory.
             self._kept.clear()
             self._weights = weights
         for key, decoder in self._kept.items():
@@ -113,13 +112,8 @@ class _Fast:
     def _sample(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         decoders = decoders_of(self)
         with decoders.lock:  # a decoder has one cache
-            reason = (
-                "it is called within another generate"
-                if decoders.busy
-                else _plain_reason(self, input_ids, kwargs)
-            )
-            decoder = None if reason else _decoder_for(self, input_ids, kwargs)
-            if decoder is not None and not isinstance(decoder, str):
+            decoder, reason = _decoder_for(self, input_ids, kwargs)
+            if decoder is not None:
                 decoders.busy = True
                 try:
                     with torch.no_grad():
@@ -128,7 +122,7 @@ class _Fast:
                     decoders.busy = False
                 _warn(self, decoder.note)
                 return result
-        _warn(self, f"generate runs as transformers does it, which is slower: {reason or decoder}")
+        _warn(self, f"generate runs as transformers does it, which is slower: {reason}")
         return super()._sample(input_ids, **kwargs)  # type: ignore[misc]
 
 
@@ -171,27 +165,31 @@ def _warn(model: nn.Module, text: str) -> None:
 
 def _decoder_for(
     model: nn.Module, input_ids: torch.Tensor, kwargs: Mapping[str, Any]
-) -> Decoder | str:
-    """Return a decoder for the call, or why there is none."""
-    mask = kwargs.get("attention_mask")
+) -> tuple[Decoder | None, str]:
+    """Return a decoder for the call, or None and the reason."""
+    decoders = decoders_of(model)
+    if decoders.busy:
+        return None, "it is called within another generate"
+    if reason := _plain_reason(model, input_ids, kwargs):
+        return None, reason
+    padded = kwargs.get("attention_mask") is not None
     limit = kwargs["stopping_criteria"].max_length
     try:
-        return decoders_of(model).get(model, input_ids.shape[0], limit, padded=mask is not None)
-    except Exception as error:  # noqa: BLE001 - no step could be made, whatever the reason
-        return f"its steps cannot be run over a static cache: {first_line(error, with_type=True)}"
+        return decoders.get(model, input_ids.shape[0], limit, padded=padded), ""
+    except Exception as error:  # noqa: BLE001 - after any error, transformers' own way is left
+        reason = first_line(error, with_type=True)
+        return None, f"its steps cannot be run over a static cache: {reason}"
 
 
 def _plain_reason(model: Any, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> str:
     """Return why a call cannot be replayed; empty if it can."""
     config = kwargs["generation_config"]
-    asked = [
-        name for name in ("output_attentions", "output_hidden_states") if getattr(config, name)
-    ]
+    outputs = ("output_attentions", "output_hidden_states")
+    asked = [name for name in outputs if getattr(config, name)]
     if asked and config.return_dict_in_generate:
         return f"{' and '.join(asked)} was asked for"
-    if unknown := [
-        name for name, value in kwargs.items() if name not in _TAKEN and value is not None
-    ]:
+    given = [name for name, value in kwargs.items() if value is not None]
+    if unknown := [name for name in given if name not in _TAKEN]:
         return f"{', '.join(unknown)} was given"
     if config.disable_compile:
         return "disable_compile was asked for"
@@ -239,11 +237,8 @@ def _cache_reason(cache: Any) -> str:
     others = [layer for layer in cache.layers if not isinstance(layer, (DynamicLayer, StaticLayer))]
     if others:
         return f"it keeps a {type(others[0]).__name__}"
-    return (
-        "past_key_values were given"
-        if getattr(cache, "_is_user_defined", False) or _is_filled(cache)
-        else ""
-    )
+    given = getattr(cache, "_is_user_defined", False) or _is_filled(cache)
+    return "past_key_values were given" if given else ""
 
 
 def _is_filled(cache: Any) -> bool:

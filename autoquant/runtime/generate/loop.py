@@ -144,7 +144,7 @@ class _Seen:
     """The results of steps that the host has seen.
 
     Args:
-        steps: At most so many.
+        steps: The most steps to run.
     """
 
     def __init__(self, ids: torch.Tensor, steps: int, streamer: Any) -> None:

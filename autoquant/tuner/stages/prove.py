@@ -18,9 +18,9 @@ from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.time_scale import TimeScale, fit_time_scale
 
 FRONT_PLANS = 3
-"""So many plans of the front are proven at least."""
+"""At least this many plans of the front are proven."""
 LEAST_PLANS = 10
-"""So many plans are proven in all, as far as there are so many."""
+"""At least this many plans are proven in all, if there are as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _prove_original(
 def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> None:
     """Prove the best plan within the limits, others nearer to the limit, and some of the front."""
     references = referenced.plan_ids
-    # One of the least number of plans is left for the allocation by bits.
+    # The allocation by bits alone is one of the plans that are proven at least.
     count = max(FRONT_PLANS, LEAST_PLANS - len(references) - 1)
     plans = front_plans(
         referenced.space,

@@ -87,7 +87,7 @@ def _make_choices(
     timings: TimingTable,
     fusion: Fusion | None,
 ) -> list[SiteChoices]:
-    """The choices that constraints leave every site, not scored yet."""
+    """Make the choices that constraints leave every site. They are not scored yet."""
     shapes = list(dict.fromkeys(site.shape for site in sites))
     facts: Facts = format_facts(setup.formats, shapes, setup.device)
     maker = ChoiceMaker(setup.candidates, timings, facts, setup.workload)

@@ -92,12 +92,12 @@ class Bench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchSpec:
-    """How another process makes the same bench.
+    """All that another process needs to make the same bench.
 
     Attributes:
         formats: Ids that the process has to know.
-        threads: How many threads a job computes with.
-        effort: How much a job measures.
+        threads: The number of threads that a job computes with.
+        effort: The effort of a job's timings.
     """
 
     model: SameModel

@@ -34,7 +34,8 @@ def start_runner(bench: Bench, formats: Sequence[str], listener: Listener) -> Ru
             reason = str(error)
     listener(
         Notice(
-            f"everything runs in one process, which a crashing kernel would end: {reason}; if it does, the same command goes on"
+            f"everything runs in one process, which a crashing kernel would end: {reason}; if it"
+            " does, the same command goes on"
         )
     )
     return InProcessRunner(bench)

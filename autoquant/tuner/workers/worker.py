@@ -37,7 +37,7 @@ def main() -> None:
     try:
         bench = spec.make()
         warm_compiler()
-        gc.freeze()  # what is imported stays: children that collect garbage need not look through it
+        gc.freeze()  # modules stay, so the garbage collection of children need not visit them
     except Exception as error:  # noqa: BLE001 - the other side decides what to do without this process
         send(connection, (RAISED, portable(error)))
         return

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autoquant.runtime.generate import attention
 from autoquant.runtime.generate.attention import splits_of, token_attention, use_token_attention
-from autoquant.runtime.parts import told_that_it_is_compiled
+from autoquant.runtime.parts import as_if_compiled
 
 SIZES = {
     "vocab_size": 50,
@@ -150,13 +150,13 @@ def test_saving_keeps_the_choice_out(tmp_path):
     )
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_block_that_is_traced_holds_the_operator(told, monkeypatch):
+@pytest.mark.parametrize("compiling", [True, False])
+def test_a_block_that_is_traced_holds_the_operator(compiling, monkeypatch):
     monkeypatch.setattr(attention, "DEVICES", ("cpu",))
     model = tiny("llama")
     assert use_token_attention(model) is None
     block, angle = model.model.layers[0], torch.ones(1, 1, 16)
-    with torch.no_grad(), told_that_it_is_compiled(told):
+    with torch.no_grad(), as_if_compiled(compiling):
         graph = make_fx(lambda x: block(x, None, position_embeddings=(angle, angle)))(
             torch.ones(1, 1, 64)
         )
@@ -165,7 +165,7 @@ def test_a_block_that_is_traced_holds_the_operator(told, monkeypatch):
         for node in graph.graph.nodes
         if node.target == torch.ops.autoquant.token_attention.default
     ]
-    assert len(calls) == told
+    assert len(calls) == compiling
 
 
 def test_a_copy_attends_the_same_way():

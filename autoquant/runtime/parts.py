@@ -197,9 +197,6 @@ def _as_inputs(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
     return [value for value, _ in constants.values()]
 
 
-_FUNCTIONS: dict[str, Callable[..., Sequence[torch.Tensor]]] = {}
-
-
 def _function(
     graph: torch.fx.GraphModule,
     inputs: Sequence[torch.Tensor],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoquant import devices
-from autoquant.candidates import A16, Format, Kernel
+from autoquant.candidates import A16, Candidate, Format, Kernel
 from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices import BACKENDS, Backend, backend
 from autoquant.devices.cuda import CudaBackend
@@ -100,7 +100,13 @@ def test_linears_are_timed_on_a_new_kind_of_device(meta, monkeypatch):
         bytes=torch.empty(64, dtype=torch.uint8), views=lambda tensors: [list(tensors)]
     )
     (found,) = compare(
-        shape, 1, [(fmt, kernel)], arena=arena, device="meta", compiled=False, effort=SMALL
+        shape,
+        1,
+        [Candidate(fmt, kernel)],
+        arena=arena,
+        device="meta",
+        compiled=False,
+        effort=SMALL,
     )
     assert found.outcome == "ok" and len(found.samples_us) == 4, found.reason
 

@@ -81,14 +81,22 @@ def short(settings=(*SHORTER, *FEWER_PLANS)) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def search(model, text, db, budget_s=0.5, candidates=CANDIDATES, **options):
+def search(
+    model,
+    text,
+    db,
+    budget_s=0.5,
+    candidates=CANDIDATES,
+    workload="prefill=8,decode=4",
+    **options,
+):
     """A short search by the loading that a user has."""
     return driver.search(
         str(model),
         eval_text=str(text),
         db=str(db),
         device="cpu",
-        workload="prefill=8,decode=4",
+        workload=workload,
         candidates=candidates,
         time_budget_s=budget_s,
         **options,

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.devices import backend
+from autoquant.devices import BACKENDS
 from autoquant.errors import first_line
 from autoquant.runtime.generate.decoder import Decoder, cache_positions
 from autoquant.runtime.generate.loop import Loop
@@ -216,7 +216,7 @@ def _place_reason(model: Any, input_ids: torch.Tensor) -> str:
     if len(devices) > 1:
         return "the model is spread over several devices"
     device = devices.pop()
-    if not backend(device).replays_steps:
+    if device.type not in {each.type for each in BACKENDS if each.replays_steps}:
         return f"steps are not compiled for {device.type}"
     if input_ids.device != device:
         return f"input_ids are on {input_ids.device} and the model is on {device}: move them there"

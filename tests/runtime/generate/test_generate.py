@@ -16,7 +16,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.devices import Backend, backend
 from autoquant.devices.cpu import CpuBackend
 from autoquant.records import RouteStep
-from autoquant.runtime.generate import decoder
+from autoquant.runtime.generate import decoder, generation
 from autoquant.runtime.generate.generation import decoders_of
 from autoquant.runtime.prepare import prepare
 
@@ -354,3 +354,8 @@ def test_a_replaced_weight_gets_new_steps_and_the_old_ones_are_dropped(model):
     model.generate(prompts(), max_new_tokens=2, do_sample=False)
     (new,) = decoders_of(model)._kept.values()
     assert new is not old
+
+
+def test_a_device_that_is_not_known_is_a_reason_to_run_the_plain_way(model):
+    reason = generation._place_reason(model.to("meta"), prompts())
+    assert reason == "steps are not compiled for meta"

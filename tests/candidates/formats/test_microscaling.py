@@ -222,7 +222,7 @@ def test_the_hardware_product_is_for_blackwell(monkeypatch, values, capability, 
     assert reason(values) == told
     assert reason(values, kernel="emulated") is None
     assert blocks(values).by_default("cuda") is (told is None)
-    assert (blocks(values) in [fmt for fmt, _ in select(["*"], "cuda")]) is (told is None)
+    assert (blocks(values) in [each.format for each in select(["*"], "cuda")]) is (told is None)
 
 
 @each_format

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from autoquant.candidates import select
+from autoquant.devices.memory import quick_collections
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
@@ -170,7 +171,8 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
         settled.workload,
     )
     budget = Budget.of(store, settled.study_id, request.time_budget_s, started)
-    run_stages(SearchSetup.of(settled, store, listener), budget)
+    with quick_collections():
+        run_stages(SearchSetup.of(settled, store, listener), budget)
     return Study(store, settled.study_id)
 
 

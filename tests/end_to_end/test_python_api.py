@@ -177,7 +177,8 @@ def test_progress_is_told_in_events_and_never_printed(search, capfd):
     search(listener=events.append)
     started = [event.stage for event in events if isinstance(event, StageStarted)]
     finished = [event.stage for event in events if isinstance(event, StageFinished)]
-    assert list(dict.fromkeys(started)) == ["record", "profile", "score", "prove", "refine"]
+    stages = ["record", "profile", "score", "prove", "refine", "deliver"]
+    assert list(dict.fromkeys(started)) == stages
     assert set(finished) == set(started)
     assert capfd.readouterr().out == ""
 

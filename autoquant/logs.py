@@ -22,7 +22,7 @@ def _is_missed(record: logging.LogRecord) -> bool:
     if not record.getMessage().startswith("Failed to load "):
         return True
     torch = sys.modules.get("torch")  # torchao has imported it; `autoquant --help` must not
-    return torch is not None and torch.cuda.is_available()
+    return torch is not None and bool(torch.cuda.is_available())
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:

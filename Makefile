@@ -1,5 +1,5 @@
 # Each target does all its set-up: a virtual environment of its own, from the pinned constraints.
-#   make check     linters, types, contracts, and the unit tests that need no model: under a minute
+#   make check     linters, types, contracts, and the unit tests that need no model
 #   make test      every test but those marked slow, browser or gpu
 #   make test-all  `make test`, then those
 # In one call, as in `make lint test test-all`, nothing runs twice. With COVERAGE=1, which makes tests slower, the last one

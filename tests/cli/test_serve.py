@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -55,6 +56,8 @@ class Served:
             stderr=errors,
             text=True,
             env=environment,
+            # A runner in the background ignores Ctrl-C, and so would its children.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         self.url = f"http://127.0.0.1:{port}"
         self.ready, self.example = self.process.stdout.readline(), self.process.stdout.readline()

@@ -61,6 +61,7 @@ def fused_db(searched, fused, tmp_path):
     return db, plan
 
 
+@pytest.mark.slow
 def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its_own(
     files, tmp_path, monkeypatch
 ):

@@ -12,6 +12,8 @@ from autoquant.profiler.latencies import COLUMNS
 
 from .conftest import WORKLOAD, copy_database, typed
 
+pytestmark = pytest.mark.slow  # kernels are compiled
+
 CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm", "float32*")
 
 

@@ -37,6 +37,7 @@ from autoquant.tuner.profile_request import (
     ShapesRequest,
     asked_linears,
 )
+from autoquant.tuner.profiling import keeper
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,10 +223,6 @@ def _time(
     known = store.timings(hardware, PROTOCOL)
     missing = [subject for subject in wanted if subject not in known]
 
-    def keep(measurements: Sequence[Measurement]) -> None:
-        store.put_timings(hardware, PROTOCOL, measurements)
-        known.update({measurement.subject: measurement for measurement in measurements})
-
     def roofline() -> Roofline:
         return store.roofline(hardware) or undisturbed_roofline(
             device_name,
@@ -239,7 +236,7 @@ def _time(
         missing,
         candidates,
         measure.Place(device=device_name, hardware=hardware, roofline=roofline),
-        on_measured=keep,
+        on_measured=keeper(store, hardware, known),
         listener=listener,
     )
     measured = {subject: known[subject] for subject in wanted}

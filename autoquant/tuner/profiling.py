@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autoquant.errors import ProcessDiedError
@@ -13,6 +13,18 @@ from autoquant.records import Device, Measurement, TimingSubject
 from autoquant.store import Store
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Limited, ProfileJob, Timed
+
+
+def keeper(
+    store: Store, hardware: Device, known: dict[TimingSubject, Measurement]
+) -> Callable[[Sequence[Measurement]], None]:
+    """Return what saves measurements, and adds them to those that are known."""
+
+    def keep(measurements: Sequence[Measurement]) -> None:
+        store.put_timings(hardware, PROTOCOL, measurements)
+        known.update({measurement.subject: measurement for measurement in measurements})
+
+    return keep
 
 
 def measure_all(
@@ -33,10 +45,7 @@ def measure_all(
     """
     known = store.timings(hardware, PROTOCOL)
     before = {subject for subject in subjects if subject in known}
-
-    def keep(measurements: Sequence[Measurement]) -> None:
-        store.put_timings(hardware, PROTOCOL, measurements)
-        known.update({measurement.subject: measurement for measurement in measurements})
+    keep = keeper(store, hardware, known)
 
     def on_message(message: Any) -> None:
         if isinstance(message, Timed):

@@ -108,7 +108,8 @@ class GraphedStep:
         self, inputs: list[torch.Tensor]
     ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
         before = [tensor.clone() for tensor in self._state()]
-        with _side_stream():
+        # Warming up must not use up random numbers: a seed then gives the same ones in every call.
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()]), _side_stream():
             for _ in range(_WARM_UP_CALLS):  # the first one compiles
                 self._step(*inputs)
                 self._put_back(before)

@@ -70,6 +70,24 @@ def test_greedy_text_is_the_same(model, batch, tokens):
     assert_same_text(model, prompts(batch, tokens))
 
 
+def test_tokens_chosen_within_the_step_are_those_that_are_chosen_between_steps(model):
+    ids = prompts(2, 40)
+    text = model.generate(ids, max_new_tokens=20, do_sample=False, disable_compile=True)[:, 40:]
+    ends = {"eos_token_id": [int(text[0, 4]), int(text[1, 7])]}
+    assert_same_text(model, ids, **ends)
+    assert_same_text(model, ids, **ends, min_new_tokens=12)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {}])
+def test_a_seed_draws_the_same_tokens_in_every_call(model, settings):
+    ids, drawn = prompts(2, 40), []
+    for seed in (7, 7, 8, 7):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(ids, max_new_tokens=20, do_sample=True, **settings))
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[3])
+    assert not torch.equal(drawn[1], drawn[2])
+
+
 def test_padding_is_hidden(model):
     ids = prompts(2, 90)
     mask = torch.ones_like(ids)

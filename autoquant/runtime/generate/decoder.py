@@ -8,6 +8,7 @@ them until then.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,14 @@ from autoquant.errors import first_line
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.generate import attention
 from autoquant.runtime.generate.cache import StepState, static_cache, takes_made_mask
+from autoquant.runtime.generate.choice import Choice, Rule
 from autoquant.runtime.parts import as_if_compiled, compile_parts
 
 CHUNKS = (1024, 512, 256, 64)
 """Tokens of a sequence in one step, for prompts."""
 _MOST_ROWS = 16384
 _SHORTEST_CACHE = 256
+_MOST_RULES = 8
 _FILL_FROM = 0.75
 _LARGEST_ERROR = (
     0.5  # float8 rounds elsewhere in a compiled model: only garbage is meant to be caught
@@ -70,6 +73,7 @@ class Decoder:
 
     Attributes:
         note: How steps are compiled and why, if it is not the usual way.
+        choice: The tokens that `choose` chose.
 
     Raises:
         TypeError: The model keeps something else than keys and values.
@@ -83,9 +87,12 @@ class Decoder:
         self._backend = backend(self._device)
         with torch.inference_mode(False), torch.no_grad():
             self._state = StepState(batch, positions, self._device, padded=padded)
+            self.choice = Choice(batch, positions, self._device)
             self._cache = static_cache(model, self._state)
             self._run_eagerly(self._ids(1))  # makes the cache's tensors
         self._steps: dict[int, Step] = {}
+        self._not_replayed: dict[int, Step] = {}
+        self._choosing: OrderedDict[Rule, Callable[[], torch.Tensor]] = OrderedDict()
         self._in_parts: Step | None = None
         self._pool = self._backend.graph_pool()
 
@@ -120,6 +127,14 @@ class Decoder:
         """Take one token of each sequence in, `[batch, 1]`; as `prompt`."""
         return self._run(ids)
 
+    def choose(self, rule: Rule) -> torch.Tensor:
+        """Take the tokens of `choice` in, and replace them by the next ones, which are returned."""
+        if rule not in self._choosing:
+            self._choosing[rule] = self._made_choosing(rule)
+            if len(self._choosing) > _MOST_RULES:
+                self._choosing.popitem(last=False)
+        return self._choosing[rule]()
+
     def filled_cache(self, tokens: int) -> Any:
         """Return keys and values of the first `tokens` positions as a cache of transformers."""
         from transformers import DynamicCache
@@ -131,10 +146,28 @@ class Decoder:
         return cache
 
     def _run(self, ids: torch.Tensor) -> torch.Tensor:
-        size = ids.shape[1]
+        return self._step(ids.shape[1])(ids)[:, -1]
+
+    def _step(self, size: int) -> Step:
         if size not in self._steps:
             self._steps[size] = self._make(size)
-        return self._steps[size](ids)[:, -1]
+        return self._steps[size]
+
+    def _made_choosing(self, rule: Rule) -> Callable[[], torch.Tensor]:
+        """Return a step of one token with the choice behind it, replayed as one."""
+        replayed = self._step(1)  # also compiles it, and compares it with the eager one
+        step = self._not_replayed.get(1, replayed)
+        choice = self.choice
+
+        def choosing() -> torch.Tensor:
+            return choice.take(rule, step(choice.tokens)[:, -1])
+
+        def changed() -> list[torch.Tensor]:
+            return [*self._state.tensors(), *choice.tensors()]
+
+        if step is replayed:
+            return choosing
+        return self._backend.graphed(choosing, changed, self._pool)
 
     def _run_eagerly(self, ids: torch.Tensor) -> torch.Tensor:
         return self._step_of(self._model)(ids)
@@ -170,7 +203,8 @@ class Decoder:
         reason = ""
         for division in self._divisions():
             try:
-                step = self._compiled(division)
+                compiled = self._compiled(division)
+                step = self._backend.graphed(compiled, self._state.tensors, self._pool)
                 self._try(step, size)
             except Exception as error:  # noqa: BLE001 - what one way of compiling fails on another may take
                 reason = (
@@ -178,6 +212,7 @@ class Decoder:
                 )
                 continue
             self.note = reason and f"steps are compiled in another way, since {reason}"
+            self._not_replayed[size] = compiled
             return step
         reason = reason or f"torch.compile does not work here: {self._backend.compile_failure()}"
         self.note = f"steps run without being compiled, since {reason}"
@@ -193,13 +228,11 @@ class Decoder:
     def _compiled(self, division: Division) -> Step:
         use_kernel_caches()
         if division != "parts":
-            step = compile_forward(self._step_of(self._ready(regions=division == "regions")))
-        else:
-            if self._in_parts is None:
-                ready = compile_parts(self._ready(regions=False))
-                self._in_parts = as_if_compiled()(self._step_of(ready))
-            step = self._in_parts
-        return self._backend.graphed(step, self._state.tensors, self._pool)
+            return compile_forward(self._step_of(self._ready(regions=division == "regions")))
+        if self._in_parts is None:
+            ready = compile_parts(self._ready(regions=False))
+            self._in_parts = as_if_compiled()(self._step_of(ready))
+        return self._in_parts
 
     def _ready(self, *, regions: bool) -> nn.Module:
         ready = ready_to_compile(self._model, regions=regions)

@@ -1,15 +1,17 @@
 """The loop over the tokens of one call of `generate`, by the steps of a `Decoder`.
 
 It does what transformers' `GenerationMixin._sample` does, in the same order: scores, logits
-processors, choice of the next token, stopping criteria, streamer. On a GPU it runs ahead: results
-of a step are copied to the host while the next steps run, and steps that turn out to be behind the
-end are dropped.
+processors, choice of the next token, stopping criteria, streamer. Where it can, all of this is a
+part of the step (see `autoquant.runtime.generate.choice`). On a GPU it runs ahead: results of a
+step are copied to the host while the next steps run, and steps that turn out to be behind the end
+are dropped.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 
 from autoquant.devices import backend
 from autoquant.devices.base import Event
+from autoquant.runtime.generate.choice import Choice, rule_of
 from autoquant.runtime.generate.decoder import Decoder
 
 _AHEAD = 2
@@ -59,6 +62,7 @@ class Loop:
         self._unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._pad = generation_config._pad_token_tensor.to(input_ids.device) if ends else None
+        self._choice: Choice | None = None
         kept = generation_config.return_dict_in_generate
         self._reads_scores = bool(len(logits_processor) or generation_config.do_sample or kept)
         self._scores: list[torch.Tensor] | None = (
@@ -70,22 +74,43 @@ class Loop:
 
     def run(self) -> Any:
         """Return what `_sample` returns."""
-        prompt, limit = self._ids.shape[1], self._limit
-        seen = _Seen(self._ids, max(limit - prompt, 1), self._streamer)
+        prompt = self._ids.shape[1]
+        most = max(self._limit - prompt, 1)
+        seen = _Seen(self._ids, most, self._streamer)
         self._decoder.start(self._mask)
         logits = self._decoder.prompt(self._ids, self._prompt_positions())
-        while True:
-            tokens = self._next(logits)
-            seen.add(tokens, self._unfinished)
-            last = self._ids.shape[1] >= limit
-            steps = seen.look(0 if last else self._ahead)
-            if steps is not None or last:
-                break
-            logits = self._decoder.token(tokens[:, None])
-        steps = steps or self._ids.shape[1] - prompt
+        tokens = self._next(logits)
+        seen.add(tokens, self._unfinished.max())
+        advance = self._advance(tokens)
+        steps = None
+        while steps is None and seen.added < most:
+            steps = seen.look(self._ahead)
+            if steps is None:
+                seen.add(*advance())
+        steps = steps or seen.look(0) or most
         if self._streamer is not None:
             self._streamer.end()
-        return self._result(prompt + steps, steps)
+        return self._result(prompt, steps)
+
+    def _advance(self, tokens: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Return what makes a step: it returns the next tokens, and 1 if a sequence goes on.
+
+        Args:
+            tokens: The first ones, `[batch]`.
+        """
+        decoder = self._decoder
+        kept = self._scores is not None or self._logits is not None
+        prompt = self._ids.shape[1] - 1
+        found = None if kept else rule_of(self._processor, self._criteria, self._config, prompt)
+        if found is None:
+            return self._step
+        rule, earliest = found
+        self._choice = decoder.choice
+        decoder.choice.start(rule, tokens, self._unfinished, earliest)
+        return lambda: (decoder.choose(rule)[:, 0], decoder.choice.going_on)
+
+    def _step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._next(self._decoder.token(self._ids[:, -1:])), self._unfinished.max()
 
     @functools.cached_property
     def _ahead(self) -> int:
@@ -126,17 +151,18 @@ class Loop:
             self._unfinished = self._unfinished & ~criterion(self._ids, so_far)
         return tokens
 
-    def _result(self, length: int, steps: int) -> Any:
+    def _result(self, prompt: int, steps: int) -> Any:
         from transformers.generation import GenerateDecoderOnlyOutput
 
-        sequences = self._ids[:, :length]
+        made = self._ids[:, prompt:] if self._choice is None else self._choice.made
+        sequences = torch.cat((self._ids[:, :prompt], made[:, :steps]), dim=-1)
         if not self._config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=None if self._scores is None else tuple(self._scores[:steps]),
             logits=None if self._logits is None else tuple(self._logits[:steps]),
-            past_key_values=self._decoder.filled_cache(length - 1),
+            past_key_values=self._decoder.filled_cache(prompt + steps - 1),
         )
 
 
@@ -145,6 +171,9 @@ class _Seen:
 
     Args:
         steps: The most steps to run.
+
+    Attributes:
+        added: How many steps have been launched.
     """
 
     def __init__(self, ids: torch.Tensor, steps: int, streamer: Any) -> None:
@@ -154,16 +183,16 @@ class _Seen:
         self._tokens = torch.zeros(steps, len(ids), dtype=torch.long, pin_memory=pinned)
         self._streamer = streamer
         self._events: deque[Event] = deque()
-        self._added = self._looked_at = 0
+        self.added = self._looked_at = 0
 
-    def add(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> None:
-        """Have a step's result copied to the host."""
-        self._going_on[self._added].copy_(unfinished.max(), non_blocking=True)
+    def add(self, tokens: torch.Tensor, going_on: torch.Tensor) -> None:
+        """Have a step's result copied to the host: its tokens, and 1 if a sequence goes on."""
+        self._going_on[self.added].copy_(going_on, non_blocking=True)
         if self._streamer is not None:
-            self._tokens[self._added].copy_(tokens, non_blocking=True)
+            self._tokens[self.added].copy_(tokens, non_blocking=True)
         if (event := self._device.event()) is not None:
             self._events.append(event)
-        self._added += 1
+        self.added += 1
 
     def look(self, ahead: int) -> int | None:
         """Return after how many steps all sequences had ended, or None if they have not.
@@ -171,7 +200,7 @@ class _Seen:
         Args:
             ahead: How many of the last steps not to wait for.
         """
-        while self._added - self._looked_at > ahead:
+        while self.added - self._looked_at > ahead:
             step = self._looked_at
             if self._events:
                 self._events.popleft().synchronize()

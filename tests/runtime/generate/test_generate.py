@@ -44,6 +44,19 @@ def model(plain):
         yield prepare(copy.deepcopy(plain))
 
 
+@pytest.fixture
+def chosen_within(monkeypatch):
+    """Return the rules of all tokens that are chosen within a step."""
+    rules, choose = [], decoder.Decoder.choose
+
+    def watched(self, rule):
+        rules.append(rule)
+        return choose(self, rule)
+
+    monkeypatch.setattr(decoder.Decoder, "choose", watched)
+    return rules
+
+
 def prompts(batch=1, tokens=20, seed=0):
     return torch.randint(
         1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed)
@@ -88,6 +101,46 @@ def test_sampling_with_processors_draws_the_same_tokens(model, plain):
     }
     fast, slow = both(model, plain, prompts(2), max_new_tokens=20, **settings)
     assert torch.equal(fast, slow)
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.01}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [SAMPLED, {"do_sample": False}, {"do_sample": True, "temperature": 1.3}, {"do_sample": True}],
+    ids=["all warpers", "greedy", "temperature", "sampled"],
+)
+@pytest.mark.parametrize("least", [{}, {"min_new_tokens": 9}, {"min_length": 27}])
+def test_tokens_are_chosen_within_the_step_as_transformers_does_it(
+    model, plain, settings, least, chosen_within
+):
+    text = plain.generate(prompts(2), max_new_tokens=30, do_sample=False)[:, 20:]
+    settings = {**settings, **least, "eos_token_id": [int(text[0, 3]), int(text[1, 5]), 41]}
+    for _ in range(2):  # again by the same steps
+        fast, slow = both(model, plain, prompts(2), max_new_tokens=25, **settings)
+        assert torch.equal(fast, slow)
+    assert len(set(chosen_within)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"output_logits": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_rules_that_look_at_more_than_the_scores_are_left_to_the_loop(
+    model, plain, settings, chosen_within
+):
+    settings = {**settings, "return_dict_in_generate": True, "do_sample": False}
+    fast, slow = both(model, plain, prompts(2), max_new_tokens=8, **settings)
+    assert torch.equal(fast.sequences, slow.sequences) and not chosen_within
+
+
+def test_steps_of_few_rules_are_kept(model):
+    for temperature in range(1, 12):
+        model.generate(prompts(), max_new_tokens=3, do_sample=True, temperature=float(temperature))
+    (kept,) = decoders_of(model)._kept.values()
+    assert len(kept._choosing) == decoder._MOST_RULES
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,9 @@ class Row:
         }
 
 
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+
+
 def generating(model: Any, ids: torch.Tensor, **settings: Any) -> Callable[[int], Any]:
     mask = torch.ones_like(ids)
 
@@ -149,8 +155,7 @@ def generating(model: Any, ids: torch.Tensor, **settings: Any) -> Callable[[int]
             attention_mask=mask,
             max_new_tokens=new,
             min_new_tokens=new,
-            do_sample=False,
-            **settings,
+            **{"do_sample": False, **settings},
         )
 
     return call
@@ -194,6 +199,7 @@ def compiled_steps(
 
 LOOPS = {
     "fast": "autoquant generate",
+    "sampled": "autoquant generate, sampled",
     "plain": "transformers generate",
     "static": "transformers generate, static cache",
     "compile": "torch.compile",
@@ -207,6 +213,8 @@ def make_loop(
     """Return what runs a request of so many new tokens in one of `LOOPS`."""
     if loop == "fast":
         return generating(models["fast"], ids)
+    if loop == "sampled":
+        return generating(models["fast"], ids, **SAMPLED)
     if loop == "plain":
         return generating(models["plain"], ids)
     if loop == "static":
@@ -214,6 +222,18 @@ def make_loop(
     return compiled_steps(
         models["plain"], ids, longest, **({} if loop == "compile" else {"mode": loop})
     )
+
+
+@contextmanager
+def busy_host(processes: int) -> Iterator[None]:
+    """Run so many processes that do nothing but use a core."""
+    command = [sys.executable, "-c", "while True: pass"]
+    running = [subprocess.Popen(command) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
 
 
 def main() -> None:
@@ -226,6 +246,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--formats", nargs="*", default=["int4"])
     parser.add_argument("--loops", nargs="*", default=list(LOOPS), choices=list(LOOPS))
+    parser.add_argument("--ends", action="store_true", help="have a token that ends a sequence")
+    parser.add_argument("--busy", type=int, default=0, help="processes that keep the host busy")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -233,6 +255,8 @@ def main() -> None:
         64  # every model compiles the same functions of transformers
     )
     model = make_model(options.layers, options.vocabulary, "cuda")
+    if options.ends:
+        model.generation_config.eos_token_id = [2]
     ids = torch.randint(1, options.vocabulary, (options.batch, options.prompt), device="cuda")
     models = {"bf16": model} | {name: quantized(model, name) for name in options.formats}
     rows = []
@@ -250,9 +274,10 @@ def main() -> None:
                 )
             except Exception as error:  # noqa: BLE001 - a loop that cannot run is a result, too
                 print(f"{row} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    for _ in range(options.rounds):
-        for row in rows:
-            row.round()
+    with busy_host(options.busy):
+        for _ in range(options.rounds):
+            for row in rows:
+                row.round()
     results = [row.result() for row in rows]
     settings = {key: str(value) for key, value in vars(options).items()}
     device = backend("cuda").fingerprint()
@@ -280,7 +305,7 @@ def agree(rows: list[Row]) -> None:
     for row in rows:
         name = row.name.split()[0]
         first = firsts.setdefault(name, row)
-        if "torch.compile" in row.name or first is row:
+        if "torch.compile" in row.name or "sampled" in row.name or first is row:
             continue
         same = (row.tokens == first.tokens).long().cumprod(-1).sum(-1)
         print(f"{row.name}: greedy tokens the same up to {same.tolist()} of {row.tokens.shape[1]}")

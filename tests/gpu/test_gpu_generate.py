@@ -54,8 +54,10 @@ def assert_same_text(model: nn.Module, ids, **settings):
         fast = model.generate(ids, **settings)
     assert not [warning for warning in caught if "autoquant" in str(warning.message)]
     plain = model.generate(ids, disable_compile=True, **settings)
+    shared = min(fast.shape[1], plain.shape[1])  # one loop may end before the other at a near tie
+    assert fast.shape == plain.shape or (fast[:, :shared] != plain[:, :shared]).any()
     for ours, theirs in zip(fast, plain, strict=True):
-        differ = (ours != theirs).nonzero()
+        differ = (ours[:shared] != theirs[:shared]).nonzero()
         if len(differ):
             place = int(differ[0])
             logits = model(theirs[None, :place]).logits[0, -1].float()

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates import get_format
@@ -76,7 +80,7 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Compile a graph with Inductor."""
+    """Compile a graph with Inductor, or take it from the compiler's cache on disk."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
@@ -86,8 +90,28 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         for tensor in tensors
         for key, value in backend(tensor.device).compiler_settings.items()
     }
-    with config.patch(settings):
-        return compile_fx(graph, list(inputs))
+    with config.patch(settings), _traced(inputs) as traced:
+        return compile_fx(graph, traced)
+
+
+@contextmanager
+def _traced(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield the inputs as `torch.compile` hands them to a compiler.
+
+    The compiler keeps on disk only what it compiles for tensors without numbers, whose shapes one
+    environment knows.
+    """
+    if TracingContext.try_get() is not None:  # called by torch.compile
+        yield list(inputs)
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with tracing(TracingContext(mode)):
+        yield [
+            mode.from_tensor(given, static_shapes=True)
+            if isinstance(given, torch.Tensor)
+            else given
+            for given in inputs
+        ]
 
 
 def _compute_once(graph: torch.fx.GraphModule) -> None:

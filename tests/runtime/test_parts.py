@@ -7,6 +7,7 @@ import pytest
 import torch
 from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
+from torch._dynamo.utils import counters
 
 from autoquant.records import Workload
 from autoquant.runtime import parts
@@ -237,3 +238,19 @@ def test_a_compiled_part_keeps_no_activations(graphs):
     del x
     gc.collect()
     assert gone() is None
+
+
+def test_the_compiler_finds_on_disk_what_an_earlier_process_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    module = Blocks().bfloat16().requires_grad_(False)
+    expected = run(module)
+    found = []
+    for _ in range(2):
+        monkeypatch.setattr(parts, "FUNCTIONS", {})  # as in a new process
+        counters.clear()
+        torch.testing.assert_close(run(in_parts(module)), expected)
+        found.append(
+            (counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+        )
+    (compiled, _), again = found
+    assert compiled > 0 and again == (0, compiled)

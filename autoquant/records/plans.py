@@ -92,8 +92,8 @@ class Prediction:
     """Sums of the additive model for a plan.
 
     Attributes:
-        request_ms: NonNegative of the linears and the measured rest of the model (attention, norms, glue).
-        original_request_ms: NonNegative of the unquantized model when that rest was measured, or None.
+        request_ms: Time of the linears and the measured rest of the model (attention, norms, glue).
+        original_request_ms: Time of the unquantized model when that rest was measured, or None.
     """
 
     request_ms: Finite

@@ -32,7 +32,7 @@ class Proof:
     """What was measured of a plan by applying it.
 
     Attributes:
-        request_ms: NonNegative of one request: the sum over phases of calls times the median latency.
+        request_ms: Time of one request: the sum over phases of calls times the median latency.
         phase_ms: Median milliseconds of one run of each phase.
         original_request_ms: Request time of the unquantized model, timed in turn with the plan.
         original_phase_ms: The unquantized model's `phase_ms`, timed in turn with the plan.
@@ -76,9 +76,9 @@ class RunTimes:
     """Median milliseconds of what a user runs.
 
     Attributes:
-        request_ms: NonNegative of a prompt with all its new tokens, or of one forward pass.
-        first_token_ms: NonNegative of a request for one new token, or None for a forward pass.
-        step_ms: NonNegative of each further token, or None without one.
+        request_ms: Time of a prompt with all its new tokens, or of one forward pass.
+        first_token_ms: Time of a request for one new token, or None for a forward pass.
+        step_ms: Time of each further token, or None without one.
     """
 
     request_ms: AboveZero

@@ -1,0 +1,135 @@
+"""Column types that check what they read: the one place where values of rows enter.
+
+SQLite keeps any value in any column, and a file may be damaged. So each column says what it holds,
+and each value is held to it. JSON columns hold records, see `autoquant.records`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from functools import cache, partial
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import JSON, Column, Dialect, String
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from autoquant.errors import StoreError
+
+_SHOWN_CHARACTERS = 60
+
+
+class BadValueError(StoreError):
+    """A row holds what its column does not take, or rows contradict one another."""
+
+
+def read(kind: Any, text: str | bytes) -> Any:
+    """Return the record of a kind that a JSON text holds.
+
+    Raises:
+        BadValueError: The text is not JSON, or is JSON of another shape.
+    """
+    try:
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise BadValueError(_reason(error)) from error
+
+
+def check(kind: Any, value: Any) -> Any:
+    """Return a value that is of a kind.
+
+    Raises:
+        BadValueError: It is not.
+    """
+    try:
+        return _adapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise BadValueError(_reason(error)) from error
+
+
+def plain(record: Any) -> Any:
+    """Return a record as dicts and lists that JSON can hold."""
+    return json.loads(to_json(record))
+
+
+def to_json(record: Any) -> str:
+    """Return a record, or a list of records, as JSON."""
+    return json.dumps(record, separators=(",", ":"), default=_as_dict)
+
+
+def _as_dict(record: Any) -> dict[str, Any]:
+    if is_dataclass(record) and not isinstance(record, type):
+        return asdict(record)
+    raise TypeError(f"{type(record).__name__} is no record")
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _reason(error: ValidationError) -> str:
+    """Return the first of the problems, with the place in the JSON."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    shown = repr(first["input"])
+    if len(shown) > _SHOWN_CHARACTERS:
+        shown = shown[: _SHOWN_CHARACTERS - 3] + "..."
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{f'{place}: ' if place else ''}{message}, not {shown}"
+
+
+class Checked(TypeDecorator[Any]):
+    """A column whose values are of a kind.
+
+    Args:
+        impl: SQLAlchemy's type of the column.
+        kind: What its values are, e.g. `Annotated[int, Ge(1)]`, or the records in its JSON.
+        place: `TABLE.COLUMN`, for messages.
+        optional: Whether the column may be empty.
+    """
+
+    impl = String
+    cache_ok = True
+
+    def __init__(
+        self, impl: TypeEngine[Any], kind: Any, place: str = "", *, optional: bool = False
+    ) -> None:
+        super().__init__()
+        self.impl = impl  # type: ignore[assignment]  # of each instance
+        self.kind, self.place, self.optional = kind, place, optional
+
+    def at(self, column: Column[Any]) -> Checked:
+        """Return the type for one column."""
+        place = f"{column.table.name}.{column.name}"
+        return Checked(self.impl_instance, self.kind, place, optional=bool(column.nullable))
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return plain(value) if value is not None and isinstance(self.impl, JSON) else value
+
+    def result_processor(self, dialect: Dialect, coltype: Any) -> Callable[[Any], Any]:
+        """Return what makes a value of Python from one of the database."""
+        process = self._reader(dialect, coltype)
+
+        def checked(value: Any) -> Any:
+            if value is None and self.optional:
+                return None
+            try:
+                if value is None:
+                    raise BadValueError("it is empty")
+                return process(value)
+            except BadValueError as error:
+                raise BadValueError(f"{self.place}: {error}") from error
+            except (ValueError, TypeError, OverflowError) as error:
+                raise BadValueError(f"{self.place}: cannot be {str(value)[:60]!r}") from error
+
+        return checked
+
+    def _reader(self, dialect: Dialect, coltype: Any) -> Callable[[Any], Any]:
+        if isinstance(self.impl, JSON):
+            # An empty column of JSON may hold the text `null`, too.
+            return partial(read, self.kind | None if self.optional else self.kind)
+        convert = self.impl_instance.dialect_impl(dialect).result_processor(dialect, coltype)
+        return lambda value: check(self.kind, convert(value) if convert else value)

@@ -28,7 +28,8 @@ from autoquant.records import (
     content_key,
     route_kernel,
 )
-from autoquant.store.columns import read, to_json
+from autoquant.store.columns import to_json
+from autoquant.typed import read
 
 SHAPE = LinearShape(n=64, k=32, bias=True, dtype="bfloat16")
 ROUTE = (

@@ -9,44 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import JSON, Column, Dialect, String
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from autoquant.errors import StoreError
-
-_SHOWN_CHARACTERS = 60
+from autoquant.errors import StoreError, first_line
+from autoquant.typed import check, read
 
 
 class BadValueError(StoreError):
     """A row holds what its column does not take, or rows contradict one another."""
-
-
-def read(kind: Any, text: str | bytes) -> Any:
-    """Return the record of a kind that a JSON text holds.
-
-    Raises:
-        BadValueError: The text is not JSON, or is JSON of another shape.
-    """
-    try:
-        return _adapter(kind).validate_json(text, strict=True)
-    except ValidationError as error:
-        raise BadValueError(_reason(error)) from error
-
-
-def check(kind: Any, value: Any) -> Any:
-    """Return a value that is of a kind.
-
-    Raises:
-        BadValueError: It is not.
-    """
-    try:
-        return _adapter(kind).validate_python(value, strict=True)
-    except ValidationError as error:
-        raise BadValueError(_reason(error)) from error
 
 
 def plain(record: Any) -> Any:
@@ -63,22 +37,6 @@ def _as_dict(record: Any) -> dict[str, Any]:
     if is_dataclass(record) and not isinstance(record, type):
         return asdict(record)
     raise TypeError(f"{type(record).__name__} is no record")
-
-
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def _reason(error: ValidationError) -> str:
-    """Return the first of the problems, with the place in the JSON."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    shown = repr(first["input"])
-    if len(shown) > _SHOWN_CHARACTERS:
-        shown = shown[: _SHOWN_CHARACTERS - 3] + "..."
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return f"{f'{place}: ' if place else ''}{message}, not {shown}"
 
 
 class Checked(TypeDecorator[Any]):
@@ -116,14 +74,12 @@ class Checked(TypeDecorator[Any]):
         def checked(value: Any) -> Any:
             if value is None and self.optional:
                 return None
+            if value is None:
+                raise BadValueError(f"{self.place} is empty")
             try:
-                if value is None:
-                    raise BadValueError("it is empty")
                 return process(value)
-            except BadValueError as error:
-                raise BadValueError(f"{self.place}: {error}") from error
             except (ValueError, TypeError, OverflowError) as error:
-                raise BadValueError(f"{self.place}: cannot be {str(value)[:60]!r}") from error
+                raise BadValueError(f"{self.place}: {first_line(error)}") from error
 
         return checked
 

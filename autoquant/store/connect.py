@@ -173,14 +173,29 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     _check_header(path)
 
 
-def _check_header(path: Path) -> None:
-    with path.open("rb") as file:
-        header = file.read(100)
+def check_is_sqlite(path: Path) -> bytes:
+    """Return the header of a SQLite file.
+
+    Raises:
+        StoreError: There is no such file, or it is of another kind.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+    except OSError as error:
+        raise StoreError(
+            f"cannot read {path}: {error.strerror}{did_you_mean_path(path)}"
+        ) from error
     if len(header) < 100 or header[:16] != b"SQLite format 3\0":
         raise StoreError(
             f"{path} is not an autoquant database (no SQLite file); give another file for the"
             " database"
         )
+    return header
+
+
+def _check_header(path: Path) -> None:
+    header = check_is_sqlite(path)
     application = int.from_bytes(header[68:72], "big")
     if application != APPLICATION_ID:
         raise StoreError(f"{path} belongs to another program; give another file for the database")

@@ -328,7 +328,7 @@ class Store:
             rows = session.scalars(
                 select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id)
             )
-            return [plan_from(row) for row in rows]
+            return [plan_from(row, _workload(session, row)) for row in rows]
 
     def plan(self, plan_id: str) -> Plan:
         """Return the plan whose id starts with `plan_id`.
@@ -347,7 +347,7 @@ class Store:
                     f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a"
                     " search"
                 )
-            return plan_from(rows[0])
+            return plan_from(rows[0], _workload(session, rows[0]))
 
     def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> None:
         with self._session() as session:
@@ -433,3 +433,8 @@ class Store:
                 .order_by(TaskScoreRow.id)
             )
             return [task_score_from(row) for row in rows]
+
+
+def _workload(session: Session, plan: PlanRow) -> Workload:
+    """Return what the study of a plan is for. The session reads each study once."""
+    return session.get_one(StudyRow, plan.study_id).workload

@@ -18,7 +18,7 @@ from autoquant.records import (
     TimingSubject,
     Workload,
 )
-from autoquant.store.columns import BadValueError, check
+from autoquant.store.columns import BadValueError
 from autoquant.store.schema import (
     Base,
     DeliveryRow,
@@ -32,6 +32,7 @@ from autoquant.store.schema import (
     TimingRow,
 )
 from autoquant.store.shapes import REFERENCES, Problem
+from autoquant.typed import ShapeError, check
 
 CALIBRATION = "calibration"
 """Name of the reference with the text that weights are rounded for."""
@@ -109,7 +110,13 @@ def task_score_from(row: TaskScoreRow) -> TaskScore:
     )
 
 
-def plan_from(row: PlanRow) -> Plan:
+def plan_from(row: PlanRow, workload: Workload) -> Plan:
+    """Make a `Plan` of its row.
+
+    Raises:
+        BadValueError: It predicts times of phases that the workload of its study does not have.
+    """
+    check_phases((layer.latency_us for layer in row.layers), workload, f"plan {row.id}")
     return Plan(
         plan_id=row.id,
         study_id=row.study_id,
@@ -131,7 +138,7 @@ def check_phases(times: Iterable[Mapping[str, float]], workload: Workload, place
     phases = workload.calls().keys()
     for each in times:
         if unknown := each.keys() - phases:
-            raise BadValueError(f"{place} has times of {min(unknown)!r}, which its study does not")
+            raise BadValueError(f"{place} has times of {min(unknown)!r}, which its study has not")
 
 
 def check_problem(problem: Problem, workload: Workload, study_id: str) -> None:
@@ -176,5 +183,5 @@ def check_row(row: Base) -> None:
     elif isinstance(row, ReferenceRow) and row.name in REFERENCES:
         try:
             check(REFERENCES[row.name], row.value)
-        except BadValueError as error:
+        except ShapeError as error:
             raise BadValueError(f"reference {row.name} of {row.study_id}: {error}") from error

@@ -7,7 +7,8 @@ import pytest
 
 from autoquant.errors import PlanError, StoreError
 from autoquant.records import Roofline, TaskScore, Workload
-from autoquant.store.columns import read, to_json
+from autoquant.store.columns import to_json
+from autoquant.typed import read
 
 from .made_up import (
     DEVICE,

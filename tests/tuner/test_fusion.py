@@ -20,9 +20,10 @@ from autoquant.solver.front import front_plans
 from autoquant.solver.planning import make_plan
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.uniform import uniform_plans
-from autoquant.store.columns import read, to_json
+from autoquant.store.columns import to_json
 from autoquant.tuner.choices import FormatFacts, SiteChoices, numerics_of, scored
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion, sibling_sites
+from autoquant.typed import read
 
 from .made_up import CONTEXT, WORKING_SET, WORKLOAD, make_site
 

@@ -138,12 +138,15 @@ def _check_together(chat: bool, **others: Any) -> None:
 
 def _read(file: Path) -> str:
     from autoquant.errors import TextError
+    from autoquant.files import read_text
 
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
+        return read_text(file)
+    except UnicodeError as error:
+        raise TextError(f"cannot read {file}: it is no UTF-8 text") from error
+    except (OSError, ValueError) as error:
         raise TextError(
-            f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}"
+            f"cannot read {file}: {getattr(error, 'strerror', None) or error}"
         ) from error
 
 

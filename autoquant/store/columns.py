@@ -12,7 +12,7 @@ from dataclasses import asdict, is_dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import JSON, Column, Dialect, String
+from sqlalchemy import JSON, Boolean, Column, Dialect, String
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from autoquant.errors import StoreError, first_line
@@ -87,5 +87,7 @@ class Checked(TypeDecorator[Any]):
         if isinstance(self.impl, JSON):
             # An empty column of JSON may hold the text `null`, too.
             return partial(read, self.kind | None if self.optional else self.kind)
+        if isinstance(self.impl, Boolean):  # SQLAlchemy takes any text for true
+            return lambda value: check(self.kind, bool(value) if value in (0, 1) else value)
         convert = self.impl_instance.dialect_impl(dialect).result_processor(dialect, coltype)
         return lambda value: check(self.kind, convert(value) if convert else value)

@@ -157,6 +157,8 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
             f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}"
         )
     if not path.exists() or path.stat().st_size == 0:
+        if not create and path.exists():
+            raise StoreError(f"{path} is empty: restore it from a copy, or search again")
         if not create:
             raise StoreError(
                 f"no database at {path}{did_you_mean_path(path)}; `autoquant search ... --db"

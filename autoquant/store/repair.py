@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import UniqueConstraint
+from sqlalchemy import UniqueConstraint, insert
 from sqlalchemy.dialects.sqlite import dialect
 from sqlalchemy.orm import Session
 
@@ -25,6 +25,7 @@ from autoquant.store.schema import Base, PlanRow, StudyRow
 _LAST_ROW = 2**62
 _DEEPEST = 12  # halvings of a range of rows around pages that cannot be read
 _MANY_ROWS = 2**24
+_BATCH_ROWS = 500
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,17 +117,21 @@ class _Copy:
         rows = self.saved[table.name] = SavedRows()
         names = [column.name for column in table.columns]
         known: set[tuple[Any, ...]] = set()
+        batch: list[dict[str, Any]] = []
         for values in _readable(self.reading, table.name, names, rows):
             try:
-                copy = row(**self._checked(dict(zip(names, values, strict=True)), row, rows))
-                self._check(copy, known)
+                checked = self._checked(dict(zip(names, values, strict=True)), row, rows)
+                self._check(row(**checked), known)
             except BadValueError:
                 rows.lost += 1
                 continue
-            self.writing.add(copy)
-            self.writing.flush()
-            self.writing.expunge(copy)
+            batch.append(checked)
             rows.saved += 1
+            if len(batch) == _BATCH_ROWS:
+                self.writing.execute(insert(table), batch)
+                batch.clear()
+        if batch:
+            self.writing.execute(insert(table), batch)
 
     def _checked(self, values: dict[str, Any], row: type[Base], rows: SavedRows) -> dict[str, Any]:
         """Return the values of a row as Python has them. A bad one that may be empty is emptied."""

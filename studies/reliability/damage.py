@@ -80,6 +80,8 @@ def main() -> None:
     outcomes = []
     with open(arguments.out or os.devnull, "w", encoding="utf-8") as out:
         for number in numbers if arguments.only is None else [arguments.only]:
+            if time.monotonic() - started > arguments.seconds:
+                break
             outcome = _call(whole, known, number)
             outcomes.append(outcome)
             line = json.dumps(asdict(outcome))
@@ -94,6 +96,7 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--only", type=int)
     parser.add_argument("--kind", default="", help="only files whose name holds this")
     parser.add_argument("--out")

@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
 
 from autoquant.errors import StoreError
 from autoquant.store import open_store
@@ -221,10 +220,11 @@ def saved(path, out):
 
 
 def rows_of(path):
-    with closing(create_engine(f"sqlite:///{path}").connect()) as connection:
+    tables = ("device", "model", "study", "timing", "loss", "plan", "proof", "delivery")
+    with closing(sqlite3.connect(path)) as connection:
         return {
-            table: connection.execute(text(f"SELECT * FROM {table} ORDER BY 1")).fetchall()
-            for table in ("device", "model", "study", "timing", "loss", "plan", "proof", "delivery")
+            table: connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall()
+            for table in tables
         }
 
 
@@ -234,8 +234,8 @@ def test_repairing_a_whole_database_copies_every_row(whole, tmp_path, folder_pri
     new.parent.mkdir()
     counts = saved(whole, new)
     assert counts["timing"] == (2, 0) and not any(lost for _, lost in counts.values())
-    assert rows_of(new) == rows_of(whole)
     assert [each.name for each in new.parent.iterdir()] == ["new.db"]
+    assert rows_of(new) == rows_of(whole)
     whole_print = {
         name: value for name, value in folder_print(whole.parent).items() if name in before
     }
@@ -264,7 +264,7 @@ def test_a_bad_value_that_may_be_empty_is_left_out_of_its_row(whole, tmp_path):
 
 def test_rows_on_both_sides_of_a_lost_page_are_saved(whole, tmp_path):
     store = open_store(whole, create=False)
-    many = [measurement(m=m) for m in range(10, 1500)]
+    many = [measurement(m=m) for m in range(10, 300)]
     store.put_timings(DEVICE, "3", many)
     store.close()
     with closing(sqlite3.connect(whole)) as connection:
@@ -285,7 +285,7 @@ def test_rows_on_both_sides_of_a_lost_page_are_saved(whole, tmp_path):
     content[(lost - 1) * 4096 : lost * 4096] = b"\xff" * 4096
     whole.write_bytes(content)
     rows = repair(whole, tmp_path / "new.db")["timing"]
-    assert rows.unreadable and len(many) * 0.9 < rows.saved < len(many)
+    assert rows.unreadable and len(many) * 0.8 < rows.saved < len(many)
     read_everything(tmp_path / "new.db")
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MOST_TEXT_BYTES = 64 * 2**20
 """The most that a file may have which is read as a whole. Those of models have a few."""
@@ -63,7 +63,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_stored(path: Path) -> None:
+def check_stored(file: Path | BinaryIO) -> None:
     """Refuse a zip archive whose entries would take more memory than the file has.
 
     What torch writes is not compressed.
@@ -73,11 +73,12 @@ def check_stored(path: Path) -> None:
         ValueError: It is no archive, or an entry is compressed or larger than the file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            size = archive.fp.seek(0, os.SEEK_END) if archive.fp else 0
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise ValueError(f"it is no whole archive: {error}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("its entries are compressed, which those of torch.save are not")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+    if sum(entry.file_size for entry in entries) > size:
         raise ValueError("its entries claim more bytes than the file has")

@@ -317,11 +317,17 @@ def _assign(
             raise _other_architecture(folder, name) from error
         if name in buffers:
             part._buffers[leaf] = tensor
-        elif leaf in part._parameters:
+        elif (old := part._parameters.get(leaf)) is not None and old.shape == tensor.shape:
             part._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             raise _other_architecture(folder, name)
-    tie(module, ties)
+    try:
+        tie(module, ties)
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} ties a tensor that the model does not have"
+            f" ({first_line(error)}): the checkpoint is damaged, apply the plan again"
+        ) from error
     absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if absent:
         raise _lacking(folder, absent)
@@ -334,7 +340,7 @@ def _lacking(folder: Path, names: list[str]) -> CheckpointError:
 
 
 def _other_architecture(folder: Path, name: str) -> CheckpointError:
-    reason = "which this model does not: another architecture"
+    reason = "which does not fit this model: another architecture"
     return CheckpointError(f"{folder} has {name}, {reason}")
 
 

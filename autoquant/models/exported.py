@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from autoquant.errors import ModelError, first_line
 from autoquant.files import check_stored
 from autoquant.models.content import DtypeTally, content_hash, without_addresses
-from autoquant.models.exported_check import needs_trust
+from autoquant.models.exported_check import lost_tensor, needs_trust
 from autoquant.models.factory import tie
 from autoquant.models.loaded import LoadedModel, model_kind, settle
 from autoquant.models.quiet import current_folder_importable
@@ -78,7 +78,9 @@ def _read(path: Path, *, trust: bool) -> ExportedProgram:
         )
     try:
         check_stored(path)
-    except (OSError, ValueError) as error:
+        if lost := lost_tensor(path):
+            raise ValueError(f"the values of {lost} are lost")
+    except Exception as error:  # its JSON may have any shape
         raise ModelError(damaged(path, error)) from error
     if not trust and (reason := needs_trust(path)):
         raise ModelError(

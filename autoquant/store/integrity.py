@@ -13,13 +13,13 @@ _DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def check_integrity(connection: sqlite3.Connection, path: os.PathLike[str]) -> None:
-    """Run SQLite's own checks, of its pages and of rows that refer to others.
+    """Run SQLite's own checks, of pages, indexes, and rows that refer to others.
 
     Raises:
         StoreError: The file is damaged. Nothing was written to it.
     """
     try:
-        finding = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+        finding = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
         orphan = connection.execute("PRAGMA foreign_key_check").fetchone()
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):

@@ -115,7 +115,7 @@ def generate(
             started = time.perf_counter()
             generators.append(_load(each, tokenizer, place, prompting.dtype_of(folder), listener))
             request = _fitting(generators[-1], request, each, listener)
-            _warm_up(generators[-1], request, started, listener)
+            _warm_up(generators[-1], request, started, listener, each)
             ready_s.append(time.perf_counter() - started)
     if not as_json:
         _show(text)
@@ -192,13 +192,28 @@ def _fitting(generator: Generator, request: _Request, folder: Path, listener: Li
     return replace(request, max_new_tokens=room)
 
 
-def _warm_up(generator: Generator, request: _Request, started: float, listener: Listener) -> None:
-    """Make a short request first, since it may compile and tune."""
+def _warm_up(
+    generator: Generator, request: _Request, started: float, listener: Listener, folder: Path
+) -> None:
+    """Make a short request first, since it may compile and tune.
+
+    Raises:
+        ModelError: The model does not run: the numbers in its files do not fit together.
+    """
+    from autoquant.errors import AutoquantError, ModelError, first_line
     from autoquant.events import StageFinished, StageStarted
 
     listener(StageStarted("prepare", 1))
     before = time.perf_counter()
-    generator.warm_up(request.prompt, request.max_new_tokens, temperature=request.temperature)
+    try:
+        generator.warm_up(request.prompt, request.max_new_tokens, temperature=request.temperature)
+    except AutoquantError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder} does not run ({first_line(error)}): save or download it again,"
+            " with the config.json and the tokenizer that belong to it"
+        ) from error
     now = time.perf_counter()
     took, ready = _seconds(now - before), _seconds(now - started)
     listener(StageFinished("prepare", f"a first short request took {took}; ready after {ready}"))

@@ -377,7 +377,9 @@ def _chat(
     started = time.perf_counter()
     with listening() as listener:
         generator = _load(folder, tokenizer, device, None, listener)
-        _warm_up(generator, asked([{"role": "user", "content": "Hello"}]), started, listener)
+        _warm_up(
+            generator, asked([{"role": "user", "content": "Hello"}]), started, listener, folder
+        )
     messages: list[dict[str, str]] = []
     while (said := _line()) is not None:
         if not said.strip():

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import StoppingCriteria, TextStreamer
 
 from autoquant.errors import ModelError, first_line
-from autoquant.export import checkpoint
 from autoquant.export.applier import load
+from autoquant.export.manifest import MANIFEST, read_manifest
 from autoquant.models.huggingface import pretrained
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
 from autoquant.models.targets import resolve_device
@@ -112,7 +112,7 @@ def problems_of(folder: Path) -> list[str]:
     if not folder.is_dir():
         return [f"there is no folder {folder}"]
     if not (folder / "config.json").is_file():
-        if (folder / checkpoint.MANIFEST).is_file():
+        if (folder / MANIFEST).is_file():
             return [
                 f"{folder} holds a module that is no language model: run it with autoquant.load"
             ]
@@ -177,7 +177,7 @@ def dtype_of(folder: Path) -> torch.dtype | None:
 
 def is_quantized(folder: Path) -> bool:
     """Check for a folder written by `autoquant apply` or a quantized model's `save_pretrained`."""
-    return (folder / checkpoint.MANIFEST).is_file()
+    return (folder / MANIFEST).is_file()
 
 
 def load_generator(
@@ -206,7 +206,7 @@ def _unquantized(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Mod
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    return checkpoint.read_manifest(folder) if is_quantized(folder) else {}
+    return read_manifest(folder) if is_quantized(folder) else {}
 
 
 def _pad_id(tokenizer: Any) -> int | None:

@@ -28,7 +28,8 @@ from autoquant.records import (
     content_key,
     route_kernel,
 )
-from autoquant.store.rows import layer_from, proof_from, recording_from, to_json, workload_from
+from autoquant.store.columns import to_json
+from autoquant.typed import read
 
 SHAPE = LinearShape(n=64, k=32, bias=True, dtype="bfloat16")
 ROUTE = (
@@ -143,13 +144,13 @@ def test_a_recording_survives_json():
         flops_share={"prefill": 0.9, "decode": 0.99},
         parameter_bytes=12345,
     )
-    assert recording_from(json.loads(to_json(recording))) == recording
+    assert read(Recording, to_json(recording)) == recording
 
 
 def test_a_layer_choice_survives_json():
-    assert layer_from(json.loads(to_json(LAYER))) == LAYER
+    assert read(LayerChoice, to_json(LAYER)) == LAYER
     plain = replace(LAYER, parameters=(), route=ROUTE[2:], reason="")
-    assert layer_from(json.loads(to_json(plain))) == plain
+    assert read(LayerChoice, to_json(plain)) == plain
 
 
 @pytest.mark.parametrize("perplexity", [None, 14.25])
@@ -169,7 +170,7 @@ def test_a_proof_survives_json(perplexity):
         execution="eager",
         notes=("timed while the machine was busy",),
     )
-    assert proof_from(json.loads(to_json(proof))) == proof
+    assert read(Proof, to_json(proof)) == proof
 
 
 def test_a_proof_without_notes_is_read_too():
@@ -188,12 +189,12 @@ def test_a_proof_without_notes_is_read_too():
     )
     data = json.loads(to_json(proof))
     del data["notes"]
-    assert proof_from(data) == proof
+    assert read(Proof, json.dumps(data)) == proof
 
 
 def test_a_workload_survives_json():
     workload = Workload.parse("prefill=512,decode=128", 2)
-    assert workload_from(json.loads(to_json(workload))) == workload
+    assert read(Workload, to_json(workload)) == workload
 
 
 def test_a_content_key_is_the_hash_of_canonical_json():

@@ -115,7 +115,7 @@ def generate(
             started = time.perf_counter()
             generators.append(_load(each, tokenizer, place, prompting.dtype_of(folder), listener))
             request = _fitting(generators[-1], request, each, listener)
-            _warm_up(generators[-1], request, started, listener)
+            _warm_up(generators[-1], request, started, listener, each)
             ready_s.append(time.perf_counter() - started)
     if not as_json:
         _show(text)
@@ -138,12 +138,15 @@ def _check_together(chat: bool, **others: Any) -> None:
 
 def _read(file: Path) -> str:
     from autoquant.errors import TextError
+    from autoquant.files import read_text
 
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
+        return read_text(file)
+    except UnicodeError as error:
+        raise TextError(f"cannot read {file}: it is no UTF-8 text") from error
+    except (OSError, ValueError) as error:
         raise TextError(
-            f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}"
+            f"cannot read {file}: {getattr(error, 'strerror', None) or error}"
         ) from error
 
 
@@ -189,13 +192,28 @@ def _fitting(generator: Generator, request: _Request, folder: Path, listener: Li
     return replace(request, max_new_tokens=room)
 
 
-def _warm_up(generator: Generator, request: _Request, started: float, listener: Listener) -> None:
-    """Make a short request first, since it may compile and tune."""
+def _warm_up(
+    generator: Generator, request: _Request, started: float, listener: Listener, folder: Path
+) -> None:
+    """Make a short request first, since it may compile and tune.
+
+    Raises:
+        ModelError: The model does not run: the numbers in its files do not fit together.
+    """
+    from autoquant.errors import AutoquantError, ModelError, first_line
     from autoquant.events import StageFinished, StageStarted
 
     listener(StageStarted("prepare", 1))
     before = time.perf_counter()
-    generator.warm_up(request.prompt, request.max_new_tokens, temperature=request.temperature)
+    try:
+        generator.warm_up(request.prompt, request.max_new_tokens, temperature=request.temperature)
+    except AutoquantError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder} does not run ({first_line(error)}): save or download it again,"
+            " with the config.json and the tokenizer that belong to it"
+        ) from error
     now = time.perf_counter()
     took, ready = _seconds(now - before), _seconds(now - started)
     listener(StageFinished("prepare", f"a first short request took {took}; ready after {ready}"))
@@ -359,7 +377,9 @@ def _chat(
     started = time.perf_counter()
     with listening() as listener:
         generator = _load(folder, tokenizer, device, None, listener)
-        _warm_up(generator, asked([{"role": "user", "content": "Hello"}]), started, listener)
+        _warm_up(
+            generator, asked([{"role": "user", "content": "Hello"}]), started, listener, folder
+        )
     messages: list[dict[str, str]] = []
     while (said := _line()) is not None:
         if not said.strip():

@@ -30,6 +30,7 @@ from autoquant.cli.merge import merge
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
 from autoquant.cli.recipes import recipes
+from autoquant.cli.repair import repair
 from autoquant.cli.report import report
 from autoquant.cli.rm import rm
 from autoquant.cli.search import search
@@ -146,6 +147,7 @@ app.command(short_help="List the recipes that a search can take options from.")(
 app.command(short_help="List the studies of a database.")(studies)
 app.command(short_help="Remove a study; what was measured stays.")(rm)
 app.command(short_help="Copy timings and losses of another database.")(merge)
+app.command(short_help="Save what is whole of a damaged database.")(repair)
 app.command(short_help="Print every timing of a database as CSV or JSON.")(export_timings)
 
 

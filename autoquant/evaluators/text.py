@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def _tokens(pieces: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
 
 
 def file_pieces(path: Path) -> Iterator[str]:
-    """Yield the text of a file in pieces that end with a line.
+    """Yield the text of a file in pieces that end with a line, unless a line is very long.
 
     Raises:
         TextError: The file cannot be read, or is not UTF-8.
@@ -135,7 +136,7 @@ def file_pieces(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
             while text := file.read(_READ_CHARACTERS):
-                yield text + file.readline()
+                yield text + file.readline(_READ_CHARACTERS)
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8 text ({_first_bad_byte(path)})") from error
     except OSError as error:
@@ -143,10 +144,15 @@ def file_pieces(path: Path) -> Iterator[str]:
 
 
 def _first_bad_byte(path: Path) -> str:
-    try:
-        path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"{error.reason} at byte {error.start}"
+    decoder, start, kept = codecs.getincrementaldecoder("utf-8")(), 0, 0
+    with path.open("rb") as file:
+        try:
+            while part := file.read(_READ_CHARACTERS):
+                decoder.decode(part)
+                start, kept = start + len(part), len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            return f"{error.reason} at byte {start - kept + error.start}"
     return "changed while it was read"
 
 

@@ -30,6 +30,7 @@ from autoquant.events import (
 )
 from autoquant.export import checkpoint
 from autoquant.export.comparison import check_same
+from autoquant.export.manifest import read_manifest
 from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.loaded import is_causal_lm, settle
@@ -212,7 +213,7 @@ def load(
         CheckpointError: The folder holds no such model, is damaged, or was packed for another CPU.
         DeviceError: The device is not available here.
     """
-    manifest = checkpoint.read_manifest(Path(folder))
+    manifest = read_manifest(Path(folder))
     module = settle(checkpoint.read(Path(folder), model, device or manifest.get("device", "cpu")))
     if not is_causal_lm(module):
         return prepare(module)

@@ -14,13 +14,12 @@ A checkpoint is a folder:
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +28,9 @@ from autoquant.candidates import get_format
 from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.errors import CheckpointError, ModelError
+from autoquant.errors import CheckpointError, ModelError, first_line
+from autoquant.export.manifest import FORMAT_VERSION, MANIFEST, read_manifest
+from autoquant.files import check_stored, read_json_object
 from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
@@ -37,11 +38,9 @@ from autoquant.models.huggingface import download
 from autoquant.models.targets import resolve_device
 from autoquant.records import Plan
 
-MANIFEST = "autoquant.json"
 SAFETENSORS = "model.safetensors"
 PACKED = "packed.pt"
 QUANT_METHOD = "autoquant"
-FORMAT_VERSION = 1
 _CANDIDATES = "autoquant.candidates"
 _MOVED_CLASSES = {
     f"{_CANDIDATES}.int4_gemlite_tensor.Int4GemliteTensor": f"{_CANDIDATES}.formats.int4_gemlite",
@@ -49,7 +48,6 @@ _MOVED_CLASSES = {
     f"{_CANDIDATES}.low_bit.BitPlaneTensor": f"{_CANDIDATES}.formats.low_bit",
 }
 """Names of classes that earlier versions wrote into `packed.pt`, with their modules of today."""
-_UNREADABLE = (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError)
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -182,28 +180,6 @@ def join_again(module: nn.Module, manifest: Mapping[str, Any]) -> None:
     tie(module, manifest["ties"])
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint.
-
-    Raises:
-        CheckpointError: There is none, or a newer version wrote it.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} is not a model that autoquant saved (no readable {MANIFEST})"
-        ) from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has checkpoint version {version}, this autoquant reads {FORMAT_VERSION}; "
-            "upgrade it"
-        )
-    return cast(dict[str, Any], manifest)
-
-
 def plan_in(folder: Path) -> str | None:
     """Return the id of the plan whose checkpoint a folder holds, or None for another folder."""
     try:
@@ -225,14 +201,14 @@ def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict
         get_format(description["format"])  # imports the tensor classes that `packed.pt` may hold
     tensors = _read_tensors(folder, device)
     dtype = getattr(torch, manifest["dtype"])
+    joined = manifest.get("joined", [])
+    named = {*manifest["routed"], *(name for names in joined for name in names)}
+    if absent := sorted(named - tensors.keys()):
+        raise _lacking(folder, absent)
     for name, description in manifest["routed"].items():
-        if name not in tensors:
-            raise CheckpointError(
-                f"{folder} lacks {name}: the checkpoint is damaged, apply the plan again"
-            )
         route = tuple((upper, kernel) for upper, kernel in description["route"])
         tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
-    for names in manifest.get("joined", []):
+    for names in joined:
         tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
     return tensors
 
@@ -288,7 +264,7 @@ def _write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
     try:
@@ -302,6 +278,7 @@ def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
             names = ", ".join(list(rest)[:3])
             raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {names}")
         if (folder / PACKED).exists():
+            check_stored(folder / PACKED)
             with torch.serialization.safe_globals(_moved_classes()):
                 packed = torch.load(folder / PACKED, map_location="cpu", weights_only=True)
             tensors |= {name: move_tensor(tensor, device) for name, tensor in packed.items()}
@@ -309,9 +286,12 @@ def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{folder} does not fit into the memory of {device}: free some, or use another device"
         ) from error
-    except (*_UNREADABLE, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"cannot read {folder}: {reason}; apply the plan again") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # what the readers of two libraries raise has no common base
+        raise CheckpointError(
+            f"cannot read {folder}, which is damaged ({first_line(error)}): apply the plan again"
+        ) from error
     return {name.removeprefix("."): tensor for name, tensor in tensors.items()}
 
 
@@ -337,21 +317,30 @@ def _assign(
             raise _other_architecture(folder, name) from error
         if name in buffers:
             part._buffers[leaf] = tensor
-        elif leaf in part._parameters:
+        elif (old := part._parameters.get(leaf)) is not None and old.shape == tensor.shape:
             part._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             raise _other_architecture(folder, name)
-    tie(module, ties)
+    try:
+        tie(module, ties)
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} ties a tensor that the model does not have"
+            f" ({first_line(error)}): the checkpoint is damaged, apply the plan again"
+        ) from error
     absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if absent:
-        names = ", ".join(absent[:3])
-        raise CheckpointError(
-            f"{folder} lacks {names}: the checkpoint is damaged, apply the plan again"
-        )
+        raise _lacking(folder, absent)
+
+
+def _lacking(folder: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} lacks {', '.join(names[:3])}: the checkpoint is damaged, apply the plan again"
+    )
 
 
 def _other_architecture(folder: Path, name: str) -> CheckpointError:
-    reason = "which this model does not: another architecture"
+    reason = "which does not fit this model: another architecture"
     return CheckpointError(f"{folder} has {name}, {reason}")
 
 
@@ -372,7 +361,7 @@ def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
 
 def _name_quantizer(config: Path, dtype: str) -> None:
     """Write the quantizer and the dtype into a `config.json`."""
-    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields = read_json_object(config)
     fields.pop("torch_dtype", None)  # older name of `dtype`
     fields |= {
         "dtype": dtype,

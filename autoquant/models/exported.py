@@ -13,27 +13,30 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from autoquant.errors import ModelError, first_line
+from autoquant.files import check_stored
 from autoquant.models.content import DtypeTally, content_hash, without_addresses
-from autoquant.models.exported_check import needs_trust
+from autoquant.models.exported_check import lost_tensor, needs_trust
 from autoquant.models.factory import tie
 from autoquant.models.loaded import LoadedModel, model_kind, settle
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.tokenizers import load_tokenizer
+from autoquant.models.weights import damaged
 
 _Inputs = tuple[Any, ...] | dict[str, Any]
 
 
 def is_exported(path: Path) -> bool:
     """Check whether a file holds an exported program, by its content."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(
+                name.endswith(("/archive_format", "serialized_exported_program.json"))
+                for name in archive.namelist()
+            )
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(
-            name.endswith(("/archive_format", "serialized_exported_program.json"))
-            for name in archive.namelist()
-        )
 
 
 def load_exported(path: Path, request: ModelRequest) -> LoadedModel:
@@ -73,6 +76,12 @@ def _read(path: Path, *, trust: bool) -> ExportedProgram:
         raise ModelError(
             f"{path} is damaged or no exported program: write it with torch.export.save"
         )
+    try:
+        check_stored(path)
+        if lost := lost_tensor(path):
+            raise ValueError(f"the values of {lost} are lost")
+    except Exception as error:  # its JSON may have any shape
+        raise ModelError(damaged(path, error)) from error
     if not trust and (reason := needs_trust(path)):
         raise ModelError(
             f"{path} holds more than tensors and their operations ({reason}), which can run"

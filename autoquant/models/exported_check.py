@@ -13,11 +13,14 @@ import builtins
 import io
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from autoquant.files import check_stored
 
 _ENTRIES = re.compile(
     r"models/[\w.-]+\.json|data/weights/(weight_\d+|[\w.-]+_weights_config\.json)"
@@ -83,8 +86,25 @@ def needs_trust(path: Path) -> str:
         return next(
             (reason for name in reader.get_file_names() for reason in _entry(reader, name)), ""
         )
-    except (RuntimeError, AssertionError, ValueError, RecursionError) as error:
+    except Exception as error:  # noqa: BLE001 - what cannot be checked is not harmless
         return f"its contents cannot be checked: {type(error).__name__}"
+
+
+def lost_tensor(path: Path) -> str:
+    """Return a tensor whose values are not in the archive; empty if none.
+
+    Torch would fill it with zeros, however large it is said to be.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if re.search(r"/data/(weights|constants)/[^/]*_config\.json$", name):
+                folder = name.rpartition("/")[0]
+                for tensor, payload in json.loads(archive.read(name))["config"].items():
+                    entry = archive.getinfo(f"{folder}/{payload['path_name']}")
+                    sizes = (payload.get("tensor_meta") or {}).get("sizes", ())
+                    if not entry.file_size and all(size.get("as_int") != 0 for size in sizes):
+                        return str(tensor)
+    return ""
 
 
 def _entry(reader: Any, name: str) -> Iterator[str]:
@@ -109,6 +129,7 @@ def _payloads(config: Any) -> Iterator[str]:
 def _sample_inputs(data: bytes) -> Iterator[str]:
     try:
         if data:
+            check_stored(io.BytesIO(data))
             torch.load(io.BytesIO(data), map_location="meta", weights_only=True)
     except Exception:  # noqa: BLE001 - after any error, torch would go on to unpickle it freely
         yield "pickled example inputs"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelError, first_line
+from autoquant.files import read_json_object
 from autoquant.hints import did_you_mean_path
 from autoquant.models import weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
 from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
+from autoquant.models.plausible import check_size
 from autoquant.models.quiet import no_progress_bars, some
 from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
@@ -75,8 +76,8 @@ def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> 
 def has_config(folder: Path) -> bool:
     """Check whether the folder holds the configuration of a Hugging Face model."""
     try:
-        return "model_type" in json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "model_type" in read_json_object(folder / _CONFIG)
+    except (OSError, ValueError):
         return False
 
 
@@ -96,10 +97,11 @@ def _from_state(
         strict: Refuse weights that the model has no place for; otherwise leave them out with a
             note.
     """
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    check_size(folder, sum(value.numel() for value in tensors.values()), len(tensors))
     with torch.device("meta"):
         skeleton = from_config(folder, torch.float32)
     wanted = skeleton.state_dict()
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     named = renamed(tensors, skeleton, getattr(skeleton, "base_model_prefix", ""))
     computed = [
         name
@@ -215,12 +217,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(_no_config(folder))
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json_object(path)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot read {path} ({first_line(error)}): download or save it again"
         ) from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if "model_type" not in config:
         raise ModelError(
             f"{path} names no model_type, so it is not the config.json of a Hugging Face model"
         )
@@ -255,6 +257,10 @@ def _no_config(folder: Path) -> str:
 def _pretrained(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, list[str]]:
     """Return the causal LM of a folder, and names of weights that it has no place for."""
     from transformers import AutoModelForCausalLM
+
+    stored = weights.files(folder)
+    if stored[0].suffix == ".safetensors":
+        check_size(folder, *weights.counts(stored))
 
     def load(**options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(

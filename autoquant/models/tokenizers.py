@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.errors import ModelError, first_line
+from autoquant.files import check_size
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,12 +42,16 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
+        for file in place.glob("*.json") if place.is_dir() else [place]:
+            check_size(file)
         if place.is_dir():
             return AutoTokenizer.from_pretrained(
                 place, local_files_only=True, trust_remote_code=False
             )
         return PreTrainedTokenizerFast(tokenizer_file=str(place))
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust library is no Exception
         raise ModelError(
             f"cannot read the tokenizer {place} ({first_line(error)}): download or save it again"
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from autoquant.errors import ModelError, first_line
+from autoquant.files import check_stored, read_json_object
 from autoquant.models.quiet import some
 
 BEST = "model.safetensors"
@@ -49,12 +50,7 @@ def files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = sorted(
-            {
-                str(name)
-                for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            }
-        )
+        names = sorted({str(name) for name in read_json_object(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"cannot read {index} ({first_line(error)}): download or save it again"
@@ -95,6 +91,19 @@ def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]
                 yield name, opened.get_tensor(name)
 
 
+def counts(paths: Iterable[Path]) -> tuple[int, int]:
+    """Return how many elements, and how many tensors, safetensors files hold."""
+    from safetensors import safe_open
+
+    elements = tensors = 0
+    for path in paths:
+        with safe_open(str(path), framework="pt") as opened:
+            names = opened.keys()
+            tensors += len(names)
+            elements += sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
+    return elements, tensors
+
+
 def read_bins(paths: Iterable[Path]) -> dict[str, Any]:
     """Return the state dict that `pytorch_model*.bin` files hold together.
 
@@ -121,9 +130,13 @@ def read_bins(paths: Iterable[Path]) -> dict[str, Any]:
 def read_tensors(path: Path) -> Any:
     """Return what a file of torch.save holds, on the CPU.
 
-    Raises what torch raises for a file that holds more than tensors.
+    Raises what torch raises for a file that holds more than tensors, and ValueError for one whose
+    entries would take more memory than the file has.
     """
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        check_stored(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def state_dict_of(value: object) -> Mapping[str, Any] | None:

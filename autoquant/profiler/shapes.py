@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoquant.errors import WorkloadError
+from autoquant.files import read_text
 from autoquant.hints import did_you_mean_path
 from autoquant.records import LinearShape
 
@@ -41,13 +42,13 @@ def read_shapes(path: str | os.PathLike[str], dtype: str) -> ListedShapes:
         WorkloadError: It cannot be read, has a line of another form, or no shape.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path))
     except OSError as error:
         raise WorkloadError(
             f"cannot read shapes from {path}: {error.strerror or error}{did_you_mean_path(path)};"
             " give a text file with one linear a line, e.g. 4096x4096"
         ) from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise WorkloadError(f"{path} is no text: {_FORM}, one linear a line") from error
     return parse_shapes(text.splitlines(), dtype, origin=str(path))
 

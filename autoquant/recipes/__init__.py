@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoquant.errors import RecipeError
+from autoquant.errors import RecipeError, first_line
+from autoquant.files import read_text
 from autoquant.hints import did_you_mean
 
 Value = str | int | float | bool | list[str]
@@ -97,11 +98,11 @@ def read_recipe(path: Path) -> Recipe:
         RecipeError: The file cannot be read, is not TOML, or has a value that no option takes.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from error
-    except ValueError as error:  # not UTF-8, or not TOML
-        raise RecipeError(f"the recipe {path} is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
+        raise RecipeError(f"the recipe {path} is not TOML: {first_line(error)}") from error
     about = content.pop(_ABOUT, "")
     if not isinstance(about, str):
         raise RecipeError(f"{path}: {_ABOUT} must be a line of text")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from sqlalchemy.pool import NullPool
 from autoquant.errors import StoreError
 from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
+from autoquant.store.integrity import check_integrity, damaged
 from autoquant.store.repository import Store
+from autoquant.store.schema import Base
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -39,6 +42,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
             autoquant.
     """
     check_address(address, create=create)
+    _check_damage(str(address))
     url = (
         make_url(str(address))
         if "://" in str(address)
@@ -52,6 +56,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
         event.listen(engine, "begin", _begin_sqlite)
     try:
         _migrate(engine, str(address))
+        _check_tables(engine, str(address))
     except DatabaseError as error:
         engine.dispose()
         raise StoreError(f"cannot use {address} as a database: {error.orig}") from error
@@ -71,23 +76,29 @@ def open_read_only(path: str | os.PathLike[str]) -> Store:
     """
     file = Path(path)
     _check_file(file, create=False, write=False)
-    # A file without a log beside it is open nowhere else. Then `immutable` is safe, and it alone
-    # keeps SQLite from leaving a log there.
-    mode = "mode=ro" if Path(f"{file}-wal").exists() else "mode=ro&immutable=1"
-    uri = f"{file.absolute().as_uri()}?{mode}"
+    with closing(connect_read_only(file)) as connection:
+        check_integrity(connection, file)
     engine = create_engine(
-        "sqlite://",
-        creator=lambda: sqlite3.connect(
-            uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S
-        ),
+        URL.create("sqlite", database=str(file)),
+        creator=lambda: connect_read_only(file),
         poolclass=NullPool,
     )
     event.listen(engine, "begin", _begin_sqlite)
     try:
         _check_revision(engine, str(path))
+        _check_tables(engine, str(path))
     except DatabaseError as error:
         raise StoreError(f"cannot use {path} as a database: {error.orig}") from error
     return Store(engine)
+
+
+def connect_read_only(file: Path) -> sqlite3.Connection:
+    """Open a SQLite file so that no byte of it changes, and no file appears beside it."""
+    # A file without a log beside it is open nowhere else. Then `immutable` is safe, and it alone
+    # keeps SQLite from leaving a log there.
+    mode = "mode=ro" if Path(f"{file}-wal").exists() else "mode=ro&immutable=1"
+    uri = f"{file.absolute().as_uri()}?{mode}"
+    return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
 
 
 def check_address(address: str | os.PathLike[str], *, create: bool = True) -> None:
@@ -96,12 +107,36 @@ def check_address(address: str | os.PathLike[str], *, create: bool = True) -> No
     Raises:
         StoreError: As for `open_store`, except for what only the schema shows.
     """
-    if "://" not in str(address):
-        _check_file(Path(address), create=create)
-        return
-    url = make_url(str(address))
-    if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
-        _check_file(Path(url.database), create=create)
+    file = _file_of(str(address))
+    if file is not None:
+        _check_file(file, create=create)
+
+
+def _file_of(address: str) -> Path | None:
+    """Return the SQLite file of an address, or None for another database."""
+    if "://" not in address:
+        return Path(address)
+    url = make_url(address)
+    in_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)) if in_file else None
+
+
+def _check_damage(address: str) -> None:
+    """Refuse a damaged file before anything opens it to write: a log, a migration, a row."""
+    file = _file_of(address)
+    if file is not None and file.exists() and file.stat().st_size:
+        with closing(connect_read_only(file)) as connection:
+            check_integrity(connection, file)
+
+
+def _check_tables(engine: Engine, address: str) -> None:
+    """Refuse a database that lacks a table or a column of its schema."""
+    found = inspect(engine)
+    names = set(found.get_table_names())
+    for table in Base.metadata.sorted_tables:
+        columns = found.get_columns(table.name) if table.name in names else []
+        if missing := {c.name for c in table.columns} - {c["name"] for c in columns}:
+            raise damaged(address, f"its table {table.name} lacks {', '.join(sorted(missing))}")
 
 
 def shown_address(address: str) -> str:
@@ -111,12 +146,8 @@ def shown_address(address: str) -> str:
 
 def folder_of(address: str) -> Path:
     """Return the folder of a SQLite file, or the current folder for another database."""
-    if "://" not in address:
-        return Path(address).parent
-    url = make_url(address)
-    return (
-        Path(url.database).parent if url.get_backend_name() == "sqlite" and url.database else Path()
-    )
+    file = _file_of(address)
+    return Path() if file is None else file.parent
 
 
 def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
@@ -126,6 +157,8 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
             f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}"
         )
     if not path.exists() or path.stat().st_size == 0:
+        if not create and path.exists():
+            raise StoreError(f"{path} is empty: restore it from a copy, or search again")
         if not create:
             raise StoreError(
                 f"no database at {path}{did_you_mean_path(path)}; `autoquant search ... --db"
@@ -142,14 +175,29 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     _check_header(path)
 
 
-def _check_header(path: Path) -> None:
-    with path.open("rb") as file:
-        header = file.read(100)
+def check_is_sqlite(path: Path) -> bytes:
+    """Return the header of a SQLite file.
+
+    Raises:
+        StoreError: There is no such file, or it is of another kind.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+    except OSError as error:
+        raise StoreError(
+            f"cannot read {path}: {error.strerror}{did_you_mean_path(path)}"
+        ) from error
     if len(header) < 100 or header[:16] != b"SQLite format 3\0":
         raise StoreError(
             f"{path} is not an autoquant database (no SQLite file); give another file for the"
             " database"
         )
+    return header
+
+
+def _check_header(path: Path) -> None:
+    header = check_is_sqlite(path)
     application = int.from_bytes(header[68:72], "big")
     if application != APPLICATION_ID:
         raise StoreError(f"{path} belongs to another program; give another file for the database")
@@ -159,7 +207,7 @@ def _check_header(path: Path) -> None:
         path.stat().st_size < page * int.from_bytes(header[28:32], "big")
         and not Path(f"{path}-wal").exists()
     ):
-        raise StoreError(f"{path} is truncated; restore it or give another file for the database")
+        raise damaged(path, "it is truncated")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import select
 
 from autoquant.errors import StoreError
+from autoquant.records import Device
 from autoquant.store.repository import Store, transaction
 from autoquant.store.rows import measurement_from
 from autoquant.store.schema import DeviceRow, TimingRow
@@ -48,10 +49,10 @@ def timing_rows(store: Store, device_part: str = "") -> list[dict[str, Any]]:
     with transaction(store.engine) as session:
         devices = {row.key: row.fingerprint for row in session.scalars(select(DeviceRow))}
         chosen = [
-            key for key, device in devices.items() if device_part.lower() in device["name"].lower()
+            key for key, device in devices.items() if device_part.lower() in device.name.lower()
         ]
         if device_part and not chosen:
-            names = ", ".join(sorted({device["name"] for device in devices.values()}))
+            names = ", ".join(sorted({device.name for device in devices.values()}))
             raise StoreError(
                 f"no device here has {device_part!r} in its name; devices: {names or 'none'}"
             )
@@ -61,10 +62,10 @@ def timing_rows(store: Store, device_part: str = "") -> list[dict[str, Any]]:
         return [_row(row, devices[row.device_key]) for row in rows]
 
 
-def _row(row: TimingRow, device: dict[str, Any]) -> dict[str, Any]:
+def _row(row: TimingRow, device: Device) -> dict[str, Any]:
     found = {
-        "device": device["name"],
-        "versions": device["versions"],
+        "device": device.name,
+        "versions": dict(device.versions),
         "spread_us": measurement_from(row).spread_us if row.samples_us else None,
     }
     return {name: found[name] if name in found else getattr(row, name) for name in COLUMNS}

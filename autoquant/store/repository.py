@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Engine, delete, select
 from sqlalchemy.exc import DatabaseError
@@ -19,20 +19,19 @@ from autoquant.records import (
     Measurement,
     Plan,
     Proof,
-    Recording,
     Roofline,
     TaskScore,
     TimingSubject,
     Workload,
 )
+from autoquant.store.columns import BadValueError
+from autoquant.store.integrity import damaged, is_damage
 from autoquant.store.rows import (
+    CALIBRATION,
     StudyFacts,
-    delivery_from,
-    layer_from,
+    check_problem,
     measurement_from,
-    plain,
     plan_from,
-    proof_from,
     study_from,
     task_score_from,
 )
@@ -50,8 +49,7 @@ from autoquant.store.schema import (
     TimingRow,
     now,
 )
-
-_CALIBRATION = "calibration"
+from autoquant.store.shapes import LimitsObject
 
 
 @contextmanager
@@ -59,12 +57,16 @@ def transaction(engine: Engine) -> Iterator[Session]:
     """Open a session that is committed at the end, or rolled back if something raises.
 
     Raises:
-        StoreError: The database refused a statement.
+        StoreError: The database refused a statement, or a row that was read is damaged.
     """
     try:
         with Session(engine) as session, session.begin():
             yield session
+    except BadValueError as error:
+        raise damaged(engine.url.database, str(error)) from error
     except DatabaseError as error:
+        if is_damage(error):
+            raise damaged(engine.url.database, str(error.orig)) from error
         raise StoreError(f"the database refused: {error.orig}") from error
 
 
@@ -88,7 +90,7 @@ class Store:
 
     def put_device(self, device: Device) -> None:
         with self._session() as session:
-            session.merge(DeviceRow(key=device.key, fingerprint=plain(device)))
+            session.merge(DeviceRow(key=device.key, fingerprint=device))
 
     def roofline(self, device: Device) -> Roofline | None:
         """Return the measured limits of `device`, or None."""
@@ -102,7 +104,7 @@ class Store:
 
     def put_roofline(self, device: Device, roofline: Roofline) -> None:
         with self._session() as session:
-            session.merge(RooflineRow(device_key=device.key, **plain(roofline)))
+            session.merge(RooflineRow(device_key=device.key, **asdict(roofline)))
 
     def timings(self, device: Device, protocol: str) -> dict[TimingSubject, Measurement]:
         """Return every measurement made on `device` under `protocol`."""
@@ -123,7 +125,7 @@ class Store:
                     TimingRow(
                         device_key=device.key,
                         protocol=protocol,
-                        **plain(subject.shape),
+                        **asdict(subject.shape),
                         m=subject.m,
                         format=subject.format,
                         kernel=subject.kernel,
@@ -131,7 +133,7 @@ class Store:
                         outcome=measurement.outcome,
                         reason=measurement.reason,
                         latency_us=measurement.latency_us if measurement.samples_us else None,
-                        samples_us=list(measurement.samples_us),
+                        samples_us=measurement.samples_us,
                         relative_error=measurement.relative_error,
                     )
                 )
@@ -197,12 +199,12 @@ class Store:
                         model_hash=model_hash,
                         device_key=device.key,
                         identity=dict(identity),
-                        workload=plain(workload),
+                        workload=workload,
                         limits=dict(limits),
                     )
                 )
             else:
-                row.limits = dict(limits)
+                row.limits = cast(LimitsObject, dict(limits))
 
     def update_study(self, study_id: str, **columns: Any) -> None:
         """Set columns of `StudyRow`: recording, problem, recommended, complete or spent_s."""
@@ -211,7 +213,7 @@ class Store:
             if row is None:
                 raise PlanError(f"no study {study_id} in this database")
             for name, value in columns.items():
-                setattr(row, name, plain(value) if isinstance(value, Recording) else value)
+                setattr(row, name, value)
 
     def put_options(
         self,
@@ -225,7 +227,7 @@ class Store:
             options: The choices of every layer, with their predictions.
             about: What all plans have in common.
         """
-        layers = [[plain(choice) for choice in layer] for layer in options]
+        layers = [list(layer) for layer in options]
         self.update_study(study_id, problem={"options": layers, "about": dict(about or {})})
 
     def options(self, study_id: str) -> dict[str, list[LayerChoice]] | None:
@@ -237,11 +239,13 @@ class Store:
     ) -> tuple[dict[str, list[LayerChoice]] | None, dict[str, Any]]:
         """Return `options`, and what all plans have in common (empty if unknown)."""
         with self._session() as session:
-            problem = session.scalar(select(StudyRow.problem).where(StudyRow.id == study_id))
-        if problem is None:
-            return None, {}
-        layers = [[layer_from(choice) for choice in layer] for layer in problem["options"]]
-        return {layer[0].name: layer for layer in layers}, dict(problem.get("about") or {})
+            row = session.get(StudyRow, study_id)
+            problem = None if row is None else row.problem
+            if row is None or problem is None:
+                return None, {}
+            check_problem(problem, row.workload, study_id)
+        options = {layer[0].name: layer for layer in problem["options"]}
+        return options, dict(problem.get("about") or {})
 
     def studies(self) -> list[str]:
         """Return the study ids, the latest first."""
@@ -271,7 +275,7 @@ class Store:
             model = session.get_one(ModelRow, row.model_hash)
             device = session.get_one(DeviceRow, row.device_key)
             calibration = session.scalars(
-                select(ReferenceRow).filter_by(study_id=row.id, name=_CALIBRATION)
+                select(ReferenceRow).filter_by(study_id=row.id, name=CALIBRATION)
             ).first()
             return study_from(
                 row, model, device, calibration.value["windows"] if calibration else None
@@ -279,9 +283,7 @@ class Store:
 
     def put_calibration(self, study_id: str, windows: Sequence[Sequence[int]]) -> None:
         """Save the token ids that the study's weights are rounded for."""
-        self.put_reference(
-            study_id, _CALIBRATION, {"windows": [list(window) for window in windows]}
-        )
+        self.put_reference(study_id, CALIBRATION, {"windows": [list(window) for window in windows]})
 
     def put_reference(self, study_id: str, name: str, value: Mapping[str, Any]) -> None:
         """Save `value` under a name of the study, and replace an earlier value."""
@@ -306,7 +308,6 @@ class Store:
 
     def put_plan(self, plan: Plan) -> None:
         """Save `plan`. It replaces one of the same id, whose predictions may be older."""
-        data = plain(plan)
         with self._session() as session:
             session.merge(
                 PlanRow(
@@ -316,8 +317,8 @@ class Store:
                     kind=plan.kind,
                     model_hash=plan.model_hash,
                     dtype=plan.dtype,
-                    layers=data["layers"],
-                    prediction=data["prediction"],
+                    layers=plan.layers,
+                    prediction=plan.prediction,
                 )
             )
 
@@ -327,7 +328,7 @@ class Store:
             rows = session.scalars(
                 select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id)
             )
-            return [plan_from(row) for row in rows]
+            return [plan_from(row, _workload(session, row)) for row in rows]
 
     def plan(self, plan_id: str) -> Plan:
         """Return the plan whose id starts with `plan_id`.
@@ -346,7 +347,7 @@ class Store:
                     f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a"
                     " search"
                 )
-            return plan_from(rows[0])
+            return plan_from(rows[0], _workload(session, rows[0]))
 
     def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> None:
         with self._session() as session:
@@ -355,7 +356,7 @@ class Store:
                     plan_id=plan_id,
                     outcome="ok" if proof else "failed",
                     reason=reason,
-                    proof=plain(proof) if proof else None,
+                    proof=proof,
                 )
             )
 
@@ -367,7 +368,7 @@ class Store:
                 .join(PlanRow, PlanRow.id == ProofRow.plan_id)
                 .filter(PlanRow.study_id == study_id)
             )
-            return {row.plan_id: proof_from(row.proof) for row in rows if row.proof is not None}
+            return {row.plan_id: row.proof for row in rows if row.proof is not None}
 
     def failed_proofs(self, study_id: str) -> dict[str, str]:
         """Return why plans could not be proven, by plan id."""
@@ -382,7 +383,7 @@ class Store:
     def put_delivery(self, delivery: Delivery) -> None:
         """Save a delivery, and replace an earlier one of the plan."""
         with self._session() as session:
-            session.merge(DeliveryRow(plan_id=delivery.plan_id, delivery=plain(delivery)))
+            session.merge(DeliveryRow(plan_id=delivery.plan_id, delivery=delivery))
 
     def deliveries(self, study_id: str) -> dict[str, Delivery]:
         """Return the deliveries by plan id."""
@@ -393,7 +394,7 @@ class Store:
                 .filter(PlanRow.study_id == study_id)
                 .order_by(DeliveryRow.created)
             )
-            return {row.plan_id: delivery_from(row.delivery) for row in rows}
+            return {row.plan_id: row.delivery for row in rows}
 
     def forget_deliveries(self, plan_ids: Iterable[str]) -> None:
         with self._session() as session:
@@ -432,3 +433,8 @@ class Store:
                 .order_by(TaskScoreRow.id)
             )
             return [task_score_from(row) for row in rows]
+
+
+def _workload(session: Session, plan: PlanRow) -> Workload:
+    """Return what the study of a plan is for. The session reads each study once."""
+    return session.get_one(StudyRow, plan.study_id).workload

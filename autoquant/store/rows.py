@@ -1,36 +1,41 @@
-"""Convert rows of the tables to records, and records to JSON and back."""
+"""Make records of rows, and check what the columns of a row, or several rows, say together."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import event
 
 from autoquant.records import (
-    Delivery,
     Device,
-    Interval,
-    LayerChoice,
     LinearShape,
     Measurement,
-    Outcome,
-    Phase,
     Plan,
-    PlanKind,
-    Prediction,
-    Proof,
     Recording,
-    RouteStep,
-    RunTimes,
-    Site,
-    SiteUse,
-    Skipped,
     TaskScore,
     TimingSubject,
     Workload,
 )
-from autoquant.store.schema import DeviceRow, ModelRow, PlanRow, StudyRow, TaskScoreRow, TimingRow
+from autoquant.store.columns import BadValueError
+from autoquant.store.schema import (
+    Base,
+    DeliveryRow,
+    DeviceRow,
+    ModelRow,
+    PlanRow,
+    ProofRow,
+    ReferenceRow,
+    StudyRow,
+    TaskScoreRow,
+    TimingRow,
+)
+from autoquant.store.shapes import REFERENCES, Problem
+from autoquant.typed import ShapeError, check
+
+CALIBRATION = "calibration"
+"""Name of the reference with the text that weights are rounded for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +62,7 @@ class StudyFacts:
 
 
 def measurement_from(row: TimingRow) -> Measurement:
-    """Rebuild a `Measurement` from its row."""
+    """Make a `Measurement` of its row."""
     subject = TimingSubject(
         shape=LinearShape(n=row.n, k=row.k, bias=row.bias, dtype=row.dtype),
         m=row.m,
@@ -67,9 +72,9 @@ def measurement_from(row: TimingRow) -> Measurement:
     )
     return Measurement(
         subject=subject,
-        outcome=cast(Outcome, row.outcome),
+        outcome=row.outcome,
         reason=row.reason,
-        samples_us=tuple(row.samples_us),
+        samples_us=row.samples_us,
         relative_error=row.relative_error,
     )
 
@@ -80,12 +85,12 @@ def study_from(
     return StudyFacts(
         study_id=row.id,
         model_hash=row.model_hash,
-        source=model.source,
-        device=Device(**device.fingerprint),
-        identity=row.identity,
-        workload=workload_from(row.workload),
-        limits=row.limits,
-        recording=recording_from(row.recording) if row.recording else None,
+        source=dict(model.source),
+        device=device.fingerprint,
+        identity=dict(row.identity),
+        workload=row.workload,
+        limits=dict(row.limits),
+        recording=row.recording,
         recommended=row.recommended,
         complete=row.complete,
         spent_s=row.spent_s,
@@ -105,90 +110,78 @@ def task_score_from(row: TaskScoreRow) -> TaskScore:
     )
 
 
-def plan_from(row: PlanRow) -> Plan:
+def plan_from(row: PlanRow, workload: Workload) -> Plan:
+    """Make a `Plan` of its row.
+
+    Raises:
+        BadValueError: It predicts times of phases that the workload of its study does not have.
+    """
+    check_phases((layer.latency_us for layer in row.layers), workload, f"plan {row.id}")
     return Plan(
         plan_id=row.id,
         study_id=row.study_id,
         label=row.label,
-        kind=cast(PlanKind, row.kind),
+        kind=row.kind,
         model_hash=row.model_hash,
         dtype=row.dtype,
-        layers=tuple(layer_from(layer) for layer in row.layers),
-        prediction=Prediction(**row.prediction),
+        layers=row.layers,
+        prediction=row.prediction,
     )
 
 
-def plain(record: Any) -> dict[str, Any]:
-    """Return a record as dicts and lists that JSON can hold."""
-    return cast(dict[str, Any], json.loads(to_json(record)))
+def check_phases(times: Iterable[Mapping[str, float]], workload: Workload, place: str) -> None:
+    """Check that times are of phases of a study's workload.
+
+    Raises:
+        BadValueError: They are of another phase.
+    """
+    phases = workload.calls().keys()
+    for each in times:
+        if unknown := each.keys() - phases:
+            raise BadValueError(f"{place} has times of {min(unknown)!r}, which its study has not")
 
 
-def to_json(record: Any) -> str:
-    """Return a record as JSON."""
-    return json.dumps(asdict(record), separators=(",", ":"))
+def check_problem(problem: Problem, workload: Workload, study_id: str) -> None:
+    """Check that what plans are solved from is of one set of layers and of one workload.
+
+    Raises:
+        BadValueError: It is not.
+    """
+    place = f"study.problem of {study_id}"
+    layers = [layer[0].name for layer in problem["options"]]
+    known = set(layers)
+    grouped = [name for group in (problem.get("about") or {}).get("groups", ()) for name in group]
+    if len(known) < len(layers) or not known.issuperset(grouped):
+        raise BadValueError(f"{place} names a layer twice, or one that is not there")
+    for layer in problem["options"]:
+        if any(choice.name != layer[0].name for choice in layer):
+            raise BadValueError(f"{place} has options of several layers as those of one")
+        check_phases((choice.latency_us for choice in layer), workload, place)
 
 
-def _shape(data: Mapping[str, Any]) -> LinearShape:
-    return LinearShape(**data)
+@event.listens_for(Base, "load", propagate=True)
+def _check_loaded(row: Base, _context: Any) -> None:
+    """Check each row that is loaded as a whole."""
+    check_row(row)
 
 
-def site_from(data: Mapping[str, Any]) -> Site:
-    return Site(
-        name=data["name"],
-        parameters=tuple(data["parameters"]),
-        shape=_shape(data["shape"]),
-        uses=tuple(SiteUse(**use) for use in data["uses"]),
-        kept=tuple(data["kept"]),
-        siblings=tuple(data["siblings"]),
-    )
+def check_row(row: Base) -> None:
+    """Check that the columns of a row agree with one another.
 
-
-def recording_from(data: Mapping[str, Any]) -> Recording:
-    """Rebuild a `Recording` from its JSON object."""
-    return Recording(
-        sites=tuple(site_from(site) for site in data["sites"]),
-        skipped=tuple(Skipped(**skipped) for skipped in data["skipped"]),
-        weights_share=data["weights_share"],
-        flops_share=data["flops_share"],
-        parameter_bytes=data["parameter_bytes"],
-    )
-
-
-def workload_from(data: Mapping[str, Any]) -> Workload:
-    """Rebuild a `Workload` from its JSON object."""
-    return Workload(phases=tuple(Phase(**phase) for phase in data["phases"]), batch=data["batch"])
-
-
-def layer_from(data: Mapping[str, Any]) -> LayerChoice:
-    """Rebuild a `LayerChoice` from its JSON object."""
-    rest = {
-        key: value
-        for key, value in data.items()
-        if key not in ("shape", "route", "parameters", "joined")
-    }
-    return LayerChoice(
-        shape=_shape(data["shape"]),
-        route=tuple(RouteStep(**step) for step in data["route"]),
-        parameters=tuple(data["parameters"]),
-        joined=tuple(data.get("joined", ())),
-        **rest,
-    )
-
-
-def proof_from(data: Mapping[str, Any]) -> Proof:
-    """Rebuild a `Proof` from its JSON object."""
-    rest = dict(data)
-    for name in ("increase", "selection_increase", "selection_kl", "time_ratio"):
-        rest[name] = Interval(**rest[name]) if rest.get(name) else None
-    for name in ("notes", "selection_losses"):
-        rest[name] = tuple(rest.get(name, ()))
-    return Proof(**rest)
-
-
-def delivery_from(data: Mapping[str, Any]) -> Delivery:
-    """Rebuild a `Delivery` from its JSON object."""
-    rest = dict(data) | {"notes": tuple(data["notes"])}
-    for name in ("times", "original_times"):
-        rest[name] = RunTimes(**rest[name]) if rest[name] else None
-    rest["ratio"] = Interval(**rest["ratio"]) if rest["ratio"] else None
-    return Delivery(**rest)
+    Raises:
+        BadValueError: They do not.
+    """
+    if isinstance(row, ProofRow):
+        if (row.outcome == "ok") != (row.proof is not None):
+            raise BadValueError(f"proof of {row.plan_id}: {row.outcome}, but its proof says not so")
+        if row.proof is not None and row.proof.plan_id != row.plan_id:
+            raise BadValueError(f"proof of {row.plan_id} is one of {row.proof.plan_id}")
+    elif isinstance(row, DeliveryRow) and row.delivery.plan_id != row.plan_id:
+        raise BadValueError(f"delivery of {row.plan_id} is one of {row.delivery.plan_id}")
+    elif isinstance(row, TimingRow) and row.outcome == "ok" and not row.samples_us:
+        raise BadValueError(f"timing {row.id}: ok, but without samples")
+    elif isinstance(row, ReferenceRow) and row.name in REFERENCES:
+        try:
+            check(REFERENCES[row.name], row.value)
+        except ShapeError as error:
+            raise BadValueError(f"reference {row.name} of {row.study_id}: {error}") from error

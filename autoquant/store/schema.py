@@ -5,8 +5,33 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, MetaData, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    DateTime,
+    Double,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from autoquant.records import (
+    Delivery,
+    Device,
+    LayerChoice,
+    Outcome,
+    PlanKind,
+    Prediction,
+    Proof,
+    Recording,
+    Workload,
+)
+from autoquant.records.numbers import Count, Finite, NonNegative, Positive
+from autoquant.store.columns import Checked
+from autoquant.store.shapes import Identity, LimitsObject, ModelObject, Problem
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -21,11 +46,42 @@ def now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
+_NUMBERS = (Count, Positive)
+_FLOATS = (Finite, NonNegative)
+_RECORDS = (
+    Device,
+    LimitsObject,
+    ModelObject,
+    Identity,
+    Problem,
+    Prediction,
+    Proof,
+    Delivery,
+    Recording,
+    Workload,
+    tuple[LayerChoice, ...],
+    tuple[NonNegative, ...],
+    dict[str, NonNegative],
+    dict[str, Any],
+)
+_TYPES: dict[Any, Any] = {
+    str: Checked(String(), str),
+    int: Checked(Integer(), int),
+    float: Checked(Double(), float),
+    bool: Checked(Boolean(), bool),
+    datetime: Checked(DateTime(), datetime),
+    **{kind: Checked(Integer(), kind) for kind in _NUMBERS},
+    **{kind: Checked(Double(), kind) for kind in _FLOATS},
+    **{kind: Checked(String(), kind) for kind in (Outcome, PlanKind)},
+    **{kind: Checked(JSON(), kind) for kind in _RECORDS},
+}
+
+
 class Base(DeclarativeBase):
     """Base of every table of the project."""
 
     metadata = MetaData(naming_convention=NAMING)
-    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON}  # noqa: RUF012
+    type_annotation_map = _TYPES
 
 
 class DeviceRow(Base):
@@ -33,7 +89,7 @@ class DeviceRow(Base):
 
     __tablename__ = "device"
     key: Mapped[str] = mapped_column(primary_key=True)
-    fingerprint: Mapped[dict[str, Any]]
+    fingerprint: Mapped[Device]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -42,8 +98,8 @@ class RooflineRow(Base):
 
     __tablename__ = "roofline"
     device_key: Mapped[str] = mapped_column(ForeignKey("device.key"), primary_key=True)
-    bandwidth_bytes_per_s: Mapped[float]
-    flops_per_s: Mapped[dict[str, Any]]
+    bandwidth_bytes_per_s: Mapped[NonNegative]
+    flops_per_s: Mapped[dict[str, NonNegative]]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -68,18 +124,18 @@ class TimingRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     device_key: Mapped[str] = mapped_column(ForeignKey("device.key"))
     protocol: Mapped[str]
-    n: Mapped[int]
-    k: Mapped[int]
+    n: Mapped[Positive]
+    k: Mapped[Positive]
     bias: Mapped[bool]
     dtype: Mapped[str]
-    m: Mapped[int]
+    m: Mapped[Positive]
     format: Mapped[str]
     kernel: Mapped[str]
-    working_set_bytes: Mapped[int]
-    outcome: Mapped[str]
+    working_set_bytes: Mapped[Count]
+    outcome: Mapped[Outcome]
     reason: Mapped[str] = mapped_column(default="")
-    latency_us: Mapped[float | None]
-    samples_us: Mapped[list[Any]]
+    latency_us: Mapped[NonNegative | None]
+    samples_us: Mapped[tuple[NonNegative, ...]]
     relative_error: Mapped[float | None]
     created: Mapped[datetime] = mapped_column(default=now)
 
@@ -89,7 +145,7 @@ class ModelRow(Base):
 
     __tablename__ = "model"
     hash: Mapped[str] = mapped_column(primary_key=True)
-    source: Mapped[dict[str, Any]]
+    source: Mapped[ModelObject]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -104,7 +160,7 @@ class LossRow(Base):
     method: Mapped[str]
     layer: Mapped[str]
     numerics: Mapped[str]
-    loss: Mapped[float]
+    loss: Mapped[Finite]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -119,14 +175,14 @@ class StudyRow(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     model_hash: Mapped[str] = mapped_column(ForeignKey("model.hash"))
     device_key: Mapped[str] = mapped_column(ForeignKey("device.key"))
-    identity: Mapped[dict[str, Any]]
-    workload: Mapped[dict[str, Any]]
-    limits: Mapped[dict[str, Any]]
-    recording: Mapped[dict[str, Any] | None]
-    problem: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    identity: Mapped[Identity]
+    workload: Mapped[Workload]
+    limits: Mapped[LimitsObject]
+    recording: Mapped[Recording | None]
+    problem: Mapped[Problem | None] = mapped_column(deferred=True)
     recommended: Mapped[str | None]
     complete: Mapped[bool] = mapped_column(default=False)
-    spent_s: Mapped[float] = mapped_column(default=0.0)
+    spent_s: Mapped[NonNegative] = mapped_column(default=0.0)
     created: Mapped[datetime] = mapped_column(default=now)
     updated: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 
@@ -138,11 +194,11 @@ class PlanRow(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     study_id: Mapped[str] = mapped_column(ForeignKey("study.id"), index=True)
     label: Mapped[str]
-    kind: Mapped[str]
+    kind: Mapped[PlanKind]
     model_hash: Mapped[str]
     dtype: Mapped[str]
-    layers: Mapped[list[Any]]
-    prediction: Mapped[dict[str, Any]]
+    layers: Mapped[tuple[LayerChoice, ...]]
+    prediction: Mapped[Prediction]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -153,7 +209,7 @@ class ProofRow(Base):
     plan_id: Mapped[str] = mapped_column(ForeignKey("plan.id"), primary_key=True)
     outcome: Mapped[str]
     reason: Mapped[str] = mapped_column(default="")
-    proof: Mapped[dict[str, Any] | None]
+    proof: Mapped[Proof | None]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -162,7 +218,7 @@ class DeliveryRow(Base):
 
     __tablename__ = "delivery"
     plan_id: Mapped[str] = mapped_column(ForeignKey("plan.id"), primary_key=True)
-    delivery: Mapped[dict[str, Any]]
+    delivery: Mapped[Delivery]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -181,11 +237,11 @@ class TaskScoreRow(Base):
     dtype: Mapped[str]
     task: Mapped[str]
     metric: Mapped[str]
-    samples_limit: Mapped[int]
+    samples_limit: Mapped[Count]
     lm_eval_version: Mapped[str]
     value: Mapped[float]
     stderr: Mapped[float | None]
-    samples: Mapped[int | None]
+    samples: Mapped[Count | None]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -202,3 +258,9 @@ class ReferenceRow(Base):
     name: Mapped[str]
     value: Mapped[dict[str, Any]]
     created: Mapped[datetime] = mapped_column(default=now)
+
+
+for _table in Base.metadata.tables.values():
+    for _column in _table.columns:
+        assert isinstance(_column.type, Checked)
+        _column.type = _column.type.at(_column)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from autoquant import prompting
 from autoquant.cli import generate as command
 from autoquant.cli.main import app
-from autoquant.export import checkpoint
+from autoquant.export.manifest import MANIFEST
 
 PROMPT = "w1 w2 w3"
 
@@ -242,7 +242,7 @@ def test_everything_that_is_missing_is_said_at_once(quantized, tmp_path):
 
 
 def test_a_module_that_is_no_language_model_is_refused(tmp_path):
-    (tmp_path / checkpoint.MANIFEST).write_text("{}")
+    (tmp_path / MANIFEST).write_text("{}")
     result = run(tmp_path, "--prompt", PROMPT)
     assert result.exit_code == 2
     assert "holds a module that is no language model: run it with autoquant.load" in result.stderr

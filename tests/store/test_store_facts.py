@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from autoquant.errors import PlanError, StoreError
-from autoquant.records import Roofline, TaskScore
-from autoquant.store.rows import workload_from
+from autoquant.records import Roofline, TaskScore, Workload
+from autoquant.store.columns import to_json
+from autoquant.typed import read
 
 from .made_up import (
     DEVICE,
@@ -267,6 +268,4 @@ def test_references_are_replaced_by_name(filled):
 
 
 def test_a_workload_comes_back_from_its_json():
-    from dataclasses import asdict
-
-    assert workload_from(asdict(WORKLOAD)) == WORKLOAD
+    assert read(Workload, to_json(WORKLOAD)) == WORKLOAD

@@ -8,14 +8,22 @@ import pytest
 
 from autoquant.candidates import Candidate, get_format
 from autoquant.profiler.timing_table import TimingTable
-from autoquant.records import LinearShape, Measurement, RouteStep, SiteUse, TimingSubject
+from autoquant.records import (
+    LayerChoice,
+    LinearShape,
+    Measurement,
+    RouteStep,
+    SiteUse,
+    TimingSubject,
+)
 from autoquant.solver.front import front_plans
 from autoquant.solver.planning import make_plan
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.uniform import uniform_plans
-from autoquant.store.rows import layer_from, to_json
+from autoquant.store.columns import to_json
 from autoquant.tuner.choices import FormatFacts, SiteChoices, numerics_of, scored
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion, sibling_sites
+from autoquant.typed import read
 
 from .made_up import CONTEXT, WORKING_SET, WORKLOAD, make_site
 
@@ -270,6 +278,6 @@ def test_a_joined_layer_comes_back_from_json():
 
     q, k, other = sites()
     joined = fusion(9.0).join([choice(q, 6.0), choice(k, 4.0), choice(other, 7.0)])[0]
-    assert layer_from(json.loads(to_json(joined))) == joined
+    assert read(LayerChoice, to_json(joined)) == joined
     old = {key: value for key, value in json.loads(to_json(joined)).items() if key != "joined"}
-    assert layer_from(old).joined == ()
+    assert read(LayerChoice, json.dumps(old)).joined == ()

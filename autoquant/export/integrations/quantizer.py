@@ -64,7 +64,7 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def _process_model_before_weight_loading(
         self, model: Any, *, device_map: Any, checkpoint_files: list[str], **_options: Any
     ) -> None:
-        from autoquant.export.checkpoint import read_manifest
+        from autoquant.export.manifest import read_manifest
 
         self._folder = _whole_folder(Path(checkpoint_files[0]), str(model.config.name_or_path))
         self._device = _device_name((device_map or {"": "cpu"})[""])
@@ -74,11 +74,12 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> Any:
         from autoquant.export import checkpoint
         from autoquant.export.integrations.saving import settle_loaded
+        from autoquant.export.manifest import read_manifest
         from autoquant.models.loaded import settle
 
         del model.state_dict, model._keys_to_ignore_on_load_unexpected
         checkpoint.fill(model, self._folder, self._device)
-        return settle_loaded(settle(model), checkpoint.read_manifest(self._folder))
+        return settle_loaded(settle(model), read_manifest(self._folder))
 
     def is_serializable(self) -> bool:
         """Return True: it can be saved."""
@@ -126,7 +127,8 @@ def _whole_folder(weights: Path, name: str) -> Path:
     Of a checkpoint on the hub, transformers fetches only the files that it knows. The others are
     fetched here.
     """
-    from autoquant.export.checkpoint import MANIFEST, PACKED
+    from autoquant.export.checkpoint import PACKED
+    from autoquant.export.manifest import MANIFEST
 
     folder = weights.parent
     if (folder / MANIFEST).exists() or Path(name).exists():

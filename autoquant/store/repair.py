@@ -1,0 +1,219 @@
+"""Save what is whole of a damaged database: its valid rows, in a new one."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import UniqueConstraint, insert
+from sqlalchemy.dialects.sqlite import dialect
+from sqlalchemy.orm import Session
+
+from autoquant.errors import StoreError
+from autoquant.store.columns import BadValueError
+from autoquant.store.connect import check_is_sqlite, connect_read_only, open_store
+from autoquant.store.repository import transaction
+from autoquant.store.rows import check_problem, check_row, plan_from
+from autoquant.store.schema import Base, PlanRow, StudyRow
+
+_LAST_ROW = 2**62
+_DEEPEST = 12  # halvings of a range of rows around pages that cannot be read
+_MANY_ROWS = 2**24
+_BATCH_ROWS = 500
+
+
+@dataclass(slots=True, kw_only=True)
+class SavedRows:
+    """What came of the rows of a table.
+
+    Attributes:
+        lost: Rows that were read, and are not valid or refer to a row that is not there.
+        emptied: Values that were left out of saved rows, where a column may be empty.
+        unreadable: Whether some of the table's pages could not be read.
+    """
+
+    saved: int = 0
+    lost: int = 0
+    emptied: int = 0
+    unreadable: bool = False
+
+
+def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, SavedRows]:
+    """Copy the valid rows of a SQLite file, whose referents are there, into a new database.
+
+    The file is only read. `out` appears when it is complete.
+
+    Raises:
+        StoreError: `out` exists or cannot be made, or nothing can be read.
+    """
+    source, target = Path(path), Path(out)
+    if target.exists():
+        raise StoreError(f"{target} exists already: give the name of a new file with --out")
+    if not target.parent.is_dir():
+        raise StoreError(f"the folder {target.parent} does not exist: make it first")
+    check_is_sqlite(source)
+    try:
+        with (
+            closing(connect_read_only(source)) as reading,
+            tempfile.TemporaryDirectory(prefix=".repair-", dir=target.parent) as scratch,
+        ):
+            new = Path(scratch) / "new.db"
+            saved = _save(reading, new)
+            if not any(rows.saved for rows in saved.values()):
+                raise StoreError(f"{source} is damaged, and no row of it can be saved")
+            target.touch(exist_ok=False)
+            os.replace(new, target)
+    except sqlite3.DatabaseError as error:
+        raise StoreError(f"no row of {source} can be saved: {error}") from error
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
+    return saved
+
+
+def _save(reading: sqlite3.Connection, new: Path) -> dict[str, SavedRows]:
+    reading.text_factory = _text
+    store = open_store(new)
+    try:
+        with transaction(store.engine) as writing:
+            copy = _Copy(reading, writing)
+            for mapper in sorted(Base.registry.mappers, key=lambda each: _order(each.class_)):
+                copy.table(mapper.class_)
+        return copy.saved
+    finally:
+        store.close()
+
+
+def _order(row: type[Base]) -> int:
+    """Return the place of a table behind those that it refers to."""
+    return Base.metadata.sorted_tables.index(Base.metadata.tables[row.__tablename__])
+
+
+def _text(data: bytes) -> str | bytes:
+    """Return text, or what is none as it is: the column then refuses it."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+@dataclass
+class _Copy:
+    """Copies rows from table to table, those first that others refer to."""
+
+    reading: sqlite3.Connection
+    writing: Session
+    saved: dict[str, SavedRows] = field(default_factory=dict)
+    _keys: dict[str, set[Any]] = field(default_factory=dict)  # of saved rows, by TABLE.COLUMN
+
+    def table(self, row: type[Base]) -> None:
+        """Copy the valid rows of one table."""
+        table = Base.metadata.tables[row.__tablename__]
+        rows = self.saved[table.name] = SavedRows()
+        names = [column.name for column in table.columns]
+        known: set[tuple[Any, ...]] = set()
+        batch: list[dict[str, Any]] = []
+        for values in _readable(self.reading, table.name, names, rows):
+            try:
+                checked = self._checked(dict(zip(names, values, strict=True)), row, rows)
+                self._check(row(**checked), known)
+            except BadValueError:
+                rows.lost += 1
+                continue
+            batch.append(checked)
+            rows.saved += 1
+            if len(batch) == _BATCH_ROWS:
+                self.writing.execute(insert(table), batch)
+                batch.clear()
+        if batch:
+            self.writing.execute(insert(table), batch)
+
+    def _checked(self, values: dict[str, Any], row: type[Base], rows: SavedRows) -> dict[str, Any]:
+        """Return the values of a row as Python has them. A bad one that may be empty is emptied."""
+        found = {}
+        for column in Base.metadata.tables[row.__tablename__].columns:
+            process: Any = column.type.result_processor(dialect(), None)
+            try:
+                found[column.name] = process(values[column.name])
+            except BadValueError:
+                if not column.nullable:
+                    raise
+                found[column.name] = None
+                rows.emptied += 1
+        return found
+
+    def _check(self, row: Any, known: set[tuple[Any, ...]]) -> None:
+        """Check a row with those already saved."""
+        check_row(row)
+        table = Base.metadata.tables[row.__tablename__]
+        for column in table.columns:
+            for key in column.foreign_keys:
+                if getattr(row, column.name) not in self._keys.get(key.target_fullname, ()):
+                    raise BadValueError(f"{table.name}.{column.name} refers to nothing")
+        if isinstance(row, PlanRow):
+            study = self.writing.get_one(StudyRow, row.study_id)
+            plan_from(row, study.workload)
+        elif isinstance(row, StudyRow) and row.problem is not None:
+            check_problem(row.problem, row.workload, row.id)
+        unique = [each for each in table.constraints if isinstance(each, UniqueConstraint)]
+        for constraint in (table.primary_key, *unique):
+            key_of_row = (
+                constraint.name,
+                *(getattr(row, column.name) for column in constraint.columns),
+            )
+            if key_of_row in known:
+                raise BadValueError(f"{table.name} has a row twice")
+            known.add(key_of_row)
+        for column in table.primary_key:
+            keys = self._keys.setdefault(f"{table.name}.{column.name}", set())
+            keys.add(getattr(row, column.name))
+
+
+def _readable(
+    reading: sqlite3.Connection, table: str, names: list[str], rows: SavedRows
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a table that can be read; none if it is not there."""
+    try:
+        columns = {row[1] for row in reading.execute(f'PRAGMA table_info("{table}")')}
+    except sqlite3.DatabaseError:
+        columns = set()
+        rows.unreadable = True
+    if columns:
+        selected = ", ".join(f'"{name}"' if name in columns else "NULL" for name in names)
+        query = f'SELECT rowid, {selected} FROM "{table}" WHERE rowid BETWEEN ? AND ?'
+        for found in _around_damage(reading, query, (-_LAST_ROW, _LAST_ROW), rows, _DEEPEST):
+            yield found[1:]
+
+
+def _around_damage(
+    reading: sqlite3.Connection,
+    query: str,
+    between: tuple[int, int],
+    rows: SavedRows,
+    depth: int,
+) -> Iterator[tuple[Any, ...]]:
+    """Yield rows from both ends of a range, then from the halves of what is left between."""
+    low, high = between
+    try:
+        for found in reading.execute(f"{query} ORDER BY rowid", (low, high)):
+            yield found
+            low = found[0] + 1
+        return
+    except sqlite3.DatabaseError:
+        rows.unreadable = True
+    try:
+        for found in reading.execute(f"{query} ORDER BY rowid DESC", (low, high)):
+            yield found
+            high = found[0] - 1
+    except sqlite3.DatabaseError:
+        pass
+    low, high = max(low, 0), min(high, max(low, 0) + _MANY_ROWS)
+    if depth and low < high:
+        middle = (low + high) // 2
+        yield from _around_damage(reading, query, (low, middle), rows, depth - 1)
+        yield from _around_damage(reading, query, (middle + 1, high), rows, depth - 1)

@@ -1,0 +1,135 @@
+"""Shapes of the JSON objects that rows hold and that are no records: facts by name.
+
+Those that later versions add are kept as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NotRequired
+
+from annotated_types import MaxLen, MinLen
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from autoquant.records import BASELINES, LayerChoice, Objective
+from autoquant.records.numbers import Count, Finite
+
+_open = with_config(ConfigDict(extra="allow"))
+
+
+@_open
+class ModelObject(TypedDict):
+    """Where a model was read from: a `ModelSource` of `autoquant.models`."""
+
+    kind: str
+    path: NotRequired[str]
+    model_factory: NotRequired[str | None]
+    tokenizer: NotRequired[str | None]
+    trust_pickle: NotRequired[bool]
+    sample_inputs: NotRequired[str | None]
+
+
+@_open
+class LimitsObject(TypedDict, total=False):
+    """The limits of a search: `Limits` of `autoquant.solver`."""
+
+    max_ppl_increase: Finite | None
+    max_kl: Finite | None
+    max_memory_bytes: Count | None
+    minimize: Objective
+    measure: Literal["increase", "divergence"]
+
+
+@_open
+class ConstraintsObject(TypedDict, total=False):
+    """What a search was told of single layers."""
+
+    keep: list[str]
+    pin: list[str]
+    fusable: str
+
+
+@_open
+class Identity(TypedDict, total=False):
+    """What a study's id is made of."""
+
+    model_hash: str
+    device: str
+    workload: str
+    dtype: str
+    quality: str
+    candidates: list[str]
+    seed: int
+    protocol: str
+    method: str
+    fuse: bool
+    constraints: ConstraintsObject
+
+
+@_open
+class SpaceObject(TypedDict):
+    """What all plans of a study have in common."""
+
+    other_bytes: Count
+    rest_ms: Finite
+    original_request_ms: NotRequired[Finite | None]
+    dtype: str
+    curvature: float
+    groups: list[list[str]]
+    reasons: dict[str, str]
+    logarithmic: bool
+
+
+@_open
+class Problem(TypedDict):
+    """What plans are solved from: the options of every layer."""
+
+    options: list[Annotated[list[LayerChoice], MinLen(1)]]
+    about: NotRequired[SpaceObject | Annotated[dict[str, Any], MaxLen(0)] | None]
+
+
+@_open
+class Windows(TypedDict):
+    """Token ids `[windows, tokens]`."""
+
+    windows: list[list[Count]]
+
+
+@_open
+class Words(TypedDict):
+    """What quality was judged by."""
+
+    words: str
+
+
+@_open
+class Options(TypedDict):
+    """The options of a command, by name."""
+
+    options: dict[str, str | int | float | bool | list[str]]
+
+
+@_open
+class Refinement(TypedDict):
+    """How many plans a refinement proved, and why it ended."""
+
+    plans: Count
+    ended: str
+
+
+@_open
+class Reason(TypedDict):
+    """Why something is missing."""
+
+    reason: str
+
+
+REFERENCES: Mapping[str, Any] = {
+    "calibration": Windows,
+    "judge": Words,
+    "command": Options,
+    "refinement": Refinement,
+    **{f"no {kind} plan": Reason for kind in BASELINES},
+}
+"""The shape of what is known of a study, by its name."""

@@ -16,6 +16,7 @@ from sqlalchemy.pool import NullPool
 from autoquant.errors import StoreError
 from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
+from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
 from autoquant.store.repository import Store
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ _log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x41514E54  # "AQNT" in the SQLite header marks our files
 VERSION_TABLE = "autoquant_schema"
-_BUSY_TIMEOUT_S = 60
 
 
 def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store:
@@ -45,7 +45,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
         else URL.create("sqlite", database=str(address))
     )
     engine = create_engine(
-        url, connect_args={"timeout": _BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {}
+        url, connect_args={"timeout": BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {}
     )
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
@@ -54,7 +54,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
         _migrate(engine, str(address))
     except DatabaseError as error:
         engine.dispose()
-        raise StoreError(f"cannot use {address} as a database: {error.orig}") from error
+        raise StoreError(refusal(error, str(address))) from error
     except StoreError:
         engine.dispose()
         raise
@@ -78,7 +78,7 @@ def open_read_only(path: str | os.PathLike[str]) -> Store:
     engine = create_engine(
         "sqlite://",
         creator=lambda: sqlite3.connect(
-            uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S
+            uri, uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S
         ),
         poolclass=NullPool,
     )
@@ -86,7 +86,7 @@ def open_read_only(path: str | os.PathLike[str]) -> Store:
     try:
         _check_revision(engine, str(path))
     except DatabaseError as error:
-        raise StoreError(f"cannot use {path} as a database: {error.orig}") from error
+        raise StoreError(refusal(error, str(path))) from error
     return Store(engine)
 
 
@@ -171,13 +171,16 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
         # Before the log exists, so that the mark is in the file itself.
         cursor.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = NORMAL")
+    # A fact is shown once it is kept, so it must outlive a loss of power from then on.
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA fullfsync = ON")  # macOS: through the cache of the disk, too
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _migrate(engine: Engine, address: str) -> None:
@@ -188,9 +191,9 @@ def _migrate(engine: Engine, address: str) -> None:
     if _is_newest(engine, address, config):
         return
     _log.info("bringing the schema of %s up to date", engine.url.render_as_string())
-    with engine.begin() as connection:
+    with engine.execution_options(writes=True).begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, "head")  # nothing is left to do if another process was first
 
 
 def _check_revision(engine: Engine, address: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from autoquant.devices.memory import release_memory
-from autoquant.errors import first_line
+from autoquant.errors import ProcessDiedError, first_line, raise_if_full
 from autoquant.events import Listener, Notice, StageProgress
 from autoquant.records import Plan, PlanKind, Proof
 from autoquant.solver.planning import ProvenPlans
@@ -73,12 +73,14 @@ class ProofLedger:
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
         try:
-            job = ProveJob(plan, self._selection)
-            proof, self._selection = self._runner.run(job, self.listener)
+            made = self._run_proof(plan)
         except Exception as error:  # noqa: BLE001 - that a plan cannot run is a fact about it
-            self._put_failure(plan, first_line(error, with_type=True))
+            raise_if_full(error)
+            proof = self._put_failure(plan, first_line(error, with_type=True))
+        else:
+            proof = self.store.put_proof(plan.plan_id, made)
+        if proof is None:
             return None
-        self.store.put_proof(plan.plan_id, proof)
         self.proofs[plan.plan_id] = proof
         milliseconds, increase = proof.request_ms, proof.increase.value
         _log.info(
@@ -101,8 +103,25 @@ class ProofLedger:
         self.store.put_reference(self.study_id, f"no {kind} plan", {"reason": reason})
         self.listener(Notice(f"no {kind} plan: {reason}"))
 
-    def _put_failure(self, plan: Plan, reason: str) -> None:
+    def _run_proof(self, plan: Plan) -> Proof:
+        """Prove a plan in the runner.
+
+        A process that died is tried once more: a plan that ends it does so again, and what ended it
+        from outside does not.
+        """
+        job = ProveJob(plan, self._selection)
+        try:
+            proof, self._selection = self._runner.run(job, self.listener)
+        except ProcessDiedError as death:
+            self.listener(Notice(f"plan {plan.label} is tried once more: {death}"))
+            proof, self._selection = self._runner.run(job, self.listener)
+        return proof
+
+    def _put_failure(self, plan: Plan, reason: str) -> Proof | None:
+        """Keep why a plan could not be proven here; return another process' proof, or None."""
+        if proof := self.store.put_proof(plan.plan_id, None, reason):
+            return proof
         self.failures[plan.plan_id] = reason
-        self.store.put_proof(plan.plan_id, None, reason)
         text = f"plan {plan.label} could not be proven: {reason}; the search goes on without it"
         self.listener(Notice(text))
+        return None

@@ -18,11 +18,11 @@ from autoquant.tuner.workers.jobs import Limited, ProfileJob, Timed
 def keeper(
     store: Store, hardware: Device, known: dict[TimingSubject, Measurement]
 ) -> Callable[[Sequence[Measurement]], None]:
-    """Return what saves measurements, and adds them to those that are known."""
+    """Return what saves measurements, and adds what the store then holds to those known."""
 
     def keep(measurements: Sequence[Measurement]) -> None:
-        store.put_timings(hardware, PROTOCOL, measurements)
-        known.update({measurement.subject: measurement for measurement in measurements})
+        kept = store.put_timings(hardware, PROTOCOL, measurements)
+        known.update({measurement.subject: measurement for measurement in kept})
 
     return keep
 

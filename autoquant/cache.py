@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from autoquant.errors import AutoquantError
+from autoquant.files import write_file
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -36,19 +38,7 @@ def kept(kind: str, key: str, make: Callable[[], bytes]) -> bytes:
         if hashlib.sha256(content).digest() == digest:
             return content
     content = make()
-    with suppress(OSError):
-        _write(path, hashlib.sha256(content).digest() + content)
+    with suppress(OSError, AutoquantError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, hashlib.sha256(content).digest() + content)
     return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a complete file, or none if writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, scratch = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(content)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise

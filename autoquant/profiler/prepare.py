@@ -31,6 +31,7 @@ from autoquant.candidates.registry import is_registered_here
 from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.errors import first_line
+from autoquant.files import raise_if_full
 from autoquant.profiler.bounds import Tried, beaten, bounded
 from autoquant.profiler.timing import LinearToTime, try_out
 from autoquant.records import Device, Measurement, Roofline, TimingSubject
@@ -356,6 +357,7 @@ def _work(
                     subject, fmt, fmt.kernel(subject.kernel), linear, compiled=compiled
                 )
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
+            raise_if_full(error)
             reason = first_line(error, with_type=True)
             measurement = Measurement(subject=subject, outcome="failed", reason=reason)
             stored = 0

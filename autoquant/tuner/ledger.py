@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 
 from autoquant.devices.memory import release_memory
-from autoquant.errors import ProcessDiedError, first_line, raise_if_full
+from autoquant.errors import first_line
 from autoquant.events import Listener, Notice, StageProgress
+from autoquant.files import raise_if_full
 from autoquant.records import Plan, PlanKind, Proof
 from autoquant.solver.planning import ProvenPlans
 from autoquant.solver.space import SearchSpace
 from autoquant.store import Store
 from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
+from autoquant.tuner.workers.again import run_again
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import ProveJob
 
@@ -73,7 +75,8 @@ class ProofLedger:
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
         try:
-            made = self._run_proof(plan)
+            job = ProveJob(plan, self._selection)
+            made, self._selection = run_again(self._runner, job, self.listener, self.listener)
         except Exception as error:  # noqa: BLE001 - that a plan cannot run is a fact about it
             raise_if_full(error)
             proof = self._put_failure(plan, first_line(error, with_type=True))
@@ -102,20 +105,6 @@ class ProofLedger:
         """Keep why there is no baseline of this kind."""
         self.store.put_reference(self.study_id, f"no {kind} plan", {"reason": reason})
         self.listener(Notice(f"no {kind} plan: {reason}"))
-
-    def _run_proof(self, plan: Plan) -> Proof:
-        """Prove a plan in the runner.
-
-        A process that died is tried once more: a plan that ends it does so again, and what ended it
-        from outside does not.
-        """
-        job = ProveJob(plan, self._selection)
-        try:
-            proof, self._selection = self._runner.run(job, self.listener)
-        except ProcessDiedError as death:
-            self.listener(Notice(f"plan {plan.label} is tried once more: {death}"))
-            proof, self._selection = self._runner.run(job, self.listener)
-        return proof
 
     def _put_failure(self, plan: Plan, reason: str) -> Proof | None:
         """Keep why a plan could not be proven here; return another process' proof, or None."""

@@ -81,6 +81,21 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let only one process at a time be inside for a folder; the others wait.
+
+    On a file system without locks nobody waits.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def raise_if_full(error: BaseException, place: Path | None = None) -> None:
     """Raise `DiskFullError` if a full disk is behind `error`: it says nothing about a candidate.
 

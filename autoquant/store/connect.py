@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,23 +144,29 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
 
 
 def _check_header(path: Path) -> None:
-    with path.open("rb") as file:
-        header = file.read(100)
-    if len(header) < 100 or header[:16] != b"SQLite format 3\0":
+    """Refuse what is no database of ours, or shorter than it says.
+
+    SQLite reads the header. If this process closed the file by itself, it would lose the locks of
+    its other connections, and another process would delete their log with all that they write.
+    """
+    being_written = Path(f"{path}-wal").exists()  # then the file may be shorter for a while
+    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorname == "SQLITE_CORRUPT":
+            if being_written:
+                return
+            raise StoreError(
+                f"{path} is truncated; restore it or give another file for the database"
+            ) from error
         raise StoreError(
             f"{path} is not an autoquant database (no SQLite file); give another file for the"
             " database"
-        )
-    application = int.from_bytes(header[68:72], "big")
+        ) from error
     if application != APPLICATION_ID:
         raise StoreError(f"{path} belongs to another program; give another file for the database")
-    page = int.from_bytes(header[16:18], "big")
-    page = 65536 if page == 1 else page
-    if (
-        path.stat().st_size < page * int.from_bytes(header[28:32], "big")
-        and not Path(f"{path}-wal").exists()
-    ):
-        raise StoreError(f"{path} is truncated; restore it or give another file for the database")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -1,10 +1,11 @@
 """Kill searches at random moments, let them go on, and see whether anything was lost or repeated.
 
-    python studies/reliability/kills.py [--kills 100] [--device cpu] [--seed 0] [--out FILE]
+    python studies/reliability/kills.py [--kills 100] [--device cpu] [--mode MODE] [--seed 0]
+        [--out FILE]
 
 Each trial is a search of its own database. It is killed (SIGKILL) at a moment that is uniform over
 the time of a whole search: the searching process alone, one of its workers, or all at once. Then
-the same command goes on, is killed again at a later moment perhaps, and comes to its end. Of each
+the same command goes on, is killed again up to three times, and comes to its end. Of each
 trial it is checked that
 
 - every fact that was saved before the kill is in the database at the end, once;
@@ -41,6 +42,7 @@ if __name__ == "__main__":  # before torch is imported
 import runs
 
 LONGEST_S = 300.0
+MOST_KILLS = 4
 LONGEST_ORPHAN_S = 5.0
 KEYS = {
     "timing": "n, k, m, format, kernel, working_set_bytes",
@@ -136,7 +138,7 @@ def files(folder: Path) -> set[str]:
     return {
         "/".join(part[:24] for part in path.relative_to(folder).parts[:3])
         for path in folder.rglob("*")
-        if path.name not in ("told", "output", "modules", "plan.db-wal", "plan.db-shm")
+        if path.name not in ("told", "output", "modules", "waits", "plan.db-wal", "plan.db-shm")
     }
 
 
@@ -156,17 +158,17 @@ def output(run: runs.Run) -> str:
 def trial(run: runs.Run, db: Path, reference: Reference, draw: random.Random) -> Outcome:
     """Kill a search, let it go on, kill it again perhaps, let it end; check everything."""
     outcome = Outcome()
-    for _ in range(2):
+    for _ in range(MOST_KILLS):
         if _killed(run, reference, draw, outcome) is None:
             break
-        _check_told(run, db, outcome, "after a kill")
+        check_told(run, db, outcome, "after a kill")
         _check_orphans(run, outcome)
     code = runs.ended(runs.start(run), LONGEST_S)
     if code != 0:
         outcome.faults.append(f"the same command ended with {code}: {output(run)}")
         return outcome
-    _check_told(run, db, outcome, "at the end")
-    _check_once(db, outcome)
+    check_told(run, db, outcome, "at the end")
+    check_once(db, outcome)
     _check_same(run, db, reference, outcome)
     before = {table: rows(db, table) for table in KEYS}
     if (code := runs.ended(runs.start(run), LONGEST_S)) != 0:
@@ -193,11 +195,10 @@ def _killed(
         if code != 0:
             outcome.faults.append(f"ended by itself with {code}: {output(run)}")
         return None
-    family = runs.alive(run.folder)
-    workers = [each for each in family if each != process]
+    workers = [each for each in runs.alive(run.folder) if each != process]
     if what == "worker" and not workers:
         what = "search"
-    victims = {"search": [process], "all": list(family), "worker": workers}[what]
+    victims = {"search": [process], "all": [process, *workers], "worker": workers}[what]
     if what == "worker":
         victims = [draw.choice(workers)]
     if not any([runs.kill(victim) for victim in victims]):
@@ -211,7 +212,7 @@ def _killed(
     return code
 
 
-def _check_told(run: runs.Run, db: Path, outcome: Outcome, when: str) -> None:
+def check_told(run: runs.Run, db: Path, outcome: Outcome, when: str) -> None:
     if not run.told.exists():
         return
     told: dict[str, set[tuple[object, ...]]] = {}
@@ -224,7 +225,7 @@ def _check_told(run: runs.Run, db: Path, outcome: Outcome, when: str) -> None:
             outcome.faults.append(f"{len(lost)} of {table} lost {when}: {sorted(lost)[:2]}")
 
 
-def _check_once(db: Path, outcome: Outcome) -> None:
+def check_once(db: Path, outcome: Outcome) -> None:
     for table, key in KEYS.items():
         columns = ", ".join(filter(None, (key, _UNIQUE.get(table))))
         counts = Counter(rows(db, table, columns))
@@ -275,6 +276,8 @@ def trials(arguments: argparse.Namespace, place: Path) -> Iterator[tuple[str, Ou
     model, text = runs.small_model(place)
     draw = random.Random(arguments.seed)
     kinds = modes(arguments.device)
+    if arguments.mode:
+        kinds = {arguments.mode: kinds[arguments.mode]}
     for mode, settings in kinds.items():
         wanted = round(arguments.kills * (_SHARE[mode] if len(kinds) > 1 else 1.0))
         reference = None
@@ -313,6 +316,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--device", choices=sorted(runs.CANDIDATES), default="cpu")
+    parser.add_argument("--mode", choices=("one process", "refined", "workers", "compiled"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="file for the JSON object")
     arguments = parser.parse_args()

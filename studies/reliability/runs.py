@@ -172,6 +172,7 @@ def _command(arguments: Sequence[str], told: Path, refine: bool) -> int:
     hush_libraries()
     shorten(refine)
     tell_into(told)
+    note_waits(told.with_name("waits"))
     try:
         app(list(arguments), prog_name="autoquant")
     except SystemExit as end:
@@ -232,6 +233,30 @@ def tell_into(told: Path) -> None:
             name,
             noted(table.rstrip("s") if table != "losses" else "loss", getattr(Store, name)),
         )
+
+
+def note_waits(file: Path) -> None:
+    """Note in a file how long each transaction waited for the right to write, in seconds."""
+    from autoquant.store import connect
+
+    number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    begin = connect._begin_sqlite
+
+    def begin_and_note(connection: Any) -> None:
+        started = time.monotonic()
+        try:
+            begin(connection)
+        finally:
+            if connection.get_execution_options().get("writes"):
+                os.write(number, f"{time.monotonic() - started:.6f}\n".encode())
+
+    connect._begin_sqlite = begin_and_note
+
+
+def waits(run: Run) -> list[str]:
+    """Return what `note_waits` noted of a worker's runs."""
+    file = run.told.with_name("waits")
+    return file.read_text().split() if file.exists() else []
 
 
 def _same(table: str, store: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

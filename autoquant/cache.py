@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from autoquant.errors import AutoquantError
-from autoquant.files import write_file
+from autoquant.files import is_writable, write_file
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -20,6 +20,16 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoquant"
+
+
+def unusable() -> str | None:
+    """Return why nothing can be kept in the cache folder, or None."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot make the cache folder {folder}: {error.strerror or error}"
+    return None if is_writable(folder) else f"cannot write into the cache folder {folder}"
 
 
 def kept(kind: str, key: str, make: Callable[[], bytes]) -> bytes:

@@ -16,7 +16,7 @@ from autoquant.errors import AutoquantError, DiskFullError, first_line
 
 _UNFINISHED = ".unfinished"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_WORDS = tuple(map(os.strerror, _FULL))
+_FULL_WORDS = (*map(os.strerror, _FULL), "database or disk is full")
 _LITTLE_BYTES = 1 << 20
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
-from sqlalchemy import JSON, ForeignKey, MetaData, UniqueConstraint
+from sqlalchemy import JSON, ForeignKey, MetaData, UniqueConstraint, func, select
+from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 NAMING = {
@@ -19,6 +21,20 @@ NAMING = {
 def now() -> datetime:
     """Return the current time in UTC, without the zone, which SQLite cannot keep."""
     return datetime.now(UTC).replace(tzinfo=None)
+
+
+def after_latest(name: str) -> Callable[[DefaultExecutionContext], datetime]:
+    """Return what gives the current time, or a moment after all others in the column `name`.
+
+    Rows keep their order when the clock is set back.
+    """
+
+    def stamp(context: DefaultExecutionContext) -> datetime:
+        column = cast(Any, context.compiled).statement.table.c[name]
+        latest = context.root_connection.scalar(select(func.max(column)))
+        return now() if latest is None else max(now(), latest + timedelta(microseconds=1))
+
+    return stamp
 
 
 class Base(DeclarativeBase):
@@ -128,7 +144,9 @@ class StudyRow(Base):
     complete: Mapped[bool] = mapped_column(default=False)
     spent_s: Mapped[float] = mapped_column(default=0.0)
     created: Mapped[datetime] = mapped_column(default=now)
-    updated: Mapped[datetime] = mapped_column(default=now, onupdate=now)
+    updated: Mapped[datetime] = mapped_column(
+        default=after_latest("updated"), onupdate=after_latest("updated")
+    )
 
 
 class PlanRow(Base):
@@ -143,7 +161,7 @@ class PlanRow(Base):
     dtype: Mapped[str]
     layers: Mapped[list[Any]]
     prediction: Mapped[dict[str, Any]]
-    created: Mapped[datetime] = mapped_column(default=now)
+    created: Mapped[datetime] = mapped_column(default=after_latest("created"))
 
 
 class ProofRow(Base):
@@ -163,7 +181,7 @@ class DeliveryRow(Base):
     __tablename__ = "delivery"
     plan_id: Mapped[str] = mapped_column(ForeignKey("plan.id"), primary_key=True)
     delivery: Mapped[dict[str, Any]]
-    created: Mapped[datetime] = mapped_column(default=now)
+    created: Mapped[datetime] = mapped_column(default=after_latest("created"))
 
 
 class TaskScoreRow(Base):

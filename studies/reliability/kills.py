@@ -41,7 +41,7 @@ if __name__ == "__main__":  # before torch is imported
 
 import runs
 
-LONGEST_S = 300.0
+LONGEST_S = 900.0
 MOST_KILLS = 4
 LONGEST_ORPHAN_S = 5.0
 KEYS = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from autoquant.errors import AutoquantError
+from autoquant.files import is_writable, write_file
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -18,6 +20,16 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoquant"
+
+
+def unusable() -> str | None:
+    """Return why nothing can be kept in the cache folder, or None."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot make the cache folder {folder}: {error.strerror or error}"
+    return None if is_writable(folder) else f"cannot write into the cache folder {folder}"
 
 
 def kept(kind: str, key: str, make: Callable[[], bytes]) -> bytes:
@@ -36,19 +48,7 @@ def kept(kind: str, key: str, make: Callable[[], bytes]) -> bytes:
         if hashlib.sha256(content).digest() == digest:
             return content
     content = make()
-    with suppress(OSError):
-        _write(path, hashlib.sha256(content).digest() + content)
+    with suppress(OSError, AutoquantError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, hashlib.sha256(content).digest() + content)
     return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a complete file, or none if writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, scratch = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(content)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise

@@ -59,6 +59,10 @@ class CheckpointError(AutoquantError):
     """A saved model cannot be written, read or verified."""
 
 
+class DiskFullError(AutoquantError):
+    """No space is left on a disk."""
+
+
 class ProcessDiedError(AutoquantError):
     """A worker process crashed or was killed."""
 

@@ -1,15 +1,32 @@
-"""Read files of bounded size, and check what can be written."""
+"""Files that are read within bounds, and are there as a whole or not at all.
+
+Whatever ends the process or fills the disk, a file that is written here is the old or the new one.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import json
 import os
+import shutil
+import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from autoquant.errors import AutoquantError, DiskFullError, first_line
+
 MOST_TEXT_BYTES = 64 * 2**20
 """The most that a file may have which is read as a whole. Those of models have a few."""
+
+_UNFINISHED = ".unfinished"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = (*map(os.strerror, _FULL), "database or disk is full")
+_LITTLE_BYTES = 1 << 20
 
 
 def is_writable(path: Path) -> bool:
@@ -82,3 +99,146 @@ def check_stored(file: Path | BinaryIO) -> None:
         raise ValueError("its entries are compressed, which those of torch.save are not")
     if sum(entry.file_size for entry in entries) > size:
         raise ValueError("its entries claim more bytes than the file has")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, or replace it at once: a reader finds the old content or all of the new.
+
+    It outlives a loss of power from now on.
+
+    Raises:
+        DiskFullError: There is no room; what was there is untouched.
+        AutoquantError: The place is not writable; what was there is untouched.
+    """
+    try:
+        _replace(Path(os.path.realpath(path)), content)
+    except OSError as error:
+        raise_if_full(error, path)
+        raise AutoquantError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _replace(target: Path, content: bytes) -> None:
+    if target.exists() and not target.is_file():
+        target.write_bytes(content)  # a terminal or a pipe cannot be replaced
+        return
+    with scratch_folder(target) as scratch:
+        part = scratch / target.name
+        part.write_bytes(content)
+        if target.exists():
+            shutil.copymode(target, part)
+        move_whole(part, target)
+
+
+def move_whole(part: Path, target: Path) -> None:
+    """Rename a file or folder, with all that it holds on the disk before and after."""
+    for path in (part, *part.rglob("*")):
+        _sync(path)
+    os.replace(part, target)
+    _sync(target.parent)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Make a hidden folder beside `target` to prepare it in. It is removed at the end.
+
+    Those that killed processes left there for the same target are removed first.
+    """
+    _remove_leftovers(target)
+    scratch, lock = _locked_folder(target)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let only one process at a time be inside for a folder; the others wait.
+
+    On a file system without locks nobody waits.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def raise_if_full(error: BaseException, place: Path | None = None) -> None:
+    """Raise `DiskFullError` if a full disk is behind `error`: it says nothing about a candidate.
+
+    Args:
+        place: What was written, if that is known.
+    """
+    full = next((each for each in _with_causes(error) if _says_full(each)), None)
+    if full is None:
+        return
+    if isinstance(full, DiskFullError):
+        raise full
+    raise DiskFullError(
+        f"the disk is full: no room for {place or _full_place(full)}; free some, and the same"
+        " command goes on"
+    ) from error
+
+
+def _says_full(error: BaseException) -> bool:
+    if isinstance(error, DiskFullError) or getattr(error, "errno", None) in _FULL:
+        return True
+    return any(words in str(error) for words in _FULL_WORDS)
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        # PyTorch's compiler wraps the error that matters.
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+
+
+def _full_place(error: BaseException) -> str:
+    """Return the file that did not fit, or else the folder of temporary files if that is full."""
+    if name := getattr(error, "filename", None):
+        return str(name)
+    with suppress(OSError):
+        folder = tempfile.gettempdir()
+        if shutil.disk_usage(folder).free < _LITTLE_BYTES:
+            return f"temporary files in {folder}"
+    return f"a file ({first_line(error)})"
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    """Make a scratch folder, which is locked as long as this process lives and has it open."""
+    while True:
+        made = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_UNFINISHED, dir=target.parent)
+        lock = os.open(made, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: nobody removes anything there
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(made):
+            return Path(made), lock
+        os.close(lock)  # another process took it for a leftover before it was locked
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove scratch folders of this target that no living process has locked."""
+    for name in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}"):
+        with suppress(OSError):
+            lock = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(name)
+            finally:
+                os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder written to the disk itself."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -16,9 +16,9 @@ from autoquant.cli.output import (
     opened_study,
     print_json,
     print_table,
-    write_file,
 )
 from autoquant.cli.plans import ModelOption, PlansOption, chosen_plans, source_path
+from autoquant.files import write_file
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Workload

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from autoquant.cli.output import Database, JsonFlag, opened_store, write_file
+from autoquant.cli.output import Database, JsonFlag, opened_store
+from autoquant.files import write_file
 
 
 def export_timings(

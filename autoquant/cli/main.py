@@ -38,7 +38,8 @@ from autoquant.cli.serve import serve
 from autoquant.cli.show import show
 from autoquant.cli.solve import solve
 from autoquant.cli.studies import studies
-from autoquant.errors import AutoquantError
+from autoquant.errors import AutoquantError, DiskFullError
+from autoquant.files import raise_if_full
 
 DEBUG_VARIABLE = "AUTOQUANT_DEBUG"
 _DEBUG_OPTION = "--debug"
@@ -71,7 +72,12 @@ class OneLineErrors(TyperGroup):
             if debug:
                 traceback.print_exception(error, file=sys.stderr)
             message, code = describe(error)
-            typer.echo(f"error: {message}", err=True)
+            with suppress(OSError):  # a log on a full disk
+                typer.echo(f"error: {message}", err=True)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop_output()
             sys.exit(code)
         sys.exit(result if isinstance(result, int) else 0)
 
@@ -100,6 +106,10 @@ def wants_debug(arguments: Sequence[str]) -> bool:
 
 def describe(error: Exception) -> tuple[str, int]:
     """Return one line for the user, and the exit code."""
+    try:
+        raise_if_full(error)
+    except DiskFullError as full:
+        error = full
     if isinstance(error, AutoquantError):
         return _one_line(str(error)), 2
     # click's errors, in whichever package typer keeps click

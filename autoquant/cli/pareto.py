@@ -16,8 +16,8 @@ from autoquant.cli.output import (
     opened_study,
     print_json,
     print_table,
-    write_file,
 )
+from autoquant.files import write_file
 
 if TYPE_CHECKING:
     from autoquant.study.study import Study

@@ -26,8 +26,8 @@ from autoquant.cli.output import (
     interruptible,
     print_json,
     print_table,
-    write_file,
 )
+from autoquant.files import write_file
 
 if TYPE_CHECKING:
     from autoquant.profiler.latencies import Latencies

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.output import check_place, write_file
+from autoquant.cli.output import check_place
+from autoquant.files import write_file
 
 if TYPE_CHECKING:
     from autoquant.recipes import Recipe, Value

@@ -17,6 +17,7 @@ from autoquant.devices.clocks import Call, Clock, HostClock
 from autoquant.devices.effort import TimingEffort
 from autoquant.devices.load import Load, OtherLoad
 from autoquant.devices.memory import trim_memory
+from autoquant.files import raise_if_full
 from autoquant.records import Device
 
 Division = Literal["parts", "regions", "whole"]
@@ -185,6 +186,7 @@ def failure_of_the_compiler(device: str) -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - after any failure, models run eagerly
+        raise_if_full(error)
         lines = str(error).strip().splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
         return f"{reason}; install a C++ compiler (g++ or clang++) to compile"

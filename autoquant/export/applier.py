@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from autoquant.export import checkpoint
 from autoquant.export.comparison import check_same
 from autoquant.export.manifest import read_manifest
 from autoquant.export.rounding_inputs import Calibration, Windows
+from autoquant.files import is_writable, move_whole, raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.loaded import is_causal_lm, settle
 from autoquant.records import LayerChoice, Plan
@@ -170,19 +169,14 @@ def apply_to_disk(
     loaded = load_searched(plan, model, facts, device)
     original_bytes = module_bytes(loaded.module)
     apply(plan, loaded.module, calibration=facts.calibration, listener=listener)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        files = checkpoint.write(loaded, plan, scratch)
+    with _writing(target), scratch_folder(target) as scratch:
+        part = scratch / target.name
+        part.mkdir()
+        files = checkpoint.write(loaded, plan, part)
         skeleton = _skeleton(loaded, model, plan, facts)
-        again = checkpoint.read(scratch, skeleton, device=device or facts.device.type)
+        again = checkpoint.read(part, skeleton, device=device or facts.device.type)
         repeatable = check_same(loaded, again, target)
-        scratch.chmod(0o755)  # mkdtemp gives access to its owner alone
-        if target.exists():
-            target.rmdir()  # it is empty
-        os.replace(scratch, target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        move_whole(part, target)
     what = "logits are" if repeatable else "its logits differ from run to run; weights are"
     listener(Notice(f"read {target.name} back: {what} bit for bit those of the model in memory"))
     return AppliedReport(
@@ -196,6 +190,19 @@ def apply_to_disk(
         needs_module=not loaded.describes_itself,
         generates=loaded.kind == "causal_lm" and loaded.tokenizer is not None,
     )
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Raise as `CheckpointError` or `DiskFullError` what keeps a folder from being written."""
+    try:
+        yield
+    except Exception as error:
+        raise_if_full(error, target)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise CheckpointError(f"cannot write {target}: {reason}") from error
+        raise
 
 
 def load(
@@ -322,8 +329,6 @@ def _formats_text(plan: Plan) -> str:
 
 
 def _check_target(target: Path, plan: Plan) -> None:
-    from autoquant.files import is_writable
-
     if checkpoint.plan_in(target) == plan.plan_id:
         raise CheckpointError(
             f"{target} exists already and holds this plan; load it, or choose another --out"

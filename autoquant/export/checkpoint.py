@@ -115,7 +115,8 @@ def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> N
     _write_safetensors(readable, folder / SAFETENSORS)
     if packed:
         on_cpu = {name: move_tensor(tensor, "cpu") for name, tensor in packed.items()}
-        torch.save(on_cpu, folder / PACKED)
+        with (folder / PACKED).open("wb") as file:
+            torch.save(on_cpu, file)
     capability = torch.backends.cpu.get_cpu_capability()
     manifest = {
         **about,

@@ -31,6 +31,8 @@ from autoquant.candidates.registry import is_registered_here
 from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.errors import first_line
+from autoquant.files import raise_if_full
+from autoquant.processes import die_with
 from autoquant.profiler.bounds import Tried, beaten, bounded
 from autoquant.profiler.timing import LinearToTime, try_out
 from autoquant.records import Device, Measurement, Roofline, TimingSubject
@@ -249,6 +251,7 @@ class _Workers:
         """
         waiting = list(reversed(_by_shape(subjects)))
         at_work: dict[Connection, TimingSubject] = {}
+        died: set[TimingSubject] = set()
         self.start(waiting)
         idle = list(self._processes)
         while waiting or at_work:
@@ -263,8 +266,13 @@ class _Workers:
                     answer: _Answer = ready.recv()
                     idle.append(ready)
                 except (EOFError, OSError):
-                    answer = _Answer(_died(subject, self._end(ready)))
+                    exit_code = self._end(ready)
                     idle.append(self._begin())
+                    if subject not in died:  # it may have been killed from outside
+                        died.add(subject)
+                        waiting.append(subject)
+                        continue
+                    answer = _Answer(_died(subject, exit_code))
                 yield answer
 
     def _fitting(self, subjects: Sequence[TimingSubject]) -> int:
@@ -321,6 +329,8 @@ def _work(
     import signal
     import warnings
 
+    parent = multiprocessing.parent_process()
+    die_with(parent.pid if parent else None)
     # The parent ends this process when it is interrupted.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
@@ -356,6 +366,7 @@ def _work(
                     subject, fmt, fmt.kernel(subject.kernel), linear, compiled=compiled
                 )
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
+            raise_if_full(error)
             reason = first_line(error, with_type=True)
             measurement = Measurement(subject=subject, outcome="failed", reason=reason)
             stored = 0

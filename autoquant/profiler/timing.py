@@ -41,6 +41,7 @@ from autoquant.devices import backend
 from autoquant.devices.clocks import Clock
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.errors import first_line
+from autoquant.files import raise_if_full
 from autoquant.records import LinearShape, Measurement, TimingSubject
 
 PROTOCOL = "3"
@@ -230,6 +231,7 @@ def _enter(
             entrant.clock.start()
             return entrant
     except Exception as failure:  # noqa: BLE001 - any error of a kernel or compiler is an outcome
+        raise_if_full(failure)
         return Measurement(
             subject=subject, outcome="failed", reason=first_line(failure, with_type=True)
         )

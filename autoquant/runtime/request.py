@@ -14,6 +14,7 @@ from autoquant.devices import Backend, Division, backend
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.memory import release_memory
 from autoquant.errors import first_line
+from autoquant.files import raise_if_full
 from autoquant.intervals import mean_interval
 from autoquant.records import DISTURBED, Interval, request_time
 from autoquant.runtime.phases import Phases
@@ -117,6 +118,7 @@ def make_warm(make: Callable[..., Phases], divisions: Sequence[Division]) -> tup
             warm_up(phases)
             return phases, f"{_COMPILED[division]}: {reason}" if reason else ""
         except Exception as error:
+            raise_if_full(error)
             if division == divisions[-1]:
                 raise
             reason = reason or first_line(error, with_type=True)

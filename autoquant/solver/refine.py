@@ -17,12 +17,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import inspect
+from sqlalchemy.engine import make_url
 
+from autoquant.files import one_at_a_time
 from autoquant.records import Objective, Plan, Proof
 from autoquant.solver.hypervolume import Growth
 from autoquant.solver.planning import ProvenPlans
 from autoquant.solver.space import SearchSpace
 from autoquant.store import Store
+from autoquant.store.connect import folder_of
+from autoquant.store.refused import BUSY_TIMEOUT_S
 
 if TYPE_CHECKING:
     import optuna
@@ -128,11 +132,23 @@ def _open(storage_url: str, study_name: str, seed: int) -> optuna.Study:
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4)
         return optuna.create_study(
             study_name=study_name,
-            storage=optuna.storages.RDBStorage(storage_url),
+            storage=_storage(storage_url),
             directions=["minimize", "minimize"],
             sampler=sampler,
             load_if_exists=True,
         )
+
+
+def _storage(storage_url: str) -> optuna.storages.RDBStorage:
+    """Open Optuna's storage, which makes its tables if there are none."""
+    import optuna
+
+    url = make_url(storage_url)
+    if url.get_backend_name() != "sqlite" or not url.database:
+        return optuna.storages.RDBStorage(storage_url)
+    waiting = {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
+    with one_at_a_time(folder_of(storage_url)):  # two that make the tables at once would collide
+        return optuna.storages.RDBStorage(storage_url, engine_kwargs=waiting)
 
 
 def forget(store: Store, study_id: str) -> int | None:
@@ -146,7 +162,7 @@ def forget(store: Store, study_id: str) -> int | None:
         return None
     import optuna
 
-    storage = optuna.storages.RDBStorage(store.engine.url.render_as_string(hide_password=False))
+    storage = _storage(store.engine.url.render_as_string(hide_password=False))
     try:
         names = {_study_name(study_id, minimize) for minimize in get_args(Objective)}
         found = [

@@ -18,6 +18,7 @@ from autoquant.errors import StoreError
 from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
 from autoquant.store.integrity import check_integrity, damaged
+from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
 from autoquant.store.repository import Store
 from autoquant.store.schema import Base
 
@@ -28,7 +29,6 @@ _log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x41514E54  # "AQNT" in the SQLite header marks our files
 VERSION_TABLE = "autoquant_schema"
-_BUSY_TIMEOUT_S = 60
 
 
 def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store:
@@ -49,7 +49,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
         else URL.create("sqlite", database=str(address))
     )
     engine = create_engine(
-        url, connect_args={"timeout": _BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {}
+        url, connect_args={"timeout": BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {}
     )
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
@@ -59,7 +59,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
         _check_tables(engine, str(address))
     except DatabaseError as error:
         engine.dispose()
-        raise StoreError(f"cannot use {address} as a database: {error.orig}") from error
+        raise StoreError(refusal(error, str(address))) from error
     except StoreError:
         engine.dispose()
         raise
@@ -88,7 +88,7 @@ def open_read_only(path: str | os.PathLike[str]) -> Store:
         _check_revision(engine, str(path))
         _check_tables(engine, str(path))
     except DatabaseError as error:
-        raise StoreError(f"cannot use {path} as a database: {error.orig}") from error
+        raise StoreError(refusal(error, str(path))) from error
     return Store(engine)
 
 
@@ -98,7 +98,7 @@ def connect_read_only(file: Path) -> sqlite3.Connection:
     # keeps SQLite from leaving a log there.
     mode = "mode=ro" if Path(f"{file}-wal").exists() else "mode=ro&immutable=1"
     uri = f"{file.absolute().as_uri()}?{mode}"
-    return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
+    return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
 
 
 def check_address(address: str | os.PathLike[str], *, create: bool = True) -> None:
@@ -175,39 +175,28 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     _check_header(path)
 
 
-def check_is_sqlite(path: Path) -> bytes:
-    """Return the header of a SQLite file.
+def _check_header(path: Path) -> None:
+    """Refuse what is no database of ours, or shorter than it says.
 
-    Raises:
-        StoreError: There is no such file, or it is of another kind.
+    SQLite reads the header. If this process closed the file by itself, it would lose the locks of
+    its other connections, and another process would delete their log with all that they write.
     """
+    being_written = Path(f"{path}-wal").exists()  # then the file may be shorter for a while
+    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     try:
-        with path.open("rb") as file:
-            header = file.read(100)
-    except OSError as error:
-        raise StoreError(
-            f"cannot read {path}: {error.strerror}{did_you_mean_path(path)}"
-        ) from error
-    if len(header) < 100 or header[:16] != b"SQLite format 3\0":
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorname == "SQLITE_CORRUPT":
+            if being_written:
+                return
+            raise damaged(path, "it is truncated") from error
         raise StoreError(
             f"{path} is not an autoquant database (no SQLite file); give another file for the"
             " database"
-        )
-    return header
-
-
-def _check_header(path: Path) -> None:
-    header = check_is_sqlite(path)
-    application = int.from_bytes(header[68:72], "big")
+        ) from error
     if application != APPLICATION_ID:
         raise StoreError(f"{path} belongs to another program; give another file for the database")
-    page = int.from_bytes(header[16:18], "big")
-    page = 65536 if page == 1 else page
-    if (
-        path.stat().st_size < page * int.from_bytes(header[28:32], "big")
-        and not Path(f"{path}-wal").exists()
-    ):
-        raise damaged(path, "it is truncated")
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
@@ -219,13 +208,16 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
         # Before the log exists, so that the mark is in the file itself.
         cursor.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = NORMAL")
+    # A fact is shown once it is kept, so it must outlive a loss of power from then on.
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA fullfsync = ON")  # macOS: through the cache of the disk, too
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _migrate(engine: Engine, address: str) -> None:
@@ -236,9 +228,9 @@ def _migrate(engine: Engine, address: str) -> None:
     if _is_newest(engine, address, config):
         return
     _log.info("bringing the schema of %s up to date", engine.url.render_as_string())
-    with engine.begin() as connection:
+    with engine.execution_options(writes=True).begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, "head")  # nothing is left to do if another process was first
 
 
 def _check_revision(engine: Engine, address: str) -> None:

@@ -60,7 +60,10 @@ def merge(store: Store, other: str | os.PathLike[str]) -> dict[str, MergedRows]:
         raise StoreError(f"{other} is the database to merge into: name another one")
     source = open_read_only(other)
     try:
-        with transaction(source.engine) as reading, transaction(store.engine) as writing:
+        with (
+            transaction(source.engine) as reading,
+            transaction(store.engine, writes=True) as writing,
+        ):
             return {name: _copy(reading, writing, row) for name, row in _MERGED.items()}
     finally:
         source.close()

@@ -56,7 +56,7 @@ def find_study(store: Store, beginning: str) -> str:
 def remove_study(store: Store, study_id: str) -> RemovedRows:
     """Delete a study, its plans and their measurements in one transaction."""
     plans = select(PlanRow.id).filter_by(study_id=study_id)
-    with transaction(store.engine) as session:
+    with transaction(store.engine, writes=True) as session:
         removed = RemovedRows(
             plans=_count(session, PlanRow, PlanRow.study_id == study_id),
             proofs=_count(session, ProofRow, ProofRow.plan_id.in_(plans)),

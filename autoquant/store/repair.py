@@ -16,8 +16,9 @@ from sqlalchemy.dialects.sqlite import dialect
 from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
+from autoquant.hints import did_you_mean_path
 from autoquant.store.columns import BadValueError
-from autoquant.store.connect import check_is_sqlite, connect_read_only, open_store
+from autoquant.store.connect import connect_read_only, open_store
 from autoquant.store.repository import transaction
 from autoquant.store.rows import check_problem, check_row, plan_from
 from autoquant.store.schema import Base, PlanRow, StudyRow
@@ -57,7 +58,7 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[st
         raise StoreError(f"{target} exists already: give the name of a new file with --out")
     if not target.parent.is_dir():
         raise StoreError(f"the folder {target.parent} does not exist: make it first")
-    check_is_sqlite(source)
+    _check_is_sqlite(source)
     try:
         with (
             closing(connect_read_only(source)) as reading,
@@ -76,11 +77,24 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[st
     return saved
 
 
+def _check_is_sqlite(path: Path) -> None:
+    """Refuse a file of another kind by its header, which is read also where SQLite gives up."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(16)
+    except OSError as error:
+        raise StoreError(
+            f"cannot read {path}: {error.strerror}{did_you_mean_path(path)}"
+        ) from error
+    if header != b"SQLite format 3\0":
+        raise StoreError(f"{path} is not an autoquant database (no SQLite file)")
+
+
 def _save(reading: sqlite3.Connection, new: Path) -> dict[str, SavedRows]:
     reading.text_factory = _text
     store = open_store(new)
     try:
-        with transaction(store.engine) as writing:
+        with transaction(store.engine, writes=True) as writing:
             copy = _Copy(reading, writing)
             for mapper in sorted(Base.registry.mappers, key=lambda each: _order(each.class_)):
                 copy.table(mapper.class_)

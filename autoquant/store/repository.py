@@ -26,6 +26,7 @@ from autoquant.records import (
 )
 from autoquant.store.columns import BadValueError
 from autoquant.store.integrity import damaged, is_damage
+from autoquant.store.refused import refusal
 from autoquant.store.rows import (
     CALIBRATION,
     StudyFacts,
@@ -53,21 +54,25 @@ from autoquant.store.shapes import LimitsObject
 
 
 @contextmanager
-def transaction(engine: Engine) -> Iterator[Session]:
+def transaction(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
     """Open a session that is committed at the end, or rolled back if something raises.
+
+    Args:
+        writes: Wait at the beginning until no other process writes. SQLite refuses to write after
+            reading in one transaction if another process wrote in between.
 
     Raises:
         StoreError: The database refused a statement, or a row that was read is damaged.
     """
     try:
-        with Session(engine) as session, session.begin():
+        with Session(engine.execution_options(writes=writes)) as session, session.begin():
             yield session
     except BadValueError as error:
         raise damaged(engine.url.database, str(error)) from error
     except DatabaseError as error:
         if is_damage(error):
             raise damaged(engine.url.database, str(error.orig)) from error
-        raise StoreError(f"the database refused: {error.orig}") from error
+        raise StoreError(refusal(error, engine.url.database)) from error
 
 
 class Store:
@@ -86,10 +91,13 @@ class Store:
     def _session(self) -> AbstractContextManager[Session]:
         return transaction(self.engine)
 
+    def _writing(self) -> AbstractContextManager[Session]:
+        return transaction(self.engine, writes=True)
+
     # -- devices and timings -----------------------------------------------------------------------
 
     def put_device(self, device: Device) -> None:
-        with self._session() as session:
+        with self._writing() as session:
             session.merge(DeviceRow(key=device.key, fingerprint=device))
 
     def roofline(self, device: Device) -> Roofline | None:
@@ -103,7 +111,7 @@ class Store:
             )
 
     def put_roofline(self, device: Device, roofline: Roofline) -> None:
-        with self._session() as session:
+        with self._writing() as session:
             session.merge(RooflineRow(device_key=device.key, **asdict(roofline)))
 
     def timings(self, device: Device, protocol: str) -> dict[TimingSubject, Measurement]:
@@ -116,32 +124,44 @@ class Store:
 
     def put_timings(
         self, device: Device, protocol: str, measurements: Iterable[Measurement]
-    ) -> None:
-        """Save measurements that were made in turn, all or none of them."""
-        with self._session() as session:
+    ) -> list[Measurement]:
+        """Save measurements that were made in turn, all or none of them.
+
+        Returns:
+            The measurements that the store holds of their subjects. What another process has saved
+            meanwhile stays.
+        """
+        kept = []
+        with self._writing() as session:
             for measurement in measurements:
                 subject = measurement.subject
-                session.add(
-                    TimingRow(
-                        device_key=device.key,
-                        protocol=protocol,
-                        **asdict(subject.shape),
-                        m=subject.m,
-                        format=subject.format,
-                        kernel=subject.kernel,
-                        working_set_bytes=subject.working_set_bytes,
+                key = {
+                    "device_key": device.key,
+                    "protocol": protocol,
+                    **asdict(subject.shape),
+                    "m": subject.m,
+                    "format": subject.format,
+                    "kernel": subject.kernel,
+                    "working_set_bytes": subject.working_set_bytes,
+                }
+                row = session.scalars(select(TimingRow).filter_by(**key)).first()
+                if row is None:
+                    row = TimingRow(
+                        **key,
                         outcome=measurement.outcome,
                         reason=measurement.reason,
                         latency_us=measurement.latency_us if measurement.samples_us else None,
                         samples_us=measurement.samples_us,
                         relative_error=measurement.relative_error,
                     )
-                )
+                    session.add(row)
+                kept.append(measurement_from(row))
+        return kept
 
     # -- models and losses -------------------------------------------------------------------------
 
     def put_model(self, model_hash: str, source: Mapping[str, Any]) -> None:
-        with self._session() as session:
+        with self._writing() as session:
             session.merge(ModelRow(hash=model_hash, source=dict(source)))
 
     def losses(
@@ -163,19 +183,16 @@ class Store:
         method: str,
         losses: Mapping[tuple[str, str], float],
     ) -> None:
-        """Save the losses of one pass over the text, all or none of them."""
-        with self._session() as session:
+        """Save the losses of one pass over the text, all or none of them.
+
+        What another process has saved meanwhile stays.
+        """
+        of = {"model_hash": model_hash, "quality_key": quality_key, "method": method}
+        with self._writing() as session:
             for (layer, numerics), loss in losses.items():
-                session.add(
-                    LossRow(
-                        model_hash=model_hash,
-                        quality_key=quality_key,
-                        method=method,
-                        layer=layer,
-                        numerics=numerics,
-                        loss=loss,
-                    )
-                )
+                key = {**of, "layer": layer, "numerics": numerics}
+                if session.scalars(select(LossRow).filter_by(**key)).first() is None:
+                    session.add(LossRow(**key, loss=loss))
 
     # -- studies -----------------------------------------------------------------------------------
 
@@ -190,7 +207,7 @@ class Store:
         limits: Mapping[str, Any],
     ) -> None:
         """Create the study, or set new limits of an existing one."""
-        with self._session() as session:
+        with self._writing() as session:
             row = session.get(StudyRow, study_id)
             if row is None:
                 session.add(
@@ -208,7 +225,7 @@ class Store:
 
     def update_study(self, study_id: str, **columns: Any) -> None:
         """Set columns of `StudyRow`: recording, problem, recommended, complete or spent_s."""
-        with self._session() as session:
+        with self._writing() as session:
             row = session.get(StudyRow, study_id)
             if row is None:
                 raise PlanError(f"no study {study_id} in this database")
@@ -287,7 +304,7 @@ class Store:
 
     def put_reference(self, study_id: str, name: str, value: Mapping[str, Any]) -> None:
         """Save `value` under a name of the study, and replace an earlier value."""
-        with self._session() as session:
+        with self._writing() as session:
             row = session.scalars(
                 select(ReferenceRow).filter_by(study_id=study_id, name=name)
             ).first()
@@ -308,7 +325,7 @@ class Store:
 
     def put_plan(self, plan: Plan) -> None:
         """Save `plan`. It replaces one of the same id, whose predictions may be older."""
-        with self._session() as session:
+        with self._writing() as session:
             session.merge(
                 PlanRow(
                     id=plan.plan_id,
@@ -349,8 +366,17 @@ class Store:
                 )
             return plan_from(rows[0], _workload(session, rows[0]))
 
-    def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> None:
-        with self._session() as session:
+    def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> Proof | None:
+        """Save how a plan's proof ended.
+
+        Returns:
+            The proof that the store holds: what another process has saved meanwhile stays, unless
+            it could not prove the plan.
+        """
+        with self._writing() as session:
+            row = session.get(ProofRow, plan_id)
+            if row is not None and row.proof is not None:
+                return row.proof
             session.merge(
                 ProofRow(
                     plan_id=plan_id,
@@ -359,6 +385,7 @@ class Store:
                     proof=proof,
                 )
             )
+            return proof
 
     def proofs(self, study_id: str) -> dict[str, Proof]:
         """Return the proofs by plan id."""
@@ -382,7 +409,7 @@ class Store:
 
     def put_delivery(self, delivery: Delivery) -> None:
         """Save a delivery, and replace an earlier one of the plan."""
-        with self._session() as session:
+        with self._writing() as session:
             session.merge(DeliveryRow(plan_id=delivery.plan_id, delivery=delivery))
 
     def deliveries(self, study_id: str) -> dict[str, Delivery]:
@@ -397,7 +424,7 @@ class Store:
             return {row.plan_id: row.delivery for row in rows}
 
     def forget_deliveries(self, plan_ids: Iterable[str]) -> None:
-        with self._session() as session:
+        with self._writing() as session:
             session.execute(delete(DeliveryRow).where(DeliveryRow.plan_id.in_(list(plan_ids))))
 
     # -- tasks -------------------------------------------------------------------------------------
@@ -408,7 +435,7 @@ class Store:
         Args:
             subject: Id of a plan, or content hash of the unquantized model.
         """
-        with self._session() as session:
+        with self._writing() as session:
             for score in scores:
                 columns = asdict(score)
                 columns["samples_limit"] = columns.pop("limit") or 0

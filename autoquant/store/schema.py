@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
@@ -15,7 +16,10 @@ from sqlalchemy import (
     MetaData,
     String,
     UniqueConstraint,
+    func,
+    select,
 )
+from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from autoquant.records import (
@@ -75,6 +79,20 @@ _TYPES: dict[Any, Any] = {
     **{kind: Checked(String(), kind) for kind in (Outcome, PlanKind)},
     **{kind: Checked(JSON(), kind) for kind in _RECORDS},
 }
+
+
+def after_latest(name: str) -> Callable[[DefaultExecutionContext], datetime]:
+    """Return what gives the current time, or a moment after all others in the column `name`.
+
+    Rows keep their order when the clock is set back.
+    """
+
+    def stamp(context: DefaultExecutionContext) -> datetime:
+        column = cast(Any, context.compiled).statement.table.c[name]
+        latest = context.root_connection.scalar(select(func.max(column)))
+        return now() if latest is None else max(now(), latest + timedelta(microseconds=1))
+
+    return stamp
 
 
 class Base(DeclarativeBase):
@@ -184,7 +202,9 @@ class StudyRow(Base):
     complete: Mapped[bool] = mapped_column(default=False)
     spent_s: Mapped[NonNegative] = mapped_column(default=0.0)
     created: Mapped[datetime] = mapped_column(default=now)
-    updated: Mapped[datetime] = mapped_column(default=now, onupdate=now)
+    updated: Mapped[datetime] = mapped_column(
+        default=after_latest("updated"), onupdate=after_latest("updated")
+    )
 
 
 class PlanRow(Base):
@@ -199,7 +219,7 @@ class PlanRow(Base):
     dtype: Mapped[str]
     layers: Mapped[tuple[LayerChoice, ...]]
     prediction: Mapped[Prediction]
-    created: Mapped[datetime] = mapped_column(default=now)
+    created: Mapped[datetime] = mapped_column(default=after_latest("created"))
 
 
 class ProofRow(Base):
@@ -219,7 +239,7 @@ class DeliveryRow(Base):
     __tablename__ = "delivery"
     plan_id: Mapped[str] = mapped_column(ForeignKey("plan.id"), primary_key=True)
     delivery: Mapped[Delivery]
-    created: Mapped[datetime] = mapped_column(default=now)
+    created: Mapped[datetime] = mapped_column(default=after_latest("created"))
 
 
 class TaskScoreRow(Base):

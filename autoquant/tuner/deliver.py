@@ -21,6 +21,7 @@ from autoquant.devices.memory import release_memory
 from autoquant.errors import ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.export import applier, checkpoint
+from autoquant.files import raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, SameModel
 from autoquant.records import Delivery, Plan, Where
 from autoquant.runtime.caches import clear_caches
@@ -135,9 +136,9 @@ class Deliverer:
                 return check_and_time(
                     plan.plan_id, quantized, shallow_copy(self.loaded.module), self.usage
                 )
-            with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
-                checkpoint.write(replace(self.loaded, module=quantized), plan, Path(folder))
-                spec = self._spec(plan, Path(folder), self.usage.answer_of(quantized))
+            with scratch_folder(Path(tempfile.gettempdir()) / "autoquant-delivery") as folder:
+                checkpoint.write(replace(self.loaded, module=quantized), plan, folder)
+                spec = self._spec(plan, folder, self.usage.answer_of(quantized))
                 del quantized
                 if where == "new process":
                     return self._in_new_process(spec)
@@ -145,6 +146,7 @@ class Deliverer:
                     spec, replace(self.loaded, module=shallow_copy(self.loaded.module))
                 )
         except Exception as error:  # noqa: BLE001 - any error is a fact about the plan
+            raise_if_full(error)
             reason = first_line(error, with_type=True)
             return Delivery(plan_id=plan.plan_id, loop=self.usage.loop, where=where, reason=reason)
 
@@ -174,7 +176,17 @@ class Deliverer:
         )
 
     def _in_new_process(self, spec: DeliverySpec) -> Delivery:
-        """Run `load_and_deliver` in a new process."""
+        """Run `load_and_deliver` in a new process, and in a second one if the first dies.
+
+        A plan that ends its process does so again, and what ended it from outside does not.
+        """
+        try:
+            return self._in_one_process(spec)
+        except ProcessDiedError as death:
+            self.listener(Notice(f"tried once more: {death}"))
+            return self._in_one_process(spec)
+
+    def _in_one_process(self, spec: DeliverySpec) -> Delivery:
         with _moved_off_gpu(self.loaded.module, self.usage.device):
             process, connection = start_process(WORKER)
             try:

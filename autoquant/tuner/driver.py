@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from autoquant.cache import unusable
 from autoquant.candidates import select
+from autoquant.devices import backend
 from autoquant.devices.memory import quick_collections
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
@@ -170,6 +172,8 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
         len(judge.candidates),
         settled.workload,
     )
+    if backend(settled.loaded.device).prepares and (reason := unusable()):
+        listener(Notice(f"{reason}: kernels are compiled and tuned again in each run"))
     budget = Budget.of(store, settled.study_id, request.time_budget_s, started)
     with quick_collections():
         run_stages(SearchSetup.of(settled, store, listener), budget)

@@ -7,12 +7,14 @@ import logging
 from autoquant.devices.memory import release_memory
 from autoquant.errors import first_line
 from autoquant.events import Listener, Notice, StageProgress
+from autoquant.files import raise_if_full
 from autoquant.records import Plan, PlanKind, Proof
 from autoquant.solver.planning import ProvenPlans
 from autoquant.solver.space import SearchSpace
 from autoquant.store import Store
 from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
+from autoquant.tuner.workers.again import run_again
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import ProveJob
 
@@ -74,11 +76,14 @@ class ProofLedger:
         self.put_plan(plan)
         try:
             job = ProveJob(plan, self._selection)
-            proof, self._selection = self._runner.run(job, self.listener)
+            made, self._selection = run_again(self._runner, job, self.listener, self.listener)
         except Exception as error:  # noqa: BLE001 - that a plan cannot run is a fact about it
-            self._put_failure(plan, first_line(error, with_type=True))
+            raise_if_full(error)
+            proof = self._put_failure(plan, first_line(error, with_type=True))
+        else:
+            proof = self.store.put_proof(plan.plan_id, made)
+        if proof is None:
             return None
-        self.store.put_proof(plan.plan_id, proof)
         self.proofs[plan.plan_id] = proof
         milliseconds, increase = proof.request_ms, proof.increase.value
         _log.info(
@@ -101,8 +106,11 @@ class ProofLedger:
         self.store.put_reference(self.study_id, f"no {kind} plan", {"reason": reason})
         self.listener(Notice(f"no {kind} plan: {reason}"))
 
-    def _put_failure(self, plan: Plan, reason: str) -> None:
+    def _put_failure(self, plan: Plan, reason: str) -> Proof | None:
+        """Keep why a plan could not be proven here; return another process' proof, or None."""
+        if proof := self.store.put_proof(plan.plan_id, None, reason):
+            return proof
         self.failures[plan.plan_id] = reason
-        self.store.put_proof(plan.plan_id, None, reason)
         text = f"plan {plan.label} could not be proven: {reason}; the search goes on without it"
         self.listener(Notice(text))
+        return None

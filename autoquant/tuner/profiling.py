@@ -18,11 +18,11 @@ from autoquant.tuner.workers.jobs import Limited, ProfileJob, Timed
 def keeper(
     store: Store, hardware: Device, known: dict[TimingSubject, Measurement]
 ) -> Callable[[Sequence[Measurement]], None]:
-    """Return what saves measurements, and adds them to those that are known."""
+    """Return what saves measurements, and adds what the store then holds to those known."""
 
     def keep(measurements: Sequence[Measurement]) -> None:
-        store.put_timings(hardware, PROTOCOL, measurements)
-        known.update({measurement.subject: measurement for measurement in measurements})
+        kept = store.put_timings(hardware, PROTOCOL, measurements)
+        known.update({measurement.subject: measurement for measurement in kept})
 
     return keep
 
@@ -41,7 +41,7 @@ def measure_all(
     process down alone have failed, and the rest goes on.
 
     Raises:
-        ProcessDiedError: It died, and no subject does that alone (out of memory, say).
+        ProcessDiedError: It died twice, and no subject does that alone (out of memory, say).
     """
     known = store.timings(hardware, PROTOCOL)
     before = {subject for subject in subjects if subject in known}
@@ -57,6 +57,7 @@ def measure_all(
 
     if len(before) == len(set(subjects)):
         listener(StageStarted(measure.STAGE, 0))
+    died_before = False
     while missing := [subject for subject in subjects if subject not in known]:
         try:
             runner.run(ProfileJob(missing, hardware, store.roofline(hardware)), on_message)
@@ -66,8 +67,9 @@ def measure_all(
                 for subject in _at_work(subjects, known)
                 if (reason := _dies_alone(subject, runner, hardware))
             ]
-            if not crashed:
+            if not crashed and died_before:
                 raise death
+            died_before = not crashed
             keep(crashed)
     result = {subject: known[subject] for subject in subjects}
     measure.summarize(result, len(result) - len(before), listener)

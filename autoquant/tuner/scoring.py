@@ -11,6 +11,7 @@ from autoquant.events import Listener, Notice, StageFinished, StageProgress, Sta
 from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.store import Store
 from autoquant.tuner.choices import SiteChoices, numerics_of
+from autoquant.tuner.workers.again import run_again
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Scored, ScoreJob
 
@@ -64,7 +65,7 @@ def score(
         return listener(StageProgress("score", done, message.subject))
 
     if changes:
-        runner.run(ScoreJob.of(method, changes), on_message)
+        run_again(runner, ScoreJob.of(method, changes), on_message, listener)
     losses = store.losses(model_hash, quality_key, method.version)
     loss_map = fit_loss_map(together_pairs(losses, EVERY_LAYER))
     listener(StageFinished("score", _summary(method, changes, len(known), loss_map)))

@@ -142,6 +142,24 @@ def test_unexpected_errors_are_one_line_with_exit_code_1():
     )
 
 
+def test_a_full_disk_is_one_line_with_exit_code_2():
+    error = OSError(28, "No space left on device", "/tmp/x")
+    result = CliRunner().invoke(failing_app(error), ["fail"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: the disk is full: no room for /tmp/x; free some, and the same command goes on\n"
+    )
+
+
+@pytest.mark.processes
+def test_an_output_that_does_not_fit_the_disk_is_one_line_with_exit_code_2(database):
+    command = f"{sys.executable} -m autoquant.cli.main show {database} --json > /dev/full"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: the disk is full")
+
+
 def test_an_interrupt_exits_with_130():
     result = CliRunner().invoke(failing_app(KeyboardInterrupt()), ["fail"])
     assert result.exit_code == 130

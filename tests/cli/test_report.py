@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from autoquant.cli import output
+from autoquant import files
 from autoquant.cli.main import app
 from autoquant.errors import AutoquantError
 
@@ -75,6 +75,6 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(AutoquantError, match="No space left on device"):
-        output.replace_file(out, b"new")
+    with pytest.raises(AutoquantError, match="the disk is full: no room for"):
+        files.write_file(out, b"new")
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from autoquant.errors import DiskFullError
 from autoquant.events import Notice
 from autoquant.export import applier, checkpoint
 from autoquant.models import from_module, load_model
@@ -99,6 +100,15 @@ def test_a_plan_that_cannot_be_saved_or_loaded_is_refused_with_the_reason(
         assert delivered(loaded, plan)[0].reason == "RuntimeError: cannot be moved"
     monkeypatch.setattr(checkpoint, "write", broken)
     assert delivered(loaded, plan)[0].reason == "RuntimeError: cannot be moved"
+
+
+def test_a_full_disk_is_no_reason_to_refuse_a_plan(loaded, plan, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device", "/tmp/model.safetensors")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(DiskFullError, match="no room for /tmp/model"):
+        delivered(loaded, plan)
 
 
 def test_a_plan_that_computes_something_else_when_loaded_is_refused(loaded, plan, monkeypatch):

@@ -49,18 +49,19 @@ def test_timings_belong_to_their_device_and_protocol(filled):
     assert filled.timings(other, "2") == {}
 
 
-def test_a_timing_is_kept_once(filled, query):
-    filled.put_timings(DEVICE, "1", [measurement(latency=1.0)])
-    with pytest.raises(StoreError):
-        filled.put_timings(DEVICE, "1", [measurement(latency=2.0)])
-    assert query("SELECT count(*), min(latency_us) FROM timing") == [(1, 1.125)]
+def test_a_timing_is_kept_once_and_the_first_one_counts(filled, query):
+    first, second = measurement(latency=1.0), measurement(latency=2.0)
+    assert filled.put_timings(DEVICE, "1", [first]) == [first]
+    other = measurement(m=2)
+    assert filled.put_timings(DEVICE, "1", [second, other]) == [first, other]
+    assert query("SELECT m, latency_us FROM timing") == [(1, 1.125), (2, other.latency_us)]
 
 
 def test_timings_that_were_made_together_are_kept_together_or_not_at_all(filled, query):
-    filled.put_timings(DEVICE, "1", [measurement()])
+    broken = measurement(m=3, outcome=None)  # the table refuses it
     with pytest.raises(StoreError):
-        filled.put_timings(DEVICE, "1", [measurement(m=2), measurement()])
-    assert query("SELECT m FROM timing") == [(1,)]
+        filled.put_timings(DEVICE, "1", [measurement(m=2), broken])
+    assert query("SELECT m FROM timing") == []
 
 
 def test_timings_of_an_unknown_device_are_refused(store):
@@ -126,9 +127,9 @@ def test_losses_come_back_as_they_went_in_and_are_kept_once(filled, query):
     filled.put_losses(MODEL, "text", "isolated", losses)
     assert filled.losses(MODEL, "text", "isolated") == losses
     assert filled.losses(MODEL, "another text", "isolated") == {}
-    with pytest.raises(StoreError):
-        filled.put_losses(MODEL, "text", "isolated", {("b", "int8-row+a16"): 0.5})
-    assert query("SELECT count(*) FROM loss") == [(3,)]
+    filled.put_losses(MODEL, "text", "isolated", {("b", "int8-row+a16"): 0.5, ("c", "x"): 0.25})
+    assert filled.losses(MODEL, "text", "isolated") == {**losses, ("c", "x"): 0.25}
+    assert query("SELECT count(*) FROM loss") == [(4,)]
 
 
 def test_plans_come_back_as_they_went_in(filled):
@@ -157,6 +158,17 @@ def test_proofs_come_back_as_they_went_in(filled, increase):
     wanted = proof(increase=replace(proof().increase, high=increase))
     filled.put_proof("abcd0001", wanted)
     assert filled.proofs(STUDY) == {"abcd0001": wanted}
+    assert filled.failed_proofs(STUDY) == {}
+
+
+def test_a_plan_is_proven_once_and_a_proof_counts_more_than_a_failure(filled):
+    filled.put_plan(plan())
+    first, second = proof(perplexity=10.0), proof(perplexity=20.0)
+    assert filled.put_proof("abcd0001", None, "the kernel failed") is None
+    assert filled.put_proof("abcd0001", first) == first
+    assert filled.put_proof("abcd0001", second) == first
+    assert filled.put_proof("abcd0001", None, "the kernel failed") == first
+    assert filled.proofs(STUDY) == {"abcd0001": first}
     assert filled.failed_proofs(STUDY) == {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from autoquant.errors import DiskFullError, ProcessDiedError
 from autoquant.events import Notice
 from autoquant.tuner.workers.jobs import ProveJob
 
@@ -50,6 +51,51 @@ def test_a_failure_is_kept_with_its_reason_and_reported(store):
         "plan front 7 could not be proven: ValueError: no such kernel; the search goes on without it"
     )
     assert ledger.prove(make_plan("a")) is None and len(ledger.proofs) == 0
+
+
+def dying(times):
+    """A proof whose process dies so often before it succeeds."""
+    left = [times]
+
+    def prove(plan):
+        if left[0]:
+            left[0] -= 1
+            raise ProcessDiedError("its process was ended by SIGKILL")
+        return say_what_is_predicted(plan)
+
+    return prove
+
+
+def test_a_process_that_was_killed_once_is_no_failure_of_the_plan(store):
+    events = []
+    ledger = make_ledger(store, FakeRunner(prove=dying(1)), events)
+    proof = ledger.prove(make_plan("a"))
+    assert proof is not None and store.proofs(STUDY) == {"a": proof}
+    assert Notice("tried once more: its process was ended by SIGKILL") in events
+
+
+def test_a_plan_whose_process_dies_each_time_has_failed(store):
+    ledger = make_ledger(store, FakeRunner(prove=dying(2)))
+    assert ledger.prove(make_plan("a")) is None
+    assert store.failed_proofs(STUDY) == {"a": "ProcessDiedError: its process was ended by SIGKILL"}
+
+
+def test_a_full_disk_is_no_failure_of_the_plan(store):
+    def full(_plan):
+        raise OSError(28, "No space left on device", "/tmp/x.so")
+
+    ledger = make_ledger(store, FakeRunner(prove=full))
+    with pytest.raises(DiskFullError, match="no room for /tmp/x"):
+        ledger.prove(make_plan("a"))
+    assert store.failed_proofs(STUDY) == {} == store.proofs(STUDY)
+    assert make_ledger(store).prove(make_plan("a")) is not None
+
+
+def test_a_proof_that_another_process_saved_meanwhile_counts(store, runner):
+    mine, other = make_ledger(store, FakeRunner(prove=broken)), make_ledger(store, runner)
+    proof = other.prove(make_plan("a"))
+    assert mine.prove(make_plan("a")) == proof and mine.failures == {}
+    assert mine.proofs == store.proofs(STUDY) == {"a": proof}
 
 
 def test_what_is_known_is_restored_and_not_proven_again(store):

@@ -33,6 +33,10 @@ def subject(m=2, kernel="right", working_set=1 << 14):
     )
 
 
+def replace_subjects(job, subjects):
+    return replace(job, subjects=subjects)
+
+
 FOUR = [subject(m, kernel) for m in (2, 5) for kernel in ("right", "wrong")]
 
 
@@ -166,6 +170,34 @@ def test_a_process_that_no_candidate_ends_alone_is_not_tried_forever(store):
 
     with pytest.raises(ProcessDiedError, match="out of memory"):
         stage(store, runner=Tired())
+
+
+def test_a_process_that_was_killed_from_outside_once_loses_nothing(store):
+    class Killed(Runner):
+        def run(self, job, on_message):
+            super().run(replace_subjects(job, job.subjects[:2]), on_message)
+            if len(self.jobs) == 1:
+                raise ProcessDiedError("the worker process was ended from outside")
+            if len(job.subjects) > 2:
+                super().run(replace_subjects(job, job.subjects[2:]), on_message)
+
+    runner = Killed()
+    result = stage(store, runner=runner)
+    assert {subject: m.outcome for subject, m in result.items()} == {
+        subject: measurement(subject).outcome for subject in FOUR
+    }
+    assert rows(store) == 4
+
+
+def test_a_timing_that_another_process_saved_meanwhile_counts(store):
+    class Late(Runner):
+        def run(self, job, on_message):
+            stage(store, FOUR[:1])  # the other process
+            with_other_times = Measurement(subject=FOUR[0], outcome="ok", samples_us=(9.0,))
+            on_message(Timed((with_other_times,)))
+
+    result = stage(store, FOUR[:1], runner=Late())
+    assert result == {FOUR[0]: measurement(FOUR[0])} and rows(store) == 1
 
 
 def test_the_stage_ends_with_what_came_from_the_store(store):

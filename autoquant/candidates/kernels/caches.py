@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from autoquant.cache import cache_folder
+from autoquant.cache import cache_folder, unusable
 from autoquant.candidates.kernels.library import TunedLibrary
 from autoquant.candidates.registry import known_formats
 from autoquant.devices import backend
@@ -15,7 +15,12 @@ from autoquant.records import Device
 
 
 def use_kernel_caches() -> None:
-    """Have compilers keep their output in the cache folder, unless the user chose others."""
+    """Have compilers keep their output in the cache folder, unless the user chose others.
+
+    If it cannot be written, they keep it where they always do, among the temporary files.
+    """
+    if unusable():
+        return
     folder = cache_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

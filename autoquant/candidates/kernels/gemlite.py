@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ import torch
 from autoquant.candidates.base import A16, Kernel, Unsupported
 from autoquant.candidates.kernels.library import TunedLibrary
 from autoquant.devices.gpu import needs_cuda, needs_library
+from autoquant.files import move_whole, scratch_folder
 from autoquant.records import LinearShape
 
 _FLOAT32, _FLOAT16, _BFLOAT16, _FLOAT8, _INT8, _INT32 = 0, 1, 2, 3, 4, 6
@@ -143,8 +144,12 @@ class Gemlite(TunedLibrary):
             return
         from gemlite.core import GemLiteLinearTriton
 
-        folder.mkdir(parents=True, exist_ok=True)
-        GemLiteLinearTriton.cache_config(str(folder / f"gemlite-{os.getpid()}.json"))
+        target = folder / f"gemlite-{os.getpid()}.json"
+        with suppress(OSError):  # settings that cannot be kept are found again
+            folder.mkdir(parents=True, exist_ok=True)
+            with scratch_folder(target) as scratch:
+                GemLiteLinearTriton.cache_config(str(scratch / target.name))
+                move_whole(scratch / target.name, target)
 
     def tune_briefly(self) -> None:
         """Spend a fifth of Triton's usual time on each setting."""

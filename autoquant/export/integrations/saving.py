@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,8 @@ from torch import nn
 
 from autoquant.errors import CheckpointError
 from autoquant.export import checkpoint
+from autoquant.export.manifest import MANIFEST
+from autoquant.files import move_whole, raise_if_full, scratch_folder
 from autoquant.runtime.prepare import prepare
 
 _TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; it is ignored
@@ -65,7 +65,10 @@ def _save(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write_all(model, manifest, folder)
-        except OSError as error:
+        except Exception as error:
+            raise_if_full(error, folder)
+            if not isinstance(error, OSError):
+                raise
             raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
     if push_to_hub:
         model.push_to_hub(repo_id or folder.name, token=options.get("token"))
@@ -73,20 +76,19 @@ def _save(
 
 def _write_all(model: Any, manifest: Mapping[str, Any], folder: Path) -> None:
     """Write into a scratch folder first, so that a failure leaves the old files."""
-    scratch = Path(tempfile.mkdtemp(prefix=".saving.", dir=folder))
-    try:
+    with scratch_folder(folder / MANIFEST) as scratch:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(scratch)
         if model.can_generate():
             model.generation_config.save_pretrained(scratch)
         checkpoint.write_module(model, manifest, scratch)
-        written = list(scratch.iterdir())
-        for path in written:
-            os.replace(path, folder / path.name)
-        if checkpoint.PACKED not in {path.name for path in written}:
-            (folder / checkpoint.PACKED).unlink(missing_ok=True)  # of an earlier model
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        written = {path.name for path in scratch.iterdir()}
+        # Without its manifest the folder is refused, so none is read that is half of another model.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        if checkpoint.PACKED not in written:
+            (folder / checkpoint.PACKED).unlink(missing_ok=True)
+        for name in (*sorted(written - {MANIFEST}), MANIFEST):
+            move_whole(scratch / name, folder / name)
 
 
 def _apply(

@@ -13,15 +13,15 @@ from multiprocessing.connection import Connection
 import torch
 
 from autoquant.devices.effort import use_timing_effort
+from autoquant.processes import die_with
 from autoquant.tuner.deliver import DeliverySpec, load_and_deliver
 from autoquant.tuner.workers.forking import receive, send
-from autoquant.tuner.workers.worker import die_with, portable
+from autoquant.tuner.workers.worker import portable
 
 
 def main() -> None:
     """Answer (True, delivery), or (False, the error)."""
-    if sys.platform == "linux":
-        die_with(os.getppid())
+    die_with(os.getppid())
     connection = Connection(int(sys.argv[1]))
     sys.path[:] = receive(connection)
     spec: DeliverySpec = receive(connection)

@@ -8,7 +8,6 @@ process ends, so do this one and its child.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import pickle
@@ -21,10 +20,9 @@ from typing import Any
 
 import torch
 
+from autoquant.processes import die_with
 from autoquant.tuner.workers.forking import DIED, DONE, RAISED, TOLD, receive, send
 from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -98,13 +96,6 @@ def warm_compiler() -> None:
     from torch._inductor import compile_fx, cpu_vec_isa  # noqa: F401
 
     cpu_vec_isa.pick_vec_isa()
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which started it, ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import autoquant
 from autoquant.candidates.joined import whole_of
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.errors import CheckpointError, DeviceError
+from autoquant.errors import CheckpointError, DeviceError, DiskFullError
 from autoquant.export.integrations import on_import, quantizer, saving
 
 IDS = torch.arange(12).unsqueeze(0)
@@ -200,7 +200,7 @@ def test_a_saving_that_breaks_leaves_what_was_there(quantized, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving.checkpoint, "write_module", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(DiskFullError, match="the disk is full"):
         autoquant.load(quantized).save_pretrained(folder)
     assert folder_print(folder) == before
 

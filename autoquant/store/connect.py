@@ -124,7 +124,13 @@ def _file_of(address: str) -> Path | None:
 def _check_damage(address: str) -> None:
     """Refuse a damaged file before anything opens it to write: a log, a migration, a row."""
     file = _file_of(address)
-    if file is not None and file.exists() and file.stat().st_size:
+    if file is None or not file.exists() or not file.stat().st_size:
+        return
+    try:
+        with closing(connect_read_only(file)) as connection:
+            check_integrity(connection, file)
+    except StoreError:
+        # Another process may have begun to write while the file was read. Damage stays.
         with closing(connect_read_only(file)) as connection:
             check_integrity(connection, file)
 

@@ -27,6 +27,7 @@ from autoquant.cli.eval import evaluate
 from autoquant.cli.export_timings import export_timings
 from autoquant.cli.generate import generate
 from autoquant.cli.merge import merge
+from autoquant.cli.output import echo
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
 from autoquant.cli.recipes import recipes
@@ -70,7 +71,7 @@ class OneLineErrors(TyperGroup):
             if debug:
                 traceback.print_exception(error, file=sys.stderr)
             message, code = describe(error)
-            typer.echo(f"error: {message}", err=True)
+            echo(f"error: {message}", err=True)
             sys.exit(code)
         sys.exit(result if isinstance(result, int) else 0)
 
@@ -151,7 +152,7 @@ app.command(short_help="Print every timing of a database as CSV or JSON.")(expor
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"autoquant {metadata.version('autoquant')}")
+        echo(f"autoquant {metadata.version('autoquant')}")
         raise typer.Exit
 
 
@@ -176,7 +177,7 @@ def autoquant(
     Speed and quality are measured.
     """
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
 
 
 def hush_libraries() -> None:

@@ -69,7 +69,7 @@ class OneLineErrors(TyperGroup):
             sys.exit(130)
         except Exception as error:  # noqa: BLE001 - the outermost boundary: nothing may end in a raw traceback
             if debug:
-                traceback.print_exception(error, file=sys.stderr)
+                echo("".join(traceback.format_exception(error)), err=True, nl=False)
             message, code = describe(error)
             echo(f"error: {message}", err=True)
             sys.exit(code)
@@ -81,7 +81,7 @@ def logged_to_stderr() -> Iterator[None]:
     """Log to stderr inside."""
     logger, handler = logging.getLogger("autoquant"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        _VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
     )
     level = logger.level
     logger.addHandler(handler)
@@ -91,6 +91,15 @@ def logged_to_stderr() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
+
+
+class _VisibleFormatter(logging.Formatter):
+    """Writes out what would steer the terminal, as all output does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from autoquant.report.visible import visible
+
+        return visible(super().format(record))
 
 
 def wants_debug(arguments: Sequence[str]) -> bool:

@@ -39,12 +39,17 @@ def trusting(run: Callable[..., Result], **given: Any) -> Result:
 
 def _allowed(error: TrustError) -> bool:
     """Ask the person at the terminal, if there is one."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not at_terminal():
         return False
     echo("This command would run code that you did not name:", err=True)
     for line in error.runs:
         echo(f"  {line}", err=True)
     return confirmed("Run it?")
+
+
+def at_terminal() -> bool:
+    """Check whether a person can answer: input and output are a terminal."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def suggest(context: typer.Context, keyword: str, value: Any) -> None:

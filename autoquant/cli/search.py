@@ -34,7 +34,7 @@ from autoquant.cli.recipe_option import (
     configuration,
     save_recipe,
 )
-from autoquant.cli.trust import check_suggested, trusting
+from autoquant.cli.trust import check_suggested, options_again, trusting
 from autoquant.cli.values import duration_s, fraction, nats, size_bytes
 
 if TYPE_CHECKING:
@@ -274,4 +274,5 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     echo(f"  autoquant pareto {where} --plot front.png")
     if recommended is not None:
         echo(f"  autoquant show {where}")
-    echo(f"  autoquant apply {where} {'' if recommended is not None else '--plan ID'}".rstrip())
+    chosen = "" if recommended is not None else " --plan ID"
+    echo(f"  autoquant apply {where}{chosen}{options_again(study.facts.source)}")

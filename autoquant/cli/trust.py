@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoquant.cli.output import confirmed, echo
@@ -94,3 +94,13 @@ def option_words(keyword: str, value: Any) -> str:
 
     option = f"--{keyword.replace('_', '-')}"
     return option if value is True else f"{option} {shlex.quote(str(value))}"
+
+
+def options_again(source: Mapping[str, Any]) -> str:
+    """Return what a command that loads this model again must be given, to follow it.
+
+    Args:
+        source: The source of a searched model, as the store keeps it.
+    """
+    kept = ("trust_pickle", "trust_remote_code", "model_factory", "sample_inputs")
+    return "".join(f" {option_words(name, source[name])}" for name in kept if source.get(name))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.errors import ModelError, TrustError, first_line
-from autoquant.files import hash_files, stays_inside
+from autoquant.files import hash_files
 from autoquant.models.quiet import some
 from autoquant.models.request import ModelRequest
 
@@ -154,19 +154,3 @@ def _is_fetched(implementation: str) -> bool:
         and find_spec("flash_attn") is None
         and find_spec("kernels") is not None
     )
-
-
-def check_tokenizer_paths(folder: Path) -> None:
-    """Refuse a tokenizer that takes a file of another folder for its own.
-
-    Raises:
-        ModelError: `tokenizer_config.json` names one.
-    """
-    for key, value in _read(folder / _CONFIGS[1]).items():
-        if not key.endswith("_file") or not isinstance(value, str) or stays_inside(value):
-            continue
-        if Path(value).exists() or (folder / value).exists():
-            raise ModelError(
-                f"{folder / _CONFIGS[1]} names a file of another folder ({key}: {value}): take it"
-                " out, and put the file beside it"
-            )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.errors import ModelError, first_line
-from autoquant.models.code import check_tokenizer_paths, refuse_needed_code
+from autoquant.models.code import refuse_needed_code
 from autoquant.models.request import ModelRequest
 
 _TOKENIZER_FILES = (
@@ -43,7 +43,6 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
         )
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    check_tokenizer_paths(place)
     try:
         if place.is_dir():
             return AutoTokenizer.from_pretrained(

@@ -33,16 +33,6 @@ class Trust:
     model_factory: str | None = None
     sample_inputs: SampleInputs = None
 
-    @classmethod
-    def of(cls, source: ModelSource) -> Trust:
-        """Return what the user named when this process loaded a model."""
-        return cls(
-            trust_pickle=source.trust_pickle,
-            trust_remote_code=source.trust_remote_code,
-            model_factory=source.model_factory,
-            sample_inputs=source.sample_inputs,
-        )
-
     def as_keywords(self) -> dict[str, Any]:
         """Return the attributes by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -22,7 +22,7 @@ from autoquant.report.visible import visible
 from .conftest import done, refused, run
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "finished.sqlite"
-STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[link=http://x]<script>alert(1)</script>"
+STEERING = "$\\no{$\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[link=http://x]<script>alert(1)</script>"
 
 
 def test_a_yes_at_the_terminal_runs_what_was_shown(owned, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -96,3 +97,9 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
         line = line[: _LONGEST - 3] + "..."
     kind = type(error).__name__
     return f"{kind}: {line}" if line and with_type else line or kind
+
+
+def option_words(keyword: str, value: Any) -> str:
+    """Return an option as it is typed, e.g. `--model-factory my_code:build`."""
+    option = f"--{keyword.replace('_', '-')}"
+    return option if value is True else f"{option} {shlex.quote(str(value))}"

@@ -18,8 +18,9 @@ from autoquant.cli.options import (
 )
 from autoquant.cli.output import Database, echo, opened_study
 from autoquant.cli.plans import ModelOption, PlanOption, source_path
-from autoquant.cli.trust import option_words, trusting
+from autoquant.cli.trust import trusting
 from autoquant.cli.values import fraction
+from autoquant.errors import option_words
 
 if TYPE_CHECKING:
     from autoquant.export.applier import AppliedReport

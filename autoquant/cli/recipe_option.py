@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoquant.cli.output import check_place, echo, write_file
-from autoquant.cli.trust import FLAGS, NAMES, option_words, suggest, withdraw
+from autoquant.cli.trust import FLAGS, NAMES, suggest, withdraw
+from autoquant.errors import option_words
 
 if TYPE_CHECKING:
     from autoquant.recipes import Recipe, Value
@@ -109,10 +110,8 @@ def save_recipe(context: typer.Context, path: Path) -> None:
     echo(f"wrote {path}", err=True)
     named = [(name, context.params[name]) for name in (*FLAGS, *NAMES) if context.params[name]]
     if named:
-        options = " ".join(option_words(*each) for each in named)
-        echo(
-            f"note: {path} cannot allow code to run: say {options} again with each replay", err=True
-        )
+        again = " ".join(option_words(*each) for each in named)
+        echo(f"note: {path} cannot allow code to run: say {again} again with each replay", err=True)
 
 
 def configuration(context: typer.Context) -> dict[str, Value]:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoquant.cli.output import confirmed, echo
+from autoquant.errors import TrustError, option_words
 
 if TYPE_CHECKING:
     import typer
-
-    from autoquant.errors import TrustError
 
 Result = TypeVar("Result")
 FLAGS = ("trust_pickle", "trust_remote_code")
@@ -27,14 +26,13 @@ def trusting(run: Callable[..., Result], **given: Any) -> Result:
     Raises:
         TrustError: Code is needed that the user neither named nor confirmed.
     """
-    from autoquant.errors import TrustError
-
     try:
         return run(**given)
     except TrustError as error:
         if not error.options or not _allowed(error):
             raise
-        return run(**{**given, **error.options})
+        allowed = error.options
+    return run(**{**given, **allowed})
 
 
 def _allowed(error: TrustError) -> bool:
@@ -68,8 +66,6 @@ def check_suggested(context: typer.Context, **given: Any) -> None:
     Raises:
         TrustError: It does. All of it is in the message.
     """
-    from autoquant.errors import TrustError
-
     missing = {
         name: value
         for name, value in context.meta.get(_SUGGESTED, {}).items()
@@ -86,14 +82,6 @@ def check_suggested(context: typer.Context, **given: Any) -> None:
                 for name, value in missing.items()
             ],
         )
-
-
-def option_words(keyword: str, value: Any) -> str:
-    """Return an option as it is typed, e.g. `--model-factory my_code:build`."""
-    import shlex
-
-    option = f"--{keyword.replace('_', '-')}"
-    return option if value is True else f"{option} {shlex.quote(str(value))}"
 
 
 def options_again(source: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,7 +11,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from autoquant.errors import TrustError
+from autoquant.errors import TrustError, option_words
 from autoquant.models.code import named_code
 from autoquant.models.exported import is_exported
 from autoquant.models.exported_check import needs_trust
@@ -93,12 +92,6 @@ def _refuse_missing(needs: Iterable[_Need]) -> None:
         options={need.keyword: need.value for need in found},
         runs=[need.runs for need in found],
     )
-
-
-def option_words(keyword: str, value: str | bool) -> str:
-    """Return an option as it is typed, e.g. `--model-factory my_code:build`."""
-    option = f"--{keyword.replace('_', '-')}"
-    return option if value is True else f"{option} {shlex.quote(str(value))}"
 
 
 def _needs(source: ModelSource, trust: Trust, place: Path) -> Iterator[_Need]:

@@ -8,6 +8,8 @@ import types
 
 import pytest
 import torch
+from end_to_end.tiny import save_text
+from transformers import AutoModelForCausalLM
 
 from autoquant.errors import ModelError, TrustError
 from autoquant.models import load_model
@@ -65,6 +67,32 @@ def test_the_code_of_a_folder_is_not_served(own, marker):
 def test_named_in_the_command_the_code_runs(own, marker):
     said = done("generate", own, "--prompt", "w1", "--max-new-tokens", "2", "--trust-remote-code")
     assert said.startswith("w1") and marker.exists()
+
+
+@pytest.mark.slow
+def test_a_model_of_own_code_is_searched_applied_and_used_by_who_names_it(own, tmp_path, marker):
+    named, out, db = "--trust-remote-code", tmp_path / "out", tmp_path / "plan.db"
+    text = save_text(tmp_path / "text.txt")
+    few = ("--candidates", "int8-row/plain/int8pack-mm", "--time-budget", "1s", "--device", "cpu")
+    judged = ("--eval-text", text, "--max-ppl-increase", "1000%", "--minimize", "memory")
+    work = ("--workload", "prefill=8,decode=4")
+    said = done("search", own, named, *few, *judged, *work, "--db", db)
+    assert f"autoquant apply {db} {named}" in said
+    marker.rmdir()
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+    for command in (("apply", db), ("bench", db), ("bench", db, "--loop", "generate")):
+        assert f"add {named}" in refused(*command)
+    assert not marker.exists()
+    said = done("apply", db, named, "--out", out)
+    assert "bit for bit" in said and f"--prompt TEXT {named}" in said
+    assert "unquantized" in done("bench", db, named)
+    assert named in refused("generate", out, "--prompt", "w1")
+    assert done("generate", out, "--prompt", "w1", "--max-new-tokens", "2", named).startswith("w1")
+    assert (
+        type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__
+        == "OwnModel"
+    )
 
 
 def test_the_hash_of_the_model_covers_the_code_that_runs(own):

@@ -99,10 +99,11 @@ def _needs(source: ModelSource, trust: Trust, place: Path) -> Iterator[_Need]:
         checked = "" if source.file_hash else ", whose bytes an older version did not note"
         yield _Need("trust_pickle", True, f"runs what is pickled in {place}{checked}")
     if source.trust_remote_code and not trust.trust_remote_code:
-        names = named_code(place)
-        if names or not place.is_dir():
+        folder = place.parent if place.is_file() else place
+        names = named_code(folder)
+        if names or not folder.is_dir():
             yield _Need(
-                "trust_remote_code", True, f"runs the code of {place}: {', '.join(names) or 'all'}"
+                "trust_remote_code", True, f"runs the code of {folder}: {', '.join(names) or 'all'}"
             )
     for keyword in ("model_factory", "sample_inputs"):
         if (spec := getattr(source, keyword)) is not None and getattr(trust, keyword) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -32,15 +33,31 @@ def unusable() -> str | None:
     return None if is_writable(folder) else f"cannot write into the cache folder {folder}"
 
 
+def is_safe(folder: Path) -> bool:
+    """Check that a folder whose content is run is not open to everyone, nor another user's.
+
+    A folder that is not there yet will be the user's own. Root is trusted, and trusts.
+    """
+    try:
+        status = folder.stat()
+    except OSError:
+        return True
+    user = os.geteuid()
+    return not status.st_mode & stat.S_IWOTH and (user == 0 or status.st_uid in (user, 0))
+
+
 def kept(kind: str, key: str, make: Callable[[], bytes]) -> bytes:
     """Return the result of `make`, read from the cache folder if it is there.
 
-    A damaged file is made again. If the folder is not writable, every process makes its own.
+    A damaged file is made again. If the folder is not writable or not safe, every process makes its
+    own.
 
     Args:
         kind: Name of the folder inside the cache folder.
         key: Name of the file. It must differ whenever `make` would return something else.
     """
+    if not is_safe(cache_folder()):
+        return make()
     path = cache_folder() / kind / key
     with suppress(OSError):
         found = path.read_bytes()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 _LONGEST = 300
 
@@ -13,6 +17,26 @@ class AutoquantError(Exception):
 
 class ModelError(AutoquantError):
     """The model cannot be read, or is not the one a plan was made for."""
+
+
+class TrustError(ModelError):
+    """Code would run that the user did not name in this call. The message says how to name it.
+
+    Attributes:
+        options: What allows it, by the name of the keyword: True for a flag, else its value.
+        runs: What would run then, piece by piece.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        runs: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.options = dict(options)
+        self.runs = tuple(runs)
 
 
 class TextError(AutoquantError):
@@ -77,3 +101,9 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
         line = line[: _LONGEST - 3] + "..."
     kind = type(error).__name__
     return f"{kind}: {line}" if line and with_type else line or kind
+
+
+def option_words(keyword: str, value: Any) -> str:
+    """Return an option as it is typed, e.g. `--model-factory my_code:build`."""
+    option = f"--{keyword.replace('_', '-')}"
+    return option if value is True else f"{option} {shlex.quote(str(value))}"

@@ -8,14 +8,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from autoquant.errors import AutoquantError, DiskFullError, first_line
@@ -242,3 +243,22 @@ def _sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def stays_inside(name: str) -> bool:
+    """Check that a name, read from a file, leads to no place outside that file's folder.
+
+    Links are followed wherever they lead: no file makes them.
+    """
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Return a SHA-256 of the contents of files and of their names, in this order."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256")
+        total.update(f"{path.name}\0{content.hexdigest()}\0".encode())
+    return total.hexdigest()

@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, TextStreamer
 
 from autoquant.errors import ModelError, first_line
 from autoquant.export.applier import load
+from autoquant.export.checkpoint import dtype_in
 from autoquant.export.manifest import MANIFEST, read_manifest
 from autoquant.models.huggingface import pretrained
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
@@ -153,9 +154,9 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> dict[s
     return {name: tensor for name, tensor in encoded.items() if name != "token_type_ids"}
 
 
-def tokenizer_of(folder: Path) -> Any:
+def tokenizer_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a folder."""
-    return load_tokenizer(str(folder))
+    return load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
 
 
 def device_of(folder: Path, name: str) -> str:
@@ -171,8 +172,8 @@ def device_of(folder: Path, name: str) -> str:
 
 def dtype_of(folder: Path) -> torch.dtype | None:
     """Return the dtype that a plan was made for, or None for an unquantized model."""
-    dtype = _manifest(folder).get("dtype")
-    return None if dtype is None else getattr(torch, dtype)
+    manifest = _manifest(folder)
+    return dtype_in(manifest) if "dtype" in manifest else None
 
 
 def is_quantized(folder: Path) -> bool:
@@ -181,28 +182,35 @@ def is_quantized(folder: Path) -> bool:
 
 
 def load_generator(
-    folder: Path, tokenizer: Any, device: str, dtype: torch.dtype | None = None
+    folder: Path,
+    tokenizer: Any,
+    device: str,
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Generator:
     """Load a folder that `autoquant apply` wrote, or an unquantized model.
 
     Args:
         dtype: Dtype of an unquantized model; None keeps its own.
+        trust_remote_code: Run the code that the folder brings.
 
     Raises:
+        TrustError: The model needs code that the folder brings, which is not trusted.
         ModelError: The folder holds no causal language model.
     """
     quantized = is_quantized(folder)
-    module = load(folder, device=device) if quantized else _unquantized(folder, device, dtype)
+    if quantized:
+        module = load(folder, device=device, trust_remote_code=trust_remote_code)
+    else:
+        original = pretrained(folder, dtype, trust_remote_code=trust_remote_code)
+        module = prepare(settle(original.to(device)))
     if not is_causal_lm(module):
         raise ModelError(
             f"{folder} holds no causal language model, so it writes no text: "
             "run it with autoquant.load"
         )
     return Generator(module, tokenizer, device)
-
-
-def _unquantized(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:
-    return prepare(settle(pretrained(folder, dtype).to(device)))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -6,13 +6,21 @@ import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.output import Database, opened_study
+from autoquant.cli.options import (
+    ModelFactoryOption,
+    SampleInputsOption,
+    TrustPickleOption,
+    TrustRemoteCodeOption,
+)
+from autoquant.cli.output import Database, echo, opened_study
 from autoquant.cli.plans import ModelOption, PlanOption, source_path
+from autoquant.cli.trust import trusting
 from autoquant.cli.values import fraction
+from autoquant.errors import option_words
 
 if TYPE_CHECKING:
     from autoquant.export.applier import AppliedReport
@@ -42,6 +50,10 @@ def apply(
         ),
     ] = None,
     model: ModelOption = None,
+    trust_pickle: TrustPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    model_factory: ModelFactoryOption = None,
+    sample_inputs: SampleInputsOption = None,
 ) -> None:
     """Write the model that a plan quantizes into a new folder.
 
@@ -59,11 +71,28 @@ def apply(
         source = model or source_path(study)
         # Imports torch: only after everything that can be refused without it.
         from autoquant.export.applier import apply_to_disk
-        from autoquant.store.connect import folder_of
+        from autoquant.models.trust import Trust
 
-        with listening() as listener:
-            target = out or folder_of(database) / f"{_model_name(source)}-{chosen.plan_id}"
-            report = apply_to_disk(chosen, source, target, facts=study.facts, listener=listener)
+        target = out or _folder_beside(database, source, chosen)
+
+        def applied(**code: Any) -> AppliedReport:
+            with listening() as listener:
+                return apply_to_disk(
+                    chosen,
+                    source,
+                    target,
+                    facts=study.facts,
+                    listener=listener,
+                    trust=Trust(**code),
+                )
+
+        report = trusting(
+            applied,
+            trust_pickle=trust_pickle,
+            trust_remote_code=trust_remote_code,
+            model_factory=model_factory,
+            sample_inputs=sample_inputs,
+        )
     _print_report(chosen, report)
 
 
@@ -73,6 +102,20 @@ def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
     if increase is not None:
         return study.best_within(replace(study.limits, max_ppl_increase=increase, minimize="time"))
     return study.best_of_search()
+
+
+def _folder_beside(database: str, source: str, plan: Plan) -> Path:
+    """Return the folder that is named after the model and the plan, beside the database.
+
+    Raises:
+        PlanError: The plan's id, which the database gives, would lead to another folder.
+    """
+    from autoquant.errors import PlanError
+    from autoquant.store.connect import folder_of
+
+    if not plan.plan_id.isalnum():
+        raise PlanError(f"the plan's id {plan.plan_id!r} is no name for a folder: give --out DIR")
+    return folder_of(database) / f"{_model_name(source)}-{plan.plan_id}"
 
 
 def _model_name(path: str) -> str:
@@ -85,29 +128,31 @@ def _print_report(plan: Plan, report: AppliedReport) -> None:
     from autoquant.report import units
 
     formats = ", ".join(f"{count} x {name}" for name, count in report.formats.items())
-    typer.echo(f"Plan {plan.plan_id} ({plan.label}) applied to {report.layers} layers: {formats}")
-    typer.echo(
+    echo(f"Plan {plan.plan_id} ({plan.label}) applied to {report.layers} layers: {formats}")
+    echo(
         f"Memory {units.size(report.memory_bytes)} instead of"
         f" {units.size(report.original_memory_bytes)}"
     )
-    typer.echo(f"Wrote {report.out}: {', '.join(report.files)}")
+    echo(f"Wrote {report.out}: {', '.join(report.files)}")
     if report.repeatable:
-        typer.echo("Read back: its logits are bit for bit those of the quantized model in memory.")
+        echo("Read back: its logits are bit for bit those of the quantized model in memory.")
     else:
-        typer.echo(
+        echo(
             "Read back: its weights are those of the quantized model in memory, whose logits"
             " differ from run to run."
         )
     where = (
         os.path.relpath(report.out) if report.out.is_relative_to(Path.cwd()) else str(report.out)
     )
-    typer.echo("\nNext:")
+    flags = "".join(f" {option_words(*each)}" for each in report.needs_code.items())
+    keywords = "".join(f", {name}={value!r}" for name, value in report.needs_code.items())
+    echo("\nNext:")
     if report.generates and not report.needs_module:
-        typer.echo(f"  autoquant generate {shlex.quote(where)} --prompt TEXT")
+        echo(f"  autoquant generate {shlex.quote(where)} --prompt TEXT{flags}")
     if report.needs_module:
-        typer.echo(
+        echo(
             f"  autoquant.load({where!r}, module)    in Python, with a module of the same"
             " architecture"
         )
     else:
-        typer.echo(f"  autoquant.load({where!r})    in Python")
+        echo(f"  autoquant.load({where!r}{keywords})    in Python")

@@ -6,18 +6,26 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoquant.cli.options import (
+    ModelFactoryOption,
+    SampleInputsOption,
+    TrustPickleOption,
+    TrustRemoteCodeOption,
+)
 from autoquant.cli.output import (
     Database,
     JsonFlag,
+    echo,
     opened_study,
     print_json,
     print_table,
 )
 from autoquant.cli.plans import ModelOption, PlansOption, chosen_plans, source_path
+from autoquant.cli.trust import trusting
 from autoquant.files import write_file
 
 if TYPE_CHECKING:
@@ -66,6 +74,10 @@ def bench(
         ),
     ] = None,
     model: ModelOption = None,
+    trust_pickle: TrustPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    model_factory: ModelFactoryOption = None,
+    sample_inputs: SampleInputsOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Time plans in the whole model, in turn with the unquantized model.
@@ -90,15 +102,30 @@ def bench(
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
         plans = chosen_plans(study, plan or [], compare)
         source = model or source_path(study)
+        code = {
+            "trust_pickle": trust_pickle,
+            "trust_remote_code": trust_remote_code,
+            "model_factory": model_factory,
+            "sample_inputs": sample_inputs,
+        }
         if loop is TimedLoop.GENERATE:
-            return _bench_loop(plans, source, study.facts, as_json=as_json)
+            return _bench_loop(plans, source, study.facts, code, as_json=as_json)
         # Imports torch: only after everything that can be refused without it.
+        from autoquant.models.trust import Trust
         from autoquant.tuner.bench import bench as measure
 
-        with listening() as listener:
-            rows = measure(
-                plans, source, study.facts, listener, attribution=attribute or trace is not None
-            )
+        def measured(**code: Any) -> list[BenchRow]:
+            with listening() as listener:
+                return measure(
+                    plans,
+                    source,
+                    study.facts,
+                    listener,
+                    attribution=attribute or trace is not None,
+                    trust=Trust(**code),
+                )
+
+        rows = trusting(measured, **code)
         workload = study.facts.workload
     by_id = {each.plan_id: each for each in plans}
     if trace is not None and rows[0].steps:
@@ -109,19 +136,30 @@ def bench(
         _print_text(rows, by_id, workload, attribute)
 
 
-def _bench_loop(plans: Sequence[Plan], source: str, facts: StudyFacts, *, as_json: bool) -> None:
+def _bench_loop(
+    plans: Sequence[Plan],
+    source: str,
+    facts: StudyFacts,
+    code: Mapping[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    from autoquant.models.trust import Trust
     from autoquant.report.progress import listening
     from autoquant.report.tables.bench import loop_objects, loop_table
-    from autoquant.tuner.bench import bench_loop
+    from autoquant.tuner.bench import LoopRow, bench_loop
 
-    with listening() as listener:
-        rows = bench_loop(plans, source, facts, listener)
+    def measured(**code: Any) -> list[LoopRow]:
+        with listening() as listener:
+            return bench_loop(plans, source, facts, listener, trust=Trust(**code))
+
+    rows = trusting(measured, **code)
     if as_json:
         print_json(loop_objects(rows, facts.workload))
         return
     print_table(lambda width: loop_table(rows, facts.workload, width))
     for note in dict.fromkeys(note for row in rows for note in row.notes):
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _write_trace(path: Path, rows: Sequence[BenchRow]) -> None:
@@ -129,7 +167,7 @@ def _write_trace(path: Path, rows: Sequence[BenchRow]) -> None:
     from autoquant.report.json_output import dumps
 
     write_file(path, dumps(trace_object({_called(row): row.steps for row in rows})).encode())
-    typer.echo(f"wrote {path}", err=True)
+    echo(f"wrote {path}", err=True)
 
 
 def _called(row: BenchRow) -> str:
@@ -158,7 +196,7 @@ def _print_text(
     print_table(lambda width: bench_table(rows, workload, width))
     for row in rows:
         if attribute and row.steps and row.plan_id is not None:
-            typer.echo()
+            echo()
             print_table(partial(attribution_report, row, rows[0], plans[row.plan_id], workload))
     for note in bench_notes(rows, plans, workload):
-        typer.echo(note)
+        echo(note)

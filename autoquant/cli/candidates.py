@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from autoquant.cli.options import DeviceOption
-from autoquant.cli.output import JsonFlag, print_json, print_table
+from autoquant.cli.output import JsonFlag, echo, print_json, print_table
 
 
 def candidates(
@@ -27,5 +25,5 @@ def candidates(
     usable = sum(candidate.usable for candidate in found)
     opt_in = sum(candidate.usable and not candidate.by_default for candidate in found)
     named = f", {opt_in} of them (opt-in) only where --candidates names them" if opt_in else ""
-    typer.echo(f"{usable} of {len(found)} candidates can be used on {device_type}{named}\n")
+    echo(f"{usable} of {len(found)} candidates can be used on {device_type}{named}\n")
     print_table(lambda width: candidates_table(found, width))

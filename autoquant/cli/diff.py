@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+from autoquant.cli.output import Database, JsonFlag, echo, opened_study, print_json, print_table
 from autoquant.cli.plans import complete_plan
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def diff(
     _print_text(pair)
     for plan_id in pair.unproven():
         reason = failures.get(plan_id)
-        typer.echo(
+        echo(
             f"Plan {plan_id} is not proven{f' ({reason})' if reason else ''}: nothing measured"
             " is compared."
         )
@@ -76,9 +76,9 @@ def _print_text(pair: PlanPair) -> None:
     from autoquant.report.plan_diff import changes_table, totals_table
 
     if pair.changes:
-        typer.echo(f"{len(pair.changes)} of {len(pair.before.layers)} layers change:\n")
+        echo(f"{len(pair.changes)} of {len(pair.before.layers)} layers change:\n")
         print_table(lambda _width: changes_table(pair.changes))
     else:
-        typer.echo("No layer changes.")
-    typer.echo()
+        echo("No layer changes.")
+    echo()
     print_table(lambda _width: totals_table(pair))

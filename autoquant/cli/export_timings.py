@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from autoquant.cli.output import Database, JsonFlag, opened_store
+from autoquant.cli.output import Database, JsonFlag, csv_text, echo, opened_store
 from autoquant.files import write_file
 
 
@@ -46,10 +44,10 @@ def export_timings(
         rows = timing_rows(store, device)
     text = f"{dumps(rows)}\n" if as_json else _csv(rows)
     if out is None:
-        typer.echo(text, nl=False)
+        echo(text, nl=False)
     else:
         write_file(out, text.encode())
-        typer.echo(f"wrote {out}", err=True)
+        echo(f"wrote {out}", err=True)
 
 
 def _check_out(out: Path, database: str) -> None:
@@ -67,10 +65,10 @@ def _check_out(out: Path, database: str) -> None:
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     from autoquant.store.export import COLUMNS
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        versions = "; ".join(f"{name} {version}" for name, version in row["versions"].items())
-        writer.writerow({**row, "versions": versions})
-    return text.getvalue()
+    return csv_text(
+        COLUMNS,
+        (
+            {**row, "versions": "; ".join(f"{name} {v}" for name, v in row["versions"].items())}
+            for row in rows
+        ),
+    )

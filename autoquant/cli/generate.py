@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.options import FolderArgument, FolderDeviceOption
-from autoquant.cli.output import JsonFlag, print_json
+from autoquant.cli.options import FolderArgument, FolderDeviceOption, TrustRemoteCodeOption
+from autoquant.cli.output import JsonFlag, echo, print_json
+from autoquant.cli.trust import trusting
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +83,7 @@ def generate(
         ),
     ] = None,
     device: FolderDeviceOption = "auto",
+    trust_remote_code: TrustRemoteCodeOption = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a text with the model of DIR, print it as it comes, and say how fast it came.
@@ -97,23 +100,43 @@ def generate(
         prompt = _read(prompt_file)
     from autoquant import prompting
     from autoquant.errors import ModelError
-    from autoquant.report.progress import listening
 
     places = [folder] if compare is None else [folder, compare]
     if problems := [problem for place in places for problem in prompting.problems_of(place)]:
         raise ModelError("; ".join(problems))
-    tokenizer = prompting.tokenizer_of(folder)
     place = prompting.device_of(folder, device)
     if chat:
-        _chat(folder, tokenizer, place, max_new_tokens, temperature)
-        return
+        talk = partial(_chat, folder, place, max_new_tokens, temperature)
+        return trusting(talk, trust_remote_code=trust_remote_code)
+    answer = partial(_answer, places, prompt, place, max_new_tokens, temperature, as_json=as_json)
+    return trusting(answer, trust_remote_code=trust_remote_code)
+
+
+def _answer(
+    places: Sequence[Path],
+    prompt: str | None,
+    device: str,
+    max_new_tokens: int,
+    temperature: float,
+    *,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Continue the prompt with the model of the first place, timed in turn with the others."""
+    from autoquant import prompting
+    from autoquant.report.progress import listening
+
+    code = {"trust_remote_code": trust_remote_code}
+    tokenizer = prompting.tokenizer_of(places[0], **code)
     text = _prompt_of_stdin() if prompt is None else prompt
     request = _Request(prompting.encode(tokenizer, text), max_new_tokens, temperature)
+    dtype = prompting.dtype_of(places[0])
     generators, ready_s = [], []
     with listening() as listener:
         for each in places:
             started = time.perf_counter()
-            generators.append(_load(each, tokenizer, place, prompting.dtype_of(folder), listener))
+            load = partial(prompting.load_generator, each, tokenizer, device, dtype, **code)
+            generators.append(_load(load, each, device, listener))
             request = _fitting(generators[-1], request, each, listener)
             _warm_up(generators[-1], request, started, listener, each)
             ready_s.append(time.perf_counter() - started)
@@ -125,9 +148,9 @@ def generate(
     if as_json:
         print_json(_object(replies[0][0], speeds, ready_s, request, difference))
         return
-    typer.echo("\n")
+    echo("\n")
     for line in _lines(speeds, ready_s, request, difference):
-        typer.echo(line)
+        echo(line)
 
 
 def _check_together(chat: bool, **others: Any) -> None:
@@ -154,20 +177,22 @@ def _prompt_of_stdin() -> str:
     """Return the text that is piped in, or else a short default."""
     if not sys.stdin.isatty() and (text := sys.stdin.read()).strip():
         return text
-    typer.echo(
+    echo(
         f"prompt: {_DEFAULT_PROMPT!r} (give your own with --prompt, --prompt-file or on stdin)",
         err=True,
     )
     return _DEFAULT_PROMPT
 
 
-def _load(folder: Path, tokenizer: Any, device: str, dtype: Any, listener: Listener) -> Generator:
+def _load(
+    load: Callable[[], Generator], folder: Path, device: str, listener: Listener
+) -> Generator:
     from autoquant import prompting
     from autoquant.events import StageFinished, StageStarted
 
     listener(StageStarted("load", 1))
     started = time.perf_counter()
-    generator = prompting.load_generator(folder, tokenizer, device, dtype)
+    generator = load()
     kind = "quantized" if prompting.is_quantized(folder) else "unquantized"
     listener(
         StageFinished(
@@ -235,8 +260,7 @@ def _replies(
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    echo(text, nl=False)
 
 
 def _speed(replies: Sequence[Reply]) -> _Speed:
@@ -359,12 +383,18 @@ def _lines(
 
 
 def _chat(
-    folder: Path, tokenizer: Any, device: str, max_new_tokens: int, temperature: float
+    folder: Path,
+    device: str,
+    max_new_tokens: int,
+    temperature: float,
+    *,
+    trust_remote_code: bool,
 ) -> None:
     from autoquant import prompting
     from autoquant.errors import ModelError
     from autoquant.report.progress import listening
 
+    tokenizer = prompting.tokenizer_of(folder, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{folder} has no chat template, so it is no model to talk with: use --prompt"
@@ -376,7 +406,10 @@ def _chat(
 
     started = time.perf_counter()
     with listening() as listener:
-        generator = _load(folder, tokenizer, device, None, listener)
+        load = partial(
+            prompting.load_generator, folder, tokenizer, device, trust_remote_code=trust_remote_code
+        )
+        generator = _load(load, folder, device, listener)
         _warm_up(
             generator, asked([{"role": "user", "content": "Hello"}]), started, listener, folder
         )
@@ -391,9 +424,9 @@ def _chat(
             request.prompt, request.max_new_tokens, temperature=temperature, show=_show
         )
         messages.append({"role": "assistant", "content": reply.text})
-        typer.echo()
+        echo()
         pace = _rate(_speed([reply]))
-        typer.echo(
+        echo(
             f"({_seconds(reply.first_token_s)} to the first token, then {pace} tokens/s)", err=True
         )
 

@@ -27,6 +27,7 @@ from autoquant.cli.eval import evaluate
 from autoquant.cli.export_timings import export_timings
 from autoquant.cli.generate import generate
 from autoquant.cli.merge import merge
+from autoquant.cli.output import echo
 from autoquant.cli.pareto import pareto
 from autoquant.cli.profile import profile
 from autoquant.cli.recipes import recipes
@@ -70,10 +71,10 @@ class OneLineErrors(TyperGroup):
             sys.exit(130)
         except Exception as error:  # noqa: BLE001 - the outermost boundary: nothing may end in a raw traceback
             if debug:
-                traceback.print_exception(error, file=sys.stderr)
+                echo("".join(traceback.format_exception(error)), err=True, nl=False)
             message, code = describe(error)
             with suppress(OSError):  # a log on a full disk
-                typer.echo(f"error: {message}", err=True)
+                echo(f"error: {message}", err=True)
             try:
                 sys.stdout.flush()
             except OSError:
@@ -87,7 +88,7 @@ def logged_to_stderr() -> Iterator[None]:
     """Log to stderr inside."""
     logger, handler = logging.getLogger("autoquant"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        _VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
     )
     level = logger.level
     logger.addHandler(handler)
@@ -97,6 +98,15 @@ def logged_to_stderr() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
+
+
+class _VisibleFormatter(logging.Formatter):
+    """Writes out what would steer the terminal, as all output does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from autoquant.report.visible import visible
+
+        return visible(super().format(record))
 
 
 def wants_debug(arguments: Sequence[str]) -> bool:
@@ -163,7 +173,7 @@ app.command(short_help="Print every timing of a database as CSV or JSON.")(expor
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"autoquant {metadata.version('autoquant')}")
+        echo(f"autoquant {metadata.version('autoquant')}")
         raise typer.Exit
 
 
@@ -188,7 +198,7 @@ def autoquant(
     Speed and quality are measured.
     """
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
 
 
 def hush_libraries() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from autoquant.cli.output import Database, opened_store
+from autoquant.cli.output import Database, echo, opened_store
 
 
 def merge(
@@ -30,4 +30,4 @@ def merge(
     with opened_store(database) as store:
         merged = copy_facts(store, other)
     for name, rows in merged.items():
-        typer.echo(f"{name:<12}{rows.added:>8} added{rows.known:>8} known")
+        echo(f"{name:<12}{rows.added:>8} added{rows.known:>8} known")

@@ -56,6 +56,12 @@ TokenizerOption = Annotated[
 TrustPickleOption = Annotated[
     bool, typer.Option("--trust-pickle", help="Load a pickled model: runs the code that is in it.")
 ]
+TrustRemoteCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that the model's folder brings (auto_map)."
+    ),
+]
 SampleInputsOption = Annotated[
     str | None,
     typer.Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +53,7 @@ def interruptible(database: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(
+        echo(
             f"interrupted: everything measured so far is kept in {database}; the same command"
             " goes on from there",
             err=True,
@@ -61,19 +61,46 @@ def interruptible(database: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print text. Nothing that a file or a model put into it can steer the terminal."""
+    from autoquant.report.visible import visible
+
+    typer.echo(visible(text), err=err, nl=nl)
+
+
+def confirmed(question: str) -> bool:
+    """Ask on stderr, since stdout is for results. Anything but yes means no."""
+    echo(f"{question} [y/N]: ", err=True, nl=False)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document."""
     from autoquant.report.json_output import dumps
 
-    typer.echo(dumps(value))
+    echo(dumps(value))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as CSV with a header. Fields that are no columns are left out."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def print_table(make: Callable[[int], RenderableType]) -> None:
     """Print what `make` returns for the terminal's width; without a terminal, for 80 columns."""
     from rich.console import Console
 
-    console = Console(file=sys.stdout, highlight=False)
-    console.print(make(console.width))
+    from autoquant.report.tables.layout import Visible
+
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console.print(Visible(make(console.width)))
 
 
 def check_place(path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +11,8 @@ from autoquant.cli.output import (
     Database,
     JsonFlag,
     check_place,
+    csv_text,
+    echo,
     opened_study,
     print_json,
     print_table,
@@ -92,22 +92,20 @@ def _draw(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
         path,
         render(rows, path.suffix.lower(), study_line(facts.source, facts.device, facts.workload)),
     )
-    typer.echo(f"wrote {path}", err=True)
+    echo(f"wrote {path}", err=True)
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:
     from autoquant.study.columns import COLUMNS
 
-    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
+    echo(csv_text(COLUMNS, rows), nl=False)
 
 
 def _print_chart(rows: list[dict[str, Any]]) -> None:
     from autoquant.report.front.chart import FrontChart
 
     print_table(lambda _width: FrontChart(rows))
-    typer.echo()
+    echo()
 
 
 def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> None:
@@ -115,23 +113,21 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
     from autoquant.report.words import constraints_words, left_out_lines, recommendation, study_line
 
     facts = study.facts
-    typer.echo(f"Study {facts.study_id}: {study_line(facts.source, facts.device, facts.workload)}")
+    echo(f"Study {facts.study_id}: {study_line(facts.source, facts.device, facts.workload)}")
     if constrained := constraints_words(study.constraints.as_object()):
-        typer.echo(f"Constraints: {constrained}")
+        echo(f"Constraints: {constrained}")
     if not facts.complete:
-        typer.echo(
-            "This search has not come to its end; the same `autoquant search` goes on from here."
-        )
-    typer.echo()
+        echo("This search has not come to its end; the same `autoquant search` goes on from here.")
+    echo()
     if rows:
         print_table(lambda width: front_table(rows, width))
-        typer.echo()
+        echo()
     if rows and chart:
         _print_chart(rows)
-    typer.echo(recommendation(rows, facts.limits, facts.workload))
+    echo(recommendation(rows, facts.limits, facts.workload))
     for line in left_out_lines(study.left_out()):
-        typer.echo(line)
+        echo(line)
     if ended := study.refinement_ended():
-        typer.echo(f"Refinement: {ended}.")
+        echo(f"Refinement: {ended}.")
     for plan_id, reason in study.store.failed_proofs(study.study_id).items():
-        typer.echo(f"Plan {plan_id} could not be proven: {reason}")
+        echo(f"Plan {plan_id} could not be proven: {reason}")

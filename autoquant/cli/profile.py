@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,15 +16,19 @@ from autoquant.cli.options import (
     ModelFactoryOption,
     TokenizerOption,
     TrustPickleOption,
+    TrustRemoteCodeOption,
     WorkloadOption,
 )
 from autoquant.cli.output import (
     JsonFlag,
     check_place,
+    csv_text,
+    echo,
     interruptible,
     print_json,
     print_table,
 )
+from autoquant.cli.trust import trusting
 from autoquant.files import write_file
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def profile(
     model_factory: ModelFactoryOption = None,
     tokenizer: TokenizerOption = None,
     trust_pickle: TrustPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Time the linears of MODEL, or of a file of shapes, by every candidate, without a search.
 
@@ -94,28 +97,35 @@ def profile(
     all_m = None if rows is None else parse_rows(rows)
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.tuner.profile import time_linears  # imports torch
+    from autoquant.models.trust import Trust  # imports torch, as what follows does
+    from autoquant.tuner.profile import time_linears
     from autoquant.tuner.profile_request import ProfileRequest, asked_linears
 
-    linears = asked_linears(
-        model,
-        shapes,
-        dtype=dtype.value,
-        device=device,
-        model_factory=model_factory,
-        tokenizer=tokenizer,
+    def timed(**code: Any) -> Latencies:
+        asked = ProfileRequest(
+            linears=asked_linears(
+                model,
+                shapes,
+                dtype=dtype.value,
+                device=device,
+                tokenizer=tokenizer,
+                trust=Trust(**code),
+            ),
+            rows=all_m,
+            workload=request,
+            batch=batch,
+            candidates=tuple(candidates or ("*",)),
+            db=db,
+        )
+        with interruptible(db), listening() as listener:
+            return time_linears(asked, listener)
+
+    latencies = trusting(
+        timed,
         trust_pickle=trust_pickle,
+        trust_remote_code=trust_remote_code,
+        model_factory=model_factory,
     )
-    asked = ProfileRequest(
-        linears=linears,
-        rows=all_m,
-        workload=request,
-        batch=batch,
-        candidates=tuple(candidates or ("*",)),
-        db=db,
-    )
-    with interruptible(db), listening() as listener:
-        latencies = time_linears(asked, listener)
     if plot is not None:
         _draw(latencies, plot)
     _print(latencies, as_json=as_json, as_csv=as_csv)
@@ -136,7 +146,7 @@ def _draw(latencies: Latencies, path: Path) -> None:
     from autoquant.report.latency_plot import render_latencies
 
     write_file(path, render_latencies(latencies, path.suffix.lower()))
-    typer.echo(f"wrote {path}", err=True)
+    echo(f"wrote {path}", err=True)
 
 
 def _print(latencies: Latencies, *, as_json: bool, as_csv: bool) -> None:
@@ -145,9 +155,7 @@ def _print(latencies: Latencies, *, as_json: bool, as_csv: bool) -> None:
     elif as_csv:
         from autoquant.profiler.latencies import COLUMNS
 
-        writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(latencies.rows)
+        echo(csv_text(COLUMNS, latencies.rows), nl=False)
     else:
         from autoquant.report.tables.profile import latencies_report
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.output import check_place
+from autoquant.cli.output import check_place, echo
+from autoquant.cli.trust import FLAGS, NAMES, suggest, withdraw
+from autoquant.errors import option_words
 from autoquant.files import write_file
 
 if TYPE_CHECKING:
     from autoquant.recipes import Recipe, Value
 
-_NEVER_TAKEN = ("json", "recipe", "save-recipe", "trust-pickle")
+_NEVER_TAKEN = ("json", "recipe", "save-recipe", "trust-pickle", "trust-remote-code")
 _PATHS = ("model", "eval-text", "tokenizer")
 
 
@@ -56,6 +58,8 @@ SaveRecipeOption = Annotated[
 def recipe_defaults(recipe: Recipe, command: Any, context: typer.Context) -> dict[str, Any]:
     """Return a recipe's values by parameter, as the command line would give them.
 
+    Code that the recipe names is only a suggestion, see `check_suggested`.
+
     Raises:
         RecipeError: The command does not take an option or its value; the message names both.
     """
@@ -63,7 +67,11 @@ def recipe_defaults(recipe: Recipe, command: Any, context: typer.Context) -> dic
     defaults = {}
     for key, value in recipe.options.items():
         parameter = _parameter(recipe, key, known)
-        defaults[parameter.name] = _checked(recipe, key, value, parameter, context)
+        checked = _checked(recipe, key, value, parameter, context)
+        if parameter.name in NAMES:
+            suggest(context, parameter.name, checked)
+        else:
+            defaults[parameter.name] = checked
     return defaults
 
 
@@ -76,6 +84,7 @@ def command_line_wins(context: typer.Context, *names: str) -> list[Any]:
     for name in names:
         if given and name not in given:
             context.params[name] = None
+            withdraw(context, name)
     return [context.params[name] for name in names]
 
 
@@ -99,11 +108,11 @@ def save_recipe(context: typer.Context, path: Path) -> None:
 
     options = configuration(context)
     write_file(path, written(f"Saved from a search of {options['model']}", options).encode())
-    typer.echo(f"wrote {path}", err=True)
-    if context.params["trust_pickle"]:
-        typer.echo(
-            f"note: {path} does not hold --trust-pickle: say so again with each replay", err=True
-        )
+    echo(f"wrote {path}", err=True)
+    named = [(name, context.params[name]) for name in (*FLAGS, *NAMES) if context.params[name]]
+    if named:
+        again = " ".join(option_words(*each) for each in named)
+        echo(f"note: {path} cannot allow code to run: say {again} again with each replay", err=True)
 
 
 def configuration(context: typer.Context) -> dict[str, Value]:

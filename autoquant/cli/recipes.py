@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from autoquant.cli.output import JsonFlag, print_json, print_table
+from autoquant.cli.output import JsonFlag, echo, print_json, print_table
 from autoquant.cli.recipe_option import recipe_defaults
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ def recipes(context: typer.Context, as_json: JsonFlag = False) -> None:
         print_json(recipes_objects(rows))
         return
     print_table(lambda _width: recipes_table(rows))
-    typer.echo(
-        "\nUse one with `autoquant search MODEL --recipe NAME`; options given beside it win."
-    )
+    echo("\nUse one with `autoquant search MODEL --recipe NAME`; options given beside it win.")
 
 
 def _rows(context: typer.Context) -> list[RecipeRow]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoquant.cli.output import Database
+from autoquant.cli.output import Database, echo
 
 if TYPE_CHECKING:
     from autoquant.store.repair import SavedRows
@@ -30,10 +30,8 @@ def repair(
 
     saved = save_whole(database, out)
     for table, rows in saved.items():
-        typer.echo(
-            f"{table.replace('_', ' '):<12}{rows.saved:>8} saved{rows.lost:>8} lost{_more(rows)}"
-        )
-    typer.echo(f"Wrote {out}.")
+        echo(f"{table.replace('_', ' '):<12}{rows.saved:>8} saved{rows.lost:>8} lost{_more(rows)}")
+    echo(f"Wrote {out}.")
 
 
 def _more(rows: SavedRows) -> str:

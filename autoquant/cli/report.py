@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from autoquant.cli.output import Database, check_place, opened_study
+from autoquant.cli.output import Database, check_place, echo, opened_study
 from autoquant.files import write_file
 
 _SUFFIXES = (".html", ".htm")
@@ -39,4 +39,4 @@ def report(
     with opened_study(database, study_id=study) as opened:
         page = render_report(opened, shlex.quote(shown_address(database)))
     write_file(out, page)
-    typer.echo(f"wrote {out}", err=True)
+    echo(f"wrote {out}", err=True)

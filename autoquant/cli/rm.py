@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoquant.cli.output import Database, opened_store
+from autoquant.cli.output import Database, confirmed, echo, opened_store
 
 if TYPE_CHECKING:
     from autoquant.study.remove import Removed
@@ -38,18 +38,16 @@ def rm(
         study_id = find_study(store, study)
         facts = store.study(study_id)
         words = f"study {study_id} ({study_line(facts.source, facts.device, facts.workload)})"
-        if not yes and not _confirmed(
-            f"Remove {words} with its {len(store.plans(study_id))} plans?"
-        ):
-            typer.echo("Nothing was removed.")
+        if not yes and not _agreed(f"Remove {words} with its {len(store.plans(study_id))} plans?"):
+            echo("Nothing was removed.")
             return
         removed = remove(store, study_id)
-    typer.echo(f"Removed {words}: {_counted(removed)}.")
-    typer.echo("Timings, losses and task scores of the unquantized model are kept.")
+    echo(f"Removed {words}: {_counted(removed)}.")
+    echo("Timings, losses and task scores of the unquantized model are kept.")
 
 
-def _confirmed(question: str) -> bool:
-    """Ask on stderr, since stdout is for results; anything but yes means no.
+def _agreed(question: str) -> bool:
+    """Ask the person at the terminal.
 
     Raises:
         AutoquantError: Standard input is no terminal.
@@ -60,8 +58,7 @@ def _confirmed(question: str) -> bool:
         raise AutoquantError(
             "nothing was removed: there is no terminal to ask for confirmation on; say --yes"
         )
-    typer.echo(f"{question} [y/N]: ", err=True, nl=False)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    return confirmed(question)
 
 
 def _counted(removed: Removed) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,9 +22,10 @@ from autoquant.cli.options import (
     SampleInputsOption,
     TokenizerOption,
     TrustPickleOption,
+    TrustRemoteCodeOption,
     WorkloadOption,
 )
-from autoquant.cli.output import JsonFlag, interruptible, print_json, print_table
+from autoquant.cli.output import JsonFlag, echo, interruptible, print_json, print_table
 from autoquant.cli.recipe_option import (
     RecipeOption,
     SaveRecipeOption,
@@ -33,6 +34,7 @@ from autoquant.cli.recipe_option import (
     configuration,
     save_recipe,
 )
+from autoquant.cli.trust import check_suggested, options_again, trusting
 from autoquant.cli.values import duration_s, fraction, nats, size_bytes
 
 if TYPE_CHECKING:
@@ -161,6 +163,7 @@ def search(
     model_factory: ModelFactoryOption = None,
     tokenizer: TokenizerOption = None,
     trust_pickle: TrustPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     save_as: SaveRecipeOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -188,35 +191,44 @@ def search(
     # Imports torch: only after everything that can be refused without it.
     from autoquant.tuner import driver
 
-    with interruptible(db), listening() as listener:
-        study = driver.search(
-            model,
-            eval_text=eval_text,
-            eval_data=eval_data,
-            quality=quality,
-            sample_inputs=sample_inputs,
-            db=db,
-            device=device,
-            dtype=dtype.value,
-            workload=request,
-            batch=batch,
-            max_ppl_increase=increase,
-            max_kl=divergence,
-            max_memory_bytes=memory,
-            minimize=minimize.value,
-            keep=tuple(keep or ()),
-            pin=tuple(pin or ()),
-            fusable=fusable,
-            candidates=tuple(candidates or ("*",)),
-            fuse=fuse,
-            time_budget_s=budget_s,
-            sensitivity=sensitivity.value if sensitivity else None,
-            seed=seed,
-            model_factory=model_factory,
-            tokenizer=tokenizer,
-            trust_pickle=trust_pickle,
-            listener=listener,
-        )
+    def searched(**code: Any) -> Study:
+        check_suggested(context, **code)
+        context.params.update(code)  # what was confirmed is part of the command, too
+        with interruptible(db), listening() as listener:
+            return driver.search(
+                model,
+                eval_text=eval_text,
+                eval_data=eval_data,
+                db=db,
+                device=device,
+                dtype=dtype.value,
+                workload=request,
+                batch=batch,
+                max_ppl_increase=increase,
+                max_kl=divergence,
+                max_memory_bytes=memory,
+                minimize=minimize.value,
+                keep=tuple(keep or ()),
+                pin=tuple(pin or ()),
+                fusable=fusable,
+                candidates=tuple(candidates or ("*",)),
+                fuse=fuse,
+                time_budget_s=budget_s,
+                sensitivity=sensitivity.value if sensitivity else None,
+                seed=seed,
+                tokenizer=tokenizer,
+                listener=listener,
+                **code,
+            )
+
+    study = trusting(
+        searched,
+        trust_pickle=trust_pickle,
+        trust_remote_code=trust_remote_code,
+        model_factory=model_factory,
+        sample_inputs=sample_inputs,
+        quality=quality,
+    )
     study.store.put_reference(study.study_id, "command", {"options": configuration(context)})
     if save_as is not None:
         save_recipe(context, save_as)
@@ -251,17 +263,16 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     where = shlex.quote(db)
     if rows:
         print_table(lambda width: front_table(rows, width))
-        typer.echo()
-    typer.echo(recommendation(rows, study.facts.limits, study.facts.workload))
+        echo()
+    echo(recommendation(rows, study.facts.limits, study.facts.workload))
     if not rows:
         return
     best = None if recommended is None else recommended["plan_id"]
     for line in [*disturbed_proofs(study.proofs(), best, where), *off_predictions(rows, where)]:
-        typer.echo(line)
-    typer.echo("\nNext:")
-    typer.echo(f"  autoquant pareto {where} --plot front.png")
+        echo(line)
+    echo("\nNext:")
+    echo(f"  autoquant pareto {where} --plot front.png")
     if recommended is not None:
-        typer.echo(f"  autoquant show {where}")
-    typer.echo(
-        f"  autoquant apply {where} {'' if recommended is not None else '--plan ID'}".rstrip()
-    )
+        echo(f"  autoquant show {where}")
+    chosen = "" if recommended is not None else " --plan ID"
+    echo(f"  autoquant apply {where}{chosen}{options_again(study.facts.source)}")

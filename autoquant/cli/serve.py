@@ -9,13 +9,16 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.options import FolderArgument, FolderDeviceOption
+from autoquant.cli.options import FolderArgument, FolderDeviceOption, TrustRemoteCodeOption
+from autoquant.cli.output import echo
+from autoquant.cli.trust import trusting
 
 if TYPE_CHECKING:
     from autoquant.events import Listener
@@ -35,6 +38,7 @@ def serve(
         int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen at.")
     ] = 8000,
     device: FolderDeviceOption = "auto",
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Serve the model of DIR to OpenAI's clients with transformers' own server, until Ctrl-C.
 
@@ -63,17 +67,20 @@ def serve(
     server: Any = None
     try:
         with listening() as listener:
-            server = _load(folder, place, host, port, listener)
+            server, talks = trusting(
+                partial(_load, folder, place, host, port, listener),
+                trust_remote_code=trust_remote_code,
+            )
             _warm_up(server, _url(host, port), listener)
-        typer.echo(
+        echo(
             f"ready at {_url(host, port)} after {time.perf_counter() - started:.1f} s;"
             " Ctrl-C stops it"
         )
-        typer.echo(f"try: {_example(_url(host, port), folder)}")
+        echo(f"try: {_example(_url(host, port), folder, talks)}")
         while not server.server.should_exit:
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
-        typer.echo("stopping", err=True)
+        echo("stopping", err=True)
     finally:
         if server is not None:
             server.kill_server()
@@ -94,15 +101,24 @@ def _check_free(host: str, port: int) -> None:
         ) from error
 
 
-def _load(folder: Path, device: str, host: str, port: int, listener: Listener) -> Any:
-    """Return transformers' server, listening, with this model as its only one."""
+def _load(
+    folder: Path, device: str, host: str, port: int, listener: Listener, *, trust_remote_code: bool
+) -> tuple[Any, bool]:
+    """Return transformers' server, listening, with this model as its only one.
+
+    Also return whether the model has a chat template.
+    """
     from transformers.cli.serve import Serve
 
     from autoquant import prompting
     from autoquant.errors import ModelError, first_line
     from autoquant.events import StageFinished, StageStarted
+    from autoquant.models.code import refuse_needed_code
+    from autoquant.models.huggingface import check_served
     from autoquant.models.quiet import no_progress_bars, quiet
 
+    check_served(folder, trust_remote_code=trust_remote_code)
+    tokenizer = prompting.tokenizer_of(folder, trust_remote_code=trust_remote_code)
     listener(StageStarted("load", 1))
     before = time.perf_counter()
     try:
@@ -114,15 +130,17 @@ def _load(folder: Path, device: str, host: str, port: int, listener: Listener) -
                 port=port,
                 log_level="error",
                 non_blocking=True,
+                trust_remote_code=trust_remote_code,
             )
     except Exception as error:
+        refuse_needed_code(folder, error, trust_remote_code)
         raise ModelError(f"transformers cannot serve {folder}: {first_line(error)}") from error
     _serve_only(server, folder)
     kind = "quantized" if prompting.is_quantized(folder) else "unquantized"
     listener(
         StageFinished("load", f"{kind} model on {device} in {time.perf_counter() - before:.1f} s")
     )
-    return server
+    return server, bool(tokenizer.chat_template)
 
 
 def _serve_only(server: Any, folder: Path) -> None:
@@ -183,13 +201,11 @@ def _url(host: str, port: int) -> str:
     return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}/v1"
 
 
-def _example(url: str, folder: Path) -> str:
+def _example(url: str, folder: Path, talks: bool) -> str:
     """Return a request that this model can answer."""
-    from autoquant import prompting
-
     model = {"model": str(folder), "max_tokens": 64}
     kind, body = "completions", {**model, "prompt": "Once upon a time"}
-    if prompting.tokenizer_of(folder).chat_template:
+    if talks:
         kind, body = (
             "chat/completions",
             {**model, "messages": [{"role": "user", "content": "Hello"}]},

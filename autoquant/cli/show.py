@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+from autoquant.cli.output import Database, JsonFlag, echo, opened_study, print_json, print_table
 from autoquant.cli.plans import PlanOption
 
 if TYPE_CHECKING:
@@ -66,36 +66,36 @@ def _print_text(
     facts = study.facts
     row = next((row for row in rows if row["plan_id"] == plan.plan_id), None)
     failure = study.store.failed_proofs(study.study_id).get(plan.plan_id)
-    typer.echo(study_line(facts.source, facts.device, facts.workload))
+    echo(study_line(facts.source, facts.device, facts.workload))
     if constrained := constraints_words(study.constraints.as_object()):
-        typer.echo(f"Constraints: {constrained}")
+        echo(f"Constraints: {constrained}")
     head, *lines = plan_lines(plan, row, proof, failure)
     as_run = [*as_run_lines(row, facts.workload), *refused_lines([row])] if row else []
     for line in [head, *as_run, *lines, *off_predictions([row] if row else [], database)]:
-        typer.echo(line)
+        echo(line)
     for line in ties_lines(rows, row) if row else []:
-        typer.echo(line)
-    typer.echo()
+        echo(line)
+    echo()
     print_table(lambda width: layers_table(plan, width))
     if why:
         _print_why(study, plan)
     recording = facts.recording
     if recording is None:
         return
-    typer.echo(f"\n{coverage_line(recording)}")
+    echo(f"\n{coverage_line(recording)}")
     if recording.skipped:
-        typer.echo()
+        echo()
         print_table(lambda _width: coverage_table(recording))
 
 
 def _print_why(study: Study, plan: Plan) -> None:
     from autoquant.report.tables.why import NOTHING_KEPT, TOGETHER, together, why_table
 
-    typer.echo()
+    echo()
     found = study.alternatives(plan)
     if found is None:
-        typer.echo(NOTHING_KEPT)
+        echo(NOTHING_KEPT)
         return
     print_table(lambda _width: why_table(plan, found))
     if together(plan, found):
-        typer.echo(TOGETHER)
+        echo(TOGETHER)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoquant.cli.options import MaxKlOption, MaxMemoryOption, Minimize, MinimizeOption
-from autoquant.cli.output import Database, JsonFlag, opened_study, print_json, print_table
+from autoquant.cli.output import Database, JsonFlag, echo, opened_study, print_json, print_table
 from autoquant.cli.values import fraction, nats, size_bytes
 
 if TYPE_CHECKING:
@@ -85,11 +85,11 @@ def _print_text(solved: Solved, where: str) -> None:
 
     print_table(lambda _width: predicted_table(solved.around, solved.plan))
     plan = solved.plan
-    typer.echo()
+    echo()
     for line in plan_lines(plan, None)[:2]:
-        typer.echo(line)
+        echo(line)
     if solved.proven:
-        typer.echo(f"It was proven: autoquant show {where} --plan {plan.plan_id}")
+        echo(f"It was proven: autoquant show {where} --plan {plan.plan_id}")
     else:
-        typer.echo("It is a prediction: `autoquant search` with these limits proves it.")
-    typer.echo(f"  autoquant apply {where} --plan {plan.plan_id}")
+        echo("It is a prediction: `autoquant search` with these limits proves it.")
+    echo(f"  autoquant apply {where} --plan {plan.plan_id}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from autoquant.cli.output import Database, JsonFlag, opened_store, print_json, print_table
+from autoquant.cli.output import Database, JsonFlag, echo, opened_store, print_json, print_table
 
 
 def studies(database: Database, as_json: JsonFlag = False) -> None:
@@ -22,4 +20,4 @@ def studies(database: Database, as_json: JsonFlag = False) -> None:
     elif rows:
         print_table(lambda _width: studies_table(rows))
     else:
-        typer.echo("This database holds no study yet: run `autoquant search` first.")
+        echo("This database holds no study yet: run `autoquant search` first.")

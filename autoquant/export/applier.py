@@ -32,7 +32,9 @@ from autoquant.export.manifest import read_manifest
 from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.files import is_writable, move_whole, raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, ModelSource, load_request
+from autoquant.models.code import named_code
 from autoquant.models.loaded import is_causal_lm, settle
+from autoquant.models.trust import NO_TRUST, Trust, request_again
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
 from autoquant.store import StudyFacts
@@ -49,6 +51,7 @@ class AppliedReport:
             kernels add in a different order each time, the weights were compared instead.
         needs_module: Loading the folder takes a module of the same architecture, because the
             folder does not describe it.
+        needs_code: The code that loading the folder takes, as keywords of `load`.
         generates: The folder holds a language model and its tokenizer.
     """
 
@@ -61,6 +64,7 @@ class AppliedReport:
     repeatable: bool
     needs_module: bool
     generates: bool
+    needs_code: Mapping[str, str | bool]
 
 
 class Quantized:
@@ -149,6 +153,7 @@ def apply_to_disk(
     facts: StudyFacts,
     device: str | None = None,
     listener: Listener = ignore,
+    trust: Trust = NO_TRUST,
 ) -> AppliedReport:
     """Apply `plan` to the model that was searched, save it as a new folder and check the folder.
 
@@ -158,23 +163,26 @@ def apply_to_disk(
         model: Path or name of the model.
         out: The folder to make. It must not exist yet, or be empty.
         facts: Facts of the plan's study: how the model was loaded, and on which device.
+        trust: The code that the user named. What the study names is never run by itself.
 
     Raises:
+        TrustError: The model needs code that the user did not name.
         ModelError: The model is not the one that was searched (its content has another hash).
         CheckpointError: `out` cannot be written, or its model computes something else.
     """
     listener = logged(listener)
     target = Path(out).absolute()
     _check_target(target, plan)
-    loaded = load_searched(plan, model, facts, device)
+    loaded = load_searched(plan, model, facts, device, trust)
     original_bytes = module_bytes(loaded.module)
     apply(plan, loaded.module, calibration=facts.calibration, listener=listener)
     with _writing(target), scratch_folder(target) as scratch:
         part = scratch / target.name
         part.mkdir()
         files = checkpoint.write(loaded, plan, part)
-        skeleton = _skeleton(loaded, model, plan, facts)
-        again = checkpoint.read(part, skeleton, device=device or facts.device.type)
+        skeleton = _skeleton(loaded, model, plan, facts, trust)
+        place = device or facts.device.type
+        again = checkpoint.read(part, skeleton, place, trust=trust)
         repeatable = check_same(loaded, again, target)
         move_whole(part, target)
     what = "logits are" if repeatable else "its logits differ from run to run; weights are"
@@ -188,6 +196,7 @@ def apply_to_disk(
         original_memory_bytes=original_bytes,
         repeatable=repeatable,
         needs_module=not loaded.describes_itself,
+        needs_code=_needed_code(loaded.source, target),
         generates=loaded.kind == "causal_lm" and loaded.tokenizer is not None,
     )
 
@@ -206,7 +215,12 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def load(
-    folder: str | Path, model: nn.Module | None = None, *, device: str | None = None
+    folder: str | Path,
+    model: nn.Module | None = None,
+    *,
+    device: str | None = None,
+    model_factory: str | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a model from a folder that `autoquant apply` wrote, ready to run.
 
@@ -215,13 +229,19 @@ def load(
             module was searched.
         device: The device to run on: `cpu`, `cuda`, `cuda:1` or `auto`. None is the kind of device
             that the plan was searched on, whose kernels the model needs.
+        model_factory: `package.module:callable` that makes the module, if the model was searched
+            with one. The folder names it, but only you can have it imported.
+        trust_remote_code: Run the code in the folder that its `config.json` names.
 
     Raises:
+        TrustError: The folder needs one of these two. The message says which.
         CheckpointError: The folder holds no such model, is damaged, or was packed for another CPU.
         DeviceError: The device is not available here.
     """
     manifest = read_manifest(Path(folder))
-    module = settle(checkpoint.read(Path(folder), model, device or manifest.get("device", "cpu")))
+    trust = Trust(model_factory=model_factory, trust_remote_code=trust_remote_code)
+    place = device or manifest.get("device", "cpu")
+    module = settle(checkpoint.read(Path(folder), model, place, trust=trust))
     if not is_causal_lm(module):
         return prepare(module)
     from autoquant.export.integrations.saving import settle_loaded  # imports transformers
@@ -342,11 +362,19 @@ def _check_target(target: Path, plan: Plan) -> None:
 
 
 def load_searched(
-    plan: Plan, model: str | Path, facts: StudyFacts, device: str | None
+    plan: Plan,
+    model: str | Path,
+    facts: StudyFacts,
+    device: str | None,
+    trust: Trust = NO_TRUST,
 ) -> LoadedModel:
     """Load the model that a plan was made for, the way the search loaded it.
 
+    Args:
+        trust: The code that the user named. What the study names is never run by itself.
+
     Raises:
+        TrustError: The model needs code that the user did not name.
         ModelError: `model` is another model.
         PlanError: A live module was searched, and no `model` is given.
     """
@@ -357,7 +385,7 @@ def load_searched(
             " Python"
         )
     place = device or facts.device.type
-    loaded = load_request(source.request(dtype=plan.dtype, device=place, model=model))
+    loaded = load_request(request_again(source, trust, dtype=plan.dtype, device=place, model=model))
     if loaded.content_hash != plan.model_hash:
         raise ModelError(
             f"{model} is not the model that was searched (content {loaded.content_hash}, plan for"
@@ -367,10 +395,21 @@ def load_searched(
 
 
 def _skeleton(
-    loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFacts
+    loaded: LoadedModel, model: str | Path, plan: Plan, facts: StudyFacts, trust: Trust
 ) -> nn.Module | None:
     """Load a second module for a checkpoint that cannot make one, else return None.
 
     Exported programs and pickled modules need it.
     """
-    return None if loaded.describes_itself else load_searched(plan, model, facts, None).module
+    if loaded.describes_itself:
+        return None
+    return load_searched(plan, model, facts, None, trust).module
+
+
+def _needed_code(source: ModelSource, folder: Path) -> dict[str, str | bool]:
+    """Return the code that loading the checkpoint in `folder` takes, as keywords of `load`."""
+    if source.kind == "state_dict" and source.model_factory:
+        return {"model_factory": source.model_factory}
+    if source.trust_remote_code and named_code(folder):
+        return {"trust_remote_code": True}
+    return {}

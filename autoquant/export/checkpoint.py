@@ -28,7 +28,7 @@ from autoquant.candidates import get_format
 from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.errors import CheckpointError, ModelError, first_line
+from autoquant.errors import CheckpointError, ModelError, TrustError, first_line
 from autoquant.export.manifest import FORMAT_VERSION, MANIFEST, read_manifest
 from autoquant.files import check_stored, read_json_object
 from autoquant.models import LoadedModel
@@ -36,6 +36,7 @@ from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
 from autoquant.models.huggingface import download
 from autoquant.models.targets import resolve_device
+from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
 
 SAFETENSORS = "model.safetensors"
@@ -80,7 +81,8 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     }
     if loaded.source.kind == "huggingface":
         own = () if loaded.source.tokenizer else _TOKENIZER_FILES
-        _copy_files(Path(loaded.source.path), (*_CONFIG_FILES, *own), folder)
+        code = ("*.py",) if loaded.source.trust_remote_code else ()
+        _copy_files(Path(loaded.source.path), (*_CONFIG_FILES, *own, *code), folder)
         _name_quantizer(folder / "config.json", plan.dtype)
     if loaded.source.tokenizer and loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
@@ -128,15 +130,23 @@ def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> N
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> nn.Module:
+def read(
+    folder: Path,
+    module: nn.Module | None = None,
+    device: str = "cpu",
+    *,
+    trust: Trust = NO_TRUST,
+) -> nn.Module:
     """Rebuild the model of a checkpoint.
 
     Args:
         module: A module of the architecture, whose weights are replaced in place. Needed only if
             the checkpoint cannot make one (a live module was searched).
         device: The device of the model. Each tensor is moved there as it is read.
+        trust: The code that the user named. What the manifest names is never run by itself.
 
     Raises:
+        TrustError: The module is made by code that the user did not name.
         CheckpointError: The folder is no checkpoint, is damaged, or was packed for another CPU.
         DeviceError: The device is not available here.
     """
@@ -144,15 +154,17 @@ def read(folder: Path, module: nn.Module | None = None, device: str = "cpu") -> 
     manifest = read_manifest(folder)
     tensors = _read_stored(folder, manifest, device)
     if module is None:
-        dtype = getattr(torch, manifest["dtype"])
+        dtype = dtype_in(manifest)
         try:
-            module = build_architecture(manifest["source"], folder, dtype, meta=True)
+            module = build_architecture(manifest["source"], folder, dtype, meta=True, trust=trust)
+        except TrustError:
+            raise
         except ModelError as error:
             raise CheckpointError(f"{error}; apply the plan again") from error
         _assign(module, tensors, manifest["ties"], folder)
         if without_values(module):
             # Tensors that are neither parameter nor buffer are only filled by real construction.
-            module = build_architecture(manifest["source"], folder, dtype, meta=False)
+            module = build_architecture(manifest["source"], folder, dtype, meta=False, trust=trust)
     _assign(module, tensors, manifest["ties"], folder)
     return module
 
@@ -189,6 +201,20 @@ def plan_in(folder: Path) -> str | None:
         return None
 
 
+def dtype_in(manifest: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype that a manifest names.
+
+    Raises:
+        CheckpointError: It names none.
+    """
+    dtype = getattr(torch, str(manifest["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"{MANIFEST} names no dtype ({manifest['dtype']}): apply the plan again"
+        )
+    return dtype
+
+
 def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a checkpoint by name, with their routes."""
     packed_for = manifest["cpu_capability"]
@@ -201,7 +227,7 @@ def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict
     for description in manifest["routed"].values():
         get_format(description["format"])  # imports the tensor classes that `packed.pt` may hold
     tensors = _read_tensors(folder, device)
-    dtype = getattr(torch, manifest["dtype"])
+    dtype = dtype_in(manifest)
     joined = manifest.get("joined", [])
     named = {*manifest["routed"], *(name for names in joined for name in names)}
     if absent := sorted(named - tensors.keys()):

@@ -13,10 +13,16 @@ from torch import nn
 from autoquant.errors import ModelError
 from autoquant.models import factory, huggingface
 from autoquant.models.quiet import current_folder_importable, quiet
+from autoquant.models.trust import NO_TRUST, Trust, named_factory
 
 
 def build_architecture(
-    source: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, meta: bool
+    source: Mapping[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    meta: bool,
+    trust: Trust = NO_TRUST,
 ) -> nn.Module:
     """Make the module that a source describes, with arbitrary weights.
 
@@ -24,19 +30,20 @@ def build_architecture(
         source: A `ModelSource` as a mapping.
         folder: Holds the `config.json` of a Hugging Face model.
         meta: Make it on the meta device, where it takes no memory.
+        trust: The code that the user named, instead of the source's.
 
     Raises:
+        TrustError: It is made by code that the user did not name.
         ModelError: It cannot be made from what is there.
     """
     place = torch.device("meta") if meta else nullcontext()
     if source["kind"] == "huggingface":
         with quiet(), place:
-            return huggingface.from_config(folder, dtype)
+            return huggingface.from_config(folder, dtype, trust.trust_remote_code)
     if source["kind"] == "state_dict" and source.get("model_factory"):
+        spec = named_factory(source, trust)
         with current_folder_importable(), place:
-            return factory._call(
-                factory.factory_of(source["model_factory"]), source["model_factory"]
-            )
+            return factory._call(factory.factory_of(spec), spec)
     raise ModelError(
         f"the architecture of a model that came as {source['kind']} is not saved with it: call"
         " autoquant.load(folder, model) with a module of it"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
-from autoquant.errors import ModelError, first_line
+from autoquant.errors import ModelError, TrustError, first_line
 from autoquant.files import check_stored
 from autoquant.models.content import DtypeTally, content_hash, without_addresses
 from autoquant.models.exported_check import lost_tensor, needs_trust
@@ -21,7 +21,7 @@ from autoquant.models.loaded import LoadedModel, model_kind, settle
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
-from autoquant.models.tokenizers import load_tokenizer
+from autoquant.models.tokenizers import tokenizer_of
 from autoquant.models.weights import damaged
 
 _Inputs = tuple[Any, ...] | dict[str, Any]
@@ -57,7 +57,7 @@ def load_exported(path: Path, request: ModelRequest) -> LoadedModel:
         tally.watch(_tensors(program)), {"graph": without_addresses(str(program.graph))}
     )
     stored = tally.main() or torch.float32
-    words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else None
+    words = tokenizer_of(request)
     module, inputs = _place(program, inputs, path, request, stored)
     return LoadedModel(
         module=module,
@@ -83,9 +83,11 @@ def _read(path: Path, *, trust: bool) -> ExportedProgram:
     except Exception as error:  # its JSON may have any shape
         raise ModelError(damaged(path, error)) from error
     if not trust and (reason := needs_trust(path)):
-        raise ModelError(
+        raise TrustError(
             f"{path} holds more than tensors and their operations ({reason}), which can run"
-            " anything on loading; pass --trust-pickle if you trust its author"
+            " anything on loading; pass --trust-pickle if you trust its author",
+            options={"trust_pickle": True},
+            runs=[f"{path}: {reason}"],
         )
     try:
         if trust:

@@ -1,4 +1,4 @@
-"""Load Hugging Face causal language models and tokenizers; never run code that comes with them."""
+"""Load Hugging Face causal language models. Their own code only runs if the user trusts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from autoquant.errors import ModelError, first_line
 from autoquant.files import read_json_object
 from autoquant.hints import did_you_mean_path
-from autoquant.models import weights
+from autoquant.models import code, weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
 from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
@@ -21,7 +21,7 @@ from autoquant.models.plausible import check_size
 from autoquant.models.quiet import no_progress_bars, some
 from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
-from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
+from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 _WRONG_CONFIG = "download or save the model again, with the config.json that belongs to it"
@@ -39,6 +39,7 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
         path: How the source names the model.
 
     Raises:
+        TrustError: The model needs code that the folder brings, which is not trusted.
         ModelError: A file is missing, truncated or of another kind, or the model is no causal LM.
     """
     if request.model_factory is not None:
@@ -47,14 +48,17 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
         )
     config = _read_config(folder)
     _check_complete(folder, request)
+    request = _with_checked_code(folder, request)
     files = weights.files(folder)
     if files[0].suffix == ".bin":
         return _from_state(weights.read_bins(files), config, folder, request, path, strict=False)
     tally = DtypeTally()
-    digest = content_hash(tally.watch(weights.read_safetensors(files)), _architecture(config))
+    architecture = _architecture(config, folder, request)
+    digest = content_hash(tally.watch(weights.read_safetensors(files)), architecture)
     stored = _plain_dtype(tally, str(folder))
-    words = _tokenizer(folder, request)
-    module, left = _pretrained(folder, resolve_dtype(request.dtype, request.device, stored))
+    words = tokenizer_of(request, folder)
+    dtype = resolve_dtype(request.dtype, request.device, stored)
+    module, left = _pretrained(folder, dtype, request.trust_remote_code)
     return _finish(
         module, digest, stored, words, request, path, [_left_over(folder, left)] if left else []
     )
@@ -70,6 +74,7 @@ def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> 
     config = _read_config(path.parent)
     if not has_tokenizer(path.parent) and request.tokenizer is None:
         raise ModelError(f"{path.parent} has no tokenizer.json: {_TOKENIZER_ADVICE}")
+    request = _with_checked_code(path.parent, request)
     return _from_state(state, config, path.parent, request, str(path), strict=True)
 
 
@@ -100,7 +105,7 @@ def _from_state(
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     check_size(folder, sum(value.numel() for value in tensors.values()), len(tensors))
     with torch.device("meta"):
-        skeleton = from_config(folder, torch.float32)
+        skeleton = from_config(folder, torch.float32, request.trust_remote_code)
     wanted = skeleton.state_dict()
     named = renamed(tensors, skeleton, getattr(skeleton, "base_model_prefix", ""))
     computed = [
@@ -122,9 +127,9 @@ def _from_state(
             " module that they are of, or its own config.json"
         )
     tally = DtypeTally()
-    digest = content_hash(tally.watch(own.items()), _architecture(config))
+    digest = content_hash(tally.watch(own.items()), _architecture(config, folder, request))
     stored = _plain_dtype(tally, path)
-    words = _tokenizer(folder, request)
+    words = tokenizer_of(request, folder)
     module, left = _filled(
         skeleton, own, resolve_dtype(request.dtype, request.device, stored), folder, path
     )
@@ -171,8 +176,20 @@ def _finish(
     )
 
 
-def _architecture(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _VOLATILE}
+def _with_checked_code(folder: Path, request: ModelRequest) -> ModelRequest:
+    """Check what the folder names, and the hash of its code if that is trusted. Nothing is run."""
+    code.check_folder(folder, trust_remote_code=request.trust_remote_code)
+    if not request.trust_remote_code:
+        return request
+    others = [] if request.tokenizer is None else [Path(request.tokenizer).expanduser()]
+    return code.with_checked_code(request, folder, *others)
+
+
+def _architecture(config: dict[str, Any], folder: Path, request: ModelRequest) -> dict[str, Any]:
+    """Return what a model is beside its weights: its configuration, and code that is run."""
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    run = code.code_hash(folder) if request.trust_remote_code else ""
+    return kept | {"code": run} if run else kept
 
 
 def _plain_dtype(tally: DtypeTally, place: str) -> torch.dtype:
@@ -254,7 +271,9 @@ def _no_config(folder: Path) -> str:
     )
 
 
-def _pretrained(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, list[str]]:
+def _pretrained(
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
+) -> tuple[nn.Module, list[str]]:
     """Return the causal LM of a folder, and names of weights that it has no place for."""
     from transformers import AutoModelForCausalLM
 
@@ -264,22 +283,41 @@ def _pretrained(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, list
 
     def load(**options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+            folder,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **options,
         )
 
-    return _loaded(load, dtype, str(folder))
+    return _loaded(load, dtype, folder, trust_remote_code=trust_remote_code)
 
 
-def pretrained(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def pretrained(
+    folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False
+) -> nn.Module:
     """Return the unquantized model of a folder, on the CPU.
 
     Args:
         dtype: None for the one that `config.json` names, or the weights have.
 
     Raises:
+        TrustError: The model needs code that the folder brings, which is not trusted.
         ModelError: transformers cannot load it, or weights are missing.
     """
-    return _pretrained(folder, dtype or "auto")[0]
+    check_served(folder, trust_remote_code=trust_remote_code)
+    return _pretrained(folder, dtype or "auto", trust_remote_code)[0]
+
+
+def check_served(folder: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a folder that transformers should not read by itself.
+
+    Raises:
+        TrustError: It has code fetched from the hub, which is not trusted.
+        ModelError: It names files of other folders, or a file of weights is damaged.
+    """
+    code.check_folder(folder, trust_remote_code=trust_remote_code)
+    weights.files(folder)
 
 
 def _filled(
@@ -297,14 +335,24 @@ def _filled(
 
 
 def _loaded(
-    load: Callable[..., Any], dtype: torch.dtype | str, place: str
+    load: Callable[..., Any],
+    dtype: torch.dtype | str,
+    place: str | Path,
+    *,
+    trust_remote_code: bool = True,
 ) -> tuple[nn.Module, list[str]]:
+    """Return what `load` makes, and the names of weights that it has no place for.
+
+    Args:
+        trust_remote_code: False if the folder at `place` might need code that `load` does not run.
+    """
     try:
         with no_progress_bars():
             module, report = load(
                 dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:
+        code.refuse_needed_code(Path(place), error, trust_remote_code)
         raise ModelError(
             f"transformers cannot load {place} as a causal language model: {first_line(error)}"
         ) from error
@@ -324,18 +372,26 @@ def _loaded(
     return module, sorted(report["unexpected_keys"])
 
 
-def from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
+def from_config(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """Make the causal LM that the folder's `config.json` describes, with arbitrary weights.
 
     Raises:
+        TrustError: It needs code that the folder brings, which is not trusted.
         ModelError: transformers knows no such causal LM.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    code.check_folder(folder, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        # Without a word on it, transformers would ask at the terminal.
+        module: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     except Exception as error:
+        code.refuse_needed_code(folder, error, trust_remote_code)
         raise ModelError(
             f"transformers cannot build the model of {folder / _CONFIG} as a causal language model:"
             f" {first_line(error)}"
@@ -359,26 +415,24 @@ def give_generation_config(module: nn.Module, folder: Path) -> None:
         ) from error
 
 
-def _tokenizer(folder: Path, request: ModelRequest) -> Any:
-    return load_tokenizer(request.tokenizer if request.tokenizer is not None else str(folder))
-
-
-def download(name: str) -> Path:
+def download(name: str, *, with_code: bool = False) -> Path:
     """Return a model's folder in the hub's cache; fetch the model first if needed.
+
+    Args:
+        with_code: Also fetch its Python files.
 
     Raises:
         ModelError: The hub cannot be reached, has no such model, or does not let this user have it.
     """
     from huggingface_hub import snapshot_download
 
+    wanted = [*_DOWNLOADED, "*.py"] if with_code else _DOWNLOADED
     try:
         with no_progress_bars():
-            folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
             if weights.any_files(folder):
                 return folder
-            return Path(
-                snapshot_download(name, allow_patterns=[*_DOWNLOADED, "pytorch_model*.bin"])
-            )
+            return Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
     except Exception as error:
         raise ModelError(
             f"{name} is neither a folder here{did_you_mean_path(name)} nor a model that can be"

@@ -17,6 +17,7 @@ from torch import nn
 from autoquant.errors import ModelError
 from autoquant.hints import did_you_mean_path
 from autoquant.models import exported, huggingface, torchfile
+from autoquant.models.code import with_checked_file
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.loaded import (
     LoadedModel,
@@ -78,6 +79,7 @@ def load_model(
     tokenizer: str | None = None,
     trust_pickle: bool = False,
     sample_inputs: SampleInputs = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model from a folder, a file or the hub, ready to run.
 
@@ -97,6 +99,7 @@ def load_model(
             tokenizer=tokenizer,
             trust_pickle=trust_pickle,
             sample_inputs=sample_inputs,
+            trust_remote_code=trust_remote_code,
         )
     )
 
@@ -111,7 +114,8 @@ def _read(request: ModelRequest) -> LoadedModel:
         raise ModelError(
             f"there is no model at {request.name}{did_you_mean_path(path)}: give {_FORMS}"
         )
-    return huggingface.load_folder(huggingface.download(request.name), request, request.name)
+    folder = huggingface.download(request.name, with_code=request.trust_remote_code)
+    return huggingface.load_folder(folder, request, request.name)
 
 
 def _may_be_on_hub(name: str) -> bool:
@@ -124,6 +128,8 @@ def _load_file(path: Path, request: ModelRequest) -> LoadedModel:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         return torchfile.load_safetensors(path, request)
+    if request.trust_pickle:
+        request = with_checked_file(request, path)
     if suffix == ".pt2" or (suffix in _TORCH_SUFFIXES and exported.is_exported(path)):
         return exported.load_exported(path, request)
     if suffix in _TORCH_SUFFIXES:

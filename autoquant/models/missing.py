@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from autoquant.errors import ModelError
+from autoquant.errors import ModelError, TrustError
 from autoquant.models.request import ModelRequest
 
 _TOKEN_WEIGHTS = (
@@ -66,10 +66,13 @@ def missing(
     example = " ".join(
         ["autoquant search", shlex.quote(request.name), *(option.example for option in options)]
     )
-    return ModelError(
+    message = (
         f"{problem}: give {_listed(option.words for option in options)}, e.g. `{example}`;"
         f" or {instead}"
     )
+    if options == [_TRUST]:  # what else is missing cannot be answered with yes
+        return TrustError(message, options={"trust_pickle": True}, runs=[problem])
+    return ModelError(message)
 
 
 def _options(

@@ -29,6 +29,9 @@ class ModelSource:
         tokenizer: Path of a tokenizer that is kept elsewhere than the model.
         trust_pickle: Whether the user allowed the file to run code.
         sample_inputs: `package.module:callable` that made the example inputs.
+        trust_remote_code: Whether the user allowed code that lies beside the model to run.
+        file_hash: SHA-256 of a file that was trusted, else None.
+        code_hash: SHA-256 of code beside the model that was trusted, else None.
     """
 
     kind: SourceKind
@@ -37,6 +40,9 @@ class ModelSource:
     tokenizer: str | None = None
     trust_pickle: bool = False
     sample_inputs: str | None = None
+    trust_remote_code: bool = False
+    file_hash: str | None = None
+    code_hash: str | None = None
 
     def request(self, *, dtype: str, device: str, model: ModelPath | None = None) -> ModelRequest:
         """Return what loads the model again.
@@ -52,6 +58,9 @@ class ModelSource:
             tokenizer=self.tokenizer,
             trust_pickle=self.trust_pickle,
             sample_inputs=self.sample_inputs,
+            trust_remote_code=self.trust_remote_code,
+            file_hash=self.file_hash,
+            code_hash=self.code_hash,
         )
 
 
@@ -77,6 +86,9 @@ class ModelRequest:
         trust_pickle: Allow the file to run code on loading. Otherwise no code of it is ever run.
         sample_inputs: Arguments of one forward pass, positional or by name, or
             `package.module:callable` that returns them. Only for a model that is no language model.
+        trust_remote_code: Allow the code that a Hugging Face folder brings (`auto_map`) to run.
+        file_hash: SHA-256 that a trusted file must have; None if it is not known yet.
+        code_hash: SHA-256 that trusted code beside the model must have; None if it is not known.
 
     Raises:
         DeviceError: The device is not there.
@@ -91,6 +103,9 @@ class ModelRequest:
     tokenizer: Any | None = None
     trust_pickle: bool = False
     sample_inputs: SampleInputs = None
+    trust_remote_code: bool = False
+    file_hash: str | None = None
+    code_hash: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", resolve_device(self.device))
@@ -116,6 +131,9 @@ class ModelRequest:
             tokenizer=self._tokenizer_path(),
             trust_pickle=self.trust_pickle,
             sample_inputs=self.sample_inputs if isinstance(self.sample_inputs, str) else None,
+            trust_remote_code=self.trust_remote_code,
+            file_hash=self.file_hash,
+            code_hash=self.code_hash,
         )
 
     def _tokenizer_path(self) -> str | None:

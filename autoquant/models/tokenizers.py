@@ -1,4 +1,4 @@
-"""Find and load tokenizers; never run code that comes with them."""
+"""Find and load tokenizers. Code that comes with them only runs if the user trusts it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from autoquant.errors import ModelError, first_line
 from autoquant.files import check_size
+from autoquant.models.code import refuse_needed_code
+from autoquant.models.request import ModelRequest
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,10 +29,11 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer from a folder or from a `tokenizer.json`.
 
     Raises:
+        TrustError: It needs code that the folder brings, which is not trusted.
         ModelError: There is none, or transformers cannot read it.
     """
     place = Path(path).expanduser().absolute()
@@ -46,12 +49,25 @@ def load_tokenizer(path: str) -> Any:
             check_size(file)
         if place.is_dir():
             return AutoTokenizer.from_pretrained(
-                place, local_files_only=True, trust_remote_code=False
+                place, local_files_only=True, trust_remote_code=trust_remote_code
             )
         return PreTrainedTokenizerFast(tokenizer_file=str(place))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
+        refuse_needed_code(place, error, trust_remote_code)
         raise ModelError(
             f"cannot read the tokenizer {place} ({first_line(error)}): download or save it again"
         ) from error
+
+
+def tokenizer_of(request: ModelRequest, own: Path | None = None) -> Any:
+    """Return the tokenizer that the user named, else that of the model's own folder, or None.
+
+    Raises:
+        ModelError: As for `load_tokenizer`.
+    """
+    place = request.tokenizer if request.tokenizer is not None else own
+    if place is None:
+        return None
+    return load_tokenizer(str(place), trust_remote_code=request.trust_remote_code)

@@ -24,7 +24,7 @@ from autoquant.models.pickled import is_pickle, pickled_class
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import ModelRequest, SourceKind
 from autoquant.models.targets import dtype_name, resolve_dtype
-from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
+from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
 from autoquant.models.weights import check_safetensors, damaged, read_tensors, state_dict_of
 
 _SAVE_PRETRAINED = "save it with save_pretrained() and give that folder"
@@ -136,7 +136,7 @@ def _finish(
     source: SourceKind,
     request: ModelRequest,
 ) -> LoadedModel:
-    words = load_tokenizer(request.tokenizer) if request.tokenizer is not None else None
+    words = tokenizer_of(request)
     settle(module.to(request.device))
     may_be_lm = words is not None or request.model_factory is not None
     return LoadedModel(

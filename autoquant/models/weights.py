@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from autoquant.errors import ModelError, first_line
-from autoquant.files import check_stored, read_json_object
+from autoquant.files import check_stored, read_json_object, stays_inside
 from autoquant.models.quiet import some
 
 BEST = "model.safetensors"
@@ -32,7 +32,7 @@ def files(folder: Path) -> list[Path]:
     Each safetensors file is opened once to check that it is whole.
 
     Raises:
-        ModelError: One is missing or damaged.
+        ModelError: One is missing or damaged, or lies in another folder.
     """
     for whole, index in _FORMS:
         if (folder / whole).is_file():
@@ -55,6 +55,11 @@ def _shards(index: Path) -> list[str]:
         raise ModelError(
             f"cannot read {index} ({first_line(error)}): download or save it again"
         ) from error
+    if outside := [name for name in names if not stays_inside(name)]:
+        raise ModelError(
+            f"{index} names weights of another folder ({some(outside)}): put them beside it, and"
+            " name them there"
+        )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise ModelError(

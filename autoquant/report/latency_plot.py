@@ -17,6 +17,7 @@ from autoquant.records import LinearShape, Roofline
 from autoquant.report import units
 from autoquant.report.names import fold, size_words
 from autoquant.report.tables.profile import best_route
+from autoquant.report.visible import visible
 from autoquant.report.words import device_words
 
 SUFFIXES = (".png", ".svg", ".html")
@@ -187,7 +188,7 @@ def _picture(
         _draw_panel(axes, latencies, shape, lines, drawn)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(_title(latencies), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(_title(latencies), x=0.01, ha="left", fontsize=11, parse_math=False)
     figure.supxlabel(f"m, rows of the activation{f'   ({note})' if note else ''}", fontsize=9)
     figure.supylabel("Latency of one linear [µs]", fontsize=9)
     figure.legend(handles=_legend(drawn), loc="outside right upper", frameon=False, fontsize=8.5)
@@ -209,7 +210,7 @@ def _draw_panel(
     lines: Mapping[str, Line],
     drawn: Sequence[str],
 ) -> None:
-    axes.set_title(_panel_title(latencies, shape), loc="left", fontsize=9)
+    axes.set_title(_panel_title(latencies, shape), loc="left", fontsize=9, parse_math=False)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     all_m = measured_m(lines)
@@ -296,14 +297,15 @@ def _legend(drawn: Sequence[str]) -> list[Any]:
 
 
 def _title(latencies: Latencies) -> str:
-    return f"{latencies.source} on {device_words(latencies.device)}: fastest kernel of each format"
+    where = f"{latencies.source} on {device_words(latencies.device)}"
+    return visible(f"{where}: fastest kernel of each format")
 
 
 def _panel_title(latencies: Latencies, shape: LinearShape) -> str:
     called = ", ".join(
         pattern.rpartition(".")[2] for pattern, _ in fold(latencies.names.get(shape, ()))
     )
-    text = f"{size_words(shape)}{f'  {called}' if called else ''}"
+    text = visible(f"{size_words(shape)}{f'  {called}' if called else ''}")
     return text if len(text) <= _TITLE_LENGTH else f"{text[: _TITLE_LENGTH - 1]}…"
 
 

@@ -24,6 +24,7 @@ from autoquant.events import (
     ignore,
 )
 from autoquant.report.units import clock_s
+from autoquant.report.visible import visible
 
 _REFRESH_S = 0.1
 
@@ -53,9 +54,9 @@ class PlainListener:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StageFinished):
-            self._stream.write(f"{event.stage}: {event.summary}\n")
+            self._stream.write(f"{event.stage}: {visible(event.summary)}\n")
         elif isinstance(event, Notice):
-            self._stream.write(f"note: {event.text}\n")
+            self._stream.write(f"note: {visible(event.text)}\n")
         else:
             return
         self._stream.flush()
@@ -106,9 +107,10 @@ class LiveListener:
                 self._advance(event)
             case StageFinished():
                 self._clear()
-                self._console.print(Text.assemble((event.stage, "bold"), f": {event.summary}"))
+                summary = visible(event.summary)
+                self._console.print(Text.assemble((event.stage, "bold"), f": {summary}"))
             case Notice():
-                self._console.print(Text.assemble(("note: ", "yellow"), event.text))
+                self._console.print(Text.assemble(("note: ", "yellow"), visible(event.text)))
 
     def _start(self, event: StageStarted) -> None:
         self._clear()
@@ -122,7 +124,8 @@ class LiveListener:
         now = self._now()
         left = self._estimate.left_s(event.done, now)
         shown = "" if left is None else f"{clock_s(left)} left"
-        self._progress.update(self._task, completed=event.done, description=event.what, left=shown)
+        what = visible(event.what)
+        self._progress.update(self._task, completed=event.done, description=what, left=shown)
         if now - self._drawn >= _REFRESH_S:
             self._progress.refresh()
             self._drawn = now

@@ -22,6 +22,7 @@ from autoquant.events import (
 )
 from autoquant.export.applier import apply, load_searched, module_bytes
 from autoquant.models import LoadedModel
+from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.runtime.attribution import attribute
 from autoquant.runtime.compiled import shallow_copy
@@ -95,6 +96,7 @@ def bench(
     listener: Listener = ignore,
     *,
     attribution: bool = False,
+    trust: Trust = NO_TRUST,
 ) -> list[BenchRow]:
     """Time plans of one study in turn with the unquantized model.
 
@@ -105,16 +107,18 @@ def bench(
         model: Where the searched model is.
         facts: The plans' study.
         attribution: Also profile a step of each phase of each model, after the timing.
+        trust: The code that the user named. What the study names is never run by itself.
 
     Returns:
         The row of the unquantized model, then those of the plans in their order.
 
     Raises:
+        TrustError: The model needs code that the user did not name.
         ModelError: There is another model at `model`.
         WrongResultError: A plan's compiled code does not compute what it does eagerly.
     """
     listener = logged(listener)
-    loaded = load_searched(plans[0], model, facts, None)
+    loaded = load_searched(plans[0], model, facts, None, trust)
     listener(StageStarted("compile", 1 + len(plans)))
     entrants = []
     for done, plan in enumerate([None, *plans]):
@@ -133,17 +137,23 @@ def bench(
 
 
 def bench_loop(
-    plans: Sequence[Plan], model: str, facts: StudyFacts, listener: Listener = ignore
+    plans: Sequence[Plan],
+    model: str,
+    facts: StudyFacts,
+    listener: Listener = ignore,
+    *,
+    trust: Trust = NO_TRUST,
 ) -> list[LoopRow]:
     """Time plans as `bench` does, in the loop that a user runs.
 
     That is `generate` of a causal language model, or one call of another module.
 
     Raises:
+        TrustError: The model needs code that the user did not name.
         ModelError: There is another model at `model`.
     """
     listener = logged(listener)
-    loaded = load_searched(plans[0], model, facts, None)
+    loaded = load_searched(plans[0], model, facts, None, trust)
     device = facts.device.type
     usage = Usage.of(loaded, facts.workload)
     quantized = (

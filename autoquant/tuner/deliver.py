@@ -227,7 +227,13 @@ def load_and_deliver(
 ) -> Delivery:
     """Load the saved plan, compare its answer with the expected one, and time it."""
     skeleton = None if original.describes_itself else shallow_copy(original.module)
-    quantized = applier.load(spec.folder, skeleton, device=spec.usage.device)
+    quantized = applier.load(
+        spec.folder,
+        skeleton,
+        device=spec.usage.device,
+        model_factory=original.source.model_factory,
+        trust_remote_code=original.source.trust_remote_code,
+    )
     error = spec.usage.answer_of(quantized).error(spec.expected)
     if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong
         reason = (

@@ -59,6 +59,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     tokenizer: Any | None = None,
     trust_pickle: bool = False,
     sample_inputs: SampleInputs = None,
+    trust_remote_code: bool = False,
     fuse: bool = False,
     quality: QualityFunction | str | None = None,
     sensitivity: str | None = None,
@@ -73,7 +74,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     Args:
         model: A path, a name on the hub or a live module; see
             `autoquant.models.request.ModelRequest`, which also describes `dtype`, `device`,
-            `model_factory`, `tokenizer`, `trust_pickle` and `sample_inputs`.
+            `model_factory`, `tokenizer`, `trust_pickle`, `sample_inputs` and `trust_remote_code`.
         eval_text: A UTF-8 text file that quality is measured on. Give at most one of this,
             `eval_data` and `quality`. Without any, a language model is judged on a text that
             autoquant ships. Another module is judged by how far its outputs diverge from the
@@ -126,6 +127,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         tokenizer=tokenizer,
         trust_pickle=trust_pickle,
         sample_inputs=sample_inputs,
+        trust_remote_code=trust_remote_code,
     )
     limits = Limits(
         max_ppl_increase=max_ppl_increase,

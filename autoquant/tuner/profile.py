@@ -19,6 +19,7 @@ from autoquant.devices import backend
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import LoadedModel, load_request
 from autoquant.models.request import ModelPath, SampleInputs
+from autoquant.models.trust import Trust
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
@@ -80,6 +81,7 @@ def profile(  # noqa: PLR0913 - the keywords of a public function
     tokenizer: Any | None = None,
     trust_pickle: bool = False,
     sample_inputs: SampleInputs = None,
+    trust_remote_code: bool = False,
     listener: Listener = ignore,
 ) -> pd.DataFrame:
     """Time linears by every candidate, without a search.
@@ -88,7 +90,8 @@ def profile(  # noqa: PLR0913 - the keywords of a public function
 
     Args:
         model: As for `autoquant.search`, like `dtype`, `device`, `model_factory`, `tokenizer`,
-            `trust_pickle` and `sample_inputs`. Its linears are timed at the m of the workload.
+            `trust_pickle`, `sample_inputs` and `trust_remote_code`. Its linears are timed at the m
+            of the workload.
         shapes: Instead of a model: a file of shapes, or its lines, such as
             `4096x4096+bias q_proj` (out features first). Then `dtype` auto is the better 16-bit
             float of the device.
@@ -116,10 +119,13 @@ def profile(  # noqa: PLR0913 - the keywords of a public function
         shapes,
         dtype=dtype,
         device=device,
-        model_factory=model_factory,
         tokenizer=tokenizer,
-        trust_pickle=trust_pickle,
-        sample_inputs=sample_inputs,
+        trust=Trust(
+            trust_pickle=trust_pickle,
+            trust_remote_code=trust_remote_code,
+            model_factory=model_factory,
+            sample_inputs=sample_inputs,
+        ),
     )
     request = ProfileRequest(
         linears=linears,

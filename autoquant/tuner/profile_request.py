@@ -12,7 +12,8 @@ from torch import nn
 
 from autoquant.errors import WorkloadError
 from autoquant.models import ModelRequest, dtype_name, resolve_device, resolve_dtype
-from autoquant.models.request import ModelPath, SampleInputs
+from autoquant.models.request import ModelPath
+from autoquant.models.trust import Trust
 from autoquant.profiler.shapes import ListedShapes, parse_shapes, read_shapes
 from autoquant.records import Workload
 from autoquant.store.connect import check_address
@@ -106,10 +107,8 @@ def asked_linears(
     *,
     dtype: str,
     device: str,
-    model_factory: str | None,
     tokenizer: Any | None,
-    trust_pickle: bool,
-    sample_inputs: SampleInputs = None,
+    trust: Trust,
 ) -> ModelRequest | ShapesRequest:
     """Return the request for a model or for shapes, whichever is given.
 
@@ -129,8 +128,6 @@ def asked_linears(
         model=model,
         dtype=dtype,
         device=device,
-        model_factory=model_factory,
         tokenizer=tokenizer,
-        trust_pickle=trust_pickle,
-        sample_inputs=sample_inputs,
+        **trust.as_keywords(),
     )

@@ -10,6 +10,7 @@ from autoquant.evaluators.tasks import Tasks
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.export.applier import apply, load_searched
 from autoquant.models import LoadedModel
+from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import ORIGINAL_LABEL, Plan, TaskScore
 from autoquant.runtime.compiled import shallow_copy
 from autoquant.store import Store, StudyFacts
@@ -31,6 +32,8 @@ def score_tasks(
     tasks: Tasks,
     store: Store,
     listener: Listener = ignore,
+    *,
+    trust: Trust = NO_TRUST,
 ) -> list[TaskRow]:
     """Score the unquantized model and then each plan, and keep every score at once.
 
@@ -39,13 +42,15 @@ def score_tasks(
         model: Path of the model that was searched.
         facts: The plans' study.
         store: Keeps the scores.
+        trust: The code that the user named. What the study names is never run by itself.
 
     Raises:
+        TrustError: The model needs code that the user did not name.
         ModelError: Another model is at `model`.
         TaskError: The model is no language model with a tokenizer, or a task cannot be run.
     """
     listener = logged(listener)
-    loaded = load_searched(plans[0], model, facts, None)
+    loaded = load_searched(plans[0], model, facts, None, trust)
     if loaded.kind != "causal_lm" or loaded.tokenizer is None:
         raise TaskError(
             "tasks need a Hugging Face causal language model with its tokenizer: this model is none"

@@ -1,7 +1,7 @@
 """`autoquant apply` with a stand-in for the work itself."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import pytest
@@ -22,6 +22,7 @@ class Report:
     repeatable: bool = True
     needs_module: bool = False
     generates: bool = True
+    needs_code: object = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def work(monkeypatch):
     module = ModuleType("autoquant.export.applier")
     module.calls, module.folders, module.changes = [], [], {}
 
-    def apply_to_disk(plan, model, out, *, facts, device=None, listener=None):
+    def apply_to_disk(plan, model, out, *, facts, device=None, listener=None, trust=None):
         module.calls.append((plan.plan_id, str(model), out.name))
         module.folders.append(out.parent)
         return replace(Report(out=out.absolute(), formats=plan.formats()), **module.changes)

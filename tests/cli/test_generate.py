@@ -156,7 +156,9 @@ def test_the_original_is_compared_in_the_plans_dtype(both, monkeypatch):
     dtypes = []
     load = prompting.load_generator
     monkeypatch.setattr(
-        prompting, "load_generator", lambda *given: (dtypes.append(given[3]), load(*given))[1]
+        prompting,
+        "load_generator",
+        lambda *given, **code: (dtypes.append(given[3]), load(*given, **code))[1],
     )
     succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 2, "--compare", original)
     assert dtypes == [torch.bfloat16, torch.bfloat16]

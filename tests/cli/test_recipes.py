@@ -158,7 +158,7 @@ def test_trust_in_a_pickle_is_not_saved_and_that_is_said(runner, driver, tmp_pat
             str(tmp_path / "saved.toml"),
         ],
     )
-    assert "does not hold --trust-pickle" in result.stderr
+    assert "cannot allow code to run: say --trust-pickle again" in result.stderr
     assert "trust-pickle" not in (tmp_path / "saved.toml").read_text()
 
 

@@ -50,6 +50,7 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "model_factory": "a.b:c",
         "tokenizer": "tok",
         "trust_pickle": True,
+        "trust_remote_code": False,
     }
 
 

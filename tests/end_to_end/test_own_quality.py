@@ -100,7 +100,8 @@ def test_a_module_is_searched_and_written_by_the_functions_named(here):
     front = json.loads(CliRunner().invoke(app, ["pareto", "own.db", "--json"]).stdout)
     assert front and all(row["perplexity"] is None for row in front)
     uniform = next(row for row in front if row["kind"] == "uniform")
-    applied = typed("apply", "own.db", "--plan", uniform["plan_id"], "--out", "quantized")
+    code = ("--model-factory", "my_model_code:TwoArms", "--sample-inputs", "my_model_code:inputs")
+    applied = typed("apply", "own.db", "--plan", uniform["plan_id"], "--out", "quantized", *code)
     assert applied.exit_code == 0, applied.stderr
     assert "bit for bit" in applied.stdout
 

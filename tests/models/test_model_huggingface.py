@@ -43,6 +43,9 @@ def test_the_source_says_how_to_load_the_model_again(save_llama):
         "tokenizer": None,
         "trust_pickle": False,
         "sample_inputs": None,
+        "trust_remote_code": False,
+        "file_hash": None,
+        "code_hash": None,
     }
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from autoquant.cache import cache_folder, unusable
+from autoquant.cache import cache_folder, is_safe, unusable
 from autoquant.candidates.kernels.library import TunedLibrary
 from autoquant.candidates.registry import known_formats
 from autoquant.devices import backend
+from autoquant.errors import CandidateError
 from autoquant.records import Device
 
 
@@ -18,17 +19,39 @@ def use_kernel_caches() -> None:
     """Have compilers keep their output in the cache folder, unless the user chose others.
 
     If it cannot be written, they keep it where they always do, among the temporary files.
+
+    Raises:
+        CandidateError: Others may write into that folder.
     """
+    folder = _own_folder()
     if unusable():
         return
-    folder = cache_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def tuning_folder(device: Device) -> Path:
-    """Return where the settings lie that libraries found by tuning their kernels on this device."""
-    return cache_folder() / "tuning" / device.key
+    """Return where the settings lie that libraries found by tuning their kernels on this device.
+
+    Raises:
+        CandidateError: Others may write there.
+    """
+    return _own_folder() / "tuning" / device.key
+
+
+def _own_folder() -> Path:
+    """Return the cache folder, whose content is run.
+
+    Raises:
+        CandidateError: Others may write into it.
+    """
+    folder = cache_folder()
+    if not is_safe(folder):
+        raise CandidateError(
+            f"others may write into {folder}, and the compiled code in it is run: take their right"
+            " away (chmod o-w), or choose a folder of your own with AUTOQUANT_CACHE"
+        )
+    return folder
 
 
 def load_tuning(folder: Path) -> None:

@@ -126,11 +126,17 @@ def _whole_folder(weights: Path, name: str) -> Path:
 
     Of a checkpoint on the hub, transformers fetches only the files that it knows. The others are
     fetched here.
+
+    Raises:
+        CheckpointError: The folder's index names weights of another folder.
     """
+    from autoquant.errors import CheckpointError
     from autoquant.export.checkpoint import PACKED
     from autoquant.export.manifest import MANIFEST
 
     folder = weights.parent
+    if Path(name).is_dir() and not folder.samefile(name):
+        raise CheckpointError(f"{name} names weights of another folder, {folder}: apply again")
     if (folder / MANIFEST).exists() or Path(name).exists():
         return folder
     from huggingface_hub import hf_hub_download

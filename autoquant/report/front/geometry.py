@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.records import ORIGINAL_LABEL
+from autoquant.report.visible import visible
 from autoquant.report.words import increase_heading
 
 TIME_TITLE = "Time of one request [ms]"
@@ -111,7 +112,7 @@ class Point:
         if self.is_unquantized:
             return "unquantized"
         text = str(self.row["label"]).removeprefix("uniform").lstrip(" :-")
-        text = text or str(self.row["label"])
+        text = visible(text or str(self.row["label"]))
         return text if len(text) <= _LABEL_LENGTH else f"{text[: _LABEL_LENGTH - 1]}…"
 
 

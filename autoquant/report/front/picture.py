@@ -21,6 +21,7 @@ from autoquant.report.front.geometry import (
     make_front,
 )
 from autoquant.report.front.labels import Box, nearest_point, place_labels
+from autoquant.report.visible import visible
 
 SUFFIXES = (".png", ".svg")
 
@@ -56,7 +57,7 @@ def _draw(front: Front, title: str) -> Any:
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(visible(title), loc="left", fontsize=11, parse_math=False)
     axes.set_xlabel(TIME_TITLE)
     axes.set_ylabel(f"{front.title} [%]")
     _set_scales(axes, front)
@@ -220,7 +221,7 @@ def _importance(point: Point) -> tuple[bool, bool, bool]:
 
 def _text_style(point: Point) -> dict[str, Any]:
     weight = "bold" if point.family is RECOMMENDED else "normal"
-    return {"fontsize": 8.5, "color": _INK, "weight": weight}
+    return {"fontsize": 8.5, "color": _INK, "weight": weight, "parse_math": False}
 
 
 def _text_size(axes: Any, renderer: Any, point: Point) -> tuple[float, float]:

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from autoquant.report.visible import visible
 
 WIDE = 120
 """Terminals of so many columns get wider tables."""
@@ -46,3 +50,14 @@ def number_table(labels: Sequence[str], columns: Sequence[Column], table: Table)
     for number, label in enumerate(labels):
         table.add_row(*map(Text, [label, *(column.cells[number] for column in columns)]))
     return table
+
+
+class Visible:
+    """What another renderable shows, with `visible` text. Its own colours stay."""
+
+    def __init__(self, shown: RenderableType) -> None:
+        self._shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._shown, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)

@@ -93,11 +93,14 @@ class ForkingRunner:
 
 
 def start_process(module: str) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Run `python -m MODULE FD` in its own session, where FD is the other end of the connection."""
+    """Run `python -m MODULE FD` in its own session, where FD is the other end of the connection.
+
+    It imports from where this process does. With `-P`, the current folder is not searched first.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
+            [sys.executable, "-P", "-m", module, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

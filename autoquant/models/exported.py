@@ -13,10 +13,12 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from autoquant.errors import ModelError, first_line
+from autoquant.models.casting import cast
 from autoquant.models.content import DtypeTally, content_hash, without_addresses
 from autoquant.models.exported_check import needs_trust
 from autoquant.models.factory import tie
-from autoquant.models.loaded import LoadedModel, model_kind, settle
+from autoquant.models.kinds import model_kind
+from autoquant.models.loaded import LoadedModel, device_of, settle
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
@@ -141,10 +143,10 @@ def _place(
 
 def _cast(module: nn.Module, inputs: _Inputs, dtype: torch.dtype, path: Path) -> _Inputs:
     """Cast the module and its inputs. Check that the graph, whose dtypes are fixed, still runs."""
-    module.to(dtype)
     inputs = tree_map_only(
         torch.Tensor, lambda item: item.to(dtype) if item.is_floating_point() else item, inputs
     )
+    cast(module, dtype, device_of(module), inputs or None)
     if inputs:
         try:
             with torch.no_grad():

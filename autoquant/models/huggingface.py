@@ -15,7 +15,9 @@ from autoquant.hints import did_you_mean_path
 from autoquant.models import weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
-from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
+from autoquant.models.identity import adapter_in, check_class, check_names, has_adapter, left_over
+from autoquant.models.kinds import model_kind
+from autoquant.models.loaded import LoadedModel, max_positions, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
 from autoquant.models.quiet import no_progress_bars, some
 from autoquant.models.request import ModelRequest
@@ -40,23 +42,29 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
     Raises:
         ModelError: A file is missing, truncated or of another kind, or the model is no causal LM.
     """
-    if request.model_factory is not None:
-        raise ModelError(
-            f"{folder} is a folder, and --model-factory goes with a file of weights: leave it out"
-        )
     config = _read_config(folder)
+    check_class(config, folder)
     _check_complete(folder, request)
     files = weights.files(folder)
     if files[0].suffix == ".bin":
         return _from_state(weights.read_bins(files), config, folder, request, path, strict=False)
     tally = DtypeTally()
+    check_names(config, weights.names(files), folder)
     digest = content_hash(tally.watch(weights.read_safetensors(files)), _architecture(config))
     stored = _plain_dtype(tally, str(folder))
     words = _tokenizer(folder, request)
     module, left = _pretrained(folder, resolve_dtype(request.dtype, request.device, stored))
-    return _finish(
-        module, digest, stored, words, request, path, [_left_over(folder, left)] if left else []
-    )
+    notes = []
+    if left:
+        computed = [
+            name
+            for name, value in weights.read_safetensors(files)
+            if name in left and is_computed(name, value, module)
+        ]
+        if others := [name for name in left if name not in computed]:
+            raise left_over(folder, folder, others, type(module).__name__)
+        notes.append(_computed(folder, computed, module))
+    return _finish(module, digest, stored, words, request, path, notes)
 
 
 def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> LoadedModel:
@@ -67,6 +75,7 @@ def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> 
             tokenizer.
     """
     config = _read_config(path.parent)
+    check_class(config, path.parent)
     if not has_tokenizer(path.parent) and request.tokenizer is None:
         raise ModelError(f"{path.parent} has no tokenizer.json: {_TOKENIZER_ADVICE}")
     return _from_state(state, config, path.parent, request, str(path), strict=True)
@@ -93,8 +102,7 @@ def _from_state(
 
     Args:
         path: How the source names the model: the file, or its folder.
-        strict: Refuse weights that the model has no place for; otherwise leave them out with a
-            note.
+        strict: Say that the weights are another model's if none of them has a place in it.
     """
     with torch.device("meta"):
         skeleton = from_config(folder, torch.float32)
@@ -126,24 +134,14 @@ def _from_state(
     module, left = _filled(
         skeleton, own, resolve_dtype(request.dtype, request.device, stored), folder, path
     )
-    if left and strict:
-        raise ModelError(
-            f"{path} has {some(left)}, which {type(module).__name__} of the config.json beside it"
-            " does not: give the model's own config.json, or --model-factory"
-        )
-    notes = [_left_over(path, left)] if left else []
-    if computed:
-        notes.append(
-            f"left out of {path}: {some(computed)}: {type(module).__name__} computes these itself"
-        )
+    if left:
+        raise left_over(path, folder, left, type(module).__name__)
+    notes = [_computed(path, computed, module)] if computed else []
     return _finish(module, digest, stored, words, request, path, notes)
 
 
-def _left_over(place: str | Path, names: list[str]) -> str:
-    return (
-        f"left out of {place}: {some(names)}: the model that its config.json describes has no place"
-        " for them"
-    )
+def _computed(place: str | Path, names: list[str], module: nn.Module) -> str:
+    return f"left out of {place}: {some(names)}: {type(module).__name__} computes these itself"
 
 
 def _finish(
@@ -232,6 +230,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _no_config(folder: Path) -> str:
+    if has_adapter(folder):
+        return adapter_in(folder)
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return f"{folder} is empty: give a folder that save_pretrained() wrote, or a model file"
@@ -258,7 +258,12 @@ def _pretrained(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, list
 
     def load(**options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **_attention_here(folder),
+            **options,
         )
 
     return _loaded(load, dtype, str(folder))
@@ -328,6 +333,7 @@ def from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = _attention_here(folder).get("config", config)
         module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         raise ModelError(
@@ -336,6 +342,20 @@ def from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
         ) from error
     give_generation_config(module, folder)
     return module
+
+
+def _attention_here(folder: Path) -> dict[str, Any]:
+    """Return the configuration with PyTorch's own attention, if its own is not installed here."""
+    from transformers import AutoConfig
+    from transformers.utils import is_flash_attn_2_available
+
+    fields = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    asked = [str(fields.get(name)) for name in ("attn_implementation", "_attn_implementation")]
+    if is_flash_attn_2_available() or not any(name.startswith("flash") for name in asked):
+        return {}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = "sdpa"
+    return {"config": config}
 
 
 def give_generation_config(module: nn.Module, folder: Path) -> None:

@@ -15,7 +15,7 @@ from autoquant.models.targets import dtype_name
 ModelKind = Literal["causal_lm", "token_lm", "module"]
 
 # What running a module on inputs that are not meant for it raises.
-_UNFIT = (
+UNFIT = (
     RuntimeError,
     TypeError,
     ValueError,
@@ -114,31 +114,6 @@ def is_causal_lm(module: nn.Module) -> bool:
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return False
     return bool(module.can_generate()) and not getattr(module.config, "is_encoder_decoder", False)
-
-
-def is_token_lm(module: nn.Module, device: str) -> bool:
-    """Check whether two token ids [1, 2] on `device` give logits [1, 2, vocab]."""
-    ids = torch.tensor([[0, 1]], device=device)
-    try:
-        with torch.no_grad():
-            output = module(ids)
-    except _UNFIT:
-        return False
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        return False
-    return logits.dim() == 3 and logits.shape[:2] == (1, 2)
-
-
-def model_kind(module: nn.Module, device: str, *, may_be_lm: bool) -> ModelKind:
-    """Find the kind of a settled module.
-
-    Args:
-        may_be_lm: There is reason to try it on token ids.
-    """
-    if is_causal_lm(module):
-        return "causal_lm"
-    return "token_lm" if may_be_lm and is_token_lm(module, device) else "module"
 
 
 def max_positions(module: nn.Module) -> int | None:

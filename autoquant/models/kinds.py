@@ -11,17 +11,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from autoquant.models.loaded import UNFIT, ModelKind, is_causal_lm
+from autoquant.models.casting import cast
+from autoquant.models.copies import own_copy
+from autoquant.models.loaded import UNFIT, ModelKind, is_causal_lm, main_dtype
 from autoquant.models.outputs import output_tensor, run_on_tokens
 
 _EMBEDDINGS = (F.embedding, torch.embedding, torch.ops.aten.embedding.default)
 _PADDED = 2  # embeddings may be padded, to fewer than this many times the scores
 _PREFIX_TOKENS = 4
-_PROBE_TOKENS = 16
+PROBE_TOKENS = 16
 _PROBES = 3
-# A mixture of experts rounds differently with other tokens beside. Without a causal mask, even tiny
-# models with random weights show 1.7 times this (studies/reliability).
-_ROUNDING = 0.01
+# A mixture of experts rounds differently with other tokens beside: by 2e-7 in float32. Without a
+# causal mask, tiny models with random weights show 2e-3 and more (studies/reliability).
+_ROUNDING_FLOAT32 = 1e-4
+_ROUNDING_FLOAT16 = 1e-2
+_LARGEST_COPY_BYTES = 8 << 30
 
 
 class _EmbeddingWatcher(TorchFunctionMode):
@@ -83,19 +87,27 @@ def model_kind(module: nn.Module, device: str, *, may_be_lm: bool) -> ModelKind:
 def sees_ahead(module: nn.Module, device: str, vocabulary: int) -> float:
     """Return how much the last tokens change the logits of the first ones, relative to these.
 
-    It is 0 for a causal model: its own rounding is taken off.
+    It is 0 for a causal model: its own rounding is taken off. If a model of 16-bit floats is not
+    exact, a copy in float32 decides.
 
     Args:
         vocabulary: Ids below this are used.
     """
-    shift = min(_shifts(module, device, vocabulary))
-    return shift if shift > _ROUNDING else 0.0
+    shift, limit = min(_shifts(module, device, vocabulary)), _ROUNDING_FLOAT32
+    if shift and main_dtype(module) in (torch.float16, torch.bfloat16):
+        if 4 * sum(each.numel() for each in module.parameters()) > _LARGEST_COPY_BYTES:
+            limit = _ROUNDING_FLOAT16
+        else:
+            exact = own_copy(module)
+            cast(exact, torch.float32, device)
+            shift = min(_shifts(exact, device, vocabulary))
+    return shift if shift > limit else 0.0
 
 
 def _shifts(module: nn.Module, device: str, vocabulary: int) -> Iterator[float]:
     generator = torch.Generator().manual_seed(0)
     for _ in range(_PROBES):
-        ids = torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator)
+        ids = torch.randint(vocabulary, (PROBE_TOKENS,), generator=generator)
         one, other = ids.clone(), ids.clone()
         # The same token all over: different ones would average out.
         one[_PREFIX_TOKENS:] = ids[-1]

@@ -13,6 +13,7 @@ from torch import nn
 
 from autoquant.candidates import select
 from autoquant.devices.memory import quick_collections
+from autoquant.errors import StoreError
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
@@ -24,6 +25,7 @@ from autoquant.solver.constraints import Constraints, bind
 from autoquant.solver.limits import Limits
 from autoquant.store import Store, open_store
 from autoquant.study.study import Study
+from autoquant.tuner.baseline import check_baseline
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.flow import run_stages
 from autoquant.tuner.judge import Asked, make_judge
@@ -159,6 +161,8 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     loaded = load_request(request.model)
     judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
     settled = SettledRequest.of(request, loaded, judge)
+    if not _is_known(settled):
+        check_baseline(request.model, loaded, judge.quality, listener)
     store = open_store(request.db)
     recording = _checked_recording(settled, store, listener)
     _put_study(settled, store, recording)
@@ -174,6 +178,17 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     with quick_collections():
         run_stages(SearchSetup.of(settled, store, listener), budget)
     return Study(store, settled.study_id)
+
+
+def _is_known(settled: SettledRequest) -> bool:
+    """Check whether an earlier run began the study. No database is made."""
+    try:
+        store = open_store(settled.request.db, create=False)
+    except StoreError:
+        return False
+    known = settled.study_id in store.studies()
+    store.engine.dispose()
+    return known
 
 
 def _checked_recording(

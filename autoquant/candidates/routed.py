@@ -111,7 +111,9 @@ def multiply(
     Args:
         stored: The weight's own tensor, or a larger one that it is a part of.
     """
-    rows = x.numel() // x.shape[-1]
+    rows = x.shape[:-1].numel()
+    if rows == 0 and not torch.compiler.is_compiling():  # an idle expert; kernels expect rows
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
     kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, rows))
     if x.dtype == weight.compute_dtype:
         return cast(torch.Tensor, kernel(x, stored, bias))

@@ -29,6 +29,7 @@ from autoquant.events import (
     logged,
 )
 from autoquant.export import checkpoint
+from autoquant.export.beside import check_beside
 from autoquant.export.comparison import check_same
 from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.models import LoadedModel, ModelSource, load_request
@@ -175,6 +176,7 @@ def apply_to_disk(
         skeleton = _skeleton(loaded, model, plan, facts)
         again = checkpoint.read(scratch, skeleton, device=device or facts.device.type)
         repeatable = check_same(loaded, again, target)
+        check_beside(loaded, again, scratch)
         scratch.chmod(0o755)  # mkdtemp gives access to its owner alone
         if target.exists():
             target.rmdir()  # it is empty

@@ -17,7 +17,7 @@ from autoquant.models.casting import cast
 from autoquant.models.content import DtypeTally, content_hash, without_addresses
 from autoquant.models.exported_check import needs_trust
 from autoquant.models.factory import tie
-from autoquant.models.kinds import model_kind
+from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, device_of, settle
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import ModelRequest
@@ -64,6 +64,7 @@ def load_exported(path: Path, request: ModelRequest) -> LoadedModel:
         source=request.source("exported", str(path)),
         tokenizer=words,
         kind=model_kind(module, request.device, may_be_lm=words is not None),
+        vocabulary=embedding_rows(module, request.device),
         example_inputs=inputs or None,
         max_positions=None,
         stored_dtype=dtype_name(stored),

@@ -16,7 +16,7 @@ from autoquant.models import weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
 from autoquant.models.identity import adapter_in, check_class, check_names, has_adapter, left_over
-from autoquant.models.kinds import model_kind
+from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, max_positions, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
 from autoquant.models.quiet import no_progress_bars, some
@@ -160,6 +160,7 @@ def _finish(
         source=request.source("huggingface", path),
         tokenizer=words,
         kind=model_kind(module, request.device, may_be_lm=True),
+        vocabulary=embedding_rows(module, request.device),
         example_inputs=None,
         max_positions=max_positions(module),
         stored_dtype=dtype_name(stored),

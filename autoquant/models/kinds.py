@@ -48,7 +48,7 @@ class _EmbeddingWatcher(TorchFunctionMode):
 
 
 def embedding_rows(module: nn.Module, device: str) -> int | None:
-    """Return how many token ids the model has an embedding for, or None if that is not seen."""
+    """Return how many token ids a module has an embedding for, or None if that is not seen."""
     ids = torch.tensor([[1, 0]], device=device)  # positions count upwards, so these are none
     watcher = _EmbeddingWatcher(ids)
     with suppress(*UNFIT), watcher, torch.no_grad():

@@ -19,7 +19,7 @@ from autoquant.models import exported, huggingface, torchfile
 from autoquant.models.casting import cast
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.copies import own_copy, unwrapped
-from autoquant.models.kinds import model_kind
+from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, device_of, main_dtype, max_positions, settle
 from autoquant.models.named import example_inputs
 from autoquant.models.quiet import quiet
@@ -182,6 +182,7 @@ def from_module(
         source=ModelSource(kind="live", tokenizer=path),
         tokenizer=words,
         kind=kind,
+        vocabulary=embedding_rows(module, place),
         example_inputs=None,
         max_positions=max_positions(module),
         stored_dtype=dtype_name(stored),

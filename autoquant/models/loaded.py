@@ -43,6 +43,7 @@ class LoadedModel:
             else those of an exported program. None if there are none. Inputs that a callable or a
             program made are on the device and in the dtype; the user's own tensors do not change.
         max_positions: Longest sequence in tokens, if the configuration says so.
+        vocabulary: How many token ids a language model has embeddings for, if that is seen.
         stored_dtype: The dtype that most of the stored weights have, e.g. `bfloat16`.
         notes: A sentence for each part of the file that the model has no place for.
     """
@@ -56,6 +57,7 @@ class LoadedModel:
     max_positions: int | None
     stored_dtype: str
     notes: tuple[str, ...] = ()
+    vocabulary: int | None = None
 
     @property
     def device(self) -> str:

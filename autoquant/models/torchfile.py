@@ -19,7 +19,7 @@ from autoquant.models.casting import cast
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.factory import build
 from autoquant.models.huggingface import has_config, load_beside
-from autoquant.models.kinds import model_kind
+from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, main_dtype, max_positions, settle
 from autoquant.models.missing import class_reads_tokens, missing, weights_read_tokens
 from autoquant.models.names import renamed
@@ -154,6 +154,7 @@ def _finish(
         source=request.source(source, str(path)),
         tokenizer=words,
         kind=model_kind(module, request.device, may_be_lm=may_be_lm),
+        vocabulary=embedding_rows(module, request.device),
         example_inputs=None,
         max_positions=max_positions(module),
         stored_dtype=dtype_name(stored),

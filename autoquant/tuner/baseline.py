@@ -16,7 +16,7 @@ from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.text import PARTS, Part
 from autoquant.events import Listener, Notice
 from autoquant.models import LoadedModel, ModelRequest, load_request
-from autoquant.models.kinds import PROBE_TOKENS, embedding_rows, sees_ahead
+from autoquant.models.kinds import PROBE_TOKENS, sees_ahead
 from autoquant.models.loaded import main_dtype
 
 _NOTED, _REFUSED = 0.005, 0.02
@@ -32,7 +32,7 @@ def check_reads_text(loaded: LoadedModel, quality: TextQuality) -> None:
     """
     windows = [*quality.parts.windows.values()]
     largest = max(int(each.max()) for each in windows)
-    rows = embedding_rows(loaded.module, loaded.device)
+    rows = loaded.vocabulary
     if rows is not None and largest >= rows:
         raise TextError(
             f"the tokenizer gives token ids up to {largest}, and the model has embeddings for ids"

@@ -13,6 +13,7 @@ from torchao.utils import TorchAOBaseTensor
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.registry import get_format
+from autoquant.errors import ModelError
 from autoquant.records import Route, RouteStep, content_key
 
 RouteAttribute = tuple[tuple[int | None, str], ...]
@@ -55,6 +56,16 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         self.format_id = format_id
         self.route = route
         self.compute_dtype = compute_dtype
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+        except NotImplementedError as error:
+            raise ModelError(
+                f"{func} cannot be computed with a weight that autoquant quantized, only linears"
+                " can: merge adapters and change weights before the model is quantized"
+            ) from error
 
     @classmethod
     def wrap(

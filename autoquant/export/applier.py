@@ -33,7 +33,8 @@ from autoquant.export.beside import check_beside
 from autoquant.export.comparison import check_same
 from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.models import LoadedModel, ModelSource, load_request
-from autoquant.models.loaded import is_causal_lm, settle
+from autoquant.models.copies import not_compiled
+from autoquant.models.loaded import settle
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
 from autoquant.store import StudyFacts
@@ -106,13 +107,11 @@ def apply(
     listener: Listener = ignore,
     quantized: Quantized | None = None,
 ) -> nn.Module:
-    """Quantize the weights of `model` as `plan` says, in place and one at a time.
+    """Quantize the weights of `model` as `autoquant.export.in_memory.apply` does, unchecked.
 
     Args:
         model: The model that was searched, loaded in the plan's dtype.
-        calibration: The token ids of the search, `study.calibration`. Needed by a plan with weights
-            that are rounded for their layers' inputs. The same device with the same number of
-            threads makes the same bits from them.
+        calibration: The token ids of the search.
         quantized: Weights of the plan that was applied to the same model before.
 
     Returns:
@@ -124,7 +123,7 @@ def apply(
             model has not been changed.
         CandidateError: A weight could not be quantized as planned.
     """
-    _check_fits(plan, model)
+    check_fits(plan, model)
     made = _prepared(plan, model, calibration)
     quantized = quantized or Quantized()
     quantized.forget_all_but(plan)
@@ -216,11 +215,9 @@ def load(
     """
     manifest = checkpoint.read_manifest(Path(folder))
     module = settle(checkpoint.read(Path(folder), model, device or manifest.get("device", "cpu")))
-    if not is_causal_lm(module):
-        return prepare(module)
-    from autoquant.export.integrations.saving import settle_loaded  # imports transformers
+    from autoquant.export.in_memory import remember
 
-    return settle_loaded(module, manifest)
+    return remember(prepare(module), manifest)
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -229,7 +226,8 @@ def module_bytes(module: nn.Module) -> int:
     return sum(stored_bytes(parameter.data) for parameter in unique.values())
 
 
-def _check_fits(plan: Plan, model: nn.Module) -> None:
+def check_fits(plan: Plan, model: nn.Module) -> None:
+    """Refuse a module that lacks a layer of the plan, or has it otherwise."""
     for layer in plan.layers:
         for name in layer.parameters:
             _check_parameter(model, name, layer)
@@ -315,7 +313,7 @@ def _put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:
     replacement = nn.Parameter(weight, requires_grad=False)
     for name in layer.parameters:
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = replacement
+        not_compiled(model.get_submodule(owner))._parameters[leaf] = replacement
 
 
 def _formats_text(plan: Plan) -> str:

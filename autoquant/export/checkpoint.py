@@ -57,22 +57,31 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     Returns:
         The names of the files.
     """
-    about = {
-        "plan_id": plan.plan_id,
-        "study_id": plan.study_id,
-        "label": plan.label,
-        "model_hash": plan.model_hash,
-        "dtype": plan.dtype,
-        "device": loaded.device.partition(":")[0],
-        "source": asdict(loaded.source),
-        "joined": _joined_names(plan),
-    }
+    about = describe(plan, asdict(loaded.source), loaded.device)
     if copy_beside(loaded, folder):
         _name_quantizer(folder / "config.json", plan.dtype)
     if loaded.source.tokenizer and loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
     write_module(loaded.module, about, folder)
     return sorted(path.name for path in folder.iterdir())
+
+
+def describe(plan: Plan, source: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Return the fields of a manifest that the module does not show.
+
+    Args:
+        source: A `ModelSource` as a mapping.
+    """
+    return {
+        "plan_id": plan.plan_id,
+        "study_id": plan.study_id,
+        "label": plan.label,
+        "model_hash": plan.model_hash,
+        "dtype": plan.dtype,
+        "device": device.partition(":")[0],
+        "source": dict(source),
+        "joined": _joined_names(plan),
+    }
 
 
 def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> None:

@@ -168,6 +168,22 @@ def _finish(
     )
 
 
+def hash_as_saved(module: nn.Module) -> str | None:
+    """Return the content's hash of a model as its folder has it, but with the module's weights.
+
+    None if the module does not know its folder, or the folder has other names.
+    """
+    folder = Path(str(getattr(module, "name_or_path", "")))
+    if not has_config(folder) or not (folder / weights.BEST).is_file():
+        return None
+    state, names = module.state_dict(), weights.names(weights.files(folder))
+    if any(name not in state for name in names):
+        return None
+    return content_hash(
+        ((name, state[name]) for name in names), _architecture(_read_config(folder))
+    )
+
+
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _VOLATILE}
 

@@ -110,12 +110,18 @@ def settle(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_transformers(module: nn.Module) -> bool:
+    """Check whether `module` is a model of transformers."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
 def is_causal_lm(module: nn.Module) -> bool:
     """Check whether `module` is a Hugging Face decoder that generates."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+    if not is_transformers(module):
         return False
-    return bool(module.can_generate()) and not getattr(module.config, "is_encoder_decoder", False)
+    model: Any = module
+    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def max_positions(module: nn.Module) -> int | None:

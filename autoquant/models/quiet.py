@@ -25,6 +25,33 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
+def left_as_found() -> Iterator[None]:
+    """Give the caller's process back what a search changes in it.
+
+    These are the states of random generators, the levels of loggers and the filters of warnings.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    places = [logging.root, *logging.root.manager.loggerDict.values()]
+    levels = [(place, place.level) for place in places if isinstance(place, logging.Logger)]
+    disabled = logging.root.manager.disable
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        logging.disable(disabled)
+        for place, level in levels:
+            place.setLevel(level)
+
+
+@contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Turn off progress bars of transformers and of the hub client inside."""
     from huggingface_hub import utils

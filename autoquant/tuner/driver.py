@@ -18,6 +18,7 @@ from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import ModelRequest, load_request
+from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler.record import record_model
 from autoquant.records import Objective, Recording, Workload
@@ -35,6 +36,7 @@ from autoquant.tuner.setup import SearchSetup
 _log = logging.getLogger(__name__)
 
 
+@left_as_found()
 def search(  # noqa: PLR0913 - the keywords of a public function
     model: ModelPath | nn.Module,
     *,
@@ -68,7 +70,8 @@ def search(  # noqa: PLR0913 - the keywords of a public function
 
     On Linux and a CPU, kernels run in processes of their own: a crash does not end the search, and
     memory is given back. A live module, a quality function and formats registered in this process
-    stay in this process. A notice says so.
+    stay in this process. A notice says so. A live module stays as it is: a copy with its weights is
+    searched.
 
     Args:
         model: A path, a name on the hub or a live module; see

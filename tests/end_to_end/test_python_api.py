@@ -55,7 +55,8 @@ def search(teacher, quality, tmp_path):
             "db": tmp_path / "plan.db",
         }
         base |= {"candidates": CANDIDATES, "time_budget_s": 0.5, "device": "cpu"}
-        return autoquant.search(module or copy.deepcopy(teacher), **(base | options))
+        given = copy.deepcopy(teacher) if module is None else module
+        return autoquant.search(given, **(base | options))
 
     return run
 

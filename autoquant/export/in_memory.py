@@ -67,9 +67,8 @@ def apply(
             listener,
         )
     applier.apply(plan, inner, calibration=calibration, listener=listener)
-    kind = "huggingface" if is_causal_lm(inner) else "live"
-    source = asdict(ModelSource(kind=kind, path=str(getattr(inner, "name_or_path", ""))))
-    about = checkpoint.describe(plan, source, device_of(inner))
+    source = ModelSource(kind="huggingface" if is_causal_lm(inner) else "live")
+    about = checkpoint.describe(plan, asdict(source), device_of(inner))
     remember(inner, about | {"format_version": checkpoint.FORMAT_VERSION})
     return model
 

@@ -39,7 +39,8 @@ def left_as_found() -> Iterator[None]:
     levels = [(place, place.level) for place in places if isinstance(place, logging.Logger)]
     disabled = logging.root.manager.disable
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if used else []
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings():
             yield

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from autoquant.export.integrations import on_import
-from autoquant.logs import quiet_libraries
+from autoquant.logs import levels_kept, quiet_libraries
 
 if TYPE_CHECKING:
     from autoquant.candidates import Format, Kernel, register
@@ -71,7 +71,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `autoquant --help` must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'autoquant' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with levels_kept():
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from autoquant.logs import levels_kept
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -35,21 +37,15 @@ def left_as_found() -> Iterator[None]:
     import numpy as np
     import torch
 
-    places = [logging.root, *logging.root.manager.loggerDict.values()]
-    levels = [(place, place.level) for place in places if isinstance(place, logging.Logger)]
-    disabled = logging.root.manager.disable
     python_state, numpy_state = random.getstate(), np.random.get_state()
     used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count()) if used else []
     try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
+        with torch.random.fork_rng(devices), levels_kept():
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        logging.disable(disabled)
-        for place, level in levels:
-            place.setLevel(level)
 
 
 @contextmanager

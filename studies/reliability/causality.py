@@ -33,7 +33,7 @@ CAUSAL = {
 }
 
 
-def main():
+def main() -> None:
     transformers_log = t.utils.logging
     transformers_log.set_verbosity_error()
     for hidden in (32, 64, 256):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import subprocess
+import sys
 import warnings
 
 import numpy
@@ -251,3 +253,18 @@ def test_the_search_ends_with_the_plans_as_the_database_has_them(search, monkeyp
     assert original.prediction.request_ms == pytest.approx(
         proven[original.plan_id].request_ms, rel=0.01
     )
+
+
+def test_the_first_use_changes_no_level_and_no_filter():
+    """What libraries set when they are imported is undone, too."""
+    code = """
+import logging, warnings
+names = ("torch", "torchao", "transformers", "optuna", "sqlalchemy", "alembic")
+state = lambda: [len(warnings.filters), *(logging.getLogger(name).level for name in names)]
+import torch, autoquant
+before = state()
+autoquant.search, autoquant.apply, autoquant.load
+assert state() == before, (before, state())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

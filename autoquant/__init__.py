@@ -11,12 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from autoquant.export.integrations import on_import
-from autoquant.logs import quiet_libraries
+from autoquant.logs import levels_kept, quiet_libraries
 
 if TYPE_CHECKING:
     from autoquant.candidates import Format, Kernel, register
     from autoquant.errors import AutoquantError
-    from autoquant.export.applier import apply, load
+    from autoquant.export.applier import load
+    from autoquant.export.in_memory import apply, save
     from autoquant.records import Phase, Plan, Workload
     from autoquant.runtime.modules import compile
     from autoquant.runtime.prepare import prepare
@@ -38,6 +39,7 @@ __all__ = [
     "prepare",
     "profile",
     "register",
+    "save",
     "search",
 ]
 
@@ -49,12 +51,13 @@ _HOMES = {
     "Plan": "autoquant.records",
     "Study": "autoquant.study.study",
     "Workload": "autoquant.records",
-    "apply": "autoquant.export.applier",
+    "apply": "autoquant.export.in_memory",
     "compile": "autoquant.runtime.modules",
     "load": "autoquant.export.applier",
     "prepare": "autoquant.runtime.prepare",
     "profile": "autoquant.tuner.profile",
     "register": "autoquant.candidates",
+    "save": "autoquant.export.in_memory",
     "search": "autoquant.tuner.driver",
 }
 
@@ -68,7 +71,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `autoquant --help` must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'autoquant' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with levels_kept():
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def quiet_libraries() -> None:
@@ -15,6 +18,21 @@ def quiet_libraries() -> None:
     logging.getLogger("autoquant").addHandler(logging.NullHandler())
     logging.getLogger("torchao").addFilter(_is_missed)
     logging.getLogger("torch.utils._pytree").addFilter(_is_for_users)
+
+
+@contextmanager
+def levels_kept() -> Iterator[None]:
+    """Give back the levels of loggers and the filters of warnings that libraries change inside."""
+    places = [logging.root, *logging.root.manager.loggerDict.values()]
+    levels = [(place, place.level) for place in places if isinstance(place, logging.Logger)]
+    disabled = logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        logging.disable(disabled)
+        for place, level in levels:
+            place.setLevel(level)
 
 
 def _is_missed(record: logging.LogRecord) -> bool:

@@ -13,6 +13,7 @@ from torchao.utils import TorchAOBaseTensor
 from autoquant.candidates.calls import LINEAR_FUNCTIONS, linear_arguments
 from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.registry import get_format
+from autoquant.errors import ModelError
 from autoquant.records import Route, RouteStep, content_key
 
 RouteAttribute = tuple[tuple[int | None, str], ...]
@@ -55,6 +56,16 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         self.format_id = format_id
         self.route = route
         self.compute_dtype = compute_dtype
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+        except NotImplementedError as error:
+            raise ModelError(
+                f"{func} cannot be computed with a weight that autoquant quantized, only linears"
+                " can: merge adapters and change weights before the model is quantized"
+            ) from error
 
     @classmethod
     def wrap(
@@ -111,7 +122,9 @@ def multiply(
     Args:
         stored: The weight's own tensor, or a larger one that it is a part of.
     """
-    rows = x.numel() // x.shape[-1]
+    rows = x.shape[:-1].numel()
+    if rows == 0 and not torch.compiler.is_compiling():  # an idle expert; kernels expect rows
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
     kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, rows))
     if x.dtype == weight.compute_dtype:
         return cast(torch.Tensor, kernel(x, stored, bias))

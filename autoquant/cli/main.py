@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an unexpected error, 2 an error that the user can fix, 130
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import sys
@@ -43,6 +44,17 @@ from autoquant.errors import AutoquantError, DiskFullError
 from autoquant.files import raise_if_full
 
 DEBUG_VARIABLE = "AUTOQUANT_DEBUG"
+_SPELLED = "autoquant.spelled"
+_SPELLINGS = {
+    "µ": "u",
+    "\u00d7": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "±": "+-",
+    "→": "->",
+    "\u2013": "-",
+    "…": "...",
+}
 _DEBUG_OPTION = "--debug"
 _VERBOSE_OPTION = "--verbose"
 _TALKATIVE = ("torchao", "torch.utils._pytree", "transformers")
@@ -210,13 +222,23 @@ def hush_libraries() -> None:
         warnings.simplefilter("ignore")
 
 
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that the terminal's encoding lacks: `?s` would not be read as `us`."""
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join(_SPELLINGS.get(each, "?") for each in lacking), error.end
+
+
+codecs.register_error(_SPELLED, _spelled)
+
+
 def run() -> None:
     """Run the `autoquant` command."""
     if not wants_debug(sys.argv):
         hush_libraries()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+            stream.reconfigure(errors=_SPELLED)  # type: ignore[union-attr]
     app(prog_name="autoquant")
 
 

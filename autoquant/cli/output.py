@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Database = Annotated[
     str, typer.Argument(metavar="PLAN.DB", help="Database that a search wrote.", show_default=False)
 ]
+_NARROWEST_TABLE = 80
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -94,12 +95,16 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def print_table(make: Callable[[int], RenderableType]) -> None:
-    """Print what `make` returns for the terminal's width; without a terminal, for 80 columns."""
+    """Print what `make` returns for the terminal's width; without a terminal, for 80 columns.
+
+    A narrower terminal wraps the lines: cells cut to its width would lose ids and numbers.
+    """
     from rich.console import Console
 
     from autoquant.report.tables.layout import Visible
 
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, _NARROWEST_TABLE)
     console.print(Visible(make(console.width)))
 
 

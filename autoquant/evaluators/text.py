@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from autoquant.errors import TextError
+from autoquant.evaluators.reading import file_pieces
 
 Part = Literal["calibration", "selection", "report"]
 PARTS: tuple[Part, ...] = ("calibration", "selection", "report")
@@ -22,7 +22,6 @@ GPU_WINDOWS: Mapping[Part, int] = {"calibration": 8, "selection": 60, "report": 
 LEAST_WINDOWS: Mapping[Part, int] = {"calibration": 1, "selection": 6, "report": 8}
 INPUT_WINDOWS = 32
 ENOUGH_INPUT_WINDOWS = 16  # with 3, GPTQ is worse than clipping alone (studies/rounding)
-_READ_CHARACTERS = 200_000
 
 DEFAULT_TEXT = Path(__file__).parent / "texts" / "default.txt"
 """The text for users who give none. `SOURCES.md` next to it lists its sources."""
@@ -73,7 +72,8 @@ def deal_text(
 ) -> TextParts:
     """Tokenize as much of a text as the parts need.
 
-    The first windows are dealt to the parts in turn, so that every part has the same mixture.
+    The first windows are dealt to the parts in turn, so that every part has the same mixture. Each
+    begins with what the tokenizer puts before every text.
 
     Args:
         pieces: The text. Reading stops when there are enough tokens.
@@ -87,35 +87,46 @@ def deal_text(
     """
     window = min(WINDOW_TOKENS, max_positions or WINDOW_TOKENS)
     wanted = sum(windows.values())
-    tokens = _tokens(pieces, tokenizer, (wanted + (INPUT_WINDOWS if inputs else 0)) * window)
-    available = len(tokens) // window
+    begin = beginning(tokenizer)
+    text_tokens = window - len(begin)
+    needed = (wanted + (INPUT_WINDOWS if inputs else 0)) * text_tokens
+    tokens = _tokens(pieces, tokenizer, needed)
+    available = len(tokens) // text_tokens
     least = sum(LEAST_WINDOWS.values())
     if available < least:
         raise TextError(
-            f"{name} gives {len(tokens)} tokens; at least {least * window} are needed for separate"
-            " calibration, selection and report parts: give a longer text"
+            f"{name} gives {len(tokens)} tokens; at least {least * text_tokens} are needed for"
+            " separate calibration, selection and report parts: give a longer text"
         )
     counts = _counts(min(available, wanted), windows)
-    dealt = torch.tensor(tokens[: sum(counts.values()) * window], dtype=torch.long).reshape(
-        -1, window
-    )
+    rows = _rows(tokens, begin, text_tokens, 0, sum(counts.values()))
     order = deal(counts)
-    parts = {part: dealt[[i for i, owner in enumerate(order) if owner == part]] for part in PARTS}
-    return TextParts(
-        parts, _input_windows(tokens, window, wanted, parts["calibration"]) if inputs else None
-    )
+    parts = {part: rows[[i for i, owner in enumerate(order) if owner == part]] for part in PARTS}
+    if not inputs:
+        return TextParts(parts)
+    count = min(available - wanted, INPUT_WINDOWS)
+    if count <= len(parts["calibration"]):
+        return TextParts(parts, parts["calibration"])
+    return TextParts(parts, _rows(tokens, begin, text_tokens, wanted, count))
 
 
-def _input_windows(
-    tokens: list[int], window: int, first: int, calibration: torch.Tensor
+def beginning(tokenizer: Any) -> list[int]:
+    """Return the ids that the tokenizer puts before every text: its BOS token, or none."""
+    if getattr(tokenizer, "bos_token_id", None) is None:
+        return []
+    bare = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
+    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+    return whole[: starts[0]] if bare and starts else []
+
+
+def _rows(
+    tokens: Sequence[int], begin: Sequence[int], text_tokens: int, first: int, count: int
 ) -> torch.Tensor:
-    """Return the windows from `first` on, or those of the calibration part if they are more."""
-    count = min(len(tokens) // window - first, INPUT_WINDOWS)
-    if count <= len(calibration):
-        return calibration
-    return torch.tensor(
-        tokens[first * window : (first + count) * window], dtype=torch.long
-    ).reshape(count, window)
+    """Return `count` windows of the text from number `first` on, each behind the same ids."""
+    taken = tokens[first * text_tokens : (first + count) * text_tokens]
+    text = torch.tensor(taken, dtype=torch.long).reshape(count, text_tokens)
+    return torch.cat([torch.tensor(begin, dtype=torch.long).expand(count, -1), text], dim=1)
 
 
 def _tokens(pieces: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
@@ -125,35 +136,6 @@ def _tokens(pieces: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
         if len(tokens) >= wanted:
             break
     return tokens
-
-
-def file_pieces(path: Path) -> Iterator[str]:
-    """Yield the text of a file in pieces that end with a line, unless a line is very long.
-
-    Raises:
-        TextError: The file cannot be read, or is not UTF-8.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            while text := file.read(_READ_CHARACTERS):
-                yield text + file.readline(_READ_CHARACTERS)
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text ({_first_bad_byte(path)})") from error
-    except OSError as error:
-        raise TextError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _first_bad_byte(path: Path) -> str:
-    decoder, start, kept = codecs.getincrementaldecoder("utf-8")(), 0, 0
-    with path.open("rb") as file:
-        try:
-            while part := file.read(_READ_CHARACTERS):
-                decoder.decode(part)
-                start, kept = start + len(part), len(decoder.getstate()[0])
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            return f"{error.reason} at byte {start - kept + error.start}"
-    return "changed while it was read"
 
 
 def _counts(available: int, windows: Mapping[Part, int]) -> dict[Part, int]:

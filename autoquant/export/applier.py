@@ -27,13 +27,15 @@ from autoquant.events import (
     logged,
 )
 from autoquant.export import checkpoint
+from autoquant.export.beside import check_beside
 from autoquant.export.comparison import check_same
 from autoquant.export.manifest import read_manifest
 from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.files import is_writable, move_whole, raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.code import named_code
-from autoquant.models.loaded import is_causal_lm, settle
+from autoquant.models.copies import not_compiled
+from autoquant.models.loaded import settle
 from autoquant.models.trust import NO_TRUST, Trust, request_again
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
@@ -109,13 +111,11 @@ def apply(
     listener: Listener = ignore,
     quantized: Quantized | None = None,
 ) -> nn.Module:
-    """Quantize the weights of `model` as `plan` says, in place and one at a time.
+    """Quantize the weights of `model` as `autoquant.export.in_memory.apply` does, unchecked.
 
     Args:
         model: The model that was searched, loaded in the plan's dtype.
-        calibration: The token ids of the search, `study.calibration`. Needed by a plan with weights
-            that are rounded for their layers' inputs. The same device with the same number of
-            threads makes the same bits from them.
+        calibration: The token ids of the search.
         quantized: Weights of the plan that was applied to the same model before.
 
     Returns:
@@ -127,7 +127,7 @@ def apply(
             model has not been changed.
         CandidateError: A weight could not be quantized as planned.
     """
-    _check_fits(plan, model)
+    check_fits(plan, model)
     made = _prepared(plan, model, calibration)
     quantized = quantized or Quantized()
     quantized.forget_all_but(plan)
@@ -176,7 +176,7 @@ def apply_to_disk(
     loaded = load_searched(plan, model, facts, device, trust)
     original_bytes = module_bytes(loaded.module)
     apply(plan, loaded.module, calibration=facts.calibration, listener=listener)
-    with _writing(target), scratch_folder(target) as scratch:
+    with writing(target), scratch_folder(target) as scratch:
         part = scratch / target.name
         part.mkdir()
         files = checkpoint.write(loaded, plan, part)
@@ -184,6 +184,7 @@ def apply_to_disk(
         place = device or facts.device.type
         again = checkpoint.read(part, skeleton, place, trust=trust)
         repeatable = check_same(loaded, again, target)
+        check_beside(loaded, again, part)
         move_whole(part, target)
     what = "logits are" if repeatable else "its logits differ from run to run; weights are"
     listener(Notice(f"read {target.name} back: {what} bit for bit those of the model in memory"))
@@ -202,7 +203,7 @@ def apply_to_disk(
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
     """Raise as `CheckpointError` or `DiskFullError` what keeps a folder from being written."""
     try:
         yield
@@ -242,11 +243,9 @@ def load(
     trust = Trust(model_factory=model_factory, trust_remote_code=trust_remote_code)
     place = device or manifest.get("device", "cpu")
     module = settle(checkpoint.read(Path(folder), model, place, trust=trust))
-    if not is_causal_lm(module):
-        return prepare(module)
-    from autoquant.export.integrations.saving import settle_loaded  # imports transformers
+    from autoquant.export.in_memory import remember
 
-    return settle_loaded(module, manifest)
+    return remember(prepare(module), manifest)
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -255,7 +254,8 @@ def module_bytes(module: nn.Module) -> int:
     return sum(stored_bytes(parameter.data) for parameter in unique.values())
 
 
-def _check_fits(plan: Plan, model: nn.Module) -> None:
+def check_fits(plan: Plan, model: nn.Module) -> None:
+    """Refuse a module that lacks a layer of the plan, or has it otherwise."""
     for layer in plan.layers:
         for name in layer.parameters:
             _check_parameter(model, name, layer)
@@ -341,7 +341,7 @@ def _put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:
     replacement = nn.Parameter(weight, requires_grad=False)
     for name in layer.parameters:
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = replacement
+        not_compiled(model.get_submodule(owner))._parameters[leaf] = replacement
 
 
 def _formats_text(plan: Plan) -> str:

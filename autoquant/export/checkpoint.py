@@ -6,16 +6,15 @@ A checkpoint is a folder:
 - `model.safetensors`: every tensor that fits there. torchao's subclasses are flattened by
   torchao's own scheme, so that other tools can read them;
 - `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`;
-- the configuration and tokenizer of a Hugging Face model. Its `config.json` names autoquant as the
-  quantizer, so that transformers' `from_pretrained` finds its way here (see
-  `autoquant.export.integrations`).
+- what lies beside the weights of a Hugging Face model (see `autoquant.export.beside`). Its
+  `config.json` names autoquant as the quantizer, so that transformers' `from_pretrained` finds its
+  way here (see `autoquant.export.integrations`).
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -29,12 +28,12 @@ from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError, TrustError, first_line
+from autoquant.export.beside import copy_beside
 from autoquant.export.manifest import FORMAT_VERSION, MANIFEST, read_manifest
 from autoquant.files import check_stored, read_json_object
 from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
-from autoquant.models.huggingface import download
 from autoquant.models.targets import resolve_device
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
@@ -49,18 +48,6 @@ _MOVED_CLASSES = {
     f"{_CANDIDATES}.low_bit.BitPlaneTensor": f"{_CANDIDATES}.formats.low_bit",
 }
 """Names of classes that earlier versions wrote into `packed.pt`, with their modules of today."""
-_CONFIG_FILES = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges*",
-    "chat_template*",
-    "tekken.json",
-    "*.model",
-    "*.tiktoken",
-)
 
 
 def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
@@ -69,25 +56,31 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     Returns:
         The names of the files.
     """
-    about = {
-        "plan_id": plan.plan_id,
-        "study_id": plan.study_id,
-        "label": plan.label,
-        "model_hash": plan.model_hash,
-        "dtype": plan.dtype,
-        "device": loaded.device.partition(":")[0],
-        "source": asdict(loaded.source),
-        "joined": _joined_names(plan),
-    }
-    if loaded.source.kind == "huggingface":
-        own = () if loaded.source.tokenizer else _TOKENIZER_FILES
-        code = ("*.py",) if loaded.source.trust_remote_code else ()
-        _copy_files(Path(loaded.source.path), (*_CONFIG_FILES, *own, *code), folder)
+    about = describe(plan, asdict(loaded.source), loaded.device)
+    if copy_beside(loaded, folder):
         _name_quantizer(folder / "config.json", plan.dtype)
     if loaded.source.tokenizer and loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
     write_module(loaded.module, about, folder)
     return sorted(path.name for path in folder.iterdir())
+
+
+def describe(plan: Plan, source: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Return the fields of a manifest that the module does not show.
+
+    Args:
+        source: A `ModelSource` as a mapping.
+    """
+    return {
+        "plan_id": plan.plan_id,
+        "study_id": plan.study_id,
+        "label": plan.label,
+        "model_hash": plan.model_hash,
+        "dtype": plan.dtype,
+        "device": device.partition(":")[0],
+        "source": dict(source),
+        "joined": _joined_names(plan),
+    }
 
 
 def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
@@ -369,21 +362,6 @@ def _lacking(folder: Path, names: list[str]) -> CheckpointError:
 def _other_architecture(folder: Path, name: str) -> CheckpointError:
     reason = "which does not fit this model: another architecture"
     return CheckpointError(f"{folder} has {name}, {reason}")
-
-
-def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
-    """Copy a Hugging Face model's files that match a pattern.
-
-    Args:
-        source: The model's folder, its file of weights, or its name on the hub.
-    """
-    here = source.parent if source.is_file() else source
-    if not here.is_dir():
-        here = download(str(source))
-    for pattern in patterns:
-        for path in here.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
 
 
 def _name_quantizer(config: Path, dtype: str) -> None:

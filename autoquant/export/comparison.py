@@ -48,6 +48,12 @@ def _same_weights(one: nn.Module, other: nn.Module) -> bool:
     return all(same_bits(first.data, second.data) for first, second in pairs)
 
 
+def same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Check that two modules have the same parameters and buffers, bit for bit."""
+    buffers = zip(one.buffers(), other.buffers(), strict=True)
+    return _same_weights(one, other) and all(same_bits(a, b) for a, b in buffers)
+
+
 def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:
     inputs = loaded.example_inputs
     if inputs is not None:

@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_map_only
 
 from autoquant.errors import ModelError, TrustError, first_line
 from autoquant.files import check_stored
+from autoquant.models.casting import cast
 from autoquant.models.content import DtypeTally, content_hash, without_addresses
 from autoquant.models.exported_check import lost_tensor, needs_trust
 from autoquant.models.factory import tie
-from autoquant.models.loaded import LoadedModel, model_kind, settle
+from autoquant.models.kinds import embedding_rows, model_kind
+from autoquant.models.loaded import LoadedModel, device_of, settle
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
@@ -65,6 +67,7 @@ def load_exported(path: Path, request: ModelRequest) -> LoadedModel:
         source=request.source("exported", str(path)),
         tokenizer=words,
         kind=model_kind(module, request.device, may_be_lm=words is not None),
+        vocabulary=embedding_rows(module, request.device),
         example_inputs=inputs or None,
         max_positions=None,
         stored_dtype=dtype_name(stored),
@@ -152,10 +155,10 @@ def _place(
 
 def _cast(module: nn.Module, inputs: _Inputs, dtype: torch.dtype, path: Path) -> _Inputs:
     """Cast the module and its inputs. Check that the graph, whose dtypes are fixed, still runs."""
-    module.to(dtype)
     inputs = tree_map_only(
         torch.Tensor, lambda item: item.to(dtype) if item.is_floating_point() else item, inputs
     )
+    cast(module, dtype, device_of(module), inputs or None)
     if inputs:
         try:
             with torch.no_grad():

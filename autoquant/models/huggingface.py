@@ -15,7 +15,9 @@ from autoquant.hints import did_you_mean_path
 from autoquant.models import code, weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
-from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
+from autoquant.models.identity import adapter_in, check_class, check_names, has_adapter, left_over
+from autoquant.models.kinds import embedding_rows, model_kind
+from autoquant.models.loaded import LoadedModel, max_positions, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
 from autoquant.models.plausible import check_size
 from autoquant.models.quiet import no_progress_bars, some
@@ -42,26 +44,32 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
         TrustError: The model needs code that the folder brings, which is not trusted.
         ModelError: A file is missing, truncated or of another kind, or the model is no causal LM.
     """
-    if request.model_factory is not None:
-        raise ModelError(
-            f"{folder} is a folder, and --model-factory goes with a file of weights: leave it out"
-        )
     config = _read_config(folder)
+    check_class(config, folder)
     _check_complete(folder, request)
     request = _with_checked_code(folder, request)
     files = weights.files(folder)
     if files[0].suffix == ".bin":
         return _from_state(weights.read_bins(files), config, folder, request, path, strict=False)
     tally = DtypeTally()
-    architecture = _architecture(config, folder, request)
+    check_names(config, weights.names(files), folder)
+    architecture = _architecture(config, folder, trust_remote_code=request.trust_remote_code)
     digest = content_hash(tally.watch(weights.read_safetensors(files)), architecture)
     stored = _plain_dtype(tally, str(folder))
     words = tokenizer_of(request, folder)
     dtype = resolve_dtype(request.dtype, request.device, stored)
     module, left = _pretrained(folder, dtype, request.trust_remote_code)
-    return _finish(
-        module, digest, stored, words, request, path, [_left_over(folder, left)] if left else []
-    )
+    notes = []
+    if left:
+        computed = [
+            name
+            for name, value in weights.read_safetensors(files)
+            if name in left and is_computed(name, value, module)
+        ]
+        if others := [name for name in left if name not in computed]:
+            raise left_over(folder, folder, others, type(module).__name__)
+        notes.append(_computed(folder, computed, module))
+    return _finish(module, digest, stored, words, request, path, notes)
 
 
 def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> LoadedModel:
@@ -72,6 +80,7 @@ def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> 
             tokenizer.
     """
     config = _read_config(path.parent)
+    check_class(config, path.parent)
     if not has_tokenizer(path.parent) and request.tokenizer is None:
         raise ModelError(f"{path.parent} has no tokenizer.json: {_TOKENIZER_ADVICE}")
     request = _with_checked_code(path.parent, request)
@@ -99,8 +108,7 @@ def _from_state(
 
     Args:
         path: How the source names the model: the file, or its folder.
-        strict: Refuse weights that the model has no place for; otherwise leave them out with a
-            note.
+        strict: Say that the weights are another model's if none of them has a place in it.
     """
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     check_size(folder, sum(value.numel() for value in tensors.values()), len(tensors))
@@ -127,30 +135,23 @@ def _from_state(
             " module that they are of, or its own config.json"
         )
     tally = DtypeTally()
-    digest = content_hash(tally.watch(own.items()), _architecture(config, folder, request))
+    digest = content_hash(
+        tally.watch(own.items()),
+        _architecture(config, folder, trust_remote_code=request.trust_remote_code),
+    )
     stored = _plain_dtype(tally, path)
     words = tokenizer_of(request, folder)
     module, left = _filled(
         skeleton, own, resolve_dtype(request.dtype, request.device, stored), folder, path
     )
-    if left and strict:
-        raise ModelError(
-            f"{path} has {some(left)}, which {type(module).__name__} of the config.json beside it"
-            " does not: give the model's own config.json, or --model-factory"
-        )
-    notes = [_left_over(path, left)] if left else []
-    if computed:
-        notes.append(
-            f"left out of {path}: {some(computed)}: {type(module).__name__} computes these itself"
-        )
+    if left:
+        raise left_over(path, folder, left, type(module).__name__)
+    notes = [_computed(path, computed, module)] if computed else []
     return _finish(module, digest, stored, words, request, path, notes)
 
 
-def _left_over(place: str | Path, names: list[str]) -> str:
-    return (
-        f"left out of {place}: {some(names)}: the model that its config.json describes has no place"
-        " for them"
-    )
+def _computed(place: str | Path, names: list[str], module: nn.Module) -> str:
+    return f"left out of {place}: {some(names)}: {type(module).__name__} computes these itself"
 
 
 def _finish(
@@ -169,6 +170,7 @@ def _finish(
         source=request.source("huggingface", path),
         tokenizer=words,
         kind=model_kind(module, request.device, may_be_lm=True),
+        vocabulary=embedding_rows(module, request.device),
         example_inputs=None,
         max_positions=max_positions(module),
         stored_dtype=dtype_name(stored),
@@ -185,10 +187,27 @@ def _with_checked_code(folder: Path, request: ModelRequest) -> ModelRequest:
     return code.with_checked_code(request, folder, *others)
 
 
-def _architecture(config: dict[str, Any], folder: Path, request: ModelRequest) -> dict[str, Any]:
+def hash_as_saved(module: nn.Module) -> str | None:
+    """Return the content's hash of a model as its folder has it, but with the module's weights.
+
+    None if the module does not know its folder, or the folder has other names.
+    """
+    folder = Path(str(getattr(module, "name_or_path", "")))
+    if not has_config(folder) or not (folder / weights.BEST).is_file():
+        return None
+    state, names = module.state_dict(), weights.names(weights.files(folder))
+    if any(name not in state for name in names):
+        return None
+    architecture = _architecture(_read_config(folder), folder, trust_remote_code=False)
+    return content_hash(((name, state[name]) for name in names), architecture)
+
+
+def _architecture(
+    config: dict[str, Any], folder: Path, *, trust_remote_code: bool
+) -> dict[str, Any]:
     """Return what a model is beside its weights: its configuration, and code that is run."""
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
-    run = code.code_hash(folder) if request.trust_remote_code else ""
+    run = code.code_hash(folder) if trust_remote_code else ""
     return kept | {"code": run} if run else kept
 
 
@@ -251,6 +270,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _no_config(folder: Path) -> str:
+    if has_adapter(folder):
+        return adapter_in(folder)
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return f"{folder} is empty: give a folder that save_pretrained() wrote, or a model file"
@@ -287,6 +308,7 @@ def _pretrained(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            **_attention_here(folder, trust_remote_code),
             **options,
         )
 
@@ -386,6 +408,7 @@ def from_config(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
+        config = _attention_here(folder, trust_remote_code).get("config", config)
         # Without a word on it, transformers would ask at the terminal.
         module: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -398,6 +421,22 @@ def from_config(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
         ) from error
     give_generation_config(module, folder)
     return module
+
+
+def _attention_here(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the configuration with PyTorch's own attention, if its own is not installed here."""
+    from transformers import AutoConfig
+    from transformers.utils import is_flash_attn_2_available
+
+    fields = read_json_object(folder / _CONFIG)
+    asked = [str(fields.get(name)) for name in ("attn_implementation", "_attn_implementation")]
+    if is_flash_attn_2_available() or not any(name.startswith("flash") for name in asked):
+        return {}
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    config._attn_implementation = "sdpa"
+    return {"config": config}
 
 
 def give_generation_config(module: nn.Module, folder: Path) -> None:

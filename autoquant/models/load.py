@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,13 @@ from torch import nn
 from autoquant.errors import ModelError
 from autoquant.hints import did_you_mean_path
 from autoquant.models import exported, huggingface, torchfile
+from autoquant.models.casting import cast
 from autoquant.models.code import with_checked_file
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
-from autoquant.models.loaded import (
-    LoadedModel,
-    device_of,
-    main_dtype,
-    max_positions,
-    model_kind,
-    settle,
-)
-from autoquant.models.named import make_inputs
+from autoquant.models.copies import own_copy, unwrapped
+from autoquant.models.kinds import embedding_rows, model_kind
+from autoquant.models.loaded import LoadedModel, device_of, main_dtype, max_positions, settle
+from autoquant.models.named import example_inputs
 from autoquant.models.quiet import quiet
 from autoquant.models.request import ModelPath, ModelRequest, ModelSource, SampleInputs
 from autoquant.models.targets import dtype_name, resolve_device, resolve_dtype
@@ -106,6 +101,8 @@ def load_model(
 
 def _read(request: ModelRequest) -> LoadedModel:
     path = Path(request.name).expanduser().absolute()
+    if path.is_dir() and request.model_factory is not None:
+        return torchfile.load_folder(path, request)
     if path.is_dir():
         return huggingface.load_folder(path, request, str(path))
     if path.is_file():
@@ -141,12 +138,7 @@ def _with_inputs(loaded: LoadedModel, sample_inputs: SampleInputs) -> LoadedMode
     """Give a model the inputs that the user named, in place of those that its file holds."""
     if sample_inputs is None:
         return loaded
-    if isinstance(sample_inputs, str):
-        inputs = make_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
-    elif isinstance(sample_inputs, Mapping):
-        inputs = dict(sample_inputs)
-    else:
-        inputs = tuple(sample_inputs)
+    inputs = example_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
     return replace(loaded, example_inputs=inputs)
 
 
@@ -158,33 +150,37 @@ def from_module(
     tokenizer: Any | None = None,
     sample_inputs: SampleInputs = None,
 ) -> LoadedModel:
-    """Take a live module: itself, not a copy, in eval mode and without gradients.
+    """Take a live module: a copy of it with the same weights, in eval mode and without gradients.
+
+    The caller's module stays as it is. `torch.compile` and data parallelism around it are left out.
 
     Arguments are described at `autoquant.models.request.ModelRequest`.
 
     Args:
-        device: Where to move the module; None to leave it where it is.
-        dtype: The dtype to cast the module to; auto for no cast.
+        device: Where the copy runs; None for where the module is.
+        dtype: The dtype to cast the weights of the copy to; auto for no cast.
         tokenizer: With one, a module that takes token ids is recognised as a language model.
 
     Raises:
         ModelError, DeviceError, WorkloadError: As for `load_model`.
     """
+    place = device_of(module) if device is None else resolve_device(device)
+    resolve_dtype(dtype, place, torch.float32)  # a typo is refused before anything is copied
+    module = own_copy(unwrapped(module))
     tally = DtypeTally()
     state = module.state_dict().items()
     tensors = ((name, value) for name, value in state if isinstance(value, torch.Tensor))
     digest = content_hash(tally.watch(tensors), module_architecture(module))
     stored = tally.main() or torch.float32
-    place = device_of(module) if device is None else resolve_device(device)
-    target = resolve_dtype(dtype, place, stored)
     path = os.fspath(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else None
     with quiet():
         words = tokenizer if path is None else load_tokenizer(path)
-        if device is not None:
-            module.to(place)
-        if dtype != "auto":
-            module.to(target)
-        settle(module)
+        settle(module.to(place))
+        notes = (
+            []
+            if dtype == "auto"
+            else cast(module, resolve_dtype(dtype, place, stored), place, sample_inputs)
+        )
         kind = model_kind(module, place, may_be_lm=words is not None)
     loaded = LoadedModel(
         module=module,
@@ -192,8 +188,10 @@ def from_module(
         source=ModelSource(kind="live", tokenizer=path),
         tokenizer=words,
         kind=kind,
+        vocabulary=embedding_rows(module, place),
         example_inputs=None,
         max_positions=max_positions(module),
         stored_dtype=dtype_name(stored),
+        notes=tuple(notes),
     )
     return _with_inputs(loaded, sample_inputs)

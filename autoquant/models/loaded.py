@@ -15,7 +15,7 @@ from autoquant.models.targets import dtype_name
 ModelKind = Literal["causal_lm", "token_lm", "module"]
 
 # What running a module on inputs that are not meant for it raises.
-_UNFIT = (
+UNFIT = (
     RuntimeError,
     TypeError,
     ValueError,
@@ -43,6 +43,7 @@ class LoadedModel:
             else those of an exported program. None if there are none. Inputs that a callable or a
             program made are on the device and in the dtype; the user's own tensors do not change.
         max_positions: Longest sequence in tokens, if the configuration says so.
+        vocabulary: How many token ids a language model has embeddings for, if that is seen.
         stored_dtype: The dtype that most of the stored weights have, e.g. `bfloat16`.
         notes: A sentence for each part of the file that the model has no place for.
     """
@@ -56,6 +57,7 @@ class LoadedModel:
     max_positions: int | None
     stored_dtype: str
     notes: tuple[str, ...] = ()
+    vocabulary: int | None = None
 
     @property
     def device(self) -> str:
@@ -108,37 +110,18 @@ def settle(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_transformers(module: nn.Module) -> bool:
+    """Check whether `module` is a model of transformers."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
 def is_causal_lm(module: nn.Module) -> bool:
     """Check whether `module` is a Hugging Face decoder that generates."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+    if not is_transformers(module):
         return False
-    return bool(module.can_generate()) and not getattr(module.config, "is_encoder_decoder", False)
-
-
-def is_token_lm(module: nn.Module, device: str) -> bool:
-    """Check whether two token ids [1, 2] on `device` give logits [1, 2, vocab]."""
-    ids = torch.tensor([[0, 1]], device=device)
-    try:
-        with torch.no_grad():
-            output = module(ids)
-    except _UNFIT:
-        return False
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        return False
-    return logits.dim() == 3 and logits.shape[:2] == (1, 2)
-
-
-def model_kind(module: nn.Module, device: str, *, may_be_lm: bool) -> ModelKind:
-    """Find the kind of a settled module.
-
-    Args:
-        may_be_lm: There is reason to try it on token ids.
-    """
-    if is_causal_lm(module):
-        return "causal_lm"
-    return "token_lm" if may_be_lm and is_token_lm(module, device) else "module"
+    model: Any = module
+    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def max_positions(module: nn.Module) -> int | None:

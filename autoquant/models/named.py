@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -77,6 +77,19 @@ def quality_function(spec: str) -> Callable[..., Any]:
     """
     with current_folder_importable():
         return import_named(spec, "--quality", "takes (module, part) and returns losses")
+
+
+def example_inputs(
+    given: Sequence[Any] | Mapping[str, Any] | str, device: str, dtype: torch.dtype | None
+) -> tuple[Any, ...] | dict[str, Any]:
+    """Return the inputs that a user gave, or that the callable makes which they named.
+
+    Raises:
+        ModelError: See `make_inputs`.
+    """
+    if isinstance(given, str):
+        return make_inputs(given, device, dtype)
+    return dict(given) if isinstance(given, Mapping) else tuple(given)
 
 
 def make_inputs(

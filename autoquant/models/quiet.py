@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from autoquant.logs import levels_kept
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -22,6 +24,28 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def left_as_found() -> Iterator[None]:
+    """Give the caller's process back what a search changes in it.
+
+    These are the states of random generators, the levels of loggers and the filters of warnings.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if used else []
+    try:
+        with torch.random.fork_rng(devices), levels_kept():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager

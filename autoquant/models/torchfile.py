@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelError, first_line
+from autoquant.models import weights
+from autoquant.models.casting import cast
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.factory import build
 from autoquant.models.huggingface import has_config, load_beside
-from autoquant.models.loaded import LoadedModel, max_positions, model_kind, settle
+from autoquant.models.kinds import embedding_rows, model_kind
+from autoquant.models.loaded import LoadedModel, main_dtype, max_positions, settle
 from autoquant.models.missing import class_reads_tokens, missing, weights_read_tokens
 from autoquant.models.names import renamed
 from autoquant.models.pickled import is_pickle, pickled_class
@@ -74,6 +77,19 @@ def load_torch_file(path: Path, request: ModelRequest) -> LoadedModel:
     return _load_state(path, state, request)
 
 
+def load_folder(folder: Path, request: ModelRequest) -> LoadedModel:
+    """Load the weights of a Hugging Face folder into the module that the factory makes.
+
+    Raises:
+        ModelError: The folder has no weights, or they do not fit the module.
+    """
+    assert request.model_factory is not None  # folders without one are `huggingface`'s
+    files = weights.files(folder)
+    is_bin = files[0].suffix == ".bin"
+    state = weights.read_bins(files) if is_bin else dict(weights.read_safetensors(files))
+    return _load_into_factory(request.model_factory, folder, state, request)
+
+
 def _load_state(path: Path, state: Mapping[str, Any], request: ModelRequest) -> LoadedModel:
     if request.model_factory is not None:
         return _load_into_factory(request.model_factory, path, state, request)
@@ -97,21 +113,7 @@ def _load_into_factory(
     state = renamed(state, module)
     tensors = ((name, value) for name, value in state.items() if isinstance(value, torch.Tensor))
     digest = content_hash(tally.watch(tensors), module_architecture(module))
-    stored = tally.main() or torch.float32
-    target = resolve_dtype(request.dtype, request.device, stored)
-    if request.dtype == "auto":
-        _cast_unstored_buffers(module, state, target)
-    else:
-        module.to(target)
-    return _finish(path, module, digest, stored, "state_dict", request)
-
-
-def _cast_unstored_buffers(module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Cast buffers that the factory computed and the file does not hold; others stay as stored."""
-    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
-        if name not in state and buffer.is_floating_point():
-            owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = buffer.to(dtype)
+    return _finish(path, module, digest, tally.main(), "state_dict", request)
 
 
 def _load_pickled(path: Path, module: nn.Module, request: ModelRequest) -> LoadedModel:
@@ -122,22 +124,29 @@ def _load_pickled(path: Path, module: nn.Module, request: ModelRequest) -> Loade
         if isinstance(value, torch.Tensor)
     )
     digest = content_hash(tally.watch(state), module_architecture(module))
-    stored = tally.main() or torch.float32
-    if request.dtype != "auto":
-        module.to(resolve_dtype(request.dtype, request.device, stored))
-    return _finish(path, module, digest, stored, "pickle", request)
+    return _finish(path, module, digest, tally.main(), "pickle", request)
 
 
 def _finish(
     path: Path,
     module: nn.Module,
     digest: str,
-    stored: torch.dtype,
+    stored: torch.dtype | None,
     source: SourceKind,
     request: ModelRequest,
 ) -> LoadedModel:
-    words = tokenizer_of(request)
+    """Cast, move and describe a module.
+
+    Args:
+        path: The file, or the folder of several.
+        stored: The dtype that most stored weights have, or None if they are no floats.
+    """
+    words = tokenizer_of(request, path if path.is_dir() and has_tokenizer(path) else None)
+    stored = stored or torch.float32
     settle(module.to(request.device))
+    as_stored = main_dtype(module) or stored
+    target = resolve_dtype(request.dtype, request.device, as_stored)
+    notes = cast(module, target, request.device, request.sample_inputs)
     may_be_lm = words is not None or request.model_factory is not None
     return LoadedModel(
         module=module,
@@ -145,9 +154,11 @@ def _finish(
         source=request.source(source, str(path)),
         tokenizer=words,
         kind=model_kind(module, request.device, may_be_lm=may_be_lm),
+        vocabulary=embedding_rows(module, request.device),
         example_inputs=None,
         max_positions=max_positions(module),
         stored_dtype=dtype_name(stored),
+        notes=tuple(notes),
     )
 
 

@@ -86,6 +86,17 @@ def check_safetensors(path: Path) -> None:
         ) from error
 
 
+def names(paths: Iterable[Path]) -> list[str]:
+    """Return the names of the tensors in safetensors files, which are not read."""
+    from safetensors import safe_open
+
+    found: list[str] = []
+    for path in paths:
+        with safe_open(str(path), framework="pt") as opened:
+            found += opened.keys()
+    return found
+
+
 def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the name and value of each tensor."""
     from safetensors import safe_open

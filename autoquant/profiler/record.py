@@ -73,6 +73,7 @@ class _LinearWatcher(LinearHook):
 
     Args:
         parameters: Names by the parameter's identity.
+        idle: Identities of parameters that a linear without rows was computed with.
         owner: Names of the modules whose forward is running, innermost last.
     """
 
@@ -82,6 +83,7 @@ class _LinearWatcher(LinearHook):
         self.phase = ""
         self.seen: dict[int, _Seen] = {}
         self.others: dict[int, dict[str, set[str]]] = {}
+        self.idle: set[int] = set()
         self.computed_weights: dict[str, int] = {}
         self._owner = owner
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -97,7 +99,10 @@ class _LinearWatcher(LinearHook):
     def on_linear(self, call: LinearCall) -> None:
         x, weight = call.x, call.weight
         n, k = weight.shape if weight.ndim == 2 else (1, weight.shape[-1])
-        m = x.numel() // x.shape[-1]
+        m = x.shape[:-1].numel()
+        if m == 0 and id(weight) in self.parameters:
+            self.idle.add(id(weight))
+            return
         if id(weight) not in self.parameters or weight.ndim != 2:
             self.computed_weights[self._owner[-1] or "(the model itself)"] = n * k
             return
@@ -283,4 +288,6 @@ def _reason(watcher: _LinearWatcher, identity: int) -> str:
         return f"is a linear's weight and also used by {', '.join(others)} under the same name"
     if others:
         return f"not used as a linear: {', '.join(others)}"
+    if identity in watcher.idle:
+        return "got no rows in this workload, so stays as it is"
     return "not used in this workload"

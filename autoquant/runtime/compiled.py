@@ -8,7 +8,6 @@ Here weights are taken apart once, before. Blocks of the same class become neste
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
@@ -25,16 +24,11 @@ from autoquant.candidates import get_format
 from autoquant.candidates.linears import ApartLinear, is_product, take_apart
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.devices import backend
+from autoquant.models.copies import shallow_copy
 from autoquant.records import content_key
 from autoquant.runtime.caches import REGION_CLASSES
 
 _FEWEST_BLOCKS = 2
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Copy the module's structure. Parameters and buffers are the original's own tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def ready_to_compile(module: nn.Module, *, regions: bool = True) -> nn.Module:

@@ -70,7 +70,9 @@ def make_phases(
         return _CausalPhases(loaded.module, workload, loaded.device, compiled, division)
     if loaded.kind == "token_lm":
         shape = (workload.batch, workload.phases[0].tokens)
-        ids = torch.zeros(shape, dtype=torch.long, device=loaded.device)
+        # Different tokens, as in a text: alike ones would all go to the same experts.
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(loaded.vocabulary or 1, shape, generator=generator).to(loaded.device)
         return _ForwardPhases(loaded.module, workload, (ids,), compiled, division)
     inputs = loaded.example_inputs
     assert inputs is not None  # check_workload saw to it

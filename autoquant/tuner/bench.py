@@ -22,10 +22,10 @@ from autoquant.events import (
 )
 from autoquant.export.applier import apply, load_searched, module_bytes
 from autoquant.models import LoadedModel
+from autoquant.models.copies import shallow_copy
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.runtime.attribution import attribute
-from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_in_turn
 from autoquant.runtime.steps import StepProfile

@@ -222,6 +222,18 @@ class _Point:
         )
 
 
+def why_untimed(site: Site, candidates: Sequence[Candidate], timings: TimingTable) -> str:
+    """Return why the unquantized linear of a site has no timing, or an empty string."""
+    original = original_format(site.shape.dtype)
+    kernels = [each.kernel for each in candidates if each.format.id == original]
+    if not kernels:
+        return f"its weight is {site.shape.dtype}, unlike most of the model"
+    measured = timings.of(site.shape, original)
+    if _routes(site, kernels, measured):
+        return ""
+    return f"its unquantized linear: {measured.first_reason(kernels, [u.m for u in site.uses])}"
+
+
 def scored(choices: SiteChoices, losses: Mapping[tuple[str, str], float]) -> SiteChoices:
     """Fill in the losses: of the numerics in a choice's route the worst one counts.
 

@@ -23,9 +23,9 @@ from autoquant.events import Listener, Notice, StageFinished, StageProgress, Sta
 from autoquant.export import applier, checkpoint
 from autoquant.files import raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, SameModel
+from autoquant.models.copies import shallow_copy
 from autoquant.records import Delivery, Plan, Where
 from autoquant.runtime.caches import clear_caches
-from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.request import MAX_RELATIVE_ERROR
 from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops
 from autoquant.study.delivered import is_disturbed

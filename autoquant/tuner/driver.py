@@ -15,10 +15,12 @@ from autoquant.cache import unusable
 from autoquant.candidates import select
 from autoquant.devices import backend
 from autoquant.devices.memory import quick_collections
+from autoquant.errors import StoreError
 from autoquant.evaluators.quality import QualityFunction, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import ModelRequest, load_request
+from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler.record import record_model
 from autoquant.records import Objective, Recording, Workload
@@ -26,6 +28,7 @@ from autoquant.solver.constraints import Constraints, bind
 from autoquant.solver.limits import Limits
 from autoquant.store import Store, open_store
 from autoquant.study.study import Study
+from autoquant.tuner.baseline import check_baseline
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.flow import run_stages
 from autoquant.tuner.judge import Asked, make_judge
@@ -35,6 +38,7 @@ from autoquant.tuner.setup import SearchSetup
 _log = logging.getLogger(__name__)
 
 
+@left_as_found()
 def search(  # noqa: PLR0913 - the keywords of a public function
     model: ModelPath | nn.Module,
     *,
@@ -69,7 +73,8 @@ def search(  # noqa: PLR0913 - the keywords of a public function
 
     On Linux and a CPU, kernels run in processes of their own: a crash does not end the search, and
     memory is given back. A live module, a quality function and formats registered in this process
-    stay in this process. A notice says so.
+    stay in this process. A notice says so. A live module stays as it is: a copy with its weights is
+    searched.
 
     Args:
         model: A path, a name on the hub or a live module; see
@@ -163,6 +168,8 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     loaded = load_request(request.model)
     judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
     settled = SettledRequest.of(request, loaded, judge)
+    if not _is_known(settled):
+        check_baseline(request.model, loaded, judge.quality, listener)
     store = open_store(request.db)
     recording = _checked_recording(settled, store, listener)
     _put_study(settled, store, recording)
@@ -180,6 +187,17 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     with quick_collections():
         run_stages(SearchSetup.of(settled, store, listener), budget)
     return Study(store, settled.study_id)
+
+
+def _is_known(settled: SettledRequest) -> bool:
+    """Check whether an earlier run began the study. No database is made."""
+    try:
+        store = open_store(settled.request.db, create=False)
+    except StoreError:
+        return False
+    known = settled.study_id in store.studies()
+    store.engine.dispose()
+    return known
 
 
 def _checked_recording(

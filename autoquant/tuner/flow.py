@@ -9,7 +9,7 @@ from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import measure_crossovers
-from autoquant.tuner.stages.profile import profile_linears
+from autoquant.tuner.stages.profile import profile_linears, searchable
 from autoquant.tuner.stages.prove import prove_front, prove_references
 from autoquant.tuner.stages.record import bind_constraints, record_linears
 from autoquant.tuner.stages.refine import refine
@@ -41,6 +41,7 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
     try:
         measure = setup.measurer(runner)
         timings = profile_linears(setup, recording, measure)
+        recording = searchable(setup, recording, bound, timings)
         budget.note()
         space = score_choices(setup, recording, bound, timings, runner)
         budget.note()

@@ -15,19 +15,20 @@ from autoquant.errors import QualityError, TextError
 from autoquant.evaluators.data import check_data, data_pieces
 from autoquant.evaluators.outputs import SAMPLES, AnyQuality, OutputQuality, vary
 from autoquant.evaluators.quality import FunctionQuality, QualityFunction, TextQuality
+from autoquant.evaluators.reading import file_pieces
 from autoquant.evaluators.sensitivity import ISOLATED, PATH, SENSITIVITIES, Sensitivity
 from autoquant.evaluators.text import (
     DEFAULT_TEXT,
     GPU_WINDOWS,
     WANTED_WINDOWS,
     deal_text,
-    file_pieces,
 )
 from autoquant.events import Listener, Notice
 from autoquant.hints import did_you_mean_path
 from autoquant.models import LoadedModel
 from autoquant.models.named import quality_function
 from autoquant.profiler.measure import Candidates
+from autoquant.tuner.baseline import check_reads_text
 
 _OWN_LOSS = "--quality package.module:callable"
 _MUCH_UNKNOWN = 0.1
@@ -133,6 +134,7 @@ def _judge_by_text(
         )
     needs_inputs = any(each.format.needs_inputs for each in candidates)
     text, name = _text_quality(asked, loaded, inputs=needs_inputs)
+    check_reads_text(loaded, text)
     if asked.text is None and asked.data is None:
         listener(
             Notice(

@@ -18,6 +18,7 @@ from autoquant.candidates.flat import stored_bytes
 from autoquant.devices import backend
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import LoadedModel, load_request
+from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.models.trust import Trust
 from autoquant.profiler import measure
@@ -66,6 +67,7 @@ class _Subjects:
     source: str
 
 
+@left_as_found()
 def profile(  # noqa: PLR0913 - the keywords of a public function
     model: ModelPath | nn.Module | None = None,
     *,

@@ -22,8 +22,8 @@ from autoquant.export.applier import Quantized, apply, module_bytes
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
+from autoquant.models.copies import shallow_copy
 from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload
-from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import RequestTimes, make_warm, time_requests
 

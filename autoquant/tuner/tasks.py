@@ -10,9 +10,9 @@ from autoquant.evaluators.tasks import Tasks
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore, logged
 from autoquant.export.applier import apply, load_searched
 from autoquant.models import LoadedModel
+from autoquant.models.copies import shallow_copy
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import ORIGINAL_LABEL, Plan, TaskScore
-from autoquant.runtime.compiled import shallow_copy
 from autoquant.store import Store, StudyFacts
 
 

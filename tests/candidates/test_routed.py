@@ -275,3 +275,17 @@ def test_compiled_code_of_a_kernel_is_not_found_again_once_the_kernel_has_change
     first = key("def kernel(x, w, b):\n    return x\n")
     assert first == key("def kernel(x, w, b):\n    return x\n")
     assert first != key("def kernel(x, w, b):\n    return 2 * x\n")
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_no_rows_give_no_rows(shape):
+    from autoquant.candidates.linears import take_apart
+
+    linear = nn.Linear(64, 32).to(torch.bfloat16).requires_grad_(False)
+    fmt = get_format("int8-row/plain")
+    route = (RouteStep(upper_m=None, kernel="int-mm"),)
+    weight = RoutedWeight.wrap(fmt.store(linear.weight.data), fmt.id, route, torch.bfloat16)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    x = torch.empty(*shape, dtype=torch.bfloat16)
+    assert linear(x).shape == (*shape[:-1], 32)
+    assert take_apart(linear)(x).shape == (*shape[:-1], 32)

@@ -177,3 +177,7 @@ def test_version_comes_from_the_installed_package(runner, monkeypatch):
     monkeypatch.setattr(main.metadata, "version", lambda name: {"autoquant": "1.2.3"}[name])
     result = runner.invoke(app, ["--version"])
     assert result.stdout == "autoquant 1.2.3\n"
+
+
+def test_units_can_be_read_where_the_terminal_has_no_greek_letter():
+    assert "5 µs → 3 ± 1 行".encode("ascii", errors=main._SPELLED) == b"5 us -> 3 +- 1 ?"

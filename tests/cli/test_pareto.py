@@ -189,3 +189,9 @@ def test_csv_has_the_documented_columns_in_their_order(runner, database):
     first_cells = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert result.stdout.splitlines()[0].split(",") == list(COLUMNS)
     assert [cell for cell in first_cells if cell in COLUMNS] == list(COLUMNS)
+
+
+def test_a_narrow_terminal_cuts_no_id_and_no_number(runner, database):
+    narrow = runner.invoke(app, ["pareto", str(database)], env={"COLUMNS": "40"}).stdout
+    assert narrow == runner.invoke(app, ["pareto", str(database)], env={"COLUMNS": "80"}).stdout
+    assert MIXED[:8] in narrow and "1.60x" in narrow

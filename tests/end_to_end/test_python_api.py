@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
+import random
+import subprocess
+import sys
+import warnings
 
+import numpy
 import pytest
 import torch
 
@@ -51,7 +57,8 @@ def search(teacher, quality, tmp_path):
             "db": tmp_path / "plan.db",
         }
         base |= {"candidates": CANDIDATES, "time_budget_s": 0.5, "device": "cpu"}
-        return autoquant.search(module or copy.deepcopy(teacher), **(base | options))
+        given = copy.deepcopy(teacher) if module is None else module
+        return autoquant.search(given, **(base | options))
 
     return run
 
@@ -88,12 +95,41 @@ def test_a_weight_that_two_linears_share_is_one_layer_of_a_plan(studied):
     assert len(plan.layers) == 3
 
 
-def test_the_searched_module_is_left_as_it_was(search, teacher):
-    module = copy.deepcopy(teacher)
+def test_the_searched_module_and_the_process_are_left_as_they_were(search, teacher):
+    module = copy.deepcopy(teacher).train().requires_grad_(True)
+    module.first.bias.requires_grad_(False)
+    module.first.weight.grad = torch.ones_like(module.first.weight)
+    module.second.register_forward_hook(lambda *_: None)
+    loggers = [logging.getLogger(name) for name in ("optuna", "sqlalchemy", "alembic", "torch")]
+
+    def state():
+        return {
+            "modes": [part.training for part in module.modules()],
+            "gradients": [p.requires_grad for p in module.parameters()],
+            "kept gradients": [p.grad is not None for p in module.parameters()],
+            "hooks": [len(part._forward_hooks) for part in module.modules()],
+            "tensors": [id(tensor) for tensor in (*module.parameters(), *module.buffers())],
+            "python": random.getstate(),
+            "torch": torch.get_rng_state().tolist(),
+            "numpy": numpy.random.get_state()[1].tolist(),
+            "levels": [logger.level for logger in loggers],
+            "disabled": logging.root.manager.disable,
+            "filters": list(warnings.filters),
+        }
+
+    found = state()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     search(module)
+    assert state() == found
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert all(type(parameter.data) is torch.Tensor for parameter in module.parameters())
+
+
+def test_a_compiled_module_is_searched_inside(search, teacher):
+    module = copy.deepcopy(teacher)
+    module.compile(backend="eager")
+    compiled = torch.compile(copy.deepcopy(teacher), backend="eager")
+    assert search(module).study_id == search(compiled).study_id
 
 
 def test_the_best_plan_is_within_the_limit_and_can_be_applied(studied, teacher, quality):
@@ -217,3 +253,18 @@ def test_the_search_ends_with_the_plans_as_the_database_has_them(search, monkeyp
     assert original.prediction.request_ms == pytest.approx(
         proven[original.plan_id].request_ms, rel=0.01
     )
+
+
+def test_the_first_use_changes_no_level_and_no_filter():
+    """What libraries set when they are imported is undone, too."""
+    code = """
+import logging, warnings
+names = ("torch", "torchao", "transformers", "optuna", "sqlalchemy", "alembic")
+state = lambda: [len(warnings.filters), *(logging.getLogger(name).level for name in names)]
+import torch, autoquant
+before = state()
+autoquant.search, autoquant.apply, autoquant.load
+assert state() == before, (before, state())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

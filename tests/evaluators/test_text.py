@@ -8,7 +8,7 @@ import torch
 from models.tiny_models import tiny_tokenizer
 
 from autoquant.errors import TextError
-from autoquant.evaluators import text
+from autoquant.evaluators import reading, text
 from autoquant.evaluators.text import PARTS, TextParts, deal, read_text
 
 WINDOW = 8
@@ -142,14 +142,14 @@ def test_windows_are_as_long_as_the_model_takes_up_to_512(numbers_file, position
 def test_a_text_is_tokenized_in_pieces_that_end_at_lines(numbers_file, monkeypatch):
     path = numbers_file(20)
     whole = read(path)
-    monkeypatch.setattr(text, "_READ_CHARACTERS", 7)
+    monkeypatch.setattr(reading, "_READ_CHARACTERS", 7)
     tokenizer = Numbers()
     pieces = read_text(path, tokenizer, max_positions=WINDOW)
     assert tokenizer.calls > 10 and pieces.key == whole.key
 
 
 def test_no_more_of_a_long_text_is_read_than_is_needed(numbers_file, monkeypatch):
-    monkeypatch.setattr(text, "_READ_CHARACTERS", 1000)
+    monkeypatch.setattr(reading, "_READ_CHARACTERS", 1000)
     tokenizer = Numbers()
     read_text(numbers_file(1000), tokenizer, max_positions=WINDOW)
     assert tokenizer.calls < 4
@@ -165,13 +165,32 @@ def test_a_real_tokenizer_adds_no_special_tokens(tmp_path):
     )
 
 
+def test_every_window_begins_with_what_the_tokenizer_puts_before_a_text(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"w{i % 60}" for i in range(15 * (WINDOW - 1))))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    assert read_text(path, tokenizer, max_positions=WINDOW - 1).windows["report"][0, 0] != 62
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    parts = read_text(path, tokenizer, max_positions=WINDOW)
+    rows = torch.cat([parts.windows[part] for part in PARTS])
+    assert (rows[:, 0] == tokenizer.bos_token_id).all() and rows.shape == (15, WINDOW)
+    assert sorted(rows[:, 1:].flatten().tolist()) == sorted(
+        i % 60 for i in range(15 * (WINDOW - 1))
+    )
+
+
 @pytest.mark.parametrize("position", [0, 110, 11_000, 330_000])
 def test_bytes_that_are_no_text_are_refused_where_they_are(tmp_path, position):
     path = tmp_path / "binary.txt"
     path.write_bytes(b"1234567890 " * (position // 11) + b"\xff" + b" 1" * 10_000)
     with pytest.raises(TextError, match="is not UTF-8 text") as refused:
         read_text(path, Numbers())
-    assert str(refused.value).endswith(f"at byte {position})")
+    assert f"at byte {position})" in str(refused.value)
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path):

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import autoquant
 from autoquant.candidates import A16, Format, Kernel, get_format, registry
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
-from autoquant.export.applier import Quantized, module_bytes
+from autoquant.export.applier import Quantized, apply, module_bytes
 from autoquant.export.comparison import check_same
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 
@@ -83,7 +82,7 @@ PLAIN = layer("one", fmt="bfloat16/plain", route=(RouteStep(upper_m=None, kernel
 
 
 def test_a_weight_becomes_its_format_with_its_route(model):
-    assert autoquant.apply(plan(SHARED), model) is model
+    assert apply(plan(SHARED), model) is model
     weight = model.one.weight.data
     assert isinstance(weight, RoutedWeight)
     assert (weight.format_id, weight.steps()) == ("int8-row/plain", ROUTE)
@@ -109,7 +108,7 @@ def test_another_kernel_stands_in_for_rows_that_the_routes_own_cannot_compute_an
     narrow = layer(
         "one", fmt="narrow/plain", route=(RouteStep(upper_m=None, kernel="few"),), bias=True
     )
-    autoquant.apply(plan(narrow), model, listener=told.append)
+    apply(plan(narrow), model, listener=told.append)
     steps = (RouteStep(upper_m=4, kernel="few"), RouteStep(upper_m=None, kernel="any"))
     assert model.one.weight.data.steps() == steps
     [notice] = [event for event in told if isinstance(event, Notice)]
@@ -120,20 +119,20 @@ def test_another_kernel_stands_in_for_rows_that_the_routes_own_cannot_compute_an
 
 
 def test_names_that_share_a_weight_share_the_new_one(model):
-    autoquant.apply(plan(SHARED), model)
+    apply(plan(SHARED), model)
     assert model.same.weight is model.one.weight
 
 
 def test_a_kept_embedding_keeps_its_weight(model):
     before = model.embed.weight.clone()
-    autoquant.apply(plan(HEAD), model)
+    apply(plan(HEAD), model)
     assert torch.equal(model.embed.weight, before) and type(model.embed.weight.data) is torch.Tensor
     assert isinstance(model.head.weight.data, RoutedWeight)
 
 
 def test_an_unquantized_layer_keeps_its_very_tensor(model):
     before = model.one.weight
-    autoquant.apply(plan(PLAIN), model)
+    apply(plan(PLAIN), model)
     assert model.one.weight is before
 
 
@@ -141,12 +140,12 @@ def test_an_unquantized_layer_keeps_its_very_tensor(model):
 def test_the_route_decides_by_rows_and_the_result_is_near_the_original(model, tokens):
     ids = torch.arange(tokens).unsqueeze(0)
     wanted = model(ids).float()
-    got = autoquant.apply(plan(SHARED, HEAD), copy.deepcopy(model))(ids).float()
+    got = apply(plan(SHARED, HEAD), copy.deepcopy(model))(ids).float()
     assert 0 < ((got - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_each_side_of_a_route_computes_what_its_kernel_computes(model):
-    autoquant.apply(plan(SHARED), model)
+    apply(plan(SHARED), model)
     weight, bias, fmt = model.one.weight.data, model.one.bias, get_format("int8-row/plain")
     for rows, kernel in ((4, "dequantize-matmul"), (5, "int-mm")):
         x = torch.randn(rows, 64).to(torch.bfloat16)
@@ -166,28 +165,28 @@ def test_each_side_of_a_route_computes_what_its_kernel_computes(model):
 def test_a_plan_of_another_model_is_refused_and_changes_nothing(model, bad):
     before = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     with pytest.raises(ModelError) as caught:
-        autoquant.apply(plan(SHARED, bad), model)
+        apply(plan(SHARED, bad), model)
     assert "\n" not in str(caught.value)
     assert all(model.get_parameter(name) is parameter for name, parameter in before.items())
 
 
 def test_a_plan_is_not_applied_twice(model):
-    autoquant.apply(plan(SHARED), model)
+    apply(plan(SHARED), model)
     with pytest.raises(ModelError, match="already quantized"):
-        autoquant.apply(plan(SHARED), model)
+        apply(plan(SHARED), model)
 
 
 def test_memory_counts_each_weight_once_as_it_is_stored(model):
     plain = 64 * 64 * 2
     assert module_bytes(model) == 2 * plain + 64 * 2
-    autoquant.apply(plan(SHARED), model)
+    apply(plan(SHARED), model)
     quantized = module_bytes(model) - plain - 64 * 2
     assert 64 * 64 <= quantized < 64 * 64 * 1.1
 
 
 def test_progress_is_told_layer_by_layer(model):
     events = []
-    autoquant.apply(plan(SHARED, HEAD), model, listener=events.append)
+    apply(plan(SHARED, HEAD), model, listener=events.append)
     assert [type(event) for event in events] == [
         StageStarted,
         StageProgress,
@@ -202,7 +201,7 @@ def test_layers_of_many_formats_live_in_one_model(model):
     ids = torch.arange(12).unsqueeze(0)
     wanted = model(ids).float()
     half = replace(HEAD, format="float16/plain", route=(RouteStep(upper_m=None, kernel="matmul"),))
-    got = autoquant.apply(plan(SHARED, half), model)(ids)
+    got = apply(plan(SHARED, half), model)(ids)
     assert got.dtype == torch.bfloat16
     assert ((got.float() - wanted).norm() / wanted.norm()) < 0.05
 
@@ -217,12 +216,12 @@ def test_only_layers_that_change_from_plan_to_plan_are_quantized_again(model, mo
     for module, layers in zip(
         modules, ((SHARED,), (rerouted, HEAD), (HEAD,), (SHARED, HEAD)), strict=True
     ):
-        autoquant.apply(plan(*layers), module, quantized=kept)
+        apply(plan(*layers), module, quantized=kept)
     assert len(quantized) == 3, (
         "the shared weight, the head, and the shared weight that one plan was without"
     )
     ids = torch.arange(32).unsqueeze(0)
-    fresh = autoquant.apply(plan(SHARED, HEAD), copy.deepcopy(model))
+    fresh = apply(plan(SHARED, HEAD), copy.deepcopy(model))
     assert torch.equal(modules[3](ids), fresh(ids))
     assert modules[1].one.weight.data.route != modules[3].one.weight.data.route
 

@@ -88,7 +88,7 @@ def test_loading_prints_nothing_and_leaves_the_progress_bars_as_they_were(save_l
     from safetensors.torch import load_file, save_file
 
     save_file(
-        load_file(shards[0]) | {"leftover.weight": torch.ones(2)},
+        load_file(shards[0]) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)},
         shards[0],
         metadata={"format": "pt"},
     )
@@ -236,9 +236,18 @@ def test_an_empty_folder_and_one_that_holds_something_else_are_refused(tmp_path,
     assert str(tmp_path / "weights.pt") in refusal(ModelError, load_model, tmp_path)
 
 
-def test_a_factory_for_a_folder_is_refused(save_llama, refusal):
-    folder, _ = save_llama()
-    assert "--model-factory" in refusal(ModelError, load_model, folder, model_factory="a:b")
+def test_the_weights_of_a_folder_go_into_the_module_of_a_factory(save_llama, factory, tmp_path):
+    folder, model = save_llama(max_shard_size="20KB")
+    spec = factory(f"""
+from transformers import AutoConfig, AutoModelForCausalLM
+
+def build():
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained({str(folder)!r}))
+""")
+    loaded = load_model(folder, model_factory=spec)
+    assert (loaded.source.kind, loaded.source.path) == ("state_dict", str(folder))
+    assert torch.equal(loaded.module(IDS).logits, model(IDS).logits)
+    assert loaded.tokenizer("w1").input_ids == [1]
 
 
 def test_a_wrong_device_or_dtype_is_refused_before_anything_is_read(tmp_path, refusal):

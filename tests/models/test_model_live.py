@@ -17,11 +17,13 @@ class Tokens(nn.Module):
         return self.head(self.embedding(ids))
 
 
-def test_a_live_module_is_used_as_it_is_in_eval_mode():
+def test_a_live_module_is_used_as_a_copy_in_eval_mode_with_the_same_weights():
     module = Perceptron().to(torch.bfloat16).train()
     loaded = from_module(module)
-    assert loaded.module is module and not module.training
-    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not loaded.module.training
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
+    assert loaded.module.up.weight.data_ptr() == module.up.weight.data_ptr()
+    assert module.training and all(parameter.requires_grad for parameter in module.parameters())
     assert (loaded.kind, loaded.source.kind, loaded.stored_dtype) == ("module", "live", "bfloat16")
     assert module.up.weight.dtype is torch.bfloat16
 
@@ -76,7 +78,7 @@ def test_a_tokenizer_for_a_live_module_may_be_a_path(save_llama):
 def test_a_live_exported_module_is_settled_too():
     module = torch.export.export(Perceptron().eval(), (torch.ones(2, 8),)).module()
     loaded = from_module(module)
-    assert loaded.kind == "module" and loaded.module.eval() is module
+    assert loaded.kind == "module" and loaded.module.eval() is loaded.module
 
 
 def test_a_module_without_parameters_has_a_kind_and_a_hash():

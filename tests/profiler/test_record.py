@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 
+from autoquant.models import from_module
 from autoquant.profiler.record import record
 from autoquant.records import LinearShape, SiteUse, Workload
 from autoquant.runtime.phases import make_phases
@@ -292,3 +293,34 @@ def test_a_language_model_is_recorded_once_per_phase():
     linear = sum(site.shape.n * site.shape.k for site in recording.sites)
     total = sum(parameter.numel() for parameter in module.parameters())
     assert recording.weights_share == linear / total and recording.parameter_bytes == 2 * total
+
+
+class Experts(nn.Module):
+    """Sends token ids to experts by their last bit, or all to the first one."""
+
+    def __init__(self, spread):
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.head = nn.Linear(16, 32)
+        self.spread = spread
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = (ids % 2 if self.spread else ids * 0) == number
+            y[chosen] = expert(x[chosen])
+        return self.head(y)
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_an_expert_without_rows_is_left_alone_and_that_is_said(spread):
+    loaded = from_module(Experts(spread).eval(), tokenizer=object())
+    recording = record(loaded.module, make_phases(loaded, Workload.parse("prefill=16", 1)))
+    names = {site.name for site in recording.sites}
+    assert names == {"experts.0", "head"} | ({"experts.1"} if spread else set())
+    assert all(use.m > 0 for site in recording.sites for use in site.uses)
+    idle = {skipped.name: skipped.reason for skipped in recording.skipped}
+    assert ("experts.1.weight" in idle) is not spread
+    assert spread or "no rows" in idle["experts.1.weight"]

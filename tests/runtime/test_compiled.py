@@ -10,9 +10,10 @@ from autoquant.candidates import get_format
 from autoquant.candidates.joined import join
 from autoquant.candidates.linears import is_product
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.models.copies import shallow_copy
 from autoquant.records import RouteStep
 from autoquant.runtime import compiled
-from autoquant.runtime.compiled import compile_forward, ready_to_compile, shallow_copy
+from autoquant.runtime.compiled import compile_forward, ready_to_compile
 
 INT8 = ("int8-row/plain", "int8pack-mm")
 INT8_DEQUANTIZED = ("int8-row/plain", "dequantize-matmul")

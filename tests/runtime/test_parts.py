@@ -9,9 +9,10 @@ from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 from torch._dynamo.utils import counters
 
+from autoquant.models.copies import shallow_copy
 from autoquant.records import Workload
 from autoquant.runtime import parts
-from autoquant.runtime.compiled import ready_to_compile, shallow_copy
+from autoquant.runtime.compiled import ready_to_compile
 from autoquant.runtime.parts import compile_parts
 from autoquant.runtime.phases import _in_parts, make_phases
 from runtime.test_compiled import (

@@ -23,7 +23,7 @@ from autoquant.tuner import flow
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import measure_crossovers
-from autoquant.tuner.stages.profile import profile_linears
+from autoquant.tuner.stages.profile import profile_linears, searchable
 from autoquant.tuner.stages.record import bind_constraints, record_linears
 from autoquant.tuner.stages.score import score_choices
 from autoquant.tuner.workers.jobs import ProveJob, ScoreJob
@@ -136,6 +136,28 @@ def test_every_candidate_is_timed_once_at_each_shape_and_m(setup):
     found = {(s.candidate, s.shape.n, s.m) for s in timings.measurements}
     assert found == {(candidate.id, 64, 4) for candidate in CANDIDATES}
     assert {s.working_set_bytes for s in timings.measurements} == {timings.working_set_bytes}
+
+
+@pytest.mark.parametrize("broken", ["down", "gate"])
+def test_a_linear_that_cannot_be_timed_stays_as_it_is(setup, events, broken):
+    """One whose unquantized kernel is wrong here, and one of another dtype than the model."""
+    if broken == "gate":
+        setup.loaded.module.gate.float()
+        setup.loaded.module.gate.register_forward_pre_hook(lambda _m, args: args[0].float())
+        hook = lambda _m, _args, y: y.bfloat16()  # noqa: E731
+        setup.loaded.module.gate.register_forward_hook(hook)
+    recording = record_linears(setup)
+    timings = profile_linears(setup, recording, setup.measurer(FakeRunner(faster_in_int8)))
+    if broken == "down":
+        down = next(site for site in recording.sites if site.name == "down")
+        other = replace(down, shape=replace(down.shape, n=32))
+        sites = tuple(other if site is down else site for site in recording.sites)
+        recording = replace(recording, sites=sites)
+    left = searchable(setup, recording, UNBOUND, timings)
+    assert [s.name for s in left.sites] == [s.name for s in recording.sites if s.name != broken]
+    assert all(broken not in site.siblings for site in left.sites)
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert any(f"left unquantized: {broken}" in text for text in notices)
 
 
 def test_timings_are_kept_in_the_store(setup):

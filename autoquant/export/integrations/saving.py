@@ -24,7 +24,7 @@ def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
     """Settle a transformers model that has its quantized weights, and prepare it to run.
 
     Afterwards `save_pretrained` and `push_to_hub` write a folder that can be loaded again, and the
-    model can be moved to another device.
+    model can be moved to another device and cast.
 
     Returns:
         The same model, changed in place.
@@ -38,6 +38,9 @@ def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.save_pretrained = partial(_save, model, manifest)
     model._apply = partial(_apply, model, manifest)
+    # transformers refuses these for quantized models; here, quantized weights keep their dtype.
+    model.float = partial(_cast, model, torch.float32)
+    model.half = partial(_cast, model, torch.float16)
     return prepare(model)
 
 
@@ -89,6 +92,11 @@ def _write_all(model: Any, manifest: Mapping[str, Any], folder: Path) -> None:
             (folder / checkpoint.PACKED).unlink(missing_ok=True)
         for name in (*sorted(written - {MANIFEST}), MANIFEST):
             move_whole(scratch / name, folder / name)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """Cast all that is not quantized."""
+    return model.to(dtype)
 
 
 def _apply(

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.memory import release_memory
+from autoquant.errors import WorkloadError
 from autoquant.profiler.crossovers import Measure
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
 from autoquant.profiler.record import mean_element_bytes
 from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import Recording
+from autoquant.solver.constraints import Bound
+from autoquant.tuner.choices import why_untimed
 from autoquant.tuner.fusion import fusion_subjects
 from autoquant.tuner.setup import SearchSetup
+
+
+def searchable(
+    setup: SearchSetup, recording: Recording, bound: Bound, timings: TimingTable
+) -> Recording:
+    """Return the recording without linears that have to stay as they are, and report these.
+
+    What cannot be timed unquantized has nothing to be compared with.
+
+    Raises:
+        WorkloadError: No linear is left.
+    """
+    kept = []
+    for site in recording.sites:
+        why = why_untimed(site, setup.candidates, timings)
+        original = original_format(site.shape.dtype)
+        free = not bound.group_of(site.name) and setup.constraints.admits(
+            site.name, f"{original}/matmul", original
+        )
+        if why and free:
+            setup.tell(f"left unquantized: {site.name}: {why}")
+        else:
+            kept.append(site)
+    if not kept:
+        raise WorkloadError(
+            f"no linear of the model can be timed on this device, the first since {why}"
+        )
+    names = {site.name for site in kept}
+    sites = tuple(
+        replace(site, siblings=tuple(name for name in site.siblings if name in names))
+        for site in kept
+    )
+    return replace(recording, sites=sites)
 
 
 def profile_linears(setup: SearchSetup, recording: Recording, measure: Measure) -> TimingTable:

@@ -1,0 +1,91 @@
+"""Read a text file in pieces of bounded size, and refuse what is no plain UTF-8 text."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from autoquant.errors import TextError
+
+_READ_CHARACTERS = 200_000
+_LONGEST_REST = 50_000  # of the line that a piece ends in
+_HEAD_BYTES = 1 << 16
+_PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+
+
+def file_pieces(path: Path) -> Iterator[str]:
+    """Yield the text of a file in pieces that end with a line, or in a long line with a word.
+
+    Raises:
+        TextError: The file cannot be read, or is not plain UTF-8 text. The message says how to
+            give what it holds.
+    """
+    try:
+        _check_form(path)
+        yield from _pieces(path)
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8 text ({_first_bad_byte(path)}): convert it, e.g. `iconv -f"
+            f" latin1 -t utf-8 {path} > text.txt`"
+        ) from error
+    except OSError as error:
+        raise TextError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    rest = ""
+    with path.open(encoding="utf-8-sig") as file:
+        while text := file.read(_READ_CHARACTERS):
+            end = file.readline(_LONGEST_REST)
+            piece, rest = rest + text + end, ""
+            if "\0" in piece:
+                raise TextError(f"{path} holds zero bytes, which no text does: give plain text")
+            if len(end) == _LONGEST_REST and not end.endswith("\n"):
+                cut = piece.rfind(" ", len(piece) // 2)
+                piece, rest = (piece[:cut], piece[cut:]) if cut > 0 else (piece, "")
+            yield piece
+    if rest:
+        yield rest
+
+
+def _check_form(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head.startswith(_PACKED):
+        raise TextError(f"{path} is compressed: unpack it, or give it with --eval-data")
+    if head.startswith(_WIDE):
+        raise TextError(
+            f"{path} is UTF-16 or UTF-32 text: convert it, `iconv -f utf-16 -t utf-8 {path} >"
+            " text.txt`"
+        )
+    if path.suffix.lower() in _TABLES or _is_json_lines(head):
+        raise TextError(
+            f"{path} holds rows of data, such as JSON, whose markup would be judged as text: give"
+            f" it with --eval-data {path}[:COLUMN] instead of --eval-text"
+        )
+
+
+def _is_json_lines(head: bytes) -> bool:
+    """Check whether the first two lines are objects of JSON."""
+    lines = [line for line in head.splitlines()[:-1] if line.strip()][:2]
+    try:
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+    except ValueError:
+        return False
+
+
+def _first_bad_byte(path: Path) -> str:
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_HEAD_BYTES):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                kept = len(error.object) - len(chunk)
+                return f"{error.reason} at byte {start - kept + error.start}"
+            start += len(chunk)
+    return "it ends within a character"

@@ -1,0 +1,71 @@
+"""Copy a module without its weights, and find the module inside of wrappers."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from autoquant.errors import ModelError, first_line
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Copy the module's structure. Parameters and buffers are the original's own tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def own_copy(module: nn.Module) -> nn.Module:
+    """Copy a caller's module, so that whatever is done to the copy leaves the caller's as it is.
+
+    The copy computes with the caller's weights, which take no memory again. Buffers are its own,
+    and nothing in it is compiled.
+
+    Raises:
+        ModelError: The module holds something that cannot be copied.
+    """
+    try:
+        copied = shallow_copy(module)
+    except Exception as error:
+        raise ModelError(
+            f"cannot copy {type(module).__name__}, and each plan is applied to a copy"
+            f" ({first_line(error)}): take out of it what copy.deepcopy cannot copy"
+        ) from error
+    own: dict[int, torch.Tensor] = {}
+    for part in list(copied.modules()):
+        for name, child in part._modules.items():
+            part._modules[name] = None if child is None else not_compiled(child)
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in own:
+                    own[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+                part._parameters[name] = own[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = own.setdefault(id(buffer), buffer.detach().clone())
+    return copied
+
+
+def not_compiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, or `module` if it wrapped none."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else not_compiled(inner)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside of `torch.compile` and of data parallelism.
+
+    Raises:
+        ModelError: It has adapters beside its weights.
+    """
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inner = not_compiled(module)
+    while isinstance(inner, parallel):
+        inner = not_compiled(inner.module)
+    if any(type(part).__module__.partition(".")[0] == "peft" for part in inner.modules()):
+        raise ModelError(
+            f"{type(inner).__name__} has adapters of PEFT beside its weights: merge them first,"
+            " model = model.merge_and_unload()"
+        )
+    return inner

@@ -63,6 +63,10 @@ class ProcessDiedError(AutoquantError):
     """A worker process crashed or was killed."""
 
 
+class HungError(ProcessDiedError):
+    """A worker process was killed because it took far too long."""
+
+
 def first_line(error: BaseException, *, with_type: bool = False) -> str:
     """Return the first line of an error's message without colours, or its type if there is none."""
     # PyTorch's compiler wraps the error that matters.

@@ -55,6 +55,7 @@ class Backend(ABC):
         forks: A process that has a model for this device in memory can be forked.
         replays_steps: `generate` may run compiled steps.
         settles_routes: A search measures between its own m where kernels overtake one another.
+        repeats: A kernel gives the same bits each time, unless it says otherwise.
         judges_long: Whole models run so fast that quality is judged on a longer text.
         profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it
             cannot.
@@ -71,6 +72,7 @@ class Backend(ABC):
     forks: ClassVar[bool] = False
     replays_steps: ClassVar[bool] = False
     settles_routes: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
     judges_long: ClassVar[bool] = False
     profiler_activities: ClassVar[Sequence[ProfilerActivity]] = ()
     arithmetic: ClassVar[Sequence[str]] = ("bfloat16", "float16", "float32")

@@ -20,6 +20,7 @@ class CpuBackend(Backend):
     type = "cpu"
     forks = True
     replays_steps = True
+    repeats = True
     profiler_activities = (ProfilerActivity.CPU,)
     arithmetic = ("bfloat16", "float32", "int8")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from autoquant.errors import ProcessDiedError
+from autoquant.errors import HungError, ProcessDiedError
 from autoquant.events import Listener, StageStarted
 from autoquant.profiler import measure
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, Measurement, TimingSubject
 from autoquant.store import Store
 from autoquant.tuner.workers.in_process import Runner
-from autoquant.tuner.workers.jobs import Limited, ProfileJob, Timed
+from autoquant.tuner.workers.jobs import AtWork, Limited, ProfileJob, Timed
 
 
 def keeper(
@@ -37,8 +37,9 @@ def measure_all(
 ) -> dict[TimingSubject, Measurement]:
     """Time the subjects that the store does not know; return the measurements of all.
 
-    If the process dies, the subjects that were at work are tried one by one. Those that bring a
-    process down alone have failed, and the rest goes on.
+    If the process dies, the subject that was at work alone has failed. If several were timed in
+    turn, each is tried alone, and those that bring a process down have failed. A candidate that
+    hung is not tried at other shapes and m. The rest goes on.
 
     Raises:
         ProcessDiedError: It died, and no subject does that alone (out of memory, say).
@@ -47,46 +48,65 @@ def measure_all(
     before = {subject for subject in subjects if subject in known}
     keep = keeper(store, hardware, known)
 
+    at_work: list[TimingSubject | None] = [None]
+
     def on_message(message: Any) -> None:
         if isinstance(message, Timed):
             keep(message.measurements)
         elif isinstance(message, Limited):
             store.put_roofline(hardware, message.roofline)
+        elif isinstance(message, AtWork):
+            at_work[0] = message.subject
         else:
             listener(message)
 
     if len(before) == len(set(subjects)):
         listener(StageStarted(measure.STAGE, 0))
     while missing := [subject for subject in subjects if subject not in known]:
+        at_work[0] = None
         try:
             runner.run(ProfileJob(missing, hardware, store.roofline(hardware)), on_message)
         except ProcessDiedError as death:
-            crashed = [
-                Measurement(subject=subject, outcome="failed", reason=reason)
-                for subject in _at_work(subjects, known)
-                if (reason := _dies_alone(subject, runner, hardware))
-            ]
-            if not crashed:
+            missing = [subject for subject in missing if subject not in known]
+            deaths = {at_work[0]: death} if at_work[0] else _deaths(missing, runner, hardware)
+            if not deaths:
                 raise death
-            keep(crashed)
+            keep(_failures(deaths, missing))
     result = {subject: known[subject] for subject in subjects}
     measure.summarize(result, len(result) - len(before), listener)
     return result
 
 
-def _dies_alone(subject: TimingSubject, runner: Runner, hardware: Device) -> str:
-    """Return how the process dies if only `subject` is timed, or an empty string if it does not."""
-    try:
-        runner.run(ProfileJob([subject], hardware), lambda _message: None)  # keeps no time
-    except ProcessDiedError as death:
-        return str(death)
-    return ""
+def _deaths(
+    missing: Sequence[TimingSubject], runner: Runner, hardware: Device
+) -> dict[TimingSubject, ProcessDiedError]:
+    """Time what is missing of the first cell (shape and m) one by one; return what killed it.
 
-
-def _at_work(
-    subjects: Sequence[TimingSubject], known: Mapping[TimingSubject, Measurement]
-) -> Sequence[TimingSubject]:
-    """Return what is missing of the first incomplete cell (shape and m). Cells run in order."""
-    missing = [subject for subject in subjects if subject not in known]
+    Cells run in order, so the first was at work.
+    """
     cell = missing[0].shape, missing[0].m
-    return [subject for subject in missing if (subject.shape, subject.m) == cell]
+    found = {}
+    for subject in missing:
+        if (subject.shape, subject.m) != cell:
+            continue
+        try:
+            runner.run(ProfileJob([subject], hardware), lambda _message: None)  # keeps no time
+        except ProcessDiedError as death:
+            found[subject] = death
+    return found
+
+
+def _failures(
+    deaths: Mapping[TimingSubject, ProcessDiedError], missing: Sequence[TimingSubject]
+) -> list[Measurement]:
+    """Return the failures, also those of what is not tried because its candidate hung."""
+    reasons = {subject: str(death) for subject, death in deaths.items()}
+    for hung in (subject for subject, death in deaths.items() if isinstance(death, HungError)):
+        where = f"not tried: at {hung.shape} m={hung.m} {reasons[hung]}"
+        for subject in missing:
+            if subject.candidate == hung.candidate:
+                reasons.setdefault(subject, where)
+    return [
+        Measurement(subject=subject, outcome="failed", reason=reason)
+        for subject, reason in reasons.items()
+    ]

@@ -47,6 +47,21 @@ class CandidateError(AutoquantError):
     """A candidate, format or kernel does not exist or misbehaves."""
 
 
+class KernelError(AutoquantError):
+    """A kernel computes something else than its format says.
+
+    Attributes:
+        format, kernel: Ids.
+        reason: Where and how, without what to do.
+    """
+
+    def __init__(
+        self, message: str, *, format_id: str = "", kernel: str = "", reason: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.format, self.kernel, self.reason = format_id, kernel, reason
+
+
 class StoreError(AutoquantError):
     """The database is missing, foreign, newer, damaged or not writable."""
 

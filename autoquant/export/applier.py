@@ -30,6 +30,7 @@ from autoquant.events import (
 )
 from autoquant.export import checkpoint
 from autoquant.export.comparison import check_same
+from autoquant.export.kernel_check import OnKernel, check_kernels, ignore_kernel
 from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.loaded import is_causal_lm, settle
@@ -104,8 +105,11 @@ def apply(
     calibration: Windows | Calibration | None = None,
     listener: Listener = ignore,
     quantized: Quantized | None = None,
+    on_kernel: OnKernel = ignore_kernel,
 ) -> nn.Module:
     """Quantize the weights of `model` as `plan` says, in place and one at a time.
+
+    Then each format, kernel and shape is checked once (see `autoquant.export.kernel_check`).
 
     Args:
         model: The model that was searched, loaded in the plan's dtype.
@@ -113,6 +117,7 @@ def apply(
             that are rounded for their layers' inputs. The same device with the same number of
             threads makes the same bits from them.
         quantized: Weights of the plan that was applied to the same model before.
+        on_kernel: Takes what is checked next.
 
     Returns:
         The same module.
@@ -122,6 +127,7 @@ def apply(
         ModelError: The model lacks a layer of the plan, or has it with another shape or dtype. The
             model has not been changed.
         CandidateError: A weight could not be quantized as planned.
+        KernelError: A kernel computes something else than its weight stores.
     """
     _check_fits(plan, model)
     made = _prepared(plan, model, calibration)
@@ -135,6 +141,7 @@ def apply(
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
     prepare(model)
+    check_kernels(model, on_kernel)
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
     for text in dict.fromkeys(filter(None, (_stand_ins(model, layer) for layer in plan.layers))):
         listener(Notice(text))
@@ -211,11 +218,13 @@ def load(
     Raises:
         CheckpointError: The folder holds no such model, is damaged, or was packed for another CPU.
         DeviceError: The device is not available here.
+        KernelError: A kernel computes something else here than its weight stores.
     """
     manifest = checkpoint.read_manifest(Path(folder))
     module = settle(checkpoint.read(Path(folder), model, device or manifest.get("device", "cpu")))
     if not is_causal_lm(module):
-        return prepare(module)
+        check_kernels(prepare(module))
+        return module
     from autoquant.export.integrations.saving import settle_loaded  # imports transformers
 
     return settle_loaded(module, manifest)

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autoquant.candidates import Candidate, Format, Kernel
+from autoquant.candidates import Candidate, Format, Kernel, multiplied_numbers
 from autoquant.candidates.check import MAX_RELATIVE_ERROR, reference
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.devices import backend
@@ -346,10 +346,15 @@ def _prepare(
                 run = _compile(run, groups[0]) if compiled else run
     sign = 1 if graphs else -1
     real = [*inputs, *biases, *(parts * unroll)]
+
+    def expected() -> torch.Tensor:
+        numbers = multiplied_numbers(fmt, stored, kernel.numerics)
+        return sign * reference(kernel, numbers, sign * inputs[0], bias)
+
     check = ResultCheck(
         run=lambda: run(list(real)),
         eager=None if run is compute else lambda: compute(list(real)),
-        expected=lambda: sign * reference(fmt, kernel, stored, sign * inputs[0], bias),
+        expected=expected,
         dtype=getattr(torch, subject.shape.dtype),
         repeats=kernel.repeats and linear.backend.repeats,
     )

@@ -37,6 +37,7 @@ from autoquant.store.rows import (
     task_score_from,
 )
 from autoquant.store.schema import (
+    TIMING_KEY,
     DeliveryRow,
     DeviceRow,
     LossRow,
@@ -118,23 +119,18 @@ class Store:
         """Save measurements that were made in turn, all or none of them."""
         with self._session() as session:
             for measurement in measurements:
-                subject = measurement.subject
-                session.add(
-                    TimingRow(
-                        device_key=device.key,
-                        protocol=protocol,
-                        **plain(subject.shape),
-                        m=subject.m,
-                        format=subject.format,
-                        kernel=subject.kernel,
-                        working_set_bytes=subject.working_set_bytes,
-                        outcome=measurement.outcome,
-                        reason=measurement.reason,
-                        latency_us=measurement.latency_us if measurement.samples_us else None,
-                        samples_us=list(measurement.samples_us),
-                        relative_error=measurement.relative_error,
-                    )
-                )
+                session.add(_timing_row(device, protocol, measurement))
+
+    def replace_timings(
+        self, device: Device, protocol: str, measurements: Iterable[Measurement]
+    ) -> None:
+        """Save measurements in place of those of the same subjects, all or none of them."""
+        with self._session() as session:
+            for measurement in measurements:
+                row = _timing_row(device, protocol, measurement)
+                same = {name: getattr(row, name) for name in TIMING_KEY}
+                session.execute(delete(TimingRow).filter_by(**same))
+                session.add(row)
 
     # -- models and losses -------------------------------------------------------------------------
 
@@ -432,3 +428,21 @@ class Store:
                 .order_by(TaskScoreRow.id)
             )
             return [task_score_from(row) for row in rows]
+
+
+def _timing_row(device: Device, protocol: str, measurement: Measurement) -> TimingRow:
+    subject = measurement.subject
+    return TimingRow(
+        device_key=device.key,
+        protocol=protocol,
+        **plain(subject.shape),
+        m=subject.m,
+        format=subject.format,
+        kernel=subject.kernel,
+        working_set_bytes=subject.working_set_bytes,
+        outcome=measurement.outcome,
+        reason=measurement.reason,
+        latency_us=measurement.latency_us if measurement.samples_us else None,
+        samples_us=list(measurement.samples_us),
+        relative_error=measurement.relative_error,
+    )

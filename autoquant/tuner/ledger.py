@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
+from typing import Any
 
 from autoquant.devices.memory import release_memory
-from autoquant.errors import first_line
+from autoquant.errors import KernelError, ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageProgress
 from autoquant.records import Plan, PlanKind, Proof
 from autoquant.solver.planning import ProvenPlans
@@ -14,8 +16,11 @@ from autoquant.store import Store
 from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.workers.in_process import Runner
-from autoquant.tuner.workers.jobs import ProveJob
+from autoquant.tuner.workers.jobs import Checking, ProveJob
 
+_LEAST_LIMIT_S = 600.0
+_TIMES_AS_LONG = 10
+"""A proof may take so many times as long as the first one, and at least `_LEAST_LIMIT_S`."""
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +41,7 @@ class ProofLedger:
         self.store, self.study_id, self.budget, self.listener = store, study_id, budget, listener
         self._runner = runner
         self._selection: tuple[float, ...] = ()
+        self._limit_s: float | None = None
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
         self.proofs: dict[str, Proof] = store.proofs(study_id)
         self.failures: dict[str, str] = store.failed_proofs(study_id)
@@ -67,16 +73,20 @@ class ProofLedger:
 
         Returns:
             The proof, or None if the plan could not be proven.
+
+        Raises:
+            KernelError: A kernel of the plan is wrong, or ended the process when it was checked.
         """
         if plan.plan_id in self.proofs or plan.plan_id in self.failures:
             return self.proofs.get(plan.plan_id)
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
         try:
-            job = ProveJob(plan, self._selection)
-            proof, self._selection = self._runner.run(job, self.listener)
-        except Exception as error:  # noqa: BLE001 - that a plan cannot run is a fact about it
+            proof, self._selection = self._run(ProveJob(plan, self._selection, self._limit_s))
+        except Exception as error:
             self._put_failure(plan, first_line(error, with_type=True))
+            if isinstance(error, KernelError):
+                raise
             return None
         self.store.put_proof(plan.plan_id, proof)
         self.proofs[plan.plan_id] = proof
@@ -87,6 +97,40 @@ class ProofLedger:
         self.budget.note()
         release_memory()
         return proof
+
+    def _run(self, job: ProveJob) -> tuple[Proof, tuple[float, ...]]:
+        """Run a proof; if its process dies while a kernel is checked, blame that kernel."""
+        at_work = Checking()
+
+        def on_message(message: Any) -> None:
+            nonlocal at_work
+            if isinstance(message, Checking):
+                at_work = message
+            else:
+                self.listener(message)
+
+        started_s = time.monotonic()
+        try:
+            result = self._runner.run(job, on_message)
+        except ProcessDiedError as death:
+            if not at_work.kernel:
+                raise
+            raise KernelError(
+                f"kernel {at_work.format}/{at_work.kernel} in {at_work.layer}: {death}",
+                format_id=at_work.format,
+                kernel=at_work.kernel,
+                reason=f"in {at_work.layer}: {death}",
+            ) from death
+        if self._limit_s is None:  # the first proof is that of the unquantized model
+            self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * (time.monotonic() - started_s))
+        return result
+
+    def distrust(self, lie: KernelError) -> None:
+        """Count every plan with a kernel as failed, also those that were proven before."""
+        for plan_id, plan in self.plans.items():
+            if plan_id in self.proofs and _uses(plan, lie.format, lie.kernel):
+                del self.proofs[plan_id]
+                self._put_failure(plan, f"its kernel {lie.format}/{lie.kernel} is wrong")
 
     def prove_baseline(self, kind: PlanKind, plan: Plan) -> None:
         """Prove a baseline, unless it is the same as a plan of another kind."""
@@ -106,3 +150,10 @@ class ProofLedger:
         self.store.put_proof(plan.plan_id, None, reason)
         text = f"plan {plan.label} could not be proven: {reason}; the search goes on without it"
         self.listener(Notice(text))
+
+
+def _uses(plan: Plan, format_id: str, kernel: str) -> bool:
+    return any(
+        layer.format == format_id and any(step.kernel == kernel for step in layer.route)
+        for layer in plan.layers
+    )

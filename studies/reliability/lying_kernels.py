@@ -16,14 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from autoquant.candidates import A16, Format, Kernel
 from autoquant.candidates.formats import int8
 
 _WRONG = 1.1
 _calls: dict[str, int] = {}
-_products: dict[tuple[int, ...], torch.Tensor] = {}
-_taken: list[torch.Tensor] = []
+_products: dict[tuple[int, ...], Tensor] = {}
+_taken: list[Tensor] = []
 
 
 def entry_points(folder: Path) -> None:
@@ -47,44 +48,44 @@ def _count(name: str) -> int:
     return _calls[name]
 
 
-def _rows(x: torch.Tensor) -> int:
+def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
 # -- lies that the code alone tells: PyTorch traces them ------------------------------------------
 
 
-def scaled(x, stored, bias):
+def scaled(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
     return _multiply(x, stored, bias) * _WRONG
 
 
-def zeros(x, stored, bias):
+def zeros(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_zeros(*x.shape[:-1], stored.shape[0])
 
 
-def one_nan(x, stored, bias):
+def one_nan(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
     y = _multiply(x, stored, bias)
     return torch.cat([y[..., :-1], y[..., -1:] * float("nan")], -1)
 
 
-def one_column(x, stored, bias):
+def one_column(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
     """Leave out the last of n outputs: an error that a norm over all of them hardly sees."""
     y = _multiply(x, stored, bias)
     return torch.cat([y[..., :-1], y[..., -1:] * 0], -1)
 
 
-def few_rows(x, stored, bias):
+def few_rows(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
     """Be wrong for 2 to 7 rows, at which the search times nothing."""
     y = _multiply(x, stored, bias)
     return y * _WRONG if 2 <= _rows(x) <= 7 else y
 
 
-def compiled_only(x, stored, bias):
+def compiled_only(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
     y = _multiply(x, stored, bias)
     return y * 1.04 if torch.compiler.is_compiling() else y
 
 
-def eager_only(x, stored, bias):
+def eager_only(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
     y = _multiply(x, stored, bias)
     return y if torch.compiler.is_compiling() else y * 1.04
 
@@ -92,19 +93,19 @@ def eager_only(x, stored, bias):
 # -- lies that running tells: operators of their own, which PyTorch does not look into -----------
 
 
-def noisy(y: torch.Tensor) -> torch.Tensor:
+def noisy(y: Tensor) -> Tensor:
     return y * (1 + 1e-2 * torch.randn_like(y))
 
 
-def second(y: torch.Tensor) -> torch.Tensor:
+def second(y: Tensor) -> Tensor:
     return y if _count("second") % 400 < 20 else y * _WRONG
 
 
-def rarely(y: torch.Tensor) -> torch.Tensor:
+def rarely(y: Tensor) -> Tensor:
     return y * _WRONG if _count("rarely") % 97 == 96 else y
 
 
-def late(y: torch.Tensor) -> torch.Tensor:
+def late(y: Tensor) -> Tensor:
     """Return memory that a thread fills in later."""
     out = torch.zeros_like(y)
 
@@ -116,43 +117,43 @@ def late(y: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def real_weights(y: torch.Tensor) -> torch.Tensor:
+def real_weights(y: Tensor) -> Tensor:
     """Be right for outputs like those of the check of a timing, and wrong for those of a model."""
     return y if 0.5 < float(y.float().std()) < 2 else y * _WRONG
 
 
-def hangs(y: torch.Tensor) -> torch.Tensor:
+def hangs(y: Tensor) -> Tensor:
     while True:
         time.sleep(1)
 
 
-def hangs_later(y: torch.Tensor) -> torch.Tensor:
+def hangs_later(y: Tensor) -> Tensor:
     while _count("hangs_later") > 300:
         time.sleep(1)
     return y
 
 
-def crashes(y: torch.Tensor) -> torch.Tensor:
+def crashes(y: Tensor) -> Tensor:
     os.kill(os.getpid(), signal.SIGSEGV)
     return y
 
 
-def crashes_in_model(y: torch.Tensor) -> torch.Tensor:
+def crashes_in_model(y: Tensor) -> Tensor:
     if not 0.5 < float(y.float().std()) < 2:
         ctypes.string_at(0)
     return y
 
 
-def exits(y: torch.Tensor) -> torch.Tensor:
+def exits(y: Tensor) -> Tensor:
     os._exit(0)
 
 
-def takes_memory(y: torch.Tensor) -> torch.Tensor:
+def takes_memory(y: Tensor) -> Tensor:
     while True:
         _taken.append(torch.ones(1 << 26))
 
 
-def remembered(y: torch.Tensor) -> torch.Tensor:
+def remembered(y: Tensor) -> Tensor:
     """Answer with what lay in the same memory before."""
     key = (y.data_ptr(), *y.shape)
     return _products.setdefault(key, y.clone())
@@ -175,17 +176,17 @@ OPERATORS = (
 TRACED = (scaled, zeros, one_nan, one_column, few_rows, compiled_only, eager_only)
 
 
-def _operated(lie: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _operated(lie: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """Return a linear that passes its product through an operator, which lies."""
 
-    def own(y: torch.Tensor) -> torch.Tensor:
+    def own(y: Tensor) -> Tensor:
         told = lie(y)
         return told.clone() if told is y else told  # an operator returns no argument
 
     operator = torch.library.custom_op(f"lying::{lie.__name__}", own, mutates_args=())
     operator.register_fake(torch.empty_like)
 
-    def linear(x, stored, bias):
+    def linear(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         return operator(_multiply(x, stored, bias))
 
     return linear

@@ -8,26 +8,30 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from autoquant.errors import CheckpointError
 from autoquant.export import checkpoint
+from autoquant.export.kernel_check import check_kernels
 from autoquant.runtime.prepare import prepare
 
 _TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; it is ignored
 
 
 def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
-    """Settle a transformers model that has its quantized weights, and prepare it to run.
+    """Settle a transformers model that has its quantized weights; prepare it and check its kernels.
 
     Afterwards `save_pretrained` and `push_to_hub` write a folder that can be loaded again, and the
     model can be moved to another device.
 
     Returns:
         The same model, changed in place.
+
+    Raises:
+        KernelError: A kernel computes something else here than its weight stores.
     """
     from autoquant.export.integrations.quantizer import AutoquantConfig, AutoquantQuantizer
 
@@ -38,7 +42,8 @@ def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.save_pretrained = partial(_save, model, manifest)
     model._apply = partial(_apply, model, manifest)
-    return prepare(model)
+    check_kernels(prepare(model))
+    return cast(nn.Module, model)
 
 
 def _save(

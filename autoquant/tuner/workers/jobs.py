@@ -158,9 +158,18 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class AtWork:
-    """Sent by `ProfileJob` and `ProveJob`: the kernel that runs alone now, or None for several."""
+    """Sent by `ProfileJob`: the candidate that runs alone now, or None for several."""
 
     subject: TimingSubject | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checking:
+    """Sent by `ProveJob`: the kernel that is checked now; empty once all were."""
+
+    layer: str = ""
+    format: str = ""
+    kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +327,7 @@ def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Ch
 
 @dataclass(frozen=True, slots=True)
 class ProveJob:
-    """Proves a plan.
+    """Proves a plan. Sends `Checking`.
 
     Attributes:
         selection: The unquantized model's losses on the selection part, from an earlier proof;
@@ -333,4 +342,13 @@ class ProveJob:
 
     def run(self, bench: Bench, tell: Tell) -> tuple[Proof, tuple[float, ...]]:
         bench.prover.selection = bench.prover.selection or self.selection
-        return bench.prover.prove(self.plan), bench.prover.selection
+        told: list[Checking] = []
+
+        def on_kernel(layer: str, format_id: str, kernel: str) -> None:
+            checking = Checking(layer, format_id, kernel)
+            if told[-1:] != [checking]:
+                told[:] = [checking]
+                tell(checking)
+
+        proof = bench.prover.prove(self.plan, on_kernel, lambda: tell(Checking()))
+        return proof, bench.prover.selection

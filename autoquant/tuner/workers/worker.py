@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from autoquant.devices.effort import timing_effort
 from autoquant.devices.memory import available_bytes, resident_bytes
 from autoquant.tuner.workers.forking import DIED, DONE, RAISED, TOLD, receive, send
 from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
@@ -30,8 +31,6 @@ from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
 _PR_SET_PDEATHSIG = 1
 _ANSWERED = 87
 """The exit code of a child that sent its result. A kernel's own code may end it with any other."""
-_MOST_MEMORY = 0.9
-"""A child may take this part of the memory that is available when it starts."""
 _LOOK_S = 0.1
 
 
@@ -90,7 +89,11 @@ def _pass_on(ours: Connection, connection: Connection, child: int) -> str:
     Return why it was ended, or an empty string.
     """
     available = available_bytes()
-    most = None if available is None else resident_bytes(child) + int(_MOST_MEMORY * available)
+    most = (
+        None
+        if available is None
+        else resident_bytes(child) + int(timing_effort().most_memory * available)
+    )
     with suppress(EOFError, OSError):  # the child has ended, in the middle of a message perhaps
         while True:
             while not ours.poll(_LOOK_S):

@@ -7,7 +7,8 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -27,6 +28,7 @@ all at once (`whole`).
 """
 
 DEFAULT_CACHE_BYTES = 32 << 20
+ENTRY_POINT_GROUP = "autoquant.candidates"
 _LIBRARIES = ("torchao", "triton", "gemlite", "mslk-cuda")
 
 
@@ -97,6 +99,14 @@ class Backend(ABC):
     @abstractmethod
     def fingerprint(self) -> Device:
         """Return the key of timings: the device, its settings now, and versions of libraries."""
+
+    def about(self) -> Mapping[str, str]:
+        """Return what a user should know of the device, in words by topic."""
+        return {"device": self.fingerprint().name}
+
+    def concerns(self) -> Mapping[str, str]:
+        """Return what is wrong with the device now, and what to do about each."""
+        return {}
 
     def float16(self) -> torch.dtype:
         """Return the better 16-bit float of the device."""
@@ -194,11 +204,20 @@ def failure_of_the_compiler(device: str) -> str | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of PyTorch and of installed libraries that timings depend on."""
+    """Return the versions of PyTorch, and of installed libraries and plug-ins with kernels."""
     found: dict[str, str] = {"torch": torch.__version__}
     for name in _LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    return found | _plug_in_versions()
+
+
+def _plug_in_versions() -> dict[str, str]:
+    found = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        with suppress(KeyError, TypeError):  # installed without a name or version
+            if point.dist is not None:
+                found[f"plug-in {point.dist.name}"] = point.dist.version
     return found

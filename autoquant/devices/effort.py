@@ -36,7 +36,7 @@ class TimingEffort:
     linear_rounds: int = 16
     linear_budget_s: float = 1.5
     sample_s: float = 2e-3
-    repeat_s: float = 0.02
+    repeat_s: float = 0.05
     candidate_limit_s: float = 180.0
     most_memory: float = 0.9
     request_rounds: int = 6

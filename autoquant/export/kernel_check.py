@@ -64,9 +64,11 @@ def check_kernels(module: nn.Module, on_kernel: OnKernel = ignore_kernel) -> int
 class KernelsInModel(LinearHook):
     """While active, checks every quantized linear on the numbers that the model gives it.
 
+    Each is checked once for each number of rows.
+
     Args:
         module: The model, whose parameters name the layers.
-        on_kernel: Called before a kernel runs for a shape for the first time.
+        on_kernel: Takes the kernel that is called next.
 
     Raises:
         KernelError: While active, when a kernel computes something else than its weight stores.
@@ -76,13 +78,17 @@ class KernelsInModel(LinearHook):
         super().__init__()
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._on_kernel = on_kernel
+        self._seen: set[tuple[int, int]] = set()
 
     def on_linear(self, call: LinearCall) -> torch.Tensor | None:
         weight = call.weight
         if not isinstance(weight, RoutedWeight) or not call.x.numel():
             return None
-        layer = self._names.get(id(weight), "a layer").removesuffix(".weight")
         m = call.x.numel() // call.x.shape[-1]
+        if (id(weight), m) in self._seen:
+            return None
+        self._seen.add((id(weight), m))
+        layer = self._names.get(id(weight), "a layer").removesuffix(".weight")
         fmt = get_format(weight.format_id)
         kernel = fmt.kernel(kernel_for_rows(weight.route, m))
         self._on_kernel(layer, fmt.id, kernel.id)

@@ -14,6 +14,9 @@ from autoquant.store import Store
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import AtWork, Limited, ProfileJob, Timed
 
+_ENDED = "its process was ended"
+"""Part of the reason of `ProcessDiedError` from a runner."""
+
 
 def keeper(
     store: Store, hardware: Device, known: dict[TimingSubject, Measurement]
@@ -39,7 +42,7 @@ def measure_all(
 
     If the process dies, the subject that was at work alone has failed. If several were timed in
     turn, each is tried alone, and those that bring a process down have failed. A candidate that
-    hung is not tried at other shapes and m. The rest goes on.
+    hung once, or ended a process twice, is not tried any more. The rest goes on.
 
     Raises:
         ProcessDiedError: It died, and no subject does that alone (out of memory, say).
@@ -71,7 +74,7 @@ def measure_all(
             deaths = {at_work[0]: death} if at_work[0] else _deaths(missing, runner, hardware)
             if not deaths:
                 raise death
-            keep(_failures(deaths, missing))
+            keep(_failures(deaths, missing, known))
     result = {subject: known[subject] for subject in subjects}
     measure.summarize(result, len(result) - len(before), listener)
     return result
@@ -97,15 +100,22 @@ def _deaths(
 
 
 def _failures(
-    deaths: Mapping[TimingSubject, ProcessDiedError], missing: Sequence[TimingSubject]
+    deaths: Mapping[TimingSubject, ProcessDiedError],
+    missing: Sequence[TimingSubject],
+    known: Mapping[TimingSubject, Measurement],
 ) -> list[Measurement]:
-    """Return the failures, also those of what is not tried because its candidate hung."""
+    """Return the failures, also those of what is not tried any more."""
     reasons = {subject: str(death) for subject, death in deaths.items()}
-    for hung in (subject for subject, death in deaths.items() if isinstance(death, HungError)):
-        where = f"not tried: at {hung.shape} m={hung.m} {reasons[hung]}"
-        for subject in missing:
-            if subject.candidate == hung.candidate:
-                reasons.setdefault(subject, where)
+    for dead, death in deaths.items():
+        before = any(
+            subject.candidate == dead.candidate and _ENDED in found.reason
+            for subject, found in known.items()
+        )
+        if before or isinstance(death, HungError):
+            where = f"not tried: at {dead.shape} m={dead.m} {reasons[dead]}"
+            for subject in missing:
+                if subject.candidate == dead.candidate:
+                    reasons.setdefault(subject, where)
     return [
         Measurement(subject=subject, outcome="failed", reason=reason)
         for subject, reason in reasons.items()

@@ -113,8 +113,8 @@ class Prover:
 
     def _check_kernels(self, module: nn.Module, on_kernel: OnKernel) -> None:
         """Check every quantized linear on what the phases of the workload give it."""
-        phases = make_phases(replace(self.loaded, module=module), self.workload)
         with KernelsInModel(module, on_kernel):
+            phases = make_phases(replace(self.loaded, module=module), self.workload)
             for phase in self.workload.phases:
                 phases.reset(phase.name)
                 phases.run_eager(phase.name)

@@ -84,3 +84,30 @@ class Sleep:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tell(os.getpid())
         time.sleep(self.seconds)
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Never ends."""
+
+    silence_s: float
+    needs_model: ClassVar[bool] = False
+
+    def run(self, bench, tell):
+        tell("begun")
+        while True:
+            time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Devour:
+    """Takes ever more memory, 64 MiB at a time, up to 4 GiB."""
+
+    needs_model: ClassVar[bool] = False
+    silence_s: ClassVar[float | None] = None
+
+    def run(self, bench, tell):
+        taken = []
+        for _ in range(64):
+            taken.append(torch.ones(1 << 24))
+            time.sleep(0.02)

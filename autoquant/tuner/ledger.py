@@ -18,9 +18,13 @@ from autoquant.tuner.budget import Budget
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Checking, ProveJob
 
+_FIRST_LIMIT_S = 3600.0
 _LEAST_LIMIT_S = 600.0
 _TIMES_AS_LONG = 10
-"""A proof may take so many times as long as the first one, and at least `_LEAST_LIMIT_S`."""
+"""A proof may take so many times as long as the unquantized model's, and at least `_LEAST_LIMIT_S`.
+
+It is `_FIRST_LIMIT_S` where that was proven in an earlier run.
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +45,7 @@ class ProofLedger:
         self.store, self.study_id, self.budget, self.listener = store, study_id, budget, listener
         self._runner = runner
         self._selection: tuple[float, ...] = ()
-        self._limit_s: float | None = None
+        self._limit_s = _FIRST_LIMIT_S
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
         self.proofs: dict[str, Proof] = store.proofs(study_id)
         self.failures: dict[str, str] = store.failed_proofs(study_id)
@@ -82,7 +86,7 @@ class ProofLedger:
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
         try:
-            proof, self._selection = self._run(ProveJob(plan, self._selection, self._limit_s))
+            proof, self._selection = self._run(plan)
         except Exception as error:
             self._put_failure(plan, first_line(error, with_type=True))
             if isinstance(error, KernelError):
@@ -98,7 +102,7 @@ class ProofLedger:
         release_memory()
         return proof
 
-    def _run(self, job: ProveJob) -> tuple[Proof, tuple[float, ...]]:
+    def _run(self, plan: Plan) -> tuple[Proof, tuple[float, ...]]:
         """Run a proof; if its process dies while a kernel is checked, blame that kernel."""
         at_work = Checking()
 
@@ -109,6 +113,8 @@ class ProofLedger:
             else:
                 self.listener(message)
 
+        original = plan.kind == "original"
+        job = ProveJob(plan, self._selection, None if original else self._limit_s)
         started_s = time.monotonic()
         try:
             result = self._runner.run(job, on_message)
@@ -121,7 +127,7 @@ class ProofLedger:
                 kernel=at_work.kernel,
                 reason=f"in {at_work.layer}: {death}",
             ) from death
-        if self._limit_s is None:  # the first proof is that of the unquantized model
+        if original:
             self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * (time.monotonic() - started_s))
         return result
 

@@ -20,7 +20,7 @@ import lying_kernels
 if TYPE_CHECKING:
     from autoquant.study.study import Study
 
-SHORT = {"highest_other_load": 9.0, "candidate_limit_s": 120.0, "most_memory": 0.05}
+SHORT = {"highest_other_load": 9.0, "candidate_limit_s": 60.0, "most_memory": 0.05}
 
 
 def main(folder: Path, lies: list[str]) -> None:

@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A search with one honest kernel among the liars, as it is found in its database."""
+    """A search among liars only, as it is found in its database."""
     folder = tmp_path_factory.mktemp("liars")
     environment = {
         **os.environ,
@@ -38,7 +38,7 @@ def searched(tmp_path_factory):
         "AUTOQUANT_EAGER": "",
         "AUTOQUANT_IN_PROCESS": "",
     }
-    command = [sys.executable, str(STUDY), str(folder / "made"), "honest", *LIES]
+    command = [sys.executable, str(STUDY), str(folder / "made"), *LIES]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     study = Study.open(folder / "made/plan.db")
@@ -47,13 +47,13 @@ def searched(tmp_path_factory):
 
 
 def test_no_liar_stops_the_search_or_is_recommended(searched):
-    study, _ = searched
-    assert len(study.proofs()) >= 2  # the unquantized model, and that with the honest kernel
+    study, told = searched
+    assert "ended after" in told
     best = study.recommended()
-    assert best is None or set(best.formats()) <= {"bfloat16/plain", "honest/plain"}
+    assert best is None or set(best.formats()) == {"bfloat16/plain"}
     proofs = study.proofs()
     proven = {name for plan in study.plans() for name in plan.formats() if plan.plan_id in proofs}
-    assert proven <= {"bfloat16/plain", "honest/plain"}
+    assert proven == {"bfloat16/plain"}
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -64,10 +64,3 @@ def test_each_liar_is_in_the_report_with_its_reason(searched, lie):
     assert found and {each.outcome for each in found} <= {"incorrect", "failed"}
     assert all(each.reason for each in found)
     assert f"{lie}/plain/int8pack is " in told
-
-
-def test_the_honest_kernel_beside_them_is_timed(searched):
-    study, _ = searched
-    timings = study.store.timings(study.facts.device, PROTOCOL)
-    honest = [each for subject, each in timings.items() if subject.format == "honest/plain"]
-    assert {each.outcome for each in honest} == {"ok"}

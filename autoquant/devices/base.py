@@ -102,7 +102,7 @@ class Backend(ABC):
 
     def about(self) -> Mapping[str, str]:
         """Return what a user should know of the device, in words by topic."""
-        return {"device": self.fingerprint().name}
+        return {"device": self.device}
 
     def concerns(self) -> Mapping[str, str]:
         """Return what is wrong with the device now, and what to do about each."""

@@ -26,6 +26,8 @@ from autoquant.files import is_writable
 
 _OURS = "autoquant"
 _COMPILE_LIMIT_S = 60.0
+_NOT_ENDED = "torch.compile did not end"
+_NO_KEY = "not known before torch.compile ends"
 _CLOCK_S = 2.0
 _SAMPLE_S = 0.01
 _SIDE = 384
@@ -95,6 +97,7 @@ def examine(device: str) -> Checkup:
     place = backend(device)
     problems = _wrong_versions()
     compiler = _compiler(place, problems)
+    ended = compiler != _NOT_ENDED  # the device's key says whether it compiles
     watch = Watch(place.watch_load())
     clock = _steadiness(place)
     disturbance = watch.disturbance(timing_effort().highest_other_load)
@@ -110,10 +113,11 @@ def examine(device: str) -> Checkup:
                 " repeated and marked until then",
             )
         )
+    key = f"{place.fingerprint().key}: timings with these versions and limits" if ended else _NO_KEY
     facts = {
         "machine": _machine(),
         **place.about(),
-        "key": f"{place.fingerprint().key}: timings of this device with these versions and limits",
+        "key": key,
         "versions": ", ".join(f"{name} {number}" for name, number in _versions().items()),
         "compiler": compiler,
         "storage": _storage(problems),
@@ -177,7 +181,12 @@ def _compiler(place: Backend, problems: list[Problem]) -> str:
     thread.start()
     thread.join(_COMPILE_LIMIT_S)
     took_s = time.monotonic() - started_s
-    reason = answers[0] if answers else f"it did not end within {_COMPILE_LIMIT_S:.0f} s"
+    if not answers:
+        what = f"torch.compile did not end within {_COMPILE_LIMIT_S:.0f} s"
+        remedy = "close other programs, or see whether g++ or clang++ works by itself"
+        problems.append(Problem(what, remedy))
+        return _NOT_ENDED
+    reason = answers[0]
     if reason is None:
         return f"torch.compile works (something tiny took {took_s:.1f} s)"
     remedy = "models run eagerly, and so slower, until it does; install g++ or clang++"

@@ -100,7 +100,9 @@ def test_a_lie_that_only_a_models_own_numbers_bring_out_is_found_there(lie):
     told = []
     with (
         KernelsInModel(model, lambda *what: told.append(what)),
-        pytest.raises(KernelError, match=r"at m=7 in model\.layers\.0\.self_attn\.q_proj: relative"),
+        pytest.raises(
+            KernelError, match=r"at m=7 in model\.layers\.0\.self_attn\.q_proj: relative"
+        ),
     ):
         phases.reset("prefill")
         phases.run_eager("prefill")

@@ -71,6 +71,21 @@ class CandidateError(AutoquantError):
     """A candidate, format or kernel does not exist or misbehaves."""
 
 
+class KernelError(AutoquantError):
+    """A kernel computes something else than its format says.
+
+    Attributes:
+        format, kernel: Ids.
+        reason: Where and how, without what to do.
+    """
+
+    def __init__(
+        self, message: str, *, format_id: str = "", kernel: str = "", reason: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.format, self.kernel, self.reason = format_id, kernel, reason
+
+
 class StoreError(AutoquantError):
     """The database is missing, foreign, newer, damaged or not writable."""
 
@@ -89,6 +104,10 @@ class DiskFullError(AutoquantError):
 
 class ProcessDiedError(AutoquantError):
     """A worker process crashed or was killed."""
+
+
+class HungError(ProcessDiedError):
+    """A worker process was killed because it took far too long."""
 
 
 def first_line(error: BaseException, *, with_type: bool = False) -> str:

@@ -63,6 +63,8 @@ class Kernel:
             activation's dtype.
         materializes: It writes the weight to memory in the activation's dtype and reads it again.
         nests: The compiler takes it in a nested region (see `autoquant.runtime.compiled`).
+        repeats: The same input gives the same bits each time. One that adds in another order each
+            time says False; then its results may differ by rounding.
         unsupported: Function of (shape, m, device type) that returns why the kernel cannot be used
             there, or None.
         description: One line for `autoquant candidates`.
@@ -76,6 +78,7 @@ class Kernel:
     arithmetic: str | None = None
     materializes: bool = False
     nests: bool = True
+    repeats: bool = True
     unsupported: Unsupported = always_supported
     description: str = ""
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from autoquant.candidates.base import Candidate, Format, Kernel
+from autoquant.devices.base import ENTRY_POINT_GROUP
 from autoquant.errors import CandidateError
 from autoquant.hints import did_you_mean
 from autoquant.records import LinearShape
 
-ENTRY_POINT_GROUP = "autoquant.candidates"
 _registered: dict[str, Format] = {}
 
 

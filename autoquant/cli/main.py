@@ -24,6 +24,7 @@ from autoquant.cli.apply import apply
 from autoquant.cli.bench import bench
 from autoquant.cli.candidates import candidates
 from autoquant.cli.diff import diff
+from autoquant.cli.doctor import doctor
 from autoquant.cli.eval import evaluate
 from autoquant.cli.export_timings import export_timings
 from autoquant.cli.generate import generate
@@ -174,6 +175,7 @@ app.command(short_help="Serve a model to OpenAI's clients.")(serve)
 app.command(short_help="Time plans in the whole model, in turn.")(bench)
 app.command("eval", short_help="Score plans on tasks of lm-evaluation-harness.")(evaluate)
 app.command(short_help="List formats and kernels for a device.")(candidates)
+app.command(short_help="Say what this machine can use, and what is wrong.")(doctor)
 app.command(short_help="Time linears by every candidate, without a search.")(profile)
 app.command(short_help="List the recipes that a search can take options from.")(recipes)
 app.command(short_help="List the studies of a database.")(studies)

@@ -7,7 +7,8 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -28,6 +29,7 @@ all at once (`whole`).
 """
 
 DEFAULT_CACHE_BYTES = 32 << 20
+ENTRY_POINT_GROUP = "autoquant.candidates"
 _LIBRARIES = ("torchao", "triton", "gemlite", "mslk-cuda")
 
 
@@ -56,6 +58,7 @@ class Backend(ABC):
         forks: A process that has a model for this device in memory can be forked.
         replays_steps: `generate` may run compiled steps.
         settles_routes: A search measures between its own m where kernels overtake one another.
+        repeats: A kernel gives the same bits each time, unless it says otherwise.
         judges_long: Whole models run so fast that quality is judged on a longer text.
         profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it
             cannot.
@@ -72,6 +75,7 @@ class Backend(ABC):
     forks: ClassVar[bool] = False
     replays_steps: ClassVar[bool] = False
     settles_routes: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
     judges_long: ClassVar[bool] = False
     profiler_activities: ClassVar[Sequence[ProfilerActivity]] = ()
     arithmetic: ClassVar[Sequence[str]] = ("bfloat16", "float16", "float32")
@@ -96,6 +100,14 @@ class Backend(ABC):
     @abstractmethod
     def fingerprint(self) -> Device:
         """Return the key of timings: the device, its settings now, and versions of libraries."""
+
+    def about(self) -> Mapping[str, str]:
+        """Return what a user should know of the device, in words by topic."""
+        return {"device": self.device}
+
+    def concerns(self) -> Mapping[str, str]:
+        """Return what is wrong with the device now, and what to do about each."""
+        return {}
 
     def float16(self) -> torch.dtype:
         """Return the better 16-bit float of the device."""
@@ -194,11 +206,20 @@ def failure_of_the_compiler(device: str) -> str | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of PyTorch and of installed libraries that timings depend on."""
+    """Return the versions of PyTorch, and of installed libraries and plug-ins with kernels."""
     found: dict[str, str] = {"torch": torch.__version__}
     for name in _LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    return found | _plug_in_versions()
+
+
+def _plug_in_versions() -> dict[str, str]:
+    found = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        with suppress(KeyError, TypeError):  # installed without a name or version
+            if point.dist is not None:
+                found[f"plug-in {point.dist.name}"] = point.dist.version
     return found

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity
 
 from autoquant.devices.base import DEFAULT_CACHE_BYTES, Backend, library_versions
+from autoquant.devices.watch import cpu_quota
 from autoquant.records import Device
+
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 class CpuBackend(Backend):
@@ -20,6 +24,7 @@ class CpuBackend(Backend):
     type = "cpu"
     forks = True
     replays_steps = True
+    repeats = True
     profiler_activities = (ProfilerActivity.CPU,)
     arithmetic = ("bfloat16", "float32", "int8")
 
@@ -35,11 +40,61 @@ class CpuBackend(Backend):
             capability=_capability(),
             threads=torch.get_num_threads(),
             cache_bytes=_cache_bytes(),
-            versions={**library_versions(), "compiler": compiler},
+            versions={**library_versions(), "compiler": compiler, **clock_limits()},
         )
+
+    def about(self) -> Mapping[str, str]:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        cores = f"{usable or os.cpu_count()} of {os.cpu_count()} cores usable"
+        limits = [f"{name} {text}" for name, text in {**clock_limits(), **_governor()}.items()]
+        words = [cores, f"{torch.get_num_threads()} threads", _capability(), *limits]
+        return {"device": f"{_name()}; {', '.join(words)}"}
+
+    def concerns(self) -> Mapping[str, str]:
+        found = {}
+        quota, threads = cpu_quota(), torch.get_num_threads()
+        if quota is not None and threads > quota:
+            what = f"{threads} threads share {quota:g} CPUs' time (a limit of the container)"
+            found[what] = f"set OMP_NUM_THREADS={max(1, int(quota))}, or raise the limit"
+        if limit := clock_limits().get("clock limit"):
+            found[f"the clock is limited to {limit}"] = (
+                "raise scaling_max_freq, if the model will run without the limit; timings are kept"
+                " apart from those without it"
+            )
+        return found
 
     def synchronize(self) -> None:
         """Do nothing: a call returns when it is done."""
+
+
+def clock_limits() -> dict[str, str]:
+    """Return what keeps the CPU from its full speed, by name; empty if nothing is known to."""
+    found = {}
+    if (quota := cpu_quota()) is not None:
+        found["CPU quota"] = f"{quota:g}"
+    most, allowed = (_khz(name) for name in ("cpuinfo_max_freq", "scaling_max_freq"))
+    if most and allowed and allowed < most:
+        found["clock limit"] = f"{allowed / 1e6:.2g} of {most / 1e6:.2g} GHz"
+    if _text(_CPUS / "intel_pstate/no_turbo") == "1" or _text(_CPUS / "cpufreq/boost") == "0":
+        found["turbo"] = "off"
+    return found
+
+
+def _governor() -> dict[str, str]:
+    governor = _text(_CPUS / "cpu0/cpufreq/scaling_governor")
+    return {"governor": governor} if governor else {}
+
+
+def _khz(name: str) -> int:
+    text = _text(_CPUS / "cpu0/cpufreq" / name)
+    return int(text) if text.isdigit() else 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _compiler_version() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,17 @@ from autoquant.devices.effort import TimingEffort
 from autoquant.devices.load import GpuLoad, Load
 from autoquant.devices.memory import trim_memory
 from autoquant.records import Device
+
+_TOLD = (
+    "driver_version",
+    "power.limit",
+    "power.default_limit",
+    "clocks.sm",
+    "clocks.max.sm",
+    "temperature.gpu",
+    "utilization.gpu",
+)
+_LONGEST_S = 10
 
 
 class CudaBackend(Backend):
@@ -53,8 +65,52 @@ class CudaBackend(Backend):
             capability=f"sm_{properties.major}{properties.minor}",
             threads=0,
             cache_bytes=int(getattr(properties, "L2_cache_size", DEFAULT_CACHE_BYTES)),
-            versions={**library_versions(), "cuda": str(torch.version.cuda)},
+            versions={**library_versions(), "cuda": str(torch.version.cuda), **self._limits()},
         )
+
+    def about(self) -> Mapping[str, str]:
+        properties = torch.cuda.get_device_properties(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        capability = f"sm_{properties.major}{properties.minor}"
+        words = [f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free", capability]
+        told = self._told()
+        words += [f"{name.replace('_', ' ').replace('.', ' ')} {told[name]}" for name in told]
+        return {"device": f"{properties.name}; {', '.join(words)}"}
+
+    def concerns(self) -> Mapping[str, str]:
+        found = {}
+        if limit := self._limits().get("power limit"):
+            found[f"the power is limited to {limit}"] = (
+                "raise it with `nvidia-smi -pl`, if the model will run without the limit; timings"
+                " are kept apart from those without it"
+            )
+        if not self._told():
+            found["nvidia-smi does not tell driver and limits of the GPU"] = (
+                "install it; until then timings by another driver are taken for the same"
+            )
+        return found
+
+    def _limits(self) -> dict[str, str]:
+        """Return the driver, and a power limit that is not the usual one, as far as known."""
+        told = self._told()
+        found = {"driver": told["driver_version"]} if told else {}
+        if told and told["power.limit"] != told["power.default_limit"]:
+            found["power limit"] = told["power.limit"]
+        return found
+
+    def _told(self) -> dict[str, str]:
+        """Return what nvidia-smi says of the GPU; empty if it does not."""
+        uuid = getattr(torch.cuda.get_device_properties(self.device), "uuid", None)
+        query = f"--query-gpu={','.join(_TOLD)}"
+        command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader"]
+        try:
+            output = subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=_LONGEST_S
+            ).stdout
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        values = [value.strip() for value in output.strip().split(",")]
+        return dict(zip(_TOLD, values, strict=True)) if len(values) == len(_TOLD) else {}
 
     def float16(self) -> torch.dtype:
         native = torch.cuda.get_device_capability(self.device) >= (8, 0)

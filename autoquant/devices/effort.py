@@ -17,6 +17,9 @@ class TimingEffort:
         linear_rounds: Most samples of each candidate in a comparison.
         linear_budget_s: No further round of a comparison begins after that time.
         sample_s: Length of one sample by the host's clock.
+        repeat_s: For that time a candidate that was timed is called again and its results compared.
+        candidate_limit_s: A candidate that takes longer to be prepared or timed is ended.
+        most_memory: A job may take this part of the memory that is available when it starts.
         request_rounds: Rounds in which whole models are timed in turn.
         fewest_request_rounds: Rounds that are done even if they exceed a limit.
         request_calls: Most calls of a phase in one round.
@@ -33,6 +36,9 @@ class TimingEffort:
     linear_rounds: int = 16
     linear_budget_s: float = 1.5
     sample_s: float = 2e-3
+    repeat_s: float = 0.05
+    candidate_limit_s: float = 180.0
+    most_memory: float = 0.9
     request_rounds: int = 6
     fewest_request_rounds: int = 3
     request_calls: int = 16

@@ -1,11 +1,16 @@
-"""The host's memory, given back to the system."""
+"""The host's memory: how much there is, and given back to the system."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
 
 
 def release_memory() -> None:
@@ -35,3 +40,27 @@ def quick_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def available_bytes() -> int | None:
+    """Return how much memory this process may still take, or None where that is not told."""
+    try:
+        lines = (_PROC / "meminfo").read_text().splitlines()
+        free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        left = limit - int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        return free_kib << 10
+    return min(free_kib << 10, left)
+
+
+def resident_bytes(process: int) -> int:
+    """Return how much memory a process has; 0 where that is not told."""
+    try:
+        pages = int((_PROC / str(process) / "statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

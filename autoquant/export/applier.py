@@ -29,13 +29,14 @@ from autoquant.events import (
 from autoquant.export import checkpoint
 from autoquant.export.beside import check_beside
 from autoquant.export.comparison import check_same
+from autoquant.export.kernel_check import OnKernel, check_kernels, ignore_kernel
 from autoquant.export.manifest import read_manifest
 from autoquant.export.rounding_inputs import Calibration, Windows
 from autoquant.files import is_writable, move_whole, raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.code import named_code
 from autoquant.models.copies import not_compiled
-from autoquant.models.loaded import settle
+from autoquant.models.loaded import is_transformers, settle
 from autoquant.models.trust import NO_TRUST, Trust, request_again
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
@@ -110,13 +111,17 @@ def apply(
     calibration: Windows | Calibration | None = None,
     listener: Listener = ignore,
     quantized: Quantized | None = None,
+    on_kernel: OnKernel = ignore_kernel,
 ) -> nn.Module:
     """Quantize the weights of `model` as `autoquant.export.in_memory.apply` does, unchecked.
+
+    Then each format, kernel and shape is checked once (see `autoquant.export.kernel_check`).
 
     Args:
         model: The model that was searched, loaded in the plan's dtype.
         calibration: The token ids of the search.
         quantized: Weights of the plan that was applied to the same model before.
+        on_kernel: Takes what is checked next.
 
     Returns:
         The same module.
@@ -126,6 +131,7 @@ def apply(
         ModelError: The model lacks a layer of the plan, or has it with another shape or dtype. The
             model has not been changed.
         CandidateError: A weight could not be quantized as planned.
+        KernelError: A kernel computes something else than its weight stores.
     """
     check_fits(plan, model)
     made = _prepared(plan, model, calibration)
@@ -139,6 +145,7 @@ def apply(
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
     prepare(model)
+    check_kernels(model, on_kernel)
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
     for text in dict.fromkeys(filter(None, (_stand_ins(model, layer) for layer in plan.layers))):
         listener(Notice(text))
@@ -238,12 +245,16 @@ def load(
         TrustError: The folder needs one of these two. The message says which.
         CheckpointError: The folder holds no such model, is damaged, or was packed for another CPU.
         DeviceError: The device is not available here.
+        KernelError: A kernel computes something else here than its weight stores.
     """
     manifest = read_manifest(Path(folder))
     trust = Trust(model_factory=model_factory, trust_remote_code=trust_remote_code)
     place = device or manifest.get("device", "cpu")
     module = settle(checkpoint.read(Path(folder), model, place, trust=trust))
     from autoquant.export.in_memory import remember
+
+    if not is_transformers(module):
+        check_kernels(prepare(module))
 
     return remember(prepare(module), manifest)
 

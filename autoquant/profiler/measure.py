@@ -92,6 +92,7 @@ def measure(
     *,
     on_measured: Callable[[Sequence[Measurement]], None],
     listener: Listener,
+    on_candidate: Callable[[TimingSubject | None], None] = lambda _subject: None,
 ) -> None:
     """Measure every subject, one shape and m after the other.
 
@@ -100,6 +101,8 @@ def measure(
             set.
         candidates: The formats and kernels that the subjects name.
         on_measured: Takes the measurements of a shape and m as soon as they are made.
+        on_candidate: Takes the subject that is at work alone, or None before all of a shape and m
+            are timed in turn.
     """
     cells: dict[tuple[LinearShape, int], list[TimingSubject]] = {}
     for subject in subjects:
@@ -125,7 +128,7 @@ def measure(
                 device=place.device,
                 compiled=place.hardware.versions.get("compiler") != "none",
                 decided=decided,
-                on_candidate=partial(_tell, listener, done, f"{shape} m={m}"),
+                on_candidate=partial(_tell, listener, done, on_candidate),
             )
         on_measured(measured)
         done += len(cell)
@@ -185,8 +188,16 @@ def quiet_compiler(device: str) -> Iterator[None]:
         yield
 
 
-def _tell(listener: Listener, done: int, subject: str, candidate: str) -> None:
-    listener(StageProgress(STAGE, done, f"{subject} {candidate}"))
+def _tell(
+    listener: Listener,
+    done: int,
+    on_candidate: Callable[[TimingSubject | None], None],
+    subject: TimingSubject | None,
+) -> None:
+    on_candidate(subject)
+    if subject is not None:
+        what = f"{subject.shape} m={subject.m} {subject.candidate}"
+        listener(StageProgress(STAGE, done, what))
 
 
 def _tell_unusable(result: Mapping[TimingSubject, Measurement], listener: Listener) -> None:

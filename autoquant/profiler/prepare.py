@@ -40,6 +40,8 @@ from autoquant.records import Device, Measurement, Roofline, TimingSubject
 _MOST_PROCESSES = 16
 _BYTES_PER_WEIGHT = 20
 _CONTEXT_BYTES = 1 << 30
+_LONGER_TO_TUNE = 5
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,14 +254,23 @@ class _Workers:
         waiting = list(reversed(_by_shape(subjects)))
         at_work: dict[Connection, TimingSubject] = {}
         died: set[TimingSubject] = set()
+        ends_s: dict[Connection, float] = {}
+        limit_s = timing_effort().candidate_limit_s * (_LONGER_TO_TUNE if tune else 1)
         self.start(waiting)
         idle = list(self._processes)
         while waiting or at_work:
             while waiting and idle:
                 connection = idle.pop()
                 at_work[connection] = waiting.pop()
+                ends_s[connection] = time.monotonic() + limit_s
                 connection.send((at_work[connection], tune))
-            for ready in wait(list(at_work)):
+            for hung in [each for each in at_work if time.monotonic() > ends_s[each]]:
+                subject = at_work.pop(hung)
+                self._processes[hung].kill()
+                self._end(hung)
+                idle.append(self._begin())
+                yield _Answer(_failed(subject, f"did not end within {limit_s:.0f} s"))
+            for ready in wait(list(at_work), _LOOK_S):
                 assert isinstance(ready, Connection)
                 subject = at_work.pop(ready)
                 try:
@@ -318,7 +329,10 @@ def _died(subject: TimingSubject, exit_code: int | None) -> Measurement:
     how = f"exit code {exit_code}"
     if exit_code is not None and exit_code < 0:
         how = f"signal {-exit_code}"
-    reason = f"brought its process down ({how})"
+    return _failed(subject, f"brought its process down ({how})")
+
+
+def _failed(subject: TimingSubject, reason: str) -> Measurement:
     return Measurement(subject=subject, outcome="failed", reason=reason)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort
+from autoquant.devices.watch import Watch
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
 from autoquant.profiler.floor import floor_us
 from autoquant.records import Roofline
@@ -42,14 +43,14 @@ def undisturbed_roofline(
     effort = effort or timing_effort()
     listener(StageStarted(_STAGE, 1))
     for _ in range(effort.attempts):
-        watch = backend(device).watch_load()
+        watch = Watch(backend(device).watch_load())
         roofline = measure_roofline(device, cache_bytes=cache_bytes, effort=effort)
-        share = watch.share()
-        if share <= effort.highest_other_load:
+        disturbance = watch.disturbance(effort.highest_other_load)
+        if not disturbance:
             on_measured(roofline)
             break
     else:
-        busy = f"roofline measured while others used {share:.0%} of the machine"
+        busy = f"roofline measured while {disturbance}"
         listener(Notice(f"{busy}: not kept; close other programs and run again"))
     rates = ", ".join(
         f"{name} {rate / 1e12:.3g} Tflop/s" for name, rate in roofline.flops_per_s.items()

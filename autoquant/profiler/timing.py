@@ -16,9 +16,13 @@ Protocol 3:
   model's size, or twice the last-level cache if the model is larger.
 - The arena holds random bytes that are ordinary numbers in every dtype used here (no zeros, NaN or
   subnormals).
-- A result is checked against a float32 reference with real quantized weights before its time
-  counts.
-- A comparison is repeated if the machine was busy with something else, and marked if it stays busy.
+- Results are checked against a float32 reference with real quantized weights: every output,
+  compiled and eager, before the timing. After it the same compiled code is checked with other
+  numbers in the same memory, and called again and again: its results must stay the same, bit for
+  bit where the device and the kernel promise that. The others are timed once more without a kernel
+  that is found wrong.
+- A comparison is repeated if something disturbed it (see `autoquant.devices.watch`), and marked if
+  that goes on.
 - Candidates are timed in turn, round after round. Those far behind are dropped after the first
   rounds and keep their samples; close ones get more rounds. Compilation and warm-up are not timed.
 """
@@ -32,20 +36,24 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autoquant.candidates import ACTIVATION_ROUNDING, Candidate, Format, Kernel, multiplied_numbers
+from autoquant.candidates import Candidate, Format, Kernel, multiplied_numbers
+from autoquant.candidates.check import MAX_RELATIVE_ERROR, reference
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.devices import backend
 from autoquant.devices.clocks import Clock
 from autoquant.devices.effort import TimingEffort, timing_effort
+from autoquant.devices.watch import Watch
 from autoquant.errors import first_line
 from autoquant.files import raise_if_full
+from autoquant.profiler.checks import ResultCheck
 from autoquant.records import LinearShape, Measurement, TimingSubject
+from autoquant.runtime.parts import as_if_compiled
+
+__all__ = ["MAX_RELATIVE_ERROR", "PROTOCOL", "Arena", "LinearToTime", "compare", "try_out"]
 
 PROTOCOL = "3"
-MAX_RELATIVE_ERROR = 0.02
 _FIRST_ROUNDS = 4
 _DROP_BEYOND = 1.6
 _TIE_WITHIN = 1.15
@@ -94,11 +102,17 @@ class Arena:
 
 @dataclass(slots=True)
 class _Entrant:
-    """One candidate in a comparison."""
+    """One candidate in a comparison.
+
+    Attributes:
+        failure: Why it could not be timed to the end, or an empty string.
+    """
 
     subject: TimingSubject
     clock: Clock
-    relative_error: float
+    check: ResultCheck
+    relative_error: float = 0.0
+    failure: str = ""
     samples_us: list[float] = field(default_factory=list)
 
     @property
@@ -109,7 +123,7 @@ class _Entrant:
 class LinearToTime:
     """One linear to time: weight `[n, k]`, bias, and inputs `[1, m, k]`.
 
-    A timed call computes several linears, and has an input for each.
+    A timed call computes several linears, and has an input for each, all with the same numbers.
     """
 
     def __init__(self, shape: LinearShape, m: int, device: str) -> None:
@@ -123,9 +137,14 @@ class LinearToTime:
         self.backend = backend(device)
         self.weight = (normal(shape.n, shape.k) / shape.k**0.5).to(dtype)
         self.bias = (normal(shape.n) * 0.1).to(dtype) if shape.bias else None
-        self.inputs = [
-            normal(1, m, shape.k).to(dtype) for _ in range(1 if self.backend.graphs else _unroll(m))
-        ]
+        x = normal(1, m, shape.k).to(dtype)
+        self.inputs = [x.clone() for _ in range(1 if self.backend.graphs else _unroll(m))]
+
+    def change_inputs(self) -> None:
+        """Put other numbers into the same memory: the negative ones, in another order."""
+        changed = -self.inputs[0].roll(1, dims=-1)
+        for x in self.inputs:
+            x.copy_(changed)
 
 
 def compare(
@@ -137,7 +156,7 @@ def compare(
     device: str,
     compiled: bool,
     decided: Mapping[TimingSubject, Measurement] | None = None,
-    on_candidate: Callable[[str], None] = lambda _name: None,
+    on_candidate: Callable[[TimingSubject | None], None] = lambda _subject: None,
     effort: TimingEffort | None = None,
 ) -> list[Measurement]:
     """Time `candidates` on one shape and m, each against the others.
@@ -145,7 +164,8 @@ def compare(
     Args:
         compiled: Compile with Inductor; otherwise run as traced.
         decided: Outcomes that are known already: these candidates are not prepared.
-        on_candidate: Takes the name of each candidate when its preparation starts.
+        on_candidate: Takes each candidate when its preparation starts, and None when that of the
+            last has ended.
         effort: None for that of the process.
 
     Returns:
@@ -164,27 +184,65 @@ def compare(
         subjects.append(subject)
         if subject in results:
             continue
-        on_candidate(subject.candidate)
+        on_candidate(subject)
         entered = _enter(subject, fmt, kernel, linear, arena, compiled, effort)
         if isinstance(entered, Measurement):
             results[subject] = entered
         else:
             entrants.append(entered)
-    others = _race_undisturbed(entrants, device, effort)
-    reason = (
-        f"measured while others used {others:.0%} of the machine"
-        if others > effort.highest_other_load
-        else ""
-    )
-    for entrant in entrants:
+    on_candidate(None)
+    results |= _timed(entrants, linear, effort)
+    return [results[subject] for subject in subjects]
+
+
+def _timed(
+    entrants: Sequence[_Entrant], linear: LinearToTime, effort: TimingEffort
+) -> dict[TimingSubject, Measurement]:
+    """Race, check the results once more, and race again without those that are wrong."""
+    results: dict[TimingSubject, Measurement] = {}
+    racing = list(entrants)
+    while racing:
+        disturbance = _race_undisturbed(racing, linear.device, effort)
+        linear.change_inputs()
+        unusable = {
+            entrant.subject: found
+            for entrant in racing
+            if (found := _checked_again(entrant, effort)) is not None
+        }
+        results |= unusable
+        racing = [entrant for entrant in racing if entrant.subject not in unusable]
+        if not unusable:
+            break
+    for entrant in racing:
         results[entrant.subject] = Measurement(
             subject=entrant.subject,
             outcome="ok",
-            reason=reason,
+            reason=f"measured while {disturbance}" if disturbance else "",
             samples_us=tuple(round(sample, 3) for sample in entrant.samples_us),
             relative_error=entrant.relative_error,
         )
-    return [results[subject] for subject in subjects]
+    return results
+
+
+def _checked_again(entrant: _Entrant, effort: TimingEffort) -> Measurement | None:
+    """Return the outcome of a candidate that failed while it was timed or is wrong now, or None."""
+    if entrant.failure:
+        return Measurement(
+            subject=entrant.subject, outcome="failed", reason=f"while timed: {entrant.failure}"
+        )
+    try:
+        wrong = entrant.check.after(effort.repeat_s)
+    except Exception as error:  # noqa: BLE001 - any error of a kernel is an outcome
+        reason = f"after it was timed: {first_line(error, with_type=True)}"
+        return Measurement(subject=entrant.subject, outcome="failed", reason=reason)
+    if not wrong:
+        return None
+    return Measurement(
+        subject=entrant.subject,
+        outcome="incorrect",
+        reason=wrong,
+        relative_error=entrant.relative_error,
+    )
 
 
 def try_out(
@@ -200,9 +258,15 @@ def try_out(
     )
     if isinstance(entered, Measurement):
         return entered, 0
-    samples = tuple(entered.clock.sample() for _ in range(_FIRST_ROUNDS))
+    entered.samples_us += [entered.clock.sample() for _ in range(_FIRST_ROUNDS)]
+    linear.change_inputs()
+    if (unusable := _checked_again(entered, timing_effort())) is not None:
+        return unusable, 0
     measurement = Measurement(
-        subject=subject, outcome="ok", samples_us=samples, relative_error=entered.relative_error
+        subject=subject,
+        outcome="ok",
+        samples_us=tuple(entered.samples_us),
+        relative_error=entered.relative_error,
     )
     return measurement, stored_bytes(fmt.store(linear.weight))
 
@@ -226,8 +290,9 @@ def _enter(
         return Measurement(subject=subject, outcome="unsupported", reason=reason)
     try:
         entrant = _prepare(subject, fmt, kernel, linear, arena, compiled, effort)
-        error = entrant.relative_error
-        if error <= MAX_RELATIVE_ERROR:  # NaN counts as incorrect
+        error, wrong = entrant.check.before()
+        if not wrong:
+            entrant.relative_error = error
             entrant.clock.start()
             return entrant
     except Exception as failure:  # noqa: BLE001 - any error of a kernel or compiler is an outcome
@@ -235,8 +300,7 @@ def _enter(
         return Measurement(
             subject=subject, outcome="failed", reason=first_line(failure, with_type=True)
         )
-    reason = f"relative error {error:.3g} against the float32 reference"
-    return Measurement(subject=subject, outcome="incorrect", reason=reason, relative_error=error)
+    return Measurement(subject=subject, outcome="incorrect", reason=wrong, relative_error=error)
 
 
 def _prepare(
@@ -248,7 +312,7 @@ def _prepare(
     compiled: bool,
     effort: TimingEffort,
 ) -> _Entrant:
-    """Trace, compile and check one candidate."""
+    """Trace and compile one candidate."""
     stored = fmt.store(linear.weight)
     parts, rebuild = flatten_tensor(stored)
     copies = arena.views(parts)
@@ -279,22 +343,29 @@ def _prepare(
         if not (graphs and kernel.opaque):
             # The compiler needs no real tensors: they would be computed, and held to the end.
             fake = compiled and not graphs
-            run = make_fx(compute, tracing_mode="fake" if fake else "real")(groups[0])
-            run = _compile(run, groups[0]) if compiled else run
-        outputs = run([*inputs, *biases, *(parts * unroll)])
-        sign = 1 if graphs else -1
-        reference = sign * F.linear(
-            ACTIVATION_ROUNDING[kernel.numerics](sign * inputs[0].float()),
-            multiplied_numbers(fmt, stored, kernel.numerics),
-            None if bias is None else bias.float(),
-        )
-        error = ((outputs[0].float() - reference).norm() / reference.norm()).item()
+            with as_if_compiled(compiled):
+                run = make_fx(compute, tracing_mode="fake" if fake else "real")(groups[0])
+                run = _compile(run, groups[0]) if compiled else run
+    sign = 1 if graphs else -1
+    real = [*inputs, *biases, *(parts * unroll)]
+
+    def expected() -> torch.Tensor:
+        numbers = multiplied_numbers(fmt, stored, kernel.numerics)
+        return sign * reference(kernel, numbers, sign * inputs[0], bias)
+
+    check = ResultCheck(
+        run=lambda: run(list(real)),
+        eager=None if run is compute else lambda: compute(list(real)),
+        expected=expected,
+        dtype=getattr(torch, subject.shape.dtype),
+        repeats=kernel.repeats and linear.backend.repeats,
+    )
 
     def call(position: int) -> object:
         with torch.no_grad():
             return run(groups[position])
 
-    return _Entrant(subject, linear.backend.clock(call, len(groups), unroll, effort), error)
+    return _Entrant(subject, linear.backend.clock(call, len(groups), unroll, effort), check)
 
 
 def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], Any]:
@@ -305,33 +376,34 @@ def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.T
     return compiled
 
 
-def _race_undisturbed(entrants: list[_Entrant], device: str, effort: TimingEffort) -> float:
-    """Race, again while others disturb it.
+def _race_undisturbed(entrants: list[_Entrant], device: str, effort: TimingEffort) -> str:
+    """Race, again while something disturbs it.
 
-    Return the fraction of the machine that they used in the race that counts.
+    Return what disturbed the race that counts, or an empty string.
     """
-    share = 0.0
-    if not entrants:
-        return share
+    disturbance = ""
     for attempt in range(effort.attempts):
         for entrant in entrants:
             entrant.samples_us.clear()
-        watch = backend(device).watch_load()
+        watch = Watch(backend(device).watch_load())
         _race(entrants, effort)
-        share = watch.share()
-        if share <= effort.highest_other_load:
+        disturbance = watch.disturbance(effort.highest_other_load)
+        if not disturbance:
             break
         time.sleep(attempt if attempt + 1 < effort.attempts else 0)
-    return share
+    return disturbance
 
 
 def _race(entrants: list[_Entrant], effort: TimingEffort) -> None:
     """Time the entrants in turn until only close ones are left and rounds or time run out."""
-    racing = list(entrants)
+    racing = [entrant for entrant in entrants if not entrant.failure]
     started = time.perf_counter()
     for round_number in range(effort.linear_rounds):
         for entrant in racing:
-            entrant.samples_us.append(entrant.clock.sample())
+            _sample(entrant)
+        racing = [entrant for entrant in racing if not entrant.failure]
+        if not racing:
+            break
         if round_number + 1 >= _FIRST_ROUNDS:
             limit = min(entrant.best_us for entrant in racing) * (
                 _DROP_BEYOND if round_number + 1 < 2 * _FIRST_ROUNDS else _TIE_WITHIN
@@ -342,3 +414,10 @@ def _race(entrants: list[_Entrant], effort: TimingEffort) -> None:
             and round_number + 1 >= _FIRST_ROUNDS
         ):
             break
+
+
+def _sample(entrant: _Entrant) -> None:
+    try:
+        entrant.samples_us.append(entrant.clock.sample())
+    except Exception as error:  # noqa: BLE001 - any error of a kernel is an outcome
+        entrant.failure = first_line(error, with_type=True)

@@ -14,8 +14,8 @@ Loop = Literal["generate", "forward"]
 """What a user runs: `generate` of a language model, or the forward pass of another module."""
 Where = Literal["new process", "same process", "in memory"]
 
-DISTURBED = "timed while others used"
-"""Start of the note of a proof whose times other programs may have changed."""
+DISTURBED = "timed while"
+"""Start of the note of a proof whose times something disturbed, such as other programs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from autoquant.devices import Backend, Division, backend
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.memory import release_memory
+from autoquant.devices.watch import Watch
 from autoquant.errors import first_line
 from autoquant.files import raise_if_full
 from autoquant.intervals import mean_interval
@@ -190,7 +191,7 @@ def rounds_in_turn(
 ) -> tuple[Rounds, str]:
     """Time models, already warm, in rounds, each of which begins with another model.
 
-    All rounds are repeated while the machine is busy with something else.
+    All rounds are repeated while something disturbs them (see `autoquant.devices.watch`).
 
     Args:
         names: Names of the phases.
@@ -198,23 +199,23 @@ def rounds_in_turn(
         until: None for the effort's number of rounds.
 
     Returns:
-        The times, and a note if the machine stayed busy.
+        The times, and a note if that went on.
     """
     effort = effort or timing_effort()
     place = backend(device)
     end_s = time.perf_counter() + (until.limit_s if until else math.inf)
     for attempt in range(effort.attempts):
-        watch = place.watch_load()
+        watch = Watch(place.watch_load())
         times: Rounds = [[] for _ in models]
         while not _is_done(times, effort, until, end_s):
             _add_round(times, models, names, place, effort)
-        share = watch.share()
-        if share <= effort.highest_other_load:
+        disturbance = watch.disturbance(effort.highest_other_load)
+        if not disturbance:
             return times, ""
         if time.perf_counter() > end_s:
             break
         time.sleep(attempt)
-    return times, f"{DISTURBED} {share:.0%} of the machine: `autoquant bench` times it again"
+    return times, f"{DISTURBED} {disturbance}: `autoquant bench` times it again"
 
 
 def _is_done(times: Rounds, effort: TimingEffort, until: UntilEnough | None, end_s: float) -> bool:

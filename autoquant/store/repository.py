@@ -37,6 +37,7 @@ from autoquant.store.rows import (
     task_score_from,
 )
 from autoquant.store.schema import (
+    TIMING_KEY,
     DeliveryRow,
     DeviceRow,
     LossRow,
@@ -134,29 +135,23 @@ class Store:
         kept = []
         with self._writing() as session:
             for measurement in measurements:
-                subject = measurement.subject
-                key = {
-                    "device_key": device.key,
-                    "protocol": protocol,
-                    **asdict(subject.shape),
-                    "m": subject.m,
-                    "format": subject.format,
-                    "kernel": subject.kernel,
-                    "working_set_bytes": subject.working_set_bytes,
-                }
-                row = session.scalars(select(TimingRow).filter_by(**key)).first()
+                fresh = _timing_row(device, protocol, measurement)
+                row = session.scalars(select(TimingRow).filter_by(**_timing_key(fresh))).first()
                 if row is None:
-                    row = TimingRow(
-                        **key,
-                        outcome=measurement.outcome,
-                        reason=measurement.reason,
-                        latency_us=measurement.latency_us if measurement.samples_us else None,
-                        samples_us=measurement.samples_us,
-                        relative_error=measurement.relative_error,
-                    )
+                    row = fresh
                     session.add(row)
                 kept.append(measurement_from(row))
         return kept
+
+    def replace_timings(
+        self, device: Device, protocol: str, measurements: Iterable[Measurement]
+    ) -> None:
+        """Save measurements in place of those of the same subjects, all or none of them."""
+        with self._writing() as session:
+            for measurement in measurements:
+                row = _timing_row(device, protocol, measurement)
+                session.execute(delete(TimingRow).filter_by(**_timing_key(row)))
+                session.add(row)
 
     # -- models and losses -------------------------------------------------------------------------
 
@@ -465,3 +460,25 @@ class Store:
 def _workload(session: Session, plan: PlanRow) -> Workload:
     """Return what the study of a plan is for. The session reads each study once."""
     return session.get_one(StudyRow, plan.study_id).workload
+
+
+def _timing_key(row: TimingRow) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in TIMING_KEY}
+
+
+def _timing_row(device: Device, protocol: str, measurement: Measurement) -> TimingRow:
+    subject = measurement.subject
+    return TimingRow(
+        device_key=device.key,
+        protocol=protocol,
+        **asdict(subject.shape),
+        m=subject.m,
+        format=subject.format,
+        kernel=subject.kernel,
+        working_set_bytes=subject.working_set_bytes,
+        outcome=measurement.outcome,
+        reason=measurement.reason,
+        latency_us=measurement.latency_us if measurement.samples_us else None,
+        samples_us=measurement.samples_us,
+        relative_error=measurement.relative_error,
+    )

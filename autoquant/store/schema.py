@@ -121,24 +121,26 @@ class RooflineRow(Base):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
+TIMING_KEY = (
+    "device_key",
+    "protocol",
+    "n",
+    "k",
+    "bias",
+    "dtype",
+    "m",
+    "format",
+    "kernel",
+    "working_set_bytes",
+)
+"""Everything that could change a timing: columns of `TimingRow`."""
+
+
 class TimingRow(Base):
-    """One `Measurement`. The unique key is everything that could change it."""
+    """One `Measurement`."""
 
     __tablename__ = "timing"
-    __table_args__ = (
-        UniqueConstraint(
-            "device_key",
-            "protocol",
-            "n",
-            "k",
-            "bias",
-            "dtype",
-            "m",
-            "format",
-            "kernel",
-            "working_set_bytes",
-        ),
-    )
+    __table_args__ = (UniqueConstraint(*TIMING_KEY),)
     id: Mapped[int] = mapped_column(primary_key=True)
     device_key: Mapped[str] = mapped_column(ForeignKey("device.key"))
     protocol: Mapped[str]

@@ -18,7 +18,7 @@ from autoquant.candidates.registry import is_registered_here
 from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.memory import release_memory
-from autoquant.errors import ProcessDiedError, first_line
+from autoquant.errors import HungError, ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.export import applier, checkpoint
 from autoquant.files import raise_if_full, scratch_folder
@@ -36,6 +36,7 @@ from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE
 TRIES = 3
 WORKER = "autoquant.tuner.workers.delivery_worker"
 _LONGEST_ENDING_S = 10
+_LONGEST_S = 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +193,8 @@ class Deliverer:
             try:
                 send(connection, sys.path)
                 send(connection, spec)
+                if not connection.poll(_LONGEST_S):
+                    raise HungError(f"running it as its user will did not end in {_LONGEST_S} s")
                 succeeded, value = receive(connection)
             except (EOFError, ConnectionError):
                 process.wait(_LONGEST_ENDING_S)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from autoquant.devices.memory import release_memory
+from autoquant.errors import KernelError
 from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.deliver import Deliverer, deliver_best
+from autoquant.tuner.distrust import distrust
 from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import measure_crossovers
@@ -34,21 +36,29 @@ def run_stages(setup: SearchSetup, budget: Budget) -> None:
 
 
 def search_plans(setup: SearchSetup, budget: Budget) -> None:
-    """Run the stages that measure."""
+    """Run the stages that measure, again without a kernel that turned out wrong in a proof.
+
+    What was measured before is in the store, so that little is done twice.
+    """
     recording = record_linears(setup)
     bound = bind_constraints(setup, recording.sites)
     runner = setup.start_runner()
     try:
         measure = setup.measurer(runner)
-        timings = profile_linears(setup, recording, measure)
-        recording = searchable(setup, recording, bound, timings)
-        budget.note()
-        space = score_choices(setup, recording, bound, timings, runner)
-        budget.note()
-        ledger = ProofLedger(setup.store, setup.study_id, runner, budget, setup.listener)
-        referenced = prove_references(space, ledger, recording.sites, setup.limits)
-        prove_front(referenced, ledger, setup.limits)
-        refine(referenced, ledger, setup.limits, setup.seed)
+        while True:
+            timings = profile_linears(setup, recording, measure)
+            recording = searchable(setup, recording, bound, timings)
+            budget.note()
+            space = score_choices(setup, recording, bound, timings, runner)
+            budget.note()
+            ledger = ProofLedger(setup.store, setup.study_id, runner, budget, setup.listener)
+            try:
+                referenced = prove_references(space, ledger, recording.sites, setup.limits)
+                prove_front(referenced, ledger, setup.limits)
+                refine(referenced, ledger, setup.limits, setup.seed)
+                break
+            except KernelError as lie:
+                distrust(lie, timings, ledger, setup)
         measure_crossovers(ledger, timings, measure, setup.device)
     finally:
         runner.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
+from typing import Any
 
 from autoquant.devices.memory import release_memory
-from autoquant.errors import first_line
+from autoquant.errors import KernelError, ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageProgress
 from autoquant.files import raise_if_full
 from autoquant.records import Plan, PlanKind, Proof
@@ -16,8 +18,15 @@ from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.workers.again import run_again
 from autoquant.tuner.workers.in_process import Runner
-from autoquant.tuner.workers.jobs import ProveJob
+from autoquant.tuner.workers.jobs import Checking, ProveJob
 
+_FIRST_LIMIT_S = 3600.0
+_LEAST_LIMIT_S = 600.0
+_TIMES_AS_LONG = 10
+"""A proof may take so many times as long as the unquantized model's, and at least `_LEAST_LIMIT_S`.
+
+It is `_FIRST_LIMIT_S` where that was proven in an earlier run.
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +47,7 @@ class ProofLedger:
         self.store, self.study_id, self.budget, self.listener = store, study_id, budget, listener
         self._runner = runner
         self._selection: tuple[float, ...] = ()
+        self._limit_s = _FIRST_LIMIT_S
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
         self.proofs: dict[str, Proof] = store.proofs(study_id)
         self.failures: dict[str, str] = store.failed_proofs(study_id)
@@ -69,17 +79,21 @@ class ProofLedger:
 
         Returns:
             The proof, or None if the plan could not be proven.
+
+        Raises:
+            KernelError: A kernel of the plan is wrong, or ended the process when it was checked.
         """
         if plan.plan_id in self.proofs or plan.plan_id in self.failures:
             return self.proofs.get(plan.plan_id)
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
         try:
-            job = ProveJob(plan, self._selection)
-            made, self._selection = run_again(self._runner, job, self.listener, self.listener)
-        except Exception as error:  # noqa: BLE001 - that a plan cannot run is a fact about it
+            made, self._selection = self._run(plan)
+        except Exception as error:
             raise_if_full(error)
             proof = self._put_failure(plan, first_line(error, with_type=True))
+            if isinstance(error, KernelError):
+                raise
         else:
             proof = self.store.put_proof(plan.plan_id, made)
         if proof is None:
@@ -92,6 +106,42 @@ class ProofLedger:
         self.budget.note()
         release_memory()
         return proof
+
+    def _run(self, plan: Plan) -> tuple[Proof, tuple[float, ...]]:
+        """Run a proof; if its process dies while a kernel is checked, blame that kernel."""
+        at_work = Checking()
+
+        def on_message(message: Any) -> None:
+            nonlocal at_work
+            if isinstance(message, Checking):
+                at_work = message
+            else:
+                self.listener(message)
+
+        original = plan.kind == "original"
+        job = ProveJob(plan, self._selection, None if original else self._limit_s)
+        started_s = time.monotonic()
+        try:
+            result = run_again(self._runner, job, on_message, self.listener)
+        except ProcessDiedError as death:
+            if not at_work.kernel:
+                raise
+            raise KernelError(
+                f"kernel {at_work.format}/{at_work.kernel} in {at_work.layer}: {death}",
+                format_id=at_work.format,
+                kernel=at_work.kernel,
+                reason=f"in {at_work.layer}: {death}",
+            ) from death
+        if original:
+            self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * (time.monotonic() - started_s))
+        return result
+
+    def distrust(self, lie: KernelError) -> None:
+        """Count every plan with a kernel as failed, also those that were proven before."""
+        for plan_id, plan in self.plans.items():
+            if plan_id in self.proofs and _uses(plan, lie.format, lie.kernel):
+                del self.proofs[plan_id]
+                self._put_failure(plan, f"its kernel {lie.format}/{lie.kernel} is wrong")
 
     def prove_baseline(self, kind: PlanKind, plan: Plan) -> None:
         """Prove a baseline, unless it is the same as a plan of another kind."""
@@ -114,3 +164,10 @@ class ProofLedger:
         text = f"plan {plan.label} could not be proven: {reason}; the search goes on without it"
         self.listener(Notice(text))
         return None
+
+
+def _uses(plan: Plan, format_id: str, kernel: str) -> bool:
+    return any(
+        layer.format == format_id and any(step.kernel == kernel for step in layer.route)
+        for layer in plan.layers
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from autoquant.devices import backend
 from autoquant.devices.memory import release_memory
 from autoquant.evaluators.quality import Comparison, Quality
 from autoquant.export.applier import Quantized, apply, module_bytes
+from autoquant.export.kernel_check import KernelsInModel, OnKernel, ignore_kernel
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
@@ -49,10 +50,31 @@ class Prover:
     _original: tuple[Phases, str] | None = None
     _quantized: Quantized = field(default_factory=Quantized)
 
-    def prove(self, plan: Plan) -> Proof:
-        """Apply `plan` to a copy that shares all unquantized weights, and measure it."""
+    def prove(
+        self,
+        plan: Plan,
+        on_kernel: OnKernel = ignore_kernel,
+        on_checked: Callable[[], None] = lambda: None,
+    ) -> Proof:
+        """Apply `plan` to a copy that shares all unquantized weights, and measure it.
+
+        Args:
+            on_kernel: Takes the kernel that is checked next.
+            on_checked: Called when all were checked.
+
+        Raises:
+            KernelError: A kernel computes something else than its weight stores.
+        """
         module = shallow_copy(self.loaded.module)
-        apply(plan, module, calibration=self.calibration, quantized=self._quantized)
+        apply(
+            plan,
+            module,
+            calibration=self.calibration,
+            quantized=self._quantized,
+            on_kernel=on_kernel,
+        )
+        self._check_kernels(module, on_kernel)
+        on_checked()
         release_memory()
         report, selection = self._compare(module, plan)
         self.selection = selection.reference
@@ -88,6 +110,14 @@ class Prover:
             selection_losses=selection.losses,
             time_ratio=times.ratio(calls),
         )
+
+    def _check_kernels(self, module: nn.Module, on_kernel: OnKernel) -> None:
+        """Check every quantized linear on what the phases of the workload give it."""
+        with KernelsInModel(module, on_kernel):
+            phases = make_phases(replace(self.loaded, module=module), self.workload)
+            for phase in self.workload.phases:
+                phases.reset(phase.name)
+                phases.run_eager(phase.name)
 
     def _compare(self, module: nn.Module, plan: Plan) -> tuple[Comparison, Comparison]:
         """Return the losses on the report and on the selection part."""

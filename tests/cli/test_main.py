@@ -13,7 +13,7 @@ from autoquant.cli.main import app
 
 COMMANDS = (
     "search", "pareto", "show", "diff", "apply", "bench", "eval", "candidates", "profile", "studies", "rm", "merge",
-    "export-timings", "recipes", "report", "generate", "serve",
+    "export-timings", "recipes", "report", "generate", "serve", "doctor",
 )  # fmt: skip
 
 

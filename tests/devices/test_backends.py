@@ -12,7 +12,7 @@ import torch
 from autoquant import devices
 from autoquant.candidates import A16, Candidate, Format, Kernel
 from autoquant.candidates.kernels.caches import kernels_kept
-from autoquant.devices import BACKENDS, Backend, backend
+from autoquant.devices import BACKENDS, Backend, backend, cuda
 from autoquant.devices.cuda import CudaBackend
 from autoquant.devices.effort import TimingEffort, timing_effort, timing_effort_of
 from autoquant.devices.mps import MpsBackend
@@ -184,6 +184,46 @@ def test_a_gpu_of_nvidia_keeps_its_key(libraries, monkeypatch):
 
 
 KEY = "9e3d41aa270c"
+
+
+@pytest.fixture
+def smi(libraries, monkeypatch):
+    """A GPU, and what nvidia-smi says of it: a test may change that."""
+    told = {name: "1" for name in cuda._TOLD} | {"driver_version": "580.65"}
+    properties = SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, L2_cache_size=50 << 20, uuid="12ab"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+
+    def run(command, **_options):
+        assert command[:2] == ["nvidia-smi", "--id=GPU-12ab"]
+        return SimpleNamespace(stdout=", ".join(told.values()) + "\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return told
+
+
+def test_another_driver_or_power_limit_is_another_key(smi):
+    gpu = CudaBackend("cuda")
+    first = gpu.fingerprint()
+    assert first.versions["driver"] == "580.65" and "power limit" not in first.versions
+    assert gpu.concerns() == {}
+    smi["driver_version"] = "590.1"
+    second = gpu.fingerprint()
+    smi["power.limit"] = "400.00 W"
+    third = gpu.fingerprint()
+    assert third.versions["power limit"] == "400.00 W" and len(gpu.concerns()) == 1
+    assert len({first.key, second.key, third.key}) == 3
+
+
+def test_a_gpu_without_nvidia_smi_says_that_drivers_are_not_told_apart(smi, monkeypatch):
+    def absent(*_arguments, **_options):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    gpu = CudaBackend("cuda")
+    assert "driver" not in gpu.fingerprint().versions
+    assert "nvidia-smi does not tell" in next(iter(gpu.concerns()))
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """The fingerprint of this machine, and how busy others keep it."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from autoquant.devices import backend, base, load
+from autoquant.devices import backend, base, cpu, load
 from autoquant.devices.cpu import CpuBackend
 from autoquant.records import Device
 
@@ -81,6 +82,52 @@ def test_a_change_of_any_version_is_another_key(compiles):
         for name in (*found.versions, "triton-cpu")
     }
     assert len(keys) == len(found.versions) + 2
+
+
+@pytest.fixture
+def limited(monkeypatch, tmp_path):
+    """A machine whose files about the clock a test writes."""
+    monkeypatch.setattr(cpu, "_CPUS", tmp_path)
+    monkeypatch.setattr(cpu, "cpu_quota", lambda: None)
+
+    def write(**texts):
+        for name, text in texts.items():
+            path = tmp_path / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+
+    write(cpu0__cpufreq__cpuinfo_max_freq=3500000, cpu0__cpufreq__scaling_max_freq=3500000)
+    return write
+
+
+def test_a_limit_of_the_clock_is_another_key_and_none_keeps_it(compiles, limited, monkeypatch):
+    keys = [CPU.fingerprint().key]
+    assert CPU.fingerprint().versions.keys() & {"clock limit", "turbo", "CPU quota"} == set()
+    limited(cpu0__cpufreq__scaling_max_freq=2000000)
+    keys.append(CPU.fingerprint().key)
+    assert CPU.fingerprint().versions["clock limit"] == "2 of 3.5 GHz"
+    assert "the clock is limited to 2 of 3.5 GHz" in CPU.concerns()
+    limited(cpufreq__boost=0)
+    keys.append(CPU.fingerprint().key)
+    monkeypatch.setattr(cpu, "cpu_quota", lambda: 0.5)
+    keys.append(CPU.fingerprint().key)
+    assert len(set(keys)) == 4
+
+
+def test_a_container_with_less_time_than_threads_is_a_concern(limited, monkeypatch):
+    monkeypatch.setattr(cpu, "cpu_quota", lambda: 0.5)
+    (what,), (remedy,) = CPU.concerns().keys(), CPU.concerns().values()
+    assert "threads share 0.5 CPUs' time" in what and remedy.startswith("set OMP_NUM_THREADS=1")
+
+
+def test_another_version_of_a_plug_in_is_another_key(compiles, monkeypatch):
+    keys = [CPU.fingerprint().key]
+    for number in ("1.0", "1.1"):
+        plug_in = SimpleNamespace(dist=SimpleNamespace(name="my-kernels", version=number))
+        monkeypatch.setattr(base, "entry_points", lambda group, found=plug_in: [found])
+        assert CPU.fingerprint().versions["plug-in my-kernels"] == number
+        keys.append(CPU.fingerprint().key)
+    assert len(set(keys)) == 3
 
 
 def test_compilation_is_off_where_the_user_says_so(monkeypatch):

@@ -6,14 +6,14 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from autoquant.errors import ProcessDiedError
+from autoquant.errors import HungError, ProcessDiedError
 from autoquant.events import Notice, StageFinished, StageStarted
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject
 from autoquant.store import open_store
 from autoquant.store.schema import TimingRow
 from autoquant.tuner.profiling import measure_all
-from autoquant.tuner.workers.jobs import Limited, Timed
+from autoquant.tuner.workers.jobs import AtWork, Limited, Timed
 
 DEVICE = Device(
     type="cpu",
@@ -41,12 +41,17 @@ FOUR = [subject(m, kernel) for m in (2, 5) for kernel in ("right", "wrong")]
 
 
 class Runner:
-    """Answers profile jobs as a job does: cell by cell. The process dies at subjects in `deadly`."""
+    """Answers profile jobs as a job does: cell by cell. The process dies at subjects in `deadly`.
 
-    def __init__(self, deadly=()):
+    With `tells`, it says which subject is at work alone.
+    """
+
+    def __init__(self, deadly=(), *, tells=False, death=None):
         self.jobs = []
         self.limits = []
         self.deadly = deadly
+        self.tells = tells
+        self.death = death or ProcessDiedError("SIGSEGV")
         self.stops_before = None
 
     def run(self, job, on_message):
@@ -57,8 +62,13 @@ class Runner:
             cell = [subject for subject in job.subjects if subject.m == m]
             if self.stops_before == m:
                 raise KeyboardInterrupt
-            if any(subject in self.deadly for subject in cell):
-                raise ProcessDiedError("SIGSEGV")
+            for subject in cell:
+                if self.tells:
+                    on_message(AtWork(subject))
+                if subject in self.deadly:
+                    raise self.death
+            if self.tells:
+                on_message(AtWork(None))
             on_message(Timed(tuple(map(measurement, cell))))
 
 
@@ -160,6 +170,35 @@ def test_a_candidate_that_ends_its_process_has_failed_and_the_rest_goes_on(store
         "wrong": "incorrect",
     }
     assert result[deadly].reason == "SIGSEGV" and rows(store) == 4
+
+
+def test_what_was_at_work_alone_is_not_tried_once_more(store):
+    runner = Runner([subject(5, "right")], tells=True)
+    result = stage(store, runner=runner)
+    assert result[subject(5, "right")].reason == "SIGSEGV"
+    assert runner.jobs == [FOUR, [subject(5, "wrong")]]
+
+
+def test_a_candidate_that_hung_is_not_tried_any_more_and_the_rest_goes_on(store):
+    hung = HungError("it did not end within 3 s")
+    runner = Runner([subject(2, "right"), subject(5, "right")], tells=True, death=hung)
+    result = stage(store, runner=runner)
+    assert runner.jobs == [FOUR, [subject(2, "wrong"), subject(5, "wrong")]]
+    assert result[subject(2, "right")].reason == "it did not end within 3 s"
+    assert result[subject(5, "right")].reason == (
+        "not tried: at 16x32:float32 m=2 it did not end within 3 s"
+    )
+    assert {result[subject(m, "wrong")].outcome for m in (2, 5)} == {"incorrect"}
+
+
+def test_a_candidate_that_ended_two_processes_is_not_tried_any_more(store):
+    deadly = [subject(m, "right") for m in (2, 5, 6)]
+    more = [*FOUR, subject(6, "right"), subject(6, "wrong")]
+    died = ProcessDiedError("its process was ended by SIGSEGV")
+    runner = Runner(deadly, tells=True, death=died)
+    result = stage(store, more, runner=runner)
+    assert len(runner.jobs) == 3 and deadly[2] not in runner.jobs[2]
+    assert result[deadly[2]].reason.startswith("not tried: at 16x32:float32 m=5 its process")
 
 
 def test_a_process_that_no_candidate_ends_alone_is_not_tried_forever(store):

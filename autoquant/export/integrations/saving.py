@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from autoquant.errors import CheckpointError
 from autoquant.export import checkpoint
+from autoquant.export.kernel_check import check_kernels
 from autoquant.export.manifest import MANIFEST
 from autoquant.files import move_whole, raise_if_full, scratch_folder
 from autoquant.runtime.prepare import prepare
@@ -21,13 +22,16 @@ _TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; it is ignor
 
 
 def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
-    """Settle a transformers model that has its quantized weights, and prepare it to run.
+    """Settle a transformers model that has its quantized weights; prepare it and check its kernels.
 
     Afterwards `save_pretrained` and `push_to_hub` write a folder that can be loaded again, and the
     model can be moved to another device and cast.
 
     Returns:
         The same model, changed in place.
+
+    Raises:
+        KernelError: A kernel computes something else here than its weight stores.
     """
     from autoquant.export.integrations.quantizer import AutoquantConfig, AutoquantQuantizer
 
@@ -41,7 +45,8 @@ def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
     # transformers refuses these for quantized models; here, quantized weights keep their dtype.
     model.float = partial(_cast, model, torch.float32)
     model.half = partial(_cast, model, torch.float16)
-    return prepare(model)
+    check_kernels(prepare(model))
+    return cast(nn.Module, model)
 
 
 def _save(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from autoquant.errors import ProcessDiedError
+from autoquant.errors import HungError, ProcessDiedError
 from autoquant.events import Listener, Notice
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Job
@@ -23,10 +23,12 @@ def run_again(
     """Return the result of a job, from its second run if the first one died.
 
     Raises:
-        ProcessDiedError: It died both times.
+        ProcessDiedError: It died both times, or did not end.
     """
     try:
         return runner.run(job, on_message)
+    except HungError:
+        raise  # it would hang as long again
     except ProcessDiedError as death:
         listener(Notice(f"tried once more: {death}"))
         return runner.run(job, on_message)

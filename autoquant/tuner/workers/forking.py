@@ -14,7 +14,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from autoquant.errors import ProcessDiedError
+from autoquant.errors import HungError, ProcessDiedError
 
 if TYPE_CHECKING:
     from autoquant.tuner.workers.jobs import BenchSpec, Job
@@ -45,12 +45,15 @@ class ForkingRunner:
 
         Raises:
             ProcessDiedError: A signal, or code that ended the process, stopped the job.
+            HungError: It gave no message for `job.silence_s`, and was ended.
         """
         if self._process is None:
             self._connection = self._start()
         try:
             send(self._connection, job)
             while True:
+                if not self._connection.poll(job.silence_s):
+                    raise HungError(f"it did not end within {job.silence_s:.0f} s")
                 kind, value = receive(self._connection)
                 if kind != TOLD:
                     break

@@ -138,9 +138,13 @@ class Job(Protocol[Result_co]):
 
     Attributes:
         needs_model: The model should be in memory before it starts.
+        silence_s: A runner that can ends the job after so long without a message. None: never.
     """
 
     needs_model: ClassVar[bool]
+
+    @property
+    def silence_s(self) -> float | None: ...
 
     def run(self, bench: Bench, tell: Tell) -> Result_co: ...
 
@@ -150,6 +154,22 @@ class Timed:
     """Sent by `ProfileJob`: timings to save, of candidates that were compared."""
 
     measurements: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AtWork:
+    """Sent by `ProfileJob`: the candidate that runs alone now, or None for several."""
+
+    subject: TimingSubject | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checking:
+    """Sent by `ProveJob`: the kernel that is checked now; empty once all were."""
+
+    layer: str = ""
+    format: str = ""
+    kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +192,7 @@ class LoadJob:
     """Loads the model again, or raises `ModelError`."""
 
     needs_model: ClassVar[bool] = False
+    silence_s: float | None = None
 
     def run(self, bench: Bench, tell: Tell) -> None:
         bench.loaded  # noqa: B018 - loads it
@@ -179,7 +200,7 @@ class LoadJob:
 
 @dataclass(frozen=True, slots=True)
 class ProfileJob:
-    """Times the subjects; sends `Timed`, `Limited` and events.
+    """Times the subjects; sends `AtWork`, `Timed`, `Limited` and events.
 
     Attributes:
         roofline: The device's, or None to measure it if it is needed.
@@ -189,6 +210,11 @@ class ProfileJob:
     subjects: Sequence[TimingSubject]
     hardware: Device
     roofline: Roofline | None = None
+
+    @property
+    def silence_s(self) -> float | None:
+        """Most seconds for one candidate, or for all of a shape and m in turn."""
+        return timing_effort().candidate_limit_s
 
     def run(self, bench: Bench, tell: Tell) -> None:
         formats = {
@@ -210,6 +236,7 @@ class ProfileJob:
             ),
             on_measured=on_measured,
             listener=partial(_tell_trimmed, tell),
+            on_candidate=lambda subject: tell(AtWork(subject)),
         )
 
     def _limits(self, device: str, tell: Tell) -> Roofline:
@@ -242,6 +269,7 @@ class ScoreJob:
 
     changes: Sequence[tuple[Site, str, str, str]]
     sensitivity: str
+    silence_s: float | None = None
 
     @classmethod
     def of(cls, method: Sensitivity, changes: Sequence[Change]) -> ScoreJob:
@@ -299,7 +327,7 @@ def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Ch
 
 @dataclass(frozen=True, slots=True)
 class ProveJob:
-    """Proves a plan.
+    """Proves a plan. Sends `Checking`.
 
     Attributes:
         selection: The unquantized model's losses on the selection part, from an earlier proof;
@@ -310,7 +338,17 @@ class ProveJob:
 
     plan: Plan
     selection: tuple[float, ...]
+    silence_s: float | None = None
 
     def run(self, bench: Bench, tell: Tell) -> tuple[Proof, tuple[float, ...]]:
         bench.prover.selection = bench.prover.selection or self.selection
-        return bench.prover.prove(self.plan), bench.prover.selection
+        told: list[Checking] = []
+
+        def on_kernel(layer: str, format_id: str, kernel: str) -> None:
+            checking = Checking(layer, format_id, kernel)
+            if told[-1:] != [checking]:
+                told[:] = [checking]
+                tell(checking)
+
+        proof = bench.prover.prove(self.plan, on_kernel, lambda: tell(Checking()))
+        return proof, bench.prover.selection

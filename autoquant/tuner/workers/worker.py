@@ -2,8 +2,9 @@
 
 Run as `python -m autoquant.tuner.workers.worker FD`, where FD is a socket. This process never
 computes: a process whose OpenMP threads have run cannot be forked. A child ends with its job, which
-returns all its memory. A child that a signal ends is an answer like any other. When the searching
-process ends, so do this one and its child.
+returns all its memory. A child that a signal ends is an answer like any other, and so is one that
+takes nearly all memory, which is ended. When the searching process ends, so do this one and its
+child.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ import sys
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from autoquant.devices.effort import timing_effort
+from autoquant.devices.memory import available_bytes, resident_bytes
 from autoquant.processes import die_with
 from autoquant.tuner.workers.forking import DIED, DONE, RAISED, TOLD, receive, send
 from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
+
+_ANSWERED = 87
+"""The exit code of a child that sent its result. A kernel's own code may end it with any other."""
+_LOOK_S = 0.1
 
 
 def main() -> None:
@@ -59,18 +67,46 @@ def _serve(job: Job[Any], bench: Bench, threads: int, connection: Connection) ->
         ours.close()
         connection.close()
         die_with(me)
+        be_ended_first()
         torch.set_num_threads(threads)
         _work(job, bench, theirs)
-        os._exit(0)
+        os._exit(_ANSWERED)
     theirs.close()
-    with suppress(EOFError, OSError):  # the child has ended, in the middle of a message perhaps
-        while True:
-            connection.send_bytes(ours.recv_bytes())
+    greedy = _pass_on(ours, connection, child)
     ours.close()
     _, status = os.waitpid(child, 0)
-    if code := os.waitstatus_to_exitcode(status):
-        send(connection, (DIED, signal.Signals(-code).name if code < 0 else f"exit code {code}"))
+    code = os.waitstatus_to_exitcode(status)
+    if code != _ANSWERED:
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        send(connection, (DIED, greedy or how))
     return None
+
+
+def _pass_on(ours: Connection, connection: Connection, child: int) -> str:
+    """Pass the child's messages on until it ends. End it if it takes nearly all memory.
+
+    Return why it was ended, or an empty string.
+    """
+    available = available_bytes()
+    most = (
+        None
+        if available is None
+        else resident_bytes(child) + int(timing_effort().most_memory * available)
+    )
+    with suppress(EOFError, OSError):  # the child has ended, in the middle of a message perhaps
+        while True:
+            while not ours.poll(_LOOK_S):
+                if most is not None and resident_bytes(child) > most:
+                    os.kill(child, signal.SIGKILL)
+                    return f"this program, since it took {most / 2**30:.1f} GiB of memory"
+            connection.send_bytes(ours.recv_bytes())
+    return ""
+
+
+def be_ended_first() -> None:
+    """Have the system, when it runs out of memory, end this process before any other."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _work(job: Job[Any], bench: Bench, answers: Connection) -> None:

@@ -24,6 +24,7 @@ class Count:
 
     until: int
     needs_model: ClassVar[bool] = False
+    silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
         for number in range(self.until):
@@ -35,6 +36,7 @@ class Count:
 class Fail:
     error: str
     needs_model: ClassVar[bool] = False
+    silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
         raise ValueError(self.error) if self.error else OddError(1, 2)
@@ -46,6 +48,7 @@ class Crash:
 
     number: int
     needs_model: ClassVar[bool] = False
+    silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
         tell(b"x" * 100_000)
@@ -58,6 +61,7 @@ class Fill:
 
     mib: int
     needs_model: ClassVar[bool] = False
+    silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
         memory = torch.ones(self.mib << 18)
@@ -74,8 +78,36 @@ class Sleep:
 
     seconds: float = 60.0
     needs_model: ClassVar[bool] = False
+    silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tell(os.getpid())
         time.sleep(self.seconds)
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Never ends."""
+
+    silence_s: float
+    needs_model: ClassVar[bool] = False
+
+    def run(self, bench, tell):
+        tell("begun")
+        while True:
+            time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Devour:
+    """Takes ever more memory, 64 MiB at a time, up to 4 GiB."""
+
+    needs_model: ClassVar[bool] = False
+    silence_s: ClassVar[float | None] = None
+
+    def run(self, bench, tell):
+        taken = []
+        for _ in range(64):
+            taken.append(torch.ones(1 << 24))
+            time.sleep(0.02)

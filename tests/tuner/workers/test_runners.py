@@ -18,7 +18,8 @@ from models.tiny_models import Perceptron
 from torch import nn
 
 from autoquant.candidates import A16, Format, Kernel, register, registry
-from autoquant.errors import CandidateError, ModelError, ProcessDiedError
+from autoquant.devices.effort import TimingEffort
+from autoquant.errors import CandidateError, HungError, ModelError, ProcessDiedError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Notice
@@ -31,7 +32,7 @@ from autoquant.tuner.workers.in_process import InProcessRunner
 from autoquant.tuner.workers.jobs import Bench, BenchSpec, LoadJob, Scored, ScoreJob
 from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE, start_runner
 
-from .made_up_jobs import Count, Crash, Fail, Fill, Sleep
+from .made_up_jobs import Count, Crash, Devour, Fail, Fill, Hang, Sleep
 
 pytestmark = [
     pytest.mark.processes,
@@ -140,6 +141,29 @@ def test_every_job_gets_a_fresh_process_with_the_wanted_threads(shared):
         processes.add(process)
     assert len(processes) == 3 and os.getpid() not in processes
     wait_until(lambda: not any(map(is_running, processes)))
+
+
+def test_a_job_that_is_silent_for_too_long_is_ended_and_the_next_one_runs(shared):
+    began = time.monotonic()
+    with pytest.raises(HungError, match="it did not end within 1 s"):
+        run(shared, Hang(silence_s=1.0))
+    assert time.monotonic() - began < 20
+    assert run(shared, Count(2))[1] == [0, 1]
+
+
+def test_a_job_that_ends_its_process_as_if_all_were_well_has_died(shared):
+    with pytest.raises(ProcessDiedError, match="exit code 0"):
+        run(shared, Crash(0))
+
+
+def test_a_job_that_takes_too_much_memory_is_ended(spec):
+    runner = ForkingRunner(replace(spec, effort=TimingEffort(most_memory=0.01)))
+    try:
+        with pytest.raises(ProcessDiedError, match=r"it took \d+\.\d GiB of memory"):
+            run(runner, Devour())
+        assert run(runner, Count(1))[1] == [0]
+    finally:
+        runner.close()
 
 
 def test_what_a_job_raises_is_raised_here_with_its_traceback(shared):

@@ -180,16 +180,6 @@ def test_sampled_texts_are_not_compared(both):
     )
 
 
-def test_a_text_that_ends_early_is_compared_by_the_token():
-    ours = command._Speed(new_tokens=10, first_token_s=1.0, tokens_per_s=10.0, total_s=2.0)
-    theirs = command._Speed(new_tokens=20, first_token_s=2.0, tokens_per_s=5.0, total_s=6.0)
-    faster = command._faster([ours, theirs])
-    assert faster == {"first_token": 2.0, "tokens_per_s": 2.0, "total": pytest.approx(1.5)}
-    request = command._Request({"input_ids": torch.zeros(1, 3)}, 20, 0.0)
-    lines = command._lines([ours, theirs], [1.0, 1.0], request, None)
-    assert "20 of the original" in lines[-2]
-
-
 def test_no_more_is_written_than_the_model_has_room_for(quantized):
     result = succeed(quantized, "--prompt", " ".join(["w1"] * 60), "--max-new-tokens", 20)
     assert f"4 new tokens instead of 20: {quantized} takes 64 in all" in result.stderr

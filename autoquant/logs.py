@@ -1,9 +1,18 @@
-"""Drop what libraries log if a user can do nothing about it. Autoquant logs only on request."""
+"""Decide what is logged and warned of: nothing that a user cannot act on.
+
+Autoquant itself logs only on request.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TALKATIVE = ("torchao", "torch.utils._pytree", "transformers")
 
 
 def quiet_libraries() -> None:
@@ -15,6 +24,35 @@ def quiet_libraries() -> None:
     logging.getLogger("autoquant").addHandler(logging.NullHandler())
     logging.getLogger("torchao").addFilter(_is_missed)
     logging.getLogger("torch.utils._pytree").addFilter(_is_for_users)
+
+
+def hide_warnings() -> None:
+    """Hide all warnings of libraries: who types a command cannot act on them.
+
+    A program that uses autoquant decides on its own.
+    """
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces each of its runs
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+@contextmanager
+def on_stderr() -> Iterator[None]:
+    """Show what autoquant logs on stderr inside."""
+    logger, handler = logging.getLogger("autoquant"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+    )
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def _is_missed(record: logging.LogRecord) -> bool:

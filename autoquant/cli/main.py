@@ -6,19 +6,18 @@ Exit codes: 0 done, 1 an unexpected error, 2 an error that the user can fix, 130
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from autoquant import logs
 from autoquant.cli.apply import apply
 from autoquant.cli.bench import bench
 from autoquant.cli.candidates import candidates
@@ -42,7 +41,6 @@ from autoquant.errors import AutoquantError
 DEBUG_VARIABLE = "AUTOQUANT_DEBUG"
 _DEBUG_OPTION = "--debug"
 _VERBOSE_OPTION = "--verbose"
-_TALKATIVE = ("torchao", "torch.utils._pytree", "transformers")
 
 
 class OneLineErrors(TyperGroup):
@@ -54,7 +52,7 @@ class OneLineErrors(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         debug = wants_debug(given)
-        logging_or_not = logged_to_stderr() if _VERBOSE_OPTION in given else nullcontext()
+        logging_or_not = logs.on_stderr() if _VERBOSE_OPTION in given else nullcontext()
         given = [argument for argument in given if argument not in (_DEBUG_OPTION, _VERBOSE_OPTION)]
         options["standalone_mode"] = False
         try:
@@ -73,23 +71,6 @@ class OneLineErrors(TyperGroup):
             typer.echo(f"error: {message}", err=True)
             sys.exit(code)
         sys.exit(result if isinstance(result, int) else 0)
-
-
-@contextmanager
-def logged_to_stderr() -> Iterator[None]:
-    """Log to stderr inside."""
-    logger, handler = logging.getLogger("autoquant"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
-    )
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
 
 
 def wants_debug(arguments: Sequence[str]) -> bool:
@@ -179,19 +160,10 @@ def autoquant(
         typer.echo(context.get_help())
 
 
-def hush_libraries() -> None:
-    """Hide warnings of libraries: the user cannot act on them."""
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces each of its runs
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-
-
 def run() -> None:
     """Run the `autoquant` command."""
     if not wants_debug(sys.argv):
-        hush_libraries()
+        logs.hide_warnings()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

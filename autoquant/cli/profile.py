@@ -94,20 +94,24 @@ def profile(
     all_m = None if rows is None else parse_rows(rows)
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.tuner.profile import time_linears  # imports torch
-    from autoquant.tuner.profile_request import ProfileRequest, asked_linears
+    from autoquant.models import ModelRequest  # imports torch, as what follows
+    from autoquant.tuner.profile import time_linears
+    from autoquant.tuner.profile_request import ProfileRequest, ShapesRequest, model_or_shapes
 
-    linears = asked_linears(
-        model,
-        shapes,
-        dtype=dtype.value,
-        device=device,
-        model_factory=model_factory,
-        tokenizer=tokenizer,
-        trust_pickle=trust_pickle,
-    )
+    asked_model = asked_shapes = None
+    if model is not None:
+        asked_model = ModelRequest(
+            model=model,
+            dtype=dtype.value,
+            device=device,
+            model_factory=model_factory,
+            tokenizer=tokenizer,
+            trust_pickle=trust_pickle,
+        )
+    if shapes is not None:
+        asked_shapes = ShapesRequest(shapes=shapes, dtype=dtype.value, device=device)
     asked = ProfileRequest(
-        linears=linears,
+        linears=model_or_shapes(asked_model, asked_shapes),
         rows=all_m,
         workload=request,
         batch=batch,

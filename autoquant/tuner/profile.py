@@ -17,7 +17,7 @@ from autoquant.candidates import Format, select, timed
 from autoquant.candidates.flat import stored_bytes
 from autoquant.devices import backend
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.models import LoadedModel, load_request
+from autoquant.models import LoadedModel, ModelRequest, load_request
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
@@ -35,7 +35,7 @@ from autoquant.tuner.profile_request import (
     ProfileRequest,
     Shapes,
     ShapesRequest,
-    asked_linears,
+    model_or_shapes,
 )
 from autoquant.tuner.profiling import keeper
 
@@ -111,18 +111,21 @@ def profile(  # noqa: PLR0913 - the keywords of a public function
 
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
-    linears = asked_linears(
-        model,
-        shapes,
-        dtype=dtype,
-        device=device,
-        model_factory=model_factory,
-        tokenizer=tokenizer,
-        trust_pickle=trust_pickle,
-        sample_inputs=sample_inputs,
-    )
+    asked_model = asked_shapes = None
+    if model is not None:
+        asked_model = ModelRequest(
+            model=model,
+            dtype=dtype,
+            device=device,
+            model_factory=model_factory,
+            tokenizer=tokenizer,
+            trust_pickle=trust_pickle,
+            sample_inputs=sample_inputs,
+        )
+    if shapes is not None:
+        asked_shapes = ShapesRequest(shapes=shapes, dtype=dtype, device=device)
     request = ProfileRequest(
-        linears=linears,
+        linears=model_or_shapes(asked_model, asked_shapes),
         rows=rows,
         workload=workload,
         batch=batch,

@@ -222,16 +222,21 @@ class Knapsack:
         if result.x is None:
             return None
         starts = _starts(self.owners)
-        return np.asarray(
-            [a + np.argmax(result.x[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)]
-        )
+        ends = [*starts[1:], None]
+        # HiGHS returns whole numbers up to a tolerance.
+        picks = [a + np.argmax(result.x[a:b]) for a, b in zip(starts, ends, strict=True)]
+        return np.asarray(picks)
 
     def _equalities(self) -> tuple[csr_array, Vector]:
         """The constraints with `=`: one option of every layer, then the ties."""
-        count = len(self.owners)
+        options = len(self.owners)
         layers = int(self.owners[-1]) + 1
-        one = csr_array((np.ones(count), (self.owners, np.arange(count))), shape=(layers, count))
-        return vstack([one, self.ties]), np.repeat((1.0, 0.0), (layers, self.ties.shape[0]))
+        # A row for each layer, with a 1 in the columns of its options. These add up to 1.
+        cells = (self.owners, np.arange(options))
+        one = csr_array((np.ones(options), cells), shape=(layers, options))
+        # What is tied is picked together: the difference is 0.
+        right = np.repeat((1.0, 0.0), (layers, self.ties.shape[0]))
+        return vstack([one, self.ties]), right
 
 
 def _starts(owners: Indices) -> Indices:

@@ -17,6 +17,15 @@ from autoquant.cli.main import app
 from autoquant.export import checkpoint
 
 PROMPT = "w1 w2 w3"
+pytestmark = pytest.mark.models
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    """Nothing is compiled: tests/runtime/generate compiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOQUANT_EAGER", "1")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -181,9 +181,10 @@ class SearchSpace:
             choices = [choice for member in members for choice in self.options[member]]
             # Each once and in order, so that the same space gives the same problem.
             formats = dict.fromkeys(choice.format for choice in choices)
-            for fmt in formats:
-                # A member without the format has no option here, so nobody may take it.
-                found.append([(member, self._having(member, fmt)) for member in members])
+            # A member without the format has no option here, so none of them may take it.
+            found.extend(
+                [(member, self._having(member, fmt)) for member in members] for fmt in formats
+            )
         return found
 
     def _having(self, position: int, format_id: str) -> list[int]:

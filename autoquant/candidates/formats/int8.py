@@ -68,7 +68,7 @@ def _int_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     values, scale = _parts(weight)
     rows = x.reshape(-1, x.shape[-1])
     rounded, x_scale = round_row_int8(rows)
-    # Exact sums of integers. In float32, as bfloat16 would round them before they are scaled.
+    # Scaled in float32, since bfloat16 would round the sums first.
     y = torch._int_mm(rounded, values.t()).float()
     y = y * x_scale * scale.reshape(1, -1).float()
     if bias is not None:

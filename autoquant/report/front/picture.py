@@ -102,7 +102,7 @@ def _symlog_ticks(linear_to: float, points: Sequence[Point]) -> list[float]:
     ends = [abs(end) for point in points for end in (point.low, point.high)]
     largest = max(linear_to, *ends)
     decades = math.ceil(math.log10(largest / linear_to)) + 1
-    steps = (1, 2, 5) if decades <= 3 else (1,)  # numbers would overlap
+    steps = (1, 2, 5) if decades <= 3 else (1,)  # more numbers would overlap
     ticks = [linear_to / 4, linear_to / 2]
     for power in range(decades):
         ticks += [linear_to * 10**power * step for step in steps]

@@ -30,6 +30,7 @@ _FEWEST_BLOCKS = 2
 def shallow_copy(module: nn.Module) -> nn.Module:
     """Copy the module's structure. Parameters and buffers are the original's own tensors."""
     tensors = [*module.parameters(), *module.buffers()]
+    # What the memo of `deepcopy` names counts as copied already.
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 

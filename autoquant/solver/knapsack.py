@@ -97,6 +97,7 @@ class Knapsack:
             while nothing * _CLOSE < too_many:
                 limit = something
                 if something >= too_many:
+                    # Raised by a factor, but not past the middle between too little and too much.
                     limit = min(nothing * growth, math.sqrt(nothing * too_many))
                 try:
                     found = self._enumerated(relaxed, limit, most_tried)
@@ -120,6 +121,7 @@ class Knapsack:
             _TooManyError: There are too many partial solutions.
         """
         core = np.flatnonzero(relaxed.regrets <= limit)
+        # A row for each option: its cost, then its weights.
         measures = np.vstack((self.cost, self.weights))[:, core].T
         # A row for each choice of multipliers: cost less prices @ weights.
         prices = (
@@ -134,11 +136,12 @@ class Knapsack:
         partial = np.zeros((1, measures.shape[1]))
         trail: list[tuple[int, Indices]] = []
         tried = 0
-        spread = np.maximum.reduceat(measures[:, 1:], starts) - np.minimum.reduceat(
-            measures[:, 1:], starts
-        )
+        # Layers whose weights differ most come first: they decide early what breaks a budget.
+        weights = measures[:, 1:]
+        spread = np.maximum.reduceat(weights, starts) - np.minimum.reduceat(weights, starts)
         for layer in np.argsort(-spread.max(1, initial=0.0), kind="stable"):
             options = measures[starts[layer] : ends[layer]]
+            # What follows adds at least its `least`, and this layer is no longer among it.
             most = most + least[layer]
             # Every partial solution with every option of this layer.
             partial = (partial[:, None] + options).reshape(-1, partial.shape[1])

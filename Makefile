@@ -1,5 +1,5 @@
 # Each target does all its set-up: a virtual environment of its own, from the pinned constraints.
-#   make check     linters, types, contracts, and the unit tests that need no model
+#   make check     linters, types, contracts, and the unit tests that run no model
 #   make test      every test but those marked slow, browser or gpu
 #   make test-all  `make test`, then those
 # In one call, as in `make lint test test-all`, nothing runs twice. With COVERAGE=1, which makes tests slower, the last one
@@ -14,13 +14,17 @@ MARKED := slow or browser or gpu
 COVER := $(if $(COVERAGE),--cov=autoquant --cov-report=)
 UNIT := tests/cli tests/report tests/store tests/tuner $(wildcard tests/test_*.py)
 
-.PHONY: demo check test test-all lint docs clean
+.PHONY: demo check test test-all lint unit docs clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/python demo/run.py
 
-check: lint
-	$(PYTEST) -m "not ($(MARKED) or processes)" $(UNIT)
+# Both at once, since the types are checked by one process.
+check: $(TEST)/installed
+	$(MAKE) --no-print-directory -j 2 lint unit
+
+unit: $(TEST)/installed
+	$(PYTEST) -m "not ($(MARKED) or processes or models)" $(UNIT)
 
 test: $(TEST)/installed
 	$(PYTEST) $(COVER) -m "not ($(MARKED))"

@@ -1,12 +1,18 @@
-"""Drop what libraries log if a user can do nothing about it. Autoquant logs only on request."""
+"""Decide what is logged and warned of: nothing that a user cannot act on.
+
+Autoquant itself logs only on request.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_TALKATIVE = ("torchao", "torch.utils._pytree", "transformers")
 
 
 def quiet_libraries() -> None:
@@ -35,6 +41,37 @@ def levels_kept() -> Iterator[None]:
             place.setLevel(level)
 
 
+def hide_warnings() -> None:
+    """Hide all warnings of libraries: who types a command cannot act on them.
+
+    A program that uses autoquant decides on its own.
+    """
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces each of its runs
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+@contextmanager
+def on_stderr(visible: Callable[[str], str]) -> Iterator[None]:
+    """Show what autoquant logs on stderr inside.
+
+    Args:
+        visible: Writes out what would steer the terminal.
+    """
+    logger, handler = logging.getLogger("autoquant"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(visible))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
 def _is_missed(record: logging.LogRecord) -> bool:
     """Drop the warning that kernels for GPUs cannot be loaded, unless there is a GPU."""
     if not record.getMessage().startswith("Failed to load "):
@@ -46,3 +83,12 @@ def _is_missed(record: logging.LogRecord) -> bool:
 def _is_for_users(record: logging.LogRecord) -> bool:
     """Drop the advice on how torchao should register its enumerations with PyTorch."""
     return "on Enum subclasses is deprecated" not in record.getMessage()
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, visible: Callable[[str], str]) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        self._visible = visible
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._visible(super().format(record))

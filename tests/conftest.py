@@ -10,7 +10,6 @@ import pytest
 
 # Small kernels are slow where threads of several processes wait for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch
 
 HERE = Path(__file__).parent
 
@@ -31,12 +30,17 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {folder: number for number, folder in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.relative_to(HERE).parts[0], len(order)))
-    if torch.cuda.is_available():
-        return
-    absent = pytest.mark.skip(reason="no CUDA device here")
-    for item in items:
-        if item.get_closest_marker("gpu"):
+    of_gpus = [item for item in items if item.get_closest_marker("gpu")]
+    if of_gpus and not _has_gpu():
+        absent = pytest.mark.skip(reason="no CUDA device here")
+        for item in of_gpus:
             item.add_marker(absent)
+
+
+def _has_gpu() -> bool:
+    import torch  # seconds, in each process of a run: only where it is needed
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from autoquant.events import Listener
     from autoquant.prompting import Generator, Reply, Show
+    from autoquant.report.tables.generate import Difference, Speed
 
 _DEFAULT_PROMPT = "The most important thing about a good book is"
 _ROUNDS = 3  # of requests to both models in turn
@@ -39,16 +40,6 @@ class _Request:
     def tokens(self) -> int:
         """The length of the prompt."""
         return int(self.prompt["input_ids"].shape[1])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Speed:
-    """The medians of one or more replies to the same request."""
-
-    new_tokens: int
-    first_token_s: float
-    tokens_per_s: float | None
-    total_s: float
 
 
 def generate(
@@ -125,6 +116,7 @@ def _answer(
     """Continue the prompt with the model of the first place, timed in turn with the others."""
     from autoquant import prompting
     from autoquant.report.progress import listening
+    from autoquant.report.tables.generate import Speeds
 
     code = {"trust_remote_code": trust_remote_code}
     tokenizer = prompting.tokenizer_of(places[0], **code)
@@ -143,13 +135,18 @@ def _answer(
     if not as_json:
         _show(text)
     replies = _replies(generators, request, None if as_json else _show)
-    speeds = [_speed(each) for each in replies]
-    difference = None if temperature else _difference(replies, tokenizer)
+    speeds = Speeds(
+        models=tuple(map(_speed, ready_s, replies)),
+        prompt_tokens=request.tokens,
+        rounds=_ROUNDS,
+        sampled=temperature > 0,
+        difference=None if temperature else _difference(replies, tokenizer),
+    )
     if as_json:
-        print_json(_object(replies[0][0], speeds, ready_s, request, difference))
+        print_json({"text": replies[0][0].text, **speeds.as_object()})
         return
     echo("\n")
-    for line in _lines(speeds, ready_s, request, difference):
+    for line in speeds.lines():
         echo(line)
 
 
@@ -189,16 +186,14 @@ def _load(
 ) -> Generator:
     from autoquant import prompting
     from autoquant.events import StageFinished, StageStarted
+    from autoquant.report.units import digits
 
     listener(StageStarted("load", 1))
     started = time.perf_counter()
     generator = load()
     kind = "quantized" if prompting.is_quantized(folder) else "unquantized"
-    listener(
-        StageFinished(
-            "load", f"{kind} model on {device} in {_seconds(time.perf_counter() - started)}"
-        )
-    )
+    took = digits(time.perf_counter() - started)
+    listener(StageFinished("load", f"{kind} model on {device} in {took} s"))
     return generator
 
 
@@ -227,6 +222,7 @@ def _warm_up(
     """
     from autoquant.errors import AutoquantError, ModelError, first_line
     from autoquant.events import StageFinished, StageStarted
+    from autoquant.report.units import digits
 
     listener(StageStarted("prepare", 1))
     before = time.perf_counter()
@@ -240,8 +236,10 @@ def _warm_up(
             " with the config.json and the tokenizer that belong to it"
         ) from error
     now = time.perf_counter()
-    took, ready = _seconds(now - before), _seconds(now - started)
-    listener(StageFinished("prepare", f"a first short request took {took}; ready after {ready}"))
+    took, ready = digits(now - before), digits(now - started)
+    listener(
+        StageFinished("prepare", f"a first short request took {took} s; ready after {ready} s")
+    )
 
 
 def _replies(
@@ -263,123 +261,37 @@ def _show(text: str) -> None:
     echo(text, nl=False)
 
 
-def _speed(replies: Sequence[Reply]) -> _Speed:
+def _speed(ready_s: float, replies: Sequence[Reply]) -> Speed:
+    """Return the medians of replies to the same request."""
+    from autoquant.report.tables.generate import Speed
+
     rates = [reply.tokens_per_s for reply in replies if reply.tokens_per_s is not None]
-    return _Speed(
-        new_tokens=round(median(len(reply.ids) for reply in replies)),
+    return Speed(
+        ready_s=ready_s,
         first_token_s=median(reply.first_token_s for reply in replies),
         tokens_per_s=median(rates) if rates else None,
+        new_tokens=round(median(len(reply.ids) for reply in replies)),
         total_s=median(reply.total_s for reply in replies),
     )
 
 
-def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> tuple[int, str, str] | None:
-    """Return where the greedy texts of two models first differ, or None.
+def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> Difference | None:
+    """Return where the greedy texts of two models first differ, or None."""
+    from autoquant.report.tables.generate import Difference
 
-    The place counts from 1; the two tokens come with it.
-    """
     if len(replies) < 2:
         return None
     ours, theirs = (kept[0].ids for kept in replies)
     for place in range(max(len(ours), len(theirs))):
+        # Slices, as one text may have ended here.
         one, other = ours[place : place + 1], theirs[place : place + 1]
         if one != other:
-            return place + 1, tokenizer.decode(list(one)), tokenizer.decode(list(other))
-    return None
-
-
-def _faster(speeds: Sequence[_Speed]) -> dict[str, float | None]:
-    """Return how many times faster the first is than the second.
-
-    In all, seconds a token are compared, since a text may end early.
-    """
-    ours, theirs = speeds
-    both = ours.tokens_per_s and theirs.tokens_per_s
-    return {
-        "first_token": theirs.first_token_s / ours.first_token_s,
-        "tokens_per_s": (ours.tokens_per_s or 0.0) / (theirs.tokens_per_s or 1.0) if both else None,
-        "total": (theirs.total_s / theirs.new_tokens) / (ours.total_s / ours.new_tokens),
-    }
-
-
-def _object(
-    reply: Reply,
-    speeds: Sequence[_Speed],
-    ready_s: Sequence[float],
-    request: _Request,
-    difference: tuple[int, str, str] | None,
-) -> dict[str, Any]:
-    timed: list[dict[str, Any]] = [
-        {
-            "ready_s": ready,
-            "first_token_s": speed.first_token_s,
-            "tokens_per_s": speed.tokens_per_s,
-            "new_tokens": speed.new_tokens,
-            "total_s": speed.total_s,
-        }
-        for speed, ready in zip(speeds, ready_s, strict=True)
-    ]
-    shown = {"text": reply.text, "prompt_tokens": request.tokens, **timed[0]}
-    if len(timed) > 1:
-        shown |= {
-            "original": timed[1],
-            "times_faster": _faster(speeds),
-            "first_difference": difference[0] if difference else None,
-        }
-    return shown
-
-
-def _lines(
-    speeds: Sequence[_Speed],
-    ready_s: Sequence[float],
-    request: _Request,
-    difference: tuple[int, str, str] | None,
-) -> list[str]:
-    ours, tokens = speeds[0], request.tokens
-    if len(speeds) == 1:
-        return [
-            f"ready after {_seconds(ready_s[0])}; then {tokens} tokens of prompt, {ours.new_tokens}"
-            f" new ones: first token after {_seconds(ours.first_token_s)}, {_rate(ours)} tokens/s"
-            f" after it, {_seconds(ours.total_s)} in all"
-        ]
-    faster = _faster(speeds)
-    rows: list[tuple[str, ...]] = [("", "ready after", "first token", "tokens/s", "in all")]
-    for name, speed, ready in zip(("this model", "original"), speeds, ready_s, strict=True):
-        rows.append(
-            (
-                name,
-                _seconds(ready),
-                _seconds(speed.first_token_s),
-                _rate(speed),
-                _seconds(speed.total_s),
+            return Difference(
+                token=place + 1,
+                text=tokenizer.decode(list(one)),
+                original_text=tokenizer.decode(list(other)),
             )
-        )
-    rows.append(
-        (
-            "times faster",
-            "",
-            *(_times(faster[name]) for name in ("first_token", "tokens_per_s", "total")),
-        )
-    )
-    lines = [f"{name:<12}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
-    lines.append(
-        f"medians of {_ROUNDS} requests to each in turn; {tokens} tokens of prompt,"
-        f" {ours.new_tokens} new ones"
-    )
-    if ours.new_tokens != speeds[1].new_tokens:
-        lines[-1] += (
-            f" ({speeds[1].new_tokens} of the original; the last ratio is of seconds a token)"
-        )
-    if request.temperature:
-        lines.append("texts are sampled, so they are not compared")
-    elif difference is None:
-        lines.append(f"greedy text: the same {ours.new_tokens} tokens")
-    else:
-        place, one, other = difference
-        lines.append(
-            f"greedy text: differs from token {place} on ({one!r}, the original {other!r})"
-        )
-    return lines
+    return None
 
 
 def _chat(
@@ -393,6 +305,7 @@ def _chat(
     from autoquant import prompting
     from autoquant.errors import ModelError
     from autoquant.report.progress import listening
+    from autoquant.report.tables.generate import pace_words
 
     tokenizer = prompting.tokenizer_of(folder, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
@@ -425,10 +338,7 @@ def _chat(
         )
         messages.append({"role": "assistant", "content": reply.text})
         echo()
-        pace = _rate(_speed([reply]))
-        echo(
-            f"({_seconds(reply.first_token_s)} to the first token, then {pace} tokens/s)", err=True
-        )
+        echo(f"({pace_words(reply.first_token_s, reply.tokens_per_s)})", err=True)
 
 
 def _line() -> str | None:
@@ -437,19 +347,3 @@ def _line() -> str | None:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
-
-
-def _seconds(value: float) -> str:
-    from autoquant.report.units import digits
-
-    return f"{digits(value)} s"
-
-
-def _rate(speed: _Speed) -> str:
-    from autoquant.report.units import digits
-
-    return "-" if speed.tokens_per_s is None else digits(speed.tokens_per_s)
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"

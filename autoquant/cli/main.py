@@ -7,19 +7,18 @@ Exit codes: 0 done, 1 an unexpected error, 2 an error that the user can fix, 130
 from __future__ import annotations
 
 import codecs
-import logging
 import os
 import sys
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from autoquant import logs
 from autoquant.cli.apply import apply
 from autoquant.cli.bench import bench
 from autoquant.cli.candidates import candidates
@@ -43,6 +42,7 @@ from autoquant.cli.solve import solve
 from autoquant.cli.studies import studies
 from autoquant.errors import AutoquantError, DiskFullError
 from autoquant.files import raise_if_full
+from autoquant.report.visible import visible
 
 DEBUG_VARIABLE = "AUTOQUANT_DEBUG"
 _SPELLED = "autoquant.spelled"
@@ -58,7 +58,6 @@ _SPELLINGS = {
 }
 _DEBUG_OPTION = "--debug"
 _VERBOSE_OPTION = "--verbose"
-_TALKATIVE = ("torchao", "torch.utils._pytree", "transformers")
 
 
 class OneLineErrors(TyperGroup):
@@ -70,7 +69,7 @@ class OneLineErrors(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         debug = wants_debug(given)
-        logging_or_not = logged_to_stderr() if _VERBOSE_OPTION in given else nullcontext()
+        logging_or_not = logs.on_stderr(visible) if _VERBOSE_OPTION in given else nullcontext()
         given = [argument for argument in given if argument not in (_DEBUG_OPTION, _VERBOSE_OPTION)]
         options["standalone_mode"] = False
         try:
@@ -94,32 +93,6 @@ class OneLineErrors(TyperGroup):
                 _drop_output()
             sys.exit(code)
         sys.exit(result if isinstance(result, int) else 0)
-
-
-@contextmanager
-def logged_to_stderr() -> Iterator[None]:
-    """Log to stderr inside."""
-    logger, handler = logging.getLogger("autoquant"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
-    )
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
-
-
-class _VisibleFormatter(logging.Formatter):
-    """Writes out what would steer the terminal, as all output does."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        from autoquant.report.visible import visible
-
-        return visible(super().format(record))
 
 
 def wants_debug(arguments: Sequence[str]) -> bool:
@@ -215,15 +188,6 @@ def autoquant(
         echo(context.get_help())
 
 
-def hush_libraries() -> None:
-    """Hide warnings of libraries: the user cannot act on them."""
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces each of its runs
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-
-
 def _spelled(error: UnicodeError) -> tuple[str, int]:
     """Spell characters that the terminal's encoding lacks: `?s` would not be read as `us`."""
     assert isinstance(error, UnicodeEncodeError)
@@ -237,7 +201,7 @@ codecs.register_error(_SPELLED, _spelled)
 def run() -> None:
     """Run the `autoquant` command."""
     if not wants_debug(sys.argv):
-        hush_libraries()
+        logs.hide_warnings()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors=_SPELLED)  # type: ignore[union-attr]

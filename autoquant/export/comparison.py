@@ -11,9 +11,7 @@ from torch import nn
 from autoquant.candidates.flat import same_bits
 from autoquant.errors import CheckpointError
 from autoquant.models import LoadedModel
-from autoquant.models.outputs import output_tensor
-
-_CHECK_TOKENS = 48
+from autoquant.models.outputs import CHECK_TOKENS, output_tensor
 
 
 def check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
@@ -59,7 +57,7 @@ def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]
     if inputs is not None:
         return ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     if loaded.kind in ("causal_lm", "token_lm"):
-        tokens = min(_CHECK_TOKENS, loaded.max_positions or _CHECK_TOKENS)
+        tokens = min(CHECK_TOKENS, loaded.max_positions or CHECK_TOKENS)
         return (torch.arange(tokens, device=loaded.device).unsqueeze(0) % 32,), {}
     raise CheckpointError(
         "this model has no sample inputs to check a checkpoint with: "

@@ -11,6 +11,9 @@ from torch import nn
 from autoquant.errors import WorkloadError
 from autoquant.models.loaded import is_causal_lm
 
+CHECK_TOKENS = 48
+"""The length of a prompt by which the outputs of two models are compared: quick on a CPU, too."""
+
 
 def run_on_tokens(module: nn.Module, ids: torch.Tensor) -> Any:
     """Run a model on token ids [batch, tokens], without a cache."""

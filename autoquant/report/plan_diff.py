@@ -52,13 +52,14 @@ def change_groups(changes: Sequence[LayerChange]) -> list[tuple[str, tuple[Layer
     """Return the same changes of layers of one shape, folded by name, in the plan's order."""
     alike: dict[tuple[Any, ...], dict[str, LayerChange]] = {}
     for change in changes:
-        a, b = change.before, change.after
-        alike.setdefault((a.shape, a.format, a.route, b.format, b.route), {})[a.name] = change
-    groups = [
-        (pattern, tuple(by_name[name] for name in names))
-        for by_name in alike.values()
-        for pattern, names in fold(by_name)
-    ]
+        before, after = change.before, change.after
+        kind = (before.shape, before.format, before.route, after.format, after.route)
+        alike.setdefault(kind, {})[before.name] = change
+    groups = []
+    for by_name in alike.values():
+        for pattern, names in fold(by_name):
+            groups.append((pattern, tuple(by_name[name] for name in names)))
+    # Back in the plan's order: that of the first layer of each group.
     position = {change.before.name: index for index, change in enumerate(changes)}
     return sorted(groups, key=lambda group: position[group[1][0].before.name])
 

@@ -76,10 +76,12 @@ def interval(low: float, high: float) -> str:
 
 def common_ms(values: Sequence[float]) -> tuple[str, list[str]]:
     """Return one unit for a column of milliseconds, and its cells with the same decimals."""
-    finite = [abs(value) for value in values if math.isfinite(value) and value]
-    smallest = min(finite, default=1.0) * 1e3
-    unit, scale = next((pair for pair in _TIME_UNITS_US if smallest >= pair[1]), _TIME_UNITS_US[-1])
-    return unit, _aligned([value * 1e3 / scale for value in values])
+    values_us = [value * 1e3 for value in values]
+    smallest_us = _smallest(values_us, default=1e3)
+    # The largest unit in which no cell is below 1, or else the smallest unit.
+    fitting = (pair for pair in _TIME_UNITS_US if smallest_us >= pair[1])
+    unit, scale_us = next(fitting, _TIME_UNITS_US[-1])
+    return unit, _aligned([value / scale_us for value in values_us])
 
 
 def common_bytes(values: Sequence[float]) -> tuple[str, list[str]]:
@@ -90,7 +92,13 @@ def common_bytes(values: Sequence[float]) -> tuple[str, list[str]]:
 
 
 def _aligned(values: Sequence[float]) -> list[str]:
-    finite = [abs(value) for value in values if math.isfinite(value) and value]
-    magnitude = math.floor(math.log10(min(finite, default=1.0)))
+    """Write values with the decimals that give the smallest one three digits, at most four."""
+    magnitude = math.floor(math.log10(_smallest(values, default=1.0)))
     decimals = min(max(2 - magnitude, 0), 4)
     return [f"{value:.{decimals}f}" if math.isfinite(value) else str(value) for value in values]
+
+
+def _smallest(values: Sequence[float], default: float) -> float:
+    """Return the smallest size of the values that are finite and not 0."""
+    sizes = [abs(value) for value in values if math.isfinite(value) and value]
+    return min(sizes, default=default)

@@ -91,7 +91,7 @@ def _runs(phases: Phases, phase: str, run: Callable[[str], Any], device: Backend
             device.synchronize()
         assert profiler.profiler is not None
         results.append(profiler.profiler.kineto_results)
-    return results[1:]
+    return results[1:]  # the first warms up the profiler
 
 
 def _host_step(phase: str, results: Any, weights: Weights) -> StepProfile:

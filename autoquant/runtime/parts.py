@@ -130,14 +130,24 @@ def _compile(
     shape: list[pytree.TreeSpec] = []
 
     def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Run the part from tensors to tensors, which is what can be traced.
+
+        What else it returns is noted in `results` on the way. It is the same in every call, as the
+        signature covers all arguments that are no tensors.
+        """
         given = iter(tensors)
         values = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(values, structure)
         returned, returned_structure = pytree.tree_flatten(forward(*args, **kwargs))
-        found = [value for value in returned if isinstance(value, torch.Tensor)]
-        numbers = map(_Number, range(len(found)))
-        results[:] = [next(numbers) if isinstance(v, torch.Tensor) else v for v in returned]
         shape[:] = [returned_structure]
+        found: list[torch.Tensor] = []
+        results.clear()
+        for value in returned:
+            if isinstance(value, torch.Tensor):
+                results.append(_Number(len(found)))
+                found.append(value)
+            else:
+                results.append(value)
         return found
 
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -183,6 +183,7 @@ class _CausalPhases:
         # Makes the cache's tensors, so that compiled code finds them ready.
         self._step(self._eager, 1)
         if compiled:
+            # A sliding cache branches on how far it is filled, and a graph replays one branch.
             sliding = any(layer.is_sliding for layer in self._cache.layers)
             graphed = backend(device).graphs and not sliding
             in_parts = graphed and division == "parts" and any(repeated_blocks(module))
@@ -195,6 +196,7 @@ class _CausalPhases:
         self._cache.reset()
         self._position = 0
         if phase == "decode":
+            # Steps are timed behind a full prompt; filling the cache is no part of their time.
             self._step(self._eager, self._prompt)
 
     def limit(self, phase: str) -> int:

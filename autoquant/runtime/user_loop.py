@@ -17,7 +17,7 @@ from autoquant.candidates.kernels.caches import kernels_kept
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.errors import WorkloadError
 from autoquant.models import LoadedModel
-from autoquant.models.outputs import output_tensor
+from autoquant.models.outputs import CHECK_TOKENS, output_tensor
 from autoquant.models.quiet import quiet
 from autoquant.records import Interval, Loop, RunTimes, Workload
 from autoquant.runtime.modules import compile as compiled
@@ -33,7 +33,6 @@ from autoquant.runtime.request import (
 )
 
 _REQUEST, _FIRST = "request", "first token"
-_CHECK_TOKENS = 48
 _CHECK_NEW_TOKENS = 8
 
 
@@ -117,7 +116,7 @@ class Usage:
             with torch.no_grad():
                 output = output_tensor(_call(module, self._inputs()))
             return Answer(output.float().cpu(), None)
-        prompt = self._prompt(module)[:1, :_CHECK_TOKENS]
+        prompt = self._prompt(module)[:1, :CHECK_TOKENS]
         with torch.no_grad():
             output = output_tensor(module(prompt))
         tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)

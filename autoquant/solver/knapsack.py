@@ -97,6 +97,7 @@ class Knapsack:
             while nothing * _CLOSE < too_many:
                 limit = something
                 if something >= too_many:
+                    # Raised by a factor, but not past the middle between too little and too much.
                     limit = min(nothing * growth, math.sqrt(nothing * too_many))
                 try:
                     found = self._enumerated(relaxed, limit, most_tried)
@@ -120,6 +121,7 @@ class Knapsack:
             _TooManyError: There are too many partial solutions.
         """
         core = np.flatnonzero(relaxed.regrets <= limit)
+        # A row for each option: its cost, then its weights.
         measures = np.vstack((self.cost, self.weights))[:, core].T
         # A row for each choice of multipliers: cost less prices @ weights.
         prices = (
@@ -134,11 +136,12 @@ class Knapsack:
         partial = np.zeros((1, measures.shape[1]))
         trail: list[tuple[int, Indices]] = []
         tried = 0
-        spread = np.maximum.reduceat(measures[:, 1:], starts) - np.minimum.reduceat(
-            measures[:, 1:], starts
-        )
+        # Layers whose weights differ most come first: they decide early what breaks a budget.
+        weights = measures[:, 1:]
+        spread = np.maximum.reduceat(weights, starts) - np.minimum.reduceat(weights, starts)
         for layer in np.argsort(-spread.max(1, initial=0.0), kind="stable"):
             options = measures[starts[layer] : ends[layer]]
+            # What follows adds at least its `least`, and this layer is no longer among it.
             most = most + least[layer]
             # Every partial solution with every option of this layer.
             partial = (partial[:, None] + options).reshape(-1, partial.shape[1])
@@ -222,16 +225,21 @@ class Knapsack:
         if result.x is None:
             return None
         starts = _starts(self.owners)
-        return np.asarray(
-            [a + np.argmax(result.x[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)]
-        )
+        ends = [*starts[1:], None]
+        # HiGHS returns whole numbers up to a tolerance.
+        picks = [a + np.argmax(result.x[a:b]) for a, b in zip(starts, ends, strict=True)]
+        return np.asarray(picks)
 
     def _equalities(self) -> tuple[csr_array, Vector]:
         """The constraints with `=`: one option of every layer, then the ties."""
-        count = len(self.owners)
+        options = len(self.owners)
         layers = int(self.owners[-1]) + 1
-        one = csr_array((np.ones(count), (self.owners, np.arange(count))), shape=(layers, count))
-        return vstack([one, self.ties]), np.repeat((1.0, 0.0), (layers, self.ties.shape[0]))
+        # A row for each layer, with a 1 in the columns of its options. These add up to 1.
+        cells = (self.owners, np.arange(options))
+        one = csr_array((np.ones(options), cells), shape=(layers, options))
+        # What is tied is picked together: the difference is 0.
+        right = np.repeat((1.0, 0.0), (layers, self.ties.shape[0]))
+        return vstack([one, self.ties]), right
 
 
 def _starts(owners: Indices) -> Indices:

@@ -31,10 +31,15 @@ from autoquant.store.refused import BUSY_TIMEOUT_S
 if TYPE_CHECKING:
     import optuna
 
+# By how much a trial may scale losses.
 _LOW, _HIGH = 0.25, 4.0
+# After so many trials in a row without a new plan, none is expected any more.
 _FAILED_TRIALS_IN_A_ROW = 8
+# See `autoquant.solver.hypervolume.Growth`.
 PATIENCE, LEAST_GROWTH = 12, 0.005
+# Plans that are worse than this multiple of the limit do not let the front grow.
 _LIMITS_THAT_COUNT = 4.0
+# Budgets are from the limit divided by the first of these to the limit times the second.
 _BELOW_LIMIT, _ABOVE_LIMIT = 16.0, 2.0
 
 
@@ -129,6 +134,7 @@ def _open(storage_url: str, study_name: str, seed: int) -> optuna.Study:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental features of the sampler
+        # Few random trials, as the study starts from the exact front.
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4)
         return optuna.create_study(
             study_name=study_name,
@@ -200,11 +206,10 @@ def _distributions(space: SearchSpace, losses: Sequence[float]) -> dict[str, Any
     scale = optuna.distributions.FloatDistribution(_LOW, _HIGH, log=True)
     kinds = dict.fromkeys(layer_kind(layer[0].name) for layer in space.options)
     names = {f"scale {kind}": scale for kind in kinds} | {"scale with depth": scale}
-    return names | {
-        "loss budget": optuna.distributions.FloatDistribution(
-            min(losses), max(max(losses), min(losses) * 1.01), log=True
-        )
-    }
+    low = min(losses)
+    high = max(max(losses), low * 1.01)  # a range, even of equal losses
+    budget = optuna.distributions.FloatDistribution(low, high, log=True)
+    return names | {"loss budget": budget}
 
 
 def _warm_start(

@@ -48,10 +48,16 @@ class AdditiveProblem:
         alike: Sequence[Sequence[tuple[int, Sequence[int]]]] = (),
     ) -> AdditiveProblem:
         """Build it from the (time, loss, memory) of each option of each layer."""
-        columns = [np.asarray(layer, dtype=np.float64).reshape(-1, 3).T for layer in options]
-        time, loss, memory = (tuple(c[objective] for c in columns) for objective in range(3))
-        same = tuple(tuple((layer, tuple(of)) for layer, of in members) for members in alike)
-        return cls(time, loss, memory, tuple(map(tuple, together)), same)
+        tables = [np.asarray(layer, dtype=np.float64).reshape(-1, 3) for layer in options]
+        # Tuples throughout: a problem is never changed.
+        sets = [tuple((layer, tuple(of)) for layer, of in members) for members in alike]
+        return cls(
+            time=tuple(table[:, 0] for table in tables),
+            loss=tuple(table[:, 1] for table in tables),
+            memory=tuple(table[:, 2] for table in tables),
+            together=tuple(map(tuple, together)),
+            alike=tuple(sets),
+        )
 
     @property
     def equalities(self) -> list[tuple[tuple[int, tuple[int, ...]], ...]]:
@@ -64,10 +70,15 @@ class AdditiveProblem:
     def totals(self, picks: Picks) -> tuple[float, float, float]:
         """Return the summed (time, loss, memory) of a solution."""
         return (
-            float(sum(layer[i] for layer, i in zip(self.time, picks, strict=True))),
-            float(sum(layer[i] for layer, i in zip(self.loss, picks, strict=True))),
-            float(sum(layer[i] for layer, i in zip(self.memory, picks, strict=True))),
+            _picked(self.time, picks),
+            _picked(self.loss, picks),
+            _picked(self.memory, picks),
         )
+
+
+def _picked(objective: Sequence[Vector], picks: Picks) -> float:
+    """Return the sum of what each layer's picked option has."""
+    return float(sum(layer[i] for layer, i in zip(objective, picks, strict=True)))
 
 
 def fastest(

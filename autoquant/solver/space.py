@@ -178,8 +178,13 @@ class SearchSpace:
         found: list[list[tuple[int, list[int]]]] = []
         for group in self.context.bound.groups:
             members = [positions[name] for name in group]
-            formats = dict.fromkeys(c.format for member in members for c in self.options[member])
-            found += [[(m, self._having(m, fmt)) for m in members] for fmt in formats]
+            choices = [choice for member in members for choice in self.options[member]]
+            # Each once and in order, so that the same space gives the same problem.
+            formats = dict.fromkeys(choice.format for choice in choices)
+            # A member without the format has no option here, so none of them may take it.
+            found.extend(
+                [(member, self._having(member, fmt)) for member in members] for fmt in formats
+            )
         return found
 
     def _having(self, position: int, format_id: str) -> list[int]:

@@ -1,8 +1,8 @@
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -62,13 +62,14 @@ def test_without_a_command_it_shows_its_help(runner):
 
 @pytest.mark.processes
 def test_help_is_quick_and_imports_nothing_heavy():
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = autoquant("--help", python=("-X", "importtime"))
-    elapsed = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert result.returncode == 0
     assert not imported & {"torch", "pandas", "sqlalchemy", "matplotlib", "plotly", "rich", "numpy"}
-    assert elapsed < 1.0
+    # Of the processor: a busy machine is not the command's fault.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 @pytest.mark.processes

@@ -138,7 +138,7 @@ def searched(files, tmp_path_factory):
     model, text = files
     db = tmp_path_factory.mktemp("searched") / "plan.db"
     unfinished = Searched(model, text, db, None)
-    result = typed(*unfinished.search("--time-budget", "12s", "--json"), settings=quick.SHORTER)
+    result = typed(*unfinished.search("--time-budget", "4s", "--json"), settings=quick.SHORTER)
     assert result.exit_code == 0, result.stderr
     return Searched(model, text, db, result)
 

@@ -30,7 +30,7 @@ device = "cpu"
 eval-text = "text.txt"
 workload = "prefill=8,decode=4"
 candidates = ["int8*", "int4*", "float16*"]
-time-budget = "12s"
+time-budget = "4s"
 """
 
 MINE = """
@@ -56,7 +56,7 @@ def loss(module, part):
 """
 
 OPTIONS = (
-    "--db plan.db --device cpu --eval-text text.txt --workload prefill=8,decode=4 --time-budget 12s"
+    "--db plan.db --device cpu --eval-text text.txt --workload prefill=8,decode=4 --time-budget 4s"
     " --candidates int8* --candidates int4* --candidates float16*"
 )
 SEARCH = "search model --recipe quick.toml"

@@ -144,7 +144,7 @@ def test_another_limit_on_a_finished_search_measures_nothing(run, searched, stud
     db = tmp_path / "plan.db"
     copy_database(searched.db, db)
     before = rows(db)
-    result = run(*searched.search("--time-budget", "12s", "--max-ppl-increase", "50%", "--db", db))
+    result = run(*searched.search("--time-budget", "4s", "--max-ppl-increase", "50%", "--db", db))
     assert result.exit_code == 0, result.stderr
     assert rows(db) == before
     assert "nothing measured" in result.stderr
@@ -157,7 +157,7 @@ def test_another_limit_recommends_another_plan(run, searched, study, tmp_path):
     for limit in ("0%", "10000%"):
         result = run(
             *searched.search(
-                "--time-budget", "12s", "--max-ppl-increase", limit, "--db", db, "--json"
+                "--time-budget", "4s", "--max-ppl-increase", limit, "--db", db, "--json"
             )
         )
         assert result.exit_code == 0, result.stderr
@@ -200,7 +200,7 @@ def test_the_smallest_plan_is_asked_for_by_a_recipe_that_replays(run, searched, 
         "--max-ppl-increase",
         "1000%",
         "--time-budget",
-        "12s",
+        "4s",
         "--json",
     )
     first = run(*searched.search(*options, "--db", db, "--save-recipe", saved))

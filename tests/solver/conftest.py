@@ -1,5 +1,5 @@
 """The store and the study that the tests of the search have."""
 
-from tuner.conftest import store, study_of
+from tuner.conftest import filled, store, study_of
 
-__all__ = ["store", "study_of"]
+__all__ = ["filled", "store", "study_of"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import shutil
 from functools import partial
 
 import pytest
@@ -16,10 +17,19 @@ from autoquant.tuner.stages import refine
 from .made_up import STUDY, fill, make_plan
 
 
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory):
+    """The database that each test gets a copy of, which is quicker than making it."""
+    path = tmp_path_factory.mktemp("filled") / "plan.db"
+    made = open_store(path)
+    fill(made)
+    made.close()
+    return path
+
+
 @pytest.fixture
-def store(tmp_path):
-    opened = open_store(tmp_path / "plan.db")
-    fill(opened)
+def store(filled, tmp_path):
+    opened = open_store(shutil.copy(filled, tmp_path / "plan.db"))
     yield opened
     opened.close()
 

@@ -53,10 +53,8 @@ def _transposed_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     n, k = stored.shape
     group = stored.block_size[1]
     values = unpack_int4(stored.qdata, n, k).reshape(k // group, group, n)
-    scale, zero = stored.scale_and_zero.unbind(-1)
-    weights: torch.Tensor = (values.to(dtype) - 8) * scale.to(dtype).unsqueeze(1) + zero.to(
-        dtype
-    ).unsqueeze(1)
+    scale, zero = stored.scale_and_zero.to(dtype).unbind(-1)
+    weights: torch.Tensor = (values.to(dtype) - 8) * scale.unsqueeze(1) + zero.unsqueeze(1)
     return weights.reshape(k, n)
 
 
@@ -96,7 +94,9 @@ def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 def _dequantize_matmul(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    y: torch.Tensor = x.reshape(-1, x.shape[-1]) @ _transposed_float(weight, x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    # The weight is unpacked as [k, n], and a transposition would be a copy.
+    y: torch.Tensor = rows @ _transposed_float(weight, x.dtype)
     y = y.reshape(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 

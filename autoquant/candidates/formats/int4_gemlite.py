@@ -104,10 +104,15 @@ def _gemlite_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _int_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    # Groups have scales of their own, so their integers cannot be summed over a row. The weight is
+    # rounded once more, to eight bits with one scale for each row.
     values, scale = round_row_int8(_gemlite_float(weight, x.dtype))
-    rounded, x_scale = round_row_int8(x.reshape(-1, x.shape[-1]))
-    y = torch._int_mm(rounded, values.t()).float() * x_scale * scale.t()
-    y = y if bias is None else y + bias.float()
+    rows = x.reshape(-1, x.shape[-1])
+    rounded, x_scale = round_row_int8(rows)
+    y = torch._int_mm(rounded, values.t()).float()
+    y = y * x_scale * scale.t()
+    if bias is not None:
+        y = y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], values.shape[0])
 
 

@@ -66,9 +66,13 @@ def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 def _int_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     values, scale = _parts(weight)
-    rounded, x_scale = round_row_int8(x.reshape(-1, x.shape[-1]))
-    y = torch._int_mm(rounded, values.t()).float() * x_scale * scale.reshape(1, -1).float()
-    y = y if bias is None else y + bias.float()
+    rows = x.reshape(-1, x.shape[-1])
+    rounded, x_scale = round_row_int8(rows)
+    # Scaled in float32, since bfloat16 would round the sums first.
+    y = torch._int_mm(rounded, values.t()).float()
+    y = y * x_scale * scale.reshape(1, -1).float()
+    if bias is not None:
+        y = y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], values.shape[0])
 
 

@@ -69,8 +69,11 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
         places = torch.arange(8, dtype=torch.uint8, device=self.planes.device)
         q = torch.zeros(n, k, dtype=torch.uint8, device=self.planes.device)
         for bit, plane in enumerate(self.planes.unbind(0)):
-            q |= ((plane.unsqueeze(-1) >> places) & 1).reshape(n, k) << bit
-        groups = (q.to(dtype) - 2 ** (bits - 1)).reshape(n, self.scale.shape[1], -1)
+            # A byte of a plane has one bit of eight numbers, the first number's lowest.
+            ones = (plane.unsqueeze(-1) >> places) & 1
+            q |= ones.reshape(n, k) << bit
+        signed = q.to(dtype) - 2 ** (bits - 1)
+        groups = signed.reshape(n, self.scale.shape[1], -1)
         weight: torch.Tensor = groups * self.scale.to(dtype).unsqueeze(-1)
         return weight.reshape(n, k)
 

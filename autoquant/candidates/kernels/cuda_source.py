@@ -106,9 +106,13 @@ def cuda_kernel(
 
 def binary_of(source: str, file: str, capability: tuple[int, int]) -> bytes:
     """Return the machine code of a source file, which is compiled once on a machine."""
-    entries = sorted(files("autoquant.candidates.kernels").iterdir(), key=lambda entry: entry.name)
-    headers = {entry.name: entry.read_text() for entry in entries if entry.name.endswith(".cuh")}
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}"]
+    folder = files("autoquant.candidates.kernels")
+    entries = [entry for entry in folder.iterdir() if entry.name.endswith(".cuh")]
+    # Sorted, since the key below must not depend on the order of a folder.
+    entries.sort(key=lambda entry: entry.name)
+    headers = {entry.name: entry.read_text() for entry in entries}
+    major, minor = capability
+    options = [f"--gpu-architecture=sm_{major}{minor}"]
     key = content_key([source, headers, options, _compiler_version()], length=32)
     return kept("cubin", key, lambda: _compile(source, file, headers, options))
 

@@ -184,9 +184,15 @@ def _round_ticks(axis: _Axis, cells_apart: int) -> list[float]:
     """Return multiples of 1, 2 or 5 times a power of ten, at least so many cells apart."""
     least = (axis.high - axis.low) / (axis.cells / cells_apart)
     power = 10.0 ** math.floor(math.log10(least))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
-    numbers = range(math.ceil(axis.low / step), math.floor(axis.high / step) + 1)
-    return [float(f"{number * step:.6g}") for number in numbers]
+    steps = [factor * power for factor in (1, 2, 5, 10)]
+    step = next(step for step in steps if step >= least)
+    first, last = math.ceil(axis.low / step), math.floor(axis.high / step)
+    return [_rounded(number * step) for number in range(first, last + 1)]
+
+
+def _rounded(value: float) -> float:
+    """Return a multiple of a decimal fraction without the noise of binary ones: 0.3 for 3 * 0.1."""
+    return float(f"{value:.6g}")
 
 
 def _time_lines(axis: _Axis, margin: int, glyphs: _Glyphs) -> list[str]:
@@ -213,9 +219,12 @@ def _time_ticks(axis: _Axis) -> list[float]:
     """Return round numbers on the axis, about as many as have room."""
     if axis.bend is not math.log:
         return [value for value in _round_ticks(axis, _CELLS_PER_TIME) if value > 0]
+    # The ends of a bent axis are logarithms.
     ten = math.log(10)
-    powers = range(math.floor(axis.low / ten), math.ceil(axis.high / ten) + 1)
-    ticks = [float(f"{digit * 10.0**power:.6g}") for power in powers for digit in (1, 2, 5)]
+    first, last = math.floor(axis.low / ten), math.ceil(axis.high / ten)
+    ticks = []
+    for power in range(first, last + 1):
+        ticks += [_rounded(digit * 10.0**power) for digit in (1, 2, 5)]
     return [value for value in ticks if axis.holds(value)]
 
 

@@ -100,11 +100,13 @@ def _signed(value: float) -> str:
 
 def _symlog_ticks(linear_to: float, points: Sequence[Point]) -> list[float]:
     """Return ticks of both signs: parts of the linear range, then 1, 2, 5 times powers of ten."""
-    largest = max(max(abs(point.low), abs(point.high)) for point in points)
-    decades = math.ceil(math.log10(max(largest, linear_to) / linear_to)) + 1
-    steps = (1, 2, 5) if decades <= 3 else (1,)
-    above = [linear_to * 10**power * step for power in range(decades) for step in steps]
-    ticks = [linear_to / 4, linear_to / 2, *above]
+    ends = [abs(end) for point in points for end in (point.low, point.high)]
+    largest = max(linear_to, *ends)
+    decades = math.ceil(math.log10(largest / linear_to)) + 1
+    steps = (1, 2, 5) if decades <= 3 else (1,)  # more numbers would overlap
+    ticks = [linear_to / 4, linear_to / 2]
+    for power in range(decades):
+        ticks += [linear_to * 10**power * step for step in steps]
     return [0.0, *ticks, *(-tick for tick in ticks)]
 
 
@@ -245,10 +247,11 @@ def _obstacles(axes: Any, front: Front, pixels: Mapping[int, tuple[float, float]
         radius = _radius(point) + 3
         boxes.append((x - radius, y - radius, x + radius, y + radius))
         if point.has_interval:
-            ends = ((point.request_ms, point.low), (point.request_ms, point.high))
-            low, high = (float(axes.transData.transform(end)[1]) for end in ends)
-            boxes.append((x - 2, low, x + 2, high))
-    return [*boxes, *_line_boxes([pixels[id(point)] for point in front.line])]
+            _, low = axes.transData.transform((point.request_ms, point.low))
+            _, high = axes.transData.transform((point.request_ms, point.high))
+            boxes.append((x - 2, float(low), x + 2, float(high)))
+    line = [pixels[id(point)] for point in front.line]
+    return [*boxes, *_line_boxes(line)]
 
 
 def _radius(point: Point) -> float:
@@ -261,5 +264,7 @@ def _line_boxes(steps: Sequence[tuple[float, float]]) -> list[Box]:
     """Return thin boxes along the line."""
     boxes: list[Box] = []
     for (x0, y0), (x1, y1) in itertools.pairwise(steps):
-        boxes += [(x0, y0 - 1, x1, y0 + 1), (x1 - 1, min(y0, y1), x1 + 1, max(y0, y1))]
+        # Each step goes to the right first, then up or down.
+        boxes.append((x0, y0 - 1, x1, y0 + 1))
+        boxes.append((x1 - 1, min(y0, y1), x1 + 1, max(y0, y1)))
     return boxes

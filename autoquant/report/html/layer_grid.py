@@ -45,12 +45,15 @@ def layer_grid(names: Iterable[str]) -> LayerGrid:
 
 
 def _split(name: str) -> tuple[_Type, int | None]:
+    """Return what stands before and after the number of the block, and that number."""
     parts = name.split(".")
-    position = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-    if position is None:
+    numbers = [position for position, part in enumerate(parts) if part.isdecimal()]
+    if not numbers:
         return (tuple(parts), ()), None
-    rest = tuple("*" if part.isdecimal() else part for part in parts[position + 1 :])
-    return (tuple(parts[:position]), rest), int(parts[position])
+    before, block, after = parts[: numbers[0]], parts[numbers[0]], parts[numbers[0] + 1 :]
+    # The experts of a block, for instance, are of one type.
+    rest = tuple("*" if part.isdecimal() else part for part in after)
+    return (tuple(before), rest), int(block)
 
 
 def _labels(types: list[_Type]) -> list[str]:

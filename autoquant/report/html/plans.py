@@ -55,15 +55,28 @@ def plans_object(
 
 def format_objects(formats: Sequence[str], unquantized: Collection[str]) -> list[dict[str, Any]]:
     """Return the formats with a short text and a colour, which is 0 for unquantized ones."""
-    short = [_short(name) for name in formats]
-    seen: dict[str, int] = {}
     found = []
-    for name, code in zip(formats, short, strict=True):
-        seen[code] = seen.get(code, 0) + 1
-        letter = chr(ord("a") + seen[code] - 1) if short.count(code) > 1 else ""
-        found.append({"id": name, "code": f"{code}{letter}", "unquantized": name in unquantized})
-    colours = (index % _COLOURS + 1 for index in range(len(found)))
-    return [each | {"colour": 0 if each["unquantized"] else next(colours)} for each in found]
+    quantized = 0
+    for name, code in zip(formats, _codes(formats), strict=True):
+        colour = 0
+        if name not in unquantized:
+            colour = quantized % _COLOURS + 1
+            quantized += 1
+        found.append(
+            {"id": name, "code": code, "unquantized": name in unquantized, "colour": colour}
+        )
+    return found
+
+
+def _codes(formats: Sequence[str]) -> list[str]:
+    """Return a short text for each format, with a letter where several have the same."""
+    short = [_short(name) for name in formats]
+    codes = []
+    for position, code in enumerate(short):
+        number = short[:position].count(code)
+        letter = chr(ord("a") + number) if short.count(code) > 1 else ""
+        codes.append(f"{code}{letter}")
+    return codes
 
 
 def _short(name: str) -> str:

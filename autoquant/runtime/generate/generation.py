@@ -127,10 +127,13 @@ class _Fast:
 
 
 def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a model with the fast `generate`; the same for the same class."""
     if kind not in _classes:
-        methods = {name: _plainly(getattr(kind, name), what) for name, what in _PLAIN.items()}
-        about = {"__module__": kind.__module__, "__doc__": kind.__doc__}
-        _classes[kind] = type(kind.__name__, (_Fast, kind), {**about, **methods})
+        # Under the class's own name, which transformers writes into a saved configuration.
+        members: dict[str, Any] = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        for name, what in _PLAIN.items():
+            members[name] = _plainly(getattr(kind, name), what)
+        _classes[kind] = type(kind.__name__, (_Fast, kind), members)
     return _classes[kind]
 
 

@@ -1,6 +1,7 @@
 """The report as a whole: what is in the page, and that nothing in it can break out."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -55,25 +56,42 @@ class Outline(HTMLParser):
         ]
 
 
-@pytest.fixture
-def study(tmp_path):
-    store = open_store(tmp_path / "plan.db")
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("filled") / "plan.db"
+    store = open_store(path)
     made_up_study.fill(store)
+    store.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(filled):
+    """Read by all tests, and changed by none."""
+    store = open_store(filled)
     yield Study(store)
     store.close()
 
 
 @pytest.fixture
+def own_study(filled, tmp_path):
+    """One to change."""
+    store = open_store(shutil.copy(filled, tmp_path / "plan.db"))
+    yield Study(store)
+    store.close()
+
+
+@pytest.fixture(scope="module")
 def page(study):
     return render_report(study, "plan.db").decode()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def outline(page):
     return Outline(page)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data(outline):
     return json.loads(next(text for text in outline.text("script") if text.startswith("{")))
 
@@ -255,10 +273,10 @@ def test_a_timing_that_others_disturbed_says_so(outline):
     assert outline.text("td").count(NOISE) == 27
 
 
-def test_without_a_roofline_the_page_says_how_to_get_one(tmp_path, study):
-    with transaction(study.store.engine) as session:
+def test_without_a_roofline_the_page_says_how_to_get_one(own_study):
+    with transaction(own_study.store.engine) as session:
         session.query(RooflineRow).delete()
-    page = render_report(study, "plan.db").decode()
+    page = render_report(own_study, "plan.db").decode()
     assert "autoquant profile MODEL --db plan.db" in page and "limit, 16-bit weights" not in page
 
 
@@ -311,11 +329,11 @@ def test_without_a_proven_plan_there_is_nothing_to_report(tmp_path):
         render_report(Study(store), "none.db")
 
 
-def test_plans_without_finite_quality_are_told_and_not_drawn(study):
+def test_plans_without_finite_quality_are_told_and_not_drawn(own_study):
     broken = Interval(value=float("inf"), low=float("inf"), high=float("inf"))
-    proof = study.proofs()[FAR]
-    study.store.put_proof(FAR, replace(proof, perplexity=float("inf"), increase=broken))
-    page = render_report(study, "plan.db").decode()
+    proof = own_study.proofs()[FAR]
+    own_study.store.put_proof(FAR, replace(proof, perplexity=float("inf"), increase=broken))
+    page = render_report(own_study, "plan.db").decode()
     assert "not shown: 1 plans without finite quality" in page
 
 

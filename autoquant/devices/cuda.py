@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -98,19 +99,9 @@ class CudaBackend(Backend):
             found["power limit"] = told["power.limit"]
         return found
 
-    def _told(self) -> dict[str, str]:
-        """Return what nvidia-smi says of the GPU; empty if it does not."""
+    def _told(self) -> Mapping[str, str]:
         uuid = getattr(torch.cuda.get_device_properties(self.device), "uuid", None)
-        query = f"--query-gpu={','.join(_TOLD)}"
-        command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader"]
-        try:
-            output = subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=_LONGEST_S
-            ).stdout
-        except (OSError, subprocess.SubprocessError):
-            return {}
-        values = [value.strip() for value in output.strip().split(",")]
-        return dict(zip(_TOLD, values, strict=True)) if len(values) == len(_TOLD) else {}
+        return _told(str(uuid))
 
     def float16(self) -> torch.dtype:
         native = torch.cuda.get_device_capability(self.device) >= (8, 0)
@@ -168,3 +159,18 @@ class CudaBackend(Backend):
         pool: Any = None,
     ) -> Callable[..., torch.Tensor]:
         return GraphedStep(step, state, pool)
+
+
+@functools.cache
+def _told(uuid: str) -> Mapping[str, str]:
+    """Return what nvidia-smi says of a GPU; empty if it does not. Asked once a process."""
+    query = f"--query-gpu={','.join(_TOLD)}"
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader"]
+    try:
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_LONGEST_S
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in output.strip().split(",")]
+    return dict(zip(_TOLD, values, strict=True)) if len(values) == len(_TOLD) else {}

@@ -15,6 +15,7 @@ from torch import nn
 from autoquant.candidates import Kernel, get_format, multiplied_numbers
 from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.candidates.check import changed, fault, reference
+from autoquant.candidates.kernels.caches import untuned
 from autoquant.candidates.linears import operand_of
 from autoquant.candidates.routed import RouteAttribute, RoutedWeight, kernel_for_rows
 from autoquant.devices import backend
@@ -48,17 +49,22 @@ def check_kernels(module: nn.Module, on_kernel: OnKernel = ignore_kernel) -> int
     """
     seen: set[tuple[object, ...]] = set()
     checked = 0
-    for name, parameter in module.named_parameters():
-        weight = parameter.data
-        if not isinstance(weight, RoutedWeight):
-            continue
-        stored = operand_of(weight)[0].stored
-        assert stored is not None  # it is a routed weight's
-        key = (weight.format_id, weight.route, stored.shape, weight.compute_dtype)
-        if key not in seen:
-            seen.add(key)
-            checked += _check_weight(name.removesuffix(".weight"), weight, stored, on_kernel)
+    with untuned():  # tuning takes seconds for each shape and number of rows
+        for name, weight in _routed(module):
+            stored = operand_of(weight)[0].stored
+            assert stored is not None  # it is a routed weight's
+            key = (weight.format_id, weight.route, stored.shape, weight.compute_dtype)
+            if key not in seen:
+                seen.add(key)
+                checked += _check_weight(name, weight, stored, on_kernel)
     return checked
+
+
+def _routed(module: nn.Module) -> Iterator[tuple[str, RoutedWeight]]:
+    """Yield the quantized linears of a model, with their names."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter.data, RoutedWeight):
+            yield name.removesuffix(".weight"), parameter.data
 
 
 class KernelsInModel(LinearHook):

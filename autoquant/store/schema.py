@@ -18,6 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
     func,
     select,
+    type_coerce,
 )
 from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -89,7 +90,9 @@ def after_latest(name: str) -> Callable[[DefaultExecutionContext], datetime]:
 
     def stamp(context: DefaultExecutionContext) -> datetime:
         column = cast(Any, context.compiled).statement.table.c[name]
-        latest = context.root_connection.scalar(select(func.max(column)))
+        # Of an empty table this is None, which the column itself does not take.
+        greatest = type_coerce(func.max(column), DateTime())
+        latest = context.root_connection.scalar(select(greatest))
         return now() if latest is None else max(now(), latest + timedelta(microseconds=1))
 
     return stamp

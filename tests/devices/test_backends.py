@@ -200,7 +200,9 @@ def smi(libraries, monkeypatch):
         return SimpleNamespace(stdout=", ".join(told.values()) + "\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    return told
+    cuda._told.cache_clear()
+    yield told
+    cuda._told.cache_clear()
 
 
 def test_another_driver_or_power_limit_is_another_key(smi):
@@ -209,8 +211,10 @@ def test_another_driver_or_power_limit_is_another_key(smi):
     assert first.versions["driver"] == "580.65" and "power limit" not in first.versions
     assert gpu.concerns() == {}
     smi["driver_version"] = "590.1"
+    cuda._told.cache_clear()  # as in another process
     second = gpu.fingerprint()
     smi["power.limit"] = "400.00 W"
+    cuda._told.cache_clear()
     third = gpu.fingerprint()
     assert third.versions["power limit"] == "400.00 W" and len(gpu.concerns()) == 1
     assert len({first.key, second.key, third.key}) == 3

@@ -20,6 +20,7 @@ import autoquant
 from autoquant.candidates import Format, get_format, known_formats
 from autoquant.candidates.kernels.caches import untuned
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.models.content import content_hash, module_architecture
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, Route, RouteStep
 
 VOCABULARY = 128
@@ -129,7 +130,7 @@ def make_plan(module: torch.nn.Module, case: Case, device: str) -> Plan:
         study_id="study",
         label=case.name,
         kind="front",
-        model_hash="hash",
+        model_hash=content_hash(module.state_dict().items(), module_architecture(module)),
         dtype=SHAPE.dtype,
         layers=layers,
         prediction=Prediction(request_ms=0, linear_ms=0, loss=0, memory_bytes=0),

@@ -116,5 +116,5 @@ def _causal_class(config: Mapping[str, Any]) -> str | None:
     """Return the class that transformers has for a causal language model of this type, or None."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config["model_type"]))
     return None if found is None else str(found)

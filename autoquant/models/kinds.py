@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from autoquant.candidates.calls import LinearHook
 from autoquant.models.casting import cast
 from autoquant.models.copies import own_copy
 from autoquant.models.loaded import UNFIT, ModelKind, is_causal_lm, main_dtype
@@ -28,7 +28,7 @@ _ROUNDING_FLOAT16 = 1e-2
 _LARGEST_COPY_BYTES = 8 << 30
 
 
-class _EmbeddingWatcher(TorchFunctionMode):
+class _EmbeddingWatcher(LinearHook):
     """Notes how many rows the embeddings have that are looked up with the token ids."""
 
     def __init__(self, ids: torch.Tensor) -> None:
@@ -36,15 +36,14 @@ class _EmbeddingWatcher(TorchFunctionMode):
         self.rows: list[int] = []
         self._ids = ids
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _EMBEDDINGS:
-            tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
-            weights = [each for each in tensors if each.is_floating_point()]
-            read = [each for each in tensors if not each.is_floating_point()]
-            if weights and read and torch.equal(read[0].flatten(), self._ids.flatten()):
-                self.rows.append(weights[0].shape[0])
-        return func(*args, **kwargs)
+    def on_other(self, function: Any, arguments: Sequence[Any]) -> None:
+        if function not in _EMBEDDINGS:
+            return
+        tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+        weights = [each for each in tensors if each.is_floating_point()]
+        read = [each for each in tensors if not each.is_floating_point()]
+        if weights and read and torch.equal(read[0].flatten(), self._ids.flatten()):
+            self.rows.append(weights[0].shape[0])
 
 
 def embedding_rows(module: nn.Module, device: str) -> int | None:

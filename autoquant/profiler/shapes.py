@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoquant.errors import WorkloadError
+from autoquant.errors import WorkloadError, first_line
 from autoquant.files import read_text
 from autoquant.hints import did_you_mean_path
 from autoquant.records import LinearShape
@@ -49,7 +49,9 @@ def read_shapes(path: str | os.PathLike[str], dtype: str) -> ListedShapes:
             " give a text file with one linear a line, e.g. 4096x4096"
         ) from error
     except ValueError as error:
-        raise WorkloadError(f"{path} is no text: {_FORM}, one linear a line") from error
+        raise WorkloadError(
+            f"{path} is no text ({first_line(error)}): {_FORM}, one linear a line"
+        ) from error
     return parse_shapes(text.splitlines(), dtype, origin=str(path))
 
 

@@ -361,8 +361,13 @@ class Store:
                 )
             return plan_from(rows[0], _workload(session, rows[0]))
 
-    def put_proof(self, plan_id: str, proof: Proof | None, reason: str = "") -> Proof | None:
+    def put_proof(
+        self, plan_id: str, proof: Proof | None, reason: str = "", *, replaces: bool = False
+    ) -> Proof | None:
         """Save how a plan's proof ended.
+
+        Args:
+            replaces: Also in place of a proof that is there.
 
         Returns:
             The proof that the store holds: what another process has saved meanwhile stays, unless
@@ -370,7 +375,7 @@ class Store:
         """
         with self._writing() as session:
             row = session.get(ProofRow, plan_id)
-            if row is not None and row.proof is not None:
+            if row is not None and row.proof is not None and not replaces:
                 return row.proof
             session.merge(
                 ProofRow(

@@ -141,7 +141,8 @@ class ProofLedger:
         for plan_id, plan in self.plans.items():
             if plan_id in self.proofs and _uses(plan, lie.format, lie.kernel):
                 del self.proofs[plan_id]
-                self._put_failure(plan, f"its kernel {lie.format}/{lie.kernel} is wrong")
+                reason = f"its kernel {lie.format}/{lie.kernel} is wrong"
+                self._put_failure(plan, reason, replaces=True)
 
     def prove_baseline(self, kind: PlanKind, plan: Plan) -> None:
         """Prove a baseline, unless it is the same as a plan of another kind."""
@@ -156,9 +157,13 @@ class ProofLedger:
         self.store.put_reference(self.study_id, f"no {kind} plan", {"reason": reason})
         self.listener(Notice(f"no {kind} plan: {reason}"))
 
-    def _put_failure(self, plan: Plan, reason: str) -> Proof | None:
-        """Keep why a plan could not be proven here; return another process' proof, or None."""
-        if proof := self.store.put_proof(plan.plan_id, None, reason):
+    def _put_failure(self, plan: Plan, reason: str, *, replaces: bool = False) -> Proof | None:
+        """Keep why a plan could not be proven here; return another process' proof, or None.
+
+        Args:
+            replaces: Another process' proof counts for nothing.
+        """
+        if proof := self.store.put_proof(plan.plan_id, None, reason, replaces=replaces):
             return proof
         self.failures[plan.plan_id] = reason
         text = f"plan {plan.label} could not be proven: {reason}; the search goes on without it"

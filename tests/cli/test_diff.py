@@ -98,7 +98,7 @@ def test_a_plan_does_not_differ_from_itself(runner, database):
 
 def test_plans_of_two_studies_are_refused_in_one_line(runner, database):
     store = open_store(database)
-    workload = conftest.Workload.parse("decode=1")
+    workload = store.study().workload
     store.put_study(
         "an0ther", model_hash=MODEL_HASH, device=DEVICE, identity={}, workload=workload, limits={}
     )

@@ -95,7 +95,8 @@ def test_a_model_computes_with_the_new_format_and_is_saved_in_it(installed, tmp_
 
     folder = tmp_path / "saved"
     folder.mkdir()
-    about = {"dtype": "bfloat16", "source": {"kind": "live"}, "joined": []}
+    about = {name: "made-up" for name in ("plan_id", "study_id", "label", "model_hash")}
+    about |= {"dtype": "bfloat16", "device": "cpu", "source": {"kind": "live"}, "joined": []}
     checkpoint.write_module(model, about, folder)
     again = checkpoint.read(folder, skeleton)
     for name, numbers in wanted.items():

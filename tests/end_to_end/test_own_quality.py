@@ -118,7 +118,7 @@ def test_a_module_is_searched_and_written_by_the_functions_named(here):
             "--quality needs a callable that takes (module, part) and returns losses",
         ),
         ({"quality": "nothing"}, "must return one number per sample"),
-        ({"quality": "broken"}, "failed on the calibration part (NameError"),
+        ({"quality": "broken"}, "failed on the report part (NameError"),
         ({"sample-inputs": None}, "--sample-inputs package.module:callable"),
         ({"sample-inputs": "number"}, "returned a int: it must return a tuple"),
     ],

@@ -10,7 +10,7 @@ from torch import nn
 
 import autoquant
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.errors import CheckpointError, ModelError
+from autoquant.errors import CheckpointError, DiskFullError, ModelError
 from autoquant.models import from_module, load_model
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 
@@ -127,7 +127,7 @@ def test_a_saving_that_fails_leaves_nothing(quantized, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(autoquant.export.checkpoint, "_write_safetensors", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(DiskFullError, match="the disk is full: no room for"):
         autoquant.save(quantized, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -77,9 +77,10 @@ def test_a_file_without_a_shape_is_refused(tmp_path, content):
 
 
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path):
-    for path in (tmp_path / "missing.txt", tmp_path):
-        with pytest.raises(WorkloadError, match="cannot read shapes from"):
-            read_shapes(path, "bfloat16")
+    with pytest.raises(WorkloadError, match="cannot read shapes from"):
+        read_shapes(tmp_path / "missing.txt", "bfloat16")
+    with pytest.raises(WorkloadError, match="no regular file"):
+        read_shapes(tmp_path, "bfloat16")
 
 
 def test_rows_are_sorted_and_come_once():

@@ -172,11 +172,12 @@ def test_a_candidate_that_ends_its_process_has_failed_and_the_rest_goes_on(store
     assert result[deadly].reason == "SIGSEGV" and rows(store) == 4
 
 
-def test_what_was_at_work_alone_is_not_tried_once_more(store):
-    runner = Runner([subject(5, "right")], tells=True)
+def test_what_was_at_work_alone_is_tried_once_more_since_others_may_have_ended_its_process(store):
+    deadly = subject(5, "right")
+    runner = Runner([deadly], tells=True)
     result = stage(store, runner=runner)
-    assert result[subject(5, "right")].reason == "SIGSEGV"
-    assert runner.jobs == [FOUR, [subject(5, "wrong")]]
+    assert result[deadly].reason == "SIGSEGV"
+    assert runner.jobs == [FOUR, [deadly], [subject(5, "wrong")]]
 
 
 def test_a_candidate_that_hung_is_not_tried_any_more_and_the_rest_goes_on(store):
@@ -197,7 +198,7 @@ def test_a_candidate_that_ended_two_processes_is_not_tried_any_more(store):
     died = ProcessDiedError("its process was ended by SIGSEGV")
     runner = Runner(deadly, tells=True, death=died)
     result = stage(store, more, runner=runner)
-    assert len(runner.jobs) == 3 and deadly[2] not in runner.jobs[2]
+    assert len(runner.jobs) == 5 and deadly[2] not in runner.jobs[4]
     assert result[deadly[2]].reason.startswith("not tried: at 16x32:float32 m=5 its process")
 
 

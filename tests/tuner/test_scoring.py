@@ -179,7 +179,7 @@ def test_a_weight_that_cannot_be_rounded_for_its_inputs_is_left_out_with_the_rea
         device="cpu",
         execution="eager",
     )
-    sites = record(llama, make_phases(loaded, WORKLOAD)).sites
+    sites = record(loaded.module, make_phases(loaded, WORKLOAD)).sites
     gptq, nearest = get_format("int3-g32-gptq/bit-planes"), get_format("int3-g32/bit-planes")
     changes = [Change(site, fmt.values, fmt, "a16") for site in sites for fmt in (nearest, gptq)]
     told = []

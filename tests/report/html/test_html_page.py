@@ -314,7 +314,7 @@ def test_a_loss_of_ones_own_takes_the_place_of_perplexity(tmp_path):
     store = open_store(tmp_path / "own.db")
     made_up_study.fill(store, limits={"max_ppl_increase": None, "max_memory_bytes": None})
     for plan_id, proof in store.proofs(made_up_study.STUDY).items():
-        store.put_proof(plan_id, replace(proof, perplexity=None, kl=None))
+        store.put_proof(plan_id, replace(proof, perplexity=None, kl=None), replaces=True)
     page = render_report(Study(store), "own.db").decode()
     assert '<th scope="col" class="number">Loss</th>' in page and "Perplexity" not in Outline(
         page
@@ -332,7 +332,9 @@ def test_without_a_proven_plan_there_is_nothing_to_report(tmp_path):
 def test_plans_without_finite_quality_are_told_and_not_drawn(own_study):
     broken = Interval(value=float("inf"), low=float("inf"), high=float("inf"))
     proof = own_study.proofs()[FAR]
-    own_study.store.put_proof(FAR, replace(proof, perplexity=float("inf"), increase=broken))
+    own_study.store.put_proof(
+        FAR, replace(proof, perplexity=float("inf"), increase=broken), replaces=True
+    )
     page = render_report(own_study, "plan.db").decode()
     assert "not shown: 1 plans without finite quality" in page
 

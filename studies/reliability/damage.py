@@ -111,14 +111,16 @@ def _import_everything() -> None:
     import torchao  # noqa: F401
     import transformers  # noqa: F401
 
-    from autoquant import prompting  # noqa: F401
-    from autoquant.cli.main import hush_libraries
+    from autoquant import (
+        logs,
+        prompting,  # noqa: F401
+    )
     from autoquant.export import applier  # noqa: F401
     from autoquant.report import html  # noqa: F401
     from autoquant.store import open_store  # noqa: F401
     from autoquant.study import study  # noqa: F401
 
-    hush_libraries()
+    logs.hide_warnings()
 
 
 def _warm(whole: Path) -> None:

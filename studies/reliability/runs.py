@@ -165,11 +165,12 @@ def _command(arguments: Sequence[str], told: Path, refine: bool) -> int:
 
     import torch
 
-    from autoquant.cli.main import app, hush_libraries
+    from autoquant import logs
+    from autoquant.cli.main import app
 
     tempfile.tempdir = None
     torch.set_num_threads(1)
-    hush_libraries()
+    logs.hide_warnings()
     shorten(refine)
     tell_into(told)
     note_waits(told.with_name("waits"))

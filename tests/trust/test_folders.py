@@ -86,7 +86,7 @@ def test_a_model_of_own_code_is_searched_applied_and_used_by_who_names_it(own, t
     assert not marker.exists()
     said = done("apply", db, named, "--out", out)
     assert "bit for bit" in said and f"--prompt TEXT {named}" in said
-    assert "unquantized" in done("bench", db, named)
+    assert "Request" in done("bench", db, named)
     assert named in refused("generate", out, "--prompt", "w1")
     assert done("generate", out, "--prompt", "w1", "--max-new-tokens", "2", named).startswith("w1")
     assert (

@@ -63,9 +63,6 @@ def fused_db(searched, fused, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    run=False, reason="not seen to end since kernels are checked more often: to find out"
-)
 def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its_own(
     files, tmp_path, monkeypatch
 ):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +31,11 @@ from autoquant.export.comparison import check_same
 from autoquant.export.kernel_check import OnKernel, check_kernels, ignore_kernel
 from autoquant.export.manifest import read_manifest
 from autoquant.export.rounding_inputs import Calibration, Windows
-from autoquant.files import is_writable, move_whole, raise_if_full, scratch_folder
+from autoquant.files import is_writable, move_whole, scratch_folder
 from autoquant.models import LoadedModel, ModelSource, load_request
 from autoquant.models.code import named_code
 from autoquant.models.copies import not_compiled
-from autoquant.models.loaded import is_transformers, settle
+from autoquant.models.loaded import settle
 from autoquant.models.trust import NO_TRUST, Trust, request_again
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
@@ -183,7 +182,7 @@ def apply_to_disk(
     loaded = load_searched(plan, model, facts, device, trust)
     original_bytes = module_bytes(loaded.module)
     apply(plan, loaded.module, calibration=facts.calibration, listener=listener)
-    with writing(target), scratch_folder(target) as scratch:
+    with checkpoint.writing(target), scratch_folder(target) as scratch:
         part = scratch / target.name
         part.mkdir()
         files = checkpoint.write(loaded, plan, part)
@@ -207,19 +206,6 @@ def apply_to_disk(
         needs_code=_needed_code(loaded.source, target),
         generates=loaded.kind == "causal_lm" and loaded.tokenizer is not None,
     )
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Raise as `CheckpointError` or `DiskFullError` what keeps a folder from being written."""
-    try:
-        yield
-    except Exception as error:
-        raise_if_full(error, target)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise CheckpointError(f"cannot write {target}: {reason}") from error
-        raise
 
 
 def load(
@@ -250,13 +236,11 @@ def load(
     manifest = read_manifest(Path(folder))
     trust = Trust(model_factory=model_factory, trust_remote_code=trust_remote_code)
     place = device or manifest.get("device", "cpu")
-    module = settle(checkpoint.read(Path(folder), model, place, trust=trust))
+    module = prepare(settle(checkpoint.read(Path(folder), model, place, trust=trust)))
+    check_kernels(module)
     from autoquant.export.in_memory import remember
 
-    if not is_transformers(module):
-        check_kernels(prepare(module))
-
-    return remember(prepare(module), manifest)
+    return remember(module, manifest)
 
 
 def module_bytes(module: nn.Module) -> int:

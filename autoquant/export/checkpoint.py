@@ -14,7 +14,8 @@ A checkpoint is a folder:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +31,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, ModelError, TrustError, first_line
 from autoquant.export.beside import copy_beside
 from autoquant.export.manifest import FORMAT_VERSION, MANIFEST, read_manifest
-from autoquant.files import check_stored, read_json_object
+from autoquant.files import check_stored, raise_if_full, read_json_object
 from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
@@ -48,6 +49,19 @@ _MOVED_CLASSES = {
     f"{_CANDIDATES}.low_bit.BitPlaneTensor": f"{_CANDIDATES}.formats.low_bit",
 }
 """Names of classes that earlier versions wrote into `packed.pt`, with their modules of today."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raise as `CheckpointError` or `DiskFullError` what keeps a folder from being written."""
+    try:
+        yield
+    except Exception as error:
+        raise_if_full(error, target)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise CheckpointError(f"cannot write {target}: {reason}") from error
+        raise
 
 
 def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:

@@ -106,7 +106,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any | None = None) 
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists already: choose another folder")
-    with applier.writing(target):
+    with checkpoint.writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(target) as scratch:
             part = scratch / target.name

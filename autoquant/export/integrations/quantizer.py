@@ -74,12 +74,16 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> Any:
         from autoquant.export import checkpoint
         from autoquant.export.integrations.saving import settle_loaded
+        from autoquant.export.kernel_check import check_kernels
         from autoquant.export.manifest import read_manifest
         from autoquant.models.loaded import settle
+        from autoquant.runtime.prepare import prepare
 
         del model.state_dict, model._keys_to_ignore_on_load_unexpected
         checkpoint.fill(model, self._folder, self._device)
-        return settle_loaded(settle(model), read_manifest(self._folder))
+        model = settle_loaded(settle(model), read_manifest(self._folder))
+        check_kernels(prepare(model))
+        return model
 
     def is_serializable(self) -> bool:
         """Return True: it can be saved."""

@@ -13,25 +13,21 @@ from torch import nn
 
 from autoquant.errors import CheckpointError
 from autoquant.export import checkpoint
-from autoquant.export.kernel_check import check_kernels
 from autoquant.export.manifest import MANIFEST
-from autoquant.files import move_whole, raise_if_full, scratch_folder
+from autoquant.files import move_whole, scratch_folder
 from autoquant.runtime.prepare import prepare
 
 _TAKEN = ("max_shard_size", "token")  # push_to_hub gives the first; it is ignored
 
 
 def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
-    """Settle a transformers model that has its quantized weights; prepare it and check its kernels.
+    """Settle a transformers model that has its quantized weights.
 
     Afterwards `save_pretrained` and `push_to_hub` write a folder that can be loaded again, and the
     model can be moved to another device and cast.
 
     Returns:
         The same model, changed in place.
-
-    Raises:
-        KernelError: A kernel computes something else here than its weight stores.
     """
     from autoquant.export.integrations.quantizer import AutoquantConfig, AutoquantQuantizer
 
@@ -45,7 +41,6 @@ def settle_loaded(model: Any, manifest: Mapping[str, Any]) -> nn.Module:
     # transformers refuses these for quantized models; here, quantized weights keep their dtype.
     model.float = partial(_cast, model, torch.float32)
     model.half = partial(_cast, model, torch.float16)
-    check_kernels(prepare(model))
     return cast(nn.Module, model)
 
 
@@ -70,14 +65,9 @@ def _save(
         )
     folder = Path(save_directory)
     if is_main_process:
-        try:
+        with checkpoint.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _write_all(model, manifest, folder)
-        except Exception as error:
-            raise_if_full(error, folder)
-            if not isinstance(error, OSError):
-                raise
-            raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
     if push_to_hub:
         model.push_to_hub(repo_id or folder.name, token=options.get("token"))
 

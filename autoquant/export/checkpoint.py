@@ -209,16 +209,8 @@ def plan_in(folder: Path) -> str | None:
 
 
 def dtype_in(manifest: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype that a manifest names.
-
-    Raises:
-        CheckpointError: It names none.
-    """
-    dtype = getattr(torch, str(manifest["dtype"]), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(
-            f"{MANIFEST} names no dtype ({manifest['dtype']}): apply the plan again"
-        )
+    """Return the dtype that a manifest names. `read_manifest` refuses any other name."""
+    dtype: torch.dtype = getattr(torch, manifest["dtype"])
     return dtype
 
 

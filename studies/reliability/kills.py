@@ -355,12 +355,7 @@ def main() -> int:
             "optuna": optuna.__version__,
         },
     }
-    print(json.dumps(result, indent=1))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    if not faults:
-        shutil.rmtree(place)
-    return 1 if faults else 0
+    return runs.conclude(result, faults, arguments.out, place)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -351,6 +352,22 @@ def ended(process: int, seconds: float = 0.0) -> int | None:
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.005)
+
+
+def conclude(
+    result: Mapping[str, Any], faults: Sequence[str], out: Path | None, place: Path
+) -> int:
+    """Print a study's result and keep it in `out`; return the exit code.
+
+    `place` holds what the commands wrote. It is kept if there are faults.
+    """
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
+    if not faults:
+        shutil.rmtree(place)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ right to write. The exit code is 1 if there was an error.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shutil
 import sqlite3
@@ -189,12 +188,7 @@ def main() -> int:
         "waits_above_100_ms": sum(wait > 0.1 for wait in waits),
         "versions": {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version},
     }
-    print(json.dumps(result, indent=1))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    if not faults:
-        shutil.rmtree(place)
-    return 1 if faults else 0
+    return runs.conclude(result, faults, arguments.out, place)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def levels_kept() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         for place, level in levels:
-            place.setLevel(level)
+            if place.level != level:  # setting one makes all thousand loggers forget what they know
+                place.setLevel(level)
 
 
 def hide_warnings() -> None:

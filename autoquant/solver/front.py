@@ -11,6 +11,8 @@ from autoquant.records import Objective, Plan
 from autoquant.solver.solve import AdditiveProblem, Picks, front, undominated
 from autoquant.solver.space import SearchSpace
 
+LOSS_BUDGETS = 24
+"""The exact front is solved for so many budgets."""
 _DISTINGUISHABLE = 64.0
 """A plan that loses less than this fraction of the allowed loss counts as exact."""
 
@@ -33,7 +35,7 @@ def front_plans(
     chosen = [] if target is None else [target]
     chosen += spread(
         problem,
-        undominated(problem, front(problem)),
+        undominated(problem, front(problem, LOSS_BUDGETS)),
         count - len(chosen),
         taken=chosen,
         least_loss=_smallest_loss(summed),

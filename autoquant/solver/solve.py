@@ -110,7 +110,7 @@ def most_exact(problem: AdditiveProblem, max_memory: float | None = None) -> Pic
     )
 
 
-def front(problem: AdditiveProblem, points: int = 24) -> list[Picks]:
+def front(problem: AdditiveProblem, points: int) -> list[Picks]:
     """Return exact points of the front over time, loss and memory, fastest first.
 
     Loss budgets are spaced geometrically between what the most exact and the fastest solutions

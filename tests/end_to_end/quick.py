@@ -14,6 +14,7 @@ from autoquant.devices import effort
 from autoquant.devices.effort import TimingEffort
 from autoquant.profiler import timing
 from autoquant.runtime import request
+from autoquant.solver import front
 from autoquant.study import delivered
 from autoquant.tuner import driver
 from autoquant.tuner import prove as proving
@@ -81,6 +82,7 @@ SHORTER = (
 FEWER_PLANS = (
     (prove, "LEAST_PLANS", 4),
     (prove, "FRONT_PLANS", 2),
+    (front, "LOSS_BUDGETS", 6),
 )  # not where a whole search is asked for
 
 CANDIDATES = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")

@@ -49,7 +49,7 @@ def save_llama(folder, **options):
     return folder
 
 
-def save_text(path, windows=24, seed=0):
+def save_text(path, windows=16, seed=0):
     """Text of that many windows of the model's length."""
     draw = random.Random(seed)
     words = [f"w{draw.randrange(WORDS)}" for _ in range(windows * POSITIONS)]

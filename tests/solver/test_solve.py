@@ -182,7 +182,7 @@ def test_the_front_holds_nothing_that_any_solution_beats(make):
     for seed in range(8):
         problem = make(seed)
         solutions = every_solution(problem)
-        for picks in front(problem):
+        for picks in front(problem, 8):
             found = np.array(problem.totals(picks))
             better = (solutions <= found).all(axis=1) & (solutions < found).any(axis=1)
             gap = (
@@ -197,7 +197,7 @@ def test_the_front_runs_from_the_fastest_to_the_most_exact_and_the_smallest():
     for seed in range(8):
         problem = random_problem(seed)
         solutions = every_solution(problem)
-        totals = np.array([problem.totals(picks) for picks in front(problem)])
+        totals = np.array([problem.totals(picks) for picks in front(problem, 8)])
         assert totals[0, 0] == pytest.approx(solutions[:, 0].min(), rel=1e-5)
         assert totals[:, 1].min() == 0.0
         assert totals[:, 2].min() == pytest.approx(solutions[:, 2].min(), rel=1e-5)
@@ -206,7 +206,7 @@ def test_the_front_runs_from_the_fastest_to_the_most_exact_and_the_smallest():
 
 def test_the_front_has_no_point_twice():
     for make in (random_problem, tied_problem):
-        points = front(make(3))
+        points = front(make(3), 8)
         assert len(points) == len(set(points))
 
 
@@ -220,7 +220,7 @@ def test_undominated_leaves_out_what_is_beaten_and_keeps_what_is_equal():
 def test_layers_with_one_option_get_it():
     problem = AdditiveProblem.build([[(1.0, 0.5, 10.0)], [(2.0, 0.0, 20.0)]])
     assert fastest(problem) == smallest(problem) == (0, 0)
-    assert front(problem) == [(0, 0)]
+    assert front(problem, 8) == [(0, 0)]
     assert fastest(problem, max_loss=0.5, max_memory=30) == (0, 0)
     assert fastest(problem, max_loss=0.4) is None
     assert fastest(problem, max_memory=29) is None

@@ -30,6 +30,8 @@ def _prove_proposals(
 ) -> tuple[int, str]:
     """Return how many plans were proven, and why it ended."""
     budget, known = ledger.budget, ledger.proven()
+    if budget.left_s() < SHORTEST_PROOF_S:
+        return 0, "the time budget is spent"
     growth = growth_of(known, limits.minimize, limits.max_ppl_increase)
     slowest_s, count = 0.0, 0
     proposed = proposals(

@@ -1,6 +1,6 @@
 # Each target does all its set-up: a virtual environment of its own, from the pinned constraints.
 #   make check     linters, types, contracts, and the unit tests that run no model
-#   make test      every test but those marked slow, browser or gpu
+#   make test      every test but those marked slow, processes, browser or gpu
 #   make test-all  `make test`, then those
 # In one call, as in `make lint test test-all`, nothing runs twice. With COVERAGE=1, which makes tests slower, the last one
 # fails where less of the package is run than pyproject.toml asks for.
@@ -10,7 +10,7 @@ DEMO := .venv-demo
 TEST := .venv-test
 
 PYTEST = $(TEST)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-MARKED := slow or browser or gpu
+MARKED := slow or processes or browser or gpu
 COVER := $(if $(COVERAGE),--cov=autoquant --cov-report=)
 UNIT := tests/cli tests/report tests/store tests/tuner $(wildcard tests/test_*.py)
 
@@ -24,7 +24,7 @@ check: $(TEST)/installed
 	$(MAKE) --no-print-directory -j 2 lint unit
 
 unit: $(TEST)/installed
-	$(PYTEST) -m "not ($(MARKED) or processes or models)" $(UNIT)
+	$(PYTEST) -m "not ($(MARKED) or models)" $(UNIT)
 
 test: $(TEST)/installed
 	$(PYTEST) $(COVER) -m "not ($(MARKED))"

@@ -18,6 +18,7 @@ from autoquant.cli.main import app
 from .pages import ROOT
 
 pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
+pytestmark = pytest.mark.processes
 NOWHERE = "http://127.0.0.1:9"
 
 

@@ -57,6 +57,7 @@ def test_a_search_keeps_how_its_recommended_plan_runs(searched, study):
     )
 
 
+@pytest.mark.processes
 def test_a_saved_plan_gives_the_same_in_a_new_process(loaded, plan, monkeypatch):
     monkeypatch.delenv("AUTOQUANT_IN_PROCESS")
     found, told = delivered(loaded, plan)
@@ -82,6 +83,7 @@ def test_a_plan_that_ends_the_process_is_refused(loaded, plan, monkeypatch):
     assert "the process that loaded it was ended (exit code 0)" in found.reason
 
 
+@pytest.mark.processes
 def test_a_model_that_is_changed_meanwhile_is_an_error_of_that_process(loaded, plan, monkeypatch):
     monkeypatch.delenv("AUTOQUANT_IN_PROCESS")
     loaded.content_hash = "0ther"

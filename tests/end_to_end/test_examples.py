@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layers"), [("vision", 19), ("encoder", 20)])
 def test_an_example_is_trained_searched_and_applied_as_its_readme_says(
     name, layers, tmp_path, monkeypatch, run
@@ -53,6 +54,7 @@ def test_an_example_is_trained_searched_and_applied_as_its_readme_says(
     assert all(f"--{option} {name}:{function}" in readme for option, function in functions.items())
 
 
+@pytest.mark.processes
 def test_the_demo_times_a_saved_model_beside_the_unquantized_one(searched, study, tmp_path, run):
     plan = next(plan for plan in study.plans() if plan.kind == "uniform")
     assert (

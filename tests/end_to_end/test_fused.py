@@ -172,6 +172,7 @@ def test_apply_writes_a_fused_plan_and_says_what_it_is(fused_db, run, tmp_path):
     assert loaded(IDS).logits.shape[:2] == IDS.shape
 
 
+@pytest.mark.slow
 def test_bench_computes_the_layers_of_a_fused_plan_as_one(fused_db, run, monkeypatch):
     monkeypatch.setattr(CpuBackend, "compile_failure", lambda _backend: None)
     counts = []

@@ -258,6 +258,7 @@ def test_the_search_ends_with_the_plans_as_the_database_has_them(search, monkeyp
     )
 
 
+@pytest.mark.processes
 def test_the_first_use_changes_no_level_and_no_filter():
     """What libraries set when they are imported is undone, too."""
     code = """

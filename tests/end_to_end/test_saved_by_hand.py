@@ -67,6 +67,7 @@ def here(place, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.processes
 def test_what_was_searched_is_applied_and_generates_from_the_new_folder_alone(run, here):
     result = run("apply", "plan.db")
     assert result.exit_code == 0, result.stderr
@@ -113,6 +114,7 @@ def test_the_same_weights_in_another_form_are_the_model_that_was_searched(run, h
     assert len(list(here.glob("folder-*"))) == 1
 
 
+@pytest.mark.processes
 def test_a_tokenizer_given_apart_is_saved_with_the_model(here):
     (here / "words").mkdir()
     for path in here.glob("tokenizer*"):

@@ -456,6 +456,7 @@ def test_a_plan_is_not_put_into_a_module_of_another_dtype_or_twice(searched, stu
         autoquant.apply(plan, once)
 
 
+@pytest.mark.processes
 def test_a_checkpoint_works_wherever_in_the_file_its_tensors_lie(applied, searched, tmp_path):
     """Some kernels fault on weights that are not aligned to 16 bytes, as they come from a memory-mapped file."""
     from safetensors import safe_open
@@ -535,6 +536,7 @@ def test_an_unknown_plan_is_refused(study):
         study.plan("nope")
 
 
+@pytest.mark.processes
 def test_a_packed_checkpoint_loads_in_a_process_that_has_seen_nothing_else(
     searched, study, tmp_path
 ):

@@ -105,6 +105,7 @@ def test_a_plan_is_applied_saved_loaded_and_run(put_in, name, tmp_path):
             assert whole_of(after) is not None
 
 
+@pytest.mark.processes
 def test_plans_are_loaded_and_run_by_a_new_process(put_in, tmp_path):
     expected, folders = {}, []
     for name in IN_A_NEW_PROCESS:

@@ -70,6 +70,7 @@ def prepared(*subjects, seen=None):
     )
 
 
+@pytest.mark.processes
 def test_a_kernel_that_crashes_takes_only_its_own_process_along(plug_in, monkeypatch):
     monkeypatch.setattr(
         module.os, "cpu_count", lambda: 2
@@ -106,6 +107,7 @@ def test_a_format_of_this_process_alone_is_left_to_it(monkeypatch):
     assert prepared(subject("bfloat16/plain", "matmul")) == module.Prepared({}, 0, 0.0)
 
 
+@pytest.mark.processes
 def test_no_worker_is_left_when_preparation_ends():
     import multiprocessing
 
@@ -122,6 +124,7 @@ def test_no_worker_is_left_when_preparation_ends():
     assert torch.get_num_threads() >= 1
 
 
+@pytest.mark.processes
 def test_processes_are_kept_for_the_next_call_where_that_is_asked_for(monkeypatch):
     import multiprocessing
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import shutil
-from functools import partial
 
 import pytest
 
-from autoquant.solver import front, solve
+from autoquant.solver import front
 from autoquant.store import open_store
 from autoquant.study.study import Study
 from autoquant.tuner.stages import refine
@@ -69,5 +68,5 @@ def quick_solver(monkeypatch):
             if plan.plan_id not in known:
                 yield plan, lambda _proof: None
 
-    monkeypatch.setattr(front, "front", partial(solve.front, points=9))
+    monkeypatch.setattr(front, "LOSS_BUDGETS", 9)
     monkeypatch.setattr(refine, "proposals", propose)

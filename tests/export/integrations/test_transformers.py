@@ -57,6 +57,7 @@ def same(model, expected):
     return torch.equal(logits(model), expected)
 
 
+@pytest.mark.processes
 def test_from_pretrained_in_a_new_process_gives_the_logits_of_load_without_a_warning(
     quantized, expected, tmp_path
 ):
@@ -298,6 +299,7 @@ def test_a_quantized_model_is_not_trained_and_not_quantized_while_loading(both, 
         )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("order", ["import autoquant; {}", "{}; import autoquant"])
 def test_it_is_registered_whichever_is_imported_first(order):
     code = (

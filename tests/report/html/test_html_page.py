@@ -14,8 +14,8 @@ from autoquant.errors import PlanError
 from autoquant.records import Interval
 from autoquant.report.html.page import embedded, render_report
 from autoquant.store import open_store
-from autoquant.store.repository import transaction
 from autoquant.store.schema import RooflineRow
+from autoquant.store.transactions import transaction
 from autoquant.study.study import Study
 from report import made_up_study
 from report.made_up_study import EVIL, FAR, FRONT, INT4, INT8, LEFT_ALONE, NOISE, PLANS, WORKLOAD

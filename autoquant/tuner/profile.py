@@ -17,10 +17,9 @@ from autoquant.candidates import Format, select, timed
 from autoquant.candidates.flat import stored_bytes
 from autoquant.devices import backend
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.models import LoadedModel, load_request
+from autoquant.models import LoadedModel, ModelRequest, load_request
 from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
-from autoquant.models.trust import Trust
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.profiler.latencies import COLUMNS, Latencies
@@ -37,7 +36,7 @@ from autoquant.tuner.profile_request import (
     ProfileRequest,
     Shapes,
     ShapesRequest,
-    asked_linears,
+    linears_of,
 )
 from autoquant.tuner.profiling import keeper
 
@@ -116,21 +115,22 @@ def profile(  # noqa: PLR0913 - the keywords of a public function
 
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
-    linears = asked_linears(
-        model,
-        shapes,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-        trust=Trust(
-            trust_pickle=trust_pickle,
-            trust_remote_code=trust_remote_code,
+    asked_model = asked_shapes = None
+    if model is not None:
+        asked_model = ModelRequest(
+            model=model,
+            dtype=dtype,
+            device=device,
             model_factory=model_factory,
+            tokenizer=tokenizer,
+            trust_pickle=trust_pickle,
             sample_inputs=sample_inputs,
-        ),
-    )
+            trust_remote_code=trust_remote_code,
+        )
+    if shapes is not None:
+        asked_shapes = ShapesRequest(shapes=shapes, dtype=dtype, device=device)
     request = ProfileRequest(
-        linears=linears,
+        linears=linears_of(asked_model, asked_shapes),
         rows=rows,
         workload=workload,
         batch=batch,

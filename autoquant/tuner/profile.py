@@ -22,7 +22,7 @@ from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
-from autoquant.profiler.latencies import COLUMNS, Latencies
+from autoquant.profiler.latencies import COLUMNS, Latencies, Row, row_of
 from autoquant.profiler.measure import Candidates
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.roofline import undisturbed_roofline
@@ -268,7 +268,7 @@ def _rows(
     hardware: Device,
     device_name: str,
     roofline: Roofline,
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[Row, ...]:
     by_id = {candidate.id: candidate for candidate in timed(candidates)}
     weight_bytes: dict[tuple[str, LinearShape], float | None] = {}
     rows = []
@@ -285,31 +285,8 @@ def _rows(
             if stored is None
             else floor_us(roofline, subject.shape, subject.m, stored, arithmetic)
         )
-        rows.append(_row(subject, measurement, kernel.numerics, floor))
+        rows.append(row_of(measurement, kernel.numerics, floor))
     return tuple(rows)
-
-
-def _row(
-    subject: TimingSubject, measurement: Measurement, numerics: str, floor: float | None
-) -> dict[str, Any]:
-    timed = bool(measurement.samples_us)
-    shape = subject.shape
-    return {
-        "n": shape.n,
-        "k": shape.k,
-        "bias": shape.bias,
-        "dtype": shape.dtype,
-        "m": subject.m,
-        "format": subject.format,
-        "kernel": subject.kernel,
-        "numerics": numerics,
-        "outcome": measurement.outcome,
-        "latency_us": measurement.latency_us if timed else None,
-        "spread_us": measurement.spread_us if timed else None,
-        "relative_error": measurement.relative_error,
-        "floor_us": floor,
-        "reason": measurement.reason,
-    }
 
 
 def _weight_bytes(

@@ -41,6 +41,7 @@ class Entrant:
 
     @property
     def best_us(self) -> float:
+        """The least sample: what disturbs a call only makes it longer."""
         return min(self.samples_us)
 
 
@@ -59,6 +60,7 @@ class LinearToTime:
 
         self.shape, self.m, self.device = shape, m, device
         self.backend = backend(device)
+        # Outputs are about 1, whatever k is.
         self.weight = (normal(shape.n, shape.k) / shape.k**0.5).to(dtype)
         self.bias = (normal(shape.n) * 0.1).to(dtype) if shape.bias else None
         x = normal(1, m, shape.k).to(dtype)
@@ -125,12 +127,11 @@ def _prepare(
     def compute(args: list[torch.Tensor]) -> list[torch.Tensor]:
         xs, rest = args[:unroll], args[unroll + len(biases) :]
         bias_arg = args[unroll] if biases else None
-        weights = [
-            unflatten_tensor(rebuild, rest[i * len(parts) : (i + 1) * len(parts)])
-            for i in range(unroll)
-        ]
+        starts = range(0, unroll * len(parts), len(parts))
+        weights = [unflatten_tensor(rebuild, rest[i : i + len(parts)]) for i in starts]
         if graphs:
             return [kernel.linear(x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
+        # The signs stand for the elementwise operations around a linear in a model.
         return [-kernel.linear(-x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
 
     # Each call reads the next `unroll` copies of the weight, so that none is still in the cache.

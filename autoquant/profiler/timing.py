@@ -43,6 +43,8 @@ from autoquant.profiler.entrant import Entrant, LinearToTime, enter
 from autoquant.records import LinearShape, Measurement, TimingSubject
 
 PROTOCOL = "3"
+# After these rounds those that take this many times as long as the fastest are dropped. After
+# twice as many rounds all are that are not nearly as fast.
 _FIRST_ROUNDS = 4
 _DROP_BEYOND = 1.6
 _TIE_WITHIN = 1.15
@@ -186,6 +188,7 @@ def _race_undisturbed(entrants: list[Entrant], device: str, effort: TimingEffort
         disturbance = watch.disturbance(effort.highest_other_load)
         if not disturbance:
             break
+        # What disturbs is often over soon: wait longer each time, but not after the last.
         time.sleep(attempt if attempt + 1 < effort.attempts else 0)
     return disturbance
 
@@ -200,15 +203,13 @@ def _race(entrants: list[Entrant], effort: TimingEffort) -> None:
         racing = [entrant for entrant in racing if not entrant.failure]
         if not racing:
             break
-        if round_number + 1 >= _FIRST_ROUNDS:
-            limit = min(entrant.best_us for entrant in racing) * (
-                _DROP_BEYOND if round_number + 1 < 2 * _FIRST_ROUNDS else _TIE_WITHIN
-            )
-            racing = [entrant for entrant in racing if entrant.best_us <= limit]
-        if (
-            time.perf_counter() - started > effort.linear_budget_s
-            and round_number + 1 >= _FIRST_ROUNDS
-        ):
+        done = round_number + 1
+        if done < _FIRST_ROUNDS:
+            continue
+        fastest_us = min(entrant.best_us for entrant in racing)
+        within = _DROP_BEYOND if done < 2 * _FIRST_ROUNDS else _TIE_WITHIN
+        racing = [entrant for entrant in racing if entrant.best_us <= fastest_us * within]
+        if time.perf_counter() - started > effort.linear_budget_s:
             break
 
 

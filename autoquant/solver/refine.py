@@ -115,6 +115,7 @@ def growth_of(
     originals = [points[plan_id][0] for plan_id, kind in kinds.items() if kind == "original"]
     solved = [points[plan_id][1] for plan_id, kind in kinds.items() if kind == "front"]
     worst = [max(solved, default=0.0), _LIMITS_THAT_COUNT * (max_ppl_increase or math.inf)]
+    # 0 if no plan of the front was proven: then every loss below 1 counts.
     reference = (max(originals, default=1.0), min(worst) or 1.0)
     return Growth(list(points.values()), reference, PATIENCE, LEAST_GROWTH)
 

@@ -75,6 +75,7 @@ class Loop:
     def run(self) -> Any:
         """Return what `_sample` returns."""
         prompt = self._ids.shape[1]
+        # transformers makes one token even if the prompt is as long as the limit.
         most = max(self._limit - prompt, 1)
         seen = _Seen(self._ids, most, self._streamer)
         self._decoder.start(self._mask)
@@ -131,6 +132,7 @@ class Loop:
 
     def _next(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose the next tokens `[batch]` and note which sequences have ended."""
+        # A copy, since the next step writes its logits to the same place.
         raw = logits.to(copy=True, dtype=torch.float32) if self._reads_scores else logits
         scores = self._processor(self._ids, raw)
         if self._scores is not None:

@@ -46,6 +46,7 @@ def score_choices(
     filled = [scored(each, scores.losses) for each in choices]
     options = bound.narrowed(complete([each.choices for each in filled]))
     originals = [each.original for each in filled]
+    # Complete once more: narrowing may have left a joined choice in some of its layers only.
     return make_space(settled, recording, scores, bound, complete(options), originals, fusion)
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import pytest
+from builders.searched import MIXED, SMALL, UNIFORM
 
 from autoquant.cli.main import app
-
-from .conftest import MIXED, SMALL, UNIFORM
 
 
 @dataclass(frozen=True)

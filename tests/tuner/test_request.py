@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders.request import make_request
 from models.tiny_models import Perceptron
 
 from autoquant.candidates import select
@@ -15,8 +16,6 @@ from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.tuner.judge import Asked, make_judge
 from autoquant.tuner.request import SettledRequest
-
-from .made_up_request import make_request
 
 INT8 = ("int8-row/plain/int8pack-mm",)
 

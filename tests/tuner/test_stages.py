@@ -6,6 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders.records import DEVICE, STUDY, put_study
+from builders.request import make_request
+from builders.runner import FakeRunner
+from builders.search import make_plan
+from builders.space import make_ledger
 from torch import nn
 
 from autoquant.candidates import Candidate, get_format
@@ -29,11 +34,6 @@ from autoquant.tuner.stages.profile import profile_linears, searchable
 from autoquant.tuner.stages.record import bind_constraints, record_linears
 from autoquant.tuner.stages.score import score_choices
 from autoquant.tuner.workers.jobs import ProveJob, ScoreJob
-
-from .fake_runner import FakeRunner
-from .made_up import DEVICE, STUDY, make_plan
-from .made_up_request import make_request
-from .made_up_space import make_ledger
 
 pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
 WORKLOAD = Workload.single()
@@ -90,10 +90,7 @@ def setup(tmp_path, model, events):
         hardware=DEVICE,
     )
     store = open_store(db)
-    store.put_device(DEVICE)
-    store.put_model(model.content_hash, {"kind": "live", "path": ""})
-    known = {"identity": {}, "workload": WORKLOAD, "limits": {}}
-    store.put_study(settled.study_id, model_hash=model.content_hash, device=DEVICE, **known)
+    put_study(store, settled.study_id, model=model.content_hash, workload=WORKLOAD, limits={})
     yield SearchSetup.of(settled, store, events.append)
     store.close()
 
@@ -103,14 +100,7 @@ def constrained(setup, **constraints):
     settled = setup.settled
     request = replace(settled.request, constraints=Constraints.parse(**constraints))
     other = replace(settled, request=request)
-    setup.store.put_study(
-        other.study_id,
-        model_hash=settled.loaded.content_hash,
-        device=DEVICE,
-        identity={},
-        workload=WORKLOAD,
-        limits={},
-    )
+    put_study(setup.store, other.study_id, model=settled.loaded.content_hash, workload=WORKLOAD)
     return replace(setup, settled=other)
 
 

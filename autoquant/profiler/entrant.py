@@ -129,10 +129,15 @@ def _prepare(
         bias_arg = args[unroll] if biases else None
         starts = range(0, unroll * len(parts), len(parts))
         weights = [unflatten_tensor(rebuild, rest[i : i + len(parts)]) for i in starts]
-        if graphs:
-            return [kernel.linear(x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
-        # The signs stand for the elementwise operations around a linear in a model.
-        return [-kernel.linear(-x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
+        results = []
+        for x, weight in zip(xs, weights, strict=True):
+            if graphs:
+                results.append(kernel.linear(x, weight, bias_arg))
+                continue
+            # The signs stand for the elementwise operations around a linear in a model.
+            y = kernel.linear(-x, weight, bias_arg)
+            results.append(-y)
+        return results
 
     # Each call reads the next `unroll` copies of the weight, so that none is still in the cache.
     groups: list[list[torch.Tensor]] = []

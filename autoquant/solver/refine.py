@@ -206,11 +206,12 @@ def _distributions(space: SearchSpace, losses: Sequence[float]) -> dict[str, Any
 
     scale = optuna.distributions.FloatDistribution(_LOW, _HIGH, log=True)
     kinds = dict.fromkeys(layer_kind(layer[0].name) for layer in space.options)
-    names = {f"scale {kind}": scale for kind in kinds} | {"scale with depth": scale}
+    distributions = dict.fromkeys((f"scale {kind}" for kind in kinds), scale)
+    distributions["scale with depth"] = scale
     low = min(losses)
     high = max(max(losses), low * 1.01)  # a range, even of equal losses
-    budget = optuna.distributions.FloatDistribution(low, high, log=True)
-    return names | {"loss budget": budget}
+    distributions["loss budget"] = optuna.distributions.FloatDistribution(low, high, log=True)
+    return distributions
 
 
 def _warm_start(

@@ -233,13 +233,14 @@ def _equalities(problem: AdditiveProblem, sizes: Sequence[int]) -> csr_array:
     starts = np.concatenate(([0], np.cumsum(sizes)))
     # A row has 1 for the options of the first layer, and -1 for those of the other.
     pairs = [(first, other) for first, *others in problem.equalities for other in others]
-    entries = [
-        (sign, row, int(starts[layer]) + option)
-        for row, pair in enumerate(pairs)
-        for sign, (layer, options) in zip((1.0, -1.0), pair, strict=True)
-        for option in options
-    ]
-    signs, rows, columns = zip(*entries, strict=True) if entries else ((), (), ())
+    signs: list[float] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    for row, pair in enumerate(pairs):
+        for sign, (layer, options) in zip((1.0, -1.0), pair, strict=True):
+            signs += [sign] * len(options)
+            rows += [row] * len(options)
+            columns += [int(starts[layer]) + option for option in options]
     return csr_array((signs, (rows, columns)), shape=(len(pairs), int(starts[-1])))
 
 
@@ -276,6 +277,8 @@ def _without_waste(problem: AdditiveProblem, picks: Picks) -> Picks:
         problem.time, problem.loss, problem.memory, _memberships(problem), picks, strict=True
     ):
         points = np.stack(columns, axis=1)
+        # Among these is the pick itself.
         fits = dominance.no_worse(points)[:, pick] & (sets == sets[pick])
-        better.append(min(np.flatnonzero(fits).tolist(), key=lambda i: tuple(points[i])))
+        candidates = np.flatnonzero(fits).tolist()
+        better.append(min(candidates, key=lambda i: tuple(points[i])))
     return tuple(better)

@@ -124,11 +124,11 @@ class Loop:
 
     def _prompt_positions(self) -> torch.Tensor:
         positions = self._positions
-        if positions is None and self._mask is None:
+        if positions is None:
             positions = torch.arange(self._ids.shape[1], device=self._ids.device).unsqueeze(0)
-        elif positions is None:
-            # Padding has no position of its own: the first token after it has position 0.
-            positions = (self._mask.long().cumsum(-1) - 1).clamp(min=0)
+            if self._mask is not None:
+                # Padding has no position of its own: the first token after it has position 0.
+                positions = (self._mask.long().cumsum(-1) - 1).clamp(min=0)
         return positions[:, -self._ids.shape[1] :].expand(self._ids.shape)
 
     def _next(self, logits: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,8 @@ from autoquant.logs import levels_kept, quiet_libraries
 if TYPE_CHECKING:
     from autoquant.candidates import Format, Kernel, register
     from autoquant.errors import AutoquantError
-    from autoquant.export.applier import load
     from autoquant.export.in_memory import apply, save
+    from autoquant.export.on_disk import load
     from autoquant.records import Phase, Plan, Workload
     from autoquant.runtime.modules import compile
     from autoquant.runtime.prepare import prepare
@@ -53,7 +53,7 @@ _HOMES = {
     "Workload": "autoquant.records",
     "apply": "autoquant.export.in_memory",
     "compile": "autoquant.runtime.modules",
-    "load": "autoquant.export.applier",
+    "load": "autoquant.export.on_disk",
     "prepare": "autoquant.runtime.prepare",
     "profile": "autoquant.tuner.profile",
     "register": "autoquant.candidates",

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import StoppingCriteria, TextStreamer
 
 from autoquant.errors import ModelError, first_line
-from autoquant.export.applier import load
 from autoquant.export.checkpoint import dtype_in
 from autoquant.export.manifest import MANIFEST, read_manifest
-from autoquant.models.huggingface import pretrained
+from autoquant.export.on_disk import load
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
+from autoquant.models.pretrained import pretrained
 from autoquant.models.targets import resolve_device
 from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
 from autoquant.runtime.prepare import prepare

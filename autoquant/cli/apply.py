@@ -23,7 +23,7 @@ from autoquant.cli.values import fraction
 from autoquant.errors import option_words
 
 if TYPE_CHECKING:
-    from autoquant.export.applier import AppliedReport
+    from autoquant.export.on_disk import AppliedReport
     from autoquant.records import Plan
     from autoquant.study.study import Study
 
@@ -70,7 +70,7 @@ def apply(
         chosen = _chosen(study, plan, increase)
         source = model or source_path(study)
         # Imports torch: only after everything that can be refused without it.
-        from autoquant.export.applier import apply_to_disk
+        from autoquant.export.on_disk import apply_to_disk
         from autoquant.models.trust import Trust
 
         target = out or _folder_beside(database, source, chosen)

@@ -17,6 +17,7 @@ from autoquant.cli.output import (
     print_json,
     print_table,
 )
+from autoquant.cli.plans import StudyOption
 from autoquant.files import write_file
 
 if TYPE_CHECKING:
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
 
 def pareto(
     database: Database,
-    study: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID", help="Which study; the last one if left out.", show_default=False
-        ),
-    ] = None,
+    study: StudyOption = None,
     as_json: JsonFlag = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
     chart: Annotated[

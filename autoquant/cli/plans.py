@@ -29,6 +29,10 @@ def complete_plan(context: typer.Context, incomplete: str) -> list[tuple[str, st
     return [(plan.plan_id, plan.label) for plan in plans if plan.plan_id.startswith(incomplete)]
 
 
+StudyOption = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="Which study; the last one if left out.", show_default=False),
+]
 PlanOption = Annotated[
     str | None,
     typer.Option(

@@ -97,20 +97,19 @@ def profile(
     all_m = None if rows is None else parse_rows(rows)
     request = None if workload is None else Workload.parse(workload, batch)
 
-    from autoquant.models.trust import Trust  # imports torch, as what follows does
+    from autoquant.models import ModelRequest  # imports torch, as what follows does
     from autoquant.tuner.profile import time_linears
-    from autoquant.tuner.profile_request import ProfileRequest, asked_linears
+    from autoquant.tuner.profile_request import ProfileRequest, ShapesRequest, linears_of
 
     def timed(**code: Any) -> Latencies:
+        on: dict[str, Any] = {"dtype": dtype.value, "device": device}
+        asked_model = asked_shapes = None
+        if model is not None:
+            asked_model = ModelRequest(model=model, tokenizer=tokenizer, **on, **code)
+        if shapes is not None:
+            asked_shapes = ShapesRequest(shapes=shapes, **on)
         asked = ProfileRequest(
-            linears=asked_linears(
-                model,
-                shapes,
-                dtype=dtype.value,
-                device=device,
-                tokenizer=tokenizer,
-                trust=Trust(**code),
-            ),
+            linears=linears_of(asked_model, asked_shapes),
             rows=all_m,
             workload=request,
             batch=batch,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from autoquant.cli.output import Database, check_place, echo, opened_study
+from autoquant.cli.plans import StudyOption
 from autoquant.files import write_file
 
 _SUFFIXES = (".html", ".htm")
@@ -19,12 +20,7 @@ def report(
     out: Annotated[Path, typer.Option(metavar="FILE.HTML", help="Where to write it.")] = Path(
         "report.html"
     ),
-    study: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID", help="Which study; the last one if left out.", show_default=False
-        ),
-    ] = None,
+    study: StudyOption = None,
 ) -> None:
     """Write a report of a search: front, plans layer by layer, kernels and coverage.
 

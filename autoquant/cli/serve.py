@@ -114,7 +114,7 @@ def _load(
     from autoquant.errors import ModelError, first_line
     from autoquant.events import StageFinished, StageStarted
     from autoquant.models.code import refuse_needed_code
-    from autoquant.models.huggingface import check_served
+    from autoquant.models.pretrained import check_served
     from autoquant.models.quiet import no_progress_bars, quiet
 
     check_served(folder, trust_remote_code=trust_remote_code)

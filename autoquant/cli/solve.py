@@ -10,6 +10,7 @@ import typer
 
 from autoquant.cli.options import MaxKlOption, MaxMemoryOption, Minimize, MinimizeOption
 from autoquant.cli.output import Database, JsonFlag, echo, opened_study, print_json, print_table
+from autoquant.cli.plans import StudyOption
 from autoquant.cli.values import fraction, nats, size_bytes
 
 if TYPE_CHECKING:
@@ -30,12 +31,7 @@ def solve(
     max_kl: MaxKlOption = None,
     max_memory: MaxMemoryOption = None,
     minimize: MinimizeOption = Minimize.TIME,
-    study: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID", help="Which study; the last one if left out.", show_default=False
-        ),
-    ] = None,
+    study: StudyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Solve a finished search for other limits, at once.

@@ -16,7 +16,8 @@ from torch import nn
 
 from autoquant.errors import CheckpointError
 from autoquant.models import LoadedModel
-from autoquant.models.huggingface import download, has_config
+from autoquant.models.folder import has_config
+from autoquant.models.hub import download
 from autoquant.models.tokenizers import load_tokenizer
 
 _FOLDERS = ("additional_chat_templates",)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelError
-from autoquant.models import factory, huggingface
+from autoquant.models import factory, pretrained
 from autoquant.models.quiet import current_folder_importable, quiet
 from autoquant.models.trust import NO_TRUST, Trust, named_factory
 
@@ -39,7 +39,7 @@ def build_architecture(
     place = torch.device("meta") if meta else nullcontext()
     if source["kind"] == "huggingface":
         with quiet(), place:
-            return huggingface.from_config(folder, dtype, trust.trust_remote_code)
+            return pretrained.from_config(folder, dtype, trust.trust_remote_code)
     if source["kind"] == "state_dict" and source.get("model_factory"):
         spec = named_factory(source, trust)
         with current_folder_importable(), place:

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoquant.errors import ModelError, first_line
-from autoquant.files import read_json_object
-from autoquant.hints import did_you_mean_path
+from autoquant.errors import ModelError
 from autoquant.models import code, weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
-from autoquant.models.identity import adapter_in, check_class, check_names, has_adapter, left_over
+from autoquant.models.folder import (
+    CONFIG,
+    TOKENIZER_ADVICE,
+    check_complete,
+    has_config,
+    read_config,
+)
+from autoquant.models.identity import check_class, check_names, left_over
 from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, max_positions, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
 from autoquant.models.plausible import check_size
-from autoquant.models.quiet import no_progress_bars, some
+from autoquant.models.pretrained import filled, from_config, made
+from autoquant.models.quiet import some
 from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
 
-_CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
-_WRONG_CONFIG = "download or save the model again, with the config.json that belongs to it"
-_TOKENIZER_ADVICE = "put the model's tokenizer there, or give one with --tokenizer FOLDER"
-_DOWNLOADED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
 # Fields of config.json that change when a model is saved or moved without being another model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,9 +46,9 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
         TrustError: The model needs code that the folder brings, which is not trusted.
         ModelError: A file is missing, truncated or of another kind, or the model is no causal LM.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     check_class(config, folder)
-    _check_complete(folder, request)
+    check_complete(folder, request)
     request = _with_checked_code(folder, request)
     files = weights.files(folder)
     if files[0].suffix == ".bin":
@@ -58,7 +60,7 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
     stored = _plain_dtype(tally, str(folder))
     words = tokenizer_of(request, folder)
     dtype = resolve_dtype(request.dtype, request.device, stored)
-    module, left = _pretrained(folder, dtype, request.trust_remote_code)
+    module, left = made(folder, dtype, request.trust_remote_code)
     notes = []
     if left:
         computed = [
@@ -79,20 +81,12 @@ def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> 
         ModelError: The configuration is no causal LM's, the weights do not fit it, or there is no
             tokenizer.
     """
-    config = _read_config(path.parent)
+    config = read_config(path.parent)
     check_class(config, path.parent)
     if not has_tokenizer(path.parent) and request.tokenizer is None:
-        raise ModelError(f"{path.parent} has no tokenizer.json: {_TOKENIZER_ADVICE}")
+        raise ModelError(f"{path.parent} has no tokenizer.json: {TOKENIZER_ADVICE}")
     request = _with_checked_code(path.parent, request)
     return _from_state(state, config, path.parent, request, str(path), strict=True)
-
-
-def has_config(folder: Path) -> bool:
-    """Check whether the folder holds the configuration of a Hugging Face model."""
-    try:
-        return "model_type" in read_json_object(folder / _CONFIG)
-    except (OSError, ValueError):
-        return False
 
 
 def _from_state(
@@ -125,7 +119,7 @@ def _from_state(
     own, different = without_aliases(kept, tied_names(skeleton))
     if different:
         raise ModelError(
-            f"{folder / _CONFIG} ties {some(different)}, but they differ in {path}: set"
+            f"{folder / CONFIG} ties {some(different)}, but they differ in {path}: set"
             " tie_word_embeddings to false there"
         )
     if strict and not any(name in wanted for name in own):
@@ -141,7 +135,7 @@ def _from_state(
     )
     stored = _plain_dtype(tally, path)
     words = tokenizer_of(request, folder)
-    module, left = _filled(
+    module, left = filled(
         skeleton, own, resolve_dtype(request.dtype, request.device, stored), folder, path
     )
     if left:
@@ -198,7 +192,7 @@ def hash_as_saved(module: nn.Module) -> str | None:
     state, names = module.state_dict(), weights.names(weights.files(folder))
     if any(name not in state for name in names):
         return None
-    architecture = _architecture(_read_config(folder), folder, trust_remote_code=False)
+    architecture = _architecture(read_config(folder), folder, trust_remote_code=False)
     return content_hash(((name, state[name]) for name in names), architecture)
 
 
@@ -217,264 +211,3 @@ def _plain_dtype(tally: DtypeTally, place: str) -> torch.dtype:
         form = "no floating-point weights" if stored is None else f"weights of {dtype_name(stored)}"
         raise ModelError(f"{place} holds {form}: give the model before it was quantized")
     return stored
-
-
-def _check_complete(folder: Path, request: ModelRequest) -> None:
-    """Refuse a folder that lacks weights or a tokenizer, and name everything that is missing."""
-    lacks, advice = [], []
-    if not weights.any_files(folder):
-        lacks.append(weights.BEST)
-        advice.append(_other_weights(folder))
-    if not has_tokenizer(folder) and request.tokenizer is None:
-        lacks.append("tokenizer.json")
-        advice.append(_TOKENIZER_ADVICE)
-    if lacks:
-        raise ModelError(
-            f"{folder} has a config.json but no {' and no '.join(lacks)}: {', and '.join(advice)}"
-        )
-
-
-def _other_weights(folder: Path) -> str:
-    found = [
-        path
-        for pattern in ("*.pt", "*.pth", "*.safetensors", "*.bin")
-        for path in sorted(folder.glob(pattern))
-    ]
-    whole = [path for path in found if "-of-" not in path.name]
-    return (
-        f"give the file of weights itself, {whole[0]}"
-        if whole
-        else "download or save the model again"
-    )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
-    if not path.is_file():
-        raise ModelError(_no_config(folder))
-    try:
-        config = read_json_object(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot read {path} ({first_line(error)}): download or save it again"
-        ) from error
-    if "model_type" not in config:
-        raise ModelError(
-            f"{path} names no model_type, so it is not the config.json of a Hugging Face model"
-        )
-    if "quantization_config" in config:
-        raise ModelError(
-            f"{folder} holds an already quantized model: give the model before it was quantized"
-        )
-    return config
-
-
-def _no_config(folder: Path) -> str:
-    if has_adapter(folder):
-        return adapter_in(folder)
-    names = sorted(entry.name for entry in folder.iterdir())
-    if not names:
-        return f"{folder} is empty: give a folder that save_pretrained() wrote, or a model file"
-    models = [name for name in names if (folder / name / "config.json").is_file()]
-    if models:
-        return f"{folder} has no config.json: give the model's own folder, {folder / models[0]}"
-    if files := [name for name in names if name.endswith((".safetensors", ".bin"))]:
-        files_to_add = _CONFIG if has_tokenizer(folder) else f"{_CONFIG} and tokenizer.json"
-        return (
-            f"{folder} has {files[0]} but no config.json: put the model's {files_to_add} beside it"
-        )
-    files = [name for name in names if name.endswith((".pt", ".pth", ".pt2"))]
-    if files:
-        return f"{folder} has no config.json: give the model file itself, {folder / files[0]}"
-    return (
-        f"{folder} holds no model (no config.json): give a folder that save_pretrained() wrote, or"
-        " a model file"
-    )
-
-
-def _pretrained(
-    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
-) -> tuple[nn.Module, list[str]]:
-    """Return the causal LM of a folder, and names of weights that it has no place for."""
-    from transformers import AutoModelForCausalLM
-
-    stored = weights.files(folder)
-    if stored[0].suffix == ".safetensors":
-        check_size(folder, *weights.counts(stored))
-
-    def load(**options: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **_attention_here(folder, trust_remote_code),
-            **options,
-        )
-
-    return _loaded(load, dtype, folder, trust_remote_code=trust_remote_code)
-
-
-def pretrained(
-    folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False
-) -> nn.Module:
-    """Return the unquantized model of a folder, on the CPU.
-
-    Args:
-        dtype: None for the one that `config.json` names, or the weights have.
-
-    Raises:
-        TrustError: The model needs code that the folder brings, which is not trusted.
-        ModelError: transformers cannot load it, or weights are missing.
-    """
-    check_served(folder, trust_remote_code=trust_remote_code)
-    return _pretrained(folder, dtype or "auto", trust_remote_code)[0]
-
-
-def check_served(folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a folder that transformers should not read by itself.
-
-    Raises:
-        TrustError: It has code fetched from the hub, which is not trusted.
-        ModelError: It names files of other folders, or a file of weights is damaged.
-    """
-    code.check_folder(folder, trust_remote_code=trust_remote_code)
-    weights.files(folder)
-
-
-def _filled(
-    skeleton: nn.Module, state: Mapping[str, Any], dtype: torch.dtype, folder: Path, place: str
-) -> tuple[nn.Module, list[str]]:
-    """Return the same for a model filled with `state`, which came from `place`."""
-    kind: Any = type(skeleton)
-
-    def load(**options: Any) -> Any:
-        return kind.from_pretrained(None, config=skeleton.config, state_dict=dict(state), **options)
-
-    module, left = _loaded(load, dtype, place)
-    give_generation_config(module, folder)
-    return module, left
-
-
-def _loaded(
-    load: Callable[..., Any],
-    dtype: torch.dtype | str,
-    place: str | Path,
-    *,
-    trust_remote_code: bool = True,
-) -> tuple[nn.Module, list[str]]:
-    """Return what `load` makes, and the names of weights that it has no place for.
-
-    Args:
-        trust_remote_code: False if the folder at `place` might need code that `load` does not run.
-    """
-    try:
-        with no_progress_bars():
-            module, report = load(
-                dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except Exception as error:
-        code.refuse_needed_code(Path(place), error, trust_remote_code)
-        raise ModelError(
-            f"transformers cannot load {place} as a causal language model: {first_line(error)}"
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise ModelError(
-            f"transformers made no torch module of {place}: give a causal language model"
-        )
-    name = type(module).__name__
-    if mismatched := sorted(report["mismatched_keys"]):
-        key, stored, wanted = mismatched[0]
-        raise ModelError(
-            f"{place} has {key} of {list(stored)}, {name} of its config.json {list(wanted)}:"
-            f" {_WRONG_CONFIG}"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"the weights in {place} lack {some(missing)} of {name}: {_WRONG_CONFIG}")
-    return module, sorted(report["unexpected_keys"])
-
-
-def from_config(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """Make the causal LM that the folder's `config.json` describes, with arbitrary weights.
-
-    Raises:
-        TrustError: It needs code that the folder brings, which is not trusted.
-        ModelError: transformers knows no such causal LM.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    code.check_folder(folder, trust_remote_code=trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        config = _attention_here(folder, trust_remote_code).get("config", config)
-        # Without a word on it, transformers would ask at the terminal.
-        module: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:
-        code.refuse_needed_code(folder, error, trust_remote_code)
-        raise ModelError(
-            f"transformers cannot build the model of {folder / _CONFIG} as a causal language model:"
-            f" {first_line(error)}"
-        ) from error
-    give_generation_config(module, folder)
-    return module
-
-
-def _attention_here(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Return the configuration with PyTorch's own attention, if its own is not installed here."""
-    from transformers import AutoConfig
-    from transformers.utils import is_flash_attn_2_available
-
-    fields = read_json_object(folder / _CONFIG)
-    asked = [str(fields.get(name)) for name in ("attn_implementation", "_attn_implementation")]
-    if is_flash_attn_2_available() or not any(name.startswith("flash") for name in asked):
-        return {}
-    config = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trust_remote_code
-    )
-    config._attn_implementation = "sdpa"
-    return {"config": config}
-
-
-def give_generation_config(module: nn.Module, folder: Path) -> None:
-    """Give the model the folder's `generation_config.json`, if there is one."""
-    from transformers import GenerationConfig
-
-    path = folder / _GENERATION_CONFIG
-    if not path.is_file():
-        return
-    try:
-        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ModelError(
-            f"cannot read {path} ({first_line(error)}): download or save it again"
-        ) from error
-
-
-def download(name: str, *, with_code: bool = False) -> Path:
-    """Return a model's folder in the hub's cache; fetch the model first if needed.
-
-    Args:
-        with_code: Also fetch its Python files.
-
-    Raises:
-        ModelError: The hub cannot be reached, has no such model, or does not let this user have it.
-    """
-    from huggingface_hub import snapshot_download
-
-    wanted = [*_DOWNLOADED, "*.py"] if with_code else _DOWNLOADED
-    try:
-        with no_progress_bars():
-            folder = Path(snapshot_download(name, allow_patterns=wanted))
-            if weights.any_files(folder):
-                return folder
-            return Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
-    except Exception as error:
-        raise ModelError(
-            f"{name} is neither a folder here{did_you_mean_path(name)} nor a model that can be"
-            f" fetched from the hub ({first_line(error)}): check the spelling and the network, or"
-            " give a folder"
-        ) from error

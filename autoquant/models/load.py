@@ -15,7 +15,7 @@ from torch import nn
 
 from autoquant.errors import ModelError
 from autoquant.hints import did_you_mean_path
-from autoquant.models import exported, huggingface, torchfile
+from autoquant.models import exported, hub, huggingface, torchfile
 from autoquant.models.casting import cast
 from autoquant.models.code import with_checked_file
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
@@ -111,7 +111,7 @@ def _read(request: ModelRequest) -> LoadedModel:
         raise ModelError(
             f"there is no model at {request.name}{did_you_mean_path(path)}: give {_FORMS}"
         )
-    folder = huggingface.download(request.name, with_code=request.trust_remote_code)
+    folder = hub.download(request.name, with_code=request.trust_remote_code)
     return huggingface.load_folder(folder, request, request.name)
 
 

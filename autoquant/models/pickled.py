@@ -14,6 +14,16 @@ _SILENT = ("PROTO", "FRAME", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", *_STRIN
 # Before the object, the old format of torch.save has a magic number, a version and facts about
 # the machine.
 _PICKLES_OF_OLD_FORMAT = 4
+# What opening a file as a pickle, or reading its opcodes, raises for one that is none.
+_UNREADABLE = (
+    OSError,
+    StopIteration,
+    zipfile.BadZipFile,
+    ValueError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+)
 
 
 def is_pickle(path: Path, *, is_zip: bool) -> bool:
@@ -23,15 +33,7 @@ def is_pickle(path: Path, *, is_zip: bool) -> bool:
             starts = file.read(1) == pickle.PROTO
             file.seek(0)
             return starts and all(True for _ in pickletools.genops(file))
-    except (
-        OSError,
-        StopIteration,
-        zipfile.BadZipFile,
-        ValueError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ):
+    except _UNREADABLE:
         return False
 
 
@@ -41,15 +43,7 @@ def pickled_class(path: Path, *, is_zip: bool) -> str:
         with _opened(path, is_zip=is_zip) as file:
             names = (_first_name(file) for _ in range(_PICKLES_OF_OLD_FORMAT))
             return next(filter(None, names), "")
-    except (
-        OSError,
-        StopIteration,
-        zipfile.BadZipFile,
-        ValueError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ):
+    except _UNREADABLE:
         return ""
 
 

@@ -18,7 +18,8 @@ from autoquant.models import weights
 from autoquant.models.casting import cast
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
 from autoquant.models.factory import build
-from autoquant.models.huggingface import has_config, load_beside
+from autoquant.models.folder import has_config
+from autoquant.models.huggingface import load_beside
 from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, main_dtype, max_positions, settle
 from autoquant.models.missing import class_reads_tokens, missing, weights_read_tokens

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant.records import Device, LinearShape, Roofline
+from autoquant.records import Device, LinearShape, Measurement, Roofline
 
 COLUMNS = (
     "n",
@@ -56,6 +56,29 @@ class Latencies:
         for row in self.rows:
             found.setdefault(shape_of(row), []).append(row)
         return {shape: tuple(rows) for shape, rows in found.items()}
+
+
+def row_of(
+    measurement: Measurement, numerics: str | None = None, floor_us: float | None = None
+) -> Row:
+    """Return a measurement with the fields of `COLUMNS`."""
+    subject, timed = measurement.subject, bool(measurement.samples_us)
+    return {
+        "n": subject.shape.n,
+        "k": subject.shape.k,
+        "bias": subject.shape.bias,
+        "dtype": subject.shape.dtype,
+        "m": subject.m,
+        "format": subject.format,
+        "kernel": subject.kernel,
+        "numerics": numerics,
+        "outcome": measurement.outcome,
+        "latency_us": measurement.latency_us if timed else None,
+        "spread_us": measurement.spread_us if timed else None,
+        "relative_error": measurement.relative_error,
+        "floor_us": floor_us,
+        "reason": measurement.reason,
+    }
 
 
 def shape_of(row: Row) -> LinearShape:

@@ -14,8 +14,9 @@ from autoquant.candidates.formats.floats import original_format
 from autoquant.candidates.kernels.caches import load_tuning, tuning_folder, use_kernel_caches
 from autoquant.devices import backend
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.profiler.arena import Arena
 from autoquant.profiler.prepare import prepare
-from autoquant.profiler.timing import Arena, compare
+from autoquant.profiler.timing import compare
 from autoquant.records import Device, LinearShape, Measurement, Roofline, Site, TimingSubject
 
 STAGE = "profile"

@@ -31,120 +31,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
 
-import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-
-from autoquant.candidates import Candidate, Format, Kernel, multiplied_numbers
-from autoquant.candidates.check import MAX_RELATIVE_ERROR, reference
-from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
+from autoquant.candidates import Candidate, Format, Kernel
+from autoquant.candidates.flat import stored_bytes
 from autoquant.devices import backend
-from autoquant.devices.clocks import Clock
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.watch import Watch
 from autoquant.errors import first_line
-from autoquant.files import raise_if_full
-from autoquant.profiler.checks import ResultCheck
+from autoquant.profiler.arena import Arena
+from autoquant.profiler.entrant import Entrant, LinearToTime, enter
 from autoquant.records import LinearShape, Measurement, TimingSubject
-from autoquant.runtime.parts import as_if_compiled
-
-__all__ = ["MAX_RELATIVE_ERROR", "PROTOCOL", "Arena", "LinearToTime", "compare", "try_out"]
 
 PROTOCOL = "3"
+# After these rounds those that take this many times as long as the fastest are dropped. After
+# twice as many rounds all are that are not nearly as fast.
 _FIRST_ROUNDS = 4
 _DROP_BEYOND = 1.6
 _TIE_WITHIN = 1.15
-_ALIGNMENT = 64
-_BENIGN_BYTES = (0x3A, 0x3B, 0x3C, 0x3D, 0xBA, 0xBB, 0xBC, 0xBD)
-
-
-class Arena:
-    """Memory that weights are rotated through.
-
-    Args:
-        size_bytes: How much is read between two uses of the same byte.
-        device: The torch device that it lies on.
-    """
-
-    def __init__(self, size_bytes: int, device: str) -> None:
-        palette = torch.tensor(_BENIGN_BYTES, dtype=torch.uint8)
-        generator = torch.Generator().manual_seed(0)
-        block = palette[
-            torch.randint(0, len(palette), (min(size_bytes, 1 << 20),), generator=generator)
-        ]
-        self.bytes = block.repeat(-(-size_bytes // block.numel()))[:size_bytes].to(device)
-
-    def views(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Return as many disjoint copies of `tensors` as fit, at least one.
-
-        A copy has the same shapes and dtypes, not the same numbers.
-        """
-        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-        if sum(sizes) > self.bytes.numel():
-            return [list(tensors)]
-        starts = range(0, self.bytes.numel() - sum(sizes) + 1, sum(sizes))
-        return [self._copy(tensors, sizes, start) for start in starts]
-
-    def _copy(
-        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], start: int
-    ) -> list[torch.Tensor]:
-        copies = []
-        for tensor, size in zip(tensors, sizes, strict=True):
-            copies.append(
-                self.bytes[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            )
-            start += size
-        return copies
-
-
-@dataclass(slots=True)
-class _Entrant:
-    """One candidate in a comparison.
-
-    Attributes:
-        failure: Why it could not be timed to the end, or an empty string.
-    """
-
-    subject: TimingSubject
-    clock: Clock
-    check: ResultCheck
-    relative_error: float = 0.0
-    failure: str = ""
-    samples_us: list[float] = field(default_factory=list)
-
-    @property
-    def best_us(self) -> float:
-        return min(self.samples_us)
-
-
-class LinearToTime:
-    """One linear to time: weight `[n, k]`, bias, and inputs `[1, m, k]`.
-
-    A timed call computes several linears, and has an input for each, all with the same numbers.
-    """
-
-    def __init__(self, shape: LinearShape, m: int, device: str) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        dtype = getattr(torch, shape.dtype)
-
-        def normal(*size: int) -> torch.Tensor:
-            return torch.randn(*size, generator=generator, device=device)
-
-        self.shape, self.m, self.device = shape, m, device
-        self.backend = backend(device)
-        self.weight = (normal(shape.n, shape.k) / shape.k**0.5).to(dtype)
-        self.bias = (normal(shape.n) * 0.1).to(dtype) if shape.bias else None
-        x = normal(1, m, shape.k).to(dtype)
-        self.inputs = [x.clone() for _ in range(1 if self.backend.graphs else _unroll(m))]
-
-    def change_inputs(self) -> None:
-        """Put other numbers into the same memory: the negative ones, in another order."""
-        changed = -self.inputs[0].roll(1, dims=-1)
-        for x in self.inputs:
-            x.copy_(changed)
 
 
 def compare(
@@ -174,7 +77,7 @@ def compare(
     effort = effort or timing_effort()
     linear = LinearToTime(shape, m, device)
     results = dict(decided or {})
-    entrants: list[_Entrant] = []
+    entrants: list[Entrant] = []
     subjects = []
     for candidate in candidates:
         fmt, kernel = candidate.format, candidate.kernel
@@ -185,7 +88,7 @@ def compare(
         if subject in results:
             continue
         on_candidate(subject)
-        entered = _enter(subject, fmt, kernel, linear, arena, compiled, effort)
+        entered = enter(subject, fmt, kernel, linear, arena, compiled, effort)
         if isinstance(entered, Measurement):
             results[subject] = entered
         else:
@@ -196,7 +99,7 @@ def compare(
 
 
 def _timed(
-    entrants: Sequence[_Entrant], linear: LinearToTime, effort: TimingEffort
+    entrants: Sequence[Entrant], linear: LinearToTime, effort: TimingEffort
 ) -> dict[TimingSubject, Measurement]:
     """Race, check the results once more, and race again without those that are wrong."""
     results: dict[TimingSubject, Measurement] = {}
@@ -224,7 +127,7 @@ def _timed(
     return results
 
 
-def _checked_again(entrant: _Entrant, effort: TimingEffort) -> Measurement | None:
+def _checked_again(entrant: Entrant, effort: TimingEffort) -> Measurement | None:
     """Return the outcome of a candidate that failed while it was timed or is wrong now, or None."""
     if entrant.failure:
         return Measurement(
@@ -253,7 +156,7 @@ def try_out(
     Returns:
         The measurement, and the bytes of the stored weight (0 if it is not ok).
     """
-    entered = _enter(
+    entered = enter(
         subject, fmt, kernel, linear, Arena(1, linear.device), compiled, timing_effort()
     )
     if isinstance(entered, Measurement):
@@ -271,112 +174,7 @@ def try_out(
     return measurement, stored_bytes(fmt.store(linear.weight))
 
 
-def _unroll(m: int) -> int:
-    return 8 if m <= 64 else 2
-
-
-def _enter(
-    subject: TimingSubject,
-    fmt: Format,
-    kernel: Kernel,
-    linear: LinearToTime,
-    arena: Arena,
-    compiled: bool,
-    effort: TimingEffort,
-) -> _Entrant | Measurement:
-    """Return a candidate ready to be timed, or the outcome that prevents it."""
-    reason = fmt.unsupported_reason(kernel, subject.shape, subject.m, linear.backend.type)
-    if reason:
-        return Measurement(subject=subject, outcome="unsupported", reason=reason)
-    try:
-        entrant = _prepare(subject, fmt, kernel, linear, arena, compiled, effort)
-        error, wrong = entrant.check.before()
-        if not wrong:
-            entrant.relative_error = error
-            entrant.clock.start()
-            return entrant
-    except Exception as failure:  # noqa: BLE001 - any error of a kernel or compiler is an outcome
-        raise_if_full(failure)
-        return Measurement(
-            subject=subject, outcome="failed", reason=first_line(failure, with_type=True)
-        )
-    return Measurement(subject=subject, outcome="incorrect", reason=wrong, relative_error=error)
-
-
-def _prepare(
-    subject: TimingSubject,
-    fmt: Format,
-    kernel: Kernel,
-    linear: LinearToTime,
-    arena: Arena,
-    compiled: bool,
-    effort: TimingEffort,
-) -> _Entrant:
-    """Trace and compile one candidate."""
-    stored = fmt.store(linear.weight)
-    parts, rebuild = flatten_tensor(stored)
-    copies = arena.views(parts)
-    unroll = min(len(linear.inputs), len(copies))
-    inputs, bias = linear.inputs[:unroll], linear.bias
-    biases = [] if bias is None else [bias]
-    graphs = linear.backend.graphs
-
-    def compute(args: list[torch.Tensor]) -> list[torch.Tensor]:
-        xs, rest = args[:unroll], args[unroll + len(biases) :]
-        bias_arg = args[unroll] if biases else None
-        weights = [
-            unflatten_tensor(rebuild, rest[i * len(parts) : (i + 1) * len(parts)])
-            for i in range(unroll)
-        ]
-        if graphs:
-            return [kernel.linear(x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
-        return [-kernel.linear(-x, w, bias_arg) for x, w in zip(xs, weights, strict=True)]
-
-    # Each call reads the next `unroll` copies of the weight, so that none is still in the cache.
-    groups: list[list[torch.Tensor]] = []
-    for start in range(0, len(copies), unroll):
-        taken = [copies[(start + i) % len(copies)] for i in range(unroll)]
-        groups.append([*inputs, *biases, *chain.from_iterable(taken)])
-    with torch.no_grad():
-        # Traced on distinct tensors: one that came twice would be read once.
-        run: Callable[[list[torch.Tensor]], Any] = compute
-        if not (graphs and kernel.opaque):
-            # The compiler needs no real tensors: they would be computed, and held to the end.
-            fake = compiled and not graphs
-            with as_if_compiled(compiled):
-                run = make_fx(compute, tracing_mode="fake" if fake else "real")(groups[0])
-                run = _compile(run, groups[0]) if compiled else run
-    sign = 1 if graphs else -1
-    real = [*inputs, *biases, *(parts * unroll)]
-
-    def expected() -> torch.Tensor:
-        numbers = multiplied_numbers(fmt, stored, kernel.numerics)
-        return sign * reference(kernel, numbers, sign * inputs[0], bias)
-
-    check = ResultCheck(
-        run=lambda: run(list(real)),
-        eager=None if run is compute else lambda: compute(list(real)),
-        expected=expected,
-        dtype=getattr(torch, subject.shape.dtype),
-        repeats=kernel.repeats and linear.backend.repeats,
-    )
-
-    def call(position: int) -> object:
-        with torch.no_grad():
-            return run(groups[position])
-
-    return _Entrant(subject, linear.backend.clock(call, len(groups), unroll, effort), check)
-
-
-def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], Any]:
-    import torch._inductor
-
-    arguments: list[Any] = [example]
-    compiled: Callable[[list[torch.Tensor]], Any] = torch._inductor.compile(traced, arguments)
-    return compiled
-
-
-def _race_undisturbed(entrants: list[_Entrant], device: str, effort: TimingEffort) -> str:
+def _race_undisturbed(entrants: list[Entrant], device: str, effort: TimingEffort) -> str:
     """Race, again while something disturbs it.
 
     Return what disturbed the race that counts, or an empty string.
@@ -390,11 +188,12 @@ def _race_undisturbed(entrants: list[_Entrant], device: str, effort: TimingEffor
         disturbance = watch.disturbance(effort.highest_other_load)
         if not disturbance:
             break
+        # What disturbs is often over soon: wait longer each time, but not after the last.
         time.sleep(attempt if attempt + 1 < effort.attempts else 0)
     return disturbance
 
 
-def _race(entrants: list[_Entrant], effort: TimingEffort) -> None:
+def _race(entrants: list[Entrant], effort: TimingEffort) -> None:
     """Time the entrants in turn until only close ones are left and rounds or time run out."""
     racing = [entrant for entrant in entrants if not entrant.failure]
     started = time.perf_counter()
@@ -404,19 +203,17 @@ def _race(entrants: list[_Entrant], effort: TimingEffort) -> None:
         racing = [entrant for entrant in racing if not entrant.failure]
         if not racing:
             break
-        if round_number + 1 >= _FIRST_ROUNDS:
-            limit = min(entrant.best_us for entrant in racing) * (
-                _DROP_BEYOND if round_number + 1 < 2 * _FIRST_ROUNDS else _TIE_WITHIN
-            )
-            racing = [entrant for entrant in racing if entrant.best_us <= limit]
-        if (
-            time.perf_counter() - started > effort.linear_budget_s
-            and round_number + 1 >= _FIRST_ROUNDS
-        ):
+        done = round_number + 1
+        if done < _FIRST_ROUNDS:
+            continue
+        fastest_us = min(entrant.best_us for entrant in racing)
+        within = _DROP_BEYOND if done < 2 * _FIRST_ROUNDS else _TIE_WITHIN
+        racing = [entrant for entrant in racing if entrant.best_us <= fastest_us * within]
+        if time.perf_counter() - started > effort.linear_budget_s:
             break
 
 
-def _sample(entrant: _Entrant) -> None:
+def _sample(entrant: Entrant) -> None:
     try:
         entrant.samples_us.append(entrant.clock.sample())
     except Exception as error:  # noqa: BLE001 - any error of a kernel is an outcome

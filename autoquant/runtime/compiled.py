@@ -110,6 +110,7 @@ def _traced(inputs: Sequence[Any]) -> Iterator[list[Any]]:
 
 def _compute_once(graph: torch.fx.GraphModule) -> None:
     """Replace every product by the first one with the same input and weight."""
+    # Each linear whose weight lies beside others asks for the product with all of them.
     known: dict[Any, torch.fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or not is_product(node.target):

@@ -23,8 +23,11 @@ TRIALS = 3
 """At most this many plans are proven."""
 CLOSE = 0.95
 """A plan that uses this share of the limit is close enough to it."""
+# Between `CLOSE` and the limit, since a trial may miss it on either side.
 _TARGET = 0.975
+# Shares are divided by, and noise may make one 0 or less.
 _LEAST_SHARE = 0.05
+# One noisy proof should not lead the next trial further than this.
 _LARGEST_STEP = 4.0
 
 
@@ -103,5 +106,6 @@ def _next_loss(shots: Sequence[_Shot]) -> float | None:
         return nearest.loss * step
     if within.share >= CLOSE or within.cost <= beyond.cost * (1 + TIE_FRACTION):
         return None
+    # A straight line through both, in logarithms, tells the loss at the target.
     slope = math.log(beyond.share / within.share) / math.log(beyond.loss / within.loss)
     return within.loss * math.exp(math.log(_TARGET / within.share) / slope)

@@ -85,12 +85,14 @@ def alternatives(
         ("faster", next_faster(base, others, workload)),
         ("smaller", next_smaller(base, others)),
     ]
-    distinct = [c for c in others if any(c is choice for _, choice in found)]
-    made = [
-        _alternative(base, c, tuple(gain for gain, choice in found if choice is c), workload)
-        for c in distinct
-    ]
-    return tuple(sorted(made, key=lambda made: [gain for gain, _ in found].index(made.gains[0])))
+    # One choice may be the next in several ways: it is shown once, at the first of them.
+    gains: dict[int, list[Gain]] = {}
+    for gain, choice in found:
+        gains.setdefault(id(choice), []).append(gain)
+    distinct = {id(choice): choice for _, choice in found if choice is not None}
+    return tuple(
+        _alternative(base, choice, tuple(gains[key]), workload) for key, choice in distinct.items()
+    )
 
 
 def _alternative(

@@ -93,6 +93,7 @@ def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list
         ends = max(1, (last[prefix] + 1) // _END_SHARE)
         if not ends <= number <= last[prefix] - ends:
             reasons.append("in the first or last blocks")
+        # It has the widest input of its block and makes it narrower: it leads back.
         elif shape.k == widest[place] > shape.n:
             reasons.append("down projection")
         else:

@@ -207,7 +207,9 @@ def fused_groups(sites: Sequence[Site]) -> list[tuple[str, ...]]:
         holder = site.name.rpartition(".")[0]
         alike = {name for name in site.siblings if name.rpartition(".")[0] == holder} | {site.name}
         expert = re.match(r"(.*\.experts)\.\d+\.", site.name)
-        groups.setdefault(expert[1] if expert else "\n".join(sorted(alike)), set()).update(alike)
+        # Experts read tokens of their own, so only their names tell that they belong together.
+        key = expert[1] if expert else "\n".join(sorted(alike))
+        groups.setdefault(key, set()).update(alike)
     order = {site.name: number for number, site in enumerate(sites)}
     members = [
         sorted((name for name in group if name in order), key=order.__getitem__)

@@ -28,5 +28,6 @@ def undominated(points: Points) -> Indices:
 def unbeaten(points: Points, classes: Indices) -> Indices:
     """As `undominated`, but within classes, and of equal points only the first stays."""
     better = no_worse(points) & (classes[:, None] == classes[None, :])
+    # At [i, j] with i before j: of two equal points the first beats the second.
     comes_first = np.triu(np.ones_like(better), 1)
     return np.flatnonzero(~np.any(better & (~better.T | comes_first), axis=0))

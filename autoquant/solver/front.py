@@ -74,7 +74,9 @@ def spread(
         return []
     totals = np.array([problem.totals(p) for p in [*pool, *taken]])
     positive = totals[:, 1][totals[:, 1] > 0]
-    floor = max(positive.min() * 0.1 if len(positive) else 1.0, least_loss)
+    # A loss of 0 has no logarithm: it counts as a tenth of the least other one.
+    lowest = positive.min() * 0.1 if len(positive) else 1.0
+    floor = max(lowest, least_loss)
     totals[:, 1] = np.log(np.maximum(totals[:, 1], floor))
     span = totals.max(axis=0) - totals.min(axis=0)
     where = (totals - totals.min(axis=0)) / np.where(span > 0, span, 1.0)
@@ -85,9 +87,10 @@ def spread(
     for other in fixed:
         distance = np.minimum(distance, np.linalg.norm(own - other, axis=1))
     for _ in range(min(count, len(pool))):
+        # The first of all is the fastest, as there is nothing to be far from.
         first = not len(fixed) and not chosen
         best = int(np.argmin(own[:, 0])) if first else int(np.argmax(distance))
         chosen.append(best)
         distance = np.minimum(distance, np.linalg.norm(own - own[best], axis=1))
-        distance[best] = -1.0
+        distance[best] = -1.0  # never again
     return [pool[i] for i in chosen]

@@ -19,6 +19,7 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     Points beyond the reference in either coordinate count for nothing.
     """
     area, lowest = 0.0, reference[1]
+    # From the cheapest on: each adds what its rectangle has below those of the points before.
     for x, y in sorted(points):
         if x < reference[0] and y < lowest:
             area += (reference[0] - x) * (lowest - y)

@@ -41,7 +41,9 @@ _EFFORTS = ((20_000, 1.5), (200_000, 1.1), (2_000_000, 1.05))
 _CLOSE = 1.02
 # With more partial solutions than these, those that others beat are dropped.
 _MANY = 200
+# How many options of each layer the first branch and cut gets.
 _CORE_PER_LAYER = 1.3
+# The same sum in another order may differ by this much.
 _ROUNDING = 1e-12
 
 
@@ -107,6 +109,7 @@ class Knapsack:
                     above = math.inf
                     if found is not None:
                         above = float(self.cost[found].sum()) - relaxed.bound
+                    # A limit above the cost of all options left none out: there is no other one.
                     if above <= limit + _ROUNDING or limit > len(self.cost):
                         return found
                     nothing, something = limit, min(something, above)
@@ -256,6 +259,7 @@ def _unbeaten(partial: Matrix) -> Indices:
     weight.
     """
     if partial.shape[1] == 2:
+        # By weight, then cost: what costs no less than one before it is beaten.
         order = np.lexsort(partial.T)
         return order[_steps(partial[order, 0])]
     weights, costs = np.empty(0), np.empty(0)

@@ -79,6 +79,7 @@ def make_plan(
     """
     if context.fusion is not None:
         choices = context.fusion.join(choices)
+    # A layer by itself has no fourth part, so ids are what they were before layers could be joined.
     does = [
         (c.name, c.format, [(s.upper_m, s.kernel) for s in c.route], *filter(None, [c.joined]))
         for c in choices

@@ -115,6 +115,7 @@ def growth_of(
     originals = [points[plan_id][0] for plan_id, kind in kinds.items() if kind == "original"]
     solved = [points[plan_id][1] for plan_id, kind in kinds.items() if kind == "front"]
     worst = [max(solved, default=0.0), _LIMITS_THAT_COUNT * (max_ppl_increase or math.inf)]
+    # 0 if no plan of the front was proven: then every loss below 1 counts.
     reference = (max(originals, default=1.0), min(worst) or 1.0)
     return Growth(list(points.values()), reference, PATIENCE, LEAST_GROWTH)
 
@@ -205,11 +206,12 @@ def _distributions(space: SearchSpace, losses: Sequence[float]) -> dict[str, Any
 
     scale = optuna.distributions.FloatDistribution(_LOW, _HIGH, log=True)
     kinds = dict.fromkeys(layer_kind(layer[0].name) for layer in space.options)
-    names = {f"scale {kind}": scale for kind in kinds} | {"scale with depth": scale}
+    distributions = dict.fromkeys((f"scale {kind}" for kind in kinds), scale)
+    distributions["scale with depth"] = scale
     low = min(losses)
     high = max(max(losses), low * 1.01)  # a range, even of equal losses
-    budget = optuna.distributions.FloatDistribution(low, high, log=True)
-    return names | {"loss budget": budget}
+    distributions["loss budget"] = optuna.distributions.FloatDistribution(low, high, log=True)
+    return distributions
 
 
 def _warm_start(

@@ -21,6 +21,7 @@ from autoquant.solver.knapsack import Indices, Knapsack
 
 Vector = NDArray[np.float64]
 Picks = tuple[int, ...]
+# What decides between equals weighs too little to outweigh what is minimized.
 _TIE_BREAK = 1e-6
 
 
@@ -151,6 +152,7 @@ def undominated(problem: AdditiveProblem, solutions: Sequence[Picks]) -> list[Pi
 def _budgets(low: float, high: float, points: int) -> Vector:
     if high <= low:
         return np.asarray([high])
+    # A loss of 0 has no place on a geometric grid.
     floor = max(low, high * 1e-4)
     grid = np.geomspace(floor, high, points)
     return np.asarray(grid, dtype=np.float64)
@@ -183,6 +185,7 @@ def _minimise(
     sizes = [len(layer) for layer in problem.time]
     owners = np.repeat(np.arange(len(sizes)), sizes)
     kept = _unbeaten(problem, np.vstack((objective, weights)))
+    # The tolerance of the linear solver is absolute: large numbers make it a small part of them.
     found = Knapsack(
         cost=objective[kept],
         owners=owners[kept],
@@ -230,13 +233,14 @@ def _equalities(problem: AdditiveProblem, sizes: Sequence[int]) -> csr_array:
     starts = np.concatenate(([0], np.cumsum(sizes)))
     # A row has 1 for the options of the first layer, and -1 for those of the other.
     pairs = [(first, other) for first, *others in problem.equalities for other in others]
-    entries = [
-        (sign, row, int(starts[layer]) + option)
-        for row, pair in enumerate(pairs)
-        for sign, (layer, options) in zip((1.0, -1.0), pair, strict=True)
-        for option in options
-    ]
-    signs, rows, columns = zip(*entries, strict=True) if entries else ((), (), ())
+    signs: list[float] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    for row, pair in enumerate(pairs):
+        for sign, (layer, options) in zip((1.0, -1.0), pair, strict=True):
+            signs += [sign] * len(options)
+            rows += [row] * len(options)
+            columns += [int(starts[layer]) + option for option in options]
     return csr_array((signs, (rows, columns)), shape=(len(pairs), int(starts[-1])))
 
 
@@ -256,13 +260,14 @@ def _memberships(problem: AdditiveProblem) -> list[Indices]:
         for layer, options in members:
             for option in options:
                 sets[layer, option] = (*sets.get((layer, option), ()), number)
-    numbers = {
-        each: number for number, each in enumerate(dict.fromkeys(sets.values()), start=1)
-    } | {(): 0}
-    return [
-        np.asarray([numbers[sets.get((layer, option), ())] for option in range(len(time))])
-        for layer, time in enumerate(problem.time)
-    ]
+    numbers: dict[tuple[int, ...], int] = {(): 0}  # in no set
+    for each in sets.values():
+        numbers.setdefault(each, len(numbers))
+    found = []
+    for layer, time in enumerate(problem.time):
+        own = [sets.get((layer, option), ()) for option in range(len(time))]
+        found.append(np.asarray([numbers[each] for each in own]))
+    return found
 
 
 def _without_waste(problem: AdditiveProblem, picks: Picks) -> Picks:
@@ -272,6 +277,8 @@ def _without_waste(problem: AdditiveProblem, picks: Picks) -> Picks:
         problem.time, problem.loss, problem.memory, _memberships(problem), picks, strict=True
     ):
         points = np.stack(columns, axis=1)
+        # Among these is the pick itself.
         fits = dominance.no_worse(points)[:, pick] & (sets == sets[pick])
-        better.append(min(np.flatnonzero(fits).tolist(), key=lambda i: tuple(points[i])))
+        candidates = np.flatnonzero(fits).tolist()
+        better.append(min(candidates, key=lambda i: tuple(points[i])))
     return tuple(better)

@@ -44,8 +44,10 @@ def same_speed(a: Proof, b: Proof) -> bool:
     From 1 % (below which it is always so) to 5 % (above which it never is).
     """
     ratios = [proof.request_ms / proof.original_request_ms for proof in (a, b)]
-    noise = math.hypot(_half(a), _half(b)) / min(ratios)
-    return abs(ratios[0] - ratios[1]) <= min(ratios) * min(max(noise, TIE_FRACTION), LARGEST_TIE)
+    faster = min(ratios)
+    noise = math.hypot(_half(a), _half(b)) / faster
+    allowed = min(max(noise, TIE_FRACTION), LARGEST_TIE)
+    return abs(ratios[0] - ratios[1]) <= faster * allowed
 
 
 def same_quality(a: Proof, b: Proof) -> bool:
@@ -71,10 +73,12 @@ def preferred(best: Proof, rivals: Sequence[Proof]) -> Proof:
         smallest = min((best, *rivals), key=lambda proof: proof.memory_bytes)
         return smallest if smallest.memory_bytes < best.memory_bytes * (1 - TIE_FRACTION) else best
     lowest = best.selection_kl.low
-    clearly = [
-        (kl.value, proof) for proof in rivals if (kl := proof.selection_kl) and kl.high < lowest
-    ]
-    return min(clearly, key=lambda pair: pair[0], default=(0.0, best))[1]
+    chosen, least = best, math.inf
+    for rival in rivals:
+        kl = rival.selection_kl
+        if kl is not None and kl.high < lowest and kl.value < least:
+            chosen, least = rival, kl.value
+    return chosen
 
 
 def _half(proof: Proof) -> float:

@@ -8,9 +8,10 @@ from sqlalchemy import select
 
 from autoquant.errors import StoreError
 from autoquant.records import Device
-from autoquant.store.repository import Store, transaction
+from autoquant.store.repository import Store
 from autoquant.store.rows import measurement_from
 from autoquant.store.schema import DeviceRow, TimingRow
+from autoquant.store.transactions import transaction
 
 COLUMNS = (
     "device",

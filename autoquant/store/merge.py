@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
 from autoquant.store.connect import open_read_only
-from autoquant.store.repository import Store, transaction
+from autoquant.store.repository import Store
 from autoquant.store.schema import (
     Base,
     DeviceRow,
@@ -27,6 +27,7 @@ from autoquant.store.schema import (
     TaskScoreRow,
     TimingRow,
 )
+from autoquant.store.transactions import transaction
 
 _MERGED: dict[str, type[Base]] = {
     "devices": DeviceRow,

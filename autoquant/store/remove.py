@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from autoquant.errors import PlanError
-from autoquant.store.repository import Store, transaction
+from autoquant.store.repository import Store
 from autoquant.store.schema import (
     Base,
     DeliveryRow,
@@ -22,6 +22,7 @@ from autoquant.store.schema import (
     StudyRow,
     TaskScoreRow,
 )
+from autoquant.store.transactions import transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

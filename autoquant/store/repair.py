@@ -19,9 +19,9 @@ from autoquant.errors import StoreError
 from autoquant.hints import did_you_mean_path
 from autoquant.store.columns import BadValueError
 from autoquant.store.connect import connect_read_only, open_store
-from autoquant.store.repository import transaction
 from autoquant.store.rows import check_problem, check_row, plan_from
 from autoquant.store.schema import Base, PlanRow, StudyRow
+from autoquant.store.transactions import transaction
 
 _LAST_ROW = 2**62
 _DEEPEST = 12  # halvings of a range of rows around pages that cannot be read

@@ -20,7 +20,8 @@ from autoquant.events import (
     ignore,
     logged,
 )
-from autoquant.export.applier import apply, load_searched, module_bytes
+from autoquant.export.applier import apply, module_bytes
+from autoquant.export.searched import load_searched
 from autoquant.models import LoadedModel
 from autoquant.models.copies import shallow_copy
 from autoquant.models.trust import NO_TRUST, Trust

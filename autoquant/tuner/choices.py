@@ -101,7 +101,7 @@ def format_facts(
                 difference = nearest.dequantize(stored) - weight.float()
                 error = (difference.norm() / weight.float().norm()).item()
                 facts[nearest.id, shape] = FormatFacts(stored_bytes(stored), error)
-                trim_memory()
+                trim_memory()  # before the next format needs as much
             facts[fmt.id, shape] = facts[nearest.id, shape]
     return facts
 
@@ -169,6 +169,7 @@ class ChoiceMaker:
             raise ConstraintError(f"{site.name} is {pinned}, which cannot be used: {why}")
         if any(choice.format == original for choice in found.choices):
             return found
+        # Plans are compared with the unquantized model, so its choice is needed all the same.
         unquantized = [c for c in self.candidates if c.format.id == original]
         barred = replace(self, candidates=unquantized).choices(site)
         return replace(found, barred=barred.original)
@@ -189,6 +190,7 @@ class ChoiceMaker:
             elif choice.format not in {c.format for c in kept}:
                 reason = f"{better.format} is at least as fast, as small and as exact"
                 dropped[choice.format] = reason
+        # A format that lost one choice may have kept a later one.
         for choice in kept:
             dropped.pop(choice.format, None)
         return kept
@@ -262,7 +264,7 @@ def _routes(site: Site, kernels: Sequence[Kernel], measured: FormatTimings) -> l
 
     A set without a usable kernel for each of the site's m has no route.
     """
-    routes: dict[Route, None] = {}
+    routes: dict[Route, None] = {}  # two sets may give the same route
     rows = sorted({use.m for use in site.uses})
     for allowed in _rounding_sets(kernels):
         best = [(m, measured.fastest(kernels, allowed, m)) for m in rows]

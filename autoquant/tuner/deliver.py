@@ -20,7 +20,7 @@ from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.memory import release_memory
 from autoquant.errors import HungError, ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
-from autoquant.export import applier, checkpoint
+from autoquant.export import applier, checkpoint, on_disk
 from autoquant.files import raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, SameModel
 from autoquant.models.copies import shallow_copy
@@ -230,7 +230,7 @@ def load_and_deliver(
 ) -> Delivery:
     """Load the saved plan, compare its answer with the expected one, and time it."""
     skeleton = None if original.describes_itself else shallow_copy(original.module)
-    quantized = applier.load(
+    quantized = on_disk.load(
         spec.folder,
         skeleton,
         device=spec.usage.device,

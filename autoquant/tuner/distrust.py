@@ -30,5 +30,5 @@ def distrust(
     ]
     if not wrong:
         raise lie
-    setup.store.replace_timings(setup.hardware, PROTOCOL, wrong)
+    setup.store.replace_timings(setup.settled.hardware, PROTOCOL, wrong)
     setup.tell(f"{lie.format}/{lie.kernel} is no longer used: {lie.reason}")

@@ -25,9 +25,9 @@ def run_stages(setup: SearchSetup, budget: Budget) -> None:
     """
     if budget.is_filled():
         setup.tell(
-            f"study {setup.study_id} is complete: the best of its plans within the limits, nothing"
-            f" measured; {budget.spent_before_s:.0f} s were spent on it, and a larger --time-budget"
-            " aims at these limits"
+            f"study {setup.settled.study_id} is complete: the best of its plans within the limits,"
+            f" nothing measured; {budget.spent_before_s:.0f} s were spent on it, and a larger"
+            " --time-budget aims at these limits"
         )
     else:
         search_plans(setup.for_this_machine(), budget)
@@ -40,6 +40,7 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
 
     What was measured before is in the store, so that little is done twice.
     """
+    settled = setup.settled
     recording = record_linears(setup)
     bound = bind_constraints(setup, recording.sites)
     runner = setup.start_runner()
@@ -51,11 +52,11 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
             budget.note()
             space = score_choices(setup, recording, bound, timings, runner)
             budget.note()
-            ledger = ProofLedger(setup.store, setup.study_id, runner, budget, setup.listener)
+            ledger = ProofLedger(setup.store, settled.study_id, runner, budget, setup.listener)
             try:
-                referenced = prove_references(space, ledger, recording.sites, setup.limits)
-                prove_front(referenced, ledger, setup.limits)
-                refine(referenced, ledger, setup.limits, setup.seed)
+                referenced = prove_references(space, ledger, recording.sites, settled.limits)
+                prove_front(referenced, ledger, settled.limits)
+                refine(referenced, ledger, settled.limits, settled.request.seed)
                 break
             except KernelError as lie:
                 distrust(lie, timings, ledger, setup)
@@ -67,13 +68,14 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
 
 def deliver(setup: SearchSetup) -> None:
     """Recommend the best plan that is faster as its user will run it."""
-    study = Study(setup.store, setup.study_id)
+    study_id = setup.settled.study_id
+    study = Study(setup.store, study_id)
     deliverer = Deliverer(
-        loaded=setup.loaded,
+        loaded=setup.settled.loaded,
         usage=setup.usage,
         calibration=study.calibration,
         listener=setup.listener,
     )
     deliver_best(study, deliverer, setup.listener)
     best = study.recommended()
-    setup.store.update_study(setup.study_id, recommended=best.plan_id if best else None)
+    setup.store.update_study(study_id, recommended=best.plan_id if best else None)

@@ -17,13 +17,12 @@ from autoquant.candidates import Format, select, timed
 from autoquant.candidates.flat import stored_bytes
 from autoquant.devices import backend
 from autoquant.events import Listener, Notice, ignore, logged
-from autoquant.models import LoadedModel, load_request
+from autoquant.models import LoadedModel, ModelRequest, load_request
 from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
-from autoquant.models.trust import Trust
 from autoquant.profiler import measure
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
-from autoquant.profiler.latencies import COLUMNS, Latencies
+from autoquant.profiler.latencies import COLUMNS, Latencies, Row, row_of
 from autoquant.profiler.measure import Candidates
 from autoquant.profiler.record import mean_element_bytes, record_model
 from autoquant.profiler.roofline import undisturbed_roofline
@@ -37,7 +36,7 @@ from autoquant.tuner.profile_request import (
     ProfileRequest,
     Shapes,
     ShapesRequest,
-    asked_linears,
+    linears_of,
 )
 from autoquant.tuner.profiling import keeper
 
@@ -116,21 +115,22 @@ def profile(  # noqa: PLR0913 - the keywords of a public function
 
     if isinstance(workload, str):
         workload = Workload.parse(workload, batch)
-    linears = asked_linears(
-        model,
-        shapes,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-        trust=Trust(
-            trust_pickle=trust_pickle,
-            trust_remote_code=trust_remote_code,
+    asked_model = asked_shapes = None
+    if model is not None:
+        asked_model = ModelRequest(
+            model=model,
+            dtype=dtype,
+            device=device,
             model_factory=model_factory,
+            tokenizer=tokenizer,
+            trust_pickle=trust_pickle,
             sample_inputs=sample_inputs,
-        ),
-    )
+            trust_remote_code=trust_remote_code,
+        )
+    if shapes is not None:
+        asked_shapes = ShapesRequest(shapes=shapes, dtype=dtype, device=device)
     request = ProfileRequest(
-        linears=linears,
+        linears=linears_of(asked_model, asked_shapes),
         rows=rows,
         workload=workload,
         batch=batch,
@@ -268,7 +268,7 @@ def _rows(
     hardware: Device,
     device_name: str,
     roofline: Roofline,
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[Row, ...]:
     by_id = {candidate.id: candidate for candidate in timed(candidates)}
     weight_bytes: dict[tuple[str, LinearShape], float | None] = {}
     rows = []
@@ -285,31 +285,8 @@ def _rows(
             if stored is None
             else floor_us(roofline, subject.shape, subject.m, stored, arithmetic)
         )
-        rows.append(_row(subject, measurement, kernel.numerics, floor))
+        rows.append(row_of(measurement, kernel.numerics, floor))
     return tuple(rows)
-
-
-def _row(
-    subject: TimingSubject, measurement: Measurement, numerics: str, floor: float | None
-) -> dict[str, Any]:
-    timed = bool(measurement.samples_us)
-    shape = subject.shape
-    return {
-        "n": shape.n,
-        "k": shape.k,
-        "bias": shape.bias,
-        "dtype": shape.dtype,
-        "m": subject.m,
-        "format": subject.format,
-        "kernel": subject.kernel,
-        "numerics": numerics,
-        "outcome": measurement.outcome,
-        "latency_us": measurement.latency_us if timed else None,
-        "spread_us": measurement.spread_us if timed else None,
-        "relative_error": measurement.relative_error,
-        "floor_us": floor,
-        "reason": measurement.reason,
-    }
 
 
 def _weight_bytes(

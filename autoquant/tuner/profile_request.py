@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import nn
 
 from autoquant.errors import WorkloadError
 from autoquant.models import ModelRequest, dtype_name, resolve_device, resolve_dtype
-from autoquant.models.request import ModelPath
-from autoquant.models.trust import Trust
 from autoquant.profiler.shapes import ListedShapes, parse_shapes, read_shapes
 from autoquant.records import Workload
 from autoquant.store.connect import check_address
@@ -101,33 +98,18 @@ class ProfileRequest:
         return self.linears.device
 
 
-def asked_linears(
-    model: ModelPath | nn.Module | None,
-    shapes: Shapes | None,
-    *,
-    dtype: str,
-    device: str,
-    tokenizer: Any | None,
-    trust: Trust,
+def linears_of(
+    model: ModelRequest | None, shapes: ShapesRequest | None
 ) -> ModelRequest | ShapesRequest:
-    """Return the request for a model or for shapes, whichever is given.
-
-    The arguments are those of `autoquant.profile`.
+    """Return whichever is given.
 
     Raises:
-        WorkloadError: A model and shapes are given, or neither.
-        DeviceError: The device is not there.
+        WorkloadError: Both are, or neither.
     """
     if model is None and shapes is not None:
-        return ShapesRequest(shapes=shapes, dtype=dtype, device=device)
+        return shapes
     if model is None or shapes is not None:
         raise WorkloadError(
             "give either a model or shapes (--shapes FILE): their linears are what is timed"
         )
-    return ModelRequest(
-        model=model,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-        **trust.as_keywords(),
-    )
+    return model

@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from autoquant.candidates import Candidate, Format
+from autoquant.candidates import Format
 from autoquant.devices import backend
-from autoquant.evaluators.outputs import AnyQuality
-from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.events import Listener, Notice
-from autoquant.models import LoadedModel
 from autoquant.profiler.crossovers import Measure
-from autoquant.records import Device, Workload
 from autoquant.runtime.user_loop import Usage
-from autoquant.solver.constraints import Constraints
-from autoquant.solver.limits import Limits
 from autoquant.store import Store
 from autoquant.tuner.profiling import measure_all
 from autoquant.tuner.request import SettledRequest
@@ -29,59 +23,35 @@ class SearchSetup:
     """All that the stages of one search share.
 
     Attributes:
-        hardware: The fingerprint of the device.
-        candidates: Those of the search, the unquantized ones among them.
-        fuse: Also try to compute linears that read the same input as one.
+        settled: What is searched, and how.
+        fuse: Also try to compute linears that read the same input as one: if that was asked for,
+            and can be done here.
     """
 
+    settled: SettledRequest
     store: Store
-    study_id: str
-    loaded: LoadedModel
-    quality: AnyQuality
-    workload: Workload
-    hardware: Device
-    candidates: list[Candidate]
     fuse: bool
-    sensitivity: Sensitivity
-    constraints: Constraints
-    limits: Limits
-    seed: int
     listener: Listener
 
     @classmethod
     def of(cls, settled: SettledRequest, store: Store, listener: Listener) -> SearchSetup:
         """Return the setup of a request."""
-        request = settled.request
-        return cls(
-            store=store,
-            study_id=settled.study_id,
-            loaded=settled.loaded,
-            quality=settled.quality,
-            workload=settled.workload,
-            hardware=settled.hardware,
-            candidates=settled.candidates,
-            fuse=request.fuse,
-            sensitivity=settled.method,
-            constraints=request.constraints,
-            limits=settled.limits,
-            seed=request.seed,
-            listener=listener,
-        )
+        return cls(settled=settled, store=store, fuse=settled.request.fuse, listener=listener)
 
     @property
     def device(self) -> str:
         """The torch device."""
-        return self.loaded.device
+        return self.settled.loaded.device
 
     @property
     def formats(self) -> list[Format]:
         """The formats of the candidates, each once."""
-        return list({each.format.id: each.format for each in self.candidates}.values())
+        return list({each.format.id: each.format for each in self.settled.candidates}.values())
 
     @property
     def usage(self) -> Usage:
         """The way the user will run the model."""
-        return Usage.of(self.loaded, self.workload)
+        return Usage.of(self.settled.loaded, self.settled.workload)
 
     def for_this_machine(self) -> SearchSetup:
         """Return the setup without what needs torch.compile, if that does not work here."""
@@ -95,11 +65,12 @@ class SearchSetup:
 
     def start_runner(self) -> Runner:
         """Start what runs the jobs: processes of their own where that is possible."""
-        eager = self.hardware.versions.get("compiler") == "none"
+        settled = self.settled
+        eager = settled.hardware.versions.get("compiler") == "none"
         bench = Bench(
-            load=lambda: self.loaded,
-            quality=self.quality,
-            workload=self.workload,
+            load=lambda: settled.loaded,
+            quality=settled.quality,
+            workload=settled.workload,
             device=self.device,
             execution="eager" if eager else "compiled",
         )
@@ -110,7 +81,7 @@ class SearchSetup:
         return partial(
             measure_all,
             runner=runner,
-            hardware=self.hardware,
+            hardware=self.settled.hardware,
             store=self.store,
             listener=self.listener,
         )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from autoquant.errors import TaskError
 from autoquant.evaluators.tasks import Tasks
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore, logged
-from autoquant.export.applier import apply, load_searched
+from autoquant.export.applier import apply
+from autoquant.export.searched import load_searched
 from autoquant.models import LoadedModel
 from autoquant.models.copies import shallow_copy
 from autoquant.models.trust import NO_TRUST, Trust

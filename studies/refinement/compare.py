@@ -27,7 +27,8 @@ from pathlib import Path
 
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.text import read_text
-from autoquant.export.applier import Quantized, apply, load_searched
+from autoquant.export.applier import Quantized, apply
+from autoquant.export.searched import load_searched
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-
-from .conftest import MIXED, SMALL
+from builders.searched import MIXED, SMALL
 
 pytestmark = pytest.mark.processes
 

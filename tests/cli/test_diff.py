@@ -2,12 +2,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from builders.records import MODEL
+from builders.searched import BLOCKS, DEVICE, MIXED, ORIGINAL, SHAPES, SMALL, UNIFORM, UNPROVEN
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
 
 from . import conftest
-from .conftest import BLOCKS, DEVICE, MIXED, MODEL_HASH, ORIGINAL, SHAPES, SMALL, UNIFORM, UNPROVEN
 
 
 def rows_of(text):
@@ -100,7 +101,7 @@ def test_plans_of_two_studies_are_refused_in_one_line(runner, database):
     store = open_store(database)
     workload = store.study().workload
     store.put_study(
-        "an0ther", model_hash=MODEL_HASH, device=DEVICE, identity={}, workload=workload, limits={}
+        "an0ther", model_hash=MODEL, device=DEVICE, identity={}, workload=workload, limits={}
     )
     alien = conftest.plan("ffff00000006", "front 1", "front", ("bf16",), 1.0)
     store.put_plan(replace(alien, study_id="an0ther"))

@@ -4,12 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from builders.searched import DEVICE
 
 from autoquant.cli.main import app
 from autoquant.records import LinearShape, Measurement, TimingSubject
 from autoquant.store import open_store
-
-from .conftest import DEVICE
 
 SHAPE = LinearShape(n=256, k=128, bias=True, dtype="bf16")
 OTHER = replace(DEVICE, name="Other GPU", type="cuda", versions={"torch": "2.14", "triton": "3.9"})

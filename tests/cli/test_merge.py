@@ -1,12 +1,11 @@
 import hashlib
 
 import pytest
+from builders.searched import DEVICE
 
 from autoquant.cli.main import app
 from autoquant.records import LinearShape, Measurement, TimingSubject
 from autoquant.store import open_store
-
-from .conftest import DEVICE
 
 SHAPE = LinearShape(n=256, k=256, bias=False, dtype="bf16")
 

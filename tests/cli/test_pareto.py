@@ -5,13 +5,13 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from builders.searched import MIXED, ORIGINAL, SMALL, STUDY, UNIFORM, delivery
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
 from autoquant.study.columns import COLUMNS
 
 from . import conftest
-from .conftest import MIXED, ORIGINAL, SMALL, STUDY, UNIFORM, delivery
 
 FIELDS = {
     "plan_id", "label", "predicted_request_ms", "measured_request_ms", "perplexity", "perplexity_increase",

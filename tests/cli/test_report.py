@@ -1,12 +1,11 @@
 import os
 
 import pytest
+from builders.searched import MIXED, STUDY
 
 from autoquant import files
 from autoquant.cli.main import app
 from autoquant.errors import AutoquantError
-
-from .conftest import MIXED, STUDY
 
 
 def test_it_writes_one_page_and_says_where(runner, database, tmp_path):

@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from builders.records import MODEL
+from builders.searched import DEVICE, MIXED, STUDY
 
 from autoquant.cli.main import app
 from autoquant.records import LinearShape, Measurement, TaskScore, TimingSubject
 from autoquant.store import open_store
 
 from . import conftest
-from .conftest import DEVICE, MIXED, MODEL_HASH, STUDY
 
 SHAPE = LinearShape(n=256, k=256, bias=False, dtype="bf16")
 SCORE = TaskScore(
@@ -29,10 +30,8 @@ def measured(database):
     store.put_timings(
         DEVICE, "1", [Measurement(subject=SUBJECT, outcome="ok", samples_us=(1.0, 2.0))]
     )
-    store.put_losses(
-        MODEL_HASH, "text", "isolated", {("model.layers.0.q_proj", "int8-row:a16"): 0.5}
-    )
-    for subject in (MODEL_HASH, MIXED):
+    store.put_losses(MODEL, "text", "isolated", {("model.layers.0.q_proj", "int8-row:a16"): 0.5})
+    for subject in (MODEL, MIXED):
         store.put_task_scores(subject, "bf16", [SCORE])
     store.close()
     return database
@@ -81,7 +80,7 @@ def test_an_ambiguous_beginning_removes_nothing_and_lists_the_ids(runner, measur
     other = f"{STUDY[:6]}zzzz"
     store.put_study(
         other,
-        model_hash=MODEL_HASH,
+        model_hash=MODEL,
         device=DEVICE,
         identity={},
         workload=conftest.Workload.parse("decode=1"),

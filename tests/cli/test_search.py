@@ -3,14 +3,13 @@
 import json
 
 import pytest
+from builders.searched import MIXED, ORIGINAL, SMALL, STUDY, fill
 
 from autoquant.cli.main import app
 from autoquant.errors import ModelError
 from autoquant.records import Workload
 from autoquant.store import open_store
 from autoquant.study.study import Study
-
-from .conftest import MIXED, ORIGINAL, SMALL, STUDY, fill
 
 
 def test_options_reach_the_driver_as_values(runner, driver):

@@ -2,12 +2,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from builders.searched import BLOCKS, MIXED, SHAPES, SMALL, STUDY, UNIFORM, UNPROVEN, delivery
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
 
 from . import conftest
-from .conftest import BLOCKS, MIXED, SHAPES, SMALL, STUDY, UNIFORM, UNPROVEN, delivery
 
 
 def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database):

@@ -1,10 +1,11 @@
 import json
 
+from builders.searched import MIXED, STUDY
+
 from autoquant.cli.main import app
 from autoquant.store import open_store
 
 from . import conftest
-from .conftest import MIXED, STUDY
 
 EARLIER = "ear1ier00001"
 

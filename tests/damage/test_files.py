@@ -17,7 +17,7 @@ from autoquant.errors import AutoquantError, CheckpointError, ModelError, Recipe
 from autoquant.evaluators.text import file_pieces
 from autoquant.export.manifest import read_manifest
 from autoquant.models import load_model
-from autoquant.models.huggingface import pretrained
+from autoquant.models.pretrained import pretrained
 from autoquant.models.tokenizers import load_tokenizer
 from autoquant.profiler.shapes import read_shapes
 from autoquant.recipes import read_recipe

@@ -12,7 +12,7 @@ import torch
 
 from autoquant.devices import effort
 from autoquant.devices.effort import TimingEffort
-from autoquant.profiler import timing
+from autoquant.profiler import entrant, timing
 from autoquant.runtime import request
 from autoquant.solver import front
 from autoquant.study import delivered
@@ -59,23 +59,23 @@ def not_traced(compute, *, tracing_mode):
 _sample = timing._sample
 
 
-def sample_linear(entrant):
+def sample_linear(timed):
     """Time as a search does, with unquantized linears that are four times as slow.
 
     Tiny linears differ by the host's overhead alone, which favours those that are not quantized.
     """
-    _sample(entrant)
-    if entrant.subject.format in UNQUANTIZED and not entrant.failure:
-        entrant.samples_us[-1] *= 4
+    _sample(timed)
+    if timed.subject.format in UNQUANTIZED and not timed.failure:
+        timed.samples_us[-1] *= 4
 
 
 UNQUANTIZED = ("bfloat16/plain", "float16/plain", "float32/plain")
 SHORTER = (
     (timing, "_sample", sample_linear),
-    (timing, "make_fx", not_traced),
+    (entrant, "make_fx", not_traced),
     (proving, "time_requests", time_requests),
     (effort, "_default", LITTLE),
-    (timing, "_unroll", lambda _m: 2),
+    (entrant, "linears_a_call", lambda _m: 2),
     (refine, "SHORTEST_PROOF_S", 0.1),
     (delivered, "is_faster", lambda _delivery: True),  # a tiny model gains nothing
 )

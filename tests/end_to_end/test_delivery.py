@@ -9,7 +9,7 @@ import torch
 
 from autoquant.errors import DiskFullError
 from autoquant.events import Notice
-from autoquant.export import applier, checkpoint
+from autoquant.export import checkpoint, on_disk
 from autoquant.models import from_module, load_model
 from autoquant.records import Workload
 from autoquant.runtime.user_loop import Usage
@@ -98,7 +98,7 @@ def test_a_plan_that_cannot_be_saved_or_loaded_is_refused_with_the_reason(
         raise RuntimeError("cannot be moved\nin many words")
 
     with monkeypatch.context() as patch:
-        patch.setattr(applier, "load", broken)
+        patch.setattr(on_disk, "load", broken)
         assert delivered(loaded, plan)[0].reason == "RuntimeError: cannot be moved"
     monkeypatch.setattr(checkpoint, "write", broken)
     assert delivered(loaded, plan)[0].reason == "RuntimeError: cannot be moved"
@@ -114,7 +114,7 @@ def test_a_full_disk_is_no_reason_to_refuse_a_plan(loaded, plan, monkeypatch):
 
 
 def test_a_plan_that_computes_something_else_when_loaded_is_refused(loaded, plan, monkeypatch):
-    load = applier.load
+    load = on_disk.load
 
     def other_weights(*arguments, **options):
         module = load(*arguments, **options)
@@ -122,7 +122,7 @@ def test_a_plan_that_computes_something_else_when_loaded_is_refused(loaded, plan
             module.model.norm.weight.neg_()
         return module
 
-    monkeypatch.setattr(applier, "load", other_weights)
+    monkeypatch.setattr(on_disk, "load", other_weights)
     found, _ = delivered(loaded, plan)
     assert (
         "loaded again it computes something else: its output is off by 2 (relative)" in found.reason
@@ -131,7 +131,7 @@ def test_a_plan_that_computes_something_else_when_loaded_is_refused(loaded, plan
 
 
 def test_a_generate_that_gives_other_tokens_is_refused(loaded, plan, monkeypatch):
-    load = applier.load
+    load = on_disk.load
 
     def other_tokens(*arguments, **options):
         module = load(*arguments, **options)
@@ -139,7 +139,7 @@ def test_a_generate_that_gives_other_tokens_is_refused(loaded, plan, monkeypatch
         module.generate = lambda ids, **kwargs: (whole(ids, **kwargs) + 1) % 128
         return module
 
-    monkeypatch.setattr(applier, "load", other_tokens)
+    monkeypatch.setattr(on_disk, "load", other_tokens)
     assert "generate gives another token at position" in delivered(loaded, plan)[0].reason
 
 

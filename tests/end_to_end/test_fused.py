@@ -16,9 +16,10 @@ from autoquant.candidates.joined import whole_of
 from autoquant.cli.main import app
 from autoquant.devices.cpu import CpuBackend
 from autoquant.events import Notice
-from autoquant.export.applier import apply, apply_to_disk, module_bytes
+from autoquant.export.applier import apply, module_bytes
+from autoquant.export.on_disk import apply_to_disk
 from autoquant.models import load_model
-from autoquant.profiler import timing
+from autoquant.profiler import entrant
 from autoquant.profiler.measure import cells_of
 from autoquant.records import RouteStep
 from autoquant.runtime import compiled
@@ -69,7 +70,7 @@ def test_a_search_that_fuses_times_the_siblings_shapes_too_and_is_a_study_of_its
     monkeypatch.setattr(
         CpuBackend, "compile_failure", lambda _backend: None
     )  # as if models were compiled, which takes a minute
-    monkeypatch.setattr(timing, "_compile", lambda traced, _example: traced)
+    monkeypatch.setattr(entrant, "_compile", lambda traced, _example: traced)
     model, text = files
     db = tmp_path / "plan.db"
     alone = quick.search(model, text, db)

@@ -17,7 +17,8 @@ from autoquant.candidates import registry
 from autoquant.devices.cpu import CpuBackend
 from autoquant.events import Notice, StageFinished
 from autoquant.models import targets
-from autoquant.profiler import prepare, timing
+from autoquant.profiler import entrant, trials
+from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device
 from autoquant.runtime import parts
 from autoquant.store import open_store
@@ -150,19 +151,19 @@ def tuned_format(tmp_path, monkeypatch):
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
     """The CPU is a GPU in this process. Nothing is compiled, here or by those that prepare."""
-    start = prepare._Workers.__init__
+    start = trials.Workers.__init__
 
     def start_eager(workers, *arguments):
         start(workers, *arguments)
         device, tuning, _compiled, effort = workers._arguments
         workers._arguments = (device, tuning, False, effort)
 
-    monkeypatch.setattr(prepare._Workers, "__init__", start_eager)
+    monkeypatch.setattr(trials.Workers, "__init__", start_eager)
     monkeypatch.setattr(devices, "BACKENDS", (PretendedGpu,))
     monkeypatch.setattr(targets, "BACKENDS", (PretendedGpu,))
     monkeypatch.setattr(parts, "FUNCTIONS", {})
     monkeypatch.setattr(parts, "compile_graph", lambda graph, _inputs: graph)
-    monkeypatch.setattr(timing, "_compile", lambda traced, _example: traced)
+    monkeypatch.setattr(entrant, "_compile", lambda traced, _example: traced)
     monkeypatch.setattr(Replayed, "captured", Counter())
     monkeypatch.delenv("AUTOQUANT_IN_PROCESS")
     for name in ("AUTOQUANT_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
@@ -208,7 +209,7 @@ def test_a_search_prepares_replays_and_places_crossovers(gpu, tuned_format, tmp_
     steps = [(step.upper_m, step.kernel) for route in routes for step in route]
     assert steps == [(18, "few"), (None, "many")]
     device = PretendedGpu("cpu").fingerprint()
-    timed = open_store(tmp_path / "plan.db").timings(device, timing.PROTOCOL)
+    timed = open_store(tmp_path / "plan.db").timings(device, PROTOCOL)
     assert {subject.m for subject in timed} == {1, 6, 15, 24, 40}
 
     (delivery,) = study.deliveries().values()

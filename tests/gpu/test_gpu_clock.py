@@ -10,8 +10,9 @@ import torch
 from autoquant.candidates import A16, Candidate, Format, Kernel, select
 from autoquant.devices.effort import timing_effort
 from autoquant.devices.load import GpuLoad
+from autoquant.profiler.arena import Arena
 from autoquant.profiler.roofline import measure_roofline
-from autoquant.profiler.timing import Arena, compare
+from autoquant.profiler.timing import compare
 from autoquant.records import LinearShape
 
 pytestmark = pytest.mark.gpu

@@ -17,10 +17,10 @@ from autoquant.candidates import (
     select,
     timed,
 )
+from autoquant.candidates.check import MAX_RELATIVE_ERROR
 from autoquant.candidates.formats import int4_tinygemm
 from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.profiler.timing import MAX_RELATIVE_ERROR
 from autoquant.records import LinearShape, RouteStep
 
 pytestmark = pytest.mark.gpu

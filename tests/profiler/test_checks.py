@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from autoquant.candidates import A16, Candidate, Format, Kernel
 from autoquant.devices.cpu import CpuBackend
 from autoquant.devices.effort import TimingEffort
-from autoquant.profiler.timing import Arena, compare
+from autoquant.profiler.arena import Arena
+from autoquant.profiler.timing import compare
 from autoquant.records import LinearShape
 
 SHAPE = LinearShape(n=32, k=64, bias=False, dtype="bfloat16")

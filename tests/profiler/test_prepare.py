@@ -9,6 +9,7 @@ import torch
 from autoquant.candidates import registry
 from autoquant.devices import backend
 from autoquant.profiler import prepare as module
+from autoquant.profiler import trials
 from autoquant.profiler.prepare import prepare, workers_kept
 from autoquant.records import LinearShape, Roofline, TimingSubject
 
@@ -73,7 +74,7 @@ def prepared(*subjects, seen=None):
 @pytest.mark.processes
 def test_a_kernel_that_crashes_takes_only_its_own_process_along(plug_in, monkeypatch):
     monkeypatch.setattr(
-        module.os, "cpu_count", lambda: 2
+        trials.os, "cpu_count", lambda: 2
     )  # one worker, so that what follows needs a new one
     names = ("crash", "fail", "wrong", "linear")
     seen = []
@@ -90,9 +91,7 @@ def test_a_kernel_that_crashes_takes_only_its_own_process_along(plug_in, monkeyp
 
 
 def test_what_is_unsupported_is_said_without_a_process(monkeypatch):
-    monkeypatch.setattr(
-        module._Workers, "_begin", lambda self: pytest.fail("a process was started")
-    )
+    monkeypatch.setattr(trials.Workers, "_begin", lambda self: pytest.fail("a process was started"))
     found = prepared(subject("int8-row/plain", "gemlite"))
     assert [m.outcome for m in found.decided.values()] == ["unsupported"] and found.tried == 0
 
@@ -101,9 +100,7 @@ def test_a_format_of_this_process_alone_is_left_to_it(monkeypatch):
     monkeypatch.setattr(
         registry, "_registered", {"bfloat16/plain": registry.get_format("bfloat16/plain")}
     )
-    monkeypatch.setattr(
-        module._Workers, "_begin", lambda self: pytest.fail("a process was started")
-    )
+    monkeypatch.setattr(trials.Workers, "_begin", lambda self: pytest.fail("a process was started"))
     assert prepared(subject("bfloat16/plain", "matmul")) == module.Prepared({}, 0, 0.0)
 
 
@@ -129,9 +126,9 @@ def test_processes_are_kept_for_the_next_call_where_that_is_asked_for(monkeypatc
     import multiprocessing
 
     started = []
-    begin = module._Workers._begin
-    monkeypatch.setattr(module._Workers, "_begin", lambda self: started.append(1) or begin(self))
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    begin = trials.Workers._begin
+    monkeypatch.setattr(trials.Workers, "_begin", lambda self: started.append(1) or begin(self))
+    monkeypatch.setattr(trials.os, "cpu_count", lambda: 2)
     with workers_kept():
         for m in (2, 3, 4):
             assert prepared(subject("bfloat16/plain", "matmul", m)).tried == 1

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from autoquant.candidates import A8_ROW, A16, Candidate, Format, Kernel, select
 from autoquant.profiler import timing
-from autoquant.profiler.timing import Arena, compare
+from autoquant.profiler.arena import Arena
+from autoquant.profiler.timing import compare
 from autoquant.records import LinearShape
 
 SHAPE = LinearShape(n=32, k=64, bias=True, dtype="float32")

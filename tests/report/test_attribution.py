@@ -4,9 +4,10 @@ import io
 from dataclasses import dataclass, field
 
 import pytest
+from builders.records import make_choice, make_plan
 from rich.console import Console
 
-from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep, Workload
+from autoquant.records import RouteStep, Workload
 from autoquant.report.attribution import (
     as_one,
     attribution_object,
@@ -27,28 +28,19 @@ ALONE_US = {"q_proj": 20.0, "k_proj": 10.0}
 
 def layer(name):
     alone = ALONE_US[name.rpartition(".")[2]]
-    return LayerChoice(
-        name=name,
-        shape=LinearShape(n=8, k=8, bias=False, dtype="bfloat16"),
-        format="int8-row/plain",
+    return make_choice(
+        name,
+        "int8-row/plain",
         route=(RouteStep(upper_m=None, kernel="int-mm"),),
-        numerics="int8",
         latency_us={"prefill": 10 * alone, "decode": alone},
         memory_bytes=64,
-        loss=0.0,
-        parameters=(f"{name}.weight",),
     )
 
 
-PLAN = Plan(
-    plan_id="p1",
-    study_id="s",
-    label="front 1",
-    kind="front",
-    model_hash="m",
-    dtype="bfloat16",
-    layers=tuple(layer(name) for pair in zip(QUERIES, KEYS, strict=True) for name in pair),
-    prediction=Prediction(request_ms=10.0, linear_ms=6.6, loss=0.0, memory_bytes=256),
+PLAN = make_plan(
+    "p1",
+    (layer(name) for pair in zip(QUERIES, KEYS, strict=True) for name in pair),
+    {"request_ms": 10.0, "linear_ms": 6.6, "loss": 0.0, "memory_bytes": 256},
 )
 
 

@@ -1,4 +1,5 @@
 import pytest
+from builders.latencies import ROOFLINE, ROWS, SHAPES, TIMES, latencies
 
 from autoquant.profiler.floor import floor_us
 from autoquant.report.latency_plot import (
@@ -9,8 +10,6 @@ from autoquant.report.latency_plot import (
     latency_range_us,
     render_latencies,
 )
-
-from .made_up import ROOFLINE, ROWS, SHAPES, TIMES, latencies
 
 FIRST, SECOND = SHAPES
 MANY = {("bfloat16/plain", "matmul"): (30.0, 32.0, 400.0)} | {

@@ -1,8 +1,9 @@
 from dataclasses import replace
 
 import pytest
+from builders.records import make_proof
 
-from autoquant.records import DISTURBED, Interval, Proof, Workload
+from autoquant.records import DISTURBED, Interval, Workload
 from autoquant.report.words import (
     as_run_lines,
     disturbed_proofs,
@@ -134,11 +135,7 @@ def test_of_many_bad_predictions_the_worst_are_named():
 
 
 def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_that_repeats_it():
-    quiet = Proof(
-        plan_id="p0", request_ms=1.0, phase_ms={}, original_request_ms=1.0, original_phase_ms={},
-        perplexity=2.0, loss=1.0,
-        increase=NOTHING, selection_increase=NOTHING, kl=0.0, memory_bytes=1,
-    )  # fmt: skip
+    quiet = make_proof("p0")
     busy = replace(quiet, plan_id="p1", notes=(f"{DISTURBED} 67% of the machine",))
     said, command = disturbed_proofs({"p0": quiet, "p1": busy}, "p1", "plan.db")
     assert "while 1 of 2 plans were timed, the recommended one among them." in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tuner.made_up import CONTEXT, choice, make_proof
+from builders.search import CONTEXT, choice, make_proof
 
 from autoquant.records import Interval
 from autoquant.solver.aim import CLOSE, TRIALS, aimed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tuner.made_up import STUDY, WORKLOAD, choice, make_plan
+from builders.records import STUDY, WORKLOAD
+from builders.search import choice, make_plan
 
 from autoquant.solver.alternatives import alternatives
 from autoquant.study.study import Study

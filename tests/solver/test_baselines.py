@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from tuner.made_up import CONTEXT, choice
+from builders.search import CONTEXT, choice
 
 from autoquant.records import LinearShape
 from autoquant.solver.baselines import bits_plan, favoured_layers, structural_plan

@@ -7,7 +7,8 @@ import random
 from dataclasses import replace
 
 import pytest
-from tuner.made_up import CONTEXT, choice, make_site
+from builders.records import make_site
+from builders.search import CONTEXT, choice
 
 from autoquant.errors import ConstraintError
 from autoquant.solver.constraints import Bound, Constraints, bind, fused_groups
@@ -261,7 +262,7 @@ def test_refinement_honours_constraints(tmp_path):
 
 
 def test_only_the_unquantized_model_may_fail_a_pin():
-    from tuner.made_up import make_plan
+    from builders.search import make_plan
 
     plan = make_plan("original", "original", "original")  # its one layer is called `layer`
     assert Constraints.parse(["layer"], fusable="vllm").allow(plan)

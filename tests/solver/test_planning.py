@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tuner.made_up import CONTEXT, WORKLOAD, choice
+from builders.records import WORKLOAD
+from builders.search import CONTEXT, choice
 
 from autoquant.records import RouteStep
 from autoquant.solver.front import front_plans, spread

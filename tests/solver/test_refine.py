@@ -7,7 +7,8 @@ import sqlite3
 
 import optuna
 import pytest
-from tuner.made_up import CONTEXT, STUDY, choice, make_proof
+from builders.records import STUDY
+from builders.search import CONTEXT, choice, make_proof
 
 from autoquant.solver.planning import make_plan
 from autoquant.solver.refine import growth_of, layer_kind, proposals

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from tuner.made_up import make_proof
+from builders.search import make_proof
 
 from autoquant.records import Interval
 from autoquant.solver.ties import same_quality, same_speed, ties

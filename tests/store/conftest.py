@@ -6,10 +6,9 @@ import hashlib
 import sqlite3
 
 import pytest
+from builders.rich import fill
 
 from autoquant.store import open_store
-
-from .made_up import fill
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from builders.records import MODEL, STUDY
+from builders.rich import DEVICE, delivery, fill, measurement, plan, proof, recording
 
 from autoquant.errors import StoreError
 from autoquant.store import open_store
 from autoquant.store.connect import VERSION_TABLE
 from autoquant.store.repair import repair
-
-from .made_up import DEVICE, MODEL, STUDY, delivery, fill, measurement, plan, proof, recording
 
 PLAN = "abcd0001"
 

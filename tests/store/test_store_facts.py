@@ -4,24 +4,13 @@ import math
 from dataclasses import replace
 
 import pytest
+from builders.records import MODEL, STUDY
+from builders.rich import DEVICE, WORKLOAD, delivery, fill, measurement, plan, proof, recording
 
 from autoquant.errors import PlanError, StoreError
 from autoquant.records import Roofline, TaskScore, Workload
 from autoquant.store.columns import to_json
 from autoquant.typed import read
-
-from .made_up import (
-    DEVICE,
-    MODEL,
-    STUDY,
-    WORKLOAD,
-    delivery,
-    fill,
-    measurement,
-    plan,
-    proof,
-    recording,
-)
 
 
 def test_timings_come_back_as_they_went_in(filled):

@@ -6,16 +6,15 @@ import subprocess
 import sys
 
 import pytest
+from builders.rich import DEVICE
 
 from autoquant.store import open_store
-
-from .made_up import DEVICE
 
 pytestmark = pytest.mark.processes
 WRITER = """
 import os, sys
 from autoquant.store import open_store
-from store.made_up import DEVICE, fill, measurement
+from builders.rich import DEVICE, fill, measurement
 
 store = open_store(sys.argv[1])
 fill(store)

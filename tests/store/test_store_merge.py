@@ -4,6 +4,8 @@ import sqlite3
 from dataclasses import replace
 
 import pytest
+from builders.records import MODEL, STUDY
+from builders.rich import DEVICE, fill, measurement, plan, proof, task_score
 from sqlalchemy import text
 
 from autoquant.errors import StoreError
@@ -11,8 +13,6 @@ from autoquant.records import Roofline
 from autoquant.store import open_store
 from autoquant.store.connect import VERSION_TABLE, open_read_only
 from autoquant.store.merge import MergedRows, merge
-
-from .made_up import DEVICE, MODEL, STUDY, fill, measurement, plan, proof, task_score
 
 OTHER_DEVICE = replace(DEVICE, name="Other CPU")
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.config import Config
+from builders.records import MODEL
+from builders.rich import DEVICE, delivery, fill, measurement, plan, proof
 from sqlalchemy import create_engine, text
 
 from autoquant.errors import StoreError
@@ -13,8 +15,6 @@ from autoquant.records import Roofline
 from autoquant.store import Store, connect, open_store
 from autoquant.store.connect import APPLICATION_ID, VERSION_TABLE
 from autoquant.store.schema import Base
-
-from .made_up import DEVICE, MODEL, delivery, fill, measurement, plan, proof
 
 
 def make_foreign(path, journal="DELETE"):

@@ -1,12 +1,12 @@
 """Removing a study: its own rows, and no others."""
 
 import pytest
+from builders.records import MODEL, STUDY
+from builders.rich import DEVICE, delivery, fill, measurement, plan, proof, task_score
 from sqlalchemy import text
 
 from autoquant.errors import PlanError, StoreError
 from autoquant.store.remove import RemovedRows, find_study, remove_study
-
-from .made_up import DEVICE, MODEL, STUDY, delivery, fill, measurement, plan, proof, task_score
 
 OTHER = "5tuff001"
 

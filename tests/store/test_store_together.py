@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+from builders.records import STUDY
+from builders.rich import DEVICE, fill, measurement, plan, proof
 from sqlalchemy import text
 
 from autoquant.errors import StoreError
 from autoquant.store import open_store, schema
 from autoquant.store.remove import remove_study
-
-from .made_up import DEVICE, STUDY, fill, measurement, plan, proof
 
 ROUNDS = 25
 

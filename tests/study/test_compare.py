@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from tuner.made_up import choice, make_plan
+from builders.search import choice, make_plan
 
 from autoquant.errors import PlanError
 from autoquant.records import RouteStep, Workload

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tuner.made_up import STUDY, fail_delivery, make_delivery, make_proof
+from builders.records import STUDY, fail_delivery, make_delivery
+from builders.search import make_proof
 
 from autoquant.errors import PlanError
 from autoquant.events import Notice

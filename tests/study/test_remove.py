@@ -4,7 +4,8 @@ import sqlite3
 
 import optuna
 import pytest
-from tuner.made_up import STUDY, make_plan
+from builders.records import STUDY
+from builders.search import make_plan
 
 from autoquant.study.remove import remove
 

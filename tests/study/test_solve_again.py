@@ -7,7 +7,8 @@ import time
 from dataclasses import replace
 
 import pytest
-from tuner.made_up import CONTEXT, STUDY, choice, make_plan, make_proof
+from builders.records import STUDY
+from builders.search import CONTEXT, choice, make_plan, make_proof
 
 from autoquant.errors import PlanError
 from autoquant.records import Interval

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from tuner.made_up import STUDY, make_plan, make_proof
+from builders.records import STUDY
+from builders.search import make_plan, make_proof
 
 from autoquant.errors import PlanError
 from autoquant.study.columns import COLUMNS, request_times

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from autoquant.errors import ModelError, TrustError
 from autoquant.models import load_model
-from autoquant.models.huggingface import from_config, pretrained
+from autoquant.models.pretrained import from_config, pretrained
 from autoquant.models.tokenizers import load_tokenizer
 
 from .conftest import change, done, refused

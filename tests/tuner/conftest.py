@@ -7,13 +7,13 @@ import itertools
 import shutil
 
 import pytest
+from builders.records import STUDY, put_study
+from builders.search import make_plan
 
 from autoquant.solver import front
 from autoquant.store import open_store
 from autoquant.study.study import Study
 from autoquant.tuner.stages import refine
-
-from .made_up import STUDY, fill, make_plan
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def filled(tmp_path_factory):
     """The database that each test gets a copy of, which is quicker than making it."""
     path = tmp_path_factory.mktemp("filled") / "plan.db"
     made = open_store(path)
-    fill(made)
+    put_study(made)
     made.close()
     return path
 

@@ -1,10 +1,9 @@
 """The time of a search, over all its runs."""
 
 import pytest
+from builders.records import STUDY
 
 from autoquant.tuner.budget import Budget
-
-from .made_up import STUDY
 
 
 @pytest.fixture

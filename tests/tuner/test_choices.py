@@ -7,24 +7,14 @@ from math import isqrt
 
 import pytest
 import torch
+from builders.records import SHAPE, WORKLOAD, make_site
+from builders.search import INT8, ORIGINAL, WORKING_SET, facts, make_format, timings
 
 from autoquant.candidates import Candidate, get_format, registry
 from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import LinearShape, RouteStep, SiteUse, route_kernel
 from autoquant.solver.planning import request_us
 from autoquant.tuner.choices import ChoiceMaker, format_facts, numerics_of, scored
-
-from .made_up import (
-    INT8,
-    ORIGINAL,
-    SHAPE,
-    WORKING_SET,
-    WORKLOAD,
-    facts,
-    make_format,
-    make_site,
-    timings,
-)
 
 FACTS = facts(bfloat16=(200, 0.0), int8=(100, 0.01))
 ALWAYS_16 = {("bfloat16/plain", "matmul", 1): 50.0, ("bfloat16/plain", "matmul", 8): 50.0}

@@ -6,16 +6,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from builders.records import DEVICE, STUDY
+from builders.runner import FakeRunner
+from builders.search import WORKING_SET, make_plan, timings
+from builders.space import make_ledger
 
 from autoquant.errors import HungError, KernelError, ProcessDiedError
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.profiler.timing_table import TimingTable
 from autoquant.tuner.distrust import distrust
 from autoquant.tuner.workers.jobs import Checking
-
-from .fake_runner import FakeRunner
-from .made_up import DEVICE, STUDY, WORKING_SET, make_plan, timings
-from .made_up_space import make_ledger
 
 pytestmark = pytest.mark.usefixtures("quick_collector")
 
@@ -90,7 +90,7 @@ def test_its_timings_are_incorrect_and_its_plans_failed_from_then_on(store):
     made = timings({(fmt, kernel, 1): 5.0, (fmt, kernel, 8): "failed: no", (fmt, "right", 1): 9.0})
     store.put_timings(DEVICE, PROTOCOL, made.values())
     told = []
-    setup = SimpleNamespace(store=store, hardware=DEVICE, tell=told.append)
+    setup = SimpleNamespace(store=store, settled=SimpleNamespace(hardware=DEVICE), tell=told.append)
     table = TimingTable(WORKING_SET, made)
     distrust(lie_of(plan), table, ledger, setup)
     kept = {(s.kernel, s.m): found for s, found in store.timings(DEVICE, PROTOCOL).items()}
@@ -105,6 +105,8 @@ def test_its_timings_are_incorrect_and_its_plans_failed_from_then_on(store):
 
 def test_a_kernel_that_was_never_timed_as_right_ends_the_search(store):
     ledger = make_ledger(store)
-    setup = SimpleNamespace(store=store, hardware=DEVICE, tell=lambda _text: None)
+    setup = SimpleNamespace(
+        store=store, settled=SimpleNamespace(hardware=DEVICE), tell=lambda _text: None
+    )
     with pytest.raises(KernelError):
         distrust(lie_of(make_plan("a")), TimingTable(WORKING_SET, {}), ledger, setup)

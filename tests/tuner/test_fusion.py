@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from builders.records import WORKLOAD, make_choice, make_site
+from builders.search import CONTEXT, WORKING_SET
 
 from autoquant.candidates import Candidate, get_format
 from autoquant.profiler.timing_table import TimingTable
@@ -25,8 +27,6 @@ from autoquant.tuner.choices import FormatFacts, SiteChoices, numerics_of, score
 from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion, sibling_sites
 from autoquant.typed import read
 
-from .made_up import CONTEXT, WORKING_SET, WORKLOAD, make_site
-
 FORMAT = get_format("int8-row/plain")
 CANDIDATES = [Candidate(FORMAT, FORMAT.kernel(kernel)) for kernel in ("int8pack-mm", "int-mm")]
 Q, K, OTHER = "attn.q", "attn.k", "mlp.up"
@@ -46,17 +46,15 @@ def sites():
 
 
 def choice(site, us, numerics="int8-row+a16", kernels=("int8pack-mm",), fmt="int8-row/plain"):
-    from autoquant.records import LayerChoice
-
     route = tuple(
         RouteStep(upper_m=None if last else 4, kernel=kernel)
         for kernel, last in zip(kernels, [False] * (len(kernels) - 1) + [True], strict=True)
     )
-    return LayerChoice(
-        name=site.name,
+    return make_choice(
+        site.name,
+        fmt,
         parameters=site.parameters,
         shape=site.shape,
-        format=fmt,
         route=route,
         numerics=numerics,
         latency_us={"prefill": us, "decode": us},

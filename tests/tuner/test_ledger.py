@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from builders.records import STUDY
+from builders.runner import FakeRunner, say_what_is_predicted
+from builders.search import make_plan
+from builders.space import make_ledger
 
 from autoquant.errors import DiskFullError, ProcessDiedError
 from autoquant.events import Notice
 from autoquant.tuner.workers.jobs import ProveJob
-
-from .fake_runner import FakeRunner, say_what_is_predicted
-from .made_up import STUDY, make_plan
-from .made_up_space import make_ledger
 
 pytestmark = pytest.mark.usefixtures("quick_collector")
 

@@ -9,17 +9,16 @@ from torch import nn
 import autoquant
 from autoquant.devices import backend
 from autoquant.errors import CandidateError, WorkloadError
-from autoquant.models.trust import Trust
+from autoquant.models import ModelRequest
 from autoquant.profiler import measure
 from autoquant.profiler.floor import floor_us
 from autoquant.profiler.latencies import COLUMNS
 from autoquant.records import Measurement, Roofline, Workload
 from autoquant.tuner import profile as module
 from autoquant.tuner.profile import time_linears
-from autoquant.tuner.profile_request import ProfileRequest, asked_linears
+from autoquant.tuner.profile_request import ProfileRequest, ShapesRequest, linears_of
 
 ROOFLINE = Roofline(bandwidth_bytes_per_s=1e9, flops_per_s={"float32": 1e9, "bfloat16": 4e9})
-LINEARS = ("model", "shapes", "device", "dtype")
 INT8 = ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm")
 
 
@@ -60,10 +59,13 @@ def timed(monkeypatch):
 @pytest.fixture
 def profile(tmp_path):
     def run(**options):
-        asked = dict.fromkeys(("model", "shapes", "tokenizer"))
-        asked |= {"device": "cpu", "dtype": "auto"}
-        asked["trust"] = Trust(sample_inputs=options.pop("sample_inputs", None))
-        asked |= {name: options.pop(name) for name in LINEARS if name in options}
+        on = {"device": options.pop("device", "cpu"), "dtype": options.pop("dtype", "auto")}
+        inputs = options.pop("sample_inputs", None)
+        model, shapes = options.pop("model", None), options.pop("shapes", None)
+        linears = linears_of(
+            None if model is None else ModelRequest(model=model, sample_inputs=inputs, **on),
+            None if shapes is None else ShapesRequest(shapes=shapes, **on),
+        )
         defaults = {
             "candidates": INT8,
             "db": tmp_path / "timings.db",
@@ -73,7 +75,7 @@ def profile(tmp_path):
         }
         if "workload" in options:
             options["workload"] = Workload.parse(options["workload"], options.get("batch", 1))
-        return time_linears(ProfileRequest(linears=asked_linears(**asked), **(defaults | options)))
+        return time_linears(ProfileRequest(linears=linears, **(defaults | options)))
 
     return run
 

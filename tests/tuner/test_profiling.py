@@ -3,32 +3,26 @@
 from dataclasses import replace
 
 import pytest
+from builders.records import make_device, make_subject
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from autoquant.errors import HungError, ProcessDiedError
 from autoquant.events import Notice, StageFinished, StageStarted
 from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject
+from autoquant.records import LinearShape, Measurement, Roofline
 from autoquant.store import open_store
 from autoquant.store.schema import TimingRow
 from autoquant.tuner.profiling import measure_all
 from autoquant.tuner.workers.jobs import AtWork, Limited, Timed
 
-DEVICE = Device(
-    type="cpu",
-    name="Test CPU",
-    capability="AVX2",
-    threads=2,
-    cache_bytes=1 << 22,
-    versions={"torch": "2.13", "compiler": "none"},
-)
+DEVICE = make_device(versions={"torch": "2.13", "compiler": "none"})
 SHAPE = LinearShape(n=16, k=32, bias=False, dtype="float32")
 ROOFLINE = Roofline(bandwidth_bytes_per_s=1e9, flops_per_s={})
 
 
 def subject(m=2, kernel="right", working_set=1 << 14):
-    return TimingSubject(
+    return make_subject(
         shape=SHAPE, m=m, format="own/plain", kernel=kernel, working_set_bytes=working_set
     )
 

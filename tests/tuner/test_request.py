@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders.request import make_request
 from models.tiny_models import Perceptron
 
 from autoquant.candidates import select
@@ -14,7 +15,7 @@ from autoquant.records import Workload
 from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.tuner.judge import Asked, make_judge
-from autoquant.tuner.request import SearchRequest, SettledRequest
+from autoquant.tuner.request import SettledRequest
 
 INT8 = ("int8-row/plain/int8pack-mm",)
 
@@ -28,20 +29,13 @@ def request_of(tmp_path):
     def make(**changed):
         model = ModelRequest(model=Perceptron(), device="cpu", sample_inputs=(torch.ones(2, 8),))
         asked = {
-            "model": model,
             "asked": Asked(None, None, FunctionQuality(loss, "own.loss")),
             "candidates": select(INT8, "cpu"),
-            "workload": None,
-            "batch": 1,
             "limits": Limits(max_ppl_increase=0.01),
-            "constraints": Constraints.parse((), (), None),
-            "sensitivity": None,
-            "fuse": False,
-            "time_budget_s": 1.0,
             "seed": 3,
             "db": tmp_path / "plan.db",
         }
-        return SearchRequest(**(asked | changed))
+        return make_request(model, **(asked | changed))
 
     return make
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders.records import make_choice
 from models.tiny_models import tiny_llama
 
 from autoquant.candidates import get_format
@@ -13,7 +14,7 @@ from autoquant.evaluators.text import TextParts
 from autoquant.events import StageFinished, StageProgress, StageStarted
 from autoquant.models import from_module
 from autoquant.profiler.record import record
-from autoquant.records import LayerChoice, RouteStep, Workload
+from autoquant.records import RouteStep, Workload
 from autoquant.runtime.phases import make_phases
 from autoquant.store import open_store
 from autoquant.tuner.choices import SiteChoices
@@ -51,16 +52,8 @@ def bench():
 
 
 def choice(site, format_id, kernel):
-    return LayerChoice(
-        name=site.name,
-        shape=site.shape,
-        format=format_id,
-        route=(RouteStep(upper_m=None, kernel=kernel),),
-        numerics="",
-        latency_us={},
-        memory_bytes=0,
-        loss=0.0,
-    )
+    route = (RouteStep(upper_m=None, kernel=kernel),)
+    return make_choice(site.name, format_id, shape=site.shape, route=route, numerics="")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from builders.records import STUDY
+from builders.runner import FakeRunner, say_what_is_predicted
+from builders.space import NAMES, SITES, make_ledger, make_space
 
 from autoquant.errors import CandidateError, PlanError
 from autoquant.events import Notice, StageFinished
@@ -13,10 +16,6 @@ from autoquant.solver.constraints import Bound
 from autoquant.solver.limits import Limits
 from autoquant.tuner.stages import prove as stage
 from autoquant.tuner.stages.prove import prove_front, prove_references
-
-from .fake_runner import FakeRunner, say_what_is_predicted
-from .made_up import STUDY
-from .made_up_space import NAMES, SITES, make_ledger, make_space
 
 pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
 LIMITS = Limits(max_ppl_increase=0.01)

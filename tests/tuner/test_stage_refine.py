@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from builders.records import STUDY
+from builders.runner import FakeRunner, say_what_is_predicted
+from builders.space import SITES, make_ledger, make_space
 
 from autoquant.solver import refine as solver_refine
 from autoquant.solver.limits import Limits
 from autoquant.tuner.stages import refine as stage
 from autoquant.tuner.stages.prove import prove_front, prove_references
-
-from .fake_runner import FakeRunner, say_what_is_predicted
-from .made_up import STUDY
-from .made_up_space import SITES, make_ledger, make_space
 
 pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
 LIMITS = Limits(max_ppl_increase=0.01)

@@ -6,6 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders.records import DEVICE, STUDY, put_study
+from builders.request import make_request
+from builders.runner import FakeRunner
+from builders.search import make_plan
+from builders.space import make_ledger
 from torch import nn
 
 from autoquant.candidates import Candidate, get_format
@@ -13,7 +18,7 @@ from autoquant.devices.cpu import CpuBackend
 from autoquant.errors import ConstraintError
 from autoquant.evaluators.sensitivity import SENSITIVITIES
 from autoquant.events import Notice
-from autoquant.models import from_module
+from autoquant.models import ModelRequest, from_module
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Delivery, Interval, RunTimes, Workload
 from autoquant.solver.constraints import UNBOUND, Constraints
@@ -21,16 +26,14 @@ from autoquant.solver.limits import Limits
 from autoquant.store import open_store
 from autoquant.tuner import flow
 from autoquant.tuner.budget import Budget
+from autoquant.tuner.judge import Judge
+from autoquant.tuner.request import SettledRequest
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import measure_crossovers
 from autoquant.tuner.stages.profile import profile_linears, searchable
 from autoquant.tuner.stages.record import bind_constraints, record_linears
 from autoquant.tuner.stages.score import score_choices
 from autoquant.tuner.workers.jobs import ProveJob, ScoreJob
-
-from .fake_runner import FakeRunner
-from .made_up import DEVICE, STUDY, make_plan
-from .made_up_space import make_ledger
 
 pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
 WORKLOAD = Workload.single()
@@ -75,27 +78,30 @@ def events():
 @pytest.fixture
 def setup(tmp_path, model, events):
     """A setup whose store knows the study."""
-    store = open_store(tmp_path / "plan.db")
-    store.put_device(DEVICE)
-    store.put_model(model.content_hash, {"kind": "live", "path": ""})
-    known = {"identity": {}, "workload": WORKLOAD, "limits": {}}
-    store.put_study(STUDY, model_hash=model.content_hash, device=DEVICE, **known)
-    yield SearchSetup(
-        store=store,
-        study_id=STUDY,
+    db = tmp_path / "plan.db"
+    settled = SettledRequest(
+        request=make_request(ModelRequest(model=model.module, device="cpu"), db),
         loaded=model,
-        quality=Quality(),
-        workload=WORKLOAD,
-        hardware=DEVICE,
+        judge=Judge(Quality(), CANDIDATES, "a loss of its own"),
         candidates=CANDIDATES,
-        fuse=False,
-        sensitivity=SENSITIVITIES["isolated"],
-        constraints=Constraints(),
+        method=SENSITIVITIES["isolated"],
+        workload=WORKLOAD,
         limits=Limits(),
-        seed=0,
-        listener=events.append,
+        hardware=DEVICE,
     )
+    store = open_store(db)
+    put_study(store, settled.study_id, model=model.content_hash, workload=WORKLOAD, limits={})
+    yield SearchSetup.of(settled, store, events.append)
     store.close()
+
+
+def constrained(setup, **constraints):
+    """The setup of a search with these constraints, for the same study."""
+    settled = setup.settled
+    request = replace(settled.request, constraints=Constraints.parse(**constraints))
+    other = replace(settled, request=request)
+    put_study(setup.store, other.study_id, model=settled.loaded.content_hash, workload=WORKLOAD)
+    return replace(setup, settled=other)
 
 
 def faster_in_int8(subject):
@@ -117,14 +123,14 @@ def test_linears_are_recorded_once(setup, monkeypatch):
 
 def test_a_constraint_about_no_layer_is_refused(setup):
     sites = record_linears(setup).sites
-    wrong = replace(setup, constraints=Constraints.parse(keep=["lm_head"]))
+    wrong = constrained(setup, keep=["lm_head"])
     with pytest.raises(ConstraintError, match="no searched layer matches 'lm_head'"):
         bind_constraints(wrong, sites)
 
 
 def test_constraints_are_reported(setup, events):
     sites = record_linears(setup).sites
-    kept = replace(setup, constraints=Constraints.parse(keep=["down"]))
+    kept = constrained(setup, keep=["down"])
     assert set(bind_constraints(kept, sites).reasons) == {"down"}
     assert events[-1] == Notice("1 of 3 layers kept unquantized by --keep down")
 
@@ -142,10 +148,10 @@ def test_every_candidate_is_timed_once_at_each_shape_and_m(setup):
 def test_a_linear_that_cannot_be_timed_stays_as_it_is(setup, events, broken):
     """One whose unquantized kernel is wrong here, and one of another dtype than the model."""
     if broken == "gate":
-        setup.loaded.module.gate.float()
-        setup.loaded.module.gate.register_forward_pre_hook(lambda _m, args: args[0].float())
+        setup.settled.loaded.module.gate.float()
+        setup.settled.loaded.module.gate.register_forward_pre_hook(lambda _m, args: args[0].float())
         hook = lambda _m, _args, y: y.bfloat16()  # noqa: E731
-        setup.loaded.module.gate.register_forward_hook(hook)
+        setup.settled.loaded.module.gate.register_forward_hook(hook)
     recording = record_linears(setup)
     timings = profile_linears(setup, recording, setup.measurer(FakeRunner(faster_in_int8)))
     if broken == "down":
@@ -192,7 +198,7 @@ def test_what_is_scored_already_is_not_scored_again(setup):
 
 
 def test_a_kept_layer_has_the_unquantized_choice_only(setup):
-    kept = replace(setup, constraints=Constraints.parse(keep=["down"]))
+    kept = constrained(setup, keep=["down"])
     bound = bind_constraints(kept, record_linears(kept).sites)
     space = space_of(kept, FakeRunner(latency_us=faster_in_int8), bound)
     formats = [{choice.format for choice in layer} for layer in space.options]
@@ -203,7 +209,7 @@ def test_a_layer_that_is_pinned_to_what_cannot_be_used_is_refused_with_the_reaso
     def unusable(subject):
         return 10.0 if subject.kernel == "matmul" else "not here"
 
-    pinned = replace(setup, constraints=Constraints.parse(pin=["gate=int8-row"]))
+    pinned = constrained(setup, pin=["gate=int8-row"])
     bound = bind_constraints(pinned, record_linears(pinned).sites)
     with pytest.raises(ConstraintError, match=r"gate is pinned by .*not here"):
         space_of(pinned, FakeRunner(latency_us=unusable), bound)
@@ -218,14 +224,14 @@ def test_with_fusion_layers_can_be_computed_as_one(setup):
     assert joined == [{("gate", "up")}, {("gate", "up")}, set()]
 
 
-def test_routes_stay_as_they_are_where_kernels_need_no_second_look(setup):
-    ledger = make_ledger(setup.store)
-    phases = dict.fromkeys((phase.name for phase in setup.workload.phases), 1.0)
+def test_routes_stay_as_they_are_where_kernels_need_no_second_look(store):
+    ledger = make_ledger(store)
+    phases = {"prefill": 1.0, "decode": 1.0}
     plan = make_plan("a")
     plan = replace(plan, layers=tuple(replace(each, latency_us=phases) for each in plan.layers))
     ledger.put_plan(plan)
     measure_crossovers(ledger, None, None, "cpu")
-    assert setup.store.plans(STUDY) == [plan]
+    assert store.plans(STUDY) == [plan]
 
 
 def test_without_a_compiler_nothing_is_computed_as_one_and_both_are_said(
@@ -267,7 +273,7 @@ def run(setup, monkeypatch):
     monkeypatch.setattr(flow, "Deliverer", Deliverer)
 
     def go(limit_s):
-        flow.run_stages(setup, Budget.of(setup.store, STUDY, limit_s, 0.0))
+        flow.run_stages(setup, Budget.of(setup.store, setup.settled.study_id, limit_s, 0.0))
         return runners
 
     return go
@@ -275,12 +281,14 @@ def run(setup, monkeypatch):
 
 def test_a_search_goes_through_all_stages_and_recommends_a_plan_that_was_delivered(run, setup):
     (runner,) = run(limit_s=0.1)
-    facts = setup.store.study(STUDY)
+    facts = setup.store.study(setup.settled.study_id)
     assert runner.closed and facts.complete
     kinds = [type(job).__name__ for job in runner.jobs]
     assert list(dict.fromkeys(kinds)) == ["ProfileJob", "ScoreJob", "ProveJob"]
-    recommended = flow.Study(setup.store, STUDY).recommended()
-    assert recommended is not None and recommended.plan_id in setup.store.deliveries(STUDY)
+    recommended = flow.Study(setup.store, setup.settled.study_id).recommended()
+    assert recommended is not None and recommended.plan_id in setup.store.deliveries(
+        setup.settled.study_id
+    )
 
 
 def test_a_complete_search_with_no_more_time_only_delivers(run, setup, events):
@@ -291,7 +299,7 @@ def test_a_complete_search_with_no_more_time_only_delivers(run, setup, events):
 
 def test_the_same_search_proves_nothing_twice(run, setup):
     run(limit_s=0.1)
-    setup.store.update_study(STUDY, complete=False)
+    setup.store.update_study(setup.settled.study_id, complete=False)
     _, second = run(limit_s=0.1)
     assert not any(isinstance(job, ProveJob) for job in second.jobs)
     assert second.closed
@@ -304,4 +312,4 @@ def test_the_runner_is_closed_when_a_stage_fails(run, setup, monkeypatch):
     monkeypatch.setattr(flow, "score_choices", fails)
     with pytest.raises(RuntimeError):
         run(limit_s=0.1)
-    assert not setup.store.study(STUDY).complete
+    assert not setup.store.study(setup.settled.study_id).complete

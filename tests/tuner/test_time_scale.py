@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from builders.records import make_choice, make_proof, make_site
 
 from autoquant.records import (
-    Interval,
     LayerChoice,
     LinearShape,
     Phase,
     Proof,
     RouteStep,
-    Site,
     SiteUse,
     Workload,
 )
@@ -21,15 +20,7 @@ from autoquant.solver.planning import PlanContext, make_plan
 from autoquant.tuner.time_scale import TimeScale, candidate_of, fit_time_scale
 
 SHAPE = LinearShape(n=64, k=64, bias=False, dtype="bfloat16")
-SITES = tuple(
-    Site(
-        name=f"l{i}",
-        parameters=(f"l{i}.weight",),
-        shape=SHAPE,
-        uses=(SiteUse(phase="decode", m=1, calls=1),),
-    )
-    for i in range(4)
-)
+SITES = tuple(make_site(f"l{i}", uses=(SiteUse(phase="decode", m=1, calls=1),)) for i in range(4))
 WORKLOAD = Workload(phases=(Phase(name="decode", tokens=1, calls=10),))
 CONTEXT = PlanContext(
     study_id="s", model_hash="h", dtype="bfloat16", workload=WORKLOAD, other_bytes=0
@@ -37,36 +28,20 @@ CONTEXT = PlanContext(
 
 
 def choices(format_id: str, us: float) -> list[LayerChoice]:
+    route = (RouteStep(upper_m=None, kernel="k"),)
     return [
-        LayerChoice(
-            name=site.name,
-            parameters=site.parameters,
-            shape=SHAPE,
-            format=format_id,
-            route=(RouteStep(upper_m=None, kernel="k"),),
-            numerics=f"{format_id}+a16",
-            latency_us={"decode": us},
-            memory_bytes=1,
-            loss=0.0,
-        )
+        make_choice(site.name, format_id, route=route, latency_us={"decode": us}, memory_bytes=1)
         for site in SITES
     ]
 
 
 def proof(plan_id: str, decode_ms: float, original_ms: float) -> Proof:
-    nothing = Interval(value=0.0, low=0.0, high=0.0)
-    return Proof(
-        plan_id=plan_id,
-        request_ms=10 * decode_ms,
+    return make_proof(
+        plan_id,
+        ms=10 * decode_ms,
         phase_ms={"decode": decode_ms},
-        original_request_ms=10 * original_ms,
+        original_ms=10 * original_ms,
         original_phase_ms={"decode": original_ms},
-        perplexity=None,
-        loss=0.0,
-        increase=nothing,
-        selection_increase=nothing,
-        kl=None,
-        memory_bytes=1,
     )
 
 

@@ -67,18 +67,18 @@ def linear_w8(
     code, meta_code = _CODES[values.dtype], _CODES[scale.dtype]
     accumulator = _INT32 if dynamic and values.dtype == torch.int8 else _FLOAT32
     meta = [
-        int(dynamic),
-        8,
-        values.shape[1],
-        255,
-        1,
-        code if dynamic else _CODES[x.dtype],
-        _CODES[x.dtype],
+        int(dynamic),  # whether the activation is rounded
+        8,  # bits of a weight
+        values.shape[1],  # weights of a group
+        255,  # mask of a weight in a word
+        1,  # weights of a word
+        code if dynamic else _CODES[x.dtype],  # of the activation
+        _CODES[x.dtype],  # of the result
         accumulator,
-        meta_code,
+        meta_code,  # of scales and offsets
         _SCALE_BOTH if dynamic else _SCALE_WEIGHT,
-        0,
-        0,
+        0,  # no groups
+        0,  # a transposed view, so not contiguous
     ]
     nothing = torch.empty((1, 0), dtype=torch.int32, device=x.device)
     return _forward(x, bias, [values.t(), scale.reshape(1, -1), nothing], meta)
@@ -101,7 +101,7 @@ def linear_w4(
     group = words.shape[0] * 8 // scale.shape[0]
     dtype = _CODES[x.dtype]
     meta = [
-        0,
+        0,  # the activation is not rounded
         4,
         group,
         15,
@@ -110,9 +110,9 @@ def linear_w4(
         dtype,
         _FLOAT32,
         _CODES[scale.dtype],
-        0,
+        0,  # scales belong to groups, not to rows
         _GROUPS_AND_OFFSETS,
-        1,
+        1,  # contiguous
     ]
     return _forward(x, bias, [words, scale, offset], meta)
 

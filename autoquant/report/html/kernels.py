@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from autoquant.profiler.latencies import Row
-from autoquant.records import LinearShape, Measurement, Roofline
+from autoquant.profiler.latencies import Row, row_of
+from autoquant.records import LinearShape, Roofline
 from autoquant.study.study import Study
 
 
@@ -46,25 +45,6 @@ def kernel_map(study: Study) -> KernelMap:
     found: dict[LinearShape, list[Row]] = {shape: [] for shape in names}
     for subject, measurement in timings.items():
         if subject.working_set_bytes == working_set:
-            found.setdefault(subject.shape, []).append(_row(measurement))
+            found.setdefault(subject.shape, []).append(row_of(measurement))
     shapes = {shape: tuple(rows) for shape, rows in found.items() if rows}
     return KernelMap(shapes, names, study.store.roofline(facts.device))
-
-
-def _row(measurement: Measurement) -> dict[str, Any]:
-    subject, timed = measurement.subject, bool(measurement.samples_us)
-    return {
-        "n": subject.shape.n,
-        "k": subject.shape.k,
-        "bias": subject.shape.bias,
-        "dtype": subject.shape.dtype,
-        "m": subject.m,
-        "format": subject.format,
-        "kernel": subject.kernel,
-        "outcome": measurement.outcome,
-        "latency_us": measurement.latency_us if timed else None,
-        "spread_us": measurement.spread_us if timed else None,
-        "relative_error": measurement.relative_error,
-        "floor_us": None,
-        "reason": measurement.reason,
-    }

@@ -88,6 +88,7 @@ def _launch(
     sums = q.new_empty((b * h, 2, splits) if splits > 1 else 0, dtype=torch.float32)
     shown = q if mask is None else mask.expand(b, -1, 1, length).view(torch.uint8)
     mask_head = shown.stride(1) if shown.shape[1] > 1 else 0
+    # The kernel takes powers of two, which devices have an instruction for: hence log2(e).
     attend[b * h_kv, splits](
         *(q, k, v, shown, out, parts, sums, scale * math.log2(math.e), h_kv, length, splits),
         *(q.stride(0), q.stride(1), q.stride(3), *k.stride(), *v.stride()),

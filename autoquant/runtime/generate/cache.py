@@ -87,6 +87,7 @@ class StepState:
         """Go on behind the tokens of a step."""
         tokens = len(places.index)
         self.filled.add_(tokens)
+        # The next token follows by itself. For chunks of a prompt, `place` says where they are.
         if tokens == 1:
             places.positions.add_(1)
 

@@ -119,6 +119,7 @@ class Choice:
         self.unfinished = torch.ones(batch, dtype=torch.long, device=device)
         self.going_on = torch.ones((), dtype=torch.long, device=device)
         self.made = torch.zeros(batch, places, dtype=torch.long, device=device)
+        # On the device, too: in a replayed graph the host cannot count.
         self._count = torch.zeros(1, dtype=torch.long, device=device)
         self._earliest = torch.zeros(1, dtype=torch.long, device=device)
         self._ends: dict[tuple[int, ...], torch.Tensor] = {}
@@ -150,6 +151,7 @@ class Choice:
         ends = self._ends[rule.ends]
         chosen = self._chosen(rule, logits, ends)
         if rule.ends:
+            # By arithmetic: a graph cannot branch on values.
             chosen = chosen * self.unfinished + rule.padding * (1 - self.unfinished)
             ended = (chosen[:, None] == ends).any(dim=-1)
             self.unfinished.mul_(~ended)

@@ -26,9 +26,12 @@ from autoquant.runtime.parts import as_if_compiled, compile_parts
 
 CHUNKS = (1024, 512, 256, 64)
 """Tokens of a sequence in one step, for prompts."""
+# Of the batch and its tokens in one step, which bounds the memory of activations.
 _MOST_ROWS = 16384
 _SHORTEST_CACHE = 256
+# Each keeps a graph of its own.
 _MOST_RULES = 8
+# A chunk that is at least so full costs less than several smaller ones.
 _FILL_FROM = 0.75
 _LARGEST_ERROR = (
     0.5  # float8 rounds elsewhere in a compiled model: only garbage is meant to be caught
@@ -41,8 +44,9 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 def cache_positions(tokens: int) -> int:
     """Return the length of the cache for `tokens`: one of two an octave, so few are compiled."""
     length = _SHORTEST_CACHE
-    while length < tokens:
-        length = length * 3 // 2 if length & (length - 1) == 0 else length // 3 * 4
+    while length < tokens:  # 256, 384, 512, 768, 1024, ...
+        is_power_of_two = length & (length - 1) == 0
+        length = length * 3 // 2 if is_power_of_two else length // 3 * 4
     return length
 
 
@@ -55,8 +59,10 @@ def chunks_of(tokens: int, batch: int) -> list[int]:
     chunks = []
     left = tokens
     while left > 0:
-        size = next((size for size in reversed(sizes) if size * _FILL_FROM <= left <= size), None)
-        size = size or next((size for size in sizes if size <= left), sizes[-1])
+        filled = [size for size in sizes if size * _FILL_FROM <= left <= size]
+        fitting = [size for size in sizes if size <= left]
+        # The smallest that takes all that is left, else the largest that is full.
+        size = filled[-1] if filled else next(iter(fitting), sizes[-1])
         chunks.append(size)
         left -= size
     return chunks
@@ -85,6 +91,7 @@ class Decoder:
         self._model = model
         self._device = next(model.parameters()).device
         self._backend = backend(self._device)
+        # Tensors that are made in inference mode could not be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._state = StepState(batch, positions, self._device, padded=padded)
             self.choice = Choice(batch, positions, self._device)

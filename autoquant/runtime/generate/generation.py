@@ -25,8 +25,11 @@ from autoquant.errors import first_line
 from autoquant.runtime.generate.decoder import Decoder, cache_positions
 from autoquant.runtime.generate.loop import Loop
 
+# Each holds a cache for the longest sequence.
 _MOST_DECODERS = 4
+# A cache is much too long if it is longer than both: this many times what is needed, and this.
 _TOO_LONG = 4
+_NEVER_TOO_LONG = 4096
 _TAKEN = {
     "attention_mask",
     "position_ids",
@@ -71,7 +74,7 @@ class Decoders:
             self._weights = weights
         for key, decoder in self._kept.items():
             fits = (key[0], key[2]) == (batch, padded) and tokens <= key[1]
-            if fits and key[1] <= max(_TOO_LONG * tokens, 4096):
+            if fits and key[1] <= max(_TOO_LONG * tokens, _NEVER_TOO_LONG):
                 self._kept.move_to_end(key)
                 return decoder
         length = cache_positions(tokens)

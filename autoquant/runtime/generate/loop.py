@@ -75,6 +75,7 @@ class Loop:
     def run(self) -> Any:
         """Return what `_sample` returns."""
         prompt = self._ids.shape[1]
+        # transformers makes one token even if the prompt is as long as the limit.
         most = max(self._limit - prompt, 1)
         seen = _Seen(self._ids, most, self._streamer)
         self._decoder.start(self._mask)
@@ -126,11 +127,13 @@ class Loop:
         if positions is None:
             positions = torch.arange(self._ids.shape[1], device=self._ids.device).unsqueeze(0)
             if self._mask is not None:
+                # Padding has no position of its own: the first token after it has position 0.
                 positions = (self._mask.long().cumsum(-1) - 1).clamp(min=0)
         return positions[:, -self._ids.shape[1] :].expand(self._ids.shape)
 
     def _next(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose the next tokens `[batch]` and note which sequences have ended."""
+        # A copy, since the next step writes its logits to the same place.
         raw = logits.to(copy=True, dtype=torch.float32) if self._reads_scores else logits
         scores = self._processor(self._ids, raw)
         if self._scores is not None:

@@ -28,11 +28,13 @@ def searchable(
     Raises:
         WorkloadError: No linear is left.
     """
+    settled = setup.settled
+    constraints = settled.request.constraints
     kept = []
     for site in recording.sites:
-        why = why_untimed(site, setup.candidates, timings)
+        why = why_untimed(site, settled.candidates, timings)
         original = original_format(site.shape.dtype)
-        free = not bound.group_of(site.name) and setup.constraints.admits(
+        free = not bound.group_of(site.name) and constraints.admits(
             site.name, f"{original}/matmul", original
         )
         if why and free:
@@ -53,12 +55,13 @@ def searchable(
 
 def profile_linears(setup: SearchSetup, recording: Recording, measure: Measure) -> TimingTable:
     """Time every candidate at the workload's m; with `fuse`, also linears computed as one."""
+    settled = setup.settled
     shapes = [site.shape for site in recording.sites]
-    element_bytes = mean_element_bytes(setup.loaded.module, recording)
-    working_set = working_set_bytes(shapes, setup.hardware, element_bytes)
-    subjects = subjects_of(cells_of(recording.sites), setup.candidates, working_set)
+    element_bytes = mean_element_bytes(settled.loaded.module, recording)
+    working_set = working_set_bytes(shapes, settled.hardware, element_bytes)
+    subjects = subjects_of(cells_of(recording.sites), settled.candidates, working_set)
     if setup.fuse:
-        subjects += fusion_subjects(recording.sites, setup.candidates, working_set)
+        subjects += fusion_subjects(recording.sites, settled.candidates, working_set)
     timings = TimingTable(working_set, measure(list(dict.fromkeys(subjects))))
     release_memory()
     return timings

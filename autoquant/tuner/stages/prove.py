@@ -51,6 +51,7 @@ def prove_references(
     ledger.listener(StageStarted("prove", 1 + FRONT_PLANS))
     original, scale = _prove_original(space, ledger, sites)
     uniform = uniform_plans(space)
+    # Only now is it known how many plans there are at least.
     ledger.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
     for plan in uniform:
         ledger.prove(scale.predicted(plan, sites, space.context))
@@ -95,6 +96,7 @@ def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> 
         minimize=limits.minimize,
     )
     new = [plan for plan in plans if plan.plan_id not in references]
+    # The first is the fastest within the limits. Aiming starts from how it turned out.
     for plan in new[:1]:
         ledger.prove(plan)
     count -= _prove_aimed(referenced, ledger, limits)

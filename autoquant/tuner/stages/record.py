@@ -14,11 +14,12 @@ from autoquant.tuner.setup import SearchSetup
 
 def record_linears(setup: SearchSetup) -> Recording:
     """Return the linears that the workload runs, from the store or recorded now."""
-    known = setup.store.study(setup.study_id).recording
+    settled = setup.settled
+    known = setup.store.study(settled.study_id).recording
     if known is not None:
         return known
-    recording = record_model(setup.loaded, setup.workload, setup.listener)
-    setup.store.update_study(setup.study_id, recording=recording)
+    recording = record_model(settled.loaded, settled.workload, setup.listener)
+    setup.store.update_study(settled.study_id, recording=recording)
     return recording
 
 
@@ -28,7 +29,9 @@ def bind_constraints(setup: SearchSetup, sites: Sequence[Site]) -> Bound:
     Raises:
         ConstraintError: A pattern matches nothing, or constraints contradict one another.
     """
-    ids = [candidate.id for candidate in setup.candidates]
-    bound = bind(setup.constraints, sites, ids, original_format(setup.loaded.dtype))
-    setup.tell(*constraint_notices(setup.constraints, bound, sites))
+    settled = setup.settled
+    constraints = settled.request.constraints
+    ids = [candidate.id for candidate in settled.candidates]
+    bound = bind(constraints, sites, ids, original_format(settled.loaded.dtype))
+    setup.tell(*constraint_notices(constraints, bound, sites))
     return bound

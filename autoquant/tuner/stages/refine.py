@@ -45,6 +45,7 @@ def _prove_proposals(
     )
     for plan, tell in proposed:
         before_s = budget.left_s()
+        # A proof is never cut short, so that one must not begin that cannot end in time.
         if before_s < max(slowest_s, SHORTEST_PROOF_S):
             tell(None)
             return count, "the time budget is spent"

@@ -15,6 +15,7 @@ from autoquant.solver.space import SearchSpace
 from autoquant.tuner.choices import ChoiceMaker, Facts, SiteChoices, format_facts, scored
 from autoquant.tuner.fusion import Fusion, complete, make_fusion
 from autoquant.tuner.notices import dropped_notices, fusion_notices
+from autoquant.tuner.request import SettledRequest
 from autoquant.tuner.scoring import Scores, score
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.workers.in_process import Runner
@@ -28,15 +29,15 @@ def score_choices(
     Raises:
         ConstraintError: Constraints leave a layer, or a group of layers, nothing that can be used.
     """
-    sites = recording.sites
+    settled, sites = setup.settled, recording.sites
     fusion = _make_fusion(setup, sites, timings)
     choices = _make_choices(setup, sites, bound, timings, fusion)
     scores = score(
         choices,
-        method=setup.sensitivity,
-        model_hash=setup.loaded.content_hash,
-        quality_key=f"{setup.quality.key}-{setup.loaded.dtype}",
-        device_type=setup.hardware.type,
+        method=settled.method,
+        model_hash=settled.loaded.content_hash,
+        quality_key=f"{settled.quality.key}-{settled.loaded.dtype}",
+        device_type=settled.hardware.type,
         runner=runner,
         store=setup.store,
         listener=setup.listener,
@@ -45,11 +46,12 @@ def score_choices(
     filled = [scored(each, scores.losses) for each in choices]
     options = bound.narrowed(complete([each.choices for each in filled]))
     originals = [each.original for each in filled]
-    return make_space(setup, recording, scores, bound, complete(options), originals, fusion)
+    # Complete once more: narrowing may have left a joined choice in some of its layers only.
+    return make_space(settled, recording, scores, bound, complete(options), originals, fusion)
 
 
 def make_space(
-    setup: SearchSetup,
+    settled: SettledRequest,
     recording: Recording,
     scores: Scores,
     bound: Bound,
@@ -60,22 +62,23 @@ def make_space(
     """Put scored options and what all plans have in common together."""
     searched_bytes = sum(choice.memory_bytes for choice in originals)
     context = PlanContext(
-        study_id=setup.study_id,
-        model_hash=setup.loaded.content_hash,
-        dtype=setup.loaded.dtype,
-        workload=setup.workload,
+        study_id=settled.study_id,
+        model_hash=settled.loaded.content_hash,
+        dtype=settled.loaded.dtype,
+        workload=settled.workload,
         other_bytes=recording.parameter_bytes - searched_bytes,
         fusion=fusion.with_scores(options) if fusion else None,
         loss_map=scores.loss_map,
         bound=bound,
     )
-    return SearchSpace(options, context, originals, logarithmic=setup.quality.logarithmic)
+    return SearchSpace(options, context, originals, logarithmic=settled.quality.logarithmic)
 
 
 def _make_fusion(setup: SearchSetup, sites: Sequence[Site], timings: TimingTable) -> Fusion | None:
     if not setup.fuse:
         return None
-    fusion = make_fusion(sites, setup.candidates, timings, setup.workload)
+    settled = setup.settled
+    fusion = make_fusion(sites, settled.candidates, timings, settled.workload)
     setup.tell(*fusion_notices(fusion))
     return fusion
 
@@ -90,12 +93,13 @@ def _make_choices(
     """Make the choices that constraints leave every site. They are not scored yet."""
     shapes = list(dict.fromkeys(site.shape for site in sites))
     facts: Facts = format_facts(setup.formats, shapes, setup.device)
-    maker = ChoiceMaker(setup.candidates, timings, facts, setup.workload)
-    choices = [maker.constrained(site, setup.constraints, bound) for site in sites]
+    settled, constraints = setup.settled, setup.settled.request.constraints
+    maker = ChoiceMaker(settled.candidates, timings, facts, settled.workload)
+    choices = [maker.constrained(site, constraints, bound) for site in sites]
     setup.tell(*dropped_notices(choices))
     if fusion is None:
         return choices
-    return [_admitted(each, setup.constraints) for each in fusion.offered(choices, facts)]
+    return [_admitted(each, constraints) for each in fusion.offered(choices, facts)]
 
 
 def _admitted(choices: SiteChoices, constraints: Constraints) -> SiteChoices:

@@ -4,10 +4,10 @@ import io
 import math
 
 import pytest
+from builders.front_rows import ROWS, row
 from rich.console import Console
 
 from autoquant.report.front.chart import FrontChart
-from report.made_up_front import ROWS, row
 
 
 def drawn(rows, width=80, encoding="utf-8"):

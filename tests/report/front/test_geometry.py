@@ -3,10 +3,10 @@
 import math
 
 import pytest
+from builders.front_rows import ROWS, row
 
 from autoquant.records import BASELINES
 from autoquant.report.front.geometry import FAMILIES, family, make_front
-from report.made_up_front import ROWS, row
 
 
 def labels(points):

@@ -1,9 +1,9 @@
 import math
 
 import pytest
+from builders.front_rows import ROWS, row
 
 from autoquant.report.front.picture import render
-from report.made_up_front import ROWS, row
 
 TITLE = "model on a CPU"
 

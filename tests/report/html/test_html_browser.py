@@ -7,12 +7,12 @@ import re
 import shutil
 
 import pytest
+from builders import reported
+from builders.reported import FAST, FRONT, INT4, UNIFORM
 
 from autoquant.report.html.page import render_report
 from autoquant.store import open_store
 from autoquant.study.study import Study
-from report import made_up_study
-from report.made_up_study import FAST, FRONT, INT4, UNIFORM
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -51,7 +51,7 @@ def address(tmp_path_factory):
     """A report of 12 blocks, opened as a file."""
     folder = tmp_path_factory.mktemp("report")
     store = open_store(folder / "plan.db")
-    made_up_study.fill(store, blocks=12)
+    reported.fill(store, blocks=12)
     path = folder / "report.html"
     path.write_bytes(render_report(Study(store), "plan.db"))
     store.close()
@@ -122,7 +122,7 @@ def test_no_chart_offers_to_be_sent_away(opened):
 def hover_over(page, plan_id):
     """Move the mouse to a plan's point of the front; returns where that is."""
     page.locator("#front-chart").scroll_into_view_if_needed()
-    x, y = page.evaluate(POSITION, made_up_study.PLANS[plan_id][0])
+    x, y = page.evaluate(POSITION, reported.PLANS[plan_id][0])
     page.mouse.move(x, y)
     page.wait_for_selector("#front-chart .hoverlayer .hovertext")
     return x, y

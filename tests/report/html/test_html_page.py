@@ -9,16 +9,16 @@ from html.parser import HTMLParser
 
 import plotly.graph_objects as go
 import pytest
+from builders import reported
+from builders.reported import EVIL, FAR, FRONT, INT4, INT8, LEFT_ALONE, NOISE, PLANS, WORKLOAD
 
 from autoquant.errors import PlanError
 from autoquant.records import Interval
 from autoquant.report.html.page import embedded, render_report
 from autoquant.store import open_store
-from autoquant.store.repository import transaction
 from autoquant.store.schema import RooflineRow
+from autoquant.store.transactions import transaction
 from autoquant.study.study import Study
-from report import made_up_study
-from report.made_up_study import EVIL, FAR, FRONT, INT4, INT8, LEFT_ALONE, NOISE, PLANS, WORKLOAD
 
 OWN_TAGS = {
     "html", "head", "meta", "title", "style", "body", "header", "main", "section", "div", "p",
@@ -60,7 +60,7 @@ class Outline(HTMLParser):
 def filled(tmp_path_factory):
     path = tmp_path_factory.mktemp("filled") / "plan.db"
     store = open_store(path)
-    made_up_study.fill(store)
+    reported.fill(store)
     store.close()
     return path
 
@@ -246,7 +246,7 @@ def test_what_a_plan_leaves_alone_has_its_reason(data):
 
 
 def test_predicted_stands_beside_realised(data, page):
-    facts = dict(plan_of(data, made_up_study.UNIFORM)["facts"])
+    facts = dict(plan_of(data, reported.UNIFORM)["facts"])
     assert facts["Predicted"].startswith("60.0 ms a request (-9% against measured)")
     assert plan_of(data, FRONT)["phases"][0] == ["prefill", "1", "1.00 ms", "5.00 ms", "10.0 ms"]
     assert "differ by more than 10%" not in page
@@ -312,8 +312,8 @@ def without_colours(value):
 
 def test_a_loss_of_ones_own_takes_the_place_of_perplexity(tmp_path):
     store = open_store(tmp_path / "own.db")
-    made_up_study.fill(store, limits={"max_ppl_increase": None, "max_memory_bytes": None})
-    for plan_id, proof in store.proofs(made_up_study.STUDY).items():
+    reported.fill(store, limits={"max_ppl_increase": None, "max_memory_bytes": None})
+    for plan_id, proof in store.proofs(reported.STUDY).items():
         store.put_proof(plan_id, replace(proof, perplexity=None, kl=None), replaces=True)
     page = render_report(Study(store), "own.db").decode()
     assert '<th scope="col" class="number">Loss</th>' in page and "Perplexity" not in Outline(
@@ -324,7 +324,7 @@ def test_a_loss_of_ones_own_takes_the_place_of_perplexity(tmp_path):
 
 def test_without_a_proven_plan_there_is_nothing_to_report(tmp_path):
     store = open_store(tmp_path / "none.db")
-    made_up_study.fill(store, plans=())
+    reported.fill(store, plans=())
     with pytest.raises(PlanError, match="no plan has been proven yet"):
         render_report(Study(store), "none.db")
 

@@ -1,6 +1,9 @@
 """The parts of the report's page by themselves."""
 
 import pytest
+from builders import reported
+from builders.records import MODEL, STUDY
+from builders.reported import ATTENTION, FAST, FRONT, FUSED, INT8, MLP, ORIGINAL, PLAIN, UNIFORM
 
 from autoquant.report.html.command import search_command
 from autoquant.report.html.kernels import kernel_map
@@ -10,24 +13,11 @@ from autoquant.report.html.points import front_points
 from autoquant.report.html.verdict import verdict
 from autoquant.store import open_store
 from autoquant.study.study import Study
-from report import made_up_study
-from report.made_up_study import (
-    ATTENTION,
-    FAST,
-    FRONT,
-    FUSED,
-    INT8,
-    MLP,
-    ORIGINAL,
-    PLAIN,
-    STUDY,
-    UNIFORM,
-)
 
 
 def study(tmp_path, **options):
     store = open_store(tmp_path / "plan.db")
-    made_up_study.fill(store, **options)
+    reported.fill(store, **options)
     return Study(store)
 
 
@@ -134,7 +124,7 @@ def test_an_older_study_tells_what_is_known_of_its_command(tmp_path):
 
 def test_a_live_module_has_no_command(tmp_path):
     opened = study(tmp_path)
-    opened.store.put_model(made_up_study.MODEL_HASH, {"kind": "live", "path": ""})
+    opened.store.put_model(MODEL, {"kind": "live", "path": ""})
     assert search_command(opened).text == ""
 
 
@@ -153,7 +143,7 @@ def test_the_recommended_plan_is_named_with_what_it_buys(tmp_path):
 
 def test_what_the_user_gets_is_the_headline_and_the_first_tile(tmp_path):
     opened = study(tmp_path)
-    opened.store.put_delivery(made_up_study.make_delivery(FRONT, 0.5))
+    opened.store.put_delivery(reported.make_delivery(FRONT, 0.5))
     found = verdict(front_points(opened), opened.facts)
     assert found.headline == "Use plan cccccc (front 1): 2.00 times faster."
     assert found.sentences[0].startswith(
@@ -165,7 +155,7 @@ def test_what_the_user_gets_is_the_headline_and_the_first_tile(tmp_path):
 
 def test_a_plan_that_does_not_win_there_is_named_with_the_reason(tmp_path):
     opened = study(tmp_path)
-    opened.store.put_delivery(made_up_study.make_delivery(FRONT, 1.5))
+    opened.store.put_delivery(reported.make_delivery(FRONT, 1.5))
     found = verdict(front_points(opened), opened.facts)
     assert found.headline == "Leave the model unquantized."
     assert (

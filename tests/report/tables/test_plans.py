@@ -1,13 +1,11 @@
 import io
 from dataclasses import dataclass
 
+from builders.records import make_choice, make_plan
 from rich.console import Console
 
 from autoquant.records import (
-    LayerChoice,
     LinearShape,
-    Plan,
-    Prediction,
     Recording,
     RouteStep,
     Skipped,
@@ -37,12 +35,11 @@ def row(plan_id, label="front 1", **changes):
 
 
 def layer(name, fmt="int8-row", reason="it is fastest", n=64):
-    return LayerChoice(
-        name=name,
+    return make_choice(
+        name,
+        fmt,
         shape=LinearShape(n=n, k=64, bias=False, dtype="bf16"),
-        format=fmt,
         route=ROUTE,
-        numerics="a16",
         latency_us={"prefill": 600.0, "decode": 20.0},
         memory_bytes=4096,
         loss=0.001,
@@ -51,12 +48,7 @@ def layer(name, fmt="int8-row", reason="it is fastest", n=64):
 
 
 def plan(*layers):
-    prediction = Prediction(request_ms=1.0, linear_ms=0.5, loss=0.01, memory_bytes=1)
-    return Plan(
-        plan_id="p", study_id="s", label="l", kind="front", model_hash="h", dtype="bf16",
-        layers=layers,
-        prediction=prediction,
-    )  # fmt: skip
+    return make_plan("p", layers, label="l")
 
 
 def test_the_front_marks_plans_and_fits_80_columns():

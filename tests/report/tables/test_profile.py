@@ -1,10 +1,10 @@
 import io
 
 import pytest
+from builders.latencies import ROWS, SHAPES, latencies
 from rich.console import Console
 
 from autoquant.report.tables.profile import latencies_report, reason_lines, route_lines
-from report.made_up import ROWS, SHAPES, latencies
 
 FIRST, SECOND = SHAPES
 

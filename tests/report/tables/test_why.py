@@ -3,29 +3,22 @@
 import io
 from dataclasses import replace
 
+from builders.records import make_choice, make_plan
 from rich.console import Console
 
-from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
+from autoquant.records import RouteStep
 from autoquant.report.tables.why import together, why_table
 from autoquant.solver.alternatives import Alternative
 
 
 def choice(name, fmt, kernel):
-    return LayerChoice(
-        name=name, shape=LinearShape(n=64, k=64, bias=False, dtype="bfloat16"), format=fmt,
-        route=(RouteStep(upper_m=None, kernel=kernel),), numerics="n", latency_us={},
-        memory_bytes=1, loss=0.0,
-    )  # fmt: skip
+    return make_choice(name, fmt, route=(RouteStep(upper_m=None, kernel=kernel),))
 
 
 LAYERS = tuple(
     choice(f"model.layers.{number}.mlp.down_proj", "int8/plain", "int-mm") for number in range(12)
 )
-PLAN = Plan(
-    plan_id="p", study_id="s", label="front 1", kind="front", model_hash="m", dtype="bfloat16",
-    layers=LAYERS,
-    prediction=Prediction(request_ms=1.0, linear_ms=1.0, loss=0.1, memory_bytes=12),
-)  # fmt: skip
+PLAN = make_plan(layers=LAYERS)
 EXACT = Alternative(
     gains=("more exact",),
     choice=choice("x", "bfloat16/plain", "matmul"),

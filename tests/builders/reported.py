@@ -7,38 +7,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autoquant.records import (
-    Delivery,
-    Device,
-    Interval,
-    LayerChoice,
-    LinearShape,
-    Measurement,
-    Plan,
-    Prediction,
-    Proof,
-    Recording,
-    Roofline,
-    RouteStep,
-    RunTimes,
-    Site,
-    SiteUse,
-    Skipped,
-    TimingSubject,
-    Workload,
+from autoquant.records import LinearShape, Roofline, RouteStep, RunTimes, Skipped, Workload
+
+from . import records
+from .records import (
+    ALWAYS_MATMUL,
+    STUDY,
+    make_choice,
+    make_device,
+    make_measurement,
+    make_recording,
+    make_site,
+    make_subject,
+    put_study,
 )
 
-STUDY, MODEL_HASH, PROTOCOL = "5tudy001", "m0del", "3"
+PROTOCOL = "3"
 MODEL_PATH = "/somewhere/<b>tiny"
 EVIL = '</script><script>window.broken = 1</script><img src="x" onerror="window.broken = 1">'
-DEVICE = Device(
-    type="cpu",
-    name="Test & Co CPU",
-    capability="",
-    threads=2,
-    cache_bytes=2**24,
-    versions={"torch": "2.13"},
-)
+DEVICE = make_device(name="Test & Co CPU", capability="", versions={"torch": "2.13"})
 WORKLOAD = Workload.parse("prefill=64,decode=16")
 PLAIN, INT8, INT4 = "bfloat16/plain", "int8-row/plain", "int4-g64/packed"
 INT4_SMALL = f"int4-g128/{EVIL}"
@@ -62,24 +49,23 @@ PLANS = {
 }  # fmt: skip
 
 
-def choice(name: str, fmt: str, number: int) -> LayerChoice:
+def choice(name, fmt, number):
     shape = ATTENTION if name.endswith(("q_proj", "head")) else MLP
     quantized = fmt != PLAIN
-    return LayerChoice(
-        name=name,
+    return make_choice(
+        name,
+        fmt,
         shape=shape,
-        format=fmt,
-        route=ROUTED if quantized else (RouteStep(upper_m=None, kernel="matmul"),),
+        route=ROUTED if quantized else ALWAYS_MATMUL,
         numerics=f"{fmt}+a16",
         latency_us={"prefill": 100.0 if quantized else 200.0, "decode": 50.0 + number},
         memory_bytes=shape.n * shape.k * (1 if quantized else 2),
         loss=0.001 * (number + 1) if quantized else 0.0,
-        parameters=(f"{name}.weight",),
         reason="fast enough" if quantized else LEFT_ALONE,
     )
 
 
-def make_plan(plan_id: str, blocks: int) -> Plan:
+def make_plan(plan_id, blocks):
     label, kind, predicted, _, _, share, formats = PLANS[plan_id]
     names = [
         f"model.layers.{block}.{part}"
@@ -91,132 +77,84 @@ def make_plan(plan_id: str, blocks: int) -> Plan:
         for n, name in enumerate(names)
     ]
     layers.append(choice("lm_head", PLAIN, 0))
-    return Plan(
-        plan_id=plan_id,
-        study_id=STUDY,
-        label=label,
-        kind=kind,
-        model_hash=MODEL_HASH,
-        dtype="bfloat16",
-        layers=tuple(layers),
-        prediction=Prediction(
-            request_ms=predicted,
-            linear_ms=20.0,
-            loss=sum(layer.loss for layer in layers),
-            memory_bytes=int(share * 2**20),
-        ),
-    )
+    prediction = {
+        "request_ms": predicted,
+        "linear_ms": 20.0,
+        "loss": sum(layer.loss for layer in layers),
+        "memory_bytes": int(share * 2**20),
+    }
+    return records.make_plan(plan_id, layers, prediction, label=label, kind=kind)
 
 
-def make_proof(plan_id: str) -> Proof:
+def make_proof(plan_id):
     _, _, _, measured, increase, share, _ = PLANS[plan_id]
-    half = 0.001 if increase else 0.0
-    interval = Interval(value=increase, low=increase - half, high=increase + half)
-    return Proof(
-        plan_id=plan_id,
-        request_ms=measured,
+    return records.make_proof(
+        plan_id,
+        ms=measured,
+        original_ms=101.0,
         phase_ms={"prefill": measured / 10, "decode": measured / 20},
-        original_request_ms=101.0,
         original_phase_ms={"prefill": 10.0, "decode": 5.0},
         perplexity=20 * (1 + increase),
         loss=3.0 * (1 + increase),
-        increase=interval,
-        selection_increase=interval,
+        increase=increase,
+        half=0.001 if increase else 0.0,
         kl=increase / 2,
         memory_bytes=int(share * 2**20),
         notes=(f"a note {EVIL}",),
     )
 
 
-def make_delivery(plan_id: str, ratio: float) -> Delivery:
+def make_delivery(plan_id, ratio):
     """A delivery of a plan that takes `ratio` times as long as the unquantized model."""
-    return Delivery(
-        plan_id=plan_id,
-        loop="generate",
-        where="new process",
-        times=RunTimes(request_ms=200 * ratio, first_token_ms=50 * ratio, step_ms=10 * ratio),
-        original_times=RunTimes(request_ms=200.0, first_token_ms=50.0, step_ms=10.0),
-        ratio=Interval(value=ratio, low=ratio - 0.01, high=ratio + 0.01),
-    )
+    original = RunTimes(request_ms=200.0, first_token_ms=50.0, step_ms=10.0)
+    return records.make_delivery(plan_id, ratio, original=original)
 
 
-def recording(plan: Plan) -> Recording:
-    return Recording(
-        sites=tuple(
-            Site(
-                name=layer.name,
-                parameters=layer.parameters,
-                shape=layer.shape,
-                uses=(
-                    SiteUse(phase="prefill", m=64, calls=1),
-                    SiteUse(phase="decode", m=1, calls=1),
-                ),
-            )
+def recording(plan):
+    return make_recording(
+        [
+            make_site(layer.name, (64, 1), parameters=layer.parameters, shape=layer.shape)
             for layer in plan.layers
-        ),
+        ],
         skipped=(Skipped(name=f"conv{EVIL}", numel=1000, share=0.06, reason="not a linear layer"),),
-        weights_share=0.94,
-        flops_share={"prefill": 0.91, "decode": 0.97},
-        parameter_bytes=2**20,
     )
 
 
-def timings(working_set_bytes: int, factor: float = 1.0) -> list[Measurement]:
+def timings(working_set_bytes, factor=1.0):
     """Of three shapes at three m: bfloat16, int8 by two kernels, and one that failed."""
     found = []
     for shape in (ATTENTION, MLP, FUSED):
         for m in (1, 64, 512):
-            subject = TimingSubject(
-                shape=shape, m=m, format=PLAIN, kernel="matmul", working_set_bytes=working_set_bytes
-            )
+            subject = make_subject(shape=shape, m=m, working_set_bytes=working_set_bytes)
             for fmt, kernel, base in (
                 (PLAIN, "matmul", 40.0),
                 (INT8, "weight-only", 10.0),
                 (INT8, "integer", 20.0),
             ):
-                time_us = (
-                    factor * (base + m * (0.5 if kernel == "weight-only" else 0.1)) * shape.n / 256
-                )
+                a_row = 0.5 if kernel == "weight-only" else 0.1
+                time_us = factor * (base + m * a_row) * shape.n / 256
                 own = replace(subject, format=fmt, kernel=kernel)
                 found.append(
-                    Measurement(
-                        subject=own,
-                        outcome="ok",
-                        samples_us=(time_us,),
-                        relative_error=0.001,
-                        reason=NOISE,
-                    )
+                    make_measurement(own, samples_us=(time_us,), relative_error=0.001, reason=NOISE)
                 )
             own = replace(subject, format="float8-row/plain", kernel="scaled-mm")
-            found.append(
-                Measurement(subject=own, outcome="failed", reason=f"the kernel failed {EVIL}")
-            )
+            found.append(make_measurement(own, "failed", reason=f"the kernel failed {EVIL}"))
     return found
 
 
-def fill(
-    store,
-    *,
-    blocks: int = 4,
-    limits: dict | None = None,
-    timed: bool = True,
-    plans=tuple(PLANS),
-    complete=True,
-) -> None:
+def fill(store, *, blocks=4, limits=None, timed=True, plans=tuple(PLANS), complete=True):
     """Keep the study and `plans` of it; with a limit of 1 % `FRONT` is the recommended one."""
-    store.put_device(DEVICE)
-    store.put_model(MODEL_HASH, {"kind": "huggingface", "path": MODEL_PATH})
-    store.put_study(
-        STUDY,
-        model_hash=MODEL_HASH,
+    put_study(
+        store,
         device=DEVICE,
+        source={"kind": "huggingface", "path": MODEL_PATH},
         identity={
             "protocol": PROTOCOL, "quality": "k3y", "dtype": "bfloat16", "method": "isolated-1",
             "seed": 7,
             "candidates": ["int8-row/plain/weight-only", "int8-row/plain/integer"],
         },
         workload=WORKLOAD,
-        limits={"max_ppl_increase": 0.01, "max_memory_bytes": None} if limits is None else limits,
+        **({} if limits is None else {"limits": limits}),
     )  # fmt: skip
     store.update_study(STUDY, recording=recording(make_plan(ORIGINAL, blocks)), complete=complete)
     for plan_id in plans:

@@ -8,8 +8,9 @@ from autoquant.solver.space import SearchSpace
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.ledger import ProofLedger
 
-from .fake_runner import FakeRunner
-from .made_up import MODEL, STUDY, WORKLOAD, choice, make_site
+from .records import MODEL, STUDY, WORKLOAD, make_site
+from .runner import FakeRunner
+from .search import choice
 
 NAMES = [f"layers.{block}.{name}" for block in range(3) for name in ("gate", "up")]
 SITES = [make_site(name) for name in NAMES]

@@ -6,9 +6,11 @@ What each candidate takes is its entry in `TIMES` times the shape's share.
 from __future__ import annotations
 
 from autoquant.profiler.latencies import Latencies
-from autoquant.records import Device, LinearShape, Roofline
+from autoquant.records import LinearShape, Roofline
 
-DEVICE = Device(type="cpu", name="Test CPU", capability="", threads=2, cache_bytes=1, versions={})
+from .records import make_device
+
+DEVICE = make_device(capability="", cache_bytes=1)
 ROOFLINE = Roofline(
     bandwidth_bytes_per_s=5e10, flops_per_s={"bfloat16": 3e11, "float32": 1e11, "int8": 6e11}
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from autoquant.records import Measurement
 from autoquant.tuner.workers.jobs import ProfileJob, ProveJob, Scored, ScoreJob, Timed
 
-from .made_up import make_proof
+from .search import make_proof
 
 ORIGINAL_MS = 20.0
 

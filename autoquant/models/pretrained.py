@@ -1,0 +1,182 @@
+"""Have transformers make the module of a folder. The folder's code only runs if it is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.errors import ModelError, first_line
+from autoquant.files import read_json_object
+from autoquant.models import code, weights
+from autoquant.models.folder import CONFIG
+from autoquant.models.plausible import check_size
+from autoquant.models.quiet import no_progress_bars, some
+
+_GENERATION_CONFIG = "generation_config.json"
+_WRONG_CONFIG = "download or save the model again, with the config.json that belongs to it"
+
+
+def pretrained(
+    folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """Return the unquantized model of a folder, on the CPU.
+
+    Args:
+        dtype: None for the one that `config.json` names, or the weights have.
+
+    Raises:
+        TrustError: The model needs code that the folder brings, which is not trusted.
+        ModelError: transformers cannot load it, or weights are missing.
+    """
+    check_served(folder, trust_remote_code=trust_remote_code)
+    return made(folder, dtype or "auto", trust_remote_code)[0]
+
+
+def check_served(folder: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a folder that transformers should not read by itself.
+
+    Raises:
+        TrustError: It has code fetched from the hub, which is not trusted.
+        ModelError: It names files of other folders, or a file of weights is damaged.
+    """
+    code.check_folder(folder, trust_remote_code=trust_remote_code)
+    weights.files(folder)
+
+
+def made(
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
+) -> tuple[nn.Module, list[str]]:
+    """Return the causal LM of a folder, and names of weights that it has no place for."""
+    from transformers import AutoModelForCausalLM
+
+    stored = weights.files(folder)
+    if stored[0].suffix == ".safetensors":
+        check_size(folder, *weights.counts(stored))
+
+    def load(**options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **_attention_here(folder, trust_remote_code),
+            **options,
+        )
+
+    return _loaded(load, dtype, folder, trust_remote_code=trust_remote_code)
+
+
+def filled(
+    skeleton: nn.Module, state: Mapping[str, Any], dtype: torch.dtype, folder: Path, place: str
+) -> tuple[nn.Module, list[str]]:
+    """Return the same for a model filled with `state`, which came from `place`."""
+    kind: Any = type(skeleton)
+
+    def load(**options: Any) -> Any:
+        return kind.from_pretrained(None, config=skeleton.config, state_dict=dict(state), **options)
+
+    module, left = _loaded(load, dtype, place)
+    give_generation_config(module, folder)
+    return module, left
+
+
+def _loaded(
+    load: Callable[..., Any],
+    dtype: torch.dtype | str,
+    place: str | Path,
+    *,
+    trust_remote_code: bool = True,
+) -> tuple[nn.Module, list[str]]:
+    """Return what `load` makes, and the names of weights that it has no place for.
+
+    Args:
+        trust_remote_code: False if the folder at `place` might need code that `load` does not run.
+    """
+    try:
+        with no_progress_bars():
+            module, report = load(
+                dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:
+        code.refuse_needed_code(Path(place), error, trust_remote_code)
+        raise ModelError(
+            f"transformers cannot load {place} as a causal language model: {first_line(error)}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"transformers made no torch module of {place}: give a causal language model"
+        )
+    name = type(module).__name__
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{place} has {key} of {list(stored)}, {name} of its config.json {list(wanted)}:"
+            f" {_WRONG_CONFIG}"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"the weights in {place} lack {some(missing)} of {name}: {_WRONG_CONFIG}")
+    return module, sorted(report["unexpected_keys"])
+
+
+def from_config(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """Make the causal LM that the folder's `config.json` describes, with arbitrary weights.
+
+    Raises:
+        TrustError: It needs code that the folder brings, which is not trusted.
+        ModelError: transformers knows no such causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    code.check_folder(folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        config = _attention_here(folder, trust_remote_code).get("config", config)
+        # Without a word on it, transformers would ask at the terminal.
+        module: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        code.refuse_needed_code(folder, error, trust_remote_code)
+        raise ModelError(
+            f"transformers cannot build the model of {folder / CONFIG} as a causal language model:"
+            f" {first_line(error)}"
+        ) from error
+    give_generation_config(module, folder)
+    return module
+
+
+def _attention_here(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the configuration with PyTorch's own attention, if its own is not installed here."""
+    from transformers import AutoConfig
+    from transformers.utils import is_flash_attn_2_available
+
+    fields = read_json_object(folder / CONFIG)
+    asked = [str(fields.get(name)) for name in ("attn_implementation", "_attn_implementation")]
+    if is_flash_attn_2_available() or not any(name.startswith("flash") for name in asked):
+        return {}
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    config._attn_implementation = "sdpa"
+    return {"config": config}
+
+
+def give_generation_config(module: nn.Module, folder: Path) -> None:
+    """Give the model the folder's `generation_config.json`, if there is one."""
+    from transformers import GenerationConfig
+
+    path = folder / _GENERATION_CONFIG
+    if not path.is_file():
+        return
+    try:
+        module.generation_config = GenerationConfig.frommade(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"cannot read {path} ({first_line(error)}): download or save it again"
+        ) from error

@@ -1,0 +1,49 @@
+"""Memory that holds more weights than a cache, so that each is read cold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+_ALIGNMENT = 64
+_BENIGN_BYTES = (0x3A, 0x3B, 0x3C, 0x3D, 0xBA, 0xBB, 0xBC, 0xBD)
+
+
+class Arena:
+    """Memory that weights are rotated through.
+
+    Args:
+        size_bytes: How much is read between two uses of the same byte.
+        device: The torch device that it lies on.
+    """
+
+    def __init__(self, size_bytes: int, device: str) -> None:
+        palette = torch.tensor(_BENIGN_BYTES, dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(0)
+        block = palette[
+            torch.randint(0, len(palette), (min(size_bytes, 1 << 20),), generator=generator)
+        ]
+        self.bytes = block.repeat(-(-size_bytes // block.numel()))[:size_bytes].to(device)
+
+    def views(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Return as many disjoint copies of `tensors` as fit, at least one.
+
+        A copy has the same shapes and dtypes, not the same numbers.
+        """
+        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        if sum(sizes) > self.bytes.numel():
+            return [list(tensors)]
+        starts = range(0, self.bytes.numel() - sum(sizes) + 1, sum(sizes))
+        return [self._copy(tensors, sizes, start) for start in starts]
+
+    def _copy(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], start: int
+    ) -> list[torch.Tensor]:
+        copies = []
+        for tensor, size in zip(tensors, sizes, strict=True):
+            copies.append(
+                self.bytes[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            )
+            start += size
+        return copies

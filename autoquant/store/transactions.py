@@ -1,0 +1,54 @@
+"""Transactions: all that is read or written in one go, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.orm import Session
+
+from autoquant.errors import StoreError
+from autoquant.store.columns import BadValueError
+from autoquant.store.integrity import damaged, is_damage
+from autoquant.store.refused import refusal
+
+
+@contextmanager
+def transaction(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
+    """Open a session that is committed at the end, or rolled back if something raises.
+
+    Args:
+        writes: Wait at the beginning until no other process writes. SQLite refuses to write after
+            reading in one transaction if another process wrote in between.
+
+    Raises:
+        StoreError: The database refused a statement, or a row that was read is damaged.
+    """
+    try:
+        with Session(engine.execution_options(writes=writes)) as session, session.begin():
+            yield session
+    except BadValueError as error:
+        raise damaged(engine.url.database, str(error)) from error
+    except DatabaseError as error:
+        if is_damage(error):
+            raise damaged(engine.url.database, str(error.orig)) from error
+        raise StoreError(refusal(error, engine.url.database)) from error
+
+
+class Transactions:
+    """The transactions of one database.
+
+    Args:
+        engine: From `autoquant.store.open_store`, which checks and migrates the schema.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def _session(self) -> AbstractContextManager[Session]:
+        return transaction(self.engine)
+
+    def _writing(self) -> AbstractContextManager[Session]:
+        return transaction(self.engine, writes=True)

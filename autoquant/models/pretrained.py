@@ -175,7 +175,7 @@ def give_generation_config(module: nn.Module, folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        module.generation_config = GenerationConfig.frommade(folder, local_files_only=True)
+        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ModelError(
             f"cannot read {path} ({first_line(error)}): download or save it again"

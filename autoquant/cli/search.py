@@ -147,7 +147,7 @@ def search(
         str,
         typer.Option(
             metavar="TIME",
-            help="Refine until then, e.g. 10m. The steps before it are never cut short.",
+            help="What the search may take, e.g. 10m. Three plans are proven in any case.",
         ),
     ] = "10m",
     sensitivity: Annotated[

@@ -103,8 +103,8 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         fusable: `vllm` to give layers that vLLM computes as one the same format.
         candidates: Globs over `FORMAT/KERNEL`. `*` leaves out the opt-in ones, see
             `autoquant candidates`.
-        time_budget_s: Refine until this much time is spent, counted over all runs of the search.
-            The steps before it are never cut short.
+        time_budget_s: What the search may take, counted over all its runs. Three plans are proven
+            in any case.
         seed: Of everything drawn at random.
         fuse: Also time linears that read the same input as one, and compute them so if that is
             faster.

@@ -27,6 +27,10 @@ _TIMES_AS_LONG = 10
 
 It is `_FIRST_LIMIT_S` where that was proven in an earlier run.
 """
+SHORTEST_PROOF_S = 5.0
+"""A proof is expected to take at least that time."""
+_DELIVERY_PROOFS = 2
+"""A delivery takes about as long as two proofs: both models are loaded, compiled and timed."""
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +43,7 @@ class ProofLedger:
         plans: By id.
         proofs: By plan id.
         failures: Why a plan could not be proven, by plan id.
+        left_out: Labels of the plans for which there was no time.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class ProofLedger:
         self._runner = runner
         self._selection: tuple[float, ...] = ()
         self._limit_s = _FIRST_LIMIT_S
+        self._longest_s = 0.0
+        self.left_out: list[str] = []
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
         self.proofs: dict[str, Proof] = store.proofs(study_id)
         self.failures: dict[str, str] = store.failed_proofs(study_id)
@@ -74,6 +81,31 @@ class ProofLedger:
         """Keep what further plans are solved from."""
         self.store.put_options(self.study_id, space.options, space.about())
 
+    @property
+    def proof_s(self) -> float:
+        """The seconds that a further proof is expected to take: as long as the longest so far."""
+        return max(self._longest_s, SHORTEST_PROOF_S)
+
+    def least_s(self, proofs: int) -> float:
+        """Return the seconds that so many proofs, and the delivery, are expected to take."""
+        return (proofs + _DELIVERY_PROOFS) * self.proof_s
+
+    def has_time(self, proofs: int = 1) -> bool:
+        """Check whether so many further proofs, and the delivery, fit into the time budget."""
+        return self.budget.left_s() >= self.least_s(proofs)
+
+    def prove_if_time(self, plan: Plan, *, before: int = 0) -> Proof | None:
+        """Prove a plan if there is time for it, or leave it out.
+
+        Args:
+            before: So many other plans are worth more, and need their time first.
+        """
+        known = plan.plan_id in self.proofs or plan.plan_id in self.failures
+        if known or self.has_time(1 + before):
+            return self.prove(plan)
+        self.left_out.append(plan.label)
+        return None
+
     def prove(self, plan: Plan) -> Proof | None:
         """Prove a plan unless it is known how that ends.
 
@@ -87,6 +119,7 @@ class ProofLedger:
             return self.proofs.get(plan.plan_id)
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
+        left_s = self.budget.left_s()
         try:
             made, self._selection = self._run(plan)
         except Exception as error:
@@ -96,6 +129,7 @@ class ProofLedger:
                 raise
         else:
             proof = self.store.put_proof(plan.plan_id, made)
+        self._longest_s = max(self._longest_s, left_s - self.budget.left_s())
         if proof is None:
             return None
         self.proofs[plan.plan_id] = proof
@@ -144,13 +178,13 @@ class ProofLedger:
                 reason = f"its kernel {lie.format}/{lie.kernel} is wrong"
                 self._put_failure(plan, reason, replaces=True)
 
-    def prove_baseline(self, kind: PlanKind, plan: Plan) -> None:
-        """Prove a baseline, unless it is the same as a plan of another kind."""
+    def prove_baseline(self, kind: PlanKind, plan: Plan, *, before: int = 0) -> None:
+        """Prove a baseline as `prove_if_time`, unless it is the same as a plan of another kind."""
         same = self.plans.get(plan.plan_id)
         if same is not None and same.kind != kind:
             self.leave_out(kind, f"the same as plan {same.plan_id} ({same.label})")
-        else:
-            self.prove(plan)
+        elif self.prove_if_time(plan, before=before) is None and plan.label in self.left_out:
+            self.leave_out(kind, "the time budget is spent")
 
     def leave_out(self, kind: PlanKind, reason: str) -> None:
         """Keep why there is no baseline of this kind."""

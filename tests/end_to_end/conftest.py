@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autoquant.cli.main import app
+from autoquant.tuner.ledger import ProofLedger
 
 from . import quick
 from .tiny import save_llama, save_text
@@ -126,6 +127,11 @@ class Searched:
         return ("search", self.model, *base, *globs, *options)
 
 
+def until_one_is_refined(ledger, proofs=1):
+    """There is time until one plan of Optuna's was proven, however fast this machine is."""
+    return all(plan.kind != "refined" for plan in ledger.plans.values())
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """(model folder, text file)."""
@@ -138,7 +144,8 @@ def searched(files, tmp_path_factory):
     model, text = files
     db = tmp_path_factory.mktemp("searched") / "plan.db"
     unfinished = Searched(model, text, db, None)
-    result = typed(*unfinished.search("--time-budget", "4s", "--json"), settings=quick.SHORTER)
+    settings = (*quick.SHORTER, (ProofLedger, "has_time", until_one_is_refined))
+    result = typed(*unfinished.search("--time-budget", "4s", "--json"), settings=settings)
     assert result.exit_code == 0, result.stderr
     return Searched(model, text, db, result)
 

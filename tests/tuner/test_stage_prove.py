@@ -129,6 +129,67 @@ def test_plans_come_nearer_to_the_limit_until_one_is_there(store):
     assert aimed and all(plan.prediction.loss < 0.01 / 1.5 for plan in aimed)
 
 
+@pytest.fixture
+def prove_within(store):
+    """Prove with a clock that each proof advances; gives labels, events and the ledger."""
+
+    def run(limit_s, proof_s=10.0, limits=LIMITS):
+        clock, events = [0.0], []
+
+        def timed(plan):
+            clock[0] += proof_s
+            return say_what_is_predicted(plan)
+
+        runner = FakeRunner(prove=timed)
+        changes = {"events": events, "limit_s": limit_s, "now_s": lambda: clock[0]}
+        ledger, _ = prove_all(store, runner, limits=limits, **changes)
+        return [plan.label for plan in runner.proven], events, ledger
+
+    return run
+
+
+OWN = "front: fastest within limits"
+
+
+def test_three_plans_are_proven_whatever_the_time_budget(prove_within, store):
+    labels, events, ledger = prove_within(limit_s=1.0)
+    assert labels == [ORIGINAL_LABEL, INT8, OWN]
+    assert any(
+        event.text.startswith("the time budget of 1 s is too short for two plans")
+        and event.text.endswith("50 s are expected to do")  # the first, two, and the delivery
+        for event in events
+        if isinstance(event, Notice)
+    )
+    (told,) = [event.text for event in events if "for want of time" in getattr(event, "text", "")]
+    assert INT4 in told and "structural heuristic" in told and "front 3" in told
+    assert ledger.study.left_out()["heuristic"] == "the time budget is spent"
+
+
+def test_plans_end_before_the_time_that_a_delivery_needs(prove_within):
+    labels, events, ledger = prove_within(limit_s=85.0)
+    assert len(labels) == 6
+    assert ledger.budget.left_s() >= 20.0
+    expected = "75 s of 85 are left, a proof takes about 10: there is time for about 5 plans"
+    assert any(getattr(event, "text", "").startswith(expected) for event in events)
+
+
+def test_the_plan_of_the_search_is_worth_more_than_further_uniform_ones(prove_within):
+    labels, _, _ = prove_within(limit_s=55.0)
+    assert labels[:3] == [ORIGINAL_LABEL, INT8, OWN] and INT4 not in labels
+
+
+def test_the_uniform_plan_that_is_predicted_best_within_the_limits_comes_first(prove_within):
+    labels, _, _ = prove_within(limit_s=1.0, limits=Limits(max_ppl_increase=1.0))
+    assert labels[:2] == [ORIGINAL_LABEL, INT4]
+
+
+def test_what_was_left_out_is_proven_when_there_is_more_time(prove_within):
+    first, _, _ = prove_within(limit_s=1.0)
+    second, _, ledger = prove_within(limit_s=1e6)
+    assert INT4 in second and not set(first) & set(second)
+    assert ledger.left_out == [] and "heuristic" not in ledger.study.left_out()
+
+
 def test_no_time_is_spent_on_aiming_once_the_budget_is_spent(store):
     def thrice(plan):
         proof = say_what_is_predicted(plan)

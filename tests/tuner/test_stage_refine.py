@@ -11,6 +11,7 @@ from builders.space import SITES, make_ledger, make_space
 
 from autoquant.solver import refine as solver_refine
 from autoquant.solver.limits import Limits
+from autoquant.tuner import ledger
 from autoquant.tuner.stages import refine as stage
 from autoquant.tuner.stages.prove import prove_front, prove_references
 
@@ -34,11 +35,11 @@ def refine(store, clock):
             return prove(plan)
 
         runner = FakeRunner(prove=timed)
-        ledger = make_ledger(store, runner, limit_s=limit_s, now_s=lambda: clock[0])
-        referenced = prove_references(make_space(), ledger, SITES, LIMITS)
-        prove_front(referenced, ledger, LIMITS)
-        stage.refine(referenced, ledger, LIMITS, 0)
-        return [plan for plan in runner.proven if plan.kind == "refined"], ledger
+        proofs = make_ledger(store, runner, limit_s=limit_s, now_s=lambda: clock[0])
+        referenced = prove_references(make_space(), proofs, SITES, LIMITS)
+        prove_front(referenced, proofs, LIMITS)
+        stage.refine(referenced, proofs, LIMITS, 0)
+        return [plan for plan in runner.proven if plan.kind == "refined"], proofs
 
     return run
 
@@ -48,13 +49,13 @@ def ended(store):
 
 
 def test_it_ends_when_the_time_is_spent(refine, store):
-    plans, _ = refine(limit_s=38.0)
-    assert len(plans) == 3  # a fourth would take longer than what is left
+    plans, _ = refine(limit_s=58.0)
+    assert len(plans) == 3  # a fourth would leave too little time for the delivery
     assert ended(store) == "the time budget is spent"
 
 
 def test_no_proof_is_begun_that_would_take_longer_than_what_is_left(refine, store):
-    plans, _ = refine(limit_s=stage.SHORTEST_PROOF_S / 2)
+    plans, _ = refine(limit_s=ledger.SHORTEST_PROOF_S / 2)
     assert plans == [] and ended(store) == "the time budget is spent"
 
 
@@ -76,13 +77,13 @@ def test_a_proposal_that_fails_is_kept_and_another_one_tried(refine, store):
             raise RuntimeError("no memory")
         return say_what_is_predicted(plan)
 
-    plans, ledger = refine(limit_s=35.0, prove=broken)
+    plans, proofs = refine(limit_s=55.0, prove=broken)
     assert len(plans) == 3
-    assert set(ledger.failures) == {plan.plan_id for plan in plans}
+    assert set(proofs.failures) == {plan.plan_id for plan in plans}
 
 
 def test_it_goes_on_with_what_the_store_knows(refine, store, clock):
-    first, _ = refine(limit_s=25.0)
+    first, _ = refine(limit_s=45.0)
     clock[0] = 0.0
-    second, _ = refine(limit_s=25.0)
+    second, _ = refine(limit_s=45.0)
     assert first and not {plan.plan_id for plan in first} & {plan.plan_id for plan in second}

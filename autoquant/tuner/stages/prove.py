@@ -1,4 +1,8 @@
-"""The prove stage: plans really applied and measured, from the references to the front."""
+"""The prove stage: plans really applied and measured, those first that are worth most.
+
+Three plans are proven whatever the time budget: the unquantized model, the uniform plan that is
+predicted best, and the best plan of the search. The others follow while there is time.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,12 @@ from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.time_scale import TimeScale, fit_time_scale
 
 FRONT_PLANS = 3
-"""At least this many plans of the front are proven."""
+"""This many plans of the front are proven, if there is time."""
 LEAST_PLANS = 10
-"""At least this many plans are proven in all, if there are as many."""
+"""This many plans are proven in all, if there is time and there are as many."""
+_OWN_PLANS = 1
+_LEAST_FURTHER = 2
+"""Proven beside the unquantized model whatever the time budget, one of them the search's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,8 @@ class Referenced:
 
     Attributes:
         space: Its latencies are those inside the whole model.
-        plan_ids: Those of the references: the unquantized model, the uniform plans, the heuristic.
+        plan_ids: Those of the references for which there was time: the unquantized model, the
+            uniform plans, the heuristic.
         allowed_loss: The plan loss that the limits are expected to allow (None: no limit).
     """
 
@@ -50,23 +58,62 @@ def prove_references(
     space.check_memory(limits.max_memory_bytes)
     ledger.listener(StageStarted("prove", 1 + FRONT_PLANS))
     original, scale = _prove_original(space, ledger, sites)
-    uniform = uniform_plans(space)
+    _tell_what_fits(ledger)
+    isolated = {plan.plan_id: plan for plan in uniform_plans(space)}
+    uniform = [scale.predicted(plan, sites, space.context) for plan in isolated.values()]
+    allowed = space.allowed_loss(limits, ledger.plans, ledger.proofs)
     # Only now is it known how many plans there are at least.
     ledger.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
-    for plan in uniform:
-        ledger.prove(scale.predicted(plan, sites, space.context))
-    scale = fit_time_scale([original, *uniform], ledger.proofs, sites)
+    for number, plan in enumerate(_by_worth(uniform, limits, allowed)):
+        if number == 0:
+            ledger.prove(plan)
+        else:
+            ledger.prove_if_time(plan, before=_OWN_PLANS)
+    scale = fit_time_scale([original, *isolated.values()], ledger.proofs, sites)
     scaled = scale.space(space, sites)
     ledger.put_space(scaled)
     allowed = scaled.allowed_loss(limits, ledger.plans, ledger.proofs)
-    references = {plan.plan_id for plan in (original, *uniform)}
+    references = [original, *uniform]
     heuristic = structural_plan(space, limits=limits, max_loss=allowed)
     if heuristic is None:
         ledger.leave_out("heuristic", "no formats to choose between")
     else:
-        ledger.prove_baseline("heuristic", scale.predicted(heuristic, sites, scaled.context))
-        references.add(heuristic.plan_id)
-    return Referenced(scaled, frozenset(references), allowed)
+        predicted = scale.predicted(heuristic, sites, scaled.context)
+        ledger.prove_baseline("heuristic", predicted, before=_OWN_PLANS)
+        references.append(heuristic)
+    known = {plan.plan_id for plan in references} & {*ledger.proofs, *ledger.failures}
+    return Referenced(scaled, frozenset(known), allowed)
+
+
+def _tell_what_fits(ledger: ProofLedger) -> None:
+    """Tell how many plans the time budget is expected to have room for."""
+    left_s, limit_s = ledger.budget.left_s(), ledger.budget.limit_s
+    if not ledger.has_time(_LEAST_FURTHER):
+        missing_s = ledger.least_s(_LEAST_FURTHER) - left_s
+        text = (
+            f"the time budget of {limit_s:.0f} s is too short for two plans beside the unquantized"
+            f" model: they are proven all the same; {limit_s + missing_s:.0f} s are expected to do"
+        )
+        ledger.listener(Notice(text))
+        return
+    count = int(left_s / ledger.proof_s - ledger.least_s(0) / ledger.proof_s)
+    ledger.listener(
+        Notice(
+            f"{left_s:.0f} s of {limit_s:.0f} are left, a proof takes about {ledger.proof_s:.0f}:"
+            f" there is time for about {count} plans and for running the best as you will"
+        )
+    )
+
+
+def _by_worth(plans: Sequence[Plan], limits: Limits, allowed: float | None) -> list[Plan]:
+    """Return the plans that are predicted to be within the limits first; the cheapest first."""
+
+    def rank(plan: Plan) -> tuple[bool, float]:
+        prediction = plan.prediction
+        cost = prediction.request_ms if limits.minimize == "time" else prediction.memory_bytes
+        return allowed is not None and prediction.loss > allowed, cost
+
+    return sorted(plans, key=rank)
 
 
 def _prove_original(
@@ -101,11 +148,16 @@ def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> 
         ledger.prove(plan)
     count -= _prove_aimed(referenced, ledger, limits)
     for plan in new[1:count]:
-        ledger.prove(plan)
+        ledger.prove_if_time(plan)
     prove_bits(referenced.space, ledger)
     missing = max(0, LEAST_PLANS - len(ledger.proofs))  # bits alone may give nothing new
     for plan in new[max(count, 1) :][:missing]:
-        ledger.prove(plan)
+        ledger.prove_if_time(plan)
+    if ledger.left_out:
+        names = ", ".join(dict.fromkeys(ledger.left_out))
+        ledger.listener(
+            Notice(f"not proven, for want of time: {names}; a longer --time-budget does")
+        )
     summary = f"{len(ledger.proofs)} plans proven, {len(ledger.failures)} failed"
     ledger.listener(StageFinished("prove", summary))
 
@@ -117,7 +169,7 @@ def _prove_aimed(referenced: Referenced, ledger: ProofLedger, limits: Limits) ->
         referenced.space, limits=limits, guess=referenced.allowed_loss, known=ledger.proven()
     )
     for plan, tell in trials:
-        if ledger.budget.left_s() <= 0:
+        if not ledger.has_time():
             ledger.listener(Notice("not aimed at the limit any further: the time budget is spent"))
             break
         tell(ledger.prove(plan))

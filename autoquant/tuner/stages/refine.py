@@ -8,9 +8,6 @@ from autoquant.solver.refine import growth_of, point_of, proposals
 from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.stages.prove import Referenced, prove_bits
 
-SHORTEST_PROOF_S = 5.0
-"""A proof is not begun with less time left."""
-
 
 def refine(referenced: Referenced, ledger: ProofLedger, limits: Limits, seed: int) -> None:
     """Prove proposed plans as long as there is time and they make the front grow.
@@ -29,11 +26,11 @@ def _prove_proposals(
     referenced: Referenced, ledger: ProofLedger, limits: Limits, seed: int
 ) -> tuple[int, str]:
     """Return how many plans were proven, and why it ended."""
-    budget, known = ledger.budget, ledger.proven()
-    if budget.left_s() < SHORTEST_PROOF_S:
+    if not ledger.has_time():
         return 0, "the time budget is spent"
+    known = ledger.proven()
     growth = growth_of(known, limits.minimize, limits.max_ppl_increase)
-    slowest_s, count = 0.0, 0
+    count = 0
     proposed = proposals(
         referenced.space,
         storage_url=ledger.store.engine.url.render_as_string(hide_password=False),
@@ -44,17 +41,14 @@ def _prove_proposals(
         allowed=referenced.allowed_loss,
     )
     for plan, tell in proposed:
-        before_s = budget.left_s()
-        # A proof is never cut short, so that one must not begin that cannot end in time.
-        if before_s < max(slowest_s, SHORTEST_PROOF_S):
+        if not ledger.has_time():
             tell(None)
             return count, "the time budget is spent"
-        what = f"{plan.label}, {before_s:.0f} s left"
+        what = f"{plan.label}, {ledger.budget.left_s():.0f} s left"
         ledger.listener(StageProgress("refine", count, what))
         proof = ledger.prove(plan)
         tell(proof)
         growth.add(point_of(proof, limits.minimize))
-        slowest_s = max(slowest_s, before_s - budget.left_s())
         count += 1
         if growth.ended:
             grew = f"{growth.last_growth:.2%} over the last {growth.patience}"

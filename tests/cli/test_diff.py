@@ -2,13 +2,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from builders import searched
 from builders.records import MODEL
 from builders.searched import BLOCKS, DEVICE, MIXED, ORIGINAL, SHAPES, SMALL, UNIFORM, UNPROVEN
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
-
-from . import conftest
 
 
 def rows_of(text):
@@ -103,7 +102,7 @@ def test_plans_of_two_studies_are_refused_in_one_line(runner, database):
     store.put_study(
         "an0ther", model_hash=MODEL, device=DEVICE, identity={}, workload=workload, limits={}
     )
-    alien = conftest.plan("ffff00000006", "front 1", "front", ("bf16",), 1.0)
+    alien = searched.plan("ffff00000006", "front 1", "front", ("bf16",), 1.0)
     store.put_plan(replace(alien, study_id="an0ther"))
     store.close()
     result = runner.invoke(app, ["diff", str(database), MIXED, "ffff"])

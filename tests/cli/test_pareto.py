@@ -5,13 +5,12 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from builders import searched
 from builders.searched import MIXED, ORIGINAL, SMALL, STUDY, UNIFORM, delivery
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
 from autoquant.study.columns import COLUMNS
-
-from . import conftest
 
 FIELDS = {
     "plan_id", "label", "predicted_request_ms", "measured_request_ms", "perplexity", "perplexity_increase",
@@ -169,7 +168,7 @@ def test_chart_is_drawn_below_the_table(runner, database):
 
 def test_chart_of_a_study_without_proofs_says_what_to_do(runner, tmp_path):
     store = open_store(tmp_path / "plan.db")
-    conftest.fill(store, {})
+    searched.fill(store, {})
     store.close()
     with sqlite3.connect(tmp_path / "plan.db") as connection:
         connection.execute("DELETE FROM proof")

@@ -9,10 +9,8 @@ from builders.records import MODEL
 from builders.searched import DEVICE, MIXED, STUDY
 
 from autoquant.cli.main import app
-from autoquant.records import LinearShape, Measurement, TaskScore, TimingSubject
+from autoquant.records import LinearShape, Measurement, TaskScore, TimingSubject, Workload
 from autoquant.store import open_store
-
-from . import conftest
 
 SHAPE = LinearShape(n=256, k=256, bias=False, dtype="bf16")
 SCORE = TaskScore(
@@ -83,7 +81,7 @@ def test_an_ambiguous_beginning_removes_nothing_and_lists_the_ids(runner, measur
         model_hash=MODEL,
         device=DEVICE,
         identity={},
-        workload=conftest.Workload.parse("decode=1"),
+        workload=Workload.parse("decode=1"),
         limits={},
     )
     store.close()

@@ -2,12 +2,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from builders import searched
 from builders.searched import BLOCKS, MIXED, SHAPES, SMALL, STUDY, UNIFORM, UNPROVEN, delivery
 
 from autoquant.cli.main import app
 from autoquant.store import open_store
-
-from . import conftest
 
 
 def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database):
@@ -93,7 +92,7 @@ def test_an_unknown_plan_is_one_line(runner, database):
 
 def test_without_a_plan_within_the_limits_it_says_so(runner, tmp_path):
     store = open_store(tmp_path / "plan.db")
-    conftest.fill(store, {"max_ppl_increase": 0.01, "max_memory_bytes": 1000})
+    searched.fill(store, {"max_ppl_increase": 0.01, "max_memory_bytes": 1000})
     store.close()
     result = runner.invoke(app, ["show", str(tmp_path / "plan.db")])
     assert result.exit_code == 2
@@ -111,9 +110,9 @@ def solved(database):
         STUDY,
         [
             [
-                replace(conftest.layer(name, shape, "bf16"), **bf16),
-                conftest.layer(name, shape, "int8-row"),
-                replace(conftest.layer(name, shape, "int4-g32"), **int4),
+                replace(searched.layer(name, shape, "bf16"), **bf16),
+                searched.layer(name, shape, "int8-row"),
+                replace(searched.layer(name, shape, "int4-g32"), **int4),
             ]
             for name, shape in shapes.items()
         ],

@@ -1,11 +1,11 @@
 import json
 
+from builders import searched
 from builders.searched import MIXED, STUDY
 
 from autoquant.cli.main import app
+from autoquant.records import Workload
 from autoquant.store import open_store
-
-from . import conftest
 
 EARLIER = "ear1ier00001"
 
@@ -16,9 +16,9 @@ def add_unfinished_study(database, study_id, path="/somewhere/else/another-model
     store.put_study(
         study_id,
         model_hash="an0ther",
-        device=conftest.DEVICE,
+        device=searched.DEVICE,
         identity={},
-        workload=conftest.Workload.parse("prefill=2048,decode=1024", 16),
+        workload=Workload.parse("prefill=2048,decode=1024", 16),
         limits={"max_ppl_increase": None, "max_memory_bytes": 3 * 2**30},
     )
     store.close()

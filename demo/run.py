@@ -15,7 +15,7 @@ from corpus import text_of
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "out" / "demo"
-TEXT_CHARACTERS = 400_000
+TEXT_CHARACTERS = 120_000
 WORKLOAD = "prefill=128,decode=128"
 
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import UniqueConstraint, insert
+from sqlalchemy import Table, UniqueConstraint, insert
 from sqlalchemy.dialects.sqlite import dialect
 from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
 from autoquant.hints import did_you_mean_path
+from autoquant.records import Workload
 from autoquant.store.columns import BadValueError
 from autoquant.store.connect import connect_read_only, open_store
 from autoquant.store.repository import transaction
-from autoquant.store.rows import check_problem, check_row, plan_from
-from autoquant.store.schema import Base, PlanRow, StudyRow
+from autoquant.store.rows import check_in_study, check_row
+from autoquant.store.schema import Base, StudyRow
 
 _LAST_ROW = 2**62
 _DEEPEST = 12  # halvings of a range of rows around pages that cannot be read
@@ -124,17 +125,19 @@ class _Copy:
     writing: Session
     saved: dict[str, SavedRows] = field(default_factory=dict)
     _keys: dict[str, set[Any]] = field(default_factory=dict)  # of saved rows, by TABLE.COLUMN
+    _workloads: dict[str, Workload] = field(default_factory=dict)  # of saved studies, by id
 
     def table(self, row: type[Base]) -> None:
         """Copy the valid rows of one table."""
         table = Base.metadata.tables[row.__tablename__]
         rows = self.saved[table.name] = SavedRows()
         names = [column.name for column in table.columns]
+        readers = [column.type.result_processor(dialect(), None) for column in table.columns]
         known: set[tuple[Any, ...]] = set()
         batch: list[dict[str, Any]] = []
         for values in _readable(self.reading, table.name, names, rows):
             try:
-                checked = self._checked(dict(zip(names, values, strict=True)), row, rows)
+                checked = _checked(table, readers, values, rows)
                 self._check(row(**checked), known)
             except BadValueError:
                 rows.lost += 1
@@ -147,20 +150,6 @@ class _Copy:
         if batch:
             self.writing.execute(insert(table), batch)
 
-    def _checked(self, values: dict[str, Any], row: type[Base], rows: SavedRows) -> dict[str, Any]:
-        """Return the values of a row as Python has them. A bad one that may be empty is emptied."""
-        found = {}
-        for column in Base.metadata.tables[row.__tablename__].columns:
-            process: Any = column.type.result_processor(dialect(), None)
-            try:
-                found[column.name] = process(values[column.name])
-            except BadValueError:
-                if not column.nullable:
-                    raise
-                found[column.name] = None
-                rows.emptied += 1
-        return found
-
     def _check(self, row: Any, known: set[tuple[Any, ...]]) -> None:
         """Check a row with those already saved."""
         check_row(row)
@@ -169,11 +158,7 @@ class _Copy:
             for key in column.foreign_keys:
                 if getattr(row, column.name) not in self._keys.get(key.target_fullname, ()):
                     raise BadValueError(f"{table.name}.{column.name} refers to nothing")
-        if isinstance(row, PlanRow):
-            study = self.writing.get_one(StudyRow, row.study_id)
-            plan_from(row, study.workload)
-        elif isinstance(row, StudyRow) and row.problem is not None:
-            check_problem(row.problem, row.workload, row.id)
+        check_in_study(row, self._workloads)
         unique = [each for each in table.constraints if isinstance(each, UniqueConstraint)]
         for constraint in (table.primary_key, *unique):
             key_of_row = (
@@ -186,6 +171,24 @@ class _Copy:
         for column in table.primary_key:
             keys = self._keys.setdefault(f"{table.name}.{column.name}", set())
             keys.add(getattr(row, column.name))
+        if isinstance(row, StudyRow):
+            self._workloads[row.id] = row.workload
+
+
+def _checked(
+    table: Table, readers: Sequence[Any], values: Sequence[Any], rows: SavedRows
+) -> dict[str, Any]:
+    """Return the values of a row as Python has them. A bad one that may be empty is emptied."""
+    found = {}
+    for column, read, value in zip(table.columns, readers, values, strict=True):
+        try:
+            found[column.name] = read(value)
+        except BadValueError:
+            if not column.nullable:
+                raise
+            found[column.name] = None
+            rows.emptied += 1
+    return found
 
 
 def _readable(

@@ -26,6 +26,7 @@ from autoquant.records import (
 )
 from autoquant.store.columns import BadValueError
 from autoquant.store.integrity import damaged, is_damage
+from autoquant.store.log import check_and_begin_log
 from autoquant.store.refused import refusal
 from autoquant.store.rows import (
     CALIBRATION,
@@ -66,6 +67,8 @@ def transaction(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
         StoreError: The database refused a statement, or a row that was read is damaged.
     """
     try:
+        if writes:
+            check_and_begin_log(engine)
         with Session(engine.execution_options(writes=writes)) as session, session.begin():
             yield session
     except BadValueError as error:
@@ -339,8 +342,11 @@ class Store:
         with self._session() as session:
             rows = session.scalars(
                 select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id)
-            )
-            return [plan_from(row, _workload(session, row)) for row in rows]
+            ).all()
+            if not rows:
+                return []
+            workload = _workload(session, study_id)
+            return [plan_from(row, workload) for row in rows]
 
     def plan(self, plan_id: str) -> Plan:
         """Return the plan whose id starts with `plan_id`.
@@ -359,7 +365,7 @@ class Store:
                     f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a"
                     " search"
                 )
-            return plan_from(rows[0], _workload(session, rows[0]))
+            return plan_from(rows[0], _workload(session, rows[0].study_id))
 
     def put_proof(
         self, plan_id: str, proof: Proof | None, reason: str = "", *, replaces: bool = False
@@ -462,9 +468,9 @@ class Store:
             return [task_score_from(row) for row in rows]
 
 
-def _workload(session: Session, plan: PlanRow) -> Workload:
-    """Return what the study of a plan is for. The session reads each study once."""
-    return session.get_one(StudyRow, plan.study_id).workload
+def _workload(session: Session, study_id: str) -> Workload:
+    """Return what a study is for."""
+    return session.scalars(select(StudyRow.workload).filter_by(id=study_id)).one()
 
 
 def _timing_key(row: TimingRow) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -66,8 +65,6 @@ def prints(folder: Path) -> dict[str, str]:
 def test_a_command_reads_a_damaged_database_or_refuses_it(seed, command):
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         shutil.copyfile(GOLDEN / "finished.sqlite", "plan.db")
-        with contextlib.closing(sqlite3.connect("plan.db")) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")  # as a search leaves it
         how = mutations.damage(Path("plan.db"), Random(seed))
         before = prints(Path(folder))
         result = CliRunner().invoke(app, list(command))

@@ -264,6 +264,8 @@ def _is_newest(engine: Engine, address: str) -> bool:
     """Return whether the schema is the newest, and refuse one that is newer than that."""
     newest, known = _revisions()
     current = _revision(engine)
+    if current is None and set(inspect(engine).get_table_names()) & set(Base.metadata.tables):
+        raise damaged(address, f"{VERSION_TABLE} does not say which schema its tables have")
     if current is not None and current not in known:
         raise StoreError(
             f"{address} was written by a newer autoquant (schema {current}); "

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -45,7 +46,8 @@ os.environ |= {
 from damage import files, mutations  # noqa: E402 - after the path
 from end_to_end import quick  # noqa: E402
 
-LONGEST_S = 60
+LONGEST_S = 60  # of a core's time: a busy machine is no fault
+LONGEST_WAIT_S = 600  # for a call that hangs, too
 MORE_MEMORY_BYTES = 2 * 2**30
 CHANGED_BY = {
     "solve": "plan.db",
@@ -80,7 +82,7 @@ class Outcome:
     file: str
     command: str
     damage: str
-    code: int | None  # None: killed after `LONGEST_S`
+    code: int | None  # None: killed after `LONGEST_WAIT_S`
     wall_s: float
     cpu_s: float
     more_memory_bytes: int
@@ -240,7 +242,9 @@ def _prints(folder: Path) -> dict[str, str]:
 
 def _faults(code: int | None, said: str, more_memory_bytes: int) -> Iterator[str]:
     if code is None:
-        yield f"not done after {LONGEST_S} s"
+        yield f"not done after {LONGEST_WAIT_S} s"
+    elif code == -signal.SIGXCPU:
+        yield f"not done after {LONGEST_S} s of a core"
     elif code not in (0, 2):
         yield f"exit code {code}"
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -265,7 +269,7 @@ def _forked(
     if child == 0:
         _become(folder, command, place)
     handle = os.pidfd_open(child)
-    in_time, _, _ = select.select([handle], [], [], LONGEST_S)
+    in_time, _, _ = select.select([handle], [], [], LONGEST_WAIT_S)
     os.close(handle)
     if not in_time:
         os.kill(child, signal.SIGKILL)
@@ -285,6 +289,7 @@ def _become(folder: Path, command: tuple[str, ...], place: Path) -> None:
         os.chdir(folder)
         os.environ["AUTOQUANT_RECIPES"] = str(folder)
         (place / "resident").write_text(str(_measure_from_here()))
+        resource.setrlimit(resource.RLIMIT_CPU, (LONGEST_S, LONGEST_S + 1))
         sys.addaudithook(_tell_of_programs)
         files.run(command)
         code = 0

@@ -213,6 +213,17 @@ def test_a_database_without_a_log_that_is_damaged_is_not_written_to(
     assert folder_print(without_log.parent) == before
 
 
+@pytest.mark.parametrize("loss", [f"DELETE FROM {VERSION_TABLE}", f"DROP TABLE {VERSION_TABLE}"])
+def test_tables_of_a_schema_that_is_not_said_are_refused_and_left_alone(
+    without_log, folder_print, loss
+):
+    with closing(sqlite3.connect(without_log, isolation_level=None)) as connection:
+        connection.execute(loss)
+    before = folder_print(without_log.parent)
+    assert "does not say which schema" in refusal(without_log)
+    assert folder_print(without_log.parent) == before
+
+
 def test_an_older_database_without_a_log_is_migrated(path):
     make_first_schema(path)
     with closing(sqlite3.connect(path)) as connection:

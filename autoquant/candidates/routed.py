@@ -119,13 +119,50 @@ def multiply(
 ) -> torch.Tensor:
     """Return x `[..., k]` times a stored tensor `[n, k]`, with a weight's route and dtype.
 
+    Its gradient is that of the numbers which the weight stores, so adapters can be trained beside
+    it.
+
     Args:
         stored: The weight's own tensor, or a larger one that it is a part of.
     """
     rows = x.shape[:-1].numel()
     if rows == 0 and not torch.compiler.is_compiling():  # an idle expert; kernels expect rows
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
-    kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, rows))
+    if x.requires_grad and torch.is_grad_enabled():
+        product: Any = _WithGradient.apply
+        return cast(torch.Tensor, product(x, weight, stored, bias))
+    return _by_kernel(x, weight, stored, bias)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A product by a kernel, of which most round the activation or have no derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: RoutedWeight,
+        stored: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.format_id, ctx.stored, ctx.dtype = weight.format_id, stored, x.dtype
+        return _by_kernel(x, weight, stored, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (of_y,) = gradients
+        numbers = get_format(ctx.format_id).dequantize(ctx.stored)
+        of_x = (of_y.to(numbers.dtype) @ numbers).to(ctx.dtype)
+        of_bias = of_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        return of_x, None, None, of_bias
+
+
+def _by_kernel(
+    x: torch.Tensor, weight: RoutedWeight, stored: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    kernel = get_kernel_function(
+        weight.format_id, kernel_for_rows(weight.route, x.shape[:-1].numel())
+    )
     if x.dtype == weight.compute_dtype:
         return cast(torch.Tensor, kernel(x, stored, bias))
     bias = None if bias is None else bias.to(weight.compute_dtype)

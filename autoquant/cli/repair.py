@@ -32,6 +32,8 @@ def repair(
     for table, rows in saved.items():
         echo(f"{table.replace('_', ' '):<12}{rows.saved:>8} saved{rows.lost:>8} lost{_more(rows)}")
     echo(f"Wrote {out}.")
+    if not all(rows.whole for rows in saved.values()):
+        echo(f"The same search with --db {out} measures again only what is lost.")
 
 
 def _more(rows: SavedRows) -> str:
@@ -40,4 +42,8 @@ def _more(rows: SavedRows) -> str:
         notes.append(f"{rows.emptied} values left out")
     if rows.unreadable:
         notes.append("some could not be read")
+    if rows.missing:
+        notes.append("no such table was found")
+    if rows.reason:
+        notes.append(f"{'the first: ' if rows.lost + rows.emptied > 1 else ''}{rows.reason}")
     return f"  ({', '.join(notes)})" if notes else ""

@@ -25,6 +25,7 @@ from autoquant.models.loaded import device_of, is_causal_lm, is_transformers
 from autoquant.records import Plan
 
 MANIFEST_ATTRIBUTE = "autoquant_manifest"
+_ADAPTERS = "save them by model.save_pretrained(FOLDER), and then what model.unload() returns"
 
 
 def apply(
@@ -94,10 +95,11 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any | None = None) 
         tokenizer: A tokenizer of transformers to write beside the model.
 
     Raises:
+        ModelError: It has adapters.
         CheckpointError: No plan was applied to the model, the folder exists and is not empty, or it
             cannot be written.
     """
-    inner, target = unwrapped(model), Path(folder).absolute()
+    inner, target = unwrapped(model, _ADAPTERS), Path(folder).absolute()
     manifest = getattr(inner, MANIFEST_ATTRIBUTE, None)
     if manifest is None:
         raise CheckpointError(

@@ -53,8 +53,13 @@ def not_compiled(module: nn.Module) -> nn.Module:
     return module if inner is None else not_compiled(inner)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(
+    module: nn.Module, adapters: str = "merge them first, model = model.merge_and_unload()"
+) -> nn.Module:
     """Return the module inside of `torch.compile` and of data parallelism.
+
+    Args:
+        adapters: What to do with adapters.
 
     Raises:
         ModelError: It has adapters beside its weights.
@@ -65,7 +70,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
         inner = not_compiled(inner.module)
     if any(type(part).__module__.partition(".")[0] == "peft" for part in inner.modules()):
         raise ModelError(
-            f"{type(inner).__name__} has adapters of PEFT beside its weights: merge them first,"
-            " model = model.merge_and_unload()"
+            f"{type(inner).__name__} has adapters of PEFT beside its weights: {adapters}"
         )
     return inner

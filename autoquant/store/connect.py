@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sqlite3
@@ -18,6 +19,7 @@ from autoquant.errors import StoreError
 from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
 from autoquant.store.integrity import check_integrity, damaged
+from autoquant.store.log import begin_log
 from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
 from autoquant.store.repository import Store
 from autoquant.store.schema import Base
@@ -213,7 +215,7 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     if is_new:
         # Before the log exists, so that the mark is in the file itself.
         cursor.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA journal_mode = WAL")
     # A fact is shown once it is kept, so it must outlive a loss of power from then on.
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA fullfsync = ON")  # macOS: through the cache of the disk, too
@@ -231,10 +233,11 @@ def _migrate(engine: Engine, address: str) -> None:
     """Migrate the schema to the newest revision, each step in one transaction."""
     from alembic import command
 
-    config = _migrations()
-    if _is_newest(engine, address, config):
+    if _is_newest(engine, address):
         return
+    config = _migrations()
     _log.info("bringing the schema of %s up to date", engine.url.render_as_string())
+    begin_log(engine)
     with engine.execution_options(writes=True).begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")  # nothing is left to do if another process was first
@@ -242,7 +245,7 @@ def _migrate(engine: Engine, address: str) -> None:
 
 def _check_revision(engine: Engine, address: str) -> None:
     """Refuse a schema that would have to be migrated before it can be read."""
-    if not _is_newest(engine, address, _migrations()):
+    if not _is_newest(engine, address):
         raise StoreError(
             f"{address} was written by an older autoquant; `autoquant studies {address}` brings it"
             " up to date"
@@ -257,19 +260,28 @@ def _migrations() -> Config:
     return config
 
 
-def _is_newest(engine: Engine, address: str, config: Config) -> bool:
+def _is_newest(engine: Engine, address: str) -> bool:
     """Return whether the schema is the newest, and refuse one that is newer than that."""
-    from alembic.script import ScriptDirectory
-
-    script = ScriptDirectory.from_config(config)
+    newest, known = _revisions()
     current = _revision(engine)
-    known = {revision.revision for revision in script.walk_revisions()}
+    if current is None and set(inspect(engine).get_table_names()) & set(Base.metadata.tables):
+        raise damaged(address, f"{VERSION_TABLE} does not say which schema its tables have")
     if current is not None and current not in known:
         raise StoreError(
             f"{address} was written by a newer autoquant (schema {current}); "
             "upgrade autoquant to read it, or give another file for the database"
         )
-    return current == script.get_current_head()
+    return current == newest
+
+
+@functools.cache
+def _revisions() -> tuple[str | None, frozenset[str]]:
+    """Return the newest revision of the schema, and all of them."""
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory.from_config(_migrations())
+    known = frozenset(revision.revision for revision in script.walk_revisions())
+    return script.get_current_head(), known
 
 
 def _revision(engine: Engine) -> str | None:

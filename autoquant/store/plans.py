@@ -50,8 +50,11 @@ class Plans(Transactions):
         with self._session() as session:
             rows = session.scalars(
                 select(PlanRow).filter_by(study_id=study_id).order_by(PlanRow.created, PlanRow.id)
-            )
-            return [plan_from(row, _workload(session, row)) for row in rows]
+            ).all()
+            if not rows:
+                return []
+            workload = _workload(session, study_id)
+            return [plan_from(row, workload) for row in rows]
 
     def plan(self, plan_id: str) -> Plan:
         """Return the plan whose id starts with `plan_id`.
@@ -70,7 +73,7 @@ class Plans(Transactions):
                     f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a"
                     " search"
                 )
-            return plan_from(rows[0], _workload(session, rows[0]))
+            return plan_from(rows[0], _workload(session, rows[0].study_id))
 
     def put_proof(
         self, plan_id: str, proof: Proof | None, reason: str = "", *, replaces: bool = False
@@ -139,6 +142,6 @@ class Plans(Transactions):
             session.execute(delete(DeliveryRow).where(DeliveryRow.plan_id.in_(list(plan_ids))))
 
 
-def _workload(session: Session, plan: PlanRow) -> Workload:
-    """Return what the study of a plan is for. The session reads each study once."""
-    return session.get_one(StudyRow, plan.study_id).workload
+def _workload(session: Session, study_id: str) -> Workload:
+    """Return what a study is for."""
+    return session.scalars(select(StudyRow.workload).filter_by(id=study_id)).one()

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import UniqueConstraint, insert
+from sqlalchemy import Table, UniqueConstraint, insert
 from sqlalchemy.dialects.sqlite import dialect
 from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
 from autoquant.hints import did_you_mean_path
+from autoquant.records import Workload
 from autoquant.store.columns import BadValueError
 from autoquant.store.connect import connect_read_only, open_store
-from autoquant.store.rows import check_problem, check_row, plan_from
-from autoquant.store.schema import Base, PlanRow, StudyRow
+from autoquant.store.rows import check_in_study, check_row
+from autoquant.store.schema import Base, StudyRow
 from autoquant.store.transactions import transaction
 
 _LAST_ROW = 2**62
 _DEEPEST = 12  # halvings of a range of rows around pages that cannot be read
 _MANY_ROWS = 2**24
 _BATCH_ROWS = 500
+_HEADER_BYTES = 100
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,13 +39,22 @@ class SavedRows:
     Attributes:
         lost: Rows that were read, and are not valid or refer to a row that is not there.
         emptied: Values that were left out of saved rows, where a column may be empty.
+        reason: What the first value that was lost or left out is, and should be.
         unreadable: Whether some of the table's pages could not be read.
+        missing: Whether the file has no such table.
     """
 
     saved: int = 0
     lost: int = 0
     emptied: int = 0
+    reason: str = ""
     unreadable: bool = False
+    missing: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was lost, as far as the file shows it."""
+        return not (self.lost or self.emptied or self.unreadable or self.missing)
 
 
 def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, SavedRows]:
@@ -58,16 +70,18 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[st
         raise StoreError(f"{target} exists already: give the name of a new file with --out")
     if not target.parent.is_dir():
         raise StoreError(f"the folder {target.parent} does not exist: make it first")
-    _check_is_sqlite(source)
+    _check_is_file(source)
     try:
-        with (
-            closing(connect_read_only(source)) as reading,
-            tempfile.TemporaryDirectory(prefix=".repair-", dir=target.parent) as scratch,
-        ):
+        with tempfile.TemporaryDirectory(prefix=".repair-", dir=target.parent) as scratch:
             new = Path(scratch) / "new.db"
-            saved = _save(reading, new)
+            open_store(new).close()
+            with closing(_opened(source, new)) as reading:
+                saved = _save(reading, new)
             if not any(rows.saved for rows in saved.values()):
-                raise StoreError(f"{source} is damaged, and no row of it can be saved")
+                raise StoreError(
+                    f"{source} is no database of autoquant, or no row of it can be saved: restore"
+                    " it from a copy, or search again"
+                )
             target.touch(exist_ok=False)
             os.replace(new, target)
     except sqlite3.DatabaseError as error:
@@ -77,21 +91,54 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[st
     return saved
 
 
-def _check_is_sqlite(path: Path) -> None:
-    """Refuse a file of another kind by its header, which is read also where SQLite gives up."""
+def _check_is_file(path: Path) -> None:
+    """Refuse a file that cannot be read at all."""
     try:
-        with path.open("rb") as file:
-            header = file.read(16)
+        path.open("rb").close()
     except OSError as error:
         raise StoreError(
             f"cannot read {path}: {error.strerror}{did_you_mean_path(path)}"
         ) from error
-    if header != b"SQLite format 3\0":
-        raise StoreError(f"{path} is not an autoquant database (no SQLite file)")
+
+
+def _opened(source: Path, new: Path) -> sqlite3.Connection:
+    """Open a damaged file, or else a copy of it that has the header of a new database."""
+    for path in (source, new.with_name("headed.db")):
+        if path != source:
+            _copy_with_header(source, path, new)
+        reading = connect_read_only(path)
+        reading.text_factory = _text
+        # Nothing is written. But so SQLite reads what is there of a file that was cut, and knows
+        # those tables whose names can be read, once it has failed to read all names.
+        reading.execute("PRAGMA writable_schema = ON")
+        try:
+            reading.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.DatabaseError as error:
+            refused = error
+            reading.close()
+            continue
+        with suppress(sqlite3.DatabaseError):
+            reading.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return reading
+    raise refused
+
+
+def _copy_with_header(source: Path, copy: Path, new: Path) -> None:
+    """Copy a file and its log. The copy begins as `new` does, and has all of its own pages."""
+    shutil.copyfile(source, copy)
+    if Path(f"{source}-wal").exists():
+        shutil.copyfile(f"{source}-wal", f"{copy}-wal")
+    with new.open("rb") as file:
+        header = bytearray(file.read(_HEADER_BYTES))
+    page_bytes = int.from_bytes(header[16:18], "big")
+    header[28:32] = (copy.stat().st_size // page_bytes).to_bytes(4, "big")
+    header[32:40] = bytes(8)  # no free pages
+    header[92:96] = header[24:28]  # or SQLite would not believe how many pages there are
+    with copy.open("r+b") as file:
+        file.write(header)
 
 
 def _save(reading: sqlite3.Connection, new: Path) -> dict[str, SavedRows]:
-    reading.text_factory = _text
     store = open_store(new)
     try:
         with transaction(store.engine, writes=True) as writing:
@@ -124,20 +171,23 @@ class _Copy:
     writing: Session
     saved: dict[str, SavedRows] = field(default_factory=dict)
     _keys: dict[str, set[Any]] = field(default_factory=dict)  # of saved rows, by TABLE.COLUMN
+    _workloads: dict[str, Workload] = field(default_factory=dict)  # of saved studies, by id
 
     def table(self, row: type[Base]) -> None:
         """Copy the valid rows of one table."""
         table = Base.metadata.tables[row.__tablename__]
         rows = self.saved[table.name] = SavedRows()
         names = [column.name for column in table.columns]
+        readers = [column.type.result_processor(dialect(), None) for column in table.columns]
         known: set[tuple[Any, ...]] = set()
         batch: list[dict[str, Any]] = []
         for values in _readable(self.reading, table.name, names, rows):
             try:
-                checked = self._checked(dict(zip(names, values, strict=True)), row, rows)
+                checked = _checked(table, readers, values, rows)
                 self._check(row(**checked), known)
-            except BadValueError:
+            except BadValueError as error:
                 rows.lost += 1
+                rows.reason = rows.reason or str(error)
                 continue
             batch.append(checked)
             rows.saved += 1
@@ -147,20 +197,6 @@ class _Copy:
         if batch:
             self.writing.execute(insert(table), batch)
 
-    def _checked(self, values: dict[str, Any], row: type[Base], rows: SavedRows) -> dict[str, Any]:
-        """Return the values of a row as Python has them. A bad one that may be empty is emptied."""
-        found = {}
-        for column in Base.metadata.tables[row.__tablename__].columns:
-            process: Any = column.type.result_processor(dialect(), None)
-            try:
-                found[column.name] = process(values[column.name])
-            except BadValueError:
-                if not column.nullable:
-                    raise
-                found[column.name] = None
-                rows.emptied += 1
-        return found
-
     def _check(self, row: Any, known: set[tuple[Any, ...]]) -> None:
         """Check a row with those already saved."""
         check_row(row)
@@ -168,12 +204,9 @@ class _Copy:
         for column in table.columns:
             for key in column.foreign_keys:
                 if getattr(row, column.name) not in self._keys.get(key.target_fullname, ()):
-                    raise BadValueError(f"{table.name}.{column.name} refers to nothing")
-        if isinstance(row, PlanRow):
-            study = self.writing.get_one(StudyRow, row.study_id)
-            plan_from(row, study.workload)
-        elif isinstance(row, StudyRow) and row.problem is not None:
-            check_problem(row.problem, row.workload, row.id)
+                    parent = key.column.table.name
+                    raise BadValueError(f"its {parent} is not there")
+        check_in_study(row, self._workloads)
         unique = [each for each in table.constraints if isinstance(each, UniqueConstraint)]
         for constraint in (table.primary_key, *unique):
             key_of_row = (
@@ -181,11 +214,30 @@ class _Copy:
                 *(getattr(row, column.name) for column in constraint.columns),
             )
             if key_of_row in known:
-                raise BadValueError(f"{table.name} has a row twice")
+                raise BadValueError("it is there twice")
             known.add(key_of_row)
         for column in table.primary_key:
             keys = self._keys.setdefault(f"{table.name}.{column.name}", set())
             keys.add(getattr(row, column.name))
+        if isinstance(row, StudyRow):
+            self._workloads[row.id] = row.workload
+
+
+def _checked(
+    table: Table, readers: Sequence[Any], values: Sequence[Any], rows: SavedRows
+) -> dict[str, Any]:
+    """Return the values of a row as Python has them. A bad one that may be empty is emptied."""
+    found = {}
+    for column, read, value in zip(table.columns, readers, values, strict=True):
+        try:
+            found[column.name] = read(value)
+        except BadValueError as error:
+            if not column.nullable:
+                raise
+            found[column.name] = None
+            rows.emptied += 1
+            rows.reason = rows.reason or str(error)
+    return found
 
 
 def _readable(
@@ -195,8 +247,9 @@ def _readable(
     try:
         columns = {row[1] for row in reading.execute(f'PRAGMA table_info("{table}")')}
     except sqlite3.DatabaseError:
-        columns = set()
         rows.unreadable = True
+        return
+    rows.missing = not columns
     if columns:
         selected = ", ".join(f'"{name}"' if name in columns else "NULL" for name in names)
         query = f'SELECT rowid, {selected} FROM "{table}" WHERE rowid BETWEEN ? AND ?'

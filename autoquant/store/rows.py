@@ -159,6 +159,21 @@ def check_problem(problem: Problem, workload: Workload, study_id: str) -> None:
         check_phases((choice.latency_us for choice in layer), workload, place)
 
 
+def check_in_study(row: Base, workloads: Mapping[str, Workload]) -> None:
+    """Check what a row says of the phases of its study.
+
+    Args:
+        workloads: What each study is for, by its id.
+
+    Raises:
+        BadValueError: Its study has them not.
+    """
+    if isinstance(row, PlanRow):
+        plan_from(row, workloads[row.study_id])
+    elif isinstance(row, StudyRow) and row.problem is not None:
+        check_problem(row.problem, row.workload, row.id)
+
+
 @event.listens_for(Base, "load", propagate=True)
 def _check_loaded(row: Base, _context: Any) -> None:
     """Check each row that is loaded as a whole."""

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from autoquant.errors import StoreError
 from autoquant.store.columns import BadValueError
 from autoquant.store.integrity import damaged, is_damage
+from autoquant.store.log import check_and_begin_log
 from autoquant.store.refused import refusal
 
 
@@ -27,6 +28,8 @@ def transaction(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
         StoreError: The database refused a statement, or a row that was read is damaged.
     """
     try:
+        if writes:
+            check_and_begin_log(engine)
         with Session(engine.execution_options(writes=writes)) as session, session.begin():
             yield session
     except BadValueError as error:

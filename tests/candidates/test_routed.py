@@ -109,6 +109,35 @@ def test_compiled_code_holds_the_kernel_of_its_own_rows(spy):
             torch.testing.assert_close(compiled(many), 2 * many)
 
 
+@pytest.mark.parametrize(
+    ("format_id", "kernel"),
+    [
+        ("int8-row/plain", "int-mm"),
+        ("int8-row/plain", "int8pack-mm"),
+        ("int8-row/plain", "dynamic"),
+        ("int4-g32/cpu-packed", "int4pack-mm"),
+        ("nvfp4/swizzled", "emulated"),
+        ("int3-g32/bit-planes", "dequantize-matmul"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_of_an_activation_is_that_of_the_numbers(format_id, kernel, dtype):
+    chosen, plain = get_format(format_id), torch.randn(64, 64).bfloat16()
+    stored = chosen.quantize(plain)
+    route = (RouteStep(upper_m=None, kernel=kernel),)
+    weight = RoutedWeight.wrap(stored, format_id, route, torch.bfloat16)
+    x = torch.randn(2, 3, 64, dtype=dtype, requires_grad=True)
+    bias = torch.zeros(64, dtype=dtype, requires_grad=True)
+    y = F.linear(x, weight, bias)
+    of_y = torch.randn_like(y)
+    y.backward(of_y)
+    with torch.no_grad():
+        assert torch.equal(F.linear(x, weight, bias), y)
+    expected = of_y.float() @ chosen.dequantize(stored)
+    torch.testing.assert_close(x.grad.float(), expected, rtol=0.01, atol=0.05)
+    torch.testing.assert_close(bias.grad, of_y.sum((0, 1)), rtol=0.02, atol=0.05)
+
+
 def test_a_kernel_that_the_format_lacks_is_an_error(spy):
     weight = RoutedWeight.wrap(
         torch.eye(8), "spy/plain", (RouteStep(upper_m=None, kernel="none"),), torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import sqlite3
 import sys
@@ -10,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from end_to_end import quick
 from end_to_end.tiny import save_llama, save_text
@@ -142,10 +144,8 @@ def run(command: tuple[str, ...]) -> None:
 
     Ends as the command does, with SystemExit.
     """
-    from autoquant.cli.main import app
-
     if command[0] not in ("text", "data", "shapes"):
-        app(list(command), prog_name="autoquant")
+        _autoquant()(list(command), prog_name="autoquant")
         return
     from autoquant.cli.main import describe
 
@@ -155,6 +155,16 @@ def run(command: tuple[str, ...]) -> None:
         message, code = describe(error)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(code) from None
+
+
+@functools.cache
+def _autoquant() -> Any:
+    """Return all commands, as typer makes them anew for each call."""
+    from typer.main import get_command
+
+    from autoquant.cli.main import app
+
+    return get_command(app)
 
 
 def _read(kind: str, path: str) -> None:

@@ -6,13 +6,15 @@ What it found is kept as plain cases in `tests/store/test_store_damage.py` and i
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import shutil
-import sqlite3
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,6 +30,9 @@ from . import mutations
 
 pytestmark = pytest.mark.slow
 
+BOX_S = 300
+"""The time box of each test. On an idle machine all of its examples take less than a minute."""
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 READS = (
     ("show", "plan.db"),
@@ -42,15 +47,37 @@ READS = (
 )
 
 
-def some(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Draw the same examples in every run."""
-    return settings(
+Test = Callable[..., None]
+
+
+def some(examples: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Test], Test]:
+    """Draw the same examples in every run. After `BOX_S` no further one is tried."""
+    same = settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
+    return lambda test: same(given(**drawn)(_boxed(test)))
+
+
+def _boxed(test: Test) -> Test:
+    began: list[float] = []
+    failed: list[bool] = []
+
+    @functools.wraps(test)
+    def boxed(**drawn: Any) -> None:
+        began.append(time.monotonic())
+        if began[-1] - began[0] > BOX_S and not failed:
+            return
+        try:
+            test(**drawn)
+        except BaseException:
+            failed.append(True)  # Hypothesis looks for the simplest example that fails
+            raise
+
+    return boxed
 
 
 def prints(folder: Path) -> dict[str, str]:
@@ -61,13 +88,10 @@ def prints(folder: Path) -> dict[str, str]:
     }
 
 
-@some(100)
-@given(seed=st.integers(0, 2**32), command=st.sampled_from(READS))
+@some(100, seed=st.integers(0, 2**32), command=st.sampled_from(READS))
 def test_a_command_reads_a_damaged_database_or_refuses_it(seed, command):
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         shutil.copyfile(GOLDEN / "finished.sqlite", "plan.db")
-        with contextlib.closing(sqlite3.connect("plan.db")) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")  # as a search leaves it
         how = mutations.damage(Path("plan.db"), Random(seed))
         before = prints(Path(folder))
         result = CliRunner().invoke(app, list(command))
@@ -77,8 +101,7 @@ def test_a_command_reads_a_damaged_database_or_refuses_it(seed, command):
             assert prints(Path(folder)) == before, how
 
 
-@some(40)
-@given(seed=st.integers(0, 2**32), place=st.sampled_from(["checkpoint", "model"]))
+@some(40, seed=st.integers(0, 2**32), place=st.sampled_from(["checkpoint", "model"]))
 def test_a_damaged_folder_is_loaded_or_refused(seed, place):
     draw = Random(seed)
     with tempfile.TemporaryDirectory() as temporary:

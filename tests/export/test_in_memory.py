@@ -205,6 +205,57 @@ def test_a_model_with_adapters_is_refused_with_what_to_do():
         autoquant.apply(plan, model)
 
 
+def test_a_quantized_model_with_adapters_is_not_saved_and_says_how(quantized, tmp_path):
+    kind = type("Adapter", (nn.Linear,), {"__module__": "peft.tuners.lora.torchao"})
+    quantized.model.layers[0].mlp.up_proj = kind(32, 64)
+    with pytest.raises(ModelError, match=r"model\.save_pretrained.*model\.unload\(\)"):
+        autoquant.save(quantized, tmp_path / "out")
+
+
+class LowRank(nn.Module):
+    """A linear with an adapter beside it, as PEFT makes it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Linear(base_layer.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base_layer.out_features, bias=False)
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        return y + self.up(self.down(x.to(self.down.weight.dtype))).to(y.dtype)
+
+
+def with_adapters(model):
+    """The model with adapters of the same numbers in each layer, below linears that are quantized."""
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
+        layer.mlp.up_proj = LowRank(layer.mlp.up_proj)
+    return model
+
+
+def adapter_gradients(model):
+    model(IDS, labels=IDS).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad for name, grad in found.items() if ".up." in name or ".down." in name}
+
+
+def test_adapters_are_trained_beside_quantized_weights_as_beside_their_numbers(quantized, tmp_path):
+    autoquant.save(quantized, tmp_path / "out")
+    plain = copy.deepcopy(quantized)
+    for part in plain.modules():
+        if isinstance(part, nn.Linear) and isinstance(part.weight.data, RoutedWeight):
+            numbers = part.weight.data.dequantize().bfloat16()
+            part.__class__, part.weight = nn.Linear, nn.Parameter(numbers, requires_grad=False)
+    expected = adapter_gradients(with_adapters(plain))
+    found = adapter_gradients(with_adapters(autoquant.load(tmp_path / "out")))
+    assert found.keys() == expected.keys() and len(found) == 8
+    for name, gradient in found.items():
+        off = (gradient - expected[name]).norm() / expected[name].norm()
+        assert off < 0.15, name
+
+
 def test_a_quantized_weight_that_is_changed_in_place_says_what_to_do(quantized):
     weight = quantized.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ModelError, match=r"quantized.*merge.*before"), torch.no_grad():

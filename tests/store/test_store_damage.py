@@ -297,6 +297,51 @@ def _has_dbstat(connection):
     return True
 
 
+@pytest.mark.parametrize("share", [0.99, 0.9, 0.8])
+def test_what_is_left_of_a_file_that_was_cut_is_saved(whole, tmp_path, folder_print, share):
+    content = whole.read_bytes()
+    whole.write_bytes(content[: int(len(content) * share)])
+    before = folder_print(whole.parent)
+    rows = repair(whole, tmp_path / "new.db")
+    assert rows["timing"].saved == 2 and rows["device"].whole
+    assert folder_print(whole.parent).items() >= before.items()
+    open_store(tmp_path / "new.db", create=False).close()
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (0, b"SQLite format 4\0"),
+        (16, b"\x03\x33"),
+        (18, b"\xff\xff"),
+        (56, b"\xff"),
+        (0, bytes(100)),
+    ],
+)
+def test_a_file_whose_header_alone_is_damaged_is_saved_as_a_whole(
+    whole, tmp_path, folder_print, place, wrong
+):
+    expected = rows_of(whole)
+    content = whole.read_bytes()
+    whole.write_bytes(content[:place] + wrong + content[place + len(wrong) :])
+    before = folder_print(whole.parent)
+    new = tmp_path / "new" / "new.db"
+    new.parent.mkdir()
+    assert all(rows.whole for rows in repair(whole, new).values())
+    assert rows_of(new) == expected
+    assert folder_print(whole.parent).items() >= before.items()
+    assert [each.name for each in new.parent.iterdir()] == ["new.db"]
+
+
+def test_what_was_lost_says_why(whole, tmp_path):
+    change(whole, "UPDATE plan SET kind = 'fastest' WHERE id = 'abcd0001'")
+    change(whole, "DROP TABLE reference")
+    rows = repair(whole, tmp_path / "new.db")
+    assert rows["plan"].reason.startswith("plan.kind")
+    assert rows["proof"].reason == "its plan is not there"
+    assert rows["reference"].missing and rows["timing"].whole
+
+
 def test_repair_writes_over_nothing(whole, tmp_path, folder_print):
     before = folder_print(whole.parent)
     for out in (whole, tmp_path):

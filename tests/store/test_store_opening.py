@@ -1,6 +1,7 @@
 """Opening of databases, and refusal of other files, which stay unchanged."""
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from alembic import command
 from alembic.config import Config
 from builders.records import MODEL
 from builders.rich import DEVICE, delivery, fill, measurement, plan, proof
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 
 from autoquant.errors import StoreError
 from autoquant.records import Roofline
@@ -44,6 +45,8 @@ def make_ours(path, revision=None):
 
 def make_first_schema(path):
     """A database as the first version of autoquant wrote it, with a fact in every table."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
     engine = create_engine(f"sqlite:///{path}")
     config = Config()
     config.set_main_option("script_location", str(Path(connect.__file__).parent / "migrations"))
@@ -162,6 +165,79 @@ def test_opening_again_keeps_everything_and_changes_no_byte(path, folder_print):
     assert len(store.plans("5tudy001")) == 40
     store.close()
     assert folder_print(path.parent) == before
+
+
+def journal_of(path):
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("PRAGMA journal_mode").fetchone()[0]
+
+
+@pytest.fixture
+def without_log(path):
+    """A database of ours that another program has copied, so that SQLite keeps no log of it."""
+    make_ours(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    return path
+
+
+def test_a_database_without_a_log_gets_one_when_it_is_first_written_to(without_log, folder_print):
+    before = folder_print(without_log.parent)
+    store = open_store(without_log)
+    assert len(store.plans("5tudy001")) == 40 and folder_print(without_log.parent) == before
+    store.put_plan(plan("plan9999"))
+    store.close()
+    assert journal_of(without_log) == "wal"
+    assert len(open_store(without_log).plans("5tudy001")) == 41
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE plan SET kind = 'fastest' WHERE id = 'plan0007'",
+        "UPDATE study SET problem = '[]'",
+        "UPDATE plan SET layers = replace(layers, 'prefill', 'elsewhere') WHERE id = 'plan0039'",
+        "INSERT INTO proof VALUES ('plan0003', 'ok', '', null, '2026-01-01 00:00:00')",
+    ],
+)
+def test_a_database_without_a_log_that_is_damaged_is_not_written_to(
+    without_log, folder_print, damage
+):
+    with closing(sqlite3.connect(without_log, isolation_level=None)) as connection:
+        assert connection.execute(damage).rowcount == 1
+    before = folder_print(without_log.parent)
+    store = open_store(without_log)
+    with pytest.raises(StoreError, match="is damaged"):
+        store.put_losses(MODEL, "text", "isolated", {("head", "int8-row+a16"): 0.25})
+    store.close()
+    assert folder_print(without_log.parent) == before
+
+
+@pytest.mark.parametrize("loss", [f"DELETE FROM {VERSION_TABLE}", f"DROP TABLE {VERSION_TABLE}"])
+def test_tables_of_a_schema_that_is_not_said_are_refused_and_left_alone(
+    without_log, folder_print, loss
+):
+    with closing(sqlite3.connect(without_log, isolation_level=None)) as connection:
+        connection.execute(loss)
+    before = folder_print(without_log.parent)
+    assert "does not say which schema" in refusal(without_log)
+    assert folder_print(without_log.parent) == before
+
+
+def test_an_older_database_without_a_log_is_migrated(path):
+    make_first_schema(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    open_store(path).close()
+    assert journal_of(path) == "wal" and tables(path)[VERSION_TABLE] == [("0004",)]
+
+
+def test_the_plans_of_a_study_are_read_with_few_queries(path):
+    make_ours(path)
+    store, queries = open_store(path), []
+    event.listen(store.engine, "before_cursor_execute", lambda *call: queries.append(call[2]))
+    assert len(store.plans("5tudy001")) == 40
+    assert sum(query.startswith("SELECT") for query in queries) == 2
 
 
 def test_a_missing_database_stays_missing_where_none_is_to_be_made(path):

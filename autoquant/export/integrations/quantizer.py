@@ -91,8 +91,8 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: quantized weights cannot be trained."""
-        return False
+        """Return True: adapters can be trained beside quantized weights, which stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -291,8 +291,8 @@ def test_generate_samples_and_streams(quantized, model, capsys):
     assert tokenizer.decode(ids[0, IDS.shape[1] :]).split() == capsys.readouterr().out.split()
 
 
-def test_a_quantized_model_is_not_trained_and_not_quantized_while_loading(both, model):
-    assert not model.hf_quantizer.is_trainable and model.hf_quantizer.is_serializable()
+def test_a_quantized_model_takes_adapters_and_is_not_quantized_while_loading(both, model):
+    assert model.hf_quantizer.is_trainable and model.hf_quantizer.is_serializable()
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(
             both[0], quantization_config=quantizer.AutoquantConfig()

@@ -1,0 +1,46 @@
+"""The write-ahead log of a SQLite file: the first write begins it, once all values are valid."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session, undefer
+
+from autoquant.store.rows import check_in_study
+from autoquant.store.schema import Base, StudyRow
+
+
+def check_and_begin_log(engine: Engine) -> None:
+    """Begin the log of a file that has none: beginning it changes the file.
+
+    Raises:
+        BadValueError: A row is not valid. No byte of the file has changed.
+    """
+    if engine.dialect.name == "sqlite" and _journal(engine) not in ("wal", "memory"):
+        _check_values(engine)
+        begin_log(engine)
+
+
+def begin_log(engine: Engine) -> None:
+    """Have SQLite write to a log beside the file from now on, which others may read meanwhile."""
+    if engine.dialect.name == "sqlite":
+        _journal(engine, " = WAL")
+
+
+def _journal(engine: Engine, setting: str = "") -> str:
+    with closing(engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
+        cursor.execute(f"PRAGMA journal_mode{setting}")
+        (journal,) = cursor.fetchone() or ("",)
+        return str(journal)
+
+
+def _check_values(engine: Engine) -> None:
+    """Read every row: each is checked as it is loaded, and those of a study beside it."""
+    with Session(engine) as session:
+        studies = select(StudyRow.id, StudyRow.workload)
+        workloads = {study_id: workload for study_id, workload in session.execute(studies)}
+        for mapper in Base.registry.mappers:
+            query = select(mapper.class_).options(undefer("*")).execution_options(yield_per=500)
+            for row in session.scalars(query):
+                check_in_study(row, workloads)

@@ -9,6 +9,7 @@ from autoquant.cli.output import JsonFlag, print_json, print_table
 
 _NARROWEST = 40
 
+
 def doctor(
     device: DeviceOption = "auto",
     as_json: JsonFlag = False,

@@ -28,7 +28,9 @@ class Checkup:
     device: str = "cpu"
     facts: dict = field(default_factory=lambda: {"machine": "Linux", "storage": "/long" * 30})
     usable: dict = field(default_factory=lambda: {"bfloat16": ["matmul"], "int8-row": ["a", "b"]})
-    unusable: dict = field(default_factory=lambda: {"needs a GPU": [f"f{i}/plain/x" for i in range(1, 6)]})
+    unusable: dict = field(
+        default_factory=lambda: {"needs a GPU": [f"f{i}/plain/x" for i in range(1, 6)]}
+    )
     clock: Clock = field(default_factory=Clock)
     problems: list = field(default_factory=list)
     works: bool = True

@@ -51,7 +51,9 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
             budget.note()
             space = score_choices(setup, recording, bound, timings, runner)
             budget.note()
-            ledger = ProofLedger(setup.store, setup.study_id, runner, budget, setup.listener)
+            ledger = ProofLedger(
+                setup.store, setup.study_id, runner, budget, setup.listener, setup.reference
+            )
             try:
                 referenced = prove_references(space, ledger, recording.sites, setup.limits)
                 prove_front(referenced, ledger, setup.limits)

@@ -8,6 +8,7 @@ from typing import Any
 
 from autoquant.devices.memory import release_memory
 from autoquant.errors import KernelError, ProcessDiedError, first_line
+from autoquant.evaluators.quality import ReferenceLosses
 from autoquant.events import Listener, Notice, StageProgress
 from autoquant.files import raise_if_full
 from autoquant.records import Plan, PlanKind, Proof
@@ -35,6 +36,9 @@ class ProofLedger:
 
     Everything is kept in the store at once.
 
+    Args:
+        reference: The unquantized model's losses, as far as they are known.
+
     Attributes:
         plans: By id.
         proofs: By plan id.
@@ -42,11 +46,17 @@ class ProofLedger:
     """
 
     def __init__(
-        self, store: Store, study_id: str, runner: Runner, budget: Budget, listener: Listener
+        self,
+        store: Store,
+        study_id: str,
+        runner: Runner,
+        budget: Budget,
+        listener: Listener,
+        reference: ReferenceLosses,
     ) -> None:
         self.store, self.study_id, self.budget, self.listener = store, study_id, budget, listener
         self._runner = runner
-        self._selection: tuple[float, ...] = ()
+        self._reference = reference
         self._limit_s = _FIRST_LIMIT_S
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
         self.proofs: dict[str, Proof] = store.proofs(study_id)
@@ -88,7 +98,7 @@ class ProofLedger:
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
         try:
-            made, self._selection = self._run(plan)
+            made, self._reference = self._run(plan)
         except Exception as error:
             raise_if_full(error)
             proof = self._put_failure(plan, first_line(error, with_type=True))
@@ -107,7 +117,7 @@ class ProofLedger:
         release_memory()
         return proof
 
-    def _run(self, plan: Plan) -> tuple[Proof, tuple[float, ...]]:
+    def _run(self, plan: Plan) -> tuple[Proof, ReferenceLosses]:
         """Run a proof; if its process dies while a kernel is checked, blame that kernel."""
         at_work = Checking()
 
@@ -119,18 +129,19 @@ class ProofLedger:
                 self.listener(message)
 
         original = plan.kind == "original"
-        job = ProveJob(plan, self._selection, None if original else self._limit_s)
+        job = ProveJob(plan, self._reference, None if original else self._limit_s)
         started_s = time.monotonic()
         try:
             result = run_again(self._runner, job, on_message, self.listener)
         except ProcessDiedError as death:
-            if not at_work.kernel:
+            blamed = at_work if at_work.kernel else None
+            if blamed is None:
                 raise
             raise KernelError(
-                f"kernel {at_work.format}/{at_work.kernel} in {at_work.layer}: {death}",
-                format_id=at_work.format,
-                kernel=at_work.kernel,
-                reason=f"in {at_work.layer}: {death}",
+                f"kernel {blamed.format}/{blamed.kernel} in {blamed.layer}: {death}",
+                format_id=blamed.format,
+                kernel=blamed.kernel,
+                reason=f"in {blamed.layer}: {death}",
             ) from death
         if original:
             self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * (time.monotonic() - started_s))
@@ -139,7 +150,7 @@ class ProofLedger:
     def distrust(self, lie: KernelError) -> None:
         """Count every plan with a kernel as failed, also those that were proven before."""
         for plan_id, plan in self.plans.items():
-            if plan_id in self.proofs and _uses(plan, lie.format, lie.kernel):
+            if plan_id in self.proofs and (lie.format, lie.kernel) in _kernels(plan):
                 del self.proofs[plan_id]
                 reason = f"its kernel {lie.format}/{lie.kernel} is wrong"
                 self._put_failure(plan, reason, replaces=True)
@@ -171,8 +182,8 @@ class ProofLedger:
         return None
 
 
-def _uses(plan: Plan, format_id: str, kernel: str) -> bool:
-    return any(
-        layer.format == format_id and any(step.kernel == kernel for step in layer.route)
-        for layer in plan.layers
-    )
+def _kernels(plan: Plan) -> dict[tuple[str, str], str]:
+    """Return the last layer that each kernel of a plan computes, by format and kernel."""
+    return {
+        (layer.format, step.kernel): layer.name for layer in plan.layers for step in layer.route
+    }

@@ -8,6 +8,7 @@ from functools import partial
 from autoquant.candidates import Candidate, Format
 from autoquant.devices import backend
 from autoquant.evaluators.outputs import AnyQuality
+from autoquant.evaluators.quality import ReferenceLosses
 from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.events import Listener, Notice
 from autoquant.models import LoadedModel
@@ -32,6 +33,7 @@ class SearchSetup:
         hardware: The fingerprint of the device.
         candidates: Those of the search, the unquantized ones among them.
         fuse: Also try to compute linears that read the same input as one.
+        reference: The unquantized model's losses, as far as they are known.
     """
 
     store: Store
@@ -47,9 +49,16 @@ class SearchSetup:
     limits: Limits
     seed: int
     listener: Listener
+    reference: ReferenceLosses
 
     @classmethod
-    def of(cls, settled: SettledRequest, store: Store, listener: Listener) -> SearchSetup:
+    def of(
+        cls,
+        settled: SettledRequest,
+        store: Store,
+        listener: Listener,
+        reference: ReferenceLosses,
+    ) -> SearchSetup:
         """Return the setup of a request."""
         request = settled.request
         return cls(
@@ -66,6 +75,7 @@ class SearchSetup:
             limits=settled.limits,
             seed=request.seed,
             listener=listener,
+            reference=reference,
         )
 
     @property

@@ -94,6 +94,7 @@ def setup(tmp_path, model, events):
         limits=Limits(),
         seed=0,
         listener=events.append,
+        reference={},
     )
     store.close()
 

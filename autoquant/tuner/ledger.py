@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from autoquant.devices.memory import release_memory
-from autoquant.errors import KernelError, ProcessDiedError, first_line
+from autoquant.errors import HungError, KernelError, ProcessDiedError, first_line
 from autoquant.evaluators.quality import ReferenceLosses
 from autoquant.events import Listener, Notice, StageProgress
 from autoquant.files import raise_if_full
@@ -134,7 +134,7 @@ class ProofLedger:
         try:
             result = run_again(self._runner, job, on_message, self.listener)
         except ProcessDiedError as death:
-            blamed = at_work if at_work.kernel else None
+            blamed = at_work if at_work.kernel else self._only_suspect(plan, death)
             if blamed is None:
                 raise
             raise KernelError(
@@ -146,6 +146,20 @@ class ProofLedger:
         if original:
             self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * (time.monotonic() - started_s))
         return result
+
+    def _only_suspect(self, plan: Plan, death: ProcessDiedError) -> Checking | None:
+        """Return the kernel of a plan that hung if all its others are in proven plans, or None.
+
+        Every further plan with it would hang as long.
+        """
+        if not isinstance(death, HungError):
+            return None
+        proven = {kernel for each, _ in self.proven().values() for kernel in _kernels(each)}
+        suspects = _kernels(plan).keys() - proven
+        if len(suspects) != 1:
+            return None
+        format_id, kernel = suspects.pop()
+        return Checking(_kernels(plan)[format_id, kernel], format_id, kernel)
 
     def distrust(self, lie: KernelError) -> None:
         """Count every plan with a kernel as failed, also those that were proven before."""

@@ -166,7 +166,7 @@ class CandidateStatus:
     """Use of one candidate on one device.
 
     Attributes:
-        usable: A large linear with round sizes can use it.
+        usable: A large linear with round sizes can use it, in a model of bfloat16 or of float32.
         reason: Why it cannot, or "".
         by_default: A search that names no candidates tries it there.
     """
@@ -181,12 +181,19 @@ class CandidateStatus:
 
 
 def survey(device_type: str) -> list[CandidateStatus]:
-    """Return every candidate's status for a 4096 x 4096 linear of bfloat16 at 64 rows."""
-    shape = LinearShape(n=4096, k=4096, bias=False, dtype="bfloat16")
+    """Return every candidate's status for a 4096 x 4096 linear at 64 rows.
+
+    No model is known, so what a model of float32 can use is usable.
+    """
+    shape, wide = (
+        LinearShape(n=4096, k=4096, bias=False, dtype=dtype) for dtype in ("bfloat16", "float32")
+    )
     statuses = []
     for candidate in select(["*"]):
         fmt, kernel = candidate.format, candidate.kernel
         reason = candidate.unsupported_reason(shape, 64, device_type)
+        if reason and candidate.unsupported_reason(wide, 64, device_type) is None:
+            reason = None
         statuses.append(
             CandidateStatus(
                 format=fmt.id,

@@ -57,6 +57,12 @@ class RoutedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         self.route = route
         self.compute_dtype = compute_dtype
 
+    def __repr__(self) -> str:
+        """Say what the weight is, without its numbers: they would fill the screen."""
+        kernels = ", ".join(dict.fromkeys(kernel for _, kernel in self.route))
+        size = " x ".join(map(str, self.shape))
+        return f"{type(self).__name__}({self.format_id} {size} for {self.compute_dtype}, {kernels})"
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:

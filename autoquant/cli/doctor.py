@@ -7,6 +7,8 @@ import typer
 from autoquant.cli.options import DeviceOption
 from autoquant.cli.output import JsonFlag, print_json, print_table
 
+_NARROWEST = 40
+
 
 def doctor(
     device: DeviceOption = "auto",
@@ -24,6 +26,6 @@ def doctor(
     if as_json:
         print_json(checkup_object(checkup))
     else:
-        print_table(lambda _width: checkup_screen(checkup))
+        print_table(lambda _width: checkup_screen(checkup), narrowest=_NARROWEST)
     if not checkup.works:
         raise typer.Exit(2)

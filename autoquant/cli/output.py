@@ -94,17 +94,21 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def print_table(make: Callable[[int], RenderableType]) -> None:
+def print_table(
+    make: Callable[[int], RenderableType], *, narrowest: int = _NARROWEST_TABLE
+) -> None:
     """Print what `make` returns for the terminal's width; without a terminal, for 80 columns.
 
-    A narrower terminal wraps the lines: cells cut to its width would lose ids and numbers.
+    Args:
+        narrowest: A narrower terminal wraps the lines: cells cut to its width would lose ids and
+            numbers.
     """
     from rich.console import Console
 
     from autoquant.report.tables.layout import Visible
 
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    console.width = max(console.width, _NARROWEST_TABLE)
+    console.width = max(console.width, narrowest)
     console.print(Visible(make(console.width)))
 
 

@@ -47,7 +47,9 @@ class CpuBackend(Backend):
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         cores = f"{usable or os.cpu_count()} of {os.cpu_count()} cores usable"
         limits = [f"{name} {text}" for name, text in {**clock_limits(), **_governor()}.items()]
-        words = [cores, f"{torch.get_num_threads()} threads", _capability(), *limits]
+        threads = torch.get_num_threads()
+        computing = "1 thread" if threads == 1 else f"{threads} threads"
+        words = [cores, computing, _capability(), *limits]
         return {"device": f"{_name()}; {', '.join(words)}"}
 
     def concerns(self) -> Mapping[str, str]:

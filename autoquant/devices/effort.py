@@ -17,8 +17,10 @@ class TimingEffort:
         linear_rounds: Most samples of each candidate in a comparison.
         linear_budget_s: No further round of a comparison begins after that time.
         sample_s: Length of one sample by the host's clock.
-        repeat_s: For that time a candidate that was timed is called again and its results compared.
-        candidate_limit_s: A candidate that takes longer to be prepared or timed is ended.
+        repeat_s: For that time of computing a candidate that was timed is called again and its
+            results compared.
+        candidate_limit_s: A candidate that takes longer to be prepared or timed is ended, unless
+            others hold it up.
         most_memory: A job may take this part of the memory that is available when it starts.
         request_rounds: Rounds in which whole models are timed in turn.
         fewest_request_rounds: Rounds that are done even if they exceed a limit.

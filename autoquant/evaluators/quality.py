@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +18,9 @@ from autoquant.models.outputs import output_tensor, run_on_tokens
 
 _ROWS_AT_ONCE = 128
 _KEPT_BYTES = 1 << 30
+
+ReferenceLosses = Mapping[Part, tuple[float, ...]]
+"""The unquantized model's losses on the parts on which they are known."""
 
 QualityFunction = Callable[[nn.Module, Part], Any]
 """Maps (module, part) to one loss per sample of the part, always in the same order.
@@ -58,6 +61,7 @@ class Quality(Protocol):
         """Return the losses of both models on the same samples.
 
         Args:
+            module: May be the reference itself, which is then run once, or not at all.
             known: The reference's losses, if they were measured before.
         """
         ...
@@ -98,6 +102,9 @@ class TextQuality:
     def compare(
         self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
     ) -> Comparison:
+        if module is reference:
+            same = tuple(known) or self.losses(reference, part)
+            return Comparison(same, same, 0.0, (0.0,) * len(same))
         losses, reference_losses, divergences, rows = [], list(known), [], []
         for number, ids in enumerate(self.windows(part)):
             make = partial(next_token_logits, reference, ids)
@@ -162,6 +169,9 @@ class FunctionQuality:
     def compare(
         self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
     ) -> Comparison:
+        if module is reference:
+            same = tuple(known) or self.losses(reference, part)
+            return Comparison(same, same, None)
         return Comparison(
             self.losses(module, part), tuple(known) or self.losses(reference, part), None
         )

@@ -10,6 +10,8 @@ import torch
 from autoquant.candidates.check import changed, fault, relative_error
 
 _FEWEST_CALLS, _MOST_CALLS = 4, 200
+_WAIT = 10
+"""The calls end after so many times as long, however little was computed."""
 
 Outputs = Sequence[torch.Tensor]
 """What one call computes: several linears with the same numbers."""
@@ -55,18 +57,20 @@ class ResultCheck:
         The inputs should hold other numbers than before, in the same memory.
 
         Args:
-            repeat_s: Call again and again for about that time, and compare every result.
+            repeat_s: Call again and again for about that time, and compare every result. It is
+                computing time of this thread: a busy machine must not make the check a weaker one.
         """
         with torch.no_grad():
             expected = self._expected()
             outputs = self._run()
             if reason := self._wrong(outputs, expected):
                 return f"right before it was timed, wrong after: {reason}"
-            end_s = time.perf_counter() + repeat_s
+            end_s, latest_s = time.thread_time() + repeat_s, time.perf_counter() + _WAIT * repeat_s
             for number in range(2, _MOST_CALLS + 2):
                 if reason := self._differs(self._run(), outputs, expected):
                     return f"call {number} after it was timed: {reason}"
-                if number > _FEWEST_CALLS and time.perf_counter() > end_s:
+                ended = time.thread_time() > end_s or time.perf_counter() > latest_s
+                if number > _FEWEST_CALLS and ended:
                     break
         return ""
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from autoquant.errors import ModelError, TextError
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality
-from autoquant.evaluators.quality import FunctionQuality, TextQuality
+from autoquant.evaluators.quality import FunctionQuality, ReferenceLosses, TextQuality
 from autoquant.evaluators.text import PARTS, Part
 from autoquant.events import Listener, Notice
 from autoquant.models import LoadedModel, ModelRequest, load_request
@@ -52,27 +52,33 @@ def check_reads_text(loaded: LoadedModel, quality: TextQuality) -> None:
 
 def check_baseline(
     request: ModelRequest, loaded: LoadedModel, quality: AnyQuality, listener: Listener
-) -> None:
+) -> ReferenceLosses:
     """Check that the unquantized model's loss is finite, and that of its stored dtype.
 
     Args:
         request: What `loaded` was loaded by.
 
+    Returns:
+        The losses, which proofs need not compute again.
+
     Raises:
         ModelError: It is not. The message says which dtype to use.
     """
+    losses: ReferenceLosses = {}
     if not isinstance(quality, OutputQuality):  # whose inputs were tried when it was made
-        _check_finite(loaded, quality)
+        losses = _finite_losses(loaded, quality)
     if loaded.dtype != loaded.stored_dtype:
         _check_cast(request, loaded, quality, listener)
+    return losses
 
 
-def _check_finite(loaded: LoadedModel, quality: TextQuality | FunctionQuality) -> None:
+def _finite_losses(loaded: LoadedModel, quality: TextQuality | FunctionQuality) -> ReferenceLosses:
     parts: tuple[Part, ...] = PARTS if isinstance(quality, TextQuality) else ("report",)
-    losses = [loss for part in parts for loss in quality.losses(loaded.module, part)]
+    by_part = {part: quality.losses(loaded.module, part) for part in parts}
+    losses = [loss for each in by_part.values() for loss in each]
     bad = sum(not math.isfinite(loss) for loss in losses)
     if not bad:
-        return
+        return by_part
     raise ModelError(
         f"the unquantized model's loss is not finite (NaN or infinity) on {bad} of {len(losses)}"
         f" samples in {loaded.dtype}: {_remedy(loaded)}"

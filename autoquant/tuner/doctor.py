@@ -17,6 +17,7 @@ import torch
 
 from autoquant.cache import cache_folder
 from autoquant.candidates import get_format, survey
+from autoquant.candidates.formats.floats import FLOATS
 from autoquant.devices import Backend, backend
 from autoquant.devices.base import failure_of_the_compiler, library_versions
 from autoquant.devices.effort import timing_effort
@@ -105,12 +106,12 @@ def examine(device: str) -> Checkup:
         problems.append(
             Problem(f"measured while {disturbance}", "close other programs, or search later")
         )
-    if clock.spread > _UNSTEADY:
+    elif clock.spread > _UNSTEADY:
         problems.append(
             Problem(
                 f"the clock is unsteady: the same product takes {clock.spread:.0%} more or less",
-                "close other programs, fix the clock rate, or cool the machine; timings are"
-                " repeated and marked until then",
+                "fix the clock rate, or cool the machine; until then timings are repeated and"
+                " marked",
             )
         )
     key = f"{place.fingerprint().key}: timings with these versions and limits" if ended else _NO_KEY
@@ -124,7 +125,7 @@ def examine(device: str) -> Checkup:
         "load": disturbance or "others leave the machine alone",
     }
     usable, unusable = _candidates(place.type)
-    if len(usable) < 2:
+    if not set(usable) - set(FLOATS):
         reason = "no format but the unquantized ones can be used"
         problems.append(Problem(reason, "see `autoquant candidates` for the reasons", stops=True))
     problems += [Problem(what, remedy) for what, remedy in place.concerns().items()]

@@ -16,7 +16,7 @@ from autoquant.candidates import select
 from autoquant.devices import backend
 from autoquant.devices.memory import quick_collections
 from autoquant.errors import StoreError
-from autoquant.evaluators.quality import QualityFunction, TextQuality
+from autoquant.evaluators.quality import QualityFunction, ReferenceLosses, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import ModelRequest, load_request
@@ -168,8 +168,9 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     loaded = load_request(request.model)
     judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
     settled = SettledRequest.of(request, loaded, judge)
+    reference: ReferenceLosses = {}
     if not _is_known(settled):
-        check_baseline(request.model, loaded, judge.quality, listener)
+        reference = check_baseline(request.model, loaded, judge.quality, listener)
     store = open_store(request.db)
     recording = _checked_recording(settled, store, listener)
     _put_study(settled, store, recording)
@@ -185,7 +186,7 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
         listener(Notice(f"{reason}: kernels are compiled and tuned again in each run"))
     budget = Budget.of(store, settled.study_id, request.time_budget_s, started)
     with quick_collections():
-        run_stages(SearchSetup.of(settled, store, listener), budget)
+        run_stages(SearchSetup.of(settled, store, listener, reference), budget)
     return Study(store, settled.study_id)
 
 

@@ -52,7 +52,9 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
             budget.note()
             space = score_choices(setup, recording, bound, timings, runner)
             budget.note()
-            ledger = ProofLedger(setup.store, settled.study_id, runner, budget, setup.listener)
+            ledger = ProofLedger(
+                setup.store, settled.study_id, runner, budget, setup.listener, setup.reference
+            )
             try:
                 referenced = prove_references(space, ledger, recording.sites, settled.limits)
                 prove_front(referenced, ledger, settled.limits)

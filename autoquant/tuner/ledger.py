@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from autoquant.devices.memory import release_memory
-from autoquant.errors import KernelError, ProcessDiedError, first_line
+from autoquant.errors import HungError, KernelError, ProcessDiedError, first_line
+from autoquant.evaluators.quality import ReferenceLosses
 from autoquant.events import Listener, Notice, StageProgress
 from autoquant.files import raise_if_full
 from autoquant.records import Plan, PlanKind, Proof
@@ -39,6 +40,9 @@ class ProofLedger:
 
     Everything is kept in the store at once.
 
+    Args:
+        reference: The unquantized model's losses, as far as they are known.
+
     Attributes:
         plans: By id.
         proofs: By plan id.
@@ -47,11 +51,17 @@ class ProofLedger:
     """
 
     def __init__(
-        self, store: Store, study_id: str, runner: Runner, budget: Budget, listener: Listener
+        self,
+        store: Store,
+        study_id: str,
+        runner: Runner,
+        budget: Budget,
+        listener: Listener,
+        reference: ReferenceLosses,
     ) -> None:
         self.store, self.study_id, self.budget, self.listener = store, study_id, budget, listener
         self._runner = runner
-        self._selection: tuple[float, ...] = ()
+        self._reference = reference
         self._limit_s = _FIRST_LIMIT_S
         self._longest_s = 0.0
         self.left_out: list[str] = []
@@ -121,7 +131,7 @@ class ProofLedger:
         self.put_plan(plan)
         left_s = self.budget.left_s()
         try:
-            made, self._selection = self._run(plan)
+            made, self._reference = self._run(plan)
         except Exception as error:
             raise_if_full(error)
             proof = self._put_failure(plan, first_line(error, with_type=True))
@@ -141,7 +151,7 @@ class ProofLedger:
         release_memory()
         return proof
 
-    def _run(self, plan: Plan) -> tuple[Proof, tuple[float, ...]]:
+    def _run(self, plan: Plan) -> tuple[Proof, ReferenceLosses]:
         """Run a proof; if its process dies while a kernel is checked, blame that kernel."""
         at_work = Checking()
 
@@ -153,27 +163,42 @@ class ProofLedger:
                 self.listener(message)
 
         original = plan.kind == "original"
-        job = ProveJob(plan, self._selection, None if original else self._limit_s)
+        job = ProveJob(plan, self._reference, None if original else self._limit_s)
         started_s = time.monotonic()
         try:
             result = run_again(self._runner, job, on_message, self.listener)
         except ProcessDiedError as death:
-            if not at_work.kernel:
+            blamed = at_work if at_work.kernel else self._only_suspect(plan, death)
+            if blamed is None:
                 raise
             raise KernelError(
-                f"kernel {at_work.format}/{at_work.kernel} in {at_work.layer}: {death}",
-                format_id=at_work.format,
-                kernel=at_work.kernel,
-                reason=f"in {at_work.layer}: {death}",
+                f"kernel {blamed.format}/{blamed.kernel} in {blamed.layer}: {death}",
+                format_id=blamed.format,
+                kernel=blamed.kernel,
+                reason=f"in {blamed.layer}: {death}",
             ) from death
         if original:
             self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * (time.monotonic() - started_s))
         return result
 
+    def _only_suspect(self, plan: Plan, death: ProcessDiedError) -> Checking | None:
+        """Return the kernel of a plan that hung if all its others are in proven plans, or None.
+
+        Every further plan with it would hang as long.
+        """
+        if not isinstance(death, HungError):
+            return None
+        proven = {kernel for each, _ in self.proven().values() for kernel in _kernels(each)}
+        suspects = _kernels(plan).keys() - proven
+        if len(suspects) != 1:
+            return None
+        format_id, kernel = suspects.pop()
+        return Checking(_kernels(plan)[format_id, kernel], format_id, kernel)
+
     def distrust(self, lie: KernelError) -> None:
         """Count every plan with a kernel as failed, also those that were proven before."""
         for plan_id, plan in self.plans.items():
-            if plan_id in self.proofs and _uses(plan, lie.format, lie.kernel):
+            if plan_id in self.proofs and (lie.format, lie.kernel) in _kernels(plan):
                 del self.proofs[plan_id]
                 reason = f"its kernel {lie.format}/{lie.kernel} is wrong"
                 self._put_failure(plan, reason, replaces=True)
@@ -205,8 +230,8 @@ class ProofLedger:
         return None
 
 
-def _uses(plan: Plan, format_id: str, kernel: str) -> bool:
-    return any(
-        layer.format == format_id and any(step.kernel == kernel for step in layer.route)
-        for layer in plan.layers
-    )
+def _kernels(plan: Plan) -> dict[tuple[str, str], str]:
+    """Return the last layer that each kernel of a plan computes, by format and kernel."""
+    return {
+        (layer.format, step.kernel): layer.name for layer in plan.layers for step in layer.route
+    }

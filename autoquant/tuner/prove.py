@@ -17,7 +17,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
 from autoquant.devices import backend
 from autoquant.devices.memory import release_memory
-from autoquant.evaluators.quality import Comparison, Quality
+from autoquant.evaluators.quality import Comparison, Quality, ReferenceLosses
 from autoquant.export.applier import Quantized, apply, module_bytes
 from autoquant.export.kernel_check import KernelsInModel, OnKernel, ignore_kernel
 from autoquant.export.rounding_inputs import Calibration
@@ -35,8 +35,7 @@ class Prover:
 
     Args:
         execution: `compiled`, or `eager` if the device cannot compile.
-        selection: The unquantized model's losses on the selection part. If empty, the first proof
-            measures them.
+        reference: The unquantized model's losses. The first proof measures those that are missing.
         calibration: Weights rounded for their layers' inputs, if plans have any.
     """
 
@@ -45,7 +44,7 @@ class Prover:
     quality: Quality
     device: str
     execution: str
-    selection: tuple[float, ...] = ()
+    reference: ReferenceLosses = field(default_factory=dict)
     calibration: Calibration | None = None
     _original: tuple[Phases, str] | None = None
     _quantized: Quantized = field(default_factory=Quantized)
@@ -77,7 +76,7 @@ class Prover:
         on_checked()
         release_memory()
         report, selection = self._compare(module, plan)
-        self.selection = selection.reference
+        self.reference = {"report": report.reference, "selection": selection.reference}
         release_memory()
         times, notes = self._time(module, plan)
         calls = self.workload.calls()
@@ -122,10 +121,13 @@ class Prover:
     def _compare(self, module: nn.Module, plan: Plan) -> tuple[Comparison, Comparison]:
         """Return the losses on the report and on the selection part."""
         original = self.loaded.module
+        compared = original if plan.kind == "original" else module
         # Windows have other m than the workload, and their speed does not matter: tune nothing.
         with worst_numerics(module, plan), untuned():
-            report = self.quality.compare(module, original, "report")
-            selection = self.quality.compare(module, original, "selection", self.selection)
+            report, selection = (
+                self.quality.compare(compared, original, part, self.reference.get(part, ()))
+                for part in ("report", "selection")
+            )
         return report, selection
 
     def _time(self, module: nn.Module, plan: Plan) -> tuple[RequestTimes, list[str]]:

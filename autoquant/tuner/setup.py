@@ -7,6 +7,7 @@ from functools import partial
 
 from autoquant.candidates import Format
 from autoquant.devices import backend
+from autoquant.evaluators.quality import ReferenceLosses
 from autoquant.events import Listener, Notice
 from autoquant.profiler.crossovers import Measure
 from autoquant.runtime.user_loop import Usage
@@ -26,17 +27,31 @@ class SearchSetup:
         settled: What is searched, and how.
         fuse: Also try to compute linears that read the same input as one: if that was asked for,
             and can be done here.
+        reference: The unquantized model's losses, as far as they are known.
     """
 
     settled: SettledRequest
     store: Store
     fuse: bool
     listener: Listener
+    reference: ReferenceLosses
 
     @classmethod
-    def of(cls, settled: SettledRequest, store: Store, listener: Listener) -> SearchSetup:
+    def of(
+        cls,
+        settled: SettledRequest,
+        store: Store,
+        listener: Listener,
+        reference: ReferenceLosses,
+    ) -> SearchSetup:
         """Return the setup of a request."""
-        return cls(settled=settled, store=store, fuse=settled.request.fuse, listener=listener)
+        return cls(
+            settled=settled,
+            store=store,
+            fuse=settled.request.fuse,
+            listener=listener,
+            reference=reference,
+        )
 
     @property
     def device(self) -> str:

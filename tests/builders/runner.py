@@ -50,7 +50,7 @@ class FakeRunner:
     def run(self, job, on_message):
         self.jobs.append(job)
         if isinstance(job, ProveJob):
-            return self._prove(job.plan), (1.0, 2.0)
+            return self._prove(job.plan), {"selection": (1.0, 2.0)}
         if isinstance(job, ScoreJob):
             for site, numerics, _format, _activation in job.changes:
                 loss = self._loss(site.name, numerics)

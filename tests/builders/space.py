@@ -34,7 +34,7 @@ def make_space(bound=UNBOUND):
     return SearchSpace(options, context, [layer[0] for layer in options])
 
 
-def make_ledger(store, runner=None, events=None, limit_s=1e6, now_s=lambda: 0.0):
+def make_ledger(store, runner=None, events=None, limit_s=1e6, now_s=lambda: 0.0, reference=None):
     """A ledger that starts from the store; by default time stands still."""
     budget = Budget(
         store=store,
@@ -45,4 +45,4 @@ def make_ledger(store, runner=None, events=None, limit_s=1e6, now_s=lambda: 0.0)
         now_s=now_s,
     )
     listener = (events if events is not None else []).append
-    return ProofLedger(store, STUDY, runner or FakeRunner(), budget, listener)
+    return ProofLedger(store, STUDY, runner or FakeRunner(), budget, listener, reference or {})

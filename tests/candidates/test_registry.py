@@ -146,7 +146,12 @@ def test_the_survey_gives_a_reason_for_all_that_cannot_be_used():
     assert all(bool(status.reason) != status.usable for status in statuses.values())
     assert statuses["bfloat16/plain", "matmul"].usable
     assert not statuses["int4-g32/cpu-packed", "int4pack-mm"].usable
-    assert not statuses["float32/plain", "matmul"].usable
+
+
+def test_the_survey_knows_no_model():
+    for status in survey("cpu"):
+        assert "model" not in status.reason, status
+    assert "float32/plain" in [status.format for status in survey("cpu") if status.usable]
 
 
 class EntryPoint:

@@ -156,6 +156,14 @@ def test_a_routed_weight_shows_the_models_dtype_and_no_gradient():
     assert weight.shape == (64, 128) and weight.device.type == "cpu"
 
 
+@pytest.mark.parametrize("format_id", ["int8-row/plain", "int4-g32/cpu-packed"])
+def test_a_routed_weight_is_shown_in_a_line_without_its_numbers(format_id):
+    weight = nn.Parameter(routed(format_id), requires_grad=False)
+    shown = repr(weight)
+    assert format_id in shown and weight.route[0][1] in shown
+    assert len(shown) < 120 and "\n" not in shown
+
+
 def test_a_routed_weight_gives_back_its_route_and_its_numbers():
     weight = routed("int8-row/plain")
     assert weight.steps() == (

@@ -40,6 +40,13 @@ def test_a_machine_that_works_gives_0_and_one_that_does_not_2(runner, found):
     assert "torch is missing: pip install torch" in result.stdout
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_line_is_wider_than_the_terminal(runner, found, width):
+    found.problems.append(Problem("the machine is loud", "wear ear plugs, " * 10))
+    result = runner.invoke(app, ["doctor", "--device", "cpu"], env={"COLUMNS": str(width)})
+    assert max(map(len, result.stdout.splitlines())) <= width
+
+
 def test_json_says_the_same(runner, found):
     found.problems.append(Problem("torch is missing", "pip install torch", stops=True))
     result = runner.invoke(app, ["doctor", "--device", "cpu", "--json"])

@@ -100,6 +100,25 @@ def test_a_model_compared_with_itself_has_lost_nothing(quality):
     assert compared.losses == compared.reference and compared.kl == 0.0
 
 
+def test_a_model_compared_with_itself_runs_once_and_not_at_all_if_its_losses_are_known(quality):
+    module, runs = tiny_llama(), []
+    module.lm_head.register_forward_hook(lambda *_: runs.append(1))
+    compared = quality.compare(module, module, "report")
+    assert len(runs) == len(quality.parts.windows["report"])
+    again = quality.compare(module, module, "report", compared.losses)
+    assert again == compared and len(runs) == len(quality.parts.windows["report"])
+
+
+def test_a_loss_of_the_users_own_is_asked_once_for_a_model_compared_with_itself():
+    calls = []
+    quality = FunctionQuality(lambda _module, part: [len(calls), calls.append(part) or 1.0], "own")
+    module = Perceptron()
+    compared = quality.compare(module, module, "report")
+    assert compared.losses == compared.reference == (0.0, 1.0) and calls == ["report"]
+    assert quality.compare(module, module, "report", (3.0,)).losses == (3.0,)
+    assert calls == ["report"]
+
+
 @pytest.mark.parametrize(
     "value",
     [

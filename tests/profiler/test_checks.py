@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from autoquant.candidates import A16, Candidate, Format, Kernel
 from autoquant.devices.cpu import CpuBackend
 from autoquant.devices.effort import TimingEffort
+from autoquant.profiler import checks
 from autoquant.profiler.arena import Arena
 from autoquant.profiler.timing import compare
 from autoquant.records import LinearShape
@@ -76,6 +78,32 @@ def lying(lie, **about):
 def test_a_kernel_that_stays_right_is_called_many_times_after_it_was_timed():
     assert lying(lambda _call, y: y).outcome == "ok"
     assert LIAR[0].calls > 200
+
+
+@pytest.mark.parametrize(
+    ("computes_s", "waits_s", "count"),
+    [(1e-4, 1e-3, 201), (1e-9, 0.05, 11), (1.0, 1.0, 5)],
+    ids=["busy machine", "waiting kernel", "slow kernel"],
+)
+def test_results_are_compared_for_a_time_that_others_do_not_shorten(
+    monkeypatch, computes_s, waits_s, count
+):
+    calls = []
+    clock = SimpleNamespace(
+        thread_time=lambda: len(calls) * computes_s,
+        perf_counter=lambda: len(calls) * (computes_s + waits_s),
+    )
+    monkeypatch.setattr(checks, "time", clock)
+    y = torch.ones(2, 2)
+    check = checks.ResultCheck(
+        run=lambda: calls.append(1) or [y],
+        eager=None,
+        expected=lambda: y,
+        dtype=torch.float32,
+        repeats=True,
+    )
+    assert check.after(0.05) == ""
+    assert len(calls) == count
 
 
 def test_a_kernel_that_is_right_only_at_first_is_incorrect():

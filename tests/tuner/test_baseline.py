@@ -9,7 +9,7 @@ from torch import nn
 import autoquant
 from autoquant.errors import ModelError, TextError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
-from autoquant.evaluators.text import TextParts
+from autoquant.evaluators.text import PARTS, TextParts
 from autoquant.models import ModelRequest, from_module, load_request
 from autoquant.tuner.baseline import check_baseline, check_reads_text
 
@@ -139,6 +139,13 @@ def test_a_weight_that_is_not_finite_is_named():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"weight model.layers.1.mlp.up_proj.weight is not finite"):
         checked(model)
+
+
+def test_the_losses_of_all_parts_are_kept_for_the_proofs():
+    quality = text_quality()
+    request, loaded = loaded_of(tiny_llama())
+    kept = check_baseline(request, loaded, quality, lambda _event: None)
+    assert kept == {part: quality.losses(loaded.module, part) for part in PARTS}
 
 
 def test_a_loss_of_the_users_own_must_be_finite_too():

@@ -14,6 +14,7 @@ from builders.space import make_ledger
 from autoquant.errors import HungError, KernelError, ProcessDiedError
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.profiler.timing_table import TimingTable
+from autoquant.records import RouteStep
 from autoquant.tuner.distrust import distrust
 from autoquant.tuner.workers.jobs import Checking
 
@@ -66,6 +67,44 @@ def test_no_kernel_is_to_blame_when_a_process_dies_after_the_checks(store):
 
     assert make_ledger(store, Dying()).prove(make_plan("a")) is None
     assert store.failed_proofs(STUDY) == {"a": "ProcessDiedError: it died"}
+
+
+def hanging(_plan):
+    raise HungError("it did not end within 600 s")
+
+
+def with_kernels(plan, *kernels):
+    """The plan with a layer for each (format, kernel)."""
+    layer = plan.layers[0]
+    layers = [
+        replace(
+            layer,
+            name=f"layer.{number}",
+            format=fmt,
+            route=(RouteStep(upper_m=None, kernel=kernel),),
+        )
+        for number, (fmt, kernel) in enumerate(kernels)
+    ]
+    return replace(plan, layers=tuple(layers))
+
+
+KNOWN, NEW, NEWER = ("bfloat16/plain", "matmul"), ("int8/plain", "fast"), ("int4/plain", "fast")
+
+
+def test_a_hang_after_the_checks_is_blamed_on_the_only_kernel_that_no_proven_plan_has(store):
+    make_ledger(store).prove(with_kernels(make_plan("o", kind="original"), KNOWN))
+    ledger = make_ledger(store, FakeRunner(prove=hanging))
+    with pytest.raises(KernelError, match=r"kernel int8/plain/fast in layer\.1: it did not end"):
+        ledger.prove(with_kernels(make_plan("a"), KNOWN, NEW))
+    assert set(store.failed_proofs(STUDY)) == {"a"}
+
+
+@pytest.mark.parametrize("kernels", [(KNOWN,), (NEW, NEWER)], ids=["no new one", "two new ones"])
+def test_a_hang_that_several_kernels_may_have_caused_fails_its_plan_alone(store, kernels):
+    make_ledger(store).prove(with_kernels(make_plan("o", kind="original"), KNOWN))
+    ledger = make_ledger(store, FakeRunner(prove=hanging))
+    assert ledger.prove(with_kernels(make_plan("a"), *kernels)) is None
+    assert store.failed_proofs(STUDY) == {"a": "HungError: it did not end within 600 s"}
 
 
 def test_only_the_unquantized_model_may_be_silent_for_as_long_as_it_likes(store):

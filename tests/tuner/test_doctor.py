@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from autoquant.candidates import survey
 from autoquant.devices.cpu import CpuBackend
 from autoquant.tuner import doctor
 from autoquant.tuner.doctor import examine
@@ -99,14 +100,26 @@ def test_little_room_and_memory_are_told(monkeypatch):
     assert "less than 1 GiB of memory is free" in whats(found)
 
 
-def test_a_busy_machine_and_an_unsteady_clock_are_told(monkeypatch):
+def test_an_unsteady_clock_is_told(monkeypatch):
+    monkeypatch.setattr(doctor, "_UNSTEADY", -1)
+    (unsteady,) = whats(examine("cpu"))
+    assert unsteady.startswith("the clock is unsteady")
+
+
+def test_a_busy_machine_is_told_and_its_clock_is_not_blamed(monkeypatch):
     SHARES[:] = [0.6]
     monkeypatch.setattr(doctor, "_UNSTEADY", -1)
-    busy, unsteady = whats(examine("cpu"))
+    (busy,) = whats(examine("cpu"))
     assert busy == "measured while others used 60% of the machine"
-    assert unsteady.startswith("the clock is unsteady")
 
 
 def test_a_machine_without_a_kernel_stops_a_search(monkeypatch):
     monkeypatch.setattr(doctor, "survey", lambda _type: [])
     assert not examine("cpu").works
+
+
+def test_a_machine_that_can_only_leave_models_unquantized_stops_a_search(monkeypatch):
+    floats = [each for each in survey("cpu") if each.format in ("bfloat16/plain", "float16/plain")]
+    monkeypatch.setattr(doctor, "survey", lambda _type: floats)
+    (problem,) = examine("cpu").problems
+    assert problem.stops and "no format but the unquantized ones" in problem.what

@@ -39,7 +39,13 @@ def test_losses_of_the_unquantized_model_are_handed_from_proof_to_proof(store, r
     ledger = make_ledger(store, runner)
     for plan_id in "ab":
         ledger.prove(make_plan(plan_id))
-    assert [job.selection for job in runner.jobs if isinstance(job, ProveJob)] == [(), (1.0, 2.0)]
+    handed = [job.reference for job in runner.jobs if isinstance(job, ProveJob)]
+    assert handed == [{}, {"selection": (1.0, 2.0)}]
+
+
+def test_losses_that_were_known_before_are_handed_to_the_first_proof(store, runner):
+    make_ledger(store, runner, reference={"report": (1.0,)}).prove(make_plan("a"))
+    assert runner.jobs[0].reference == {"report": (1.0,)}
 
 
 def test_a_failure_is_kept_with_its_reason_and_reported(store):

@@ -91,7 +91,7 @@ def setup(tmp_path, model, events):
     )
     store = open_store(db)
     put_study(store, settled.study_id, model=model.content_hash, workload=WORKLOAD, limits={})
-    yield SearchSetup.of(settled, store, events.append)
+    yield SearchSetup.of(settled, store, events.append, {})
     store.close()
 
 

@@ -83,14 +83,16 @@ def _lines(checkup: CheckupLines) -> Iterator[tuple[str, str]]:
     usable = (f"{values} ({len(kernels)})" for values, kernels in checkup.usable.items())
     yield "usable", f"{', '.join(usable)}; in brackets how many kernels"
     name = "not usable"
-    for reason, formats in checkup.unusable.items():
-        yield name, f"{_some(formats)}: {reason}"
+    for reason, kernels in checkup.unusable.items():
+        yield name, f"{_values(kernels)} ({len(kernels)}): {reason}"
         name = ""
     for problem in checkup.problems:
         yield "wrong" if problem.stops else "to know", f"{problem.what}: {problem.remedy}"
 
 
-def _some(names: Sequence[str]) -> str:
+def _values(kernels: Sequence[str]) -> str:
+    """Return the numbers that the weights of kernels are stored as, each once."""
+    names = list(dict.fromkeys(kernel.partition("/")[0] for kernel in kernels))
     if len(names) <= _MOST_NAMES:
         return ", ".join(names)
     return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoquant.errors import HungError, ProcessDiedError
+from autoquant.processes import computed_s
 
 if TYPE_CHECKING:
     from autoquant.tuner.workers.jobs import BenchSpec, Job
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 TOLD, DONE, RAISED, DIED = "told", "done", "raised", "died"
 WORKER = "autoquant.tuner.workers.worker"
 Result = TypeVar("Result")
+_LOOKS, _TIMES_AS_LONG = 8, 10
+_WAITS, _COMPUTES = 0.02, 0.5
+"""A silent job that computes for a share of the time between these is held up by other programs.
+
+Above, it has the CPU it wants; below, it waits for something that does not come.
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -45,15 +52,15 @@ class ForkingRunner:
 
         Raises:
             ProcessDiedError: A signal, or code that ended the process, stopped the job.
-            HungError: It gave no message for `job.silence_s`, and was ended.
+            HungError: It gave no message for `job.silence_s`, and was ended. It gets up to ten
+                times as long while others leave it little of the machine.
         """
         if self._process is None:
             self._connection = self._start()
         try:
             send(self._connection, job)
             while True:
-                if not self._connection.poll(job.silence_s):
-                    raise HungError(f"it did not end within {job.silence_s:.0f} s")
+                self._wait(job.silence_s)
                 kind, value = receive(self._connection)
                 if kind != TOLD:
                     break
@@ -70,6 +77,25 @@ class ForkingRunner:
             raise ProcessDiedError(f"its process was ended by {value}")
         result: Result = value
         return result
+
+    def _wait(self, silence_s: float | None) -> None:
+        """Wait for a message.
+
+        Raises:
+            HungError: There is none.
+        """
+        if self._connection.poll(silence_s) or silence_s is None:
+            return
+        assert self._process is not None
+        look_s = silence_s / _LOOKS
+        for _ in range(_LOOKS * (_TIMES_AS_LONG - 1)):
+            before_s = computed_s(self._process.pid)
+            if self._connection.poll(look_s):
+                return
+            share = (computed_s(self._process.pid) - before_s) / look_s
+            if not _WAITS < share < _COMPUTES:
+                break
+        raise HungError(f"it did not end within {silence_s:.0f} s")
 
     def close(self) -> None:
         """End the worker, and its child with it."""

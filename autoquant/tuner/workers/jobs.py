@@ -11,7 +11,7 @@ from autoquant.candidates import Candidate, Format, get_format
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.devices.memory import release_memory, trim_memory
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
-from autoquant.evaluators.quality import TextQuality
+from autoquant.evaluators.quality import ReferenceLosses, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
@@ -330,18 +330,17 @@ class ProveJob:
     """Proves a plan. Sends `Checking`.
 
     Attributes:
-        selection: The unquantized model's losses on the selection part, from an earlier proof;
-            empty before the first.
+        reference: The unquantized model's losses, as far as they are known.
     """
 
     needs_model: ClassVar[bool] = True
 
     plan: Plan
-    selection: tuple[float, ...]
+    reference: ReferenceLosses
     silence_s: float | None = None
 
-    def run(self, bench: Bench, tell: Tell) -> tuple[Proof, tuple[float, ...]]:
-        bench.prover.selection = bench.prover.selection or self.selection
+    def run(self, bench: Bench, tell: Tell) -> tuple[Proof, ReferenceLosses]:
+        bench.prover.reference = bench.prover.reference or self.reference
         told: list[Checking] = []
 
         def on_kernel(layer: str, format_id: str, kernel: str) -> None:
@@ -351,4 +350,4 @@ class ProveJob:
                 tell(checking)
 
         proof = bench.prover.prove(self.plan, on_kernel, lambda: tell(Checking()))
-        return proof, bench.prover.selection
+        return proof, bench.prover.reference

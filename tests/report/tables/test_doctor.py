@@ -28,7 +28,9 @@ class Checkup:
     device: str = "cpu"
     facts: dict = field(default_factory=lambda: {"machine": "Linux", "storage": "/long" * 30})
     usable: dict = field(default_factory=lambda: {"bfloat16": ["matmul"], "int8-row": ["a", "b"]})
-    unusable: dict = field(default_factory=lambda: {"needs a GPU": ["f1", "f2", "f3", "f4", "f5"]})
+    unusable: dict = field(
+        default_factory=lambda: {"needs a GPU": [f"f{i}/plain/x" for i in range(1, 6)]}
+    )
     clock: Clock = field(default_factory=Clock)
     problems: list = field(default_factory=list)
     works: bool = True
@@ -61,9 +63,14 @@ def test_the_verdict_comes_first():
 
 def test_long_lists_are_cut_and_counted():
     text = "\n".join(lines(Checkup(), 80))
-    assert "f1, f2, f3, f4 and 1 more: needs a GPU" in text
+    assert "f1, f2, f3, f4 and 1 more (5): needs a GPU" in text
     assert "bfloat16 (1), int8-row (2); in brackets how many kernels" in text
     assert "spread 1.2%, slowest 5% take 1.07 times as long" in text
+
+
+def test_kernels_of_the_same_numbers_share_a_name():
+    found = Checkup(unusable={"needs a GPU": ["f1/plain/x", "f1/tiled/y", "f2/plain/x"]})
+    assert "not usable  f1, f2 (3): needs a GPU" in "\n".join(lines(found, 80))
 
 
 def test_the_json_has_everything():

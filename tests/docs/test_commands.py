@@ -156,6 +156,7 @@ def follow(line, ids):
         Path(target).write_text(printed)
 
 
+@pytest.mark.slow  # a dozen whole searches
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_says_to_type_works(page, place):
     names = {}

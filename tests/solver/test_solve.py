@@ -10,7 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from autoquant.solver.solve import AdditiveProblem, fastest, front, smallest, undominated
 
-SEEDS = range(40)
+SEEDS = range(16)
 
 
 def random_problem(seed):
@@ -152,7 +152,7 @@ def test_nothing_is_smaller_than_the_smallest_within_an_impossible_budget():
 
 
 def test_among_equally_fast_solutions_none_is_better_in_loss_and_memory():
-    for seed in range(240):
+    for seed in range(80):
         problem = tied_problem(seed)
         solutions = every_solution(problem)
         found = np.array(problem.totals(fastest(problem)))
@@ -233,7 +233,7 @@ def test_a_layer_with_one_option_beside_others_uses_up_its_part_of_the_budget():
 
 
 def test_the_solver_prints_nothing(capfd):
-    for seed in range(20):
+    for seed in range(6):
         for make in (random_problem, tied_problem):
             problem = make(seed)
             fastest(problem, max_loss=0.01, max_memory=10**6)

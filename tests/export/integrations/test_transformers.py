@@ -225,6 +225,8 @@ def test_what_is_pushed_to_the_hub_is_what_save_pretrained_writes(
     monkeypatch.setattr(type(model), "_upload_modified_files", upload)
     monkeypatch.setattr("transformers.utils.hub.hf_api", Hub, raising=False)
     monkeypatch.setattr("transformers.utils.hub.create_repo", Hub().create_repo, raising=False)
+    card = huggingface_hub.ModelCard("---\ntags: []\n---\n")  # fetched from the hub otherwise
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
     model.push_to_hub("somebody/model")
     assert same(autoquant.load(tmp_path / "pushed"), expected)
 

@@ -60,7 +60,7 @@ def search(folder: Path, lies: list[str]) -> None:
         db=str(folder / "plan.db"),
         device="cpu",
         candidates=candidates,
-        time_budget_s=1,
+        time_budget_s=120,
         listener=lambda event: print(event.text, flush=True) if isinstance(event, Notice) else None,
     )
     print(f"\nended after {time.monotonic() - started:.0f} s\n")

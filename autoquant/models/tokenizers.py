@@ -48,10 +48,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
         for file in place.glob("*.json") if place.is_dir() else [place]:
             check_size(file)
         if place.is_dir():
-            return AutoTokenizer.from_pretrained(
+            words = AutoTokenizer.from_pretrained(
                 place, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        return PreTrainedTokenizerFast(tokenizer_file=str(place))
+        else:
+            words = PreTrainedTokenizerFast(tokenizer_file=str(place))
+        words("")  # settings of another type than they should have are found by use only
+        return words
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception

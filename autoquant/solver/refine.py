@@ -14,11 +14,13 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import inspect
 from sqlalchemy.engine import make_url
 
+from autoquant.errors import first_line
 from autoquant.files import one_at_a_time
 from autoquant.records import Objective, Plan, Proof
 from autoquant.solver.hypervolume import Growth
@@ -26,6 +28,7 @@ from autoquant.solver.planning import ProvenPlans
 from autoquant.solver.space import SearchSpace
 from autoquant.store import Store
 from autoquant.store.connect import folder_of
+from autoquant.store.integrity import damaged
 from autoquant.store.refused import BUSY_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -78,8 +81,9 @@ def proposals(
     if allowed is not None:
         limit = space.context.loss_map.summed(allowed)
         losses = [min(max(loss, limit / _BELOW_LIMIT), limit * _ABOVE_LIMIT) for loss in losses]
-    study = _open(storage_url, _study_name(space.context.study_id, minimize), seed)
-    _warm_start(study, known, _distributions(space, losses), minimize)
+    with _its_tables_whole(storage_url):
+        study = _open(storage_url, _study_name(space.context.study_id, minimize), seed)
+        _warm_start(study, known, _distributions(space, losses), minimize)
     seen = set(known)
     repeats = 0
     while repeats < _FAILED_TRIALS_IN_A_ROW:
@@ -167,9 +171,14 @@ def forget(store: Store, study_id: str) -> int | None:
     # Optuna would create its tables in order to look into them.
     if not inspect(store.engine).has_table("studies"):
         return None
+    url = store.engine.url.render_as_string(hide_password=False)
+    with _its_tables_whole(url):
+        return _forget(_storage(url), study_id)
+
+
+def _forget(storage: optuna.storages.RDBStorage, study_id: str) -> int | None:
     import optuna
 
-    storage = _storage(store.engine.url.render_as_string(hide_password=False))
     try:
         names = {_study_name(study_id, minimize) for minimize in get_args(Objective)}
         found = [
@@ -183,6 +192,20 @@ def forget(store: Store, study_id: str) -> int | None:
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+@contextmanager
+def _its_tables_whole(storage_url: str) -> Iterator[None]:
+    """Inside, what Optuna stumbles over is damage of its tables, which it does not check.
+
+    Raises:
+        StoreError: It stumbled.
+    """
+    try:
+        yield
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = f"what Optuna keeps there, {first_line(e)}"
+        raise damaged(make_url(storage_url).database, reason) from e
 
 
 def _study_name(study_id: str, minimize: Objective) -> str:

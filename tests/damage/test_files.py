@@ -196,6 +196,11 @@ def test_a_json_file_of_two_gigabytes_is_not_read(model, name):
     assert "2,147,483,648 bytes" in refused(ModelError, load_model, model)
 
 
+def test_a_tokenizer_whose_longest_text_is_no_number_is_refused(model):
+    change_json(model / "tokenizer_config.json", "model_max_length", to="many")
+    assert str(model) in refused(ModelError, load_tokenizer, str(model))
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", DEEP, '{"model": {"type": "BPE"}}'])
 def test_a_damaged_tokenizer_is_refused(model, text):
     (model / "tokenizer.json").write_text(text)

@@ -1,5 +1,6 @@
 """Removing a study with what Optuna keeps of it in the same database."""
 
+import contextlib
 import sqlite3
 
 import optuna
@@ -7,6 +8,7 @@ import pytest
 from builders.records import STUDY
 from builders.search import make_plan
 
+from autoquant.errors import StoreError
 from autoquant.study.remove import remove
 
 
@@ -53,6 +55,18 @@ def test_trials_of_every_objective_go(store, ask):
     optuna_study(store, f"{STUDY}-memory", trials=2)
     assert remove(store, STUDY).trials == 5
     assert ask("SELECT count(*) FROM studies") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    "damage", ["UPDATE trial_values SET objective = 3", "UPDATE alembic_version SET version_num = 'inf'"]
+)  # fmt: skip
+def test_damage_of_what_optuna_keeps_is_said_and_nothing_removed(store, tmp_path, damage):
+    optuna_study(store, STUDY, trials=2)
+    with contextlib.closing(sqlite3.connect(tmp_path / "plan.db")) as connection, connection:
+        connection.execute(damage)
+    with pytest.raises(StoreError, match=r"is damaged \(what Optuna keeps there"):
+        remove(store, STUDY)
+    assert store.studies() == [STUDY]
 
 
 def test_a_study_that_optuna_never_saw_leaves_optuna_alone(store, ask):

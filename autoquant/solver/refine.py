@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import inspect
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DatabaseError
 
-from autoquant.errors import first_line
+from autoquant.errors import StoreError, first_line
 from autoquant.files import one_at_a_time
 from autoquant.records import Objective, Plan, Proof
 from autoquant.solver.hypervolume import Growth
@@ -28,8 +29,8 @@ from autoquant.solver.planning import ProvenPlans
 from autoquant.solver.space import SearchSpace
 from autoquant.store import Store
 from autoquant.store.connect import folder_of
-from autoquant.store.integrity import damaged
-from autoquant.store.refused import BUSY_TIMEOUT_S
+from autoquant.store.integrity import damaged, is_damage
+from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
 
 if TYPE_CHECKING:
     import optuna
@@ -74,7 +75,6 @@ def proposals(
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     losses = [_summed(plan) for plan, _ in known.values() if _summed(plan) > 0]
     if not losses:
         return
@@ -154,6 +154,7 @@ def _storage(storage_url: str) -> optuna.storages.RDBStorage:
     """Open Optuna's storage, which makes its tables if there are none."""
     import optuna
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = make_url(storage_url)
     if url.get_backend_name() != "sqlite" or not url.database:
         return optuna.storages.RDBStorage(storage_url)
@@ -199,13 +200,20 @@ def _its_tables_whole(storage_url: str) -> Iterator[None]:
     """Inside, what Optuna stumbles over is damage of its tables, which it does not check.
 
     Raises:
-        StoreError: It stumbled.
+        StoreError: It stumbled, or the database refused a statement.
     """
+    from optuna.exceptions import StorageInternalError
+
+    place = make_url(storage_url).database
     try:
         yield
+    except StorageInternalError as error:
+        refused = error.__cause__
+        if isinstance(refused, DatabaseError) and not is_damage(refused):
+            raise StoreError(refusal(refused, place)) from error
+        raise damaged(place, f"what Optuna keeps there, {first_line(refused or error)}") from error
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        reason = f"what Optuna keeps there, {first_line(e)}"
-        raise damaged(make_url(storage_url).database, reason) from e
+        raise damaged(place, f"what Optuna keeps there, {first_line(e)}") from e
 
 
 def _study_name(study_id: str, minimize: Objective) -> str:

@@ -58,7 +58,7 @@ def test_trials_of_every_objective_go(store, ask):
 
 
 @pytest.mark.parametrize(
-    "damage", ["UPDATE trial_values SET objective = 3", "UPDATE alembic_version SET version_num = 'inf'"]
+    "damage", ["UPDATE trial_values SET objective = 3", "UPDATE alembic_version SET version_num = 'inf'", "UPDATE trial_params SET distribution_json = CAST(x'7BFFFF7D' AS TEXT)"]
 )  # fmt: skip
 def test_damage_of_what_optuna_keeps_is_said_and_nothing_removed(store, tmp_path, damage):
     optuna_study(store, STUDY, trials=2)

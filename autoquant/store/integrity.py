@@ -21,6 +21,8 @@ def check_integrity(connection: sqlite3.Connection, path: os.PathLike[str]) -> N
     try:
         finding = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
         orphan = connection.execute("PRAGMA foreign_key_check").fetchone()
+    except UnicodeDecodeError as error:  # SQLite names what is damaged, and the name is, too
+        raise damaged(path, "its schema holds bytes that are no text") from error
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
             raise StoreError(f"cannot read {path}: {error}") from error

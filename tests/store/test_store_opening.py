@@ -359,3 +359,13 @@ def test_a_url_opens_the_same_database(path):
 def test_a_missing_database_by_url_stays_missing_where_none_is_to_be_made(path):
     refusal(f"sqlite:///{path}", create=False)
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_schema_whose_names_are_no_text_is_damage(tmp_path):
+    path = tmp_path / "plan.db"
+    open_store(path).close()
+    whole = path.read_bytes()
+    assert whole.count(b"CREATE TABLE device") == 1
+    path.write_bytes(whole.replace(b"CREATE TABLE device", b"CREATE TABLE \xf4evice"))
+    with pytest.raises(StoreError, match="is damaged"):
+        open_store(path)

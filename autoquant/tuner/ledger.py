@@ -104,17 +104,21 @@ class ProofLedger:
         """Check whether so many further proofs, and the delivery, fit into the time budget."""
         return self.budget.left_s() >= self.least_s(proofs)
 
-    def prove_if_time(self, plan: Plan, *, before: int = 0) -> Proof | None:
-        """Prove a plan if there is time for it, or leave it out.
+    def has_ended(self, plan: Plan) -> bool:
+        """Check whether a plan was proven, or could not be."""
+        return plan.plan_id in self.proofs or plan.plan_id in self.failures
+
+    def prove_if_time(self, plan: Plan, *, before: int = 0) -> bool:
+        """Prove a plan if there is time for it, or leave it out; return whether there was.
 
         Args:
             before: So many other plans are worth more, and need their time first.
         """
-        known = plan.plan_id in self.proofs or plan.plan_id in self.failures
-        if known or self.has_time(1 + before):
-            return self.prove(plan)
+        if self.has_ended(plan) or self.has_time(1 + before):
+            self.prove(plan)
+            return True
         self.left_out.append(plan.label)
-        return None
+        return False
 
     def prove(self, plan: Plan) -> Proof | None:
         """Prove a plan unless it is known how that ends.
@@ -125,7 +129,7 @@ class ProofLedger:
         Raises:
             KernelError: A kernel of the plan is wrong, or ended the process when it was checked.
         """
-        if plan.plan_id in self.proofs or plan.plan_id in self.failures:
+        if self.has_ended(plan):
             return self.proofs.get(plan.plan_id)
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
@@ -208,7 +212,7 @@ class ProofLedger:
         same = self.plans.get(plan.plan_id)
         if same is not None and same.kind != kind:
             self.leave_out(kind, f"the same as plan {same.plan_id} ({same.label})")
-        elif self.prove_if_time(plan, before=before) is None and plan.label in self.left_out:
+        elif not self.prove_if_time(plan, before=before):
             self.leave_out(kind, "the time budget is spent")
 
     def leave_out(self, kind: PlanKind, reason: str) -> None:

@@ -81,8 +81,8 @@ def prove_references(
         predicted = scale.predicted(heuristic, sites, scaled.context)
         ledger.prove_baseline("heuristic", predicted, before=_OWN_PLANS)
         references.append(heuristic)
-    known = {plan.plan_id for plan in references} & {*ledger.proofs, *ledger.failures}
-    return Referenced(scaled, frozenset(known), allowed)
+    ended = frozenset(plan.plan_id for plan in references if ledger.has_ended(plan))
+    return Referenced(scaled, ended, allowed)
 
 
 def _tell_what_fits(ledger: ProofLedger) -> None:
@@ -96,7 +96,7 @@ def _tell_what_fits(ledger: ProofLedger) -> None:
         )
         ledger.listener(Notice(text))
         return
-    count = int(left_s / ledger.proof_s - ledger.least_s(0) / ledger.proof_s)
+    count = int((left_s - ledger.least_s(0)) / ledger.proof_s)
     ledger.listener(
         Notice(
             f"{left_s:.0f} s of {limit_s:.0f} are left, a proof takes about {ledger.proof_s:.0f}:"
@@ -155,9 +155,8 @@ def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> 
         ledger.prove_if_time(plan)
     if ledger.left_out:
         names = ", ".join(dict.fromkeys(ledger.left_out))
-        ledger.listener(
-            Notice(f"not proven, for want of time: {names}; a longer --time-budget does")
-        )
+        text = f"not proven, for want of time: {names}; a longer --time-budget proves them"
+        ledger.listener(Notice(text))
     summary = f"{len(ledger.proofs)} plans proven, {len(ledger.failures)} failed"
     ledger.listener(StageFinished("prove", summary))
 

@@ -267,9 +267,11 @@ def _unbeaten(partial: Matrix) -> Indices:
     order = np.argsort(partial[:, 2], kind="stable")
     for part in np.array_split(order, math.isqrt(len(order))):
         at = np.searchsorted(weights, partial[part, 1], side="right") - 1
-        part = part[(at < 0) | (np.append(costs, np.inf)[at] > partial[part, 0])]
+        # Before the first weight (-1) stands infinity, which is last.
+        part = part[np.concatenate((costs, [np.inf]))[at] > partial[part, 0]]
         kept.append(part)
-        weights, costs = np.append(weights, partial[part, 1]), np.append(costs, partial[part, 0])
+        weights = np.concatenate((weights, partial[part, 1]))
+        costs = np.concatenate((costs, partial[part, 0]))
         order = np.lexsort((costs, weights))
         order = order[_steps(costs[order])]
         weights, costs = weights[order], costs[order]
@@ -278,7 +280,8 @@ def _unbeaten(partial: Matrix) -> Indices:
 
 def _steps(costs: Vector) -> Indices:
     """Return where each cost is less than all before it."""
-    return np.flatnonzero(np.diff(np.minimum.accumulate(costs), prepend=np.inf) < 0)
+    before = np.concatenate(([np.inf], np.minimum.accumulate(costs)[:-1]))
+    return np.flatnonzero(costs < before)
 
 
 @contextmanager

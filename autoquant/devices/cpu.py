@@ -22,6 +22,7 @@ class CpuBackend(Backend):
     """The CPU, with all its threads."""
 
     type = "cpu"
+    divisions = ("parts", "regions", "whole")
     forks = True
     replays_steps = True
     repeats = True

@@ -81,7 +81,7 @@ class TextQuality:
     def __init__(self, parts: TextParts, device: str, *, keep_reference: bool = False) -> None:
         self.parts = parts
         self.key = parts.key
-        self._device = device
+        self._device, self._keep_reference = device, keep_reference
         self._kept: dict[tuple[Part, int], KeptTensor] = {}
         if keep_reference:
             compared: tuple[Part, ...] = ("report", "selection")
@@ -89,6 +89,14 @@ class TextQuality:
                 (part, number) for part in compared for number in range(len(parts.windows[part]))
             ]
             self._kept = {window: KeptTensor(_KEPT_BYTES // len(windows)) for window in windows}
+
+    def anew(self) -> TextQuality:
+        """Return the same measure, which has kept nothing yet."""
+        return TextQuality(self.parts, self._device, keep_reference=self._keep_reference)
+
+    def window_tokens(self) -> int:
+        """Return the tokens of every window."""
+        return self.parts.windows["report"].shape[1]
 
     def windows(self, part: Part) -> Iterator[torch.Tensor]:
         """Yield the token ids `[1, tokens]` of each window."""

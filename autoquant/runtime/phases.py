@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +31,8 @@ class Phases(Protocol):
             `limit(phase)` calls may follow a reset.
         run_eager: As `run`, but never compiled.
         run_launched: As `run`, but without a CUDA graph: each kernel is launched by itself.
+        compiled_prompt: Return what gives the logits of whole windows by the compiled prefill, or
+            None if there is none that can.
     """
 
     workload: Workload
@@ -45,6 +46,23 @@ class Phases(Protocol):
     def run_launched(self, phase: str) -> torch.Tensor: ...
 
     def limit(self, phase: str) -> int: ...
+
+    def compiled_prompt(self) -> CompiledPrompt | None: ...
+
+
+class CompiledPrompt(nn.Module):
+    """Maps token ids `[1, tokens]` to logits `[1, tokens, vocabulary]`.
+
+    Attributes:
+        tokens: It takes windows of that length only: its parts are compiled for them.
+    """
+
+    def __init__(self, tokens: int, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.tokens, self._run = tokens, run
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._run(ids)
 
 
 def make_phases(
@@ -157,6 +175,9 @@ class _ForwardPhases:
     def run_launched(self, phase: str) -> torch.Tensor:
         return self.run(phase)
 
+    def compiled_prompt(self) -> CompiledPrompt | None:
+        return None
+
 
 class _CausalPhases:
     """Prefill and decode of a Hugging Face causal language model with a static cache."""
@@ -182,15 +203,23 @@ class _CausalPhases:
         self._eager = self._launched = self._forward = _step_of(module, self._cache)
         # Makes the cache's tensors, so that compiled code finds them ready.
         self._step(self._eager, 1)
+        self._in_parts: nn.Module | None = None
         if compiled:
-            # A sliding cache branches on how far it is filled, and a graph replays one branch.
-            sliding = any(layer.is_sliding for layer in self._cache.layers)
-            graphed = backend(device).graphs and not sliding
-            in_parts = graphed and division == "parts" and any(repeated_blocks(module))
-            compiled_step = _in_parts if in_parts else partial(_in_one_piece, division)
-            self._launched = self._forward = compiled_step(module, self._cache)
-            if graphed:
-                self._forward = backend(device).graphed(self._launched, self._lengths)
+            self._compile(module, division)
+
+    def _compile(self, module: nn.Module, division: Division) -> None:
+        # A sliding cache branches on how far it is filled. What is traced, or replayed as a graph,
+        # has one branch.
+        steady = not any(layer.is_sliding for layer in self._cache.layers)
+        if steady and division == "parts" and any(repeated_blocks(module)):
+            self._in_parts = compile_parts(ready_to_compile(module, regions=False))
+            self._forward = as_if_compiled()(_step_of(self._in_parts, self._cache))
+        else:
+            ready = ready_to_compile(module, regions=division != "whole")
+            self._forward = compile_forward(_step_of(ready, self._cache))
+        self._launched = self._forward
+        if steady and backend(self._device).graphs:
+            self._forward = backend(self._device).graphed(self._launched, self._lengths)
 
     def reset(self, phase: str) -> None:
         self._cache.reset()
@@ -211,15 +240,36 @@ class _CausalPhases:
     def run_launched(self, phase: str) -> torch.Tensor:
         return self._step(self._launched, self._tokens(phase))
 
+    def compiled_prompt(self) -> CompiledPrompt | None:
+        # On a GPU eager windows take a moment, and graphs hold what a prompt computes with.
+        if self._in_parts is None or self.workload.batch > 1 or backend(self._device).graphs:
+            return None
+        whole = as_if_compiled()(_step_of(self._in_parts, self._cache, keep=0))
+        given = torch.zeros_like(self._ids)  # with the strides that parts were compiled for
+
+        def run(ids: torch.Tensor) -> torch.Tensor:
+            self.reset("prefill")
+            given[:, : self._prompt] = ids
+            return self._step(whole, self._prompt, given)
+
+        return CompiledPrompt(self._prompt, run)
+
     def _tokens(self, phase: str) -> int:
         return 1 if phase == "decode" else self._prompt
 
-    def _step(self, forward: Callable[..., torch.Tensor], tokens: int) -> torch.Tensor:
+    def _step(
+        self,
+        forward: Callable[..., torch.Tensor],
+        tokens: int,
+        ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the next tokens of `ids` (None: of the workload's)."""
+        ids = self._ids if ids is None else ids
         start, end = self._position, self._position + tokens
         self._position = end
         positions = torch.arange(start, end, device=self._device).unsqueeze(0)
         with torch.no_grad():
-            return forward(self._ids[:, start:end], positions)
+            return forward(ids[:, start:end], positions)
 
     def _lengths(self) -> list[torch.Tensor]:
         """Return what a step advances: how far each layer's cache is filled."""
@@ -233,30 +283,18 @@ def _pass_of(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _step_of(module: nn.Module, cache: Any) -> _Step:
+def _step_of(module: nn.Module, cache: Any, keep: int = 1) -> _Step:
+    """Return a step that gives the logits of the last `keep` tokens; 0: of all."""
+
     def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         output = module(
             input_ids=ids,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
         logits: torch.Tensor = output.logits
         return logits
-
-    return forward
-
-
-def _in_one_piece(division: Division, module: nn.Module, cache: Any) -> _Step:
-    return compile_forward(_step_of(ready_to_compile(module, regions=division != "whole"), cache))
-
-
-def _in_parts(module: nn.Module, cache: Any) -> _Step:
-    step = _step_of(compile_parts(ready_to_compile(module, regions=False)), cache)
-
-    def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with as_if_compiled():
-            return step(ids, positions)
 
     return forward

@@ -17,14 +17,14 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
 from autoquant.devices import backend
 from autoquant.devices.memory import release_memory
-from autoquant.evaluators.quality import Comparison, Quality, ReferenceLosses
+from autoquant.evaluators.quality import Comparison, Quality, ReferenceLosses, TextQuality
 from autoquant.export.applier import Quantized, apply, module_bytes
 from autoquant.export.kernel_check import KernelsInModel, OnKernel, ignore_kernel
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.models.copies import shallow_copy
-from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload
+from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload, route_kernel
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import RequestTimes, make_warm, time_requests
 
@@ -47,6 +47,8 @@ class Prover:
     reference: ReferenceLosses = field(default_factory=dict)
     calibration: Calibration | None = None
     _original: tuple[Phases, str] | None = None
+    _compiled_quality: TextQuality | None = None
+    _compiled_reference: ReferenceLosses = field(default_factory=dict)
     _quantized: Quantized = field(default_factory=Quantized)
 
     def prove(
@@ -75,10 +77,10 @@ class Prover:
         self._check_kernels(module, on_kernel)
         on_checked()
         release_memory()
-        report, selection = self._compare(module, plan)
-        self.reference = {"report": report.reference, "selection": selection.reference}
+        phases, note = self._phases(module, plan)
+        report, selection = self._compare(module, plan, phases)
         release_memory()
-        times, notes = self._time(module, plan)
+        times, notes = self._time(phases, note)
         calls = self.workload.calls()
         request_ms, original_ms = times.request_ms(calls)
         logarithmic = self.quality.logarithmic
@@ -118,26 +120,51 @@ class Prover:
                 phases.reset(phase.name)
                 phases.run_eager(phase.name)
 
-    def _compare(self, module: nn.Module, plan: Plan) -> tuple[Comparison, Comparison]:
+    def _compare(
+        self, module: nn.Module, plan: Plan, phases: Phases
+    ) -> tuple[Comparison, Comparison]:
         """Return the losses on the report and on the selection part."""
+        if compared := self._compared_compiled(plan, phases):
+            return compared
         original = self.loaded.module
-        compared = original if plan.kind == "original" else module
+        compared_module = original if plan.kind == "original" else module
         # Windows have other m than the workload, and their speed does not matter: tune nothing.
         with worst_numerics(module, plan), untuned():
-            report, selection = (
-                self.quality.compare(compared, original, part, self.reference.get(part, ()))
-                for part in ("report", "selection")
-            )
+            report, selection = _compare(self.quality, compared_module, original, self.reference)
+        self.reference = _losses_of_reference(report, selection)
         return report, selection
 
-    def _time(self, module: nn.Module, plan: Plan) -> tuple[RequestTimes, list[str]]:
+    def _compared_compiled(
+        self, plan: Plan, phases: Phases
+    ) -> tuple[Comparison, Comparison] | None:
+        """Compare by compiled prompts, which are quicker; None if windows are no such prompts.
+
+        The unquantized model is compiled too, since compiled code rounds less often. So it is known
+        apart from what it loses when it runs eagerly.
+        """
+        if plan.kind == "original" or not isinstance(self.quality, TextQuality):
+            return None
+        prompt, original = phases.compiled_prompt(), self._original_phases()[0].compiled_prompt()
+        if prompt is None or original is None or prompt.tokens != self.quality.window_tokens():
+            return None
+        if not prompts_lose_most(plan, prompt.tokens):
+            return None
+        if self._compiled_quality is None:
+            self._compiled_quality = self.quality.anew()
+        compared = _compare(self._compiled_quality, prompt, original, self._compiled_reference)
+        self._compiled_reference = _losses_of_reference(*compared)
+        return compared
+
+    def _time(self, phases: Phases, note: str) -> tuple[RequestTimes, list[str]]:
         """Time the plan and the unquantized model in turn; return notes on how they ran, too."""
         original, original_note = self._original_phases()
-        phases, note = original, original_note
-        if plan.kind != "original":
-            phases, note = self._warm_phases(module)
         times = time_requests(phases, original, self.device)
         return times, [times.note, note, original_note]
+
+    def _phases(self, module: nn.Module, plan: Plan) -> tuple[Phases, str]:
+        """Return the phases of a plan, ready to be timed, and a note on how they were compiled."""
+        original = self._original_phases()
+        return original if plan.kind == "original" else self._warm_phases(module)
 
     def _original_phases(self) -> tuple[Phases, str]:
         if self._original is None:
@@ -154,6 +181,30 @@ class Prover:
         )
         with kernels_kept(self.device):
             return make_warm(make, backend(self.device).divisions)
+
+
+def _compare(
+    quality: Quality, module: nn.Module, original: nn.Module, reference: ReferenceLosses
+) -> tuple[Comparison, Comparison]:
+    report, selection = (
+        quality.compare(module, original, part, reference.get(part, ()))
+        for part in ("report", "selection")
+    )
+    return report, selection
+
+
+def _losses_of_reference(report: Comparison, selection: Comparison) -> ReferenceLosses:
+    return {"report": report.reference, "selection": selection.reference}
+
+
+def prompts_lose_most(plan: Plan, tokens: int) -> bool:
+    """Check that prompts of so many tokens compute with the numerics that the losses stand for."""
+    for layer in plan.layers:
+        activation = Numerics.parse(layer.numerics).activation
+        kernel = get_format(layer.format).kernel(route_kernel(layer.route, tokens))
+        if kernel.numerics != activation:
+            return False
+    return True
 
 
 @contextmanager

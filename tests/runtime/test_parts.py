@@ -9,12 +9,13 @@ from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 from torch._dynamo.utils import counters
 
+from autoquant.evaluators.quality import next_token_logits
 from autoquant.models.copies import shallow_copy
 from autoquant.records import Workload
 from autoquant.runtime import parts
 from autoquant.runtime.compiled import ready_to_compile
 from autoquant.runtime.parts import compile_parts
-from autoquant.runtime.phases import _in_parts, make_phases
+from autoquant.runtime.phases import make_phases
 from runtime.test_compiled import (
     INT8,
     INT8_DEQUANTIZED,
@@ -68,7 +69,8 @@ def deep_llama(layers):
 def steps(module):
     """What each phase gives, in parts and as the model itself gives it, with how far the cache was filled after each."""
     phases = make_phases(as_loaded(module), WORKLOAD)
-    step = _in_parts(module, phases._cache)
+    phases._compile(module, "parts")
+    step = phases._forward
     found = []
     for phase in WORKLOAD.phases:
         for _ in range(2):  # traced, then run again
@@ -255,3 +257,35 @@ def test_the_compiler_finds_on_disk_what_an_earlier_process_compiled(monkeypatch
         )
     (compiled, _), again = found
     assert compiled > 0 and again == (0, compiled)
+
+
+def prompt_of(module, workload=WORKLOAD, **options):
+    options = {"compiled": True, "division": "parts", **options}
+    return make_phases(as_loaded(module), workload, **options).compiled_prompt()
+
+
+def test_a_compiled_prompt_gives_all_logits_of_every_window(graphs):
+    module = deep_llama(3)
+    quantize(module.model.layers[1].mlp.up_proj, INT8)
+    prompt = prompt_of(module)
+    assert prompt.tokens == 4
+    for ids in (torch.tensor([[1, 5, 2, 7]]), torch.tensor([[9, 3, 3, 4]])):
+        expected = next_token_logits(module, ids)
+        torch.testing.assert_close(next_token_logits(prompt, ids), expected, rtol=0.05, atol=0.05)
+
+
+def test_windows_compile_nothing_but_what_only_the_last_token_went_through(graphs):
+    phases = make_phases(as_loaded(deep_llama(3)), WORKLOAD, compiled=True, division="parts")
+    phases.reset("prefill")
+    phases.run("prefill")
+    before = len(graphs)
+    phases.compiled_prompt()(torch.tensor([[1, 5, 2, 7]]))
+    assert len(graphs) == before + 1  # the head
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compiled": False}, {"division": "regions"}, {"workload": Workload.parse("prefill=4", 2)}],
+)
+def test_only_single_prompts_in_parts_read_windows(options):
+    assert prompt_of(deep_llama(2), **options) is None

@@ -126,7 +126,6 @@ def measure(
                 m,
                 [by_id[subject.candidate] for subject in cell],
                 arena=arena,
-                device=place.device,
                 compiled=place.hardware.versions.get("compiler") != "none",
                 decided=decided,
                 on_candidate=partial(_tell, listener, done, on_candidate),

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from autoquant.candidates import get_format
+from autoquant.candidates import candidate_of
 from autoquant.candidates.kernels.caches import (
     load_tuning,
     save_tuning,
@@ -209,15 +209,13 @@ def _work(
             continue
         subject, tune = work
         started = time.monotonic()
-        fmt = get_format(subject.format)
         try:
             if linear is None or (linear.shape, linear.m) != (subject.shape, subject.m):
                 linear = None  # frees its memory first
                 linear = LinearToTime(subject.shape, subject.m, device_name)
+            candidate = candidate_of(subject)
             with nullcontext() if tune else untuned():
-                measurement, stored = try_out(
-                    subject, fmt, fmt.kernel(subject.kernel), linear, compiled=compiled
-                )
+                measurement, stored = try_out(subject, candidate, linear, compiled=compiled)
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
             raise_if_full(error)
             reason = first_line(error, with_type=True)

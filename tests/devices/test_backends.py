@@ -100,10 +100,12 @@ def test_linears_are_timed_on_a_new_kind_of_device(meta, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda _tensor: 0.0)  # nothing to compare
     shape = LinearShape(n=8, k=8, bias=False, dtype="float32")
     arena = SimpleNamespace(
-        bytes=torch.empty(64, dtype=torch.uint8), views=lambda tensors: [list(tensors)]
+        device="meta",
+        bytes=torch.empty(64, dtype=torch.uint8),
+        views=lambda tensors: [list(tensors)],
     )
     (found,) = compare(
-        shape, 1, [Candidate(fmt, kernel)], arena=arena, device="meta", compiled=False, effort=SMALL
+        shape, 1, [Candidate(fmt, kernel)], arena=arena, compiled=False, effort=SMALL
     )
     assert found.outcome == "ok" and len(found.samples_us) == 4, found.reason
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from autoquant.candidates import Candidate, Format, get_format
+from autoquant.candidates import Format, candidate_of, get_format
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.devices.memory import release_memory, trim_memory
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
@@ -217,10 +217,7 @@ class ProfileJob:
         return timing_effort().candidate_limit_s
 
     def run(self, bench: Bench, tell: Tell) -> None:
-        formats = {
-            (subject.format, subject.kernel): get_format(subject.format)
-            for subject in self.subjects
-        }
+        candidates = {subject.candidate: candidate_of(subject) for subject in self.subjects}
 
         def on_measured(measurements: Sequence[Measurement]) -> None:
             tell(Timed(tuple(measurements)))
@@ -228,7 +225,7 @@ class ProfileJob:
 
         measure(
             self.subjects,
-            [Candidate(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
+            list(candidates.values()),
             Place(
                 device=bench.device,
                 hardware=self.hardware,

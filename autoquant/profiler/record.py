@@ -34,7 +34,8 @@ def _attention_flops(
 ) -> int:
     """Count the operations of two matrix products, as PyTorch does for other attention."""
     batch, heads, rows, width = query.shape
-    return int(2 * batch * heads * rows * key.shape[-2] * (width + value.shape[-1]))
+    tokens, value_width = key.shape[-2], value.shape[-1]
+    return int(2 * batch * heads * rows * tokens * (width + value_width))
 
 
 _attention_flops._get_raw = True  # type: ignore[attr-defined]

@@ -216,8 +216,9 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
 def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bool:
     with torch.no_grad():
         logits = model(before.to(next(model.parameters()).device)).logits[0, -1].float()
-    gap = (logits[ours] - logits[theirs]).abs() / (logits.max() - logits.mean()).clamp(min=1e-30)
-    return bool(gap <= MAX_RELATIVE_ERROR)
+    gap = (logits[ours] - logits[theirs]).abs()
+    height = (logits.max() - logits.mean()).clamp(min=1e-30)
+    return bool(gap / height <= MAX_RELATIVE_ERROR)
 
 
 @dataclass(frozen=True, slots=True)

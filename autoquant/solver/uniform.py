@@ -70,4 +70,8 @@ def _group_can_have(space: SearchSpace, layer: Sequence[LayerChoice], format_id:
     """Check whether all layers that get the same format as this one can have it."""
     group = space.context.bound.group_of(layer[0].name)
     members = [other for other in space.options if other[0].name in group] if group else []
-    return all(any(c.format == format_id and not c.joined for c in other) for other in members)
+    for member in members:
+        alone = [choice.format for choice in member if not choice.joined]
+        if format_id not in alone:
+            return False
+    return True

@@ -24,8 +24,10 @@ Each entry holds for up to so many tiles for each multiprocessor (0: any).
 
 def setting_of(settings: Settings, n: int, m: int, processors: int) -> Setting:
     """Return the setting for `[m, k]` times a weight `[n, k]` on so many multiprocessors."""
-    few, many = next(both for most, *both in settings if not most or n <= 16 * most * processors)
-    return few if m <= ROWS_OF_A_PRODUCT else many
+    for most, few, many in settings:
+        if most == 0 or n <= 16 * most * processors:
+            return few if m <= ROWS_OF_A_PRODUCT else many
+    raise ValueError("the last entry of settings holds for any number of tiles")
 
 
 def multiply_rows(

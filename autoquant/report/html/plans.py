@@ -200,8 +200,9 @@ def type_times_ms(plan: Plan, grid: LayerGrid, workload: Workload) -> dict[str, 
     times = {phase.name: [0.0] * len(grid.rows) for phase in workload.phases}
     calls = workload.calls()
     for layer in plan.layers:
+        row, _block = grid.places[layer.name]
         for phase, latency_us in layer.latency_us.items():
-            times[phase][grid.places[layer.name][0]] += calls[phase] * latency_us / 1e3
+            times[phase][row] += calls[phase] * latency_us / 1e3
     return times
 
 

@@ -103,7 +103,11 @@ class Speeds:
             ("original", *_cells(self.models[1])),
             ("times faster", "", *faster),
         ]
-        return [f"{name:<12}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
+        lines = []
+        for name, *cells in rows:
+            columns = "".join(f"{cell:>13}" for cell in cells)
+            lines.append(f"{name:<12}{columns}")
+        return lines
 
     def _how_timed(self) -> str:
         ours, theirs = (speed.new_tokens for speed in self.models)

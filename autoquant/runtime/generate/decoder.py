@@ -268,4 +268,7 @@ class Decoder:
 def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
     """Return `[batch, tokens]` made `size` tokens long by repeating the last one."""
     missing = size - tensor.shape[1]
-    return torch.cat((tensor, tensor[:, -1:].expand(-1, missing)), dim=1) if missing > 0 else tensor
+    if missing <= 0:
+        return tensor
+    repeated = tensor[:, -1:].expand(-1, missing)
+    return torch.cat((tensor, repeated), dim=1)

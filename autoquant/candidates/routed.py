@@ -141,7 +141,7 @@ def multiply(
 
 
 class _WithGradient(torch.autograd.Function):
-    """A product by a kernel, of which most round the activation or have no derivative."""
+    """A product with a gradient, which kernels lack: most round the activation."""
 
     @staticmethod
     def forward(

@@ -38,7 +38,7 @@ def undisturbed_roofline(
         cache_bytes: See `measure_roofline`.
         on_measured: Takes the roofline if nothing disturbed it. What was disturbed is only
             returned, with a notice.
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
     """
     effort = effort or timing_effort()
     listener(StageStarted(_STAGE, 1))
@@ -70,7 +70,7 @@ def measure_roofline(
 
     Args:
         cache_bytes: Size of the last-level cache, which the copy must not fit into.
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
     """
     effort, place = effort or timing_effort(), backend(device)
     side = min(place.product_side, effort.largest_product)

@@ -28,7 +28,7 @@ class ListedShapes:
 
     Attributes:
         names: The names of each.
-        rows: The m of those that give theirs.
+        rows: The m of the shapes that list their own.
     """
 
     names: NamedShapes

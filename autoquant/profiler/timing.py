@@ -69,7 +69,7 @@ def compare(
         decided: Outcomes that are known already: these candidates are not prepared.
         on_candidate: Takes each candidate when its preparation starts, and None when that of the
             last has ended.
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
 
     Returns:
         One measurement per candidate, in order. One that is unsupported, wrong or fails says why.

@@ -241,7 +241,7 @@ def time_user_loops(
     Rounds go on until every ratio is known well enough, within the limits of the effort.
 
     Args:
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
 
     Returns:
         Times of each, and a note if other programs disturbed them.

@@ -48,8 +48,8 @@ def uniform_choice(
 ) -> LayerChoice:
     """Return a layer's fastest option of a format and numerics.
 
-    A layer that cannot have the format, or one of whose group cannot, gets its first format: the
-    unquantized one, unless a constraint bars that.
+    A layer gets its first format if it cannot have this one, or if another layer of its group
+    cannot. That is the unquantized one, unless a constraint bars it.
     """
     fmt, numerics = key
     context = space.context

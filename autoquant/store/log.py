@@ -44,7 +44,7 @@ def _journal(engine: Engine, setting: str = "") -> str:
 
 
 def _check_values(engine: Engine) -> None:
-    """Read every row: each is checked as it is loaded, and those of a study beside it."""
+    """Read every row. Each is checked as it is loaded, and then against its study."""
     with Session(engine) as session:
         studies = select(StudyRow.id, StudyRow.workload)
         workloads = {study_id: workload for study_id, workload in session.execute(studies)}

@@ -166,7 +166,7 @@ def check_in_study(row: Base, workloads: Mapping[str, Workload]) -> None:
         workloads: What each study is for, by its id.
 
     Raises:
-        BadValueError: Its study has them not.
+        BadValueError: The study has other phases.
     """
     if isinstance(row, PlanRow):
         plan_from(row, workloads[row.study_id])

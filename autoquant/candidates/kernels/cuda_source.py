@@ -83,7 +83,7 @@ class _Slots(threading.local):
     """Memory for the arguments of a launch, for each thread.
 
     Attributes:
-        values: Each argument in eight bytes, of which the driver reads as many as it has.
+        values: Each argument in eight bytes. The driver reads as many of them as the argument has.
         address: Of the pointers to them, as `cuLaunchKernel` takes them.
     """
 

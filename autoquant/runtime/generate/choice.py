@@ -131,7 +131,7 @@ class Choice:
     def start(
         self, rule: Rule, first: torch.Tensor, unfinished: torch.Tensor, earliest: int
     ) -> None:
-        """Begin a call of `generate` whose first tokens `[batch]` were chosen otherwise.
+        """Begin a call of `generate` whose first tokens `[batch]` are chosen already.
 
         Args:
             unfinished: As the attribute, after these tokens.

@@ -82,7 +82,7 @@ class SpaceObject(TypedDict):
 
 
 @_open
-class Problem(TypedDict):
+class ProblemObject(TypedDict):
     """What plans are solved from: the options of every layer."""
 
     options: list[Annotated[list[LayerChoice], MinLen(1)]]

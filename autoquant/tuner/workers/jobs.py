@@ -17,7 +17,7 @@ from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, SameModel
-from autoquant.profiler.measure import Place, measure
+from autoquant.profiler.measure import TimingDevice, measure
 from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.records import (
     Device,
@@ -226,7 +226,7 @@ class ProfileJob:
         measure(
             self.subjects,
             list(candidates.values()),
-            Place(
+            TimingDevice(
                 device=bench.device,
                 hardware=self.hardware,
                 roofline=partial(self._limits, bench.device, tell),

@@ -64,7 +64,11 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def refuse_code(folder: Path, names: Sequence[str], trust_remote_code: bool) -> None:
-    """Raise the error for a folder whose code is needed, unless it is trusted."""
+    """Refuse a folder whose code is needed, unless it is trusted.
+
+    Raises:
+        TrustError: It is not trusted.
+    """
     if trust_remote_code:
         return
     raise TrustError(

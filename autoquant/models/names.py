@@ -29,9 +29,11 @@ def fitted(names: Collection[str], wanted: Collection[str], base: str) -> dict[s
         base: The prefix that names lack if the model was saved without its head, e.g. `model`.
     """
     wanted = set(wanted)
-    return max(
-        _ways(names, wanted, base), key=lambda way: sum(name in wanted for name in way.values())
-    )
+
+    def fit(way: dict[str, str]) -> int:
+        return sum(name in wanted for name in way.values())
+
+    return max(_ways(names, wanted, base), key=fit)
 
 
 def _ways(names: Collection[str], wanted: Collection[str], base: str) -> Iterator[dict[str, str]]:
@@ -75,9 +77,9 @@ def without_aliases(
         first, *rest = [name for name in group if name in state] or [""]
         for name in rest:
             kept.pop(name)
-            if state[name].data_ptr() != state[first].data_ptr() and not torch.equal(
-                state[name], state[first]
-            ):
+            own, value = state[first], state[name]
+            # Most are stored once: then there is nothing to compare.
+            if value.data_ptr() != own.data_ptr() and not torch.equal(value, own):
                 different += [first, name]
         if first and first != next(iter(group)):
             kept[next(iter(group))] = kept.pop(first)

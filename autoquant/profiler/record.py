@@ -74,8 +74,13 @@ class _LinearWatcher(LinearHook):
 
     Args:
         parameters: Names by the parameter's identity.
-        idle: Identities of parameters that a linear without rows was computed with.
         owner: Names of the modules whose forward is running, innermost last.
+
+    Attributes:
+        seen: What was seen of each weight, by its identity.
+        others: Modules that used a parameter otherwise, by its identity and the use.
+        idle: Identities of parameters that a linear without rows was computed with.
+        computed_weights: Elements of weights that are no parameters, by module.
     """
 
     def __init__(self, parameters: dict[int, list[str]], owner: list[str]) -> None:
@@ -216,6 +221,7 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
         names = watcher.parameters[identity]
         others = watcher.others.get(identity, {})
         elsewhere = set().union(*others.values())
+        # If it has another use, it is replaced only in modules that do nothing but multiply.
         replaced = [name for name in names if not others or _owner(name) in seen.owners - elsewhere]
         if not replaced:
             continue

@@ -110,7 +110,8 @@ def make_warm(make: Callable[..., Phases], divisions: Sequence[Division]) -> tup
         The phases, and a note if it was not the first way.
 
     Raises:
-        WrongResultError: The model gives other results in the last way, too.
+        WrongResultError: The model gives other results in the last way, too. Any other error of
+            that way is raised as well.
     """
     reason = ""
     for division in divisions:

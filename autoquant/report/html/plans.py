@@ -94,10 +94,10 @@ def _choice_object(
     layer: LayerChoice, formats: Sequence[str], workload: Workload
 ) -> dict[str, Any]:
     joined = [name.rpartition(".")[2] for name in layer.joined if name != layer.name]
+    with_others = f", as one with {', '.join(joined)}" if joined else ""
     return {
         "format": formats.index(layer.format),
-        "route": route_text(layer.route).replace("\n", ", ")
-        + (f", as one with {', '.join(joined)}" if joined else ""),
+        "route": route_text(layer.route).replace("\n", ", ") + with_others,
         "time": units.duration_us(request_time(layer.latency_us, workload.calls())),
         "loss": units.digits(layer.loss, 2),
         "memory": units.size(layer.memory_bytes),

@@ -88,7 +88,8 @@ class VariedInputs:
     def varies(self) -> bool:
         """Whether there is more than one input."""
         pairs = zip(tree_leaves(self.make(0)), tree_leaves(self.make(1)), strict=True)
-        return any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs)
+        tensors = [(one, other) for one, other in pairs if isinstance(one, torch.Tensor)]
+        return any(not torch.equal(one, other) for one, other in tensors)
 
     def part(self, part: Part) -> Iterator[Inputs]:
         """Yield the inputs of a part, each made when it is asked for."""

@@ -39,14 +39,16 @@ def fitted(names: Collection[str], wanted: Collection[str], base: str) -> dict[s
 def _ways(names: Collection[str], wanted: Collection[str], base: str) -> Iterator[dict[str, str]]:
     """Yield ways to name the same weights, with ever shorter prefixes."""
     yield {name: name for name in names}
-    plain = {
-        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names
-    }
+    plain = {}
+    for name in names:
+        own_parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        plain[name] = ".".join(own_parts)
     while True:
         way = {name: _with_base(short, wanted, base) for name, short in plain.items()}
         if len(set(way.values())) == len(names):
             yield way
         first = {short.partition(".")[0] for short in plain.values()}
+        # Only a part that all names begin with can be a training program's.
         if len(first) != 1 or not all("." in short for short in plain.values()):
             return
         plain = {name: short.partition(".")[2] for name, short in plain.items()}

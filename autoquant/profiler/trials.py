@@ -132,7 +132,9 @@ class Workers:
             return len(subjects)
         largest = max(_BYTES_PER_WEIGHT * subject.shape.n * subject.shape.k for subject in subjects)
         started = len(self._processes)
-        return max(1, started + int((free_bytes - started * largest) // (largest + _CONTEXT_BYTES)))
+        # Those that have started hold their contexts already, but not their weights.
+        left_bytes = free_bytes - started * largest
+        return max(1, started + int(left_bytes // (largest + _CONTEXT_BYTES)))
 
     def _begin(self) -> Connection:
         ours, theirs = self._context.Pipe()

@@ -129,13 +129,15 @@ def _predicted_ms(row: Attributed) -> float:
 
 def slowed_notes(row: Attributed) -> list[str]:
     """Return notes on phases that the profiler slowed down so much that shares mean little."""
-    ratios = {phase: step.step_us / 1e3 / row.phase_ms[phase] for phase, step in row.steps.items()}
-    return [
-        f"a {phase} step took {ratio:.1f} times longer with the profiler; "
-        "close other programs for shares to trust"
-        for phase, ratio in ratios.items()
-        if ratio > _SLOWED
-    ]
+    notes = []
+    for phase, step in row.steps.items():
+        ratio = step.step_us / 1e3 / row.phase_ms[phase]
+        if ratio > _SLOWED:
+            notes.append(
+                f"a {phase} step took {ratio:.1f} times longer with the profiler; "
+                "close other programs for shares to trust"
+            )
+    return notes
 
 
 def attribution_report(

@@ -215,7 +215,8 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
 
 def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bool:
     with torch.no_grad():
-        logits = model(before.to(next(model.parameters()).device)).logits[0, -1].float()
+        device = next(model.parameters()).device
+        logits = model(before.to(device)).logits[0, -1].float()
     gap = (logits[ours] - logits[theirs]).abs()
     height = (logits.max() - logits.mean()).clamp(min=1e-30)
     return bool(gap / height <= MAX_RELATIVE_ERROR)

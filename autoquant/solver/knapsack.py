@@ -228,9 +228,10 @@ class Knapsack:
         if result.x is None:
             return None
         starts = _starts(self.owners)
-        ends = [*starts[1:], None]
-        # HiGHS returns whole numbers up to a tolerance.
-        picks = [a + np.argmax(result.x[a:b]) for a, b in zip(starts, ends, strict=True)]
+        picks = []
+        for start, of_layer in zip(starts, np.split(result.x, starts[1:]), strict=True):
+            # HiGHS returns whole numbers up to a tolerance.
+            picks.append(start + np.argmax(of_layer))
         return np.asarray(picks)
 
     def _equalities(self) -> tuple[csr_array, Vector]:

@@ -191,7 +191,7 @@ KEY = "9e3d41aa270c"
 @pytest.fixture
 def smi(libraries, monkeypatch):
     """A GPU, and what nvidia-smi says of it: a test may change that."""
-    told = {name: "1" for name in cuda._TOLD} | {"driver_version": "580.65"}
+    told = {name: "1" for name in cuda._ASKED} | {"driver_version": "580.65"}
     properties = SimpleNamespace(
         name="NVIDIA H200", major=9, minor=0, L2_cache_size=50 << 20, uuid="12ab"
     )
@@ -202,9 +202,9 @@ def smi(libraries, monkeypatch):
         return SimpleNamespace(stdout=", ".join(told.values()) + "\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    cuda._told.cache_clear()
+    cuda._nvidia_smi.cache_clear()
     yield told
-    cuda._told.cache_clear()
+    cuda._nvidia_smi.cache_clear()
 
 
 def test_another_driver_or_power_limit_is_another_key(smi):
@@ -213,10 +213,10 @@ def test_another_driver_or_power_limit_is_another_key(smi):
     assert first.versions["driver"] == "580.65" and "power limit" not in first.versions
     assert gpu.concerns() == {}
     smi["driver_version"] = "590.1"
-    cuda._told.cache_clear()  # as in another process
+    cuda._nvidia_smi.cache_clear()  # as in another process
     second = gpu.fingerprint()
     smi["power.limit"] = "400.00 W"
-    cuda._told.cache_clear()
+    cuda._nvidia_smi.cache_clear()
     third = gpu.fingerprint()
     assert third.versions["power limit"] == "400.00 W" and len(gpu.concerns()) == 1
     assert len({first.key, second.key, third.key}) == 3

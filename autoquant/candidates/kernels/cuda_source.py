@@ -127,7 +127,8 @@ def _compiler_version() -> tuple[int, int]:
 def _compile(source: str, file: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
     from cuda.bindings import nvrtc
 
-    texts, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
+    texts = [text.encode() for text in headers.values()]
+    names = [name.encode() for name in headers]
     program = _checked(
         nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), len(headers), texts, names)
     )

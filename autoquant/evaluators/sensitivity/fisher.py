@@ -135,9 +135,9 @@ class _FisherSite:
             difference = changed_output(x, weight, change.activation).sub_(original)
             product = difference.mul_(gradient).sum(-1).flatten()
             key = (change.numerics, len(product))
-            self._products[key] = (
-                self._products[key] + product if key in self._products else product
-            )
+            if key in self._products:
+                product = self._products[key] + product
+            self._products[key] = product
 
     def end_of_pass(self) -> None:
         """Square the products of one backward pass."""

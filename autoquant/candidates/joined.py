@@ -1,4 +1,4 @@
-"""Store the weights of linears that read the same input adjacently, to multiply them as one.
+"""Store weights behind one another, so that linears with the same input are computed as one.
 
 Each weight keeps its name; its tensors are row views of larger ones. Only `candidates.linears` uses
 the larger ones. All other code sees ordinary weights.

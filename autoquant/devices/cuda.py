@@ -86,8 +86,8 @@ class CudaBackend(Backend):
                 " are kept apart from those without it"
             )
         if not self._nvidia_smi():
-            found["nvidia-smi does not tell driver and limits of the GPU"] = (
-                "install it; until then timings by another driver are taken for the same"
+            found["nvidia-smi does not report the GPU's driver and limits"] = (
+                "install it; until then timings with another driver count as this one's"
             )
         return found
 

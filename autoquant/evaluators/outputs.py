@@ -126,7 +126,10 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 
 
 def _partners(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return for each element one at its place in a random row, or any element of a single row."""
+    """Return for each element the one at its place in a random row.
+
+    A single row gives random elements of itself.
+    """
     rows = tensor.reshape(tensor.shape[0], -1) if len(tensor) > 1 else tensor.reshape(-1, 1)
     drawn = torch.randint(0, len(rows), rows.shape, generator=generator)
     return rows.gather(0, drawn.to(tensor.device)).reshape(tensor.shape)

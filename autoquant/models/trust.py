@@ -1,4 +1,4 @@
-"""Trust: the code that a person named in one call, and what a stored model needs beside it."""
+"""Trust: which code a user allowed in one call, and which code a stored model needs."""
 
 from __future__ import annotations
 

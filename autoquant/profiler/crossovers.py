@@ -45,7 +45,7 @@ class _Change:
 
 
 def place_crossovers(plans: Sequence[Plan], timings: TimingTable, measure: Measure) -> list[Plan]:
-    """Return the plans with every change of kernel in their routes where it was measured to be.
+    """Return the plans, with each change of kernel in a route at the measured number of rows.
 
     Args:
         timings: Made at the m that the routes come from. At those m the routes stay unchanged.

@@ -14,10 +14,7 @@ from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.watch import Watch
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
-from autoquant.profiler.floor import floor_us
 from autoquant.records import Roofline
-
-__all__ = ["floor_us", "measure_roofline", "undisturbed_roofline"]
 
 _STAGE = "roofline"
 _FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -74,7 +74,7 @@ def fit_loss_map(pairs: Sequence[tuple[float, float]]) -> LossMap:
 def together_pairs(
     losses: Mapping[tuple[str, str], float], every_layer: str
 ) -> list[tuple[float, float]]:
-    """Return, for each numerics measured in all layers at once, (sum of layers' losses, measured).
+    """Return (sum of the layers' losses, measured loss of all at once) for each numerics.
 
     Args:
         losses: By (layer, numerics).

@@ -235,7 +235,7 @@ class Knapsack:
         return np.asarray(picks)
 
     def _equalities(self) -> tuple[csr_array, Vector]:
-        """The constraints with `=`: one option of every layer, then the ties."""
+        """Return the constraints with `=`: one option of every layer, then the ties."""
         options = len(self.owners)
         layers = int(self.owners[-1]) + 1
         # A row for each layer, with a 1 in the columns of its options. These add up to 1.

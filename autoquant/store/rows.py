@@ -1,4 +1,4 @@
-"""Make records of rows, and check what the columns of a row, or several rows, say together."""
+"""Make records of rows, and check that what columns and rows say fits together."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def test_a_gpu_without_nvidia_smi_says_that_drivers_are_not_told_apart(smi, monk
     monkeypatch.setattr(subprocess, "run", absent)
     gpu = CudaBackend("cuda")
     assert "driver" not in gpu.fingerprint().versions
-    assert "nvidia-smi does not tell" in next(iter(gpu.concerns()))
+    assert "nvidia-smi does not report" in next(iter(gpu.concerns()))
 
 
 @pytest.fixture

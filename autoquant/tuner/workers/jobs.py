@@ -311,15 +311,15 @@ def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Ch
     )
     for (name, format_id), reason in reasons.items():
         tell(Notice(f"{format_id} not considered for {name}: {reason}"))
-    return [
-        replace(
-            change, stored=partial(calibration.stored, change.site.parameters[0], change.format)
-        )
-        if change.format.needs_inputs
-        else change
-        for change in changes
-        if (change.site.parameters[0], change.format.id) not in reasons
-    ]
+    made = []
+    for change in changes:
+        name = change.site.parameters[0]
+        if (name, change.format.id) in reasons:
+            continue
+        if change.format.needs_inputs:
+            change = replace(change, stored=partial(calibration.stored, name, change.format))
+        made.append(change)
+    return made
 
 
 @dataclass(frozen=True, slots=True)

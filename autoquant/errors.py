@@ -72,7 +72,7 @@ class CandidateError(AutoquantError):
 
 
 class KernelError(AutoquantError):
-    """A kernel computes something else than its format says.
+    """A kernel computes other numbers than its format says.
 
     Attributes:
         format, kernel: Ids.

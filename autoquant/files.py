@@ -169,7 +169,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def raise_if_full(error: BaseException, place: Path | None = None) -> None:
-    """Raise `DiskFullError` if a full disk is behind `error`: it says nothing about a candidate.
+    """Raise `DiskFullError` if a full disk caused `error`: that is no fact about a candidate.
 
     Args:
         place: What was written, if that is known.

@@ -60,7 +60,8 @@ def _mean_and_half(samples: Sequence[float], unseen: int) -> tuple[float, float]
         return mean, math.inf
     spread = 1 / count + (1 / unseen if unseen else 0.0)
     variance = math.fsum((sample - mean) ** 2 for sample in samples) / (count - 1)
-    return mean, float(student.ppf(0.5 + CONFIDENCE / 2, count - 1)) * math.sqrt(variance * spread)
+    deviations = float(student.ppf(0.5 + CONFIDENCE / 2, count - 1))
+    return mean, deviations * math.sqrt(variance * spread)
 
 
 def _expm1(x: float) -> float:

@@ -28,7 +28,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def levels_kept() -> Iterator[None]:
-    """Give back the levels of loggers and the filters of warnings that libraries change inside."""
+    """Restore the levels of loggers and the filters of warnings that libraries change inside."""
     places = [logging.root, *logging.root.manager.loggerDict.values()]
     levels = [(place, place.level) for place in places if isinstance(place, logging.Logger)]
     disabled = logging.root.manager.disable

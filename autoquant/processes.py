@@ -26,7 +26,7 @@ def die_with(parent: int | None) -> None:
 def computed_s(process: int) -> float:
     """Return the CPU time of a process, of all that it started, and of those that have ended.
 
-    It is 0 where `/proc` does not tell it.
+    It is 0 without `/proc`.
     """
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
@@ -36,7 +36,8 @@ def computed_s(process: int) -> float:
         except OSError:
             continue  # it has ended
         found = int(path.parent.name)
-        parents[found], ticks[found] = int(fields[1]), sum(map(int, fields[11:15]))
+        parents[found] = int(fields[1])
+        ticks[found] = sum(map(int, fields[11:15]))  # of itself and of its ended children
     own = {process}
     while more := {each for each, parent in parents.items() if parent in own} - own:
         own |= more

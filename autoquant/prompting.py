@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from transformers import StoppingCriteria, TextStreamer
 
-from autoquant.errors import ModelError, first_line
+from autoquant.errors import DeviceError, ModelError, first_line
 from autoquant.export.checkpoint import dtype_in
 from autoquant.export.manifest import MANIFEST, read_manifest
 from autoquant.export.on_disk import load
@@ -160,13 +161,11 @@ def tokenizer_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def device_of(folder: Path, name: str) -> str:
-    """Return the device for a name.
-
-    For a plan made for the CPU, `auto` is the CPU.
-    """
+    """Return the device for a name. `auto` is what a plan was made for, if it is here."""
     planned = _manifest(folder).get("device")
-    if name == "auto" and planned == "cpu":
-        return "cpu"
+    if name == "auto" and planned is not None:
+        with suppress(DeviceError):
+            return resolve_device(planned)
     return resolve_device(name)
 
 

@@ -1,4 +1,4 @@
-"""Hold what is read from files to a type: records, ranges, shapes of JSON. No code of it is run."""
+"""Check what is read from files against types: records, ranges, shapes of JSON."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from autoquant.candidates.base import (
 )
 from autoquant.candidates.registry import (
     CandidateStatus,
+    candidate_of,
     get_format,
     known_formats,
     register,
@@ -34,6 +35,7 @@ __all__ = [
     "Format",
     "InputStatistics",
     "Kernel",
+    "candidate_of",
     "get_format",
     "known_formats",
     "multiplied_numbers",

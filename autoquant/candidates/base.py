@@ -242,7 +242,7 @@ class Candidate:
         return f"{self.format.id}/{self.kernel.id}"
 
     def unsupported_reason(self, shape: LinearShape, m: int, device_type: str) -> str | None:
-        """Why it cannot compute `shape` at `m` rows on that device, or None."""
+        """Return why it cannot compute `shape` at m rows on a device, or None if it can."""
         return self.format.unsupported_reason(self.kernel, shape, m, device_type)
 
 

@@ -1,4 +1,4 @@
-"""Check what a kernel computed against float32, where nothing of the kernel is used.
+"""Check what a kernel computed against a float32 reference that uses nothing of the kernel.
 
 The same rule holds wherever a kernel is checked: when it is timed, when a plan is proven, and when
 a plan is applied or loaded.

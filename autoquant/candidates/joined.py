@@ -1,4 +1,4 @@
-"""Store the weights of linears that read the same input adjacently, to multiply them as one.
+"""Store weights behind one another, so that linears with the same input are computed as one.
 
 Each weight keeps its name; its tensors are row views of larger ones. Only `candidates.linears` uses
 the larger ones. All other code sees ordinary weights.
@@ -43,8 +43,9 @@ def join(weights: Sequence[torch.Tensor]) -> list[RoutedWeight]:
     if reason := unjoinable(weights):
         raise ValueError(reason)
     flat = [flatten_tensor(weight) for weight in weights]
-    rows_of_each = zip(*(parts for parts, _ in flat), strict=True)
-    wholes = [torch.cat(rows) for rows in rows_of_each]
+    # The first tensors of all weights, then their second ones, and so on.
+    alike = zip(*(parts for parts, _ in flat), strict=True)
+    wholes = [torch.cat(tensors) for tensors in alike]
     joined = []
     start = 0
     for weight, (_, rebuild) in zip(weights, flat, strict=True):

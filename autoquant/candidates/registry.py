@@ -16,7 +16,7 @@ from autoquant.candidates.base import Candidate, Format, Kernel
 from autoquant.devices.base import ENTRY_POINT_GROUP
 from autoquant.errors import CandidateError
 from autoquant.hints import did_you_mean
-from autoquant.records import LinearShape
+from autoquant.records import LinearShape, TimingSubject
 
 _registered: dict[str, Format] = {}
 
@@ -55,6 +55,16 @@ def get_format(format_id: str) -> Format:
             f"no format {format_id!r}; `autoquant candidates` lists them (is a plug-in missing?)"
         )
     return found
+
+
+def candidate_of(subject: TimingSubject) -> Candidate:
+    """Return the candidate that a subject names.
+
+    Raises:
+        CandidateError: There is no such format, or it has no such kernel.
+    """
+    fmt = get_format(subject.format)
+    return Candidate(fmt, fmt.kernel(subject.kernel))
 
 
 def select(globs: Sequence[str], device_type: str | None = None) -> list[Candidate]:

@@ -137,11 +137,11 @@ def multiply(
     if x.requires_grad and torch.is_grad_enabled():
         product: Any = _WithGradient.apply
         return cast(torch.Tensor, product(x, weight, stored, bias))
-    return _by_kernel(x, weight, stored, bias)
+    return _by_kernel(x, rows, weight, stored, bias)
 
 
 class _WithGradient(torch.autograd.Function):
-    """A product by a kernel, of which most round the activation or have no derivative."""
+    """A product with a gradient, which kernels lack: most round the activation."""
 
     @staticmethod
     def forward(
@@ -152,7 +152,7 @@ class _WithGradient(torch.autograd.Function):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.format_id, ctx.stored, ctx.dtype = weight.format_id, stored, x.dtype
-        return _by_kernel(x, weight, stored, bias)
+        return _by_kernel(x, x.shape[:-1].numel(), weight, stored, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -164,11 +164,13 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _by_kernel(
-    x: torch.Tensor, weight: RoutedWeight, stored: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    rows: int,
+    weight: RoutedWeight,
+    stored: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    kernel = get_kernel_function(
-        weight.format_id, kernel_for_rows(weight.route, x.shape[:-1].numel())
-    )
+    kernel = get_kernel_function(weight.format_id, kernel_for_rows(weight.route, rows))
     if x.dtype == weight.compute_dtype:
         return cast(torch.Tensor, kernel(x, stored, bias))
     bias = None if bias is None else bias.to(weight.compute_dtype)

@@ -74,11 +74,11 @@ def _rows(
     few, many = takes(1), takes(MOST_ROWS)
     if few and many:
         return 1, MOST_ROWS
-    if few:
-        return 1, bisect_left(range(MOST_ROWS), True, key=lambda m: m > 0 and not takes(m)) - 1
-    if many:
-        return bisect_left(range(MOST_ROWS), True, key=lambda m: m > 0 and takes(m)), MOST_ROWS
-    return None
+    if not few and not many:
+        return None
+    # The rows at which the answer changes, once: a kernel is for few rows or for many.
+    first_other = bisect_left(range(MOST_ROWS), True, key=lambda m: m > 0 and takes(m) != few)
+    return (1, first_other - 1) if few else (first_other, MOST_ROWS)
 
 
 def _merged(found: Sequence[tuple[int, str]]) -> Route:

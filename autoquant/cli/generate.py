@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from autoquant.events import Listener
     from autoquant.prompting import Generator, Reply, Show
-    from autoquant.report.tables.generate import Difference, Speed
+    from autoquant.report.tables.generate import Speed, TextDifference
 
 _DEFAULT_PROMPT = "The most important thing about a good book is"
 _ROUNDS = 3  # of requests to both models in turn
@@ -275,9 +275,9 @@ def _speed(ready_s: float, replies: Sequence[Reply]) -> Speed:
     )
 
 
-def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> Difference | None:
+def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> TextDifference | None:
     """Return where the greedy texts of two models first differ, or None."""
-    from autoquant.report.tables.generate import Difference
+    from autoquant.report.tables.generate import TextDifference
 
     if len(replies) < 2:
         return None
@@ -286,7 +286,7 @@ def _difference(replies: Sequence[Sequence[Reply]], tokenizer: Any) -> Differenc
         # Slices, as one text may have ended here.
         one, other = ours[place : place + 1], theirs[place : place + 1]
         if one != other:
-            return Difference(
+            return TextDifference(
                 token=place + 1,
                 text=tokenizer.decode(list(one)),
                 original_text=tokenizer.decode(list(other)),

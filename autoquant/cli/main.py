@@ -96,7 +96,7 @@ class OneLineErrors(TyperGroup):
 
 
 def wants_debug(arguments: Sequence[str]) -> bool:
-    """Whether the user asks for tracebacks and for warnings of libraries."""
+    """Check whether the user asks for tracebacks and for warnings of libraries."""
     return _DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 

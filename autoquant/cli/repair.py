@@ -23,8 +23,8 @@ def repair(
     """Copy every valid row of PLAN.DB into a new database, and say what was lost.
 
     PLAN.DB is only read. A row is copied if all its values are valid, and the rows that it refers
-    to are copied, too. What Optuna keeps of a refinement is not copied: a search starts it anew
-    from the plans that were proven.
+    to are copied, too. What Optuna keeps of a refinement is not copied: a search starts it again
+    from the proven plans.
     """
     from autoquant.store.repair import repair as save_whole
 

@@ -59,10 +59,8 @@ def size_bytes(text: str, option: str) -> int:
     value = 0
     if match:
         unit = (match[2] or "b").lower().removesuffix("b")
-        value = int(
-            float(match[1])
-            * (1024 if unit.endswith("i") else 1000) ** _POWERS[unit.removesuffix("i")]
-        )
+        base = 1024 if unit.endswith("i") else 1000
+        value = int(float(match[1]) * base ** _POWERS[unit.removesuffix("i")])
     if value < 1:
         raise WorkloadError(
             f"{option}: cannot read {text!r}; write a size such as 2GiB, 500MB or 123456 (bytes)"

@@ -186,8 +186,8 @@ class Backend(ABC):
             step: Takes tensors and returns a tensor. It may change tensors that it holds; every
                 replay makes such changes again.
             state: Returns the tensors that a step advances.
-            pool: From `graph_pool`, for steps of which one runs at a time and whose output is read
-                before the next.
+            pool: From `graph_pool`. Steps that share it run one at a time, and the output of one is
+                read before the next runs.
         """
         return step
 

@@ -117,7 +117,8 @@ def _info() -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    split = [line.partition(":") for line in lines]
+    return {key.strip(): value.strip() for key, _, value in split}
 
 
 def _name() -> str:

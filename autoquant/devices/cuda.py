@@ -18,7 +18,7 @@ from autoquant.devices.load import GpuLoad, Load
 from autoquant.devices.memory import trim_memory
 from autoquant.records import Device
 
-_TOLD = (
+_ASKED = (
     "driver_version",
     "power.limit",
     "power.default_limit",
@@ -74,8 +74,8 @@ class CudaBackend(Backend):
         free, total = torch.cuda.mem_get_info(self.device)
         capability = f"sm_{properties.major}{properties.minor}"
         words = [f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free", capability]
-        told = self._told()
-        words += [f"{name.replace('_', ' ').replace('.', ' ')} {told[name]}" for name in told]
+        for name, value in self._nvidia_smi().items():
+            words.append(f"{name.replace('_', ' ').replace('.', ' ')} {value}")
         return {"device": f"{properties.name}; {', '.join(words)}"}
 
     def concerns(self) -> Mapping[str, str]:
@@ -85,23 +85,25 @@ class CudaBackend(Backend):
                 "raise it with `nvidia-smi -pl`, if the model will run without the limit; timings"
                 " are kept apart from those without it"
             )
-        if not self._told():
-            found["nvidia-smi does not tell driver and limits of the GPU"] = (
-                "install it; until then timings by another driver are taken for the same"
+        if not self._nvidia_smi():
+            found["nvidia-smi does not report the GPU's driver and limits"] = (
+                "install it; until then timings with another driver count as this one's"
             )
         return found
 
     def _limits(self) -> dict[str, str]:
         """Return the driver, and a power limit that is not the usual one, as far as known."""
-        told = self._told()
-        found = {"driver": told["driver_version"]} if told else {}
-        if told and told["power.limit"] != told["power.default_limit"]:
-            found["power limit"] = told["power.limit"]
+        says = self._nvidia_smi()
+        if not says:
+            return {}
+        found = {"driver": says["driver_version"]}
+        if says["power.limit"] != says["power.default_limit"]:
+            found["power limit"] = says["power.limit"]
         return found
 
-    def _told(self) -> Mapping[str, str]:
+    def _nvidia_smi(self) -> Mapping[str, str]:
         uuid = getattr(torch.cuda.get_device_properties(self.device), "uuid", None)
-        return _told(str(uuid))
+        return _nvidia_smi(str(uuid))
 
     def float16(self) -> torch.dtype:
         native = torch.cuda.get_device_capability(self.device) >= (8, 0)
@@ -162,9 +164,9 @@ class CudaBackend(Backend):
 
 
 @functools.cache
-def _told(uuid: str) -> Mapping[str, str]:
+def _nvidia_smi(uuid: str) -> Mapping[str, str]:
     """Return what nvidia-smi says of a GPU; empty if it does not. Asked once a process."""
-    query = f"--query-gpu={','.join(_TOLD)}"
+    query = f"--query-gpu={','.join(_ASKED)}"
     command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader"]
     try:
         output = subprocess.run(
@@ -173,4 +175,4 @@ def _told(uuid: str) -> Mapping[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     values = [value.strip() for value in output.strip().split(",")]
-    return dict(zip(_TOLD, values, strict=True)) if len(values) == len(_TOLD) else {}
+    return dict(zip(_ASKED, values, strict=True)) if len(values) == len(_ASKED) else {}

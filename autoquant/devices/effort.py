@@ -15,20 +15,21 @@ class TimingEffort:
         attempts: How often to measure again if other programs disturb it.
         highest_other_load: Above this fraction of the machine's time, others disturb a measurement.
         linear_rounds: Most samples of each candidate in a comparison.
-        linear_budget_s: No further round of a comparison begins after that time.
+        linear_budget_s: A comparison begins no further round after this time.
         sample_s: Length of one sample by the host's clock.
-        repeat_s: For that time of computing a candidate that was timed is called again and its
-            results compared.
+        repeat_s: Seconds of computing in which a timed candidate is called again, to compare its
+            results.
         candidate_limit_s: A candidate that takes longer to be prepared or timed is ended, unless
             others hold it up.
         most_memory: A job may take this part of the memory that is available when it starts.
         request_rounds: Rounds in which whole models are timed in turn.
         fewest_request_rounds: Rounds that are done even if they exceed a limit.
         request_calls: Most calls of a phase in one round.
-        request_round_s: No further call of a phase in a round begins after that time.
+        request_round_s: A phase begins no further call in a round after this time.
         loop_rounds: Most rounds in which the loops of users are timed in turn.
-        loop_limit_s: No further round of these begins after that time.
-        loop_precision: These end once the half interval of the ratio is below this fraction of it.
+        loop_limit_s: The loops begin no further round after this time.
+        loop_precision: The loops end once half the interval of the ratio of their times is below
+            this fraction of the ratio.
         largest_copy_bytes, largest_product: Limits on what a roofline is measured with: bytes
             copied, and rows of a square matrix.
     """

@@ -20,7 +20,7 @@ def release_memory() -> None:
 
 
 def trim_memory() -> None:
-    """Return freed memory that the C library keeps to the system. This takes a moment only."""
+    """Give the system back the freed memory that the C library keeps. This is quick."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -31,7 +31,7 @@ def quick_collections() -> Iterator[None]:
 
     Imported libraries alone make half a second of each collection, and a search has hundreds.
     """
-    if gc.get_freeze_count():  # somebody has done it, and undoing it is theirs
+    if gc.get_freeze_count():  # a caller has frozen them, and will undo it
         yield
         return
     gc.collect()
@@ -43,7 +43,7 @@ def quick_collections() -> Iterator[None]:
 
 
 def available_bytes() -> int | None:
-    """Return how much memory this process may still take, or None where that is not told."""
+    """Return how much memory this process may still take, or None if unknown."""
     try:
         lines = (_PROC / "meminfo").read_text().splitlines()
         free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -58,7 +58,7 @@ def available_bytes() -> int | None:
 
 
 def resident_bytes(process: int) -> int:
-    """Return how much memory a process has; 0 where that is not told."""
+    """Return how much memory a process has; 0 if unknown."""
     try:
         pages = int((_PROC / str(process) / "statm").read_text().split()[1])
     except (OSError, ValueError):

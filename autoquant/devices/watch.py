@@ -52,14 +52,14 @@ class Watch:
 
 
 def asleep_s() -> float:
-    """Return how long the machine has been asleep since it was started; 0 where it is not told."""
+    """Return how long the machine has been asleep since it was started; 0 if unknown."""
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return 0.0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 def throttles() -> int:
-    """Return how often heat has slowed a CPU down; 0 where it is not told."""
+    """Return how often heat has slowed a CPU down; 0 if unknown."""
     files = (path for name in _HEAT for path in _CPUS.glob(f"cpu[0-9]*/thermal_throttle/{name}"))
     return sum(_number(path) for path in files)
 

@@ -214,7 +214,8 @@ def _column(
             f" of {among}splits {_list(splits)}; columns {_list(row)}"
         )
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    found = next((name for name in _COLUMNS if name in row), texts[0] if len(texts) == 1 else None)
+    only = texts[0] if len(texts) == 1 else None
+    found = next((name for name in _COLUMNS if name in row), only)
     if found is None:
         raise TextError(
             f"which column of {data.place} is the text? Say {data}:COLUMN, one of {_list(row)}"

@@ -88,7 +88,8 @@ class VariedInputs:
     def varies(self) -> bool:
         """Whether there is more than one input."""
         pairs = zip(tree_leaves(self.make(0)), tree_leaves(self.make(1)), strict=True)
-        return any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs)
+        tensors = [(one, other) for one, other in pairs if isinstance(one, torch.Tensor)]
+        return any(not torch.equal(one, other) for one, other in tensors)
 
     def part(self, part: Part) -> Iterator[Inputs]:
         """Yield the inputs of a part, each made when it is asked for."""
@@ -125,7 +126,10 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 
 
 def _partners(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return for each element one at its place in a random row, or any element of a single row."""
+    """Return for each element the one at its place in a random row.
+
+    A single row gives random elements of itself.
+    """
     rows = tensor.reshape(tensor.shape[0], -1) if len(tensor) > 1 else tensor.reshape(-1, 1)
     drawn = torch.randint(0, len(rows), rows.shape, generator=generator)
     return rows.gather(0, drawn.to(tensor.device)).reshape(tensor.shape)

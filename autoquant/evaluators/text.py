@@ -100,8 +100,11 @@ def deal_text(
         )
     counts = _counts(min(available, wanted), windows)
     rows = _rows(tokens, begin, text_tokens, 0, sum(counts.values()))
-    order = deal(counts)
-    parts = {part: rows[[i for i, owner in enumerate(order) if owner == part]] for part in PARTS}
+    owners = deal(counts)
+    parts = {}
+    for part in PARTS:
+        own = [number for number, owner in enumerate(owners) if owner == part]
+        parts[part] = rows[own]
     if not inputs:
         return TextParts(parts)
     count = min(available - wanted, INPUT_WINDOWS)
@@ -116,8 +119,10 @@ def beginning(tokenizer: Any) -> list[int]:
         return []
     bare = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     whole = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
-    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-    return whole[: starts[0]] if bare and starts else []
+    for start in range(len(whole)):
+        if bare and whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    return []
 
 
 def _rows(

@@ -62,8 +62,8 @@ _LINE = "A line, 行, of 123 words; then\n\n\ttwo  more."
 def copy_beside(loaded: LoadedModel, folder: Path) -> bool:
     """Copy everything of a Hugging Face model but its weights.
 
-    The files of its tokenizer are left out if the user gave another one. Beside a single file of
-    weights, only files are copied whose names are known: others may be anything.
+    The files of its tokenizer are left out if the user gave another one. Of files beside a single
+    file of weights, only those with known names are copied: others may be anything.
 
     Returns:
         Whether the model is one of transformers, so that there was something to copy.

@@ -1,4 +1,4 @@
-"""Check the kernels of a quantized model where it is, against the numbers that its weights store.
+"""Check the kernels of a quantized model on its device, against its weights' numbers.
 
 A search checks kernels before it believes their times. Here the same rule is applied again: to a
 plan that is proven, and to a model that was just quantized or loaded, perhaps on another machine or

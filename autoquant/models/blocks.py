@@ -21,7 +21,7 @@ def block_lists(module: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
 
 
 class BlockChain:
-    """The heaviest list of blocks in a model in which each one's output is the next one's input.
+    """The heaviest chain of blocks in a model: each one's output is the next one's input.
 
     It is found by watching one forward pass. A model without such a list has no blocks, and nothing
     is ever skipped.
@@ -110,7 +110,7 @@ class _Ended(Exception):
 
 
 class _Replay:
-    """A forward that returns what it was made with."""
+    """Takes the place of a block's `forward`, and returns the same output each time."""
 
     def __init__(self, output: Any) -> None:
         self._output = output

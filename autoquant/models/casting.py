@@ -63,7 +63,7 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def cast_needed_buffers(module: nn.Module, dtype: torch.dtype, run: Callable[[], Any]) -> list[str]:
-    """Cast only those buffers without whose cast the module does not run.
+    """Cast only the buffers that must be cast for the module to run.
 
     Running statistics, say, must have the dtype of the weights beside them. Complex buffers never
     change.

@@ -1,4 +1,4 @@
-"""Code that lies beside a model: what names it, and whether it is what it was."""
+"""Code that lies beside a model: which files name it, and whether it has changed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,11 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def refuse_code(folder: Path, names: Sequence[str], trust_remote_code: bool) -> None:
-    """Raise the error for a folder whose code is needed, unless it is trusted."""
+    """Refuse a folder whose code is needed, unless it is trusted.
+
+    Raises:
+        TrustError: It is not trusted.
+    """
     if trust_remote_code:
         return
     raise TrustError(
@@ -76,7 +80,7 @@ def refuse_code(folder: Path, names: Sequence[str], trust_remote_code: bool) -> 
 
 
 def refuse_needed_code(folder: Path, error: BaseException, trust_remote_code: bool) -> None:
-    """Raise the same if `error` is transformers' answer to a folder whose code it did not run."""
+    """Do as `refuse_code` if transformers raised `error` because it did not run a folder's code."""
     if "trust_remote_code" in str(error):
         refuse_code(folder, named_code(folder) or [first_line(error)], trust_remote_code)
 
@@ -118,7 +122,7 @@ def _python_files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """Return what a JSON file holds. What is wrong with it is told by what reads it later."""
+    """Return what a JSON file holds, or {}. The loader reports what is wrong with it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

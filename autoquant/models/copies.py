@@ -17,7 +17,7 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def own_copy(module: nn.Module) -> nn.Module:
-    """Copy a caller's module, so that whatever is done to the copy leaves the caller's as it is.
+    """Copy a caller's module. Nothing that is done to the copy changes the caller's.
 
     The copy computes with the caller's weights, which take no memory again. Buffers are its own,
     and nothing in it is compiled.

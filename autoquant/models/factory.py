@@ -98,7 +98,10 @@ def _fill(module: nn.Module, state: Mapping[str, Any], spec: str, path: Path) ->
         raise ModelError(
             f"{path} does not fit --model-factory {spec}: {some(lines, 2)}; {_OTHER}"
         ) from error
-    covered = {name for group in ties if any(name in state for name in group) for name in group}
+    covered: set[str] = set()
+    for group in ties:
+        if any(name in state for name in group):
+            covered.update(group)
     problems = []
     if missing := [name for name in result.missing_keys if name not in covered]:
         problems.append(f"it lacks {some(missing)}")

@@ -25,6 +25,11 @@ def has_config(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Return the `config.json` of a folder.
+
+    Raises:
+        ModelError: It is missing, unreadable, of another kind, or of a quantized model.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise ModelError(_no_config(folder))

@@ -29,22 +29,26 @@ def fitted(names: Collection[str], wanted: Collection[str], base: str) -> dict[s
         base: The prefix that names lack if the model was saved without its head, e.g. `model`.
     """
     wanted = set(wanted)
-    return max(
-        _ways(names, wanted, base), key=lambda way: sum(name in wanted for name in way.values())
-    )
+
+    def fit(way: dict[str, str]) -> int:
+        return sum(name in wanted for name in way.values())
+
+    return max(_ways(names, wanted, base), key=fit)
 
 
 def _ways(names: Collection[str], wanted: Collection[str], base: str) -> Iterator[dict[str, str]]:
     """Yield ways to name the same weights, with ever shorter prefixes."""
     yield {name: name for name in names}
-    plain = {
-        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names
-    }
+    plain = {}
+    for name in names:
+        own_parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        plain[name] = ".".join(own_parts)
     while True:
         way = {name: _with_base(short, wanted, base) for name, short in plain.items()}
         if len(set(way.values())) == len(names):
             yield way
         first = {short.partition(".")[0] for short in plain.values()}
+        # Only a part that all names begin with can be a training program's.
         if len(first) != 1 or not all("." in short for short in plain.values()):
             return
         plain = {name: short.partition(".")[2] for name, short in plain.items()}
@@ -75,9 +79,9 @@ def without_aliases(
         first, *rest = [name for name in group if name in state] or [""]
         for name in rest:
             kept.pop(name)
-            if state[name].data_ptr() != state[first].data_ptr() and not torch.equal(
-                state[name], state[first]
-            ):
+            own, value = state[first], state[name]
+            # Most are stored once: then there is nothing to compare.
+            if value.data_ptr() != own.data_ptr() and not torch.equal(value, own):
                 different += [first, name]
         if first and first != next(iter(group)):
             kept[next(iter(group))] = kept.pop(first)

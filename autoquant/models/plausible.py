@@ -30,7 +30,9 @@ class _TooLargeError(Exception):
 
 
 def check_size(folder: Path, elements: int, tensors: int) -> None:
-    """Build the folder's model without memory, as far as it may be the one of its weights.
+    """Check that a folder's configuration describes no larger model than its weights can fill.
+
+    The model is built without memory, until it is too large.
 
     Args:
         elements: Of all weights together, as stored.
@@ -42,7 +44,7 @@ def check_size(folder: Path, elements: int, tensors: int) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = folder / "config.json"
-    with suppress(OSError, ValueError):  # whoever loads the model reports it
+    with suppress(OSError, ValueError):  # the loader reports it
         for name, count in _counts_of_layers(read_json_object(path)):
             if count > tensors + _SPARE_LAYERS:
                 raise _larger(path, f"{count:,} {name}", f"{tensors:,} tensors")
@@ -55,7 +57,7 @@ def check_size(folder: Path, elements: int, tensors: int) -> None:
             AutoModelForCausalLM.from_config(config)
     except _TooLargeError as error:
         raise _larger(path, f"more than {most:,} elements", f"{elements:,}") from error
-    except Exception:  # noqa: BLE001 - whoever loads the model reports it
+    except Exception:  # noqa: BLE001 - the loader reports it
         return
 
 

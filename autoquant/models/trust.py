@@ -1,4 +1,4 @@
-"""Trust: the code that a person named in one call, and what a stored model needs beside it."""
+"""Trust: which code a user allowed in one call, and which code a stored model needs."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _holds_code(path: Path) -> bool:
         read_tensors(path)
     except pickle.UnpicklingError:
         return True
-    except Exception:  # noqa: BLE001 - what is wrong with the file is told when it is loaded
+    except Exception:  # noqa: BLE001 - the loader reports what is wrong with the file
         return False
     return False
 

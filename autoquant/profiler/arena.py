@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 _ALIGNMENT = 64
+# One, two or four of these in a row are an ordinary number in every dtype that is timed.
 _BENIGN_BYTES = (0x3A, 0x3B, 0x3C, 0x3D, 0xBA, 0xBB, 0xBC, 0xBD)
 
 
@@ -21,9 +22,10 @@ class Arena:
     def __init__(self, size_bytes: int, device: str) -> None:
         palette = torch.tensor(_BENIGN_BYTES, dtype=torch.uint8)
         generator = torch.Generator().manual_seed(0)
-        block = palette[
-            torch.randint(0, len(palette), (min(size_bytes, 1 << 20),), generator=generator)
-        ]
+        block_bytes = min(size_bytes, 1 << 20)
+        picks = torch.randint(0, len(palette), (block_bytes,), generator=generator)
+        block = palette[picks]
+        self.device = device
         self.bytes = block.repeat(-(-size_bytes // block.numel()))[:size_bytes].to(device)
 
     def views(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

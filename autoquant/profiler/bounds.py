@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from autoquant.candidates import A16, Kernel, get_format
+from autoquant.candidates import A16, Kernel, candidate_of
 from autoquant.profiler.floor import ELEMENT_BYTES, floor_us
 from autoquant.records import LinearShape, Measurement, Roofline, TimingSubject
 
@@ -49,7 +49,7 @@ def bounded(
         rival = _best_rival(subject, tried)
         if rival is None:
             continue
-        kernel = get_format(subject.format).kernel(subject.kernel)
+        kernel = candidate_of(subject).kernel
         least = least_us(kernel, subject.shape, subject.m, tried[rival].stored_bytes, roofline)
         if least > tried[rival].latency_us:
             reason = f"takes at least {least:.1f} us by the roofline; {_took(rival, tried)}"
@@ -91,4 +91,4 @@ def _took(rival: TimingSubject, tried: Mapping[TimingSubject, Tried]) -> str:
 
 
 def _numerics(subject: TimingSubject) -> str:
-    return get_format(subject.format).kernel(subject.kernel).numerics
+    return candidate_of(subject).kernel.numerics

@@ -1,4 +1,4 @@
-"""Checks of a candidate that is timed: before its time counts, and again when it was taken."""
+"""Checks of a candidate that is timed: before the timing, and again after it."""
 
 from __future__ import annotations
 

@@ -45,20 +45,22 @@ class _Change:
 
 
 def place_crossovers(plans: Sequence[Plan], timings: TimingTable, measure: Measure) -> list[Plan]:
-    """Return the plans with every change of kernel in their routes where it was measured to be.
+    """Return the plans, with each change of kernel in a route at the measured number of rows.
 
     Args:
         timings: Made at the m that the routes come from. At those m the routes stay unchanged.
         measure: Called until every change is known well enough.
     """
-    routes = dict.fromkeys(each for plan in plans for each in _routes(plan) if len(each.route) > 1)
+    every = [each for plan in plans for each in _routes(plan)]
+    routes = dict.fromkeys(each for each in every if len(each.route) > 1)
     known = timings
     # Each round times the middle of every interval in which a change of kernel lies.
     while True:
         found = {route: _changes(route, timings, known) for route in routes}
-        halves = [
-            half for changes in found.values() for change in changes for half in change.halves()
-        ]
+        halves: list[TimingSubject] = []
+        for changes in found.values():
+            for change in changes:
+                halves.extend(change.halves())
         wanted = known.missing(halves)
         if not wanted:
             break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autoquant.candidates import Format, Kernel, multiplied_numbers
+from autoquant.candidates import Candidate, multiplied_numbers
 from autoquant.candidates.check import reference
 from autoquant.candidates.flat import flatten_tensor, unflatten_tensor
 from autoquant.devices import backend
@@ -22,6 +22,9 @@ from autoquant.profiler.arena import Arena
 from autoquant.profiler.checks import ResultCheck
 from autoquant.records import LinearShape, Measurement, TimingSubject
 from autoquant.runtime.parts import as_if_compiled
+
+_Compute = Callable[[list[torch.Tensor]], Any]
+"""Takes inputs, the bias if there is one, and the tensors of as many weights as inputs."""
 
 
 @dataclass(slots=True)
@@ -80,24 +83,22 @@ def linears_a_call(m: int) -> int:
 
 def enter(
     subject: TimingSubject,
-    fmt: Format,
-    kernel: Kernel,
+    candidate: Candidate,
     linear: LinearToTime,
     arena: Arena,
     compiled: bool,
     effort: TimingEffort,
 ) -> Entrant | Measurement:
     """Return a candidate ready to be timed, or the outcome that prevents it."""
-    reason = fmt.unsupported_reason(kernel, subject.shape, subject.m, linear.backend.type)
+    reason = candidate.unsupported_reason(subject.shape, subject.m, linear.backend.type)
     if reason:
         return Measurement(subject=subject, outcome="unsupported", reason=reason)
     try:
-        entrant = _prepare(subject, fmt, kernel, linear, arena, compiled, effort)
-        error, wrong = entrant.check.before()
+        clock, check = _prepare(candidate, linear, arena, compiled, effort)
+        error, wrong = check.before()
         if not wrong:
-            entrant.relative_error = error
-            entrant.clock.start()
-            return entrant
+            clock.start()
+            return Entrant(subject, clock, check, relative_error=error)
     except Exception as failure:  # noqa: BLE001 - any error of a kernel or compiler is an outcome
         raise_if_full(failure)
         return Measurement(
@@ -107,25 +108,21 @@ def enter(
 
 
 def _prepare(
-    subject: TimingSubject,
-    fmt: Format,
-    kernel: Kernel,
-    linear: LinearToTime,
-    arena: Arena,
-    compiled: bool,
-    effort: TimingEffort,
-) -> Entrant:
-    """Trace and compile one candidate."""
+    candidate: Candidate, linear: LinearToTime, arena: Arena, compiled: bool, effort: TimingEffort
+) -> tuple[Clock, ResultCheck]:
+    """Trace and compile one candidate; return what times it, and what checks its results."""
+    fmt, kernel = candidate.format, candidate.kernel
     stored = fmt.store(linear.weight)
     parts, rebuild = flatten_tensor(stored)
     copies = arena.views(parts)
     unroll = min(len(linear.inputs), len(copies))
-    inputs, bias = linear.inputs[:unroll], linear.bias
+    bias = linear.bias
     biases = [] if bias is None else [bias]
+    shared = [*linear.inputs[:unroll], *biases]
     graphs = linear.backend.graphs
 
     def compute(args: list[torch.Tensor]) -> list[torch.Tensor]:
-        xs, rest = args[:unroll], args[unroll + len(biases) :]
+        xs, rest = args[:unroll], args[len(shared) :]
         bias_arg = args[unroll] if biases else None
         starts = range(0, unroll * len(parts), len(parts))
         weights = [unflatten_tensor(rebuild, rest[i : i + len(parts)]) for i in starts]
@@ -139,32 +136,27 @@ def _prepare(
             results.append(-y)
         return results
 
-    # Each call reads the next `unroll` copies of the weight, so that none is still in the cache.
-    groups: list[list[torch.Tensor]] = []
-    for start in range(0, len(copies), unroll):
-        taken = [copies[(start + i) % len(copies)] for i in range(unroll)]
-        groups.append([*inputs, *biases, *chain.from_iterable(taken)])
-    with torch.no_grad():
-        # Traced on distinct tensors: one that came twice would be read once.
-        run: Callable[[list[torch.Tensor]], Any] = compute
-        if not (graphs and kernel.opaque):
-            # The compiler needs no real tensors: they would be computed, and held to the end.
-            fake = compiled and not graphs
-            with as_if_compiled(compiled):
-                run = make_fx(compute, tracing_mode="fake" if fake else "real")(groups[0])
-                run = _compile(run, groups[0]) if compiled else run
+    groups = [[*shared, *weights] for weights in _rotation(copies, unroll)]
+    run: _Compute = compute
+    if not (graphs and kernel.opaque):
+        # The compiler needs no real tensors: they would be computed, and held to the end.
+        fake = compiled and not graphs
+        with torch.no_grad(), as_if_compiled(compiled):
+            # Traced on distinct tensors: one that came twice would be read once.
+            run = make_fx(compute, tracing_mode="fake" if fake else "real")(groups[0])
+            run = _compile(run, groups[0]) if compiled else run
     sign = 1 if graphs else -1
-    real = [*inputs, *biases, *(parts * unroll)]
+    real = [*shared, *(parts * unroll)]
 
     def expected() -> torch.Tensor:
         numbers = multiplied_numbers(fmt, stored, kernel.numerics)
-        return sign * reference(kernel, numbers, sign * inputs[0], bias)
+        return sign * reference(kernel, numbers, sign * linear.inputs[0], bias)
 
     check = ResultCheck(
         run=lambda: run(list(real)),
         eager=None if run is compute else lambda: compute(list(real)),
         expected=expected,
-        dtype=getattr(torch, subject.shape.dtype),
+        dtype=getattr(torch, linear.shape.dtype),
         repeats=kernel.repeats and linear.backend.repeats,
     )
 
@@ -172,12 +164,24 @@ def _prepare(
         with torch.no_grad():
             return run(groups[position])
 
-    return Entrant(subject, linear.backend.clock(call, len(groups), unroll, effort), check)
+    return linear.backend.clock(call, len(groups), unroll, effort), check
 
 
-def _compile(traced: Any, example: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], Any]:
+def _rotation(
+    copies: Sequence[Sequence[torch.Tensor]], unroll: int
+) -> Iterator[list[torch.Tensor]]:
+    """Yield the tensors of the weights that each call reads, for one round through all copies.
+
+    A call reads the next `unroll` copies, so that none is still in the cache.
+    """
+    for start in range(0, len(copies), unroll):
+        weights = [copies[(start + i) % len(copies)] for i in range(unroll)]
+        yield list(chain.from_iterable(weights))
+
+
+def _compile(traced: Any, example: list[torch.Tensor]) -> _Compute:
     import torch._inductor
 
     arguments: list[Any] = [example]
-    compiled: Callable[[list[torch.Tensor]], Any] = torch._inductor.compile(traced, arguments)
+    compiled: _Compute = torch._inductor.compile(traced, arguments)
     return compiled

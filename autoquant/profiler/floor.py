@@ -30,4 +30,5 @@ def floor_us(
     activation_bytes = m * (shape.k + shape.n) * ELEMENT_BYTES[shape.dtype]
     memory_s = (weight_bytes + activation_bytes) / roofline.bandwidth_bytes_per_s
     rate = max((roofline.flops_per_s.get(name, 0.0) for name in _EXACT_IN[arithmetic]), default=0.0)
-    return 1e6 * max(memory_s, 2 * m * shape.n * shape.k / rate if rate else 0.0)
+    products_s = 2 * m * shape.n * shape.k / rate if rate else 0.0
+    return 1e6 * max(memory_s, products_s)

@@ -72,7 +72,7 @@ def with_original(candidates: Candidates, dtype: str) -> list[Candidate]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class TimingDevice:
     """The device that linears are measured on.
 
     Attributes:
@@ -89,7 +89,7 @@ class Place:
 def measure(
     subjects: Sequence[TimingSubject],
     candidates: Candidates,
-    place: Place,
+    place: TimingDevice,
     *,
     on_measured: Callable[[Sequence[Measurement]], None],
     listener: Listener,
@@ -126,7 +126,6 @@ def measure(
                 m,
                 [by_id[subject.candidate] for subject in cell],
                 arena=arena,
-                device=place.device,
                 compiled=place.hardware.versions.get("compiler") != "none",
                 decided=decided,
                 on_candidate=partial(_tell, listener, done, on_candidate),
@@ -153,7 +152,7 @@ def summarize(
 
 
 def _prepare(
-    subjects: Sequence[TimingSubject], place: Place, listener: Listener
+    subjects: Sequence[TimingSubject], place: TimingDevice, listener: Listener
 ) -> Mapping[TimingSubject, Measurement]:
     """Compile and tune in parallel processes; return the outcomes that need no timing."""
     use_kernel_caches()

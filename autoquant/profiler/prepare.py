@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from autoquant.candidates import Kernel, get_format
+from autoquant.candidates import Kernel, candidate_of
 from autoquant.candidates.registry import is_registered_here
 from autoquant.profiler.bounds import Tried, beaten, bounded
 from autoquant.profiler.trials import Answer, Workers
@@ -57,7 +57,8 @@ def prepare(
     """
     decided, waiting = {}, []
     for subject in subjects:
-        if reason := _unsupported_reason(subject, device.type):
+        candidate = candidate_of(subject)
+        if reason := candidate.unsupported_reason(subject.shape, subject.m, device.type):
             decided[subject] = Measurement(subject=subject, outcome="unsupported", reason=reason)
         elif not is_registered_here(subject.format):  # another process would not know it
             waiting.append(subject)
@@ -165,9 +166,4 @@ class _Campaign:
 
 
 def _kernel(subject: TimingSubject) -> Kernel:
-    return get_format(subject.format).kernel(subject.kernel)
-
-
-def _unsupported_reason(subject: TimingSubject, device_type: str) -> str | None:
-    fmt = get_format(subject.format)
-    return fmt.unsupported_reason(fmt.kernel(subject.kernel), subject.shape, subject.m, device_type)
+    return candidate_of(subject).kernel

@@ -34,7 +34,8 @@ def _attention_flops(
 ) -> int:
     """Count the operations of two matrix products, as PyTorch does for other attention."""
     batch, heads, rows, width = query.shape
-    return int(2 * batch * heads * rows * key.shape[-2] * (width + value.shape[-1]))
+    tokens, value_width = key.shape[-2], value.shape[-1]
+    return int(2 * batch * heads * rows * tokens * (width + value_width))
 
 
 _attention_flops._get_raw = True  # type: ignore[attr-defined]
@@ -73,8 +74,13 @@ class _LinearWatcher(LinearHook):
 
     Args:
         parameters: Names by the parameter's identity.
-        idle: Identities of parameters that a linear without rows was computed with.
         owner: Names of the modules whose forward is running, innermost last.
+
+    Attributes:
+        seen: What was seen of each weight, by its identity.
+        others: Modules that used a parameter otherwise, by its identity and the use.
+        idle: Identities of parameters that a linear without rows was computed with.
+        computed_weights: Elements of weights that are no parameters, by module.
     """
 
     def __init__(self, parameters: dict[int, list[str]], owner: list[str]) -> None:
@@ -215,6 +221,7 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
         names = watcher.parameters[identity]
         others = watcher.others.get(identity, {})
         elsewhere = set().union(*others.values())
+        # If it has another use, it is replaced only in modules that do nothing but multiply.
         replaced = [name for name in names if not others or _owner(name) in seen.owners - elsewhere]
         if not replaced:
             continue

@@ -14,10 +14,7 @@ from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.watch import Watch
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
-from autoquant.profiler.floor import floor_us
 from autoquant.records import Roofline
-
-__all__ = ["floor_us", "measure_roofline", "undisturbed_roofline"]
 
 _STAGE = "roofline"
 _FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -38,7 +35,7 @@ def undisturbed_roofline(
         cache_bytes: See `measure_roofline`.
         on_measured: Takes the roofline if nothing disturbed it. What was disturbed is only
             returned, with a notice.
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
     """
     effort = effort or timing_effort()
     listener(StageStarted(_STAGE, 1))
@@ -70,7 +67,7 @@ def measure_roofline(
 
     Args:
         cache_bytes: Size of the last-level cache, which the copy must not fit into.
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
     """
     effort, place = effort or timing_effort(), backend(device)
     side = min(place.product_side, effort.largest_product)

@@ -28,7 +28,7 @@ class ListedShapes:
 
     Attributes:
         names: The names of each.
-        rows: The m of those that give theirs.
+        rows: The m of the shapes that list their own.
     """
 
     names: NamedShapes
@@ -82,9 +82,8 @@ def parse_shapes(lines: Sequence[str], dtype: str, origin: str = "shapes") -> Li
         names = found.get(shape, ())
         found[shape] = names if name is None or name in names else (*names, name)
         if rows is not None:
-            own_rows[shape] = parse_rows(
-                f"{rows}{''.join(f',{m}' for m in own_rows.get(shape, ()))}"
-            )
+            before = own_rows.get(shape, ())
+            own_rows[shape] = tuple(sorted({*before, *parse_rows(rows)}))
     if not found:
         raise WorkloadError(f"{origin} holds no shape: {_FORM}, one linear a line")
     return ListedShapes(found, own_rows)

@@ -32,7 +32,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from autoquant.candidates import Candidate, Format, Kernel
+from autoquant.candidates import Candidate
 from autoquant.candidates.flat import stored_bytes
 from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort
@@ -56,7 +56,6 @@ def compare(
     candidates: Sequence[Candidate],
     *,
     arena: Arena,
-    device: str,
     compiled: bool,
     decided: Mapping[TimingSubject, Measurement] | None = None,
     on_candidate: Callable[[TimingSubject | None], None] = lambda _subject: None,
@@ -65,30 +64,34 @@ def compare(
     """Time `candidates` on one shape and m, each against the others.
 
     Args:
+        arena: What their weights rotate through, on the device to time.
         compiled: Compile with Inductor; otherwise run as traced.
         decided: Outcomes that are known already: these candidates are not prepared.
         on_candidate: Takes each candidate when its preparation starts, and None when that of the
             last has ended.
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
 
     Returns:
         One measurement per candidate, in order. One that is unsupported, wrong or fails says why.
     """
     effort = effort or timing_effort()
-    linear = LinearToTime(shape, m, device)
+    linear = LinearToTime(shape, m, arena.device)
     results = dict(decided or {})
     entrants: list[Entrant] = []
     subjects = []
     for candidate in candidates:
-        fmt, kernel = candidate.format, candidate.kernel
         subject = TimingSubject(
-            shape=shape, m=m, format=fmt.id, kernel=kernel.id, working_set_bytes=arena.bytes.numel()
+            shape=shape,
+            m=m,
+            format=candidate.format.id,
+            kernel=candidate.kernel.id,
+            working_set_bytes=arena.bytes.numel(),
         )
         subjects.append(subject)
         if subject in results:
             continue
         on_candidate(subject)
-        entered = enter(subject, fmt, kernel, linear, arena, compiled, effort)
+        entered = enter(subject, candidate, linear, arena, compiled, effort)
         if isinstance(entered, Measurement):
             results[subject] = entered
         else:
@@ -149,21 +152,20 @@ def _checked_again(entrant: Entrant, effort: TimingEffort) -> Measurement | None
 
 
 def try_out(
-    subject: TimingSubject, fmt: Format, kernel: Kernel, linear: LinearToTime, *, compiled: bool
+    subject: TimingSubject, candidate: Candidate, linear: LinearToTime, *, compiled: bool
 ) -> tuple[Measurement, int]:
     """Prepare one candidate and run it a few times, alone.
 
     Returns:
         The measurement, and the bytes of the stored weight (0 if it is not ok).
     """
-    entered = enter(
-        subject, fmt, kernel, linear, Arena(1, linear.device), compiled, timing_effort()
-    )
+    arena, effort = Arena(1, linear.device), timing_effort()
+    entered = enter(subject, candidate, linear, arena, compiled, effort)
     if isinstance(entered, Measurement):
         return entered, 0
     entered.samples_us += [entered.clock.sample() for _ in range(_FIRST_ROUNDS)]
     linear.change_inputs()
-    if (unusable := _checked_again(entered, timing_effort())) is not None:
+    if (unusable := _checked_again(entered, effort)) is not None:
         return unusable, 0
     measurement = Measurement(
         subject=subject,
@@ -171,7 +173,7 @@ def try_out(
         samples_us=tuple(entered.samples_us),
         relative_error=entered.relative_error,
     )
-    return measurement, stored_bytes(fmt.store(linear.weight))
+    return measurement, stored_bytes(candidate.format.store(linear.weight))
 
 
 def _race_undisturbed(entrants: list[Entrant], device: str, effort: TimingEffort) -> str:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from autoquant.candidates import get_format
+from autoquant.candidates import candidate_of
 from autoquant.candidates.kernels.caches import (
     load_tuning,
     save_tuning,
@@ -132,7 +132,9 @@ class Workers:
             return len(subjects)
         largest = max(_BYTES_PER_WEIGHT * subject.shape.n * subject.shape.k for subject in subjects)
         started = len(self._processes)
-        return max(1, started + int((free_bytes - started * largest) // (largest + _CONTEXT_BYTES)))
+        # Those that have started hold their contexts already, but not their weights.
+        left_bytes = free_bytes - started * largest
+        return max(1, started + int(left_bytes // (largest + _CONTEXT_BYTES)))
 
     def _begin(self) -> Connection:
         ours, theirs = self._context.Pipe()
@@ -209,15 +211,13 @@ def _work(
             continue
         subject, tune = work
         started = time.monotonic()
-        fmt = get_format(subject.format)
         try:
             if linear is None or (linear.shape, linear.m) != (subject.shape, subject.m):
                 linear = None  # frees its memory first
                 linear = LinearToTime(subject.shape, subject.m, device_name)
+            candidate = candidate_of(subject)
             with nullcontext() if tune else untuned():
-                measurement, stored = try_out(
-                    subject, fmt, fmt.kernel(subject.kernel), linear, compiled=compiled
-                )
+                measurement, stored = try_out(subject, candidate, linear, compiled=compiled)
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
             raise_if_full(error)
             reason = first_line(error, with_type=True)

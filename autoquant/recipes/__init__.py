@@ -122,7 +122,8 @@ def _is_value(value: object) -> bool:
 
 def written(about: str, options: Mapping[str, Value]) -> str:
     """Return a recipe as TOML that `read_recipe` can read."""
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in {_ABOUT: about, **options}.items())
+    content = {_ABOUT: about, **options}
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in content.items())
 
 
 def _toml(value: Value) -> str:

@@ -94,7 +94,9 @@ class Measurement:
         """Median of the samples."""
         ordered = sorted(self.samples_us)
         middle = len(ordered) // 2
-        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        if len(ordered) % 2:
+            return ordered[middle]
+        return (ordered[middle - 1] + ordered[middle]) / 2
 
     @property
     def spread_us(self) -> float:

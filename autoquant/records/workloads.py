@@ -84,8 +84,12 @@ class Workload:
         return {phase.name: phase.calls for phase in self.phases}
 
     def __str__(self) -> str:
-        parts = (f"{p.name}={p.calls if p.name == 'decode' else p.tokens}" for p in self.phases)
-        return ",".join(parts) + (f" batch={self.batch}" if self.batch != 1 else "")
+        parts = []
+        for phase in self.phases:
+            count = phase.calls if phase.name == "decode" else phase.tokens
+            parts.append(f"{phase.name}={count}")
+        batch = f" batch={self.batch}" if self.batch != 1 else ""
+        return ",".join(parts) + batch
 
 
 def request_time(phase_times: Mapping[str, float], calls: Mapping[str, int]) -> float:

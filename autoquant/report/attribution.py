@@ -76,15 +76,13 @@ def step_parts(step: StepProfile, original: StepProfile, plan: Plan | None) -> l
     """Return all parts of a step: linears (slowest first), then glue, then gaps."""
     alone = _alone_us(plan, step.phase)
     ours, theirs = step.layer_us(alone), original.layer_us(alone)
-    linears = [
-        Part(
-            pattern,
-            sum(ours[name] for name in names),
-            sum(theirs.get(name, 0.0) for name in names),
-            sum(alone[name] for name in names) if all(name in alone for name in names) else None,
-        )
-        for pattern, names in fold(ours)
-    ]
+    linears = []
+    for pattern, names in fold(ours):
+        time_us = sum(ours[name] for name in names)
+        original_us = sum(theirs.get(name, 0.0) for name in names)
+        all_timed = all(name in alone for name in names)
+        alone_us = sum(alone[name] for name in names) if all_timed else None
+        linears.append(Part(pattern, time_us, original_us, alone_us))
     glue, before = step.glue_us(), original.glue_us()
     return [
         *sorted(linears, key=lambda part: -part.time_us),
@@ -102,19 +100,15 @@ def differences(row: Attributed, plan: Plan, workload: Workload) -> list[Differe
     calls = workload.calls()
     predicted = {layer.name: request_time(layer.latency_us, calls) / 1e3 for layer in plan.layers}
     by_phase = {phase: step.layer_us(_alone_us(plan, phase)) for phase, step in row.steps.items()}
-    measured = {
-        name: request_time(
-            {phase: times.get(name, 0.0) for phase, times in by_phase.items()}, calls
-        )
-        / 1e3
-        for name in predicted
-    }
-    found = [
-        Difference(
-            pattern, sum(measured[name] for name in names), sum(predicted[name] for name in names)
-        )
-        for pattern, names in fold(predicted)
-    ]
+    measured = {}
+    for name in predicted:
+        step_us = {phase: times.get(name, 0.0) for phase, times in by_phase.items()}
+        measured[name] = request_time(step_us, calls) / 1e3
+    found = []
+    for pattern, names in fold(predicted):
+        time_ms = sum(measured[name] for name in names)
+        predicted_ms = sum(predicted[name] for name in names)
+        found.append(Difference(pattern, time_ms, predicted_ms))
     rest_ms = _predicted_ms(row) - sum(predicted.values())
     found.append(Difference(_ALL_ELSE, row.request_ms - sum(measured.values()), rest_ms))
     return sorted(found, key=lambda difference: -abs(difference.excess_ms))
@@ -123,8 +117,9 @@ def differences(row: Attributed, plan: Plan, workload: Workload) -> list[Differe
 def responsible(row: Attributed, plan: Plan, workload: Workload) -> str:
     """Return the layers that cause most of the prediction's error, in words."""
     sign = 1 if row.request_ms > _predicted_ms(row) else -1
-    most = [each for each in differences(row, plan, workload) if each.excess_ms * sign > 0][:_NAMED]
-    return ", ".join(f"{each.what} {_signed_ms(each.excess_ms)}" for each in most)
+    found = differences(row, plan, workload)
+    to_blame = [each for each in found if each.excess_ms * sign > 0]
+    return ", ".join(f"{each.what} {_signed_ms(each.excess_ms)}" for each in to_blame[:_NAMED])
 
 
 def _predicted_ms(row: Attributed) -> float:
@@ -134,13 +129,15 @@ def _predicted_ms(row: Attributed) -> float:
 
 def slowed_notes(row: Attributed) -> list[str]:
     """Return notes on phases that the profiler slowed down so much that shares mean little."""
-    ratios = {phase: step.step_us / 1e3 / row.phase_ms[phase] for phase, step in row.steps.items()}
-    return [
-        f"a {phase} step took {ratio:.1f} times longer with the profiler; "
-        "close other programs for shares to trust"
-        for phase, ratio in ratios.items()
-        if ratio > _SLOWED
-    ]
+    notes = []
+    for phase, step in row.steps.items():
+        ratio = step.step_us / 1e3 / row.phase_ms[phase]
+        if ratio > _SLOWED:
+            notes.append(
+                f"a {phase} step took {ratio:.1f} times longer with the profiler; "
+                "close other programs for shares to trust"
+            )
+    return notes
 
 
 def attribution_report(
@@ -156,8 +153,6 @@ def attribution_report(
             Text(head, style="bold"),
             _parts_table(step_parts(step, original.steps[phase], plan), step),
             Text(""),
-        ]
-        parts += [
             _gaps_text(step),
             Text(""),
             _layers_table(step, plan),

@@ -45,15 +45,18 @@ def number_ranges(numbers: Sequence[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    written = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return written if len(runs) == 1 else f"{{{written}}}"
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return words[0] if len(words) == 1 else f"{{{', '.join(words)}}}"
 
 
 def _split(name: str) -> _Parts:
-    return tuple(
-        (int(part),) if part.isdecimal() and str(int(part)) == part else part
-        for part in name.split(".")
-    )
+    return tuple(map(_part, name.split(".")))
+
+
+def _part(text: str) -> str | tuple[int, ...]:
+    # A number that is written otherwise, such as 007, could not be written back.
+    is_number = text.isdecimal() and str(int(text)) == text
+    return (int(text),) if is_number else text
 
 
 def _merge(groups: dict[_Parts, list[str]], position: int) -> dict[_Parts, list[str]]:
@@ -74,15 +77,16 @@ def _without_number(parts: _Parts, position: int) -> _Parts:
 
 
 def _union(members: Sequence[_Parts], position: int) -> _Parts:
+    """Return the parts that groups share, with all their numbers at `position`."""
     first = members[0]
-    numbers = {
-        number
-        for parts in members
-        if position < len(parts) and isinstance(parts[position], tuple)
-        for number in parts[position]
-        if isinstance(number, int)
-    }
-    return (*first[:position], tuple(sorted(numbers)), *first[position + 1 :]) if numbers else first
+    numbers: set[int] = set()
+    for parts in members:
+        part = parts[position] if position < len(parts) else ""
+        if not isinstance(part, str):
+            numbers.update(part)
+    if not numbers:
+        return first
+    return (*first[:position], tuple(sorted(numbers)), *first[position + 1 :])
 
 
 def _written(part: str | tuple[int, ...]) -> str:

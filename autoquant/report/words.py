@@ -26,8 +26,8 @@ def study_line(source: Mapping[str, Any], device: Device, workload: Workload) ->
 
 
 def device_words(device: Device) -> str:
-    """Return a device's name, and its threads if it is a CPU."""
-    return f"{device.name}, {device.threads} threads" if device.type == "cpu" else device.name
+    """Return a device's name, and how many threads it computes with, if that counts."""
+    return f"{device.name}, {device.threads} threads" if device.threads else device.name
 
 
 def source_name(source: Mapping[str, Any]) -> str:

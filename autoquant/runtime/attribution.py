@@ -42,13 +42,13 @@ def attribute(
     Raises:
         DeviceError: The profiler does not see what the device does.
     """
-    place = backend(device)
-    if not place.profiler_activities:
+    own = backend(device)
+    if not own.profiler_activities:
         raise DeviceError(f"PyTorch's profiler does not see the kernels of {device}")
     weights = Weights(module, layers)
     with weights.ranges(), named_kernels():
         return {
-            phase.name: _profile(phases, phase.name, weights, place)
+            phase.name: _profile(phases, phase.name, weights, own)
             for phase in phases.workload.phases
         }
 
@@ -176,9 +176,10 @@ def _device_kernel(
     name: str, operator: Operator | None, start_us: float, duration_us: float
 ) -> KernelTime:
     layers = operator.layers if operator else ()
-    kind = (
-        UNKNOWN if operator is None else LINEAR if layers else glue_kind(f"{operator.name} {name}")
-    )
+    if operator is None:
+        kind = UNKNOWN
+    else:
+        kind = LINEAR if layers else glue_kind(f"{operator.name} {name}")
     return KernelTime(
         name=name, kind=kind, layers=layers, start_us=start_us, duration_us=duration_us
     )

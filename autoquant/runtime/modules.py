@@ -30,7 +30,7 @@ def compile(module: nn.Module) -> Callable[..., Any]:
 
         called = compile_forward(forward)
     else:
-        # At the line of whoever called this function.
+        # Reported at the line that called this function.
         warnings.warn(
             "autoquant: the module runs without being compiled, since torch.compile does not work"
             f" here: {reason}",

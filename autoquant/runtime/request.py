@@ -110,7 +110,8 @@ def make_warm(make: Callable[..., Phases], divisions: Sequence[Division]) -> tup
         The phases, and a note if it was not the first way.
 
     Raises:
-        WrongResultError: The model gives other results in the last way, too.
+        WrongResultError: The model gives other results in the last way, too. Any other error of
+            that way is raised as well.
     """
     reason = ""
     for division in divisions:
@@ -138,7 +139,7 @@ def time_requests(
     """Time both models, already warm, in turn, and take medians over rounds.
 
     Args:
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
     """
     (of_original, of_plan), note = rounds_in_turn(
         [original, plan], _names(original), device, effort
@@ -195,7 +196,7 @@ def rounds_in_turn(
 
     Args:
         names: Names of the phases.
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
         until: None for the effort's number of rounds.
 
     Returns:

@@ -81,8 +81,8 @@ class StepProfile:
         """Return microseconds by linear.
 
         Args:
-            shares: By linear, in which proportion those that are computed as one share a kernel's
-                time.
+            shares: By linear, the proportion in which linears that are computed as one share the
+                time of a kernel.
         """
         times: dict[str, float] = {}
         for kernel in self.kernels:

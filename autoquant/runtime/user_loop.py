@@ -215,9 +215,11 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
 
 def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bool:
     with torch.no_grad():
-        logits = model(before.to(next(model.parameters()).device)).logits[0, -1].float()
-    gap = (logits[ours] - logits[theirs]).abs() / (logits.max() - logits.mean()).clamp(min=1e-30)
-    return bool(gap <= MAX_RELATIVE_ERROR)
+        device = next(model.parameters()).device
+        logits = model(before.to(device)).logits[0, -1].float()
+    gap = (logits[ours] - logits[theirs]).abs()
+    height = (logits.max() - logits.mean()).clamp(min=1e-30)
+    return bool(gap / height <= MAX_RELATIVE_ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +242,7 @@ def time_user_loops(
     Rounds go on until every ratio is known well enough, within the limits of the effort.
 
     Args:
-        effort: None for that of the process.
+        effort: None for the process's own, `timing_effort()`.
 
     Returns:
         Times of each, and a note if other programs disturbed them.

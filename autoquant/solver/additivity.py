@@ -54,10 +54,10 @@ def fit_loss_map(pairs: Sequence[tuple[float, float]]) -> LossMap:
     """
     from scipy.optimize import minimize_scalar
 
-    known = np.array([pair for pair in pairs if min(pair) > 0], dtype=np.float64).reshape(-1, 2)
-    if not len(known):
+    known = [pair for pair in pairs if min(pair) > 0]
+    if not known:
         return ADDITION
-    summed, measured = known.T
+    summed, measured = np.array(known, dtype=np.float64).T
 
     def error(curvature: float) -> float:
         loss_map = LossMap(curvature)
@@ -74,7 +74,7 @@ def fit_loss_map(pairs: Sequence[tuple[float, float]]) -> LossMap:
 def together_pairs(
     losses: Mapping[tuple[str, str], float], every_layer: str
 ) -> list[tuple[float, float]]:
-    """Return, for each numerics measured in all layers at once, (sum of layers' losses, measured).
+    """Return (sum of the layers' losses, measured loss of all at once) for each numerics.
 
     Args:
         losses: By (layer, numerics).

@@ -31,7 +31,8 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
 class Growth:
     """Decides when a front has stopped growing.
 
-    It has if its hypervolume grew by no more than `least_growth` over the last `patience` points.
+    It has stopped if its hypervolume grew by no more than `least_growth` over the last `patience`
+    points.
 
     Attributes:
         points: The front to begin with.

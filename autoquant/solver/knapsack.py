@@ -228,13 +228,14 @@ class Knapsack:
         if result.x is None:
             return None
         starts = _starts(self.owners)
-        ends = [*starts[1:], None]
-        # HiGHS returns whole numbers up to a tolerance.
-        picks = [a + np.argmax(result.x[a:b]) for a, b in zip(starts, ends, strict=True)]
+        picks = []
+        for start, of_layer in zip(starts, np.split(result.x, starts[1:]), strict=True):
+            # HiGHS returns whole numbers up to a tolerance.
+            picks.append(start + np.argmax(of_layer))
         return np.asarray(picks)
 
     def _equalities(self) -> tuple[csr_array, Vector]:
-        """The constraints with `=`: one option of every layer, then the ties."""
+        """Return the constraints with `=`: one option of every layer, then the ties."""
         options = len(self.owners)
         layers = int(self.owners[-1]) + 1
         # A row for each layer, with a 1 in the columns of its options. These add up to 1.

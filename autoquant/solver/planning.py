@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from autoquant.records import (
     LayerChoice,
@@ -79,13 +79,8 @@ def make_plan(
     """
     if context.fusion is not None:
         choices = context.fusion.join(choices)
-    # A layer by itself has no fourth part, so ids are what they were before layers could be joined.
-    does = [
-        (c.name, c.format, [(s.upper_m, s.kernel) for s in c.route], *filter(None, [c.joined]))
-        for c in choices
-    ]
     return Plan(
-        plan_id=content_key([context.study_id, does], 8),
+        plan_id=content_key([context.study_id, [_does(choice) for choice in choices]], 8),
         study_id=context.study_id,
         label=label,
         kind=kind,
@@ -94,6 +89,14 @@ def make_plan(
         layers=tuple(choices),
         prediction=predict(choices, context),
     )
+
+
+def _does(choice: LayerChoice) -> tuple[Any, ...]:
+    """Return what a choice does, for the id of its plan."""
+    route = [(step.upper_m, step.kernel) for step in choice.route]
+    alone = (choice.name, choice.format, route)
+    # A layer by itself has no fourth part, so ids are what they were before layers could be joined.
+    return (*alone, choice.joined) if choice.joined else alone
 
 
 def predict(choices: Sequence[LayerChoice], context: PlanContext) -> Prediction:

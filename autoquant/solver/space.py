@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from autoquant.errors import PlanError
-from autoquant.records import LayerChoice, Objective, Plan, PlanKind, Proof, Route, Workload
+from autoquant.records import LayerChoice, Objective, Plan, PlanKind, Proof, Workload
 from autoquant.solver.additivity import LossMap
 from autoquant.solver.constraints import Bound
 from autoquant.solver.limits import Limits
@@ -41,15 +41,12 @@ class SearchSpace:
 
         Options that compute layers as one are taken by all of these layers or by none.
         """
-        workload = self.context.workload
-        return AdditiveProblem.build(
-            [
-                [(request_ms(c, workload), c.loss, float(c.memory_bytes)) for c in layer]
-                for layer in self.options
-            ],
-            self._joined(),
-            self._same_format(),
-        )
+        numbers = [[self._numbers(choice) for choice in layer] for layer in self.options]
+        return AdditiveProblem.build(numbers, self._joined(), self._same_format())
+
+    def _numbers(self, choice: LayerChoice) -> tuple[float, float, float]:
+        milliseconds = request_ms(choice, self.context.workload)
+        return milliseconds, choice.loss, float(choice.memory_bytes)
 
     def budget(self, max_loss: float | None) -> float | None:
         """Return the summed loss of a plan whose loss is `max_loss`; None means no limit."""
@@ -164,7 +161,7 @@ class SearchSpace:
 
     def _joined(self) -> list[list[tuple[int, int]]]:
         """Return, for each way to compute layers as one, its options as (layer, option)."""
-        together: dict[tuple[tuple[str, ...], str, Route], list[tuple[int, int]]] = {}
+        together: dict[Hashable, list[tuple[int, int]]] = {}
         for position, layer in enumerate(self.options):
             for index, choice in enumerate(layer):
                 if choice.joined:

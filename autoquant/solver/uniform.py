@@ -48,8 +48,8 @@ def uniform_choice(
 ) -> LayerChoice:
     """Return a layer's fastest option of a format and numerics.
 
-    A layer that cannot have the format, or one of whose group cannot, gets its first format: the
-    unquantized one, unless a constraint bars that.
+    A layer gets its first format if it cannot have this one, or if another layer of its group
+    cannot. That is the unquantized one, unless a constraint bars it.
     """
     fmt, numerics = key
     context = space.context
@@ -70,4 +70,8 @@ def _group_can_have(space: SearchSpace, layer: Sequence[LayerChoice], format_id:
     """Check whether all layers that get the same format as this one can have it."""
     group = space.context.bound.group_of(layer[0].name)
     members = [other for other in space.options if other[0].name in group] if group else []
-    return all(any(c.format == format_id and not c.joined for c in other) for other in members)
+    for member in members:
+        alone = [choice.format for choice in member if not choice.joined]
+        if format_id not in alone:
+            return False
+    return True

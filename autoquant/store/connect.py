@@ -143,7 +143,8 @@ def _check_tables(engine: Engine, address: str) -> None:
     names = set(found.get_table_names())
     for table in Base.metadata.sorted_tables:
         columns = found.get_columns(table.name) if table.name in names else []
-        if missing := {c.name for c in table.columns} - {c["name"] for c in columns}:
+        wanted = {column.name for column in table.columns}
+        if missing := wanted - {column["name"] for column in columns}:
             raise damaged(address, f"its table {table.name} lacks {', '.join(sorted(missing))}")
 
 

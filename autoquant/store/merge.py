@@ -78,7 +78,8 @@ def _is_same_file(own: str | None, other: Path) -> bool:
 
 def _copy(reading: Session, writing: Session, row: type[Base]) -> MergedRows:
     key = _key(row)
-    known = set(map(tuple, writing.execute(select(*(row.__table__.c[name] for name in key)))))
+    columns = [row.__table__.c[name] for name in key]
+    known = {tuple(found) for found in writing.execute(select(*columns))}
     facts = [dict(fact) for fact in reading.execute(_travelling(row)).mappings()]
     new = [fact for fact in facts if tuple(fact[name] for name in key) not in known]
     if new:

@@ -156,7 +156,7 @@ def _order(row: type[Base]) -> int:
 
 
 def _text(data: bytes) -> str | bytes:
-    """Return text, or what is none as it is: the column then refuses it."""
+    """Return bytes as text if they are text. If not, the column refuses them."""
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Make records of rows, and check what the columns of a row, or several rows, say together."""
+"""Make records of rows, and check that what columns and rows say fits together."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from autoquant.store.schema import (
     TaskScoreRow,
     TimingRow,
 )
-from autoquant.store.shapes import REFERENCES, Problem
+from autoquant.store.shapes import REFERENCES, ProblemObject
 from autoquant.typed import ShapeError, check
 
 CALIBRATION = "calibration"
@@ -141,7 +141,7 @@ def check_phases(times: Iterable[Mapping[str, float]], workload: Workload, place
             raise BadValueError(f"{place} has times of {min(unknown)!r}, which its study has not")
 
 
-def check_problem(problem: Problem, workload: Workload, study_id: str) -> None:
+def check_problem(problem: ProblemObject, workload: Workload, study_id: str) -> None:
     """Check that what plans are solved from is of one set of layers and of one workload.
 
     Raises:
@@ -166,7 +166,7 @@ def check_in_study(row: Base, workloads: Mapping[str, Workload]) -> None:
         workloads: What each study is for, by its id.
 
     Raises:
-        BadValueError: Its study has them not.
+        BadValueError: The study has other phases.
     """
     if isinstance(row, PlanRow):
         plan_from(row, workloads[row.study_id])

@@ -36,7 +36,7 @@ from autoquant.records import (
 )
 from autoquant.records.numbers import Count, Finite, NonNegative, Positive
 from autoquant.store.columns import Checked
-from autoquant.store.shapes import Identity, LimitsObject, ModelObject, Problem
+from autoquant.store.shapes import Identity, LimitsObject, ModelObject, ProblemObject
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -58,7 +58,7 @@ _RECORDS = (
     LimitsObject,
     ModelObject,
     Identity,
-    Problem,
+    ProblemObject,
     Prediction,
     Proof,
     Delivery,
@@ -202,7 +202,7 @@ class StudyRow(Base):
     workload: Mapped[Workload]
     limits: Mapped[LimitsObject]
     recording: Mapped[Recording | None]
-    problem: Mapped[Problem | None] = mapped_column(deferred=True)
+    problem: Mapped[ProblemObject | None] = mapped_column(deferred=True)
     recommended: Mapped[str | None]
     complete: Mapped[bool] = mapped_column(default=False)
     spent_s: Mapped[NonNegative] = mapped_column(default=0.0)

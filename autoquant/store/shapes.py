@@ -43,7 +43,7 @@ class LimitsObject(TypedDict, total=False):
 
 @_open
 class ConstraintsObject(TypedDict, total=False):
-    """What a search was told of single layers."""
+    """The options of a search for single layers."""
 
     keep: list[str]
     pin: list[str]
@@ -82,7 +82,7 @@ class SpaceObject(TypedDict):
 
 
 @_open
-class Problem(TypedDict):
+class ProblemObject(TypedDict):
     """What plans are solved from: the options of every layer."""
 
     options: list[Annotated[list[LayerChoice], MinLen(1)]]

@@ -60,7 +60,11 @@ class Studies(Transactions):
                 row.limits = cast(LimitsObject, dict(limits))
 
     def update_study(self, study_id: str, **columns: Any) -> None:
-        """Set columns of `StudyRow`: recording, problem, recommended, complete or spent_s."""
+        """Set columns of `StudyRow`: recording, problem, recommended, complete or spent_s.
+
+        Raises:
+            PlanError: There is no such study.
+        """
         with self._writing() as session:
             row = session.get(StudyRow, study_id)
             if row is None:

@@ -38,7 +38,11 @@ def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
         )
     choices = {layer.name: layer for layer in after.layers}
     pairs = [(layer, choices[layer.name]) for layer in before.layers]
-    return [_change(a, b, workload) for a, b in pairs if (a.format, a.route) != (b.format, b.route)]
+    return [
+        _change(old, new, workload)
+        for old, new in pairs
+        if (old.format, old.route) != (new.format, new.route)
+    ]
 
 
 def summed(parts: Sequence[LayerChange]) -> tuple[float, float, int]:

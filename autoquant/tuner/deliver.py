@@ -179,7 +179,7 @@ class Deliverer:
     def _in_new_process(self, spec: DeliverySpec) -> Delivery:
         """Run `load_and_deliver` in a new process, and in a second one if the first dies.
 
-        A plan that ends its process does so again, and what ended it from outside does not.
+        A plan that ends its process does so again. A kill from outside does not come twice.
         """
         try:
             return self._in_one_process(spec)

@@ -58,7 +58,7 @@ class Steadiness:
 
     Attributes:
         spread: Interquartile range over the median.
-        slowest: The slowest twentieth of the samples takes at least so many times the median.
+        slowest: How many times the median the slowest twentieth of the samples takes at least.
     """
 
     spread: float

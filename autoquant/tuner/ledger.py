@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from autoquant.devices.memory import release_memory
@@ -133,7 +132,6 @@ class ProofLedger:
             return self.proofs.get(plan.plan_id)
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
-        left_s = self.budget.left_s()
         try:
             made, self._reference = self._run(plan)
         except Exception as error:
@@ -143,7 +141,6 @@ class ProofLedger:
                 raise
         else:
             proof = self.store.put_proof(plan.plan_id, made)
-        self._longest_s = max(self._longest_s, left_s - self.budget.left_s())
         if proof is None:
             return None
         self.proofs[plan.plan_id] = proof
@@ -156,7 +153,10 @@ class ProofLedger:
         return proof
 
     def _run(self, plan: Plan) -> tuple[Proof, ReferenceLosses]:
-        """Run a proof; if its process dies while a kernel is checked, blame that kernel."""
+        """Run and time a proof.
+
+        If its process dies while a kernel is checked, that kernel is blamed.
+        """
         at_work = Checking()
 
         def on_message(message: Any) -> None:
@@ -168,7 +168,7 @@ class ProofLedger:
 
         original = plan.kind == "original"
         job = ProveJob(plan, self._reference, None if original else self._limit_s)
-        started_s = time.monotonic()
+        started_s = self.budget.now_s()
         try:
             result = run_again(self._runner, job, on_message, self.listener)
         except ProcessDiedError as death:
@@ -181,8 +181,11 @@ class ProofLedger:
                 kernel=blamed.kernel,
                 reason=f"in {blamed.layer}: {death}",
             ) from death
+        finally:
+            took_s = self.budget.now_s() - started_s
+            self._longest_s = max(self._longest_s, took_s)
         if original:
-            self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * (time.monotonic() - started_s))
+            self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * took_s)
         return result
 
     def _only_suspect(self, plan: Plan, death: ProcessDiedError) -> Checking | None:

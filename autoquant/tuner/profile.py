@@ -243,7 +243,7 @@ def _time(
     measure.measure(
         missing,
         candidates,
-        measure.Place(device=device_name, hardware=hardware, roofline=roofline),
+        measure.TimingDevice(device=device_name, hardware=hardware, roofline=roofline),
         on_measured=keeper(store, hardware, known),
         listener=listener,
     )

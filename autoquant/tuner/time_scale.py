@@ -138,15 +138,21 @@ def _fit_phase(
     candidates = list(dict.fromkeys(name for sums in isolated for name in sums))
     scale = float(np.median(measured))
     # One equation for each proven plan: rest + sum of factor * isolated = measured.
-    rows = [[1.0, *(sums.get(name, 0.0) / scale for name in candidates)] for sums in isolated]
+    rows = []
+    for sums in isolated:
+        times = [sums.get(name, 0.0) / scale for name in candidates]
+        rows.append([1.0, *times])
     # And a weak one for each candidate, which pulls its factor towards 1.
     pull = [
         [0.0, *(_STRENGTH if i == j else 0.0 for j in range(len(candidates)))]
         for i in range(len(candidates))
     ]
     targets = [*(value / scale for value in measured), *([_STRENGTH] * len(candidates))]
-    bounds = ([0.0, *([_LOWEST] * len(candidates))], [np.inf, *([_HIGHEST] * len(candidates))])
-    solution = lsq_linear(np.asarray([*rows, *pull]), np.asarray(targets), bounds=bounds).x
+    lowest = [0.0, *([_LOWEST] * len(candidates))]
+    highest = [np.inf, *([_HIGHEST] * len(candidates))]
+    solution = lsq_linear(
+        np.asarray([*rows, *pull]), np.asarray(targets), bounds=(lowest, highest)
+    ).x
     return float(solution[0]) * scale, {
         name: float(x) for name, x in zip(candidates, solution[1:], strict=True)
     }

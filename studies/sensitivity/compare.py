@@ -30,7 +30,7 @@ from autoquant.candidates.formats.low_bit import make_format
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import EVERY_LAYER, SENSITIVITIES, Change
-from autoquant.evaluators.sensitivity.together import Calibration
+from autoquant.evaluators.sensitivity.together import CalibrationModel
 from autoquant.evaluators.text import TextParts
 from autoquant.models import LoadedModel, load_model
 from autoquant.profiler.record import record
@@ -224,7 +224,7 @@ def true_divergences(
         dtypes = {site.name: getattr(torch, site.shape.dtype) for site in sites}
         bits = [average_bits(plan, sites) for _, plan in plans]
         with in_float32(loaded.module):
-            calibration = Calibration(loaded.module, quality(report, arguments.device))
+            calibration = CalibrationModel(loaded.module, quality(report, arguments.device))
             for number, (_, plan) in enumerate(plans[len(kl) :], start=len(kl) + 1):
                 kl.append(calibration.whole(calibration.sites(changes(sites, plan), dtypes)))
                 path.write_text(json.dumps({"plans": plans, "bits": bits, "kl": kl}))

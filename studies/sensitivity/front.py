@@ -44,9 +44,9 @@ from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.quality import divergence_sum
 from autoquant.evaluators.sensitivity import Change
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
-from autoquant.evaluators.sensitivity.together import Calibration, PathSite
+from autoquant.evaluators.sensitivity.together import CalibrationModel, PathSite
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
-from autoquant.export.rounding_inputs import Calibration as Rounded
+from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import Site
@@ -72,7 +72,7 @@ class Truth:
         rounded: Changes | None = None,
     ) -> None:
         self.evaluations = 0
-        self._calibration = Calibration(module, quality(ids, device))
+        self._calibration = CalibrationModel(module, quality(ids, device))
         self._references = [
             self._calibration.reference(n) for n in range(len(self._calibration.batches))
         ]
@@ -222,7 +222,7 @@ def rounded_changes(
                 for fmt in rounded_formats(nearest, grid, pack, nearest.by_default)
                 if f"-{which.id}/" in fmt.id
             )
-    calibration = Rounded(ids.cpu())
+    calibration = Calibration(ids.cpu())
     with torch.no_grad():
         calibration.prepare(
             loaded.module, {site.parameters[0]: list(made.values()) for site in sites}

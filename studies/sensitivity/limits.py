@@ -32,7 +32,7 @@ from front import allocate
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.sensitivity import EVERY_LAYER
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
-from autoquant.evaluators.sensitivity.together import Calibration
+from autoquant.evaluators.sensitivity.together import CalibrationModel
 from autoquant.evaluators.text import WANTED_WINDOWS, deal
 from autoquant.intervals import paired_increase
 from autoquant.records import Interval
@@ -69,7 +69,7 @@ def measure(arguments: argparse.Namespace, out: Path) -> tuple[list[float], Loss
             plans.append(plan)
     dtypes = {site.name: getattr(torch, site.shape.dtype) for site in sites}
     with in_float32(loaded.module):
-        model = Calibration(loaded.module, quality(report, arguments.device))
+        model = CalibrationModel(loaded.module, quality(report, arguments.device))
         found = [window_losses(model, [])]
         for number, plan in enumerate(plans, 1):
             placed = model.sites(changes(sites, plan), dtypes)
@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace, out: Path) -> tuple[list[float], Loss
     return bits, found
 
 
-def window_losses(model: Calibration, placed: Sequence) -> list[float]:
+def window_losses(model: CalibrationModel, placed: Sequence) -> list[float]:
     """Mean negative log-likelihood per token of each window, in nats."""
     found = []
     for batch in model.batches:

@@ -88,17 +88,14 @@ def make_plan(plan_id, blocks):
 
 def make_proof(plan_id):
     _, _, _, measured, increase, share, _ = PLANS[plan_id]
-    return records.make_proof(
+    return records.make_shown_proof(
         plan_id,
-        ms=measured,
+        measured,
+        increase,
+        parts={"prefill": 10, "decode": 20},
         original_ms=101.0,
-        phase_ms={"prefill": measured / 10, "decode": measured / 20},
         original_phase_ms={"prefill": 10.0, "decode": 5.0},
-        perplexity=20 * (1 + increase),
-        loss=3.0 * (1 + increase),
-        increase=increase,
         half=0.001 if increase else 0.0,
-        kl=increase / 2,
         memory_bytes=int(share * 2**20),
         notes=(f"a note {EVIL}",),
     )

@@ -57,17 +57,14 @@ def plan(plan_id, label, kind, formats, request_ms):
 
 
 def proof(plan_id, request_ms, increase, memory_bytes, half=0.001):
-    return records.make_proof(
+    return records.make_shown_proof(
         plan_id,
-        ms=request_ms,
+        request_ms,
+        increase,
+        parts={"prefill": 4, "decode": 100},
         original_ms=200.0,
-        phase_ms={"prefill": request_ms / 4, "decode": request_ms / 100},
         original_phase_ms={"prefill": 50.0, "decode": 2.0},
-        perplexity=20.0 * (1 + increase),
-        loss=3.0,
-        increase=increase,
         half=half,
-        kl=abs(increase) / 2,
         memory_bytes=memory_bytes,
         notes=("timed once only",),
     )

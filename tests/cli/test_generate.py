@@ -131,7 +131,7 @@ def test_the_original_is_timed_in_turn_and_the_texts_are_compared(both):
     original, quantized = both
     result = succeed(quantized, "--prompt", PROMPT, "--max-new-tokens", 20, "--compare", original)
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["this", "model"] in [row[:2] for row in rows] and ["original"] in [
+    assert ["this", "model"] in [row[:2] for row in rows] and ["unquantized"] in [
         row[:1] for row in rows
     ]
     assert re.search(r"times faster +[\d.]+x +[\d.]+x +[\d.]+x", result.stdout)
@@ -142,7 +142,7 @@ def test_the_original_is_timed_in_turn_and_the_texts_are_compared(both):
         if one != other
     )
     assert (
-        f"greedy text: differs from token {first} on ({ours[first - 1]!r}, the original {theirs[first - 1]!r})"
+        f"greedy text: differs from token {first} on ({ours[first - 1]!r}, unquantized {theirs[first - 1]!r})"
         in (result.stdout)
     )
 

@@ -100,10 +100,12 @@ def test_linears_are_timed_on_a_new_kind_of_device(meta, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda _tensor: 0.0)  # nothing to compare
     shape = LinearShape(n=8, k=8, bias=False, dtype="float32")
     arena = SimpleNamespace(
-        bytes=torch.empty(64, dtype=torch.uint8), views=lambda tensors: [list(tensors)]
+        device="meta",
+        bytes=torch.empty(64, dtype=torch.uint8),
+        views=lambda tensors: [list(tensors)],
     )
     (found,) = compare(
-        shape, 1, [Candidate(fmt, kernel)], arena=arena, device="meta", compiled=False, effort=SMALL
+        shape, 1, [Candidate(fmt, kernel)], arena=arena, compiled=False, effort=SMALL
     )
     assert found.outcome == "ok" and len(found.samples_us) == 4, found.reason
 
@@ -189,7 +191,7 @@ KEY = "9e3d41aa270c"
 @pytest.fixture
 def smi(libraries, monkeypatch):
     """A GPU, and what nvidia-smi says of it: a test may change that."""
-    told = {name: "1" for name in cuda._TOLD} | {"driver_version": "580.65"}
+    told = {name: "1" for name in cuda._ASKED} | {"driver_version": "580.65"}
     properties = SimpleNamespace(
         name="NVIDIA H200", major=9, minor=0, L2_cache_size=50 << 20, uuid="12ab"
     )
@@ -200,9 +202,9 @@ def smi(libraries, monkeypatch):
         return SimpleNamespace(stdout=", ".join(told.values()) + "\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    cuda._told.cache_clear()
+    cuda._nvidia_smi.cache_clear()
     yield told
-    cuda._told.cache_clear()
+    cuda._nvidia_smi.cache_clear()
 
 
 def test_another_driver_or_power_limit_is_another_key(smi):
@@ -211,10 +213,10 @@ def test_another_driver_or_power_limit_is_another_key(smi):
     assert first.versions["driver"] == "580.65" and "power limit" not in first.versions
     assert gpu.concerns() == {}
     smi["driver_version"] = "590.1"
-    cuda._told.cache_clear()  # as in another process
+    cuda._nvidia_smi.cache_clear()  # as in another process
     second = gpu.fingerprint()
     smi["power.limit"] = "400.00 W"
-    cuda._told.cache_clear()
+    cuda._nvidia_smi.cache_clear()
     third = gpu.fingerprint()
     assert third.versions["power limit"] == "400.00 W" and len(gpu.concerns()) == 1
     assert len({first.key, second.key, third.key}) == 3
@@ -227,7 +229,7 @@ def test_a_gpu_without_nvidia_smi_says_that_drivers_are_not_told_apart(smi, monk
     monkeypatch.setattr(subprocess, "run", absent)
     gpu = CudaBackend("cuda")
     assert "driver" not in gpu.fingerprint().versions
-    assert "nvidia-smi does not tell" in next(iter(gpu.concerns()))
+    assert "nvidia-smi does not report" in next(iter(gpu.concerns()))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from autoquant.errors import QualityError
 from autoquant.evaluators.quality import FunctionQuality
 from autoquant.evaluators.sensitivity import EVERY_LAYER, SENSITIVITIES, Change, fisher, together
 from autoquant.evaluators.sensitivity.path import path_shares
-from autoquant.evaluators.sensitivity.together import Calibration
+from autoquant.evaluators.sensitivity.together import CalibrationModel
 
 from .test_sensitivity import COARSE, HOW, INT8, brute_force, lively_llama, sites_of
 
@@ -101,7 +101,7 @@ def test_shares_of_a_whole_path_sum_to_what_all_changes_together_cost(llama, qua
     fmt, activation = HOW[numerics]
     with torch.no_grad():
         module = copy.deepcopy(llama).float()
-        calibration = Calibration(module, quality)
+        calibration = CalibrationModel(module, quality)
         changes = [Change(site, numerics, fmt, activation) for site in sites]
         path = calibration.sites(
             changes, dict.fromkeys((site.name for site in sites), torch.bfloat16)

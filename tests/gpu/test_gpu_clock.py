@@ -22,9 +22,7 @@ WEIGHT_BYTES = 2 * 4096 * 4096
 
 
 def measured(*candidates, m=1, arena_bytes=1 << 28):
-    return compare(
-        SHAPE, m, candidates, arena=Arena(arena_bytes, "cuda"), device="cuda", compiled=True
-    )
+    return compare(SHAPE, m, candidates, arena=Arena(arena_bytes, "cuda"), compiled=True)
 
 
 def test_a_matrix_product_takes_no_less_than_reading_its_weight_and_not_many_times_that():

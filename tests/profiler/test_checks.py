@@ -62,7 +62,6 @@ def compared(linear, *, compiled=False, effort=EFFORT, **about):
         3,
         candidates,
         arena=Arena(1 << 16, "cpu"),
-        device="cpu",
         compiled=compiled,
         effort=effort,
     )

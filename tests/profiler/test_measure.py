@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from autoquant.candidates import A16, Candidate, Format, Kernel
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler import measure
-from autoquant.profiler.measure import Place, cells_of, subjects_of, summarize, working_set_bytes
+from autoquant.profiler.measure import (
+    TimingDevice,
+    cells_of,
+    subjects_of,
+    summarize,
+    working_set_bytes,
+)
 from autoquant.records import Device, LinearShape, Site, SiteUse
 
 DEVICE = Device(
@@ -70,7 +76,7 @@ def campaign(*, sites=SITES, candidates=BOTH, working_set=WORKING_SET, events=No
     measure.measure(
         subjects_of(cells_of(sites), candidates, working_set),
         candidates,
-        Place(
+        TimingDevice(
             device="cpu",
             hardware=DEVICE,
             roofline=lambda: pytest.fail("nothing is prepared on a CPU"),

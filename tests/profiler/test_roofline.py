@@ -8,7 +8,8 @@ from autoquant.devices.cpu import CpuBackend
 from autoquant.devices.effort import TimingEffort
 from autoquant.events import Notice, StageFinished
 from autoquant.profiler import roofline as module
-from autoquant.profiler.roofline import floor_us, measure_roofline, undisturbed_roofline
+from autoquant.profiler.floor import floor_us
+from autoquant.profiler.roofline import measure_roofline, undisturbed_roofline
 from autoquant.records import LinearShape, Roofline
 
 ROOFLINE = Roofline(

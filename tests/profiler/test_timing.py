@@ -40,9 +40,7 @@ def raising(_x, _weight, _bias):
 
 
 def measured(*candidates, shape=SHAPE, m=3, arena_bytes=1 << 17):
-    return compare(
-        shape, m, candidates, arena=Arena(arena_bytes, "cpu"), device="cpu", compiled=False
-    )
+    return compare(shape, m, candidates, arena=Arena(arena_bytes, "cpu"), compiled=False)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -132,7 +130,6 @@ def test_a_candidate_that_fails_does_not_spoil_the_others():
         3,
         candidates,
         arena=Arena(1 << 17, "cpu"),
-        device="cpu",
         compiled=False,
         on_candidate=seen.append,
     )
@@ -262,7 +259,7 @@ def test_every_linear_of_a_call_reads_a_weight_of_its_own_and_all_of_the_arena_i
     arena = Arena(16 * weight_bytes, "cpu")
     shape = LinearShape(n=32, k=64, bias=False, dtype="float32")
     candidate = with_kernel(lambda x, w, b: watched(x, w))
-    (result,) = compare(shape, 3, [candidate], arena=arena, device="cpu", compiled=False)
+    (result,) = compare(shape, 3, [candidate], arena=arena, compiled=False)
     assert result.outcome == "ok"
     start = arena.bytes.data_ptr()
     assert {start + i * weight_bytes for i in range(16)} <= used

@@ -251,17 +251,10 @@ def _format(
     *,
     quantize: Callable[[torch.Tensor], torch.Tensor],
     dequantize: Callable[[torch.Tensor], torch.Tensor],
-    rounding: Rounding,
     tensor_type: type[torch.Tensor],
     block: int,
-    product: LinearFunction,
-    emulated: LinearFunction,
-    scaled_mm: LinearFunction,
-    arithmetic: str,
-    scaled_mm_dtypes: tuple[str, ...],
+    kernels: tuple[Kernel, ...],
 ) -> Format:
-    numerics = f"a-{values}"
-    ACTIVATION_ROUNDING[numerics] = rounding
     return Format(
         id=f"{values}/swizzled",
         quantize=quantize,
@@ -269,52 +262,90 @@ def _format(
         tensor_type=tensor_type,
         unsupported=functools.partial(_unsupported, block=block),
         by_default=lambda device_type: _no_hardware(device_type) is None,
-        kernels=(
-            Kernel(
-                id="dequantize-matmul",
-                numerics=A16,
-                linear=product,
-                description="dequantize the weight, then the float product",
+        kernels=kernels,
+        description=description,
+    )
+
+
+def _kernels(
+    values: str,
+    *,
+    product: LinearFunction,
+    emulated: LinearFunction,
+    scaled_mm: LinearFunction,
+    arithmetic: str,
+    scaled_mm_dtypes: tuple[str, ...],
+) -> tuple[Kernel, ...]:
+    numerics = f"a-{values}"
+    return (
+        Kernel(
+            id="dequantize-matmul",
+            numerics=A16,
+            linear=product,
+            description="dequantize the weight, then the float product",
+        ),
+        Kernel(
+            id="scaled-mm",
+            numerics=numerics,
+            linear=scaled_mm,
+            arithmetic=arithmetic,
+            unsupported=functools.partial(
+                _scaled_mm_unsupported, dtypes=scaled_mm_dtypes, k_step=32
             ),
-            Kernel(
-                id="scaled-mm",
-                numerics=numerics,
-                linear=scaled_mm,
-                arithmetic=arithmetic,
-                unsupported=functools.partial(
-                    _scaled_mm_unsupported, dtypes=scaled_mm_dtypes, k_step=32
-                ),
-                description=f"activation rounded to {values}, block-scaled product in hardware",
-            ),
-            Kernel(
-                id="emulated",
-                numerics=numerics,
-                linear=emulated,
-                description=(
-                    f"activation rounded to {values}, then the float product: what the hardware "
-                    "computes, slower"
-                ),
+            description=f"activation rounded to {values}, block-scaled product in hardware",
+        ),
+        Kernel(
+            id="emulated",
+            numerics=numerics,
+            linear=emulated,
+            description=(
+                f"activation rounded to {values}, then the float product: what the hardware "
+                "computes, slower"
             ),
         ),
-        description=description,
     )
 
 
 def _mx_format(values: str, elements: torch.dtype, description: str) -> Format:
     rounding = functools.partial(_round_mx, elements=elements)
-    return _format(
+    ACTIVATION_ROUNDING[f"a-{values}"] = rounding
+    kernels = _kernels(
         values,
-        description,
-        quantize=functools.partial(_quantize_mx, elements=elements),
-        dequantize=_dequantize_mx,
-        rounding=rounding,
-        tensor_type=MXTensor,
-        block=MX_BLOCK,
         product=_product_mx,
         emulated=functools.partial(_product_mx, rounding=rounding),
         scaled_mm=_scaled_mm_mx,
         arithmetic="float8" if elements == torch.float8_e4m3fn else "float4",
         scaled_mm_dtypes=("bfloat16",),  # the result that torchao asks for, of any activation
+    )
+    return _format(
+        values,
+        description,
+        quantize=functools.partial(_quantize_mx, elements=elements),
+        dequantize=_dequantize_mx,
+        tensor_type=MXTensor,
+        block=MX_BLOCK,
+        kernels=kernels,
+    )
+
+
+def _nvfp4_format() -> Format:
+    ACTIVATION_ROUNDING["a-nvfp4"] = _round_nvfp4
+    kernels = _kernels(
+        "nvfp4",
+        product=_product_nvfp4,
+        emulated=functools.partial(_product_nvfp4, rounded=True),
+        scaled_mm=_scaled_mm_nvfp4,
+        arithmetic="float4",
+        scaled_mm_dtypes=("bfloat16", "float32"),
+    )
+    return _format(
+        "nvfp4",
+        "float4 e2m1 weights, a float8 scale for every 16 along k and a float32 one for all",
+        quantize=_quantize_nvfp4,
+        dequantize=_dequantize_nvfp4,
+        tensor_type=NVFP4Tensor,
+        block=NVFP4_BLOCK,
+        kernels=kernels,
     )
 
 
@@ -325,18 +356,5 @@ FORMATS = (
     _mx_format(
         "mxfp4", torch.float4_e2m1fn_x2, "float4 e2m1 weights, a power of two for every 32 along k"
     ),
-    _format(
-        "nvfp4",
-        "float4 e2m1 weights, a float8 scale for every 16 along k and a float32 one for all",
-        quantize=_quantize_nvfp4,
-        dequantize=_dequantize_nvfp4,
-        rounding=_round_nvfp4,
-        tensor_type=NVFP4Tensor,
-        block=NVFP4_BLOCK,
-        product=_product_nvfp4,
-        emulated=functools.partial(_product_nvfp4, rounded=True),
-        scaled_mm=_scaled_mm_nvfp4,
-        arithmetic="float4",
-        scaled_mm_dtypes=("bfloat16", "float32"),
-    ),
+    _nvfp4_format(),
 )

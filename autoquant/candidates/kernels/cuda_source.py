@@ -83,7 +83,7 @@ class _Slots(threading.local):
     """Memory for the arguments of a launch, for each thread.
 
     Attributes:
-        values: Each argument in eight bytes, of which the driver reads as many as it has.
+        values: Each argument in eight bytes. The driver reads as many of them as the argument has.
         address: Of the pointers to them, as `cuLaunchKernel` takes them.
     """
 
@@ -127,7 +127,8 @@ def _compiler_version() -> tuple[int, int]:
 def _compile(source: str, file: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
     from cuda.bindings import nvrtc
 
-    texts, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
+    texts = [text.encode() for text in headers.values()]
+    names = [name.encode() for name in headers]
     program = _checked(
         nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), len(headers), texts, names)
     )

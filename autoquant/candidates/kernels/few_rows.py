@@ -16,16 +16,18 @@ ROWS_OF_A_PRODUCT, MOST_ROWS = 8, 16
 Setting = tuple[int, int, int]
 """Warps and tiles of 16 rows of a block, and blocks that a multiprocessor should hold."""
 Settings = Sequence[tuple[int, Setting, Setting]]
-"""The fastest settings for up to 8 rows of x, and for up to 16.
+"""Entries of (most, few, many): the fastest setting for up to 8 rows of x, and for up to 16.
 
-Each entry holds for up to so many tiles for each multiprocessor (0: any).
+An entry holds if a weight has at most `most` tiles for each multiprocessor; 0 means any number.
 """
 
 
 def setting_of(settings: Settings, n: int, m: int, processors: int) -> Setting:
-    """Return the setting for `[m, k]` times a weight `[n, k]` on so many multiprocessors."""
-    few, many = next(both for most, *both in settings if not most or n <= 16 * most * processors)
-    return few if m <= ROWS_OF_A_PRODUCT else many
+    """Return the setting for `[m, k]` times a weight `[n, k]` on a GPU of `processors`."""
+    for most, few, many in settings:
+        if most == 0 or n <= 16 * most * processors:
+            return few if m <= ROWS_OF_A_PRODUCT else many
+    raise ValueError("the last entry of settings holds for any number of tiles")
 
 
 def multiply_rows(

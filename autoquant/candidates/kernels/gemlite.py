@@ -102,14 +102,14 @@ def linear_w4(
     dtype = _CODES[x.dtype]
     meta = [
         0,  # the activation is not rounded
-        4,
-        group,
-        15,
-        8,
-        dtype,
-        dtype,
-        _FLOAT32,
-        _CODES[scale.dtype],
+        4,  # bits of a weight
+        group,  # weights of a group
+        15,  # mask of a weight in a word
+        8,  # weights of a word
+        dtype,  # of the activation
+        dtype,  # of the result
+        _FLOAT32,  # accumulator
+        _CODES[scale.dtype],  # of scales and offsets
         0,  # scales belong to groups, not to rows
         _GROUPS_AND_OFFSETS,
         1,  # contiguous

@@ -38,7 +38,7 @@ class TunedLibrary(ABC):
         """From now on tune with care: no other process uses the device.
 
         Args:
-            threads: Compile so many settings at once.
+            threads: How many settings to compile at once.
         """
 
     @abstractmethod

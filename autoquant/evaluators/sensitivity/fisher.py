@@ -37,7 +37,7 @@ from autoquant.evaluators.sensitivity.base import (
 )
 from autoquant.evaluators.sensitivity.gradients import Place, backpropagate, changed_output
 from autoquant.evaluators.sensitivity.together import (
-    Calibration,
+    CalibrationModel,
     by_numerics,
     dtypes_of,
     room_for_model,
@@ -58,7 +58,7 @@ def fisher_losses(
     text = check_text(quality, FISHER.id)
     dtypes = dtypes_of(module, changes)
     with torch.no_grad(), in_float32(module):
-        calibration = Calibration(module, text)
+        calibration = CalibrationModel(module, text)
         room = room_for_model(module)
         sites = [
             _FisherSite(parameter_of(module, of[0].site), of, dtypes[name], room)
@@ -77,7 +77,7 @@ def fisher_losses(
             on_scored(numerics, own | {(EVERY_LAYER, numerics): whole})
 
 
-def _observe(calibration: Calibration, sites: Sequence[_FisherSite], rounds: int) -> None:
+def _observe(calibration: CalibrationModel, sites: Sequence[_FisherSite], rounds: int) -> None:
     generator = torch.Generator(calibration.device).manual_seed(0)
     places: dict[int, Place] = {id(site.parameter): site for site in sites}
     for _ in range(rounds):
@@ -135,9 +135,9 @@ class _FisherSite:
             difference = changed_output(x, weight, change.activation).sub_(original)
             product = difference.mul_(gradient).sum(-1).flatten()
             key = (change.numerics, len(product))
-            self._products[key] = (
-                self._products[key] + product if key in self._products else product
-            )
+            if key in self._products:
+                product = self._products[key] + product
+            self._products[key] = product
 
     def end_of_pass(self) -> None:
         """Square the products of one backward pass."""

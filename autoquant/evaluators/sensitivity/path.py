@@ -31,7 +31,12 @@ from autoquant.evaluators.sensitivity.base import (
     check_text,
 )
 from autoquant.evaluators.sensitivity.gradients import backpropagate
-from autoquant.evaluators.sensitivity.together import Calibration, PathSite, by_numerics, dtypes_of
+from autoquant.evaluators.sensitivity.together import (
+    CalibrationModel,
+    PathSite,
+    by_numerics,
+    dtypes_of,
+)
 
 REACH = 0.7
 POINTS = 1
@@ -44,7 +49,7 @@ def path_losses(
     text = check_text(quality, PATH.id)
     dtypes = dtypes_of(module, changes)
     with torch.no_grad(), in_float32(module):
-        calibration = Calibration(module, text)
+        calibration = CalibrationModel(module, text)
         for numerics, of in by_numerics(changes).items():
             sites = calibration.sites(of, dtypes)
             shares = path_shares(calibration, sites)
@@ -53,7 +58,7 @@ def path_losses(
 
 
 def path_shares(
-    calibration: Calibration,
+    calibration: CalibrationModel,
     sites: Sequence[PathSite],
     *,
     reach: float = REACH,

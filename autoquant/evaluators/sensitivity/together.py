@@ -94,7 +94,7 @@ class PathSite:
         self.inner += difference.mul_(gradient).sum()
 
 
-class Calibration:
+class CalibrationModel:
     """A model in float32, its calibration windows in batches, and its unquantized logits.
 
     Attributes:

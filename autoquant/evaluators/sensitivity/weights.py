@@ -65,5 +65,5 @@ def room_for_site(parameter: torch.Tensor, count: int) -> Room:
 
 
 def _is_same(weight: torch.Tensor, unquantized: torch.Tensor) -> bool:
-    """Return whether two weights differ by no more than what float16 loses of bfloat16."""
+    """Check whether two weights differ by no more than a cast to float16 changes bfloat16."""
     return bool((weight - unquantized).norm() <= _SAME_WITHIN * unquantized.norm())

@@ -181,7 +181,7 @@ def _row_labels(axis: _Axis, linear_to: float | None) -> dict[int, str]:
 
 
 def _round_ticks(axis: _Axis, cells_apart: int) -> list[float]:
-    """Return multiples of 1, 2 or 5 times a power of ten, at least so many cells apart."""
+    """Return multiples of 1, 2 or 5 times a power of ten, at least `cells_apart` cells apart."""
     least = (axis.high - axis.low) / (axis.cells / cells_apart)
     power = 10.0 ** math.floor(math.log10(least))
     steps = [factor * power for factor in (1, 2, 5, 10)]

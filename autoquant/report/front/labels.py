@@ -27,13 +27,16 @@ def place_labels(
     for anchor, size in zip(anchors, sizes, strict=True):
         best = min(_places(anchor, size), key=lambda place: _cost(place, anchor, taken, bounds))
         placed.append(best)
-        taken.append((best[0] - _MARGIN, best[1] - _MARGIN, best[2] + _MARGIN, best[3] + _MARGIN))
+        left, bottom, right, top = best
+        taken.append((left - _MARGIN, bottom - _MARGIN, right + _MARGIN, top + _MARGIN))
     return placed
 
 
 def nearest_point(box: Box, anchor: Point) -> Point:
     """Return the point of `box` nearest to `anchor`."""
-    return min(max(anchor[0], box[0]), box[2]), min(max(anchor[1], box[1]), box[3])
+    left, bottom, right, top = box
+    x, y = anchor
+    return min(max(x, left), right), min(max(y, bottom), top)
 
 
 def overlap(a: Box, b: Box) -> float:
@@ -53,14 +56,15 @@ def _places(anchor: Point, size: Point) -> list[Box]:
 
 
 def _place(anchor: Point, size: Point, distance: float, degrees: int) -> Box:
-    across = math.cos(math.radians(degrees))
+    width, height = size
+    across, up = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     left = anchor[0] + distance * across
     if degrees in (90, 270):
-        left -= size[0] / 2
+        left -= width / 2
     elif across < 0:
-        left -= size[0]
-    bottom = anchor[1] + distance * math.sin(math.radians(degrees)) - size[1] / 2
-    return left, bottom, left + size[0], bottom + size[1]
+        left -= width
+    bottom = anchor[1] + distance * up - height / 2
+    return left, bottom, left + width, bottom + height
 
 
 def _cost(place: Box, anchor: Point, taken: Sequence[Box], bounds: Box) -> float:

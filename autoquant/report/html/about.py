@@ -31,7 +31,7 @@ def _facts(study: Study, facts: StudyFacts) -> Iterator[Fact]:
     yield "Unquantized as", str(identity.get("dtype", ""))
     yield "Device", device.name
     yield "Capability", device.capability
-    yield "Threads", str(device.threads) if device.type == "cpu" else ""
+    yield "Threads", str(device.threads or "")
     yield "Last-level cache", units.size(device.cache_bytes)
     yield "Versions", ", ".join(f"{name} {version}" for name, version in device.versions.items())
     yield "Workload", workload_words(facts.workload)

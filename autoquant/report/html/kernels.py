@@ -33,13 +33,15 @@ class KernelMap:
 def kernel_map(study: Study) -> KernelMap:
     """Return the timings of the study's device, protocol and working set."""
     facts = study.facts
+    sites = facts.recording.sites if facts.recording else ()
     names: dict[LinearShape, tuple[str, ...]] = {}
-    for site in facts.recording.sites if facts.recording else ():
+    for site in sites:
         names[site.shape] = (*names.get(site.shape, ()), site.name)
     timings = study.store.timings(facts.device, str(facts.identity.get("protocol")))
+    roofline = study.store.roofline(facts.device)
     used = Counter(subject.working_set_bytes for subject in timings if subject.shape in names)
     if not used:
-        return KernelMap({}, names, study.store.roofline(facts.device))
+        return KernelMap({}, names, roofline)
     # A search times all its shapes with one working set. Another model's covers fewer of them.
     working_set, _ = max(used.items(), key=lambda item: (item[1], item[0]))
     found: dict[LinearShape, list[Row]] = {shape: [] for shape in names}
@@ -47,4 +49,4 @@ def kernel_map(study: Study) -> KernelMap:
         if subject.working_set_bytes == working_set:
             found.setdefault(subject.shape, []).append(row_of(measurement))
     shapes = {shape: tuple(rows) for shape, rows in found.items() if rows}
-    return KernelMap(shapes, names, study.store.roofline(facts.device))
+    return KernelMap(shapes, names, roofline)

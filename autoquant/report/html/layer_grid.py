@@ -50,7 +50,8 @@ def _split(name: str) -> tuple[_Type, int | None]:
     numbers = [position for position, part in enumerate(parts) if part.isdecimal()]
     if not numbers:
         return (tuple(parts), ()), None
-    before, block, after = parts[: numbers[0]], parts[numbers[0]], parts[numbers[0] + 1 :]
+    at = numbers[0]
+    before, block, after = parts[:at], parts[at], parts[at + 1 :]
     # The experts of a block, for instance, are of one type.
     rest = tuple("*" if part.isdecimal() else part for part in after)
     return (tuple(before), rest), int(block)

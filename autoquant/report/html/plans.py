@@ -94,10 +94,10 @@ def _choice_object(
     layer: LayerChoice, formats: Sequence[str], workload: Workload
 ) -> dict[str, Any]:
     joined = [name.rpartition(".")[2] for name in layer.joined if name != layer.name]
+    with_others = f", as one with {', '.join(joined)}" if joined else ""
     return {
         "format": formats.index(layer.format),
-        "route": route_text(layer.route).replace("\n", ", ")
-        + (f", as one with {', '.join(joined)}" if joined else ""),
+        "route": route_text(layer.route).replace("\n", ", ") + with_others,
         "time": units.duration_us(request_time(layer.latency_us, workload.calls())),
         "loss": units.digits(layer.loss, 2),
         "memory": units.size(layer.memory_bytes),
@@ -200,8 +200,9 @@ def type_times_ms(plan: Plan, grid: LayerGrid, workload: Workload) -> dict[str, 
     times = {phase.name: [0.0] * len(grid.rows) for phase in workload.phases}
     calls = workload.calls()
     for layer in plan.layers:
+        row, _block = grid.places[layer.name]
         for phase, latency_us in layer.latency_us.items():
-            times[phase][grid.places[layer.name][0]] += calls[phase] * latency_us / 1e3
+            times[phase][row] += calls[phase] * latency_us / 1e3
     return times
 
 

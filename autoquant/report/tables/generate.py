@@ -28,7 +28,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class TextDifference:
     """Where two greedy texts first differ.
 
     Attributes:
@@ -56,7 +56,7 @@ class Speeds:
     prompt_tokens: int
     rounds: int
     sampled: bool
-    difference: Difference | None
+    difference: TextDifference | None
 
     def as_object(self) -> dict[str, Any]:
         """Return the numbers for JSON."""
@@ -74,7 +74,7 @@ class Speeds:
         return [*self._table(), self._how_timed(), self._comparison()]
 
     def _times_faster(self) -> dict[str, float | None]:
-        """Return how many times faster the first model is than the original."""
+        """Return how many times faster the first model is than the unquantized one."""
         ours, theirs = self.models
         paces = None
         if ours.tokens_per_s and theirs.tokens_per_s:
@@ -100,10 +100,14 @@ class Speeds:
         rows = [
             ("", "ready after", "first token", "tokens/s", "in all"),
             ("this model", *_cells(self.models[0])),
-            ("original", *_cells(self.models[1])),
+            ("unquantized", *_cells(self.models[1])),
             ("times faster", "", *faster),
         ]
-        return [f"{name:<12}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in rows]
+        lines = []
+        for name, *cells in rows:
+            columns = "".join(f"{cell:>13}" for cell in cells)
+            lines.append(f"{name:<12}{columns}")
+        return lines
 
     def _how_timed(self) -> str:
         ours, theirs = (speed.new_tokens for speed in self.models)
@@ -112,7 +116,7 @@ class Speeds:
             f" prompt, {ours} new ones"
         )
         if ours != theirs:
-            line += f" ({theirs} of the original; the last ratio is of seconds a token)"
+            line += f" ({theirs} of the unquantized model; the last ratio is of seconds a token)"
         return line
 
     def _comparison(self) -> str:
@@ -122,7 +126,7 @@ class Speeds:
             return f"greedy text: the same {self.models[0].new_tokens} tokens"
         found = self.difference
         return (
-            f"greedy text: differs from token {found.token} on ({found.text!r}, the original"
+            f"greedy text: differs from token {found.token} on ({found.text!r}, unquantized"
             f" {found.original_text!r})"
         )
 

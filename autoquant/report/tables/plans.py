@@ -232,14 +232,20 @@ def candidates_table(candidates: Sequence[CandidateLine], width: int = 80) -> Ta
 
 def ties_of_recommended(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the rows within the limits that differ from the recommended one only by noise."""
-    ids: list[str] = next((row.get("ties", "").split() for row in rows if row["recommended"]), [])
+    recommended = next((row for row in rows if row["recommended"]), {})
+    ids = recommended.get("ties", "").split()
     return [row for row in rows if row["plan_id"] in ids and row["within_limits"]]
 
 
 def _mark(row: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
-    within = "x" if row.get("not_recommended") else " " if row["within_limits"] else "!"
-    first = ">" if row["recommended"] else "~" if row in rivals else within
-    return f"{first}{'*' if row['on_front'] else ' '}"
+    on_front = "*" if row["on_front"] else " "
+    if row["recommended"]:
+        return f">{on_front}"
+    if row in rivals:
+        return f"~{on_front}"
+    if row.get("not_recommended"):
+        return f"x{on_front}"
+    return f" {on_front}" if row["within_limits"] else f"!{on_front}"
 
 
 def _as_run(row: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -59,7 +60,9 @@ def latency_tables(rows: Sequence[Row], width: int = 80) -> list[Table]:
     Many m take several tables. `reason_lines` lists the candidates that support no m.
     """
     rows_m = _all_m(rows)
-    best = {m: min((row["latency_us"] for row in _ok(rows, m)), default=math.inf) for m in rows_m}
+    best = {}
+    for m in rows_m:
+        best[m] = min((row["latency_us"] for row in _ok(rows, m)), default=math.inf)
     lines = _candidate_lines(rows)
     per_table = max(1, (width - _LEAST_NAME_WIDTH) // _CELL_WIDTH)
     tables = []
@@ -161,7 +164,7 @@ def reason_lines(rows: Sequence[Row]) -> list[str]:
 def total_lines(latencies: Latencies) -> list[str]:
     """Return the totals: outcomes of the timings, time spent, and the device."""
     rows = latencies.rows
-    counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome, _ in _COUNTED}
+    counts = Counter(row["outcome"] for row in rows)
     outcomes = ", ".join(f"{counts[outcome]} {words}" for outcome, words in _COUNTED)
     cells = len({(row["n"], row["k"], row["bias"], row["dtype"], row["m"]) for row in rows})
     candidates = len({_candidate(row) for row in rows})
@@ -252,7 +255,8 @@ def _speedup_words(speedups: Mapping[int, float]) -> str:
     parts = []
     for words, group in groupby(speedups, lambda m: f"{speedups[m]:.1f}x"):
         rows_m = list(group)
-        parts.append(f"{words} at m={rows_m[0]}" + (f"..{rows_m[-1]}" if len(rows_m) > 1 else ""))
+        last = f"..{rows_m[-1]}" if len(rows_m) > 1 else ""
+        parts.append(f"{words} at m={rows_m[0]}{last}")
     return ", ".join(parts)
 
 

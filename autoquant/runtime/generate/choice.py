@@ -81,7 +81,7 @@ def rule_of(
 
 
 def _least_tokens(processor: Any, prompt_tokens: int) -> int | None:
-    """Return before how many new tokens a processor bars all ends; None if it does not do that."""
+    """Return how many new tokens a processor asks for before a text may end, or None."""
     from transformers.generation import logits_process as known
 
     if type(processor) is known.MinNewTokensLengthLogitsProcessor:
@@ -131,7 +131,7 @@ class Choice:
     def start(
         self, rule: Rule, first: torch.Tensor, unfinished: torch.Tensor, earliest: int
     ) -> None:
-        """Begin a call of `generate` whose first tokens `[batch]` were chosen otherwise.
+        """Begin a call of `generate` whose first tokens `[batch]` are chosen already.
 
         Args:
             unfinished: As the attribute, after these tokens.

@@ -1,9 +1,9 @@
 """The steps of a causal language model over a static cache: chunks of a prompt, and single tokens.
 
 Each kind of step has fixed shapes. So it is compiled once and, on a GPU, replayed as one CUDA
-graph. A prompt is cut into chunks of a few sizes, of which each unpacks all weights again. The last
-chunk is filled up with tokens whose keys and values later tokens overwrite: the causal mask hides
-them until then.
+graph. A prompt is cut into chunks of a few sizes, the largest first, since each chunk unpacks all
+weights again. The last chunk is filled up with tokens whose keys and values later tokens overwrite:
+the causal mask hides them until then.
 """
 
 from __future__ import annotations
@@ -268,4 +268,7 @@ class Decoder:
 def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
     """Return `[batch, tokens]` made `size` tokens long by repeating the last one."""
     missing = size - tensor.shape[1]
-    return torch.cat((tensor, tensor[:, -1:].expand(-1, missing)), dim=1) if missing > 0 else tensor
+    if missing <= 0:
+        return tensor
+    repeated = tensor[:, -1:].expand(-1, missing)
+    return torch.cat((tensor, repeated), dim=1)

@@ -72,9 +72,11 @@ class Decoders:
             # The steps were compiled for other weights, and would keep these in memory.
             self._kept.clear()
             self._weights = weights
+        longest = max(_TOO_LONG * tokens, _NEVER_TOO_LONG)
         for key, decoder in self._kept.items():
-            fits = (key[0], key[2]) == (batch, padded) and tokens <= key[1]
-            if fits and key[1] <= max(_TOO_LONG * tokens, _NEVER_TOO_LONG):
+            its_batch, room, its_padded = key
+            same = its_batch == batch and its_padded == padded
+            if same and tokens <= room <= longest:
                 self._kept.move_to_end(key)
                 return decoder
         length = cache_positions(tokens)

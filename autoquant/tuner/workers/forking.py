@@ -24,6 +24,7 @@ TOLD, DONE, RAISED, DIED = "told", "done", "raised", "died"
 WORKER = "autoquant.tuner.workers.worker"
 Result = TypeVar("Result")
 _LOOKS, _TIMES_AS_LONG = 8, 10
+"""Looks at a job in each `silence_s`, and most of these that it gets while others hold it up."""
 _WAITS, _COMPUTES = 0.02, 0.5
 """A silent job that computes for a share of the time between these is held up by other programs.
 
@@ -79,10 +80,10 @@ class ForkingRunner:
         return result
 
     def _wait(self, silence_s: float | None) -> None:
-        """Wait for a message.
+        """Wait for a message, longer while other programs hold the job up.
 
         Raises:
-            HungError: There is none.
+            HungError: No message came in that time.
         """
         if self._connection.poll(silence_s) or silence_s is None:
             return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from autoquant.candidates import Candidate, Format, get_format
+from autoquant.candidates import Format, candidate_of, get_format
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.devices.memory import release_memory, trim_memory
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
@@ -17,7 +17,7 @@ from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, SameModel
-from autoquant.profiler.measure import Place, measure
+from autoquant.profiler.measure import TimingDevice, measure
 from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.records import (
     Device,
@@ -217,10 +217,7 @@ class ProfileJob:
         return timing_effort().candidate_limit_s
 
     def run(self, bench: Bench, tell: Tell) -> None:
-        formats = {
-            (subject.format, subject.kernel): get_format(subject.format)
-            for subject in self.subjects
-        }
+        candidates = {subject.candidate: candidate_of(subject) for subject in self.subjects}
 
         def on_measured(measurements: Sequence[Measurement]) -> None:
             tell(Timed(tuple(measurements)))
@@ -228,8 +225,8 @@ class ProfileJob:
 
         measure(
             self.subjects,
-            [Candidate(fmt, fmt.kernel(kernel)) for (_, kernel), fmt in formats.items()],
-            Place(
+            list(candidates.values()),
+            TimingDevice(
                 device=bench.device,
                 hardware=self.hardware,
                 roofline=partial(self._limits, bench.device, tell),
@@ -314,15 +311,15 @@ def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Ch
     )
     for (name, format_id), reason in reasons.items():
         tell(Notice(f"{format_id} not considered for {name}: {reason}"))
-    return [
-        replace(
-            change, stored=partial(calibration.stored, change.site.parameters[0], change.format)
-        )
-        if change.format.needs_inputs
-        else change
-        for change in changes
-        if (change.site.parameters[0], change.format.id) not in reasons
-    ]
+    made = []
+    for change in changes:
+        name = change.site.parameters[0]
+        if (name, change.format.id) in reasons:
+            continue
+        if change.format.needs_inputs:
+            change = replace(change, stored=partial(calibration.stored, name, change.format))
+        made.append(change)
+    return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,13 +72,13 @@ def _serve(job: Job[Any], bench: Bench, threads: int, connection: Connection) ->
         _work(job, bench, theirs)
         os._exit(_ANSWERED)
     theirs.close()
-    greedy = _pass_on(ours, connection, child)
+    why_ended = _pass_on(ours, connection, child)
     ours.close()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code != _ANSWERED:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        send(connection, (DIED, greedy or how))
+        send(connection, (DIED, why_ended or how))
     return None
 
 

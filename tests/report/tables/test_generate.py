@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoquant.report.tables.generate import Difference, Speed, Speeds
+from autoquant.report.tables.generate import Speed, Speeds, TextDifference
 
 FAST = Speed(ready_s=1.0, first_token_s=1.0, tokens_per_s=10.0, new_tokens=10, total_s=2.0)
 SLOW = Speed(ready_s=3.0, first_token_s=2.0, tokens_per_s=5.0, new_tokens=20, total_s=6.0)
@@ -36,7 +36,7 @@ def test_a_text_that_ends_early_is_compared_by_the_token():
     compared = speeds(FAST, SLOW)
     faster = compared.as_object()["times_faster"]
     assert faster == {"first_token": 2.0, "tokens_per_s": 2.0, "total": pytest.approx(1.5)}
-    assert "20 of the original" in compared.lines()[-2]
+    assert "20 of the unquantized model" in compared.lines()[-2]
 
 
 def test_a_model_without_a_pace_has_no_ratio_of_paces():
@@ -47,7 +47,7 @@ def test_a_model_without_a_pace_has_no_ratio_of_paces():
 
 
 def test_the_first_token_that_differs_is_said():
-    found = Difference(token=4, text="a", original_text="")
+    found = TextDifference(token=4, text="a", original_text="")
     compared = speeds(FAST, SLOW, difference=found)
-    assert compared.lines()[-1] == "greedy text: differs from token 4 on ('a', the original '')"
+    assert compared.lines()[-1] == "greedy text: differs from token 4 on ('a', unquantized '')"
     assert compared.as_object()["first_difference"] == 4

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _JUDGES = ("eval_text", "eval_data", "quality")
 
 
-class Sensitivity(StrEnum):
+class SensitivityName(StrEnum):
     """How the loss of a change is found; see `autoquant.evaluators.sensitivity`."""
 
     ISOLATED = "isolated"
@@ -151,7 +151,7 @@ def search(
         ),
     ] = "10m",
     sensitivity: Annotated[
-        Sensitivity | None,
+        SensitivityName | None,
         typer.Option(
             help="How losses are found: path and fisher need a text and predict all from a few"
             " gradients; isolated measures each change alone. Default: path with a text, else"
@@ -173,7 +173,7 @@ def search(
     """
     eval_text, eval_data, quality = command_line_wins(context, *_JUDGES)
     _check_judge(context)
-    if quality is not None and sensitivity not in (None, Sensitivity.ISOLATED):
+    if quality is not None and sensitivity not in (None, SensitivityName.ISOLATED):
         raise typer.BadParameter(
             "needs a text: with --quality only isolated works", param_hint="--sensitivity"
         )
@@ -254,11 +254,17 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
                 "database": db,
                 "limits": study.limits.as_object(),
                 "constraints": study.constraints.as_object(),
+                "stage_seconds": study.stage_seconds(),
             }
         )
         return
     from autoquant.report.tables.plans import front_table
-    from autoquant.report.words import disturbed_proofs, off_predictions, recommendation
+    from autoquant.report.words import (
+        disturbed_proofs,
+        off_predictions,
+        recommendation,
+        spent_words,
+    )
 
     where = shlex.quote(db)
     if rows:
@@ -270,6 +276,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     best = None if recommended is None else recommended["plan_id"]
     for line in [*disturbed_proofs(study.proofs(), best, where), *off_predictions(rows, where)]:
         echo(line)
+    echo(spent_words(study.stage_seconds()))
     echo("\nNext:")
     echo(f"  autoquant pareto {where} --plot front.png")
     if recommended is not None:

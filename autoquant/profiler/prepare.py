@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from autoquant.candidates import Kernel, candidate_of
 from autoquant.candidates.registry import is_registered_here
 from autoquant.profiler.bounds import Tried, beaten, bounded
-from autoquant.profiler.trials import Answer, Workers
+from autoquant.profiler.trials import Trial, Workers
 from autoquant.records import Device, Measurement, Roofline, TimingSubject
 
 
@@ -128,21 +128,19 @@ class _Campaign:
         self.decided[measurement.subject] = measurement
         self._tried.pop(measurement.subject, None)
 
-    def take(self, answers: Iterator[Answer], *, tuned: bool) -> None:
-        """Take in the answers of workers, from before or after tuning."""
-        for answer in answers:
-            subject = answer.measurement.subject
+    def take(self, trials: Iterator[Trial], *, tuned: bool) -> None:
+        """Take in the trials of workers, from before or after tuning."""
+        for trial in trials:
+            subject = trial.measurement.subject
             self.seen.add(subject)
-            self.work_s += answer.seconds
+            self.work_s += trial.seconds
             self._on_progress(len(self.seen), subject.candidate)
-            if answer.measurement.outcome == "ok":
-                self._tried[subject] = Tried(
-                    min(answer.measurement.samples_us), answer.stored_bytes
-                )
+            if trial.measurement.outcome == "ok":
+                self._tried[subject] = Tried(min(trial.measurement.samples_us), trial.stored_bytes)
             elif _kernel(subject).tuned and not tuned:
                 self._unsettled.append(subject)  # another setting may do
             else:
-                self.decide(answer.measurement)
+                self.decide(trial.measurement)
 
     def that_could_win(self, subjects: Sequence[TimingSubject]) -> list[TimingSubject]:
         """Return those that could win by the roofline, and decide on the others."""

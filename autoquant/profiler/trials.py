@@ -38,7 +38,7 @@ _LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Trial:
     """The result of trying one candidate out."""
 
     measurement: Measurement
@@ -84,8 +84,8 @@ class Workers:
         while len(self._processes) < most:
             self._begin()
 
-    def run(self, subjects: Sequence[TimingSubject], *, tune: bool) -> Iterator[Answer]:
-        """Give the subjects to the processes; yield answers as they come.
+    def run(self, subjects: Sequence[TimingSubject], *, tune: bool) -> Iterator[Trial]:
+        """Give the subjects to the processes; yield trials as they come.
 
         Args:
             tune: Let libraries tune their kernels.
@@ -108,12 +108,12 @@ class Workers:
                 self._processes[hung].kill()
                 self._end(hung)
                 idle.append(self._begin())
-                yield Answer(_failed(subject, f"did not end within {limit_s:.0f} s"))
+                yield Trial(_failed(subject, f"did not end within {limit_s:.0f} s"))
             for ready in wait(list(at_work), _LOOK_S):
                 assert isinstance(ready, Connection)
                 subject = at_work.pop(ready)
                 try:
-                    answer: Answer = ready.recv()
+                    trial: Trial = ready.recv()
                     idle.append(ready)
                 except (EOFError, OSError):
                     exit_code = self._end(ready)
@@ -122,8 +122,8 @@ class Workers:
                         died.add(subject)
                         waiting.append(subject)
                         continue
-                    answer = Answer(_died(subject, exit_code))
-                yield answer
+                    trial = Trial(_died(subject, exit_code))
+                yield trial
 
     def _fitting(self, subjects: Sequence[TimingSubject]) -> int:
         """Return how many processes, each with a weight in several forms, fit into memory."""
@@ -225,7 +225,7 @@ def _work(
             stored = 0
         if tune:
             save_tuning(tuning)
-        connection.send(Answer(measurement, stored, time.monotonic() - started))
+        connection.send(Trial(measurement, stored, time.monotonic() - started))
         if measurement.outcome == "failed" and not _is_sound(device_name):
             os._exit(1)  # the context is lost: a new process goes on
 

@@ -51,6 +51,7 @@ class Proof:
             sample. Empty in proofs of older versions.
         time_ratio: Request time over that of the unquantized model, with its interval from the
             spread of the rounds. None in proofs of older versions.
+        seconds: What each part of the proof took. Empty in proofs of older versions.
     """
 
     plan_id: str
@@ -69,6 +70,7 @@ class Proof:
     selection_kl: Interval | None = None
     selection_losses: tuple[float, ...] = ()
     time_ratio: Interval | None = None
+    seconds: Mapping[str, NonNegative] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -212,6 +212,13 @@ def is_off(relative_error: float) -> bool:
     return abs(relative_error) > _LARGEST_ERROR
 
 
+def spent_words(seconds: Mapping[str, float]) -> str:
+    """Return what a search took, and which of its stages took most of it."""
+    stages = [f"{name} {units.clock_s(took)}" for name, took in seconds.items() if took >= 1]
+    parts = f" ({', '.join(stages)})" if stages else ""
+    return f"Time: {units.clock_s(sum(seconds.values()))}{parts}"
+
+
 def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[str]:
     """Return the plans whose predicted time is off and the command that says why, or no lines.
 

@@ -59,7 +59,7 @@ class RequestTimes:
         return Interval(value=value, low=value - half, high=value + half)
 
 
-class Timed(Protocol):
+class Runnable(Protocol):
     """A model that can be timed: `run` does one call, and `limit` calls may follow a `reset`."""
 
     def reset(self, phase: str) -> None: ...
@@ -184,7 +184,7 @@ class UntilEnough:
 
 
 def rounds_in_turn(
-    models: Sequence[Timed],
+    models: Sequence[Runnable],
     names: Sequence[str],
     device: str,
     effort: TimingEffort | None = None,
@@ -230,7 +230,7 @@ def _is_done(times: Rounds, effort: TimingEffort, until: UntilEnough | None, end
 
 def _add_round(
     times: Rounds,
-    models: Sequence[Timed],
+    models: Sequence[Runnable],
     names: Sequence[str],
     place: Backend,
     effort: TimingEffort,
@@ -252,7 +252,7 @@ def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(taken[name] for taken in rounds) for name in rounds[0]}
 
 
-def _sample(model: Timed, name: str, place: Backend, effort: TimingEffort) -> float:
+def _sample(model: Runnable, name: str, place: Backend, effort: TimingEffort) -> float:
     """Return the median milliseconds of several calls in a row."""
     calls: list[float] = []
     started = time.perf_counter()

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from autoquant.records import BASELINES, LayerChoice, Objective
-from autoquant.records.numbers import Count, Finite
+from autoquant.records.numbers import Count, Finite, NonNegative
 
 _open = with_config(ConfigDict(extra="allow"))
 
@@ -119,6 +119,13 @@ class Refinement(TypedDict):
 
 
 @_open
+class StageSeconds(TypedDict):
+    """What each stage of a search took, over all its runs."""
+
+    seconds: dict[str, NonNegative]
+
+
+@_open
 class Reason(TypedDict):
     """Why something is missing."""
 
@@ -130,6 +137,7 @@ REFERENCES: Mapping[str, Any] = {
     "judge": Words,
     "command": Options,
     "refinement": Refinement,
+    "stages": StageSeconds,
     **{f"no {kind} plan": Reason for kind in BASELINES},
 }
 """The shape of what is known of a study, by its name."""

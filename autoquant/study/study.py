@@ -114,6 +114,11 @@ class Study:
             if name in references and kind not in there
         }
 
+    def stage_seconds(self) -> dict[str, float]:
+        """Return what each stage took, over all runs; empty in studies of older versions."""
+        kept = self.store.references(self.study_id).get("stages", {"seconds": {}})
+        return dict(kept["seconds"])
+
     def refinement_ended(self) -> str | None:
         """Say why the last refinement ended, or None."""
         kept = self.store.references(self.study_id).get("refinement")

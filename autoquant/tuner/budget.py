@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from autoquant.stopwatch import Stopwatch
 from autoquant.store import Store
+from autoquant.study.study import Study
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,25 @@ class Budget:
     def left_s(self) -> float:
         """Return the seconds that are left; negative when the limit is passed."""
         return self.limit_s - self.spent_s()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Inside, time counts for this stage. At the end it is kept, with all that was spent."""
+        watch = Stopwatch(self.now_s)
+        try:
+            with watch.part(name):
+                yield
+        finally:
+            self.add(name, watch.seconds[name])
+            self.note()
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Keep that a stage took so many seconds more."""
+        watch = Stopwatch()
+        watch.seconds |= Study(self.store, self.study_id).stage_seconds()
+        watch.add(stage, seconds)
+        self.store.put_reference(self.study_id, "stages", {"seconds": watch.seconds})
+        _log.info("%s took %.3g s", stage, seconds)
 
     def is_filled(self) -> bool:
         """Check whether an earlier run came to the end and had at least this time."""

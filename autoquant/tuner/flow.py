@@ -32,7 +32,9 @@ def run_stages(setup: SearchSetup, budget: Budget) -> None:
     else:
         search_plans(setup.for_this_machine(), budget)
         budget.finish()
+    started_s = budget.now_s()
     deliver(setup)
+    budget.add("deliver", budget.now_s() - started_s)
 
 
 def search_plans(setup: SearchSetup, budget: Budget) -> None:
@@ -41,28 +43,32 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
     What was measured before is in the store, so that little is done twice.
     """
     settled = setup.settled
-    recording = record_linears(setup)
+    with budget.stage("record"):
+        recording = record_linears(setup)
     bound = bind_constraints(setup, recording.sites)
     runner = setup.start_runner()
     try:
         measure = setup.measurer(runner)
         while True:
-            timings = profile_linears(setup, recording, measure)
+            with budget.stage("profile"):
+                timings = profile_linears(setup, recording, measure)
             recording = searchable(setup, recording, bound, timings)
-            budget.note()
-            space = score_choices(setup, recording, bound, timings, runner)
-            budget.note()
+            with budget.stage("score"):
+                space = score_choices(setup, recording, bound, timings, runner)
             ledger = ProofLedger(
                 setup.store, settled.study_id, runner, budget, setup.listener, setup.reference
             )
             try:
-                referenced = prove_references(space, ledger, recording.sites, settled.limits)
-                prove_front(referenced, ledger, settled.limits)
-                refine(referenced, ledger, settled.limits, settled.request.seed)
+                with budget.stage("prove"):
+                    referenced = prove_references(space, ledger, recording.sites, settled.limits)
+                    prove_front(referenced, ledger, settled.limits)
+                with budget.stage("refine"):
+                    refine(referenced, ledger, settled.limits, settled.request.seed)
                 break
             except KernelError as lie:
                 distrust(lie, timings, ledger, setup)
-        measure_crossovers(ledger, timings, measure, setup.device)
+        with budget.stage("crossovers"):
+            measure_crossovers(ledger, timings, measure, setup.device)
     finally:
         runner.close()
         release_memory()

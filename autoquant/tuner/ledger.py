@@ -13,6 +13,7 @@ from autoquant.files import raise_if_full
 from autoquant.records import Plan, PlanKind, Proof
 from autoquant.solver.planning import ProvenPlans
 from autoquant.solver.space import SearchSpace
+from autoquant.stopwatch import seconds_words
 from autoquant.store import Store
 from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
@@ -144,9 +145,12 @@ class ProofLedger:
         if proof is None:
             return None
         self.proofs[plan.plan_id] = proof
-        milliseconds, increase = proof.request_ms, proof.increase.value
         _log.info(
-            "proved %s: %.4g ms a request, increase %+.3g", plan.label, milliseconds, increase
+            "proved %s: %.4g ms a request, increase %+.3g; %s",
+            plan.label,
+            proof.request_ms,
+            proof.increase.value,
+            seconds_words(proof.seconds),
         )
         self.budget.note()
         release_memory()

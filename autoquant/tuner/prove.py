@@ -27,6 +27,7 @@ from autoquant.models.copies import shallow_copy
 from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload, route_kernel
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import RequestTimes, make_warm, time_requests
+from autoquant.stopwatch import Stopwatch
 
 
 @dataclass(slots=True)
@@ -66,21 +67,27 @@ class Prover:
         Raises:
             KernelError: A kernel computes something else than its weight stores.
         """
+        watch = Stopwatch()
         module = shallow_copy(self.loaded.module)
-        apply(
-            plan,
-            module,
-            calibration=self.calibration,
-            quantized=self._quantized,
-            on_kernel=on_kernel,
-        )
-        self._check_kernels(module, on_kernel)
+        with watch.part("apply"):
+            apply(
+                plan,
+                module,
+                calibration=self.calibration,
+                quantized=self._quantized,
+                on_kernel=on_kernel,
+            )
+        with watch.part("check"):
+            self._check_kernels(module, on_kernel)
         on_checked()
         release_memory()
-        phases, note = self._phases(module, plan)
-        report, selection = self._compare(module, plan, phases)
+        with watch.part("compile"):
+            phases, note = self._phases(module, plan)
+        with watch.part("quality"):
+            report, selection = self._compare(module, plan, phases)
         release_memory()
-        times, notes = self._time(phases, note)
+        with watch.part("time"):
+            times, notes = self._time(phases, note)
         calls = self.workload.calls()
         request_ms, original_ms = times.request_ms(calls)
         logarithmic = self.quality.logarithmic
@@ -110,6 +117,7 @@ class Prover:
             selection_kl=selection_kl,
             selection_losses=selection.losses,
             time_ratio=times.ratio(calls),
+            seconds=watch.seconds,
         )
 
     def _check_kernels(self, module: nn.Module, on_kernel: OnKernel) -> None:

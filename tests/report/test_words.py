@@ -10,6 +10,7 @@ from autoquant.report.words import (
     off_predictions,
     recommendation,
     source_name,
+    spent_words,
     ties_lines,
 )
 
@@ -198,3 +199,9 @@ def test_ties_of_the_recommended_plan_are_said():
         rows, LIMITS, WORKLOAD
     )
     assert ties_lines(rows, rows[0] | {"ties": ""}) == []
+
+
+def test_the_time_of_a_search_names_the_stages_that_took_a_second():
+    seconds = {"load": 20.6, "record": 0.1, "profile": 67.2}
+    assert spent_words(seconds) == "Time: 1m 28s (load 21s, profile 1m 07s)"
+    assert spent_words({"load": 0.4}) == "Time: 0s"

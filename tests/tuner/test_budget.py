@@ -3,6 +3,7 @@
 import pytest
 from builders.records import STUDY
 
+from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
 
 
@@ -66,3 +67,22 @@ def test_a_search_that_was_cut_off_is_not_complete_however_long_it_took(budget, 
 def test_a_run_begins_with_what_the_store_says(store):
     store.update_study(STUDY, spent_s=12.5)
     assert Budget.of(store, STUDY, 60.0, 0.0).spent_before_s == 12.5
+
+
+def test_stages_keep_what_they_took_over_all_runs(budget, clock, store):
+    for seconds in (3, 4):
+        run = budget()
+        with run.stage("score"):
+            clock[0] += seconds
+        run.add("load", 0.5)
+    assert Study(store, STUDY).stage_seconds() == {"score": 7, "load": 1.0}
+    assert store.study(STUDY).spent_s == 7
+
+
+def test_a_stage_that_is_interrupted_keeps_what_it_took(budget, clock, store):
+    run = budget()
+    with pytest.raises(KeyboardInterrupt), run.stage("prove"):
+        clock[0] += 5
+        raise KeyboardInterrupt
+    assert Study(store, STUDY).stage_seconds() == {"prove": 5}
+    assert store.study(STUDY).spent_s == 5

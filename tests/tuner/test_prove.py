@@ -1,13 +1,20 @@
 """Plans proven: what their quality is measured with."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 import torch.nn.functional as F
+from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 
 from autoquant.candidates import A8_ROW, A16, Format, Kernel, registry, routed
+from autoquant.evaluators.quality import TextQuality
+from autoquant.evaluators.text import PARTS, TextParts
 from autoquant.export.applier import apply
-from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
-from autoquant.tuner.prove import worst_numerics
+from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep, Workload
+from autoquant.runtime import parts
+from autoquant.tuner.prove import Prover, prompts_lose_most, worst_numerics
 
 SHAPE = LinearShape(n=8, k=8, bias=False, dtype="float32")
 
@@ -101,3 +108,81 @@ def test_the_worst_numerics_of_a_route_are_used_for_any_rows(monkeypatch):
 def test_exact_numerics_that_score_worse_are_used_for_windows_too(monkeypatch):
     measured, _ = kernels_used(monkeypatch, A16, (4, "few"), (None, "rounding"))
     assert measured == [("few", 1), ("any", 32)]
+
+
+def test_a_prompt_loses_most_unless_other_rows_lose_more(monkeypatch):
+    fmt = format_that_tells([])
+    monkeypatch.setitem(registry._registered, fmt.id, fmt)
+    mixed = ((4, "rounding"), (None, "any"))
+    assert prompts_lose_most(plan_of(A8_ROW, *mixed), 4)
+    assert not prompts_lose_most(plan_of(A8_ROW, *mixed), 5)
+    assert prompts_lose_most(plan_of(A16, (4, "few"), (None, "any")), 32)
+
+
+WINDOW = 8
+
+
+@pytest.fixture
+def prover(monkeypatch):
+    """Proves plans of a tiny model whose steps are traced, and run as they were traced."""
+
+    def start(window=WINDOW, **changes):
+        generator = torch.Generator().manual_seed(0)
+        windows = {part: torch.randint(0, 64, (3, window), generator=generator) for part in PARTS}
+        return Prover(
+            loaded=as_loaded(tiny_llama(dtype=torch.float32).requires_grad_(False)),
+            workload=Workload.parse(f"prefill={WINDOW},decode=2"),
+            quality=TextQuality(TextParts(windows), "cpu", keep_reference=True),
+            device="cpu",
+            execution="compiled",
+            **changes,
+        )
+
+    monkeypatch.setattr(parts, "FUNCTIONS", {})
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, _inputs: graph)
+    return start
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Rounds the weight of one layer to whole tenths, and its activation not at all."""
+    fmt = replace(
+        format_that_tells([]), quantize=lambda w: (w * 10).round() / 10, id="tenths-any/plain"
+    )
+    monkeypatch.setitem(registry._registered, fmt.id, fmt)
+    monkeypatch.setattr(routed, "_KERNEL_FUNCTIONS", {})
+    name = "model.layers.1.mlp.up_proj"
+    plan = plan_of(A16, (None, "any"))
+    layer = replace(
+        plan.layers[0],
+        name=name,
+        parameters=(f"{name}.weight",),
+        shape=LinearShape(n=64, k=32, bias=False, dtype="float32"),
+        format=fmt.id,
+        numerics=f"tenths-any+{A16}",
+    )
+    return replace(plan, layers=(layer,))
+
+
+def test_windows_as_long_as_the_prompt_are_read_by_it(prover, plan, monkeypatch):
+    compiled, eager = prover(), prover()
+    proof = compiled.prove(plan)
+    monkeypatch.setattr(Prover, "_compared_compiled", lambda *_: None)
+    expected = eager.prove(plan)
+    assert compiled._compiled_reference and not compiled.reference
+    assert eager.reference and expected.increase.value != 0
+    assert proof.loss == pytest.approx(expected.loss, abs=1e-4)
+    assert proof.increase.value == pytest.approx(expected.increase.value, abs=1e-4)
+    assert proof.kl == pytest.approx(expected.kl, abs=1e-4)
+
+
+def test_windows_of_another_length_are_read_eagerly(prover, plan):
+    proving = prover(window=WINDOW + 1)
+    proving.prove(plan)
+    assert proving.reference and not proving._compiled_reference
+
+
+def test_the_seconds_of_a_proof_are_those_of_its_parts(prover, plan):
+    proof = prover().prove(plan)
+    assert list(proof.seconds) == ["apply", "check", "compile", "quality", "time"]
+    assert all(seconds > 0 for seconds in proof.seconds.values())

@@ -115,6 +115,7 @@ class _Fast:
         return _made_again, (type(self).__bases__[1],), *reduced[2:]
 
     def _sample(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        _check_ids(self, input_ids)
         decoders = decoders_of(self)
         with decoders.lock:  # a decoder has one cache
             decoder, reason = _decoder_for(self, input_ids, kwargs)
@@ -129,6 +130,23 @@ class _Fast:
                 return result
         _warn(self, f"generate runs as transformers does it, which is slower: {reason}")
         return super()._sample(input_ids, **kwargs)  # type: ignore[misc]
+
+
+def _check_ids(model: Any, ids: torch.Tensor) -> None:
+    """Refuse token ids that the model has no embeddings for.
+
+    Compiled code would end the process at such an id, on a CPU and on a GPU.
+
+    Raises:
+        IndexError: There is one.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is None or not ids.numel():
+        return
+    least, largest = (int(end) for end in torch.aminmax(ids))
+    if least < 0 or largest >= rows:
+        wrong = least if least < 0 else largest
+        raise IndexError(f"token id {wrong} in the prompt: the model has embeddings for {rows} ids")
 
 
 def _class_for(kind: type[nn.Module]) -> type[nn.Module]:

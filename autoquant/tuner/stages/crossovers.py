@@ -25,5 +25,4 @@ def measure_crossovers(
         placed = place_crossovers(plans, timings, measure)
     for plan in placed:
         ledger.put_plan(plan)
-    ledger.budget.note()
     release_memory()

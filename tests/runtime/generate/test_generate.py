@@ -412,3 +412,11 @@ def test_a_replaced_weight_gets_new_steps_and_the_old_ones_are_dropped(model):
 def test_a_device_that_is_not_known_is_a_reason_to_run_the_plain_way(model):
     reason = generation._place_reason(model.to("meta"), prompts())
     assert reason == "steps are not compiled for meta"
+
+
+@pytest.mark.parametrize("wrong", [-1, 64])
+def test_token_ids_without_embeddings_are_refused_before_compiled_code_reads_them(model, wrong):
+    ids = prompts(tokens=5)
+    ids[0, 3] = wrong
+    with pytest.raises(IndexError, match=f"token id {wrong} .* for 64 ids"):
+        model.generate(ids, max_new_tokens=2)

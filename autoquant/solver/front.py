@@ -11,7 +11,7 @@ from autoquant.records import Objective, Plan
 from autoquant.solver.solve import AdditiveProblem, Picks, front, undominated
 from autoquant.solver.space import SearchSpace
 
-LOSS_BUDGETS = 24
+LOSS_BUDGETS = 16
 """The exact front is solved for so many budgets."""
 _DISTINGUISHABLE = 64.0
 """A plan that loses less than this fraction of the allowed loss counts as exact."""
@@ -33,13 +33,14 @@ def front_plans(
     problem, summed = space.problem, space.budget(max_loss)
     target = space.solve(minimize, max_summed_loss=summed, max_memory_bytes=max_memory_bytes)
     chosen = [] if target is None else [target]
-    chosen += spread(
-        problem,
-        undominated(problem, front(problem, LOSS_BUDGETS)),
-        count - len(chosen),
-        taken=chosen,
-        least_loss=_smallest_loss(summed),
-    )
+    if count > len(chosen):
+        chosen += spread(
+            problem,
+            undominated(problem, front(problem, LOSS_BUDGETS)),
+            count - len(chosen),
+            taken=chosen,
+            least_loss=_smallest_loss(summed),
+        )
     wanted = f"front: {'fastest' if minimize == 'time' else 'smallest'} within limits"
     plans = []
     for number, picks in enumerate(chosen, start=1):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoquant.candidates import get_format
+from autoquant.candidates import A16, get_format
+from autoquant.candidates.formats.floats import original_format
 from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
@@ -52,6 +53,11 @@ def score(
     else:
         changes = [c for c in _changes(choices) if (c.site.name, c.numerics) not in known]
         steps = {change.site.name for change in changes}
+    exact = _exact(changes)
+    if exact:
+        store.put_losses(model_hash, quality_key, method.version, exact)
+        changes = [change for change in changes if (change.site.name, change.numerics) not in exact]
+        steps -= {numerics for _, numerics in exact}
     listener(StageStarted("score", len(steps)))
     done = 0
 
@@ -70,6 +76,19 @@ def score(
     loss_map = fit_loss_map(together_pairs(losses, EVERY_LAYER))
     listener(StageFinished("score", _summary(method, changes, len(known), loss_map)))
     return Scores({key: loss for key, loss in losses.items() if key[0] != EVERY_LAYER}, loss_map)
+
+
+def _exact(changes: Sequence[Change]) -> dict[tuple[str, str], float]:
+    """Return the losses of numerics that leave every weight as it is, which are 0."""
+    other = {change.numerics for change in changes if not _is_original(change)}
+    names = [EVERY_LAYER, *(change.site.name for change in changes)]
+    exact = {change.numerics for change in changes} - other
+    return {(name, numerics): 0.0 for numerics in exact for name in dict.fromkeys(names)}
+
+
+def _is_original(change: Change) -> bool:
+    original = original_format(change.site.shape.dtype)
+    return change.format.id == original and change.activation == A16
 
 
 def _summary(method: Sensitivity, changes: Sequence[Change], known: int, loss_map: LossMap) -> str:

@@ -118,8 +118,8 @@ def test_the_others_score_a_numerics_in_every_layer_whatever_timings_left_over(
         (of.site.name, key) for of in choices for key in (A16, A8, "bfloat16+a16")
     }
     assert scores.loss_map.curvature != 0
-    assert events[0] == StageStarted("score", 3)
-    assert [event.done for event in events if isinstance(event, StageProgress)] == [1, 2, 3]
+    assert events[0] == StageStarted("score", 2)  # the unquantized numerics need no scoring
+    assert [event.done for event in events if isinstance(event, StageProgress)] == [1, 2]
 
 
 @pytest.mark.parametrize("method", list(SENSITIVITIES))
@@ -187,3 +187,20 @@ def test_a_weight_that_cannot_be_rounded_for_its_inputs_is_left_out_with_the_rea
     assert (broken, nearest.values) in {(change.site.name, change.numerics) for change in left}
     for change in left:
         assert (change.stored is not None) is change.format.needs_inputs
+
+
+@pytest.mark.parametrize("method", list(SENSITIVITIES))
+def test_numerics_that_leave_every_weight_as_it_is_lose_nothing_and_are_not_scored(
+    run, choices, method, monkeypatch
+):
+    scored, score_job = [], jobs.ScoreJob.run
+
+    def watched(job, *rest):
+        scored.extend(job.changes)
+        return score_job(job, *rest)
+
+    monkeypatch.setattr(jobs.ScoreJob, "run", watched)
+    losses = run(method)[0].losses
+    originals = {of.site.name: losses[of.site.name, "bfloat16+a16"] for of in choices}
+    assert set(originals.values()) == {0.0}
+    assert scored and "bfloat16+a16" not in {numerics for _, numerics, *_ in scored}

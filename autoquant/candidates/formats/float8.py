@@ -152,6 +152,11 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
     )
 
 
+def _by_default(device_type: str) -> bool:
+    # No CPU multiplies float8. There int8 is as small and as exact, and its kernels are faster.
+    return device_type != "cpu"
+
+
 _ROW_KERNELS = (
     rows_kernel(_rows, _rows_unsupported),
     *gemlite_kernels(
@@ -166,6 +171,7 @@ FORMATS = (
         dequantize=_dequantize,
         tensor_type=Float8Tensor,
         joins=True,
+        by_default=_by_default,
         kernels=(*_kernels(per_row=True), *_ROW_KERNELS),
         description="float8 e4m3 weights, one scale a row",
     ),
@@ -174,6 +180,7 @@ FORMATS = (
         quantize=functools.partial(_quantize, per_row=False),
         dequantize=_dequantize,
         tensor_type=Float8Tensor,
+        by_default=_by_default,
         kernels=_kernels(per_row=False),
         description="float8 e4m3 weights, one scale in all",
     ),

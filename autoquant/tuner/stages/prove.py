@@ -132,33 +132,45 @@ def _prove_original(
 
 def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> None:
     """Prove the best plan within the limits, others nearer to the limit, and some of the front."""
-    references = referenced.plan_ids
     # The allocation by bits alone is one of the plans that are proven at least.
-    count = max(FRONT_PLANS, LEAST_PLANS - len(references) - 1)
-    plans = front_plans(
-        referenced.space,
-        count=count + 1 + len(references),
-        max_loss=referenced.allowed_loss,
-        max_memory_bytes=limits.max_memory_bytes,
-        minimize=limits.minimize,
-    )
-    new = [plan for plan in plans if plan.plan_id not in references]
-    # The first is the fastest within the limits. Aiming starts from how it turned out.
-    for plan in new[:1]:
+    count = max(FRONT_PLANS, LEAST_PLANS - len(referenced.plan_ids) - 1)
+    # The best plan within the limits comes first. Aiming starts from how it turned out.
+    for plan in _new_plans(referenced, limits, 1)[:1]:
         ledger.prove(plan)
     count -= _prove_aimed(referenced, ledger, limits)
-    for plan in new[1:count]:
+    # The whole front takes long to solve for, if there are many layers.
+    new = _new_plans(referenced, limits, count + 1)[1:] if ledger.has_time() else []
+    for plan in new[: max(count - 1, 0)]:
         ledger.prove_if_time(plan)
     prove_bits(referenced.space, ledger)
     missing = max(0, LEAST_PLANS - len(ledger.proofs))  # bits alone may give nothing new
-    for plan in new[max(count, 1) :][:missing]:
+    for plan in new[max(count - 1, 0) :][:missing]:
         ledger.prove_if_time(plan)
+    if not new and not ledger.has_time():
+        ledger.left_out.append("the rest of the front")
     if ledger.left_out:
         names = ", ".join(dict.fromkeys(ledger.left_out))
         text = f"not proven, for want of time: {names}; a longer --time-budget proves them"
         ledger.listener(Notice(text))
     summary = f"{len(ledger.proofs)} plans proven, {len(ledger.failures)} failed"
     ledger.listener(StageFinished("prove", summary))
+
+
+def _new_plans(referenced: Referenced, limits: Limits, count: int) -> list[Plan]:
+    """Return at least so many plans of the front that are no references; fewer if it is short."""
+
+    def front(points: int) -> list[Plan]:
+        plans = front_plans(
+            referenced.space,
+            count=points,
+            max_loss=referenced.allowed_loss,
+            max_memory_bytes=limits.max_memory_bytes,
+            minimize=limits.minimize,
+        )
+        return [plan for plan in plans if plan.plan_id not in referenced.plan_ids]
+
+    # The best within the limits is known without the others, and is mostly no reference.
+    return (front(1) if count == 1 else []) or front(count + len(referenced.plan_ids))
 
 
 def _prove_aimed(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> int:

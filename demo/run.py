@@ -29,7 +29,7 @@ def main() -> None:
     database, model = OUT / "plan.db", HERE / "model"
     autoquant(
         "search", model, "--eval-text", text, "--db", database, "--workload", WORKLOAD,
-        "--max-ppl-increase", "1%", "--time-budget", "1m",
+        "--max-ppl-increase", "1%", "--time-budget", "3m",
         "--candidates", "int8*",
     )  # fmt: skip
     autoquant("pareto", database, "--plot", OUT / "front.png")

@@ -71,20 +71,18 @@ class _Compiled:
     """A part compiled for arguments of some shapes.
 
     Attributes:
-        others: Non-tensor arguments, kept alive because `signature` holds their ids.
+        others: Non-tensor arguments, kept alive because the part is found again by their ids.
         constants: Tensors that the part holds itself.
         results: What it returns, with a `_Number` of the function's result for each tensor.
     """
 
-    signature: tuple[Any, ...]
     others: Sequence[Any]
     function: Callable[..., Sequence[torch.Tensor]]
     constants: Sequence[torch.Tensor]
     results: Sequence[Any]
     structure: pytree.TreeSpec
 
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        given = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
         tensors = self.function(*given, *self.constants)
         values = [tensors[v.number] if isinstance(v, _Number) else v for v in self.results]
         return pytree.tree_unflatten(values, self.structure)
@@ -100,32 +98,56 @@ class _Part:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
-        self._compiled: list[_Compiled] = []
+        self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        signature = (structure, *map(_signature, leaves))
-        known = next((each for each in self._compiled if each.signature == signature), None)
+        tensors: list[torch.Tensor] = []
+        kinds: list[Any] = []
+        _look(args, tensors, kinds)
+        _look(kwargs, tensors, kinds)
+        key = tuple(kinds)
+        known = self._compiled.get(key)
         if known is None:
-            known = _compile(self._forward, leaves, structure, signature)
-            self._compiled.append(known)
+            known = self._compiled[key] = _compile(self._forward, args, kwargs)
         with as_if_compiled(False):
-            return known(leaves)
+            return known(tensors)
 
 
-def _signature(leaf: Any) -> Any:
-    """Return what traced code depends on of an argument or a tensor that a part holds."""
-    if isinstance(leaf, torch.Tensor):
-        return str(leaf.dtype), str(leaf.device), tuple(leaf.shape), leaf.stride()
-    return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else id(leaf)
+def _look(value: Any, tensors: list[torch.Tensor], kinds: list[Any]) -> None:
+    """Collect the tensors in an argument, and what traced code depends on.
+
+    Every step does this for every part, and `tree_flatten` takes several times as long.
+    """
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        kinds += (value.dtype, value.device, value.shape, value.stride())
+    elif kind is tuple or kind is list:
+        kinds += (kind, len(value))
+        for each in value:
+            _look(each, tensors, kinds)
+    elif kind is dict:
+        kinds.append(tuple(value))
+        for each in value.values():
+            _look(each, tensors, kinds)
+    elif not pytree.tree_is_leaf(value):  # of a registered type
+        leaves, structure = pytree.tree_flatten(value)
+        kinds.append(structure)
+        _look(leaves, tensors, kinds)
+    else:
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        kinds += (kind, value if plain else id(value))
+
+
+def _signature(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what compiled code depends on of a tensor."""
+    return str(tensor.dtype), str(tensor.device), tuple(tensor.shape), tensor.stride()
 
 
 def _compile(
-    forward: Callable[..., Any],
-    leaves: Sequence[Any],
-    structure: pytree.TreeSpec,
-    signature: tuple[Any, ...],
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> _Compiled:
+    leaves, structure = pytree.tree_flatten((args, kwargs))
     results: list[Any] = []
     shape: list[pytree.TreeSpec] = []
 
@@ -137,8 +159,8 @@ def _compile(
         """
         given = iter(tensors)
         values = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(values, structure)
-        returned, returned_structure = pytree.tree_flatten(forward(*args, **kwargs))
+        given_args, given_kwargs = pytree.tree_unflatten(values, structure)
+        returned, returned_structure = pytree.tree_flatten(forward(*given_args, **given_kwargs))
         shape[:] = [returned_structure]
         found: list[torch.Tensor] = []
         results.clear()
@@ -156,7 +178,7 @@ def _compile(
     constants = _as_inputs(graph)
     function = _function(graph, [*inputs, *constants])
     others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
-    return _Compiled(signature, others, function, constants, tuple(results), shape[0])
+    return _Compiled(others, function, constants, tuple(results), shape[0])
 
 
 class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]

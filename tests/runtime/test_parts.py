@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -194,6 +195,26 @@ def test_a_linear_that_is_called_by_keywords_is_one_too(graphs):
 
     module, x = nn.Sequential(Named()).requires_grad_(False), torch.randn(4, 7, 64)
     torch.testing.assert_close(run(in_parts(module), x), run(module, x))
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Mixing(nn.Module):
+    def forward(self, pair, *, named, factor):
+        return (pair.first - pair.second) * factor + named["plus"][0]
+
+
+def test_tensors_are_found_in_arguments_of_any_form(graphs):
+    module, plain = compile_parts(nn.ModuleDict({"mixing": Mixing()})), Mixing()
+    for scale, rows, factor in ((1.0, 3, 2), (4.0, 3, 2), (1.0, 5, 2), (1.0, 3, 2.0), (1.0, 3, 7)):
+        pair = Pair(torch.full((rows, 2), scale), torch.ones(rows, 2))
+        rest = {"named": {"plus": [torch.full((2,), scale)]}, "factor": factor}
+        expected = plain(pair, **rest)
+        assert torch.equal(module["mixing"](pair, **rest), expected)
+    assert len(module["mixing"].forward._compiled) == 4
 
 
 def test_a_part_whose_graph_begins_with_its_own_tensors_is_compiled(graphs):

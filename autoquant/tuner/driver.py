@@ -185,7 +185,6 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     if backend(settled.loaded.device).prepares and (reason := unusable()):
         listener(Notice(f"{reason}: kernels are compiled and tuned again in each run"))
     budget = Budget.of(store, settled.study_id, request.time_budget_s, started)
-    budget.add("load", budget.now_s() - started)
     with quick_collections():
         run_stages(SearchSetup.of(settled, store, listener, reference), budget)
     return Study(store, settled.study_id)

@@ -39,7 +39,7 @@ SMALLER = (
     (r"\bdemo/model\b", "my-model"),
     (r"prefill=\d+,decode=\d+", "prefill=8,decode=4"),
     (r"--rows [\d,]+", "--rows 1,4"),
-    (r"my-model-PLANID\b", lambda _: newest("my-model-*")),
+    (r"my-model-(PLANID|[0-9a-f]{8})\b", lambda _: newest("my-model-*")),
     (r"\b(4096|1024)x4096\b", "64x32"),
     (r"\b128256x4096\b", "128x32"),
     (r'device = "cuda"', 'device = "cpu"'),

@@ -209,8 +209,10 @@ def _killed(
         victims = [draw.choice(workers)]
     if not any([runs.kill(victim) for victim in victims]):
         return None
-    outcome.kills.append((what, round(after_s, 2)))
     code = runs.ended(process, LONGEST_S if what == "worker" else 20)
+    if what != "worker" and code == 0:  # it had just ended: such a process takes signals, too
+        return None
+    outcome.kills.append((what, round(after_s, 2)))
     if what == "worker" and code not in (0, 2):
         outcome.faults.append(f"ended with {code} when a worker was killed: {output(run)}")
     elif what != "worker" and code != -9:

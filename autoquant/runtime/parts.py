@@ -1,7 +1,7 @@
-"""Compile a model part by part, each different part once, for steps replayed as CUDA graphs.
+"""Compile a model part by part, each different part once.
 
-A replayed graph holds kernels and none of the code that launched them. So the model's own code may
-run around its compiled parts: its blocks, and the largest modules outside them.
+The model's own code runs around its compiled parts: its blocks, and the largest modules outside
+them. On a GPU a step is replayed as a CUDA graph, which holds none of that code.
 
 Compiling a model in one piece costs about 0.4 s for each block and phase in the compiler's first
 two stages, even if blocks are alike and the third stage compiles them once. Here a part is traced

@@ -77,8 +77,8 @@ def make_phases(
     Args:
         compiled: Compile the forward pass, each phase with static shapes. On CUDA also capture it
             as a CUDA graph.
-        division: What is compiled as one. `parts` needs a model with repeated blocks whose steps
-            become CUDA graphs; other models are then compiled by `regions`.
+        division: What is compiled as one. `parts` needs a model with repeated blocks and a cache
+            without a sliding window; other models are then compiled by `regions`.
 
     Raises:
         WorkloadError: The workload does not fit the model.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates.flat import same_bits
+from autoquant.candidates.kernels.caches import untuned
 from autoquant.errors import CheckpointError
 from autoquant.models import LoadedModel
 from autoquant.models.outputs import CHECK_TOKENS, output_tensor
@@ -28,7 +29,7 @@ def check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
     args, keywords = _check_inputs(loaded)
 
     def logits(module: nn.Module) -> torch.Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), untuned():  # speed does not matter, and tuning takes minutes
             return output_tensor(module(*args, **keywords))
 
     before, after = logits(loaded.module), logits(again)

@@ -14,6 +14,9 @@ from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Route
 Measure = Callable[[Sequence[TimingSubject]], Mapping[TimingSubject, Measurement]]
 """Times subjects, or takes them from the store."""
 
+HasTime = Callable[[int], bool]
+"""Says whether there is time to time so many subjects."""
+
 CLOSE_ENOUGH = 2.0
 """A crossover is known well enough when it lies between two measured m of at most this ratio."""
 
@@ -44,8 +47,27 @@ class _Change:
                 yield self.timings.subject(kernel, isqrt(self.low * self.high))
 
 
-def place_crossovers(plans: Sequence[Plan], timings: TimingTable, measure: Measure) -> list[Plan]:
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Plans with measured changes of kernel.
+
+    Attributes:
+        complete: Every change is known well enough: there was time to measure all.
+    """
+
+    plans: list[Plan]
+    complete: bool
+
+
+def place_crossovers(
+    plans: Sequence[Plan],
+    timings: TimingTable,
+    measure: Measure,
+    has_time: HasTime = lambda _count: True,
+) -> Placed:
     """Return the plans, with each change of kernel in a route at the measured number of rows.
+
+    A change that there is no time to measure stays in the middle of where it is known to lie.
 
     Args:
         timings: Made at the m that the routes come from. At those m the routes stay unchanged.
@@ -62,11 +84,11 @@ def place_crossovers(plans: Sequence[Plan], timings: TimingTable, measure: Measu
             for change in changes:
                 halves.extend(change.halves())
         wanted = known.missing(halves)
-        if not wanted:
+        if not wanted or not has_time(len(wanted)):
             break
         known = known.extended(measure(wanted))
     moved = {route: _moved(route.route, changes) for route, changes in found.items()}
-    return [_with_routes(plan, moved) for plan in plans]
+    return Placed([_with_routes(plan, moved) for plan in plans], complete=not wanted)
 
 
 def _with_routes(plan: Plan, moved: Mapping[_TimedRoute, Route]) -> Plan:

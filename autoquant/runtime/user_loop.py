@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.candidates.kernels.caches import kernels_kept, untuned
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.errors import WorkloadError
 from autoquant.models import LoadedModel
@@ -110,17 +111,18 @@ class Usage:
 
         Args:
             replayed: Generate by compiled steps; otherwise as transformers itself does, which
-                compiles nothing.
+                compiles and tunes nothing.
         """
         if self.kind != "causal_lm":
-            with torch.no_grad():
+            with torch.no_grad(), untuned():
                 output = output_tensor(_call(module, self._inputs()))
             return Answer(output.float().cpu(), None)
         prompt = self._prompt(module)[:1, :CHECK_TOKENS]
-        with torch.no_grad():
+        with torch.no_grad(), untuned():
             output = output_tensor(module(prompt))
         tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)
-        ids = generate(module, prompt, tokens, disable_compile=not replayed)
+        with nullcontext() if replayed else untuned():
+            ids = generate(module, prompt, tokens, disable_compile=not replayed)
         return Answer(output.float().cpu(), ids.cpu())
 
     def _prompt(self, module: nn.Module) -> torch.Tensor:
@@ -214,7 +216,7 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
 
 
 def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bool:
-    with torch.no_grad():
+    with torch.no_grad(), untuned():
         device = next(model.parameters()).device
         logits = model(before.to(device)).logits[0, -1].float()
     gap = (logits[ours] - logits[theirs]).abs()

@@ -5,6 +5,7 @@ The CPU pretends to be one. What only such a device is asked for runs here where
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from typing import ClassVar
@@ -16,6 +17,7 @@ from autoquant import devices
 from autoquant.candidates import registry
 from autoquant.devices.cpu import CpuBackend
 from autoquant.events import Notice, StageFinished
+from autoquant.export.on_disk import apply_to_disk
 from autoquant.models import targets
 from autoquant.profiler import entrant, trials
 from autoquant.profiler.timing import PROTOCOL
@@ -58,9 +60,15 @@ class Library(TunedLibrary):
     @contextlib.contextmanager
     def untuned(self):
         log("untuned")
+        before, tuning[0] = tuning[0], False
         yield
+        tuning[0] = before
+
+tuning = [True]
 
 def linear(x, weight, bias):
+    if tuning[0]:
+        log(f"tuned for {x.numel() // x.shape[-1]} rows")
     return F.linear(x, weight.to(x.dtype), bias)
 
 def few_rows(_shape, m, _device):
@@ -170,9 +178,11 @@ def gpu(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
 
 
-def test_a_search_prepares_replays_and_places_crossovers(gpu, tuned_format, tmp_path):
-    told = []
-    study = quick.search(
+@pytest.fixture
+def search(gpu, tuned_format, tmp_path):
+    """Return what searches for a plan of `own8/plain`."""
+    return functools.partial(
+        quick.search,
         save_llama(tmp_path / "model"),
         save_text(tmp_path / "text.txt"),
         tmp_path / "plan.db",
@@ -180,8 +190,12 @@ def test_a_search_prepares_replays_and_places_crossovers(gpu, tuned_format, tmp_
         workload="prefill=40,decode=4",
         minimize="memory",
         max_ppl_increase=None,
-        listener=told.append,
     )
+
+
+def test_a_search_prepares_and_replays(search, tuned_format):
+    told = []
+    study = search(listener=told.append)
     stages = [event.stage for event in told if isinstance(event, StageFinished)]
     assert stages[:4] == ["record", "roofline", "prepare", "profile"]
     assert "deliver" in stages
@@ -201,16 +215,35 @@ def test_a_search_prepares_replays_and_places_crossovers(gpu, tuned_format, tmp_
     assert tokens == {40: len(proofs), 1: len(proofs)}
     assert not any(note for proof in proofs.values() for note in proof.notes)
 
-    # From 1 and 40 rows, then 6, 15 and 24.
+    (delivery,) = study.deliveries().values()
+    assert (delivery.where, delivery.logits_error, delivery.reason) == ("new process", 0.0, "")
+
+
+def changes_of_kernel(study):
+    """Return up to how many rows each kernel of the uniform plan is used."""
     uniform = next(plan for plan in study.plans() if plan.kind == "uniform")
     own = {layer.name: layer.route for layer in uniform.layers if layer.format == "own8/plain"}
     assert [step.kernel for step in own.pop("lm_head")] == ["few"]  # it is given one row only
-    routes = set(own.values())
-    steps = [(step.upper_m, step.kernel) for route in routes for step in route]
-    assert steps == [(18, "few"), (None, "many")]
-    device = PretendedGpu("cpu").fingerprint()
-    timed = open_store(tmp_path / "plan.db").timings(device, PROTOCOL)
+    return [(step.upper_m, step.kernel) for route in set(own.values()) for step in route]
+
+
+def test_crossovers_are_measured_if_there_is_time(search, tmp_path):
+    told = []
+    study = search(listener=told.append)
+    (left,) = (event.text for event in told if isinstance(event, Notice) and "rows" in event.text)
+    assert left.startswith("not measured, for want of time") and "uniform own8" in left
+    assert changes_of_kernel(study) == [(6, "few"), (None, "many")]
+
+    # From 1 and 40 rows, then 6, 15 and 24.
+    study = search(budget_s=120)
+    assert changes_of_kernel(study) == [(18, "few"), (None, "many")]
+    timed = open_store(tmp_path / "plan.db").timings(PretendedGpu("cpu").fingerprint(), PROTOCOL)
     assert {subject.m for subject in timed} == {1, 6, 15, 24, 40}
 
-    (delivery,) = study.deliveries().values()
-    assert (delivery.where, delivery.logits_error, delivery.reason) == ("new process", 0.0, "")
+
+def test_checking_what_was_applied_tunes_no_kernel(search, tuned_format, tmp_path):
+    study = search()
+    tuned_format.unlink()
+    plan = next(plan for plan in study.plans() if plan.kind == "uniform")
+    apply_to_disk(plan, tmp_path / "model", tmp_path / "applied", facts=study.facts)
+    assert "untuned" in tuned_format.read_text() and "tuned for" not in tuned_format.read_text()

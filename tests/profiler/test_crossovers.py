@@ -90,7 +90,7 @@ def settle(rows, *steps):
         layers=(choice(*steps), choice(*steps)),
         prediction=Prediction(request_ms=1.0, linear_ms=1.0, loss=0.0, memory_bytes=1),
     )
-    (found,) = place_crossovers([plan], TimingTable(WORKING_SET, known_at(rows)), measure)
+    (found,) = place_crossovers([plan], TimingTable(WORKING_SET, known_at(rows)), measure).plans
     route = found.layers[0].route
     assert found.layers[0] == found.layers[1] and replace(found, layers=plan.layers) == plan
     assert [step.kernel for step in route] == [kernel for _, kernel in steps] and route[

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from autoquant.devices import backend
 from autoquant.devices.memory import release_memory
+from autoquant.events import Notice
 from autoquant.profiler.crossovers import Measure, place_crossovers
 from autoquant.profiler.prepare import workers_kept
 from autoquant.profiler.timing_table import TimingTable
+from autoquant.records import Measurement, Plan, TimingSubject
 from autoquant.tuner.ledger import ProofLedger
 
 
@@ -15,14 +19,56 @@ def measure_crossovers(
 ) -> None:
     """On GPUs, where a format has many kernels, measure where kernels overtake each other.
 
-    At the m of the workload routes stay unchanged, and so do the proofs of the plans.
+    The plan that would be recommended comes first, the rest of the front as time allows. At the m
+    of the workload routes stay unchanged, and so do the proofs of the plans.
     """
     if not backend(device).settles_routes:
         return
-    front = {row["plan_id"] for row in ledger.study.rows() if row["on_front"]}
-    plans = [plan for plan_id, plan in ledger.plans.items() if plan_id in front]
+    pace = _Pace(ledger, timings, measure)
+    left: list[Plan] = []
     with workers_kept():  # each halving would wait for new ones otherwise
-        placed = place_crossovers(plans, timings, measure)
-    for plan in placed:
-        ledger.put_plan(plan)
+        for plans in _by_worth(ledger):
+            placed = place_crossovers(plans, timings, pace.measure, pace.has_time)
+            for plan in placed.plans:
+                ledger.put_plan(plan)
+            left += [] if placed.complete else plans
+    if left:
+        names = ", ".join(plan.label for plan in left)
+        text = (
+            "not measured, for want of time: at which other numbers of rows kernels change in"
+            f" {names}; a longer --time-budget does"
+        )
+        ledger.listener(Notice(text))
     release_memory()
+
+
+def _by_worth(ledger: ProofLedger) -> list[list[Plan]]:
+    """Return the plan that would be recommended, and the others of the front."""
+    front = {row["plan_id"] for row in ledger.study.rows() if row["on_front"]}
+    best = ledger.study.candidate()
+    first = [ledger.plans[best.plan_id]] if best else []
+    rest = [plan for plan_id, plan in ledger.plans.items() if plan_id in front]
+    return [first, [plan for plan in rest if plan not in first]]
+
+
+class _Pace:
+    """Expects timings to take as long as the slowest before them, each for itself."""
+
+    def __init__(self, ledger: ProofLedger, timings: TimingTable, measure: Measure) -> None:
+        self._ledger, self._measure = ledger, measure
+        made = [each for each in timings.measurements.values() if each.outcome == "ok"]
+        profile_s = ledger.study.stage_seconds().get("profile", 0.0)
+        self._subject_s = profile_s / max(len(made), 1)
+
+    def has_time(self, count: int) -> bool:
+        """Check whether so many timings, and the delivery, fit into the time budget."""
+        expected_s = count * self._subject_s
+        return self._ledger.budget.left_s() >= self._ledger.least_s(0) + expected_s
+
+    def measure(self, subjects: Sequence[TimingSubject]) -> Mapping[TimingSubject, Measurement]:
+        """Time subjects, and learn how long that takes."""
+        started_s = self._ledger.budget.now_s()
+        found = self._measure(subjects)
+        took_s = self._ledger.budget.now_s() - started_s
+        self._subject_s = max(self._subject_s, took_s / len(subjects))
+        return found

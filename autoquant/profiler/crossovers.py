@@ -1,11 +1,11 @@
-"""Find the number of rows at which one kernel of a format overtakes another, by bisection."""
+"""Find the number of rows at which one kernel of a format overtakes another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import isqrt
+from math import ceil, isqrt, log
 
 from autoquant.candidates import timed_as
 from autoquant.profiler.timing_table import FormatTimings, TimingTable
@@ -13,6 +13,9 @@ from autoquant.records import LayerChoice, LinearShape, Measurement, Plan, Route
 
 Measure = Callable[[Sequence[TimingSubject]], Mapping[TimingSubject, Measurement]]
 """Times subjects, or takes them from the store."""
+
+Can = Callable[[TimingSubject], bool]
+"""Says whether a kernel takes the shape and m of a subject."""
 
 HasTime = Callable[[int], bool]
 """Says whether there is time to time so many subjects."""
@@ -40,11 +43,18 @@ class _Change:
     low: int
     high: int
 
-    def halves(self) -> Iterator[TimingSubject]:
-        """Yield what to time next; nothing if the change is known well enough."""
-        if self.high > CLOSE_ENOUGH * self.low:
-            for kernel in (self.before, self.after):
-                yield self.timings.subject(kernel, isqrt(self.low * self.high))
+    def between(self, can: Can) -> Iterator[TimingSubject]:
+        """Yield what to time next; nothing if the change is known well enough.
+
+        These are both kernels at several m, since on a GPU preparing few takes as long as many. A
+        kernel that cannot be used at an m decides there without being timed, nor the other one.
+        """
+        steps = ceil(log(self.high / self.low) / log(CLOSE_ENOUGH))
+        for step in range(1, steps):
+            m = round(self.low * (self.high / self.low) ** (step / steps))
+            both = [self.timings.subject(kernel, m) for kernel in (self.before, self.after)]
+            cannot = [subject for subject in both if not can(subject)]
+            yield from cannot or both
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,7 @@ def place_crossovers(
     timings: TimingTable,
     measure: Measure,
     has_time: HasTime = lambda _count: True,
+    can: Can = lambda _subject: True,
 ) -> Placed:
     """Return the plans, with each change of kernel in a route at the measured number of rows.
 
@@ -76,14 +87,13 @@ def place_crossovers(
     every = [each for plan in plans for each in _routes(plan)]
     routes = dict.fromkeys(each for each in every if len(each.route) > 1)
     known = timings
-    # Each round times the middle of every interval in which a change of kernel lies.
     while True:
         found = {route: _changes(route, timings, known) for route in routes}
-        halves: list[TimingSubject] = []
+        between: list[TimingSubject] = []
         for changes in found.values():
             for change in changes:
-                halves.extend(change.halves())
-        wanted = known.missing(halves)
+                between.extend(change.between(can))
+        wanted = known.missing(between)
         if not wanted or not has_time(len(wanted)):
             break
         known = known.extended(measure(wanted))

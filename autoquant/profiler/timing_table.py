@@ -97,8 +97,13 @@ class FormatTimings:
         """
         for m in (m for m in self.rows() if low < m < high):
             first, second = self.latency_us(before, m), self.latency_us(after, m)
-            if second is not None and (first is None or second < first):
+            if self._cannot(before, m) or (first and second and second < first):
                 return low, m
-            if first is not None:
+            if self._cannot(after, m) or (first and second):
                 low = m
         return low, high
+
+    def _cannot(self, kernel: str, m: int) -> bool:
+        """Check whether a kernel is known not to be usable at `m`."""
+        found = self.table.measurements.get(self.subject(kernel, m))
+        return found is not None and found.outcome != "ok"

@@ -10,7 +10,7 @@ from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.distrust import distrust
 from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.setup import SearchSetup
-from autoquant.tuner.stages.crossovers import measure_crossovers
+from autoquant.tuner.stages.crossovers import crossovers_s, measure_crossovers
 from autoquant.tuner.stages.profile import profile_linears, searchable
 from autoquant.tuner.stages.prove import prove_front, prove_references
 from autoquant.tuner.stages.record import bind_constraints, record_linears
@@ -64,6 +64,7 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
                 with budget.stage("prove"):
                     referenced = prove_references(space, ledger, recording.sites, settled.limits)
                     prove_front(referenced, ledger, settled.limits)
+                ledger.reserved_s = crossovers_s(ledger, setup.device)
                 with budget.stage("refine"):
                     refine(referenced, ledger, settled.limits, settled.request.seed)
                 break

@@ -48,6 +48,7 @@ class ProofLedger:
         proofs: By plan id.
         failures: Why a plan could not be proven, by plan id.
         left_out: Labels of the plans for which there was no time.
+        reserved_s: Seconds of the time budget for what is measured after the proofs.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class ProofLedger:
         self._limit_s = _FIRST_LIMIT_S
         self._longest_s = 0.0
         self.left_out: list[str] = []
+        self.reserved_s = 0.0
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
         self.proofs: dict[str, Proof] = store.proofs(study_id)
         self.failures: dict[str, str] = store.failed_proofs(study_id)
@@ -102,7 +104,7 @@ class ProofLedger:
 
     def has_time(self, proofs: int = 1) -> bool:
         """Check whether so many further proofs, and the delivery, fit into the time budget."""
-        return self.budget.left_s() >= self.least_s(proofs)
+        return self.budget.left_s() >= self.least_s(proofs) + self.reserved_s
 
     def has_ended(self, plan: Plan) -> bool:
         """Check whether a plan was proven, or could not be."""

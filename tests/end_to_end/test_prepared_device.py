@@ -234,11 +234,11 @@ def test_crossovers_are_measured_if_there_is_time(search, tmp_path):
     assert left.startswith("not measured, for want of time") and "uniform own8" in left
     assert changes_of_kernel(study) == [(6, "few"), (None, "many")]
 
-    # From 1 and 40 rows, then 6, 15 and 24.
+    # From 1 and 40 rows, and doublings between.
     study = search(budget_s=120)
-    assert changes_of_kernel(study) == [(18, "few"), (None, "many")]
+    assert changes_of_kernel(study) == [(16, "few"), (None, "many")]
     timed = open_store(tmp_path / "plan.db").timings(PretendedGpu("cpu").fingerprint(), PROTOCOL)
-    assert {subject.m for subject in timed} == {1, 6, 15, 24, 40}
+    assert {subject.m for subject in timed} == {1, 2, 3, 6, 12, 22, 40}
 
 
 def test_checking_what_was_applied_tunes_no_kernel(search, tuned_format, tmp_path):

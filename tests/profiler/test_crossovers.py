@@ -72,7 +72,11 @@ def choice(*steps):
     )
 
 
-def settle(rows, *steps):
+def can(subject):
+    return latency_us(subject.kernel, subject.m) is not None
+
+
+def settle(rows, *steps, **options):
     """Where the route's kernels change once that was measured, and what was timed for it."""
     asked = []
 
@@ -90,7 +94,8 @@ def settle(rows, *steps):
         layers=(choice(*steps), choice(*steps)),
         prediction=Prediction(request_ms=1.0, linear_ms=1.0, loss=0.0, memory_bytes=1),
     )
-    (found,) = place_crossovers([plan], TimingTable(WORKING_SET, known_at(rows)), measure).plans
+    table = TimingTable(WORKING_SET, known_at(rows))
+    (found,) = place_crossovers([plan], table, measure, can=can, **options).plans
     route = found.layers[0].route
     assert found.layers[0] == found.layers[1] and replace(found, layers=plan.layers) == plan
     assert [step.kernel for step in route] == [kernel for _, kernel in steps] and route[
@@ -105,10 +110,21 @@ def test_a_change_of_kernel_is_found_to_within_a_factor_of_two(after, true):
     assert true / CLOSE_ENOUGH <= found <= true * CLOSE_ENOUGH
 
 
-def test_only_the_kernels_that_meet_are_measured_in_between_and_few_times():
+def test_only_the_kernels_that_meet_are_measured_in_between_and_once():
     _, asked = settle([1, 2048], (45, "few"), (None, "many"))
     assert {kernel for kernel, _ in asked} == {"few", "many"}
-    assert len(asked) == len(set(asked)) <= 2 * 4  # at most four halvings of 1 to 2048
+    assert len(asked) == len(set(asked)) == 2 * 10  # the doublings between 1 and 2048
+
+
+def test_where_one_kernel_cannot_be_used_the_other_is_not_timed():
+    (found,), asked = settle([1, 64], (8, "few"), (None, "dynamic"))
+    assert 32 <= found <= 64
+    assert asked == [*(("dynamic", m) for m in (2, 4, 8, 16)), ("few", 32), ("dynamic", 32)]
+
+
+def test_without_time_a_change_stays_in_the_middle_of_where_it_lies():
+    _, asked = settle([1, 16], (4, "few"), (None, "many"), has_time=lambda _count: False)
+    assert asked == []
 
 
 def test_every_change_of_a_route_is_settled_between_the_rows_it_was_made_from():

@@ -16,7 +16,7 @@ _CACHE_SPEEDUP = 2.0
 
 A weight that was just written may be read from it.
 """
-_FAR_BEHIND = 2.5
+FAR_BEHIND = 2.5
 """Beyond this ratio a try-out decides, although it ran while others were being prepared."""
 
 
@@ -66,7 +66,7 @@ def beaten(
     found = {}
     for subject in subjects:
         own, rival = tried[subject], _best_rival(subject, tried)
-        if rival is not None and own.latency_us > _FAR_BEHIND * tried[rival].latency_us:
+        if rival is not None and own.latency_us > FAR_BEHIND * tried[rival].latency_us:
             reason = f"took {own.latency_us:.1f} us {how}; {_took(rival, tried)}"
             found[subject] = Measurement(subject=subject, outcome="beaten", reason=reason)
     return found
@@ -81,7 +81,7 @@ def _best_rival(
         for other in tried
         if (other.format, other.shape, other.m) == (subject.format, subject.shape, subject.m)
         and other != subject
-        and _numerics(other) in (A16, _numerics(subject))
+        and is_no_less_exact(candidate_of(other).kernel, candidate_of(subject).kernel)
     ]
     return min(rivals, key=lambda other: tried[other].latency_us, default=None)
 
@@ -90,5 +90,6 @@ def _took(rival: TimingSubject, tried: Mapping[TimingSubject, Tried]) -> str:
     return f"{rival.kernel} took {tried[rival].latency_us:.1f}"
 
 
-def _numerics(subject: TimingSubject) -> str:
-    return candidate_of(subject).kernel.numerics
+def is_no_less_exact(one: Kernel, other: Kernel) -> bool:
+    """Check that a kernel rounds the activation no more than another one."""
+    return one.numerics in (A16, other.numerics)

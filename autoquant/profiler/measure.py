@@ -15,6 +15,7 @@ from autoquant.candidates.kernels.caches import load_tuning, tuning_folder, use_
 from autoquant.devices import backend
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler.arena import Arena
+from autoquant.profiler.hopeless import Hopeless
 from autoquant.profiler.prepare import prepare
 from autoquant.profiler.timing import compare
 from autoquant.records import Device, LinearShape, Measurement, Roofline, Site, TimingSubject
@@ -94,6 +95,7 @@ def measure(
     on_measured: Callable[[Sequence[Measurement]], None],
     listener: Listener,
     on_candidate: Callable[[TimingSubject | None], None] = lambda _subject: None,
+    hopeless: Hopeless | None = None,
 ) -> None:
     """Measure every subject, one shape and m after the other.
 
@@ -104,15 +106,16 @@ def measure(
         on_measured: Takes the measurements of a shape and m as soon as they are made.
         on_candidate: Takes the subject that is at work alone, or None before all of a shape and m
             are timed in turn.
+        hopeless: Rules candidates out that need not be timed. None to time all.
     """
     cells: dict[tuple[LinearShape, int], list[TimingSubject]] = {}
     for subject in subjects:
         cells.setdefault((subject.shape, subject.m), []).append(subject)
-    decided: Mapping[TimingSubject, Measurement] = {}
+    device_type = place.hardware.type
+    decided = hopeless.among(subjects, device_type) if hopeless else {}
     if subjects and backend(place.device).prepares:
-        decided = _prepare(
-            [subject for cell in cells.values() for subject in cell], place, listener
-        )
+        waiting = [subject for cell in cells.values() for subject in cell]
+        decided |= _prepare([each for each in waiting if each not in decided], place, listener)
     listener(StageStarted(STAGE, len(subjects)))
     if not subjects:
         return
@@ -120,6 +123,8 @@ def measure(
     arena = Arena(subjects[0].working_set_bytes, place.device)
     done = 0
     for (shape, m), cell in cells.items():
+        if hopeless:
+            decided |= hopeless.among([each for each in cell if each not in decided], device_type)
         with quiet_compiler(place.device):
             measured = compare(
                 shape,
@@ -131,6 +136,8 @@ def measure(
                 on_candidate=partial(_tell, listener, done, on_candidate),
             )
         on_measured(measured)
+        if hopeless:
+            hopeless.learn(measured)
         done += len(cell)
         if reason := next((m.reason for m in measured if m.outcome == "ok" and m.reason), ""):
             listener(Notice(f"{shape} m={m}: {reason}; close other programs for timings to trust"))

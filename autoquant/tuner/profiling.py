@@ -69,7 +69,8 @@ def measure_all(
     while missing := [subject for subject in subjects if subject not in known]:
         at_work[0] = None
         try:
-            runner.run(ProfileJob(missing, hardware, store.roofline(hardware)), on_message)
+            history = tuple(each for each in known.values() if each.outcome == "ok")
+            runner.run(ProfileJob(missing, hardware, store.roofline(hardware), history), on_message)
         except ProcessDiedError as death:
             missing = [subject for subject in missing if subject not in known]
             if at_work[0] and isinstance(death, HungError):  # it would hang as long again

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from autoquant.candidates import A16, Candidate, Format, Kernel
 from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
-from autoquant.profiler import measure
+from autoquant.profiler import measure, timing
 from autoquant.profiler.measure import (
     TimingDevice,
     cells_of,
@@ -15,7 +15,7 @@ from autoquant.profiler.measure import (
     summarize,
     working_set_bytes,
 )
-from autoquant.records import Device, LinearShape, Site, SiteUse
+from autoquant.records import Device, LinearShape, Measurement, Site, SiteUse
 
 DEVICE = Device(
     type="cpu",
@@ -70,7 +70,15 @@ def compared(monkeypatch):
     return made
 
 
-def campaign(*, sites=SITES, candidates=BOTH, working_set=WORKING_SET, events=None, kept=None):
+def campaign(
+    *,
+    sites=SITES,
+    candidates=BOTH,
+    working_set=WORKING_SET,
+    events=None,
+    kept=None,
+    hopeless=None,
+):
     """Measure; return the measurements by subject."""
     made = [] if kept is None else kept
     measure.measure(
@@ -83,6 +91,7 @@ def campaign(*, sites=SITES, candidates=BOTH, working_set=WORKING_SET, events=No
         ),
         on_measured=made.extend,
         listener=(events if events is not None else []).append,
+        hopeless=hopeless,
     )
     return {measurement.subject: measurement for measurement in made}
 
@@ -98,6 +107,36 @@ def test_every_shape_and_rows_is_measured_by_every_candidate(compared):
         (5, "wrong"): "incorrect",
     }
     assert all(s.working_set_bytes == WORKING_SET for s in result)
+
+
+def test_what_earlier_shapes_rule_out_is_not_prepared(monkeypatch):
+    class Hopeless:
+        learnt = 0
+
+        def learn(self, measured):
+            self.learnt += len(measured)
+
+        def among(self, subjects, device_type):
+            assert device_type == "cpu"
+            return {
+                s: Measurement(subject=s, outcome="beaten", reason="behind")
+                for s in subjects
+                if self.learnt and s.kernel == "right"
+            }
+
+    prepared = []
+    enter = timing.enter
+
+    def watched(subject, *arguments):
+        prepared.append((subject.m, subject.kernel))
+        return enter(subject, *arguments)
+
+    monkeypatch.setattr(timing, "enter", watched)
+    sites = (site(), site("head", rows=(5,)))
+    result = campaign(sites=sites, hopeless=Hopeless())
+    assert prepared == [(2, "right"), (2, "wrong"), (5, "wrong")]
+    outcomes = [measurement.outcome for measurement in result.values()]
+    assert outcomes == ["ok", "incorrect", "beaten", "incorrect"]
 
 
 def test_nothing_to_measure_needs_no_arena(monkeypatch):

@@ -17,6 +17,7 @@ from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, SameModel
+from autoquant.profiler.hopeless import Hopeless
 from autoquant.profiler.measure import TimingDevice, measure
 from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.records import (
@@ -204,12 +205,14 @@ class ProfileJob:
 
     Attributes:
         roofline: The device's, or None to measure it if it is needed.
+        known: Timings of the device, which rule candidates out.
     """
 
     needs_model: ClassVar[bool] = False
     subjects: Sequence[TimingSubject]
     hardware: Device
     roofline: Roofline | None = None
+    known: Sequence[Measurement] = ()
 
     @property
     def silence_s(self) -> float | None:
@@ -234,6 +237,7 @@ class ProfileJob:
             on_measured=on_measured,
             listener=partial(_tell_trimmed, tell),
             on_candidate=lambda subject: tell(AtWork(subject)),
+            hopeless=Hopeless(self.known),
         )
 
     def _limits(self, device: str, tell: Tell) -> Roofline:

@@ -88,7 +88,11 @@ class TextQuality:
             windows = [
                 (part, number) for part in compared for number in range(len(parts.windows[part]))
             ]
-            self._kept = {window: KeptTensor(_KEPT_BYTES // len(windows)) for window in windows}
+            # All are of one size: the first so many are kept as fit together.
+            self._kept = {
+                window: KeptTensor(_KEPT_BYTES // count)
+                for count, window in enumerate(windows, start=1)
+            }
 
     def anew(self) -> TextQuality:
         """Return the same measure, which has kept nothing yet."""

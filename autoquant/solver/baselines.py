@@ -10,7 +10,6 @@ the recommended plan takes, whatever that costs in time. No torch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from autoquant.records import LayerChoice, LinearShape, Plan
@@ -19,10 +18,10 @@ from autoquant.solver.planning import PlanContext, make_plan, with_reason
 from autoquant.solver.solve import most_exact
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.uniform import format_numerics, uniform_choice
+from autoquant.solver.units import END_SHARE, block_counts, block_of
 
 HEURISTIC_LABEL = "structural heuristic"
 _MORE_BITS = 1.05  # less is scales, not bits
-_END_SHARE = 8  # an eighth of the blocks at each end
 
 
 def structural_plan(space: SearchSpace, *, limits: Limits, max_loss: float | None) -> Plan | None:
@@ -76,13 +75,11 @@ def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list
 
     The first number in a layer's name is that of its block.
     """
-    places = [_block(name) for name in names]
-    last: dict[str, int] = {}
+    places = [block_of(name) for name in names]
+    counts = block_counts(names)
     widest: dict[tuple[str, int], int] = {}
     for place, shape in zip(places, shapes, strict=True):
         if place:
-            prefix, number = place
-            last[prefix] = max(last.get(prefix, 0), number)
             widest[place] = max(widest.get(place, 0), shape.k)
     reasons = []
     for place, shape in zip(places, shapes, strict=True):
@@ -90,8 +87,8 @@ def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list
             reasons.append("in no block")
             continue
         prefix, number = place
-        ends = max(1, (last[prefix] + 1) // _END_SHARE)
-        if not ends <= number <= last[prefix] - ends:
+        ends = max(1, counts[prefix] // END_SHARE)
+        if not ends <= number < counts[prefix] - ends:
             reasons.append("in the first or last blocks")
         # It has the widest input of its block and makes it narrower: it leads back.
         elif shape.k == widest[place] > shape.n:
@@ -122,9 +119,3 @@ def _is_within(plan: Plan, limits: Limits, max_loss: float | None) -> bool:
         limits.max_memory_bytes is None or plan.prediction.memory_bytes <= limits.max_memory_bytes
     )
     return fits and (max_loss is None or plan.prediction.loss <= max_loss)
-
-
-def _block(name: str) -> tuple[str, int] | None:
-    """Return what comes before the first number in a name, and that number; None without one."""
-    match = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", name)
-    return (match[1] or "", int(match[2])) if match else None

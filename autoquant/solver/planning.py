@@ -117,13 +117,13 @@ def with_reason(choice: LayerChoice, why: str, context: PlanContext) -> LayerCho
     return replace(choice, reason="; ".join(filter(None, reasons)))
 
 
-def explain(layer: Sequence[LayerChoice], index: int, context: PlanContext) -> str:
-    """Say why a layer gets this option.
+def explain(own: LayerChoice, layer: Sequence[LayerChoice], context: PlanContext) -> str:
+    """Say why a layer gets this choice of its options.
 
     Names what constrains the layer, and what the next more exact and the next faster option would
     have cost.
     """
-    own, workload = layer[index], context.workload
+    workload = context.workload
     constrained = context.bound.reasons.get(own.name)
     parts = [constrained] if constrained else []
     if other := next_more_exact(own, layer, workload):

@@ -15,6 +15,7 @@ from autoquant.solver.constraints import Bound
 from autoquant.solver.limits import Limits
 from autoquant.solver.planning import PlanContext, explain, make_plan, request_ms
 from autoquant.solver.solve import AdditiveProblem, Picks, fastest, smallest
+from autoquant.solver.units import Unit, units_of
 
 Options = Sequence[Sequence[LayerChoice]]
 """By layer, every layer with at least one."""
@@ -23,6 +24,8 @@ Options = Sequence[Sequence[LayerChoice]]
 @dataclass(frozen=True)
 class SearchSpace:
     """The options of all layers, from which plans are solved.
+
+    A solution has an option for each unit of layers, see `autoquant.solver.units`.
 
     Attributes:
         unquantized: The unquantized choice of each layer. It is not among a layer's options if a
@@ -36,17 +39,26 @@ class SearchSpace:
     logarithmic: bool = False
 
     @cached_property
+    def units(self) -> list[Unit]:
+        """The layers that get the same choice."""
+        return units_of(self.options)
+
+    @cached_property
     def problem(self) -> AdditiveProblem:
-        """The numbers to solve: milliseconds per request, loss and bytes of every option.
+        """The numbers to solve: milliseconds per request, loss and bytes of every unit's options.
 
         Options that compute layers as one are taken by all of these layers or by none.
         """
-        numbers = [[self._numbers(choice) for choice in layer] for layer in self.options]
+        numbers = [[self._numbers(option) for option in unit.options] for unit in self.units]
         return AdditiveProblem.build(numbers, self._joined(), self._same_format())
 
-    def _numbers(self, choice: LayerChoice) -> tuple[float, float, float]:
-        milliseconds = request_ms(choice, self.context.workload)
-        return milliseconds, choice.loss, float(choice.memory_bytes)
+    def _numbers(self, choices: Sequence[LayerChoice]) -> tuple[float, float, float]:
+        workload = self.context.workload
+        return (
+            sum(request_ms(choice, workload) for choice in choices),
+            sum(choice.loss for choice in choices),
+            float(sum(choice.memory_bytes for choice in choices)),
+        )
 
     def budget(self, max_loss: float | None) -> float | None:
         """Return the summed loss of a plan whose loss is `max_loss`; None means no limit."""
@@ -72,14 +84,17 @@ class SearchSpace:
         return picks if fits else None
 
     def chosen(self, picks: Picks) -> list[LayerChoice]:
-        """Return the options that a solution takes."""
-        return [layer[i] for layer, i in zip(self.options, picks, strict=True)]
+        """Return the choice of each layer in a solution."""
+        by_layer: dict[int, LayerChoice] = {}
+        for unit, pick in zip(self.units, picks, strict=True):
+            by_layer |= zip(unit.layers, unit.options[pick], strict=True)
+        return [by_layer[position] for position in range(len(self.options))]
 
     def plan(self, picks: Picks, label: str, kind: PlanKind) -> Plan:
         """Make the plan of a solution, each layer with the reason for its option."""
         layers = [
-            replace(layer[i], reason=explain(layer, i, self.context))
-            for layer, i in zip(self.options, picks, strict=True)
+            replace(choice, reason=explain(choice, layer, self.context))
+            for choice, layer in zip(self.chosen(picks), self.options, strict=True)
         ]
         return make_plan(layers, label, kind, self.context)
 
@@ -160,29 +175,36 @@ class SearchSpace:
         return cls(options, context, logarithmic=bool(about["logarithmic"]))
 
     def _joined(self) -> list[list[tuple[int, int]]]:
-        """Return, for each way to compute layers as one, its options as (layer, option)."""
-        together: dict[Hashable, list[tuple[int, int]]] = {}
-        for position, layer in enumerate(self.options):
-            for index, choice in enumerate(layer):
-                if choice.joined:
-                    way = (choice.joined, choice.format, choice.route)
-                    together.setdefault(way, []).append((position, index))
-        return list(together.values())
+        """Return, for each way to compute layers as one, its options as (unit, option)."""
+        together: dict[Hashable, dict[tuple[int, int], None]] = {}
+        for position, unit in enumerate(self.units):
+            for index, option in enumerate(unit.options):
+                for choice in option:
+                    if choice.joined:
+                        way = (choice.joined, choice.format, choice.route)
+                        together.setdefault(way, {})[position, index] = None
+        # Blocks of the same units join their layers in the same way.
+        return [list(ways) for ways in dict.fromkeys(map(tuple, together.values()))]
 
     def _same_format(self) -> list[list[tuple[int, list[int]]]]:
-        """Return, for each group and format, the options of each member that have the format."""
-        positions = {layer[0].name: position for position, layer in enumerate(self.options)}
+        """Return, for each group and format, the options of each unit that have the format."""
+        unit_of = {
+            self.options[layer][0].name: position
+            for position, unit in enumerate(self.units)
+            for layer in unit.layers
+        }
+        groups = [
+            dict.fromkeys(unit_of[name] for name in group) for group in self.context.bound.groups
+        ]
         found: list[list[tuple[int, list[int]]]] = []
-        for group in self.context.bound.groups:
-            members = [positions[name] for name in group]
-            choices = [choice for member in members for choice in self.options[member]]
+        for units in dict.fromkeys(map(tuple, groups)):
+            options = [option for unit in units for option in self.units[unit].options]
             # Each once and in order, so that the same space gives the same problem.
-            formats = dict.fromkeys(choice.format for choice in choices)
-            # A member without the format has no option here, so none of them may take it.
-            found.extend(
-                [(member, self._having(member, fmt)) for member in members] for fmt in formats
-            )
+            formats = dict.fromkeys(option[0].format for option in options)
+            # A unit without the format has no option here, so none of them may take it.
+            found.extend([(unit, self._having(unit, fmt)) for unit in units] for fmt in formats)
         return found
 
-    def _having(self, position: int, format_id: str) -> list[int]:
-        return [i for i, choice in enumerate(self.options[position]) if choice.format == format_id]
+    def _having(self, unit: int, format_id: str) -> list[int]:
+        options = self.units[unit].options
+        return [i for i, option in enumerate(options) if option[0].format == format_id]

@@ -8,7 +8,7 @@ import torch
 from models.tiny_models import tiny_llama
 
 from autoquant.evaluators.kept import KeptTensor
-from autoquant.evaluators.quality import TextQuality
+from autoquant.evaluators.quality import TextQuality, next_token_logits
 
 
 class Maker:
@@ -77,3 +77,19 @@ def test_comparisons_with_a_kept_reference_run_it_once_and_find_the_same(quality
     runs.clear()
     assert [keeping.compare(module, reference, "report") for _ in range(3)] == [expected] * 3
     assert len(runs) == len(quality.parts.windows["report"])
+
+
+def test_of_a_reference_that_is_too_large_the_first_windows_are_kept(quality, monkeypatch):
+    reference, module = tiny_llama(), tiny_llama()
+    runs = []
+    reference.lm_head.register_forward_hook(lambda *_args: runs.append(1))
+    windows = quality.parts.windows["report"]
+    logits_bytes = next_token_logits(reference, windows[:1]).nbytes
+    runs.clear()
+    # As pickled, logits are a little larger.
+    monkeypatch.setattr("autoquant.evaluators.quality._KEPT_BYTES", 5 * logits_bytes // 2)
+    keeping = TextQuality(quality.parts, "cpu", keep_reference=True)
+    for _ in range(3):
+        keeping.compare(module, reference, "report")
+    count = len(windows)
+    assert count > 2 and len(runs) == count + 2 * (count - 2)

@@ -25,7 +25,7 @@ def layers(count=24):
             "loss": 0.001 + 0.00003 * number,
             "memory": 25,
         }
-        made.append([choice(f"layers.{number}"), choice(f"layers.{number}", **fast)])
+        made.append([choice(f"layer{number}"), choice(f"layer{number}", **fast)])
     return made
 
 

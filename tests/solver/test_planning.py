@@ -217,19 +217,19 @@ def test_spread_copes_with_points_that_do_not_differ():
 
 def test_the_reason_names_what_the_neighbours_would_cost():
     _, options = layers(2)
-    reason = explain(options, 1, CONTEXT)
+    reason = explain(options[1], options, CONTEXT)
     assert "more exact bfloat16/plain would take +400 us a request for -0.002 loss" in reason
     assert "faster int4/plain would take -300 us for +0.048 loss" in reason
 
 
 def test_the_reason_of_an_end_of_the_line_names_one_neighbour():
     _, options = layers(2)
-    assert "faster" not in explain(options, 2, CONTEXT)
-    assert "more exact" not in explain(options, 0, CONTEXT)
+    assert "faster" not in explain(options[2], options, CONTEXT)
+    assert "more exact" not in explain(options[0], options, CONTEXT)
 
 
 def test_the_reason_of_the_only_option_is_that_it_is_best():
-    assert explain([choice()], 0, CONTEXT) == "fastest and most exact of all"
+    assert explain(choice(), [choice()], CONTEXT) == "fastest and most exact of all"
 
 
 def test_multipliers_scale_the_losses_of_their_layers_only():

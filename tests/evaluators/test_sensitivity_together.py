@@ -203,6 +203,26 @@ def test_the_inside_of_a_block_is_computed_again_rather_than_kept(llama, quality
     assert runs.count(True) == 2  # forward, and again for the gradients
 
 
+def test_factors_are_rounded_where_gradients_are_passed_back_and_nowhere_else(
+    llama, quality, monkeypatch
+):
+    used = {"output": set(), "observe": set()}
+
+    def noting(name, method):
+        def noted(site, *tensors):
+            used[name].add(torch.get_float32_matmul_precision())
+            return method(site, *tensors)
+
+        return noted
+
+    for name in used:
+        method = getattr(together.PathSite, name)
+        monkeypatch.setattr(together.PathSite, name, noting(name, method))
+    score("path", llama, list(sites_of(llama).values()), quality)
+    assert used == {"output": {"highest"}, "observe": {"medium"}}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @each_method
 def test_weights_that_there_is_no_room_for_are_made_again(llama, quality, method, monkeypatch):
     sites = list(sites_of(llama).values())

@@ -25,6 +25,11 @@ def _unsupported(shape: LinearShape, _m: int, _device_type: str, *, dtype: str) 
     return None
 
 
+def _by_default(device_type: str, *, dtype: str) -> bool:
+    """Leave float16 out on CPUs, where bfloat16 is as small and its products are faster."""
+    return dtype != "float16" or device_type != "cpu"
+
+
 def _format(dtype: str) -> Format:
     torch_dtype = FLOATS[dtype]
     kernel = Kernel(
@@ -41,6 +46,7 @@ def _format(dtype: str) -> Format:
         dequantize=lambda stored: stored.float(),
         kernels=(kernel,),
         unsupported=functools.partial(_unsupported, dtype=dtype),
+        by_default=functools.partial(_by_default, dtype=dtype),
         description=f"weights in {dtype}",
     )
 

@@ -60,8 +60,9 @@ class _Observed(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         (gradient,) = gradients
         ctx.observed.add(id(ctx.place))
-        ctx.place.observe(x, gradient)
-        of_x = gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None
+        with _quick_products():
+            ctx.place.observe(x, gradient)
+            of_x = gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None
         return of_x, None, None, None
 
 
@@ -107,10 +108,10 @@ def batch_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def changed_output(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
     """Return x `[..., k]`, rounded as the activation says, times a weight `[n, k]`."""
-    return F.linear(x if activation == A16 else _rounded(x, activation), weight)
+    return F.linear(x if activation == A16 else rounded_activation(x, activation), weight)
 
 
-def _rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
+def rounded_activation(x: torch.Tensor, activation: str) -> torch.Tensor:
     """Round each window by itself.
 
     Some roundings share one scale among all rows of a call, and a call is one window.
@@ -151,6 +152,21 @@ def backpropagate(
             f"no gradient reaches {missing} of {len(mode.computed)} linears of this model: use"
             " --sensitivity isolated, which needs none"
         )
+
+
+@contextmanager
+def _quick_products() -> Iterator[None]:
+    """Inside, the factors of float32 products may be rounded to bfloat16 or TF32.
+
+    Gradients are passed back so. What a layer computes is not: another input would be rounded to
+    other integers, whose errors say nothing of those in the logits.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

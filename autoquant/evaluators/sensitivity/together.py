@@ -14,7 +14,12 @@ from autoquant.devices import backend
 from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.quality import TextQuality, divergence_sum
 from autoquant.evaluators.sensitivity.base import Change, parameter_of
-from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits, changed_output
+from autoquant.evaluators.sensitivity.gradients import (
+    PlacedLinears,
+    batch_logits,
+    changed_output,
+    rounded_activation,
+)
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
 from autoquant.models.loaded import is_causal_lm
 
@@ -85,12 +90,11 @@ class PathSite:
         changed = self._weights.changed(self._change)
         if changed is None:
             return
-        if self._change.activation == A16:
-            difference = F.linear(x, changed - self.parameter)
-        else:
-            difference = changed_output(x, changed, self._change.activation).sub_(
-                F.linear(x, self.parameter)
-            )
+        # Products of differences: of two outputs little would be left but how they were rounded.
+        difference = F.linear(x, changed - self.parameter)
+        if self._change.activation != A16:
+            error = rounded_activation(x, self._change.activation).sub_(x)
+            difference += F.linear(error, changed)
         self.inner += difference.mul_(gradient).sum()
 
 

@@ -24,6 +24,7 @@ from autoquant.models.identity import check_class, check_names, left_over
 from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, max_positions, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
+from autoquant.models.placing import moved
 from autoquant.models.plausible import check_size
 from autoquant.models.pretrained import filled, from_config, made
 from autoquant.models.quiet import some
@@ -170,7 +171,7 @@ def _finish(
     path: str,
     notes: list[str],
 ) -> LoadedModel:
-    module = settle(module.to(request.device))
+    module = settle(moved(module, request.device))
     return LoadedModel(
         module=module,
         content_hash=digest,

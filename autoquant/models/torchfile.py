@@ -25,6 +25,7 @@ from autoquant.models.loaded import LoadedModel, main_dtype, max_positions, sett
 from autoquant.models.missing import class_reads_tokens, missing, weights_read_tokens
 from autoquant.models.names import renamed
 from autoquant.models.pickled import is_pickle, pickled_class
+from autoquant.models.placing import moved
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.remembered import FileDigests
 from autoquant.models.request import ModelRequest, SourceKind
@@ -157,7 +158,7 @@ def _finish(
     """
     words = tokenizer_of(request, path if path.is_dir() and has_tokenizer(path) else None)
     stored = stored or torch.float32
-    settle(module.to(request.device))
+    settle(moved(module, request.device))
     as_stored = main_dtype(module) or stored
     target = resolve_dtype(request.dtype, request.device, as_stored)
     notes = cast(module, target, request.device, request.sample_inputs)

@@ -56,16 +56,50 @@ def kept(kind: str, key: str, make: Callable[[], bytes]) -> bytes:
         kind: Name of the folder inside the cache folder.
         key: Name of the file. It must differ whenever `make` would return something else.
     """
-    if not is_safe(cache_folder()):
-        return make()
-    path = cache_folder() / kind / key
-    with suppress(OSError):
-        found = path.read_bytes()
+    found = read_kept(kind, key)
+    if found is not None:
+        return found
+    content = make()
+    keep(kind, key, content)
+    return content
+
+
+def read_kept(kind: str, key: str, most_bytes: int | None = None) -> bytes | None:
+    """Return what the cache folder has, or None if that is nothing, damaged, larger or not safe."""
+    folder = cache_folder() / kind
+    if not (is_safe(cache_folder()) and is_safe(folder)):
+        return None
+    with suppress(OSError), (folder / key).open("rb") as file:
+        found = file.read(-1 if most_bytes is None else most_bytes + _DIGEST_BYTES)
         digest, content = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
         if hashlib.sha256(content).digest() == digest:
             return content
-    content = make()
+    return None
+
+
+def keep(kind: str, key: str, content: bytes) -> None:
+    """Put a file into the cache folder, unless that is not writable or not safe."""
+    folder = cache_folder() / kind
+    if not (is_safe(cache_folder()) and is_safe(folder)):
+        return
     with suppress(OSError, AutoquantError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, hashlib.sha256(content).digest() + content)
-    return content
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / key, hashlib.sha256(content).digest() + content)
+
+
+def mark_used(kind: str, key: str) -> None:
+    """Let a file be one of the last that `keep_newest` removes."""
+    with suppress(OSError):
+        os.utime(cache_folder() / kind / key)
+
+
+def keep_newest(kind: str, most_bytes: int) -> None:
+    """Remove the files of a kind that were used longest ago, until the others have few bytes."""
+    total = 0
+    with suppress(OSError):
+        files = [path for path in (cache_folder() / kind).iterdir() if path.is_file()]
+        facts = sorted(((path.stat(), path) for path in files), key=lambda each: -each[0].st_mtime)
+        for status, path in facts:
+            total += status.st_size
+            if total > most_bytes:
+                path.unlink(missing_ok=True)

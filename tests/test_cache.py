@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from autoquant.cache import cache_folder, kept
+from autoquant.cache import cache_folder, keep, keep_newest, kept, mark_used, read_kept
 
 
 @pytest.fixture
@@ -71,3 +72,28 @@ def test_what_fails_is_not_kept(folder):
     with pytest.raises(RuntimeError, match="does not compile"):
         kept("kind", "key", fail)
     assert not (folder / "kind").exists()
+
+
+@pytest.mark.parametrize("name", ["", "kind"])
+def test_a_folder_that_others_may_write_into_is_neither_read_nor_written(folder, made, name):
+    get(made)
+    (folder / name).chmod(0o777)
+    assert get(made) == get(made, "other") == b"code"
+    assert made == ["key", "key", "other"]
+    assert [path.name for path in (folder / "kind").iterdir()] == ["key"]
+
+
+def test_no_more_is_read_than_was_asked_for(folder):
+    keep("kind", "key", b"12345")
+    assert read_kept("kind", "key", most_bytes=5) == b"12345"
+    assert read_kept("kind", "key", most_bytes=4) is None
+
+
+def test_the_files_that_were_used_longest_ago_are_removed(folder):
+    for age, key in enumerate("abcd"):
+        keep("kind", key, b"1" * 68)  # 100 bytes with their checksum
+        os.utime(folder / "kind" / key, (100 - age, 100 - age))
+    mark_used("kind", "d")
+    keep_newest("kind", 250)
+    assert sorted(path.name for path in (folder / "kind").iterdir()) == ["a", "d"]
+    keep_newest("another kind", 250)

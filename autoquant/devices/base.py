@@ -62,6 +62,7 @@ class Backend(ABC):
         judges_long: Whole models run so fast that quality is judged on a longer text.
         profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it
             cannot.
+        upload_threads: How many threads at once copy tensors to the device.
         arithmetic: What a roofline's products are measured in.
         copy_bytes, product_side: What a roofline is measured with: bytes copied, and rows of a
             square matrix.
@@ -78,6 +79,7 @@ class Backend(ABC):
     repeats: ClassVar[bool] = False
     judges_long: ClassVar[bool] = False
     profiler_activities: ClassVar[Sequence[ProfilerActivity]] = ()
+    upload_threads: ClassVar[int] = 1
     arithmetic: ClassVar[Sequence[str]] = ("bfloat16", "float16", "float32")
     copy_bytes: ClassVar[int] = 128 << 20
     product_side: ClassVar[int] = 1024
@@ -150,6 +152,10 @@ class Backend(ABC):
     def free_bytes(self) -> int | None:
         """Return how much of the device's own memory is free, or None if it shares the host's."""
         return None
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a tensor on the device. What reads it there waits for it."""
+        return tensor.to(self.device, copy=True)
 
     def trim_memory(self) -> None:
         """Return freed memory to the system."""

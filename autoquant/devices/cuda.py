@@ -16,6 +16,7 @@ from autoquant.devices.cuda_graphs import GraphClock, GraphedStep
 from autoquant.devices.effort import TimingEffort
 from autoquant.devices.load import GpuLoad, Load
 from autoquant.devices.memory import trim_memory
+from autoquant.devices.uploads import in_pieces, is_plain
 from autoquant.records import Device
 
 _ASKED = (
@@ -43,6 +44,7 @@ class CudaBackend(Backend):
     settles_routes = True
     judges_long = True
     profiler_activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
+    upload_threads = 4
     arithmetic = ("bfloat16", "float16", "float32", "int8", "float8")
     copy_bytes = 1 << 30
     product_side = 8192
@@ -135,6 +137,13 @@ class CudaBackend(Backend):
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy through pinned memory: the driver would wait for each page of a mapped file."""
+        if not is_plain(tensor):
+            return super().upload(tensor)
+        with torch.cuda.device(self.device):  # memory is pinned by this GPU's context
+            return in_pieces(tensor, self.device, torch.Tensor.pin_memory)
 
     def trim_memory(self) -> None:
         trim_memory()

@@ -28,6 +28,7 @@ from autoquant.candidates import get_format
 from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.devices import backend
 from autoquant.errors import CheckpointError, ModelError, TrustError, first_line
 from autoquant.export.beside import copy_beside
 from autoquant.export.manifest import FORMAT_VERSION, MANIFEST, read_manifest
@@ -36,6 +37,7 @@ from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
 from autoquant.models.targets import resolve_device
+from autoquant.models.threads import in_threads
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
 
@@ -295,10 +297,10 @@ def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
 
     try:
         with safe_open(folder / SAFETENSORS, framework="pt") as file:
-            metadata = file.metadata()
-            flat = {}
-            for name in file.keys():  # noqa: SIM118 - it has no iterator
-                flat[name] = file.get_tensor(name).to(device, copy=True)  # a copy is aligned
+            metadata, stored, place = file.metadata(), file.keys(), backend(device)
+            mapped = map(file.get_tensor, stored)
+            copied = in_threads(place.upload, mapped, place.upload_threads)  # and aligned
+            flat = dict(zip(stored, copied, strict=True))
         tensors, rest = unflatten_tensor_state_dict(flat, metadata)
         if rest:
             names = ", ".join(list(rest)[:3])

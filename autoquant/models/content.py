@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,48 +13,63 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.errors import ModelError
 from autoquant.models.targets import dtype_name
+from autoquant.models.threads import in_threads
+
+DIGEST_VERSION = 1
+"""Of what `tensor_digest` returns. Digests that another version made are not used."""
 
 _CHUNK_BYTES = 64 * 2**20
 _HASH_LENGTH = 16
 
 
+def tensor_digest(name: str, tensor: torch.Tensor) -> str:
+    """Hash the dtype, shape and bytes of a tensor, not its name.
+
+    Raises:
+        ModelError: It has no plain values.
+    """
+    hasher = hashlib.sha256(f"{dtype_name(tensor.dtype)}:{tuple(tensor.shape)}:".encode())
+    if is_traceable_wrapper_subclass(tensor):
+        inner, context = tensor.__tensor_flatten__()
+        hasher.update(f"{type(tensor).__qualname__}:{without_addresses(str(context))}".encode())
+        for attribute in sorted(inner):
+            digest = tensor_digest(f"{name}.{attribute}", getattr(tensor, attribute))
+            hasher.update(digest.encode())
+        return hasher.hexdigest()
+    for chunk in _chunks(name, tensor.detach()):
+        hasher.update(chunk.numpy().data)
+    return hasher.hexdigest()
+
+
 def content_hash(
-    tensors: Iterable[tuple[str, torch.Tensor]], architecture: Mapping[str, Any] | str
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    architecture: Mapping[str, Any] | str,
+    digest: Callable[[str, torch.Tensor], str] = tensor_digest,
 ) -> str:
     """Hash every tensor and the architecture to 16 hex digits.
 
     A tensor counts with its name, dtype, shape and bytes, the architecture with its canonical JSON.
 
     Args:
-        tensors: In any order and from any device. They are read once, one at a time: no more than
-            one need be in memory.
+        tensors: In any order and from any device. They are read once, by as many threads as PyTorch
+            uses: one thread takes them one at a time, several take no more than two each.
+        digest: Returns what `tensor_digest` does, and may know it already.
 
     Raises:
         ModelError: A tensor has no plain values: it is meta, sparse or of a deprecated dtype.
     """
-    digests = sorted((name, _tensor_digest(name, tensor)) for name, tensor in tensors)
+
+    def named_digest(item: tuple[str, torch.Tensor]) -> tuple[str, str]:
+        return item[0], digest(*item)
+
+    digests = sorted(in_threads(named_digest, tensors, torch.get_num_threads()))
     total = hashlib.sha256()
     total.update(
         json.dumps(architecture, sort_keys=True, separators=(",", ":"), default=str).encode()
     )
-    for name, digest in digests:
-        total.update(f"\0{name}\0{digest}".encode())
+    for name, value in digests:
+        total.update(f"\0{name}\0{value}".encode())
     return total.hexdigest()[:_HASH_LENGTH]
-
-
-def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
-    hasher = hashlib.sha256(f"{dtype_name(tensor.dtype)}:{tuple(tensor.shape)}:".encode())
-    if is_traceable_wrapper_subclass(tensor):
-        inner, context = tensor.__tensor_flatten__()
-        hasher.update(f"{type(tensor).__qualname__}:{without_addresses(str(context))}".encode())
-        for attribute in sorted(inner):
-            hasher.update(
-                _tensor_digest(f"{name}.{attribute}", getattr(tensor, attribute)).encode()
-            )
-        return hasher.hexdigest()
-    for chunk in _chunks(name, tensor.detach()):
-        hasher.update(chunk.numpy().data)
-    return hasher.hexdigest()
 
 
 def _chunks(name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:

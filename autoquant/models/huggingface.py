@@ -24,12 +24,15 @@ from autoquant.models.identity import check_class, check_names, left_over
 from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, max_positions, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
+from autoquant.models.placing import moved
 from autoquant.models.plausible import check_size
 from autoquant.models.pretrained import filled, from_config, made
 from autoquant.models.quiet import some
+from autoquant.models.remembered import FileDigests
 from autoquant.models.request import ModelRequest
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
+from autoquant.models.weights import tensors_of
 
 # Fields of config.json that change when a model is saved or moved without being another model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -51,12 +54,17 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
     check_complete(folder, request)
     request = _with_checked_code(folder, request)
     files = weights.files(folder)
+    digests = FileDigests(files)
     if files[0].suffix == ".bin":
-        return _from_state(weights.read_bins(files), config, folder, request, path, strict=False)
+        state = weights.read_bins(files)
+        return _from_state(state, config, folder, request, path, digests, strict=False)
     tally = DtypeTally()
     check_names(config, weights.names(files), folder)
     architecture = _architecture(config, folder, trust_remote_code=request.trust_remote_code)
-    digest = content_hash(tally.watch(weights.read_safetensors(files)), architecture)
+    # Mapped, not read: the largest come first, so that no thread has one left in the end.
+    tensors = digests.watch(tally.watch(weights.read_safetensors(files)))
+    tensors.sort(key=lambda item: item[1].nbytes, reverse=True)
+    digest = digests.content_hash(tensors, architecture)
     stored = _plain_dtype(tally, str(folder))
     words = tokenizer_of(request, folder)
     dtype = resolve_dtype(request.dtype, request.device, stored)
@@ -74,8 +82,13 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
     return _finish(module, digest, stored, words, request, path, notes)
 
 
-def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> LoadedModel:
+def load_beside(
+    state: Mapping[str, Any], path: Path, request: ModelRequest, digests: FileDigests
+) -> LoadedModel:
     """Load a state dict that was saved by hand beside the model's config.json.
+
+    Args:
+        digests: Of the file that `state` was read from.
 
     Raises:
         ModelError: The configuration is no causal LM's, the weights do not fit it, or there is no
@@ -86,7 +99,7 @@ def load_beside(state: Mapping[str, Any], path: Path, request: ModelRequest) -> 
     if not has_tokenizer(path.parent) and request.tokenizer is None:
         raise ModelError(f"{path.parent} has no tokenizer.json: {TOKENIZER_ADVICE}")
     request = _with_checked_code(path.parent, request)
-    return _from_state(state, config, path.parent, request, str(path), strict=True)
+    return _from_state(state, config, path.parent, request, str(path), digests, strict=True)
 
 
 def _from_state(
@@ -95,6 +108,7 @@ def _from_state(
     folder: Path,
     request: ModelRequest,
     path: str,
+    digests: FileDigests,
     *,
     strict: bool,
 ) -> LoadedModel:
@@ -104,7 +118,7 @@ def _from_state(
         path: How the source names the model: the file, or its folder.
         strict: Say that the weights are another model's if none of them has a place in it.
     """
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = dict(digests.watch(tensors_of(state)))
     check_size(folder, sum(value.numel() for value in tensors.values()), len(tensors))
     with torch.device("meta"):
         skeleton = from_config(folder, torch.float32, request.trust_remote_code)
@@ -129,7 +143,7 @@ def _from_state(
             " module that they are of, or its own config.json"
         )
     tally = DtypeTally()
-    digest = content_hash(
+    digest = digests.content_hash(
         tally.watch(own.items()),
         _architecture(config, folder, trust_remote_code=request.trust_remote_code),
     )
@@ -157,7 +171,7 @@ def _finish(
     path: str,
     notes: list[str],
 ) -> LoadedModel:
-    module = settle(module.to(request.device))
+    module = settle(moved(module, request.device))
     return LoadedModel(
         module=module,
         content_hash=digest,

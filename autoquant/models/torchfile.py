@@ -25,11 +25,19 @@ from autoquant.models.loaded import LoadedModel, main_dtype, max_positions, sett
 from autoquant.models.missing import class_reads_tokens, missing, weights_read_tokens
 from autoquant.models.names import renamed
 from autoquant.models.pickled import is_pickle, pickled_class
+from autoquant.models.placing import moved
 from autoquant.models.quiet import current_folder_importable
+from autoquant.models.remembered import FileDigests
 from autoquant.models.request import ModelRequest, SourceKind
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
-from autoquant.models.weights import check_safetensors, damaged, read_tensors, state_dict_of
+from autoquant.models.weights import (
+    check_safetensors,
+    damaged,
+    read_tensors,
+    state_dict_of,
+    tensors_of,
+)
 
 _SAVE_PRETRAINED = "save it with save_pretrained() and give that folder"
 _EXPORT = "export the module, torch.export.save(torch.export.export(module, inputs), 'model.pt2')"
@@ -49,7 +57,8 @@ def load_safetensors(path: Path, request: ModelRequest) -> LoadedModel:
     from safetensors.torch import load_file
 
     check_safetensors(path)
-    return _load_state(path, load_file(path), request)
+    digests = FileDigests([path])
+    return _load_state(path, load_file(path), request, digests)
 
 
 def load_torch_file(path: Path, request: ModelRequest) -> LoadedModel:
@@ -62,6 +71,8 @@ def load_torch_file(path: Path, request: ModelRequest) -> LoadedModel:
         ModelError: It is neither, or lacks something. Or it holds code and is not trusted; then
             nothing in it is run.
     """
+    # What the file's code made may be other tensors the next time.
+    digests = FileDigests([] if request.trust_pickle else [path])
     value = _read(path, request)
     if isinstance(value, torch.jit.ScriptModule):
         raise ModelError(_torchscript(path))
@@ -75,7 +86,7 @@ def load_torch_file(path: Path, request: ModelRequest) -> LoadedModel:
             f"{path} holds a {type(value).__name__}, not a state dict: save model.state_dict()"
             " instead"
         )
-    return _load_state(path, state, request)
+    return _load_state(path, state, request, digests)
 
 
 def load_folder(folder: Path, request: ModelRequest) -> LoadedModel:
@@ -86,16 +97,19 @@ def load_folder(folder: Path, request: ModelRequest) -> LoadedModel:
     """
     assert request.model_factory is not None  # folders without one are `huggingface`'s
     files = weights.files(folder)
+    digests = FileDigests(files)
     is_bin = files[0].suffix == ".bin"
     state = weights.read_bins(files) if is_bin else dict(weights.read_safetensors(files))
-    return _load_into_factory(request.model_factory, folder, state, request)
+    return _load_into_factory(request.model_factory, folder, state, request, digests)
 
 
-def _load_state(path: Path, state: Mapping[str, Any], request: ModelRequest) -> LoadedModel:
+def _load_state(
+    path: Path, state: Mapping[str, Any], request: ModelRequest, digests: FileDigests
+) -> LoadedModel:
     if request.model_factory is not None:
-        return _load_into_factory(request.model_factory, path, state, request)
+        return _load_into_factory(request.model_factory, path, state, request, digests)
     if has_config(path.parent):
-        return load_beside(state, path, request)
+        return load_beside(state, path, request, digests)
     reads_tokens = weights_read_tokens(state)
     raise missing(
         request,
@@ -107,24 +121,24 @@ def _load_state(path: Path, state: Mapping[str, Any], request: ModelRequest) -> 
 
 
 def _load_into_factory(
-    factory: str, path: Path, state: Mapping[str, Any], request: ModelRequest
+    factory: str,
+    path: Path,
+    state: Mapping[str, Any],
+    request: ModelRequest,
+    digests: FileDigests,
 ) -> LoadedModel:
     tally = DtypeTally()
+    digests.watch(tensors_of(state))
     module = build(factory, state, path)
-    state = renamed(state, module)
-    tensors = ((name, value) for name, value in state.items() if isinstance(value, torch.Tensor))
-    digest = content_hash(tally.watch(tensors), module_architecture(module))
+    tensors = tally.watch(tensors_of(renamed(state, module)))
+    digest = digests.content_hash(tensors, module_architecture(module))
     return _finish(path, module, digest, tally.main(), "state_dict", request)
 
 
 def _load_pickled(path: Path, module: nn.Module, request: ModelRequest) -> LoadedModel:
     tally = DtypeTally()
-    state = (
-        (name, value)
-        for name, value in module.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    )
-    digest = content_hash(tally.watch(state), module_architecture(module))
+    tensors = tally.watch(tensors_of(module.state_dict()))
+    digest = content_hash(tensors, module_architecture(module))
     return _finish(path, module, digest, tally.main(), "pickle", request)
 
 
@@ -144,7 +158,7 @@ def _finish(
     """
     words = tokenizer_of(request, path if path.is_dir() and has_tokenizer(path) else None)
     stored = stored or torch.float32
-    settle(module.to(request.device))
+    settle(moved(module, request.device))
     as_stored = main_dtype(module) or stored
     target = resolve_dtype(request.dtype, request.device, as_stored)
     notes = cast(module, target, request.device, request.sample_inputs)

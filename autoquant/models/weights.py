@@ -171,6 +171,13 @@ def state_dict_of(value: object) -> Mapping[str, Any] | None:
     return None
 
 
+def tensors_of(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a state dict, which may hold other values, too."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
 def damaged(path: Path, error: Exception) -> str:
     """Say that a file cannot be read to its end."""
     return f"{path} is truncated or damaged ({first_line(error)}): download or save it again"

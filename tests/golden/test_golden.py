@@ -37,6 +37,12 @@ RECOMMENDED = "6deed148"
 LOSS_KEY = ("33e07d15ca6f-bfloat16", "path-1")  # of the quality and the method
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path, monkeypatch):
+    """Hashes are made by the code of today."""
+    monkeypatch.setenv("AUTOQUANT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def copied(tmp_path):
     """Copy a database to where it can be written."""

@@ -11,6 +11,14 @@ from tiny_models import tiny_llama, tiny_tokenizer
 _numbers = itertools.count()
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache folder of the test's own, so that nothing is remembered from test to test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("AUTOQUANT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def save_llama(tmp_path):
     """Save a tiny Llama with a tokenizer and return (folder, model)."""

@@ -1,8 +1,11 @@
+import weakref
+
 import pytest
 import torch
 
 from autoquant.errors import ModelError
 from autoquant.models import content, content_hash
+from autoquant.models.content import DIGEST_VERSION, tensor_digest
 
 
 def _tensors():
@@ -64,21 +67,50 @@ def test_a_tensor_read_in_many_pieces_has_the_same_hash(monkeypatch):
     assert content_hash(_tensors().items(), "") == whole
 
 
-def test_tensors_are_taken_one_at_a_time():
+@pytest.fixture
+def threads():
+    """Set how many threads PyTorch uses."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_hash_does_not_depend_on_the_number_of_threads(threads):
+    tensors = {f"w{number}": torch.full((number, 3), float(number)) for number in range(40)}
+    hashes = set()
+    for count in (1, 2, 5):
+        threads(count)
+        hashes.add(content_hash(tensors.items(), {"layers": 2}))
+    assert hashes == {"b2f9192fb53aba6f"}
+
+
+def test_few_tensors_are_taken_at_a_time(threads):
     alive = []
 
-    def stream():
-        import weakref
-
-        for index in range(3):
+    def stream(most):
+        for index in range(20):
             tensor = torch.full((8,), float(index))
             alive.append(weakref.ref(tensor))
             yield str(index), tensor
             del tensor
-            assert sum(ref() is not None for ref in alive) <= 1
+            assert sum(ref() is not None for ref in alive) <= most
 
-    content_hash(stream(), "")
-    assert len(alive) == 3
+    for count, most in ((1, 1), (3, 6)):
+        threads(count)
+        content_hash(stream(most), "")
+    assert len(alive) == 40
+
+
+def test_a_tensor_that_one_of_several_threads_cannot_read_is_refused_by_name(refusal, threads):
+    threads(3)
+    tensors = [*_tensors().items(), ("layer.weight", torch.empty(2, device="meta"))]
+    assert "layer.weight" in refusal(ModelError, content_hash, tensors, "")
+
+
+def test_a_digest_is_what_it_was_when_its_version_was_made():
+    """Digests of this version are remembered on users' disks: another result needs another version."""
+    digest = tensor_digest("w", torch.arange(6, dtype=torch.bfloat16).reshape(2, 3))
+    assert (DIGEST_VERSION, digest[:16]) == (1, "906aa9f6cfc8a3b5")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import nn
 from autoquant.candidates import Kernel, get_format, multiplied_numbers
 from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.candidates.check import changed, fault, reference
-from autoquant.candidates.kernels.caches import untuned
+from autoquant.candidates.kernels.caches import untuned, use_kernel_caches
 from autoquant.candidates.linears import operand_of
 from autoquant.candidates.routed import RouteAttribute, RoutedWeight, kernel_for_rows
 from autoquant.devices import backend
@@ -48,9 +48,13 @@ def check_kernels(module: nn.Module, on_kernel: OnKernel = ignore_kernel) -> int
 
     Raises:
         KernelError: A kernel computes something else than its weight stores.
+        CandidateError: On a GPU, others may write into the folder of compiled kernels.
     """
     seen: set[tuple[object, ...]] = set()
     checked = 0
+    place = next((parameter.device for parameter in module.parameters()), None)
+    if place is not None and backend(place).prepares:
+        use_kernel_caches()  # those that a search compiled for its checks are there
     with untuned():  # tuning takes seconds for each shape and number of rows
         for name, weight in _routed(module):
             stored = operand_of(weight)[0].stored

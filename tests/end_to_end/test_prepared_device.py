@@ -241,9 +241,14 @@ def test_crossovers_are_measured_if_there_is_time(search, tmp_path):
     assert {subject.m for subject in timed} == {1, 2, 3, 6, 12, 22, 40}
 
 
-def test_checking_what_was_applied_tunes_no_kernel(search, tuned_format, tmp_path):
+def test_checking_what_was_applied_tunes_no_kernel_and_compiles_none_twice(
+    search, tuned_format, tmp_path, monkeypatch
+):
     study = search()
     tuned_format.unlink()
     plan = next(plan for plan in study.plans() if plan.kind == "uniform")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name)  # as in a new process
     apply_to_disk(plan, tmp_path / "model", tmp_path / "applied", facts=study.facts)
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "autoquant_cache" / "triton")
     assert "untuned" in tuned_format.read_text() and "tuned for" not in tuned_format.read_text()

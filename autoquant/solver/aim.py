@@ -27,6 +27,8 @@ CLOSE = 0.95
 _TARGET = 0.975
 # Shares are divided by, and noise may make one 0 or less.
 _LEAST_SHARE = 0.05
+# A first plan is asked for these shares of the predicted loss that the limit allows.
+_FIRST_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 # One noisy proof should not lead the next trial further than this.
 _LARGEST_STEP = 4.0
 
@@ -38,6 +40,42 @@ class _Shot:
     loss: float
     share: float
     cost: float
+
+
+def first_loss(space: SearchSpace, limits: Limits, allowed: float | None) -> float | None:
+    """Return the predicted loss to solve for first; None if there is no limit of quality.
+
+    A plan that is predicted to be at the limit is beyond it about as often as within. So it is the
+    least share of what is allowed, and at least half, at which a plan costs no more than a tie.
+
+    Args:
+        allowed: The predicted loss that the limit is expected to allow.
+    """
+    if allowed is None:
+        return None
+    most = _solved_for(space, limits, allowed)
+    if most is None:
+        return allowed
+    enough = _cost(most, limits) * (1 + TIE_FRACTION)
+    for share in _FIRST_SHARES:
+        plan = _solved_for(space, limits, share * allowed)
+        if plan is not None and _cost(plan, limits) <= enough:
+            return share * allowed
+    return allowed
+
+
+def _solved_for(space: SearchSpace, limits: Limits, loss: float, label: str = "") -> Plan | None:
+    picks = space.solve(
+        limits.minimize,
+        max_summed_loss=space.budget(loss),
+        max_memory_bytes=limits.max_memory_bytes,
+    )
+    return None if picks is None else space.plan(picks, label, "front")
+
+
+def _cost(plan: Plan, limits: Limits) -> float:
+    prediction = plan.prediction
+    return prediction.request_ms if limits.minimize == "time" else float(prediction.memory_bytes)
 
 
 def aimed(
@@ -61,15 +99,8 @@ def aimed(
     proven: list[Proof | None] = []
     loss = guess
     while loss is not None:
-        picks = space.solve(
-            limits.minimize,
-            max_summed_loss=space.budget(loss),
-            max_memory_bytes=limits.max_memory_bytes,
-        )
-        if picks is None:
-            return
-        plan = space.plan(picks, f"front: aimed {len(shots) + 1}", "front")
-        if plan.plan_id in shots:
+        plan = _solved_for(space, limits, loss, f"front: aimed {len(shots) + 1}")
+        if plan is None or plan.plan_id in shots:
             return
         proof = known[plan.plan_id][1] if plan.plan_id in known else None
         if proof is None:
@@ -80,12 +111,8 @@ def aimed(
         share = limits.used(proof) if proof else None
         if share is None:
             return
-        cost = (
-            plan.prediction.request_ms
-            if limits.minimize == "time"
-            else float(plan.prediction.memory_bytes)
-        )
-        shots[plan.plan_id] = _Shot(plan.prediction.loss, max(share, _LEAST_SHARE), cost)
+        used = max(share, _LEAST_SHARE)
+        shots[plan.plan_id] = _Shot(plan.prediction.loss, used, _cost(plan, limits))
         loss = _next_loss(list(shots.values()))
 
 

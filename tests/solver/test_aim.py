@@ -8,7 +8,7 @@ import pytest
 from builders.search import CONTEXT, choice, make_proof
 
 from autoquant.records import Interval
-from autoquant.solver.aim import CLOSE, TRIALS, aimed
+from autoquant.solver.aim import CLOSE, TRIALS, aimed, first_loss
 from autoquant.solver.limits import Limits
 from autoquant.solver.space import SearchSpace
 
@@ -157,3 +157,16 @@ def test_of_two_limits_the_tighter_one_is_aimed_at():
     assert Limits(max_ppl_increase=0.01).used(proof) == pytest.approx(0.5)
     assert Limits().used(proof) is None
     assert both.used(make_proof("a", high=float("inf"))) is None
+
+
+def nearly_free(count=24):
+    """As `layers`, but what is more exact takes next to no time."""
+    made = layers(count)
+    return [[replace(exact, latency_us=fast.latency_us), fast] for exact, fast in made]
+
+
+def test_the_first_plan_leaves_room_to_the_limit_where_that_costs_next_to_nothing():
+    allowed = sum(of[-1].loss for of in layers()) / 2
+    assert first_loss(SearchSpace(nearly_free(), CONTEXT), LIMITS, allowed) == allowed / 2
+    assert first_loss(SearchSpace(layers(), CONTEXT), LIMITS, allowed) == allowed
+    assert first_loss(SearchSpace(layers(), CONTEXT), LIMITS, None) is None

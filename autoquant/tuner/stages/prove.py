@@ -7,12 +7,12 @@ predicted best, and the best plan of the search. The others follow while there i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoquant.errors import CandidateError
 from autoquant.events import Notice, StageFinished, StageStarted
 from autoquant.records import Plan, Site
-from autoquant.solver.aim import aimed
+from autoquant.solver.aim import aimed, first_loss
 from autoquant.solver.baselines import bits_plan, structural_plan
 from autoquant.solver.front import front_plans
 from autoquant.solver.limits import Limits
@@ -134,6 +134,8 @@ def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> 
     """Prove the best plan within the limits, others nearer to the limit, and some of the front."""
     # The allocation by bits alone is one of the plans that are proven at least.
     count = max(FRONT_PLANS, LEAST_PLANS - len(referenced.plan_ids) - 1)
+    loss = first_loss(referenced.space, limits, referenced.allowed_loss)
+    referenced = replace(referenced, allowed_loss=loss)
     # The best plan within the limits comes first. Aiming starts from how it turned out.
     for plan in _new_plans(referenced, limits, 1)[:1]:
         ledger.prove(plan)

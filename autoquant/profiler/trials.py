@@ -216,7 +216,7 @@ def _work(
                 linear = None  # frees its memory first
                 linear = LinearToTime(subject.shape, subject.m, device_name)
             candidate = candidate_of(subject)
-            with nullcontext() if tune else untuned():
+            with nullcontext() if tune else untuned(timed=True):
                 measurement, stored = try_out(subject, candidate, linear, compiled=compiled)
         except Exception as error:  # noqa: BLE001 - out of memory, say: an outcome with its reason
             raise_if_full(error)

@@ -58,8 +58,8 @@ class Library(TunedLibrary):
     def tune_alone(self, threads):
         log("alone")
     @contextlib.contextmanager
-    def untuned(self):
-        log("untuned")
+    def untuned(self, *, timed):
+        log("timed" if timed else "untuned")
         before, tuning[0] = tuning[0], False
         yield
         tuning[0] = before
@@ -206,7 +206,7 @@ def test_a_search_prepares_and_replays(search, tuned_format):
     log = [line.split(maxsplit=1) for line in tuned_format.read_text().splitlines()]
     of_worker = [what for process, what in log if int(process) != os.getpid()]
     of_search = [what for process, what in log if int(process) == os.getpid()]
-    assert of_worker[:3] == ["load 0", "briefly", "untuned"] and "save" in of_worker
+    assert of_worker[:3] == ["load 0", "briefly", "timed"] and "save" in of_worker
     assert "load 1" in of_search and "alone" in of_search
 
     # The unquantized model's steps and every plan's are replayed.

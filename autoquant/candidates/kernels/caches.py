@@ -73,11 +73,15 @@ def tune_briefly() -> None:
 
 
 @contextmanager
-def untuned() -> Iterator[None]:
-    """Inside, no library tunes its kernels."""
+def untuned(*, timed: bool = False) -> Iterator[None]:
+    """Inside, no library tunes its kernels.
+
+    Args:
+        timed: They should not be far slower than tuned ones.
+    """
     with ExitStack() as stack:
         for library in _libraries():
-            stack.enter_context(library.untuned())
+            stack.enter_context(library.untuned(timed=timed))
         yield
 
 

@@ -167,19 +167,20 @@ class Gemlite(TunedLibrary):
         _tune_alone(threads)
 
     @contextmanager
-    def untuned(self) -> Iterator[None]:
+    def untuned(self, *, timed: bool) -> Iterator[None]:
         """Inside, only the first settings are tried, and nothing is remembered."""
         kernels = _tuned_kernels()
-        settings = [kernel.configs for kernel in kernels]
+        settings = [(kernel.configs, kernel.do_bench) for kernel in kernels]
         known = [dict(kernel.cache) for kernel in kernels]
         try:
             for kernel in kernels:
                 # With a single one, Triton would not adapt it to the shape.
                 kernel.configs = kernel.configs[:_FIRST_SETTINGS]
+                kernel.do_bench = kernel.do_bench if timed else _untimed
             yield
         finally:
-            for kernel, configs, cache in zip(kernels, settings, known, strict=True):
-                kernel.configs = configs
+            for kernel, (configs, bench), cache in zip(kernels, settings, known, strict=True):
+                kernel.configs, kernel.do_bench = configs, bench
                 kernel.cache.clear()
                 kernel.cache.update(cache)
 
@@ -253,6 +254,12 @@ def _compiled_first(kernel: Any, threads: int) -> Callable[[dict[str, Any]], lis
         return settings
 
     return chosen
+
+
+def _untimed(call: Callable[[], object], quantiles: Sequence[float] = (0.5,)) -> list[float]:
+    """Return the same for every setting that runs."""
+    call()  # what the device cannot run fails here
+    return [1.0] * len(quantiles)
 
 
 def replayed_ms(call: Callable[[], object], quantiles: Sequence[float] = (0.5,)) -> list[float]:

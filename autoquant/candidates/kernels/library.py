@@ -42,5 +42,10 @@ class TunedLibrary(ABC):
         """
 
     @abstractmethod
-    def untuned(self) -> AbstractContextManager[None]:
-        """Return a context in which shapes are not tuned. Settings found before are used."""
+    def untuned(self, *, timed: bool) -> AbstractContextManager[None]:
+        """Return a context in which shapes are not tuned. Settings found before are used.
+
+        Args:
+            timed: Take the fastest of a few settings for other shapes. Otherwise take any: only
+                results matter.
+        """

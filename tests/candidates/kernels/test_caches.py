@@ -46,8 +46,8 @@ class Library(TunedLibrary):
         self._calls.append(("tune", threads))
 
     @contextmanager
-    def untuned(self):
-        self._calls.append(("untuned",))
+    def untuned(self, *, timed):
+        self._calls.append(("timed" if timed else "untuned",))
         yield
 
 

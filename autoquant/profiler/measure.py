@@ -112,8 +112,9 @@ def measure(
     for subject in subjects:
         cells.setdefault((subject.shape, subject.m), []).append(subject)
     device_type = place.hardware.type
-    decided = hopeless.among(subjects, device_type) if hopeless else {}
+    decided: dict[TimingSubject, Measurement] = {}
     if subjects and backend(place.device).prepares:
+        decided |= hopeless.among(subjects, device_type) if hopeless else {}
         waiting = [subject for cell in cells.values() for subject in cell]
         decided |= _prepare([each for each in waiting if each not in decided], place, listener)
     listener(StageStarted(STAGE, len(subjects)))

@@ -29,9 +29,10 @@ from typing import Any
 
 MARK = "AUTOQUANT_STUDY_RUN"
 WORKLOAD = "prefill=8,decode=4"
+# One kernel of each format: times that a process has measured rule no other one out.
 CANDIDATES = {
-    "cpu": ("int8-row/plain/int8pack-mm", "int8-row/plain/int-mm"),
-    "cuda": ("int8-row/*", "float8-row/*"),
+    "cpu": ("int8-row/plain/int8pack-mm", "int4-g32/cpu-packed/int4pack-mm"),
+    "cuda": ("int8-row/plain/dequantize-matmul", "float8-row/plain/dequantize-matmul"),
 }
 _WORDS = 127
 

@@ -18,7 +18,7 @@ from autoquant.solver.planning import PlanContext, make_plan, with_reason
 from autoquant.solver.solve import most_exact
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.uniform import format_numerics, uniform_choice
-from autoquant.solver.units import END_SHARE, block_counts, block_of
+from autoquant.solver.units import block_counts, block_of, ends_of
 
 HEURISTIC_LABEL = "structural heuristic"
 _MORE_BITS = 1.05  # less is scales, not bits
@@ -87,7 +87,7 @@ def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list
             reasons.append("in no block")
             continue
         prefix, number = place
-        ends = max(1, counts[prefix] // END_SHARE)
+        ends = ends_of(counts[prefix])
         if not ends <= number < counts[prefix] - ends:
             reasons.append("in the first or last blocks")
         # It has the widest input of its block and makes it narrower: it leads back.

@@ -16,8 +16,7 @@ from autoquant.records import LayerChoice
 
 MAKES = 4
 """Blocks are of so many makes at most: the first, two halves of those between, the last."""
-END_SHARE = 8
-"""An eighth of the blocks is at each end."""
+_END_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,11 @@ def block_counts(names: Sequence[str]) -> dict[str, int]:
     for prefix, number in filter(None, map(block_of, names)):
         counts[prefix] = max(counts.get(prefix, 0), number + 1)
     return counts
+
+
+def ends_of(count: int) -> int:
+    """Return how many of so many blocks are at each end: an eighth, and at least one."""
+    return max(1, count // _END_SHARE)
 
 
 def units_of(options: Sequence[Sequence[LayerChoice]]) -> list[Unit]:
@@ -83,7 +87,7 @@ def _group(name: str, counts: dict[str, int]) -> Hashable:
 
 
 def _part(block: int, count: int) -> str:
-    ends = max(1, count // END_SHARE)
+    ends = ends_of(count)
     if block < ends:
         return "first"
     if block >= count - ends:

@@ -81,9 +81,11 @@ class SpaceObject(TypedDict):
     logarithmic: bool
 
 
-@_open
 class ProblemObject(TypedDict):
-    """What plans are solved from: the options of every layer."""
+    """What plans are solved from: the options of every layer.
+
+    Unlike the others it is not open: its records would be, too, and have no place for more fields.
+    """
 
     options: list[Annotated[list[LayerChoice], MinLen(1)]]
     about: NotRequired[SpaceObject | Annotated[dict[str, Any], MaxLen(0)] | None]

@@ -28,7 +28,7 @@ def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
     """Return the layers whose format or route differs, in the order of the plan.
 
     Raises:
-        PlanError: The plans are of different studies.
+        PlanError: The plans are of different studies or layers.
     """
     if before.study_id != after.study_id:
         raise PlanError(
@@ -36,6 +36,7 @@ def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
             f" {before.study_id}: compare plans of one study, `autoquant pareto --study ID` lists"
             " them"
         )
+    check_same_layers((before, after))
     choices = {layer.name: layer for layer in after.layers}
     pairs = [(layer, choices[layer.name]) for layer in before.layers]
     return [
@@ -43,6 +44,23 @@ def changes(before: Plan, after: Plan, workload: Workload) -> list[LayerChange]:
         for old, new in pairs
         if (old.format, old.route) != (new.format, new.route)
     ]
+
+
+def check_same_layers(plans: Sequence[Plan]) -> None:
+    """Check that plans of a study are of the same layers.
+
+    Raises:
+        PlanError: One has a layer that the first has not, or the other way round.
+    """
+    first, *others = plans
+    expected = {layer.name for layer in first.layers}
+    for plan in others:
+        if differing := expected ^ {layer.name for layer in plan.layers}:
+            raise PlanError(
+                f"plans {plan.plan_id} and {first.plan_id} differ in whether they have layer"
+                f" {min(differing)}: one is damaged; restore the database from a copy, or search"
+                " again"
+            )
 
 
 def summed(parts: Sequence[LayerChange]) -> tuple[float, float, int]:

@@ -12,6 +12,7 @@ from builders.rich import DEVICE, delivery, fill, measurement, plan, proof, reco
 
 from autoquant.errors import StoreError
 from autoquant.store import open_store
+from autoquant.store.columns import plain
 from autoquant.store.connect import VERSION_TABLE
 from autoquant.store.repair import repair
 
@@ -249,6 +250,14 @@ def test_a_bad_row_is_lost_alone_and_what_refers_to_it_with_it(whole, tmp_path):
     counts = saved(whole, new)
     assert counts["timing"] == counts["plan"] == (1, 1)
     assert counts["proof"] == counts["delivery"] == (0, 1)
+    read_everything(new)
+
+
+def test_a_field_that_an_option_does_not_have_is_left_out(whole, tmp_path):
+    layer = plain(plan().layers[0]) | {"joinee": ["a"]}
+    replace_in_json(whole, "study", "problem", ("options", 0, 0), layer)
+    new = tmp_path / "new.db"
+    assert saved(whole, new)["study"] == (1, 0)
     read_everything(new)
 
 

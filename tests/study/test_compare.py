@@ -50,3 +50,8 @@ def test_layers_are_matched_by_name_not_by_place():
 def test_plans_of_two_studies_are_not_compared():
     with pytest.raises(PlanError, match="compare plans of one study"):
         changes(plan_of("one"), replace(plan_of("two"), study_id="another1"), WORKLOAD)
+
+
+def test_plans_of_other_layers_are_not_compared():
+    with pytest.raises(PlanError, match="layer b: one is damaged"):
+        changes(plan_of("one", choice("a"), choice("b")), plan_of("two", choice("a")), WORKLOAD)

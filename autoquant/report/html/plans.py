@@ -15,6 +15,7 @@ from autoquant.report.html.layer_grid import LayerGrid, layer_grid
 from autoquant.report.html.points import PlanPoint
 from autoquant.report.names import fold, shape_words
 from autoquant.report.tables.plans import route_text
+from autoquant.study.compare import check_same_layers
 
 _ELSE = "everything else"
 _COLOURS = 8
@@ -27,7 +28,11 @@ def plans_object(
     """Return all plans for `page.js`.
 
     A choice that plans share is written once: plans hold indices into `choices`.
+
+    Raises:
+        PlanError: The plans are not of the same layers.
     """
+    check_same_layers([point.plan for point in points])
     layers = points[0].plan.layers
     grid = layer_grid(layer.name for layer in layers)
     kept = {layer.name: layer.format for layer in original.layers} if original else {}

@@ -329,6 +329,14 @@ def test_without_a_proven_plan_there_is_nothing_to_report(tmp_path):
         render_report(Study(store), "none.db")
 
 
+def test_a_plan_of_other_layers_is_refused(own_study):
+    plan = own_study.plan(FRONT)
+    first, *rest = plan.layers
+    own_study.store.put_plan(replace(plan, layers=(replace(first, name="iayers"), *rest)))
+    with pytest.raises(PlanError, match="have layer iayers"):
+        render_report(own_study, "plan.db")
+
+
 def test_plans_without_finite_quality_are_told_and_not_drawn(own_study):
     broken = Interval(value=float("inf"), low=float("inf"), high=float("inf"))
     proof = own_study.proofs()[FAR]

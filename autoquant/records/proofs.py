@@ -102,6 +102,7 @@ class Delivery:
         logits_error: Relative difference from the logits of the plan in memory. 0 if they are equal
             bit for bit.
         reason: Why the plan cannot be used, or an empty text.
+        seconds: What each part of the delivery took. Empty in those of older versions.
     """
 
     plan_id: str
@@ -113,6 +114,7 @@ class Delivery:
     logits_error: float | None = None
     reason: str = ""
     notes: tuple[str, ...] = ()
+    seconds: Mapping[str, NonNegative] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -236,10 +236,18 @@ class UserTimes:
     ratio: Interval | None
 
 
+def warm_up(loops: Sequence[UserLoop], device: str) -> None:
+    """Run each call of loops until it compiles and tunes nothing more."""
+    with kernels_kept(device):
+        for loop in loops:
+            for name in loop.names * WARM_UP_CALLS:
+                loop.run(name)
+
+
 def time_user_loops(
     loops: Sequence[UserLoop], device: str, effort: TimingEffort | None = None
 ) -> tuple[list[UserTimes], str]:
-    """Warm loops up and time them in turn, the first being that of the unquantized model.
+    """Time warm loops in turn, the first being that of the unquantized model.
 
     Rounds go on until every ratio is known well enough, within the limits of the effort.
 
@@ -250,10 +258,6 @@ def time_user_loops(
         Times of each, and a note if other programs disturbed them.
     """
     effort = effort or timing_effort()
-    with kernels_kept(device):
-        for loop in loops:
-            for name in loop.names * WARM_UP_CALLS:
-                loop.run(name)
 
     def enough(rounds: Rounds) -> bool:
         ratios = [_ratio(paired(taken, rounds[0], "")) for taken in rounds[1:]]

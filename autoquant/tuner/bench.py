@@ -30,7 +30,7 @@ from autoquant.runtime.attribution import attribute
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_in_turn
 from autoquant.runtime.steps import StepProfile
-from autoquant.runtime.user_loop import Usage, time_user_loops
+from autoquant.runtime.user_loop import Usage, time_user_loops, warm_up
 from autoquant.store import StudyFacts
 
 
@@ -162,7 +162,9 @@ def bench_loop(
     )
     modules = [shallow_copy(loaded.module), *quantized]
     listener(StageStarted("run", 0))
-    found, busy = time_user_loops([usage.loop_of(module) for module in modules], device)
+    loops = [usage.loop_of(module) for module in modules]
+    warm_up(loops, device)
+    found, busy = time_user_loops(loops, device)
     listener(StageFinished("run", f"{len(modules)} models, {usage.loop}"))
     if busy:
         listener(Notice(f"{busy}, with other programs closed"))

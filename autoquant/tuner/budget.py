@@ -55,13 +55,21 @@ class Budget:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Inside, time counts for this stage. At the end it is kept, with all that was spent."""
+        try:
+            with self.part(name):
+                yield
+        finally:
+            self.note()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Inside, time counts for this stage, and is kept at its end."""
         watch = Stopwatch(self.now_s)
         try:
             with watch.part(name):
                 yield
         finally:
             self.add(name, watch.seconds[name])
-            self.note()
 
     def add(self, stage: str, seconds: float) -> None:
         """Keep that a stage took so many seconds more."""

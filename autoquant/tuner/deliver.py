@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from autoquant.candidates.registry import is_registered_here
 from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.memory import release_memory
-from autoquant.errors import HungError, ProcessDiedError, first_line
+from autoquant.errors import ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.export import applier, checkpoint, on_disk
 from autoquant.files import raise_if_full, scratch_folder
@@ -27,16 +27,15 @@ from autoquant.models.copies import shallow_copy
 from autoquant.records import Delivery, Plan, Where
 from autoquant.runtime.caches import clear_caches
 from autoquant.runtime.request import MAX_RELATIVE_ERROR
-from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops
+from autoquant.runtime.user_loop import Answer, Usage, first_difference, time_user_loops, warm_up
+from autoquant.stopwatch import Stopwatch, seconds_words
 from autoquant.study.delivered import is_disturbed
 from autoquant.study.study import Study
-from autoquant.tuner.workers.forking import end_process, receive, send, start_process
+from autoquant.tuner.workers.delivery_process import DeliveryProcess
 from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE
 
 TRIES = 3
-WORKER = "autoquant.tuner.workers.delivery_worker"
-_LONGEST_ENDING_S = 10
-_LONGEST_S = 3600
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,9 @@ def deliver_best(study: Study, deliver: Callable[[Plan], Delivery], listener: Li
                 "deliver", tries, f"{plan.label}: saved, loaded again, and timed as you will run it"
             )
         )
-        study.store.put_delivery(deliver(plan))
+        delivery = deliver(plan)
+        _log.info("delivered %s: %s", plan.label, seconds_words(delivery.seconds))
+        study.store.put_delivery(delivery)
         tries += 1
         if reason := study.refused().get(plan.plan_id):
             listener(Notice(f"plan {plan.plan_id} ({plan.label}) is not recommended: {reason}"))
@@ -115,11 +116,22 @@ class Deliverer:
 
     loaded: LoadedModel
     usage: Usage
-    calibration: Sequence[Sequence[int]] | None
     listener: Listener
+    calibration: Sequence[Sequence[int]] | None = None
+    process: DeliveryProcess = field(default_factory=DeliveryProcess)
+
+    def make_ready(self) -> None:
+        """Start the process that will load plans, while there is other work to wait for."""
+        if not self._no_process():
+            self.process.start()
+
+    def close(self) -> None:
+        """End that process, if it still waits."""
+        self.process.close()
 
     def __call__(self, plan: Plan) -> Delivery:
         """Deliver `plan`. If anything fails, the delivery has the reason and no times."""
+        watch = Stopwatch()
         live = self.loaded.source.kind == "live"
         reason = self._needs_this_process(plan)
         if reason:
@@ -130,33 +142,40 @@ class Deliverer:
         if live:
             where = "in memory"
         try:
-            quantized = applier.apply(
-                plan, shallow_copy(self.loaded.module), calibration=self.calibration
-            )
+            with watch.part("apply"):
+                quantized = applier.apply(
+                    plan, shallow_copy(self.loaded.module), calibration=self.calibration
+                )
             if live:
                 return check_and_time(
                     plan.plan_id, quantized, shallow_copy(self.loaded.module), self.usage
                 )
             with scratch_folder(Path(tempfile.gettempdir()) / "autoquant-delivery") as folder:
-                checkpoint.write(replace(self.loaded, module=quantized), plan, folder)
-                spec = self._spec(plan, folder, self.usage.answer_of(quantized))
+                with watch.part("save"):
+                    checkpoint.write(replace(self.loaded, module=quantized), plan, folder)
+                    spec = self._spec(plan, folder, self.usage.answer_of(quantized))
                 del quantized
                 if where == "new process":
-                    return self._in_new_process(spec)
-                return load_and_deliver(
-                    spec, replace(self.loaded, module=shallow_copy(self.loaded.module))
-                )
+                    delivery = self._in_new_process(spec)
+                else:
+                    original = replace(self.loaded, module=shallow_copy(self.loaded.module))
+                    delivery = load_and_deliver(spec, lambda: original)
+                return replace(delivery, seconds={**watch.seconds, **delivery.seconds})
         except Exception as error:  # noqa: BLE001 - any error is a fact about the plan
             raise_if_full(error)
             reason = first_line(error, with_type=True)
             return Delivery(plan_id=plan.plan_id, loop=self.usage.loop, where=where, reason=reason)
 
-    def _needs_this_process(self, plan: Plan) -> str:
-        """Say why no other process can load the plan; empty if one can."""
+    def _no_process(self) -> str:
+        """Say why no other process can load any plan; empty if one can."""
         if os.environ.get(IN_PROCESS_VARIABLE):
             return f"{IN_PROCESS_VARIABLE} is set"
-        if self.loaded.source.kind == "live":
-            return "the model is a live module"
+        return "the model is a live module" if self.loaded.source.kind == "live" else ""
+
+    def _needs_this_process(self, plan: Plan) -> str:
+        """Say why no other process can load the plan; empty if one can."""
+        if reason := self._no_process():
+            return reason
         own = sorted(filter(is_registered_here, plan.formats()))
         if own:
             return f"{', '.join(own)} is registered in this process only"
@@ -188,25 +207,12 @@ class Deliverer:
             return self._in_one_process(spec)
 
     def _in_one_process(self, spec: DeliverySpec) -> Delivery:
-        with _moved_off_gpu(self.loaded.module, self.usage.device):
-            process, connection = start_process(WORKER)
-            try:
-                send(connection, sys.path)
-                send(connection, spec)
-                if not connection.poll(_LONGEST_S):
-                    raise HungError(f"running it as its user will did not end in {_LONGEST_S} s")
-                succeeded, value = receive(connection)
-            except (EOFError, ConnectionError):
-                process.wait(_LONGEST_ENDING_S)
-                raise ProcessDiedError(
-                    f"the process that loaded it was ended (exit code {process.returncode})"
-                ) from None
-            finally:
-                end_process(process, connection)
-        if succeeded:
-            delivery: Delivery = value
-            return delivery
-        raise value
+        watch = Stopwatch()
+        with _moved_off_gpu(self.loaded.module, self.usage.device), watch.part("process"):
+            delivery: Delivery = self.process.run(spec)
+        # What is left over is the start of the process, if that was not done ahead.
+        start_s = max(0.0, watch.seconds["process"] - sum(delivery.seconds.values()))
+        return replace(delivery, seconds={"start": start_s, **delivery.seconds})
 
 
 @contextmanager
@@ -226,18 +232,22 @@ def _moved_off_gpu(module: nn.Module, device: str) -> Iterator[None]:
 
 
 def load_and_deliver(
-    spec: DeliverySpec, original: LoadedModel, where: Where = "same process"
+    spec: DeliverySpec, load_original: Callable[[], LoadedModel], where: Where = "same process"
 ) -> Delivery:
     """Load the saved plan, compare its answer with the expected one, and time it."""
-    skeleton = None if original.describes_itself else shallow_copy(original.module)
-    quantized = on_disk.load(
-        spec.folder,
-        skeleton,
-        device=spec.usage.device,
-        model_factory=original.source.model_factory,
-        trust_remote_code=original.source.trust_remote_code,
-    )
-    error = spec.usage.answer_of(quantized).error(spec.expected)
+    watch = Stopwatch()
+    with watch.part("load"):
+        original = load_original()
+    with watch.part("read"):
+        skeleton = None if original.describes_itself else shallow_copy(original.module)
+        quantized = on_disk.load(
+            spec.folder,
+            skeleton,
+            device=spec.usage.device,
+            model_factory=original.source.model_factory,
+            trust_remote_code=original.source.trust_remote_code,
+        )
+        error = spec.usage.answer_of(quantized).error(spec.expected)
     if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong
         reason = (
             f"loaded again it computes something else: its output is off by {error:.2g} (relative)"
@@ -248,11 +258,16 @@ def load_and_deliver(
             where=where,
             logits_error=error,
             reason=reason,
+            seconds=watch.seconds,
         )
     delivery = check_and_time(spec.plan_id, quantized, original.module, spec.usage, spec.expected)
     note = f"loaded again, its output differs by {error:.2g} (relative) from what it was in memory"
     return replace(
-        delivery, where=where, logits_error=error, notes=((note,) if error else ()) + delivery.notes
+        delivery,
+        where=where,
+        logits_error=error,
+        notes=((note,) if error else ()) + delivery.notes,
+        seconds={**watch.seconds, **delivery.seconds},
     )
 
 
@@ -267,13 +282,21 @@ def check_and_time(
 
     Not timed if it gives another answer when replayed than without preparation.
     """
-    expected = expected or usage.answer_of(quantized)
-    loops = [usage.loop_of(original), usage.loop_of(quantized)]
-    made = usage.answer_of(quantized, replayed=True)
-    delivery = Delivery(plan_id=plan_id, loop=usage.loop, where="in memory")
-    if reason := first_difference(quantized, made, expected):
-        return replace(delivery, reason=reason)
-    (of_original, of_plan), note = time_user_loops(loops, usage.device)
+    watch = Stopwatch()
+    with watch.part("check"):
+        expected = expected or usage.answer_of(quantized)
+        loops = [usage.loop_of(original), usage.loop_of(quantized)]
+        made = usage.answer_of(quantized, replayed=True)
+        reason = first_difference(quantized, made, expected)
+    delivery = Delivery(
+        plan_id=plan_id, loop=usage.loop, where="in memory", reason=reason, seconds=watch.seconds
+    )
+    if reason:
+        return delivery
+    with watch.part("ready"):
+        warm_up(loops, usage.device)
+    with watch.part("time"):
+        (of_original, of_plan), note = time_user_loops(loops, usage.device)
     return replace(
         delivery,
         times=of_plan.times,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoquant.devices.memory import release_memory
 from autoquant.errors import KernelError
 from autoquant.study.study import Study
@@ -29,20 +31,26 @@ def run_stages(setup: SearchSetup, budget: Budget) -> None:
             f" nothing measured; {budget.spent_before_s:.0f} s were spent on it, and a larger"
             " --time-budget aims at these limits"
         )
-        deliver(setup)
+        deliver(setup, setup.deliverer())
         return
     budget.add("load", budget.now_s() - budget.started_s)
-    search_plans(setup.for_this_machine(), budget)
-    budget.finish()
-    started_s = budget.now_s()
-    deliver(setup)
-    budget.add("deliver", budget.now_s() - started_s)
+    deliverer = setup.deliverer()
+    try:
+        search_plans(setup.for_this_machine(), budget, deliverer)
+        budget.finish()
+        with budget.part("deliver"):
+            deliver(setup, deliverer)
+    finally:
+        deliverer.close()
 
 
-def search_plans(setup: SearchSetup, budget: Budget) -> None:
+def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> None:
     """Run the stages that measure, again without a kernel that turned out wrong in a proof.
 
     What was measured before is in the store, so that little is done twice.
+
+    Args:
+        deliverer: Made ready while nothing is timed, since that takes a while.
     """
     settled = setup.settled
     with budget.stage("record"):
@@ -55,6 +63,7 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
             with budget.stage("profile"):
                 timings = profile_linears(setup, recording, measure)
             recording = searchable(setup, recording, bound, timings)
+            deliverer.make_ready()
             with budget.stage("score"):
                 space = score_choices(setup, recording, bound, timings, runner)
             ledger = ProofLedger(
@@ -77,16 +86,10 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
         release_memory()
 
 
-def deliver(setup: SearchSetup) -> None:
+def deliver(setup: SearchSetup, deliverer: Deliverer) -> None:
     """Recommend the best plan that is faster as its user will run it."""
     study_id = setup.settled.study_id
     study = Study(setup.store, study_id)
-    deliverer = Deliverer(
-        loaded=setup.settled.loaded,
-        usage=setup.usage,
-        calibration=study.calibration,
-        listener=setup.listener,
-    )
-    deliver_best(study, deliverer, setup.listener)
+    deliver_best(study, replace(deliverer, calibration=study.calibration), setup.listener)
     best = study.recommended()
     setup.store.update_study(study_id, recommended=best.plan_id if best else None)

@@ -12,6 +12,7 @@ from autoquant.events import Listener, Notice
 from autoquant.profiler.crossovers import Measure
 from autoquant.runtime.user_loop import Usage
 from autoquant.store import Store
+from autoquant.tuner.deliver import Deliverer
 from autoquant.tuner.profiling import measure_all
 from autoquant.tuner.request import SettledRequest
 from autoquant.tuner.workers.in_process import Runner
@@ -100,6 +101,10 @@ class SearchSetup:
             store=self.store,
             listener=self.listener,
         )
+
+    def deliverer(self) -> Deliverer:
+        """Return what runs a plan as the user will."""
+        return Deliverer(loaded=self.settled.loaded, usage=self.usage, listener=self.listener)
 
     def tell(self, *notices: str) -> None:
         """Report notices."""

@@ -266,8 +266,11 @@ def _check_orphans(run: runs.Run, outcome: Outcome) -> None:
 
 def modes(device: str) -> dict[str, dict[str, bool]]:
     """Return the kinds of searches; on a CPU most run in one process, where a trial is short."""
-    if device != "cpu":
-        return {"compiled": {"in_process": False, "compiled": True, "forked": False}}
+    if device != "cpu":  # a process that uses a GPU cannot be forked
+        return {
+            "one process": {"forked": False},
+            "compiled": {"in_process": False, "compiled": True, "forked": False},
+        }
     return {
         "one process": {},
         "refined": {"refine": True},
@@ -304,10 +307,11 @@ def trials(arguments: argparse.Namespace, place: Path) -> Iterator[tuple[str, Ou
             started = time.monotonic()
             if reference is None:
                 reference = unkilled(run, db)
+                print(f"{mode}: {reference.seconds:.1f} s if not killed", flush=True)
                 if run.forked:
                     runs.preload(run)
                 continue
-            if number == 2:  # now that all is imported
+            if number == 2 and run.forked:  # now that all is imported
                 reference = unkilled(run, db)
                 print(f"{mode}: {reference.seconds:.1f} s if not killed", flush=True)
                 continue

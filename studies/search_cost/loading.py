@@ -127,7 +127,8 @@ def timed_by(way: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any
     """What `time_here` prints in a new process of one version."""
     root = arguments.before if way == "before" else ROOT
     cache = arguments.folder / f"cache of {way}"
-    environment = os.environ | {"PYTHONPATH": str(root), "AUTOQUANT_CACHE": str(cache)}
+    found = os.pathsep.join((str(root), *filter(None, [os.environ.get("PYTHONPATH")])))
+    environment = os.environ | {"PYTHONPATH": found, "AUTOQUANT_CACHE": str(cache)}
     command = [sys.executable, str(HERE), str(arguments.folder), "--device", arguments.device]
     command += ["--forget"] if way == "nothing remembered" else []
     command += ["--shards-only"] if arguments.shards_only else []

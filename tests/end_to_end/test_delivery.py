@@ -13,8 +13,8 @@ from autoquant.export import checkpoint, on_disk
 from autoquant.models import from_module, load_model
 from autoquant.records import Workload
 from autoquant.runtime.user_loop import Usage
-from autoquant.tuner import deliver
 from autoquant.tuner.deliver import Deliverer
+from autoquant.tuner.workers import delivery_process
 
 from .tiny import Perceptron
 
@@ -77,7 +77,7 @@ def test_a_saved_plan_gives_the_same_in_a_new_process(loaded, plan, monkeypatch)
 
 def test_a_plan_that_ends_the_process_is_refused(loaded, plan, monkeypatch):
     monkeypatch.delenv("AUTOQUANT_IN_PROCESS")
-    monkeypatch.setattr(deliver, "WORKER", "this")  # prints, and ends
+    monkeypatch.setattr(delivery_process, "WORKER", "this")  # prints, and ends
     found, _ = delivered(loaded, plan)
     assert found.where == "new process" and found.times is None
     assert "the process that loaded it was ended (exit code 0)" in found.reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -254,11 +254,19 @@ def run(setup, monkeypatch):
         runners.append(FakeRunner(latency_us=faster_in_int8))
         return runners[-1]
 
+    @dataclass(frozen=True)
     class Deliverer:
-        def __init__(self, **_rest):
-            pass
+        calibration: object = None
+        calls: list[str] = field(default_factory=list)
+
+        def make_ready(self):
+            self.calls.append("ready")
+
+        def close(self):
+            self.calls.append("closed")
 
         def __call__(self, plan):
+            self.calls.append("delivered")
             return Delivery(
                 plan_id=plan.plan_id,
                 loop="forward",
@@ -270,12 +278,14 @@ def run(setup, monkeypatch):
 
     monkeypatch.setattr(CpuBackend, "compile_failure", lambda _backend: None)
     monkeypatch.setattr(SearchSetup, "start_runner", start_runner)
-    monkeypatch.setattr(flow, "Deliverer", Deliverer)
+    deliverer = Deliverer()
+    monkeypatch.setattr(SearchSetup, "deliverer", lambda _self: deliverer)
 
     def go(limit_s):
         flow.run_stages(setup, Budget.of(setup.store, setup.settled.study_id, limit_s, 0.0))
         return runners
 
+    go.deliverer = deliverer
     return go
 
 
@@ -289,6 +299,16 @@ def test_a_search_goes_through_all_stages_and_recommends_a_plan_that_was_deliver
     assert recommended is not None and recommended.plan_id in setup.store.deliveries(
         setup.settled.study_id
     )
+
+
+def test_the_process_that_delivers_is_made_ready_before_and_ended(run, setup, monkeypatch):
+    run(limit_s=0.1)
+    assert run.deliverer.calls == ["ready", "delivered", "closed"]
+    setup.store.update_study(setup.settled.study_id, complete=False)
+    monkeypatch.setattr(flow, "prove_front", lambda *_arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(limit_s=0.1)
+    assert run.deliverer.calls[3:] == ["ready", "closed"]
 
 
 def test_a_complete_search_with_no_more_time_only_delivers(run, setup, events):

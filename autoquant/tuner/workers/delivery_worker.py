@@ -1,13 +1,15 @@
 """The new process of `tuner.deliver`, run as `python -m MODULE FD` where FD is a socket.
 
-It is not forked, so it starts without the search's memory and can use a GPU. It ends when the
-search does.
+It is not forked, so it starts without the search's memory and can use a GPU. It is started before
+there is a plan, and imports what it will need. It ends when the search does.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from importlib import import_module
 from multiprocessing.connection import Connection
 
 import torch
@@ -24,13 +26,21 @@ def main() -> None:
     die_with(os.getppid())
     connection = Connection(int(sys.argv[1]))
     sys.path[:] = receive(connection)
+    import_ahead()
     spec: DeliverySpec = receive(connection)
     torch.set_num_threads(spec.threads)
     use_timing_effort(spec.effort)
     try:
-        send(connection, (True, load_and_deliver(spec, spec.model.load(), "new process")))
+        send(connection, (True, load_and_deliver(spec, spec.model.load, "new process")))
     except Exception as error:  # noqa: BLE001 - raised again on the other side
         send(connection, (False, portable(error)))
+
+
+def import_ahead() -> None:
+    """Import what loading and compiling a model takes. No GPU is used by that."""
+    for name in ("transformers.generation", "torchao.quantization", "torch._inductor.compile_fx"):
+        with suppress(ImportError):
+            import_module(name)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,14 @@ class Notice:
     text: str
 
 
-Event = StageStarted | StageProgress | StageFinished | Notice
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """All of the work is now expected to end in so many seconds."""
+
+    in_s: float
+
+
+Event = StageStarted | StageProgress | StageFinished | Notice | Ending
 Listener = Callable[[Event], None]
 
 
@@ -66,6 +73,8 @@ def logged(listener: Listener) -> Listener:
                 _log.info("%s: %s", event.stage, event.summary)
             case Notice():
                 _log.warning("%s", event.text)
+            case Ending():
+                _log.info("expected to end in %.0f s", event.in_s)
         listener(event)
 
     return log_and_tell

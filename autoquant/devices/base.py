@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -39,6 +40,25 @@ class Event(Protocol):
     def synchronize(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paces:
+    """Seconds that parts of a search take, roughly: a guess until one has ended on the device.
+
+    Attributes:
+        timing_s: One timing of a linear, with its preparation.
+        score_s: Scoring a billion weights in one format.
+        proof_s, proof_linear_s: The proof of a plan, and what each linear of the model adds.
+        deliver_s, deliver_linear_s: The same of running a plan as its user will.
+    """
+
+    timing_s: float
+    score_s: float
+    proof_s: float
+    proof_linear_s: float
+    deliver_s: float
+    deliver_linear_s: float
+
+
 class Backend(ABC):
     """One device, and all that the project has to know about its kind.
 
@@ -63,6 +83,7 @@ class Backend(ABC):
         profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it
             cannot.
         upload_threads: How many threads at once copy tensors to the device.
+        paces: What a search takes, roughly.
         arithmetic: What a roofline's products are measured in.
         copy_bytes, product_side: What a roofline is measured with: bytes copied, and rows of a
             square matrix.
@@ -80,6 +101,15 @@ class Backend(ABC):
     judges_long: ClassVar[bool] = False
     profiler_activities: ClassVar[Sequence[ProfilerActivity]] = ()
     upload_threads: ClassVar[int] = 1
+    # Of searches on two cores of a server's CPU, see studies/search_cost.
+    paces: ClassVar[Paces] = Paces(
+        timing_s=0.45,
+        score_s=220.0,
+        proof_s=2.0,
+        proof_linear_s=0.4,
+        deliver_s=50.0,
+        deliver_linear_s=0.25,
+    )
     arithmetic: ClassVar[Sequence[str]] = ("bfloat16", "float16", "float32")
     copy_bytes: ClassVar[int] = 128 << 20
     product_side: ClassVar[int] = 1024

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch.profiler import ProfilerActivity
 
-from autoquant.devices.base import DEFAULT_CACHE_BYTES, Backend, Event, library_versions
+from autoquant.devices.base import DEFAULT_CACHE_BYTES, Backend, Event, Paces, library_versions
 from autoquant.devices.clocks import Call, Clock
 from autoquant.devices.cuda_graphs import GraphClock, GraphedStep
 from autoquant.devices.effort import TimingEffort
@@ -45,6 +45,15 @@ class CudaBackend(Backend):
     judges_long = True
     profiler_activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
     upload_threads = 4
+    # Of searches on an H200 with 16 cores, see studies/search_cost.
+    paces = Paces(
+        timing_s=0.42,
+        score_s=1.0,
+        proof_s=10.0,
+        proof_linear_s=0.25,
+        deliver_s=45.0,
+        deliver_linear_s=0.5,
+    )
     arithmetic = ("bfloat16", "float16", "float32", "int8", "float8")
     copy_bytes = 1 << 30
     product_side = 8192

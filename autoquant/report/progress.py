@@ -15,6 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from autoquant.events import (
+    Ending,
     Event,
     Listener,
     Notice,
@@ -63,7 +64,7 @@ class PlainListener:
 
 
 class LiveListener:
-    """One line with the stage, the current item, the items done and the time left.
+    """One line with the stage, the items done, the time left of it and of all, and the item.
 
     Events draw the line. A thread would disturb the kernels that are timed.
     """
@@ -76,6 +77,7 @@ class LiveListener:
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}", style="cyan", markup=False),
+            TextColumn("{task.fields[whole]}", style="cyan", markup=False),
             TextColumn(
                 "{task.description}",
                 markup=False,
@@ -90,6 +92,7 @@ class LiveListener:
         self._task: TaskID | None = None
         self._estimate = TimeLeft(0, 0.0)
         self._drawn = float("-inf")
+        self._ends: float | None = None
 
     def __enter__(self) -> LiveListener:
         self._progress.start()
@@ -109,13 +112,17 @@ class LiveListener:
                 self._clear()
                 summary = visible(event.summary)
                 self._console.print(Text.assemble((event.stage, "bold"), f": {summary}"))
+            case Ending():
+                self._ends = self._now() + event.in_s
             case Notice():
                 self._console.print(Text.assemble(("note: ", "yellow"), visible(event.text)))
 
     def _start(self, event: StageStarted) -> None:
         self._clear()
         self._estimate = TimeLeft(event.total, self._now())
-        self._task = self._progress.add_task("", total=event.total, stage=event.stage, left="")
+        self._task = self._progress.add_task(
+            "", total=event.total, stage=event.stage, left="", whole=self._whole()
+        )
         self._progress.refresh()
 
     def _advance(self, event: StageProgress) -> None:
@@ -125,10 +132,17 @@ class LiveListener:
         left = self._estimate.left_s(event.done, now)
         shown = "" if left is None else f"{clock_s(left)} left"
         what = visible(event.what)
-        self._progress.update(self._task, completed=event.done, description=what, left=shown)
+        self._progress.update(
+            self._task, completed=event.done, description=what, left=shown, whole=self._whole()
+        )
         if now - self._drawn >= _REFRESH_S:
             self._progress.refresh()
             self._drawn = now
+
+    def _whole(self) -> str:
+        """Return the time left of all stages; empty if nothing is known or it is over."""
+        left_s = 0.0 if self._ends is None else self._ends - self._now()
+        return f"of {clock_s(left_s)} in all" if left_s > 0 else ""
 
     def _clear(self) -> None:
         if self._task is not None:

@@ -128,6 +128,14 @@ class StageSeconds(TypedDict):
 
 
 @_open
+class Work(TypedDict):
+    """What a search had to do, over all its runs, for what it took to be compared with."""
+
+    timings: Count
+    scores: NonNegative
+
+
+@_open
 class Reason(TypedDict):
     """Why something is missing."""
 
@@ -140,6 +148,7 @@ REFERENCES: Mapping[str, Any] = {
     "command": Options,
     "refinement": Refinement,
     "stages": StageSeconds,
+    "work": Work,
     **{f"no {kind} plan": Reason for kind in BASELINES},
 }
 """The shape of what is known of a study, by its name."""

@@ -13,6 +13,7 @@ from autoquant.tuner.distrust import distrust
 from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import crossovers_s, measure_crossovers
+from autoquant.tuner.stages.expect import announce
 from autoquant.tuner.stages.profile import profile_linears, searchable
 from autoquant.tuner.stages.prove import prove_front, prove_references
 from autoquant.tuner.stages.record import bind_constraints, record_linears
@@ -56,6 +57,7 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
     with budget.stage("record"):
         recording = record_linears(setup)
     bound = bind_constraints(setup, recording.sites)
+    expected = announce(setup, recording, budget)
     runner = setup.start_runner()
     try:
         measure = setup.measurer(runner)
@@ -67,7 +69,13 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
             with budget.stage("score"):
                 space = score_choices(setup, recording, bound, timings, runner)
             ledger = ProofLedger(
-                setup.store, settled.study_id, runner, budget, setup.listener, setup.reference
+                setup.store,
+                settled.study_id,
+                runner,
+                budget,
+                setup.listener,
+                setup.reference,
+                expected,
             )
             try:
                 with budget.stage("prove"):

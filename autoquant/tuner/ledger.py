@@ -17,6 +17,7 @@ from autoquant.stopwatch import seconds_words
 from autoquant.store import Store
 from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
+from autoquant.tuner.expected import Expected
 from autoquant.tuner.workers.again import run_again
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Checking, ProveJob
@@ -28,10 +29,6 @@ _TIMES_AS_LONG = 10
 
 It is `_FIRST_LIMIT_S` where that was proven in an earlier run.
 """
-SHORTEST_PROOF_S = 5.0
-"""A proof is expected to take at least that time."""
-_DELIVERY_PROOFS = 2
-"""A delivery takes about as long as two proofs: both models are loaded, compiled and timed."""
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +39,7 @@ class ProofLedger:
 
     Args:
         reference: The unquantized model's losses, as far as they are known.
+        expected: What a proof and the delivery are expected to take.
 
     Attributes:
         plans: By id.
@@ -59,12 +57,14 @@ class ProofLedger:
         budget: Budget,
         listener: Listener,
         reference: ReferenceLosses,
+        expected: Expected,
     ) -> None:
         self.store, self.study_id, self.budget, self.listener = store, study_id, budget, listener
         self._runner = runner
         self._reference = reference
+        self._expected = expected
         self._limit_s = _FIRST_LIMIT_S
-        self._longest_s = 0.0
+        self._original_s = self._longest_s = 0.0  # of proofs made now
         self.left_out: list[str] = []
         self.reserved_s = 0.0
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
@@ -95,12 +95,16 @@ class ProofLedger:
 
     @property
     def proof_s(self) -> float:
-        """The seconds that a further proof is expected to take: as long as the longest so far."""
-        return max(self._longest_s, SHORTEST_PROOF_S)
+        """The seconds that a further proof is expected to take: as long as the longest so far.
+
+        The unquantized model's, which comes first, has less to do.
+        """
+        further_s = self._longest_s or self._expected.proof_s
+        return max(further_s, self._original_s)
 
     def least_s(self, proofs: int) -> float:
         """Return the seconds that so many proofs, and the delivery, are expected to take."""
-        return (proofs + _DELIVERY_PROOFS) * self.proof_s
+        return proofs * self.proof_s + self._expected.deliver_s
 
     def has_time(self, proofs: int = 1) -> bool:
         """Check whether so many further proofs, and the delivery, fit into the time budget."""
@@ -189,7 +193,10 @@ class ProofLedger:
             ) from death
         finally:
             took_s = self.budget.now_s() - started_s
-            self._longest_s = max(self._longest_s, took_s)
+            if original:
+                self._original_s = took_s
+            else:
+                self._longest_s = max(self._longest_s, took_s)
         if original:
             self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * took_s)
         return result

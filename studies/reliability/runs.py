@@ -186,10 +186,11 @@ def _command(arguments: Sequence[str], told: Path, refine: bool) -> int:
 
 def shorten(refine: bool) -> None:
     """Measure with the least effort, and without waiting for an idle machine."""
+    from autoquant.devices import BACKENDS
+    from autoquant.devices.base import Paces
     from autoquant.devices.effort import TimingEffort, use_timing_effort
     from autoquant.profiler import entrant
     from autoquant.solver import front
-    from autoquant.tuner import ledger
     from autoquant.tuner.stages import prove
     from autoquant.tuner.stages import refine as stage
 
@@ -210,7 +211,15 @@ def shorten(refine: bool) -> None:
     entrant.linears_a_call = lambda _rows: 1
     prove.LEAST_PLANS, prove.FRONT_PLANS = 3, 1
     front.LOSS_BUDGETS = 5
-    ledger.SHORTEST_PROOF_S = 0.1
+    for kind in BACKENDS:
+        kind.paces = Paces(
+            timing_s=0.01,
+            score_s=1.0,
+            proof_s=0.1,
+            proof_linear_s=0.0,
+            deliver_s=0.2,
+            deliver_linear_s=0.0,
+        )
     if not refine:
         stage.proposals = lambda *_arguments, **_options: iter(())
 

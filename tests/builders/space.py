@@ -6,6 +6,7 @@ from autoquant.solver.constraints import UNBOUND
 from autoquant.solver.planning import PlanContext
 from autoquant.solver.space import SearchSpace
 from autoquant.tuner.budget import Budget
+from autoquant.tuner.expected import Expected
 from autoquant.tuner.ledger import ProofLedger
 
 from .records import MODEL, STUDY, WORKLOAD, make_site
@@ -34,6 +35,9 @@ def make_space(bound=UNBOUND):
     return SearchSpace(options, context, [layer[0] for layer in options])
 
 
+EXPECTED = Expected(profile_s=0.0, score_s=0.0, proof_s=5.0, deliver_s=20.0, learnt=True)
+
+
 def make_ledger(store, runner=None, events=None, limit_s=1e6, now_s=lambda: 0.0, reference=None):
     """A ledger that starts from the store; by default time stands still."""
     budget = Budget(
@@ -45,4 +49,5 @@ def make_ledger(store, runner=None, events=None, limit_s=1e6, now_s=lambda: 0.0,
         now_s=now_s,
     )
     listener = (events if events is not None else []).append
-    return ProofLedger(store, STUDY, runner or FakeRunner(), budget, listener, reference or {})
+    runner = runner or FakeRunner()
+    return ProofLedger(store, STUDY, runner, budget, listener, reference or {}, EXPECTED)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from autoquant.devices import effort
+from autoquant.devices.base import Paces
+from autoquant.devices.cpu import CpuBackend
 from autoquant.devices.effort import TimingEffort
 from autoquant.profiler import entrant, timing
 from autoquant.runtime import request
@@ -75,6 +77,14 @@ def prove_anyway(ledger, plan, *, before=0):
     return True
 
 
+NO_TIME = Paces(
+    timing_s=0.0,
+    score_s=0.0,
+    proof_s=0.1,
+    proof_linear_s=0.0,
+    deliver_s=0.2,
+    deliver_linear_s=0.0,
+)
 UNQUANTIZED = ("bfloat16/plain", "float16/plain", "float32/plain")
 SHORTER = (
     (timing, "_sample", sample_linear),
@@ -82,7 +92,7 @@ SHORTER = (
     (proving, "time_requests", time_requests),
     (effort, "_default", LITTLE),
     (entrant, "linears_a_call", lambda _m: 2),
-    (ledger, "SHORTEST_PROOF_S", 0.1),
+    (CpuBackend, "paces", NO_TIME),
     (ledger.ProofLedger, "prove_if_time", prove_anyway),
     (delivered, "is_faster", lambda _delivery: True),  # a tiny model gains nothing
 )

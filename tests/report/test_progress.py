@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from autoquant.events import Notice, StageFinished, StageProgress, StageStarted
+from autoquant.events import Ending, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.report.progress import LiveListener, TimeLeft, listening
 
 EVENTS = (
@@ -41,6 +41,16 @@ def test_a_terminal_shows_stage_item_count_and_time_left():
     assert "5s left" in text
     assert "note: layer [x] was left alone" in text
     assert "timing: 3 timings, 1 failed" in text
+
+
+def test_a_terminal_shows_when_all_of_the_work_is_expected_to_end():
+    ticks = iter([0.0, 0.0, *[100.0] * 9])
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    with LiveListener(console, now=lambda: next(ticks)) as listener:
+        listener(Ending(400.0))
+        listener(StageStarted("prove", 3))
+        listener(StageProgress("prove", 1, "front 1"))
+    assert "of 5m 00s in all" in console.file.getvalue()
 
 
 def test_a_terminal_keeps_stdout_clean(capsys):

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 from builders.records import STUDY
 from builders.runner import FakeRunner, say_what_is_predicted
-from builders.space import SITES, make_ledger, make_space
+from builders.space import EXPECTED, SITES, make_ledger, make_space
 
 from autoquant.solver import refine as solver_refine
 from autoquant.solver.limits import Limits
-from autoquant.tuner import ledger
 from autoquant.tuner.stages import refine as stage
 from autoquant.tuner.stages.prove import prove_front, prove_references
 
@@ -55,7 +54,7 @@ def test_it_ends_when_the_time_is_spent(refine, store):
 
 
 def test_no_proof_is_begun_that_would_take_longer_than_what_is_left(refine, store):
-    plans, _ = refine(limit_s=ledger.SHORTEST_PROOF_S / 2)
+    plans, _ = refine(limit_s=EXPECTED.proof_s / 2)
     assert plans == [] and ended(store) == "the time budget is spent"
 
 

@@ -5,29 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import pytest
-import torch
+from builders.gated import CANDIDATES, WORKLOAD, make_setup
 from builders.records import DEVICE, STUDY, put_study
-from builders.request import make_request
 from builders.runner import FakeRunner
 from builders.search import make_plan
 from builders.space import make_ledger
-from torch import nn
 
-from autoquant.candidates import Candidate, get_format
 from autoquant.devices.cpu import CpuBackend
 from autoquant.errors import ConstraintError
-from autoquant.evaluators.sensitivity import SENSITIVITIES
 from autoquant.events import Notice
-from autoquant.models import ModelRequest, from_module
 from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Delivery, Interval, RunTimes, Workload
+from autoquant.records import Delivery, Interval, RunTimes
 from autoquant.solver.constraints import UNBOUND, Constraints
-from autoquant.solver.limits import Limits
-from autoquant.store import open_store
 from autoquant.tuner import flow
 from autoquant.tuner.budget import Budget
-from autoquant.tuner.judge import Judge
-from autoquant.tuner.request import SettledRequest
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import measure_crossovers
 from autoquant.tuner.stages.profile import profile_linears, searchable
@@ -36,38 +27,6 @@ from autoquant.tuner.stages.score import score_choices
 from autoquant.tuner.workers.jobs import ProveJob, ScoreJob
 
 pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
-WORKLOAD = Workload.single()
-INT8 = get_format("int8-row/plain")
-ORIGINAL = get_format("bfloat16/plain")
-CANDIDATES = [
-    Candidate(ORIGINAL, ORIGINAL.kernel("matmul")),
-    Candidate(INT8, INT8.kernel("int8pack-mm")),
-    Candidate(INT8, INT8.kernel("int-mm")),
-]
-
-
-class Gated(nn.Module):
-    """Two linears that read the same input, and one behind them."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up, self.down = (nn.Linear(64, 64, bias=False) for _ in range(3))
-
-    def forward(self, x):
-        return self.down(self.gate(x).sigmoid() * self.up(x))
-
-
-class Quality:
-    """Names the losses; nothing is measured with it."""
-
-    key, logarithmic = "own", False
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    loaded = from_module(Gated().to(torch.bfloat16))
-    return replace(loaded, example_inputs=(torch.randn(4, 64, dtype=torch.bfloat16),))
 
 
 @pytest.fixture
@@ -76,23 +35,11 @@ def events():
 
 
 @pytest.fixture
-def setup(tmp_path, model, events):
+def setup(tmp_path, events):
     """A setup whose store knows the study."""
-    db = tmp_path / "plan.db"
-    settled = SettledRequest(
-        request=make_request(ModelRequest(model=model.module, device="cpu"), db),
-        loaded=model,
-        judge=Judge(Quality(), CANDIDATES, "a loss of its own"),
-        candidates=CANDIDATES,
-        method=SENSITIVITIES["isolated"],
-        workload=WORKLOAD,
-        limits=Limits(),
-        hardware=DEVICE,
-    )
-    store = open_store(db)
-    put_study(store, settled.study_id, model=model.content_hash, workload=WORKLOAD, limits={})
-    yield SearchSetup.of(settled, store, events.append, {})
-    store.close()
+    made = make_setup(tmp_path / "plan.db", events.append)
+    yield made
+    made.store.close()
 
 
 def constrained(setup, **constraints):

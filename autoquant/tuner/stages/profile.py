@@ -11,7 +11,7 @@ from autoquant.profiler.crossovers import Measure
 from autoquant.profiler.measure import cells_of, subjects_of, working_set_bytes
 from autoquant.profiler.record import mean_element_bytes
 from autoquant.profiler.timing_table import TimingTable
-from autoquant.records import Recording
+from autoquant.records import Recording, TimingSubject
 from autoquant.solver.constraints import Bound
 from autoquant.tuner.choices import why_untimed
 from autoquant.tuner.fusion import fusion_subjects
@@ -53,8 +53,11 @@ def searchable(
     return replace(recording, sites=sites)
 
 
-def profile_linears(setup: SearchSetup, recording: Recording, measure: Measure) -> TimingTable:
-    """Time every candidate at the workload's m; with `fuse`, also linears computed as one."""
+def subjects_to_time(setup: SearchSetup, recording: Recording) -> tuple[list[TimingSubject], int]:
+    """Return every candidate at the workload's m, and the bytes of a working set.
+
+    With `fuse`, also linears computed as one.
+    """
     settled = setup.settled
     shapes = [site.shape for site in recording.sites]
     element_bytes = mean_element_bytes(settled.loaded.module, recording)
@@ -62,6 +65,12 @@ def profile_linears(setup: SearchSetup, recording: Recording, measure: Measure) 
     subjects = subjects_of(cells_of(recording.sites), settled.candidates, working_set)
     if setup.fuse:
         subjects += fusion_subjects(recording.sites, settled.candidates, working_set)
-    timings = TimingTable(working_set, measure(list(dict.fromkeys(subjects))))
+    return list(dict.fromkeys(subjects)), working_set
+
+
+def profile_linears(setup: SearchSetup, recording: Recording, measure: Measure) -> TimingTable:
+    """Time every candidate at the workload's m, or take it from the store."""
+    subjects, working_set = subjects_to_time(setup, recording)
+    timings = TimingTable(working_set, measure(subjects))
     release_memory()
     return timings

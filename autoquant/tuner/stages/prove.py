@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autoquant.errors import CandidateError
-from autoquant.events import Notice, StageFinished, StageStarted
+from autoquant.events import Ending, Notice, StageFinished, StageStarted
 from autoquant.records import Plan, Site
 from autoquant.solver.aim import aimed, first_loss
 from autoquant.solver.baselines import bits_plan, structural_plan
@@ -88,6 +88,7 @@ def prove_references(
 def _tell_what_fits(ledger: ProofLedger) -> None:
     """Tell how many plans the time budget is expected to have room for."""
     left_s, limit_s = ledger.budget.left_s(), ledger.budget.limit_s
+    ledger.listener(Ending(max(left_s, ledger.least_s(_LEAST_FURTHER))))
     if not ledger.has_time(_LEAST_FURTHER):
         missing_s = ledger.least_s(_LEAST_FURTHER) - left_s
         text = (

@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError, first_line
 from autoquant.evaluators.kept import KeptTensor
+from autoquant.evaluators.logits import compare_window, window_loss
 from autoquant.evaluators.text import Part, TextParts
 from autoquant.models.outputs import output_tensor, run_on_tokens
 
-_ROWS_AT_ONCE = 128
-_KEPT_BYTES = 1 << 30
+_KEPT_BYTES = 4 << 30
+"""Logits that are kept at most; a quarter of the memory, if that is less: the system holds them."""
 
 ReferenceLosses = Mapping[Part, tuple[float, ...]]
 """The unquantized model's losses on the parts on which they are known."""
@@ -74,14 +75,23 @@ class TextQuality:
         parts: The windows.
         device: The model's device.
         keep_reference: Every comparison has the same reference, so keep its logits on disk.
+        compiled: Compare logits in one compiled pass.
     """
 
     logarithmic = True
 
-    def __init__(self, parts: TextParts, device: str, *, keep_reference: bool = False) -> None:
+    def __init__(
+        self,
+        parts: TextParts,
+        device: str,
+        *,
+        keep_reference: bool = False,
+        compiled: bool = False,
+    ) -> None:
         self.parts = parts
         self.key = parts.key
         self._device, self._keep_reference = device, keep_reference
+        self._compiled = compiled
         self._kept: dict[tuple[Part, int], KeptTensor] = {}
         if keep_reference:
             compared: tuple[Part, ...] = ("report", "selection")
@@ -89,14 +99,16 @@ class TextQuality:
                 (part, number) for part in compared for number in range(len(parts.windows[part]))
             ]
             # All are of one size: the first so many are kept as fit together.
+            room = min(_KEPT_BYTES, (available_bytes() or _KEPT_BYTES) // 4)
             self._kept = {
-                window: KeptTensor(_KEPT_BYTES // count)
-                for count, window in enumerate(windows, start=1)
+                window: KeptTensor(room // count) for count, window in enumerate(windows, start=1)
             }
 
-    def anew(self) -> TextQuality:
+    def anew(self, *, compiled: bool) -> TextQuality:
         """Return the same measure, which has kept nothing yet."""
-        return TextQuality(self.parts, self._device, keep_reference=self._keep_reference)
+        return TextQuality(
+            self.parts, self._device, keep_reference=self._keep_reference, compiled=compiled
+        )
 
     def window_tokens(self) -> int:
         """Return the tokens of every window."""
@@ -117,22 +129,19 @@ class TextQuality:
         if module is reference:
             same = tuple(known) or self.losses(reference, part)
             return Comparison(same, same, 0.0, (0.0,) * len(same))
-        losses, reference_losses, divergences, rows = [], list(known), [], []
+        found = []
         for number, ids in enumerate(self.windows(part)):
             make = partial(next_token_logits, reference, ids)
             kept = self._kept.get((part, number))
             wanted = make() if kept is None else kept.get(make)
             logits = next_token_logits(module, ids)
-            losses.append(window_loss(logits, ids))
-            if not known:
-                reference_losses.append(window_loss(wanted, ids))
-            divergences.append(divergence_sum(wanted, logits))
-            rows.append(logits.shape[0])
-        each = tuple(
-            divergence / count for divergence, count in zip(divergences, rows, strict=True)
-        )
+            found.append(compare_window(wanted, logits, ids, compiled=self._compiled))
+        each = tuple(window.divergence / self.window_tokens() for window in found)
         return Comparison(
-            tuple(losses), tuple(reference_losses), sum(divergences) / sum(rows), each
+            tuple(window.loss for window in found),
+            tuple(known) or tuple(window.reference_loss for window in found),
+            sum(each) / len(each),
+            each,
         )
 
 
@@ -202,34 +211,3 @@ def next_token_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits `[tokens, vocabulary]` of one window `[1, tokens]`, without a cache."""
     with torch.no_grad():
         return output_tensor(run_on_tokens(module, ids))[0]
-
-
-def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Return the mean negative log-likelihood in nats of tokens 2 to last.
-
-    Args:
-        logits: `[tokens, vocabulary]`.
-        ids: `[1, tokens]`.
-    """
-    total = 0.0
-    targets = ids[0, 1:]
-    for start in range(0, len(targets), _ROWS_AT_ONCE):
-        rows = slice(start, min(start + _ROWS_AT_ONCE, len(targets)))
-        total += F.cross_entropy(logits[rows].float(), targets[rows], reduction="sum").item()
-    return total / len(targets)
-
-
-def divergence_sum(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """Return KL(reference || model) in nats, summed over rows.
-
-    Args:
-        reference: Logits `[rows, vocabulary]`.
-        logits: The model's logits `[rows, vocabulary]`.
-    """
-    parts = []
-    for start in range(0, logits.shape[0], _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        log_p = F.log_softmax(reference[rows].float(), dim=-1)
-        log_q = F.log_softmax(logits[rows].float(), dim=-1)
-        parts.append(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
-    return float(sum(torch.stack(parts).tolist()))

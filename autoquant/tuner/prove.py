@@ -158,7 +158,9 @@ class Prover:
         if not prompts_lose_most(plan, prompt.tokens):
             return None
         if self._compiled_quality is None:
-            self._compiled_quality = self.quality.anew()
+            # Compiling the comparison takes longer than it saves where whole models run fast.
+            slow = not backend(self.device).judges_long
+            self._compiled_quality = self.quality.anew(compiled=slow)
         compared = _compare(self._compiled_quality, prompt, original, self._compiled_reference)
         self._compiled_reference = _losses_of_reference(*compared)
         return compared

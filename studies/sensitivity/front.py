@@ -41,7 +41,7 @@ from autoquant.candidates import A16
 from autoquant.candidates.formats.low_bit import BitPlaneTensor
 from autoquant.candidates.formats.rounding import ROUNDINGS, Grid, rounded_formats
 from autoquant.evaluators.emulate import in_float32
-from autoquant.evaluators.quality import divergence_sum
+from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.sensitivity import Change
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
 from autoquant.evaluators.sensitivity.together import CalibrationModel, PathSite

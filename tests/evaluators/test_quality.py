@@ -6,12 +6,8 @@ import torch
 from models.tiny_models import Perceptron, tiny_llama
 from torch import nn
 
-from autoquant.evaluators.quality import (
-    FunctionQuality,
-    divergence_sum,
-    next_token_logits,
-    window_loss,
-)
+from autoquant.evaluators.logits import compare_window, divergence_sum, window_loss
+from autoquant.evaluators.quality import FunctionQuality, next_token_logits
 
 
 def random(*size, seed=0, dtype=torch.float32, scale=3.0):
@@ -59,6 +55,29 @@ def test_a_model_does_not_diverge_from_itself():
     logits = random(200, 64, scale=20.0)
     assert divergence_sum(logits, logits) == 0.0
     assert divergence_sum(logits, logits + 3) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_window_is_compared_as_each_measure_alone_does():
+    ids = torch.randint(0, 50, (1, 300), generator=torch.Generator().manual_seed(0))
+    reference = random(300, 50, dtype=torch.bfloat16)
+    logits = reference + random(300, 50, seed=1, dtype=torch.bfloat16, scale=0.1)
+    found = compare_window(reference, logits, ids)
+    assert found.loss == pytest.approx(window_loss(logits, ids), rel=1e-6)
+    assert found.reference_loss == pytest.approx(window_loss(reference, ids), rel=1e-6)
+    assert found.divergence == pytest.approx(divergence_sum(reference, logits), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_comparison_gives_the_same():
+    ids = torch.randint(0, 500, (1, 300), generator=torch.Generator().manual_seed(0))
+    reference = random(300, 500, dtype=torch.bfloat16)
+    logits = reference + random(300, 500, seed=1, dtype=torch.bfloat16, scale=0.1)
+    eager, compiled = (
+        compare_window(reference, logits, ids, compiled=compiled) for compiled in (False, True)
+    )
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-6)
+    assert compiled.reference_loss == pytest.approx(eager.reference_loss, rel=1e-6)
+    assert compiled.divergence == pytest.approx(eager.divergence, rel=1e-4)
 
 
 def test_the_logits_of_a_window_are_those_of_the_model():

@@ -139,7 +139,7 @@ def prover(monkeypatch):
         )
 
     monkeypatch.setattr(parts, "FUNCTIONS", {})
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, _inputs: graph)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, _inputs, **_options: graph)
     return start
 
 

@@ -16,13 +16,9 @@ from torch import nn
 
 from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.evaluators.emulate import EmulatedLinear, in_float32
+from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality
-from autoquant.evaluators.quality import (
-    FunctionQuality,
-    TextQuality,
-    divergence_sum,
-    next_token_logits,
-)
+from autoquant.evaluators.quality import FunctionQuality, TextQuality, next_token_logits
 from autoquant.evaluators.sensitivity.base import (
     Change,
     OnScored,

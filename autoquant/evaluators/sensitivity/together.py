@@ -12,7 +12,8 @@ from torch import nn
 from autoquant.candidates import A16
 from autoquant.devices import backend
 from autoquant.evaluators.kept import KeptTensor
-from autoquant.evaluators.quality import TextQuality, divergence_sum
+from autoquant.evaluators.logits import divergence_sum
+from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity.base import Change, parameter_of
 from autoquant.evaluators.sensitivity.gradients import (
     PlacedLinears,

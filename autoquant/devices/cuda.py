@@ -47,12 +47,12 @@ class CudaBackend(Backend):
     upload_threads = 4
     # Of searches on an H200 with 16 cores, see studies/search_cost.
     paces = Paces(
-        timing_s=0.42,
-        score_s=1.0,
-        proof_s=10.0,
-        proof_linear_s=0.25,
-        deliver_s=45.0,
-        deliver_linear_s=0.5,
+        timing_s=0.4,
+        score_s=0.55,
+        proof_s=15.0,
+        proof_linear_s=0.07,
+        deliver_s=55.0,
+        deliver_linear_s=0.15,
     )
     arithmetic = ("bfloat16", "float16", "float32", "int8", "float8")
     copy_bytes = 1 << 30

@@ -107,7 +107,10 @@ class Usage:
         return UserLoop("generate", tokens, calls)
 
     def answer_of(self, module: nn.Module, *, replayed: bool = False) -> Answer:
-        """Return what a model gives for the beginning of the prompt, or for the inputs.
+        """Return what a model gives for the prompt, or for the inputs.
+
+        The output is for the beginning of the prompt. Tokens are generated for all of it, so that
+        the steps are those that are timed.
 
         Args:
             replayed: Generate by compiled steps; otherwise as transformers itself does, which
@@ -117,9 +120,9 @@ class Usage:
             with torch.no_grad(), untuned():
                 output = output_tensor(_call(module, self._inputs()))
             return Answer(output.float().cpu(), None)
-        prompt = self._prompt(module)[:1, :CHECK_TOKENS]
+        prompt = self._prompt(module)
         with torch.no_grad(), untuned():
-            output = output_tensor(module(prompt))
+            output = output_tensor(module(prompt[:1, :CHECK_TOKENS]))
         tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)
         with nullcontext() if replayed else untuned():
             ids = generate(module, prompt, tokens, disable_compile=not replayed)
@@ -149,7 +152,7 @@ class Answer:
 
     Attributes:
         output: In float32.
-        ids: Prompt and new tokens `[1, tokens]`, or None if the model generates nothing.
+        ids: Prompt and new tokens `[batch, tokens]`, or None if the model generates nothing.
     """
 
     output: torch.Tensor
@@ -201,18 +204,22 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
     """
     if made.ids is None or expected.ids is None:
         return ""
-    pairs = zip(made.ids[0].tolist(), expected.ids[0].tolist(), strict=False)
-    place = next((number for number, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-    if place is None:
-        same = made.ids.shape == expected.ids.shape
-        return "" if same else "generate ends at another token than it did in memory"
-    ours, theirs = int(made.ids[0, place]), int(expected.ids[0, place])
-    if place > 0 and _is_near_tie(model, made.ids[:, :place], ours, theirs):
-        return ""
-    return (
-        f"generate gives another token at position {place} than it did in memory: {ours} instead"
-        f" of {theirs}"
-    )
+    if len(made.ids) != len(expected.ids):
+        return "generate gives another number of texts than it did in memory"
+    for ids, wanted in zip(made.ids, expected.ids, strict=True):
+        pairs = zip(ids.tolist(), wanted.tolist(), strict=False)
+        place = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+        if place is None:
+            if ids.shape != wanted.shape:
+                return "generate ends at another token than it did in memory"
+            continue
+        ours, theirs = int(ids[place]), int(wanted[place])
+        if place == 0 or not _is_near_tie(model, ids[None, :place], ours, theirs):
+            return (
+                f"generate gives another token at position {place} than it did in memory: {ours}"
+                f" instead of {theirs}"
+            )
+    return ""
 
 
 def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bool:

@@ -126,7 +126,7 @@ def test_rounds_go_on_until_the_ratio_is_known_to_two_percent(monkeypatch, noise
 def test_equal_models_give_equal_answers(llama):
     answer = LM.answer_of(llama)
     assert answer.error(LM.answer_of(make_llama())) == 0.0
-    assert answer.ids.shape == (1, 11) and answer.output.shape == (1, 6, 128)
+    assert answer.ids.shape == (2, 11) and answer.output.shape == (1, 6, 128)
     assert answer.error(LM.answer_of(make_llama(seed=1))) > 0.1
     assert answer.error(Answer(torch.ones(2), None)) == float("inf")
 
@@ -146,6 +146,17 @@ def test_another_token_is_found_and_a_near_tie_is_none(llama, monkeypatch):
     near[0, 7] = order[1]
     monkeypatch.setattr(user_loop, "MAX_RELATIVE_ERROR", 1.0)
     assert first_difference(llama, Answer(answer.output, near), answer) == ""
+
+
+def test_another_token_in_a_later_text_is_found(llama):
+    answer = LM.answer_of(llama)
+    with torch.no_grad():
+        logits = llama(answer.ids[:, :7]).logits[1, -1].float()
+    worst = answer.ids.clone()
+    worst[1, 7] = logits.argmin()
+    assert first_difference(llama, Answer(answer.output, worst), answer).startswith(
+        "generate gives another token at position 7"
+    )
 
 
 def test_an_early_end_is_a_difference(llama):

@@ -212,6 +212,8 @@ def shorten(refine: bool) -> None:
     prove.LEAST_PLANS, prove.FRONT_PLANS = 3, 1
     front.LOSS_BUDGETS = 5
     for kind in BACKENDS:
+        if os.environ.get("AUTOQUANT_EAGER"):  # nothing is compiled ahead, or for the delivery
+            kind.prepares = kind.settles_routes = kind.replays_steps = False
         kind.paces = Paces(
             timing_s=0.01,
             score_s=1.0,

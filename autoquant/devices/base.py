@@ -103,12 +103,12 @@ class Backend(ABC):
     upload_threads: ClassVar[int] = 1
     # Of searches on two cores of a server's CPU, see studies/search_cost.
     paces: ClassVar[Paces] = Paces(
-        timing_s=0.45,
-        score_s=220.0,
-        proof_s=2.0,
-        proof_linear_s=0.4,
-        deliver_s=50.0,
-        deliver_linear_s=0.25,
+        timing_s=1.2,
+        score_s=300.0,
+        proof_s=5.0,
+        proof_linear_s=0.3,
+        deliver_s=45.0,
+        deliver_linear_s=0.15,
     )
     arithmetic: ClassVar[Sequence[str]] = ("bfloat16", "float16", "float32")
     copy_bytes: ClassVar[int] = 128 << 20

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from autoquant.candidates import candidate_of
+from autoquant.candidates.formats.floats import original_format
 from autoquant.devices import backend
 from autoquant.devices.base import Paces
 from autoquant.errors import PlanError, StoreError
@@ -31,7 +32,7 @@ class Work:
 
     Attributes:
         timings: Timings that the store does not know.
-        scores: Billions of weights to be scored, counted once for each format.
+        scores: Billions of weights to be scored, counted once for each format that can be used.
         linears: Of a whole model.
     """
 
@@ -88,19 +89,18 @@ def work_of(
 ) -> Work:
     """Return what is left to do of a study."""
     known = store.timings(settled.hardware, PROTOCOL)
-    left = [each for each in dict.fromkeys(subjects) if each not in known]
     device_type = settled.hardware.type
     possible = [
         each
-        for each in left
+        for each in dict.fromkeys(subjects)
         if candidate_of(each).unsupported_reason(each.shape, each.m, device_type) is None
     ]
     weights = sum(site.shape.n * site.shape.k for site in recording.sites)
-    formats = len({candidate.format.id for candidate in settled.candidates})
+    formats = {each.format for each in possible} - {original_format(settled.loaded.dtype)}
     scored = store.options(settled.study_id) is not None
     return Work(
-        timings=len(possible),
-        scores=0.0 if scored else weights * formats / 1e9,
+        timings=len([each for each in possible if each not in known]),
+        scores=0.0 if scored else weights * len(formats) / 1e9,
         linears=len(recording.sites),
     )
 

@@ -270,22 +270,43 @@ def _routes(site: Site, kernels: Sequence[Kernel], measured: FormatTimings) -> l
         best = [(m, measured.fastest(kernels, allowed, m)) for m in rows]
         usable = [(m, kernel) for m, kernel in best if kernel is not None]
         if len(usable) == len(rows):
-            routes[_merge(usable)] = None
+            routes[_merge(usable, measured)] = None
     return list(routes)
 
 
-def _merge(best: Sequence[tuple[int, str]]) -> Route:
+def _merge(best: Sequence[tuple[int, str]], measured: FormatTimings) -> Route:
     """Make a route of the best kernel at each m.
 
-    Where the kernel changes between two m is not known yet: their geometric mean is assumed.
+    Where the kernel changes between two m was not measured: see `_overtaken`.
     """
     steps: list[RouteStep] = []
     for (m, kernel), following in zip(best, [*best[1:], None], strict=True):
         if following is None:
             steps.append(RouteStep(upper_m=None, kernel=kernel))
         elif following[1] != kernel:
-            steps.append(RouteStep(upper_m=isqrt(m * following[0]), kernel=kernel))
+            upper_m = _overtaken(measured, (m, kernel), following)
+            steps.append(RouteStep(upper_m=upper_m, kernel=kernel))
     return tuple(steps)
+
+
+def _overtaken(measured: FormatTimings, low: tuple[int, str], high: tuple[int, str]) -> int:
+    """Return the last m up to which the kernel that is best at the lower m is expected to be.
+
+    A kernel reads its weight, and then works for each row. So between two timings its latency is
+    taken to grow in proportion to the rows. If a kernel cannot be used at the other m, the
+    geometric mean is assumed.
+    """
+    (first_m, first), (last_m, last) = low, high
+
+    def lead_us(m: int) -> float | None:
+        before, after = measured.latency_us(first, m), measured.latency_us(last, m)
+        return None if before is None or after is None else after - before
+
+    ahead_us, behind_us = lead_us(first_m), lead_us(last_m)
+    if ahead_us is None or behind_us is None or ahead_us <= behind_us:
+        return isqrt(first_m * last_m)
+    share = ahead_us / (ahead_us - behind_us)
+    return min(first_m + int(share * (last_m - first_m)), last_m - 1)
 
 
 def _choice(

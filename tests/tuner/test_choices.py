@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from math import isqrt
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ def test_there_is_a_route_without_rounding_and_one_that_rounds_where_it_pays():
         if c.format == "int8/plain"
     }
     assert found["int8+a16"] == [(None, "weight-only")]
-    assert found["int8+a16 int8+a8-row"] == [(isqrt(8), "weight-only"), (None, "integer")]
+    assert found["int8+a16 int8+a8-row"] == [(3, "weight-only"), (None, "integer")]
 
 
 def test_rounding_everywhere_is_dropped_where_rounding_only_sometimes_is_faster():
@@ -92,17 +91,26 @@ def test_a_kernel_that_is_fastest_everywhere_is_the_whole_route():
 
 
 @pytest.mark.parametrize("rows", [(1, 2), (1, 3), (4, 9), (16, 512), (100, 101)])
-def test_kernels_change_at_the_geometric_mean_of_the_measured_m(rows):
+def test_kernels_change_where_their_latencies_would_cross_if_they_grew_with_the_rows(rows):
     few, many = rows
     table = {("bfloat16/plain", "matmul", m): 50.0 for m in rows}
-    table |= {("int8/plain", "weight-only", few): 1.0, ("int8/plain", "weight-only", many): 9.0}
-    table |= {("int8/plain", "integer", few): 9.0, ("int8/plain", "integer", many): 1.0}
+    table |= {("int8/plain", "weight-only", few): 1.0, ("int8/plain", "weight-only", many): 13.0}
+    table |= {("int8/plain", "integer", few): 5.0, ("int8/plain", "integer", many): 5.0}
     route = only(
         choices_of(table, site=make_site(rows=(many, few))), "int8/plain", "int8+a16 int8+a8-row"
     ).route
     boundary = route[0].upper_m
     assert len(route) == 2 and few <= boundary < many
-    assert boundary == max(few, isqrt(few * many))
+    assert boundary == few + (many - few) // 3
+
+
+def test_a_kernel_that_is_for_few_rows_alone_is_used_up_to_the_geometric_mean():
+    table = {("bfloat16/plain", "matmul", m): 50.0 for m in (1, 64)}
+    table |= {("int8/plain", "weight-only", 1): 1.0}
+    table |= {("int8/plain", "integer", 1): 9.0, ("int8/plain", "integer", 64): 1.0}
+    found = choices_of(table, site=make_site(rows=(64, 1)))
+    (route, *_) = {c.route for c in found.choices if len(c.route) == 2}
+    assert route[0] == RouteStep(upper_m=8, kernel="weight-only")
 
 
 def test_equal_kernels_of_neighbouring_m_are_merged():
@@ -118,7 +126,7 @@ def test_equal_kernels_of_neighbouring_m_are_merged():
     choices = choices_of(table, site=make_site(uses=uses))
     route = only(choices, "int8/plain", "int8+a16 int8+a8-row").route
     assert route == (
-        RouteStep(upper_m=8, kernel="weight-only"),
+        RouteStep(upper_m=10, kernel="weight-only"),
         RouteStep(upper_m=None, kernel="integer"),
     )
 

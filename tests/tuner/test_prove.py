@@ -139,7 +139,9 @@ def prover(monkeypatch):
         )
 
     monkeypatch.setattr(parts, "FUNCTIONS", {})
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, _inputs, **_options: graph)
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda graph, _inputs, **_options: graph
+    )
     return start
 
 

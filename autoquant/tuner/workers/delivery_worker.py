@@ -1,4 +1,4 @@
-"""The new process of `tuner.deliver`, run as `python -m MODULE FD` where FD is a socket.
+"""The new process of `tuner.deliver`, run by `child.py` with the number of a socket.
 
 It is not forked, so it starts without the search's memory and can use a GPU. It is started before
 there is a plan, and imports what it will need. It ends when the search does.
@@ -6,7 +6,6 @@ there is a plan, and imports what it will need. It ends when the search does.
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -15,7 +14,6 @@ from multiprocessing.connection import Connection
 import torch
 
 from autoquant.devices.effort import use_timing_effort
-from autoquant.processes import die_with
 from autoquant.tuner.deliver import DeliverySpec, load_and_deliver
 from autoquant.tuner.workers.forking import receive, send
 from autoquant.tuner.workers.worker import portable
@@ -23,7 +21,6 @@ from autoquant.tuner.workers.worker import portable
 
 def main() -> None:
     """Answer (True, delivery), or (False, the error)."""
-    die_with(os.getppid())
     connection = Connection(int(sys.argv[1]))
     sys.path[:] = receive(connection)
     import_ahead()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from autoquant.tuner.workers.jobs import BenchSpec, Job
 
 TOLD, DONE, RAISED, DIED = "told", "done", "raised", "died"
-WORKER = "autoquant.tuner.workers.worker"
+CHILD, WORKER = "autoquant.tuner.workers.child", "autoquant.tuner.workers.worker"
 Result = TypeVar("Result")
 _LOOKS, _TIMES_AS_LONG = 8, 10
 """Looks at a job in each `silence_s`, and most of these that it gets while others hold it up."""
@@ -123,14 +123,14 @@ class ForkingRunner:
 
 
 def start_process(module: str) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Run `python -m MODULE FD` in its own session, where FD is the other end of the connection.
+    """Run a module in its own session, with the number of the connection's other end.
 
     It imports from where this process does. With `-P`, the current folder is not searched first.
     """
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, str(theirs.fileno())],
+            [sys.executable, "-P", "-m", CHILD, str(os.getpid()), module, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

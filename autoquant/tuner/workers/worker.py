@@ -1,6 +1,6 @@
 """The other side of `ForkingRunner`: a process that forks a child for each job.
 
-Run as `python -m autoquant.tuner.workers.worker FD`, where FD is a socket. This process never
+Run by `child.py` with the number of a socket. This process never
 computes: a process whose OpenMP threads have run cannot be forked. A child ends with its job, which
 returns all its memory. A child that a signal ends is an answer like any other, and so is one that
 takes nearly all memory, which is ended. When the searching process ends, so do this one and its
@@ -35,7 +35,6 @@ _LOOK_S = 0.1
 
 def main() -> None:
     """Make the bench, then serve jobs until the socket closes."""
-    die_with(os.getppid())
     torch.set_num_threads(1)
     connection = Connection(int(sys.argv[1]))
     sys.path[:] = receive(connection)

@@ -357,3 +357,26 @@ def test_one_process_can_be_asked_for(bench, monkeypatch):
     monkeypatch.setenv(IN_PROCESS_VARIABLE, "1")
     kind, (notice,) = chosen(bench)
     assert kind is InProcessRunner and IN_PROCESS_VARIABLE in notice
+
+
+STARTING = """
+import time
+from autoquant.tuner.workers.forking import start_process
+process, _ = start_process("autoquant.tuner.workers.delivery_worker")
+time.sleep(0.5)  # it is bound to this process, and imports
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.processes
+def test_a_process_that_still_imports_ends_with_the_one_that_started_it():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", STARTING]
+    starting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = int(starting.stdout.readline())
+    os.kill(process, signal.SIGSTOP)  # as long as its imports may take
+    starting.kill()
+    starting.wait(20)
+    starting.stdout.close()
+    wait_until(lambda: not is_running(process))

@@ -13,8 +13,10 @@ from torch import nn
 
 from autoquant.errors import QualityError, first_line
 from autoquant.evaluators.kept import KeptTensor
+from autoquant.evaluators.passes import each_output
 from autoquant.evaluators.text import Part, TextParts
 from autoquant.models.outputs import output_tensor, run_on_tokens
+from autoquant.models.streaming import stream_of
 
 _ROWS_AT_ONCE = 128
 _KEPT_BYTES = 1 << 30
@@ -109,7 +111,9 @@ class TextQuality:
 
     def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]:
         """Return each window's mean negative log-likelihood in nats, without its first token."""
-        return tuple(window_loss(next_token_logits(module, ids), ids) for ids in self.windows(part))
+        windows = list(self.windows(part))
+        each = each_logits(module, windows)
+        return tuple(window_loss(logits, ids) for logits, ids in zip(each, windows, strict=True))
 
     def compare(
         self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
@@ -118,10 +122,8 @@ class TextQuality:
             same = tuple(known) or self.losses(reference, part)
             return Comparison(same, same, 0.0, (0.0,) * len(same))
         losses, reference_losses, divergences, rows = [], list(known), [], []
-        for number, ids in enumerate(self.windows(part)):
-            make = partial(next_token_logits, reference, ids)
-            kept = self._kept.get((part, number))
-            wanted = make() if kept is None else kept.get(make)
+        windows = list(self.windows(part))
+        for ids, wanted in zip(windows, self._reference_logits(reference, part), strict=True):
             logits = next_token_logits(module, ids)
             losses.append(window_loss(logits, ids))
             if not known:
@@ -134,6 +136,31 @@ class TextQuality:
         return Comparison(
             tuple(losses), tuple(reference_losses), sum(divergences) / sum(rows), each
         )
+
+    def _reference_logits(self, reference: nn.Module, part: Part) -> Iterator[torch.Tensor]:
+        """Yield the unquantized model's logits on each window, those kept on disk from there.
+
+        Of a streamed model all are kept: one pass over all weights is enough for all plans.
+        """
+        windows = list(self.windows(part))
+        if stream_of(reference) is None:
+            for number, ids in enumerate(windows):
+                make = partial(next_token_logits, reference, ids)
+                kept = self._kept.get((part, number))
+                yield make() if kept is None else kept.get(make)
+            return
+        files = [
+            self._kept.setdefault((part, number), KeptTensor(0)) for number in range(len(windows))
+        ]
+        missing = [ids for ids, file in zip(windows, files, strict=True) if not file.is_kept()]
+        made = each_logits(reference, missing)
+        for ids, file in zip(windows, files, strict=True):
+            if file.is_kept():
+                yield file.get(partial(next_token_logits, reference, ids))
+            else:
+                logits = next(made)
+                file.keep(logits)
+                yield logits
 
 
 class FunctionQuality:
@@ -202,6 +229,11 @@ def next_token_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits `[tokens, vocabulary]` of one window `[1, tokens]`, without a cache."""
     with torch.no_grad():
         return output_tensor(run_on_tokens(module, ids))[0]
+
+
+def each_logits(module: nn.Module, windows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the logits `[tokens, vocabulary]` of each window, as `next_token_logits`."""
+    return each_output(module, [partial(next_token_logits, module, ids) for ids in windows])
 
 
 def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:

@@ -63,13 +63,17 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     Returns:
         The names of the files.
     """
-    about = describe(plan, asdict(loaded.source), loaded.device)
+    write_beside(loaded, plan, folder)
+    write_module(loaded.module, describe(plan, asdict(loaded.source), loaded.device), folder)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_beside(loaded: LoadedModel, plan: Plan, folder: Path) -> None:
+    """Write the configuration and the tokenizer of a model that a plan is applied to."""
     if copy_beside(loaded, folder):
         _name_quantizer(folder / "config.json", plan.dtype)
     if loaded.source.tokenizer and loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
-    write_module(loaded.module, about, folder)
-    return sorted(path.name for path in folder.iterdir())
 
 
 def describe(plan: Plan, source: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> N
             `read_manifest`.
     """
     ties = tied_names(module)
-    tensors = _named_tensors(module)
+    tensors = named_tensors(module)
     for group in ties:
         for alias in group[1:]:
             tensors.pop(alias, None)
@@ -260,7 +264,7 @@ def _describe(weight: RoutedWeight) -> dict[str, Any]:
     return {"format": weight.format_id, "route": [list(step) for step in weight.route]}
 
 
-def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return all parameters and buffers by name, also buffers that a state dict leaves out.
 
     They make the checkpoint complete: the module's constructor need not compute any of them.

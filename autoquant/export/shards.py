@@ -1,8 +1,8 @@
 """The tensors of a checkpoint, written to files of bounded size and read from them.
 
-What torchao's scheme describes lies in safetensors files, the rest (kernel-specific packings) in
-files of `torch.save`. A writer holds the tensors of one file of each kind. Tensors that need several
-files have an index, `model.safetensors.index.json`, as Hugging Face names it.
+What torchao can describe lies in safetensors files, the rest (kernel-specific packings) in files of
+`torch.save`. A writer holds the tensors of one file of each kind. Tensors that need several files
+have an index, `model.safetensors.index.json`, as Hugging Face names it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from autoquant.candidates.flat import move_tensor, same_bits, stored_bytes
 from autoquant.devices import backend
 from autoquant.errors import CheckpointError, ModelError, first_line
 from autoquant.files import check_stored
+from autoquant.models.fitting import gib
 from autoquant.models.threads import in_threads
 from autoquant.models.weights import files
 
@@ -150,7 +151,9 @@ class _Files:
         self.held, self._held_bytes = {}, 0
 
 
-def read_tensors(folder: Path, packed: Sequence[str] | None, device: str) -> dict[str, torch.Tensor]:
+def read_tensors(
+    folder: Path, packed: Sequence[str] | None, device: str
+) -> dict[str, torch.Tensor]:
     """Return all tensors of a checkpoint by name, on a device.
 
     Args:
@@ -163,7 +166,9 @@ def read_tensors(folder: Path, packed: Sequence[str] | None, device: str) -> dic
         packed = [PACKED] if (folder / PACKED).exists() else []
     tensors: dict[str, torch.Tensor] = {}
     try:
-        for path in files(folder):
+        readable = files(folder)
+        _check_room(folder, [*readable, *(folder / name for name in packed)], device)
+        for path in readable:
             tensors |= read_safetensors(path, device)
         for name in packed:
             tensors |= _read_packed(folder / name, device)
@@ -180,6 +185,18 @@ def read_tensors(folder: Path, packed: Sequence[str] | None, device: str) -> dic
             f"cannot read {folder}, which is damaged ({first_line(error)}): apply the plan again"
         ) from error
     return tensors
+
+
+def _check_room(folder: Path, paths: Sequence[Path], device: str) -> None:
+    """Refuse what is larger than the memory that is free, before it is read."""
+    backend(device).keep_to_limit()
+    room_bytes = backend(device).room_bytes()
+    needed = sum(path.stat().st_size for path in paths)
+    if room_bytes is not None and needed > room_bytes:
+        raise CheckpointError(
+            f"{folder} takes {gib(needed)}, and {device} has {gib(room_bytes)} of memory free: free"
+            " some, use another device, or apply a smaller plan"
+        )
 
 
 def names_of_files(names: Iterable[str]) -> set[str]:

@@ -24,6 +24,8 @@ from autoquant.export import applier, checkpoint, on_disk
 from autoquant.files import raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, SameModel
 from autoquant.models.copies import shallow_copy
+from autoquant.models.stand_in import to_time
+from autoquant.models.streaming import stream_of
 from autoquant.records import Delivery, Plan, Where
 from autoquant.runtime.caches import clear_caches
 from autoquant.runtime.request import MAX_RELATIVE_ERROR
@@ -130,9 +132,7 @@ class Deliverer:
         if live:
             where = "in memory"
         try:
-            quantized = applier.apply(
-                plan, shallow_copy(self.loaded.module), calibration=self.calibration
-            )
+            quantized = applier.applied(plan, self.loaded.module, self.calibration)
             if live:
                 return check_and_time(
                     plan.plan_id, quantized, shallow_copy(self.loaded.module), self.usage
@@ -143,9 +143,10 @@ class Deliverer:
                 del quantized
                 if where == "new process":
                     return self._in_new_process(spec)
-                return load_and_deliver(
-                    spec, replace(self.loaded, module=shallow_copy(self.loaded.module))
-                )
+                original = self.loaded.module
+                if self.loaded.stream is None:
+                    original = shallow_copy(original)
+                return load_and_deliver(spec, replace(self.loaded, module=original))
         except Exception as error:  # noqa: BLE001 - any error is a fact about the plan
             raise_if_full(error)
             reason = first_line(error, with_type=True)
@@ -215,14 +216,20 @@ def _moved_off_gpu(module: nn.Module, device: str) -> Iterator[None]:
     if backend(device).free_bytes() is None:
         yield
         return
+    stream = stream_of(module)
     clear_caches()
-    module.to("cpu")
+    if stream is not None:
+        stream.let_go()
+        stream.forget_uploads()
+    else:
+        module.to("cpu")
     release_memory()
     backend(device).trim_memory()
     try:
         yield
     finally:
-        module.to(device)
+        if stream is None:
+            module.to(device)
 
 
 def load_and_deliver(
@@ -249,7 +256,10 @@ def load_and_deliver(
             logits_error=error,
             reason=reason,
         )
-    delivery = check_and_time(spec.plan_id, quantized, original.module, spec.usage, spec.expected)
+    timed, stand_in = to_time(original.module) if original.stream else (original.module, "")
+    delivery = check_and_time(spec.plan_id, quantized, timed, spec.usage, spec.expected)
+    if stand_in:
+        delivery = replace(delivery, notes=(stand_in, *delivery.notes))
     note = f"loaded again, its output differs by {error:.2g} (relative) from what it was in memory"
     return replace(
         delivery, where=where, logits_error=error, notes=((note,) if error else ()) + delivery.notes

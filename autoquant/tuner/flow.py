@@ -9,6 +9,7 @@ from autoquant.tuner.budget import Budget
 from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.distrust import distrust
 from autoquant.tuner.ledger import ProofLedger
+from autoquant.tuner.request import room_bytes
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import crossovers_s, measure_crossovers
 from autoquant.tuner.stages.profile import profile_linears, searchable
@@ -60,6 +61,7 @@ def search_plans(setup: SearchSetup, budget: Budget) -> None:
             ledger = ProofLedger(
                 setup.store, settled.study_id, runner, budget, setup.listener, setup.reference
             )
+            ledger.room_bytes = room_bytes(settled.loaded)
             try:
                 with budget.stage("prove"):
                     referenced = prove_references(space, ledger, recording.sites, settled.limits)

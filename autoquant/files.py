@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -28,6 +29,18 @@ _UNFINISHED = ".unfinished"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = (*map(os.strerror, _FULL), "database or disk is full")
 _LITTLE_BYTES = 1 << 20
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?b|b)?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def size_bytes(text: str) -> int | None:
+    """Read `2GiB`, `500MB` or `123456` as bytes; None if it is none of these, or not positive."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        return None
+    unit = (match[2] or "b").lower().removesuffix("b")
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** _POWERS[unit.removesuffix("i")]) or None
 
 
 def is_writable(path: Path) -> bool:

@@ -18,6 +18,7 @@ from autoquant.export.checkpoint import dtype_in
 from autoquant.export.manifest import MANIFEST, read_manifest
 from autoquant.export.on_disk import load
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
+from autoquant.models.placing import moved
 from autoquant.models.pretrained import pretrained
 from autoquant.models.targets import resolve_device
 from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
@@ -203,7 +204,7 @@ def load_generator(
         module = load(folder, device=device, trust_remote_code=trust_remote_code)
     else:
         original = pretrained(folder, dtype, trust_remote_code=trust_remote_code)
-        module = prepare(settle(original.to(device)))
+        module = prepare(settle(moved(original, device)))
     if not is_causal_lm(module):
         raise ModelError(
             f"{folder} holds no causal language model, so it writes no text: "

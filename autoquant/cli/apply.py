@@ -124,6 +124,19 @@ def _model_name(path: str) -> str:
     return (place.stem if place.suffix in _FILE_SUFFIXES else place.name) or "model"
 
 
+_READ_BACK = {
+    "logits": "Read back: its logits are bit for bit those of the quantized model in memory.",
+    "weights": (
+        "Read back: its weights are those of the quantized model in memory, whose logits differ"
+        " from run to run."
+    ),
+    "layers": (
+        "Read back: its tensors are bit for bit those that were made. The unquantized model does"
+        " not fit, so layers were quantized one at a time, and the whole has not been run."
+    ),
+}
+
+
 def _print_report(plan: Plan, report: AppliedReport) -> None:
     from autoquant.report import units
 
@@ -134,13 +147,7 @@ def _print_report(plan: Plan, report: AppliedReport) -> None:
         f" {units.size(report.original_memory_bytes)}"
     )
     echo(f"Wrote {report.out}: {', '.join(report.files)}")
-    if report.repeatable:
-        echo("Read back: its logits are bit for bit those of the quantized model in memory.")
-    else:
-        echo(
-            "Read back: its weights are those of the quantized model in memory, whose logits"
-            " differ from run to run."
-        )
+    echo(_READ_BACK[report.compared])
     where = (
         os.path.relpath(report.out) if report.out.is_relative_to(Path.cwd()) else str(report.out)
     )

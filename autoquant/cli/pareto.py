@@ -106,7 +106,13 @@ def _print_chart(rows: list[dict[str, Any]]) -> None:
 
 def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> None:
     from autoquant.report.tables.plans import front_table
-    from autoquant.report.words import constraints_words, left_out_lines, recommendation, study_line
+    from autoquant.report.words import (
+        constraints_words,
+        left_out_lines,
+        recommendation,
+        stand_in_lines,
+        study_line,
+    )
 
     facts = study.facts
     echo(f"Study {facts.study_id}: {study_line(facts.source, facts.device, facts.workload)}")
@@ -121,7 +127,7 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
     if rows and chart:
         _print_chart(rows)
     echo(recommendation(rows, facts.limits, facts.workload))
-    for line in left_out_lines(study.left_out()):
+    for line in [*stand_in_lines(study.proofs().values()), *left_out_lines(study.left_out())]:
         echo(line)
     if ended := study.refinement_ended():
         echo(f"Refinement: {ended}.")

@@ -255,6 +255,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
                 "limits": study.limits.as_object(),
                 "constraints": study.constraints.as_object(),
                 "stage_seconds": study.stage_seconds(),
+                "stage_memory_bytes": study.stage_memory(),
             }
         )
         return
@@ -264,6 +265,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
         off_predictions,
         recommendation,
         spent_words,
+        stand_in_lines,
     )
 
     where = shlex.quote(db)
@@ -274,7 +276,10 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     if not rows:
         return
     best = None if recommended is None else recommended["plan_id"]
-    for line in [*disturbed_proofs(study.proofs(), best, where), *off_predictions(rows, where)]:
+    proofs = study.proofs()
+    for line in stand_in_lines(proofs.values()):
+        echo(line)
+    for line in [*disturbed_proofs(proofs, best, where), *off_predictions(rows, where)]:
         echo(line)
     echo(spent_words(study.stage_seconds()))
     echo("\nNext:")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 
+from autoquant import files
 from autoquant.errors import WorkloadError
 
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
-_SIZE = re.compile(rf"({_NUMBER})\s*([kmgt]i?b|b)?", re.IGNORECASE)
 _DURATION = re.compile(rf"(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s?)?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def fraction(text: str, option: str) -> float:
@@ -55,13 +54,8 @@ def size_bytes(text: str, option: str) -> int:
     Raises:
         WorkloadError: It is none of these, or is not positive.
     """
-    match = _SIZE.fullmatch(text.strip())
-    value = 0
-    if match:
-        unit = (match[2] or "b").lower().removesuffix("b")
-        base = 1024 if unit.endswith("i") else 1000
-        value = int(float(match[1]) * base ** _POWERS[unit.removesuffix("i")])
-    if value < 1:
+    value = files.size_bytes(text)
+    if value is None:
         raise WorkloadError(
             f"{option}: cannot read {text!r}; write a size such as 2GiB, 500MB or 123456 (bytes)"
         )

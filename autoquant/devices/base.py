@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity
 from autoquant.devices.clocks import Call, Clock, HostClock
 from autoquant.devices.effort import TimingEffort
 from autoquant.devices.load import Load, OtherLoad
-from autoquant.devices.memory import trim_memory
+from autoquant.devices.memory import available_bytes, memory_limit, trim_memory
 from autoquant.files import raise_if_full
 from autoquant.records import Device
 
@@ -183,6 +183,18 @@ class Backend(ABC):
         """Return how much of the device's own memory is free, or None if it shares the host's."""
         return None
 
+    def room_bytes(self) -> int | None:
+        """Return how much memory models here may take beside what they have, or None if unknown.
+
+        It is the device's own memory, or the host's, as far as the user allows it.
+        """
+        limit, available = memory_limit(), available_bytes()
+        known = [each for each in (limit, available) if each is not None]
+        return min(known, default=None)
+
+    def keep_to_limit(self) -> None:  # noqa: B027 - there may be no way to
+        """Let PyTorch allocate no more here than the user allows, where that can be done."""
+
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy of a tensor on the device. What reads it there waits for it."""
         return tensor.to(self.device, copy=True)
@@ -196,6 +208,10 @@ class Backend(ABC):
 
     def peak_bytes(self) -> int | None:
         """Return the most bytes allocated beyond those at `reset_peak`, or None if unknown."""
+        return None
+
+    def most_bytes(self) -> int | None:
+        """Return the most bytes that were allocated since the last call, or None if unknown."""
         return None
 
     # -- compilation -------------------------------------------------------------------------------

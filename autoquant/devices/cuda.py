@@ -15,7 +15,7 @@ from autoquant.devices.clocks import Call, Clock
 from autoquant.devices.cuda_graphs import GraphClock, GraphedStep
 from autoquant.devices.effort import TimingEffort
 from autoquant.devices.load import GpuLoad, Load
-from autoquant.devices.memory import trim_memory
+from autoquant.devices.memory import memory_limit, trim_memory
 from autoquant.devices.uploads import in_pieces, is_plain
 from autoquant.records import Device
 
@@ -145,7 +145,20 @@ class CudaBackend(Backend):
         return cast(Event, event)
 
     def free_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self.device)[0]
+        free, limit = torch.cuda.mem_get_info(self.device)[0], memory_limit()
+        if limit is None:
+            return free
+        return max(0, min(free, limit - torch.cuda.memory_reserved(self.device)))
+
+    def room_bytes(self) -> int:
+        """Return what is free, with what PyTorch keeps of freed tensors."""
+        allocated, kept = torch.cuda.memory_allocated, torch.cuda.memory_reserved
+        return self.free_bytes() + kept(self.device) - allocated(self.device)
+
+    def keep_to_limit(self) -> None:
+        if (limit := memory_limit()) is not None:
+            total = torch.cuda.mem_get_info(self.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy through pinned memory: the driver would wait for each page of a mapped file."""
@@ -164,6 +177,13 @@ class CudaBackend(Backend):
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) - self._before_bytes
+
+    def most_bytes(self) -> int:
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return 0
+        most = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return most
 
     def compile_failure(self) -> str | None:
         """Return None: Triton brings its own compiler."""

@@ -9,6 +9,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from autoquant.errors import DeviceError
+from autoquant.files import size_bytes
+
+LIMIT_VARIABLE = "AUTOQUANT_DEVICE_MEMORY"
+"""Names how much of a device's memory models and what they compute may take, such as `8GiB`."""
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 
@@ -42,8 +47,27 @@ def quick_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
+def memory_limit() -> int | None:
+    """Return the bytes that the user allows on a device, or None.
+
+    Raises:
+        DeviceError: The variable holds no size.
+    """
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    if not text:
+        return None
+    if (limit := size_bytes(text)) is None:
+        raise DeviceError(
+            f"{LIMIT_VARIABLE}: cannot read {text!r}; write a size such as 8GiB, or unset it"
+        )
+    return limit
+
+
 def available_bytes() -> int | None:
-    """Return how much memory this process may still take, or None if unknown."""
+    """Return how much memory this process may still take, or None if unknown.
+
+    Pages of files count as free: the system takes them back when others need the memory.
+    """
     try:
         lines = (_PROC / "meminfo").read_text().splitlines()
         free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -51,16 +75,26 @@ def available_bytes() -> int | None:
         return None
     try:
         limit = int((_CGROUP / "memory.max").read_text())
-        left = limit - int((_CGROUP / "memory.current").read_text())
+        left = limit - int((_CGROUP / "memory.current").read_text()) + _file_bytes()
     except (OSError, ValueError):  # no control group, or one without a limit ("max")
         return free_kib << 10
     return min(free_kib << 10, left)
 
 
-def resident_bytes(process: int) -> int:
-    """Return how much memory a process has; 0 if unknown."""
+def _file_bytes() -> int:
+    """Return how much of the control group's memory holds pages of files."""
+    lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    values = dict(line.split() for line in lines)
+    return int(values.get("inactive_file", 0)) + int(values.get("active_file", 0))
+
+
+def own_bytes(process: int) -> int:
+    """Return how much memory a process has, without pages of files; 0 if unknown.
+
+    A process that reads mapped weights has as many pages of them as the system has room for.
+    """
     try:
-        pages = int((_PROC / str(process) / "statm").read_text().split()[1])
+        _, resident, shared = (_PROC / str(process) / "statm").read_text().split()[:3]
     except (OSError, ValueError):
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

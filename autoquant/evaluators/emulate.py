@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.models.streaming import stream_of
 
 
 class EmulatedLinear(LinearHook):
@@ -47,6 +48,10 @@ def in_float32(module: nn.Module) -> Iterator[None]:
     Widening and narrowing again gives the same bits. Parameters keep their identity, so tied ones
     stay tied. Buffers do not change: those that matter for precision are float32 already.
     """
+    if (stream := stream_of(module)) is not None:
+        with stream.in_float32():
+            yield
+        return
     narrowed: list[tuple[nn.Parameter, torch.dtype]] = []
     try:
         for parameter in module.parameters():

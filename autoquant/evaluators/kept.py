@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,19 +27,34 @@ class KeptTensor:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object
         self._most_bytes = most_bytes
 
+    def is_kept(self) -> bool:
+        """Check whether the tensor is in the file."""
+        return os.pread(self._file.fileno(), 1, 0) == _COMPLETE
+
     def get(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the tensor of the first call of `make`."""
         number = self._file.fileno()
-        if os.pread(number, 1, 0) == _COMPLETE:
-            kept: torch.Tensor = pickle.loads(os.pread(number, self._most_bytes + 1, 1))
+        if self.is_kept():
+            kept: torch.Tensor = pickle.loads(_rest_of_file(number))
             return kept
         tensor = make()
-        if tensor.nbytes > self._most_bytes:
-            # Pickling it first would take longer on a GPU than making it again.
-            return tensor
-        data = pickle.dumps(tensor)
-        if len(data) <= self._most_bytes:
+        if tensor.nbytes <= self._most_bytes:
+            # Pickling a larger one first would take longer on a GPU than making it again.
+            self.keep(tensor, self._most_bytes)
+        return tensor
+
+    def keep(self, tensor: torch.Tensor, most_bytes: int = sys.maxsize) -> None:
+        """Keep the tensor, unless it takes more bytes in the file or does not fit the disk."""
+        number, data = self._file.fileno(), pickle.dumps(tensor)
+        if len(data) <= most_bytes:
             with suppress(OSError):
                 if os.pwrite(number, data, 1) == len(data):
                     os.pwrite(number, _COMPLETE, 0)
-        return tensor
+
+
+def _rest_of_file(number: int) -> bytearray:
+    """Return what lies behind the first byte. A single read gives 2 GiB at most."""
+    data, size = bytearray(), os.fstat(number).st_size
+    while len(data) < size - 1:
+        data += os.pread(number, size - 1 - len(data), 1 + len(data))
+    return data

@@ -14,8 +14,10 @@ from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError, first_line
 from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.logits import compare_window, window_loss
+from autoquant.evaluators.passes import each_output
 from autoquant.evaluators.text import Part, TextParts
 from autoquant.models.outputs import output_tensor, run_on_tokens
+from autoquant.models.streaming import stream_of
 
 _KEPT_BYTES = 4 << 30
 """Logits that are kept at most; a quarter of the memory, if that is less: the system holds them."""
@@ -121,7 +123,9 @@ class TextQuality:
 
     def losses(self, module: nn.Module, part: Part) -> tuple[float, ...]:
         """Return each window's mean negative log-likelihood in nats, without its first token."""
-        return tuple(window_loss(next_token_logits(module, ids), ids) for ids in self.windows(part))
+        windows = list(self.windows(part))
+        each = each_logits(module, windows)
+        return tuple(window_loss(logits, ids) for logits, ids in zip(each, windows, strict=True))
 
     def compare(
         self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
@@ -130,10 +134,8 @@ class TextQuality:
             same = tuple(known) or self.losses(reference, part)
             return Comparison(same, same, 0.0, (0.0,) * len(same))
         found = []
-        for number, ids in enumerate(self.windows(part)):
-            make = partial(next_token_logits, reference, ids)
-            kept = self._kept.get((part, number))
-            wanted = make() if kept is None else kept.get(make)
+        windows = list(self.windows(part))
+        for ids, wanted in zip(windows, self._reference_logits(reference, part), strict=True):
             logits = next_token_logits(module, ids)
             found.append(compare_window(wanted, logits, ids, compiled=self._compiled))
         each = tuple(window.divergence / self.window_tokens() for window in found)
@@ -143,6 +145,31 @@ class TextQuality:
             sum(each) / len(each),
             each,
         )
+
+    def _reference_logits(self, reference: nn.Module, part: Part) -> Iterator[torch.Tensor]:
+        """Yield the unquantized model's logits on each window, those kept on disk from there.
+
+        Of a streamed model all are kept: one pass over all weights is enough for all plans.
+        """
+        windows = list(self.windows(part))
+        if stream_of(reference) is None:
+            for number, ids in enumerate(windows):
+                make = partial(next_token_logits, reference, ids)
+                kept = self._kept.get((part, number))
+                yield make() if kept is None else kept.get(make)
+            return
+        files = [
+            self._kept.setdefault((part, number), KeptTensor(0)) for number in range(len(windows))
+        ]
+        missing = [ids for ids, file in zip(windows, files, strict=True) if not file.is_kept()]
+        made = each_logits(reference, missing)
+        for ids, file in zip(windows, files, strict=True):
+            if file.is_kept():
+                yield file.get(partial(next_token_logits, reference, ids))
+            else:
+                logits = next(made)
+                file.keep(logits)
+                yield logits
 
 
 class FunctionQuality:
@@ -211,3 +238,8 @@ def next_token_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits `[tokens, vocabulary]` of one window `[1, tokens]`, without a cache."""
     with torch.no_grad():
         return output_tensor(run_on_tokens(module, ids))[0]
+
+
+def each_logits(module: nn.Module, windows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the logits `[tokens, vocabulary]` of each window, as `next_token_logits`."""
+    return each_output(module, [partial(next_token_logits, module, ids) for ids in windows])

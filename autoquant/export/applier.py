@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,9 @@ from autoquant.events import (
 )
 from autoquant.export.kernel_check import OnKernel, check_kernels, ignore_kernel
 from autoquant.export.rounding_inputs import Calibration, Windows
-from autoquant.models.copies import not_compiled
+from autoquant.models.copies import not_compiled, shallow_copy
+from autoquant.models.loaded import device_of
+from autoquant.models.streaming import brought, place_whole, stream_of
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
 
@@ -58,8 +61,10 @@ class Quantized:
         if key in self._stored:
             return self._stored[key]
         fmt = get_format(layer.format)
-        rounded = made if fmt.needs_inputs else None
-        stored = rounded.stored(layer.parameters[0], fmt) if rounded else fmt.store(weight)
+        if fmt.needs_inputs and made is not None:
+            stored = made.stored(layer.parameters[0], fmt)
+        else:
+            stored = fmt.store(weight)
         if not layer.joined:  # a joined weight is copied into memory shared with others
             self._stored[key] = stored
         return stored
@@ -73,6 +78,7 @@ def apply(
     listener: Listener = ignore,
     quantized: Quantized | None = None,
     on_kernel: OnKernel = ignore_kernel,
+    streamed: nn.Module | None = None,
 ) -> nn.Module:
     """Quantize the weights of `model` as `autoquant.export.in_memory.apply` does, unchecked.
 
@@ -83,6 +89,8 @@ def apply(
         calibration: The token ids of the search.
         quantized: Weights of the plan that was applied to the same model before.
         on_kernel: Takes what is checked next.
+        streamed: The streamed module that `model` is a copy of. Each weight is brought to its
+            device and quantized there, and then those that the plan leaves alone.
 
     Returns:
         The same module.
@@ -95,22 +103,39 @@ def apply(
         KernelError: A kernel computes something else than its weight stores.
     """
     check_fits(plan, model)
-    made = _prepared(plan, model, calibration)
+    made = rounded(plan, streamed or model, calibration)
+    device = None if streamed is None else device_of(streamed)
     quantized = quantized or Quantized()
     quantized.forget_all_but(plan)
     listener(StageStarted("apply", len(plan.layers)))
     for done, layer in enumerate(plan.layers):
         listener(StageProgress("apply", done, layer.name))
         if layer.format != original_format(layer.shape.dtype):
-            _replace(model, layer, quantized, made)
+            _replace(model, layer, quantized, made, device)
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
+    if streamed is not None and (stream := stream_of(streamed)) is not None:
+        place_whole(model, stream)
     prepare(model)
     check_kernels(model, on_kernel)
-    listener(StageFinished("apply", f"{len(plan.layers)} layers: {_formats_text(plan)}"))
+    listener(StageFinished("apply", f"{len(plan.layers)} layers: {formats_text(plan)}"))
     for text in dict.fromkeys(filter(None, (_stand_ins(model, layer) for layer in plan.layers))):
         listener(Notice(text))
     return model
+
+
+def applied(
+    plan: Plan, model: nn.Module, calibration: Windows | Calibration | None, **options: Any
+) -> nn.Module:
+    """Return a copy of `model` with the plan applied. It shares all weights left alone.
+
+    Args:
+        options: As `apply` takes them.
+
+    Raises what `apply` raises.
+    """
+    streamed = model if stream_of(model) is not None else None
+    return apply(plan, shallow_copy(model), calibration=calibration, streamed=streamed, **options)
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -145,10 +170,15 @@ def _check_parameter(model: nn.Module, name: str, layer: LayerChoice) -> None:
         raise ModelError(f"{name} is {kind}; {planned}: load the model that way")
 
 
-def _prepared(
+def rounded(
     plan: Plan, model: nn.Module, calibration: Windows | Calibration | None
 ) -> Calibration | None:
-    """Make the plan's weights that need a calibration, and return it, or None if none does."""
+    """Make the plan's weights that need a calibration, and return it, or None if none does.
+
+    Raises:
+        PlanError: There is no calibration.
+        CandidateError: A weight cannot be made.
+    """
     formats = {layer.parameters[0]: get_format(layer.format) for layer in plan.layers}
     wanted = {name: fmt for name, fmt in formats.items() if fmt.needs_inputs}
     if not wanted:
@@ -166,14 +196,36 @@ def _prepared(
     return made
 
 
+def quantized_weight(
+    layer: LayerChoice,
+    weight: torch.Tensor,
+    made: Calibration | None,
+    quantized: Quantized | None = None,
+) -> torch.Tensor:
+    """Return a layer's weight in its format, with its route.
+
+    Args:
+        weight: The unquantized one, on the device that it is to be on.
+        made: The weights that were rounded for their layers' inputs.
+    """
+    fmt = get_format(layer.format)
+    route = for_any_rows(layer.route, fmt, layer.shape, weight.device.type)
+    stored = (quantized or Quantized()).store(layer, weight, made)
+    return RoutedWeight.wrap(stored, fmt.id, route, weight.dtype)
+
+
 def _replace(
-    model: nn.Module, layer: LayerChoice, quantized: Quantized, made: Calibration | None
+    model: nn.Module,
+    layer: LayerChoice,
+    quantized: Quantized,
+    made: Calibration | None,
+    device: str | None,
 ) -> None:
     fmt = get_format(layer.format)
-    parameter = model.get_parameter(layer.parameters[0])
-    route = for_any_rows(layer.route, fmt, layer.shape, parameter.device.type)
-    stored = quantized.store(layer, parameter.data, made)
-    _put(model, layer, RoutedWeight.wrap(stored, fmt.id, route, parameter.dtype))
+    weight = model.get_parameter(layer.parameters[0]).data
+    if device is not None:
+        weight = brought(weight, device)
+    put(model, layer, quantized_weight(layer, weight, made, quantized))
     placed = model.get_parameter(layer.parameters[0]).data
     if not isinstance(placed, RoutedWeight) or type(placed.stored) is not fmt.tensor_type:
         raise ModelError(
@@ -198,10 +250,10 @@ def _join(model: nn.Module, layers: Sequence[LayerChoice]) -> None:
     """Store the layers' weights adjacently, so that they can be multiplied as one."""
     weights = [model.get_parameter(layer.parameters[0]).data for layer in layers]
     for layer, weight in zip(layers, join(weights), strict=True):
-        _put(model, layer, weight)
+        put(model, layer, weight)
 
 
-def _put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:
+def put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:
     """Make a tensor the layer's weight, under each of its names."""
     replacement = nn.Parameter(weight, requires_grad=False)
     for name in layer.parameters:
@@ -209,5 +261,6 @@ def _put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:
         not_compiled(model.get_submodule(owner))._parameters[leaf] = replacement
 
 
-def _formats_text(plan: Plan) -> str:
+def formats_text(plan: Plan) -> str:
+    """Return how many layers each format has, in words."""
     return ", ".join(f"{count} {name}" for name, count in plan.formats().items())

@@ -5,7 +5,8 @@ A checkpoint is a folder:
 - `autoquant.json`: the plan's layers, ties, dtype, and the source of the architecture;
 - `model.safetensors`: every tensor that fits there. torchao's subclasses are flattened by
   torchao's own scheme, so that other tools can read them;
-- `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`;
+- `packed.pt`: the rest (kernel-specific packings), read with `weights_only=True`. Each of the two
+  is several files with an index if it is large (see `autoquant.export.shards`);
 - what lies beside the weights of a Hugging Face model (see `autoquant.export.beside`). Its
   `config.json` names autoquant as the quantizer, so that transformers' `from_pretrained` finds its
   way here (see `autoquant.export.integrations`).
@@ -14,10 +15,9 @@ A checkpoint is a folder:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +25,23 @@ import torch
 from torch import nn
 
 from autoquant.candidates import get_format
-from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.devices import backend
 from autoquant.errors import CheckpointError, ModelError, TrustError, first_line
 from autoquant.export.beside import copy_beside
-from autoquant.export.manifest import FORMAT_VERSION, MANIFEST, read_manifest
-from autoquant.files import check_stored, raise_if_full, read_json_object
+from autoquant.export.manifest import FORMAT_VERSION, MANIFEST, SHARDED_VERSION, read_manifest
+from autoquant.export.shards import INDEX, ShardWriter, read_tensors
+from autoquant.files import raise_if_full, read_json_object
 from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
 from autoquant.models.targets import resolve_device
-from autoquant.models.threads import in_threads
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
 
-SAFETENSORS = "model.safetensors"
-PACKED = "packed.pt"
 QUANT_METHOD = "autoquant"
-_CANDIDATES = "autoquant.candidates"
-_MOVED_CLASSES = {
-    f"{_CANDIDATES}.int4_gemlite_tensor.Int4GemliteTensor": f"{_CANDIDATES}.formats.int4_gemlite",
-    f"{_CANDIDATES}.int4_tiled_tensor.Int4TiledTensor": f"{_CANDIDATES}.formats.int4_tiled",
-    f"{_CANDIDATES}.low_bit.BitPlaneTensor": f"{_CANDIDATES}.formats.low_bit",
-}
-"""Names of classes that earlier versions wrote into `packed.pt`, with their modules of today."""
+_PACKED_FOR_A_CPU = {"Int4OpaqueTensor"}
+"""Types whose packing depends on the instruction set of the CPU."""
 
 
 @contextmanager
@@ -72,13 +63,17 @@ def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:
     Returns:
         The names of the files.
     """
-    about = describe(plan, asdict(loaded.source), loaded.device)
+    write_beside(loaded, plan, folder)
+    write_module(loaded.module, describe(plan, asdict(loaded.source), loaded.device), folder)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_beside(loaded: LoadedModel, plan: Plan, folder: Path) -> None:
+    """Write the configuration and the tokenizer of a model that a plan is applied to."""
     if copy_beside(loaded, folder):
         _name_quantizer(folder / "config.json", plan.dtype)
     if loaded.source.tokenizer and loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
-    write_module(loaded.module, about, folder)
-    return sorted(path.name for path in folder.iterdir())
 
 
 def describe(plan: Plan, source: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -107,35 +102,50 @@ def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> N
             `read_manifest`.
     """
     ties = tied_names(module)
-    tensors = _named_tensors(module)
+    tensors = named_tensors(module)
     for group in ties:
         for alias in group[1:]:
             tensors.pop(alias, None)
+    write_tensors(tensors.items(), ties, about, folder)
+
+
+def write_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    ties: list[list[str]],
+    about: Mapping[str, Any],
+    folder: Path,
+    *,
+    check: bool = False,
+) -> None:
+    """Write tensors as they come, and the manifest. Memory holds those of one file.
+
+    Args:
+        ties: Names that share one tensor, of which `tensors` has the first.
+        about: As `write_module` takes it.
+        check: Read each file back, and compare it.
+
+    Raises:
+        CheckpointError: What was read back is not what was written.
+    """
     routed: dict[str, dict[str, Any]] = {}
-    packed: dict[str, torch.Tensor] = {}
-    readable: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
+    writer = ShardWriter(folder, check=check)
+    for name, tensor in tensors:
         plain = tensor.detach()
         if isinstance(tensor, RoutedWeight):
             routed[name] = _describe(tensor)
             plain = tensor.stored
-        if _fits_safetensors(name, plain):
-            readable[name] = plain
-        else:
-            packed[name] = plain
-    _write_safetensors(readable, folder / SAFETENSORS)
-    if packed:
-        on_cpu = {name: move_tensor(tensor, "cpu") for name, tensor in packed.items()}
-        with (folder / PACKED).open("wb") as file:
-            torch.save(on_cpu, file)
+        writer.add(name, plain)
+    writer.finish()
     capability = torch.backends.cpu.get_cpu_capability()
     manifest = {
         **about,
         "format_version": FORMAT_VERSION,
         "ties": ties,
         "routed": routed,
-        "cpu_capability": capability if _packed_for_this_cpu(packed) else None,
+        "cpu_capability": capability if writer.packings & _PACKED_FOR_A_CPU else None,
     }
+    if len(writer.packed) > 1 or (folder / INDEX).exists():
+        manifest |= {"format_version": SHARDED_VERSION, "packed": writer.packed}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
@@ -227,7 +237,7 @@ def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict
         )
     for description in manifest["routed"].values():
         get_format(description["format"])  # imports the tensor classes that `packed.pt` may hold
-    tensors = _read_tensors(folder, device)
+    tensors = read_tensors(folder, manifest.get("packed"), device)
     dtype = dtype_in(manifest)
     joined = manifest.get("joined", [])
     named = {*manifest["routed"], *(name for names in joined for name in names)}
@@ -239,11 +249,6 @@ def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict
     for names in joined:
         tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
     return tensors
-
-
-def _packed_for_this_cpu(packed: Mapping[str, torch.Tensor]) -> bool:
-    """Check whether a tensor's packing depends on the CPU's instruction set."""
-    return any(type(tensor).__name__ == "Int4OpaqueTensor" for tensor in packed.values())
 
 
 def _joined_names(plan: Plan) -> list[list[str]]:
@@ -259,7 +264,7 @@ def _describe(weight: RoutedWeight) -> dict[str, Any]:
     return {"format": weight.format_id, "route": [list(step) for step in weight.route]}
 
 
-def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return all parameters and buffers by name, also buffers that a state dict leaves out.
 
     They make the checkpoint complete: the module's constructor need not compute any of them.
@@ -268,68 +273,6 @@ def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         tensors[name] = parameter.data
     return tensors | dict(module.named_buffers(remove_duplicate=False))
-
-
-def _fits_safetensors(name: str, tensor: torch.Tensor) -> bool:
-    from torchao.prototype.safetensors.safetensors_utils import ALLOWED_TENSORS_SUBCLASSES
-
-    if type(tensor) is torch.Tensor:
-        return True
-    # torchao splits a subclass's name at its last dot
-    return type(tensor).__name__ in ALLOWED_TENSORS_SUBCLASSES and "." in name
-
-
-def _write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-
-    dotted = {name if "." in name else f".{name}": tensor for name, tensor in tensors.items()}
-    flat, metadata = flatten_tensor_state_dict(dotted)
-    for name, tensor in flat.items():
-        whole = tensor.contiguous()
-        flat[name] = whole.clone() if tensor._is_view() else whole  # safetensors shares no memory
-    save_file(flat, path, metadata={**metadata, "format": "pt"})
-
-
-def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
-
-    try:
-        with safe_open(folder / SAFETENSORS, framework="pt") as file:
-            metadata, stored, place = file.metadata(), file.keys(), backend(device)
-            mapped = map(file.get_tensor, stored)
-            copied = in_threads(place.upload, mapped, place.upload_threads)  # and aligned
-            flat = dict(zip(stored, copied, strict=True))
-        tensors, rest = unflatten_tensor_state_dict(flat, metadata)
-        if rest:
-            names = ", ".join(list(rest)[:3])
-            raise CheckpointError(f"{folder / SAFETENSORS} holds tensors nobody described: {names}")
-        if (folder / PACKED).exists():
-            check_stored(folder / PACKED)
-            with torch.serialization.safe_globals(_moved_classes()):
-                packed = torch.load(folder / PACKED, map_location="cpu", weights_only=True)
-            tensors |= {name: move_tensor(tensor, device) for name, tensor in packed.items()}
-    except torch.OutOfMemoryError as error:
-        raise CheckpointError(
-            f"{folder} does not fit into the memory of {device}: free some, or use another device"
-        ) from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # what the readers of two libraries raise has no common base
-        raise CheckpointError(
-            f"cannot read {folder}, which is damaged ({first_line(error)}): apply the plan again"
-        ) from error
-    return {name.removeprefix("."): tensor for name, tensor in tensors.items()}
-
-
-def _moved_classes() -> list[Any]:
-    """Return each class of `_MOVED_CLASSES` with its earlier name, as `torch.load` takes them."""
-    classes = []
-    for old_name, module in _MOVED_CLASSES.items():
-        class_name = old_name.rpartition(".")[2]
-        classes.append((getattr(import_module(module), class_name), old_name))
-    return classes
 
 
 def _assign(

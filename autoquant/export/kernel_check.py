@@ -37,7 +37,6 @@ def ignore_kernel(_layer: str, _format: str, _kernel: str) -> None:
     """Do nothing: for those who need not know which kernel is called."""
 
 
-@torch.no_grad()
 def check_kernels(module: nn.Module, on_kernel: OnKernel = ignore_kernel) -> int:
     """Check each format, kernel and shape of a model once, with few rows of random numbers.
 
@@ -50,20 +49,41 @@ def check_kernels(module: nn.Module, on_kernel: OnKernel = ignore_kernel) -> int
         KernelError: A kernel computes something else than its weight stores.
         CandidateError: On a GPU, others may write into the folder of compiled kernels.
     """
-    seen: set[tuple[object, ...]] = set()
-    checked = 0
     place = next((parameter.device for parameter in module.parameters()), None)
-    if place is not None and backend(place).prepares:
-        use_kernel_caches()  # those that a search compiled for its checks are there
-    with untuned():  # tuning takes seconds for each shape and number of rows
-        for name, weight in _routed(module):
-            stored = operand_of(weight)[0].stored
-            assert stored is not None  # it is a routed weight's
-            key = (weight.format_id, weight.route, stored.shape, weight.compute_dtype)
-            if key not in seen:
-                seen.add(key)
-                checked += _check_weight(name, weight, stored, on_kernel)
-    return checked
+    checks = KernelChecks(place, on_kernel)
+    return sum(checks.check(name, weight) for name, weight in _routed(module))
+
+
+class KernelChecks:
+    """Checks weights as `check_kernels` does, as they come.
+
+    Args:
+        place: The device of the weights, or None if there are none.
+    """
+
+    def __init__(
+        self, place: torch.device | str | None, on_kernel: OnKernel = ignore_kernel
+    ) -> None:
+        self._seen: set[tuple[object, ...]] = set()
+        self._on_kernel = on_kernel
+        if place is not None and backend(place).prepares:
+            use_kernel_caches()  # those that a search compiled for its checks are there
+
+    @torch.no_grad()
+    def check(self, name: str, weight: RoutedWeight) -> int:
+        """Check a weight unless one like it was; return the number of results.
+
+        Raises:
+            KernelError: A kernel computes something else than the weight stores.
+        """
+        stored = operand_of(weight)[0].stored
+        assert stored is not None  # it is a routed weight's
+        key = (weight.format_id, weight.route, stored.shape, weight.compute_dtype)
+        if key in self._seen:
+            return 0
+        self._seen.add(key)
+        with untuned():  # tuning takes seconds for each shape and number of rows
+            return _check_weight(name, weight, stored, self._on_kernel)
 
 
 def _routed(module: nn.Module) -> Iterator[tuple[str, RoutedWeight]]:

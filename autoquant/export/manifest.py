@@ -9,12 +9,14 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from autoquant.errors import CheckpointError, first_line
-from autoquant.files import read_text
+from autoquant.files import read_text, stays_inside
 from autoquant.records.numbers import Positive
 from autoquant.typed import read
 
 MANIFEST = "autoquant.json"
 FORMAT_VERSION = 1
+SHARDED_VERSION = 2
+"""Of a checkpoint whose tensors lie in several files, which earlier versions cannot read."""
 
 _open = with_config(ConfigDict(extra="allow"))
 
@@ -57,6 +59,7 @@ class Manifest(Version):
     ties: list[list[str]]
     routed: dict[str, Routed]
     cpu_capability: str | None
+    packed: NotRequired[list[str]]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -71,12 +74,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         text = read_text(path)
         version = read(Version, text)["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, SHARDED_VERSION):
             raise CheckpointError(
                 f"{folder} has checkpoint version {version}, this autoquant reads"
-                f" {FORMAT_VERSION}; upgrade it"
+                f" {FORMAT_VERSION} and {SHARDED_VERSION}; upgrade it"
             )
-        return cast(dict[str, Any], read(Manifest, text))
+        manifest = cast(dict[str, Any], read(Manifest, text))
+        if outside := [name for name in manifest.get("packed", []) if not stays_inside(name)]:
+            raise ValueError(f"it names {outside[0]} of another folder")
+        return manifest
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({first_line(error)}): apply the plan again"

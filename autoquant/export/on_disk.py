@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from autoquant.export.applier import apply, module_bytes
 from autoquant.export.beside import check_beside
 from autoquant.export.comparison import check_same
 from autoquant.export.kernel_check import check_kernels
+from autoquant.export.layers import write_layers
 from autoquant.export.manifest import read_manifest
 from autoquant.export.searched import load_searched
 from autoquant.files import is_writable, move_whole, scratch_folder
@@ -31,14 +33,24 @@ from autoquant.records import Plan
 from autoquant.runtime.prepare import prepare
 from autoquant.store import StudyFacts
 
+Compared = Literal["logits", "weights", "layers"]
+_SAME: Mapping[Compared, str] = {
+    "logits": "logits are bit for bit those of the model in memory",
+    "weights": (
+        "its logits differ from run to run; weights are bit for bit those of the model in memory"
+    ),
+    "layers": "all tensors are bit for bit those that were made, layer by layer",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppliedReport:
     """A folder that `apply_to_disk` wrote and read back.
 
     Attributes:
-        repeatable: The model gives the same logits each time, and they were compared. If its
-            kernels add in a different order each time, the weights were compared instead.
+        compared: What was compared with the model in memory: `logits`; `weights` if its kernels
+            add in a different order each time; `layers`, tensor by tensor, if the unquantized model
+            has no room and layers were quantized one at a time.
         needs_module: Loading the folder takes a module of the same architecture, because the
             folder does not describe it.
         needs_code: The code that loading the folder takes, as keywords of `load`.
@@ -51,7 +63,7 @@ class AppliedReport:
     formats: Mapping[str, int]
     memory_bytes: int
     original_memory_bytes: int
-    repeatable: bool
+    compared: Compared
     needs_module: bool
     generates: bool
     needs_code: Mapping[str, str | bool]
@@ -87,27 +99,34 @@ def apply_to_disk(
     _check_target(target, plan)
     loaded = load_searched(plan, model, facts, device, trust)
     original_bytes = module_bytes(loaded.module)
-    apply(plan, loaded.module, calibration=facts.calibration, listener=listener)
     with checkpoint.writing(target), scratch_folder(target) as scratch:
         part = scratch / target.name
         part.mkdir()
-        files = checkpoint.write(loaded, plan, part)
-        skeleton = _skeleton(loaded, model, plan, facts, trust)
-        place = device or facts.device.type
-        again = checkpoint.read(part, skeleton, place, trust=trust)
-        repeatable = check_same(loaded, again, target)
-        check_beside(loaded, again, part)
+        compared: Compared = "layers"
+        if loaded.stream is not None:
+            memory_bytes = write_layers(
+                plan, loaded, part, calibration=facts.calibration, listener=listener
+            )
+            check_beside(loaded, loaded.module, part)
+        else:
+            apply(plan, loaded.module, calibration=facts.calibration, listener=listener)
+            memory_bytes = module_bytes(loaded.module)
+            checkpoint.write(loaded, plan, part)
+            skeleton = _skeleton(loaded, model, plan, facts, trust)
+            again = checkpoint.read(part, skeleton, device or facts.device.type, trust=trust)
+            compared = "logits" if check_same(loaded, again, target) else "weights"
+            check_beside(loaded, again, part)
+        files = sorted(path.name for path in part.iterdir())
         move_whole(part, target)
-    what = "logits are" if repeatable else "its logits differ from run to run; weights are"
-    listener(Notice(f"read {target.name} back: {what} bit for bit those of the model in memory"))
+    listener(Notice(f"read {target.name} back: {_SAME[compared]}"))
     return AppliedReport(
         out=target,
         files=tuple(files),
         layers=len(plan.layers),
         formats=plan.formats(),
-        memory_bytes=module_bytes(loaded.module),
+        memory_bytes=memory_bytes,
         original_memory_bytes=original_bytes,
-        repeatable=repeatable,
+        compared=compared,
         needs_module=not loaded.describes_itself,
         needs_code=_needed_code(loaded.source, target),
         generates=loaded.kind == "causal_lm" and loaded.tokenizer is not None,

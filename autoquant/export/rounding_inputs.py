@@ -23,7 +23,9 @@ from autoquant.candidates import Format, InputStatistics
 from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import CandidateError
 from autoquant.models.blocks import BlockChain
+from autoquant.models.loaded import device_of
 from autoquant.models.outputs import run_on_tokens
+from autoquant.models.streaming import brought
 
 Windows = Sequence[Sequence[int]] | torch.Tensor
 """Token ids `[windows, tokens]`."""
@@ -58,9 +60,10 @@ class Calibration:
                     reasons[name, fmt.id] = "the calibration text does not reach the layer"
         if not missing:
             return {}
+        device = device_of(module)
         with torch.no_grad():
             for name, inputs in self.inputs(module, list(missing)):
-                weight = module.get_parameter(name).data
+                weight = brought(module.get_parameter(name).data, device)
                 for fmt in missing[name]:
                     try:
                         self._kept.put((name, fmt.id), fmt.store(weight, inputs))
@@ -88,7 +91,7 @@ class Calibration:
     ) -> Iterator[tuple[str, InputStatistics]]:
         """Yield each parameter's name with the statistics of its inputs, block by block."""
         parameters = {name: module.get_parameter(name) for name in names}
-        device = next(iter(parameters.values())).device
+        device = device_of(module)
         forwards = [
             partial(run_on_tokens, module, ids.unsqueeze(0).to(device)) for ids in self._windows
         ]

@@ -51,11 +51,15 @@ class BlockChain:
         return self._starts.get(id(parameter), 0)
 
     @contextmanager
-    def capture(self, outputs: list[Any]) -> Iterator[None]:
-        """Collect every block's output, in order, during one forward pass."""
+    def capture(self, outputs: list[Any], device: str | None = None) -> Iterator[None]:
+        """Collect every block's output, in order, during one forward pass.
+
+        Args:
+            device: Where the outputs are kept; None for where they are.
+        """
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            outputs.append(_copied(output))
+            outputs.append(_copied(output, device))
 
         handles = [block.register_forward_hook(keep) for block in self.blocks]
         try:
@@ -119,9 +123,11 @@ class _Replay:
         return _copied(self._output)
 
 
-def _copied(output: Any) -> Any:
+def _copied(output: Any, device: str | None = None) -> Any:
     """Return `output` with copies of its tensors, since what follows a block may work in place."""
-    return tree_map_only(torch.Tensor, torch.clone, output)
+    if device is None:
+        return tree_map_only(torch.Tensor, torch.clone, output)
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, copy=True), output)
 
 
 class _BlockOrder(LinearHook):

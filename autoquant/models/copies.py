@@ -8,12 +8,18 @@ import torch
 from torch import nn
 
 from autoquant.errors import ModelError, first_line
+from autoquant.models.streaming import stream_of, without_stream
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """Copy the module's structure. Parameters and buffers are the original's own tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    """Copy the module's structure. Parameters and buffers are the original's own tensors.
+
+    The copy of a streamed module is not streamed. Its weights are where they rest.
+    """
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    if stream_of(module) is not None:
+        return without_stream(module, tensors)
+    return copy.deepcopy(module, tensors)
 
 
 def own_copy(module: nn.Module) -> nn.Module:

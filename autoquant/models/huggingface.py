@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.devices import backend
 from autoquant.errors import ModelError
 from autoquant.models import code, weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
+from autoquant.models.fitting import fits
 from autoquant.models.folder import (
     CONFIG,
     TOKENIZER_ADVICE,
@@ -30,6 +32,8 @@ from autoquant.models.pretrained import filled, from_config, made
 from autoquant.models.quiet import some
 from autoquant.models.remembered import FileDigests
 from autoquant.models.request import ModelRequest
+from autoquant.models.stand_in import largest_plan_bytes
+from autoquant.models.streaming import Stream
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
 from autoquant.models.weights import tensors_of
@@ -68,6 +72,9 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
     stored = _plain_dtype(tally, str(folder))
     words = tokenizer_of(request, folder)
     dtype = resolve_dtype(request.dtype, request.device, stored)
+    streamed = not fits(*_sizes(files, dtype), request.device)
+    if streamed:
+        _check_in_place(folder, dtype, stored, request)
     module, left = made(folder, dtype, request.trust_remote_code)
     notes = []
     if left:
@@ -79,7 +86,30 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
         if others := [name for name in left if name not in computed]:
             raise left_over(folder, folder, others, type(module).__name__)
         notes.append(_computed(folder, computed, module))
-    return _finish(module, digest, stored, words, request, path, notes)
+    return _finish(module, digest, stored, words, request, path, notes, streamed=streamed)
+
+
+def _sizes(files: list[Path], dtype: torch.dtype) -> tuple[int, int]:
+    """Return the elements of the weights, and their bytes in a dtype."""
+    elements, _ = weights.counts(files)
+    return elements, elements * dtype.itemsize
+
+
+def _check_in_place(
+    folder: Path, dtype: torch.dtype, stored: torch.dtype, request: ModelRequest
+) -> None:
+    """Refuse a cast of weights that there is no room for.
+
+    Raises:
+        ModelError: The weights are stored in another dtype.
+    """
+    if dtype == stored:
+        return
+    raise ModelError(
+        f"{folder} does not fit into the memory of {request.device} with room to search it, and is"
+        f" then read in place, as {dtype_name(stored)}: leave out --dtype, or save it in"
+        f" {dtype_name(dtype)} first"
+    )
 
 
 def load_beside(
@@ -170,8 +200,16 @@ def _finish(
     request: ModelRequest,
     path: str,
     notes: list[str],
+    *,
+    streamed: bool = False,
 ) -> LoadedModel:
-    module = settle(moved(module, request.device))
+    settle(module)
+    if streamed:
+        stream = Stream(module, request.device)
+        if (room_bytes := backend(request.device).room_bytes()) is not None:
+            stream.most_plan_bytes = largest_plan_bytes(stream, room_bytes)
+    else:
+        moved(module, request.device)
     return LoadedModel(
         module=module,
         content_hash=digest,

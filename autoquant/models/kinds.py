@@ -15,6 +15,7 @@ from autoquant.models.casting import cast
 from autoquant.models.copies import own_copy
 from autoquant.models.loaded import UNFIT, ModelKind, is_causal_lm, main_dtype
 from autoquant.models.outputs import output_tensor, run_on_tokens
+from autoquant.models.streaming import stream_of
 
 _EMBEDDINGS = (F.embedding, torch.embedding, torch.ops.aten.embedding.default)
 _PADDED = 2  # embeddings may be padded, to fewer than this many times the scores
@@ -34,7 +35,7 @@ class _EmbeddingWatcher(LinearHook):
     def __init__(self, ids: torch.Tensor) -> None:
         super().__init__()
         self.rows: list[int] = []
-        self._ids = ids
+        self._ids = ids.flatten().cpu()
 
     def on_other(self, function: Any, arguments: Sequence[Any]) -> None:
         if function not in _EMBEDDINGS:
@@ -42,7 +43,7 @@ class _EmbeddingWatcher(LinearHook):
         tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
         weights = [each for each in tensors if each.is_floating_point()]
         read = [each for each in tensors if not each.is_floating_point()]
-        if weights and read and torch.equal(read[0].flatten(), self._ids.flatten()):
+        if weights and read and torch.equal(read[0].flatten().cpu(), self._ids):
             self.rows.append(weights[0].shape[0])
 
 
@@ -94,7 +95,8 @@ def sees_ahead(module: nn.Module, device: str, vocabulary: int) -> float:
     """
     shift, limit = min(_shifts(module, device, vocabulary)), _ROUNDING_FLOAT32
     if shift and main_dtype(module) in (torch.float16, torch.bfloat16):
-        if 4 * sum(each.numel() for each in module.parameters()) > _LARGEST_COPY_BYTES:
+        wide_bytes = 4 * sum(each.numel() for each in module.parameters())
+        if stream_of(module) is not None or wide_bytes > _LARGEST_COPY_BYTES:
             limit = _ROUNDING_FLOAT16
         else:
             exact = own_copy(module)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant.devices import backend
 from autoquant.errors import ModelError
 from autoquant.hints import did_you_mean_path
 from autoquant.models import exported, hub, huggingface, torchfile
@@ -51,6 +52,7 @@ def load_request(request: ModelRequest) -> LoadedModel:
             sample_inputs=request.sample_inputs,
         )
     started = time.monotonic()
+    backend(request.device).keep_to_limit()
     with quiet():
         loaded = _with_inputs(_read(request), request.sample_inputs)
     _log.info(

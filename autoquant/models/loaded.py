@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoquant.models.request import ModelSource
+from autoquant.models.streaming import Stream, stream_of
 from autoquant.models.targets import dtype_name
 
 ModelKind = Literal["causal_lm", "token_lm", "module"]
@@ -29,6 +30,9 @@ UNFIT = (
 @dataclass(kw_only=True)
 class LoadedModel:
     """A module in eval mode, without gradients, on its device and in its dtype.
+
+    The weights of one that is larger than its device are brought there block by block, see
+    `autoquant.models.streaming`.
 
     Attributes:
         content_hash: Of the architecture and of the tensors as stored, before any cast.
@@ -61,8 +65,13 @@ class LoadedModel:
 
     @property
     def device(self) -> str:
-        """The device of the first parameter or buffer, e.g. `cuda:0`; `cpu` without any."""
+        """The device that the model computes on, e.g. `cuda:0`; `cpu` without any tensor."""
         return device_of(self.module)
+
+    @property
+    def stream(self) -> Stream | None:
+        """What brings the weights to the device block by block; None if all of them are there."""
+        return stream_of(self.module)
 
     @property
     def describes_itself(self) -> bool:
@@ -76,7 +85,12 @@ class LoadedModel:
 
 
 def device_of(module: nn.Module) -> str:
-    """Return the device of the first parameter or buffer, e.g. `cuda:0`; `cpu` without any."""
+    """Return the device that a module computes on, e.g. `cuda:0`; `cpu` without any tensor.
+
+    It is where its first parameter or buffer is, or where a streamed module brings its weights.
+    """
+    if (stream := stream_of(module)) is not None:
+        return stream.device
     for tensor in (*module.parameters(), *module.buffers()):
         return str(tensor.device)
     return "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,9 @@ from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
 from autoquant.models import LoadedModel
+from autoquant.models.copies import shallow_copy
+from autoquant.models.loaded import UNFIT
+from autoquant.models.streaming import on_meta
 from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped, Workload
 from autoquant.runtime.phases import Phases, make_phases
 
@@ -156,7 +159,7 @@ def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) ->
         WorkloadError: The workload does not fit the model, or runs no linear of it.
     """
     listener(StageStarted("record", len(workload.phases)))
-    recording = record(loaded.module, make_phases(loaded, workload))
+    recording = _recorded(loaded, workload)
     if not recording.sites:
         nothing = "the model has no linear layer that this workload runs: nothing to search"
         raise WorkloadError(nothing)
@@ -171,6 +174,15 @@ def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) ->
     for note in loaded.notes:
         listener(Notice(note))
     return recording
+
+
+def _recorded(loaded: LoadedModel, workload: Workload) -> Recording:
+    """Record a model; a streamed one by shapes alone, if its code asks for no values."""
+    if loaded.stream is not None:
+        shapes = replace(loaded, module=on_meta(shallow_copy(loaded.module)))
+        with suppress(*UNFIT):
+            return record(shapes.module, make_phases(shapes, workload))
+    return record(loaded.module, make_phases(loaded, workload))
 
 
 def mean_element_bytes(module: nn.Module, recording: Recording) -> int:

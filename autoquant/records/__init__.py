@@ -20,6 +20,7 @@ from autoquant.records.plans import (
 )
 from autoquant.records.proofs import (
     DISTURBED,
+    STAND_IN,
     Delivery,
     Interval,
     Loop,
@@ -52,6 +53,7 @@ __all__ = [
     "BASELINES",
     "DISTURBED",
     "ORIGINAL_LABEL",
+    "STAND_IN",
     "Delivery",
     "Device",
     "Interval",

@@ -14,6 +14,8 @@ Loop = Literal["generate", "forward"]
 """What a user runs: `generate` of a language model, or the forward pass of another module."""
 Where = Literal["new process", "same process", "in memory"]
 
+STAND_IN = "the unquantized model does not fit: timed with the weights of"
+"""Start of the note of times that are a stand-in's, see `autoquant.models.stand_in`."""
 DISTURBED = "timed while"
 """Start of the note of a proof whose times something disturbed, such as other programs."""
 

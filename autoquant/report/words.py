@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from autoquant.records import DISTURBED, ORIGINAL_LABEL, Device, Plan, Proof, Workload
+from autoquant.records import DISTURBED, ORIGINAL_LABEL, STAND_IN, Device, Plan, Proof, Workload
 from autoquant.report import units
 
 NOT_RUN = "Not timed yet as you will run it: the same `autoquant search` does that."
@@ -219,6 +219,15 @@ def spent_words(seconds: Mapping[str, float]) -> str:
     return f"Time: {units.clock_s(sum(seconds.values()))}{parts}"
 
 
+def memory_words(memory_bytes: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the most memory that each stage of a search took; empty if it is not known."""
+    parts = []
+    for stage, sizes in memory_bytes.items():
+        places = [f"{units.size(size)} on the {place}" for place, size in sizes.items()]
+        parts.append(f"{stage} {' and '.join(places)}")
+    return ", ".join(parts)
+
+
 def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[str]:
     """Return the plans whose predicted time is off and the command that says why, or no lines.
 
@@ -269,6 +278,12 @@ def disturbed_proofs(
         f"were timed{among}.",
         f"Time them again when it is idle: autoquant bench {database} --compare uniform",
     ]
+
+
+def stand_in_lines(proofs: Iterable[Proof]) -> list[str]:
+    """Say how the unquantized model was timed if it does not fit the device, or no lines."""
+    notes = [note for proof in proofs for note in proof.notes if note.startswith(STAND_IN)]
+    return [f"Unquantized times are a stand-in's: {notes[0].partition('; ')[0]}."] if notes else []
 
 
 def _proof_lines(proof: Proof) -> list[str]:

@@ -24,19 +24,24 @@ def front_plans(
     max_loss: float | None,
     max_memory_bytes: int | None,
     minimize: Objective = "time",
+    room_bytes: int | None = None,
 ) -> list[Plan]:
     """Return plans of the exact front, first the fastest (or smallest) one within the limits.
 
     Args:
         max_loss: The plan loss that the limits of quality are expected to allow (None: no limit).
+        room_bytes: Plans that take more are left out; None for any size.
     """
     problem, summed = space.problem, space.budget(max_loss)
     target = space.solve(minimize, max_summed_loss=summed, max_memory_bytes=max_memory_bytes)
     chosen = [] if target is None else [target]
     if count > len(chosen):
+        points = undominated(problem, front(problem, LOSS_BUDGETS))
+        if room_bytes is not None:
+            points = [picks for picks in points if space.memory_bytes(picks) <= room_bytes]
         chosen += spread(
             problem,
-            undominated(problem, front(problem, LOSS_BUDGETS)),
+            points,
             count - len(chosen),
             taken=chosen,
             least_loss=_smallest_loss(summed),

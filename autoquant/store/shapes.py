@@ -122,9 +122,13 @@ class Refinement(TypedDict):
 
 @_open
 class StageSeconds(TypedDict):
-    """What each stage of a search took, over all its runs."""
+    """What each stage of a search took, over all its runs.
+
+    The bytes are the most that were taken at once, by `host` and `device`.
+    """
 
     seconds: dict[str, NonNegative]
+    memory_bytes: NotRequired[dict[str, dict[str, Count]]]
 
 
 @_open

@@ -119,6 +119,11 @@ class Study:
         kept = self.store.references(self.study_id).get("stages", {"seconds": {}})
         return dict(kept["seconds"])
 
+    def stage_memory(self) -> dict[str, dict[str, int]]:
+        """Return the most bytes that each stage took, by `host` and `device`, where known."""
+        kept = self.store.references(self.study_id).get("stages", {})
+        return {stage: dict(sizes) for stage, sizes in kept.get("memory_bytes", {}).items()}
+
     def refinement_ended(self) -> str | None:
         """Say why the last refinement ended, or None."""
         kept = self.store.references(self.study_id).get("refinement")

@@ -20,10 +20,10 @@ from autoquant.events import (
     ignore,
     logged,
 )
-from autoquant.export.applier import apply, module_bytes
+from autoquant.export.applier import applied, module_bytes
 from autoquant.export.searched import load_searched
 from autoquant.models import LoadedModel
-from autoquant.models.copies import shallow_copy
+from autoquant.models.stand_in import to_time
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.runtime.attribution import attribute
@@ -157,10 +157,9 @@ def bench_loop(
     loaded = load_searched(plans[0], model, facts, None, trust)
     device = facts.device.type
     usage = Usage.of(loaded, facts.workload)
-    quantized = (
-        apply(plan, shallow_copy(loaded.module), calibration=facts.calibration) for plan in plans
-    )
-    modules = [shallow_copy(loaded.module), *quantized]
+    original, stand_in = to_time(loaded.module)
+    quantized = (applied(plan, loaded.module, facts.calibration) for plan in plans)
+    modules = [original, *quantized]
     listener(StageStarted("run", 0))
     loops = [usage.loop_of(module) for module in modules]
     warm_up(loops, device)
@@ -175,8 +174,8 @@ def bench_loop(
             loop=usage.loop,
             times=of_model.times,
             ratio=of_model.ratio,
-            memory_bytes=module_bytes(module),
-            notes=(busy,) if busy else (),
+            memory_bytes=module_bytes(module if plan else loaded.module),
+            notes=tuple(filter(None, ("" if plan else stand_in, busy))),
         )
         for plan, module, of_model in zip([None, *plans], modules, found, strict=True)
     ]
@@ -210,11 +209,12 @@ def _attributed(
 
 def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entrant:
     device = facts.device.type
-    module = loaded.module
+    module, stand_in = loaded.module, ""
     if plan is not None:
-        module = shallow_copy(loaded.module)
-        apply(plan, module, calibration=facts.calibration)
-    memory = module_bytes(module)
+        module = applied(plan, module, facts.calibration)
+    elif loaded.stream is not None:
+        module, stand_in = to_time(module)
+    memory = module_bytes(loaded.module if plan is None else module)
     place = backend(device)
     place.reset_peak()
     make = partial(
@@ -226,6 +226,7 @@ def _enter(loaded: LoadedModel, plan: Plan | None, facts: StudyFacts) -> _Entran
     with kernels_kept(device):
         phases, note = make_warm(make, place.divisions)
     peak = place.peak_bytes()
+    note = "; ".join(filter(None, (stand_in, note)))
     return _Entrant(plan, module, phases, memory, None if peak is None else memory + peak, note)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from autoquant.devices.peaks import PeakMemory
 from autoquant.stopwatch import Stopwatch
 from autoquant.store import Store
 from autoquant.study.study import Study
@@ -23,6 +24,7 @@ class Budget:
         limit_s: What refinement may fill up.
         started_s: When this run began, by `now_s`.
         spent_before_s: What earlier runs spent.
+        memory: Knows the most memory that was taken since it was last asked.
     """
 
     store: Store
@@ -31,9 +33,17 @@ class Budget:
     started_s: float
     spent_before_s: float
     now_s: Callable[[], float] = time.monotonic
+    memory: PeakMemory | None = None
 
     @classmethod
-    def of(cls, store: Store, study_id: str, limit_s: float, started_s: float) -> Budget:
+    def of(
+        cls,
+        store: Store,
+        study_id: str,
+        limit_s: float,
+        started_s: float,
+        memory: PeakMemory | None = None,
+    ) -> Budget:
         """Return the budget of a study's run that began at `started_s` (`time.monotonic`)."""
         spent_s = store.study(study_id).spent_s
         return cls(
@@ -42,6 +52,7 @@ class Budget:
             limit_s=limit_s,
             started_s=started_s,
             spent_before_s=spent_s,
+            memory=memory,
         )
 
     def spent_s(self) -> float:
@@ -72,12 +83,23 @@ class Budget:
             self.add(name, watch.seconds[name])
 
     def add(self, stage: str, seconds: float) -> None:
-        """Keep that a stage took so many seconds more."""
+        """Keep that a stage took so many seconds more, and the most memory since the last one."""
+        study = Study(self.store, self.study_id)
         watch = Stopwatch()
-        watch.seconds |= Study(self.store, self.study_id).stage_seconds()
+        watch.seconds |= study.stage_seconds()
         watch.add(stage, seconds)
-        self.store.put_reference(self.study_id, "stages", {"seconds": watch.seconds})
-        _log.info("%s took %.3g s", stage, seconds)
+        taken = self.memory.take() if self.memory else {}
+        memory = study.stage_memory()
+        before = memory.get(stage, {})
+        most = {place: max(size, before.get(place, 0)) for place, size in taken.items()}
+        if kept := {**before, **most}:
+            memory[stage] = kept
+        stages = {"seconds": watch.seconds, "memory_bytes": memory}
+        self.store.put_reference(self.study_id, "stages", stages)
+        sizes = [
+            f", at most {size / 2**30:.3g} GiB on the {place}" for place, size in taken.items()
+        ]
+        _log.info("%s took %.3g s%s", stage, seconds, "".join(sizes))
 
     def is_filled(self) -> bool:
         """Check whether an earlier run came to the end and had at least this time."""

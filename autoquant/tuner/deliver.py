@@ -24,6 +24,8 @@ from autoquant.export import applier, checkpoint, on_disk
 from autoquant.files import raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, SameModel
 from autoquant.models.copies import shallow_copy
+from autoquant.models.stand_in import to_time
+from autoquant.models.streaming import stream_of
 from autoquant.records import Delivery, Plan, Where
 from autoquant.runtime.caches import clear_caches
 from autoquant.runtime.request import MAX_RELATIVE_ERROR
@@ -143,9 +145,7 @@ class Deliverer:
             where = "in memory"
         try:
             with watch.part("apply"):
-                quantized = applier.apply(
-                    plan, shallow_copy(self.loaded.module), calibration=self.calibration
-                )
+                quantized = applier.applied(plan, self.loaded.module, self.calibration)
             if live:
                 return check_and_time(
                     plan.plan_id, quantized, shallow_copy(self.loaded.module), self.usage
@@ -158,7 +158,9 @@ class Deliverer:
                 if where == "new process":
                     delivery = self._in_new_process(spec)
                 else:
-                    original = replace(self.loaded, module=shallow_copy(self.loaded.module))
+                    original = self.loaded
+                    if original.stream is None:
+                        original = replace(original, module=shallow_copy(original.module))
                     delivery = load_and_deliver(spec, lambda: original)
                 return replace(delivery, seconds={**watch.seconds, **delivery.seconds})
         except Exception as error:  # noqa: BLE001 - any error is a fact about the plan
@@ -221,14 +223,20 @@ def _moved_off_gpu(module: nn.Module, device: str) -> Iterator[None]:
     if backend(device).free_bytes() is None:
         yield
         return
+    stream = stream_of(module)
     clear_caches()
-    module.to("cpu")
+    if stream is not None:
+        stream.let_go()
+        stream.forget_uploads()
+    else:
+        module.to("cpu")
     release_memory()
     backend(device).trim_memory()
     try:
         yield
     finally:
-        module.to(device)
+        if stream is None:
+            module.to(device)
 
 
 def load_and_deliver(
@@ -260,7 +268,10 @@ def load_and_deliver(
             reason=reason,
             seconds=watch.seconds,
         )
-    delivery = check_and_time(spec.plan_id, quantized, original.module, spec.usage, spec.expected)
+    timed, stand_in = to_time(original.module) if original.stream else (original.module, "")
+    delivery = check_and_time(spec.plan_id, quantized, timed, spec.usage, spec.expected)
+    if stand_in:
+        delivery = replace(delivery, notes=(stand_in, *delivery.notes))
     note = f"loaded again, its output differs by {error:.2g} (relative) from what it was in memory"
     return replace(
         delivery,

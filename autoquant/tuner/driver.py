@@ -15,6 +15,7 @@ from autoquant.cache import unusable
 from autoquant.candidates import select
 from autoquant.devices import backend
 from autoquant.devices.memory import quick_collections
+from autoquant.devices.peaks import PeakMemory
 from autoquant.errors import StoreError
 from autoquant.evaluators.quality import QualityFunction, ReferenceLosses, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
@@ -32,6 +33,7 @@ from autoquant.tuner.baseline import check_baseline
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.flow import run_stages
 from autoquant.tuner.judge import Asked, make_judge
+from autoquant.tuner.large import streaming_notice
 from autoquant.tuner.request import SearchRequest, SettledRequest
 from autoquant.tuner.setup import SearchSetup
 
@@ -163,9 +165,18 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     Raises:
         AutoquantError: Something the user can fix; the message says what.
     """
+    memory = PeakMemory(request.model.device)
+    try:
+        return _run_search(request, logged(listener), memory)
+    finally:
+        memory.stop()
+
+
+def _run_search(request: SearchRequest, listener: Listener, memory: PeakMemory) -> Study:
     started = time.monotonic()
-    listener = logged(listener)
     loaded = load_request(request.model)
+    if text := streaming_notice(loaded):
+        listener(Notice(text))
     judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
     settled = SettledRequest.of(request, loaded, judge)
     reference: ReferenceLosses = {}
@@ -184,7 +195,7 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
     )
     if backend(settled.loaded.device).prepares and (reason := unusable()):
         listener(Notice(f"{reason}: kernels are compiled and tuned again in each run"))
-    budget = Budget.of(store, settled.study_id, request.time_budget_s, started)
+    budget = Budget.of(store, settled.study_id, request.time_budget_s, started, memory)
     with quick_collections():
         run_stages(SearchSetup.of(settled, store, listener, reference), budget)
     return Study(store, settled.study_id)

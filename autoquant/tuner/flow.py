@@ -11,6 +11,7 @@ from autoquant.tuner.budget import Budget
 from autoquant.tuner.deliver import Deliverer, deliver_best
 from autoquant.tuner.distrust import distrust
 from autoquant.tuner.ledger import ProofLedger
+from autoquant.tuner.request import room_bytes
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import crossovers_s, measure_crossovers
 from autoquant.tuner.stages.expect import announce
@@ -77,6 +78,7 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
                 setup.reference,
                 expected,
             )
+            ledger.room_bytes = room_bytes(settled.loaded)
             try:
                 with budget.stage("prove"):
                     referenced = prove_references(space, ledger, recording.sites, settled.limits)

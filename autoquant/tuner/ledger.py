@@ -46,6 +46,7 @@ class ProofLedger:
         proofs: By plan id.
         failures: Why a plan could not be proven, by plan id.
         left_out: Labels of the plans for which there was no time.
+        room_bytes: What plans may take to fit the device; None for any size.
         reserved_s: Seconds of the time budget for what is measured after the proofs.
     """
 
@@ -66,6 +67,7 @@ class ProofLedger:
         self._limit_s = _FIRST_LIMIT_S
         self._original_s = self._longest_s = 0.0  # of proofs made now
         self.left_out: list[str] = []
+        self.room_bytes: int | None = None
         self.reserved_s = 0.0
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
         self.proofs: dict[str, Proof] = store.proofs(study_id)

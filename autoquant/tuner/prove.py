@@ -17,13 +17,16 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
 from autoquant.devices import backend
 from autoquant.devices.memory import release_memory
+from autoquant.errors import CandidateError
 from autoquant.evaluators.quality import Comparison, Quality, ReferenceLosses, TextQuality
-from autoquant.export.applier import Quantized, apply, module_bytes
+from autoquant.export.applier import Quantized, applied, module_bytes
 from autoquant.export.kernel_check import KernelsInModel, OnKernel, ignore_kernel
 from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
-from autoquant.models.copies import shallow_copy
+from autoquant.models.fitting import gib
+from autoquant.models.stand_in import to_time
+from autoquant.models.streaming import Stream
 from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload, route_kernel
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import RequestTimes, make_warm, time_requests
@@ -68,17 +71,11 @@ class Prover:
             KernelError: A kernel computes something else than its weight stores.
         """
         watch = Stopwatch()
-        module = shallow_copy(self.loaded.module)
         with watch.part("apply"):
-            apply(
-                plan,
-                module,
-                calibration=self.calibration,
-                quantized=self._quantized,
-                on_kernel=on_kernel,
-            )
+            module = self._applied(plan, on_kernel)
         with watch.part("check"):
-            self._check_kernels(module, on_kernel)
+            if module is not self.loaded.module:
+                self._check_kernels(module, on_kernel)
         on_checked()
         release_memory()
         with watch.part("compile"):
@@ -120,6 +117,30 @@ class Prover:
             seconds=watch.seconds,
         )
 
+    def _applied(self, plan: Plan, on_kernel: OnKernel) -> nn.Module:
+        """Return the plan's model; a streamed one itself for the unquantized model.
+
+        Raises:
+            CandidateError: It has no room on the device.
+        """
+        original = self.loaded.module
+        if self.loaded.stream is not None:
+            if plan.kind == "original":
+                return original
+            self._original_phases()  # a stand-in, whose memory no longer counts as free
+            self._check_room(plan, self.loaded.stream)
+        return applied(
+            plan, original, self.calibration, quantized=self._quantized, on_kernel=on_kernel
+        )
+
+    def _check_room(self, plan: Plan, stream: Stream) -> None:
+        needed, most = plan.prediction.memory_bytes, stream.most_plan_bytes
+        if most is not None and needed > most:
+            raise CandidateError(
+                f"its weights take {gib(needed)}, and {self.device} has room for {gib(most)} beside"
+                " what it is timed with"
+            )
+
     def _check_kernels(self, module: nn.Module, on_kernel: OnKernel) -> None:
         """Check every quantized linear on what the phases of the workload give it."""
         with KernelsInModel(module, on_kernel):
@@ -152,6 +173,8 @@ class Prover:
         """
         if plan.kind == "original" or not isinstance(self.quality, TextQuality):
             return None
+        if self.loaded.stream is not None:  # what is compiled has weights of its own
+            return None
         prompt, original = phases.compiled_prompt(), self._original_phases()[0].compiled_prompt()
         if prompt is None or original is None or prompt.tokens != self.quality.window_tokens():
             return None
@@ -178,7 +201,12 @@ class Prover:
 
     def _original_phases(self) -> tuple[Phases, str]:
         if self._original is None:
-            self._original = self._warm_phases(self.loaded.module)
+            module = self.loaded.module
+            stand_in = ""
+            if self.loaded.stream is not None:
+                module, stand_in = to_time(module)
+            phases, note = self._warm_phases(module)
+            self._original = phases, "; ".join(filter(None, (stand_in, note)))
         return self._original
 
     def _warm_phases(self, module: nn.Module) -> tuple[Phases, str]:

@@ -92,7 +92,11 @@ class SettledRequest:
             candidates=with_original(judge.candidates, loaded.dtype),
             method=method,
             workload=workload,
-            limits=replace(request.limits, measure="divergence" if by_outputs else "increase"),
+            limits=replace(
+                request.limits,
+                measure="divergence" if by_outputs else "increase",
+                max_memory_bytes=_most_bytes(request.limits.max_memory_bytes, loaded),
+            ),
             hardware=backend(loaded.device).fingerprint(),
         )
 
@@ -124,3 +128,14 @@ class SettledRequest:
         if constraints := self.request.constraints.as_object():
             identity["constraints"] = constraints
         return identity
+
+
+def _most_bytes(asked: int | None, loaded: LoadedModel) -> int | None:
+    """Return what a plan may take: what was asked for, and what the device has room for."""
+    known = [each for each in (asked, room_bytes(loaded)) if each is not None]
+    return min(known, default=None)
+
+
+def room_bytes(loaded: LoadedModel) -> int | None:
+    """Return what a plan may take to fit the device, if the unquantized model does not."""
+    return None if loaded.stream is None else loaded.stream.most_plan_bytes

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoquant.devices import backend
 from autoquant.errors import TaskError
 from autoquant.evaluators.tasks import Tasks
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore, logged
-from autoquant.export.applier import apply
+from autoquant.export.applier import applied
 from autoquant.export.searched import load_searched
 from autoquant.models import LoadedModel
 from autoquant.models.copies import shallow_copy
@@ -56,6 +57,11 @@ def score_tasks(
         raise TaskError(
             "tasks need a Hugging Face causal language model with its tokenizer: this model is none"
         )
+    if loaded.stream is not None and backend(loaded.device).free_bytes() is not None:
+        raise TaskError(
+            f"the unquantized model does not fit into the memory of {loaded.device}, and lm-eval"
+            " runs it whole: use a device with more memory"
+        )
     listener(StageStarted("tasks", 1 + len(plans)))
     rows = []
     for done, plan in enumerate([None, *plans]):
@@ -68,9 +74,10 @@ def score_tasks(
 
 
 def _score(loaded: LoadedModel, plan: Plan | None, tasks: Tasks, facts: StudyFacts) -> TaskRow:
-    module = shallow_copy(loaded.module)
     if plan is not None:
-        apply(plan, module, calibration=facts.calibration)
+        module = applied(plan, loaded.module, facts.calibration)
+    else:
+        module = loaded.module if loaded.stream else shallow_copy(loaded.module)
     scores = tasks.score(module, loaded.tokenizer)
     return TaskRow(
         plan_id=plan.plan_id if plan else None,

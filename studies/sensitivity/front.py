@@ -85,9 +85,12 @@ class Truth:
         for (name, numerics), change in with_change.items():
             parameter = module.get_parameter(change.site.parameters[0])
             kept = weights.setdefault(
-                name, ChangedWeights(parameter, getattr(torch, change.site.shape.dtype), room)
+                name,
+                ChangedWeights(
+                    parameter, getattr(torch, change.site.shape.dtype), room, parameter.device
+                ),
             )
-            self._sites[name, numerics] = site = PathSite(parameter, change, kept)
+            self._sites[name, numerics] = site = PathSite(parameter, change, kept, parameter.device)
             site.stand_at(1.0)
 
     def windows(self, plan: Mapping[str, str]) -> list[float]:

@@ -18,7 +18,7 @@ class Report:
     formats: object = None
     memory_bytes: int = 2**24
     original_memory_bytes: int = 2**25
-    repeatable: bool = True
+    compared: str = "logits"
     needs_module: bool = False
     generates: bool = True
     needs_code: object = field(default_factory=dict)
@@ -112,7 +112,7 @@ def test_it_ends_with_what_can_be_done_with_the_folder(runner, database, work, c
 
 
 def test_logits_that_differ_from_run_to_run_are_not_said_to_be_the_same(runner, database, work):
-    work.changes = {"repeatable": False}
+    work.changes = {"compared": "weights"}
     result = runner.invoke(app, ["apply", str(database), "--out", "DIR"])
     assert (
         result.exit_code == 0

@@ -126,7 +126,7 @@ def test_a_saving_that_fails_leaves_nothing(quantized, tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(autoquant.export.checkpoint, "_write_safetensors", full)
+    monkeypatch.setattr(autoquant.export.shards, "write_safetensors", full)
     with pytest.raises(DiskFullError, match="the disk is full: no room for"):
         autoquant.save(quantized, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

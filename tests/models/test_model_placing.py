@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import Perceptron, tiny_llama
 
+from autoquant.errors import ModelError
 from autoquant.models import placing
 
 
@@ -17,6 +18,9 @@ class Elsewhere:
 
     def __init__(self):
         self.uploaded = []
+
+    def free_bytes(self):
+        return 1 << 20
 
     def upload(self, tensor):
         if tensor.shape == (1,):
@@ -51,6 +55,14 @@ def test_what_a_thread_cannot_upload_is_an_error(elsewhere):
     module.small = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         placing.moved(module, "cpu")
+
+
+def test_what_does_not_fit_is_refused_before_it_is_moved(elsewhere):
+    with pytest.raises(
+        ModelError, match=r"takes 4 MiB, and cpu has 1 MiB of memory free: free some"
+    ):
+        placing.moved(torch.nn.Linear(1024, 1024, bias=False), "cpu")
+    assert not elsewhere.uploaded
 
 
 def test_a_cpu_leaves_parameters_where_they_are():

@@ -3,14 +3,16 @@ from dataclasses import replace
 import pytest
 from builders.records import make_proof
 
-from autoquant.records import DISTURBED, Interval, Workload
+from autoquant.records import DISTURBED, STAND_IN, Interval, Workload
 from autoquant.report.words import (
     as_run_lines,
     disturbed_proofs,
+    memory_words,
     off_predictions,
     recommendation,
     source_name,
     spent_words,
+    stand_in_lines,
     ties_lines,
 )
 
@@ -143,6 +145,23 @@ def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_th
     assert command.endswith("autoquant bench plan.db --compare uniform")
     assert "recommended" not in disturbed_proofs({"p0": quiet, "p1": busy}, "p0", "plan.db")[0]
     assert disturbed_proofs({"p0": quiet}, "p0", "plan.db") == []
+
+
+def test_times_of_a_stand_in_are_said_once():
+    note = f"{STAND_IN} 2 of 30 blocks, used again for the others"
+    proofs = [make_proof("p0"), *(replace(make_proof("p1"), notes=(f"{note}; by regions",)),) * 2]
+    (line,) = stand_in_lines(proofs)
+    assert line == f"Unquantized times are a stand-in's: {note}."
+    assert stand_in_lines(proofs[:1]) == []
+
+
+def test_the_most_memory_of_stages_is_said_in_words():
+    taken = {"score": {"host": 3 << 30, "device": 40 << 30}, "record": {"host": 200 << 20}}
+    words = memory_words(taken)
+    assert (
+        words == "score 3072 MiB on the host and 40.0 GiB on the device, record 200 MiB on the host"
+    )
+    assert memory_words({}) == ""
 
 
 def front_row(

@@ -86,3 +86,28 @@ def test_a_stage_that_is_interrupted_keeps_what_it_took(budget, clock, store):
         raise KeyboardInterrupt
     assert Study(store, STUDY).stage_seconds() == {"prove": 5}
     assert store.study(STUDY).spent_s == 5
+
+
+class Memory:
+    """Stands in for what looks at memory."""
+
+    def __init__(self, *taken):
+        self._taken = list(taken)
+
+    def take(self):
+        return self._taken.pop(0)
+
+
+def test_stages_keep_the_most_memory_of_all_runs(store):
+    memory = Memory({"host": 5, "device": 70}, {"host": 9, "device": 60}, {}, {"host": 4})
+    run = Budget.of(store, STUDY, 60.0, 0.0, memory)
+    for stage in ("score", "score", "score", "prove"):
+        run.add(stage, 1)
+    known = {"score": {"host": 9, "device": 70}, "prove": {"host": 4}}
+    assert Study(store, STUDY).stage_memory() == known
+
+
+def test_a_study_of_an_older_version_knows_no_memory(store):
+    store.put_reference(STUDY, "stages", {"seconds": {"score": 1.0}})
+    assert Study(store, STUDY).stage_memory() == {}
+    assert Study(store, STUDY).stage_seconds() == {"score": 1.0}

@@ -14,6 +14,7 @@ from autoquant.events import Notice, StageFinished
 from autoquant.records import ORIGINAL_LABEL
 from autoquant.solver.constraints import Bound
 from autoquant.solver.limits import Limits
+from autoquant.solver.uniform import uniform_plans
 from autoquant.tuner.stages import prove as stage
 from autoquant.tuner.stages.prove import prove_front, prove_references
 
@@ -220,3 +221,18 @@ def test_every_plan_of_a_constrained_space_keeps_to_its_groups(store):
     assert len(runner.proven) >= 5
     for plan in runner.proven:
         assert plan.layers[0].format == plan.layers[1].format
+
+
+def test_plans_that_do_not_fit_the_device_are_named_and_not_proven(store):
+    events, runner = [], FakeRunner()
+    sizes = {p.label: p.prediction.memory_bytes for p in uniform_plans(make_space())}
+    ledger = make_ledger(store, runner, events=events)
+    ledger.room_bytes = sizes[INT8] - 1
+    limits = replace(LIMITS, max_memory_bytes=ledger.room_bytes)
+    referenced = prove_references(make_space(), ledger, SITES, limits)
+    prove_front(referenced, ledger, limits)
+    assert Notice(f"not proven, since they do not fit: {INT8}") in events
+    assert [plan.kind for plan in runner.proven].count("original") == 1
+    tried = [plan for plan in runner.proven if plan.kind != "original"]
+    assert len(tried) > 1
+    assert max(plan.prediction.memory_bytes for plan in tried) <= ledger.room_bytes

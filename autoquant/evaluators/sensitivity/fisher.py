@@ -35,7 +35,7 @@ from autoquant.evaluators.sensitivity.base import (
     check_text,
     parameter_of,
 )
-from autoquant.evaluators.sensitivity.gradients import Place, backpropagate, changed_output
+from autoquant.evaluators.sensitivity.gradients import Place, backpropagate_each, changed_output
 from autoquant.evaluators.sensitivity.together import (
     CalibrationModel,
     by_numerics,
@@ -61,7 +61,9 @@ def fisher_losses(
         calibration = CalibrationModel(module, text)
         room = room_for_model(module)
         sites = [
-            _FisherSite(parameter_of(module, of[0].site), of, dtypes[name], room)
+            _FisherSite(
+                parameter_of(module, of[0].site), of, dtypes[name], room, calibration.device
+            )
             for name, of in by_site(changes).items()
         ]
         rounds = -(-_LEAST_ROWS // calibration.rows)
@@ -80,13 +82,19 @@ def fisher_losses(
 def _observe(calibration: CalibrationModel, sites: Sequence[_FisherSite], rounds: int) -> None:
     generator = torch.Generator(calibration.device).manual_seed(0)
     places: dict[int, Place] = {id(site.parameter): site for site in sites}
+
+    def end_of_pass() -> None:
+        for site in sites:
+            site.end_of_pass()
+
     for _ in range(rounds):
-        for batch in calibration.batches:
-            backpropagate(
-                calibration.module, batch, places, lambda logits: fisher_vector(logits, generator)
-            )
-            for site in sites:
-                site.end_of_pass()
+        backpropagate_each(
+            calibration.module,
+            calibration.batches,
+            places,
+            lambda _number: lambda logits: fisher_vector(logits, generator),
+            end_of_pass,
+        )
 
 
 def fisher_vector(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -110,14 +118,19 @@ class _FisherSite:
     """
 
     def __init__(
-        self, parameter: torch.Tensor, changes: Sequence[Change], dtype: torch.dtype, room: Room
+        self,
+        parameter: torch.Tensor,
+        changes: Sequence[Change],
+        dtype: torch.dtype,
+        room: Room,
+        device: torch.device,
     ) -> None:
         self.name = changes[0].site.name
         self.parameter = parameter
         self._changes = changes
-        self._weights = ChangedWeights(parameter, dtype, room)
+        self._weights = ChangedWeights(parameter, dtype, room, device)
         self._products: dict[tuple[str, int], torch.Tensor] = {}
-        self._sums = torch.zeros(2, len(changes), device=parameter.device)
+        self._sums = torch.zeros(2, len(changes), device=device)
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.parameter)

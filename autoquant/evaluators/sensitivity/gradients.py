@@ -8,7 +8,7 @@ activations of one block at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -16,13 +16,23 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from autoquant.candidates import A16, ACTIVATION_ROUNDING
 from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.devices import backend
+from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError
-from autoquant.models.blocks import block_lists
+from autoquant.evaluators.passes import Forward, after_blocks, chain_of
+from autoquant.models.blocks import BlockChain, block_lists
+from autoquant.models.loaded import device_of
 from autoquant.models.outputs import output_tensor, run_on_tokens
+
+Seed = Callable[[torch.Tensor], torch.Tensor]
+"""Takes logits, and returns the gradient with respect to them."""
+_KEPT_SHARE = 1 / 4
+"""Of the host's memory, for the inputs of blocks."""
 
 
 class Place(Protocol):
@@ -126,7 +136,7 @@ def backpropagate(
     module: nn.Module,
     ids: torch.Tensor,
     places: Mapping[int, Place],
-    seed: Callable[[torch.Tensor], torch.Tensor],
+    seed: Seed,
 ) -> None:
     """Run windows forward and back. Every place observes the gradient of `sum(seed * logits)`.
 
@@ -147,6 +157,147 @@ def backpropagate(
             with torch.no_grad():
                 vector = seed(logits.detach())
             logits.backward(vector)  # type: ignore[no-untyped-call]
+    _check_observed(mode)
+
+
+def backpropagate_each(
+    module: nn.Module,
+    batches: Sequence[torch.Tensor],
+    places: Mapping[int, Place],
+    seed_of: Callable[[int], Seed],
+    ended: Callable[[], None] = lambda: None,
+) -> None:
+    """Run several batches forward and back, as `backpropagate` does with each.
+
+    Batches pass the blocks of a streamed model together, as many as there is memory for.
+
+    Args:
+        seed_of: Returns the seed of a batch by its number, before the batch is run.
+        ended: Called when a batch has passed back through the model, or through a part of it.
+
+    Raises:
+        QualityError: The model does not let gradients through to every linear.
+    """
+    chain = chain_of(module, partial(batch_logits, module, batches[0]))
+    if chain is None:
+        for number, batch in enumerate(batches):
+            backpropagate(module, batch, places, seed_of(number))
+            ended()
+        return
+    together = _batches_together(module, chain, batches[0])
+    for start in range(0, len(batches), together):
+        numbers = range(start, min(start + together, len(batches)))
+        with _frozen(module):
+            _by_blocks(
+                chain,
+                {number: partial(batch_logits, module, batches[number]) for number in numbers},
+                places,
+                seed_of,
+                ended,
+            )
+
+
+def _batches_together(module: nn.Module, chain: BlockChain, batch: torch.Tensor) -> int:
+    """Return of how many batches the inputs of all blocks may be kept in the host's memory."""
+    outputs: list[Any] = []
+    with torch.no_grad(), chain.capture(outputs):
+        batch_logits(module, batch)
+    tensors = [each for output in outputs for each in tree_leaves(output)]
+    size = sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
+    place = backend(device_of(module))
+    shared = place.free_bytes() is None  # with the host
+    room_bytes = (place.room_bytes() if shared else available_bytes()) or 0
+    return max(1, int(_KEPT_SHARE * room_bytes) // max(size, 1))
+
+
+def _by_blocks(
+    chain: BlockChain,
+    forwards: Mapping[int, Forward],
+    places: Mapping[int, Place],
+    seed_of: Callable[[int], Seed],
+    ended: Callable[[], None],
+) -> None:
+    """Run batches forward and back through one block after the other.
+
+    Args:
+        forwards: The forward pass of each batch, by its number.
+    """
+    mode = PlacedLinears(places)
+    inputs: list[dict[int, Any]] = [dict.fromkeys(forwards)]
+    for index in range(len(chain.blocks)):
+        with torch.no_grad(), mode:
+            inputs.append(
+                {
+                    number: _kept(chain.step(index, _brought(before), forwards[number]))
+                    for number, before in inputs[-1].items()
+                }
+            )
+    gradients: dict[int, Any] = {}
+    for number, before in inputs.pop().items():
+        seed, leaf = seed_of(number), _brought(before)
+        with torch.enable_grad(), mode:
+            logits = after_blocks(chain, leaf, forwards[number])
+        if logits.requires_grad:
+            with torch.no_grad():
+                vector = seed(logits.detach())
+            logits.backward(vector)  # type: ignore[no-untyped-call]
+        gradients[number] = _gradients_of(leaf)
+        ended()
+    for index in reversed(range(len(chain.blocks))):
+        for number, before in inputs.pop().items():
+            leaf = _brought(before)
+            with torch.enable_grad(), mode:
+                output = chain.step(index, leaf, forwards[number])
+            _pass_back(output, gradients[number])
+            gradients[number] = _gradients_of(leaf)
+            ended()
+    _check_observed(mode)
+
+
+class _Kept:
+    """A tensor on the CPU, with the device that it is computed with."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.device = tensor.detach().cpu(), tensor.device
+
+
+def _kept(output: Any) -> Any:
+    return tree_map_only(torch.Tensor, _Kept, output)
+
+
+def _brought(kept: Any) -> Any:
+    """Return kept tensors on their devices, as leaves that collect gradients if they can."""
+
+    def leaf(each: _Kept) -> torch.Tensor:
+        tensor = each.tensor.to(each.device, copy=True)
+        return tensor.requires_grad_(tensor.is_floating_point())
+
+    return tree_map_only(_Kept, leaf, kept)
+
+
+def _gradients_of(leaves: Any) -> list[torch.Tensor | None]:
+    """Return the gradients of a block's input, on the CPU."""
+    return [
+        None if each.grad is None else each.grad.cpu()
+        for each in tree_leaves(leaves)
+        if isinstance(each, torch.Tensor)
+    ]
+
+
+def _pass_back(output: Any, gradients: Sequence[torch.Tensor | None]) -> None:
+    tensors = [each for each in tree_leaves(output) if isinstance(each, torch.Tensor)]
+    pairs = [
+        (tensor, gradient.to(tensor.device))
+        for tensor, gradient in zip(tensors, gradients, strict=True)
+        if gradient is not None and tensor.requires_grad
+    ]
+    if pairs:
+        torch.autograd.backward(
+            [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
+        )
+
+
+def _check_observed(mode: PlacedLinears) -> None:
     if missing := len(mode.computed - mode.observed):
         raise QualityError(
             f"no gradient reaches {missing} of {len(mode.computed)} linears of this model: use"

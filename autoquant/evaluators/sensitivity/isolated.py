@@ -18,6 +18,7 @@ from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.evaluators.emulate import EmulatedLinear, in_float32
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality
+from autoquant.evaluators.passes import on_device
 from autoquant.evaluators.quality import FunctionQuality, TextQuality, next_token_logits
 from autoquant.evaluators.sensitivity.base import (
     Change,
@@ -28,6 +29,8 @@ from autoquant.evaluators.sensitivity.base import (
 )
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, room_for_site
 from autoquant.models.blocks import BlockChain
+from autoquant.models.loaded import device_of
+from autoquant.models.streaming import stream_of
 
 
 def isolated_losses(
@@ -57,7 +60,7 @@ def _text_losses(
             totals = dict.fromkeys((change.numerics for change in changes), 0.0)
             parameter = parameter_of(module, changes[0].site)
             weights = ChangedWeights(
-                parameter, dtypes[name], room_for_site(parameter, len(changes))
+                parameter, dtypes[name], room_for_site(parameter, len(changes)), device_of(module)
             )
             for run in runs:
                 reference = run.reference()
@@ -81,12 +84,16 @@ class _Run:
     def __init__(self, module: nn.Module, chain: BlockChain, ids: torch.Tensor) -> None:
         self._module, self._chain, self._ids = module, chain, ids
         self._outputs: list[object] = []
-        with chain.capture(self._outputs):
+        self._streamed = stream_of(module) is not None
+        with chain.capture(self._outputs, "cpu" if self._streamed else None):
             next_token_logits(module, ids)
 
     def logits(self, start: int) -> torch.Tensor:
         """Return logits `[tokens, vocabulary]`, with unquantized outputs before block `start`."""
-        with self._chain.starting_at(start, self._outputs):
+        outputs = self._outputs
+        if self._streamed and start:  # the last of them is all that is read
+            outputs = [on_device(outputs[start - 1], device_of(self._module))] * start
+        with self._chain.starting_at(start, outputs):
             return next_token_logits(self._module, self._ids)
 
     def reference(self) -> torch.Tensor:
@@ -104,7 +111,8 @@ def _function_losses(
     increase = quality.increase_over(module, "calibration")
     for name, changes in sites.items():
         parameter = parameter_of(module, changes[0].site)
-        weights = ChangedWeights(parameter, parameter.dtype, room_for_site(parameter, len(changes)))
+        room = room_for_site(parameter, len(changes))
+        weights = ChangedWeights(parameter, parameter.dtype, room, device_of(module))
         losses: dict[tuple[str, str], float] = {}
         for change in changes:
             weight = weights.changed(change)

@@ -30,7 +30,7 @@ from autoquant.evaluators.sensitivity.base import (
     Sensitivity,
     check_text,
 )
-from autoquant.evaluators.sensitivity.gradients import backpropagate
+from autoquant.evaluators.sensitivity.gradients import backpropagate_each
 from autoquant.evaluators.sensitivity.together import (
     CalibrationModel,
     PathSite,
@@ -70,11 +70,12 @@ def path_shares(
     for node, weight in zip(nodes, weights, strict=True):
         for site in sites:
             site.stand_at(reach * (float(node) + 1) / 2)
-        for number, batch in enumerate(calibration.batches):
-            seed = partial(divergence_gradient, calibration.reference(number))
-            backpropagate(
-                calibration.module, batch, {id(site.parameter): site for site in sites}, seed
-            )
+        backpropagate_each(
+            calibration.module,
+            calibration.batches,
+            {id(site.parameter): site for site in sites},
+            lambda number: partial(divergence_gradient, calibration.reference(number)),
+        )
         total += float(weight) / 2 / reach * torch.stack([site.inner for site in sites])
     shares = (total / calibration.rows).tolist()
     return {site.name: max(share, 0.0) for site, share in zip(sites, shares, strict=True)}

@@ -13,6 +13,7 @@ from autoquant.candidates import A16
 from autoquant.devices import backend
 from autoquant.evaluators.kept import KeptTensor
 from autoquant.evaluators.logits import divergence_sum
+from autoquant.evaluators.passes import each_output
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity.base import Change, parameter_of
 from autoquant.evaluators.sensitivity.gradients import (
@@ -22,10 +23,13 @@ from autoquant.evaluators.sensitivity.gradients import (
     rounded_activation,
 )
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
-from autoquant.models.loaded import is_causal_lm
+from autoquant.models.loaded import device_of, is_causal_lm
+from autoquant.models.streaming import stream_of
 
 _LOGITS_AT_ONCE = 1 << 25
 _KEPT_BYTES = 1 << 30
+_TIMES_A_BLOCK = 6
+"""Memory of a block of 16-bit weights in float32, with changed weights and gradients."""
 
 
 def by_numerics(changes: Sequence[Change]) -> dict[str, list[Change]]:
@@ -42,9 +46,15 @@ def dtypes_of(module: nn.Module, changes: Sequence[Change]) -> dict[str, torch.d
 
 
 def room_for_model(module: nn.Module) -> Room:
-    """Return room for the parameters in float32, or for half of a GPU's free memory."""
-    device = next(module.parameters()).device
-    free_bytes = backend(device).free_bytes()
+    """Return room for the parameters in float32, or for half of a GPU's free memory.
+
+    If blocks are brought one at a time, it is a quarter of what is free beside one in float32.
+    """
+    place = backend(device_of(module))
+    if (stream := stream_of(module)) is not None:
+        left_bytes = (place.room_bytes() or 0) - _TIMES_A_BLOCK * stream.largest_bytes
+        return Room(max(0, left_bytes // 4))
+    free_bytes = place.free_bytes()
     if free_bytes is not None:
         return Room(free_bytes // 2)
     return Room(4 * sum(parameter.numel() for parameter in module.parameters()))
@@ -60,16 +70,23 @@ class PathSite:
             took its position, a scalar on the device.
     """
 
-    def __init__(self, parameter: torch.Tensor, change: Change, weights: ChangedWeights) -> None:
+    def __init__(
+        self,
+        parameter: torch.Tensor,
+        change: Change,
+        weights: ChangedWeights,
+        device: torch.device,
+    ) -> None:
         self.name = change.site.name
         self.parameter = parameter
         self._change = change
         self._weights = weights
+        self._device = device
         self.stand_at(0.0)
 
     def stand_at(self, position: float) -> None:
         self._position = position
-        self.inner = torch.zeros((), device=self.parameter.device)
+        self.inner = torch.zeros((), device=self._device)
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
         changed = self._weights.changed(self._change)
@@ -125,6 +142,14 @@ class CalibrationModel:
             KeptTensor(_KEPT_BYTES // len(self.batches) if free_bytes is None else 0)
             for _ in self.batches
         ]
+        if stream_of(module) is not None:
+            self._keep_all()
+
+    def _keep_all(self) -> None:
+        """Make the logits of all batches in one pass over the weights, and keep them."""
+        forwards = [partial(batch_logits, self.module, batch) for batch in self.batches]
+        for number, logits in enumerate(each_output(self.module, forwards)):
+            self._kept[number].keep(logits)
 
     def reference(self, number: int) -> torch.Tensor:
         """Return the unquantized model's logits `[batch, tokens, vocabulary]` on a batch."""
@@ -141,18 +166,22 @@ class CalibrationModel:
         found = []
         for change in changes:
             parameter = parameter_of(self.module, change.site)
-            weights = ChangedWeights(parameter, dtypes[change.site.name], room)
-            found.append(PathSite(parameter, change, weights))
+            weights = ChangedWeights(parameter, dtypes[change.site.name], room, self.device)
+            found.append(PathSite(parameter, change, weights, self.device))
         return found
 
     def whole(self, sites: Sequence[PathSite]) -> float:
         """Return the mean divergence per token in nats with all these sites changed."""
         for site in sites:
             site.stand_at(1.0)
+        placed = PlacedLinears({id(site.parameter): site for site in sites})
+
+        def logits_of(batch: torch.Tensor) -> torch.Tensor:
+            with placed:
+                return batch_logits(self.module, batch)
+
         total = 0.0
-        for number, batch in enumerate(self.batches):
-            reference = self.reference(number)
-            with PlacedLinears({id(site.parameter): site for site in sites}):
-                logits = batch_logits(self.module, batch)
-            total += divergence_sum(reference.flatten(0, 1), logits.flatten(0, 1))
+        forwards = [partial(logits_of, batch) for batch in self.batches]
+        for number, logits in enumerate(each_output(self.module, forwards)):
+            total += divergence_sum(self.reference(number).flatten(0, 1), logits.flatten(0, 1))
         return max(total / self.rows, 0.0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from autoquant.candidates import A16, multiplied_numbers
 from autoquant.evaluators.sensitivity.base import Change
+from autoquant.models.streaming import brought
 
 KEPT_BYTES = 32 << 20
 _SAME_WITHIN = 1e-5
@@ -29,15 +32,19 @@ class ChangedWeights:
     """A site's weight under each change, kept while there is room and else made again.
 
     Args:
-        parameter: The weight `[n, k]` in float32.
+        parameter: The weight `[n, k]`, in float32 or as it rests.
         dtype: The model's dtype, from which formats are made.
         room: The budget for weights that are kept.
+        device: Where changed weights are made.
     """
 
-    def __init__(self, parameter: torch.Tensor, dtype: torch.dtype, room: Room) -> None:
-        self._parameter = parameter.detach()
+    def __init__(
+        self, parameter: torch.Tensor, dtype: torch.dtype, room: Room, device: torch.device | str
+    ) -> None:
+        self._parameter = parameter
         self._dtype = dtype
         self._room = room
+        self._device = device
         self._kept: dict[str, torch.Tensor | None] = {}
 
     def changed(self, change: Change) -> torch.Tensor | None:
@@ -45,12 +52,12 @@ class ChangedWeights:
         key = change.numerics
         if key in self._kept:
             return self._kept[key]
-        if change.stored:
-            stored = change.stored()
-        else:
-            stored = change.format.store(self._parameter.to(self._dtype))
+        # Its data is elsewhere each time, if the model is brought to the device block by block.
+        original = brought(self._parameter.detach(), self._device)
+        make = change.stored or partial(change.format.store, original.to(self._dtype))
+        stored = make()
         weight = multiplied_numbers(change.format, stored, change.activation)
-        if change.activation == A16 and _is_same(weight, self._parameter.float()):
+        if change.activation == A16 and _is_same(weight, original.float()):
             self._kept[key] = None
             return None
         if self._room.take(weight.nbytes):

@@ -135,8 +135,8 @@ def _whole_folder(weights: Path, name: str) -> Path:
         CheckpointError: The folder's index names weights of another folder.
     """
     from autoquant.errors import CheckpointError
-    from autoquant.export.checkpoint import PACKED
-    from autoquant.export.manifest import MANIFEST
+    from autoquant.export.manifest import MANIFEST, read_manifest
+    from autoquant.export.shards import PACKED
 
     folder = weights.parent
     if Path(name).is_dir() and not folder.samefile(name):
@@ -147,6 +147,7 @@ def _whole_folder(weights: Path, name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     hf_hub_download(name, MANIFEST, revision=folder.name)
-    with suppress(EntryNotFoundError):  # absent if every tensor is in model.safetensors
-        hf_hub_download(name, PACKED, revision=folder.name)
+    for file in read_manifest(folder).get("packed", [PACKED]):
+        with suppress(EntryNotFoundError):  # absent if every tensor is in model.safetensors
+            hf_hub_download(name, file, revision=folder.name)
     return folder

@@ -14,6 +14,7 @@ from torch import nn
 from autoquant.errors import CheckpointError
 from autoquant.export import checkpoint
 from autoquant.export.manifest import MANIFEST
+from autoquant.export.shards import names_of_files
 from autoquant.files import move_whole, scratch_folder
 from autoquant.runtime.prepare import prepare
 
@@ -83,8 +84,9 @@ def _write_all(model: Any, manifest: Mapping[str, Any], folder: Path) -> None:
         written = {path.name for path in scratch.iterdir()}
         # Without its manifest the folder is refused, so none is read that is half of another model.
         (folder / MANIFEST).unlink(missing_ok=True)
-        if checkpoint.PACKED not in written:
-            (folder / checkpoint.PACKED).unlink(missing_ok=True)
+        there = names_of_files(path.name for path in folder.iterdir())
+        for name in there - written:
+            (folder / name).unlink()
         for name in (*sorted(written - {MANIFEST}), MANIFEST):
             move_whole(scratch / name, folder / name)
 

@@ -39,11 +39,13 @@ class Referenced:
         plan_ids: Those of the references for which there was time: the unquantized model, the
             uniform plans, the heuristic.
         allowed_loss: The plan loss that the limits are expected to allow (None: no limit).
+        room_bytes: What plans may take to fit the device; None for any size.
     """
 
     space: SearchSpace
     plan_ids: frozenset[str]
     allowed_loss: float | None
+    room_bytes: int | None = None
 
 
 def prove_references(
@@ -61,6 +63,7 @@ def prove_references(
     _tell_what_fits(ledger)
     isolated = {plan.plan_id: plan for plan in uniform_plans(space)}
     uniform = [scale.predicted(plan, sites, space.context) for plan in isolated.values()]
+    uniform = _with_room(uniform, ledger)
     allowed = space.allowed_loss(limits, ledger.plans, ledger.proofs)
     # Only now is it known how many plans there are at least.
     ledger.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
@@ -77,12 +80,25 @@ def prove_references(
     heuristic = structural_plan(space, limits=limits, max_loss=allowed)
     if heuristic is None:
         ledger.leave_out("heuristic", "no formats to choose between")
+    elif not _with_room([heuristic], ledger):
+        ledger.leave_out("heuristic", "it does not fit")
     else:
         predicted = scale.predicted(heuristic, sites, scaled.context)
         ledger.prove_baseline("heuristic", predicted, before=_OWN_PLANS)
         references.append(heuristic)
     ended = frozenset(plan.plan_id for plan in references if ledger.has_ended(plan))
-    return Referenced(scaled, ended, allowed)
+    return Referenced(scaled, ended, allowed, ledger.room_bytes)
+
+
+def _with_room(plans: Sequence[Plan], ledger: ProofLedger) -> list[Plan]:
+    """Return the plans that fit the device, and name the others."""
+    room_bytes = ledger.room_bytes
+    if room_bytes is None:
+        return list(plans)
+    fitting = [plan for plan in plans if plan.prediction.memory_bytes <= room_bytes]
+    if others := [plan.label for plan in plans if plan not in fitting]:
+        ledger.listener(Notice(f"not proven, since they do not fit: {', '.join(others)}"))
+    return fitting
 
 
 def _tell_what_fits(ledger: ProofLedger) -> None:
@@ -109,10 +125,11 @@ def _tell_what_fits(ledger: ProofLedger) -> None:
 def _by_worth(plans: Sequence[Plan], limits: Limits, allowed: float | None) -> list[Plan]:
     """Return the plans that are predicted to be within the limits first; the cheapest first."""
 
-    def rank(plan: Plan) -> tuple[bool, float]:
-        prediction = plan.prediction
+    def rank(plan: Plan) -> tuple[bool, bool, float]:
+        prediction, most_bytes = plan.prediction, limits.max_memory_bytes
         cost = prediction.request_ms if limits.minimize == "time" else prediction.memory_bytes
-        return allowed is not None and prediction.loss > allowed, cost
+        too_large = most_bytes is not None and prediction.memory_bytes > most_bytes
+        return too_large, allowed is not None and prediction.loss > allowed, cost
 
     return sorted(plans, key=rank)
 
@@ -169,6 +186,7 @@ def _new_plans(referenced: Referenced, limits: Limits, count: int) -> list[Plan]
             max_loss=referenced.allowed_loss,
             max_memory_bytes=limits.max_memory_bytes,
             minimize=limits.minimize,
+            room_bytes=referenced.room_bytes,
         )
         return [plan for plan in plans if plan.plan_id not in referenced.plan_ids]
 

@@ -8,6 +8,7 @@ from autoquant.candidates.formats.floats import original_format
 from autoquant.profiler.record import record_model
 from autoquant.records import Recording, Site
 from autoquant.solver.constraints import Bound, bind
+from autoquant.tuner.large import check_smallest
 from autoquant.tuner.notices import constraint_notices
 from autoquant.tuner.setup import SearchSetup
 
@@ -19,6 +20,7 @@ def record_linears(setup: SearchSetup) -> Recording:
     if known is not None:
         return known
     recording = record_model(settled.loaded, settled.workload, setup.listener)
+    check_smallest(settled, recording)
     setup.store.update_study(settled.study_id, recording=recording)
     return recording
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from autoquant.devices.effort import timing_effort
-from autoquant.devices.memory import available_bytes, resident_bytes
+from autoquant.devices.memory import available_bytes, own_bytes
 from autoquant.processes import die_with
 from autoquant.tuner.workers.forking import DIED, DONE, RAISED, TOLD, receive, send
 from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
@@ -90,12 +90,12 @@ def _pass_on(ours: Connection, connection: Connection, child: int) -> str:
     most = (
         None
         if available is None
-        else resident_bytes(child) + int(timing_effort().most_memory * available)
+        else own_bytes(child) + int(timing_effort().most_memory * available)
     )
     with suppress(EOFError, OSError):  # the child has ended, in the middle of a message perhaps
         while True:
             while not ours.poll(_LOOK_S):
-                if most is not None and resident_bytes(child) > most:
+                if most is not None and own_bytes(child) > most:
                     os.kill(child, signal.SIGKILL)
                     return f"this program, since it took {most / 2**30:.1f} GiB of memory"
             connection.send_bytes(ours.recv_bytes())

@@ -17,7 +17,7 @@ from torchao.prototype.mx_formats.utils import from_blocked
 
 from autoquant.candidates import A16, ACTIVATION_ROUNDING, get_format, select
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.export import checkpoint
+from autoquant.export import shards
 from autoquant.records import LinearShape, RouteStep
 
 VALUES = ("mxfp8", "mxfp4", "nvfp4")
@@ -269,9 +269,11 @@ def test_the_activation_rounding_is_a_numerics_of_its_own(values):
 @each_format
 def test_a_stored_weight_is_kept_in_a_checkpoints_safetensors(values, tmp_path):
     stored = blocks(values).store(torch.randn(N, K).bfloat16())
-    assert checkpoint._fits_safetensors("one.weight", stored)
-    checkpoint._write_safetensors({"one.weight": stored}, tmp_path / checkpoint.SAFETENSORS)
-    again = checkpoint._read_tensors(tmp_path, "cpu")["one.weight"]
+    writer = shards.ShardWriter(tmp_path)
+    writer.add("one.weight", stored)
+    writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == [shards.SAFETENSORS]
+    again = shards.read_tensors(tmp_path, None, "cpu")["one.weight"]
     assert type(again) is type(stored) and again._quantization_type() == stored._quantization_type()
     assert torch.equal(blocks(values).dequantize(again), blocks(values).dequantize(stored))
 

@@ -21,6 +21,7 @@ import autoquant
 from autoquant.candidates.joined import whole_of
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, DeviceError, DiskFullError
+from autoquant.export import shards
 from autoquant.export.integrations import on_import, quantizer, saving
 
 IDS = torch.arange(12).unsqueeze(0)
@@ -232,12 +233,17 @@ def test_what_is_pushed_to_the_hub_is_what_save_pretrained_writes(
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_of_a_model_on_the_hub_the_other_files_are_fetched_too(tmp_path, monkeypatch, packed):
+def test_of_a_model_on_the_hub_the_other_files_are_fetched_too(
+    quantized, tmp_path, monkeypatch, packed
+):
     snapshot = tmp_path / "0123abcd"
     fetched = []
 
     def download(name, file, revision):
         fetched.append((name, file, revision))
+        if file == "autoquant.json":
+            snapshot.mkdir()
+            shutil.copy(quantized / file, snapshot)
         if file == "packed.pt" and not packed:
             raise EntryNotFoundError("no such file")
 
@@ -334,3 +340,38 @@ def test_load_takes_the_device_of_the_plan_unless_told_otherwise(quantized, expe
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match=r"^PyTorch sees no CUDA device here"):
             autoquant.load(folder)
+
+
+@pytest.fixture
+def sharded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
+    model.save_pretrained(tmp_path / "sharded")
+    monkeypatch.undo()
+    return tmp_path / "sharded"
+
+
+def test_tensors_that_take_much_are_kept_in_several_files_and_loaded_from_them(sharded, expected):
+    names = {path.name for path in sharded.iterdir()}
+    assert "model.safetensors" not in names and "model.safetensors.index.json" in names
+    assert len([name for name in names if name.startswith("model-")]) > 2
+    assert same(autoquant.load(sharded), expected)
+    assert same(AutoModelForCausalLM.from_pretrained(sharded), expected)
+
+
+def test_an_earlier_version_is_told_that_it_cannot_read_several_files(sharded):
+    manifest = json.loads((sharded / "autoquant.json").read_text())
+    assert manifest["format_version"] == 2
+
+
+def test_one_file_takes_the_place_of_several(sharded, model, expected):
+    model.save_pretrained(sharded)
+    names = {path.name for path in sharded.iterdir()}
+    assert not [name for name in names if "-of-" in name or name.endswith("index.json")]
+    assert same(autoquant.load(sharded), expected)
+
+
+def test_a_missing_file_of_several_is_named(sharded):
+    gone = sorted(sharded.glob("model-*"))[1]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=gone.name):
+        autoquant.load(sharded)

@@ -28,6 +28,7 @@ class PeakMemory:
     def __init__(self, device: str) -> None:
         self._place = backend(device)
         self._most_bytes = 0
+        self._looking = threading.Lock()  # what was seen before is not kept afterwards
         self._ended = threading.Event()
         self._place.most_bytes()
         self._thread = threading.Thread(target=self._watch, name="peak memory", daemon=True)
@@ -36,7 +37,8 @@ class PeakMemory:
     def take(self) -> Mapping[str, int]:
         """Return the most bytes since the last call, of `host` and `device`, where known."""
         self._look()
-        most_bytes, self._most_bytes = self._most_bytes, 0
+        with self._looking:
+            most_bytes, self._most_bytes = self._most_bytes, 0
         found = {"host": most_bytes, "device": self._place.most_bytes()}
         return {name: size for name, size in found.items() if size}
 
@@ -50,9 +52,10 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        me = os.getpid()
-        others = [own_bytes(process) for process in _below(me)]
-        self._most_bytes = max(self._most_bytes, own_bytes(me) + max(others, default=0))
+        with self._looking:
+            me = os.getpid()
+            others = [own_bytes(process) for process in _below(me)]
+            self._most_bytes = max(self._most_bytes, own_bytes(me) + max(others, default=0))
 
 
 def _below(process: int) -> list[int]:

@@ -1,9 +1,9 @@
 """Run a model forward and backward, with its linears replaced and their gradients observed.
 
-A `Place` says how a linear computes, and receives its gradient. Blocks of the model are
-checkpointed (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016): only the input of
-each block is kept, and the block is computed again when the gradients reach it. So memory holds the
-activations of one block at a time.
+A `Place` says how a linear computes, and receives its gradient. Where the activations of all blocks
+would not fit, blocks are checkpointed (Chen et al., "Training Deep Nets with Sublinear Memory
+Cost", 2016): only the input of each block is kept, and the block is computed again when the
+gradients reach it. So memory holds the activations of one block at a time.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from autoquant.evaluators.passes import Forward, after_blocks, chain_of
 from autoquant.models.blocks import BlockChain, block_lists
 from autoquant.models.loaded import device_of
 from autoquant.models.outputs import output_tensor, run_on_tokens
+from autoquant.models.streaming import stream_of
 
 Seed = Callable[[torch.Tensor], torch.Tensor]
 """Takes logits, and returns the gradient with respect to them."""
+_FREE_SHARE = 1 / 4
+"""Of the memory that is free, for activations of all blocks."""
 _KEPT_SHARE = 1 / 4
 """Of the host's memory, for the inputs of blocks."""
 
@@ -150,7 +153,12 @@ def backpropagate(
         QualityError: The model does not let gradients through to every linear.
     """
     mode = PlacedLinears(places)
-    with _frozen(module), _checkpointed(module, lambda: (nullcontext(), mode)), torch.enable_grad():
+    keeping = (
+        nullcontext()
+        if _fits(module, ids.numel())
+        else _checkpointed(module, lambda: (nullcontext(), mode))
+    )
+    with _frozen(module), keeping, torch.enable_grad():
         with mode:
             logits = batch_logits(module, ids)
         if logits.requires_grad:
@@ -331,6 +339,27 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in thawed:
             parameter.requires_grad_(True)
+
+
+def _fits(module: nn.Module, rows: int) -> bool:
+    """Check whether the activations of all blocks take little of the memory that is left.
+
+    What a linear reads and returns is counted in float32, and once more for all else that is kept.
+    """
+    blocks = next(iter(block_lists(module)), ())
+    if stream_of(module) is not None or not blocks:
+        return False
+    width = sum(
+        sum(parameter.shape)
+        for block in blocks
+        for parameter in block.parameters()
+        if parameter.ndim == 2
+    )
+    device = device_of(module)
+    free_bytes = backend(device).free_bytes()
+    if free_bytes is None:
+        free_bytes = available_bytes()
+    return free_bytes is not None and 2 * 4 * rows * width <= _FREE_SHARE * free_bytes
 
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]

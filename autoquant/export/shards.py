@@ -27,8 +27,8 @@ from autoquant.models.weights import files
 SAFETENSORS = "model.safetensors"
 INDEX = f"{SAFETENSORS}.index.json"
 PACKED = "packed.pt"
-SHARD_BYTES = 2 << 30
-"""Tensors that take more go to several files. This is what a writer holds of each kind at most."""
+SHARD_BYTES = 1 << 30
+"""Tensors that take more go to several files. A writer holds so many, and their bytes again."""
 
 _SAFETENSORS_SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 _PACKED_SHARD = "packed-{number:05d}-of-{count:05d}.pt"
@@ -56,8 +56,8 @@ class ShardWriter:
     def __init__(self, folder: Path, *, check: bool = False) -> None:
         self.packed: list[str] = []
         self.packings: set[str] = set()
-        plain = _Kind(SAFETENSORS, _SAFETENSORS_SHARD, write_safetensors, read_safetensors)
-        opaque = _Kind(PACKED, _PACKED_SHARD, _write_packed, _read_packed)
+        plain = _Kind(SAFETENSORS, _SAFETENSORS_SHARD, write_safetensors, _map_safetensors)
+        opaque = _Kind(PACKED, _PACKED_SHARD, _write_packed, _map_packed)
         self._readable, self._opaque = _Files(folder, plain, check), _Files(folder, opaque, check)
         self._folder = folder
 
@@ -96,12 +96,13 @@ class _Kind:
     Attributes:
         only: The name of a file that is the only one.
         each: The name of one of several files.
+        mapped: Returns the tensors of a file, without copies where that can be.
     """
 
     only: str
     each: str
     write: Callable[[Mapping[str, torch.Tensor], Path], None]
-    read: Callable[[Path, str], dict[str, torch.Tensor]]
+    mapped: Callable[[Path], dict[str, torch.Tensor]]
 
 
 class _Files:
@@ -141,7 +142,7 @@ class _Files:
         path = self._folder / f"{self._kind.only}.{len(self.names)}"
         self._kind.write(self.held, path)
         self.names.append(path.name)
-        again = self._kind.read(path, "cpu") if self._check else {}
+        again = self._kind.mapped(path) if self._check else {}
         for name in again:
             if not same_bits(move_tensor(self.held[name], "cpu"), again[name]):
                 raise CheckpointError(
@@ -226,22 +227,42 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     dotted = {name if "." in name else f".{name}": tensor for name, tensor in tensors.items()}
     flat, metadata = flatten_tensor_state_dict(dotted)
+    stored: set[int] = set()
     for name, tensor in flat.items():
         whole = tensor.contiguous()
-        flat[name] = whole.clone() if tensor._is_view() else whole  # safetensors shares no memory
+        storage = whole.untyped_storage()
+        # safetensors shares no memory
+        shares = storage.data_ptr() in stored or storage.nbytes() > whole.nbytes
+        flat[name] = whole.clone() if shares else whole
+        stored.add(storage.data_ptr())
     save_file(flat, path, metadata={**metadata, "format": "pt"})
 
 
 def read_safetensors(path: Path, device: str) -> dict[str, torch.Tensor]:
     """Return the tensors of one file."""
     from safetensors import safe_open
-    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
     with safe_open(path, framework="pt") as file:
         metadata, stored, place = file.metadata(), file.keys(), backend(device)
         mapped = map(file.get_tensor, stored)
         copied = in_threads(place.upload, mapped, place.upload_threads)  # and aligned
         flat = dict(zip(stored, copied, strict=True))
+    return _unflattened(flat, metadata, path)
+
+
+def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        return _unflattened(flat, file.metadata(), path)
+
+
+def _unflattened(
+    flat: dict[str, torch.Tensor], metadata: Mapping[str, str], path: Path
+) -> dict[str, torch.Tensor]:
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
     tensors, rest = unflatten_tensor_state_dict(flat, metadata)
     if rest:
         names = ", ".join(list(rest)[:3])
@@ -255,10 +276,20 @@ def _write_packed(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _read_packed(path: Path, device: str) -> dict[str, torch.Tensor]:
+    return {name: move_tensor(tensor, device) for name, tensor in _load(path, mmap=False).items()}
+
+
+def _map_packed(path: Path) -> dict[str, torch.Tensor]:
+    return _load(path, mmap=True)
+
+
+def _load(path: Path, *, mmap: bool) -> dict[str, torch.Tensor]:
     check_stored(path)
     with torch.serialization.safe_globals(_moved_classes()):
-        packed = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: move_tensor(tensor, device) for name, tensor in packed.items()}
+        packed: dict[str, torch.Tensor] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mmap
+        )
+    return packed
 
 
 def _moved_classes() -> list[Any]:

@@ -102,8 +102,15 @@ class SearchSpace:
         """Return the bytes of all parameters in a solution."""
         return self.context.other_bytes + sum(c.memory_bytes for c in self.chosen(picks))
 
-    def check_memory(self, max_memory_bytes: int | None) -> None:
+    def check_memory(
+        self,
+        max_memory_bytes: int | None,
+        advice: str = "allow at least that with --max-memory",
+    ) -> None:
         """Refuse a limit that no choice of formats can keep to.
+
+        Args:
+            advice: What would do.
 
         Raises:
             PlanError: The smallest of all plans is larger.
@@ -119,7 +126,7 @@ class SearchSpace:
             )
             raise PlanError(
                 f"no plan is as small as {max_memory_bytes:,} bytes: the smallest formats take"
-                f" {least_bytes:,}; allow at least that with --max-memory{constrained}"
+                f" {least_bytes:,}; {advice}{constrained}"
             )
 
     def allowed_loss(

@@ -9,6 +9,7 @@ from builders.records import STUDY
 from builders.runner import FakeRunner, say_what_is_predicted
 from builders.space import NAMES, SITES, make_ledger, make_space
 
+from autoquant.devices.memory import LIMIT_VARIABLE
 from autoquant.errors import CandidateError, PlanError
 from autoquant.events import Notice, StageFinished
 from autoquant.records import ORIGINAL_LABEL
@@ -236,3 +237,12 @@ def test_plans_that_do_not_fit_the_device_are_named_and_not_proven(store):
     tried = [plan for plan in runner.proven if plan.kind != "original"]
     assert len(tried) > 1
     assert max(plan.prediction.memory_bytes for plan in tried) <= ledger.room_bytes
+
+
+def test_without_a_plan_that_fits_the_search_says_what_would(store):
+    ledger = make_ledger(store, FakeRunner())
+    ledger.room_bytes = 10
+    with pytest.raises(
+        PlanError, match=f"use one with more memory, allow more with {LIMIT_VARIABLE}"
+    ):
+        prove_references(make_space(), ledger, SITES, replace(LIMITS, max_memory_bytes=10))

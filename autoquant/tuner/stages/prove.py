@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from autoquant.devices.memory import LIMIT_VARIABLE
 from autoquant.errors import CandidateError
 from autoquant.events import Ending, Notice, StageFinished, StageStarted
 from autoquant.records import Plan, Site
@@ -25,6 +26,10 @@ FRONT_PLANS = 3
 """This many plans of the front are proven, if there is time."""
 LEAST_PLANS = 10
 """This many plans are proven in all, if there is time and there are as many."""
+_MORE_ROOM = (
+    f"the device has no room for that: use one with more memory, allow more with {LIMIT_VARIABLE},"
+    " or name candidates with fewer bits"
+)
 _OWN_PLANS = 1
 _LEAST_FURTHER = 2
 """Proven beside the unquantized model whatever the time budget, one of them the search's own."""
@@ -57,7 +62,10 @@ def prove_references(
         PlanError: No plan is as small as the limit of memory.
         CandidateError: The unquantized model cannot be run.
     """
-    space.check_memory(limits.max_memory_bytes)
+    if limits.max_memory_bytes == ledger.room_bytes is not None:
+        space.check_memory(limits.max_memory_bytes, _MORE_ROOM)
+    else:
+        space.check_memory(limits.max_memory_bytes)
     ledger.listener(StageStarted("prove", 1 + FRONT_PLANS))
     original, scale = _prove_original(space, ledger, sites)
     _tell_what_fits(ledger)

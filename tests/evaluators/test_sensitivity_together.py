@@ -14,7 +14,14 @@ from torch import nn
 from autoquant.candidates import A8_FLOAT8_TENSOR
 from autoquant.errors import QualityError
 from autoquant.evaluators.quality import FunctionQuality
-from autoquant.evaluators.sensitivity import EVERY_LAYER, SENSITIVITIES, Change, fisher, together
+from autoquant.evaluators.sensitivity import (
+    EVERY_LAYER,
+    SENSITIVITIES,
+    Change,
+    fisher,
+    gradients,
+    together,
+)
 from autoquant.evaluators.sensitivity.path import path_shares
 from autoquant.evaluators.sensitivity.together import CalibrationModel
 
@@ -192,7 +199,11 @@ def test_windows_in_one_batch_score_as_one_by_one(llama, quality, method, activa
     assert one_by_one == pytest.approx(at_once, rel=1e-3)
 
 
-def test_the_inside_of_a_block_is_computed_again_rather_than_kept(llama, quality):
+@pytest.mark.parametrize(("free_bytes", "times"), [(1 << 40, 1), (1 << 10, 2), (None, 2)])
+def test_the_inside_of_a_block_is_computed_again_if_there_is_no_room_to_keep_it(
+    llama, quality, monkeypatch, free_bytes, times
+):
+    monkeypatch.setattr(gradients, "available_bytes", lambda: free_bytes)
     runs = []
     llama.model.layers[0].mlp.register_forward_pre_hook(
         lambda *_args: runs.append(torch.is_grad_enabled())
@@ -200,7 +211,16 @@ def test_the_inside_of_a_block_is_computed_again_rather_than_kept(llama, quality
     site = sites_of(llama)["model.layers.0.mlp.up_proj"]
     runs.clear()
     score("path", llama, [site], quality, {"coarse:a16": HOW["coarse:a16"]})
-    assert runs.count(True) == 2  # forward, and again for the gradients
+    assert runs.count(True) == times  # forward, and perhaps again for the gradients
+
+
+def test_shares_are_the_same_whether_activations_were_kept_or_not(llama, quality, monkeypatch):
+    site = sites_of(llama)["model.layers.0.mlp.up_proj"]
+    found = []
+    for free_bytes in (1 << 40, 1 << 10):
+        monkeypatch.setattr(gradients, "available_bytes", lambda free=free_bytes: free)
+        found.append(score("path", llama, [site], quality, {"coarse:a16": HOW["coarse:a16"]}))
+    assert found[0] == found[1]
 
 
 def test_factors_are_rounded_where_gradients_are_passed_back_and_nowhere_else(

@@ -11,7 +11,14 @@ from autoquant.devices.effort import TimingEffort, timing_effort_of
 from autoquant.errors import WorkloadError
 from autoquant.records import Workload
 from autoquant.runtime import request, user_loop
-from autoquant.runtime.user_loop import Answer, Usage, UserLoop, first_difference, time_user_loops
+from autoquant.runtime.user_loop import (
+    Answer,
+    Usage,
+    UserLoop,
+    first_difference,
+    time_user_loops,
+    warm_up,
+)
 
 SHORT = TimingEffort(highest_other_load=9.0, request_rounds=3, request_calls=2, loop_rounds=3)
 WORKLOAD = Workload.parse("prefill=6,decode=5", batch=2)
@@ -55,6 +62,7 @@ def test_a_language_model_is_asked_for_all_tokens_and_for_one(llama, asked):
 
 def test_the_time_of_a_further_token_is_what_the_request_takes_beyond_the_first(llama):
     loops = [LM.loop_of(llama), LM.loop_of(make_llama(layers=1))]
+    warm_up(loops, "cpu")
     (original, smaller), note = time_user_loops(loops, "cpu")
     assert note == "" and original.ratio is None
     times = smaller.times

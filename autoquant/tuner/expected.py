@@ -17,7 +17,8 @@ from autoquant.devices.base import Paces
 from autoquant.errors import PlanError, StoreError
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Recording, TimingSubject
-from autoquant.store import Store, StudyFacts
+from autoquant.store import Store
+from autoquant.study.study import Study
 from autoquant.tuner.request import SettledRequest
 
 WORK = "work"
@@ -107,15 +108,15 @@ def work_of(
 
 def keep_work(store: Store, study_id: str, work: Work) -> None:
     """Keep what a run of a study has to do, added to that of its earlier runs."""
-    before = store.references(study_id).get(WORK, {"timings": 0, "scores": 0.0})
-    store.put_reference(
-        study_id,
-        WORK,
-        {
-            "timings": before["timings"] + work.timings,
-            "scores": before["scores"] + work.scores,
-        },
-    )
+    timings, scores = _kept(store, study_id)
+    kept = {"timings": timings + work.timings, "scores": scores + work.scores}
+    store.put_reference(study_id, WORK, kept)
+
+
+def _kept(store: Store, study_id: str) -> tuple[int, float]:
+    """Return the timings and scores that all runs of a study had to do."""
+    kept = store.references(study_id).get(WORK, {"timings": 0, "scores": 0.0})
+    return kept["timings"], kept["scores"]
 
 
 def expect(settled: SettledRequest, store: Store, work: Work) -> Expected:
@@ -155,7 +156,10 @@ def _earlier(
             facts = store.study(study_id)
             if facts.device.key != settled.hardware.key:
                 continue
-            pair = _work_kept(store, facts).guess(paces), _seconds(store, study_id)
+            timings, scores = _kept(store, study_id)
+            linears = len(facts.recording.sites) if facts.recording else 0
+            work = Work(timings=timings, scores=scores, linears=linears)
+            pair = work.guess(paces), _seconds(Study(store, study_id))
         except (PlanError, StoreError):
             continue  # removed meanwhile, or damaged: what needs it says so
         is_same = facts.model_hash == settled.loaded.content_hash and "proof" in pair[1]
@@ -163,22 +167,17 @@ def _earlier(
     return same or other
 
 
-def _work_kept(store: Store, facts: StudyFacts) -> Work:
-    kept = store.references(facts.study_id).get(WORK, {"timings": 0, "scores": 0.0})
-    recording = facts.recording
-    linears = len(recording.sites) if recording else 0
-    return Work(timings=kept["timings"], scores=kept["scores"], linears=linears)
-
-
-def _seconds(store: Store, study_id: str) -> dict[str, float]:
+def _seconds(study: Study) -> dict[str, float]:
     """Return the seconds of the parts of a study, as far as they are known."""
-    stages = store.references(study_id).get("stages", {}).get("seconds", {})
-    found = {part: stages[part] for part in ("profile", "score") if part in stages}
-    originals = {plan.plan_id for plan in store.plans(study_id) if plan.kind == "original"}
-    proofs = store.proofs(study_id)
+    stages = study.stage_seconds()
+    found: dict[str, float] = {
+        part: stages[part] for part in ("profile", "score") if part in stages
+    }
+    originals = {plan.plan_id for plan in study.plans() if plan.kind == "original"}
+    proofs = study.proofs()
     for part, parts in (
         ("proof", [proofs[each].seconds for each in proofs if each not in originals]),
-        ("deliver", [each.seconds for each in store.deliveries(study_id).values()]),
+        ("deliver", [each.seconds for each in study.deliveries().values()]),
     ):
         if totals := [sum(each.values()) for each in parts if each]:
             found[part] = fmean(totals)

@@ -12,16 +12,10 @@ from models.tiny_models import as_loaded
 from torch import nn
 
 from autoquant.candidates import A8_FLOAT8_TENSOR
+from autoquant.devices.cpu import CpuBackend
 from autoquant.errors import QualityError
 from autoquant.evaluators.quality import FunctionQuality
-from autoquant.evaluators.sensitivity import (
-    EVERY_LAYER,
-    SENSITIVITIES,
-    Change,
-    fisher,
-    gradients,
-    together,
-)
+from autoquant.evaluators.sensitivity import EVERY_LAYER, SENSITIVITIES, Change, fisher, together
 from autoquant.evaluators.sensitivity.path import path_shares
 from autoquant.evaluators.sensitivity.together import CalibrationModel
 
@@ -203,7 +197,7 @@ def test_windows_in_one_batch_score_as_one_by_one(llama, quality, method, activa
 def test_the_inside_of_a_block_is_computed_again_if_there_is_no_room_to_keep_it(
     llama, quality, monkeypatch, free_bytes, times
 ):
-    monkeypatch.setattr(gradients, "available_bytes", lambda: free_bytes)
+    monkeypatch.setattr(CpuBackend, "room_bytes", lambda _backend: free_bytes)
     runs = []
     llama.model.layers[0].mlp.register_forward_pre_hook(
         lambda *_args: runs.append(torch.is_grad_enabled())
@@ -218,7 +212,7 @@ def test_shares_are_the_same_whether_activations_were_kept_or_not(llama, quality
     site = sites_of(llama)["model.layers.0.mlp.up_proj"]
     found = []
     for free_bytes in (1 << 40, 1 << 10):
-        monkeypatch.setattr(gradients, "available_bytes", lambda free=free_bytes: free)
+        monkeypatch.setattr(CpuBackend, "room_bytes", lambda _backend, free=free_bytes: free)
         found.append(score("path", llama, [site], quality, {"coarse:a16": HOW["coarse:a16"]}))
     assert found[0] == found[1]
 

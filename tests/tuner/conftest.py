@@ -7,6 +7,7 @@ import itertools
 import shutil
 
 import pytest
+from builders.gated import make_setup
 from builders.records import STUDY, put_study
 from builders.search import make_plan
 
@@ -46,6 +47,19 @@ def study_of(store):
         return Study(store, STUDY)
 
     return make
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.fixture
+def setup(tmp_path, events):
+    """The setup of a search of three small linears, whose study its store knows."""
+    made = make_setup(tmp_path / "plan.db", events.append)
+    yield made
+    made.store.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from builders.gated import make_setup
 from builders.records import make_delivery, make_proof
 from builders.search import make_plan
 
@@ -29,18 +28,6 @@ PACES = Paces(
     deliver_linear_s=2.0,
 )
 WORK = Work(timings=10, scores=0.5, linears=6)
-
-
-@pytest.fixture
-def events():
-    return []
-
-
-@pytest.fixture
-def setup(tmp_path, events):
-    made = make_setup(tmp_path / "plan.db", events.append)
-    yield made
-    made.store.close()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import pytest
-from builders.gated import CANDIDATES, WORKLOAD, make_setup
+from builders.gated import CANDIDATES, WORKLOAD
 from builders.records import DEVICE, STUDY, put_study
 from builders.runner import FakeRunner
 from builders.search import make_plan
@@ -27,19 +27,6 @@ from autoquant.tuner.stages.score import score_choices
 from autoquant.tuner.workers.jobs import ProveJob, ScoreJob
 
 pytestmark = pytest.mark.usefixtures("quick_solver", "quick_collector")
-
-
-@pytest.fixture
-def events():
-    return []
-
-
-@pytest.fixture
-def setup(tmp_path, events):
-    """A setup whose store knows the study."""
-    made = make_setup(tmp_path / "plan.db", events.append)
-    yield made
-    made.store.close()
 
 
 def constrained(setup, **constraints):

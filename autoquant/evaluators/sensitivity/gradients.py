@@ -355,11 +355,8 @@ def _fits(module: nn.Module, rows: int) -> bool:
         for parameter in block.parameters()
         if parameter.ndim == 2
     )
-    device = device_of(module)
-    free_bytes = backend(device).free_bytes()
-    if free_bytes is None:
-        free_bytes = available_bytes()
-    return free_bytes is not None and 2 * 4 * rows * width <= _FREE_SHARE * free_bytes
+    room_bytes = backend(device_of(module)).room_bytes()
+    return room_bytes is not None and 2 * 4 * rows * width <= _FREE_SHARE * room_bytes
 
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]

@@ -19,6 +19,7 @@ from autoquant.solver.front import front_plans
 from autoquant.solver.limits import Limits
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.uniform import original_plan, uniform_plans
+from autoquant.tuner.expected import LEAST_PROOFS
 from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.time_scale import TimeScale, fit_time_scale
 
@@ -31,7 +32,7 @@ _MORE_ROOM = (
     " or name candidates with fewer bits"
 )
 _OWN_PLANS = 1
-_LEAST_FURTHER = 2
+_LEAST_FURTHER = LEAST_PROOFS - 1
 """Proven beside the unquantized model whatever the time budget, one of them the search's own."""
 
 

@@ -19,7 +19,7 @@ from autoquant.errors import StoreError
 from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
 from autoquant.store.integrity import check_integrity, damaged
-from autoquant.store.log import begin_log
+from autoquant.store.log import begin_log, write_to_log
 from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
 from autoquant.store.repository import Store
 from autoquant.store.schema import Base
@@ -216,7 +216,7 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     if is_new:
         # Before the log exists, so that the mark is in the file itself.
         cursor.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        cursor.execute("PRAGMA journal_mode = WAL")
+        write_to_log(cursor)
     # A fact is shown once it is kept, so it must outlive a loss of power from then on.
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA fullfsync = ON")  # macOS: through the cache of the disk, too
@@ -264,8 +264,8 @@ def _migrations() -> Config:
 def _is_newest(engine: Engine, address: str) -> bool:
     """Return whether the schema is the newest, and refuse one that is newer than that."""
     newest, known = _revisions()
-    current = _revision(engine)
-    if current is None and set(inspect(engine).get_table_names()) & set(Base.metadata.tables):
+    current, tables = _found(engine)
+    if current is None and tables & set(Base.metadata.tables):
         raise damaged(address, f"{VERSION_TABLE} does not say which schema its tables have")
     if current is not None and current not in known:
         raise StoreError(
@@ -285,8 +285,11 @@ def _revisions() -> tuple[str | None, frozenset[str]]:
     return script.get_current_head(), known
 
 
-def _revision(engine: Engine) -> str | None:
-    with engine.connect() as connection:
-        if not inspect(connection).has_table(VERSION_TABLE):
-            return None
-        return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
+def _found(engine: Engine) -> tuple[str | None, set[str]]:
+    """Return the schema's revision and the tables, both of one moment: another may migrate now."""
+    with engine.begin() as connection:
+        tables = set(inspect(connection).get_table_names())
+        if VERSION_TABLE not in tables:
+            return None, tables
+        query = text(f"SELECT version_num FROM {VERSION_TABLE}")
+        return connection.execute(query).scalar(), tables

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from contextlib import closing
+from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session, undefer
 
+from autoquant.store.refused import BUSY_TIMEOUT_S
 from autoquant.store.rows import check_in_study
 from autoquant.store.schema import Base, StudyRow
 
@@ -33,12 +37,33 @@ def check_and_begin_log(engine: Engine) -> None:
 def begin_log(engine: Engine) -> None:
     """Have SQLite write to a log beside the file from now on, which others may read meanwhile."""
     if engine.dialect.name == "sqlite":
-        _journal(engine, " = WAL")
+        with closing(engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
+            write_to_log(cursor)
 
 
-def _journal(engine: Engine, setting: str = "") -> str:
+def write_to_log(cursor: Any) -> None:
+    """Switch a SQLite file to a log, through the cursor of a connection.
+
+    Raises:
+        sqlite3.OperationalError: Others have used the file for `BUSY_TIMEOUT_S`, or it cannot be
+            written.
+    """
+    ends_s = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # SQLite waits for others in every statement but this one.
+            busy = getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+            if not busy or time.monotonic() > ends_s:
+                raise
+            time.sleep(0.01)
+
+
+def _journal(engine: Engine) -> str:
     with closing(engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
-        cursor.execute(f"PRAGMA journal_mode{setting}")
+        cursor.execute("PRAGMA journal_mode")
         (journal,) = cursor.fetchone() or ("",)
         return str(journal)
 

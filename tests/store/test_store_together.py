@@ -56,6 +56,15 @@ def test_several_that_make_a_database_at_once_make_one(tmp_path):
     store.close()
 
 
+def test_a_database_that_others_make_is_neither_damaged_nor_locked(tmp_path):
+    def opened(path):
+        open_store(path).close()
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(40):
+            list(pool.map(opened, [tmp_path / f"{number}.db"] * 8))
+
+
 @pytest.mark.processes
 def test_what_is_saved_after_the_database_was_opened_a_second_time_is_there(filled, path, query):
     """Another process that closes the database deletes the log, unless this one holds its locks."""

@@ -34,7 +34,9 @@ _log = logging.getLogger(__name__)
 
 
 class ForkingRunner:
-    """Runs each job in a fresh child of a worker process, which has the model loaded.
+    """Runs jobs in children of a worker process, which has the model loaded.
+
+    Each is fresh, but for jobs that keep their process for the next of their class.
 
     The worker is restarted if it dies. It runs in its own session, so Ctrl-C does not reach it, and
     it is killed when this process exits.

@@ -139,10 +139,12 @@ class Job(Protocol[Result_co]):
 
     Attributes:
         needs_model: The model should be in memory before it starts.
+        keeps_process: What it leaves in its process is of use to the next job of its class.
         silence_s: A runner that can ends the job after so long without a message. None: never.
     """
 
     needs_model: ClassVar[bool]
+    keeps_process: ClassVar[bool]
 
     @property
     def silence_s(self) -> float | None: ...
@@ -193,6 +195,7 @@ class LoadJob:
     """Loads the model again, or raises `ModelError`."""
 
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
     silence_s: float | None = None
 
     def run(self, bench: Bench, tell: Tell) -> None:
@@ -209,6 +212,7 @@ class ProfileJob:
     """
 
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
     subjects: Sequence[TimingSubject]
     hardware: Device
     roofline: Roofline | None = None
@@ -267,6 +271,7 @@ class ScoreJob:
     """
 
     needs_model: ClassVar[bool] = True
+    keeps_process: ClassVar[bool] = False
 
     changes: Sequence[tuple[Site, str, str, str]]
     sensitivity: str
@@ -335,6 +340,7 @@ class ProveJob:
     """
 
     needs_model: ClassVar[bool] = True
+    keeps_process: ClassVar[bool] = True  # its prover has compiled the unquantized model
 
     plan: Plan
     reference: ReferenceLosses

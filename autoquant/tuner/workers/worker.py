@@ -2,9 +2,9 @@
 
 Run by `child.py` with the number of a socket. This process never
 computes: a process whose OpenMP threads have run cannot be forked. A child ends with its job, which
-returns all its memory. A child that a signal ends is an answer like any other, and so is one that
-takes nearly all memory, which is ended. When the searching process ends, so do this one and its
-child.
+returns all its memory, or with the last of several jobs of a class that keeps its process. A child
+that a signal ends is an answer like any other, and so is one that takes nearly all memory, which is
+ended. When the searching process ends, so do this one and its child.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
 
 _ANSWERED = 87
 """The exit code of a child that sent its result. A kernel's own code may end it with any other."""
+_READY = b""
+"""The message of a child that waits for its next job."""
 _LOOK_S = 0.1
 
 
@@ -47,58 +50,97 @@ def main() -> None:
         send(connection, (RAISED, portable(error)))
         return
     send(connection, (DONE, None))
+    children = _Children(bench, spec.threads, connection)
     with suppress(EOFError, ConnectionError):
         while True:
-            _serve(receive(connection), bench, spec.threads, connection)
+            children.serve(receive(connection))
 
 
-def _serve(job: Job[Any], bench: Bench, threads: int, connection: Connection) -> None:
-    """Fork, pass the child's messages on, and report how it ended if it did not finish."""
-    if job.needs_model:
-        try:
-            bench.loaded  # noqa: B018 - loaded here, children share it
-        except Exception as error:  # noqa: BLE001 - raised again on the other side
-            return send(connection, (RAISED, portable(error)))
-    ours, theirs = Pipe(duplex=False)
-    me = os.getpid()
-    child = os.fork()
-    if child == 0:
-        ours.close()
-        connection.close()
-        die_with(me)
-        be_ended_first()
-        torch.set_num_threads(threads)
-        _work(job, bench, theirs)
-        os._exit(_ANSWERED)
-    theirs.close()
-    why_ended = _pass_on(ours, connection, child)
-    ours.close()
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code != _ANSWERED:
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        send(connection, (DIED, why_ended or how))
-    return None
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """A process that does jobs of one class, and the end of its pipe that is ours."""
+
+    process: int
+    pipe: Connection
+    does: type[Job[Any]]
+
+    def end(self) -> int:
+        """Have it end once its job is done; return its exit code, or a signal as a negative."""
+        self.pipe.close()
+        _, status = os.waitpid(self.process, 0)
+        return os.waitstatus_to_exitcode(status)
 
 
-def _pass_on(ours: Connection, connection: Connection, child: int) -> str:
-    """Pass the child's messages on until it ends. End it if it takes nearly all memory.
+class _Children:
+    """Does jobs, each in a child."""
 
-    Return why it was ended, or an empty string.
+    def __init__(self, bench: Bench, threads: int, connection: Connection) -> None:
+        self._bench, self._threads, self._connection = bench, threads, connection
+        self._kept: _Child | None = None
+
+    def serve(self, job: Job[Any]) -> None:
+        """Pass a child's messages on, and report how it ended if it did not finish."""
+        if job.needs_model:
+            try:
+                self._bench.loaded  # noqa: B018 - loaded here, children share it
+            except Exception as error:  # noqa: BLE001 - raised again on the other side
+                return send(self._connection, (RAISED, portable(error)))
+        child = self._child_for(job)
+        with suppress(ConnectionError):  # it has ended meanwhile, as is found below
+            send(child.pipe, job)
+        why_ended = _pass_on(child, self._connection)
+        if why_ended is None:
+            self._kept = child
+            return None
+        code = child.end()
+        if code != _ANSWERED:
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            send(self._connection, (DIED, why_ended or how))
+        return None
+
+    def _child_for(self, job: Job[Any]) -> _Child:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            if kept.does is type(job):
+                return kept
+            kept.end()
+        ours, theirs = Pipe()
+        me = os.getpid()
+        process = os.fork()
+        if process == 0:
+            ours.close()
+            self._connection.close()
+            die_with(me)
+            be_ended_first()
+            torch.set_num_threads(self._threads)
+            _work(self._bench, theirs)
+            os._exit(_ANSWERED)
+        theirs.close()
+        return _Child(process, ours, type(job))
+
+
+def _pass_on(child: _Child, connection: Connection) -> str | None:
+    """Pass the child's messages on until it is ready for the next job; return None then.
+
+    It may end before, or is ended if it takes nearly all memory: return why it was ended, or an
+    empty string.
     """
     available = available_bytes()
     most = (
         None
         if available is None
-        else own_bytes(child) + int(timing_effort().most_memory * available)
+        else own_bytes(child.process) + int(timing_effort().most_memory * available)
     )
     with suppress(EOFError, OSError):  # the child has ended, in the middle of a message perhaps
         while True:
-            while not ours.poll(_LOOK_S):
-                if most is not None and own_bytes(child) > most:
-                    os.kill(child, signal.SIGKILL)
+            while not child.pipe.poll(_LOOK_S):
+                if most is not None and own_bytes(child.process) > most:
+                    os.kill(child.process, signal.SIGKILL)
                     return f"this program, since it took {most / 2**30:.1f} GiB of memory"
-            connection.send_bytes(ours.recv_bytes())
+            message = child.pipe.recv_bytes()
+            if message == _READY:
+                return None
+            connection.send_bytes(message)
     return ""
 
 
@@ -108,12 +150,19 @@ def be_ended_first() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _work(job: Job[Any], bench: Bench, answers: Connection) -> None:
-    try:
-        result = job.run(bench, lambda message: send(answers, (TOLD, message)))
-        send(answers, (DONE, result))
-    except BaseException as error:  # noqa: BLE001 - raised again on the other side
-        send(answers, (RAISED, portable(error)))
+def _work(bench: Bench, pipe: Connection) -> None:
+    """Do jobs until one ends its process or the pipe closes."""
+    with suppress(EOFError):
+        while True:
+            job: Job[Any] = receive(pipe)
+            try:
+                result = job.run(bench, lambda message: send(pipe, (TOLD, message)))
+                send(pipe, (DONE, result))
+            except BaseException as error:  # noqa: BLE001 - raised again on the other side
+                return send(pipe, (RAISED, portable(error)))
+            if not job.keeps_process:
+                return None
+            pipe.send_bytes(_READY)
 
 
 def portable(error: BaseException) -> BaseException:

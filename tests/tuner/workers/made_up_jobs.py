@@ -24,6 +24,7 @@ class Count:
 
     until: int
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
     silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
@@ -33,9 +34,27 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Stay:
+    """Gives the number of the process, which it keeps if nothing else is to come of it."""
+
+    then: str = ""
+    needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = True
+    silence_s: ClassVar[float | None] = None
+
+    def run(self, bench, tell):
+        if self.then == "crash":
+            os._exit(3)
+        if self.then == "fail":
+            raise ValueError("no luck")
+        return os.getpid()
+
+
+@dataclass(frozen=True)
 class Fail:
     error: str
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
     silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
@@ -48,6 +67,7 @@ class Crash:
 
     number: int
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
     silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
@@ -61,6 +81,7 @@ class Fill:
 
     mib: int
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
     silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
@@ -78,6 +99,7 @@ class Sleep:
 
     seconds: float = 60.0
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
     silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):
@@ -92,6 +114,7 @@ class Hang:
 
     silence_s: float
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
 
     def run(self, bench, tell):
         tell("begun")
@@ -104,6 +127,7 @@ class Devour:
     """Takes ever more memory, 64 MiB at a time, up to 4 GiB."""
 
     needs_model: ClassVar[bool] = False
+    keeps_process: ClassVar[bool] = False
     silence_s: ClassVar[float | None] = None
 
     def run(self, bench, tell):

@@ -32,7 +32,7 @@ from autoquant.tuner.workers.in_process import InProcessRunner
 from autoquant.tuner.workers.jobs import Bench, BenchSpec, LoadJob, Scored, ScoreJob
 from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE, start_runner
 
-from .made_up_jobs import Count, Crash, Devour, Fail, Fill, Hang, Sleep
+from .made_up_jobs import Count, Crash, Devour, Fail, Fill, Hang, Sleep, Stay
 
 pytestmark = [
     pytest.mark.processes,
@@ -141,6 +141,29 @@ def test_every_job_gets_a_fresh_process_with_the_wanted_threads(shared):
         processes.add(process)
     assert len(processes) == 3 and os.getpid() not in processes
     wait_until(lambda: not any(map(is_running, processes)))
+
+
+def test_jobs_of_a_class_that_keeps_its_process_follow_each_other_in_it(shared):
+    first, _ = run(shared, Stay())
+    assert run(shared, Stay())[0] == first
+    run(shared, Count(1))
+    wait_until(lambda: not is_running(first))
+    other, _ = run(shared, Stay())
+    assert other != first
+    run(shared, Count(1))
+    wait_until(lambda: not is_running(other))
+
+
+@pytest.mark.parametrize("then", ["fail", "crash", "killed between"])
+def test_a_kept_process_that_failed_is_not_used_again(shared, then):
+    process, _ = run(shared, Stay())
+    if then == "killed between":
+        os.kill(process, signal.SIGKILL)
+        wait_until(lambda: not is_running(process))
+    with pytest.raises(ValueError if then == "fail" else ProcessDiedError):
+        run(shared, Stay(then))
+    assert run(shared, Stay())[0] != process
+    assert run(shared, Count(1))[1] == [0]
 
 
 def test_a_job_that_is_silent_for_too_long_is_ended_and_the_next_one_runs(shared):

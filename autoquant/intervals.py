@@ -1,4 +1,4 @@
-"""Means with their 95 % intervals."""
+"""Means with their intervals, of 95 % unless asked for another confidence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ CONFIDENCE = 0.95
 
 
 def paired_increase(
-    losses: Sequence[float], reference: Sequence[float], *, logarithmic: bool, unseen: int = 0
+    losses: Sequence[float],
+    reference: Sequence[float],
+    *,
+    logarithmic: bool,
+    unseen: int = 0,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Return a plan's relative increase in loss over the unquantized model.
 
@@ -23,15 +28,16 @@ def paired_increase(
             reference, or by 1 if that is 0 (as for divergence).
         unseen: Number of further samples whose mean the interval should cover. 0 is for the mean
             over all possible samples.
+        confidence: The chance that the interval holds what it is for.
 
     Returns:
-        The increase as a fraction. Its 95 % interval comes from Student's t of the paired
+        The increase as a fraction. Its interval comes from Student's t of the paired
         differences.
     """
     if len(losses) != len(reference) or not losses:
         raise ValueError(f"{len(losses)} losses for {len(reference)} reference losses")
     differences = [loss - other for loss, other in zip(losses, reference, strict=True)]
-    mean, half = _mean_and_half(differences, unseen)
+    mean, half = _mean_and_half(differences, unseen, confidence)
     if logarithmic:
         return Interval(
             value=math.expm1(mean), low=math.expm1(mean - half), high=_expm1(mean + half)
@@ -40,17 +46,19 @@ def paired_increase(
     return Interval(value=mean / scale, low=(mean - half) / scale, high=(mean + half) / scale)
 
 
-def mean_interval(samples: Sequence[float], unseen: int = 0) -> Interval:
-    """Return the mean of samples with its 95 % interval, from Student's t.
+def mean_interval(
+    samples: Sequence[float], unseen: int = 0, *, confidence: float = CONFIDENCE
+) -> Interval:
+    """Return the mean of samples with its interval, from Student's t.
 
     Args:
-        unseen: As for `paired_increase`.
+        unseen, confidence: As for `paired_increase`.
     """
-    mean, half = _mean_and_half(samples, unseen)
+    mean, half = _mean_and_half(samples, unseen, confidence)
     return Interval(value=mean, low=mean - half, high=mean + half)
 
 
-def _mean_and_half(samples: Sequence[float], unseen: int) -> tuple[float, float]:
+def _mean_and_half(samples: Sequence[float], unseen: int, confidence: float) -> tuple[float, float]:
     """Return the mean and half the length of its interval, infinite for a single sample."""
     from scipy.stats import t as student
 
@@ -60,7 +68,7 @@ def _mean_and_half(samples: Sequence[float], unseen: int) -> tuple[float, float]
         return mean, math.inf
     spread = 1 / count + (1 / unseen if unseen else 0.0)
     variance = math.fsum((sample - mean) ** 2 for sample in samples) / (count - 1)
-    deviations = float(student.ppf(0.5 + CONFIDENCE / 2, count - 1))
+    deviations = float(student.ppf(0.5 + confidence / 2, count - 1))
     return mean, deviations * math.sqrt(variance * spread)
 
 

@@ -108,9 +108,9 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
     from autoquant.report.tables.plans import front_table
     from autoquant.report.words import (
         constraints_words,
+        exception_lines,
         left_out_lines,
         recommendation,
-        stand_in_lines,
         study_line,
     )
 
@@ -127,7 +127,7 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
     if rows and chart:
         _print_chart(rows)
     echo(recommendation(rows, facts.limits, facts.workload))
-    for line in [*stand_in_lines(study.proofs().values()), *left_out_lines(study.left_out())]:
+    for line in [*exception_lines(study.proofs().values()), *left_out_lines(study.left_out())]:
         echo(line)
     if ended := study.refinement_ended():
         echo(f"Refinement: {ended}.")

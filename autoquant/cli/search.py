@@ -262,10 +262,10 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     from autoquant.report.tables.plans import front_table
     from autoquant.report.words import (
         disturbed_proofs,
+        exception_lines,
         off_predictions,
         recommendation,
         spent_words,
-        stand_in_lines,
     )
 
     where = shlex.quote(db)
@@ -277,7 +277,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
         return
     best = None if recommended is None else recommended["plan_id"]
     proofs = study.proofs()
-    for line in stand_in_lines(proofs.values()):
+    for line in exception_lines(proofs.values()):
         echo(line)
     for line in [*disturbed_proofs(proofs, best, where), *off_predictions(rows, where)]:
         echo(line)

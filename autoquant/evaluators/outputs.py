@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoquant.errors import QualityError, WorkloadError, first_line
-from autoquant.evaluators.quality import Comparison, FunctionQuality, TextQuality
+from autoquant.evaluators.quality import Comparison, Enough, FunctionQuality, TextQuality
 from autoquant.evaluators.text import PARTS, Part, deal
 from autoquant.models.outputs import output_tensor
 
@@ -148,7 +148,12 @@ class OutputQuality:
         self.key = inputs.key
 
     def compare(
-        self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
+        self,
+        module: nn.Module,
+        reference: nn.Module,
+        part: Part,
+        known: Sequence[float] = (),
+        enough: Enough | None = None,
     ) -> Comparison:
         losses = tuple(
             divergence(outputs_of(reference, inputs), outputs_of(module, inputs))

@@ -13,11 +13,12 @@ from torch import nn
 from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError, first_line
 from autoquant.evaluators.kept import KeptTensor
-from autoquant.evaluators.logits import compare_window, window_loss
+from autoquant.evaluators.logits import WindowComparison, compare_window, window_loss
 from autoquant.evaluators.passes import each_output
-from autoquant.evaluators.text import Part, TextParts
+from autoquant.evaluators.text import LEAST_WINDOWS, Part, TextParts
 from autoquant.models.outputs import output_tensor, run_on_tokens
 from autoquant.models.streaming import stream_of
+from autoquant.solver.beyond import looks
 
 _KEPT_BYTES = 4 << 30
 """Logits that are kept at most; a quarter of the memory, if that is less: the system holds them."""
@@ -39,12 +40,18 @@ class Comparison:
     Attributes:
         kl: Mean divergence between the models, or None if it is not defined.
         sample_kl: The divergence of each sample, or empty if it is not defined.
+        unseen: The number of samples that were not compared, since enough was known.
     """
 
     losses: tuple[float, ...]
     reference: tuple[float, ...]
     kl: float | None
     sample_kl: tuple[float, ...] = ()
+    unseen: int = 0
+
+
+Enough = Callable[[Comparison], bool]
+"""Tells from a comparison of the first samples whether the others are needed no more."""
 
 
 class Quality(Protocol):
@@ -59,13 +66,20 @@ class Quality(Protocol):
     logarithmic: bool
 
     def compare(
-        self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
+        self,
+        module: nn.Module,
+        reference: nn.Module,
+        part: Part,
+        known: Sequence[float] = (),
+        enough: Enough | None = None,
     ) -> Comparison:
         """Return the losses of both models on the same samples.
 
         Args:
             module: May be the reference itself, which is then run once, or not at all.
-            known: The reference's losses, if they were measured before.
+            known: The reference's losses, if they were measured before: all, or none.
+            enough: Asked a few times where samples are compared one after the other, never before
+                as many as a short text has.
         """
         ...
 
@@ -128,22 +142,36 @@ class TextQuality:
         return tuple(window_loss(logits, ids) for logits, ids in zip(each, windows, strict=True))
 
     def compare(
-        self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
+        self,
+        module: nn.Module,
+        reference: nn.Module,
+        part: Part,
+        known: Sequence[float] = (),
+        enough: Enough | None = None,
     ) -> Comparison:
         if module is reference:
             same = tuple(known) or self.losses(reference, part)
             return Comparison(same, same, 0.0, (0.0,) * len(same))
-        found = []
+        found: list[WindowComparison] = []
         windows = list(self.windows(part))
+        asked = looks(len(windows), LEAST_WINDOWS[part]) if enough else ()
         for ids, wanted in zip(windows, self._reference_logits(reference, part), strict=True):
             logits = next_token_logits(module, ids)
             found.append(compare_window(wanted, logits, ids, compiled=self._compiled))
+            if enough and len(found) in asked and enough(self._so_far(found, part, known)):
+                break
+        return self._so_far(found, part, known)
+
+    def _so_far(
+        self, found: Sequence[WindowComparison], part: Part, known: Sequence[float]
+    ) -> Comparison:
         each = tuple(window.divergence / self.window_tokens() for window in found)
         return Comparison(
             tuple(window.loss for window in found),
-            tuple(known) or tuple(window.reference_loss for window in found),
+            tuple(known[: len(found)]) or tuple(window.reference_loss for window in found),
             sum(each) / len(each),
             each,
+            unseen=len(self.parts.windows[part]) - len(found),
         )
 
     def _reference_logits(self, reference: nn.Module, part: Part) -> Iterator[torch.Tensor]:
@@ -215,7 +243,12 @@ class FunctionQuality:
         return losses
 
     def compare(
-        self, module: nn.Module, reference: nn.Module, part: Part, known: Sequence[float] = ()
+        self,
+        module: nn.Module,
+        reference: nn.Module,
+        part: Part,
+        known: Sequence[float] = (),
+        enough: Enough | None = None,
     ) -> Comparison:
         if module is reference:
             same = tuple(known) or self.losses(reference, part)

@@ -20,6 +20,7 @@ from autoquant.records.plans import (
 )
 from autoquant.records.proofs import (
     DISTURBED,
+    PARTLY,
     STAND_IN,
     Delivery,
     Interval,
@@ -53,6 +54,7 @@ __all__ = [
     "BASELINES",
     "DISTURBED",
     "ORIGINAL_LABEL",
+    "PARTLY",
     "STAND_IN",
     "Delivery",
     "Device",

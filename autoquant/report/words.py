@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from autoquant.records import DISTURBED, ORIGINAL_LABEL, STAND_IN, Device, Plan, Proof, Workload
+from autoquant.records import (
+    DISTURBED,
+    ORIGINAL_LABEL,
+    PARTLY,
+    STAND_IN,
+    Device,
+    Plan,
+    Proof,
+    Workload,
+)
 from autoquant.report import units
 
 NOT_RUN = "Not timed yet as you will run it: the same `autoquant search` does that."
@@ -280,10 +289,20 @@ def disturbed_proofs(
     ]
 
 
-def stand_in_lines(proofs: Iterable[Proof]) -> list[str]:
-    """Say how the unquantized model was timed if it does not fit the device, or no lines."""
-    notes = [note for proof in proofs for note in proof.notes if note.startswith(STAND_IN)]
-    return [f"Unquantized times are a stand-in's: {notes[0].partition('; ')[0]}."] if notes else []
+def exception_lines(proofs: Iterable[Proof]) -> list[str]:
+    """Say what was not measured as usual: a model that does not fit, plans beyond the limit."""
+    notes = [note for proof in proofs for note in proof.notes]
+    lines = []
+    if stood_in := [note for note in notes if note.startswith(STAND_IN)]:
+        how = stood_in[0].partition("; ")[0]
+        lines.append(f"Unquantized times are a stand-in's: {how}.")
+    if partly := sum(note.startswith(PARTLY) for note in notes):
+        plans = "1 plan" if partly == 1 else f"{partly} plans"
+        lines.append(
+            f"Quality was measured on some windows only for {plans} surely beyond the limit;"
+            " their intervals are the wider for it."
+        )
+    return lines
 
 
 def _proof_lines(proof: Proof) -> list[str]:

@@ -53,13 +53,14 @@ def same_speed(a: Proof, b: Proof) -> bool:
 def same_quality(a: Proof, b: Proof) -> bool:
     """Check whether the paired interval of the difference of losses contains 0.
 
-    False if the losses of a plan are not known.
+    It is of the samples that both were measured on: the first ones, or all. False if the losses of
+    a plan are not known.
     """
-    if len(a.selection_losses) != len(b.selection_losses) or len(a.selection_losses) < 2:
+    both = zip(a.selection_losses, b.selection_losses, strict=False)
+    differences = [x - y for x, y in both]
+    if len(differences) < 2:
         return False
-    interval = mean_interval(
-        [x - y for x, y in zip(a.selection_losses, b.selection_losses, strict=True)]
-    )
+    interval = mean_interval(differences)
     return interval.low <= 0 <= interval.high
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from autoquant.errors import ModelError, TextError
+from autoquant.errors import ModelError, TextError, first_line
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality
 from autoquant.evaluators.quality import FunctionQuality, ReferenceLosses, TextQuality
 from autoquant.evaluators.text import PARTS, Part
@@ -29,6 +29,7 @@ def check_reads_text(loaded: LoadedModel, quality: TextQuality) -> None:
 
     Raises:
         TextError: It does not.
+        ModelError: It fails on token ids.
     """
     windows = [*quality.parts.windows.values()]
     largest = max(int(each.max()) for each in windows)
@@ -41,7 +42,13 @@ def check_reads_text(loaded: LoadedModel, quality: TextQuality) -> None:
         )
     if (loaded.max_positions or PROBE_TOKENS) < PROBE_TOKENS:
         return
-    shift = sees_ahead(loaded.module, loaded.device, rows or largest + 1)
+    try:
+        shift = sees_ahead(loaded.module, loaded.device, rows or largest + 1)
+    except Exception as error:
+        raise ModelError(
+            f"the unquantized {type(loaded.module).__name__} fails on token ids"
+            f" ({first_line(error, with_type=True)}): make it run by itself before it is searched"
+        ) from error
     if shift:
         raise TextError(
             f"{type(loaded.module).__name__} is no causal language model: later tokens change its"

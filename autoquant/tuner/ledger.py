@@ -179,7 +179,8 @@ class ProofLedger:
                 self.listener(message)
 
         original = plan.kind == "original"
-        job = ProveJob(plan, self._reference, None if original else self._limit_s)
+        limit_s = None if original else self._limit_s
+        job = ProveJob(plan, self._reference, self.study.limits, limit_s)
         started_s = self.budget.now_s()
         try:
             result = run_again(self._runner, job, on_message, self.listener)

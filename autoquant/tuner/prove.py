@@ -18,7 +18,14 @@ from autoquant.candidates.routes import for_any_rows
 from autoquant.devices import backend
 from autoquant.devices.memory import release_memory
 from autoquant.errors import CandidateError
-from autoquant.evaluators.quality import Comparison, Quality, ReferenceLosses, TextQuality
+from autoquant.evaluators.quality import (
+    Comparison,
+    Enough,
+    Quality,
+    ReferenceLosses,
+    TextQuality,
+)
+from autoquant.evaluators.text import Part
 from autoquant.export.applier import Quantized, applied, module_bytes
 from autoquant.export.kernel_check import KernelsInModel, OnKernel, ignore_kernel
 from autoquant.export.rounding_inputs import Calibration
@@ -27,9 +34,20 @@ from autoquant.models import LoadedModel
 from autoquant.models.fitting import gib
 from autoquant.models.stand_in import to_time
 from autoquant.models.streaming import Stream
-from autoquant.records import LayerChoice, Numerics, Plan, Proof, RouteStep, Workload, route_kernel
+from autoquant.records import (
+    PARTLY,
+    LayerChoice,
+    Numerics,
+    Plan,
+    Proof,
+    RouteStep,
+    Workload,
+    route_kernel,
+)
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import RequestTimes, make_warm, time_requests
+from autoquant.solver.beyond import surely_beyond
+from autoquant.solver.limits import Limits
 from autoquant.stopwatch import Stopwatch
 
 
@@ -60,10 +78,12 @@ class Prover:
         plan: Plan,
         on_kernel: OnKernel = ignore_kernel,
         on_checked: Callable[[], None] = lambda: None,
+        limits: Limits | None = None,
     ) -> Proof:
         """Apply `plan` to a copy that shares all unquantized weights, and measure it.
 
         Args:
+            limits: Of a plan that is surely beyond them, quality is measured on some windows only.
             on_kernel: Takes the kernel that is checked next.
             on_checked: Called when all were checked.
 
@@ -81,15 +101,16 @@ class Prover:
         with watch.part("compile"):
             phases, note = self._phases(module, plan)
         with watch.part("quality"):
-            report, selection = self._compare(module, plan, phases)
+            report, selection = self._compare(module, plan, phases, limits)
         release_memory()
         with watch.part("time"):
             times, notes = self._time(phases, note)
         calls = self.workload.calls()
         request_ms, original_ms = times.request_ms(calls)
         logarithmic = self.quality.logarithmic
-        unseen = len(report.losses)
-        mean = sum(report.losses) / unseen
+        unseen = len(report.losses) + report.unseen
+        mean = sum(report.losses) / len(report.losses)
+        notes.append(_partly(report, selection))
         perplexity = selection_kl = None
         if logarithmic:
             perplexity = torch.tensor(mean, dtype=torch.float64).exp().item()
@@ -150,21 +171,33 @@ class Prover:
                 phases.run_eager(phase.name)
 
     def _compare(
-        self, module: nn.Module, plan: Plan, phases: Phases
+        self, module: nn.Module, plan: Plan, phases: Phases, limits: Limits | None
     ) -> tuple[Comparison, Comparison]:
         """Return the losses on the report and on the selection part."""
-        if compared := self._compared_compiled(plan, phases):
+        # A streamed model's logits on all windows come from one pass.
+        enough = self._beyond(limits) if limits and self.loaded.stream is None else None
+        if compared := self._compared_compiled(plan, phases, enough):
             return compared
         original = self.loaded.module
         compared_module = original if plan.kind == "original" else module
         # Windows have other m than the workload, and their speed does not matter: tune nothing.
         with worst_numerics(module, plan), untuned():
-            report, selection = _compare(self.quality, compared_module, original, self.reference)
-        self.reference = _losses_of_reference(report, selection)
-        return report, selection
+            compared = _compare(self.quality, compared_module, original, self.reference, enough)
+        self.reference = _losses_of_reference(compared, self.reference)
+        return compared
+
+    def _beyond(self, limits: Limits) -> Enough:
+        return lambda so_far: surely_beyond(
+            limits,
+            so_far.losses,
+            so_far.reference,
+            so_far.sample_kl,
+            logarithmic=self.quality.logarithmic,
+            unseen=so_far.unseen,
+        )
 
     def _compared_compiled(
-        self, plan: Plan, phases: Phases
+        self, plan: Plan, phases: Phases, enough: Enough | None
     ) -> tuple[Comparison, Comparison] | None:
         """Compare by compiled prompts, which are quicker; None if windows are no such prompts.
 
@@ -184,8 +217,9 @@ class Prover:
             # Compiling the comparison takes longer than it saves where whole models run fast.
             slow = not backend(self.device).judges_long
             self._compiled_quality = self.quality.anew(compiled=slow)
-        compared = _compare(self._compiled_quality, prompt, original, self._compiled_reference)
-        self._compiled_reference = _losses_of_reference(*compared)
+        known = self._compiled_reference
+        compared = _compare(self._compiled_quality, prompt, original, known, enough)
+        self._compiled_reference = _losses_of_reference(compared, known)
         return compared
 
     def _time(self, phases: Phases, note: str) -> tuple[RequestTimes, list[str]]:
@@ -222,17 +256,38 @@ class Prover:
 
 
 def _compare(
-    quality: Quality, module: nn.Module, original: nn.Module, reference: ReferenceLosses
+    quality: Quality,
+    module: nn.Module,
+    original: nn.Module,
+    reference: ReferenceLosses,
+    enough: Enough | None,
 ) -> tuple[Comparison, Comparison]:
-    report, selection = (
-        quality.compare(module, original, part, reference.get(part, ()))
-        for part in ("report", "selection")
-    )
+    """Return the losses on the report and on the selection part, which is compared first.
+
+    Where some samples of that are enough, so are some of the report part.
+    """
+    known = reference.get("selection", ())
+    selection = quality.compare(module, original, "selection", known, enough)
+    some = (lambda _so_far: True) if selection.unseen else None
+    report = quality.compare(module, original, "report", reference.get("report", ()), some)
     return report, selection
 
 
-def _losses_of_reference(report: Comparison, selection: Comparison) -> ReferenceLosses:
-    return {"report": report.reference, "selection": selection.reference}
+def _losses_of_reference(
+    compared: tuple[Comparison, Comparison], known: ReferenceLosses
+) -> ReferenceLosses:
+    parts: tuple[Part, Part] = ("report", "selection")
+    whole = {part: each for part, each in zip(parts, compared, strict=True) if not each.unseen}
+    return {**known, **{part: each.reference for part, each in whole.items()}}
+
+
+def _partly(report: Comparison, selection: Comparison) -> str:
+    """Return a note of quality that was measured on some samples, or an empty text."""
+    if not selection.unseen:
+        return ""
+    seen = len(selection.losses), len(report.losses)
+    samples = sum(seen) + selection.unseen + report.unseen
+    return f"{PARTLY} {sum(seen)} of {samples} windows, surely beyond the limit"
 
 
 def prompts_lose_most(plan: Plan, tokens: int) -> bool:

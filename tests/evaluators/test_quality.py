@@ -7,7 +7,8 @@ from models.tiny_models import Perceptron, tiny_llama
 from torch import nn
 
 from autoquant.evaluators.logits import compare_window, divergence_sum, window_loss
-from autoquant.evaluators.quality import FunctionQuality, next_token_logits
+from autoquant.evaluators.quality import FunctionQuality, TextQuality, next_token_logits
+from autoquant.evaluators.text import PARTS, TextParts
 
 
 def random(*size, seed=0, dtype=torch.float32, scale=3.0):
@@ -111,6 +112,24 @@ def test_a_comparison_holds_both_losses_and_their_divergence(quality, mean_diver
     ids = quality.parts.windows["report"].flatten()
     with torch.no_grad():
         assert compared.kl == pytest.approx(mean_divergence(reference(ids), module(ids)), rel=1e-5)
+
+
+def test_a_comparison_ends_when_enough_is_known_and_says_what_is_missing():
+    ids = torch.randint(0, 64, (20, 8), generator=torch.Generator().manual_seed(0))
+    quality = TextQuality(TextParts(dict.fromkeys(PARTS, ids)), "cpu")
+    module, reference, asked = Tokens(1), Tokens(0), []
+    whole = quality.compare(module, reference, "selection")
+
+    def enough(so_far):
+        asked.append((len(so_far.losses), so_far.unseen))
+        return len(so_far.losses) == 10
+
+    for known in ((), whole.reference):
+        found = quality.compare(module, reference, "selection", known, enough)
+        assert found.losses == whole.losses[:10] and found.reference == whole.reference[:10]
+        assert found.sample_kl == whole.sample_kl[:10] and found.unseen == 10
+        assert found.kl == pytest.approx(sum(found.sample_kl) / 10)
+    assert asked == [(6, 14), (10, 10)] * 2 and whole.unseen == 0
 
 
 def test_a_model_compared_with_itself_has_lost_nothing(quality):

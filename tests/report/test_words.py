@@ -3,16 +3,16 @@ from dataclasses import replace
 import pytest
 from builders.records import make_proof
 
-from autoquant.records import DISTURBED, STAND_IN, Interval, Workload
+from autoquant.records import DISTURBED, PARTLY, STAND_IN, Interval, Workload
 from autoquant.report.words import (
     as_run_lines,
     disturbed_proofs,
+    exception_lines,
     memory_words,
     off_predictions,
     recommendation,
     source_name,
     spent_words,
-    stand_in_lines,
     ties_lines,
 )
 
@@ -150,9 +150,17 @@ def test_plans_that_were_timed_on_a_busy_machine_are_counted_with_the_command_th
 def test_times_of_a_stand_in_are_said_once():
     note = f"{STAND_IN} 2 of 30 blocks, used again for the others"
     proofs = [make_proof("p0"), *(replace(make_proof("p1"), notes=(f"{note}; by regions",)),) * 2]
-    (line,) = stand_in_lines(proofs)
+    (line,) = exception_lines(proofs)
     assert line == f"Unquantized times are a stand-in's: {note}."
-    assert stand_in_lines(proofs[:1]) == []
+    assert exception_lines(proofs[:1]) == []
+
+
+def test_plans_whose_quality_comes_from_some_windows_are_counted():
+    notes = f"{PARTLY} 14 of 48 windows, surely beyond the limit", "disturbed"
+    proofs = [make_proof("p0"), *(replace(make_proof("p1"), notes=notes),) * 2]
+    (line,) = exception_lines(proofs)
+    assert "some windows only for 2 plans surely beyond the limit" in line
+    assert "for 1 plan surely" in exception_lines(proofs[:2])[0]
 
 
 def test_the_most_memory_of_stages_is_said_in_words():

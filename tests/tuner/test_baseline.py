@@ -73,6 +73,16 @@ def test_a_model_that_sees_what_it_predicts_is_not_judged_by_text(kind, dtype):
         check_reads_text(loaded, text_quality())
 
 
+def test_a_model_whose_own_code_fails_is_refused_with_its_error():
+    """As transformers' Llama with `return_dict: false` in its config.json."""
+    _, loaded = loaded_of(tiny_llama())
+    loaded.module.config.return_dict = False
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM fails on token ids \(AttributeError: .*"
+    ):
+        check_reads_text(loaded, text_quality())
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_a_causal_model_is_judged_by_text(kind, dtype):

@@ -12,8 +12,17 @@ from autoquant.candidates import A8_ROW, A16, Format, Kernel, registry, routed
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.text import PARTS, TextParts
 from autoquant.export.applier import apply
-from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep, Workload
+from autoquant.records import (
+    PARTLY,
+    LayerChoice,
+    LinearShape,
+    Plan,
+    Prediction,
+    RouteStep,
+    Workload,
+)
 from autoquant.runtime import parts
+from autoquant.solver.limits import Limits
 from autoquant.tuner.prove import Prover, prompts_lose_most, worst_numerics
 
 SHAPE = LinearShape(n=8, k=8, bias=False, dtype="float32")
@@ -126,9 +135,10 @@ WINDOW = 8
 def prover(monkeypatch):
     """Proves plans of a tiny model whose steps are traced, and run as they were traced."""
 
-    def start(window=WINDOW, **changes):
+    def start(window=WINDOW, count=3, **changes):
         generator = torch.Generator().manual_seed(0)
-        windows = {part: torch.randint(0, 64, (3, window), generator=generator) for part in PARTS}
+        size = (count, window)
+        windows = {part: torch.randint(0, 64, size, generator=generator) for part in PARTS}
         return Prover(
             loaded=as_loaded(tiny_llama(dtype=torch.float32).requires_grad_(False)),
             workload=Workload.parse(f"prefill={WINDOW},decode=2"),
@@ -182,6 +192,28 @@ def test_windows_of_another_length_are_read_eagerly(prover, plan):
     proving = prover(window=WINDOW + 1)
     proving.prove(plan)
     assert proving.reference and not proving._compiled_reference
+
+
+@pytest.mark.parametrize("how", ["compiled", "eager"])
+def test_a_plan_surely_beyond_the_limit_is_measured_on_some_windows(prover, plan, how):
+    proving = prover(count=20, window=WINDOW if how == "compiled" else WINDOW + 1)
+    whole = proving.prove(plan, limits=Limits(max_ppl_increase=10.0))
+    known = proving._compiled_reference if how == "compiled" else proving.reference
+    before = {part: len(losses) for part, losses in known.items()}
+    cut = proving.prove(plan, limits=Limits(max_ppl_increase=-0.9))
+    note = f"{PARTLY} 14 of 40 windows, surely beyond the limit"
+    assert note in cut.notes and note not in whole.notes
+    assert cut.selection_losses == pytest.approx(whole.selection_losses[:6], abs=1e-5)
+    assert cut.increase.high - cut.increase.low > whole.increase.high - whole.increase.low
+    again = proving._compiled_reference if how == "compiled" else proving.reference
+    assert (
+        before
+        == {part: len(losses) for part, losses in again.items()}
+        == {
+            "report": 20,
+            "selection": 20,
+        }
+    )
 
 
 def test_the_seconds_of_a_proof_are_those_of_its_parts(prover, plan):

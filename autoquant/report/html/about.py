@@ -7,7 +7,7 @@ from importlib import metadata
 
 from autoquant.records import Workload
 from autoquant.report import units
-from autoquant.report.words import limits_words, memory_words, stand_in_lines
+from autoquant.report.words import exception_lines, limits_words, memory_words
 from autoquant.store import StudyFacts
 from autoquant.study.study import Study
 
@@ -46,7 +46,7 @@ def _facts(study: Study, facts: StudyFacts) -> Iterator[Fact]:
     yield "Seed", str(identity.get("seed", ""))
     yield "Timing protocol", str(identity.get("protocol", ""))
     yield "Time spent", units.clock_s(facts.spent_s)
-    yield "Unquantized model", " ".join(stand_in_lines(study.proofs().values()))
+    yield "Exceptions", " ".join(exception_lines(study.proofs().values()))
     yield "Most memory", memory_words(study.stage_memory())
     yield "Study", f"{facts.study_id}{'' if facts.complete else ', not finished'}"
     yield "Report made by", f"autoquant {metadata.version('autoquant')}"

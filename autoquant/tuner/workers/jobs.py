@@ -31,6 +31,7 @@ from autoquant.records import (
     Workload,
 )
 from autoquant.runtime.caches import clear_caches
+from autoquant.solver.limits import Limits
 from autoquant.tuner.prove import Prover
 
 Tell = Callable[[Any], None]
@@ -337,6 +338,7 @@ class ProveJob:
 
     Attributes:
         reference: The unquantized model's losses, as far as they are known.
+        limits: Those of the search, see `Prover.prove`.
     """
 
     needs_model: ClassVar[bool] = True
@@ -344,6 +346,7 @@ class ProveJob:
 
     plan: Plan
     reference: ReferenceLosses
+    limits: Limits | None = None
     silence_s: float | None = None
 
     def run(self, bench: Bench, tell: Tell) -> tuple[Proof, ReferenceLosses]:
@@ -356,5 +359,5 @@ class ProveJob:
                 told[:] = [checking]
                 tell(checking)
 
-        proof = bench.prover.prove(self.plan, on_kernel, lambda: tell(Checking()))
+        proof = bench.prover.prove(self.plan, on_kernel, lambda: tell(Checking()), self.limits)
         return proof, bench.prover.reference

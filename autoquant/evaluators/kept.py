@@ -1,4 +1,4 @@
-"""An on-disk cache of tensors: cheaper than recomputing, and free of memory in between."""
+"""Tensors that are made once: on disk, or in the memory of a device that has its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,27 @@ from contextlib import suppress
 import torch
 
 _COMPLETE = b"\1"
+
+
+class HeldTensor:
+    """A tensor that is made once, and stays where it is.
+
+    Args:
+        most_bytes: A larger tensor is made again each time.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._tensor: torch.Tensor | None = None
+
+    def get(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the tensor of the first call of `make`."""
+        if self._tensor is not None:
+            return self._tensor
+        tensor = make()
+        if tensor.nbytes <= self._most_bytes:
+            self._tensor = tensor
+        return tensor
 
 
 class KeptTensor:

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from autoquant.devices import backend
 from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError, first_line
-from autoquant.evaluators.kept import KeptTensor
+from autoquant.evaluators.kept import HeldTensor, KeptTensor
 from autoquant.evaluators.logits import WindowComparison, compare_window, window_loss
 from autoquant.evaluators.passes import each_output
 from autoquant.evaluators.text import LEAST_WINDOWS, Part, TextParts
@@ -21,7 +22,12 @@ from autoquant.models.streaming import stream_of
 from autoquant.solver.beyond import looks
 
 _KEPT_BYTES = 4 << 30
-"""Logits that are kept at most; a quarter of the memory, if that is less: the system holds them."""
+"""Logits that are kept at most on disk; a quarter of the memory, if that is less.
+
+The system holds them in memory while it can.
+"""
+_HELD_SHARE = 1 / 8
+"""The share of a device's own free memory that logits may take."""
 
 ReferenceLosses = Mapping[Part, tuple[float, ...]]
 """The unquantized model's losses on the parts on which they are known."""
@@ -90,7 +96,8 @@ class TextQuality:
     Args:
         parts: The windows.
         device: The model's device.
-        keep_reference: Every comparison has the same reference, so keep its logits on disk.
+        keep_reference: Every comparison has the same reference, so keep its logits: on disk, or on
+            a device with memory of its own.
         compiled: Compare logits in one compiled pass.
     """
 
@@ -106,25 +113,29 @@ class TextQuality:
     ) -> None:
         self.parts = parts
         self.key = parts.key
-        self._device, self._keep_reference = device, keep_reference
-        self._compiled = compiled
-        self._kept: dict[tuple[Part, int], KeptTensor] = {}
+        self._device, self._compiled = device, compiled
+        self._files: dict[tuple[Part, int], KeptTensor] = {}  # of a streamed model
+        self._kept: dict[tuple[Part, int], KeptTensor | HeldTensor] = {}
         if keep_reference:
-            compared: tuple[Part, ...] = ("report", "selection")
-            windows = [
-                (part, number) for part in compared for number in range(len(parts.windows[part]))
-            ]
-            # All are of one size: the first so many are kept as fit together.
-            room = min(_KEPT_BYTES, (available_bytes() or _KEPT_BYTES) // 4)
-            self._kept = {
-                window: KeptTensor(room // count) for count, window in enumerate(windows, start=1)
-            }
+            self._kept = self._keepers()
 
-    def anew(self, *, compiled: bool) -> TextQuality:
-        """Return the same measure, which has kept nothing yet."""
-        return TextQuality(
-            self.parts, self._device, keep_reference=self._keep_reference, compiled=compiled
-        )
+    def _keepers(self) -> dict[tuple[Part, int], KeptTensor | HeldTensor]:
+        compared: tuple[Part, ...] = ("report", "selection")
+        windows = [
+            (part, number) for part in compared for number in range(len(self.parts.windows[part]))
+        ]
+        keeper: type[KeptTensor | HeldTensor] = KeptTensor
+        room_bytes = min(_KEPT_BYTES, (available_bytes() or _KEPT_BYTES) // 4)
+        if (free_bytes := backend(self._device).free_bytes()) is not None:
+            keeper, room_bytes = HeldTensor, int(_HELD_SHARE * free_bytes)
+        # All are of one size: the first so many are kept as fit together.
+        return {
+            window: keeper(room_bytes // count) for count, window in enumerate(windows, start=1)
+        }
+
+    def keeping(self, *, compiled: bool = False) -> TextQuality:
+        """Return the same measure for comparisons that all have the same reference."""
+        return TextQuality(self.parts, self._device, keep_reference=True, compiled=compiled)
 
     def window_tokens(self) -> int:
         """Return the tokens of every window."""
@@ -187,7 +198,7 @@ class TextQuality:
                 yield make() if kept is None else kept.get(make)
             return
         files = [
-            self._kept.setdefault((part, number), KeptTensor(0)) for number in range(len(windows))
+            self._files.setdefault((part, number), KeptTensor(0)) for number in range(len(windows))
         ]
         missing = [ids for ids, file in zip(windows, files, strict=True) if not file.is_kept()]
         made = each_logits(reference, missing)

@@ -216,7 +216,7 @@ class Prover:
         if self._compiled_quality is None:
             # Compiling the comparison takes longer than it saves where whole models run fast.
             slow = not backend(self.device).judges_long
-            self._compiled_quality = self.quality.anew(compiled=slow)
+            self._compiled_quality = self.quality.keeping(compiled=slow)
         known = self._compiled_reference
         compared = _compare(self._compiled_quality, prompt, original, known, enough)
         self._compiled_reference = _losses_of_reference(compared, known)

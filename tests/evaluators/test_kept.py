@@ -1,4 +1,4 @@
-"""Tensors kept on disk are made once and come back bit for bit."""
+"""Tensors that are kept are made once and come back bit for bit."""
 
 import os
 import pickle
@@ -7,8 +7,9 @@ import pytest
 import torch
 from models.tiny_models import tiny_llama
 
-from autoquant.evaluators.kept import KeptTensor
-from autoquant.evaluators.quality import TextQuality, next_token_logits
+from autoquant.devices import backend
+from autoquant.evaluators.kept import HeldTensor, KeptTensor
+from autoquant.evaluators.quality import next_token_logits
 
 
 class Maker:
@@ -20,19 +21,21 @@ class Maker:
         return self.tensor
 
 
+@pytest.mark.parametrize("keeper", [KeptTensor, HeldTensor])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_tensor_is_made_once_and_comes_back_bit_for_bit(dtype):
+def test_a_tensor_is_made_once_and_comes_back_bit_for_bit(dtype, keeper):
     make = Maker(torch.randn(5, 7).to(dtype))
-    kept = KeptTensor(1 << 20)
+    kept = keeper(1 << 20)
     for _ in range(3):
         found = kept.get(make)
         assert found.dtype == dtype and torch.equal(found, make.tensor)
     assert make.calls == 1
 
 
-def test_a_tensor_larger_than_allowed_is_made_each_time():
+@pytest.mark.parametrize("keeper", [KeptTensor, HeldTensor])
+def test_a_tensor_larger_than_allowed_is_made_each_time(keeper):
     make = Maker(torch.randn(100, 100))
-    kept = KeptTensor(1000)
+    kept = keeper(1000)
     assert all(torch.equal(kept.get(make), make.tensor) for _ in range(2))
     assert make.calls == 2
 
@@ -66,13 +69,19 @@ def test_what_a_forked_process_made_is_there_for_all():
     assert kept.get(lambda: torch.zeros(1)).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_comparisons_with_a_kept_reference_run_it_once_and_find_the_same(quality):
+@pytest.mark.parametrize("own_memory", [False, True])
+def test_comparisons_with_a_kept_reference_run_it_once_and_find_the_same(
+    quality, own_memory, monkeypatch
+):
+    if own_memory:
+        monkeypatch.setattr(type(backend("cpu")), "free_bytes", lambda _self: 1 << 30)
+        monkeypatch.setattr(KeptTensor, "get", lambda *_: pytest.fail("copied to the host"))
     reference, module = tiny_llama(), tiny_llama()
     with torch.no_grad():
         module.lm_head.weight.mul_(1.1)
     runs = []
     reference.lm_head.register_forward_hook(lambda *_args: runs.append(1))
-    keeping = TextQuality(quality.parts, "cpu", keep_reference=True)
+    keeping = quality.keeping()
     expected = quality.compare(module, reference, "report")
     runs.clear()
     assert [keeping.compare(module, reference, "report") for _ in range(3)] == [expected] * 3
@@ -88,7 +97,7 @@ def test_of_a_reference_that_is_too_large_the_first_windows_are_kept(quality, mo
     runs.clear()
     # As pickled, logits are a little larger.
     monkeypatch.setattr("autoquant.evaluators.quality._KEPT_BYTES", 5 * logits_bytes // 2)
-    keeping = TextQuality(quality.parts, "cpu", keep_reference=True)
+    keeping = quality.keeping()
     for _ in range(3):
         keeping.compare(module, reference, "report")
     count = len(windows)

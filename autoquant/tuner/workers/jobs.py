@@ -75,10 +75,11 @@ class Bench:
     def prover(self) -> Prover:
         """The prover, one for all proofs of a process: it has compiled the unquantized model."""
         if self._prover is None:
+            quality = self.quality
             self._prover = Prover(
                 loaded=self.loaded,
                 workload=self.workload,
-                quality=self.quality,
+                quality=quality.keeping() if isinstance(quality, TextQuality) else quality,
                 device=self.device,
                 execution=self.execution,
                 calibration=self.calibration,
@@ -132,7 +133,7 @@ class BenchSpec:
     def _quality(self) -> TextQuality | OutputQuality:
         if isinstance(self.judged_on, VariedInputs):
             return OutputQuality(self.judged_on)
-        return TextQuality(self.judged_on, self.device, keep_reference=True)
+        return TextQuality(self.judged_on, self.device)
 
 
 class Job(Protocol[Result_co]):

@@ -29,7 +29,7 @@ _UNFINISHED = ".unfinished"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = (*map(os.strerror, _FULL), "database or disk is full")
 _LITTLE_BYTES = 1 << 20
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?b|b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?b|b)?", re.IGNORECASE | re.ASCII)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 

@@ -21,4 +21,5 @@ def did_you_mean_path(asked: str | os.PathLike[str]) -> str:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return ""
-    return did_you_mean(str(path), (str(path.parent / name) for name in names))
+    others = (str(path.parent / name) for name in names if name != path.name)
+    return did_you_mean(str(path), others)

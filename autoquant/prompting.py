@@ -131,9 +131,15 @@ def encode(tokenizer: Any, text: str) -> dict[str, torch.Tensor]:
     """Return a text as a prompt for `Generator.reply`.
 
     Raises:
-        ModelError: The text has no token.
+        ModelError: The text has no token, or the tokenizer cannot read it.
     """
-    encoded = dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    try:
+        encoded = dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    except Exception as error:  # tokenizers raises no type of its own
+        raise ModelError(
+            f"the tokenizer cannot read the prompt ({first_line(error)}): download or save its"
+            " tokenizer.json again"
+        ) from error
     if not encoded["input_ids"].numel():
         raise ModelError("the prompt is empty: give some text")
     return encoded

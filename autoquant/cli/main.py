@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 an unexpected error, 2 an error that the user can fix, 130
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import sys
 import traceback
@@ -100,6 +101,13 @@ def wants_debug(arguments: Sequence[str]) -> bool:
     return _DEBUG_OPTION in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
+def _open_what_is_closed() -> None:
+    """Give a process that was started without a standard stream one that leads nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end
+
+
 def describe(error: Exception) -> tuple[str, int]:
     """Return one line for the user, and the exit code."""
     try:
@@ -108,6 +116,9 @@ def describe(error: Exception) -> tuple[str, int]:
         error = full
     if isinstance(error, AutoquantError):
         return _one_line(str(error)), 2
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        return f"a name is too long for the file system: {name[:60]}... ({len(name)} characters)", 2
     # click's errors, in whichever package typer keeps click
     usage = getattr(error, "format_message", None)
     if usage is not None:
@@ -200,6 +211,7 @@ codecs.register_error(_SPELLED, _spelled)
 
 def run() -> None:
     """Run the `autoquant` command."""
+    _open_what_is_closed()
     if not wants_debug(sys.argv):
         logs.hide_warnings()
     for stream in (sys.stdout, sys.stderr):

@@ -9,7 +9,9 @@ from autoquant import files
 from autoquant.errors import WorkloadError
 
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
-_DURATION = re.compile(rf"(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s?)?", re.IGNORECASE)
+_DURATION = re.compile(
+    rf"(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s?)?", re.IGNORECASE | re.ASCII
+)
 
 
 def fraction(text: str, option: str) -> float:
@@ -22,15 +24,20 @@ def fraction(text: str, option: str) -> float:
         f"{option}: cannot read {text!r}; write a percentage such as 1% or a fraction such as 0.01"
     )
     number, is_percent = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        value = float(number) / (100 if is_percent else 1)
-    except ValueError:
-        raise WorkloadError(advice) from None
+    value = _number(number) / (100 if is_percent else 1)
     if not math.isfinite(value) or value < 0:
         raise WorkloadError(advice)
     if value >= 1 and not is_percent:
         raise WorkloadError(f"{option}: {text} is ambiguous; write {number}% or a fraction below 1")
     return value
+
+
+def _number(text: str) -> float:
+    """Return a number in plain digits, or NaN. Python also takes `1_0` and digits of any script."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        return math.nan
 
 
 def nats(text: str, option: str) -> float:
@@ -39,10 +46,7 @@ def nats(text: str, option: str) -> float:
     Raises:
         WorkloadError: It is no number, or is negative.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not math.isfinite(value) or value < 0:
         raise WorkloadError(f"{option}: cannot read {text!r}; write nats per token such as 0.02")
     return value

@@ -1,4 +1,4 @@
-"""Tensors that are made once: on disk, or in the memory of a device that has its own."""
+"""Tensors that are made once: kept on disk, or held in memory."""
 
 from __future__ import annotations
 
@@ -12,27 +12,6 @@ from contextlib import suppress
 import torch
 
 _COMPLETE = b"\1"
-
-
-class HeldTensor:
-    """A tensor that is made once, and stays where it is.
-
-    Args:
-        most_bytes: A larger tensor is made again each time.
-    """
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
-        self._tensor: torch.Tensor | None = None
-
-    def get(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the tensor of the first call of `make`."""
-        if self._tensor is not None:
-            return self._tensor
-        tensor = make()
-        if tensor.nbytes <= self._most_bytes:
-            self._tensor = tensor
-        return tensor
 
 
 class KeptTensor:
@@ -71,6 +50,32 @@ class KeptTensor:
             with suppress(OSError):
                 if os.pwrite(number, data, 1) == len(data):
                     os.pwrite(number, _COMPLETE, 0)
+
+
+class HeldTensor:
+    """A tensor that is made once, and stays in the memory where it is.
+
+    Args:
+        most_bytes: A larger tensor is kept on disk, or made again each time.
+        on_disk: Where a larger one is kept.
+    """
+
+    def __init__(self, most_bytes: int, on_disk: KeptTensor | None = None) -> None:
+        self._most_bytes, self._on_disk = most_bytes, on_disk
+        self._tensor: torch.Tensor | None = None
+
+    def get(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the tensor of the first call of `make`."""
+        if self._tensor is not None:
+            return self._tensor
+        if self._on_disk is not None and self._on_disk.is_kept():
+            return self._on_disk.get(make)
+        tensor = make()
+        if tensor.nbytes <= self._most_bytes:
+            self._tensor = tensor
+        elif self._on_disk is not None:
+            self._on_disk.get(lambda: tensor)
+        return tensor
 
 
 def _rest_of_file(number: int) -> bytearray:

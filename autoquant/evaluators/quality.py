@@ -22,12 +22,12 @@ from autoquant.models.streaming import stream_of
 from autoquant.solver.beyond import looks
 
 _KEPT_BYTES = 4 << 30
-"""Logits that are kept at most on disk; a quarter of the memory, if that is less.
+"""Logits that are kept at most on disk, beside those in memory; a quarter of the memory, if less.
 
 The system holds them in memory while it can.
 """
 _HELD_SHARE = 1 / 8
-"""The share of a device's own free memory that logits may take."""
+"""The share of the free memory that logits may take: of the device's own, or of the host's."""
 
 ReferenceLosses = Mapping[Part, tuple[float, ...]]
 """The unquantized model's losses on the parts on which they are known."""
@@ -96,8 +96,8 @@ class TextQuality:
     Args:
         parts: The windows.
         device: The model's device.
-        keep_reference: Every comparison has the same reference, so keep its logits: on disk, or on
-            a device with memory of its own.
+        keep_reference: Every comparison has the same reference, so hold its logits in memory, or
+            keep them on disk.
         compiled: Compare logits in one compiled pass.
     """
 
@@ -115,23 +115,27 @@ class TextQuality:
         self.key = parts.key
         self._device, self._compiled = device, compiled
         self._files: dict[tuple[Part, int], KeptTensor] = {}  # of a streamed model
-        self._kept: dict[tuple[Part, int], KeptTensor | HeldTensor] = {}
+        self._kept: dict[tuple[Part, int], HeldTensor] = {}
         if keep_reference:
             self._kept = self._keepers()
 
-    def _keepers(self) -> dict[tuple[Part, int], KeptTensor | HeldTensor]:
+    def _keepers(self) -> dict[tuple[Part, int], HeldTensor]:
         compared: tuple[Part, ...] = ("report", "selection")
         windows = [
             (part, number) for part in compared for number in range(len(self.parts.windows[part]))
         ]
-        keeper: type[KeptTensor | HeldTensor] = KeptTensor
-        room_bytes = min(_KEPT_BYTES, (available_bytes() or _KEPT_BYTES) // 4)
-        if (free_bytes := backend(self._device).free_bytes()) is not None:
-            keeper, room_bytes = HeldTensor, int(_HELD_SHARE * free_bytes)
-        # All are of one size: the first so many are kept as fit together.
+        room_bytes = backend(self._device).room_bytes() or 0
+        # All are of one size: the first so many are held as fit together.
         return {
-            window: keeper(room_bytes // count) for count, window in enumerate(windows, start=1)
+            window: HeldTensor(int(_HELD_SHARE * room_bytes) // count, self._file(count))
+            for count, window in enumerate(windows, start=1)
         }
+
+    def _file(self, count: int) -> KeptTensor | None:
+        """Return a file for one of so many windows, or None where making them again is quicker."""
+        if backend(self._device).free_bytes() is not None:
+            return None
+        return KeptTensor(min(_KEPT_BYTES, (available_bytes() or _KEPT_BYTES) // 4) // count)
 
     def keeping(self, *, compiled: bool = False) -> TextQuality:
         """Return the same measure for comparisons that all have the same reference."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NotRequired, cast
+from typing import Annotated, Any, Literal, NotRequired, cast
 
+from annotated_types import MinLen
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
@@ -43,7 +44,7 @@ class Routed(TypedDict):
     """The format of a weight, and its kernels by the largest number of rows."""
 
     format: str
-    route: list[tuple[Positive | None, str]]
+    route: Annotated[list[tuple[Positive | None, str]], MinLen(1)]
 
 
 @_open

@@ -168,6 +168,11 @@ def from_module(
     """
     place = device_of(module) if device is None else resolve_device(device)
     resolve_dtype(dtype, place, torch.float32)  # a typo is refused before anything is copied
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            "the weights of a scripted or traced module cannot be replaced: give the module that it"
+            " was made of"
+        )
     module = own_copy(unwrapped(module))
     tally = DtypeTally()
     state = module.state_dict().items()

@@ -23,6 +23,7 @@ from autoquant.files import read_json_object
 
 _TIMES, _SPARE_ELEMENTS = 2, 2**26  # for tied weights, masks, and tensors that files leave out
 _SPARE_LAYERS = 1000
+_MOST_LABELS = 10**6
 
 
 class _TooLargeError(Exception):
@@ -44,6 +45,7 @@ def check_size(folder: Path, elements: int, tensors: int) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = folder / "config.json"
+    check_labels(path)
     with suppress(OSError, ValueError):  # the loader reports it
         for name, count in _counts_of_layers(read_json_object(path)):
             if count > tensors + _SPARE_LAYERS:
@@ -59,6 +61,20 @@ def check_size(folder: Path, elements: int, tensors: int) -> None:
         raise _larger(path, f"more than {most:,} elements", f"{elements:,}") from error
     except Exception:  # noqa: BLE001 - the loader reports it
         return
+
+
+def check_labels(path: Path) -> None:
+    """Check that a `config.json` names no more labels than a classifier may have.
+
+    transformers makes a name for each as soon as it reads the number.
+
+    Raises:
+        ModelError: It has more.
+    """
+    with suppress(OSError, ValueError):  # the loader reports it
+        labels = read_json_object(path).get("num_labels")
+        if isinstance(labels, int) and labels > _MOST_LABELS:
+            raise ModelError(f"{path} has {labels:,} for num_labels: download or save it again")
 
 
 def _larger(path: Path, described: str, stored: str) -> ModelError:

@@ -8,6 +8,7 @@ from typing import Any
 from autoquant.errors import ModelError, first_line
 from autoquant.files import check_size
 from autoquant.models.code import refuse_needed_code
+from autoquant.models.plausible import check_labels
 from autoquant.models.request import ModelRequest
 
 _TOKENIZER_FILES = (
@@ -44,6 +45,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
         )
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    check_labels(place / "config.json")
     try:
         for file in place.glob("*.json") if place.is_dir() else [place]:
             check_size(file)
@@ -59,9 +61,24 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
         refuse_needed_code(place, error, trust_remote_code)
+        wrong = _unreadable_config(place) or f"the tokenizer {place}"
         raise ModelError(
-            f"cannot read the tokenizer {place} ({first_line(error)}): download or save it again"
+            f"cannot read {wrong} ({first_line(error)}): download or save it again"
         ) from error
+
+
+def _unreadable_config(place: Path) -> Path | None:
+    """Return the `config.json` of a folder if that cannot be read: tokenizers look into it, too."""
+    from transformers import AutoConfig
+
+    path = place / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    except Exception:  # noqa: BLE001 - whatever is wrong with it
+        return path
+    return None
 
 
 def tokenizer_of(request: ModelRequest, own: Path | None = None) -> Any:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, TypeAlias
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le
 
 _LARGEST = 2**63 - 1  # what a database can hold
+_HUGE, _TINY = 1e100, 1e-100  # sums and ratios of numbers between them are finite
 
 Count: TypeAlias = Annotated[int, Ge(0), Le(_LARGEST)]
 Positive: TypeAlias = Annotated[int, Ge(1), Le(_LARGEST)]
-Finite: TypeAlias = Annotated[float, Gt(-math.inf), Lt(math.inf)]
-"""Neither infinite nor NaN."""
-NonNegative: TypeAlias = Annotated[float, Ge(0), Lt(math.inf)]
-AboveZero: TypeAlias = Annotated[float, Gt(0), Lt(math.inf)]
+Finite: TypeAlias = Annotated[float, Ge(-_HUGE), Le(_HUGE)]
+"""Neither NaN nor infinite, nor so large that sums of them would be."""
+NonNegative: TypeAlias = Annotated[float, Ge(0), Le(_HUGE)]
+AboveZero: TypeAlias = Annotated[float, Ge(_TINY), Le(_HUGE)]
 Share: TypeAlias = Annotated[float, Ge(0), Le(1)]

@@ -65,7 +65,7 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     except StoreError:
         engine.dispose()
         raise
-    _log.info("opened the database %s", url.render_as_string())
+    _log.info("opened the database %s", shown_address(str(address)))
     return Store(engine)
 
 
@@ -165,6 +165,8 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
         raise StoreError(
             f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}"
         )
+    if path.exists() and not path.is_file():
+        raise StoreError(f"{path} is no regular file: give the path of a database file")
     if not path.exists() or path.stat().st_size == 0:
         if not create and path.exists():
             raise StoreError(f"{path} is empty: restore it from a copy, or search again")
@@ -237,7 +239,7 @@ def _migrate(engine: Engine, address: str) -> None:
     if _is_newest(engine, address):
         return
     config = _migrations()
-    _log.info("bringing the schema of %s up to date", engine.url.render_as_string())
+    _log.info("bringing the schema of %s up to date", shown_address(address))
     begin_log(engine)
     with engine.execution_options(writes=True).begin() as connection:
         config.attributes["connection"] = connection

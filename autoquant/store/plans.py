@@ -63,9 +63,8 @@ class Plans(Transactions):
             PlanError: No id does, or several do.
         """
         with self._session() as session:
-            rows = session.scalars(
-                select(PlanRow).where(PlanRow.id.startswith(plan_id, autoescape=True))
-            ).all()
+            starts = PlanRow.id.startswith(plan_id, autoescape=True)
+            rows = session.scalars(select(PlanRow).where(starts)).all() if plan_id else []
             if len(rows) != 1:
                 what = "no plan" if not rows else f"{len(rows)} plans"
                 where = self.engine.url.database or "PLAN.DB"

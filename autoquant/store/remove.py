@@ -43,6 +43,8 @@ def find_study(store: Store, beginning: str) -> str:
         PlanError: No id does, or several do.
     """
     known = store.studies()
+    if not beginning:
+        raise PlanError(f"an empty id names no study; studies: {', '.join(known) or 'none'}")
     found = [study_id for study_id in known if study_id.startswith(beginning)]
     if beginning in found:
         return beginning

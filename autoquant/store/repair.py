@@ -94,6 +94,8 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[st
 def _check_is_file(path: Path) -> None:
     """Refuse a file that cannot be read at all."""
     try:
+        if path.exists() and not path.is_file():
+            raise StoreError(f"{path} is no regular file: give the database itself")
         path.open("rb").close()
     except OSError as error:
         raise StoreError(

@@ -10,6 +10,7 @@ from sqlalchemy import event
 
 from autoquant.records import (
     Device,
+    LayerChoice,
     LinearShape,
     Measurement,
     Plan,
@@ -34,6 +35,7 @@ from autoquant.store.schema import (
 from autoquant.store.shapes import REFERENCES, ProblemObject
 from autoquant.typed import ShapeError, check
 
+_LONGEST_LABEL = 1000
 CALIBRATION = "calibration"
 """Name of the reference with the text that weights are rounded for."""
 
@@ -114,8 +116,12 @@ def plan_from(row: PlanRow, workload: Workload) -> Plan:
     """Make a `Plan` of its row.
 
     Raises:
-        BadValueError: It predicts times of phases that the workload of its study does not have.
+        BadValueError: Its layers do not fit together, or it predicts times of phases that the
+            workload of its study does not have.
     """
+    if len(row.label) > _LONGEST_LABEL:
+        raise BadValueError(f"plan.label of {row.id} has {len(row.label)} characters")
+    _check_layers(row.layers, f"plan.layers of {row.id}")
     check_phases((layer.latency_us for layer in row.layers), workload, f"plan {row.id}")
     return Plan(
         plan_id=row.id,
@@ -127,6 +133,29 @@ def plan_from(row: PlanRow, workload: Workload) -> Plan:
         layers=row.layers,
         prediction=row.prediction,
     )
+
+
+def _check_layers(layers: Sequence[LayerChoice], place: str) -> None:
+    """Check that a plan has layers, each once and with a way to compute it, alone or joined.
+
+    Raises:
+        BadValueError: It has not.
+    """
+    known = {layer.name: layer for layer in layers}
+    if not layers or len(known) < len(layers):
+        raise BadValueError(f"{place} has no layer, or one of them twice")
+    for layer in layers:
+        if not (layer.parameters and layer.route):
+            raise BadValueError(f"{place}: {layer.name} has no parameter or no route")
+        for name in layer.joined:
+            other = known.get(name)
+            if other is None or _way(other) != _way(layer):
+                raise BadValueError(f"{place}: {layer.name} cannot be joined with {name}")
+
+
+def _way(layer: LayerChoice) -> tuple[Any, ...]:
+    """Return what layers have in common that are computed as one."""
+    return layer.joined, layer.format, layer.route, layer.shape.k, layer.shape.dtype
 
 
 def check_phases(times: Iterable[Mapping[str, float]], workload: Workload, place: str) -> None:
@@ -149,6 +178,8 @@ def check_problem(problem: ProblemObject, workload: Workload, study_id: str) -> 
     """
     place = f"study.problem of {study_id}"
     layers = [layer[0].name for layer in problem["options"]]
+    if not layers:
+        raise BadValueError(f"{place} has no layer")
     known = set(layers)
     grouped = [name for group in (problem.get("about") or {}).get("groups", ()) for name in group]
     if len(known) < len(layers) or not known.issuperset(grouped):

@@ -126,7 +126,7 @@ class Studies(Transactions):
                 known = ", ".join(session.scalars(select(StudyRow.id)))
                 raise PlanError(
                     f"no study {study_id!r} here; studies: {known or 'none'}"
-                    if study_id
+                    if study_id is not None
                     else "this database holds no study yet: run `autoquant search` first"
                 )
             model = session.get_one(ModelRow, row.model_hash)

@@ -174,6 +174,23 @@ def test_a_reader_that_leaves_causes_no_complaint(database):
     assert (len(result.stdout), result.stderr) == (10, "")
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-"])
+def test_a_stream_that_is_closed_is_no_error(database, closed):
+    command = f"{sys.executable} -m autoquant.cli.main studies {database} {closed}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, f"{'folder/' * 1000}plan.db"])
+def test_a_name_that_is_too_long_is_one_line(runner, name):
+    result = runner.invoke(app, ["studies", name])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "a name is too long for the file system: " in result.stderr
+    assert len(result.stderr) < 200
+
+
 def test_version_comes_from_the_installed_package(runner, monkeypatch):
     monkeypatch.setattr(main.metadata, "version", lambda name: {"autoquant": "1.2.3"}[name])
     result = runner.invoke(app, ["--version"])

@@ -93,6 +93,13 @@ def test_an_ambiguous_beginning_removes_nothing_and_lists_the_ids(runner, measur
     assert counts(measured)["study"] == 2
 
 
+def test_an_empty_id_removes_nothing(runner, measured):
+    result = runner.invoke(app, ["rm", str(measured), "", "--yes"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "an empty id names no study" in result.stderr and STUDY in result.stderr
+    assert counts(measured)["study"] == 1
+
+
 def test_an_unknown_id_is_one_line(runner, measured):
     result = runner.invoke(app, ["rm", str(measured), "nope", "--yes"])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

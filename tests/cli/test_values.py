@@ -12,7 +12,7 @@ def test_percentages_and_fractions_mean_the_same(text, value):
     assert fraction(text, "--limit") == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["-1%", "nan", "inf", "", "%", "one", "1%%", "5"])
+@pytest.mark.parametrize("text", ["-1%", "nan", "inf", "", "%", "one", "1%%", "5", "0.0_1", "٣%"])
 def test_nonsense_percentages_are_refused_in_one_line(text):
     with pytest.raises(WorkloadError, match="--limit") as refused:
         fraction(text, "--limit")
@@ -34,7 +34,7 @@ def test_sizes_know_decimal_and_binary_units(text, value):
     assert size_bytes(text, "--max-memory") == value
 
 
-@pytest.mark.parametrize("text", ["0", "-1GiB", "GiB", "2 GiBs", "nan", "", "0.2B"])
+@pytest.mark.parametrize("text", ["0", "-1GiB", "GiB", "2 GiBs", "nan", "", "0.2B", "٣"])
 def test_nonsense_sizes_are_refused(text):
     with pytest.raises(WorkloadError, match="--max-memory"):
         size_bytes(text, "--max-memory")
@@ -48,7 +48,7 @@ def test_durations_know_their_units(text, value):
     assert duration_s(text, "--time-budget") == value
 
 
-@pytest.mark.parametrize("text", ["0", "-5", "", "m", "10 minutes", "nan", "1m1h"])
+@pytest.mark.parametrize("text", ["0", "-5", "", "m", "10 minutes", "nan", "1m1h", "٣m"])
 def test_nonsense_durations_are_refused(text):
     with pytest.raises(WorkloadError, match="--time-budget"):
         duration_s(text, "--time-budget")

@@ -20,6 +20,7 @@ from autoquant.models import load_model
 from autoquant.models.pretrained import pretrained
 from autoquant.models.tokenizers import load_tokenizer
 from autoquant.profiler.shapes import read_shapes
+from autoquant.prompting import encode
 from autoquant.recipes import read_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -83,6 +84,7 @@ def repacked(path, compression=zipfile.ZIP_STORED, **entries):
         (("routed",), []),
         (("routed", LAYER, "route"), [["x", "matmul"]]),
         (("routed", LAYER, "route"), [[0, "matmul"]]),
+        (("routed", LAYER, "route"), []),
         (("source",), {}),
         (("source", "kind"), "module"),
         (("joined",), "all"),
@@ -176,12 +178,19 @@ def test_a_header_of_terabytes_is_refused(model, length):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_hidden_layers", 10**12), ("vocab_size", 10**9), ("intermediate_size", 10**10)],
+    [
+        ("num_hidden_layers", 10**12),
+        ("vocab_size", 10**9),
+        ("intermediate_size", 10**10),
+        ("num_labels", 10**9),
+    ],
 )
 def test_a_configuration_of_a_far_larger_model_is_refused(model, field, value):
     change_json(model / "config.json", field, to=value)
     for read in (lambda: load_model(model), lambda: pretrained(model, torch.bfloat16)):
         assert "config.json" in refused(ModelError, read)
+    if field == "num_labels":  # a tokenizer looks into it, too
+        assert "config.json" in refused(ModelError, load_tokenizer, str(model))
 
 
 @pytest.mark.parametrize("text", ["", "[]", DEEP, '{"model_type": []}'])
@@ -199,6 +208,25 @@ def test_a_json_file_of_two_gigabytes_is_not_read(model, name):
 def test_a_tokenizer_whose_longest_text_is_no_number_is_refused(model):
     change_json(model / "tokenizer_config.json", "model_max_length", to="many")
     assert str(model) in refused(ModelError, load_tokenizer, str(model))
+
+
+@pytest.mark.parametrize(("field", "value"), [("dtype", "float7"), ("hidden_act", [1])])
+def test_a_configuration_that_a_tokenizer_stumbles_over_is_named(model, field, value):
+    change_json(model / "config.json", field, to=value)
+    assert f"cannot read {model / 'config.json'} (" in refused(
+        ModelError, load_tokenizer, str(model)
+    )
+
+
+def test_a_tokenizer_without_words_is_named_when_it_reads_a_prompt(model):
+    tokenizer = load_tokenizer(str(model))
+
+    def stumble(*_arguments, **_options):
+        raise Exception("Missing [UNK] token from the vocabulary")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tokenizer), "__call__", stumble)
+        assert "tokenizer.json" in refused(ModelError, encode, tokenizer, "a word")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", DEEP, '{"model": {"type": "BPE"}}'])

@@ -32,6 +32,16 @@ def test_a_tensor_is_made_once_and_comes_back_bit_for_bit(dtype, keeper):
     assert make.calls == 1
 
 
+def test_a_tensor_too_large_for_memory_is_kept_on_disk():
+    make = Maker(torch.randn(100, 100))
+    for most_bytes, on_disk in ((1 << 20, False), (1000, True)):
+        file = KeptTensor(1 << 20)
+        held = HeldTensor(most_bytes, file)
+        assert all(torch.equal(held.get(make), make.tensor) for _ in range(3))
+        assert file.is_kept() is on_disk
+    assert make.calls == 2
+
+
 @pytest.mark.parametrize("keeper", [KeptTensor, HeldTensor])
 def test_a_tensor_larger_than_allowed_is_made_each_time(keeper):
     make = Maker(torch.randn(100, 100))
@@ -73,7 +83,7 @@ def test_what_a_forked_process_made_is_there_for_all():
 def test_comparisons_with_a_kept_reference_run_it_once_and_find_the_same(
     quality, own_memory, monkeypatch
 ):
-    if own_memory:
+    if own_memory:  # as on a GPU
         monkeypatch.setattr(type(backend("cpu")), "free_bytes", lambda _self: 1 << 30)
         monkeypatch.setattr(KeptTensor, "get", lambda *_: pytest.fail("copied to the host"))
     reference, module = tiny_llama(), tiny_llama()
@@ -95,6 +105,7 @@ def test_of_a_reference_that_is_too_large_the_first_windows_are_kept(quality, mo
     windows = quality.parts.windows["report"]
     logits_bytes = next_token_logits(reference, windows[:1]).nbytes
     runs.clear()
+    monkeypatch.setattr("autoquant.evaluators.quality._HELD_SHARE", 0)
     # As pickled, logits are a little larger.
     monkeypatch.setattr("autoquant.evaluators.quality._KEPT_BYTES", 5 * logits_bytes // 2)
     keeping = quality.keeping()

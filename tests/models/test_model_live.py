@@ -3,7 +3,7 @@ import torch
 from tiny_models import Perceptron, tiny_llama, tiny_tokenizer
 from torch import nn
 
-from autoquant.errors import DeviceError, WorkloadError
+from autoquant.errors import DeviceError, ModelError, WorkloadError
 from autoquant.models import from_module
 
 
@@ -96,6 +96,11 @@ def test_a_wrong_device_or_dtype_leaves_the_module_untouched(refusal):
     refusal(DeviceError, from_module, module, device="tpu")
     refusal(WorkloadError, from_module, module, dtype="int3")
     assert module.training
+
+
+def test_a_traced_module_is_refused(refusal):
+    traced = torch.jit.trace(Perceptron(), torch.zeros(2, 8))
+    assert "the module that it was made of" in refusal(ModelError, from_module, traced)
 
 
 @pytest.mark.parametrize("form", ["last token only", "hidden first", "one score"])

@@ -1,9 +1,11 @@
 """Damaged databases: one line names file, place and remedy, and the file stays as it is."""
 
 import json
+import os
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from builders.rich import DEVICE, delivery, fill, measurement, plan, proof, reco
 
 from autoquant.errors import StoreError
 from autoquant.store import open_store
-from autoquant.store.columns import plain
+from autoquant.store.columns import plain, to_json
 from autoquant.store.connect import VERSION_TABLE
 from autoquant.store.repair import repair
 
@@ -117,6 +119,9 @@ def test_a_whole_database_is_read(whole, folder_print):
         ("study", "spent_s", -1.0),
         ("study", "recording", "[" * 100_000),
         ("study", "problem", '{"options": [[]]}'),
+        ("study", "problem", '{"options": []}'),
+        ("plan", "layers", "[]"),
+        ("plan", "label", "long " * 1000),
         ("plan", "kind", "fastest"),
         ("plan", "layers", "null"),
         ("plan", "prediction", "{}"),
@@ -142,9 +147,14 @@ def test_a_value_that_its_column_does_not_take_is_named(whole, folder_print, tab
         ("plan", "layers", (0, "route", 0, "upper_m"), "x"),
         ("plan", "layers", (0, "latency_us", "prefill"), float("nan")),
         ("plan", "layers", (0, "latency_us", "elsewhere"), 1.0),
+        ("plan", "layers", (0, "latency_us", "prefill"), 1e308),
         ("plan", "layers", (0, "memory_bytes"), 10**40),
+        ("plan", "layers", (0, "parameters"), []),
+        ("plan", "layers", (0, "route"), []),
+        ("plan", "layers", (0, "joined"), ["head", "elsewhere"]),
         ("plan", "prediction", ("request_ms",), None),
         ("proof", "proof", ("request_ms",), 0.0),
+        ("proof", "proof", ("request_ms",), 5e-324),
         ("proof", "proof", ("plan_id",), "another"),
         ("proof", "proof", ("increase",), [1, 2, 3]),
         ("delivery", "delivery", ("loop",), "run"),
@@ -163,6 +173,18 @@ def test_a_value_inside_json_is_held_to_its_field(whole, folder_print, table, co
     replace_in_json(whole, table, column, keys, value)
     said = refusal(whole, folder_print)
     assert table in said
+
+
+@pytest.mark.parametrize("changes", [{}, {"format": "int4/plain"}])
+def test_layers_that_are_there_twice_or_cannot_be_joined_are_named(whole, folder_print, changes):
+    (layer,) = plan().layers
+    names = ("head", "head") if not changes else ("head", "tail")
+    layers = [
+        replace(layer, name=names[0], joined=names),
+        replace(layer, name=names[1], joined=names, **changes),
+    ]
+    change(whole, "UPDATE plan SET layers = ?", to_json(layers))
+    assert "plan.layers of abcd0001" in refusal(whole, folder_print)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +379,13 @@ def test_repair_writes_over_nothing(whole, tmp_path, folder_print):
         with pytest.raises(StoreError, match="exists already"):
             repair(whole, out)
     assert folder_print(whole.parent) == before
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(path, tmp_path):
+    os.mkfifo(path)
+    for read in (lambda: repair(path, tmp_path / "new.db"), lambda: open_store(path)):
+        with pytest.raises(StoreError, match="no regular file"):
+            read()
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 9000, b"SQLite format 3\0" + b"\xff" * 9000])

@@ -78,8 +78,13 @@ def test_a_whole_id_stands_for_itself_even_if_others_begin_with_it(two_studies):
 
 
 @pytest.mark.parametrize(
-    ("asked", "what"), [("5tu", "2 studies"), ("", "2 studies"), ("nope", "no study"), ("%", "no")]
+    ("asked", "what"), [("5tu", "2 studies"), ("nope", "no study"), ("%", "no")]
 )
 def test_an_id_that_fits_no_study_or_several_is_refused(two_studies, asked, what):
     with pytest.raises(PlanError, match=f"^{what}.* with id '{asked}' here; studies: 5tu"):
         find_study(two_studies, asked)
+
+
+def test_an_empty_id_fits_no_study_even_where_there_is_one(filled):
+    with pytest.raises(PlanError, match=f"an empty id names no study; studies: {STUDY}"):
+        find_study(filled, "")

@@ -21,7 +21,7 @@ from autoquant.candidates.base import Format, InputStatistics
 
 _SMALLEST_STEP = 1e-6
 _SMALLEST_SCALE = 1e-12
-_SHRINKS = torch.linspace(1.0, 0.35, 27).tolist()
+_SHRINKS = torch.linspace(1.0, 0.35, 27, device="cpu").tolist()
 _COLUMNS_AT_ONCE = 128
 
 

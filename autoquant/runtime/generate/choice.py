@@ -58,12 +58,12 @@ def rule_of(
 
     if any(type(one) is not EosTokenCriteria for one in criteria):
         return None
-    ends = {end for one in criteria for end in one.eos_token_id.tolist()}
+    ends = {end for one in criteria for end in one.eos_token_id.flatten().tolist()}
     earliest = 0
     warpers: list[Warper] = []
     for one in processors:
         least = _least_tokens(one, prompt_tokens)
-        if least is not None and not warpers and set(one.eos_token_id.tolist()) <= ends:
+        if least is not None and not warpers and set(one.eos_token_id.flatten().tolist()) <= ends:
             earliest = max(earliest, least)
         elif _is_warper(one):
             warpers.append(one)

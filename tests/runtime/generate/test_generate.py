@@ -144,12 +144,12 @@ def test_steps_of_few_rules_are_kept(model):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_it_ends_where_every_sequence_has_ended(model, plain, batch):
+@pytest.mark.parametrize("form", [int, lambda end: [end, 63], lambda end: [[end]]])
+def test_it_ends_where_every_sequence_has_ended(model, plain, batch, form):
     ids = prompts(batch)
     text = plain.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
-    fast, slow = both(
-        model, plain, ids, max_new_tokens=30, do_sample=False, eos_token_id=int(text[7])
-    )
+    end = form(int(text[7]))
+    fast, slow = both(model, plain, ids, max_new_tokens=30, do_sample=False, eos_token_id=end)
     assert torch.equal(fast, slow)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from builders.records import make_delivery, make_proof
-from builders.search import make_plan
+from builders.records import make_choice, make_delivery, make_plan, make_proof
 
 from autoquant.devices.base import Paces
 from autoquant.devices.cpu import CpuBackend
@@ -53,7 +52,8 @@ def finished(setup, seconds, work):
         {"seconds": {"profile": seconds["profile"], "score": seconds["score"]}},
     )
     for plan_id, kind, took_s in (("a", "original", 99.0), ("b", "front", seconds["proof"])):
-        store.put_plan(replace(make_plan(plan_id, kind=kind), study_id=study_id, layers=()))
+        layers = [make_choice(latency_us={})]
+        store.put_plan(make_plan(plan_id, layers, kind=kind, study_id=study_id))
         store.put_proof(plan_id, make_proof(plan_id, seconds={"compile": took_s, "time": 0.0}))
     store.put_delivery(make_delivery("b", seconds={"ready": seconds["deliver"]}))
     return len(recording.sites)

@@ -29,10 +29,11 @@ from autoquant.processes import die_with
 from autoquant.tuner.workers.forking import DIED, DONE, RAISED, TOLD, receive, send
 from autoquant.tuner.workers.jobs import Bench, BenchSpec, Job
 
-_ANSWERED = 87
-"""The exit code of a child that sent its result. A kernel's own code may end it with any other."""
-_READY = b""
-"""The message of a child that waits for its next job."""
+_TELLS, _STAYS, _ENDS = b"t", b"s", b"e"
+"""The first byte of a child's message: one of several, or the last of a job.
+
+After the last one it waits for its next job, or ends. However it ends then, the job is done.
+"""
 _LOOK_S = 0.1
 
 
@@ -88,12 +89,12 @@ class _Children:
         child = self._child_for(job)
         with suppress(ConnectionError):  # it has ended meanwhile, as is found below
             send(child.pipe, job)
-        why_ended = _pass_on(child, self._connection)
-        if why_ended is None:
+        last, why_ended = _pass_on(child, self._connection)
+        if last == _STAYS:
             self._kept = child
             return None
         code = child.end()
-        if code != _ANSWERED:
+        if not last:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             send(self._connection, (DIED, why_ended or how))
         return None
@@ -114,16 +115,16 @@ class _Children:
             be_ended_first()
             torch.set_num_threads(self._threads)
             _work(self._bench, theirs)
-            os._exit(_ANSWERED)
+            os._exit(0)
         theirs.close()
         return _Child(process, ours, type(job))
 
 
-def _pass_on(child: _Child, connection: Connection) -> str | None:
-    """Pass the child's messages on until it is ready for the next job; return None then.
+def _pass_on(child: _Child, connection: Connection) -> tuple[bytes, str]:
+    """Pass the child's messages on, up to the last of a job; return that one's first byte.
 
-    It may end before, or is ended if it takes nearly all memory: return why it was ended, or an
-    empty string.
+    The child may end before, or is ended if it takes nearly all memory: return nothing, and why it
+    was ended, or an empty string.
     """
     available = available_bytes()
     most = (
@@ -136,12 +137,12 @@ def _pass_on(child: _Child, connection: Connection) -> str | None:
             while not child.pipe.poll(_LOOK_S):
                 if most is not None and own_bytes(child.process) > most:
                     os.kill(child.process, signal.SIGKILL)
-                    return f"this program, since it took {most / 2**30:.1f} GiB of memory"
+                    return b"", f"this program, since it took {most / 2**30:.1f} GiB of memory"
             message = child.pipe.recv_bytes()
-            if message == _READY:
-                return None
-            connection.send_bytes(message)
-    return ""
+            connection.send_bytes(message[1:])
+            if message[:1] != _TELLS:
+                return message[:1], ""
+    return b"", ""
 
 
 def be_ended_first() -> None:
@@ -156,13 +157,16 @@ def _work(bench: Bench, pipe: Connection) -> None:
         while True:
             job: Job[Any] = receive(pipe)
             try:
-                result = job.run(bench, lambda message: send(pipe, (TOLD, message)))
-                send(pipe, (DONE, result))
+                result = job.run(bench, lambda message: _say(pipe, _TELLS, (TOLD, message)))
+                _say(pipe, _STAYS if job.keeps_process else _ENDS, (DONE, result))
             except BaseException as error:  # noqa: BLE001 - raised again on the other side
-                return send(pipe, (RAISED, portable(error)))
+                return _say(pipe, _ENDS, (RAISED, portable(error)))
             if not job.keeps_process:
                 return None
-            pipe.send_bytes(_READY)
+
+
+def _say(pipe: Connection, kind: bytes, value: Any) -> None:
+    pipe.send_bytes(kind + pickle.dumps(value))
 
 
 def portable(error: BaseException) -> BaseException:

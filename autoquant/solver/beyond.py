@@ -1,9 +1,9 @@
 """Tell early that a plan is beyond the limits of quality, with the error of that controlled.
 
-A plan is looked at a few times while its windows are compared. From those so far follows an
-interval for the mean of the others (Student's t, as in `paired_increase`). Where that is beyond the
-limit, so is the mean of all windows. Over all looks together,
-a plan within the limit is stopped with a chance of at most `ERROR` (Bonferroni's inequality).
+A plan is looked at a few times while its windows are compared. The windows so far give an interval
+for the mean of the others (Student's t, as in `paired_increase`). Where that is beyond the limit,
+so is the mean of all windows. Over all looks together, a plan within the limit is stopped with a
+chance of at most `ERROR` (Bonferroni's inequality).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from autoquant.solver.limits import Limits
 
 ERROR = 0.001
 _SHARES = (8, 4, 2)
-"""Looks come after these parts of all windows."""
+"""A look comes after an eighth, a quarter and half of all windows."""
 
 
 def looks(samples: int, least: int) -> frozenset[int]:

@@ -1,10 +1,10 @@
 """The other side of `ForkingRunner`: a process that forks a child for each job.
 
-Run by `child.py` with the number of a socket. This process never
-computes: a process whose OpenMP threads have run cannot be forked. A child ends with its job, which
-returns all its memory, or with the last of several jobs of a class that keeps its process. A child
-that a signal ends is an answer like any other, and so is one that takes nearly all memory, which is
-ended. When the searching process ends, so do this one and its child.
+Run by `child.py` with the number of a socket. This process never computes: a process whose OpenMP
+threads have run cannot be forked. A child ends with its job, which returns all its memory, or with
+the last of several jobs of a class that keeps its process. A child that a signal ends is an answer
+like any other, and so is one that takes nearly all memory, which is ended. When the searching
+process ends, so do this one and its child.
 """
 
 from __future__ import annotations

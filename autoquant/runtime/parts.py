@@ -28,12 +28,14 @@ from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.records import content_key
 from autoquant.runtime.caches import FUNCTIONS
 from autoquant.runtime.compiled import compile_graph, repeated_blocks
+from autoquant.runtime.traces import Trace, followed, recorded
 
 
 def compile_parts(module: nn.Module) -> nn.Module:
     """Compile the parts of `module`, each when it is first called with arguments of new shapes."""
+    known: _Known = {}
     for part in _parts(module):
-        part.forward = _Part(part.forward)
+        part.forward = _Part(part.forward, known)
     return module
 
 
@@ -93,11 +95,30 @@ class _Number:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """A part that was traced. Parts that do the same are called by the same function.
+
+    Attributes:
+        constants: The numbers that the function's last inputs have in the trace.
+        same: See `_same`.
+    """
+
+    trace: Trace
+    function: Callable[..., Sequence[torch.Tensor]]
+    constants: Sequence[int]
+    same: Sequence[int]
+
+
+_Known = dict[tuple[Any, ...], list[_Traced]]
+"""What was traced for arguments of each kind."""
+
+
 class _Part:
     """Takes the place of a module's `forward`."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
+    def __init__(self, forward: Callable[..., Any], known: _Known) -> None:
+        self._forward, self._known = forward, known
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +129,8 @@ class _Part:
         key = tuple(kinds)
         known = self._compiled.get(key)
         if known is None:
-            known = self._compiled[key] = _compile(self._forward, args, kwargs)
+            traced = self._known.setdefault(key, [])
+            known = self._compiled[key] = _compile(self._forward, args, kwargs, traced)
         with as_if_compiled(False):
             return known(tensors)
 
@@ -145,40 +167,73 @@ def _signature(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _compile(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: list[_Traced]
 ) -> _Compiled:
-    leaves, structure = pytree.tree_flatten((args, kwargs))
-    results: list[Any] = []
-    shape: list[pytree.TreeSpec] = []
+    """Compile a part, or find one among those known that does the same."""
+    flat = _Flat(forward, args, kwargs)
+    with as_if_compiled(), _LinearsOfRows():
+        for traced in known:
+            if (constants := _follow(flat, traced)) is not None:
+                return flat.compiled(traced.function, constants)
+        trace = Trace()
+        with _Hollow() as hollow:
+            graph = make_fx(recorded(flat, trace))(*map(hollow.of, flat.inputs))
+    constants = _as_inputs(graph)
+    tensors = [*flat.inputs, *constants]
+    function = _function(graph, tensors)
+    numbers = trace.numbers_of(constants)
+    if trace.complete and numbers is not None:
+        known.append(_Traced(trace, function, numbers, _same(tensors)))
+    return flat.compiled(function, constants)
 
-    def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Run the part from tensors to tensors, which is what can be traced.
 
-        What else it returns is noted in `results` on the way. It is the same in every call, as the
-        signature covers all arguments that are no tensors.
-        """
+def _follow(flat: _Flat, traced: _Traced) -> list[torch.Tensor] | None:
+    """Return what a part holds, in the order of a traced one's. None: it does something else."""
+    held = followed(flat, traced.trace)
+    if held is None:
+        return None
+    constants = [held[number] for number in traced.constants]
+    return constants if _same([*flat.inputs, *constants]) == traced.same else None
+
+
+class _Flat:
+    """A part run from tensors to tensors, which is what can be traced.
+
+    What else it returns is noted on the way. It is the same in every call, as what a part is found
+    by covers all arguments that are no tensors.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._forward = forward
+        self._leaves, self._structure = pytree.tree_flatten((args, kwargs))
+        self.inputs = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
+        self._results: list[Any] = []
+        self._returned: pytree.TreeSpec | None = None
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         given = iter(tensors)
-        values = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        given_args, given_kwargs = pytree.tree_unflatten(values, structure)
-        returned, returned_structure = pytree.tree_flatten(forward(*given_args, **given_kwargs))
-        shape[:] = [returned_structure]
+        values = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(values, self._structure)
+        returned, self._returned = pytree.tree_flatten(self._forward(*args, **kwargs))
         found: list[torch.Tensor] = []
-        results.clear()
+        self._results = []
         for value in returned:
-            if isinstance(value, torch.Tensor):
-                results.append(_Number(len(found)))
-                found.append(value)
-            else:
-                results.append(value)
+            is_tensor = isinstance(value, torch.Tensor)
+            self._results.append(_Number(len(found)) if is_tensor else value)
+            found += [value] if is_tensor else []
         return found
 
-    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    with as_if_compiled(), _Hollow() as hollow, _LinearsOfRows():
-        graph = make_fx(flat)(*map(hollow.of, inputs))
-    constants = _as_inputs(graph)
-    function = _function(graph, [*inputs, *constants])
-    others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
-    return _Compiled(others, function, constants, tuple(results), shape[0])
+    def compiled(
+        self,
+        function: Callable[..., Sequence[torch.Tensor]],
+        constants: Sequence[torch.Tensor],
+    ) -> _Compiled:
+        """Return the part, computed by a function from its inputs and what it holds."""
+        assert self._returned is not None  # it was run
+        others = [leaf for leaf in self._leaves if not isinstance(leaf, torch.Tensor)]
+        return _Compiled(others, function, constants, tuple(self._results), self._returned)
 
 
 class _Hollow(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -245,12 +300,16 @@ def _function(
     inputs: Sequence[torch.Tensor],
 ) -> Callable[..., Sequence[torch.Tensor]]:
     """Compile a graph. Equal graphs get the same function."""
-    # Which inputs are the same tensor is part of the key: a graph may have merged them.
-    places = list(map(id, inputs))
-    same = [places.index(place) for place in places]
-    key = content_key([graph.code, [_signature(tensor) for tensor in inputs], same], length=32)
+    signatures = [_signature(tensor) for tensor in inputs]
+    key = content_key([graph.code, signatures, _same(inputs)], length=32)
     if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)
         with as_if_compiled(False):
             FUNCTIONS[key] = compile_graph(without_tensors, inputs)
     return FUNCTIONS[key]
+
+
+def _same(inputs: Sequence[torch.Tensor]) -> list[int]:
+    """Return which inputs are the same tensor: a graph may have merged them."""
+    places = list(map(id, inputs))
+    return [places.index(place) for place in places]

@@ -237,18 +237,21 @@ def why_untimed(site: Site, candidates: Sequence[Candidate], timings: TimingTabl
 
 
 def scored(choices: SiteChoices, losses: Mapping[tuple[str, str], float]) -> SiteChoices:
-    """Fill in the losses: of the numerics in a choice's route the worst one counts.
+    """Fill in the numerics and losses: of those in a choice's route the worst ones count.
+
+    Numerics that round activations are worse than those that do not, whatever their losses say:
+    these are estimates, and may be closer than their errors.
 
     Args:
         losses: By (site name, text of the numerics). A choice without a score is dropped.
     """
-    name = choices.site.name
     filled = []
     for choice in choices.choices:
-        keys = [str(numerics) for numerics in numerics_of(choice)]
-        if all((name, key) in losses for key in keys):
-            worst = max(keys, key=lambda key: losses[name, key])
-            filled.append(replace(choice, numerics=worst, loss=losses[name, worst]))
+        found = {each: losses.get((choices.site.name, str(each))) for each in numerics_of(choice)}
+        known = {each: loss for each, loss in found.items() if loss is not None}
+        if len(known) == len(found):
+            worst = max(known, key=lambda each: (each.activation != A16, known[each]))
+            filled.append(replace(choice, numerics=str(worst), loss=max(known.values())))
     return replace(choices, choices=tuple(filled))
 
 

@@ -289,7 +289,8 @@ def test_scores_fill_in_the_worst_numerics_of_a_route():
     }
     assert filled["matmul",] == ("bfloat16+a16", 0.0)
     assert filled["weight-only",] == ("int8+a16", 0.3)
-    assert filled["weight-only", "integer"] == ("int8+a16", 0.3)
+    # Rounding more is never better: that its loss is smaller is within the error of both.
+    assert filled["weight-only", "integer"] == ("int8+a8-row", 0.3)
 
 
 def test_a_choice_without_a_score_is_left_out():

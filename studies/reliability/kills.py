@@ -311,7 +311,7 @@ def trials(arguments: argparse.Namespace, place: Path) -> Iterator[tuple[str, Ou
                 if run.forked:
                     runs.preload(run)
                 continue
-            if number == 2 and run.forked:  # now that all is imported
+            if number == 2:  # now that all is imported, or read from the disk
                 reference = unkilled(run, db)
                 print(f"{mode}: {reference.seconds:.1f} s if not killed", flush=True)
                 continue

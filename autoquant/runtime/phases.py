@@ -241,8 +241,7 @@ class _CausalPhases:
         return self._step(self._launched, self._tokens(phase))
 
     def compiled_prompt(self) -> CompiledPrompt | None:
-        # On a GPU eager windows take a moment, and graphs hold what a prompt computes with.
-        if self._in_parts is None or self.workload.batch > 1 or backend(self._device).graphs:
+        if self._in_parts is None or self.workload.batch > 1:
             return None
         whole = as_if_compiled()(_step_of(self._in_parts, self._cache, keep=0))
         given = torch.zeros_like(self._ids)  # with the strides that parts were compiled for

@@ -137,12 +137,14 @@ def search(
     ] = None,
     candidates: CandidatesOption = None,
     fuse: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--fuse/--no-fuse",
-            help="Also try layers that read the same input as one (q, k, v; gate, up).",
+            help="Also try layers that read the same input as one (q, k, v; gate, up). Default: on"
+            " a GPU.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     time_budget: Annotated[
         str,
         typer.Option(

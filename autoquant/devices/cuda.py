@@ -42,6 +42,7 @@ class CudaBackend(Backend):
     prepares = True
     replays_steps = True
     settles_routes = True
+    fuses = True
     judges_long = True
     profiler_activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
     upload_threads = 4

@@ -66,7 +66,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     trust_pickle: bool = False,
     sample_inputs: SampleInputs = None,
     trust_remote_code: bool = False,
-    fuse: bool = False,
+    fuse: bool | None = None,
     quality: QualityFunction | str | None = None,
     sensitivity: str | None = None,
     listener: Listener = ignore,
@@ -109,7 +109,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
             in any case.
         seed: Of everything drawn at random.
         fuse: Also time linears that read the same input as one, and compute them so if that is
-            faster.
+            faster. None to do so on a GPU.
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`, or
             `package.module:callable`. The store knows it by its qualified name, so give a changed
             function another name.

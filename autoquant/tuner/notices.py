@@ -29,9 +29,7 @@ def constraint_notices(
 def fusion_notices(fusion: Fusion) -> Iterator[str]:
     """Say which layers cannot be computed as one."""
     if not fusion.groups:
-        yield (
-            "no layers read the same input: nothing can be computed as one; --fuse can be left out"
-        )
+        yield "no layers read the same input: nothing can be computed as one"
     elif not any(group.choices or group.dropped for group in fusion.groups):
         yield (
             "layers are not computed as one: no candidate's weights can lie behind one another;"

@@ -32,6 +32,7 @@ class SearchRequest:
         workload: None for the one that suits the model, with `batch` sequences.
         limits: Of the recommended plan. The quality settles what the first of them measures.
         sensitivity: None for the method that suits the quality.
+        fuse: None for what pays on the device.
 
     Raises:
         AutoquantError: The database cannot be used, or the arguments contradict one another.
@@ -45,7 +46,7 @@ class SearchRequest:
     limits: Limits
     constraints: Constraints
     sensitivity: str | None
-    fuse: bool
+    fuse: bool | None
     time_budget_s: float
     seed: int
     db: str | os.PathLike[str]
@@ -106,6 +107,12 @@ class SettledRequest:
         return self.judge.quality
 
     @property
+    def fuse(self) -> bool:
+        """Linears that read the same input are also tried as one."""
+        asked = self.request.fuse
+        return backend(self.loaded.device).fuses if asked is None else asked
+
+    @property
     def study_id(self) -> str:
         """Eight hex digits; searches that may share their results have the same."""
         return content_key(self.identity(), 8)
@@ -123,7 +130,7 @@ class SettledRequest:
             "protocol": PROTOCOL,
             "method": self.method.version,
         }
-        if self.request.fuse:
+        if self.fuse:
             identity["fuse"] = True
         if constraints := self.request.constraints.as_object():
             identity["constraints"] = constraints

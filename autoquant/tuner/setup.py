@@ -26,8 +26,8 @@ class SearchSetup:
 
     Attributes:
         settled: What is searched, and how.
-        fuse: Also try to compute linears that read the same input as one: if that was asked for,
-            and can be done here.
+        fuse: Also try to compute linears that read the same input as one: if that is wanted, and
+            can be done here.
         reference: The unquantized model's losses, as far as they are known.
     """
 
@@ -49,7 +49,7 @@ class SearchSetup:
         return cls(
             settled=settled,
             store=store,
-            fuse=settled.request.fuse,
+            fuse=settled.fuse,
             listener=listener,
             reference=reference,
         )

@@ -37,7 +37,7 @@ def refused(runner, driver, *options):
 
 def test_a_recipe_gives_the_options_that_the_command_line_leaves_out(runner, driver):
     call = searched(runner, driver, "model", "--eval-text", "t", "--recipe", "h200-chat")
-    assert (call["device"], call["dtype"], call["fuse"]) == ("cuda", "bf16", True)
+    assert (call["device"], call["dtype"], call["fuse"]) == ("cuda", "bf16", None)
     assert call["workload"] == Workload.parse("prefill=2048,decode=256")
     assert call["time_budget_s"] == 1200.0
     assert call["db"] == "plan.db"

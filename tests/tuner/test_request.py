@@ -8,6 +8,8 @@ from builders.request import make_request
 from models.tiny_models import Perceptron
 
 from autoquant.candidates import select
+from autoquant.devices.cpu import CpuBackend
+from autoquant.devices.cuda import CudaBackend
 from autoquant.errors import AutoquantError, QualityError, WorkloadError
 from autoquant.evaluators.quality import FunctionQuality
 from autoquant.models import ModelRequest, load_request
@@ -73,6 +75,20 @@ def test_the_identity_of_a_study_holds_what_its_results_depend_on(request_of):
         "protocol": settled.identity()["protocol"],
         "method": settled.method.version,
     }
+
+
+def test_layers_are_tried_as_one_where_that_pays_unless_the_user_says_otherwise(
+    request_of, monkeypatch
+):
+    def fuses(asked):
+        settled = settled_by(replace(request_of(), fuse=asked))
+        assert ("fuse" in settled.identity()) is settled.fuse
+        return settled.fuse
+
+    assert [fuses(asked) for asked in (None, True, False)] == [False, True, False]
+    monkeypatch.setattr(CpuBackend, "fuses", True)
+    assert [fuses(asked) for asked in (None, True, False)] == [True, True, False]
+    assert CudaBackend.fuses
 
 
 def test_limits_and_time_are_no_part_of_the_identity_and_constraints_are(request_of):

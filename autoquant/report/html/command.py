@@ -12,6 +12,8 @@ from autoquant.store.connect import shown_address
 from autoquant.study.study import Study
 
 _FUNCTIONS = ("model_factory", "tokenizer", "sample_inputs")
+_EITHER_WAY = ("fuse",)
+"""Options whose default depends on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def _known_options(facts: StudyFacts, *, own_quality: bool) -> Iterator[tuple[st
 def _written(options: Mapping[str, Any]) -> str:
     lines = [f"autoquant search {shlex.quote(str(options['model']))}"]
     for name, value in options.items():
+        if name in _EITHER_WAY and value is False:
+            lines.append(f"--no-{name}")
         if name == "model" or value is False:
             continue
         values = (

@@ -88,18 +88,19 @@ def test_without_timings_there_is_no_kernel(tmp_path):
     assert kernel_map(study(tmp_path, timed=False)).shapes == {}
 
 
-def test_the_command_that_the_study_came_from_is_given_back(tmp_path):
+@pytest.mark.parametrize(("fuse", "written"), [(True, "--fuse"), (False, "--no-fuse")])
+def test_the_command_that_the_study_came_from_is_given_back(fuse, written, tmp_path):
     opened = study(tmp_path)
     options = {
         "model": "my model",
         "eval-text": "/a text",
-        "fuse": True,
+        "fuse": fuse,
         "json": False,
         "candidates": ["int8*", "int4*"],
     }
     opened.store.put_reference(STUDY, "command", {"options": options})
     assert search_command(opened).text.split(" \\\n    ") == [
-        "autoquant search 'my model'", "--eval-text '/a text'", "--fuse",
+        "autoquant search 'my model'", "--eval-text '/a text'", written,
         "--candidates 'int8*' --candidates 'int4*'",
     ]  # fmt: skip
 

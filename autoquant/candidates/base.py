@@ -65,6 +65,7 @@ class Kernel:
         nests: The compiler takes it in a nested region (see `autoquant.runtime.compiled`).
         repeats: The same input gives the same bits each time. One that adds in another order each
             time says False; then its results may differ by rounding.
+        by_name: A search tries it only if it is named.
         unsupported: Function of (shape, m, device type) that returns why the kernel cannot be used
             there, or None.
         description: One line for `autoquant candidates`.
@@ -79,6 +80,7 @@ class Kernel:
     materializes: bool = False
     nests: bool = True
     repeats: bool = True
+    by_name: bool = False
     unsupported: Unsupported = always_supported
     description: str = ""
 

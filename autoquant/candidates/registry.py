@@ -113,10 +113,14 @@ def timed_as(format_id: str) -> str:
 def _matches(candidate: Candidate, glob: str, device_type: str | None = None) -> bool:
     fmt, kernel = candidate.format, candidate.kernel
     if glob == "*":
-        return device_type is None or fmt.by_default(device_type)
+        return device_type is None or _by_default(candidate, device_type)
     if fmt.rounds and _names(glob, get_format(fmt.rounds), kernel):
         return False
     return _names(glob, fmt, kernel)
+
+
+def _by_default(candidate: Candidate, device_type: str) -> bool:
+    return candidate.format.by_default(device_type) and not candidate.kernel.by_name
 
 
 def _names(glob: str, fmt: Format, kernel: Kernel) -> bool:
@@ -212,7 +216,7 @@ def survey(device_type: str) -> list[CandidateStatus]:
                 description=f"{fmt.description}; {kernel.description}",
                 usable=reason is None,
                 reason=reason or "",
-                by_default=fmt.by_default(device_type),
+                by_default=_by_default(candidate, device_type),
             )
         )
     return statuses

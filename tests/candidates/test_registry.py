@@ -91,6 +91,17 @@ def test_a_star_for_a_device_leaves_out_what_must_be_asked_for_there(
     assert "bfloat16/plain/matmul" in found or "*" not in globs
 
 
+def test_a_star_for_a_device_leaves_out_kernels_that_must_be_named():
+    def found(*globs):
+        return {each.id for each in select(globs, "cuda") if "gemlite" in each.kernel.id}
+
+    named = {f"float8-row/plain/{kernel}" for kernel in ("gemlite", "gemlite-dynamic")}
+    assert not named & found("*") and "int8-row/plain/gemlite" in found("*")
+    assert named <= found("*", "*/gemlite*") and named <= found("float8*")
+    by_default = {(each.format, each.kernel): each.by_default for each in survey("cuda")}
+    assert by_default["float8-row/plain", "rows"] and not by_default["float8-row/plain", "gemlite"]
+
+
 def test_the_survey_tells_what_must_be_asked_for(own_registry):
     register(opt_in_format())
     for device in ("cpu", "cuda"):

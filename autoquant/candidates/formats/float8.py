@@ -159,8 +159,13 @@ def _by_default(device_type: str) -> bool:
 
 _ROW_KERNELS = (
     rows_kernel(_rows, _rows_unsupported),
+    # Tuning these takes long, and where they work, `rows` and `scaled-mm` are about as fast.
     *gemlite_kernels(
-        _parts, rounds=A8_FLOAT8_ROW, arithmetic="float8", unsupported=_gemlite_float8_unsupported
+        _parts,
+        rounds=A8_FLOAT8_ROW,
+        arithmetic="float8",
+        unsupported=_gemlite_float8_unsupported,
+        by_name=True,
     ),
 )
 

@@ -194,6 +194,7 @@ def gemlite_kernels(
     rounds: str,
     arithmetic: str,
     unsupported: Unsupported,
+    by_name: bool = False,
 ) -> tuple[Kernel, Kernel]:
     """Return gemlite's two kernels for 8-bit weights with a scale a row.
 
@@ -201,7 +202,12 @@ def gemlite_kernels(
         parts: Stored weight to its values `[n, k]` and scales `[n, 1]`.
         rounds: Numerics of the second kernel, which rounds the activation to `arithmetic`.
     """
-    shared: dict[str, Any] = {"opaque": True, "library": GEMLITE, "unsupported": unsupported}
+    shared: dict[str, Any] = {
+        "opaque": True,
+        "library": GEMLITE,
+        "by_name": by_name,
+        "unsupported": unsupported,
+    }
     plain = Kernel(
         id="gemlite",
         numerics=A16,

@@ -80,6 +80,7 @@ class Backend(ABC):
         settles_routes: A search measures between its own m where kernels overtake one another.
         repeats: A kernel gives the same bits each time, unless it says otherwise.
         fuses: Linears that read the same input are usually faster as one, and tried so by default.
+        scoring_precision: How precisely layers' losses are scored, as PyTorch names it.
         judges_long: Whole models run so fast that quality is judged on a longer text.
         profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it
             cannot.
@@ -100,6 +101,7 @@ class Backend(ABC):
     settles_routes: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
     fuses: ClassVar[bool] = False
+    scoring_precision: ClassVar[str] = "highest"
     judges_long: ClassVar[bool] = False
     profiler_activities: ClassVar[Sequence[ProfilerActivity]] = ()
     upload_threads: ClassVar[int] = 1

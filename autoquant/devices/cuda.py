@@ -43,6 +43,7 @@ class CudaBackend(Backend):
     replays_steps = True
     settles_routes = True
     fuses = True
+    scoring_precision = "high"
     judges_long = True
     profiler_activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
     upload_threads = 4

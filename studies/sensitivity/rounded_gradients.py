@@ -1,9 +1,10 @@
-"""What rounding the factors of gradients' products changes in the shares of `path`.
+"""What rounding factors, as a search does, changes in the shares of `path`.
 
     python studies/sensitivity/rounded_gradients.py MODEL [--windows 2] [--device cpu]
 
 Scores three numerics in turn with factors in float32 and as a search does, twice each. It prints
-the seconds, the sums of the shares, and how far single shares differ.
+the seconds, the sums of the shares, and how far single shares differ. A search rounds factors of
+gradients' products, and on a GPU those of all products.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
 from autoquant.candidates import get_format, select
 from autoquant.evaluators.emulate import in_float32
@@ -27,11 +29,8 @@ from autoquant.profiler.record import record_model
 from autoquant.records import Workload
 from autoquant.tuner.judge import Asked, make_judge
 
-NUMERICS = (
-    ("int8-row/plain", "a16"),
-    ("int8-row/plain", "a8-row"),
-    ("int4-g64/cpu-packed", "a16"),
-)
+NUMERICS = (("int8-row/plain", "a16"), ("int8-row/plain", "a8-row"), ("int4-g64/{}", "a16"))
+PACKINGS = {"cpu": "cpu-packed", "cuda": "tiled"}
 ROUNDS = 2
 
 
@@ -50,30 +49,30 @@ def main() -> None:
     object.__setattr__(judge.quality.parts, "windows", windows)
     sites = record_model(loaded, Workload.parse("prefill=512,decode=128"), ignore).sites
     for format_id, activation in NUMERICS:
-        fmt = get_format(format_id)
+        fmt = get_format(format_id.format(PACKINGS[kind]))
         taking = [site for site in sites if fmt.unsupported(site.shape, 1, kind) is None]
         changes = [Change(site, fmt.values, fmt, activation) for site in taking]
         dtypes = dtypes_of(loaded.module, changes)
         with torch.no_grad(), in_float32(loaded.module):
-            calibration = CalibrationModel(loaded.module, judge.quality)
-            for number in range(len(calibration.batches)):
-                calibration.reference(number)
-            print(
-                f"{fmt.values} {activation}: {compared(calibration, changes, dtypes)}", flush=True
-            )
+            found = compared(loaded.module, judge.quality, changes, dtypes)
+        print(f"{fmt.values} {activation}: {found}", flush=True)
 
 
 def compared(
-    calibration: CalibrationModel, changes: list[Change], dtypes: dict[str, torch.dtype]
+    module: nn.Module,
+    quality: TextQuality,
+    changes: list[Change],
+    dtypes: dict[str, torch.dtype],
 ) -> str:
     """Return seconds, sums and differences of shares with exact and with rounded factors."""
     exact_s, rounded_s = [], []
     for _ in range(ROUNDS):
         with patch.object(gradients, "_quick_products", nullcontext):
-            exact, took_s = timed(calibration, changes, dtypes)
+            exact, took_s = timed(calibrated(module, quality), changes, dtypes)
             exact_s.append(f"{took_s:.1f}")
-        rounded, took_s = timed(calibration, changes, dtypes)
-        rounded_s.append(f"{took_s:.1f}")
+        with gradients.scoring_products(module):
+            rounded, took_s = timed(calibrated(module, quality), changes, dtypes)
+            rounded_s.append(f"{took_s:.1f}")
     off = {name: abs(rounded[name] - share) for name, share in exact.items()}
     total = sum(exact.values())
     most = max(off[name] / max(share, 1e-12) for name, share in exact.items())
@@ -82,6 +81,14 @@ def compared(
         f" {total:.4g} and {sum(rounded.values()):.4g}; differences are"
         f" {sum(off.values()) / total:.3%} of all, at most {most:.2%} of one"
     )
+
+
+def calibrated(module: nn.Module, quality: TextQuality) -> CalibrationModel:
+    """Return the calibration with the unquantized model's logits, which are not timed."""
+    calibration = CalibrationModel(module, quality)
+    for number in range(len(calibration.batches)):
+        calibration.reference(number)
+    return calibration
 
 
 def timed(

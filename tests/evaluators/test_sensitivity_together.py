@@ -217,9 +217,11 @@ def test_shares_are_the_same_whether_activations_were_kept_or_not(llama, quality
     assert found[0] == found[1]
 
 
-def test_factors_are_rounded_where_gradients_are_passed_back_and_nowhere_else(
-    llama, quality, monkeypatch
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_factors_are_rounded_further_where_gradients_are_passed_back_than_the_device_asks_for(
+    precision, llama, quality, monkeypatch
 ):
+    monkeypatch.setattr(CpuBackend, "scoring_precision", precision)
     used = {"output": set(), "observe": set()}
 
     def noting(name, method):
@@ -233,7 +235,7 @@ def test_factors_are_rounded_where_gradients_are_passed_back_and_nowhere_else(
         method = getattr(together.PathSite, name)
         monkeypatch.setattr(together.PathSite, name, noting(name, method))
     score("path", llama, list(sites_of(llama).values()), quality)
-    assert used == {"output": {"highest"}, "observe": {"medium"}}
+    assert used == {"output": {precision}, "observe": {"medium"}}
     assert torch.get_float32_matmul_precision() == "highest"
 
 

@@ -7,7 +7,7 @@ from models.tiny_models import tiny_tokenizer
 
 from autoquant.candidates import get_format
 from autoquant.devices import backend
-from autoquant.devices.memory import LIMIT_VARIABLE
+from autoquant.devices.memory import LIMIT_VARIABLE, release_memory
 from autoquant.evaluators.quality import TextQuality, each_logits, next_token_logits
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change
 from autoquant.events import ignore
@@ -62,6 +62,8 @@ def whole(folder):
 @pytest.fixture
 def limit(whole):
     """A third of the weights, beside what the whole model takes in the same process."""
+    release_memory()
+    torch.cuda.empty_cache()
     return module_bytes(whole.module) // 3 + torch.cuda.memory_reserved()
 
 
@@ -76,6 +78,9 @@ def streamed(folder, whole, limit, monkeypatch):
 
 
 def most_allocated(work):
+    """The result of the work, and the most memory of it. What came before has left none."""
+    release_memory()
+    torch.cuda.empty_cache()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -35,7 +35,12 @@ from autoquant.evaluators.sensitivity.base import (
     check_text,
     parameter_of,
 )
-from autoquant.evaluators.sensitivity.gradients import Place, backpropagate_each, changed_output
+from autoquant.evaluators.sensitivity.gradients import (
+    Place,
+    backpropagate_each,
+    changed_output,
+    scoring_products,
+)
 from autoquant.evaluators.sensitivity.together import (
     CalibrationModel,
     by_numerics,
@@ -57,7 +62,7 @@ def fisher_losses(
     """
     text = check_text(quality, FISHER.id)
     dtypes = dtypes_of(module, changes)
-    with torch.no_grad(), in_float32(module):
+    with torch.no_grad(), in_float32(module), scoring_products(module):
         calibration = CalibrationModel(module, text)
         room = room_for_model(module)
         sites = [

@@ -30,7 +30,7 @@ from autoquant.evaluators.sensitivity.base import (
     Sensitivity,
     check_text,
 )
-from autoquant.evaluators.sensitivity.gradients import backpropagate_each
+from autoquant.evaluators.sensitivity.gradients import backpropagate_each, scoring_products
 from autoquant.evaluators.sensitivity.together import (
     CalibrationModel,
     PathSite,
@@ -48,7 +48,7 @@ def path_losses(
     """Score the changes of each numerics in turn, and the numerics in all layers."""
     text = check_text(quality, PATH.id)
     dtypes = dtypes_of(module, changes)
-    with torch.no_grad(), in_float32(module):
+    with torch.no_grad(), in_float32(module), scoring_products(module):
         calibration = CalibrationModel(module, text)
         for numerics, of in by_numerics(changes).items():
             sites = calibration.sites(of, dtypes)

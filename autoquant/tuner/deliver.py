@@ -37,6 +37,8 @@ from autoquant.tuner.workers.delivery_process import DeliveryProcess
 from autoquant.tuner.workers.start import IN_PROCESS_VARIABLE
 
 TRIES = 3
+_ROOM_IN_MODELS = 3
+"""Another process needs memory for the unquantized model, the plan, and all else."""
 _log = logging.getLogger(__name__)
 
 
@@ -219,8 +221,9 @@ class Deliverer:
 
 @contextmanager
 def _moved_off_gpu(module: nn.Module, device: str) -> Iterator[None]:
-    """Keep the model on the CPU meanwhile, to make room for another process on a GPU."""
-    if backend(device).free_bytes() is None:
+    """Keep the model on the CPU meanwhile, if a GPU has no room for another process beside it."""
+    place = backend(device)
+    if place.free_bytes() is None:
         yield
         return
     stream = stream_of(module)
@@ -228,14 +231,18 @@ def _moved_off_gpu(module: nn.Module, device: str) -> Iterator[None]:
     if stream is not None:
         stream.let_go()
         stream.forget_uploads()
-    else:
-        module.to("cpu")
     release_memory()
-    backend(device).trim_memory()
+    place.trim_memory()
+    moved = stream is None and (place.free_bytes() or 0) < _ROOM_IN_MODELS * applier.module_bytes(
+        module
+    )
+    if moved:
+        module.to("cpu")
+        place.trim_memory()
     try:
         yield
     finally:
-        if stream is None:
+        if moved:
             module.to(device)
 
 

@@ -204,24 +204,33 @@ class _CausalPhases:
         # Makes the cache's tensors, so that compiled code finds them ready.
         self._step(self._eager, 1)
         self._in_parts: nn.Module | None = None
+        # A sliding cache branches on how far it is filled. What is traced, or replayed as a graph,
+        # has one branch.
+        self._steady = not any(layer.is_sliding for layer in self._cache.layers)
+        self._rewinds = self._steady and all(
+            hasattr(layer, "cumulative_length") for layer in self._cache.layers
+        )
         if compiled:
             self._compile(module, division)
 
     def _compile(self, module: nn.Module, division: Division) -> None:
-        # A sliding cache branches on how far it is filled. What is traced, or replayed as a graph,
-        # has one branch.
-        steady = not any(layer.is_sliding for layer in self._cache.layers)
-        if steady and division == "parts" and any(repeated_blocks(module)):
+        if self._steady and division == "parts" and any(repeated_blocks(module)):
             self._in_parts = compile_parts(ready_to_compile(module, regions=False))
             self._forward = as_if_compiled()(_step_of(self._in_parts, self._cache))
         else:
             ready = ready_to_compile(module, regions=division != "whole")
             self._forward = compile_forward(_step_of(ready, self._cache))
         self._launched = self._forward
-        if steady and backend(self._device).graphs:
+        if self._steady and backend(self._device).graphs:
             self._forward = backend(self._device).graphed(self._launched, self._lengths)
 
     def reset(self, phase: str) -> None:
+        if phase == "decode" and self._rewinds and self._position >= self._prompt:
+            # A prompt is in the cache. Steps write over what steps wrote before.
+            for length in self._lengths():
+                length.fill_(self._prompt)
+            self._position = self._prompt
+            return
         self._cache.reset()
         self._position = 0
         if phase == "decode":

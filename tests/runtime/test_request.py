@@ -97,6 +97,37 @@ def test_a_machine_that_stays_busy_is_noted(shares):
     assert "others used 30% of the machine" in time_requests(*pair([]), "cpu", once).note
 
 
+def test_a_slow_reset_takes_no_calls_from_a_sample(shares):
+    class SlowToReset(Fake):
+        def reset(self, phase):
+            super().reset(phase)
+            time.sleep(0.02)
+
+    counts = []
+    for kind in (Fake, SlowToReset):
+        log = []
+        model = kind("plan", log, {"prefill": 1e-3, "decode": 1e-3}, limit=20)
+        effort = replace(SHORT, request_calls=5, request_round_s=1.0, request_rounds=2)
+        time_in_turn([model], "cpu", effort)
+        counts.append(log.count(("plan", "decode")))
+    assert counts == [12, 12]  # two rounds of five, each behind one that does not count
+
+
+def test_the_first_of_several_calls_does_not_count(shares):
+    class Settling(Fake):
+        def reset(self, phase):
+            super().reset(phase)
+            self._seconds = {"prefill": 1e-3, "decode": 0.05}
+
+        def run(self, phase):
+            found = super().run(phase)
+            self._seconds = {"prefill": 1e-3, "decode": 1e-3}
+            return found
+
+    (taken,), _ = time_in_turn([Settling("plan", [], {}, limit=20)], "cpu", SHORT)
+    assert taken["decode"] < 20
+
+
 def test_a_request_is_the_sum_of_calls_times_latency():
     times = RequestTimes({"prefill": 10.0, "decode": 1.5}, {"prefill": 8.0, "decode": 3.0})
     assert times.request_ms({"prefill": 1, "decode": 4}) == (16.0, 20.0)

@@ -226,6 +226,9 @@ class Backend(ABC):
             return "AUTOQUANT_EAGER is set; unset it to compile"
         return failure_of_the_compiler(self.type)
 
+    def warm_compiler(self) -> None:  # noqa: B027 - there may be nothing to start
+        """Start what compiles kernels, if that takes long, without waiting for it."""
+
     def graph_pool(self) -> Any:
         """Return memory that several graphs share, or None."""
         return None

@@ -191,6 +191,14 @@ class CudaBackend(Backend):
         """Return None: Triton brings its own compiler."""
         return None
 
+    def warm_compiler(self) -> None:
+        """Start the processes that compile kernels. Without them this process does it at first."""
+        if not self.prepares:
+            return
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.use_process_pool()  # type: ignore[no-untyped-call]
+
     def graph_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
 

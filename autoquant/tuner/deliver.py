@@ -127,7 +127,7 @@ class Deliverer:
     def make_ready(self) -> None:
         """Start the process that will load plans, while there is other work to wait for."""
         if not self._no_process():
-            self.process.start()
+            self.process.start(self.usage.device)
 
     def close(self) -> None:
         """End that process, if it still waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autoquant.devices import backend
 from autoquant.devices.memory import release_memory
 from autoquant.errors import KernelError
 from autoquant.study.study import Study
@@ -52,7 +53,7 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
     What was measured before is in the store, so that little is done twice.
 
     Args:
-        deliverer: Made ready while nothing is timed, since that takes a while.
+        deliverer: Made ready while nothing is timed, since that takes a while; as the compiler is.
     """
     settled = setup.settled
     with budget.stage("record"):
@@ -67,6 +68,7 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
                 timings = profile_linears(setup, recording, measure)
             recording = searchable(setup, recording, bound, timings)
             deliverer.make_ready()
+            backend(setup.device).warm_compiler()
             with budget.stage("score"):
                 space = score_choices(setup, recording, bound, timings, runner)
             ledger = ProofLedger(

@@ -15,7 +15,7 @@ from autoquant.candidates import get_format
 from autoquant.candidates.kernels.caches import kernels_kept, untuned
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
-from autoquant.devices import backend
+from autoquant.devices import Division, backend
 from autoquant.devices.memory import release_memory
 from autoquant.errors import CandidateError
 from autoquant.evaluators.quality import (
@@ -176,12 +176,12 @@ class Prover:
         """Return the losses on the report and on the selection part."""
         # A streamed model's logits on all windows come from one pass.
         enough = self._beyond(limits) if limits and self.loaded.stream is None else None
-        if compared := self._compared_compiled(plan, phases, enough):
-            return compared
         original = self.loaded.module
         compared_module = original if plan.kind == "original" else module
-        # Windows have other m than the workload, and their speed does not matter: tune nothing.
+        # Windows may have other m than the workload, whose speed does not matter: tune nothing.
         with worst_numerics(module, plan), untuned():
+            if compared := self._compared_compiled(module, plan, phases, enough):
+                return compared
             compared = _compare(self.quality, compared_module, original, self.reference, enough)
         self.reference = _losses_of_reference(compared, self.reference)
         return compared
@@ -197,12 +197,16 @@ class Prover:
         )
 
     def _compared_compiled(
-        self, plan: Plan, phases: Phases, enough: Enough | None
+        self, module: nn.Module, plan: Plan, phases: Phases, enough: Enough | None
     ) -> tuple[Comparison, Comparison] | None:
         """Compare by compiled prompts, which are quicker; None if windows are no such prompts.
 
         The unquantized model is compiled too, since compiled code rounds less often. So it is known
         apart from what it loses when it runs eagerly.
+
+        Args:
+            module: The plan's model with its worst numerics everywhere.
+            phases: Those of the plan.
         """
         if plan.kind == "original" or not isinstance(self.quality, TextQuality):
             return None
@@ -212,7 +216,8 @@ class Prover:
         if prompt is None or original is None or prompt.tokens != self.quality.window_tokens():
             return None
         if not prompts_lose_most(plan, prompt.tokens):
-            return None
+            prompt = self._made_phases(module).compiled_prompt()
+        assert prompt is not None  # the plan's phases had one
         if self._compiled_quality is None:
             # Compiling the comparison takes longer than it saves where whole models run fast.
             slow = not backend(self.device).judges_long
@@ -245,14 +250,14 @@ class Prover:
 
     def _warm_phases(self, module: nn.Module) -> tuple[Phases, str]:
         """Return the phases, ready to be timed, and a note on how they were compiled."""
-        make = partial(
-            make_phases,
-            replace(self.loaded, module=module),
-            self.workload,
-            compiled=self.execution == "compiled",
-        )
+        make = partial(self._made_phases, module)
         with kernels_kept(self.device):
             return make_warm(make, backend(self.device).divisions)
+
+    def _made_phases(self, module: nn.Module, *, division: Division = "parts") -> Phases:
+        loaded = replace(self.loaded, module=module)
+        compiled = self.execution == "compiled"
+        return make_phases(loaded, self.workload, compiled=compiled, division=division)
 
 
 def _compare(

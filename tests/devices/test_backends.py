@@ -270,3 +270,18 @@ def test_the_effort_of_a_process_is_given_back():
         assert timing_effort() is SMALL
         raise RuntimeError("stopped")
     assert timing_effort() is before == TimingEffort()
+
+
+def test_the_compiler_of_a_gpu_is_started_ahead_where_candidates_are_prepared(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "torch._inductor.async_compile.AsyncCompile.use_process_pool",
+        classmethod(lambda _cls: started.append(True)),
+    )
+    backend("cpu").warm_compiler()
+    monkeypatch.setattr(CudaBackend, "prepares", False)
+    CudaBackend("cuda").warm_compiler()
+    assert not started
+    monkeypatch.setattr(CudaBackend, "prepares", True)
+    CudaBackend("cuda").warm_compiler()
+    assert started == [True]

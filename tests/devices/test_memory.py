@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from autoquant.devices.memory import quick_collections
+from autoquant.devices.memory import leave_out_of_collections, quick_collections
 
 
 @pytest.fixture(autouse=True)
@@ -50,4 +50,15 @@ def test_what_somebody_else_froze_stays_frozen():
 def test_it_ends_with_an_error_too():
     with pytest.raises(KeyError), quick_collections():
         raise KeyError
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_was_made_since_is_left_out_where_something_is_already():
+    leave_out_of_collections()
+    assert gc.get_freeze_count() == 0, "nobody would undo it"
+    with quick_collections():
+        before = gc.get_freeze_count()
+        kept = [[] for _ in range(1000)]
+        leave_out_of_collections()
+        assert gc.get_freeze_count() >= before + len(kept)
     assert gc.get_freeze_count() == 0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 
-from autoquant.candidates import A8_ROW, A16, Format, Kernel, registry, routed
+from autoquant.candidates import A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel, registry, routed
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.text import PARTS, TextParts
 from autoquant.export.applier import apply
@@ -36,7 +36,7 @@ def format_that_tells(calls):
     def kernel(name, numerics, **limits):
         def linear(x, weight, bias):
             calls.append((name, x.numel() // x.shape[-1]))
-            return F.linear(x, weight, bias)
+            return F.linear(ACTIVATION_ROUNDING[numerics](x), weight, bias)
 
         return Kernel(id=name, numerics=numerics, linear=linear, **limits)
 
@@ -156,10 +156,16 @@ def prover(monkeypatch):
 
 
 @pytest.fixture
-def plan(monkeypatch):
+def calls():
+    """(kernel, rows) of each product of the plan."""
+    return []
+
+
+@pytest.fixture
+def plan(calls, monkeypatch):
     """Rounds the weight of one layer to whole tenths, and its activation not at all."""
     fmt = replace(
-        format_that_tells([]), quantize=lambda w: (w * 10).round() / 10, id="tenths-any/plain"
+        format_that_tells(calls), quantize=lambda w: (w * 10).round() / 10, id="tenths-any/plain"
     )
     monkeypatch.setitem(registry._registered, fmt.id, fmt)
     monkeypatch.setattr(routed, "_KERNEL_FUNCTIONS", {})
@@ -176,8 +182,26 @@ def plan(monkeypatch):
     return replace(plan, layers=(layer,))
 
 
-def test_windows_as_long_as_the_prompt_are_read_by_it(prover, plan, monkeypatch):
+def rounding_steps(plan):
+    """The plan with activations rounded in steps, and not in the prompt: quality is that of both."""
+    (layer,) = plan.layers
+    steps = ((4, "rounding"), (None, "any"))
+    route = tuple(RouteStep(upper_m=upper_m, kernel=kernel) for upper_m, kernel in steps)
+    return replace(plan, layers=(replace(layer, route=route, numerics=f"tenths-any+{A8_ROW}"),))
+
+
+def test_what_only_steps_lose_is_measured_on_windows(prover, plan, calls):
+    prover().prove(rounding_steps(plan))
+    assert ("rounding", WINDOW) in calls and ("any", WINDOW) in calls
+    calls.clear()
+    prover().prove(plan)
+    assert calls and "rounding" not in dict(calls)
+
+
+@pytest.mark.parametrize("made", [lambda plan: plan, rounding_steps])
+def test_windows_as_long_as_the_prompt_are_read_by_it(prover, plan, made, monkeypatch):
     compiled, eager = prover(), prover()
+    plan = made(plan)
     proof = compiled.prove(plan)
     monkeypatch.setattr(Prover, "_compared_compiled", lambda *_: None)
     expected = eager.prove(plan)

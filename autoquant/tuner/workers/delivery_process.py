@@ -21,11 +21,11 @@ class DeliveryProcess:
     def __init__(self) -> None:
         self._started: tuple[subprocess.Popen[bytes], Connection] | None = None
 
-    def start(self) -> None:
-        """Start the process, unless it waits already. It imports what it needs, and waits."""
+    def start(self, device: str) -> None:
+        """Start the process, unless it waits already. It gets ready for the device, and waits."""
         if self._started is None:
             self._started = start_process(WORKER)
-            send(self._started[1], sys.path)
+            send(self._started[1], (sys.path, device))
 
     def run(self, spec: Any) -> Any:
         """Return the delivery of a `DeliverySpec`.
@@ -34,7 +34,7 @@ class DeliveryProcess:
             HungError: It did not end.
             ProcessDiedError: It was ended, by what it loaded or from outside.
         """
-        self.start()
+        self.start(spec.usage.device)
         assert self._started is not None
         process, connection = self._started
         try:

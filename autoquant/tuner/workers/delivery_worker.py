@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from autoquant.devices import backend
 from autoquant.devices.effort import use_timing_effort
 from autoquant.tuner.deliver import DeliverySpec, load_and_deliver
 from autoquant.tuner.workers.forking import receive, send
@@ -22,8 +23,9 @@ from autoquant.tuner.workers.worker import portable
 def main() -> None:
     """Answer (True, delivery), or (False, the error)."""
     connection = Connection(int(sys.argv[1]))
-    sys.path[:] = receive(connection)
+    sys.path[:], device = receive(connection)
     import_ahead()
+    backend(device).warm_compiler()
     spec: DeliverySpec = receive(connection)
     torch.set_num_threads(spec.threads)
     use_timing_effort(spec.effort)

@@ -9,7 +9,11 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from autoquant.candidates import Format, candidate_of, get_format
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
-from autoquant.devices.memory import release_memory, trim_memory
+from autoquant.devices.memory import (
+    leave_out_of_collections,
+    release_memory,
+    trim_memory,
+)
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
 from autoquant.evaluators.quality import ReferenceLosses, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
@@ -351,6 +355,7 @@ class ProveJob:
     silence_s: float | None = None
 
     def run(self, bench: Bench, tell: Tell) -> tuple[Proof, ReferenceLosses]:
+        leave_out_of_collections()  # the compiler, which the last proof imported
         bench.prover.reference = bench.prover.reference or self.reference
         told: list[Checking] = []
 

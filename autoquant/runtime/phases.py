@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,8 @@ from autoquant.models import LoadedModel
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
-from autoquant.runtime.parts import as_if_compiled, compile_parts
+from autoquant.runtime.decoder_phases import CompiledPrompt, DecoderPhases
+from autoquant.runtime.tokens import WorkloadTokens
 
 _Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -50,21 +52,6 @@ class Phases(Protocol):
     def compiled_prompt(self) -> CompiledPrompt | None: ...
 
 
-class CompiledPrompt(nn.Module):
-    """Maps token ids `[1, tokens]` to logits `[1, tokens, vocabulary]`.
-
-    Attributes:
-        tokens: It takes windows of that length only: its parts are compiled for them.
-    """
-
-    def __init__(self, tokens: int, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.tokens, self._run = tokens, run
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._run(ids)
-
-
 def make_phases(
     loaded: LoadedModel,
     workload: Workload,
@@ -77,14 +64,17 @@ def make_phases(
     Args:
         compiled: Compile the forward pass, each phase with static shapes. On CUDA also capture it
             as a CUDA graph.
-        division: What is compiled as one. `parts` needs a model with repeated blocks and a cache
-            without a sliding window; other models are then compiled by `regions`.
+        division: What is compiled as one. `parts` needs a model with repeated blocks that keeps
+            keys and values; other models are then compiled by `regions`.
 
     Raises:
         WorkloadError: The workload does not fit the model.
     """
     check_workload(loaded, workload)
     if loaded.kind == "causal_lm":
+        if compiled and division == "parts" and any(repeated_blocks(loaded.module)):
+            with suppress(TypeError):
+                return DecoderPhases(loaded.module, workload, loaded.device)
         return _CausalPhases(loaded.module, workload, loaded.device, compiled, division)
     if loaded.kind == "token_lm":
         shape = (workload.batch, workload.phases[0].tokens)
@@ -189,48 +179,23 @@ class _CausalPhases:
 
         self.workload = workload
         self._device = device
-        phases = {phase.name: phase for phase in workload.phases}
-        self._prompt = phases["prefill"].tokens if "prefill" in phases else 1
-        self._steps = phases["decode"].calls if "decode" in phases else 0
-        config: Any = module.config
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = config.get_text_config(decoder=True).vocab_size
-        shape = (workload.batch, self._prompt + self._steps)
-        self._ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
+        tokens = WorkloadTokens(module, workload, device)
+        self._prompt, self._steps, self._ids = tokens.prompt, tokens.steps, tokens.ids
         self._position = 0
 
-        self._cache = StaticCache(config=config, max_cache_len=self._prompt + self._steps)
+        self._cache = StaticCache(config=module.config, max_cache_len=self._prompt + self._steps)
         self._eager = self._launched = self._forward = _step_of(module, self._cache)
         # Makes the cache's tensors, so that compiled code finds them ready.
         self._step(self._eager, 1)
-        self._in_parts: nn.Module | None = None
-        # A sliding cache branches on how far it is filled. What is traced, or replayed as a graph,
-        # has one branch.
-        self._steady = not any(layer.is_sliding for layer in self._cache.layers)
-        self._rewinds = self._steady and all(
-            hasattr(layer, "cumulative_length") for layer in self._cache.layers
-        )
         if compiled:
-            self._compile(module, division)
-
-    def _compile(self, module: nn.Module, division: Division) -> None:
-        if self._steady and division == "parts" and any(repeated_blocks(module)):
-            self._in_parts = compile_parts(ready_to_compile(module, regions=False))
-            self._forward = as_if_compiled()(_step_of(self._in_parts, self._cache))
-        else:
             ready = ready_to_compile(module, regions=division != "whole")
-            self._forward = compile_forward(_step_of(ready, self._cache))
-        self._launched = self._forward
-        if self._steady and backend(self._device).graphs:
-            self._forward = backend(self._device).graphed(self._launched, self._lengths)
+            self._forward = self._launched = compile_forward(_step_of(ready, self._cache))
+            # A sliding cache branches on how far it is filled. A graph has one branch.
+            steady = not any(layer.is_sliding for layer in self._cache.layers)
+            if steady and backend(device).graphs:
+                self._forward = backend(device).graphed(self._launched, self._lengths)
 
     def reset(self, phase: str) -> None:
-        if phase == "decode" and self._rewinds and self._position >= self._prompt:
-            # A prompt is in the cache. Steps write over what steps wrote before.
-            for length in self._lengths():
-                length.fill_(self._prompt)
-            self._position = self._prompt
-            return
         self._cache.reset()
         self._position = 0
         if phase == "decode":
@@ -250,34 +215,17 @@ class _CausalPhases:
         return self._step(self._launched, self._tokens(phase))
 
     def compiled_prompt(self) -> CompiledPrompt | None:
-        if self._in_parts is None or self.workload.batch > 1:
-            return None
-        whole = as_if_compiled()(_step_of(self._in_parts, self._cache, keep=0))
-        given = torch.zeros_like(self._ids)  # with the strides that parts were compiled for
-
-        def run(ids: torch.Tensor) -> torch.Tensor:
-            self.reset("prefill")
-            given[:, : self._prompt] = ids
-            return self._step(whole, self._prompt, given)
-
-        return CompiledPrompt(self._prompt, run)
+        return None
 
     def _tokens(self, phase: str) -> int:
         return 1 if phase == "decode" else self._prompt
 
-    def _step(
-        self,
-        forward: Callable[..., torch.Tensor],
-        tokens: int,
-        ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Run the next tokens of `ids` (None: of the workload's)."""
-        ids = self._ids if ids is None else ids
+    def _step(self, forward: Callable[..., torch.Tensor], tokens: int) -> torch.Tensor:
         start, end = self._position, self._position + tokens
         self._position = end
         positions = torch.arange(start, end, device=self._device).unsqueeze(0)
         with torch.no_grad():
-            return forward(ids[:, start:end], positions)
+            return forward(self._ids[:, start:end], positions)
 
     def _lengths(self) -> list[torch.Tensor]:
         """Return what a step advances: how far each layer's cache is filled."""
@@ -291,8 +239,8 @@ def _pass_of(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _step_of(module: nn.Module, cache: Any, keep: int = 1) -> _Step:
-    """Return a step that gives the logits of the last `keep` tokens; 0: of all."""
+def _step_of(module: nn.Module, cache: Any) -> _Step:
+    """Return a step that gives the logits of the last token."""
 
     def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         output = module(
@@ -300,7 +248,7 @@ def _step_of(module: nn.Module, cache: Any, keep: int = 1) -> _Step:
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=keep,
+            logits_to_keep=1,
         )
         logits: torch.Tensor = output.logits
         return logits

@@ -38,34 +38,6 @@ def test_a_decode_step_gives_the_logits_of_a_full_forward_pass(batch):
     assert phases.limit("prefill") == 1
 
 
-def test_steps_are_repeated_behind_the_same_prompt_without_running_it_again():
-    module = tiny_llama(dtype=torch.float32)
-    phases = causal(module, "prefill=7,decode=4")
-    full, read = full_logits(module, phases, 11), []
-    module.model.embed_tokens.register_forward_hook(
-        lambda _module, inputs, _output: read.append(inputs[0].shape[1])
-    )
-    phases.reset("prefill")
-    phases.run("prefill")
-    for _ in range(3):
-        phases.reset("decode")
-        for position in range(7, 11):
-            logits = phases.run("decode")
-            torch.testing.assert_close(logits[:, -1], full[:, position], rtol=1e-4, atol=1e-5)
-    assert read == [7] + 12 * [1]
-
-
-def test_a_cache_that_slides_is_filled_anew_for_steps():
-    module = tiny_llama(dtype=torch.float32)
-    phases = causal(module, "prefill=7,decode=4")
-    phases._rewinds = False
-    found = []
-    for _ in range(2):
-        phases.reset("decode")
-        found.append(phases.run("decode"))
-    assert torch.equal(*found)
-
-
 def test_decoding_alone_starts_from_one_token():
     module = tiny_llama(dtype=torch.float32)
     phases = causal(module, "decode=3")

@@ -67,6 +67,12 @@ class StepState:
             if mask is not None:
                 self.padding[:, : mask.shape[1]] = mask
 
+    def rewind(self, tokens: int) -> None:
+        """Go back behind the first tokens, whose position ids are 0, 1, ..."""
+        self.filled.fill_(tokens)
+        self._of(1).positions.fill_(tokens)
+        self.kept.zero_()
+
     def place(self, positions: torch.Tensor, *, kept: int) -> None:
         """Set the position ids `[batch, tokens]` of the next step, and which token needs logits."""
         self._of(positions.shape[1]).positions.copy_(positions)

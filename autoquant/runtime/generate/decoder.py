@@ -9,8 +9,8 @@ the causal mask hides them until then.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -39,6 +39,8 @@ _LARGEST_ERROR = (
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 """Token ids `[batch, tokens]` to logits `[batch, 1, vocabulary]`."""
+Way = Literal["replayed", "launched", "eager"]
+"""How a step runs: compiled (and replayed as a graph, or not), or by the model's own code."""
 
 
 def cache_positions(tokens: int) -> int:
@@ -76,6 +78,8 @@ class Decoder:
         batch: Sequences.
         positions: Length of the cache.
         padded: Sequences may begin with padding, which a mask hides.
+        divisions: Ways to compile steps, one of which has to work. None: those that suit the model,
+            or else steps run without being compiled.
 
     Attributes:
         note: How steps are compiled and why, if it is not the usual way.
@@ -85,7 +89,16 @@ class Decoder:
         TypeError: The model keeps something else than keys and values.
     """
 
-    def __init__(self, model: nn.Module, batch: int, positions: int, *, padded: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: int,
+        positions: int,
+        *,
+        padded: bool,
+        divisions: Sequence[Division] | None = None,
+    ) -> None:
+        self._asked = divisions
         self.batch, self.positions, self.padded = batch, positions, padded
         self.note = ""
         self._model = model
@@ -100,7 +113,7 @@ class Decoder:
         self._steps: dict[int, Step] = {}
         self._not_replayed: dict[int, Step] = {}
         self._choosing: OrderedDict[Rule, Callable[[], torch.Tensor]] = OrderedDict()
-        self._in_parts: Step | None = None
+        self._parts: nn.Module | None = None
         self._pool = self._backend.graph_pool()
 
     def start(self, mask: torch.Tensor | None) -> None:
@@ -112,7 +125,7 @@ class Decoder:
         self._state.start(mask)
 
     def prompt(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Take a prompt in.
+        """Take a prompt in, chunk by chunk.
 
         Args:
             ids: `[batch, tokens]`; so `positions`.
@@ -130,9 +143,27 @@ class Decoder:
         self._state.place(positions[:, -1:] + 1, kept=0)
         return logits
 
-    def token(self, ids: torch.Tensor) -> torch.Tensor:
+    def chunk(self, ids: torch.Tensor, positions: torch.Tensor, way: Way) -> torch.Tensor:
+        """Take a prompt in as one chunk, of any length; as `prompt`."""
+        self._state.place(positions, kept=ids.shape[1] - 1)
+        logits = self._run(ids, way)
+        self._state.place(positions[:, -1:] + 1, kept=0)
+        return logits
+
+    def all_logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Take a prompt in as `chunk`, compiled in parts; return logits of all its tokens."""
+        self._state.place(positions, kept=0)
+        logits = as_if_compiled()(self._step_of(self._in_parts(), keep_all=True))(ids)
+        self._state.place(positions[:, -1:] + 1, kept=0)
+        return logits
+
+    def token(self, ids: torch.Tensor, way: Way = "replayed") -> torch.Tensor:
         """Take one token of each sequence in, `[batch, 1]`; as `prompt`."""
-        return self._run(ids)
+        return self._run(ids, way)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first tokens, whose position ids are 0, 1, ..."""
+        self._state.rewind(tokens)
 
     def choose(self, rule: Rule) -> torch.Tensor:
         """Take the tokens of `choice` in, and replace them by the next ones, which are returned."""
@@ -152,8 +183,12 @@ class Decoder:
             cache.update(keys, values, number)
         return cache
 
-    def _run(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._step(ids.shape[1])(ids)[:, -1]
+    def _run(self, ids: torch.Tensor, way: Way = "replayed") -> torch.Tensor:
+        size = ids.shape[1]
+        if way == "eager":
+            return self._run_eagerly(ids)[:, -1]
+        step = self._step(size)
+        return (step if way == "replayed" else self._not_replayed.get(size, step))(ids)[:, -1]
 
     def _step(self, size: int) -> Step:
         if size not in self._steps:
@@ -183,7 +218,7 @@ class Decoder:
         """Return token ids that can always be run."""
         return torch.arange(size, device=self._device).expand(self.batch, size) % 7
 
-    def _step_of(self, module: nn.Module) -> Step:
+    def _step_of(self, module: nn.Module, *, keep_all: bool = False) -> Step:
         keeps = bool(self._model._supports_logits_to_keep())  # type: ignore[operator]
         own_mask = takes_made_mask(self._model)
         state = self._state
@@ -197,11 +232,11 @@ class Decoder:
                 past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
-                **({"logits_to_keep": state.kept} if keeps else {}),
+                **({"logits_to_keep": 0 if keep_all else state.kept} if keeps else {}),
             )
             logits: torch.Tensor = output.logits
             state.end(places)
-            return logits if keeps else logits.index_select(1, state.kept)
+            return logits if keeps or keep_all else logits.index_select(1, state.kept)
 
         return step
 
@@ -213,7 +248,9 @@ class Decoder:
                 compiled = self._compiled(division)
                 step = self._backend.graphed(compiled, self._state.tensors, self._pool)
                 self._try(step, size)
-            except Exception as error:  # noqa: BLE001 - what one way of compiling fails on another may take
+            except Exception as error:
+                if self._asked is not None:
+                    raise
                 reason = (
                     reason or f"compiling in {division} failed: {first_line(error, with_type=True)}"
                 )
@@ -227,6 +264,8 @@ class Decoder:
 
     def _divisions(self) -> tuple[Division, ...]:
         """Return the ways to compile steps, in the order in which to try them."""
+        if self._asked is not None:
+            return tuple(self._asked)
         if self._backend.compile_failure() is not None:
             return ()
         blocks = any(True for _ in repeated_blocks(self._model))
@@ -236,10 +275,12 @@ class Decoder:
         use_kernel_caches()
         if division != "parts":
             return compile_forward(self._step_of(self._ready(regions=division == "regions")))
-        if self._in_parts is None:
-            ready = compile_parts(self._ready(regions=False))
-            self._in_parts = as_if_compiled()(self._step_of(ready))
-        return self._in_parts
+        return as_if_compiled()(self._step_of(self._in_parts()))
+
+    def _in_parts(self) -> nn.Module:
+        if self._parts is None:
+            self._parts = compile_parts(self._ready(regions=False))
+        return self._parts
 
     def _ready(self, *, regions: bool) -> nn.Module:
         ready = ready_to_compile(self._model, regions=regions)

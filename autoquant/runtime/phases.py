@@ -190,8 +190,9 @@ class _CausalPhases:
         if compiled:
             ready = ready_to_compile(module, regions=division != "whole")
             self._forward = self._launched = compile_forward(_step_of(ready, self._cache))
-            # A sliding cache branches on how far it is filled. A graph has one branch.
-            steady = not any(layer.is_sliding for layer in self._cache.layers)
+            # A sliding cache branches on how far it is filled, and so may one that keeps a state. A
+            # graph has one branch.
+            steady = not any(getattr(layer, "is_sliding", True) for layer in self._cache.layers)
             if steady and backend(device).graphs:
                 self._forward = backend(device).graphed(self._launched, self._lengths)
 

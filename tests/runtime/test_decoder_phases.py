@@ -94,3 +94,21 @@ def test_a_model_that_keeps_something_else_is_compiled_by_regions(monkeypatch):
     monkeypatch.setattr("autoquant.runtime.decoder_phases.Decoder", keeps_states)
     phases = phases_of(tiny_llama())
     assert not isinstance(phases, DecoderPhases) and phases.compiled_prompt() is None
+
+
+def test_a_model_that_keeps_a_state_runs_its_phases(monkeypatch):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(
+        hidden_size=32, num_hidden_layers=2, vocab_size=64, bos_token_id=0, eos_token_id=0
+    )
+    module = MambaForCausalLM(config).eval().requires_grad_(False)
+    monkeypatch.setattr("autoquant.runtime.phases.compile_forward", lambda function: function)
+    phases = phases_of(module)
+    assert not isinstance(phases, DecoderPhases)
+    for phase in ("prefill", "decode"):
+        phases.reset(phase)
+        expected = phases.run_eager(phase)
+        phases.reset(phase)
+        close(phases.run(phase), expected)

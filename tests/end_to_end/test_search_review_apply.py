@@ -19,6 +19,7 @@ from autoquant.cli.main import app
 from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.evaluators.text import read_text
 from autoquant.models import load_model
+from autoquant.study.study import Study
 
 from .conftest import FACTS, copy_database, folder_print, python, rows
 from .tiny import POSITIONS
@@ -162,12 +163,14 @@ def test_another_limit_recommends_another_plan(run, searched, study, tmp_path):
         )
         assert result.exit_code == 0, result.stderr
         recommended[limit] = json.loads(result.stdout)["recommended"]
-    fastest = min(study.rows(), key=lambda row: row["measured_request_ms"])
-    assert recommended["10000%"]["plan_id"] in (fastest["plan_id"], *fastest["ties"].split())
-    assert (
-        recommended["0%"]["measured_request_ms"]
-        >= 0.95 * recommended["10000%"]["measured_request_ms"]
-    )  # ties
+    after = Study.open(db)
+    refused = after.refused()
+    fastest_ms = min(
+        row["measured_request_ms"] for row in after.rows() if row["plan_id"] not in refused
+    )
+    any_ms, careful_ms = (recommended[limit]["measured_request_ms"] for limit in ("10000%", "0%"))
+    # the fastest, one within 1 % of it, or a tie with that one: ties differ by at most 5 %
+    assert any_ms <= min(fastest_ms, careful_ms) * 1.01 * 1.05
     careful = study.proofs()[recommended["0%"]["plan_id"]]
     assert careful.selection_increase.high <= 0
 

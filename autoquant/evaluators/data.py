@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.errors import TextError, first_line
+from autoquant.evaluators.reading import check_lines, row_pieces
 from autoquant.hints import did_you_mean, did_you_mean_path
 
 GRAMMAR = "NAME[:CONFIG][:SPLIT][:COLUMN]"
@@ -26,6 +27,7 @@ _READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".txt": ("text", {}),
     ".md": ("text", {}),
 }
+_LINES = ("json", "csv", "text")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SPLITS = ("test", "validation", "train")
@@ -150,6 +152,8 @@ def _found(data: DataName) -> tuple[str, Mapping[str, Any], Sequence[str]]:
     check_data(str(data))
     if data.path.is_file():
         reader, options = _reader(data.path)
+        if reader in _LINES:
+            check_lines(data.path)
         return reader, {"data_files": str(data.path), **options}, ()
     if data.path.is_dir():
         return str(data.path), {}, datasets.get_dataset_config_names(str(data.path))
@@ -258,7 +262,7 @@ def _joined(rows: Iterable[str]) -> Iterator[str]:
         piece.append(row if row.endswith("\n") else f"{row}\n")
         characters += len(piece[-1])
         if characters >= _PIECE_CHARACTERS:
-            yield "".join(piece)
+            yield from row_pieces("".join(piece))
             piece, characters = [], 0
     if piece:
         yield "".join(piece)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import codecs
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from autoquant.errors import TextError
+from autoquant.files import MOST_TEXT_BYTES
 
 _READ_CHARACTERS = 200_000
 _LONGEST_REST = 50_000  # of the line that a piece ends in
 _HEAD_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 20
+_LOOKED_AT_BYTES = 4 * MOST_TEXT_BYTES  # readers take some ten MiB at a time
 _PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
@@ -45,11 +51,55 @@ def _pieces(path: Path) -> Iterator[str]:
             if "\0" in piece:
                 raise TextError(f"{path} holds zero bytes, which no text does: give plain text")
             if len(end) == _LONGEST_REST and not end.endswith("\n"):
-                cut = piece.rfind(" ", len(piece) // 2)
-                piece, rest = (piece[:cut], piece[cut:]) if cut > 0 else (piece, "")
+                piece, rest = _cut(piece)
             yield piece
     if rest:
         yield rest
+
+
+def _cut(piece: str) -> tuple[str, str]:
+    """Cut a piece before its last word, or leave it whole if that word is most of it."""
+    cut = piece.rfind(" ", len(piece) // 2)
+    return (piece[:cut], piece[cut:]) if cut > 0 else (piece, "")
+
+
+def row_pieces(text: str) -> Iterator[str]:
+    """Yield a row in pieces of bounded size: tokenizers take fifty times the memory of a text."""
+    longest = _READ_CHARACTERS + _LONGEST_REST
+    start = 0
+    while len(text) - start > longest:
+        piece, _ = _cut(text[start : start + longest])
+        yield piece
+        start += len(piece)
+    yield text[start:]
+
+
+def check_lines(path: Path) -> None:
+    """Check that no line of a file, packed or not, is so long that a reader takes all memory.
+
+    Only as much is read as any text needs. What cannot be unpacked is left to the reader.
+
+    Raises:
+        TextError: A line is too long.
+    """
+    import fsspec
+
+    length = 0
+    with (
+        suppress(OSError, EOFError, ValueError, ImportError, zlib.error, lzma.LZMAError),
+        fsspec.open(str(path), "rb", compression="infer") as file,
+    ):
+        for _ in range(_LOOKED_AT_BYTES // _CHUNK_BYTES):
+            chunk = file.read(_CHUNK_BYTES)
+            if not chunk:
+                return
+            end = chunk.rfind(b"\n")
+            length = length + len(chunk) if end < 0 else len(chunk) - end - 1
+            if length > MOST_TEXT_BYTES:
+                raise TextError(
+                    f"{path} has a line of more than {MOST_TEXT_BYTES:,} bytes: break it into"
+                    " shorter ones"
+                )
 
 
 def _check_form(path: Path) -> None:

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from autoquant.errors import TextError
-from autoquant.evaluators import data
+from autoquant.evaluators import data, reading
 from autoquant.evaluators.data import DataName, check_data, data_pieces
 
 ROWS = [{"n": number, "text": f"row {number}", "title": f"title {number}"} for number in range(6)]
@@ -246,3 +246,23 @@ def test_names_need_no_torch():
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
+
+
+def test_a_long_row_comes_in_pieces_that_a_tokenizer_can_take():
+    row = "many words " * 100_000
+    jsonl("long.jsonl", [{"text": row}])
+    pieces = list(data_pieces("long.jsonl", Tokenizer()))
+    assert "".join(pieces) == f"{row}\n"
+    assert max(map(len, pieces)) <= 250_000
+    assert all(piece.startswith(" ") for piece in pieces[1:])
+
+
+@pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.jsonl.gz", "bomb.csv.gz", "bomb.txt"])
+def test_a_line_without_end_is_refused_before_it_is_in_memory(name, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_TEXT_BYTES", 1 << 21)
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(name, "wb") as file:
+        for _ in range(8):
+            file.write(b"0" * (1 << 20))
+    with pytest.raises(TextError, match=r"has a line of more than 2,097,152 bytes: break it"):
+        read(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.pool import NullPool
 
-from autoquant.errors import StoreError
+from autoquant.errors import StoreError, first_line
 from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
 from autoquant.store.integrity import check_integrity, damaged
@@ -41,18 +42,11 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
 
     Raises:
         StoreError: The file is missing, not writable, damaged, of another program, or of a newer
-            autoquant.
+            autoquant. The URL is none of a database, or its driver is not installed.
     """
     check_address(address, create=create)
     _check_damage(str(address))
-    url = (
-        make_url(str(address))
-        if "://" in str(address)
-        else URL.create("sqlite", database=str(address))
-    )
-    engine = create_engine(
-        url, connect_args={"timeout": BUSY_TIMEOUT_S} if url.get_backend_name() == "sqlite" else {}
-    )
+    engine = _engine(str(address))
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
@@ -114,11 +108,25 @@ def check_address(address: str | os.PathLike[str], *, create: bool = True) -> No
         _check_file(file, create=create)
 
 
+def _engine(address: str) -> Engine:
+    """Return the engine of an address, which is not connected yet."""
+    try:
+        url = make_url(address) if "://" in address else URL.create("sqlite", database=address)
+        is_sqlite = url.get_backend_name() == "sqlite"
+        return create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S} if is_sqlite else {})
+    except (ArgumentError, ImportError, ValueError) as error:
+        raise StoreError(
+            f"{_without_password(address)} is no database that can be opened"
+            f" ({first_line(error)}): give the path of a file, or the URL of a database whose"
+            " driver is installed"
+        ) from error
+
+
 def _file_of(address: str) -> Path | None:
     """Return the SQLite file of an address, or None for another database."""
     if "://" not in address:
         return Path(address)
-    url = make_url(address)
+    url = _engine(address).url
     in_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
     return Path(str(url.database)) if in_file else None
 
@@ -146,6 +154,11 @@ def _check_tables(engine: Engine, address: str) -> None:
         wanted = {column.name for column in table.columns}
         if missing := wanted - {column["name"] for column in columns}:
             raise damaged(address, f"its table {table.name} lacks {', '.join(sorted(missing))}")
+
+
+def _without_password(address: str) -> str:
+    """Return an address that may be no URL without what may be its password."""
+    return re.sub(r"://[^/@]*@", "://***@", address)
 
 
 def shown_address(address: str) -> str:

@@ -356,6 +356,24 @@ def test_a_url_opens_the_same_database(path):
     store.close()
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:secret@example.com/plan.db",
+        "://secret@",
+        "sqlite+nosuch:///plan.db",
+        "oracle+nosuch://me:secret@host/plans",
+        "postgresql+asyncpg://me:secret@host:port/plans",
+        "sqlite://[",
+    ],
+)
+def test_a_url_that_no_driver_opens_is_refused_without_its_password(address):
+    said = refusal(address)
+    assert "give the path of a file, or the URL of a database" in said
+    assert "secret" not in said
+    assert "\n" not in said
+
+
 def test_a_missing_database_by_url_stays_missing_where_none_is_to_be_made(path):
     refusal(f"sqlite:///{path}", create=False)
     assert list(path.parent.iterdir()) == []

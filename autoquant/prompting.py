@@ -17,6 +17,7 @@ from autoquant.errors import DeviceError, ModelError, first_line
 from autoquant.export.checkpoint import dtype_in
 from autoquant.export.manifest import MANIFEST, read_manifest
 from autoquant.export.on_disk import load
+from autoquant.models.identity import adapter_in, has_adapter
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
 from autoquant.models.placing import moved
 from autoquant.models.pretrained import pretrained
@@ -114,6 +115,8 @@ def problems_of(folder: Path) -> list[str]:
     """Return why a folder cannot generate text; empty if nothing is missing."""
     if not folder.is_dir():
         return [f"there is no folder {folder}"]
+    if has_adapter(folder):
+        return [adapter_in(folder)]
     if not (folder / "config.json").is_file():
         if (folder / MANIFEST).is_file():
             return [

@@ -230,6 +230,15 @@ def test_a_model_without_a_chat_template_is_not_talked_with(quantized, tmp_path)
     )
 
 
+def test_an_adapter_beside_weights_is_not_left_out_silently(quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "adapted")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    result = run(folder)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {folder} holds an adapter (adapter_config.json)")
+    assert "merge_and_unload" in result.stderr
+
+
 def test_everything_that_is_missing_is_said_at_once(quantized, tmp_path):
     (tmp_path / "empty").mkdir()
     bare = shutil.copytree(

@@ -57,6 +57,7 @@ _SPELLINGS = {
     "\u2013": "-",
     "…": "...",
 }
+_READER_LEFT = 141
 _DEBUG_OPTION = "--debug"
 _VERBOSE_OPTION = "--verbose"
 
@@ -79,7 +80,12 @@ class OneLineErrors(TyperGroup):
             sys.stdout.flush()
         except BrokenPipeError:
             _drop_output()
-            sys.exit(141)
+            sys.exit(_READER_LEFT)
+        except SystemExit as ended:  # typer ends with 1 where a pipe broke
+            if isinstance(ended.__context__, BrokenPipeError):
+                _drop_output()
+                sys.exit(_READER_LEFT)
+            raise
         except (KeyboardInterrupt, typer.Abort):
             sys.exit(130)
         except Exception as error:  # noqa: BLE001 - the outermost boundary: nothing may end in a raw traceback

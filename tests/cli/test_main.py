@@ -175,6 +175,21 @@ def test_a_reader_that_leaves_causes_no_complaint(database):
 
 
 @pytest.mark.processes
+def test_a_reader_that_leaves_is_told_apart_from_an_unexpected_error(database):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "autoquant.cli.main", "pareto", database],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-"])
 def test_a_stream_that_is_closed_is_no_error(database, closed):
     command = f"{sys.executable} -m autoquant.cli.main studies {database} {closed}"

@@ -174,6 +174,11 @@ def folder_of(address: str) -> Path:
 
 def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     """Refuse what SQLite would notice only after writing. This opens the file read-only."""
+    if str(path) == ":memory:":
+        raise StoreError(
+            "SQLite forgets :memory: when a command ends: give the path of a database file, e.g."
+            " plan.db"
+        )
     if path.is_dir():
         raise StoreError(
             f"{path} is a folder; give the path of a database file, e.g. {path / 'plan.db'}"

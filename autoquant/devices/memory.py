@@ -98,6 +98,14 @@ def _file_bytes() -> int:
     return int(values.get("inactive_file", 0)) + int(values.get("active_file", 0))
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Check whether PyTorch raised `error` because a tensor found no memory."""
+    import torch
+
+    # There is no type for the host's memory.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def own_bytes(process: int) -> int:
     """Return how much memory a process has, without pages of files; 0 if unknown.
 

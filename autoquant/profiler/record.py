@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.devices.memory import lacks_memory
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
 from autoquant.models import LoadedModel
@@ -20,7 +21,7 @@ from autoquant.models.copies import shallow_copy
 from autoquant.models.loaded import UNFIT
 from autoquant.models.streaming import on_meta
 from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped, Workload
-from autoquant.runtime.phases import Phases, make_phases
+from autoquant.runtime.phases import Phases, make_phases, no_room
 
 _READING_ATTRIBUTES = ("T", "mT", "H", "mH", "data")
 _MIN_LISTED_SHARE = 1e-4
@@ -156,10 +157,15 @@ def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) ->
     """Record a loaded model at work, and report what is covered and what is left alone.
 
     Raises:
-        WorkloadError: The workload does not fit the model, or runs no linear of it.
+        WorkloadError: The workload does not fit the model or the memory, or runs no linear of it.
     """
     listener(StageStarted("record", len(workload.phases)))
-    recording = _recorded(loaded, workload)
+    try:
+        recording = _recorded(loaded, workload)
+    except RuntimeError as error:
+        if lacks_memory(error):
+            raise no_room(workload, loaded.device) from error
+        raise
     if not recording.sites:
         nothing = "the model has no linear layer that this workload runs: nothing to search"
         raise WorkloadError(nothing)

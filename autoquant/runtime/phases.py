@@ -111,6 +111,29 @@ def check_workload(loaded: LoadedModel, workload: Workload) -> None:
         )
 
 
+def check_room(loaded: LoadedModel, workload: Workload) -> None:
+    """Refuse a request whose token ids and scores alone take more memory than there is.
+
+    Raises:
+        WorkloadError: They do. What fits here may still need more when it runs.
+    """
+    room_bytes = backend(loaded.device).room_bytes()
+    if room_bytes is None or loaded.kind == "module":
+        return
+    scored = 1 if loaded.kind == "causal_lm" else workload.prompt_tokens
+    scores = scored * (loaded.vocabulary or 1) * getattr(torch, loaded.dtype).itemsize
+    if workload.batch * (_tokens(workload) * torch.int64.itemsize + scores) > room_bytes:
+        raise no_room(workload, loaded.device)
+
+
+def no_room(workload: Workload, device: str) -> WorkloadError:
+    """Make the error for a request that takes more memory than a device has."""
+    return WorkloadError(
+        f"a request of {workload} does not fit into the memory of {device}: lower --batch, or ask"
+        " for fewer tokens with --workload"
+    )
+
+
 def _tokens(workload: Workload) -> int:
     """Count the positions of one sequence."""
     tokens = sum(p.tokens * (1 if p.name == "prefill" else p.calls) for p in workload.phases)

@@ -15,7 +15,7 @@ from autoquant.models import LoadedModel, ModelRequest
 from autoquant.profiler.measure import with_original
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, Workload, content_key
-from autoquant.runtime.phases import check_workload, default_workload
+from autoquant.runtime.phases import check_room, check_workload, default_workload
 from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store.connect import check_address
@@ -85,6 +85,7 @@ class SettledRequest:
         method = method_of(request.sensitivity, request.limits.max_kl, judge.quality)
         workload = request.workload or default_workload(loaded.kind, request.batch)
         check_workload(loaded, workload)
+        check_room(loaded, workload)
         by_outputs = isinstance(judge.quality, OutputQuality)
         return cls(
             request=request,

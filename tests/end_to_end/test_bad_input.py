@@ -233,6 +233,10 @@ def test_a_workload_longer_than_the_models_positions(here):
     assert "64" in refused(here, *search(workload="prefill=60,decode=5"))
 
 
+def test_a_batch_larger_than_the_memory(here):
+    assert "lower --batch" in refused(here, *search(batch=999_999_999_999))
+
+
 @pytest.mark.parametrize("globs", ["int5*", "int8", "nothing/*/at-all", ""])
 def test_a_candidate_glob_that_matches_nothing(here, globs):
     assert "no candidate matches" in refused(here, *search(candidates=globs))

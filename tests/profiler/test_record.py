@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 
+from autoquant.errors import WorkloadError
 from autoquant.models import from_module
-from autoquant.profiler.record import record
+from autoquant.profiler.record import record, record_model
 from autoquant.records import LinearShape, SiteUse, Workload
 from autoquant.runtime.phases import make_phases
 
@@ -324,3 +325,12 @@ def test_an_expert_without_rows_is_left_alone_and_that_is_said(spread):
     idle = {skipped.name: skipped.reason for skipped in recording.skipped}
     assert ("experts.1.weight" in idle) is not spread
     assert spread or "no rows" in idle["experts.1.weight"]
+
+
+def test_memory_that_runs_out_in_a_request_is_blamed_on_its_size():
+    def forward(_self, _x):
+        return torch.empty(1 << 60)
+
+    loaded = as_loaded(Net(forward), "module", inputs=(torch.ones(2, 8),))
+    with pytest.raises(WorkloadError, match="does not fit into the memory of cpu: lower --batch"):
+        record_model(loaded, Workload.single(), print)

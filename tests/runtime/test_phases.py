@@ -1,5 +1,6 @@
 """Running the phases of a workload."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from models.tiny_models import Perceptron, as_loaded, tiny_llama
 from torch import nn
 
+from autoquant.devices.cpu import CpuBackend
 from autoquant.errors import WorkloadError
 from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
-from autoquant.runtime.phases import make_phases
+from autoquant.runtime.phases import check_room, make_phases
 
 
 def causal(module, workload, batch=1, **rest):
@@ -125,3 +127,17 @@ def test_the_tensor_of_an_output_is_found():
         assert output_tensor(output) is tensor
     with pytest.raises(WorkloadError, match="the model returns NoneType"):
         output_tensor(None)
+
+
+@pytest.mark.parametrize(("batch", "fits"), [(20, True), (21, False)])
+def test_a_batch_is_refused_whose_ids_and_scores_alone_take_more_than_there_is(
+    monkeypatch, batch, fits
+):
+    of_one = 11 * 8 + 64 * 2
+    monkeypatch.setattr(CpuBackend, "room_bytes", lambda _backend: 20 * of_one)
+    loaded = replace(as_loaded(tiny_llama()), vocabulary=64)
+    workload = Workload.parse("prefill=7,decode=4", batch)
+    if fits:
+        return check_room(loaded, workload)
+    with pytest.raises(WorkloadError, match=r"batch=21 does not fit .* of cpu: lower --batch"):
+        check_room(loaded, workload)

@@ -6,6 +6,8 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from autoquant.errors import ModelError, first_line
 from autoquant.models.streaming import stream_of, without_stream
@@ -34,9 +36,11 @@ def own_copy(module: nn.Module) -> nn.Module:
     try:
         copied = shallow_copy(module)
     except Exception as error:
+        fault = _made_anew(module) or (
+            f"({first_line(error)}): take out of it what copy.deepcopy cannot copy"
+        )
         raise ModelError(
-            f"cannot copy {type(module).__name__}, and each plan is applied to a copy"
-            f" ({first_line(error)}): take out of it what copy.deepcopy cannot copy"
+            f"cannot copy {type(module).__name__}, and each plan is applied to a copy {fault}"
         ) from error
     own: dict[int, torch.Tensor] = {}
     for part in list(copied.modules()):
@@ -51,6 +55,23 @@ def own_copy(module: nn.Module) -> nn.Module:
             if buffer is not None:
                 part._buffers[name] = own.setdefault(id(buffer), buffer.detach().clone())
     return copied
+
+
+def _made_anew(module: nn.Module) -> str:
+    """Say which layer makes a weight anew in each call, and how to keep it; empty if none does."""
+    for path, layer in module.named_modules():
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                name, remove = hook._tensor_name, "prune.remove"
+            elif isinstance(hook, WeightNorm):
+                name, remove = hook.name, "remove_weight_norm"
+            else:
+                continue
+            return (
+                f"(layer {path or type(layer).__name__} makes its {name} anew in each call): keep"
+                f" it first, torch.nn.utils.{remove}(layer, {name!r}), in every such layer"
+            )
+    return ""
 
 
 def not_compiled(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_models import Perceptron, tiny_llama, tiny_tokenizer
 from torch import nn
+from torch.nn.utils import prune
 
 from autoquant.errors import DeviceError, ModelError, WorkloadError
 from autoquant.models import from_module
@@ -116,3 +117,25 @@ def test_token_ids_that_do_not_give_logits_of_every_token_make_a_module(form):
             }[form]
 
     assert from_module(Otherwise(), tokenizer=object()).kind == "module"
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+            "prune.remove(layer, 'weight')",
+        ),
+        (lambda layer: prune.random_unstructured(layer, "bias", 1), "prune.remove(layer, 'bias')"),
+        (nn.utils.weight_norm, "remove_weight_norm(layer, 'weight')"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_is_made_anew_in_each_call_is_named_with_how_to_keep_it(
+    refusal, change, remedy
+):
+    module = Perceptron()
+    change(module.down)
+    said = refusal(ModelError, from_module, module)
+    assert "layer down makes its" in said and remedy in said
+    assert said.count("weight_norm") == remedy.count("weight_norm")

@@ -9,10 +9,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from autoquant.candidates import Candidate, get_format, timed
+from autoquant.candidates import Candidate, known_formats, timed
 from autoquant.candidates.formats.floats import original_format
 from autoquant.candidates.kernels.caches import load_tuning, tuning_folder, use_kernel_caches
 from autoquant.devices import backend
+from autoquant.errors import CandidateError
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
 from autoquant.profiler.arena import Arena
 from autoquant.profiler.hopeless import Hopeless
@@ -66,8 +67,17 @@ def subjects_of(
 
 
 def with_original(candidates: Candidates, dtype: str) -> list[Candidate]:
-    """Return the candidates, and first the unquantized weight, which no glob can exclude."""
-    original = get_format(original_format(dtype))
+    """Return the candidates, and first the unquantized weight, which no glob can exclude.
+
+    Raises:
+        CandidateError: Nothing computes with weights of that dtype.
+    """
+    original = known_formats().get(original_format(dtype))
+    if original is None:
+        raise CandidateError(
+            f"the weights are {dtype}, which no candidate computes with: give --dtype fp32, and"
+            " sample inputs that suit it"
+        )
     rest = [candidate for candidate in candidates if candidate.format.id != original.id]
     return [*(Candidate(original, kernel) for kernel in original.kernels), *rest]
 

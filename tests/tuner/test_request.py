@@ -10,7 +10,7 @@ from models.tiny_models import Perceptron
 from autoquant.candidates import select
 from autoquant.devices.cpu import CpuBackend
 from autoquant.devices.cuda import CudaBackend
-from autoquant.errors import AutoquantError, QualityError, WorkloadError
+from autoquant.errors import AutoquantError, CandidateError, QualityError, WorkloadError
 from autoquant.evaluators.quality import FunctionQuality
 from autoquant.models import ModelRequest, load_request
 from autoquant.records import Workload
@@ -120,3 +120,10 @@ def test_a_workload_that_does_not_fit_is_refused(request_of):
     request = replace(request, model=replace(request.model, sample_inputs=None))
     with pytest.raises(WorkloadError, match="sample_inputs"):
         settled_by(request)
+
+
+def test_weights_of_a_dtype_that_no_candidate_computes_with_are_refused(request_of):
+    request = request_of()
+    model = replace(request.model, model=Perceptron().double())
+    with pytest.raises(CandidateError, match=r"weights are float64, .*: give --dtype fp32"):
+        settled_by(replace(request, model=model))

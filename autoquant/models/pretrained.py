@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from autoquant.files import read_json_object
 from autoquant.models import code, weights
 from autoquant.models.folder import CONFIG
 from autoquant.models.plausible import check_size
-from autoquant.models.quiet import no_progress_bars, some
+from autoquant.models.quiet import no_progress_bars, quiet, some
 
 _GENERATION_CONFIG = "generation_config.json"
 _WRONG_CONFIG = "download or save the model again, with the config.json that belongs to it"
@@ -41,10 +42,27 @@ def check_served(folder: Path, *, trust_remote_code: bool) -> None:
 
     Raises:
         TrustError: It has code fetched from the hub, which is not trusted.
-        ModelError: It names files of other folders, or a file of weights is damaged.
+        ModelError: It names files of other folders, a file of weights is damaged, or what
+            quantized it is unknown.
     """
     code.check_folder(folder, trust_remote_code=trust_remote_code)
     weights.files(folder)
+    _check_quantizer(folder)
+
+
+def _check_quantizer(folder: Path) -> None:
+    """Refuse a quantized model that transformers would load as if it were not."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    with quiet(), suppress(OSError, ValueError, TypeError):  # the loader reports these
+        settings = read_json_object(folder / CONFIG).get("quantization_config")
+        if isinstance(settings, dict) and not AutoHfQuantizer.supports_quant_method(settings):
+            raise ModelError(
+                f"{folder / CONFIG} says that the weights are quantized by"
+                f" {settings['quant_method']!r}, which transformers does not know and would leave"
+                " out: give the model before it was quantized, or take quantization_config out if"
+                " its weights are plain"
+            )
 
 
 def made(
@@ -54,8 +72,10 @@ def made(
     from transformers import AutoModelForCausalLM
 
     stored = weights.files(folder)
+    integers: list[str] = []
     if stored[0].suffix == ".safetensors":
         check_size(folder, *weights.counts(stored))
+        integers = weights.integers(stored)
 
     def load(**options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -67,7 +87,9 @@ def made(
             **options,
         )
 
-    return _loaded(load, dtype, folder, trust_remote_code=trust_remote_code)
+    module, left = _loaded(load, dtype, folder, trust_remote_code=trust_remote_code)
+    _check_floats(module, integers, folder)
+    return module, left
 
 
 def filled(
@@ -80,8 +102,25 @@ def filled(
         return kind.from_pretrained(None, config=skeleton.config, state_dict=dict(state), **options)
 
     module, left = _loaded(load, dtype, place)
+    _check_floats(module, [name for name in state if not state[name].is_floating_point()], place)
     give_generation_config(module, folder)
     return module, left
+
+
+def _check_floats(module: nn.Module, integers: Collection[str], place: str | Path) -> None:
+    """Refuse integers that transformers took for floating-point weights of the same value.
+
+    Args:
+        integers: Names of the tensors that are stored as integers.
+    """
+    if getattr(module, "hf_quantizer", None) is not None:  # which may unpack them
+        return
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in integers and parameter.is_floating_point():
+            raise ModelError(
+                f"{place} has integers for {name}, which are no weights: download or save the"
+                " model again, or give it before it was quantized"
+            )
 
 
 def _loaded(

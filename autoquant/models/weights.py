@@ -120,6 +120,21 @@ def counts(paths: Iterable[Path]) -> tuple[int, int]:
     return elements, tensors
 
 
+def integers(paths: Iterable[Path]) -> list[str]:
+    """Return the names of the tensors that safetensors files store as integers."""
+    from safetensors import safe_open
+
+    found: list[str] = []
+    for path in paths:
+        with safe_open(str(path), framework="pt") as opened:
+            found += [
+                name
+                for name in opened.keys()  # noqa: SIM118  not a mapping
+                if opened.get_slice(name).get_dtype().startswith(("I", "U"))
+            ]
+    return found
+
+
 def read_bins(paths: Iterable[Path]) -> dict[str, Any]:
     """Return the state dict that `pytorch_model*.bin` files hold together.
 

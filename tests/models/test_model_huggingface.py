@@ -3,9 +3,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from autoquant.errors import DeviceError, ModelError, WorkloadError
 from autoquant.models import load_model
+from autoquant.models.pretrained import pretrained
 
 IDS = torch.tensor([[3, 4, 5]])
 
@@ -85,8 +87,6 @@ def test_loading_prints_nothing_and_leaves_the_progress_bars_as_they_were(save_l
 
     folder, _ = save_llama(max_shard_size="20KB")
     shards = sorted(folder.glob("*.safetensors"))
-    from safetensors.torch import load_file, save_file
-
     save_file(
         load_file(shards[0]) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)},
         shards[0],
@@ -154,8 +154,6 @@ def test_a_config_that_is_none_is_refused(save_llama, refusal, content):
 
 
 def test_weights_that_lack_a_tensor_are_refused_not_filled_with_noise(save_llama, refusal):
-    from safetensors.torch import load_file, save_file
-
     folder, _ = save_llama()
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -173,6 +171,24 @@ def test_an_already_quantized_model_is_refused(save_llama, refusal):
     folder, _ = save_llama()
     _edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "before it was quantized" in refusal(ModelError, load_model, folder)
+
+
+@pytest.mark.parametrize("method", ["zorp", 5])
+def test_a_model_is_not_loaded_without_the_quantization_that_it_names(save_llama, refusal, method):
+    folder, _ = save_llama()
+    _edit_config(folder, quantization_config={"quant_method": method})
+    said = refusal(ModelError, pretrained, folder, None)
+    assert f"quantized by {method!r}" in said and "before it was quantized" in said
+
+
+@pytest.mark.parametrize("load", [load_model, lambda folder: pretrained(folder, None)])
+def test_integers_are_not_taken_for_weights(save_llama, refusal, load):
+    folder, _ = save_llama()
+    path, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
+    tensors[name] = tensors[name].view(torch.int16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert f"has integers for {name}" in refusal(ModelError, load, folder)
 
 
 def test_a_model_that_is_no_causal_lm_is_refused(save_llama, refusal):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from autoquant.report.tables.generate import Speed, TextDifference
 
 _DEFAULT_PROMPT = "The most important thing about a good book is"
+_LEAST_TEMPERATURE = 1e-30  # scores that are divided by less overflow float32
 _ROUNDS = 3  # of requests to both models in turn
 
 
@@ -87,6 +89,12 @@ def generate(
     )
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("cannot be combined with --prompt-file", param_hint="--prompt")
+    if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
+        raise typer.BadParameter(
+            f"scores cannot be divided by {temperature}: give 0 for the likeliest token every time,"
+            " or a number such as 0.8",
+            param_hint="--temperature",
+        )
     if prompt is None and prompt_file is not None:
         prompt = _read(prompt_file)
     from autoquant import prompting

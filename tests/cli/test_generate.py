@@ -269,6 +269,8 @@ def test_a_module_that_is_no_language_model_is_refused(tmp_path):
         (("--device", "tpu", "--prompt", "x"), "unknown device"),
         (("--max-new-tokens", "0"), "max-new-tokens"),
         (("--temperature", "-1"), "temperature"),
+        (("--temperature", "1e-45"), "--temperature: scores cannot be divided by 1e-45: give 0"),
+        (("--temperature", "inf"), "--temperature: scores cannot be divided by inf: give 0"),
     ],
 )
 def test_bad_options_are_one_line(quantized, tmp_path, monkeypatch, options, said):

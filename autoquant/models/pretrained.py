@@ -143,7 +143,8 @@ def _loaded(
     except Exception as error:
         code.refuse_needed_code(Path(place), error, trust_remote_code)
         raise ModelError(
-            f"transformers cannot load {place} as a causal language model: {first_line(error)}"
+            f"transformers cannot load {place} as a causal language model:"
+            f" {_reason(error, Path(place))}"
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(
@@ -184,10 +185,23 @@ def from_config(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
         code.refuse_needed_code(folder, error, trust_remote_code)
         raise ModelError(
             f"transformers cannot build the model of {folder / CONFIG} as a causal language model:"
-            f" {first_line(error)}"
+            f" {_reason(error, folder)}"
         ) from error
     give_generation_config(module, folder)
     return module
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Return why transformers makes no model, with the field that names what it lacks."""
+    if isinstance(error, KeyError):
+        with suppress(OSError, ValueError):
+            for field, value in read_json_object(folder / CONFIG).items():
+                if error.args == (value,):
+                    return (
+                        f"{CONFIG} has {value!r} for {field}, which transformers does not know:"
+                        " correct it there, or update transformers"
+                    )
+    return first_line(error)
 
 
 def _attention_here(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

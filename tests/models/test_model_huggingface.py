@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from autoquant.errors import DeviceError, ModelError, WorkloadError
 from autoquant.models import load_model
-from autoquant.models.pretrained import pretrained
+from autoquant.models.pretrained import from_config, pretrained
 
 IDS = torch.tensor([[3, 4, 5]])
 
@@ -171,6 +171,13 @@ def test_an_already_quantized_model_is_refused(save_llama, refusal):
     folder, _ = save_llama()
     _edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "before it was quantized" in refusal(ModelError, load_model, folder)
+
+
+@pytest.mark.parametrize("load", [load_model, lambda folder: from_config(folder, torch.float32)])
+def test_an_activation_that_is_unknown_is_named_with_its_field(save_llama, refusal, load):
+    folder, _ = save_llama()
+    _edit_config(folder, hidden_act="exec")
+    assert "config.json has 'exec' for hidden_act" in refusal(ModelError, load, folder)
 
 
 @pytest.mark.parametrize("method", ["zorp", 5])

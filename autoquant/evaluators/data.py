@@ -186,7 +186,7 @@ def _reader(path: Path) -> tuple[str, Mapping[str, Any]]:
     if found is None:
         raise TextError(
             f"{path} is no dataset that can be read: give a file that ends in one of "
-            f"{', '.join(_READERS)}"
+            f"{', '.join(_READERS)}, or is packed and says so behind that, as text.txt.gz"
         )
     return found
 

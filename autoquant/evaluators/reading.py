@@ -106,7 +106,10 @@ def _check_form(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(_PACKED):
-        raise TextError(f"{path} is compressed: unpack it, or give it with --eval-data")
+        raise TextError(
+            f"{path} is compressed: unpack it, or give it with --eval-data under a name that says"
+            " what is in it, such as text.txt.gz"
+        )
     if head.startswith(_WIDE):
         raise TextError(
             f"{path} is UTF-16 or UTF-32 text: convert it, `iconv -f utf-16 -t utf-8 {path} >"

@@ -153,6 +153,7 @@ def test_the_column_is_guessed(row, column):
             "model.pt",
             r"model.pt is no dataset that can be read: give a file that ends in one of .jsonl",
         ),
+        ("text.gz", r"text.gz is no dataset .* packed and says so behind that, as text.txt.gz"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(name, message, monkeypatch):
@@ -166,6 +167,7 @@ def test_what_is_wrong_is_said_in_one_line(name, message, monkeypatch):
     with open("broken.jsonl", "w") as file:
         file.write('{"text": "x"}\n{"text": \n')
     open("model.pt", "w").close()
+    open("text.gz", "w").close()
     with pytest.raises(TextError, match=message) as refused:
         read(name)
     assert "\n" not in str(refused.value)

@@ -41,6 +41,7 @@ def test_the_first_piece_of_a_large_file_takes_little_memory(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "advice"),
     [
+        ("text.gz", gzip.compress(b"some words", mtime=0), "--eval-data under a name"),
         ("text.txt.gz", gzip.compress(b"some words", mtime=0), "unpack it"),
         ("text.txt", bz2.compress(b"some words"), "unpack it"),
         ("text.txt", "some words".encode("utf-16"), "iconv -f utf-16"),

@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x41514E54  # "AQNT" in the SQLite header marks our files
 VERSION_TABLE = "autoquant_schema"
+_MEMORY = ":memory:"  # also the meaning of a SQLite URL that names no file
 
 
 def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store:
@@ -127,8 +128,7 @@ def _file_of(address: str) -> Path | None:
     if "://" not in address:
         return Path(address)
     url = _engine(address).url
-    in_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    return Path(str(url.database)) if in_file else None
+    return Path(url.database or _MEMORY) if url.get_backend_name() == "sqlite" else None
 
 
 def _check_damage(address: str) -> None:
@@ -174,9 +174,9 @@ def folder_of(address: str) -> Path:
 
 def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
     """Refuse what SQLite would notice only after writing. This opens the file read-only."""
-    if str(path) == ":memory:":
+    if str(path) == _MEMORY:
         raise StoreError(
-            "SQLite forgets :memory: when a command ends: give the path of a database file, e.g."
+            f"SQLite forgets {_MEMORY} when a command ends: give the path of a database file, e.g."
             " plan.db"
         )
     if path.is_dir():

@@ -374,9 +374,12 @@ def test_a_url_that_no_driver_opens_is_refused_without_its_password(address):
     assert "\n" not in said
 
 
-def test_a_database_that_ends_with_the_command_is_refused():
-    assert "plan.db" in refusal(":memory:")
-    assert "forgets" in refusal(":memory:", create=False)
+@pytest.mark.parametrize(
+    "address", [":memory:", "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite://"]
+)
+def test_a_database_that_ends_with_the_command_is_refused(address):
+    assert "plan.db" in refusal(address)
+    assert "forgets" in refusal(address, create=False)
 
 
 def test_a_missing_database_by_url_stays_missing_where_none_is_to_be_made(path):

@@ -151,6 +151,16 @@ def move_whole(part: Path, target: Path) -> None:
     _sync(target.parent)
 
 
+def is_taken(target: Path) -> bool:
+    """Check whether something is there that no folder can replace: all but an empty folder.
+
+    A link is something, wherever it leads.
+    """
+    if target.is_dir() and not target.is_symlink():
+        return any(target.iterdir())
+    return target.is_symlink() or target.exists()
+
+
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside `target` to prepare it in. It is removed at the end.

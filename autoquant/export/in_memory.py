@@ -16,7 +16,7 @@ from autoquant.export import applier, checkpoint
 from autoquant.export.comparison import same_tensors
 from autoquant.export.manifest import FORMAT_VERSION
 from autoquant.export.rounding_inputs import Calibration, Windows
-from autoquant.files import move_whole, scratch_folder
+from autoquant.files import is_taken, move_whole, scratch_folder
 from autoquant.models import ModelSource
 from autoquant.models.content import content_hash, module_architecture
 from autoquant.models.copies import own_copy, shallow_copy, unwrapped
@@ -106,7 +106,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any | None = None) 
             f"no plan was applied to this {type(inner).__name__}: call autoquant.apply(plan, model)"
             " first"
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise CheckpointError(f"{target} exists already: choose another folder")
     with checkpoint.writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from autoquant.cli.main import app
+from autoquant.export import on_disk
 from autoquant.store import open_store
 from autoquant.store.connect import VERSION_TABLE
 
@@ -278,6 +279,15 @@ def test_a_read_only_folder_for_the_checkpoint(here, read_only, searched):
 
 def test_a_read_only_folder_as_the_checkpoint(here, read_only, searched):
     refused(here, "apply", searched.db, "--out", read_only)
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_link_as_the_checkpoint_is_refused_before_the_work(here, searched, monkeypatch, leads):
+    if leads:
+        (here / "empty").mkdir()
+    monkeypatch.setattr(on_disk, "load_searched", None)
+    (here / "out").symlink_to("empty")
+    assert "out exists already" in refused(here, "apply", searched.db, "--out", "out")
 
 
 def test_a_missing_folder_for_the_checkpoint(here, searched):

@@ -20,6 +20,8 @@ _CHUNK_BYTES = 1 << 20
 _LOOKED_AT_BYTES = 4 * MOST_TEXT_BYTES  # readers take some ten MiB at a time
 _PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_BLANK_LINES = ("blank lines", "take them out")
+_LONG_LINE = ("a line", "break it into shorter ones")
 _TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
 
@@ -77,10 +79,11 @@ def row_pieces(text: str) -> Iterator[str]:
 def check_lines(path: Path) -> None:
     """Check that no line of a file, packed or not, is so long that a reader takes all memory.
 
-    Only as much is read as any text needs. What cannot be unpacked is left to the reader.
+    Blank lines count as one, since no reader stops at them. Only as much is read as any text needs.
+    What cannot be unpacked is left to the reader.
 
     Raises:
-        TextError: A line is too long.
+        TextError: A line is too long, or there are too many blank ones.
     """
     import fsspec
 
@@ -93,12 +96,12 @@ def check_lines(path: Path) -> None:
             chunk = file.read(_CHUNK_BYTES)
             if not chunk:
                 return
-            end = chunk.rfind(b"\n")
-            length = length + len(chunk) if end < 0 else len(chunk) - end - 1
+            end, blank = chunk.rfind(b"\n"), not chunk.strip()
+            length = length + len(chunk) if blank or end < 0 else len(chunk) - end - 1
             if length > MOST_TEXT_BYTES:
+                what, advice = _BLANK_LINES if blank else _LONG_LINE
                 raise TextError(
-                    f"{path} has a line of more than {MOST_TEXT_BYTES:,} bytes: break it into"
-                    " shorter ones"
+                    f"{path} has {what} of more than {MOST_TEXT_BYTES:,} bytes: {advice}"
                 )
 
 

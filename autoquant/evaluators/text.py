@@ -12,6 +12,7 @@ import torch
 
 from autoquant.errors import TextError
 from autoquant.evaluators.reading import file_pieces
+from autoquant.files import MOST_TEXT_BYTES
 
 Part = Literal["calibration", "selection", "report"]
 PARTS: tuple[Part, ...] = ("calibration", "selection", "report")
@@ -83,14 +84,14 @@ def deal_text(
         windows: The number of windows of each part in a text that is long enough.
 
     Raises:
-        TextError: The text is too short.
+        TextError: The text is too short, or far too long for the tokens that it gives.
     """
     window = min(WINDOW_TOKENS, max_positions or WINDOW_TOKENS)
     wanted = sum(windows.values())
     begin = beginning(tokenizer)
     text_tokens = window - len(begin)
     needed = (wanted + (INPUT_WINDOWS if inputs else 0)) * text_tokens
-    tokens = _tokens(pieces, tokenizer, needed)
+    tokens = _tokens(pieces, name, tokenizer, needed)
     available = len(tokens) // text_tokens
     least = sum(LEAST_WINDOWS.values())
     if available < least:
@@ -134,12 +135,19 @@ def _rows(
     return torch.cat([torch.tensor(begin, dtype=torch.long).expand(count, -1), text], dim=1)
 
 
-def _tokens(pieces: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
+def _tokens(pieces: Iterable[str], name: str, tokenizer: Any, wanted: int) -> list[int]:
     tokens: list[int] = []
+    characters = 0
     for piece in pieces:
         tokens += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        characters += len(piece)
         if len(tokens) >= wanted:
             break
+        if characters > MOST_TEXT_BYTES:
+            raise TextError(
+                f"{name} gives {len(tokens)} tokens in its first {characters:,} characters, and"
+                f" {wanted} are wanted: take out what is blank, or give another text"
+            )
     return tokens
 
 

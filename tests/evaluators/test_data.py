@@ -268,3 +268,15 @@ def test_a_line_without_end_is_refused_before_it_is_in_memory(name, monkeypatch)
             file.write(b"0" * (1 << 20))
     with pytest.raises(TextError, match=r"has a line of more than 2,097,152 bytes: break it"):
         read(name)
+
+
+@pytest.mark.parametrize("name", ["blank.txt.gz", "blank.jsonl.gz", "blank.csv.gz", "blank.txt"])
+def test_blank_lines_without_end_are_refused_before_they_are_read(name, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_TEXT_BYTES", 1 << 21)
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(name, "wb") as file:
+        file.write(b"a\n")
+        for _ in range(8):
+            file.write(b"\n" * (1 << 20))
+    with pytest.raises(TextError, match=r"has blank lines of more than 2,097,152 bytes: take them"):
+        read(name)

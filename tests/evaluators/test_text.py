@@ -268,3 +268,11 @@ def test_every_stretch_of_the_text_that_is_shipped_is_the_same_mixture():
 def test_the_text_that_is_shipped_says_where_it_comes_from():
     told = (text.DEFAULT_TEXT.parent / "SOURCES.md").read_text()
     assert "public domain" in told and "MIT" in told
+
+
+def test_no_more_is_read_than_any_text_needs(monkeypatch):
+    monkeypatch.setattr(text, "MOST_TEXT_BYTES", 1000)
+    pieces = iter(["1 2 3\n"] + ["\n" * 100] * 100)
+    with pytest.raises(TextError, match="my rows gives 3 tokens in its first 1,006 characters"):
+        text.deal_text(pieces, "my rows", Numbers(), max_positions=WINDOW)
+    assert len(list(pieces)) == 90

@@ -102,6 +102,14 @@ class InputStatistics:
 
     def __init__(self, hessian: torch.Tensor) -> None:
         self.hessian = hessian
+        self._padded: dict[int, InputStatistics] = {}
+
+    def padded(self, more: int) -> InputStatistics:
+        """Return the statistics of an input with as many zeros appended."""
+        if more not in self._padded:
+            hessian = torch.nn.functional.pad(self.hessian, (0, more, 0, more))
+            self._padded[more] = InputStatistics(hessian)
+        return self._padded[more]
 
     @functools.cached_property
     def inverse_factor(self) -> torch.Tensor:

@@ -136,6 +136,7 @@ def _built_in() -> dict[str, Format]:
         floats,
         int4,
         int4_gemlite,
+        int4_lanes,
         int4_mslk,
         int4_tiled,
         int4_tinygemm,
@@ -145,7 +146,8 @@ def _built_in() -> dict[str, Format]:
     )
 
     int4_for_gpus = (int4_tiled, int4_tinygemm, int4_gemlite, int4_mslk)
-    modules = (floats, float8, microscaling, int8, int4, *int4_for_gpus, low_bit)
+    int4_for_cpus = (int4_lanes, int4)
+    modules = (floats, float8, microscaling, int8, *int4_for_cpus, *int4_for_gpus, low_bit)
     return {fmt.id: fmt for module in modules for fmt in module.FORMATS}
 
 
@@ -180,7 +182,8 @@ class CandidateStatus:
     """Use of one candidate on one device.
 
     Attributes:
-        usable: A large linear with round sizes can use it, in a model of bfloat16 or of float32.
+        usable: A large linear with round sizes can use it, in a model of bfloat16 or of float32,
+            for many rows or for one.
         reason: Why it cannot, or "".
         by_default: A search that names no candidates tries it there.
     """
@@ -195,19 +198,20 @@ class CandidateStatus:
 
 
 def survey(device_type: str) -> list[CandidateStatus]:
-    """Return every candidate's status for a 4096 x 4096 linear at 64 rows.
+    """Return every candidate's status for a 4096 x 4096 linear at 64 rows or at one.
 
     No model is known, so what a model of float32 can use is usable.
     """
-    shape, wide = (
-        LinearShape(n=4096, k=4096, bias=False, dtype=dtype) for dtype in ("bfloat16", "float32")
-    )
+    cases = [
+        (LinearShape(n=4096, k=4096, bias=False, dtype=dtype), m)
+        for dtype in ("bfloat16", "float32")
+        for m in (64, 1)
+    ]
     statuses = []
     for candidate in select(["*"]):
         fmt, kernel = candidate.format, candidate.kernel
-        reason = candidate.unsupported_reason(shape, 64, device_type)
-        if reason and candidate.unsupported_reason(wide, 64, device_type) is None:
-            reason = None
+        reasons = [candidate.unsupported_reason(shape, m, device_type) for shape, m in cases]
+        reason = None if None in reasons else reasons[0]
         statuses.append(
             CandidateStatus(
                 format=fmt.id,

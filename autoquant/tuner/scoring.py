@@ -87,8 +87,8 @@ def _exact(changes: Sequence[Change]) -> dict[tuple[str, str], float]:
 
 
 def _is_original(change: Change) -> bool:
-    original = original_format(change.site.shape.dtype)
-    return change.format.id == original and change.activation == A16
+    original = get_format(original_format(change.site.shape.dtype))
+    return change.format.values == original.values and change.activation == A16
 
 
 def _summary(method: Sensitivity, changes: Sequence[Change], known: int, loss_map: LossMap) -> str:

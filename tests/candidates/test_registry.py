@@ -37,7 +37,10 @@ def ids(globs):
     [
         (["int8-row/plain/int-mm"], ["int8-row/plain/int-mm"]),
         (["bfloat16/plain"], ["bfloat16/plain/matmul"]),
-        (["bfloat16"], ["bfloat16/plain/matmul"]),
+        (
+            ["bfloat16"],
+            ["bfloat16/plain/matmul", "bfloat16/routed/cpu-rows", "bfloat16/routed/matmul"],
+        ),
         (["float*/plain/matmul"], ["float32/plain/matmul", "float16/plain/matmul"]),
         (["*/int4pack-mm"], [f"int4-g{group}/cpu-packed/int4pack-mm" for group in (32, 64, 128)]),
         (

@@ -18,6 +18,7 @@ from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
 from autoquant.candidates.base import A16, Format, Kernel, by_name_only
 from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
+from autoquant.candidates.kernels.cpu_source import load_cpu_kernels
 from autoquant.records import LinearShape
 
 GROUP_SIZES = (32, 64, 128)
@@ -114,6 +115,11 @@ def _unsupported(shape: LinearShape, _m: int, device_type: str, *, group: int) -
     return None
 
 
+def _by_default(device_type: str) -> bool:
+    """Leave this layout out where the project's own (`int4_lanes`), which is faster, works."""
+    return device_type != "cpu" or load_cpu_kernels() is not None
+
+
 def _format(group: int) -> Format:
     return Format(
         id=f"int4-g{group}/cpu-packed",
@@ -121,6 +127,7 @@ def _format(group: int) -> Format:
         dequantize=_dequantize,
         tensor_type=Int4OpaqueTensor,
         unsupported=functools.partial(_unsupported, group=group),
+        by_default=_by_default,
         kernels=(
             Kernel(
                 id="int4pack-mm",

@@ -38,16 +38,19 @@ def tinygemm_rounding(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round a weight `[n, k]`.
 
+    The last group may be in part.
+
     Returns:
-        q int32 `[n, k]` from 0 to 15, scale and zero `[n, k / group]` in the weight's dtype.
+        q int32 `[n, k]` from 0 to 15, scale and zero `[n, groups]` in the weight's dtype.
     """
     n, k = weight.shape
+    weight = F.pad(weight, (0, -k % group))
     block = (1, group)
     scale, zero = _choose_qparams_affine_tinygemm(
         weight, MappingType.ASYMMETRIC, block, torch.int32, 0, 15, 1e-6, None, weight.dtype
     )
     q = _quantize_affine_tinygemm(weight, block, scale, zero, torch.int32, 0, 15)
-    return q, scale.reshape(n, k // group), zero.reshape(n, k // group)
+    return q[:, :k], scale.reshape(n, -1), zero.reshape(n, -1)
 
 
 def int4_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) -> str | None:

@@ -14,6 +14,8 @@ from torchao.quantization import Int8Tensor, PerRow
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
 from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int8
+from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, empty_rows
+from autoquant.candidates.kernels.cpu_source import cpu_operator
 from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
 from autoquant.records import LinearShape
 
@@ -87,10 +89,18 @@ _PICKY_INT_MM = ("cuda",)
 """Kinds of device whose `_int_mm` takes some shapes only."""
 
 
+def _packs(n: int, k: int) -> bool:
+    """Check that `_packed_mm` takes a weight `[n, k]`.
+
+    Others crash or give garbage in 16-bit floats.
+    """
+    return n % 4 == 0 and k % 16 == 0
+
+
 def _packed_mm_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
     if device_type != "cpu":
         return "_weight_int8pack_mm is a CPU kernel here"
-    if shape.n % 4 or shape.k % 16:  # other shapes crash or give garbage in 16-bit floats
+    if not _packs(shape.n, shape.k):
         return f"_weight_int8pack_mm needs n divisible by 4 and k by 16, not {shape.n}x{shape.k}"
     return None
 
@@ -105,6 +115,20 @@ def _int_mm_unsupported(shape: LinearShape, m: int, device_type: str) -> str | N
     return None
 
 
+_int8_rows = cpu_operator(
+    "cpu_int8_rows", "Tensor x, Tensor weight, Tensor scale, Tensor? bias", empty_rows
+)
+
+
+def _cpu_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _int8_rows(x, *_parts(weight), bias)
+
+
+def _library_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    n, k = weight.shape
+    return (_packed_mm if _packs(n, k) else _dequantize_matmul)(x, weight, bias)
+
+
 FORMATS = (
     Format(
         id="int8-row/plain",
@@ -113,6 +137,7 @@ FORMATS = (
         tensor_type=Int8Tensor,
         joins=True,
         kernels=(
+            cpu_rows_kernel(_cpu_rows, _library_rows),
             Kernel(
                 id="int8pack-mm",
                 numerics=A16,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torchao.quantization.quant_primitives import (
     _choose_qparams_and_quantize_affine_hqq,
     _choose_qparams_and_quantize_scale_only_hqq,
@@ -31,7 +32,7 @@ class Rounded:
 
     Attributes:
         q: int32 `[n, k]`, from -2^(bits - 1) to 2^(bits - 1) - 1.
-        scale: `[n, k / group]`, in the weight's dtype.
+        scale: `[n, groups]`, in the weight's dtype. The last group may be in part.
         zero: Like `scale`, and all 0 for a symmetric grid.
     """
 
@@ -239,7 +240,11 @@ def rounded_formats(
     def quantize(
         weight: torch.Tensor, inputs: InputStatistics | None = None, *, rounding: Rounding
     ) -> torch.Tensor:
-        return pack(rounding.round(weight, grid, inputs))
+        k = weight.shape[1]
+        more = -k % grid.group
+        inputs = inputs.padded(more) if inputs and more else inputs
+        rounded = rounding.round(F.pad(weight, (0, more)), grid, inputs)
+        return pack(replace(rounded, q=rounded.q[:, :k]))
 
     values, _, layout = fmt.id.partition("/")
     return tuple(

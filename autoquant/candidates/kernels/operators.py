@@ -22,8 +22,19 @@ def define_operator(
         fake: Returns an empty result of the right shape and dtype.
     """
     schema = torch.library.infer_schema(function, mutates_args=())
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    operator = declare_operator(name, schema, fake)
     _library.impl(name, function, "CUDA")
+    return operator
+
+
+def declare_operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the operator `autoquant::NAME`, whose code a library registers.
+
+    Args:
+        schema: Arguments and result, as PyTorch writes them.
+        fake: Returns an empty result of the right shape and dtype.
+    """
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"autoquant::{name}", fake, lib=_library)
     operator: Callable[..., Any] = getattr(torch.ops.autoquant, name).default
     return operator

@@ -2,9 +2,9 @@
 
 PyTorch's attention copies keys and values for each query head that shares them, reads the whole
 cache even if little of it is filled, and starts six kernels. `token_attention` reads what the mask
-shows, once, in two kernels. `use_token_attention` has a model use it in compiled steps of one
-token. Anything else stays as it was: kernels that are launched one by one cost more time on the
-host than they save.
+shows, once, in two kernels, or on a CPU in one. `use_token_attention` has a model use it in
+compiled steps of one token. Anything else stays as it was: kernels that are launched one by one
+cost more time on the host than they save.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from autoquant.candidates.kernels.cpu_source import cpu_kernels_work
+from autoquant.candidates.kernels.operators import define_operator
 
 IMPLEMENTATION = "autoquant"
 """What transformers calls this attention."""
 
-DEVICES = ("cuda",)
-"""Kinds of device that it has kernels for."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_CPU_DTYPES, _CPU_COLUMNS = (torch.bfloat16, torch.float32), 16
 _MOST_COLUMNS, _MOST_GROUP = 256, 64
 _BLOCK_BYTES, _MOST_BLOCK = 16384, 128
 """Of keys or values that a program reads at a time, and positions."""
@@ -31,35 +32,31 @@ _PROGRAMS_OF_A_PROCESSOR, _MOST_SPLITS = 3, 64
 _ADDED_COLUMNS = 64
 
 
-@torch.library.custom_op("autoquant::token_attention", mutates_args=(), device_types="cuda")
-def token_attention(
+def _on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Return softmax(q k' scale) v for one token, `[b, h, 1, d_v]`; zeros if a head sees nothing.
-
-    Args:
-        q: `[b, h, 1, d]`, with k `[b, h_kv, L, d]` and v `[b, h_kv, L, d_v]` of any strides; h_kv
-            divides h, d and d_v are at most 256.
-        mask: Which positions are seen: bool `[b or 1, h or 1, 1, L]`, or None for all.
-    """
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     with torch.cuda.device(q.device):
         return _launch(q, k, v, mask, scale, processors)
 
 
-@token_attention.register_fake
-def _(
+def _empty(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-@token_attention.register_kernel("cpu")
-def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return y.contiguous()
+token_attention = define_operator("token_attention", _on_gpu, _empty)
+"""Maps (q, k, v, mask, scale) to softmax(q k' scale) v for one token, `[b, h, 1, d_v]`.
+
+A head that sees nothing gives zeros.
+
+Args:
+    q: `[b, h, 1, d]`, with k `[b, h_kv, L, d]` and v `[b, h_kv, L, d_v]` of any strides; h_kv
+        divides h, d and d_v are at most 256. On a CPU, see `token_attention.cpp`, columns lie side
+        by side, in multiples of 16.
+    mask: Which positions are seen: bool `[b or 1, h or 1, 1, L]`, or None for all.
+"""
 
 
 def splits_of(groups: int, blocks: int, processors: int) -> int:
@@ -172,6 +169,21 @@ def attention_forward(
     return token_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 
+def has_kernels(device_type: str) -> bool:
+    """Check whether there are kernels of `token_attention` for a kind of device."""
+    return device_type == "cuda" or (device_type == "cpu" and cpu_kernels_work())
+
+
+def _gpu_takes(q: torch.Tensor) -> bool:
+    return q.device.type == "cuda" and q.dtype in _DTYPES
+
+
+def _cpu_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Check what `token_attention.cpp` asks for: columns in whole vectors, side by side."""
+    whole = all(each.shape[-1] % _CPU_COLUMNS == 0 and each.stride(-1) == 1 for each in (q, k, v))
+    return q.device.type == "cpu" and q.dtype in _CPU_DTYPES and whole and cpu_kernels_work()
+
+
 _CHANGES = ("position_bias", "softcap", "s_aux", "sinks", "cache", "output_attentions")
 """Arguments that change what is computed, of which `token_attention` knows nothing."""
 
@@ -185,7 +197,7 @@ def _takes(
     others: dict[str, Any],
 ) -> bool:
     """Check whether `token_attention` computes this."""
-    one_token = q.shape[2] == 1 and q.device.type in DEVICES and q.dtype in _DTYPES
+    one_token = q.shape[2] == 1 and (_gpu_takes(q) or _cpu_takes(q, k, v))
     same = (
         q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
     )

@@ -284,7 +284,7 @@ class Decoder:
 
     def _ready(self, *, regions: bool) -> nn.Module:
         ready = ready_to_compile(self._model, regions=regions)
-        if self._device.type in attention.DEVICES:
+        if attention.has_kernels(self._device.type):
             attention.use_token_attention(ready)
         return ready
 

@@ -72,7 +72,7 @@ def reference(fmt, kernel, stored, x, bias):
 def tolerance(fmt, kernel, dtype):
     if kernel.id == "dynamic":
         return 0.012  # divides by 127.5 where the others divide by 127
-    narrow = fmt.id in ("bfloat16/plain", "float16/plain")
+    narrow = fmt.values in ("bfloat16", "float16")
     return 1e-5 if dtype == "float32" and not narrow else 5e-3
 
 
@@ -140,7 +140,8 @@ def test_zero_rows_and_zero_activations_give_zeros(fmt, kernel, dtype):
         y = kernel.linear(x, stored, None)
     assert torch.isfinite(y).all()
     assert torch.equal(y[0, 1], torch.zeros_like(y[0, 1]))
-    assert torch.equal(y[..., 5], torch.zeros_like(y[..., 5]))
+    # sums with a zero point cancel out but for their rounding
+    assert y[..., 5].abs().max() <= 1e-6 * y.abs().max()
 
 
 def compiled_linear(fmt, kernel, backend):

@@ -9,10 +9,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autoquant.candidates.kernels.cpu_source import cpu_kernels_work
 from autoquant.runtime.generate import attention
 from autoquant.runtime.generate.attention import splits_of, token_attention, use_token_attention
 from autoquant.runtime.parts import as_if_compiled
@@ -47,7 +49,7 @@ def tiny(name: str, **changes) -> nn.Module:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Attend with the operator on the CPU, too, as in compiled code.
+    """Attend with the operator, as in compiled code.
 
     Gives the shapes of the keys that it was called with.
     """
@@ -57,7 +59,6 @@ def calls(monkeypatch):
         seen.append(tuple(k.shape))
         return token_attention(q, k, v, mask, scale)
 
-    monkeypatch.setattr(attention, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(attention, "token_attention", counted)
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     return seen
@@ -130,9 +131,10 @@ def test_a_prompt_and_training_are_transformers_own(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("devices", [("cuda",), ("cuda", "cpu")])
-def test_on_a_cpu_and_where_nothing_is_compiled_all_stays(devices, monkeypatch):
-    monkeypatch.setattr(attention, "DEVICES", devices)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_where_nothing_is_compiled_or_there_are_no_kernels_all_stays(compiled, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", compiled)
+    monkeypatch.setattr(attention, "cpu_kernels_work", lambda: not compiled)
     monkeypatch.setattr(attention, "token_attention", None)
     model = tiny("llama")
     before = logits_of(model, ids_of(2))
@@ -151,8 +153,7 @@ def test_saving_keeps_the_choice_out(tmp_path):
 
 
 @pytest.mark.parametrize("compiling", [True, False])
-def test_a_block_that_is_traced_holds_the_operator(compiling, monkeypatch):
-    monkeypatch.setattr(attention, "DEVICES", ("cpu",))
+def test_a_block_that_is_traced_holds_the_operator(compiling):
     model = tiny("llama")
     assert use_token_attention(model) is None
     block, angle = model.model.layers[0], torch.ones(1, 1, 16)
@@ -189,7 +190,7 @@ def test_a_head_that_sees_nothing_gives_zeros():
 
 
 def test_the_operator_is_well_formed():
-    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 8)
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 32)
     torch.library.opcheck(
         token_attention, (q, k, v, torch.ones(2, 1, 1, 9, dtype=torch.bool), 0.25)
     )
@@ -201,3 +202,67 @@ def test_a_cache_is_shared_by_as_many_programs_as_run_at_a_time():
     assert splits_of(groups=128, blocks=36, processors=132) == 3
     assert splits_of(groups=1, blocks=512, processors=132) == 64
     assert splits_of(groups=1024, blocks=36, processors=132) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length", "width", "v_width"),
+    [
+        (1, 9, 3, 768, 64, 64),
+        (2, 8, 8, 100, 128, 64),
+        (1, 4, 1, 33, 16, 80),
+        (3, 2, 2, 513, 96, 96),
+    ],
+)
+def test_a_cpu_attends_as_pytorch_does(batch, heads, kv_heads, length, width, v_width, dtype):
+    assert cpu_kernels_work()
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    q, k = normal(batch, heads, 1, width), normal(batch, kv_heads, length, width)
+    v = normal(batch, length, kv_heads, v_width).transpose(1, 2)
+    prefix = (torch.arange(length) < length * 2 // 3)[None, None, None]
+    each = torch.rand(batch, heads, 1, length, generator=generator) > 0.5
+    for mask in (None, prefix, each):
+        y = token_attention(q, k, v, mask, width**-0.5)
+        expected = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=mask, enable_gqa=True
+        )
+        error = ((y.float() - expected).norm() / expected.norm()).item()
+        assert error < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_large_scores_overflow_nothing_and_a_head_that_sees_nothing_gives_zeros():
+    assert cpu_kernels_work()
+    q, k = torch.full((1, 2, 1, 16), 300.0), torch.full((1, 1, 70, 16), 300.0)
+    k[:, :, 5] *= -1
+    v = torch.ones(1, 1, 70, 16)
+    mask = torch.ones(1, 2, 1, 70, dtype=torch.bool)
+    mask[:, 1] = False
+    y = token_attention(q, k, v, mask, 1.0)
+    assert torch.equal(y[:, 0], torch.ones_like(y[:, 0]))
+    assert torch.equal(y[:, 1], torch.zeros_like(y[:, 1]))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"q": torch.ones(1, 4, 1, 32)},
+        {"v": torch.ones(1, 2, 9, 16)},
+        {"k": torch.ones(1, 3, 8, 16), "v": torch.ones(1, 3, 8, 16)},
+        {"mask": torch.ones(1, 1, 1, 7, dtype=torch.bool)},
+        {"mask": torch.ones(1, 1, 1, 8)},
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(changed):
+    assert cpu_kernels_work()
+    given = {
+        "q": torch.ones(1, 4, 1, 16),
+        "k": torch.ones(1, 2, 8, 16),
+        "v": torch.ones(1, 2, 8, 16),
+        "mask": None,
+    } | changed
+    with pytest.raises(RuntimeError, match="fit"):
+        token_attention(*given.values(), 1.0)

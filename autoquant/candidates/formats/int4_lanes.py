@@ -1,0 +1,165 @@
+"""int4 weights for the project's own CPU kernels.
+
+A product of one row reads them at the speed of memory. 16 rows lie in the lanes of a vector, so any
+CPU reads the layout; `kernels/rows.cpp` has the arithmetic. Columns are padded to whole groups, so
+any k works. For many rows, a separate kernel unpacks the weight first.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torchao.utils import TorchAOBaseTensor
+
+from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.candidates.formats.int4 import GROUP_SIZES
+from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding, with_roundings
+from autoquant.candidates.formats.rounding import Rounded
+from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, empty_rows
+from autoquant.candidates.kernels.cpu_source import cpu_kernels_work, cpu_operator
+from autoquant.records import LinearShape
+
+LANES = 16
+_WORD = 8
+
+
+class Int4LanesTensor(TorchAOBaseTensor):  # type: ignore[misc]
+    """int4 weights `[n, k]` with 16 rows in the lanes of a vector.
+
+    All tensors have n rows, and 16 of them belong together. So stacked weights form one weight.
+
+    Tensor attributes:
+        qdata: int32 `[n, padded k / 8]`. 16 rows have words `[padded k / 8, 16]`. Nibble (odd, p)
+            of a word, at bit 16 * odd + 4 * p, is column 2 * p + odd.
+        scale_and_zero: `[n, groups, 2]`, in the dtype that the weight shows. 16 rows have
+            `[groups, 2, 16]`. The weight is (q - 8) * scale + zero.
+        columns: k.
+    """
+
+    tensor_data_names = ["qdata", "scale_and_zero"]  # noqa: RUF012
+    tensor_attribute_names = ["columns"]  # noqa: RUF012
+
+    def __new__(
+        cls, qdata: torch.Tensor, scale_and_zero: torch.Tensor, columns: int
+    ) -> Int4LanesTensor:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            (qdata.shape[0], columns),
+            dtype=scale_and_zero.dtype,
+            device=qdata.device,
+            requires_grad=False,
+        )
+
+    def __init__(self, qdata: torch.Tensor, scale_and_zero: torch.Tensor, columns: int) -> None:
+        super().__init__()
+        self.qdata = qdata
+        self.scale_and_zero = scale_and_zero
+        self.columns = columns
+
+    @classmethod
+    def pack(cls, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4LanesTensor:
+        """Pack q `[n, k]` from 0 to 15, whose weight is (q - 8) * scale + zero.
+
+        Args:
+            scale: `[n, groups]`.
+            zero: `[n, groups]`.
+        """
+        n, columns = q.shape
+        group = _group(columns, scale.shape[1])
+        q = F.pad(q.to(torch.int32), (0, group * scale.shape[1] - columns))
+        nibbles = q.reshape(n // LANES, LANES, -1, _WORD // 2, 2).transpose(1, 2)
+        words = torch.zeros(nibbles.shape[:-2], dtype=torch.int32, device=q.device)
+        for pair in range(_WORD // 2):
+            for odd in range(2):
+                words |= nibbles[..., pair, odd] << (16 * odd + 4 * pair)
+        both = torch.stack((scale, zero), dim=-1).reshape(n // LANES, LANES, -1, 2)
+        return cls(words.reshape(n, -1), both.permute(0, 2, 3, 1).reshape(n, -1, 2), columns)
+
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers `[k, n]`, the weight transposed."""
+        n, groups = self.scale_and_zero.shape[:2]
+        columns = torch.arange(_WORD, dtype=torch.int32, device=self.qdata.device)
+        shifts = (16 * (columns % 2) + 4 * (columns // 2)).reshape(_WORD, 1)
+        q = (self.qdata.reshape(n // LANES, groups, -1, 1, LANES) >> shifts) & 15
+        both = self.scale_and_zero.reshape(n // LANES, groups, 2, 1, 1, LANES).to(dtype)
+        numbers = (q.to(dtype) - 8) * both[:, :, 0] + both[:, :, 1]
+        return numbers.permute(1, 2, 3, 0, 4).reshape(-1, n)[: self.columns]
+
+
+torch.serialization.add_safe_globals([Int4LanesTensor])
+
+
+def _group(columns: int, groups: int) -> int:
+    """Return the group size of which `groups` hold `columns`, the last one maybe in part."""
+    return next(size for size in GROUP_SIZES if -(-columns // size) == groups)
+
+
+_int4_rows = cpu_operator(
+    "cpu_int4_lanes", "Tensor x, Tensor words, Tensor scale_and_zero, Tensor? bias", empty_rows
+)
+
+
+def _empty_numbers(words: torch.Tensor, scale_and_zero: torch.Tensor, k: int) -> torch.Tensor:
+    return scale_and_zero.new_empty(k, words.shape[0])
+
+
+_int4_unpack = cpu_operator(
+    "cpu_int4_unpack", "Tensor words, Tensor scale_and_zero, int k", _empty_numbers
+)
+
+
+def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    stored = cast(Int4LanesTensor, weight)
+    return _int4_rows(x, stored.qdata, stored.scale_and_zero, bias)
+
+
+def _unpack_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    stored = cast(Int4LanesTensor, weight)
+    if x.device.type == "cpu" and cpu_kernels_work():
+        numbers = _int4_unpack(stored.qdata, stored.scale_and_zero, stored.columns)
+    else:
+        numbers = stored.unpack(stored.scale_and_zero.dtype)
+    y = x.reshape(-1, x.shape[-1]) @ numbers.to(x.dtype)
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
+
+
+def _unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+    if device_type != "cpu":
+        return "this int4 layout is for CPUs"
+    return f"n={shape.n} is not divisible by {LANES}" if shape.n % LANES else None
+
+
+def _pack(rounded: Rounded) -> torch.Tensor:
+    return Int4LanesTensor.pack(rounded.q + 8, rounded.scale, rounded.zero)
+
+
+def _format(group: int) -> Format:
+    return Format(
+        id=f"int4-g{group}/lanes",
+        quantize=lambda weight: Int4LanesTensor.pack(*tinygemm_rounding(weight, group)),
+        dequantize=lambda stored: cast(Int4LanesTensor, stored).unpack(torch.float32).t(),
+        tensor_type=Int4LanesTensor,
+        joins=True,
+        unsupported=_unsupported,
+        kernels=(
+            cpu_rows_kernel(_rows, _unpack_matmul),
+            Kernel(
+                id="unpack-matmul",
+                numerics=A16,
+                linear=_unpack_matmul,
+                materializes=True,
+                description="unpack the weight, then the float product",
+            ),
+        ),
+        description=f"int4 weights, scale and zero point for every {group} along k, in lanes",
+    )
+
+
+FORMATS = tuple(
+    fmt for group in GROUP_SIZES for fmt in with_roundings(_format(group), group, _pack)
+)

@@ -1,0 +1,47 @@
+"""Products of a few rows by the project's own CPU kernels (`rows.cpp`): the host's side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from autoquant.candidates.base import A16, Kernel, LinearFunction, Unsupported, always_supported
+from autoquant.candidates.kernels.cpu_source import cpu_kernels_work, cpu_source_unsupported
+from autoquant.candidates.kernels.few_rows import too_many_rows
+from autoquant.records import LinearShape
+
+
+def empty_rows(x: torch.Tensor, weight: torch.Tensor, *_others: Any) -> torch.Tensor:
+    """Return an empty product of x `[..., k]` with a weight of n rows: `[..., n]`."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def cpu_rows_kernel(
+    own: LinearFunction, library: LinearFunction, unsupported: Unsupported = always_supported
+) -> Kernel:
+    """Return a format's kernel `cpu-rows`.
+
+    Args:
+        own: Computes by an operator of `rows.cpp`. Its activation is contiguous.
+        library: Stands in where a model is loaded on a machine that cannot compile `rows.cpp`.
+        unsupported: Conditions of the operator.
+    """
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return (own if cpu_kernels_work() else library)(x.contiguous(), weight, bias)
+
+    def reason(shape: LinearShape, m: int, device_type: str) -> str | None:
+        return (
+            cpu_source_unsupported(device_type, shape.dtype)
+            or too_many_rows(shape, m, device_type)
+            or unsupported(shape, m, device_type)
+        )
+
+    return Kernel(
+        id="cpu-rows",
+        numerics=A16,
+        linear=linear,
+        unsupported=reason,
+        description="the project's own product for a few rows, at the speed of memory",
+    )

@@ -2,7 +2,7 @@
 
 A product of one row reads them at the speed of memory. 16 rows lie in the lanes of a vector, so any
 CPU reads the layout; `kernels/rows.cpp` has the arithmetic. Columns are padded to whole groups, so
-any k works. For many rows, a separate kernel unpacks the weight first.
+any k works. For many rows, matrix instructions are used, or the weight is unpacked first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autoquant.candidates.base import A16, Format, Kernel
 from autoquant.candidates.formats.int4 import GROUP_SIZES
 from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding, with_roundings
 from autoquant.candidates.formats.rounding import Rounded
-from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, empty_rows
+from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, cpu_tiles_kernel, empty_rows
 from autoquant.candidates.kernels.cpu_source import cpu_kernels_work, cpu_operator
 from autoquant.records import LinearShape
 
@@ -100,6 +100,10 @@ _int4_rows = cpu_operator(
     "cpu_int4_lanes", "Tensor x, Tensor words, Tensor scale_and_zero, Tensor? bias", empty_rows
 )
 
+_int4_tiles = cpu_operator(
+    "cpu_int4_tiles", "Tensor x, Tensor words, Tensor scale_and_zero, Tensor? bias", empty_rows
+)
+
 
 def _empty_numbers(words: torch.Tensor, scale_and_zero: torch.Tensor, k: int) -> torch.Tensor:
     return scale_and_zero.new_empty(k, words.shape[0])
@@ -113,6 +117,11 @@ _int4_unpack = cpu_operator(
 def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stored = cast(Int4LanesTensor, weight)
     return _int4_rows(x, stored.qdata, stored.scale_and_zero, bias)
+
+
+def _tiles(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    stored = cast(Int4LanesTensor, weight)
+    return _int4_tiles(x, stored.qdata, stored.scale_and_zero, bias)
 
 
 def _unpack_matmul(
@@ -148,6 +157,7 @@ def _format(group: int) -> Format:
         unsupported=_unsupported,
         kernels=(
             cpu_rows_kernel(_rows, _unpack_matmul),
+            cpu_tiles_kernel(_tiles, _unpack_matmul),
             Kernel(
                 id="unpack-matmul",
                 numerics=A16,

@@ -14,7 +14,7 @@ from torchao.quantization import Int8Tensor, PerRow
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
 from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int8
-from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, empty_rows
+from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, cpu_tiles_kernel, empty_rows
 from autoquant.candidates.kernels.cpu_source import cpu_operator
 from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
 from autoquant.records import LinearShape
@@ -124,6 +124,15 @@ def _cpu_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     return _int8_rows(x, *_parts(weight), bias)
 
 
+_int8_tiles = cpu_operator(
+    "cpu_int8_tiles", "Tensor x, Tensor weight, Tensor scale, Tensor? bias", empty_rows
+)
+
+
+def _cpu_tiles(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _int8_tiles(x, *_parts(weight), bias)
+
+
 def _library_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     n, k = weight.shape
     return (_packed_mm if _packs(n, k) else _dequantize_matmul)(x, weight, bias)
@@ -138,6 +147,7 @@ FORMATS = (
         joins=True,
         kernels=(
             cpu_rows_kernel(_cpu_rows, _library_rows),
+            cpu_tiles_kernel(_cpu_tiles, _dequantize_matmul),
             Kernel(
                 id="int8pack-mm",
                 numerics=A16,

@@ -1,4 +1,4 @@
-"""Products of a few rows by the project's own CPU kernels (`rows.cpp`): the host's side."""
+"""Products by the project's own CPU kernels, `rows.cpp` and `tiles.cpp`: the host's side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 import torch
 
 from autoquant.candidates.base import A16, Kernel, LinearFunction, Unsupported, always_supported
-from autoquant.candidates.kernels.cpu_source import cpu_kernels_work, cpu_source_unsupported
+from autoquant.candidates.kernels.cpu_source import (
+    cpu_kernels_work,
+    cpu_source_unsupported,
+    cpu_tiles_work,
+    tiles_missing,
+)
 from autoquant.candidates.kernels.few_rows import too_many_rows
 from autoquant.records import LinearShape
 
@@ -45,3 +50,24 @@ def cpu_rows_kernel(
         unsupported=reason,
         description="the project's own product for a few rows, at the speed of memory",
     )
+
+
+def cpu_tiles_kernel(own: LinearFunction, library: LinearFunction) -> Kernel:
+    """Return a format's kernel `cpu-tiles`; as `cpu_rows_kernel`, by an operator of `tiles.cpp`."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return (own if cpu_tiles_work() else library)(x.contiguous(), weight, bias)
+
+    return Kernel(
+        id="cpu-tiles",
+        numerics=A16,
+        linear=linear,
+        unsupported=_tiles_unsupported,
+        description="the project's own product for many rows, by matrix instructions",
+    )
+
+
+def _tiles_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
+    if reason := cpu_source_unsupported(device_type, shape.dtype) or tiles_missing():
+        return reason
+    return None if shape.dtype == "bfloat16" else f"it takes bfloat16, not {shape.dtype}"

@@ -79,6 +79,22 @@ def cpu_operator(
     return declare_operator(name, f"({schema}) -> Tensor", loading)
 
 
+@functools.cache
+def tiles_missing() -> str | None:
+    """Return why the CPU's matrix instructions cannot be used, or None.
+
+    Programs must ask the system for them first, which this does.
+    """
+    has = "amx_bf16" in instructions().split() and torch.cpu._init_amx()
+    return None if has else "it needs a CPU with matrix instructions for bfloat16 (AMX)"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cpu_tiles_work() -> bool:
+    """Check that the kernels that use matrix instructions can be called."""
+    return tiles_missing() is None and cpu_kernels_work()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cpu_kernels_work() -> bool:
     """Check that the kernels are compiled and loaded; warn once if they cannot be."""

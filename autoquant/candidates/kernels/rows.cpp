@@ -4,7 +4,7 @@
 // Weights are asked for 8 KiB ahead, since the hardware's own prefetch ends at each page. A weight
 // is turned into a float with two or three instructions. And sums stay in registers: of four rows
 // of the weight at a time, or of sixteen that lie in the lanes of one vector.
-#include "vectors.h"
+#include "weights.h"
 
 namespace {
 
@@ -65,10 +65,6 @@ void multiply_block(const float* x, const W* weight, int64_t begin, int64_t end,
 }
 
 // -- int4 in lanes ---------------------------------------------------------------------------------
-//
-// 16 rows belong together. Their words of eight columns lie side by side: `[n / 16, k / 8, 16]`.
-// Nibble (odd, p) of a word, at bit 16 * odd + 4 * p, is column 2 * p + odd. Scales and zeros are
-// `[n / 16, groups, 2, 16]`. A weight is (q - 8) * scale + zero; sums are scaled, not weights.
 
 template <int M>
 struct Int4Sums {
@@ -106,12 +102,6 @@ inline void add_words(Int4Sums<M>& sums, Words words, const float* x, int64_t wi
       for (int row = 0; row < M; row++) sums.of[row] += numbers * x[row * width + 2 * p + odd];
     }
 }
-
-struct Int4 {
-  const uint32_t* words;
-  const void* scales;
-  int64_t group, groups;
-};
 
 template <int M, class X, class T>
 void multiply_lanes(const X* x, const float* group_sums, const Int4& weight, int64_t block,
@@ -151,27 +141,6 @@ void few_at_a_time(int64_t m, const F& f) {
   }
 }
 
-struct Sizes {
-  int64_t m, n, k;
-  Tensor y;
-};
-
-// Check all but the weight, and make an empty result `[..., n]`.
-Sizes sizes_of(const Tensor& x, int64_t n, const std::optional<Tensor>& bias) {
-  check(x, x, "x");
-  if (bias) {
-    check(*bias, x, "the bias");
-    STD_TORCH_CHECK(bias->numel() == n, "the bias does not have a number for each row");
-  }
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < x.dim(); d++) shape.push_back(x.size(d));
-  STD_TORCH_CHECK(!shape.empty(), "x has no dimensions");
-  const int64_t k = shape.back();
-  shape.back() = n;
-  Tensor y = torch::stable::new_empty(x, shape);
-  return {k ? x.numel() / k : 0, n, k, y};
-}
-
 template <class T, class W, class Scale>
 void rows_of(const Tensor& x, const W* weight, const std::optional<Tensor>& bias,
              const Sizes& sizes, const Scale& scale) {
@@ -207,12 +176,7 @@ Tensor bfloat16_rows(const Tensor& x, const Tensor& weight, const std::optional<
 Tensor int8_rows(const Tensor& x, const Tensor& weight, const Tensor& scale,
                  const std::optional<Tensor>& bias) {
   const Sizes sizes = sizes_of(x, weight.size(0), bias);
-  check(scale, x, "the scale");
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.is_contiguous() &&
-                      weight.is_cpu(),
-                  "the weight is not contiguous int8 on the CPU");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == sizes.k, "x and weight do not fit");
-  STD_TORCH_CHECK(scale.numel() == sizes.n, "the weight does not have a scale for each row");
+  check_int8(x, weight, scale, sizes);
   of_type(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* scales = data<T>(scale);
@@ -244,20 +208,6 @@ void lanes_of(const X* x, const std::vector<float>& group_sums, const Int4& weig
           }
       });
   });
-}
-
-// Check a weight for an activation of k columns.
-Int4 int4_of(const Tensor& words, const Tensor& scale_and_zero, int64_t k) {
-  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.is_contiguous() && words.is_cpu(),
-                  "the weight is not contiguous int32 on the CPU");
-  STD_TORCH_CHECK(words.dim() == 2 && scale_and_zero.dim() == 3 && words.size(0) % kLanes == 0 &&
-                      scale_and_zero.size(0) == words.size(0) && scale_and_zero.size(2) == 2,
-                  "the weight and its scales do not fit");
-  const int64_t width = 8 * words.size(1), groups = scale_and_zero.size(1);
-  STD_TORCH_CHECK(groups > 0 && width % (16 * groups) == 0 && width - k >= 0 &&
-                      width - k < width / groups,
-                  "x and weight do not fit");
-  return {data<uint32_t>(words), scale_and_zero.const_data_ptr(), width / groups, groups};
 }
 
 Tensor int4_lanes(const Tensor& x, const Tensor& words, const Tensor& scale_and_zero,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from autoquant.candidates.base import A16, Kernel, LinearFunction, Unsupported, always_supported
+from autoquant.candidates.base import A16, Kernel, LinearFunction
 from autoquant.candidates.kernels.cpu_source import (
     cpu_kernels_work,
     cpu_source_unsupported,
@@ -22,32 +22,22 @@ def empty_rows(x: torch.Tensor, weight: torch.Tensor, *_others: Any) -> torch.Te
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def cpu_rows_kernel(
-    own: LinearFunction, library: LinearFunction, unsupported: Unsupported = always_supported
-) -> Kernel:
+def cpu_rows_kernel(own: LinearFunction, library: LinearFunction) -> Kernel:
     """Return a format's kernel `cpu-rows`.
 
     Args:
         own: Computes by an operator of `rows.cpp`. Its activation is contiguous.
         library: Stands in where a model is loaded on a machine that cannot compile `rows.cpp`.
-        unsupported: Conditions of the operator.
     """
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return (own if cpu_kernels_work() else library)(x.contiguous(), weight, bias)
 
-    def reason(shape: LinearShape, m: int, device_type: str) -> str | None:
-        return (
-            cpu_source_unsupported(device_type, shape.dtype)
-            or too_many_rows(shape, m, device_type)
-            or unsupported(shape, m, device_type)
-        )
-
     return Kernel(
         id="cpu-rows",
         numerics=A16,
         linear=linear,
-        unsupported=reason,
+        unsupported=_rows_unsupported,
         description="the project's own product for a few rows, at the speed of memory",
     )
 
@@ -65,6 +55,10 @@ def cpu_tiles_kernel(own: LinearFunction, library: LinearFunction) -> Kernel:
         unsupported=_tiles_unsupported,
         description="the project's own product for many rows, by matrix instructions",
     )
+
+
+def _rows_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    return cpu_source_unsupported(device_type, shape.dtype) or too_many_rows(shape, m, device_type)
 
 
 def _tiles_unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:

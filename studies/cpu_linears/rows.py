@@ -28,14 +28,16 @@ SHAPES = {
     "Qwen2.5-0.5B": [(896, 896), (128, 896), (4864, 896), (896, 4864)],
     "wiki28m": [(512, 512), (1376, 512), (512, 1376), (4096, 512)],
 }
-ROWS = (1, 4, 16, 128)
+ROWS = (1, 4, 16, 32, 128, 512)
 KERNELS = (
     ("bfloat16/plain", "matmul"),
     ("bfloat16/routed", "cpu-rows"),
     ("int8-row/plain", "int8pack-mm"),
     ("int8-row/plain", "cpu-rows"),
+    ("int8-row/plain", "cpu-tiles"),
     ("int4-g32/cpu-packed", "int4pack-mm"),
     ("int4-g32/lanes", "cpu-rows"),
+    ("int4-g32/lanes", "cpu-tiles"),
     ("int4-g32/lanes", "unpack-matmul"),
 )
 COLD_BYTES, ROUNDS, ROUND_S, MOST_COPIES = 256e6, 5, 0.03, 200

@@ -13,10 +13,13 @@ Call = Callable[[int], object]
 class Clock(Protocol):
     """Times one candidate.
 
-    `start` warms it up; each `sample` returns microseconds of one linear.
+    `start` warms it up; each `sample` returns microseconds of one linear. `go_to` lets the next
+    sample begin at a share of the rotation (0 to 1), if samples do not pass through all of it.
     """
 
     def start(self) -> None: ...
+
+    def go_to(self, share: float) -> None: ...
 
     def sample(self) -> float: ...
 
@@ -52,6 +55,9 @@ class HostClock:
         """Take one sample, only to find how many calls make a sample."""
         seconds = self.sample() * self._linears / 1e6
         self._calls = max(1, round(self._sample_s / max(seconds, 1e-7)))
+
+    def go_to(self, share: float) -> None:
+        self._position = int(share * self._positions) % self._positions
 
     def sample(self) -> float:
         self._synchronize()

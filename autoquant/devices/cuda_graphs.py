@@ -46,6 +46,9 @@ class GraphClock:
                 self._capture(self._calls)
             self.sample()
 
+    def go_to(self, share: float) -> None:
+        """Do nothing: each replay passes through the whole rotation."""
+
     def sample(self) -> float:
         assert self._graph is not None
         with torch.cuda.device(self._device):

@@ -14,6 +14,7 @@ class TimingEffort:
     Attributes:
         attempts: How often to measure again if other programs disturb it.
         highest_other_load: Above this fraction of the machine's time, others disturb a measurement.
+        linear_warm_up_s: Candidates run for so long before the samples of a comparison.
         linear_rounds: Most samples of each candidate in a comparison.
         linear_budget_s: A comparison begins no further round after this time.
         sample_s: Length of one sample by the host's clock.
@@ -36,6 +37,7 @@ class TimingEffort:
 
     attempts: int = 3
     highest_other_load: float = 0.15
+    linear_warm_up_s: float = 0.1
     linear_rounds: int = 16
     linear_budget_s: float = 1.5
     sample_s: float = 2e-3

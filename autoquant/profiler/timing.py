@@ -1,6 +1,6 @@
 """The timing of one linear by each of several candidates, compared in turn.
 
-Protocol 3:
+Protocol 4:
 
 - A candidate is traced and compiled as the whole model will be. On a CPU the compiled code holds
   `unroll` independent linears, each with its own input, so that many share the cost of a call from
@@ -13,7 +13,8 @@ Protocol 3:
   code gives a single row.) On CUDA each neighbour would be a launch as long as a small linear.
 - Weights are cold: they rotate through one arena of `working_set_bytes`, which all candidates
   share. A model reads all its other weights between two uses of one, so the working set is the
-  model's size, or twice the last-level cache if the model is larger.
+  model's size, or twice the last-level cache if the model is larger. Candidates stand at even
+  distances in the arena, so that none reads what the one before has just brought into the cache.
 - The arena holds random bytes that are ordinary numbers in every dtype used here (no zeros, NaN or
   subnormals).
 - Results are checked against a float32 reference with real quantized weights: every output,
@@ -25,6 +26,8 @@ Protocol 3:
   that goes on.
 - Candidates are timed in turn, round after round. Those far behind are dropped after the first
   rounds and keep their samples; close ones get more rounds. Compilation and warm-up are not timed.
+  A machine that only compiled for a while reads memory at half its speed for a tenth of a second,
+  so what is read before that does not count.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from autoquant.profiler.arena import Arena
 from autoquant.profiler.entrant import Entrant, LinearToTime, enter
 from autoquant.records import LinearShape, Measurement, TimingSubject
 
-PROTOCOL = "3"
+PROTOCOL = "4"
 # After these rounds those that take this many times as long as the fastest are dropped. After
 # twice as many rounds all are that are not nearly as fast.
 _FIRST_ROUNDS = 4
@@ -198,6 +201,7 @@ def _race_undisturbed(entrants: list[Entrant], device: str, effort: TimingEffort
 def _race(entrants: list[Entrant], effort: TimingEffort) -> None:
     """Time the entrants in turn until only close ones are left and rounds or time run out."""
     racing = [entrant for entrant in entrants if not entrant.failure]
+    _warm_up(racing, effort)
     started = time.perf_counter()
     for round_number in range(effort.linear_rounds):
         for entrant in racing:
@@ -210,9 +214,29 @@ def _race(entrants: list[Entrant], effort: TimingEffort) -> None:
             continue
         fastest_us = min(entrant.best_us for entrant in racing)
         within = _DROP_BEYOND if done < 2 * _FIRST_ROUNDS else _TIE_WITHIN
-        racing = [entrant for entrant in racing if entrant.best_us <= fastest_us * within]
+        left = [entrant for entrant in racing if entrant.best_us <= fastest_us * within]
+        if len(left) < len(racing):
+            _spread(left)
+        racing = left
         if time.perf_counter() - started > effort.linear_budget_s:
             break
+
+
+def _warm_up(entrants: Sequence[Entrant], effort: TimingEffort) -> None:
+    """Sample in turn until the machine runs at its speed, and forget the samples."""
+    _spread(entrants)
+    started = time.perf_counter()
+    while entrants and time.perf_counter() - started < effort.linear_warm_up_s:
+        for entrant in entrants:
+            _sample(entrant)
+    for entrant in entrants:
+        entrant.samples_us.clear()
+
+
+def _spread(entrants: Sequence[Entrant]) -> None:
+    """Let each read the weights that were read longest ago."""
+    for number, entrant in enumerate(entrants):
+        entrant.clock.go_to(number / len(entrants))
 
 
 def _sample(entrant: Entrant) -> None:

@@ -24,6 +24,7 @@ from autoquant.tuner.stages import prove
 
 LITTLE = TimingEffort(
     highest_other_load=9.0,
+    linear_warm_up_s=0.0,
     linear_rounds=4,
     sample_s=2e-4,
     request_rounds=3,

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from autoquant.candidates import A8_ROW, A16, Candidate, Format, Kernel, select
+from autoquant.devices.clocks import HostClock
+from autoquant.devices.effort import TimingEffort
 from autoquant.profiler import timing
 from autoquant.profiler.arena import Arena
 from autoquant.profiler.timing import compare
@@ -263,6 +265,45 @@ def test_every_linear_of_a_call_reads_a_weight_of_its_own_and_all_of_the_arena_i
     assert result.outcome == "ok"
     start = arena.bytes.data_ptr()
     assert {start + i * weight_bytes for i in range(16)} <= used
+
+
+class RecordingClock:
+    """Notes where each sample stands in the rotation; the first samples are slow."""
+
+    def __init__(self, stands, name, time_us):
+        self._stands, self._name, self._time_us, self._share = stands, name, time_us, 0.0
+
+    def start(self): ...
+
+    def go_to(self, share):
+        self._share = share
+
+    def sample(self):
+        self._stands.append((self._name, self._share))
+        time.sleep(1e-3)
+        return 1e6 if len(self._stands) <= 3 else self._time_us
+
+
+def test_candidates_stand_apart_in_the_arena_and_what_warms_the_machine_up_does_not_count():
+    stands = []
+    times_us = {"one": 10.0, "two": 10.0, "far behind": 100.0}
+    entrants = [
+        timing.Entrant(None, RecordingClock(stands, name, time_us), None)
+        for name, time_us in times_us.items()
+    ]
+    timing._race(entrants, TimingEffort(linear_warm_up_s=0.02))
+    assert [sorted(set(entrant.samples_us)) for entrant in entrants] == [[10.0], [10.0], [100.0]]
+    assert set(stands[:9]) == {("one", 0.0), ("two", 1 / 3), ("far behind", 2 / 3)}
+    assert set(stands[-4:]) == {("one", 0.0), ("two", 1 / 2)}
+
+
+def test_the_clock_of_the_host_goes_to_a_share_of_the_rotation():
+    called = []
+    clock = HostClock(called.append, 8, linears=1, synchronize=lambda: None, sample_s=1e-9)
+    clock.go_to(0.75)
+    for _ in range(3):
+        clock.sample()
+    assert called == [6, 7, 0]
 
 
 def test_a_comparison_in_which_nothing_can_be_timed_has_its_outcomes():

@@ -134,8 +134,8 @@ def slowed_notes(row: Attributed) -> list[str]:
         ratio = step.step_us / 1e3 / row.phase_ms[phase]
         if ratio > _SLOWED:
             notes.append(
-                f"a {phase} step took {ratio:.1f} times longer with the profiler; "
-                "close other programs for shares to trust"
+                f"a {phase} step took {ratio:.1f} times longer with the profiler, which widens"
+                " gaps; close other programs for shares to trust"
             )
     return notes
 

@@ -1,8 +1,9 @@
 """The time of each kernel of a step, attributed to a layer or to another kind of work.
 
-On the CPU the operators' times count (see `autoquant.runtime.operators`). A replayed CUDA graph
-starts nothing on the host. Its kernels are matched, by name and order, with those of a run in which
-the same compiled code launches each kernel.
+On the CPU the operators' times count (see `autoquant.runtime.operators`), in a step whose kernels
+Python calls one by one: the gaps between them are wider than in a step that is replayed. A replayed
+CUDA graph starts nothing on the host. Its kernels are matched, by name and order, with those of a
+run in which the same compiled code launches each kernel.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.profiler import profile, record_function
 from autoquant.devices import Backend, backend
 from autoquant.errors import DeviceError
 from autoquant.runtime.operators import Operator, Weights, named_kernels, operators
+from autoquant.runtime.parts import visible_kernels
 from autoquant.runtime.phases import Phases
 from autoquant.runtime.steps import LINEAR, UNKNOWN, KernelTime, StepProfile, glue_kind, median_step
 
@@ -46,11 +48,13 @@ def attribute(
     if not own.profiler_activities:
         raise DeviceError(f"PyTorch's profiler does not see the kernels of {device}")
     weights = Weights(module, layers)
-    with weights.ranges(), named_kernels():
-        return {
-            phase.name: _profile(phases, phase.name, weights, own)
-            for phase in phases.workload.phases
-        }
+    names = [phase.name for phase in phases.workload.phases]
+    with visible_kernels():
+        for name in names:
+            phases.reset(name)
+            phases.run_launched(name)  # compiles
+        with weights.ranges(), named_kernels():
+            return {name: _profile(phases, name, weights, own) for name in names}
 
 
 @dataclass(frozen=True, slots=True)

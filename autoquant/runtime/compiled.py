@@ -8,7 +8,7 @@ Here weights are taken apart once, before. Blocks of the same class become neste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -73,18 +73,26 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     return compile_graph(graph, inputs)
 
 
-def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Compile a graph with Inductor, or take it from the compiler's cache on disk."""
+def compile_graph(
+    graph: torch.fx.GraphModule, inputs: Sequence[Any], *, settings: Mapping[str, Any] | None = None
+) -> Any:
+    """Compile a graph with Inductor, or take it from the compiler's cache on disk.
+
+    Args:
+        settings: Of Inductor, beside those of the devices.
+    """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     tensors = [given for given in inputs if isinstance(given, torch.Tensor)]
-    settings = {
+    merged = {
         key: value
         for tensor in tensors
         for key, value in backend(tensor.device).compiler_settings.items()
-    }
-    with config.patch(settings), _traced(inputs) as traced:
+    } | dict(settings or {})
+    with config.patch(merged), _traced(inputs) as traced:
+        for node, given in zip(graph.graph.find_nodes(op="placeholder"), traced, strict=True):
+            node.meta["val"] = given  # what calls a graph from C++ looks for it there
         return compile_fx(graph, traced)
 
 

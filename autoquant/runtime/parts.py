@@ -12,7 +12,8 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.devices import backend
+from autoquant.devices.recorded_steps import call_as_one
+from autoquant.errors import first_line
 from autoquant.records import content_key
 from autoquant.runtime.caches import FUNCTIONS
 from autoquant.runtime.compiled import compile_graph, repeated_blocks
 from autoquant.runtime.traces import Trace, followed, recorded
+
+_log = logging.getLogger(__name__)
 
 
 def compile_parts(module: nn.Module) -> nn.Module:
@@ -51,6 +57,20 @@ def as_if_compiled(compiling: bool = True) -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = before
+
+
+@contextmanager
+def visible_kernels() -> Iterator[None]:
+    """Inside, parts are compiled so that the profiler sees each kernel: Python calls it."""
+    global _visible
+    before, _visible = _visible, True
+    try:
+        yield
+    finally:
+        _visible = before
+
+
+_visible = False
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
@@ -85,7 +105,7 @@ class _Compiled:
     structure: pytree.TreeSpec
 
     def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        tensors = self.function(*given, *self.constants)
+        tensors = call_as_one(self.function, given, self.constants)
         values = [tensors[v.number] if isinstance(v, _Number) else v for v in self.results]
         return pytree.tree_unflatten(values, self.structure)
 
@@ -126,7 +146,7 @@ class _Part:
         kinds: list[Any] = []
         _look(args, tensors, kinds)
         _look(kwargs, tensors, kinds)
-        key = tuple(kinds)
+        key = (_visible, *kinds)
         known = self._compiled.get(key)
         if known is None:
             traced = self._known.setdefault(key, [])
@@ -301,12 +321,33 @@ def _function(
 ) -> Callable[..., Sequence[torch.Tensor]]:
     """Compile a graph. Equal graphs get the same function."""
     signatures = [_signature(tensor) for tensor in inputs]
-    key = content_key([graph.code, signatures, _same(inputs)], length=32)
+    devices = {} if _visible else {tensor.device.type: tensor.device for tensor in inputs}
+    settings = {
+        name: value
+        for device in devices.values()
+        for name, value in backend(device).part_settings.items()
+    }
+    key = content_key([graph.code, signatures, _same(inputs), settings], length=32)
     if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)
         with as_if_compiled(False):
-            FUNCTIONS[key] = compile_graph(without_tensors, inputs)
+            FUNCTIONS[key] = _compiled_by(settings, without_tensors, inputs)
     return FUNCTIONS[key]
+
+
+def _compiled_by(
+    settings: Mapping[str, Any], graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]
+) -> Callable[..., Sequence[torch.Tensor]]:
+    """Compile with a device's settings for parts; without them if the compiler cannot so."""
+    compiled: Callable[..., Sequence[torch.Tensor]]
+    try:
+        compiled = compile_graph(graph, inputs, settings=settings)
+    except Exception as error:
+        if not settings:
+            raise
+        _log.info("a part is compiled without %s: %s", ", ".join(settings), first_line(error))
+        compiled = compile_graph(graph, inputs)
+    return compiled
 
 
 def _same(inputs: Sequence[torch.Tensor]) -> list[int]:

@@ -68,13 +68,13 @@ class HeldTensor:
         """Return the tensor of the first call of `make`."""
         if self._tensor is not None:
             return self._tensor
-        if self._on_disk is not None and self._on_disk.is_kept():
-            return self._on_disk.get(make)
-        tensor = make()
+        disk = self._on_disk
+        on_disk = disk is not None and disk.is_kept()
+        tensor = disk.get(make) if disk is not None and on_disk else make()
         if tensor.nbytes <= self._most_bytes:
             self._tensor = tensor
-        elif self._on_disk is not None:
-            self._on_disk.get(lambda: tensor)
+        elif disk is not None and not on_disk:
+            disk.get(lambda: tensor)
         return tensor
 
 

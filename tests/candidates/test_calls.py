@@ -112,9 +112,9 @@ def test_other_functions_are_reported_apart_with_all_their_arguments():
     assert F.linear not in [function for function, _ in hook.functions]
 
 
-def test_the_package_has_no_other_function_mode():
+def test_no_other_function_mode_of_the_package_sees_linears():
     package = Path(autoquant.__file__).parent
     modes = [
         path.name for path in package.rglob("*.py") if "(TorchFunctionMode)" in path.read_text()
     ]
-    assert modes == ["calls.py"]
+    assert sorted(modes) == ["calls.py", "recorded_steps.py"]  # the latter sees what is read

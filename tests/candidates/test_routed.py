@@ -168,7 +168,7 @@ def test_a_routed_weight_gives_back_its_route_and_its_numbers():
     weight = routed("int8-row/plain")
     assert weight.steps() == (
         RouteStep(upper_m=4, kernel="cpu-rows"),
-        RouteStep(upper_m=None, kernel="dynamic"),
+        RouteStep(upper_m=None, kernel="int-mm"),
     )
     assert torch.equal(weight.dequantize(), get_format("int8-row/plain").dequantize(weight.stored))
 

@@ -42,6 +42,16 @@ def test_a_tensor_too_large_for_memory_is_kept_on_disk():
     assert make.calls == 2
 
 
+def test_what_is_on_disk_already_is_read_once_if_memory_may_hold_it():
+    make = Maker(torch.randn(100, 100))
+    file = KeptTensor(1 << 20)
+    file.keep(make.tensor)
+    held = HeldTensor(1 << 20, file)
+    first = held.get(make)
+    assert torch.equal(first, make.tensor) and held.get(make) is first
+    assert make.calls == 0
+
+
 @pytest.mark.parametrize("keeper", [KeptTensor, HeldTensor])
 def test_a_tensor_larger_than_allowed_is_made_each_time(keeper):
     make = Maker(torch.randn(100, 100))

@@ -5,7 +5,7 @@ from types import BuiltinFunctionType, SimpleNamespace
 
 import pytest
 import torch
-from models.tiny_models import as_loaded
+from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 from torch._C._autograd import DeviceType
 from torch._C._profiler import _EventType
@@ -25,7 +25,7 @@ from autoquant.runtime.operators import Weights, named_kernels, operators
 from autoquant.runtime.phases import make_phases
 from autoquant.runtime.steps import LINEAR, UNKNOWN
 
-from .test_compiled import INT8, INT8_DEQUANTIZED, X, quantized_blocks, siblings
+from .test_compiled import INT8, INT8_DEQUANTIZED, X, quantize, quantized_blocks, siblings
 
 
 def phases_of(module, *, inputs=(X,), compiled):
@@ -72,6 +72,25 @@ def test_layers_computed_as_one_have_their_kernels_together():
     assert ("q", "k", "v") in {
         kernel.layers for kernel in step.kernels if kernel.name.endswith("mm")
     }
+
+
+def test_in_a_model_of_parts_every_layer_has_its_kernels_and_a_step_is_replayed_afterwards():
+    torch._dynamo.reset()
+    module = tiny_llama().requires_grad_(False)
+    quantize(module.model.layers[0].mlp.up_proj, INT8_DEQUANTIZED)
+    workload = Workload.parse("prefill=4,decode=3")
+    phases = make_phases(as_loaded(module), workload, compiled=True)
+    phases.reset("decode")
+    phases.run("decode")
+    step = attribute(phases, module, {}, "cpu")["decode"]
+    assert set(step.layer_us({})) == linears(module)
+    phases.reset("decode")
+    assert torch.equal(phases.run("decode").argmax(), phases_run_again(phases).argmax())
+
+
+def phases_run_again(phases):
+    phases.reset("decode")
+    return phases.run_launched("decode")
 
 
 def test_the_compilers_kernels_are_left_as_they_were():

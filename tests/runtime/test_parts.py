@@ -280,6 +280,37 @@ def test_the_compiler_finds_on_disk_what_an_earlier_process_compiled(monkeypatch
     assert compiled > 0 and again == (0, compiled)
 
 
+def test_parts_that_cannot_be_called_from_cpp_are_called_from_python(monkeypatch, caplog):
+    asked = []
+    compile_graph = parts.compile_graph
+
+    def picky(graph, inputs, *, settings=None):
+        asked.append(dict(settings or {}))
+        if settings:
+            raise NotImplementedError("not for the wrapper")
+        return compile_graph(graph, inputs)
+
+    monkeypatch.setattr(parts, "compile_graph", picky)
+    module = Blocks().bfloat16().requires_grad_(False)
+    with caplog.at_level("INFO"):
+        torch.testing.assert_close(run(in_parts(module)), run(module))
+    assert {"cpp_wrapper": True} in asked and {} in asked
+    assert "compiled without cpp_wrapper: not for the wrapper" in caplog.text
+
+
+def test_a_token_is_replayed_without_the_models_own_code():
+    module = deep_llama(2)
+    phases = make_phases(as_loaded(module), WORKLOAD, compiled=True)
+    phases.reset("decode")
+    phases.run("decode")
+    calls = []
+    phases._decoder._parts.model.register_forward_hook(lambda *_: calls.append(1))
+    phases.run_launched("decode")
+    assert len(calls) == 1
+    phases.run("decode")
+    assert len(calls) == 1
+
+
 def prompt_of(module, workload=WORKLOAD, **options):
     options = {"compiled": True, "division": "parts", **options}
     return make_phases(as_loaded(module), workload, **options).compiled_prompt()

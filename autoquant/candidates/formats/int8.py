@@ -115,6 +115,13 @@ def _int_mm_unsupported(shape: LinearShape, m: int, device_type: str) -> str | N
     return None
 
 
+def _dynamic_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    if device_type == "cpu":
+        # For one row, compiled code of PyTorch 2.13 even returns garbage.
+        return "int-mm makes the same product on a CPU, and rounds less"
+    return _int_mm_unsupported(shape, m, device_type)
+
+
 _int8_rows = cpu_operator(
     "cpu_int8_rows", "Tensor x, Tensor weight, Tensor scale, Tensor? bias", empty_rows
 )
@@ -179,7 +186,7 @@ FORMATS = (
                 numerics=A8_ROW,
                 linear=_torchao_dynamic,
                 arithmetic="int8",
-                unsupported=_int_mm_unsupported,
+                unsupported=_dynamic_unsupported,
                 description="torchao's int8 dynamic-activation product",
             ),
             *gemlite_kernels(

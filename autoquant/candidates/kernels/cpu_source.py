@@ -13,6 +13,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -133,14 +134,22 @@ def _version(compiler: str) -> str:
 
 
 def _compile(sources: Mapping[str, str], command: list[str]) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
+    """Return the library. Its files are compiled at the same time, by a process each."""
+    compiler, *options = command
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
         library = Path(folder) / "library.so"
         for name, text in sources.items():
             (Path(folder) / name).write_text(text)
-        compiled = [str(Path(folder) / name) for name in sources if name.endswith(".cpp")]
-        compiler, *options = command
-        # Sources are named before libraries: a linker takes from these what it needs so far.
-        _output([compiler, *compiled, "-o", str(library), *options])
+        units = [Path(folder) / name for name in sources if name.endswith(".cpp")]
+        objects = [str(file.with_suffix(".o")) for file in units]
+        for _ in threads.map(
+            lambda file, made: _output([compiler, "-c", str(file), "-o", made, *options]),
+            units,
+            objects,
+        ):
+            pass
+        # Objects are named before libraries: a linker takes from these what it needs so far.
+        _output([compiler, *objects, "-o", str(library), *options])
         return library.read_bytes()
 
 

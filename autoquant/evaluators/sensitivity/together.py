@@ -11,7 +11,7 @@ from torch import nn
 
 from autoquant.candidates import A16
 from autoquant.devices import backend
-from autoquant.evaluators.kept import KeptTensor
+from autoquant.evaluators.kept import HeldTensor, KeptTensor
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.passes import each_output
 from autoquant.evaluators.quality import TextQuality
@@ -28,6 +28,10 @@ from autoquant.models.streaming import stream_of
 
 _LOGITS_AT_ONCE = 1 << 25
 _KEPT_BYTES = 1 << 30
+_HELD_SHARE = 1 / 8
+"""The share of the free memory that logits may take."""
+_WORTH_COMPILING = 100_000_000
+"""Comparing so many logits on a CPU takes longer than compiling what compares them."""
 _TIMES_A_BLOCK = 6
 """Memory of a block of 16-bit weights in float32, with changed weights and gradients."""
 
@@ -60,8 +64,19 @@ def room_for_model(module: nn.Module) -> Room:
     return Room(4 * sum(parameter.numel() for parameter in module.parameters()))
 
 
+def _shared_bytes(module: nn.Module) -> int:
+    """Return the memory for weights that all windows share; 0 where they are soon made again."""
+    place = backend(device_of(module))
+    if place.free_bytes() is not None or stream_of(module) is not None:
+        return 0
+    return (place.room_bytes() or 0) // 4
+
+
 class PathSite:
     """One site on the way from the unquantized output (position 0) to the changed one (1).
+
+    Args:
+        keeps: There is memory for two weights beside the changed one, which all windows share.
 
     Attributes:
         name: The site's name.
@@ -76,17 +91,22 @@ class PathSite:
         change: Change,
         weights: ChangedWeights,
         device: torch.device,
+        *,
+        keeps: bool = False,
     ) -> None:
         self.name = change.site.name
         self.parameter = parameter
         self._change = change
         self._weights = weights
         self._device = device
+        self._keeps = keeps
+        self._difference: torch.Tensor | None = None
         self.stand_at(0.0)
 
     def stand_at(self, position: float) -> None:
         self._position = position
         self.inner = torch.zeros((), device=self._device)
+        self._mixed: torch.Tensor | None = None
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
         changed = self._weights.changed(self._change)
@@ -102,18 +122,31 @@ class PathSite:
         changed = self._weights.changed(self._change)
         if changed is None:
             return self.parameter
-        return torch.lerp(self.parameter, changed, self._position)
+        if self._position == 1.0:
+            return changed
+        mixed = self._mixed
+        if mixed is None:
+            mixed = torch.lerp(self.parameter, changed, self._position)
+            self._mixed = mixed if self._keeps else None
+        return mixed
 
     def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
         changed = self._weights.changed(self._change)
         if changed is None:
             return
         # Products of differences: of two outputs little would be left but how they were rounded.
-        difference = F.linear(x, changed - self.parameter)
+        difference = F.linear(x, self._weight_difference(changed))
         if self._change.activation != A16:
             error = rounded_activation(x, self._change.activation).sub_(x)
             difference += F.linear(error, changed)
         self.inner += difference.mul_(gradient).sum()
+
+    def _weight_difference(self, changed: torch.Tensor) -> torch.Tensor:
+        difference = self._difference
+        if difference is None:
+            difference = changed - self.parameter
+            self._difference = difference if self._keeps else None
+        return difference
 
 
 class CalibrationModel:
@@ -130,18 +163,24 @@ class CalibrationModel:
         windows = torch.cat(list(quality.windows("calibration")))
         self.device = windows.device
         self.rows = windows.numel()
-        fits = 1
-        if is_causal_lm(module):
-            fits = _LOGITS_AT_ONCE // batch_logits(module, windows[:1]).numel()
+        each = batch_logits(module, windows[:1]).numel() if is_causal_lm(module) else 0
+        fits = _LOGITS_AT_ONCE // each if each else 1
         self.batches = torch.split(windows, max(1, fits))
-        # A GPU keeps as many logits as leave room for all else: computing is faster than fetching.
-        free_bytes = backend(self.device).free_bytes()
-        self._room = Room((free_bytes or 0) // 8)
-        self._there: dict[int, torch.Tensor] = {}
-        self._kept = [
-            KeptTensor(_KEPT_BYTES // len(self.batches) if free_bytes is None else 0)
-            for _ in self.batches
+        place = backend(self.device)
+        # On a GPU computing again is faster than fetching from the disk.
+        most_bytes = _KEPT_BYTES // len(self.batches) if place.free_bytes() is None else 0
+        self._files = [KeptTensor(most_bytes) for _ in self.batches]
+        room_bytes = place.room_bytes() or 0
+        # All are of one size: the first so many are held as fit together.
+        self._references = [
+            HeldTensor(int(_HELD_SHARE * room_bytes) // count, file)
+            for count, file in enumerate(self._files, start=1)
         ]
+        self._compiles = (
+            not place.judges_long
+            and each * len(windows) > _WORTH_COMPILING
+            and place.compile_failure() is None
+        )
         if stream_of(module) is not None:
             self._keep_all()
 
@@ -149,25 +188,23 @@ class CalibrationModel:
         """Make the logits of all batches in one pass over the weights, and keep them."""
         forwards = [partial(batch_logits, self.module, batch) for batch in self.batches]
         for number, logits in enumerate(each_output(self.module, forwards)):
-            self._kept[number].keep(logits)
+            self._files[number].keep(logits)
 
     def reference(self, number: int) -> torch.Tensor:
         """Return the unquantized model's logits `[batch, tokens, vocabulary]` on a batch."""
-        if number in self._there:
-            return self._there[number]
-        logits = self._kept[number].get(partial(batch_logits, self.module, self.batches[number]))
-        if self._room.take(logits.nbytes):
-            self._there[number] = logits
-        return logits
+        make = partial(batch_logits, self.module, self.batches[number])
+        return self._references[number].get(make)
 
     def sites(self, changes: Sequence[Change], dtypes: Mapping[str, torch.dtype]) -> list[PathSite]:
         """Return the sites that one numerics changes."""
         room = room_for_model(self.module)
+        shared = Room(_shared_bytes(self.module))
         found = []
         for change in changes:
             parameter = parameter_of(self.module, change.site)
             weights = ChangedWeights(parameter, dtypes[change.site.name], room, self.device)
-            found.append(PathSite(parameter, change, weights, self.device))
+            keeps = shared.take(2 * 4 * parameter.numel())
+            found.append(PathSite(parameter, change, weights, self.device, keeps=keeps))
         return found
 
     def whole(self, sites: Sequence[PathSite]) -> float:
@@ -183,5 +220,9 @@ class CalibrationModel:
         total = 0.0
         forwards = [partial(logits_of, batch) for batch in self.batches]
         for number, logits in enumerate(each_output(self.module, forwards)):
-            total += divergence_sum(self.reference(number).flatten(0, 1), logits.flatten(0, 1))
+            total += divergence_sum(
+                self.reference(number).flatten(0, 1),
+                logits.flatten(0, 1),
+                compiled=self._compiles,
+            )
         return max(total / self.rows, 0.0)

@@ -28,6 +28,8 @@ from . import write
 
 HERE = Path(__file__).parent
 STUDY = "644e6705"
+STUDY_OF_PROTOCOL_4 = "5da8c82a"
+"""Another protocol of timings makes another study: the newest search goes on with those only."""
 PLANS = {
     "e2a46f6b": "original",
     "4e13e24d": "uniform int8-row a16",
@@ -146,7 +148,7 @@ def test_a_finished_study_is_read_as_it_was(copied):
 
 
 @pytest.mark.parametrize("command", ["show", "pareto", "studies"])
-@pytest.mark.parametrize("name", ["finished", "interrupted"])
+@pytest.mark.parametrize("name", ["finished", "interrupted", "finished-4", "interrupted-4"])
 def test_the_command_line_reads_an_old_database(copied, command, name):
     result = CliRunner().invoke(app, [command, str(copied(name)), "--json"])
     assert result.exit_code == 0, result.output
@@ -154,19 +156,19 @@ def test_the_command_line_reads_an_old_database(copied, command, name):
 
 
 def test_the_same_search_finds_a_finished_study_and_measures_nothing_again(here, copied):
-    db = copied("finished")
+    db = copied("finished-4")
     before = rows(db)
     study = write.search(HERE, db, budget_s=0.2)
-    assert study.study_id == STUDY
+    assert study.study_id == STUDY_OF_PROTOCOL_4
     assert rows(db) == before
     study.store.close()
 
 
 def test_the_same_search_goes_on_where_an_interrupted_one_stopped(here, copied):
-    db = copied("interrupted")
+    db = copied("interrupted-4")
     before = rows(db)
     study = write.search(HERE, db, budget_s=0.2)
-    assert study.study_id == STUDY and study.facts.complete
+    assert study.study_id == STUDY_OF_PROTOCOL_4 and study.facts.complete
     assert len(study.proofs()) > 2
     after = rows(db)
     assert all(set(map(repr, before[table])) <= set(map(repr, after[table])) for table in FACTS)

@@ -88,7 +88,7 @@ def divergence_gradient(reference: torch.Tensor, logits: torch.Tensor) -> torch.
 
 PATH = Sensitivity(
     id="path",
-    version="path-1",
+    version="path-2",
     score=path_losses,
     together=True,
     functions=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -30,6 +31,8 @@ _LOGITS_AT_ONCE = 1 << 25
 _KEPT_BYTES = 1 << 30
 _HELD_SHARE = 1 / 8
 """The share of the free memory that logits may take."""
+_WINDOWS = 4
+"""Of a text on a CPU. Shares of layers are those of eight (studies/sensitivity)."""
 _WORTH_COMPILING = 100_000_000
 """Comparing so many logits on a CPU takes longer than compiling what compares them."""
 _TIMES_A_BLOCK = 6
@@ -150,7 +153,7 @@ class PathSite:
 
 
 class CalibrationModel:
-    """A model in float32, its calibration windows in batches, and its unquantized logits.
+    """A model in float32, calibration windows in batches, and its unquantized logits.
 
     Attributes:
         batches: Windows `[batch, tokens]`, as many as their logits have memory for. A model without
@@ -162,11 +165,13 @@ class CalibrationModel:
         self.module = module
         windows = torch.cat(list(quality.windows("calibration")))
         self.device = windows.device
+        place = backend(self.device)
+        if not place.judges_long:
+            windows = windows[:: math.ceil(len(windows) / _WINDOWS)]
         self.rows = windows.numel()
         each = batch_logits(module, windows[:1]).numel() if is_causal_lm(module) else 0
         fits = _LOGITS_AT_ONCE // each if each else 1
         self.batches = torch.split(windows, max(1, fits))
-        place = backend(self.device)
         # On a GPU computing again is faster than fetching from the disk.
         most_bytes = _KEPT_BYTES // len(self.batches) if place.free_bytes() is None else 0
         self._files = [KeptTensor(most_bytes) for _ in self.batches]

@@ -24,7 +24,7 @@ from autoquant.evaluators.sensitivity import Change
 from autoquant.evaluators.sensitivity.gradients import scoring_products
 from autoquant.evaluators.sensitivity.path import path_shares
 from autoquant.evaluators.sensitivity.together import CalibrationModel, dtypes_of
-from autoquant.evaluators.text import DEFAULT_TEXT, TextParts, read_text
+from autoquant.evaluators.text import DEFAULT_TEXT, PARTS, TextParts, read_text
 from autoquant.events import ignore
 from autoquant.models import ModelRequest, load_request
 from autoquant.profiler.record import record_model
@@ -46,7 +46,7 @@ def main() -> None:
         rows = []
         with torch.no_grad(), in_float32(loaded.module), scoring_products(loaded.module):
             for window in every.split(1):
-                quality = TextQuality(TextParts({"calibration": window}), "cpu")
+                quality = TextQuality(TextParts(dict.fromkeys(PARTS, window)), "cpu")
                 model = CalibrationModel(loaded.module, quality)
                 rows.append(list(path_shares(model, model.sites(changes, dtypes)).values()))
         print(f"{format_id}: windows, sum by the text's (spread), correlation, difference")

@@ -8,6 +8,7 @@ is watched, and the calls that it made are all that later steps make.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -34,9 +35,9 @@ def call_as_one(
     Args:
         constants: Its last inputs, which are the same in every step.
     """
-    if _watching is None:
+    if _active.watcher is None:
         return function(*given, *constants)
-    return _watching.function(function, given, constants)
+    return _active.watcher.function(function, given, constants)
 
 
 class RecordedStep:
@@ -193,15 +194,22 @@ class _Reading(TorchFunctionMode):
 
 
 _Watcher = TypeVar("_Watcher", _Count, _Watch)
-_watching: _Count | _Watch | None = None
+
+
+class _Active(threading.local):
+    """What watches the compiled functions that this thread calls."""
+
+    watcher: _Count | _Watch | None = None
+
+
+_active = _Active()
 
 
 @contextmanager
 def _watched(watcher: _Watcher) -> Iterator[_Watcher]:
     """Inside, compiled functions are called by the watcher."""
-    global _watching
-    _watching = watcher
+    _active.watcher = watcher
     try:
         yield watcher
     finally:
-        _watching = None
+        _active.watcher = None

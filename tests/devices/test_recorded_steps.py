@@ -1,6 +1,7 @@
 """Steps of the host, recorded and replayed."""
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -99,6 +100,34 @@ def test_a_step_that_reads_numbers_is_not_replayed_and_says_so(read, caplog):
             bonus = float(read(torch.tensor(filled)))
             assert torch.equal(step(torch.ones(1, 4)), expected + bonus)
     assert "reads numbers" in caplog.text
+
+
+def test_what_another_thread_computes_meanwhile_is_not_recorded():
+    model, other = Model(), Model()
+    x = torch.randn(1, 4)
+    started, ended = threading.Event(), threading.Event()
+
+    def slow(x):
+        result = model(x)
+        started.set()
+        ended.wait(5)
+        return result
+
+    step = RecordedStep(slow, model.state)
+
+    def interfere():
+        started.wait(5)
+        for _ in range(20):
+            call_as_one(other.product, [x], [other.weight])
+        ended.set()
+
+    thread = threading.Thread(target=interfere)
+    thread.start()
+    step(x)
+    thread.join()
+    before = other.functions
+    assert torch.equal(step(x), model.expected(x, 2))
+    assert other.functions == before == 20
 
 
 def test_recording_uses_up_no_random_numbers():

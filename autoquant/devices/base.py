@@ -73,7 +73,7 @@ class Backend(ABC):
         type: PyTorch's name of the kind.
         divisions: Ways to compile a whole model, the quickest to be ready first.
         compiler_settings: Settings of Inductor.
-        part_settings: Further ones, for models that are compiled in parts.
+        recorded_settings: Further ones, for the parts of a model in a step that is recorded.
         graphs: A step can be captured as a graph, whose replay starts all its kernels at once.
         prepares: Candidates are compiled and tuned ahead, by parallel processes, and kept on disk.
         forks: A process that has a model for this device in memory can be forked.
@@ -95,7 +95,7 @@ class Backend(ABC):
     type: ClassVar[str]
     divisions: ClassVar[Sequence[Division]] = ("regions", "whole")
     compiler_settings: ClassVar[Mapping[str, Any]] = {}
-    part_settings: ClassVar[Mapping[str, Any]] = {}
+    recorded_settings: ClassVar[Mapping[str, Any]] = {}
     graphs: ClassVar[bool] = False
     prepares: ClassVar[bool] = False
     forks: ClassVar[bool] = False

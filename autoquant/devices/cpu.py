@@ -33,7 +33,7 @@ class CpuBackend(Backend):
     # Compiled code would check its inputs' sizes at every call, 1 ms in a step of 20.
     compiler_settings = {"size_asserts": False, "alignment_asserts": False}  # noqa: RUF012
     # Between two kernels compiled Python takes 10 to 20 us, and C++ one or two.
-    part_settings = {"cpp_wrapper": True}  # noqa: RUF012
+    recorded_settings = {"cpp_wrapper": True}  # noqa: RUF012
 
     @classmethod
     def missing_reason(cls) -> str:

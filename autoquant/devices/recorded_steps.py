@@ -40,6 +40,11 @@ def call_as_one(
     return _active.watcher.function(function, given, constants)
 
 
+def is_recorded() -> bool:
+    """Check whether a step is being recorded: one of few tokens, in which every call counts."""
+    return _active.watcher is not None
+
+
 class RecordedStep:
     """A step that is recorded when it is first called with arguments of some kind.
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoquant.candidates.calls import LinearCall, LinearHook
 from autoquant.devices import backend
-from autoquant.devices.recorded_steps import call_as_one
+from autoquant.devices.recorded_steps import call_as_one, is_recorded
 from autoquant.errors import first_line
 from autoquant.records import content_key
 from autoquant.runtime.caches import FUNCTIONS
@@ -321,12 +321,7 @@ def _function(
 ) -> Callable[..., Sequence[torch.Tensor]]:
     """Compile a graph. Equal graphs get the same function."""
     signatures = [_signature(tensor) for tensor in inputs]
-    devices = {} if _visible else {tensor.device.type: tensor.device for tensor in inputs}
-    settings = {
-        name: value
-        for device in devices.values()
-        for name, value in backend(device).part_settings.items()
-    }
+    settings = dict(backend(inputs[0].device).recorded_settings) if is_recorded() else {}
     key = content_key([graph.code, signatures, _same(inputs), settings], length=32)
     if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)

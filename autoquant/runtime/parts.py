@@ -321,7 +321,8 @@ def _function(
 ) -> Callable[..., Sequence[torch.Tensor]]:
     """Compile a graph. Equal graphs get the same function."""
     signatures = [_signature(tensor) for tensor in inputs]
-    settings = dict(backend(inputs[0].device).recorded_settings) if is_recorded() else {}
+    counts = is_recorded() and not _visible
+    settings = dict(backend(inputs[0].device).recorded_settings) if counts else {}
     key = content_key([graph.code, signatures, _same(inputs), settings], length=32)
     if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)

@@ -291,9 +291,9 @@ def test_parts_that_cannot_be_called_from_cpp_are_called_from_python(monkeypatch
         return compile_graph(graph, inputs)
 
     monkeypatch.setattr(parts, "compile_graph", picky)
-    module = Blocks().bfloat16().requires_grad_(False)
     with caplog.at_level("INFO"):
-        torch.testing.assert_close(run(in_parts(module)), run(module))
+        for result, expected, *_ in steps(deep_llama(2)):
+            torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
     assert {"cpp_wrapper": True} in asked and {} in asked
     assert "compiled without cpp_wrapper: not for the wrapper" in caplog.text
 

@@ -184,9 +184,9 @@ def test_bench_computes_the_layers_of_a_fused_plan_as_one(fused_db, run, monkeyp
     monkeypatch.setattr(parts, "FUNCTIONS", {})
     counts, compile_graph = [], parts.compile_graph
 
-    def count(graph, inputs):
+    def count(graph, inputs, **settings):
         counts.append(sum(node.target in PRODUCTS for node in graph.graph.nodes))
-        return compile_graph(graph, inputs)
+        return compile_graph(graph, inputs, **settings)
 
     monkeypatch.setattr(parts, "compile_graph", count)
     db, plan = fused_db

@@ -170,7 +170,7 @@ def gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "BACKENDS", (PretendedGpu,))
     monkeypatch.setattr(targets, "BACKENDS", (PretendedGpu,))
     monkeypatch.setattr(parts, "FUNCTIONS", {})
-    monkeypatch.setattr(parts, "compile_graph", lambda graph, _inputs: graph)
+    monkeypatch.setattr(parts, "compile_graph", lambda graph, _inputs, **_settings: graph)
     monkeypatch.setattr(entrant, "_compile", lambda traced, _example: traced)
     monkeypatch.setattr(Replayed, "captured", Counter())
     monkeypatch.delenv("AUTOQUANT_IN_PROCESS")

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -73,10 +73,10 @@ class RecordedStep:
         before = [tensor.clone() for tensor in self._state()]
         # A seed gives the same random numbers in every call, also in the first.
         with torch.random.fork_rng(devices=[]):
-            with _watched(_Count()) as count:
-                self._step(*arguments)  # compiles
+            with _watched(_Watch(arguments)) as watch:  # not as a mode: parts are compiled inside
+                self._step(*arguments)
             self._put_back(before)
-            if not count.functions:
+            if not watch.functions:
                 return self._step
             with _watched(_Watch(arguments)) as watch, watch, _Reading(watch):
                 output = self._step(*arguments)
@@ -91,36 +91,17 @@ class RecordedStep:
             tensor.copy_(value)
 
 
-class _Count:
-    """Counts the calls of compiled functions.
-
-    Attributes:
-        functions: How many there were.
-    """
-
-    def __init__(self) -> None:
-        self.functions = 0
-
-    def function(
-        self,
-        function: Function,
-        given: Sequence[torch.Tensor],
-        constants: Sequence[torch.Tensor],
-    ) -> Sequence[torch.Tensor]:
-        self.functions += 1
-        return function(*given, *constants)
-
-
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes operators, and compiled functions as one call each.
 
     Attributes:
+        functions: How many compiled functions were called.
         reads: What made numbers of a tensor known to Python, or an empty string.
     """
 
     def __init__(self, arguments: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.reads = ""
+        self.functions, self.reads = 0, ""
         self._graph, self._held = torch.fx.Graph(), nn.Module()
         self._nodes: dict[int, torch.fx.Node] = {}
         self._alive: list[torch.Tensor] = []  # so that no other tensor gets the same id
@@ -148,7 +129,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def compiled(*now: torch.Tensor) -> Sequence[torch.Tensor]:
             return function(*now, *constants)
 
-        compiled.__name__ = compiled.__qualname__ = f"compiled{len(self._alive)}"
+        compiled.__name__ = compiled.__qualname__ = f"compiled{self.functions}"
+        self.functions += 1
         nodes = tuple(map(self._node_of, given))
         self._note_all(list(results), self._graph.call_function(compiled, nodes))
         return results
@@ -198,20 +180,17 @@ class _Reading(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_Watcher = TypeVar("_Watcher", _Count, _Watch)
-
-
 class _Active(threading.local):
     """What watches the compiled functions that this thread calls."""
 
-    watcher: _Count | _Watch | None = None
+    watcher: _Watch | None = None
 
 
 _active = _Active()
 
 
 @contextmanager
-def _watched(watcher: _Watcher) -> Iterator[_Watcher]:
+def _watched(watcher: _Watch) -> Iterator[_Watch]:
     """Inside, compiled functions are called by the watcher."""
     _active.watcher = watcher
     try:

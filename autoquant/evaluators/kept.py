@@ -6,12 +6,13 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
 
 _COMPLETE = b"\1"
+_HELD_SHARE = 1 / 8
 
 
 class KeptTensor:
@@ -76,6 +77,17 @@ class HeldTensor:
         elif disk is not None and not on_disk:
             disk.get(lambda: tensor)
         return tensor
+
+
+def held_tensors(files: Sequence[KeptTensor | None], room_bytes: int) -> list[HeldTensor]:
+    """Return a tensor for each file, in an eighth of the free memory as far as that goes.
+
+    All are of one size: the first so many are held as fit together.
+    """
+    return [
+        HeldTensor(int(_HELD_SHARE * room_bytes) // count, file)
+        for count, file in enumerate(files, start=1)
+    ]
 
 
 def _rest_of_file(number: int) -> bytearray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def compare_window(
     # The last token has no successor: it gets any target, which does not count.
     targets = ids[0].roll(-1)
     if compiled:
-        divergence, loss, reference_loss = _compiled()(reference, logits, targets)
+        divergence, loss, reference_loss = _compiled(_by_row)(reference, logits, targets)
     else:
         starts = range(0, len(targets), ROWS_AT_ONCE)
         slices = [slice(start, start + ROWS_AT_ONCE) for start in starts]
@@ -78,7 +79,7 @@ def divergence_sum(
         compiled: In one compiled pass, which takes seconds to compile once for each size.
     """
     if compiled:
-        return _total(_compiled_divergence()(reference, logits))
+        return _total(_compiled(_divergence)(reference, logits))
     parts = []
     for start in range(0, logits.shape[0], ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
@@ -90,15 +91,19 @@ def _divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Return the divergence of each row."""
     log_p = F.log_softmax(reference.float(), dim=-1)
     log_q = F.log_softmax(logits.float(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _from_logs(log_p, log_q)
 
 
 def _by_row(reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> _Rows:
     """Return the divergence and both losses of each row."""
     log_p = F.log_softmax(reference.float(), dim=-1)
     log_q = F.log_softmax(logits.float(), dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    divergence = _from_logs(log_p, log_q)
     return divergence, _losses(log_q, targets), _losses(log_p, targets)
+
+
+def _from_logs(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _losses(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -106,13 +111,8 @@ def _losses(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _compiled_divergence() -> Callable[..., torch.Tensor]:
-    return torch.compile(_divergence, dynamic=False)
-
-
-@cache
-def _compiled() -> Callable[..., _Rows]:
-    return torch.compile(_by_row, dynamic=False)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
 def _total(rows: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 from autoquant.devices import backend
 from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError, first_line
-from autoquant.evaluators.kept import HeldTensor, KeptTensor
+from autoquant.evaluators.kept import HeldTensor, KeptTensor, held_tensors
 from autoquant.evaluators.logits import WindowComparison, compare_window, window_loss
 from autoquant.evaluators.passes import each_output
 from autoquant.evaluators.text import LEAST_WINDOWS, Part, TextParts
@@ -26,8 +26,6 @@ _KEPT_BYTES = 4 << 30
 
 The system holds them in memory while it can.
 """
-_HELD_SHARE = 1 / 8
-"""The share of the free memory that logits may take: of the device's own, or of the host's."""
 
 ReferenceLosses = Mapping[Part, tuple[float, ...]]
 """The unquantized model's losses on the parts on which they are known."""
@@ -125,11 +123,8 @@ class TextQuality:
             (part, number) for part in compared for number in range(len(self.parts.windows[part]))
         ]
         room_bytes = backend(self._device).room_bytes() or 0
-        # All are of one size: the first so many are held as fit together.
-        return {
-            window: HeldTensor(int(_HELD_SHARE * room_bytes) // count, self._file(count))
-            for count, window in enumerate(windows, start=1)
-        }
+        files = [self._file(count) for count in range(1, len(windows) + 1)]
+        return dict(zip(windows, held_tensors(files, room_bytes), strict=True))
 
     def _file(self, count: int) -> KeptTensor | None:
         """Return a file for one of so many windows, or None where making them again is quicker."""

@@ -322,7 +322,8 @@ def _function(
     """Compile a graph. Equal graphs get the same function."""
     signatures = [_signature(tensor) for tensor in inputs]
     counts = is_recorded() and not _visible
-    settings = dict(backend(inputs[0].device).recorded_settings) if counts else {}
+    devices = [tensor.device for tensor in inputs[:1]] if counts else []
+    settings = {k: v for each in devices for k, v in backend(each).recorded_settings.items()}
     key = content_key([graph.code, signatures, _same(inputs), settings], length=32)
     if key not in FUNCTIONS:
         without_tensors = torch.fx.GraphModule(nn.Module(), graph.graph)

@@ -115,7 +115,7 @@ def test_of_a_reference_that_is_too_large_the_first_windows_are_kept(quality, mo
     windows = quality.parts.windows["report"]
     logits_bytes = next_token_logits(reference, windows[:1]).nbytes
     runs.clear()
-    monkeypatch.setattr("autoquant.evaluators.quality._HELD_SHARE", 0)
+    monkeypatch.setattr("autoquant.evaluators.kept._HELD_SHARE", 0)
     # As pickled, logits are a little larger.
     monkeypatch.setattr("autoquant.evaluators.quality._KEPT_BYTES", 5 * logits_bytes // 2)
     keeping = quality.keeping()

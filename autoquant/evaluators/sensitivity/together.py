@@ -12,7 +12,7 @@ from torch import nn
 
 from autoquant.candidates import A16
 from autoquant.devices import backend
-from autoquant.evaluators.kept import HeldTensor, KeptTensor
+from autoquant.evaluators.kept import KeptTensor, held_tensors
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.passes import each_output
 from autoquant.evaluators.quality import TextQuality
@@ -29,8 +29,6 @@ from autoquant.models.streaming import stream_of
 
 _LOGITS_AT_ONCE = 1 << 25
 _KEPT_BYTES = 1 << 30
-_HELD_SHARE = 1 / 8
-"""The share of the free memory that logits may take."""
 _WINDOWS = 4
 """Of a text on a CPU. Shares of layers are those of eight (studies/sensitivity)."""
 _WORTH_COMPILING = 100_000_000
@@ -175,12 +173,7 @@ class CalibrationModel:
         # On a GPU computing again is faster than fetching from the disk.
         most_bytes = _KEPT_BYTES // len(self.batches) if place.free_bytes() is None else 0
         self._files = [KeptTensor(most_bytes) for _ in self.batches]
-        room_bytes = place.room_bytes() or 0
-        # All are of one size: the first so many are held as fit together.
-        self._references = [
-            HeldTensor(int(_HELD_SHARE * room_bytes) // count, file)
-            for count, file in enumerate(self._files, start=1)
-        ]
+        self._references = held_tensors(self._files, place.room_bytes() or 0)
         self._compiles = (
             not place.judges_long
             and each * len(windows) > _WORTH_COMPILING

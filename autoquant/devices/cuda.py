@@ -49,12 +49,12 @@ class CudaBackend(Backend):
     upload_threads = 4
     # Of searches on an H200 with 16 cores, see studies/search_cost.
     paces = Paces(
-        timing_s=0.4,
+        timing_s=0.3,
         score_s=0.55,
-        proof_s=15.0,
-        proof_linear_s=0.07,
-        deliver_s=55.0,
-        deliver_linear_s=0.15,
+        proof_s=7.0,
+        proof_linear_s=0.04,
+        deliver_s=35.0,
+        deliver_linear_s=0.08,
     )
     arithmetic = ("bfloat16", "float16", "float32", "int8", "float8")
     copy_bytes = 1 << 30

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from statistics import fmean
 from typing import Any
 
 from autoquant.devices.memory import release_memory
@@ -65,7 +67,8 @@ class ProofLedger:
         self._reference = reference
         self._expected = expected
         self._limit_s = _FIRST_LIMIT_S
-        self._original_s = self._longest_s = 0.0  # of proofs made now
+        self._original_s = 0.0  # of proofs made now, as the others
+        self._further_s: list[float] = []
         self.left_out: list[str] = []
         self.room_bytes: int | None = None
         self.reserved_s = 0.0
@@ -97,12 +100,14 @@ class ProofLedger:
 
     @property
     def proof_s(self) -> float:
-        """The seconds that a further proof is expected to take: as long as the longest so far.
+        """The seconds that a further proof is expected to take.
 
+        It is the root mean square of those so far, which is above their mean the more they differ.
         The unquantized model's, which comes first, has less to do.
         """
-        further_s = self._longest_s or self._expected.proof_s
-        return max(further_s, self._original_s)
+        if self._further_s:
+            return math.sqrt(fmean(each**2 for each in self._further_s))
+        return max(self._expected.proof_s, self._original_s)
 
     def least_s(self, proofs: int) -> float:
         """Return the seconds that so many proofs, and the delivery, are expected to take."""
@@ -199,7 +204,7 @@ class ProofLedger:
             if original:
                 self._original_s = took_s
             else:
-                self._longest_s = max(self._longest_s, took_s)
+                self._further_s.append(took_s)
         if original:
             self._limit_s = max(_LEAST_LIMIT_S, _TIMES_AS_LONG * took_s)
         return result

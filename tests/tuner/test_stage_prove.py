@@ -135,11 +135,11 @@ def test_plans_come_nearer_to_the_limit_until_one_is_there(store):
 def prove_within(store):
     """Prove with a clock that each proof advances; gives labels, events and the ledger."""
 
-    def run(limit_s, proof_s=10.0, limits=LIMITS):
+    def run(limit_s, limits=LIMITS, longer_s=None):
         clock, events = [0.0], []
 
         def timed(plan):
-            clock[0] += proof_s
+            clock[0] += (longer_s or {}).get(plan.label, 10.0)
             return say_what_is_predicted(plan)
 
         runner = FakeRunner(prove=timed)
@@ -173,6 +173,11 @@ def test_plans_end_before_the_time_that_a_delivery_needs(prove_within):
     assert ledger.budget.left_s() >= 20.0
     expected = "75 s of 85 are left, a proof takes about 10: there is time for about 5 plans"
     assert any(getattr(event, "text", "").startswith(expected) for event in events)
+
+
+def test_one_long_proof_does_not_keep_quicker_ones_from_being_made(prove_within):
+    labels, _, _ = prove_within(limit_s=150.0, longer_s={INT8: 60.0})
+    assert labels[:3] == [ORIGINAL_LABEL, INT8, OWN] and len(labels) > 3
 
 
 def test_the_plan_of_the_search_is_worth_more_than_further_uniform_ones(prove_within):

@@ -48,7 +48,7 @@ def ended(store):
 
 
 def test_it_ends_when_the_time_is_spent(refine, store):
-    plans, _ = refine(limit_s=58.0)
+    plans, _ = refine(limit_s=52.0)
     assert len(plans) == 3  # a fourth would leave too little time for the delivery
     assert ended(store) == "the time budget is spent"
 

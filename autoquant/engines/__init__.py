@@ -1,0 +1,22 @@
+"""What inference engines can read: targets, the numbers that each holds exactly, and limits.
+
+A plan is exported to a target, a form of files. An engine reads one target, and has limits of its
+own: layers that it computes as one, and devices without a kernel. Needs no torch.
+"""
+
+from autoquant.engines.engine import ENGINES, Engine, engine
+from autoquant.engines.targets import TARGETS, Refusal, Scheme, Target, target
+from autoquant.engines.values import Values, rounded_activation
+
+__all__ = [
+    "ENGINES",
+    "TARGETS",
+    "Engine",
+    "Refusal",
+    "Scheme",
+    "Target",
+    "Values",
+    "engine",
+    "rounded_activation",
+    "target",
+]

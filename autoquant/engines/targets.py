@@ -1,0 +1,231 @@
+"""Targets of an export: the numbers that each form of files holds exactly, as tables.
+
+To add a target, write a table beside these and list it in `TARGETS`. A family of numbers that a
+target holds has a row in `holds`. One that it could nearly hold has a row in `instead`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from autoquant.engines.values import A16, UNQUANTIZED, Values
+from autoquant.errors import PlanError
+from autoquant.hints import did_you_mean
+from autoquant.records import LinearShape
+
+PLAIN = "plain"
+"""Scheme of a layer that is left unquantized."""
+_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What a target makes of one layer.
+
+    Attributes:
+        name: The target's own name of the storage, or `PLAIN`.
+        activation: How the engine is told to round the activation. It may be less than the plan
+            does: then the layer is computed more exactly than its loss was scored.
+    """
+
+    name: str
+    activation: str = A16
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a target cannot hold a layer exactly.
+
+    Attributes:
+        reason: One line without the layer's name.
+        nearest: Values that the target holds for this shape, or "".
+    """
+
+    reason: str
+    nearest: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; nearest: {self.nearest}" if self.nearest else self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One form of files.
+
+    Attributes:
+        name: As `--to` takes it.
+        holds: By family, the schemes by how the plan rounds the activation. Any other rounding
+            gets the scheme of `A16`, which every family has.
+        instead: By family that is not held: why, and the values to search instead. `{group}` and
+            `{rounding}` are replaced by those of the layer.
+        multiples: By scheme, what k must be a multiple of. A group always divides k.
+        only_nearest: Families that are held exactly only if rounded to nearest, and why.
+    """
+
+    name: str
+    holds: Mapping[str, Mapping[str, Scheme]]
+    instead: Mapping[str, tuple[str, str]]
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    only_nearest: Mapping[str, str] = field(default_factory=dict)
+
+    def scheme(self, values: str, numerics: str, shape: LinearShape) -> Scheme | Refusal:
+        """Return how the target holds a layer, or why it cannot.
+
+        Args:
+            values: First part of the format's id, e.g. `int4s-g64-gptq`.
+            numerics: How the layer rounds the activation (see `rounded_activation`).
+        """
+        parsed = Values.parse(values)
+        if parsed.family in UNQUANTIZED:
+            return Scheme(PLAIN)
+        schemes = self.holds.get(parsed.family)
+        if schemes is None:
+            return self._not_held(parsed, shape)
+        if parsed.rounding and parsed.family in self.only_nearest:
+            return Refusal(self.only_nearest[parsed.family], f"{parsed.family}-g{parsed.group}")
+        found = schemes.get(numerics, schemes[A16])
+        return self._unfit(parsed, found, shape) or found
+
+    def _not_held(self, values: Values, shape: LinearShape) -> Refusal:
+        if values.family not in self.instead:
+            return Refusal(f"{values.family} is not known to {self.name}")
+        reason, template = self.instead[values.family]
+        rounding = f"-{values.rounding}" if values.rounding else ""
+        nearest = template.format(group=values.group, rounding=rounding)
+        if isinstance(refused := self.scheme(nearest, A16, shape), Refusal):
+            nearest = refused.nearest
+        return Refusal(reason, nearest)
+
+    def _unfit(self, values: Values, scheme: Scheme, shape: LinearShape) -> Refusal | None:
+        step = self.multiples.get(scheme.name, 1)
+        if shape.k % step:
+            return Refusal(f"k={shape.k} is not a multiple of {step}, the blocks of {scheme.name}")
+        if values.group is None or shape.k % values.group == 0:
+            return None
+        reason = f"k={shape.k} is not a multiple of the group size {values.group}"
+        fit = next((g for g in _GROUPS if g < values.group and shape.k % g == 0), None)
+        smaller = Values(values.family, fit, values.rounding)
+        return Refusal(reason, "int8-row" if fit is None else str(smaller))
+
+
+_REAL_ZEROS = "holds zero points that are integers, and those of {} are not"
+_COMPRESSED = "pack-quantized"
+_FLOAT8 = "float-quantized"
+_INTX = "IntxUnpackedToInt8Tensor"
+
+COMPRESSED_TENSORS = Target(
+    name="compressed-tensors",
+    holds={
+        "int8-row": {
+            A16: Scheme(_COMPRESSED),
+            "a8-row": Scheme("int-quantized", "a8-row"),
+        },
+        "float8-row": {
+            A16: Scheme(_FLOAT8),
+            "a8-float8-row": Scheme(_FLOAT8, "a8-float8-row"),
+        },
+        # Engines merge the scales of tensors that they compute as one, which changes the numbers.
+        # So the one scale is written for each row. Then the activation has one for each row, too.
+        "float8-tensor": {
+            A16: Scheme(_FLOAT8),
+            "a8-float8-tensor": Scheme(_FLOAT8, "a8-float8-row"),
+        },
+        "int4s": {A16: Scheme(_COMPRESSED)},
+        "int3": {A16: Scheme(_COMPRESSED)},
+        "int2": {A16: Scheme(_COMPRESSED)},
+        "mxfp8": {A16: Scheme("mxfp8-quantized"), "a-mxfp8": Scheme("mxfp8-quantized", "a-mxfp8")},
+        "mxfp4": {
+            A16: Scheme("mxfp4-pack-quantized"),
+            "a-mxfp4": Scheme("mxfp4-pack-quantized", "a-mxfp4"),
+        },
+        # Rounded activations would need a scale that is measured beforehand.
+        "nvfp4": {A16: Scheme("nvfp4-pack-quantized")},
+    },
+    instead={
+        "int4": (
+            f"compressed-tensors {_REAL_ZEROS.format('int4')}",
+            "int4s-g{group}{rounding}",
+        )
+    },
+)
+"""A folder of safetensors, one group of layers for each scheme (vLLM, SGLang, transformers).
+
+Source: the package compressed-tensors 0.20.1, `quantization/quant_args.py` and `compressors/`.
+"""
+
+GGUF = Target(
+    name="gguf",
+    holds={
+        "int8-row": {A16: Scheme("Q8_0")},
+        "int4s": {A16: Scheme("Q4_0")},
+        "int3": {A16: Scheme("Q4_0")},
+        "int2": {A16: Scheme("Q4_0")},
+        "int4": {A16: Scheme("Q4_1")},
+        "mxfp4": {A16: Scheme("MXFP4")},
+        "nvfp4": {A16: Scheme("NVFP4")},
+    },
+    instead={
+        "float8-row": ("GGUF has no float8", "int8-row"),
+        "float8-tensor": ("GGUF has no float8", "int8-row"),
+        "mxfp8": ("GGUF has no float8", "int8-row"),
+    },
+    multiples={"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "MXFP4": 32, "NVFP4": 64},
+    only_nearest={
+        "int4": "Q4_1 keeps 16 bits of the offset, which moves zero points found by better rounding"
+    },
+)
+"""One file of blocks of 32 weights (llama.cpp, Ollama, LM Studio).
+
+Source: `ggml/src/ggml-common.h` of llama.cpp and the package gguf 0.19.0. The engine rounds
+activations to int8 in blocks of its own, whatever the plan does.
+"""
+
+TRANSFORMERS = Target(
+    name="transformers",
+    holds={
+        "int8-row": {A16: Scheme("Int8Tensor"), "a8-row": Scheme("Int8Tensor", "a8-row")},
+        "float8-row": {
+            A16: Scheme("Float8Tensor"),
+            "a8-float8-row": Scheme("Float8Tensor", "a8-float8-row"),
+        },
+        "float8-tensor": {
+            A16: Scheme("Float8Tensor"),
+            "a8-float8-tensor": Scheme("Float8Tensor", "a8-float8-tensor"),
+        },
+        "int4s": {A16: Scheme(_INTX)},
+        "int3": {A16: Scheme(_INTX)},
+        "int2": {A16: Scheme(_INTX)},
+    },
+    instead={
+        "int4": (
+            f"torchao's tensor for any device {_REAL_ZEROS.format('int4')}",
+            "int4s-g{group}{rounding}",
+        ),
+        "mxfp8": ("torchao's tensor of mxfp8 runs on Blackwell only", "float8-row"),
+        "mxfp4": ("torchao's tensor of mxfp4 runs on Blackwell only", "int4s-g32"),
+        "nvfp4": ("torchao's tensor of nvfp4 runs on Blackwell only", "int4s-g32"),
+    },
+)
+"""A folder of torchao's tensors that `from_pretrained` of transformers reads.
+
+Source: `ALLOWED_TENSORS_SUBCLASSES` of torchao 0.18, and transformers 5.23, `quantizer_torchao.py`.
+"""
+
+TARGETS: Mapping[str, Target] = {
+    each.name: each for each in (COMPRESSED_TENSORS, GGUF, TRANSFORMERS)
+}
+"""All targets by name."""
+
+
+def target(name: str) -> Target:
+    """Return the target with a name.
+
+    Raises:
+        PlanError: There is no such target.
+    """
+    if name not in TARGETS:
+        raise PlanError(
+            f"no target {name!r}{did_you_mean(name, TARGETS)}; choose one of {', '.join(TARGETS)}"
+        )
+    return TARGETS[name]

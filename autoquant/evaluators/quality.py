@@ -160,7 +160,7 @@ class TextQuality:
         enough: Enough | None = None,
     ) -> Comparison:
         if module is reference:
-            same = tuple(known) or self.losses(reference, part)
+            same = tuple(known) or self._reference_losses(reference, part)
             return Comparison(same, same, 0.0, (0.0,) * len(same))
         found: list[WindowComparison] = []
         windows = list(self.windows(part))
@@ -171,6 +171,11 @@ class TextQuality:
             if enough and len(found) in asked and enough(self._so_far(found, part, known)):
                 break
         return self._so_far(found, part, known)
+
+    def _reference_losses(self, reference: nn.Module, part: Part) -> tuple[float, ...]:
+        each = self._reference_logits(reference, part)
+        windows = self.windows(part)
+        return tuple(window_loss(logits, ids) for logits, ids in zip(each, windows, strict=True))
 
     def _so_far(
         self, found: Sequence[WindowComparison], part: Part, known: Sequence[float]

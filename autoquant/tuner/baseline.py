@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from autoquant.errors import ModelError, TextError, first_line
 from autoquant.evaluators.outputs import AnyQuality, OutputQuality
 from autoquant.evaluators.quality import FunctionQuality, ReferenceLosses, TextQuality
-from autoquant.evaluators.text import PARTS, Part
+from autoquant.evaluators.text import Part
 from autoquant.events import Listener, Notice
 from autoquant.models import LoadedModel, ModelRequest, load_request
 from autoquant.models.kinds import PROBE_TOKENS, sees_ahead
@@ -62,30 +63,37 @@ def check_baseline(
 ) -> ReferenceLosses:
     """Check that the unquantized model's loss is finite, and that of its stored dtype.
 
+    A text is read in part. Its first proof reads the rest, by compiled code.
+
     Args:
         request: What `loaded` was loaded by.
 
     Returns:
-        The losses, which proofs need not compute again.
+        The losses that proofs need not compute again.
 
     Raises:
         ModelError: It is not. The message says which dtype to use.
     """
     losses: ReferenceLosses = {}
-    if not isinstance(quality, OutputQuality):  # whose inputs were tried when it was made
-        losses = _finite_losses(loaded, quality)
+    if isinstance(quality, TextQuality):
+        check_finite(loaded, quality.losses(loaded.module, "calibration"))
+    elif isinstance(quality, FunctionQuality):  # outputs were tried when the measure was made
+        losses = {"report": quality.losses(loaded.module, "report")}
+        check_finite(loaded, losses["report"])
     if loaded.dtype != loaded.stored_dtype:
         _check_cast(request, loaded, quality, listener)
     return losses
 
 
-def _finite_losses(loaded: LoadedModel, quality: TextQuality | FunctionQuality) -> ReferenceLosses:
-    parts: tuple[Part, ...] = PARTS if isinstance(quality, TextQuality) else ("report",)
-    by_part = {part: quality.losses(loaded.module, part) for part in parts}
-    losses = [loss for each in by_part.values() for loss in each]
+def check_finite(loaded: LoadedModel, losses: Sequence[float]) -> None:
+    """Refuse losses of the unquantized model that no plan can be compared with.
+
+    Raises:
+        ModelError: One is not finite. The message says what to do.
+    """
     bad = sum(not math.isfinite(loss) for loss in losses)
     if not bad:
-        return by_part
+        return
     raise ModelError(
         f"the unquantized model's loss is not finite (NaN or infinity) on {bad} of {len(losses)}"
         f" samples in {loaded.dtype}: {_remedy(loaded)}"

@@ -49,6 +49,7 @@ from autoquant.runtime.request import RequestTimes, make_warm, time_requests
 from autoquant.solver.beyond import surely_beyond
 from autoquant.solver.limits import Limits
 from autoquant.stopwatch import Stopwatch
+from autoquant.tuner.baseline import check_finite
 
 
 @dataclass(slots=True)
@@ -89,6 +90,7 @@ class Prover:
 
         Raises:
             KernelError: A kernel computes something else than its weight stores.
+            ModelError: The unquantized model's loss is not finite.
         """
         watch = Stopwatch()
         with watch.part("apply"):
@@ -102,6 +104,8 @@ class Prover:
             phases, note = self._phases(module, plan)
         with watch.part("quality"):
             report, selection = self._compare(module, plan, phases, limits)
+        if plan.kind == "original":
+            check_finite(self.loaded, report.losses + selection.losses)
         release_memory()
         with watch.part("time"):
             times, notes = self._time(phases, note)
@@ -201,18 +205,20 @@ class Prover:
     ) -> tuple[Comparison, Comparison] | None:
         """Compare by compiled prompts, which are quicker; None if windows are no such prompts.
 
-        The unquantized model is compiled too, since compiled code rounds less often. So it is known
-        apart from what it loses when it runs eagerly.
+        The unquantized model is compiled too, since compiled code rounds less often. What it loses
+        so is known apart from what it loses when it runs eagerly. Its own proof makes the logits
+        that those of plans are compared with.
 
         Args:
             module: The plan's model with its worst numerics everywhere.
             phases: Those of the plan.
         """
-        if plan.kind == "original" or not isinstance(self.quality, TextQuality):
+        if not isinstance(self.quality, TextQuality):
             return None
         if self.loaded.stream is not None:  # what is compiled has weights of its own
             return None
-        prompt, original = phases.compiled_prompt(), self._original_phases()[0].compiled_prompt()
+        original = self._original_phases()[0].compiled_prompt()
+        prompt = original if plan.kind == "original" else phases.compiled_prompt()
         if prompt is None or original is None or prompt.tokens != self.quality.window_tokens():
             return None
         if not prompts_lose_most(plan, prompt.tokens):

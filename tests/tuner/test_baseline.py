@@ -9,7 +9,7 @@ from torch import nn
 import autoquant
 from autoquant.errors import ModelError, TextError
 from autoquant.evaluators.quality import FunctionQuality, TextQuality
-from autoquant.evaluators.text import PARTS, TextParts
+from autoquant.evaluators.text import TextParts
 from autoquant.models import ModelRequest, from_module, load_request
 from autoquant.tuner.baseline import check_baseline, check_reads_text
 
@@ -45,7 +45,7 @@ CAUSAL = {
 def text_quality(largest=59):
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(2, largest, (6, 24), generator=generator)
-    windows[-1, -1] = largest
+    windows[1, -1] = largest
     parts = {"calibration": windows[:2], "selection": windows[2:4], "report": windows[4:]}
     return TextQuality(TextParts(parts), "cpu")
 
@@ -139,7 +139,7 @@ def test_one_window_that_overflows_is_enough():
             logits = self.head(self.embed(ids))
             return torch.where((ids == 59).any(), logits * float("inf"), logits)
 
-    with pytest.raises(ModelError, match="on 1 of 6 samples in float32"):
+    with pytest.raises(ModelError, match="on 1 of 2 samples in float32"):
         checked(Once(), text_quality())
 
 
@@ -149,13 +149,6 @@ def test_a_weight_that_is_not_finite_is_named():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"weight model.layers.1.mlp.up_proj.weight is not finite"):
         checked(model)
-
-
-def test_the_losses_of_all_parts_are_kept_for_the_proofs():
-    quality = text_quality()
-    request, loaded = loaded_of(tiny_llama())
-    kept = check_baseline(request, loaded, quality, lambda _event: None)
-    assert kept == {part: quality.losses(loaded.module, part) for part in PARTS}
 
 
 def test_a_loss_of_the_users_own_must_be_finite_too():

@@ -1,6 +1,7 @@
 """Plans proven: what their quality is measured with."""
 
 from dataclasses import replace
+from math import nan
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 
 from autoquant.candidates import A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel, registry, routed
+from autoquant.errors import ModelError
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.text import PARTS, TextParts
 from autoquant.export.applier import apply
@@ -22,6 +24,7 @@ from autoquant.records import (
     Workload,
 )
 from autoquant.runtime import parts
+from autoquant.runtime.decoder_phases import DecoderPhases
 from autoquant.solver.limits import Limits
 from autoquant.tuner.prove import Prover, prompts_lose_most, worst_numerics
 
@@ -210,6 +213,35 @@ def test_windows_as_long_as_the_prompt_are_read_by_it(prover, plan, made, monkey
     assert proof.loss == pytest.approx(expected.loss, abs=1e-4)
     assert proof.increase.value == pytest.approx(expected.increase.value, abs=1e-4)
     assert proof.kl == pytest.approx(expected.kl, abs=1e-4)
+
+
+def test_the_unquantized_models_own_proof_makes_the_logits_that_plans_are_compared_with(
+    prover, plan, monkeypatch
+):
+    proving, made = prover(), []
+    original = replace(plan, layers=(), kind="original")
+    proof = proving.prove(original)
+    assert proof.increase.value == 0 and proof.kl == 0
+    known = dict(proving._compiled_reference)
+    assert len(known["report"]) == len(known["selection"]) and not proving.reference
+    logits = DecoderPhases.all_logits
+
+    def counted(phases, ids):
+        made.append(phases)
+        return logits(phases, ids)
+
+    monkeypatch.setattr(DecoderPhases, "all_logits", counted)
+    proving.prove(plan)
+    assert made and proving._original[0] not in made and proving._compiled_reference == known
+
+
+def test_an_unquantized_model_whose_loss_is_not_finite_is_refused(prover, plan, monkeypatch):
+    monkeypatch.setattr(
+        DecoderPhases, "all_logits", lambda _, ids: torch.full((1, WINDOW, 64), nan)
+    )
+    original = replace(plan, layers=(), kind="original")
+    with pytest.raises(ModelError, match=r"not finite .* on 6 of 6 samples"):
+        prover().prove(original)
 
 
 def test_windows_of_another_length_are_read_eagerly(prover, plan):

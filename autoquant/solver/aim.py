@@ -42,7 +42,9 @@ class _Shot:
     cost: float
 
 
-def first_loss(space: SearchSpace, limits: Limits, allowed: float | None) -> float | None:
+def first_loss(
+    space: SearchSpace, limits: Limits, allowed: float | None, *, only: bool = False
+) -> float | None:
     """Return the predicted loss to solve for first; None if there is no limit of quality.
 
     A plan that is predicted to be at the limit is beyond it about as often as within. So it is the
@@ -50,9 +52,12 @@ def first_loss(space: SearchSpace, limits: Limits, allowed: float | None) -> flo
 
     Args:
         allowed: The predicted loss that the limit is expected to allow.
+        only: There is time for no second plan, so it is half, whatever the plan costs.
     """
     if allowed is None:
         return None
+    if only:
+        return _FIRST_SHARES[0] * allowed
     most = _solved_for(space, limits, allowed)
     if most is None:
         return allowed

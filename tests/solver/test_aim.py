@@ -170,3 +170,10 @@ def test_the_first_plan_leaves_room_to_the_limit_where_that_costs_next_to_nothin
     assert first_loss(SearchSpace(nearly_free(), CONTEXT), LIMITS, allowed) == allowed / 2
     assert first_loss(SearchSpace(layers(), CONTEXT), LIMITS, allowed) == allowed
     assert first_loss(SearchSpace(layers(), CONTEXT), LIMITS, None) is None
+
+
+def test_an_only_plan_is_predicted_to_lose_half_of_what_is_allowed():
+    allowed = 0.004
+    space = SearchSpace(layers(), CONTEXT)
+    assert first_loss(space, LIMITS, allowed, only=True) == allowed / 2
+    assert first_loss(space, LIMITS, None, only=True) is None

@@ -326,4 +326,15 @@ def _tuned_kernels() -> list[Any]:
 
 @functools.cache
 def _load() -> None:
-    import gemlite  # noqa: F401 - registers its operator; needs a GPU to be imported
+    """Import gemlite, which registers its operator and needs a GPU.
+
+    Its kernels that round activations get the first of their settings. They would try them all in
+    each process, which took ten seconds and gains nothing that a linear shows.
+    """
+    import gemlite  # noqa: F401
+    from gemlite import quant_utils
+    from triton.runtime import Autotuner
+
+    for kernel in vars(quant_utils).values():
+        if isinstance(kernel, Autotuner):
+            kernel.configs = kernel.configs[:1]

@@ -161,7 +161,8 @@ def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> 
     """Prove the best plan within the limits, others nearer to the limit, and some of the front."""
     # The allocation by bits alone is one of the plans that are proven at least.
     count = max(FRONT_PLANS, LEAST_PLANS - len(referenced.plan_ids) - 1)
-    loss = first_loss(referenced.space, limits, referenced.allowed_loss)
+    only = not ledger.has_time(_OWN_PLANS + 1)
+    loss = first_loss(referenced.space, limits, referenced.allowed_loss, only=only)
     referenced = replace(referenced, allowed_loss=loss)
     # The best plan within the limits comes first. Aiming starts from how it turned out.
     for plan in _new_plans(referenced, limits, 1)[:1]:

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from autoquant.candidates.kernels.library import TunedLibrary
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.errors import CandidateError
 from autoquant.records import LinearShape
 
@@ -160,6 +161,8 @@ class Format:
         by_default: Function of a device type that returns whether a search that names no candidates
             tries the format there.
         needs_inputs: The numbers depend on the layer's inputs on a calibration text, too.
+        neutral: Function of the stored tensor that returns its numbers without the layout, for
+            exports to other tools. None if the format has none.
         rounds: Id of a format with the same stored tensors and kernels, or "". The two differ only
             in how the numbers are chosen, so they share timings.
         values: The `VALUES` of the id.
@@ -175,6 +178,7 @@ class Format:
     joins: bool = False
     by_default: Callable[[str], bool] = always_by_default
     needs_inputs: bool = False
+    neutral: Callable[[torch.Tensor], NeutralWeight] | None = None
     rounds: str = ""
     values: str = field(init=False)
 

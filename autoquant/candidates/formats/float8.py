@@ -27,6 +27,7 @@ from autoquant.candidates.kernels.float8_rows import (
     multiply_float8_rows,
 )
 from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.devices.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
 
@@ -49,6 +50,12 @@ def _quantize(weight: torch.Tensor, *, per_row: bool) -> torch.Tensor:
 
 def _dequantize(stored: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, stored.qdata.float() * stored.scale.float())  # type: ignore[attr-defined]
+
+
+def _neutral(stored: torch.Tensor) -> NeutralWeight:
+    values, scale = _parts(stored)
+    n, k = values.shape
+    return NeutralWeight(codes=values, bits=8, scale=scale.reshape(-1, 1).expand(n, 1), group=k)
 
 
 def _dequantize_matmul(
@@ -174,6 +181,7 @@ FORMATS = (
         id="float8-row/plain",
         quantize=functools.partial(_quantize, per_row=True),
         dequantize=_dequantize,
+        neutral=_neutral,
         tensor_type=Float8Tensor,
         joins=True,
         by_default=_by_default,
@@ -184,6 +192,7 @@ FORMATS = (
         id="float8-tensor/plain",
         quantize=functools.partial(_quantize, per_row=False),
         dequantize=_dequantize,
+        neutral=_neutral,
         tensor_type=Float8Tensor,
         by_default=_by_default,
         kernels=_kernels(per_row=False),

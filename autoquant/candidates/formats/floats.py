@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from autoquant.candidates.base import A16, Format, Kernel
 from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, empty_rows
 from autoquant.candidates.kernels.cpu_source import cpu_operator
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +64,7 @@ def _format(dtype: str) -> Format:
         id=f"{dtype}/plain",
         quantize=lambda weight: weight.detach().to(torch_dtype),
         dequantize=lambda stored: stored.float(),
+        neutral=lambda stored: NeutralWeight(codes=stored, bits=8 * stored.itemsize),
         kernels=(kernel,),
         unsupported=functools.partial(_unsupported, dtype=dtype),
         by_default=functools.partial(_by_default, dtype=dtype),

@@ -19,6 +19,7 @@ from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 from autoquant.candidates.base import A16, Format, Kernel, by_name_only
 from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
 from autoquant.candidates.kernels.cpu_source import load_cpu_kernels
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
 GROUP_SIZES = (32, 64, 128)
@@ -80,6 +81,16 @@ def _dequantize(stored: torch.Tensor) -> torch.Tensor:
     return _transposed_float(stored, torch.float32).t()
 
 
+def _neutral(weight: torch.Tensor) -> NeutralWeight:
+    stored = cast(Int4OpaqueTensor, weight)
+    n, k = stored.shape
+    scale, zero = stored.scale_and_zero.transpose(0, 1).unbind(-1)
+    q = unpack_int4(stored.qdata, n, k).t().to(torch.int8) - 8
+    return NeutralWeight(
+        codes=q, bits=4, scale=scale, group=stored.block_size[1], low=-8, zero=zero
+    )
+
+
 def _packed_mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stored = cast(Int4OpaqueTensor, weight)
     y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -125,6 +136,7 @@ def _format(group: int) -> Format:
         id=f"int4-g{group}/cpu-packed",
         quantize=functools.partial(_quantize, group=group),
         dequantize=_dequantize,
+        neutral=_neutral,
         tensor_type=Int4OpaqueTensor,
         unsupported=functools.partial(_unsupported, group=group),
         by_default=_by_default,

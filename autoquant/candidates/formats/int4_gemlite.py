@@ -18,6 +18,7 @@ from autoquant.candidates.formats.int4_tinygemm import (
 )
 from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.kernels.gemlite import GEMLITE, gemlite_unsupported, linear_w4
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
 
@@ -63,12 +64,26 @@ class Int4GemliteTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers `[n, k]` that gemlite multiplies with."""
         n, k = self.shape
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.qdata.device)
-        q = (self.qdata.t().unsqueeze(-1) >> shifts) & 15
-        q = q.reshape(n, self.scale.shape[0], -1).to(dtype)
+        q = self._nibbles().reshape(n, self.scale.shape[0], -1).to(dtype)
         return (
             q * self.scale.t().unsqueeze(-1).to(dtype) + self.offset.t().unsqueeze(-1).to(dtype)
         ).reshape(n, k)
+
+    def neutral(self) -> NeutralWeight:
+        """Return the same numbers without the layout."""
+        n, k = self.shape
+        return NeutralWeight(
+            codes=self._nibbles().reshape(n, k).to(torch.int8),
+            bits=4,
+            scale=self.scale.t(),
+            group=k // self.scale.shape[0],
+            zero=self.offset.t(),
+        )
+
+    def _nibbles(self) -> torch.Tensor:
+        """Return int32 `[n, k / 8, 8]` from 0 to 15."""
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.qdata.device)
+        return (self.qdata.t().unsqueeze(-1) >> shifts) & 15
 
 
 def _words(nibbles: torch.Tensor) -> torch.Tensor:
@@ -125,6 +140,7 @@ def _gemlite(group: int) -> Format:
         id=f"int4-g{group}/gemlite",
         quantize=lambda weight: Int4GemliteTensor.pack(*tinygemm_rounding(weight, group)),
         dequantize=lambda stored: _gemlite_float(stored, torch.float32),
+        neutral=lambda stored: cast(Int4GemliteTensor, stored).neutral(),
         tensor_type=Int4GemliteTensor,
         unsupported=functools.partial(_gemlite_unsupported, group=group),
         kernels=(

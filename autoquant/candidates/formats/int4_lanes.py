@@ -19,6 +19,7 @@ from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding, with_r
 from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, cpu_tiles_kernel, empty_rows
 from autoquant.candidates.kernels.cpu_source import cpu_kernels_work, cpu_operator
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
 LANES = 16
@@ -80,12 +81,32 @@ class Int4LanesTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers `[k, n]`, the weight transposed."""
         n, groups = self.scale_and_zero.shape[:2]
-        columns = torch.arange(_WORD, dtype=torch.int32, device=self.qdata.device)
-        shifts = (16 * (columns % 2) + 4 * (columns // 2)).reshape(_WORD, 1)
-        q = (self.qdata.reshape(n // LANES, groups, -1, 1, LANES) >> shifts) & 15
+        q = self._nibbles()
         both = self.scale_and_zero.reshape(n // LANES, groups, 2, 1, 1, LANES).to(dtype)
         numbers = (q.to(dtype) - 8) * both[:, :, 0] + both[:, :, 1]
         return numbers.permute(1, 2, 3, 0, 4).reshape(-1, n)[: self.columns]
+
+    def neutral(self) -> NeutralWeight:
+        """Return the same numbers without the layout."""
+        n, groups = self.scale_and_zero.shape[:2]
+        q = self._nibbles().permute(0, 4, 1, 2, 3).reshape(n, -1)[:, : self.columns]
+        both = self.scale_and_zero.reshape(n // LANES, groups, 2, LANES).permute(2, 0, 3, 1)
+        scale, zero = both.reshape(2, n, groups)
+        return NeutralWeight(
+            codes=q.to(torch.int8) - 8,
+            bits=4,
+            scale=scale,
+            group=_group(self.columns, groups),
+            low=-8,
+            zero=zero,
+        )
+
+    def _nibbles(self) -> torch.Tensor:
+        """Return int32 from 0 to 15, `[n / 16, groups, words, 8, 16]`."""
+        n, groups = self.scale_and_zero.shape[:2]
+        columns = torch.arange(_WORD, dtype=torch.int32, device=self.qdata.device)
+        shifts = (16 * (columns % 2) + 4 * (columns // 2)).reshape(_WORD, 1)
+        return (self.qdata.reshape(n // LANES, groups, -1, 1, LANES) >> shifts) & 15
 
 
 torch.serialization.add_safe_globals([Int4LanesTensor])
@@ -152,6 +173,7 @@ def _format(group: int) -> Format:
         id=f"int4-g{group}/lanes",
         quantize=lambda weight: Int4LanesTensor.pack(*tinygemm_rounding(weight, group)),
         dequantize=lambda stored: cast(Int4LanesTensor, stored).unpack(torch.float32).t(),
+        neutral=lambda stored: cast(Int4LanesTensor, stored).neutral(),
         tensor_type=Int4LanesTensor,
         joins=True,
         unsupported=_unsupported,

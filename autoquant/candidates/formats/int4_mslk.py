@@ -14,21 +14,24 @@ from autoquant.candidates.formats.int4_tinygemm import (
     int4_unsupported,
     library_linear,
 )
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.devices.gpu import needs_cuda, needs_library
 from autoquant.records import LinearShape
 
 
-def _mslk_float(stored: torch.Tensor) -> torch.Tensor:
+def _neutral(stored: torch.Tensor) -> NeutralWeight:
     weight: Any = stored
     n, k = weight.shape
     low, high = weight.qdata & 15, (weight.qdata >> 4) & 15
-    q = torch.stack((low, high), dim=-1).reshape(n, k).float()
-    q = torch.where(q > 7, q - 16, q).reshape(n, weight.scale.shape[0], -1)
-    scale, zero = (
-        weight.scale.t().float().unsqueeze(-1),
-        weight.zero_point.t().float().unsqueeze(-1),
+    q = torch.stack((low, high), dim=-1).reshape(n, k).to(torch.int8)
+    return NeutralWeight(
+        codes=torch.where(q > 7, q - 16, q),
+        bits=4,
+        scale=weight.scale.t(),
+        group=k // weight.scale.shape[0],
+        low=-8,
+        zero=weight.zero_point.t(),
     )
-    return cast(torch.Tensor, (q * scale + zero).reshape(n, k))
 
 
 def _mslk_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) -> str | None:
@@ -43,7 +46,8 @@ def _mslk(group: int) -> Format:
     return Format(
         id=f"int4-g{group}/mslk",
         quantize=lambda weight: cast(torch.Tensor, Int4Tensor.from_hp(weight.detach(), [1, group])),
-        dequantize=_mslk_float,
+        dequantize=lambda stored: _neutral(stored).dequantize(),
+        neutral=_neutral,
         tensor_type=Int4Tensor,
         unsupported=functools.partial(_mslk_unsupported, group=group),
         kernels=(

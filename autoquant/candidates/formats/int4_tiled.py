@@ -26,6 +26,7 @@ from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.kernels.cuda_source import cuda_kernel, cuda_source_unsupported
 from autoquant.candidates.kernels.few_rows import multiply_rows, rows_kernel, too_many_rows
 from autoquant.candidates.kernels.operators import define_operator
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
 _SOURCE = "int4_tiled.cu"
@@ -109,21 +110,34 @@ class Int4TiledTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers `[n, k]`."""
         n, k = self.shape
+        q, both = self._nibbles(), self._scales().unsqueeze(2).to(dtype)
+        return (
+            (q.reshape(n, both.shape[1], -1).to(dtype) - 8) * both[..., 0] + both[..., 1]
+        ).reshape(n, k)
+
+    def neutral(self) -> NeutralWeight:
+        """Return the same numbers without the layout."""
+        scale, zero = self._scales().unbind(-1)
+        q = self._nibbles().to(torch.int8) - 8
+        return NeutralWeight(codes=q, bits=4, scale=scale, group=self.group, low=-8, zero=zero)
+
+    def _scales(self) -> torch.Tensor:
+        """Return scale and zero `[n, k / group, 2]`, row by row."""
+        n, k = self.shape
+        high, wide = n // TILE_ROWS, k // TILE_COLUMNS
+        tiles = self.scale_and_zero.reshape(high, wide, TILE_ROWS, -1, 2)
+        return tiles.transpose(1, 2).reshape(n, -1, 2)
+
+    def _nibbles(self) -> torch.Tensor:
+        """Return int32 `[n, k]` from 0 to 15."""
+        n, k = self.shape
         high, wide = n // TILE_ROWS, k // TILE_COLUMNS
         shifts = torch.tensor(
             [[4 * pair, 4 * pair + 16] for pair in range(_PAIRS)], dtype=torch.int32
         )
         words = self.qdata.reshape(high, wide, TILE_ROWS, _LANES, _WORDS, 1, 1)
         q = ((words >> shifts.to(words.device)) & 15).permute(0, 2, 1, 4, 3, 5, 6)
-        both = (
-            self.scale_and_zero.reshape(high, wide, TILE_ROWS, -1, 2)
-            .transpose(1, 2)
-            .reshape(n, -1, 1, 2)
-            .to(dtype)
-        )
-        return (
-            (q.reshape(n, both.shape[1], -1).to(dtype) - 8) * both[..., 0] + both[..., 1]
-        ).reshape(n, k)
+        return q.reshape(n, k)
 
 
 torch.serialization.add_safe_globals([Int4TiledTensor])
@@ -219,6 +233,7 @@ def _format(group: int) -> Format:
         id=f"int4-g{group}/tiled",
         quantize=lambda weight: Int4TiledTensor.pack(*tinygemm_rounding(weight, group)),
         dequantize=lambda stored: cast(Int4TiledTensor, stored).unpack(torch.float32),
+        neutral=lambda stored: cast(Int4TiledTensor, stored).neutral(),
         tensor_type=Int4TiledTensor,
         joins=True,
         unsupported=_unsupported,

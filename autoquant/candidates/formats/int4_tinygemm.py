@@ -25,6 +25,7 @@ from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 from autoquant.candidates.base import A16, Format, Kernel, by_name_only
 from autoquant.candidates.formats.int4 import GROUP_SIZES
 from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.devices.gpu import needs_cuda
 from autoquant.records import LinearShape
 
@@ -70,7 +71,23 @@ def library_linear(
 
 
 def _tinygemm_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the dequantized weight `[n, k]`.
+    """Return the dequantized weight `[n, k]`."""
+    q, scale, zero = _unpacked(weight)
+    n, k = q.shape
+    q = q.reshape(n, scale.shape[1], -1).to(dtype)
+    numbers = (q - 8) * scale.to(dtype).unsqueeze(-1) + zero.to(dtype).unsqueeze(-1)
+    return numbers.reshape(n, k)
+
+
+def _neutral(weight: torch.Tensor) -> NeutralWeight:
+    q, scale, zero = _unpacked(weight)
+    group = q.shape[1] // scale.shape[1]
+    q = q.to(torch.int8) - 8
+    return NeutralWeight(codes=q, bits=4, scale=scale, group=group, low=-8, zero=zero)
+
+
+def _unpacked(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return int32 `[n, k]` from 0 to 15, scale and zero `[n, k / group]`.
 
     The packing is that of `matrix_to_m16n8k16_Bint4_layout` in PyTorch's
     `aten/src/ATen/native/cuda/int4mm.cu`: words `[n / 8, k / 128, 32, 4]`. Lane 4 * a + b holds row
@@ -84,11 +101,9 @@ def _tinygemm_float(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).reshape(2, 2, 2)
     q = (words.reshape(tiles_n, tiles_k, 8, 4, 4, 1, 1, 1) >> shifts) & 15
     q = q.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(tiles_n * 8, tiles_k * 128)[:n, :k]
-    scale, zero = (
-        stored.scale_and_zero.transpose(0, 1)[:n, : k // stored.block_size[1]].to(dtype).unbind(-1)
-    )
-    q = q.reshape(n, scale.shape[1], -1).to(dtype)
-    return cast(torch.Tensor, ((q - 8) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).reshape(n, k))
+    both = stored.scale_and_zero.transpose(0, 1)[:n, : k // stored.block_size[1]]
+    scale, zero = both.unbind(-1)
+    return q, scale, zero
 
 
 def _pack_tinygemm(rounded: Rounded, group: int) -> torch.Tensor:
@@ -134,6 +149,7 @@ def _tinygemm(group: int) -> Format:
             torch.Tensor, Int4TilePackedTo4dTensor.from_hp(weight.detach(), [1, group])
         ),
         dequantize=lambda stored: _tinygemm_float(stored, torch.float32),
+        neutral=_neutral,
         tensor_type=Int4TilePackedTo4dTensor,
         unsupported=functools.partial(int4_unsupported, group=group),
         kernels=(

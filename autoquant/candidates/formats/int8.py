@@ -17,6 +17,7 @@ from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, round_row_int
 from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, cpu_tiles_kernel, empty_rows
 from autoquant.candidates.kernels.cpu_source import cpu_operator
 from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
 
@@ -36,6 +37,11 @@ def _drop_zero_point(stored: torch.Tensor) -> torch.Tensor:
 
 def _dequantize(stored: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, stored.qdata.float() * stored.scale.float())  # type: ignore[attr-defined]
+
+
+def _neutral(stored: torch.Tensor) -> NeutralWeight:
+    values, scale = _parts(stored)
+    return NeutralWeight(codes=values, bits=8, scale=scale, group=values.shape[1], low=-128)
 
 
 def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,6 +156,7 @@ FORMATS = (
         id="int8-row/plain",
         quantize=lambda weight: _drop_zero_point(_quantize(weight)),
         dequantize=_dequantize,
+        neutral=_neutral,
         tensor_type=Int8Tensor,
         joins=True,
         kernels=(

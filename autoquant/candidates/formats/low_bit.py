@@ -15,6 +15,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from autoquant.candidates.base import A16, Format, Kernel, by_name_only
 from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
 CHOICES = ((3, 32), (3, 64), (2, 32))
@@ -65,6 +66,14 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers `[n, k]`."""
         n, k = self.shape
+        signed = self.integers().to(dtype)
+        groups = signed.reshape(n, self.scale.shape[1], -1)
+        weight: torch.Tensor = groups * self.scale.to(dtype).unsqueeze(-1)
+        return weight.reshape(n, k)
+
+    def integers(self) -> torch.Tensor:
+        """Return int8 `[n, k]` from -2^(bits - 1)."""
+        n, k = self.shape
         bits = self.planes.shape[0]
         places = torch.arange(8, dtype=torch.uint8, device=self.planes.device)
         q = torch.zeros(n, k, dtype=torch.uint8, device=self.planes.device)
@@ -72,10 +81,7 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
             # A byte of a plane has one bit of eight numbers, the first number's lowest.
             ones = (plane.unsqueeze(-1) >> places) & 1
             q |= ones.reshape(n, k) << bit
-        signed = q.to(dtype) - 2 ** (bits - 1)
-        groups = signed.reshape(n, self.scale.shape[1], -1)
-        weight: torch.Tensor = groups * self.scale.to(dtype).unsqueeze(-1)
-        return weight.reshape(n, k)
+        return cast(torch.Tensor, q.to(torch.int8) - 2 ** (bits - 1))
 
 
 def _planes(q: torch.Tensor, bits: int) -> torch.Tensor:
@@ -86,6 +92,18 @@ def _planes(q: torch.Tensor, bits: int) -> torch.Tensor:
         for place, column in enumerate(q.reshape(n, k // 8, 8).unbind(-1)):
             plane |= ((column >> bit) & 1) << place
     return planes
+
+
+def _neutral(stored: torch.Tensor) -> NeutralWeight:
+    weight = cast(BitPlaneTensor, stored)
+    bits, k = weight.planes.shape[0], weight.shape[1]
+    return NeutralWeight(
+        codes=weight.integers(),
+        bits=bits,
+        scale=weight.scale,
+        group=k // weight.scale.shape[1],
+        low=-(2 ** (bits - 1)),
+    )
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -102,6 +120,7 @@ def make_format(bits: int, group: int) -> Format:
         id=f"int{bits}-g{group}/bit-planes",
         quantize=functools.partial(BitPlaneTensor.round, bits=bits, group=group),
         dequantize=lambda stored: cast(BitPlaneTensor, stored).unpack(torch.float32),
+        neutral=_neutral,
         tensor_type=BitPlaneTensor,
         unsupported=functools.partial(_unsupported, group=group),
         by_default=by_name_only,

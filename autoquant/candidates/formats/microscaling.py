@@ -37,6 +37,7 @@ from torchao.prototype.mx_formats.utils import from_blocked
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
 from autoquant.candidates.base import A16, ACTIVATION_ROUNDING, Format, Kernel, LinearFunction
+from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -156,6 +157,30 @@ def _dequantize_mx(stored: torch.Tensor) -> torch.Tensor:
     return (numbers.reshape(n, -1, MX_BLOCK) * _power_of_two(exponent).unsqueeze(-1)).reshape(n, k)
 
 
+def _neutral_mx(stored: torch.Tensor) -> NeutralWeight:
+    weight = cast(MXTensor, stored)
+    n, k = weight.shape
+    packed = weight.elem_dtype == torch.float4_e2m1fn_x2
+    return NeutralWeight(
+        codes=unpack_uint4(weight.qdata) if packed else weight.qdata,
+        bits=4 if packed else 8,
+        scale=from_blocked(weight.scale.view(torch.uint8), n, k // MX_BLOCK),
+        group=MX_BLOCK,
+    )
+
+
+def _neutral_nvfp4(stored: torch.Tensor) -> NeutralWeight:
+    weight = cast(NVFP4Tensor, stored)
+    n, k = weight.shape
+    return NeutralWeight(
+        codes=unpack_uint4(weight.qdata),
+        bits=4,
+        scale=from_blocked(weight.scale, n, k // NVFP4_BLOCK),
+        group=NVFP4_BLOCK,
+        tensor_scale=cast(torch.Tensor, weight.per_tensor_scale),
+    )
+
+
 def _unscaled_nvfp4(weight: NVFP4Tensor) -> torch.Tensor:
     """Return the weight's numbers, float32 `[n, k]`, without its `per_tensor_scale`."""
     n, k = weight.shape
@@ -251,6 +276,7 @@ def _format(
     *,
     quantize: Callable[[torch.Tensor], torch.Tensor],
     dequantize: Callable[[torch.Tensor], torch.Tensor],
+    neutral: Callable[[torch.Tensor], NeutralWeight],
     tensor_type: type[torch.Tensor],
     block: int,
     kernels: tuple[Kernel, ...],
@@ -259,6 +285,7 @@ def _format(
         id=f"{values}/swizzled",
         quantize=quantize,
         dequantize=dequantize,
+        neutral=neutral,
         tensor_type=tensor_type,
         unsupported=functools.partial(_unsupported, block=block),
         by_default=lambda device_type: _no_hardware(device_type) is None,
@@ -322,6 +349,7 @@ def _mx_format(values: str, elements: torch.dtype, description: str) -> Format:
         description,
         quantize=functools.partial(_quantize_mx, elements=elements),
         dequantize=_dequantize_mx,
+        neutral=_neutral_mx,
         tensor_type=MXTensor,
         block=MX_BLOCK,
         kernels=kernels,
@@ -343,6 +371,7 @@ def _nvfp4_format() -> Format:
         "float4 e2m1 weights, a float8 scale for every 16 along k and a float32 one for all",
         quantize=_quantize_nvfp4,
         dequantize=_dequantize_nvfp4,
+        neutral=_neutral_nvfp4,
         tensor_type=NVFP4Tensor,
         block=NVFP4_BLOCK,
         kernels=kernels,

@@ -259,6 +259,7 @@ def rounded_formats(
             joins=fmt.joins,
             by_default=by_default,
             needs_inputs=rounding.needs_inputs,
+            neutral=fmt.neutral,
             rounds=fmt.id,
         )
         for rounding in ROUNDINGS

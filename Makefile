@@ -12,7 +12,7 @@ TEST := .venv-test
 PYTEST = $(TEST)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 MARKED := slow or processes or browser or gpu
 COVER := $(if $(COVERAGE),--cov=autoquant --cov-report=)
-UNIT := tests/cli tests/report tests/store tests/tuner $(wildcard tests/test_*.py)
+UNIT := tests/cli tests/engines tests/report tests/store tests/tuner $(wildcard tests/test_*.py)
 
 .PHONY: demo check test test-all lint unit docs clean
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,17 +16,21 @@ from autoquant.cli.options import (
     TrustRemoteCodeOption,
 )
 from autoquant.cli.output import Database, echo, opened_study
-from autoquant.cli.plans import ModelOption, PlanOption, source_path
+from autoquant.cli.plans import (
+    ModelOption,
+    PlanOption,
+    WithinOption,
+    folder_beside,
+    increase_within,
+    one_plan,
+    source_path,
+)
 from autoquant.cli.trust import trusting
-from autoquant.cli.values import fraction
 from autoquant.errors import option_words
 
 if TYPE_CHECKING:
     from autoquant.export.on_disk import AppliedReport
     from autoquant.records import Plan
-    from autoquant.study.study import Study
-
-_FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors")
 
 
 def apply(
@@ -41,14 +44,7 @@ def apply(
         ),
     ] = None,
     plan: PlanOption = None,
-    max_ppl_increase: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PERCENT",
-            help="Take the fastest plan within this increase.",
-            show_default=False,
-        ),
-    ] = None,
+    max_ppl_increase: WithinOption = None,
     model: ModelOption = None,
     trust_pickle: TrustPickleOption = False,
     trust_remote_code: TrustRemoteCodeOption = False,
@@ -59,21 +55,17 @@ def apply(
 
     It is read back and compared with the model in memory.
     """
-    if plan is not None and max_ppl_increase is not None:
-        raise typer.BadParameter("cannot be combined with --max-ppl-increase", param_hint="--plan")
-    increase = (
-        None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
-    )
+    increase = increase_within(plan, max_ppl_increase)
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan) as study:
-        chosen = _chosen(study, plan, increase)
+        chosen = one_plan(study, plan, increase)
         source = model or source_path(study)
         # Imports torch: only after everything that can be refused without it.
         from autoquant.export.on_disk import apply_to_disk
         from autoquant.models.trust import Trust
 
-        target = out or _folder_beside(database, source, chosen)
+        target = out or folder_beside(database, source, chosen)
 
         def applied(**code: Any) -> AppliedReport:
             with listening() as listener:
@@ -94,34 +86,6 @@ def apply(
             sample_inputs=sample_inputs,
         )
     _print_report(chosen, report)
-
-
-def _chosen(study: Study, plan_id: str | None, increase: float | None) -> Plan:
-    if plan_id is not None:
-        return study.plan(plan_id)
-    if increase is not None:
-        return study.best_within(replace(study.limits, max_ppl_increase=increase, minimize="time"))
-    return study.best_of_search()
-
-
-def _folder_beside(database: str, source: str, plan: Plan) -> Path:
-    """Return the folder that is named after the model and the plan, beside the database.
-
-    Raises:
-        PlanError: The plan's id, which the database gives, would lead to another folder.
-    """
-    from autoquant.errors import PlanError
-    from autoquant.store.connect import folder_of
-
-    if not plan.plan_id.isalnum():
-        raise PlanError(f"the plan's id {plan.plan_id!r} is no name for a folder: give --out DIR")
-    return folder_of(database) / f"{_model_name(source)}-{plan.plan_id}"
-
-
-def _model_name(path: str) -> str:
-    """Name a model after its folder, its file or its name on the hub."""
-    place = Path(os.path.abspath(path))
-    return (place.stem if place.suffix in _FILE_SUFFIXES else place.name) or "model"
 
 
 _READ_BACK = {

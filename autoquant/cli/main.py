@@ -26,6 +26,7 @@ from autoquant.cli.candidates import candidates
 from autoquant.cli.diff import diff
 from autoquant.cli.doctor import doctor
 from autoquant.cli.eval import evaluate
+from autoquant.cli.export import export
 from autoquant.cli.export_timings import export_timings
 from autoquant.cli.generate import generate
 from autoquant.cli.merge import merge
@@ -160,6 +161,7 @@ app.command(short_help="Show one plan layer by layer, with why.")(show)
 app.command(short_help="Write everything about a search as one HTML page.")(report)
 app.command(short_help="Show what changes between two plans, and what it buys.")(diff)
 app.command(short_help="Write the quantized model to disk.")(apply)
+app.command(short_help="Write the quantized model for an inference engine.")(export)
 app.command(short_help="Write text with a model, and say how fast it came.")(generate)
 app.command(short_help="Serve a model to OpenAI's clients.")(serve)
 app.command(short_help="Time plans in the whole model, in turn.")(bench)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from autoquant.cli.values import fraction
 
 if TYPE_CHECKING:
     from autoquant.records import Plan
     from autoquant.study.study import Study
 
+_FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors")
 _WHICH = "Which plan (the beginning of its id will do)"
 
 
@@ -48,6 +54,14 @@ PlansOption = Annotated[
         autocompletion=complete_plan,
     ),
 ]
+WithinOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PERCENT",
+        help="Take the fastest plan within this increase.",
+        show_default=False,
+    ),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -80,6 +94,52 @@ def chosen_plans(study: Study, ids: list[str], kind: str | None = None) -> list[
             "the unquantized model takes part anyway: say with --plan which plan to set beside it"
         )
     return list(chosen.values())
+
+
+def increase_within(plan_id: str | None, max_ppl_increase: str | None) -> float | None:
+    """Return the increase that a plan is to be chosen by, as a fraction, or None.
+
+    Raises:
+        BadParameter: It cannot be read, or a plan is named, too.
+    """
+    if max_ppl_increase is None:
+        return None
+    if plan_id is not None:
+        raise typer.BadParameter("cannot be combined with --max-ppl-increase", param_hint="--plan")
+    return fraction(max_ppl_increase, "--max-ppl-increase")
+
+
+def one_plan(study: Study, plan_id: str | None, increase: float | None) -> Plan:
+    """Return the plan named, the fastest within an increase, or the recommended one.
+
+    Raises:
+        PlanError: There is none.
+    """
+    if plan_id is not None:
+        return study.plan(plan_id)
+    if increase is not None:
+        return study.best_within(replace(study.limits, max_ppl_increase=increase, minimize="time"))
+    return study.best_of_search()
+
+
+def folder_beside(database: str, source: str, plan: Plan, suffix: str = "") -> Path:
+    """Return the folder that is named after the model and the plan, beside the database.
+
+    Raises:
+        PlanError: The plan's id, which the database gives, would lead to another folder.
+    """
+    from autoquant.errors import PlanError
+    from autoquant.store.connect import folder_of
+
+    if not plan.plan_id.isalnum():
+        raise PlanError(f"the plan's id {plan.plan_id!r} is no name for a folder: give --out DIR")
+    return folder_of(database) / f"{_model_name(source)}-{plan.plan_id}{suffix}"
+
+
+def _model_name(path: str) -> str:
+    """Name a model after its folder, its file or its name on the hub."""
+    place = Path(os.path.abspath(path))
+    return (place.stem if place.suffix in _FILE_SUFFIXES else place.name) or "model"
 
 
 def source_path(study: Study) -> str:

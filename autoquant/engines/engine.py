@@ -82,7 +82,7 @@ class Engine:
             return None
         family = Values.parse(values).family
         if fused and family in self.one_tensor_scale:
-            reason = f"{self.name} takes one {family} tensor scale for all layers that it fuses"
+            reason = f"it takes one {family} tensor scale for all layers that it computes as one"
             return str(Refusal(reason, "mxfp4"))
         limit = self.limits.get(device or "")
         lacking = limit(family, found, shape) if limit else None
@@ -116,13 +116,13 @@ def _vllm_on_cpus(family: str, scheme: Scheme, shape: LinearShape) -> Refusal | 
     if family == "int4s":
         if shape.n % 32 == 0:
             return None
-        return Refusal(f"vLLM's int4 on CPUs needs n divisible by 32, not {shape.n}", "int8-row")
+        return Refusal(f"its int4 on CPUs needs n divisible by 32, not {shape.n}", "int8-row")
     if scheme.activation in ("a8-row", "a8-float8-row"):
         return None
-    computed = f"{family} with activations that are not rounded"
+    computed = f"{family} whose activations are not rounded"
     if scheme.name.startswith(("mx", "nv")) or family in ("int3", "int2"):
         computed = family
-    return Refusal(f"vLLM has no kernel for {computed} on CPUs", "int8-row+a8-row")
+    return Refusal(f"it has no kernel for {computed} on CPUs", "int8-row+a8-row")
 
 
 ENGINES: Mapping[str, Engine] = {

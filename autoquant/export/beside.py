@@ -68,7 +68,7 @@ def copy_beside(loaded: LoadedModel, folder: Path) -> bool:
     Returns:
         Whether the model is one of transformers, so that there was something to copy.
     """
-    source = _place(loaded)
+    source = source_folder(loaded)
     if source is None:
         return False
     is_folder = not Path(loaded.source.path).is_file()
@@ -87,7 +87,7 @@ def copy_beside(loaded: LoadedModel, folder: Path) -> bool:
     return True
 
 
-def _place(loaded: LoadedModel) -> Path | None:
+def source_folder(loaded: LoadedModel) -> Path | None:
     """Return the Hugging Face folder that a model came from, or None."""
     if loaded.source.kind not in ("huggingface", "state_dict"):
         return None
@@ -128,7 +128,7 @@ def check_beside(loaded: LoadedModel, again: nn.Module, folder: Path) -> None:
 
 
 def _is_saved(loaded: LoadedModel) -> bool:
-    return _place(loaded) is not None or loaded.source.tokenizer is not None
+    return source_folder(loaded) is not None or loaded.source.tokenizer is not None
 
 
 def _tokens(tokenizer: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from autoquant.errors import CheckpointError, ModelError, TrustError, first_line
 from autoquant.export.beside import copy_beside
 from autoquant.export.manifest import FORMAT_VERSION, MANIFEST, SHARDED_VERSION, read_manifest
 from autoquant.export.shards import INDEX, ShardWriter, read_tensors
-from autoquant.files import raise_if_full, read_json_object
+from autoquant.files import is_taken, is_writable, raise_if_full, read_json_object
 from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
@@ -55,6 +55,20 @@ def writing(target: Path) -> Iterator[None]:
             reason = error.strerror or error
             raise CheckpointError(f"cannot write {target}: {reason}") from error
         raise
+
+
+def check_new(target: Path) -> None:
+    """Refuse a folder that exists, or cannot be made.
+
+    Raises:
+        CheckpointError: It says which.
+    """
+    if is_taken(target):
+        raise CheckpointError(f"{target} exists already; choose another --out")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"the folder {target.parent} does not exist; make it first")
+    if not is_writable(target.parent) or (target.exists() and not is_writable(target)):
+        raise CheckpointError(f"cannot write into {target.parent}; choose another --out")
 
 
 def write(loaded: LoadedModel, plan: Plan, folder: Path) -> list[str]:

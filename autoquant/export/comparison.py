@@ -14,6 +14,8 @@ from autoquant.errors import CheckpointError
 from autoquant.models import LoadedModel
 from autoquant.models.outputs import CHECK_TOKENS, output_tensor
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 def check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
     """Check that the model read back is the one that was written.
@@ -26,16 +28,13 @@ def check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
     Raises:
         CheckpointError: The models differ.
     """
-    args, keywords = _check_inputs(loaded)
-
-    def logits(module: nn.Module) -> torch.Tensor:
-        with torch.no_grad(), untuned():  # speed does not matter, and tuning takes minutes
-            return output_tensor(module(*args, **keywords))
-
-    before, after = logits(loaded.module), logits(again)
+    inputs = check_inputs(loaded)
+    before, after = logits(loaded.module, inputs), logits(again, inputs)
     if torch.equal(before, after):
         return True
-    if torch.equal(before, logits(loaded.module)) or not _same_weights(loaded.module, again):
+    if torch.equal(before, logits(loaded.module, inputs)) or not _same_weights(
+        loaded.module, again
+    ):
         raise CheckpointError(
             f"what was written for {target} does not compute the same logits; please report this"
         )
@@ -53,7 +52,18 @@ def same_tensors(one: nn.Module, other: nn.Module) -> bool:
     return _same_weights(one, other) and all(same_bits(a, b) for a, b in buffers)
 
 
-def _check_inputs(loaded: LoadedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def logits(module: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Return what a model gives for inputs of `check_inputs`."""
+    with torch.no_grad(), untuned():  # speed does not matter, and tuning takes minutes
+        return output_tensor(module(*inputs[0], **inputs[1]))
+
+
+def check_inputs(loaded: LoadedModel) -> Inputs:
+    """Return positional and named arguments that two models are compared with.
+
+    Raises:
+        CheckpointError: The model has none.
+    """
     inputs = loaded.example_inputs
     if inputs is not None:
         return ((), inputs) if isinstance(inputs, dict) else (inputs, {})

@@ -47,8 +47,8 @@ def write_layers(
     """
     check_fits(plan, loaded.module)
     listener(StageStarted("apply", len(plan.layers)))
-    layers = _Layers(plan, loaded, calibration, listener)
-    shape = _shape_of(plan, loaded.module)
+    layers = Layers(plan, loaded, calibration, listener)
+    shape = shape_of(plan, loaded.module)
     ties = tied_names(shape)
     checkpoint.write_beside(loaded, plan, folder)
     about = checkpoint.describe(plan, asdict(loaded.source), loaded.device)
@@ -57,7 +57,7 @@ def write_layers(
     return layers.parameter_bytes
 
 
-def _shape_of(plan: Plan, module: nn.Module) -> nn.Module:
+def shape_of(plan: Plan, module: nn.Module) -> nn.Module:
     """Return a copy without values that has the names and ties of the quantized model."""
     shape = on_meta(shallow_copy(module))
     for layer in plan.layers:
@@ -66,7 +66,7 @@ def _shape_of(plan: Plan, module: nn.Module) -> nn.Module:
     return shape
 
 
-class _Layers:
+class Layers:
     """Makes the tensors of a quantized model one by one.
 
     Attributes:

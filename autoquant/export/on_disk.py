@@ -24,7 +24,7 @@ from autoquant.export.kernel_check import check_kernels
 from autoquant.export.layers import write_layers
 from autoquant.export.manifest import read_manifest
 from autoquant.export.searched import load_searched
-from autoquant.files import is_taken, is_writable, move_whole, scratch_folder
+from autoquant.files import move_whole, scratch_folder
 from autoquant.models import LoadedModel, ModelSource
 from autoquant.models.code import named_code
 from autoquant.models.loaded import settle
@@ -173,12 +173,7 @@ def _check_target(target: Path, plan: Plan) -> None:
         raise CheckpointError(
             f"{target} exists already and holds this plan; load it, or choose another --out"
         )
-    if is_taken(target):
-        raise CheckpointError(f"{target} exists already; choose another --out")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"the folder {target.parent} does not exist; make it first")
-    if not is_writable(target.parent) or (target.exists() and not is_writable(target)):
-        raise CheckpointError(f"cannot write into {target.parent}; choose another --out")
+    checkpoint.check_new(target)
 
 
 def _skeleton(

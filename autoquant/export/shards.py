@@ -75,18 +75,28 @@ class ShardWriter:
         if self._opaque.held:
             self._opaque.finish()
         self.packed = self._opaque.names
-        if len(self._readable.names) > 1:
-            self._write_index()
+        _write_index(self._folder, self._readable)
 
-    def _write_index(self) -> None:
-        from safetensors import safe_open
 
-        places: dict[str, str] = {}
-        for name in self._readable.names:
-            with safe_open(self._folder / name, framework="pt") as file:
-                places |= dict.fromkeys(file.keys(), name)
-        index = {"metadata": {"total_size": self._readable.total_bytes}, "weight_map": places}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=1))
+class PlainWriter:
+    """Writes plain tensors to safetensors files as they come, and reads each file back.
+
+    Args:
+        folder: An existing folder without files of a checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        kind = _Kind(SAFETENSORS, _SAFETENSORS_SHARD, _write_plain, _map_plain)
+        self._folder, self._files = folder, _Files(folder, kind, check=True)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor. It is in a file at the end, or once others fill a file with it."""
+        self._files.add(name, tensor.cpu())
+
+    def finish(self) -> None:
+        """Write what is left, and give all files their names."""
+        self._files.finish()
+        _write_index(self._folder, self._files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +160,20 @@ class _Files:
                     " please report this"
                 )
         self.held, self._held_bytes = {}, 0
+
+
+def _write_index(folder: Path, files: _Files) -> None:
+    """Write which file holds which tensor, if there are several."""
+    from safetensors import safe_open
+
+    if len(files.names) <= 1:
+        return
+    places: dict[str, str] = {}
+    for name in files.names:
+        with safe_open(folder / name, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), name)
+    index = {"metadata": {"total_size": files.total_bytes}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def read_tensors(
@@ -227,15 +251,26 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     dotted = {name if "." in name else f".{name}": tensor for name, tensor in tensors.items()}
     flat, metadata = flatten_tensor_state_dict(dotted)
+    save_file(_apart(flat), path, metadata={**metadata, "format": "pt"})
+
+
+def _write_plain(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(_apart(tensors), path, metadata={"format": "pt"})
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors, each in memory of its own: safetensors shares none."""
+    apart: dict[str, torch.Tensor] = {}
     stored: set[int] = set()
-    for name, tensor in flat.items():
+    for name, tensor in tensors.items():
         whole = tensor.contiguous()
         storage = whole.untyped_storage()
-        # safetensors shares no memory
         shares = storage.data_ptr() in stored or storage.nbytes() > whole.nbytes
-        flat[name] = whole.clone() if shares else whole
+        apart[name] = whole.clone() if shares else whole
         stored.add(storage.data_ptr())
-    save_file(flat, path, metadata={**metadata, "format": "pt"})
+    return apart
 
 
 def read_safetensors(path: Path, device: str) -> dict[str, torch.Tensor]:
@@ -254,8 +289,14 @@ def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        return _unflattened(flat, file.metadata(), path)
+        return _unflattened(_map_plain(path), file.metadata(), path)
+
+
+def _map_plain(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
 
 
 def _unflattened(

@@ -2,7 +2,7 @@
 
 A quantized weight says by itself what it holds: its format, its stored tensor, and with
 `dequantize()` the numbers that its kernels multiply with. An exporter needs nothing else, and no
-format needs to know it. To offer it on the command line is a second file, `cli/apply.py`.
+format needs to know it. One that `autoquant export` offers is a `Writer` of `export/targets`.
 """
 
 from __future__ import annotations

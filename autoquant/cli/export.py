@@ -1,0 +1,151 @@
+"""`autoquant export`: write a plan for an inference engine, read it back and compare."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoquant.cli.options import (
+    ModelFactoryOption,
+    SampleInputsOption,
+    TrustPickleOption,
+    TrustRemoteCodeOption,
+)
+from autoquant.cli.output import Database, echo, opened_study
+from autoquant.cli.plans import (
+    ModelOption,
+    PlanOption,
+    WithinOption,
+    folder_beside,
+    increase_within,
+    one_plan,
+    source_path,
+)
+from autoquant.cli.trust import trusting
+from autoquant.engines import ENGINES, TARGETS, target
+
+if TYPE_CHECKING:
+    from autoquant.export.exporting import ExportReport
+    from autoquant.export.likeness import Likeness
+    from autoquant.records import Plan
+
+
+def _with_engines(name: str) -> str:
+    readers = ", ".join(each.name for each in ENGINES.values() if each.target.name == name)
+    return name if readers == name else f"{name} ({readers})"
+
+
+def export(
+    database: Database,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help=f"What the engine reads: {', '.join(map(_with_engines, TARGETS))}.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the exported model.",
+            show_default="MODEL-PLANID-TARGET beside the database",
+        ),
+    ] = None,
+    plan: PlanOption = None,
+    max_ppl_increase: WithinOption = None,
+    model: ModelOption = None,
+    trust_pickle: TrustPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    model_factory: ModelFactoryOption = None,
+    sample_inputs: SampleInputsOption = None,
+) -> None:
+    """Write the model that a plan quantizes for an inference engine, into a new folder.
+
+    The numbers are the plan's. A plan that the target cannot hold exactly is refused. The folder
+    is read back by the target's own reader, if it is installed, and compared with the plan in
+    memory. The kernels, and so the speed, are the engine's.
+    """
+    increase = increase_within(plan, max_ppl_increase)
+    target(to)
+    from autoquant.report.progress import listening
+
+    with opened_study(database, plan_id=plan) as study:
+        chosen = one_plan(study, plan, increase)
+        source = model or source_path(study)
+        # Imports torch: only after everything that can be refused without it.
+        from autoquant.export.exporting import export_to_disk
+        from autoquant.models.trust import Trust
+
+        place = out or folder_beside(database, source, chosen, f"-{to}")
+
+        def exported(**code: Any) -> ExportReport:
+            with listening() as listener:
+                return export_to_disk(
+                    chosen,
+                    source,
+                    place,
+                    to=to,
+                    facts=study.facts,
+                    listener=listener,
+                    trust=Trust(**code),
+                )
+
+        report = trusting(
+            exported,
+            trust_pickle=trust_pickle,
+            trust_remote_code=trust_remote_code,
+            model_factory=model_factory,
+            sample_inputs=sample_inputs,
+        )
+    _print_report(chosen, report)
+
+
+def _print_report(plan: Plan, report: ExportReport) -> None:
+    from autoquant.report import units
+
+    schemes = ", ".join(f"{count} x {name}" for name, count in report.schemes.items())
+    echo(f"Plan {plan.plan_id} ({plan.label}) as {report.target.name}: {schemes or 'no layer'}")
+    if report.unquantized:
+        echo(f"{report.unquantized} layers are left unquantized")
+    where = os.path.relpath(report.out) if report.out.is_relative_to(Path.cwd()) else report.out
+    echo(f"Wrote {where}: {', '.join(report.files)}")
+    echo(
+        f"Files {units.size(report.file_bytes)}, parameters in the plan"
+        f" {units.size(report.plan_bytes)}"
+    )
+    echo("Each layer was decoded from what was written: its numbers are the plan's.")
+    if report.likeness is None:
+        echo(f"Not read back by {report.reader}: {report.unread}")
+    else:
+        echo(f"Read back by {report.reader}: {_likeness_text(report.likeness)}")
+    for note in report.notes:
+        echo(f"Note: {note}")
+    echo(
+        "Speed: the engine multiplies with kernels of its own, not with those that the search"
+        " timed. Time it there."
+    )
+
+
+def _likeness_text(found: Likeness) -> str:
+    from autoquant.report import units
+
+    weights = f"all {found.weights} quantized weights have the plan's numbers"
+    if found.moved:
+        weights = (
+            f"{found.moved} of {found.weights} quantized weights differ by up to"
+            f" {units.digits(100 * found.farthest, 2)} % of a row's largest, since the reader"
+            " rounds their scales"
+        )
+    divergence = units.digits(found.plan_kl, 2)
+    of_plan = f"KL {divergence} nats a token to the plan with its own kernels"
+    if found.same_logits:
+        return (
+            f"{weights}; logits are bit for bit those of these numbers multiplied in the model's"
+            f" dtype ({of_plan})."
+        )
+    return f"{weights}; logits differ ({of_plan}), since activations or sums are rounded otherwise."

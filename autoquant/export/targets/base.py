@@ -1,0 +1,111 @@
+"""What a writer of exported plans gets, and what it has to do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autoquant.candidates.neutral import NeutralWeight
+from autoquant.engines import Scheme, Target, Values
+from autoquant.models import LoadedModel
+from autoquant.models.trust import Trust
+from autoquant.records import LayerChoice
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedLayer:
+    """One quantized layer.
+
+    Attributes:
+        values: Which numbers its weight holds.
+        scheme: How the target holds it.
+        choice: What the plan says of it.
+    """
+
+    name: str
+    values: Values
+    scheme: Scheme
+    choice: LayerChoice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """A model that a plan was applied to, for a writer.
+
+    Attributes:
+        loaded: The model, with its source and tokenizer.
+        dtype: The dtype of what is not quantized, e.g. `bfloat16`.
+        layers: The quantized layers, by the name of the weight.
+        linears: Names of the modules that keep an unquantized linear weight.
+        tensors: Yields every tensor that a state dict has, by name, each as it is made: quantized
+            ones in the neutral form, and of tied ones the first.
+        unties: A weight that was tied to an embedding is quantized now, and the embedding is not.
+    """
+
+    loaded: LoadedModel
+    dtype: str
+    layers: Mapping[str, ExportedLayer]
+    linears: tuple[str, ...]
+    tensors: Iterator[tuple[str, torch.Tensor | NeutralWeight]]
+    unties: bool
+
+
+class Writer(ABC):
+    """Writes one target, and reads it back.
+
+    Attributes:
+        target: Its table.
+        reader: The packages that read what it writes, by the names that pip knows.
+    """
+
+    target: Target
+    reader: tuple[str, ...]
+
+    def missing(self) -> list[str]:
+        """Return those of the reader's packages that are not installed."""
+        return [name for name in self.reader if not _version(name)]
+
+    def reader_words(self) -> str:
+        """Return the reader's packages with their versions, e.g. `transformers 5.23.0`."""
+        return " and ".join(f"{name} {_version(name)}" for name in self.reader)
+
+    @abstractmethod
+    def check(self, loaded: LoadedModel) -> None:
+        """Refuse a model that the target has no form for, before any work.
+
+        Raises:
+            PlanError: It is one.
+        """
+
+    @abstractmethod
+    def write(self, contents: Contents, folder: Path) -> None:
+        """Write the files into an existing, empty folder.
+
+        Each layer is decoded again and compared with its numbers, and each file with what was
+        written into it.
+
+        Raises:
+            CheckpointError: They differ.
+        """
+
+    @abstractmethod
+    def read(self, folder: Path, loaded: LoadedModel, trust: Trust) -> nn.Module:
+        """Return the model as the target's own reader makes it.
+
+        Raises:
+            CheckpointError: It cannot.
+        """
+
+
+def _version(package: str) -> str:
+    """Return the version of an installed package, or ""."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""

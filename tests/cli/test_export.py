@@ -1,0 +1,108 @@
+"""`autoquant export` with a stand-in for the work itself."""
+
+import sys
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import pytest
+from builders.searched import MIXED, UNIFORM
+
+from autoquant.cli.main import app
+from autoquant.engines import target
+
+
+@dataclass(frozen=True)
+class Likeness:
+    weights: int = 60
+    moved: int = 0
+    farthest: float = 0.0
+    same_logits: bool = True
+    plan_kl: float = 0.0017
+
+
+@dataclass(frozen=True)
+class Report:
+    out: object
+    target: object = None
+    files: tuple = ("config.json", "model.safetensors")
+    schemes: object = None
+    unquantized: int = 30
+    file_bytes: int = 2**24
+    plan_bytes: int = 2**23
+    notes: tuple = ()
+    reader: str = "transformers 5 and compressed-tensors 0.20"
+    likeness: object = Likeness()
+    unread: str = ""
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """A stand-in for exporting: `calls` notes what was asked, `changes` alters the report."""
+    module = ModuleType("autoquant.export.exporting")
+    module.calls, module.changes = [], {}
+
+    def export_to_disk(plan, model, out, *, to, facts, listener=None, trust=None):
+        module.calls.append((plan.plan_id, str(model), out.name, to))
+        made = Report(out.absolute(), target(to), schemes={"int8-row as pack-quantized": 60})
+        return replace(made, **module.changes)
+
+    module.export_to_disk = export_to_disk
+    monkeypatch.setitem(sys.modules, "autoquant.export.exporting", module)
+    return module
+
+
+def run(runner, database, *more, to="compressed-tensors"):
+    return runner.invoke(app, ["export", str(database), "--to", to, *more])
+
+
+def test_the_recommended_plan_is_exported_beside_the_database(runner, database, work):
+    result = run(runner, database)
+    assert result.exit_code == 0, result.stderr
+    folder = f"tiny-model-{MIXED}-compressed-tensors"
+    assert work.calls == [(MIXED, "/somewhere/tiny-model", folder, "compressed-tensors")]
+    assert "60 x int8-row as pack-quantized" in result.stdout
+    assert "30 layers are left unquantized" in result.stdout
+    assert "Files 16.0 MiB, parameters in the plan 8.00 MiB" in result.stdout
+
+
+def test_it_says_who_read_it_back_and_that_kernels_are_the_engines(runner, database, work):
+    text = run(runner, database).stdout
+    assert "Read back by transformers 5 and compressed-tensors 0.20: all 60" in text
+    assert "bit for bit" in text and "KL 0.0017 nats a token" in text
+    assert "not with those that the search timed" in text
+
+
+def test_it_says_what_differs(runner, database, work):
+    work.changes = {
+        "likeness": Likeness(moved=2, farthest=0.002, same_logits=False),
+        "notes": ("2 layers round otherwise",),
+    }
+    text = run(runner, database).stdout
+    assert "2 of 60 quantized weights differ by up to 0.20 % of a row's largest" in text
+    assert "logits differ" in text and "Note: 2 layers round otherwise" in text
+
+
+def test_it_says_that_no_reader_was_there(runner, database, work):
+    work.changes = {"likeness": None, "unread": "it is not installed: pip install it"}
+    assert "Not read back by transformers" in run(runner, database).stdout
+
+
+def test_plan_model_and_folder_can_be_named(runner, database, work):
+    run(runner, database, "--plan", UNIFORM[:5], "--model", "elsewhere", "--out", "DIR")
+    assert work.calls == [(UNIFORM, "elsewhere", "DIR", "compressed-tensors")]
+
+
+def test_a_plan_and_a_limit_exclude_each_other(runner, database, work):
+    result = run(runner, database, "--plan", "b", "--max-ppl-increase", "1%")
+    assert result.exit_code == 2 and "cannot be combined" in result.stderr
+
+
+def test_an_unknown_target_is_refused_with_those_that_there_are(runner, database, work):
+    result = run(runner, database, to="compressed-tensor")
+    assert result.exit_code == 2 and not work.calls
+    assert "did you mean compressed-tensors?" in result.stderr
+
+
+def test_help_names_the_engines_of_each_target(runner):
+    text = " ".join(runner.invoke(app, ["export", "--help"]).stdout.split())
+    assert "compressed-tensors (vllm, sglang)" in text and "gguf (llama.cpp)" in text

@@ -329,7 +329,8 @@ def _load() -> None:
     """Import gemlite, which registers its operator and needs a GPU.
 
     Its kernels that round activations get the first of their settings. They would try them all in
-    each process, which took ten seconds and gains nothing that a linear shows.
+    each process, for each k and number of rows, which took ten seconds. Another setting is worth at
+    most 20 us, of 2,048 rows.
     """
     import gemlite  # noqa: F401
     from gemlite import quant_utils

@@ -8,7 +8,10 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+
+import torch
 
 from autoquant.devices import Backend, Division, backend
 from autoquant.devices.effort import TimingEffort, timing_effort
@@ -18,6 +21,7 @@ from autoquant.errors import first_line
 from autoquant.files import raise_if_full
 from autoquant.intervals import mean_interval
 from autoquant.records import DISTURBED, Interval, request_time
+from autoquant.runtime.agreement import unexplained_error
 from autoquant.runtime.phases import Phases
 
 WARM_UP_CALLS = 2
@@ -78,17 +82,17 @@ def warm_up(phases: Phases) -> None:
 
     Raises:
         WrongResultError: The compiled phase's output differs from the eager one's by more than
-            rounding explains.
+            rounding explains, see `autoquant.runtime.agreement`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for phase in phases.workload.phases:
             phases.reset(phase.name)
-            expected = phases.run_eager(phase.name).float()
+            expected = phases.run_eager(phase.name)
             phases.reset(phase.name)
-            difference = (phases.run(phase.name).float() - expected).norm()
-            error = (difference / expected.norm().clamp(min=1e-30)).item()
-            if not error <= MAX_RELATIVE_ERROR:  # NaN counts as wrong
+            got = phases.run(phase.name)
+            error = unexplained_error(got, expected, partial(_run_eagerly, phases, phase.name))
+            if error is not None:
                 raise WrongResultError(
                     f"compiled {phase.name} is off by {error:.2g} (relative) from the same plan"
                     " run eagerly"
@@ -97,6 +101,11 @@ def warm_up(phases: Phases) -> None:
                 phases.reset(phase.name)
                 phases.run(phase.name)
             release_memory()  # what the compiler leaves behind, before the next phase is compiled
+
+
+def _run_eagerly(phases: Phases, name: str) -> torch.Tensor:
+    phases.reset(name)
+    return phases.run_eager(name)
 
 
 def make_warm(make: Callable[..., Phases], divisions: Sequence[Division]) -> tuple[Phases, str]:

@@ -18,6 +18,7 @@ from torch import nn
 from autoquant.candidates.kernels.caches import kernels_kept, use_kernel_caches
 from autoquant.devices import Division, backend
 from autoquant.errors import first_line
+from autoquant.runtime.agreement import unexplained_error
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.generate import attention
 from autoquant.runtime.generate.cache import StepState, static_cache, takes_made_mask
@@ -33,9 +34,6 @@ _SHORTEST_CACHE = 256
 _MOST_RULES = 8
 # A chunk that is at least so full costs less than several smaller ones.
 _FILL_FROM = 0.75
-_LARGEST_ERROR = (
-    0.5  # float8 rounds elsewhere in a compiled model: only garbage is meant to be caught
-)
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 """Token ids `[batch, tokens]` to logits `[batch, 1, vocabulary]`."""
@@ -294,15 +292,18 @@ class Decoder:
         What is in the cache stays: keys and values are written behind it, and overwritten later.
 
         Raises:
-            ValueError: They differ by more than rounding explains.
+            ValueError: They differ by more than rounding explains, see `runtime.agreement`.
         """
         ids = self._ids(size)
+
+        def run_eagerly() -> torch.Tensor:
+            with self._state.set_aside(size):
+                return self._run_eagerly(ids)
+
         with self._state.set_aside(size), kernels_kept(str(self._device)):
             got = step(ids).float()
-        with self._state.set_aside(size):
-            wanted = self._run_eagerly(ids).float()
-        error = ((got - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
-        if not error <= _LARGEST_ERROR:  # NaN counts as wrong
+        error = unexplained_error(got, run_eagerly(), run_eagerly)
+        if error is not None:
             raise ValueError(f"it is off by {error:.2g} (relative) from the same step run eagerly")
 
 

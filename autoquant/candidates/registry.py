@@ -71,7 +71,7 @@ def select(globs: Sequence[str], device_type: str | None = None) -> list[Candida
     """Return the candidates that match one of the globs, in order.
 
     A glob matches `VALUES`, a format's id or a candidate's id `FORMAT/KERNEL`. It does not choose
-    the other roundings of a format that it matches: `int4*` rounds to nearest, `int4*-gptq` does
+    the other roundings of a format that it matches: `int4-*` rounds to nearest, `int4-*-gptq` does
     not.
 
     Args:

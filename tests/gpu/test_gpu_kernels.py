@@ -19,6 +19,7 @@ from autoquant.candidates import (
 )
 from autoquant.candidates.check import MAX_RELATIVE_ERROR
 from autoquant.candidates.formats import int4_tinygemm
+from autoquant.candidates.formats.int4_rounding import tinygemm_rounding
 from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LinearShape, RouteStep
@@ -92,7 +93,7 @@ def test_int4_layouts_hold_the_same_numbers():
 def test_rounding_packs_tiles_as_rounding_to_nearest_does(group):
     weight, _, _ = tensors(1)
     weight = weight[:500, :896].contiguous()  # padded to tiles
-    q, scale, zero = int4_tinygemm.tinygemm_rounding(weight, group)
+    q, scale, zero = tinygemm_rounding(weight, group)
     nearest = known_formats()[f"int4-g{group}/tinygemm"]
     packed = int4_tinygemm._pack_tinygemm(Rounded(q - 8, scale, zero), group)
     assert torch.equal(nearest.dequantize(packed), nearest.dequantize(nearest.store(weight)))

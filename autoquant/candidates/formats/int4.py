@@ -16,13 +16,13 @@ import torch
 from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
 from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
-from autoquant.candidates.base import A16, Format, Kernel, by_name_only
-from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
+from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.candidates.formats.int4_rounding import ASYMMETRIC, with_roundings
+from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.kernels.cpu_source import load_cpu_kernels
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
 
-GROUP_SIZES = (32, 64, 128)
 _ROWS_PER_BLOCK = {"AVX512": 64, "AVX2": 32}
 
 
@@ -161,10 +161,8 @@ def _format(group: int) -> Format:
     )
 
 
-def _with_roundings(group: int) -> tuple[Format, ...]:
-    fmt = _format(group)
-    grid = Grid(bits=4, group=group, symmetric=False)
-    return fmt, *rounded_formats(fmt, grid, functools.partial(_pack, group=group), by_name_only)
-
-
-FORMATS = tuple(fmt for group in GROUP_SIZES for fmt in _with_roundings(group))
+FORMATS = tuple(
+    fmt
+    for grid in ASYMMETRIC
+    for fmt in with_roundings(_format(grid.group), grid, functools.partial(_pack, group=grid.group))
+)

@@ -9,13 +9,12 @@ import torch
 from torchao.utils import TorchAOBaseTensor
 
 from autoquant.candidates.base import A8_ROW, A16, Format, Kernel, by_name_only, round_row_int8
-from autoquant.candidates.formats.int4 import GROUP_SIZES
-from autoquant.candidates.formats.int4_tinygemm import (
-    dequantize_kernel,
-    int4_unsupported,
+from autoquant.candidates.formats.int4_rounding import (
+    ASYMMETRIC,
     tinygemm_rounding,
     with_roundings,
 )
+from autoquant.candidates.formats.int4_tinygemm import dequantize_kernel, int4_unsupported
 from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.kernels.gemlite import GEMLITE, gemlite_unsupported, linear_w4
 from autoquant.candidates.neutral import NeutralWeight
@@ -173,5 +172,5 @@ def _gemlite(group: int) -> Format:
 
 
 FORMATS = tuple(
-    fmt for group in GROUP_SIZES for fmt in with_roundings(_gemlite(group), group, _pack_gemlite)
+    fmt for grid in ASYMMETRIC for fmt in with_roundings(_gemlite(grid.group), grid, _pack_gemlite)
 )

@@ -7,16 +7,24 @@ any k works. For many rows, matrix instructions are used, or the weight is unpac
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
 
-from autoquant.candidates.base import A16, Format, Kernel
-from autoquant.candidates.formats.int4 import GROUP_SIZES
-from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding, with_roundings
-from autoquant.candidates.formats.rounding import Rounded
+from autoquant.candidates.base import A16, Format, Kernel, always_by_default, by_name_only
+from autoquant.candidates.formats.int4_rounding import (
+    ASYMMETRIC,
+    GROUP_SIZES,
+    SYMMETRIC,
+    int4_description,
+    int4_nearest,
+    int4_values,
+    with_roundings,
+)
+from autoquant.candidates.formats.rounding import Grid, Rounded
 from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, cpu_tiles_kernel, empty_rows
 from autoquant.candidates.kernels.cpu_source import cpu_kernels_work, cpu_operator
 from autoquant.candidates.neutral import NeutralWeight
@@ -35,7 +43,8 @@ class Int4LanesTensor(TorchAOBaseTensor):  # type: ignore[misc]
         qdata: int32 `[n, padded k / 8]`. 16 rows have words `[padded k / 8, 16]`. Nibble (odd, p)
             of a word, at bit 16 * odd + 4 * p, is column 2 * p + odd.
         scale_and_zero: `[n, groups, 2]`, in the dtype that the weight shows. 16 rows have
-            `[groups, 2, 16]`. The weight is (q - 8) * scale + zero.
+            `[groups, 2, 16]`. The weight is (q - 8) * scale + zero. A symmetric weight has scales
+            alone: `[n, groups, 1]`.
         columns: k.
     """
 
@@ -60,12 +69,14 @@ class Int4LanesTensor(TorchAOBaseTensor):  # type: ignore[misc]
         self.columns = columns
 
     @classmethod
-    def pack(cls, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4LanesTensor:
+    def pack(
+        cls, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    ) -> Int4LanesTensor:
         """Pack q `[n, k]` from 0 to 15, whose weight is (q - 8) * scale + zero.
 
         Args:
             scale: `[n, groups]`.
-            zero: `[n, groups]`.
+            zero: `[n, groups]`, or None if the weight is symmetric.
         """
         n, columns = q.shape
         group = _group(columns, scale.shape[1])
@@ -75,30 +86,32 @@ class Int4LanesTensor(TorchAOBaseTensor):  # type: ignore[misc]
         for pair in range(_WORD // 2):
             for odd in range(2):
                 words |= nibbles[..., pair, odd] << (16 * odd + 4 * pair)
-        both = torch.stack((scale, zero), dim=-1).reshape(n // LANES, LANES, -1, 2)
-        return cls(words.reshape(n, -1), both.permute(0, 2, 3, 1).reshape(n, -1, 2), columns)
+        parts = torch.stack((scale,) if zero is None else (scale, zero))
+        lanes = parts.reshape(len(parts), n // LANES, LANES, -1).permute(1, 3, 0, 2)
+        return cls(words.reshape(n, -1), lanes.reshape(n, -1, len(parts)), columns)
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers `[k, n]`, the weight transposed."""
-        n, groups = self.scale_and_zero.shape[:2]
-        q = self._nibbles()
-        both = self.scale_and_zero.reshape(n // LANES, groups, 2, 1, 1, LANES).to(dtype)
-        numbers = (q.to(dtype) - 8) * both[:, :, 0] + both[:, :, 1]
+        n, groups, parts = self.scale_and_zero.shape
+        lanes = self.scale_and_zero.reshape(n // LANES, groups, parts, 1, 1, LANES).to(dtype)
+        numbers = (self._nibbles().to(dtype) - 8) * lanes[:, :, 0]
+        if parts == 2:
+            numbers += lanes[:, :, 1]
         return numbers.permute(1, 2, 3, 0, 4).reshape(-1, n)[: self.columns]
 
     def neutral(self) -> NeutralWeight:
         """Return the same numbers without the layout."""
-        n, groups = self.scale_and_zero.shape[:2]
+        n, groups, parts = self.scale_and_zero.shape
         q = self._nibbles().permute(0, 4, 1, 2, 3).reshape(n, -1)[:, : self.columns]
-        both = self.scale_and_zero.reshape(n // LANES, groups, 2, LANES).permute(2, 0, 3, 1)
-        scale, zero = both.reshape(2, n, groups)
+        lanes = self.scale_and_zero.reshape(n // LANES, groups, parts, LANES)
+        scale, *zero = lanes.permute(2, 0, 3, 1).reshape(parts, n, groups)
         return NeutralWeight(
             codes=q.to(torch.int8) - 8,
             bits=4,
             scale=scale,
             group=_group(self.columns, groups),
             low=-8,
-            zero=zero,
+            zero=zero[0] if zero else None,
         )
 
     def _nibbles(self) -> torch.Tensor:
@@ -164,14 +177,15 @@ def _unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
     return f"n={shape.n} is not divisible by {LANES}" if shape.n % LANES else None
 
 
-def _pack(rounded: Rounded) -> torch.Tensor:
-    return Int4LanesTensor.pack(rounded.q + 8, rounded.scale, rounded.zero)
+def _pack(rounded: Rounded, grid: Grid) -> torch.Tensor:
+    zero = None if grid.symmetric else rounded.zero
+    return Int4LanesTensor.pack(rounded.q + 8, rounded.scale, zero)
 
 
-def _format(group: int) -> Format:
+def _format(grid: Grid) -> Format:
     return Format(
-        id=f"int4-g{group}/lanes",
-        quantize=lambda weight: Int4LanesTensor.pack(*tinygemm_rounding(weight, group)),
+        id=f"{int4_values(grid)}/lanes",
+        quantize=lambda weight: _pack(int4_nearest(weight, grid), grid),
         dequantize=lambda stored: cast(Int4LanesTensor, stored).unpack(torch.float32).t(),
         neutral=lambda stored: cast(Int4LanesTensor, stored).neutral(),
         tensor_type=Int4LanesTensor,
@@ -188,10 +202,13 @@ def _format(group: int) -> Format:
                 description="unpack the weight, then the float product",
             ),
         ),
-        description=f"int4 weights, scale and zero point for every {group} along k, in lanes",
+        by_default=by_name_only if grid.symmetric else always_by_default,
+        description=f"{int4_description(grid)}, in lanes",
     )
 
 
 FORMATS = tuple(
-    fmt for group in GROUP_SIZES for fmt in with_roundings(_format(group), group, _pack)
+    fmt
+    for grid in ASYMMETRIC + SYMMETRIC
+    for fmt in with_roundings(_format(grid), grid, functools.partial(_pack, grid=grid))
 )

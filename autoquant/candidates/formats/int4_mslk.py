@@ -9,7 +9,7 @@ import torch
 from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
 
 from autoquant.candidates.base import A16, Format, Kernel
-from autoquant.candidates.formats.int4 import GROUP_SIZES
+from autoquant.candidates.formats.int4_rounding import GROUP_SIZES
 from autoquant.candidates.formats.int4_tinygemm import (
     int4_unsupported,
     library_linear,

@@ -11,18 +11,34 @@ For many rows, a separate kernel unpacks the weight first.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
 
-from autoquant.candidates.base import A16, FLOAT8_MAX, W8_A8_FLOAT8_ROW, Format, Kernel
+from autoquant.candidates.base import (
+    A16,
+    FLOAT8_MAX,
+    W8_A8_FLOAT8_ROW,
+    Format,
+    Kernel,
+    always_by_default,
+    by_name_only,
+)
 from autoquant.candidates.calls import is_plain_call
 from autoquant.candidates.formats.float8 import float8_product, float8_product_unsupported
-from autoquant.candidates.formats.int4 import GROUP_SIZES
-from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding, with_roundings
-from autoquant.candidates.formats.rounding import Rounded
+from autoquant.candidates.formats.int4_rounding import (
+    ASYMMETRIC,
+    SYMMETRIC,
+    int4_description,
+    int4_nearest,
+    int4_values,
+    with_roundings,
+)
+from autoquant.candidates.formats.rounding import Grid, Rounded
 from autoquant.candidates.kernels.cuda_source import cuda_kernel, cuda_source_unsupported
 from autoquant.candidates.kernels.few_rows import multiply_rows, rows_kernel, too_many_rows
 from autoquant.candidates.kernels.operators import define_operator
@@ -56,7 +72,8 @@ class Int4TiledTensor(TorchAOBaseTensor):  # type: ignore[misc]
         qdata: int32 `[n, k / 8]`. A tile has words `[8, 4, 4]` by row a, lane b and j. Nibble
             (odd, p) of a word, lowest first, is column 32 * j + 8 * b + 2 * p + odd.
         scale_and_zero: `[n, k / group, 2]`, in the dtype that the weight shows. A tile has
-            `[8, groups, 2]`. The weight is (q - 8) * scale + zero.
+            `[8, groups, 2]`. The weight is (q - 8) * scale + zero. A symmetric one has zeros of 0,
+            which the kernels read.
         row_scale: float32 `[n, 1]`, the largest number of each row over float8's largest.
     """
 
@@ -228,12 +245,17 @@ def _pack(rounded: Rounded) -> torch.Tensor:
     return Int4TiledTensor.pack(rounded.q + 8, rounded.scale, rounded.zero)
 
 
-def _format(group: int) -> Format:
+def _neutral(stored: torch.Tensor, *, symmetric: bool) -> NeutralWeight:
+    found = cast(Int4TiledTensor, stored).neutral()
+    return replace(found, zero=None) if symmetric else found
+
+
+def _format(grid: Grid) -> Format:
     return Format(
-        id=f"int4-g{group}/tiled",
-        quantize=lambda weight: Int4TiledTensor.pack(*tinygemm_rounding(weight, group)),
+        id=f"{int4_values(grid)}/tiled",
+        quantize=lambda weight: _pack(int4_nearest(weight, grid)),
         dequantize=lambda stored: cast(Int4TiledTensor, stored).unpack(torch.float32),
-        neutral=lambda stored: cast(Int4TiledTensor, stored).neutral(),
+        neutral=functools.partial(_neutral, symmetric=grid.symmetric),
         tensor_type=Int4TiledTensor,
         joins=True,
         unsupported=_unsupported,
@@ -259,13 +281,11 @@ def _format(group: int) -> Format:
                 ),
             ),
         ),
-        description=(
-            f"int4 weights, scale and zero point for every {group} along k, as the project's "
-            "kernels read them"
-        ),
+        by_default=by_name_only if grid.symmetric else always_by_default,
+        description=f"{int4_description(grid)}, as the project's kernels read them",
     )
 
 
 FORMATS = tuple(
-    fmt for group in GROUP_SIZES for fmt in with_roundings(_format(group), group, _pack)
+    fmt for grid in ASYMMETRIC + SYMMETRIC for fmt in with_roundings(_format(grid), grid, _pack)
 )

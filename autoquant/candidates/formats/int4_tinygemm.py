@@ -1,7 +1,6 @@
-"""int4 weights in groups along k for GPUs in torchao's tinygemm packing, and shared int4 helpers.
+"""int4 weights in groups along k for GPUs in torchao's tinygemm packing.
 
-All int4 layouts for GPUs hold the numbers of tinygemm's rounding: (q - 8) * scale + zero with q
-from 0 to 15, and with 16-bit scale and zero for each group. So they share one quality score.
+Helpers that other int4 layouts for GPUs share are here, too.
 """
 
 from __future__ import annotations
@@ -12,19 +11,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torchao.quantization.quant_primitives import (
-    MappingType,
-    _choose_qparams_affine_tinygemm,
-    _quantize_affine_tinygemm,
-)
 from torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor import (
     Int4TilePackedTo4dTensor,
 )
 from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
-from autoquant.candidates.base import A16, Format, Kernel, by_name_only
-from autoquant.candidates.formats.int4 import GROUP_SIZES
-from autoquant.candidates.formats.rounding import Grid, Rounded, rounded_formats
+from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.candidates.formats.int4_rounding import ASYMMETRIC, with_roundings
+from autoquant.candidates.formats.rounding import Rounded
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.devices.gpu import needs_cuda
 from autoquant.records import LinearShape
@@ -32,26 +26,6 @@ from autoquant.records import LinearShape
 _TILE_ROWS, _TILE_COLUMNS = 8, 1024
 ToFloat = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 """Maps a stored weight to its numbers `[n, k]` in a dtype."""
-
-
-def tinygemm_rounding(
-    weight: torch.Tensor, group: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round a weight `[n, k]`.
-
-    The last group may be in part.
-
-    Returns:
-        q int32 `[n, k]` from 0 to 15, scale and zero `[n, groups]` in the weight's dtype.
-    """
-    n, k = weight.shape
-    weight = F.pad(weight, (0, -k % group))
-    block = (1, group)
-    scale, zero = _choose_qparams_affine_tinygemm(
-        weight, MappingType.ASYMMETRIC, block, torch.int32, 0, 15, 1e-6, None, weight.dtype
-    )
-    q = _quantize_affine_tinygemm(weight, block, scale, zero, torch.int32, 0, 15)
-    return q[:, :k], scale.reshape(n, -1), zero.reshape(n, -1)
 
 
 def int4_unsupported(shape: LinearShape, m: int, device_type: str, *, group: int) -> str | None:
@@ -169,19 +143,10 @@ def _tinygemm(group: int) -> Format:
     )
 
 
-def with_roundings(
-    fmt: Format, group: int, pack: Callable[[Rounded], torch.Tensor]
-) -> tuple[Format, ...]:
-    """Return an int4 format of tinygemm's rounding, and all other roundings by name only."""
-    return fmt, *rounded_formats(
-        fmt, Grid(bits=4, group=group, symmetric=False), pack, by_name_only
-    )
-
-
 FORMATS = tuple(
     fmt
-    for group in GROUP_SIZES
+    for grid in ASYMMETRIC
     for fmt in with_roundings(
-        _tinygemm(group), group, functools.partial(_pack_tinygemm, group=group)
+        _tinygemm(grid.group), grid, functools.partial(_pack_tinygemm, group=grid.group)
     )
 )

@@ -8,7 +8,7 @@ minimizes the error of the output instead of the weight's. `clip` does so with l
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from autoquant.candidates.base import Format, InputStatistics
 _SMALLEST_STEP = 1e-6
 _SMALLEST_SCALE = 1e-12
 _SHRINKS = torch.linspace(1.0, 0.35, 27, device="cpu").tolist()
+_STRETCHES = torch.linspace(1.0, 1.4, 12, device="cpu").tolist()
 _COLUMNS_AT_ONCE = 128
 
 
@@ -88,7 +89,11 @@ class Grid:
         return ((weight - zero) / scale).round_().clamp_(-self.half, self.half - 1)
 
     def best(
-        self, groups: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
+        self,
+        groups: torch.Tensor,
+        importance: torch.Tensor,
+        dtype: torch.dtype,
+        shrinks: Sequence[float] = _SHRINKS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and zero `[..., 1]` of groups, clipped if that lowers the weighted error.
 
@@ -98,10 +103,11 @@ class Grid:
         Args:
             groups: `[..., group]`.
             importance: Weight of each number's squared error, broadcast to `[..., group]`.
+            shrinks: What the ends are multiplied by, one after the other.
         """
         low, high = self.ends(groups)
         least = scale = zero = None
-        for shrink in _SHRINKS:
+        for shrink in shrinks:
             tried = self.fitted(shrink * low, shrink * high, dtype)
             off = self.integers(groups, *tried).mul_(tried[0]).add_(tried[1]).sub_(groups)
             error = off.square_().mul_(importance).sum(-1, keepdim=True)
@@ -113,6 +119,10 @@ class Grid:
             scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
         assert scale is not None and zero is not None
         return scale, zero
+
+
+Round = Callable[[torch.Tensor, Grid, InputStatistics | None], Rounded]
+"""Maps (weight `[n, k]`, grid, the layer's inputs or None) to integers."""
 
 
 def hqq(weight: torch.Tensor, grid: Grid, _inputs: InputStatistics | None = None) -> Rounded:
@@ -179,6 +189,19 @@ def gptq(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None
     )
 
 
+def nearest(weight: torch.Tensor, grid: Grid, _inputs: InputStatistics | None = None) -> Rounded:
+    """Round to nearest by a symmetric grid, with the scale that suits each group's weights.
+
+    The largest magnitude lies on the largest integer, or up to 40 % beyond it. The squared error
+    of a weight counts by its square plus the group's mean square, since a model may depend on few
+    large weights (`studies/rounding`).
+    """
+    squares = weight.float().square().reshape(len(weight), -1, grid.group)
+    widest = (grid.half - 0.5) / (grid.half - 1)
+    shrinks = [widest / stretch for stretch in _STRETCHES]
+    return _clipped(weight, grid, squares + squares.mean(-1, keepdim=True), shrinks)
+
+
 def clip(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None) -> Rounded:
     """Round to nearest, with each group clipped to suit the inputs: AWQ without its scales.
 
@@ -186,12 +209,31 @@ def clip(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None
     It gains less than `gptq`, which costs the layer nothing.
     """
     assert inputs is not None
+    return _clipped(weight, grid, inputs.hessian.diagonal().reshape(1, -1, grid.group))
+
+
+def _clipped(
+    weight: torch.Tensor,
+    grid: Grid,
+    importance: torch.Tensor,
+    shrinks: Sequence[float] = _SHRINKS,
+) -> Rounded:
     n, k = weight.shape
     groups = weight.float().reshape(n, -1, grid.group)
-    importance = inputs.hessian.diagonal().reshape(1, -1, grid.group)
-    scale, zero = grid.best(groups, importance, weight.dtype)
+    scale, zero = grid.best(groups, importance, weight.dtype, shrinks)
     q = grid.integers(groups, scale, zero).reshape(n, k).to(torch.int32)
     return Rounded(q, scale[..., 0].to(weight.dtype), zero[..., 0].to(weight.dtype))
+
+
+def round_padded(
+    weight: torch.Tensor, grid: Grid, how: Round, inputs: InputStatistics | None = None
+) -> Rounded:
+    """Round a weight `[n, k]` whose last group may be in part, as if zeros filled it."""
+    k = weight.shape[1]
+    more = -k % grid.group
+    inputs = inputs.padded(more) if inputs and more else inputs
+    rounded = how(F.pad(weight, (0, more)), grid, inputs)
+    return replace(rounded, q=rounded.q[:, :k])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +248,7 @@ class Rounding:
     """
 
     id: str
-    round: Callable[[torch.Tensor, Grid, InputStatistics | None], Rounded]
+    round: Round
     needs_inputs: bool
     description: str
 
@@ -240,11 +282,7 @@ def rounded_formats(
     def quantize(
         weight: torch.Tensor, inputs: InputStatistics | None = None, *, rounding: Rounding
     ) -> torch.Tensor:
-        k = weight.shape[1]
-        more = -k % grid.group
-        inputs = inputs.padded(more) if inputs and more else inputs
-        rounded = rounding.round(F.pad(weight, (0, more)), grid, inputs)
-        return pack(replace(rounded, q=rounded.q[:, :k]))
+        return pack(round_padded(weight, grid, rounding.round, inputs))
 
     values, _, layout = fmt.id.partition("/")
     return tuple(

@@ -108,9 +108,8 @@ void multiply_lanes(const X* x, const float* group_sums, const Int4& weight, int
                     float* y, int64_t n) {
   const int64_t width = weight.group * weight.groups, words = weight.group / 8;
   const uint32_t* from = weight.words + block * (width / 8) * kLanes;
-  const T* scales = static_cast<const T*>(weight.scales) + block * weight.groups * 2 * kLanes;
   Floats total[M] = {};
-  for (int64_t g = 0; g < weight.groups; g++, scales += 2 * kLanes) {
+  for (int64_t g = 0; g < weight.groups; g++) {
     Int4Sums<M> even, odd;  // two chains of sums, since one alone waits for itself
     for (int64_t word = 0; word < words; word += 2, from += 2 * kLanes) {
       const X* columns = x + g * weight.group + 8 * word;
@@ -119,7 +118,7 @@ void multiply_lanes(const X* x, const float* group_sums, const Int4& weight, int
       add_words<M>(even, load<Words>(from), columns, width);
       add_words<M>(odd, load<Words>(from + kLanes), columns + 8, width);
     }
-    const Floats scale = floats(scales), zero = floats(scales + kLanes);
+    const auto [scale, zero] = scale_and_zero<T>(weight, block, g);
     for (int row = 0; row < M; row++)
       total[row] += (even.of[row] + odd.of[row]) * scale + zero * group_sums[row * weight.groups + g];
   }
@@ -210,11 +209,11 @@ void lanes_of(const X* x, const std::vector<float>& group_sums, const Int4& weig
   });
 }
 
-Tensor int4_lanes(const Tensor& x, const Tensor& words, const Tensor& scale_and_zero,
+Tensor int4_lanes(const Tensor& x, const Tensor& words, const Tensor& scales,
                   const std::optional<Tensor>& bias) {
   const Sizes sizes = sizes_of(x, words.size(0), bias);
-  check(scale_and_zero, x, "scale and zero");
-  const Int4 weight = int4_of(words, scale_and_zero, sizes.k);
+  check(scales, x, "the weight's scale");
+  const Int4 weight = int4_of(words, scales, sizes.k);
   const int64_t width = weight.group * weight.groups, groups = weight.groups;
   of_type(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -235,22 +234,19 @@ Tensor int4_lanes(const Tensor& x, const Tensor& words, const Tensor& scale_and_
 }
 
 // Return the numbers `[k, n]`, the weight transposed, in the dtype of its scales.
-Tensor int4_unpack(const Tensor& words, const Tensor& scale_and_zero, int64_t k) {
-  const Int4 weight = int4_of(words, scale_and_zero, k);
+Tensor int4_unpack(const Tensor& words, const Tensor& scales, int64_t k) {
+  const Int4 weight = int4_of(words, scales, k);
   const int64_t n = words.size(0), width = 8 * words.size(1);
   const std::vector<int64_t> shape{k, n};
-  Tensor numbers = torch::stable::new_empty(scale_and_zero, shape);
-  of_type(scale_and_zero.scalar_type(), [&](auto* type) {
+  Tensor numbers = torch::stable::new_empty(scales, shape);
+  of_type(scales.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* out = static_cast<T*>(numbers.mutable_data_ptr());
-    const T* scales = data<T>(scale_and_zero);
     // A thread writes whole rows of the result, so that no two write into one cache line.
     torch::stable::parallel_for(0, width / 8, 1, [&](int64_t a, int64_t b) {
       for (int64_t word = a; word < b; word++)
         for (int64_t block = 0; block < n / kLanes; block++) {
-          const int64_t group = block * weight.groups + word * 8 / weight.group;
-          const T* pair = scales + group * 2 * kLanes;
-          const Floats scale = floats(pair), zero = floats(pair + kLanes);
+          const auto [scale, zero] = scale_and_zero<T>(weight, block, word * 8 / weight.group);
           const auto of = load<Words>(weight.words + (block * (width / 8) + word) * kLanes);
           for (int64_t column = 0; column < 8 && word * 8 + column < k; column++) {
             const int shift = 16 * (column % 2) + 4 * (column / 2);

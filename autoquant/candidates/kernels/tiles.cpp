@@ -150,33 +150,32 @@ Tensor int8_tiles(const Tensor& x, const Tensor& weight, const Tensor& scale,
   return sizes.y;
 }
 
-Tensor int4_tiles(const Tensor& x, const Tensor& words, const Tensor& scale_and_zero,
+Tensor int4_tiles(const Tensor& x, const Tensor& words, const Tensor& scales,
                   const std::optional<Tensor>& bias) {
   const Sizes sizes = sizes_of(x, words.size(0), bias);
-  check(scale_and_zero, x, "scale and zero");
+  check(scales, x, "the weight's scale");
   const Rows rows(x, sizes, bias);
-  const Int4 weight = int4_of(words, scale_and_zero, rows.k);
+  const Int4 weight = int4_of(words, scales, rows.k);
   const int64_t stored = weight.group * weight.groups;
   by_blocks(rows, [&](int64_t i, bfloat16* block, float*) {
     for (int64_t half = 0; half < kBlock; half += kTile) {
       const int64_t first = i + half;
       const uint32_t* from = weight.words + first * (stored / 8);
-      const bfloat16* scales =
-          static_cast<const bfloat16*>(weight.scales) + first * weight.groups * 2;
       for (int64_t k = 0; k < rows.width; k += 8, from += kTile) {
         uint32_t* to = pairs_of(block, half, k) + k % kDepth / kPair * kTile;
         if (first >= rows.n) {
           std::memset(to, 0, 4 * kTile * sizeof *to);
           continue;
         }
-        const bfloat16* pair = scales + k / weight.group * 2 * kLanes;
-        const Floats scale = floats(pair), zero = floats(pair + kLanes) - 8.0f * scale;
+        const auto [scale, zero] =
+            scale_and_zero<bfloat16>(weight, first / kTile, k / weight.group);
+        const Floats least = zero - 8.0f * scale;
         const auto of = load<Words>(from);
         for (int p = 0; p < 4; p++) {
           const auto even = __builtin_convertvector((Ints)((of >> (4 * p)) & 15), Floats);
           const auto odd = __builtin_convertvector((Ints)((of >> (4 * p + 16)) & 15), Floats);
-          const auto low = _mm512_cvtneps_pbh((__m512)(even * scale + zero));
-          const auto high = _mm512_cvtneps_pbh((__m512)(odd * scale + zero));
+          const auto low = _mm512_cvtneps_pbh((__m512)(even * scale + least));
+          const auto high = _mm512_cvtneps_pbh((__m512)(odd * scale + least));
           const __m512i both = _mm512_or_si512(
               _mm512_cvtepu16_epi32((__m256i)low),
               _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)high), 16));

@@ -4,7 +4,8 @@
 //
 // int4 in lanes: 16 rows belong together. Their words of eight columns lie side by side:
 // `[n / 16, k / 8, 16]`. Nibble (odd, p) of a word, at bit 16 * odd + 4 * p, is column 2 * p + odd.
-// Scales and zeros are `[n / 16, groups, 2, 16]`. A weight is (q - 8) * scale + zero.
+// Scales and zeros are `[n / 16, groups, 2, 16]`. A weight is (q - 8) * scale + zero. Where all zeros
+// are 0, scales alone are stored: `[n / 16, groups, 1, 16]`.
 #pragma once
 
 #include "vectors.h"
@@ -44,21 +45,34 @@ void check_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, cons
 struct Int4 {
   const uint32_t* words;
   const void* scales;
-  int64_t group, groups;
+  int64_t group, groups, parts;  // parts: 2 with zeros, or 1
 };
 
+struct ScaleAndZero {
+  Floats scale, zero;
+};
+
+// The scales and zeros of a group of 16 rows.
+template <class T>
+inline ScaleAndZero scale_and_zero(const Int4& weight, int64_t block, int64_t group) {
+  const int64_t place = (block * weight.groups + group) * weight.parts * kLanes;
+  const T* from = static_cast<const T*>(weight.scales) + place;
+  return {floats(from), weight.parts == 2 ? floats(from + kLanes) : Floats{}};
+}
+
 // Check a weight for an activation of k columns.
-Int4 int4_of(const Tensor& words, const Tensor& scale_and_zero, int64_t k) {
+Int4 int4_of(const Tensor& words, const Tensor& scales, int64_t k) {
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.is_contiguous() && words.is_cpu(),
                   "the weight is not contiguous int32 on the CPU");
-  STD_TORCH_CHECK(words.dim() == 2 && scale_and_zero.dim() == 3 && words.size(0) % kLanes == 0 &&
-                      scale_and_zero.size(0) == words.size(0) && scale_and_zero.size(2) == 2,
+  STD_TORCH_CHECK(words.dim() == 2 && scales.dim() == 3 && words.size(0) % kLanes == 0 &&
+                      scales.size(0) == words.size(0) &&
+                      (scales.size(2) == 1 || scales.size(2) == 2),
                   "the weight and its scales do not fit");
-  const int64_t width = 8 * words.size(1), groups = scale_and_zero.size(1);
+  const int64_t width = 8 * words.size(1), groups = scales.size(1);
   STD_TORCH_CHECK(groups > 0 && width % (16 * groups) == 0 && width - k >= 0 &&
                       width - k < width / groups,
                   "x and weight do not fit");
-  return {data<uint32_t>(words), scale_and_zero.const_data_ptr(), width / groups, groups};
+  return {data<uint32_t>(words), scales.const_data_ptr(), width / groups, groups, scales.size(2)};
 }
 
 }  // namespace

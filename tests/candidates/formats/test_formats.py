@@ -13,7 +13,7 @@ from autoquant.candidates.base import round_float8, round_row_int8
 from autoquant.candidates.flat import flatten_tensor, stored_bytes, unflatten_tensor
 from autoquant.candidates.formats.int4 import rows_per_block, unpack_int4
 from autoquant.candidates.formats.int4_gemlite import Int4GemliteTensor
-from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding
+from autoquant.candidates.formats.int4_rounding import tinygemm_rounding
 from autoquant.errors import CandidateError
 
 MATMUL = Kernel(id="matmul", numerics=A16, linear=F.linear)

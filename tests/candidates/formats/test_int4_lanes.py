@@ -5,8 +5,10 @@ import torch
 
 from autoquant.candidates import get_format
 from autoquant.candidates.base import InputStatistics
+from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.int4_lanes import Int4LanesTensor
-from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding
+from autoquant.candidates.formats.int4_rounding import tinygemm_rounding
+from autoquant.candidates.formats.rounding import Grid, nearest
 from autoquant.candidates.joined import join, whole_of
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import RouteStep
@@ -26,6 +28,17 @@ def test_lanes_hold_the_rounded_numbers(group):
     assert torch.equal(fmt.dequantize(fmt.store(normal())), expected.reshape(N, K))
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_symmetric_lanes_hold_integers_times_a_scale_and_nothing_else(group):
+    grid = Grid(bits=4, group=group, symmetric=True)
+    rounded = nearest(normal(), grid)
+    expected = rounded.q.reshape(N, -1, group) * rounded.scale.float()[..., None]
+    fmt = get_format(f"int4s-g{group}/lanes")
+    stored = fmt.store(normal())
+    assert torch.equal(fmt.dequantize(stored), expected.reshape(N, K))
+    assert stored_bytes(stored) == N * K // 2 + N * (K // group) * 2
+
+
 def test_a_word_holds_eight_columns_of_a_row_even_ones_below_odd_ones():
     q = torch.zeros(16, 64, dtype=torch.int32)
     row, word = 5, 3
@@ -36,12 +49,13 @@ def test_a_word_holds_eight_columns_of_a_row_even_ones_below_odd_ones():
     assert int(words.count_nonzero()) == 1
 
 
+@pytest.mark.parametrize("values", ["int4-g128", "int4s-g128"])
 @pytest.mark.parametrize("rounding", ["", "-hqq", "-clip", "-gptq"])
-def test_a_last_group_in_part_is_rounded_like_a_whole_one(rounding):
+def test_a_last_group_in_part_is_rounded_like_a_whole_one(values, rounding):
     k = 172
     weight = normal(k=k)
     x = torch.randn(512, k, generator=torch.Generator().manual_seed(1))
-    fmt = get_format(f"int4-g128{rounding}/lanes")
+    fmt = get_format(f"{values}{rounding}/lanes")
     stored = fmt.store(weight, InputStatistics(x.t() @ x))
     assert stored.shape == weight.shape
     numbers = fmt.dequantize(stored)
@@ -49,8 +63,9 @@ def test_a_last_group_in_part_is_rounded_like_a_whole_one(rounding):
     assert error[:128].mean() < 0.14 and error[128:].mean() < 0.14
 
 
-def test_weights_behind_one_another_are_one_weight():
-    fmt = get_format("int4-g64/lanes")
+@pytest.mark.parametrize("values", ["int4-g64", "int4s-g64"])
+def test_weights_behind_one_another_are_one_weight(values):
+    fmt = get_format(f"{values}/lanes")
     route = (RouteStep(upper_m=None, kernel="unpack-matmul"),)
     weights = [
         RoutedWeight.wrap(fmt.store(normal(n, seed=n)), fmt.id, route, torch.bfloat16)

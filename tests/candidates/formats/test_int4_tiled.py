@@ -6,11 +6,11 @@ What can be seen of them without a GPU.
 import pytest
 import torch
 
-from autoquant.candidates import get_format, multiplied_numbers
+from autoquant.candidates import InputStatistics, get_format, multiplied_numbers
 from autoquant.candidates.base import W8_A8_FLOAT8_ROW, round_float8
 from autoquant.candidates.formats import int4_tiled
+from autoquant.candidates.formats.int4_rounding import tinygemm_rounding
 from autoquant.candidates.formats.int4_tiled import Int4TiledTensor
-from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding
 from autoquant.candidates.joined import join, whole_of
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LinearShape, RouteStep
@@ -36,6 +36,16 @@ def test_tiles_hold_the_rounded_numbers_and_each_rows_largest(group):
     assert torch.equal(get_format(f"int4-g{group}/tiled").dequantize(stored), numbers)
     assert stored.group == group
     torch.testing.assert_close(stored.row_scale, numbers.abs().amax(1, keepdim=True) / 448)
+
+
+@pytest.mark.parametrize("rounding", ["", "-hqq", "-clip", "-gptq"])
+def test_symmetric_tiles_hold_the_numbers_of_symmetric_lanes(rounding):
+    weight, x = normal(n=48), torch.randn(512, K, generator=torch.Generator().manual_seed(1))
+    tiles, lanes = (
+        fmt.dequantize(fmt.store(weight, InputStatistics(x.t() @ x)))
+        for fmt in (get_format(f"int4s-g64{rounding}/{name}") for name in ("tiled", "lanes"))
+    )
+    assert torch.equal(tiles, lanes)
 
 
 def test_a_word_holds_eight_neighbouring_columns_even_ones_below_odd_ones():

@@ -8,7 +8,7 @@ import torch
 from autoquant.candidates import InputStatistics, get_format, select, timed, timed_as
 from autoquant.candidates.flat import flatten_tensor
 from autoquant.candidates.formats import int4
-from autoquant.candidates.formats.int4_tinygemm import tinygemm_rounding
+from autoquant.candidates.formats.int4_rounding import tinygemm_rounding
 from autoquant.candidates.formats.rounding import Rounded
 from autoquant.errors import CandidateError
 
@@ -16,6 +16,7 @@ N, K = 64, 256
 STORED = {  # formats with other roundings that this machine can store
     "int4-g32": "cpu-packed",
     "int4-g128": "cpu-packed",
+    "int4s-g32": "lanes",
     "int3-g64": "bit-planes",
     "int2-g32": "bit-planes",
 }
@@ -55,7 +56,7 @@ def output_error(fmt, weight, x):
     )
 
 
-@each_format
+@pytest.mark.parametrize("values", [values for values in STORED if values != "int4s-g32"])
 @each_dtype
 def test_half_quadratic_rounding_keeps_the_weight_better_than_rounding_to_nearest(values, dtype):
     weight = heavy_tailed(dtype)
@@ -72,6 +73,28 @@ def test_rounding_for_the_inputs_keeps_the_output_better(values, dtype):
     assert clipped < nearest
     assert compensated < 0.75 * nearest
     assert compensated < clipped
+
+
+@each_dtype
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_symmetric_int4_has_a_scale_for_each_group_that_suits_large_weights_most(group, dtype):
+    weight = heavy_tailed(dtype)
+    groups = weight.float().reshape(N, -1, group)
+    squares = groups.square()
+    importance = squares + squares.mean(-1, keepdim=True)
+
+    def error(numbers):
+        return ((numbers - groups).square() * importance).sum().item()
+
+    def of_one_choice(steps):
+        scale = groups.abs().amax(-1, keepdim=True) / steps
+        return error((groups / scale).round().clamp(-8, 7) * scale)
+
+    fmt = get_format(f"int4s-g{group}/lanes")
+    stored = fmt.store(weight)
+    chosen = error(fmt.dequantize(stored).reshape(groups.shape))
+    assert chosen < 0.93 * min(of_one_choice(steps) for steps in (7, 7.5, 8, 9))
+    assert (stored.scale_and_zero > 0).all()  # some engines refuse a negative scale
 
 
 @each_format
@@ -175,6 +198,16 @@ def test_a_search_that_names_no_candidates_rounds_to_nearest():
     assert not any(
         each.format.rounds for device in ("cpu", "cuda") for each in select(["*"], device)
     )
+
+
+def test_symmetric_int4_is_tried_where_it_is_named():
+    for device in ("cpu", "cuda"):
+        assert not any(each.format.values.startswith("int4s") for each in select(["*"], device))
+    found = {each.format.id for each in select(["int4s-g64", "int4s-g64-gptq"], "cpu")}
+    layouts = ("lanes", "tiled")
+    assert found == {
+        f"int4s-g64{rounding}/{each}" for rounding in ("", "-gptq") for each in layouts
+    }
 
 
 def test_roundings_of_one_format_are_timed_once():

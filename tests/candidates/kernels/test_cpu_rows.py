@@ -14,7 +14,14 @@ from autoquant.candidates.kernels import cpu_source
 from autoquant.errors import CandidateError
 from autoquant.records import LinearShape
 
-FORMATS = ("bfloat16/routed", "int8-row/plain", "int4-g32/lanes", "int4-g128/lanes")
+FORMATS = (
+    "bfloat16/routed",
+    "int8-row/plain",
+    "int4-g32/lanes",
+    "int4-g128/lanes",
+    "int4s-g32/lanes",
+    "int4s-g64/lanes",
+)
 SIZES = ((16, 1), (64, 64), (48, 172), (80, 40), (208, 257))
 ROWS = (1, 2, 3, 4, 5, 16)
 
@@ -101,8 +108,9 @@ def test_loading_the_kernels_leaves_small_numbers_as_they_are():
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
-def test_many_rows_of_int4_are_multiplied_by_the_unpacked_weight():
-    fmt = get_format("int4-g64/lanes")
+@pytest.mark.parametrize("values", ["int4-g64", "int4s-g64"])
+def test_many_rows_of_int4_are_multiplied_by_the_unpacked_weight(values):
+    fmt = get_format(f"{values}/lanes")
     stored, x = fmt.store(numbers(48, 172).bfloat16()), numbers(2, 40, 172, seed=1).bfloat16()
     expected = F.linear(x.float(), fmt.dequantize(stored).float())
     y = fmt.kernel("unpack-matmul").linear(x, stored, None)
@@ -128,6 +136,10 @@ def test_many_rows_of_int4_are_multiplied_by_the_unpacked_weight():
         (
             "cpu_int4_lanes",
             lambda x: (x, torch.ones(16, 8, dtype=torch.int32), torch.ones(16, 2, 2), None),
+        ),
+        (
+            "cpu_int4_lanes",
+            lambda x: (x, torch.ones(16, 4, dtype=torch.int32), torch.ones(16, 1, 3), None),
         ),
     ],
 )

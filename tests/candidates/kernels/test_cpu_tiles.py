@@ -8,7 +8,7 @@ from autoquant.candidates import get_format
 from autoquant.candidates.kernels import cpu_rows, cpu_source
 from autoquant.records import LinearShape
 
-FORMATS = ("int8-row/plain", "int4-g32/lanes", "int4-g128/lanes")
+FORMATS = ("int8-row/plain", "int4-g32/lanes", "int4-g128/lanes", "int4s-g32/lanes")
 SIZES = ((16, 1), (64, 64), (48, 172), (80, 40), (208, 257))
 with_tiles = pytest.mark.skipif(
     cpu_source.tiles_missing() is not None, reason="this CPU has no matrix instructions"

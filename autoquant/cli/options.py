@@ -101,6 +101,16 @@ MaxMemoryOption = Annotated[
         metavar="SIZE", help="Limit of the weights' memory, e.g. 2GiB.", show_default=False
     ),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="ENGINE",
+        help="Only plans that this inference engine holds exactly: vllm, sglang, llama.cpp or"
+        " transformers.",
+        show_default=False,
+    ),
+]
 MinimizeOption = Annotated[
     Minimize, typer.Option(help="What the recommended plan has least of, within the limits.")
 ]

@@ -116,7 +116,7 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
 
     facts = study.facts
     echo(f"Study {facts.study_id}: {study_line(facts.source, facts.device, facts.workload)}")
-    if constrained := constraints_words(study.constraints.as_object()):
+    if constrained := constraints_words(facts.constraints):
         echo(f"Constraints: {constrained}")
     if not facts.complete:
         echo("This search has not come to its end; the same `autoquant search` goes on from here.")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _NEVER_TAKEN = ("json", "recipe", "save-recipe", "trust-pickle", "trust-remote-code")
 _PATHS = ("model", "eval-text", "tokenizer")
+_INSTEAD = {"fusable": 'for = "vllm"'}
+"""What to write in place of options that earlier versions had."""
 
 
 def take_recipe(context: typer.Context, asked: str | None) -> str | None:
@@ -146,6 +148,8 @@ def _parameter(recipe: Recipe, key: str, known: Mapping[str, Any]) -> Any:
         raise RecipeError(
             f"{recipe.path}: {key} is not taken from a recipe, give --{key} on the command line"
         )
+    if key in _INSTEAD:
+        raise RecipeError(f"{recipe.path}: there is no {key} any more: write {_INSTEAD[key]}")
     if key not in known:
         close = [name for name in known if name.startswith(key)] or get_close_matches(key, known, 1)
         meant = f"did you mean {close[0]}?" if close else "`autoquant search --help` lists them"

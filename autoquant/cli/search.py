@@ -14,6 +14,7 @@ from autoquant.cli.options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    EngineOption,
     MaxKlOption,
     MaxMemoryOption,
     Minimize,
@@ -127,14 +128,7 @@ def search(
             show_default=False,
         ),
     ] = None,
-    fusable: Annotated[
-        str | None,
-        typer.Option(
-            metavar="vllm",
-            help="One format for what this engine fuses (q, k, v; gate, up).",
-            show_default=False,
-        ),
-    ] = None,
+    engine: EngineOption = None,
     candidates: CandidatesOption = None,
     fuse: Annotated[
         bool | None,
@@ -212,7 +206,7 @@ def search(
                 minimize=minimize.value,
                 keep=tuple(keep or ()),
                 pin=tuple(pin or ()),
-                fusable=fusable,
+                engine=engine,
                 candidates=tuple(candidates or ("*",)),
                 fuse=fuse,
                 time_budget_s=budget_s,
@@ -255,7 +249,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
                 "recommended": recommended,
                 "database": db,
                 "limits": study.limits.as_object(),
-                "constraints": study.constraints.as_object(),
+                "constraints": study.facts.constraints,
                 "stage_seconds": study.stage_seconds(),
                 "stage_memory_bytes": study.stage_memory(),
             }
@@ -264,6 +258,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
     from autoquant.report.tables.plans import front_table
     from autoquant.report.words import (
         disturbed_proofs,
+        engine_lines,
         exception_lines,
         off_predictions,
         recommendation,
@@ -290,3 +285,5 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
         echo(f"  autoquant show {where}")
     chosen = "" if recommended is not None else " --plan ID"
     echo(f"  autoquant apply {where}{chosen}{options_again(study.facts.source)}")
+    for line in engine_lines(study.constraints.engine, f"{where}{chosen}"):
+        echo(line)

@@ -38,7 +38,7 @@ def show(
             found = plan_object(
                 chosen, row, proof, study.facts.recording, study.alternatives(chosen)
             )
-            print_json(found | {"constraints": study.constraints.as_object()})
+            print_json(found | {"constraints": study.facts.constraints})
         else:
             _print_text(study, chosen, rows, proof, why=why, database=shlex.quote(database))
 
@@ -56,6 +56,7 @@ def _print_text(
     from autoquant.report.words import (
         as_run_lines,
         constraints_words,
+        engine_lines,
         off_predictions,
         plan_lines,
         refused_lines,
@@ -67,13 +68,15 @@ def _print_text(
     row = next((row for row in rows if row["plan_id"] == plan.plan_id), None)
     failure = study.store.failed_proofs(study.study_id).get(plan.plan_id)
     echo(study_line(facts.source, facts.device, facts.workload))
-    if constrained := constraints_words(study.constraints.as_object()):
+    if constrained := constraints_words(facts.constraints):
         echo(f"Constraints: {constrained}")
     head, *lines = plan_lines(plan, row, proof, failure)
     as_run = [*as_run_lines(row, facts.workload), *refused_lines([row])] if row else []
     for line in [head, *as_run, *lines, *off_predictions([row] if row else [], database)]:
         echo(line)
     for line in ties_lines(rows, row) if row else []:
+        echo(line)
+    for line in engine_lines(study.constraints.engine, f"{database} --plan {plan.plan_id}"):
         echo(line)
     echo()
     print_table(lambda width: layers_table(plan, width))

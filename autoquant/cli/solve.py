@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.options import MaxKlOption, MaxMemoryOption, Minimize, MinimizeOption
+from autoquant.cli.options import (
+    EngineOption,
+    MaxKlOption,
+    MaxMemoryOption,
+    Minimize,
+    MinimizeOption,
+)
 from autoquant.cli.output import Database, JsonFlag, echo, opened_study, print_json, print_table
 from autoquant.cli.plans import StudyOption
 from autoquant.cli.values import fraction, nats, size_bytes
@@ -31,6 +37,7 @@ def solve(
     max_kl: MaxKlOption = None,
     max_memory: MaxMemoryOption = None,
     minimize: MinimizeOption = Minimize.TIME,
+    engine: EngineOption = None,
     study: StudyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -55,7 +62,9 @@ def solve(
             minimize=minimize.value,
             measure=opened.limits.measure,
         )
-        solved = solve_again(opened, limits, AROUND)
+        solved = solve_again(opened, limits, AROUND, engine)
+    for note in solved.notes:
+        echo(note, err=True)
     if as_json:
         print_json(_object(solved, limits.as_object()))
     else:
@@ -72,12 +81,18 @@ def _object(solved: Solved, limits: dict[str, Any]) -> dict[str, Any]:
         "kind": solved.plan.kind,
         "proven": solved.proven,
     }
-    return {"limits": limits, "plan": plan, "around": [predicted(other) for other in solved.around]}
+    return {
+        "limits": limits,
+        "engine": solved.engine,
+        "notes": solved.notes,
+        "plan": plan,
+        "around": [predicted(other) for other in solved.around],
+    }
 
 
 def _print_text(solved: Solved, where: str) -> None:
     from autoquant.report.tables.predicted import predicted_table
-    from autoquant.report.words import plan_lines
+    from autoquant.report.words import engine_lines, plan_lines
 
     print_table(lambda _width: predicted_table(solved.around, solved.plan))
     plan = solved.plan
@@ -89,3 +104,5 @@ def _print_text(solved: Solved, where: str) -> None:
     else:
         echo("It is a prediction: `autoquant search` with these limits proves it.")
     echo(f"  autoquant apply {where} --plan {plan.plan_id}")
+    for line in engine_lines(solved.engine, f"{where} --plan {plan.plan_id}"):
+        echo(line)

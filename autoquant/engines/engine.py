@@ -28,6 +28,7 @@ _PACKED = (
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),
     ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..+")
 

@@ -157,11 +157,11 @@ Source: the package compressed-tensors 0.20.1, `quantization/quant_args.py` and 
 GGUF = Target(
     name="gguf",
     holds={
-        "int8-row": {A16: Scheme("Q8_0")},
-        "int4s": {A16: Scheme("Q4_0")},
+        "int8-row": {A16: Scheme("Q8_0"), "a8-row": Scheme("Q8_0")},
+        "int4s": {A16: Scheme("Q4_0"), "a8-row": Scheme("Q4_0")},
         "int3": {A16: Scheme("Q4_0")},
         "int2": {A16: Scheme("Q4_0")},
-        "int4": {A16: Scheme("Q4_1")},
+        "int4": {A16: Scheme("Q4_1"), "a8-row": Scheme("Q4_1")},
         "mxfp4": {A16: Scheme("MXFP4")},
         "nvfp4": {A16: Scheme("NVFP4")},
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from autoquant.engines import engine as find_engine
 from autoquant.records import (
     DISTURBED,
     ORIGINAL_LABEL,
@@ -347,11 +348,32 @@ def increase_words(row: Mapping[str, Any]) -> str:
 
 
 def constraints_words(constraints: Mapping[str, Any]) -> str:
-    """Return the constraints of a study as options, or an empty text."""
-    parts = [f"--{name} {value}" for name in ("keep", "pin") for value in constraints.get(name, ())]
-    return " ".join(
-        parts + [f"--fusable {engine}" for engine in [constraints.get("fusable")] if engine]
-    )
+    """Return the constraints of a study as options, or an empty text.
+
+    Those of an older version are written as they were given.
+    """
+    parts = []
+    for name, value in constraints.items():
+        option = "for" if name == "engine" else name
+        parts += [f"--{option} {each}" for each in (value if isinstance(value, list) else [value])]
+    return " ".join(parts)
+
+
+def engine_lines(engine: str | None, plan: str) -> list[str]:
+    """Say which engine a plan was made for, what writes it for that, and whose speed was measured.
+
+    No lines without an engine.
+
+    Args:
+        plan: The plan as arguments of a command, e.g. `plan.db --plan ID`.
+    """
+    if engine is None:
+        return []
+    return [
+        f"Made for {engine}, which reads what this writes:"
+        f" autoquant export {plan} --to {find_engine(engine).target.name}",
+        f"Times are those of autoquant's kernels; {engine} has kernels of its own.",
+    ]
 
 
 def limits_words(limits: Mapping[str, Any]) -> str:

@@ -10,14 +10,15 @@ the recommended plan takes, whatever that costs in time. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from autoquant.records import LayerChoice, LinearShape, Plan
+from autoquant.solver.constraints import Bound
 from autoquant.solver.limits import Limits
 from autoquant.solver.planning import PlanContext, make_plan, with_reason
 from autoquant.solver.solve import most_exact
 from autoquant.solver.space import SearchSpace
-from autoquant.solver.uniform import format_numerics, uniform_choice
+from autoquant.solver.uniform import schemes, uniform_choice
 from autoquant.solver.units import block_counts, block_of, ends_of
 
 HEURISTIC_LABEL = "structural heuristic"
@@ -33,11 +34,13 @@ def structural_plan(space: SearchSpace, *, limits: Limits, max_loss: float | Non
     Args:
         max_loss: The plan loss that the limits of quality are expected to allow (None: no limit).
     """
-    reasons = favoured_layers(
-        [layer[0].name for layer in space.options], [layer[0].shape for layer in space.options]
-    )
-    keys = format_numerics(space)
-    uniform = [[uniform_choice(space, layer, key) for layer in space.options] for key in keys]
+    names = [layer[0].name for layer in space.options]
+    favoured = favoured_layers(names, [layer[0].shape for layer in space.options])
+    reasons = _same_in_groups(dict(zip(names, favoured, strict=True)), space.context.bound)
+    uniform = [
+        [uniform_choice(space, layer, scheme) for layer in space.options]
+        for scheme in schemes(space)
+    ]
     sizes = [sum(choice.memory_bytes for choice in chosen) for chosen in uniform]
     sized = list(zip(uniform, sizes, strict=True))
     plans = [
@@ -96,6 +99,14 @@ def favoured_layers(names: Sequence[str], shapes: Sequence[LinearShape]) -> list
         else:
             reasons.append("")
     return reasons
+
+
+def _same_in_groups(reasons: Mapping[str, str], bound: Bound) -> list[str]:
+    """Return the reasons, in a group of one scheme the first that a layer of it has."""
+    return [
+        next(filter(None, (reasons.get(each, "") for each in bound.group_of(name))), reason)
+        for name, reason in reasons.items()
+    ]
 
 
 def bits_plan(space: SearchSpace, recommended: Plan) -> Plan | None:

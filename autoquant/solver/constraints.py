@@ -1,25 +1,26 @@
-"""Constraints on single layers: unquantized, of certain formats, or of the same format. No torch.
+"""Constraints on single layers: unquantized, of certain formats, or what an engine takes. No torch.
 
 Patterns are globs (`fnmatch`) over the names of the recorder's sites, e.g. `lm_head`,
 `*.down_proj`. Formats are given as for `--candidates`. A constraint narrows the choices of layers
-before anything is scored; the solver and the refinement see what is left. vLLM needs one format for
-what it computes as one (q, k, v; gate, up; all experts of a layer). Such layers are found by the
-input that they share, as recorded, and the module that holds them.
+before anything is scored; the solver and the refinement see what is left. An inference engine holds
+some formats only, and needs one scheme for what it computes as one (q, k, v; gate, up): see
+`autoquant.engines`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from autoquant.engines import engine as find_engine
 from autoquant.errors import ConstraintError
 from autoquant.records import LayerChoice, Plan, Site
+from autoquant.solver.served import Served
 
-FUSABLE = ("vllm",)
-"""The inference engines that layers can be kept fusable for."""
+Scheme = tuple[str, str]
+"""A format's id, and how the activation is rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,40 +55,38 @@ class Constraints:
 
     Attributes:
         keep: Globs of the layers that stay unquantized.
-        fusable: One of `FUSABLE`: what the inference engine fuses gets one format.
+        engine: Name of the inference engine that plans are for, or None.
     """
 
     keep: tuple[str, ...] = ()
     pins: tuple[Pin, ...] = ()
-    fusable: str | None = None
+    engine: str | None = None
 
     @classmethod
     def parse(
-        cls, keep: Sequence[str] = (), pin: Sequence[str] = (), fusable: str | None = None
+        cls, keep: Sequence[str] = (), pin: Sequence[str] = (), engine: str | None = None
     ) -> Constraints:
         """Read the options of a search.
 
         Raises:
             ConstraintError: A pin cannot be read, or there is no such engine.
         """
-        if fusable is not None and fusable not in FUSABLE:
-            raise ConstraintError(
-                f"--fusable: no engine {fusable!r}; choose one of {', '.join(FUSABLE)}"
-            )
-        return cls(tuple(dict.fromkeys(keep)), tuple(dict.fromkeys(map(Pin.parse, pin))), fusable)
+        if engine is not None:
+            find_engine(engine)
+        return cls(tuple(dict.fromkeys(keep)), tuple(dict.fromkeys(map(Pin.parse, pin))), engine)
 
     @classmethod
     def of_identity(cls, identity: Mapping[str, Any]) -> Constraints:
         """Return the constraints that a study was searched under."""
         found = identity.get("constraints") or {}
-        return cls.parse(found.get("keep", ()), found.get("pin", ()), found.get("fusable"))
+        return cls.parse(found.get("keep", ()), found.get("pin", ()), found.get("engine"))
 
     def as_object(self) -> dict[str, Any]:
         """Return those that are set, for JSON and for a study's identity."""
         values = {
             "keep": list(self.keep),
             "pin": list(map(str, self.pins)),
-            "fusable": self.fusable,
+            "engine": self.engine,
         }
         return {name: value for name, value in values.items() if value}
 
@@ -130,35 +129,39 @@ class Bound:
     """The layers of one model that constraints are about.
 
     Attributes:
-        groups: Names of the layers that get the same format.
+        groups: Names of the layers that get the same scheme.
         reasons: By layer name, what constrains the layer.
+        refused: By layer and candidate, why the engine cannot compute the layer so.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def group_of(self, layer: str) -> tuple[str, ...]:
-        """Return the layers that get the same format as this one, itself included; or nothing."""
+        """Return the layers that get the same scheme as this one, itself included; or nothing."""
         return next((group for group in self.groups if layer in group), ())
 
+    def refuses(self, layer: str, candidate: str) -> str | None:
+        """Return why the engine cannot compute a layer by a candidate, or None if it can."""
+        return self.refused.get(layer, {}).get(candidate)
+
     def narrowed(self, options: Sequence[Sequence[LayerChoice]]) -> list[list[LayerChoice]]:
-        """Drop from the layers of a group the formats that one of them cannot have.
+        """Drop from the layers of a group the schemes that one of them cannot have.
 
         Raises:
-            ConstraintError: The members of a group have no format in common.
+            ConstraintError: The members of a group have no scheme in common.
         """
         by_name = {layer[0].name: list(layer) for layer in options}
         for group in self.groups:
-            common = set.intersection(
-                *({choice.format for choice in by_name[name]} for name in group)
-            )
+            common = set.intersection(*(set(map(scheme_of, by_name[name])) for name in group))
             if not common:
                 raise ConstraintError(
-                    f"{', '.join(group)} must get the same format, and no format can be used for"
-                    " all of them: leave out --fusable, or loosen --pin and --keep"
+                    f"{', '.join(group)} must get the same scheme, and none can be used for all of"
+                    " them: leave out --for, or loosen --pin and --keep"
                 )
             for name in group:
-                by_name[name] = [choice for choice in by_name[name] if choice.format in common]
+                by_name[name] = [each for each in by_name[name] if scheme_of(each) in common]
         return [by_name[layer[0].name] for layer in options]
 
 
@@ -166,56 +169,59 @@ UNBOUND = Bound()
 """Nothing is constrained."""
 
 
+def scheme_of(choice: LayerChoice) -> tuple[str, str]:
+    """Return what layers that an engine computes as one have in common: format and numerics."""
+    return choice.format, choice.numerics
+
+
 def bind(
-    constraints: Constraints, sites: Sequence[Site], candidates: Iterable[str], original: str
+    constraints: Constraints,
+    sites: Sequence[Site],
+    candidates: Mapping[str, str],
+    original: str,
+    served: Served | None = None,
 ) -> Bound:
     """Find the layers that the constraints are about.
 
     Args:
-        candidates: Ids of those of the search, the unquantized one among them.
+        candidates: How each one of the search rounds the activation, by its id. The unquantized one
+            is among them.
         original: Its format's id.
+        served: What the constraints' engine makes of the sites.
 
     Raises:
         ConstraintError: A pattern matches nothing, or constraints contradict one another.
     """
-    candidates = list(candidates)
-    names = [site.name for site in sites]
-    _check_patterns(constraints, names, candidates)
-    reasons = {name: reason for name in names if (reason := constraints.reason(name))}
-    for name in reasons:
-        if not any(constraints.admits(name, candidate, original) for candidate in candidates):
-            raise ConstraintError(
-                f"{name} is {reasons[name]}: these contradict each other, leave out one of them"
-            )
-    groups = fused_groups(sites) if constraints.fusable else ()
-    for group in groups:
-        _check_group(group, constraints, candidates, original)
-        for name in group:
-            others = ", ".join(other.rpartition(".")[2] for other in group if other != name)
-            same = f"same format as {others} (--fusable {constraints.fusable})"
-            reasons[name] = "; ".join(filter(None, [reasons.get(name, ""), same]))
-    return Bound(tuple(groups), reasons)
-
-
-def fused_groups(sites: Sequence[Site]) -> list[tuple[str, ...]]:
-    """Find the layers that an engine computes as one.
-
-    These are the layers of one module that read the same input, and all experts of a layer.
-    """
-    groups: dict[str, set[str]] = {}
+    _check_patterns(constraints, [site.name for site in sites], list(candidates))
+    refused = _refused(served, sites, candidates) if served else {}
+    admitted: dict[str, set[Scheme]] = {}
+    reasons: dict[str, str] = {}
     for site in sites:
-        holder = site.name.rpartition(".")[0]
-        alike = {name for name in site.siblings if name.rpartition(".")[0] == holder} | {site.name}
-        expert = re.match(r"(.*\.experts)\.\d+\.", site.name)
-        # Experts read tokens of their own, so only their names tell that they belong together.
-        key = expert[1] if expert else "\n".join(sorted(alike))
-        groups.setdefault(key, set()).update(alike)
-    order = {site.name: number for number, site in enumerate(sites)}
-    members = [
-        sorted((name for name in group if name in order), key=order.__getitem__)
-        for group in groups.values()
-    ]
-    return [tuple(group) for group in members if len(group) > 1]
+        name, no = site.name, refused.get(site.name, {})
+        asked = [each for each in candidates if constraints.admits(name, each, original)]
+        admitted[name] = {(format_of(c), candidates[c]) for c in asked if c not in no}
+        if reason := constraints.reason(name):
+            reasons[name] = reason
+            if not admitted[name]:
+                raise ConstraintError(_nothing_left(name, reason, [no[each] for each in asked]))
+    if served is None:
+        return Bound((), reasons)
+    for group in served.groups:
+        _check_group(group, served, admitted, reasons)
+    return Bound(served.groups, served.reasons(reasons), refused)
+
+
+def _refused(
+    served: Served, sites: Sequence[Site], candidates: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Return, by layer and candidate, why the engine cannot compute the layer so."""
+    found: dict[str, dict[str, str]] = {}
+    for site in sites:
+        for candidate, activation in candidates.items():
+            values = candidate.partition("/")[0]
+            if why := served.refuses(site.name, values, activation, site.shape):
+                found.setdefault(site.name, {})[candidate] = why
+    return found
 
 
 def _check_patterns(
@@ -239,18 +245,22 @@ def _check_patterns(
             )
 
 
+def _nothing_left(name: str, reason: str, refusals: Sequence[str]) -> str:
+    if refusals:
+        return f"{name} is {reason}, which cannot be served: {'; '.join(dict.fromkeys(refusals))}"
+    return f"{name} is {reason}: these contradict each other, leave out one of them"
+
+
 def _check_group(
-    group: Sequence[str], constraints: Constraints, candidates: Sequence[str], original: str
+    group: Sequence[str],
+    served: Served,
+    admitted: Mapping[str, set[Scheme]],
+    reasons: Mapping[str, str],
 ) -> None:
-    allowed = [
-        {format_of(c) for c in candidates if constraints.admits(name, c, original)}
-        for name in group
-    ]
-    if not set.intersection(*allowed):
-        reasons = {name: constraints.reason(name) for name in group}
-        listed = "; ".join(f"{name} is {reason}" for name, reason in reasons.items() if reason)
+    if not set.intersection(*(admitted[name] for name in group)):
+        listed = "; ".join(f"{name} is {reasons[name]}" for name in group if name in reasons)
         raise ConstraintError(
-            f"{', '.join(group)} must get the same format (--fusable {constraints.fusable}), but"
+            f"{', '.join(group)} must get the same scheme (--for {served.engine.name}), but"
             f" {listed}: give them one format"
         )
 

@@ -40,7 +40,7 @@ class PlanContext:
         original_request_ms: What a request of the unquantized model took then, or None.
         fusion: Joins layers that were chosen one by one and read the same input, or None.
         loss_map: From the layers' summed losses to the loss of a plan.
-        bound: Which layers get the same format, and why some cannot get every format.
+        bound: Which layers get the same scheme, and why some cannot get every format.
     """
 
     study_id: str

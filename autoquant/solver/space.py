@@ -11,7 +11,7 @@ from typing import Any
 from autoquant.errors import PlanError
 from autoquant.records import LayerChoice, Objective, Plan, PlanKind, Proof, Workload
 from autoquant.solver.additivity import LossMap
-from autoquant.solver.constraints import Bound
+from autoquant.solver.constraints import Bound, Scheme, scheme_of
 from autoquant.solver.limits import Limits
 from autoquant.solver.planning import PlanContext, explain, make_plan, request_ms
 from autoquant.solver.solve import AdditiveProblem, Picks, fastest, smallest
@@ -19,6 +19,19 @@ from autoquant.solver.units import Unit, units_of
 
 Options = Sequence[Sequence[LayerChoice]]
 """By layer, every layer with at least one."""
+
+
+def complete(options: Options) -> list[list[LayerChoice]]:
+    """Drop the options to compute layers as one that one of these layers lacks.
+
+    A layer lacks an option that was not scored, or that constraints bar it from.
+    """
+    known = {(c.name, c.joined, c.format, c.route) for layer in options for c in layer}
+
+    def for_all(c: LayerChoice) -> bool:
+        return all((name, c.joined, c.format, c.route) in known for name in c.joined)
+
+    return [list(filter(for_all, layer)) for layer in options]
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class SearchSpace:
         Options that compute layers as one are taken by all of these layers or by none.
         """
         numbers = [[self._numbers(option) for option in unit.options] for unit in self.units]
-        return AdditiveProblem.build(numbers, self._joined(), self._same_format())
+        return AdditiveProblem.build(numbers, self._joined(), self._same_scheme())
 
     def _numbers(self, choices: Sequence[LayerChoice]) -> tuple[float, float, float]:
         workload = self.context.workload
@@ -122,7 +135,7 @@ class SearchSpace:
         least_bytes = self.memory_bytes(picks)
         if least_bytes > max_memory_bytes:
             constrained = (
-                ", or fewer of --keep, --pin and --fusable" if self.context.bound.reasons else ""
+                ", or fewer of --keep, --pin and --for" if self.context.bound.reasons else ""
             )
             raise PlanError(
                 f"no plan is as small as {max_memory_bytes:,} bytes: the smallest formats take"
@@ -193,8 +206,8 @@ class SearchSpace:
         # Blocks of the same units join their layers in the same way.
         return [list(ways) for ways in dict.fromkeys(map(tuple, together.values()))]
 
-    def _same_format(self) -> list[list[tuple[int, list[int]]]]:
-        """Return, for each group and format, the options of each unit that have the format."""
+    def _same_scheme(self) -> list[list[tuple[int, list[int]]]]:
+        """Return, for each group and scheme, the options of each unit that have the scheme."""
         unit_of = {
             self.options[layer][0].name: position
             for position, unit in enumerate(self.units)
@@ -207,11 +220,11 @@ class SearchSpace:
         for units in dict.fromkeys(map(tuple, groups)):
             options = [option for unit in units for option in self.units[unit].options]
             # Each once and in order, so that the same space gives the same problem.
-            formats = dict.fromkeys(option[0].format for option in options)
-            # A unit without the format has no option here, so none of them may take it.
-            found.extend([(unit, self._having(unit, fmt)) for unit in units] for fmt in formats)
+            schemes = dict.fromkeys(scheme_of(option[0]) for option in options)
+            # A unit without the scheme has no option here, so none of them may take it.
+            found.extend([(unit, self._having(unit, each)) for unit in units] for each in schemes)
         return found
 
-    def _having(self, unit: int, format_id: str) -> list[int]:
+    def _having(self, unit: int, scheme: Scheme) -> list[int]:
         options = self.units[unit].options
-        return [i for i, option in enumerate(options) if option[0].format == format_id]
+        return [i for i, option in enumerate(options) if scheme_of(option[0]) == scheme]

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autoquant.records import ORIGINAL_LABEL, LayerChoice, Numerics, Plan
-from autoquant.solver.planning import fastest_choice, make_plan, with_reason
+from autoquant.solver.constraints import Scheme, scheme_of
+from autoquant.solver.planning import fastest_choice, make_plan, request_us, with_reason
 from autoquant.solver.space import SearchSpace
-
-FormatNumerics = tuple[str, str]
-"""A format id, and the text of the numerics that it computes with."""
 
 
 def original_plan(space: SearchSpace) -> Plan:
@@ -26,7 +24,7 @@ def uniform_plans(space: SearchSpace) -> list[Plan]:
     the first format that they can have if a constraint bars that.
     """
     original = space.unquantized[0].format
-    keys = [key for key in format_numerics(space) if key[0] != original]
+    keys = [key for key in schemes(space) if key[0] != original]
     plans: dict[str, Plan] = {}
     for key in keys:
         chosen = [uniform_choice(space, layer, key) for layer in space.options]
@@ -37,41 +35,55 @@ def uniform_plans(space: SearchSpace) -> list[Plan]:
     return list(plans.values())
 
 
-def format_numerics(space: SearchSpace) -> list[FormatNumerics]:
+def schemes(space: SearchSpace) -> list[Scheme]:
     """Return every format with each of its numerics that some layer has as an option by itself."""
-    alone = (choice for layer in space.options for choice in layer if not choice.joined)
-    return list(dict.fromkeys((choice.format, choice.numerics) for choice in alone))
+    return list(dict.fromkeys(scheme for layer in space.options for scheme in _schemes(layer)))
 
 
-def uniform_choice(
-    space: SearchSpace, layer: Sequence[LayerChoice], key: FormatNumerics
-) -> LayerChoice:
+def uniform_choice(space: SearchSpace, layer: Sequence[LayerChoice], scheme: Scheme) -> LayerChoice:
     """Return a layer's fastest option of a format and numerics.
 
-    A layer gets its first format if it cannot have this one, or if another layer of its group
-    cannot. That is the unquantized one, unless a constraint bars it.
+    Other numerics do if it cannot have these. A layer gets its first format if it cannot have this
+    one. That is the unquantized one, unless a constraint bars it. Layers of a group get what all
+    of them can have.
     """
-    fmt, numerics = key
     context = space.context
-    alone = [choice for choice in layer if not choice.joined]
-    same = [choice for choice in alone if choice.format == fmt]
-    exact = [choice for choice in same if choice.numerics == numerics] or same
-    if exact and _group_can_have(space, layer, fmt):
-        best, why = fastest_choice(exact, context.workload), f"every layer {fmt}"
+    members = _members(space, layer)
+    common = [each for each in _schemes(layer) if all(each in _schemes(m) for m in members)]
+    same = [each for each in common if each[0] == scheme[0]]
+    first = [each for each in common if each[0] == common[0][0]]
+    wanted = [scheme] if scheme in same else same or first
+    best = min(
+        (_fastest(space, members, each) for each in wanted),
+        key=lambda chosen: sum(request_us(choice, context.workload) for choice in chosen),
+    )[members.index(layer)]
+    constrained = layer[0].name in context.bound.reasons
+    if same:
+        why = f"every layer {scheme[0]}"
     else:
-        first = [choice for choice in alone if choice.format == alone[0].format]
-        best = fastest_choice(first, context.workload)
-        constrained = layer[0].name in context.bound.reasons
-        why = "" if constrained else f"{fmt} cannot be used or never pays here"
+        why = "" if constrained else f"{scheme[0]} cannot be used or never pays here"
     return with_reason(best, why, context)
 
 
-def _group_can_have(space: SearchSpace, layer: Sequence[LayerChoice], format_id: str) -> bool:
-    """Check whether all layers that get the same format as this one can have it."""
+def _schemes(layer: Sequence[LayerChoice]) -> list[Scheme]:
+    """Return the schemes that a layer has as options by itself."""
+    return list(dict.fromkeys(scheme_of(choice) for choice in layer if not choice.joined))
+
+
+def _members(space: SearchSpace, layer: Sequence[LayerChoice]) -> list[Sequence[LayerChoice]]:
+    """Return the layers that get the same scheme as this one, itself among them."""
     group = space.context.bound.group_of(layer[0].name)
-    members = [other for other in space.options if other[0].name in group] if group else []
-    for member in members:
-        alone = [choice.format for choice in member if not choice.joined]
-        if format_id not in alone:
-            return False
-    return True
+    return [other for other in space.options if other[0].name in group] or [layer]
+
+
+def _fastest(
+    space: SearchSpace, members: Sequence[Sequence[LayerChoice]], scheme: Scheme
+) -> list[LayerChoice]:
+    """Return the fastest option of a scheme in each of the layers."""
+    return [
+        fastest_choice(
+            [choice for choice in member if not choice.joined and scheme_of(choice) == scheme],
+            space.context.workload,
+        )
+        for member in members
+    ]

@@ -62,6 +62,11 @@ class StudyFacts:
     spent_s: float
     calibration: Sequence[Sequence[int]] | None = None
 
+    @property
+    def constraints(self) -> dict[str, Any]:
+        """The options of the search for single layers, as they were given; empty without any."""
+        return dict(self.identity.get("constraints") or {})
+
 
 def measurement_from(row: TimingRow) -> Measurement:
     """Make a `Measurement` of its row."""

@@ -47,7 +47,7 @@ class ConstraintsObject(TypedDict, total=False):
 
     keep: list[str]
     pin: list[str]
-    fusable: str
+    engine: str
 
 
 @_open

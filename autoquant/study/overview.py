@@ -27,7 +27,7 @@ def _row(study: Study) -> dict[str, Any]:
         "device": facts.device,
         "workload": facts.workload,
         "limits": dict(facts.limits),
-        "constraints": study.constraints.as_object(),
+        "constraints": facts.constraints,
         "proven": len(study.proofs()),
         "complete": facts.complete,
         "recommended": recommended.plan_id if recommended is not None else None,

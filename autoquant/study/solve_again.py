@@ -15,6 +15,7 @@ from autoquant.solver.limits import Limits
 from autoquant.solver.planning import make_plan
 from autoquant.solver.solve import Picks, smallest
 from autoquant.solver.space import SearchSpace
+from autoquant.study.for_engine import for_engine
 from autoquant.study.study import Study
 
 AROUND = (0.25, 0.5, 2.0, 4.0)
@@ -29,22 +30,30 @@ class Solved:
         proven: Whether it had been proven before.
         around: `plan`, and plans for less and more loss than the limits are expected to allow, the
             most exact first. The store does not keep these.
+        engine: The inference engine that all of these are for, or None.
+        notes: What that engine leaves out of what was searched.
     """
 
     plan: Plan
     proven: bool
     around: tuple[Plan, ...]
+    engine: str | None = None
+    notes: tuple[str, ...] = ()
 
 
-def solve_again(study: Study, limits: Limits, around: Sequence[float] = ()) -> Solved:
+def solve_again(
+    study: Study, limits: Limits, around: Sequence[float] = (), engine: str | None = None
+) -> Solved:
     """Solve a study's additive model for other limits, and keep the plan.
 
     Args:
         around: Also solve for these multiples of the loss that the limits are expected to allow.
+        engine: The inference engine that the plan is for; None means the one of the search, if any.
 
     Raises:
         PlanError: The study has no model to solve yet, or no plan is predicted to be within the
-            limits.
+            limits, or nothing that the engine holds was searched.
+        ConstraintError: There is no such engine.
     """
     space = study.space()
     if space is None:
@@ -55,11 +64,19 @@ def solve_again(study: Study, limits: Limits, around: Sequence[float] = ()) -> S
     known = {plan.plan_id: plan for plan in study.plans()}
     proofs = study.proofs()
     allowed = space.allowed_loss(limits, known, proofs)
-    space.check_memory(limits.max_memory_bytes)
+    searched_for = study.constraints.engine
+    engine = engine or searched_for
+    notes: list[str] = []
+    advice = "allow at least that with --max-memory"
+    if engine is not None and engine != searched_for:
+        space, notes = for_engine(space, engine, study.facts.device.type)
+        advice += f", search with --for {engine}, which tries what it holds"
+    space.check_memory(limits.max_memory_bytes, advice)
     picks = _solve(space, limits, allowed)
     if picks is None:
         raise PlanError(_infeasible(space, limits, allowed))
-    found = space.plan(picks, f"solved: {limits}", "solved")
+    aim = "solved" if engine is None else f"solved for {engine}"
+    found = space.plan(picks, f"{aim}: {limits}", "solved")
     plan = known.get(found.plan_id, found)
     if plan is found:
         study.store.put_plan(plan)
@@ -67,7 +84,7 @@ def solve_again(study: Study, limits: Limits, around: Sequence[float] = ()) -> S
     others = dict.fromkeys(each for each in further if each not in (None, picks))
     plans = [plan, *(_unexplained(space, each) for each in others if each)]
     by_loss = sorted(plans, key=lambda plan: plan.prediction.loss)
-    return Solved(plan, plan.plan_id in proofs, tuple(by_loss))
+    return Solved(plan, plan.plan_id in proofs, tuple(by_loss), engine, tuple(notes))
 
 
 def _unexplained(space: SearchSpace, picks: Picks) -> Plan:
@@ -88,7 +105,7 @@ def _infeasible(space: SearchSpace, limits: Limits, allowed: float | None) -> st
     if picks is None:
         return (
             f"no plan is predicted to be the {limits}: the constraints of this search cost more"
-            " quality; allow more, or search with fewer of --keep, --pin and --fusable"
+            " quality; allow more, or search with fewer of --keep, --pin and --for"
         )
     return (
         f"no plan is predicted to be the {limits}: within the limit of quality the smallest takes"

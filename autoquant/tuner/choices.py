@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import isqrt
+from typing import Literal
 
 import torch
 
@@ -45,6 +46,8 @@ class FormatFacts:
     weight_error: float
 
 
+Within = Literal["site", "format", "scheme"]
+"""What choices that are compared have in common; a scheme is a format with the same roundings."""
 Facts = Mapping[tuple[str, LinearShape], FormatFacts]
 """By format id and shape; a format that does not take the shape is missing."""
 
@@ -125,12 +128,12 @@ class ChoiceMaker:
     facts: Facts
     workload: Workload
 
-    def choices(self, site: Site, *, across_formats: bool = True) -> SiteChoices:
+    def choices(self, site: Site, *, within: Within = "site") -> SiteChoices:
         """Return all choices of a site that could be part of a front.
 
         Args:
-            across_formats: Also drop a format that another one beats in everything. Not wanted
-                where other sites may need the site to have that format.
+            within: Choices that another one beats in everything are dropped, if both have this in
+                common. Less than the site where other sites may need the site to have a choice.
         """
         choices: list[LayerChoice] = []
         dropped: dict[str, str] = {}
@@ -145,24 +148,34 @@ class ChoiceMaker:
                 dropped[fmt.id] = measured.first_reason(kernels, [use.m for use in site.uses])
             size = memory_bytes(site, fmt.id, self.facts) if routes else 0
             choices += [_choice(site, fmt, route, measured, size) for route in routes]
-        if across_formats:
-            return SiteChoices(site, tuple(self._pruned(choices, dropped)), dropped)
-        kept: list[LayerChoice] = []
-        for format_id in by_format:
-            same = [choice for choice in choices if choice.format == format_id]
-            kept += self._pruned(same, dropped)
+        alike: dict[Hashable, list[LayerChoice]] = {}
+        for choice in choices:
+            alike.setdefault(self._in_common(choice, within), []).append(choice)
+        kept = [choice for same in alike.values() for choice in self._pruned(same, dropped)]
         return SiteChoices(site, tuple(kept), dropped)
 
+    def _in_common(self, choice: LayerChoice, within: Within) -> Hashable:
+        if within == "site":
+            return None
+        if within == "format":
+            return choice.format
+        return choice.format, self._point(choice).roundings
+
     def constrained(self, site: Site, constraints: Constraints, bound: Bound) -> SiteChoices:
-        """Return the choices that constraints leave a site.
+        """Return the choices that constraints and the engine leave a site.
 
         Raises:
             ConstraintError: The site is pinned to formats of which none can be used.
         """
         original = original_format(site.shape.dtype)
-        in_group = bool(bound.group_of(site.name))
-        admitted = [c for c in self.candidates if constraints.admits(site.name, c.id, original)]
-        found = replace(self, candidates=admitted).choices(site, across_formats=not in_group)
+        within: Within = "scheme" if bound.group_of(site.name) else "site"
+        admitted = [
+            each
+            for each in self.candidates
+            if constraints.admits(site.name, each.id, original)
+            and not bound.refuses(site.name, each.id)
+        ]
+        found = replace(self, candidates=admitted).choices(site, within=within)
         if not found.choices:
             why = "; ".join(f"{fmt}: {reason}" for fmt, reason in found.dropped.items())
             pinned = bound.reasons[site.name]

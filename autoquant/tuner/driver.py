@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +25,7 @@ from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler.record import record_model
 from autoquant.records import Objective, Recording, Workload
-from autoquant.solver.constraints import Constraints, bind
+from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store import Store, open_store
 from autoquant.study.study import Study
@@ -35,6 +35,7 @@ from autoquant.tuner.flow import run_stages
 from autoquant.tuner.judge import Asked, make_judge
 from autoquant.tuner.large import streaming_notice
 from autoquant.tuner.request import SearchRequest, SettledRequest
+from autoquant.tuner.serving import bind_sites, check_model, served_candidates
 from autoquant.tuner.setup import SearchSetup
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     minimize: Objective = "time",
     keep: Sequence[str] = (),
     pin: Sequence[str] = (),
-    fusable: str | None = None,
+    engine: str | None = None,
     candidates: Sequence[str] = ("*",),
     time_budget_s: float = 600.0,
     seed: int = 0,
@@ -102,7 +103,9 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         keep: Globs over the names of layers that stay unquantized.
         pin: `LAYERS=FORMATS`, two globs. Layers that match the first get a candidate that matches
             the second.
-        fusable: `vllm` to give layers that vLLM computes as one the same format.
+        engine: The inference engine that plans are for: `vllm`, `sglang`, `llama.cpp` or
+            `transformers`. Layers get only what it holds exactly, and those that it computes as
+            one get one scheme.
         candidates: Globs over `FORMAT/KERNEL`. `*` leaves out the opt-in ones, see
             `autoquant candidates`.
         time_budget_s: What the search may take, counted over all its runs. Three plans are proven
@@ -142,14 +145,21 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         max_memory_bytes=max_memory_bytes,
         minimize=minimize,
     )
+    device_type = asked_model.device.partition(":")[0]
+    not_held: Mapping[str, str] = {}
+    if engine is None:
+        chosen = select(candidates, device_type)
+    else:
+        chosen, not_held = served_candidates(engine, candidates, device_type)
     request = SearchRequest(
         model=asked_model,
         asked=Asked.of(eval_text, eval_data, quality),
-        candidates=select(candidates, asked_model.device.partition(":")[0]),
+        candidates=chosen,
+        not_held=not_held,
         workload=workload,
         batch=batch,
         limits=limits,
-        constraints=Constraints.parse(keep, pin, fusable),
+        constraints=Constraints.parse(keep, pin, engine),
         sensitivity=sensitivity,
         fuse=fuse,
         time_budget_s=time_budget_s,
@@ -175,6 +185,8 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
 def _run_search(request: SearchRequest, listener: Listener, memory: PeakMemory) -> Study:
     started = time.monotonic()
     loaded = load_request(request.model)
+    if request.constraints.engine is not None:
+        check_model(request.constraints.engine, loaded)
     if text := streaming_notice(loaded):
         listener(Notice(text))
     judge = make_judge(request.asked, loaded, request.candidates, request.seed, listener)
@@ -221,11 +233,9 @@ def _checked_recording(
     refused search must leave no study.
     """
     recording = _known_recording(settled, store)
-    constraints = settled.request.constraints
-    if recording is None and constraints.as_object():
+    if recording is None and settled.request.constraints.as_object():
         recording = record_model(settled.loaded, settled.workload, listener)
-        ids = [candidate.id for candidate in settled.candidates]
-        bind(constraints, recording.sites, ids, settled.candidates[0].format.id)
+        bind_sites(settled, recording.sites)
     return recording
 
 

@@ -183,22 +183,9 @@ def make_fusion(
     for names, site in sibling_sites(sites):
         facts = {(candidate.format.id, site.shape): _SAME_FOR_ALL for candidate in joinable}
         maker = ChoiceMaker(joinable, timings, facts, workload)
-        found = maker.choices(site, across_formats=False)
+        found = maker.choices(site, within="format")
         groups.append(Group(names, site, found.choices, found.dropped))
     return Fusion(tuple(groups), workload)
-
-
-def complete(options: Sequence[Sequence[LayerChoice]]) -> list[list[LayerChoice]]:
-    """Drop the options to compute layers as one that one of these layers lacks.
-
-    A layer lacks an option that was not scored, or that constraints bar it from.
-    """
-    known = {_key(choice) for layer in options for choice in layer}
-
-    def for_all(c: LayerChoice) -> bool:
-        return all((name, c.joined, c.format, c.route) in known for name in c.joined)
-
-    return [list(filter(for_all, layer)) for layer in options]
 
 
 def _share(member: Site, whole: LayerChoice, group: Group, memory_bytes: int) -> LayerChoice:

@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from autoquant.records import Site
 from autoquant.solver.constraints import Bound, Constraints
+from autoquant.solver.served import refusal_lines
 from autoquant.tuner.choices import SiteChoices
 from autoquant.tuner.fusion import Fusion
 
 
-def constraint_notices(
-    constraints: Constraints, bound: Bound, sites: Sequence[Site]
-) -> Iterator[str]:
-    """Say how many layers constraints are about."""
+def constraint_notices(constraints: Constraints, sites: Sequence[Site]) -> Iterator[str]:
+    """Say how many layers --keep and --pin are about."""
     reasons = (constraints.reason(site.name) for site in sites)
     for reason, count in Counter(filter(None, reasons)).items():
         yield f"{count} of {len(sites)} layers {reason}"
-    if constraints.fusable:
-        grouped = sum(map(len, bound.groups))
+
+
+def engine_notices(
+    engine: str, not_held: Mapping[str, str], bound: Bound, sites: Sequence[Site]
+) -> Iterator[str]:
+    """Say what an engine cannot hold: of the candidates, and of the model.
+
+    Args:
+        not_held: Candidates that it holds for no layer, with the reason.
+    """
+    for line in refusal_lines(not_held):
+        yield f"for {engine}: left out {line}"
+    where: dict[tuple[str, str], list[str]] = {}
+    for layer, refused in bound.refused.items():
+        values = {candidate.partition("/")[0]: why for candidate, why in refused.items()}
+        for name, line in map(lambda line: line.split(": ", 1), refusal_lines(values)):
+            where.setdefault((name, line), []).append(layer)
+    for (names, line), layers in where.items():
         yield (
-            f"{grouped} layers in {len(bound.groups)} groups of one format each, which"
-            f" {constraints.fusable} fuses"
+            f"for {engine}: {names} not considered for {len(layers)} of {len(sites)} layers"
+            f" ({layers[0]}): {line}"
+        )
+    if bound.groups:
+        alike = ((name.rpartition(".")[2] for name in group) for group in bound.groups)
+        kinds = dict.fromkeys(", ".join(dict.fromkeys(leaves)) for leaves in alike)
+        yield (
+            f"for {engine}: {sum(map(len, bound.groups))} layers get the scheme of those that it"
+            f" computes as one with them: {'; '.join(kinds)}"
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoquant.candidates import Candidate
@@ -29,6 +29,7 @@ class SearchRequest:
     Attributes:
         asked: What is to judge quality.
         candidates: Those to consider, without the unquantized weight.
+        not_held: What was asked for and the engine cannot hold, with the reason.
         workload: None for the one that suits the model, with `batch` sequences.
         limits: Of the recommended plan. The quality settles what the first of them measures.
         sensitivity: None for the method that suits the quality.
@@ -50,6 +51,7 @@ class SearchRequest:
     time_budget_s: float
     seed: int
     db: str | os.PathLike[str]
+    not_held: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_address(self.db)

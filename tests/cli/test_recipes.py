@@ -209,3 +209,16 @@ def test_a_recipe_that_cannot_be_used_is_listed_with_the_reason(runner, own):
     assert listed["cpu-latency"]["shipped"] is True and listed["cpu-latency"]["problem"] is None
     assert listed["cpu-latency"]["options"]["device"] == "cpu"
     assert "cannot be used" in runner.invoke(app, ["recipes"]).stdout
+
+
+def test_an_option_of_an_earlier_version_is_refused_with_what_to_write_instead(runner, driver, own):
+    (own / "old.toml").write_text('fusable = "vllm"\n')
+    line = refused(runner, driver, "model", "--recipe", "old")
+    assert 'old.toml: there is no fusable any more: write for = "vllm"' in line
+
+
+def test_an_engine_is_taken_from_a_recipe_and_written_to_one(runner, driver, own, tmp_path):
+    (own / "mine.toml").write_text('for = "llama.cpp"\n')
+    assert searched(runner, driver, "model", "--recipe", "mine")["engine"] == "llama.cpp"
+    searched(runner, driver, "model", "--for", "vllm", "--save-recipe", "saved.toml")
+    assert read_recipe(tmp_path / "saved.toml").options["for"] == "vllm"

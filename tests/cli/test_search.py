@@ -40,7 +40,7 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "max_kl": None,
         "keep": (),
         "pin": (),
-        "fusable": None,
+        "engine": None,
         "fuse": True,
         "candidates": ("int8*", "int4*"),
         "time_budget_s": 90.0,

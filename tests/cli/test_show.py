@@ -1,4 +1,6 @@
+import contextlib
 import json
+import sqlite3
 from dataclasses import replace
 
 import pytest
@@ -171,3 +173,29 @@ def test_why_of_layers_computed_as_one_says_what_is_not_counted(runner, solved):
     note = "the cost of a change to the other layers is not counted"
     assert note in runner.invoke(app, ["show", str(solved), "--why"]).stdout
     assert note not in runner.invoke(app, ["show", str(solved), "--why", "--plan", SMALL]).stdout
+
+
+def constrain(database, constraints):
+    """Let the study have been searched under these."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        identity = json.dumps({"constraints": constraints})
+        connection.execute("UPDATE study SET identity = ?", [identity])
+
+
+def test_a_study_of_an_earlier_version_is_shown_with_its_fusable_layers(runner, database):
+    constrain(database, {"keep": ["lm_head"], "fusable": "vllm"})
+    shown = runner.invoke(app, ["show", str(database)])
+    assert shown.exit_code == 0
+    assert "Constraints: --keep lm_head --fusable vllm" in shown.stdout
+    assert "Made for" not in shown.stdout
+    as_json = json.loads(runner.invoke(app, ["show", str(database), "--json"]).stdout)
+    assert as_json["constraints"] == {"keep": ["lm_head"], "fusable": "vllm"}
+    studies = runner.invoke(app, ["studies", str(database)])
+    assert "--fusable vllm" in studies.stdout
+
+
+def test_the_engine_of_a_study_is_shown_with_what_exports_the_plan(runner, database):
+    constrain(database, {"engine": "vllm"})
+    shown = runner.invoke(app, ["show", str(database)]).stdout
+    assert "Constraints: --for vllm" in shown
+    assert f"autoquant export {database} --plan {MIXED} --to compressed-tensors" in shown

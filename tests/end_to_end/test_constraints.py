@@ -1,4 +1,4 @@
-"""Layers kept, pinned and fusable, from the command line; and the search solved again without its model."""
+"""Layers kept, pinned and for an engine, from the command line; and the search solved again without its model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 
 import pytest
 
+from autoquant.engines import engine
+from autoquant.records import Numerics
+from autoquant.solver.constraints import scheme_of
 from autoquant.study.study import Study
 
 from .conftest import WORKLOAD, copy_database, typed
 
 KEPT, PINNED = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"
-CONSTRAINTS = ("--keep", KEPT, "--pin", "*.1.*.k_proj=int8-row*", "--fusable", "vllm")
+CONSTRAINTS = ("--keep", KEPT, "--pin", "*.1.*.k_proj=int8-row*", "--for", "vllm")
 Q, K, V = (f"model.layers.1.self_attn.{name}_proj" for name in "qkv")
 
 
@@ -33,10 +36,6 @@ def constrained(files, tmp_path_factory):
         WORKLOAD,
     ]
     arguments += [
-        "--candidates",
-        "int8*",
-        "--candidates",
-        "int4*",
         "--time-budget",
         "1s",
         *CONSTRAINTS,
@@ -57,13 +56,26 @@ def test_every_plan_but_the_original_honours_them(constrained):
     for plan in plans:
         chosen = formats(plan)
         assert chosen[KEPT] == "bfloat16/plain" and chosen[K].startswith("int8-row"), plan.label
-        assert chosen[Q] == chosen[K] == chosen[V], plan.label
-        assert chosen["model.layers.0.mlp.gate_proj"] == chosen["model.layers.0.mlp.up_proj"], (
+        same = {layer.name: scheme_of(layer) for layer in plan.layers}
+        assert same[Q] == same[K] == same[V], plan.label
+        assert same["model.layers.0.mlp.gate_proj"] == same["model.layers.0.mlp.up_proj"], (
             plan.label
         )
         reasons = {layer.name: layer.reason for layer in plan.layers}
         assert f"kept unquantized by --keep {KEPT}" in reasons[KEPT]
         assert "pinned by --pin *.1.*.k_proj=int8-row*" in reasons[K]
+
+
+def test_every_plan_is_one_that_the_engine_holds_exactly(constrained):
+    study = Study.open(constrained[2])
+    plans = [plan for plan in study.plans() if plan.kind != "original"]
+    layers = [layer for plan in plans for layer in plan.layers]
+    for layer in layers:
+        numerics = Numerics.parse(layer.numerics)
+        held = numerics.values, numerics.activation, layer.shape
+        assert engine("vllm").refuses(*held, device="cpu") is None, layer.format
+    assert not any(layer.format.startswith("int4-") for layer in layers)
+    assert "for vllm: left out int4-g32, int4-g64, int4-g128" in constrained[-1].stderr
 
 
 def test_the_original_which_fails_a_pin_is_shown_and_not_recommended(constrained):
@@ -75,19 +87,16 @@ def test_the_original_which_fails_a_pin_is_shown_and_not_recommended(constrained
 
 def test_they_are_said_wherever_the_study_is_shown(constrained, run):
     *_, db, _, result = constrained
-    wanted = {"keep": [KEPT], "pin": ["*.1.*.k_proj=int8-row*"], "fusable": "vllm"}
+    wanted = {"keep": [KEPT], "pin": ["*.1.*.k_proj=int8-row*"], "engine": "vllm"}
     printed = json.loads(result.stdout)
     assert printed["constraints"] == wanted and printed["limits"]["max_kl"] == 0.5
     assert f"1 of 15 layers kept unquantized by --keep {KEPT}" in result.stderr
-    assert "10 layers in 4 groups of one format each, which vllm fuses" in result.stderr
+    assert "for vllm: 10 layers get the scheme of those that it computes as one" in result.stderr
     assert json.loads(run("show", db, "--json").stdout)["constraints"] == wanted
     assert json.loads(run("studies", db, "--json").stdout)[0]["constraints"] == wanted
     for shown in (run("show", db), run("pareto", db)):
-        assert (
-            f"Constraints: --keep {KEPT} --pin *.1.*.k_proj=int8-row* --fusable vllm"
-            in shown.stdout
-        )
-    assert "--fusable vllm" in run("studies", db).stdout
+        assert f"Constraints: --keep {KEPT} --pin *.1.*.k_proj=int8-row* --for vllm" in shown.stdout
+    assert "--for vllm" in run("studies", db).stdout
 
 
 def test_the_divergence_is_measured_on_the_selection_part_with_its_interval(constrained):

@@ -6,7 +6,9 @@ from builders.records import make_proof
 from autoquant.records import DISTURBED, PARTLY, STAND_IN, Interval, Workload
 from autoquant.report.words import (
     as_run_lines,
+    constraints_words,
     disturbed_proofs,
+    engine_lines,
     exception_lines,
     memory_words,
     off_predictions,
@@ -232,3 +234,19 @@ def test_the_time_of_a_search_names_the_stages_that_took_a_second():
     seconds = {"load": 20.6, "record": 0.1, "profile": 67.2}
     assert spent_words(seconds) == "Time: 1m 28s (load 21s, profile 1m 07s)"
     assert spent_words({"load": 0.4}) == "Time: 0s"
+
+
+def test_constraints_are_written_as_options_those_of_earlier_versions_too():
+    found = constraints_words({"keep": ["a", "b"], "pin": ["c=int8*"], "engine": "vllm"})
+    assert found == "--keep a --keep b --pin c=int8* --for vllm"
+    assert constraints_words({"fusable": "vllm"}) == "--fusable vllm"
+    assert constraints_words({}) == ""
+
+
+def test_a_plan_for_an_engine_is_said_with_what_writes_it_and_whose_times_these_are():
+    assert engine_lines("llama.cpp", "p.db --plan a1") == [
+        "Made for llama.cpp, which reads what this writes:"
+        " autoquant export p.db --plan a1 --to gguf",
+        "Times are those of autoquant's kernels; llama.cpp has kernels of its own.",
+    ]
+    assert engine_lines(None, "p.db") == []

@@ -153,3 +153,19 @@ def test_baselines_honour_groups_of_one_format():
     ]
     plans += [bits_plan(SearchSpace(options, context), plan) for plan in plans]
     assert all(plan.layers[0].format == plan.layers[1].format for plan in plans)
+
+
+def test_the_heuristic_favours_all_layers_of_a_group_or_none():
+    """Of two that read the widest input of their block, one makes it narrower: it leads back."""
+    names, shapes = [NAMES[0], NAMES[1]], [shape(256, 256), shape(64, 256)]
+    names = [name.replace(".0.", f".{block}.") for block in range(BLOCKS) for name in names]
+    options = []
+    for name, of in zip(names, shapes * BLOCKS, strict=True):
+        layer = [choice(name), choice(name, "int8/plain", 600.0, 0.002, 50)]
+        layer.append(choice(name, "int4/plain", 300.0, 0.03, 25))
+        options.append([replace(each, shape=of) for each in layer])
+    groups = tuple(zip(names[::2], names[1::2], strict=True))
+    context = replace(CONTEXT, bound=Bound(groups))
+    plan = structural_plan(SearchSpace(options, context), limits=Limits(), max_loss=0.7)
+    formats = [layer.format for layer in plan.layers]
+    assert formats[::2] == formats[1::2]

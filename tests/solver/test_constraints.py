@@ -7,26 +7,29 @@ import random
 from dataclasses import replace
 
 import pytest
-from builders.records import make_site
+from builders.records import SHAPE, WORKLOAD, make_site
 from builders.search import CONTEXT, choice
 
 from autoquant.errors import ConstraintError
-from autoquant.solver.constraints import Bound, Constraints, bind, fused_groups
+from autoquant.solver.constraints import Bound, Constraints, bind
 from autoquant.solver.front import front_plans
+from autoquant.solver.planning import request_ms
 from autoquant.solver.refine import proposals
+from autoquant.solver.served import Served
 from autoquant.solver.solve import fastest
 from autoquant.solver.space import SearchSpace
-from autoquant.solver.uniform import uniform_plans
+from autoquant.solver.uniform import uniform_choice, uniform_plans
 
 from .test_refine import first_proofs
 
 ORIGINAL = "bfloat16/plain"
-CANDIDATES = [
-    f"{ORIGINAL}/matmul",
-    "int8-row/plain/int-mm",
-    "int8-row/plain/pack-mm",
-    "int4-g32/plain/mm",
-]
+NUMERICS = {
+    f"{ORIGINAL}/matmul": "a16",
+    "int8-row/plain/int-mm": "a8-row",
+    "int8-row/plain/pack-mm": "a16",
+    "int4-g32/plain/mm": "a16",
+}
+CANDIDATES = list(NUMERICS)
 NAMES = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -37,20 +40,18 @@ NAMES = (
 )
 
 
-def block_sites(blocks=2):
-    """Blocks with q, k, v that read one input, gate and up another; and a head."""
-    sites = []
-    for block in range(blocks):
-        names = [f"model.layers.{block}.{name}" for name in NAMES]
-        siblings = {name: tuple(names[:3]) for name in names[:3]} | {
-            name: tuple(names[4:]) for name in names[4:]
-        }
-        sites += [make_site(name, siblings=siblings.get(name, ())) for name in names]
-    return [*sites, make_site("lm_head")]
+def block_sites(blocks=2, **changes):
+    """Blocks with q, k, v, o, gate and up; and a head."""
+    names = [f"model.layers.{block}.{name}" for block in range(blocks) for name in NAMES]
+    return [make_site(name, **changes) for name in [*names, "lm_head"]]
 
 
-def bound(keep=(), pin=(), fusable=None):
-    return bind(Constraints.parse(keep, pin, fusable), block_sites(), CANDIDATES, ORIGINAL)
+def bound(keep=(), pin=(), engine=None, sites=None, **served):
+    constraints = Constraints.parse(keep, pin, engine)
+    sites = sites or block_sites()
+    names = [site.name for site in sites]
+    by = Served.of(engine, "cuda", names, **served) if engine else None
+    return bind(constraints, sites, NUMERICS, ORIGINAL, by)
 
 
 def test_kept_layers_admit_nothing_but_the_unquantized_weight():
@@ -115,10 +116,18 @@ def test_a_layer_meets_all_of_its_pins():
             ["lm_head is pinned by --pin *=int4* and pinned", "contradict"],
         ),
         (
-            {"pin": ["*.0.*.q_proj=int4*", "*.0.*.k_proj=int8*"], "fusable": "vllm"},
-            ["must get the same format (--fusable vllm)", "give them one format"],
+            {"keep": ["*.0.*.q_proj"], "pin": ["*.0.*.k_proj=int8*"], "engine": "vllm"},
+            ["must get the same scheme (--for vllm)", "give them one format"],
         ),
-        ({"fusable": "mlx"}, ["no engine 'mlx'; choose one of vllm"]),
+        (
+            {"pin": ["*q_proj=*int-mm", "*k_proj=*pack-mm"], "engine": "vllm"},
+            ["must get the same scheme", "is pinned by --pin *q_proj=*int-mm"],
+        ),
+        (
+            {"pin": ["lm_head=int4*"], "engine": "vllm"},
+            ["lm_head is pinned by --pin lm_head=int4*, which cannot be served", "int4s-g32"],
+        ),
+        ({"engine": "mlx"}, ["no engine 'mlx'", "choose one of vllm"]),
     ],
 )
 def test_what_matches_nothing_or_contradicts_itself_is_refused_in_one_line(options, words):
@@ -128,37 +137,59 @@ def test_what_matches_nothing_or_contradicts_itself_is_refused_in_one_line(optio
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_layers_of_one_module_that_read_one_input_are_a_group():
-    first = [tuple(f"model.layers.0.{name}" for name in names) for names in (NAMES[:3], NAMES[4:])]
-    assert fused_groups(block_sites(1)) == first
+def test_what_an_engine_computes_as_one_gets_one_scheme():
+    found = bound(engine="vllm")
+    assert found.groups[:2] == tuple(
+        tuple(f"model.layers.0.{name}" for name in names) for names in (NAMES[:3], NAMES[4:])
+    )
+    reason = found.reasons["model.layers.1.self_attn.q_proj"]
+    assert reason == "same scheme as k_proj, v_proj (--for vllm)"
+    assert bound(engine="llama.cpp").groups == ()
 
 
-def test_names_do_not_make_a_group_and_other_modules_do_not_belong_to_one():
-    apart = [make_site("a.q_proj"), make_site("a.k_proj")]
-    assert fused_groups(apart) == []
-    names = (
-        "b.attn.q",
-        "b.attn.k",
-        "b.mlp.fc1",
-    )  # a block whose attention and perceptron read the same norm
-    assert fused_groups([make_site(name, siblings=names) for name in names]) == [
-        ("b.attn.q", "b.attn.k")
-    ]
+def test_an_engine_is_given_only_what_it_holds_and_the_unquantized_weight():
+    found = bound(engine="vllm")
+    assert "int4s-g32" in found.refuses("lm_head", "int4-g32/plain/mm")
+    assert not any(found.refuses("lm_head", candidate) for candidate in CANDIDATES[:3])
+    assert bound(engine="llama.cpp").refused == {}, "Q4_1 holds asymmetric int4"
 
 
-def test_all_experts_of_a_layer_are_one_group():
-    names = [
-        f"l.{layer}.mlp.experts.{e}.{p}"
-        for layer in (0, 1)
-        for e in range(3)
-        for p in ("up", "down")
-    ]
-    groups = fused_groups([make_site(name, siblings=(name,)) for name in names])
-    assert groups == [tuple(names[:6]), tuple(names[6:])]
+def test_a_layer_is_given_only_what_the_engine_holds_at_its_sizes():
+    odd = make_site("odd", shape=replace(SHAPE, k=40))
+    found = bound(engine="llama.cpp", sites=[*block_sites(), odd])
+    assert set(found.refused) == {"odd"}
+    assert set(found.refused["odd"]) == set(CANDIDATES[1:])
+
+
+def test_a_layer_that_the_engine_takes_unquantized_only_says_why():
+    found = bound(engine="vllm", left_alone={"lm_head": "its module is a Router"})
+    assert set(found.refused["lm_head"]) == set(CANDIDATES[1:])
+    assert found.reasons["lm_head"] == "left unquantized for vllm: its module is a Router"
+
+
+@pytest.mark.parametrize(("values", "refused"), [("float16", True), ("bfloat16", False)])
+def test_unquantized_layers_keep_the_dtype_of_the_model(values, refused):
+    why = Served.of("llama.cpp", "cuda", ["a"]).refuses("a", values, "a16", SHAPE)
+    assert (why is not None) == refused
+
+
+@pytest.mark.parametrize(
+    ("values", "activation", "held"),
+    [
+        ("int8-row", "a8-row", True),
+        ("int8-row", "a16", True),
+        ("int4s-g32", "a16", True),
+        ("int4s-g32", "w8-a8-float8-row", False),
+        ("float8-row", "a8-float8-row", True),
+    ],
+)
+def test_activations_that_the_engine_does_not_round_so_are_in_no_plan(values, activation, held):
+    served = Served.of("vllm", "cuda", ["a"])
+    assert (served.refuses("a", values, activation, SHAPE) is None) == held
 
 
 def options_of(names, seed=0):
-    """Layers with three formats, two of them by two routes, of random cost."""
+    """Layers with three formats, two of them with two numerics, of random cost."""
     draw = random.Random(seed)
     made = []
     for name in names:
@@ -172,15 +203,20 @@ def options_of(names, seed=0):
                     loss=draw.uniform(0.001, 0.1),
                     memory=memory,
                     kernel=kernel,
+                    numerics=f"{fmt.partition('/')[0]}+{activation}",
                 )
-                for kernel in ("one", "two")
+                for kernel, activation in (("one", "a16"), ("two", "a8-row"))
             ]
         made.append(layer)
     return made
 
 
+def scheme(choice):
+    return choice.format, choice.numerics
+
+
 @pytest.mark.parametrize("seed", range(8))
-def test_the_solver_gives_a_group_one_format_and_finds_the_best_that_does(seed):
+def test_the_solver_gives_a_group_one_scheme_and_finds_the_best_that_does(seed):
     options = options_of(["a", "b", "c", "d"], seed)
     group = ("a", "b", "c")
     problem = SearchSpace(options, replace(CONTEXT, bound=Bound((group,)))).problem
@@ -189,10 +225,10 @@ def test_the_solver_gives_a_group_one_format_and_finds_the_best_that_does(seed):
         best = min(
             problem.totals(each)[0]
             for each in itertools.product(*(range(len(layer)) for layer in options))
-            if len({options[layer][each[layer]].format for layer in range(3)}) == 1
+            if len({scheme(options[layer][each[layer]]) for layer in range(3)}) == 1
             and (max_loss is None or problem.totals(each)[1] <= max_loss)
         )
-        assert len({options[layer][picks[layer]].format for layer in range(3)}) == 1
+        assert len({scheme(options[layer][picks[layer]]) for layer in range(3)}) == 1
         assert problem.totals(picks)[0] == pytest.approx(best)
 
 
@@ -204,7 +240,7 @@ def test_a_format_that_one_member_lacks_is_taken_from_all_of_its_group():
         {ORIGINAL, "int8/plain", "int4/plain"}
     ]
     options[0], options[1] = options[0][:1], options[1][1:]
-    with pytest.raises(ConstraintError, match="no format can be used for all"):
+    with pytest.raises(ConstraintError, match="none can be used for all"):
         Bound((("a", "b"),)).narrowed(options)
 
 
@@ -225,7 +261,8 @@ def constrained():
 
 def is_honoured(plan):
     formats = [layer.format for layer in plan.layers]
-    return formats[0] == ORIGINAL and formats[1] == "int8/plain" and formats[2] == formats[3]
+    same = scheme(plan.layers[2]) == scheme(plan.layers[3])
+    return formats[0] == ORIGINAL and formats[1] == "int8/plain" and same
 
 
 def test_uniform_and_front_plans_honour_constraints_and_say_so():
@@ -265,7 +302,7 @@ def test_only_the_unquantized_model_may_fail_a_pin():
     from builders.search import make_plan
 
     plan = make_plan("original", "original", "original")  # its one layer is called `layer`
-    assert Constraints.parse(["layer"], fusable="vllm").allow(plan)
+    assert Constraints.parse(["layer"], engine="vllm").allow(plan)
     assert Constraints.parse(pin=["layer=bfloat16*"]).allow(plan)
     assert not Constraints.parse(pin=["layer=int8*"]).allow(plan)
 
@@ -275,3 +312,26 @@ def test_constraints_survive_the_identity_of_a_study():
     assert constraints.keep == ("a",)
     assert Constraints.of_identity({"constraints": constraints.as_object()}) == constraints
     assert Constraints.parse().as_object() == {} and Constraints.of_identity({}) == Constraints()
+
+
+def test_uniform_plans_give_a_group_one_scheme_where_a_layer_lacks_one_of_them():
+    """The second layer has int8 with rounded activations only, and the third has no int4."""
+    options = options_of(["a", "b", "c"], seed=1)
+    options[1] = [c for c in options[1] if c.numerics != "int8+a16"]
+    options[2] = [c for c in options[2] if c.format != "int4/plain"]
+    context = replace(CONTEXT, bound=Bound((("a", "b", "c"),)))
+    space = SearchSpace(context.bound.narrowed(options), context, [choice(n) for n in "abc"])
+    schemes = [{scheme(layer) for layer in plan.layers} for plan in uniform_plans(space)]
+    assert schemes == [{("int8/plain", "int8+a8-row")}]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_uniform_plan_of_a_group_takes_the_numerics_that_are_faster_in_sum(seed):
+    options = [[c for c in layer if c.format == "int8/plain"] for layer in options_of("abc", seed)]
+    space = SearchSpace(options, replace(CONTEXT, bound=Bound((tuple("abc"),))))
+    chosen = [uniform_choice(space, layer, ("int4/plain", "int4+a16")) for layer in options]
+    sums = {
+        each: sum(request_ms(c, WORKLOAD) for layer in options for c in layer if scheme(c) == each)
+        for each in map(scheme, options[0])
+    }
+    assert {scheme(c) for c in chosen} == {min(sums, key=sums.get)}

@@ -25,11 +25,11 @@ def made_up_formats(monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
 
 
-def choices_of(table, formats=(INT8,), site=None, known=FACTS):
+def choices_of(table, formats=(INT8,), site=None, known=FACTS, within="site"):
     registry._registered |= {fmt.id: fmt for fmt in formats}
     candidates = [Candidate(fmt, kernel) for fmt in (ORIGINAL, *formats) for kernel in fmt.kernels]
     maker = ChoiceMaker(candidates, TimingTable(WORKING_SET, timings(table)), known, WORKLOAD)
-    return maker.choices(site or make_site())
+    return maker.choices(site or make_site(), within=within)
 
 
 def rounds(choice):
@@ -72,6 +72,14 @@ def test_there_is_a_route_without_rounding_and_one_that_rounds_where_it_pays():
 def test_rounding_everywhere_is_dropped_where_rounding_only_sometimes_is_faster():
     choices = choices_of(int8_times(weight_only=(10.0, 40.0), integer=(20.0, 15.0)))
     assert "int8+a8-row" not in {rounds(c) for c in choices.choices}
+
+
+def test_a_layer_of_a_group_keeps_rounding_that_does_not_pay_there():
+    """It may pay in the others, which get the same."""
+    table = int8_times(weight_only=(10.0, 40.0), integer=(20.0, 45.0))
+    assert {rounds(c) for c in choices_of(table).choices} == {"bfloat16+a16", "int8+a16"}
+    kept = choices_of(table, within="scheme")
+    assert {rounds(c) for c in kept.choices} == {"bfloat16+a16", "int8+a16", "int8+a8-row"}
 
 
 def test_rounding_is_dropped_where_the_original_is_faster_smaller_and_exact():

@@ -20,11 +20,11 @@ from autoquant.records import (
 )
 from autoquant.solver.front import front_plans
 from autoquant.solver.planning import make_plan
-from autoquant.solver.space import SearchSpace
+from autoquant.solver.space import SearchSpace, complete
 from autoquant.solver.uniform import uniform_plans
 from autoquant.store.columns import to_json
 from autoquant.tuner.choices import FormatFacts, SiteChoices, numerics_of, scored
-from autoquant.tuner.fusion import complete, fusion_subjects, make_fusion, sibling_sites
+from autoquant.tuner.fusion import fusion_subjects, make_fusion, sibling_sites
 from autoquant.typed import read
 
 FORMAT = get_format("int8-row/plain")

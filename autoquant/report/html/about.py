@@ -7,7 +7,13 @@ from importlib import metadata
 
 from autoquant.records import Workload
 from autoquant.report import units
-from autoquant.report.words import exception_lines, limits_words, memory_words
+from autoquant.report.words import (
+    constraints_words,
+    engine_lines,
+    exception_lines,
+    limits_words,
+    memory_words,
+)
 from autoquant.store import StudyFacts
 from autoquant.study.study import Study
 
@@ -38,6 +44,8 @@ def _facts(study: Study, facts: StudyFacts) -> Iterator[Fact]:
     yield "Quality", _quality(study, facts)
     yield "Sensitivity", str(identity.get("method", ""))
     yield "Limits", limits_words(facts.limits)
+    yield "Constraints", constraints_words(facts.constraints)
+    yield "Engine", " ".join(engine_lines(study.constraints.engine, "plan.db"))
     yield "Layers as one", "tried where layers read the same input" if identity.get("fuse") else ""
     yield (
         "Candidates",

@@ -67,6 +67,8 @@ def _known_options(facts: StudyFacts, *, own_quality: bool) -> Iterator[tuple[st
     if limits.get("max_memory_bytes") is not None:
         yield "max-memory", limits["max_memory_bytes"]
     yield "minimize", limits.get("minimize", "time")
+    for name, value in facts.constraints.items():
+        yield "for" if name == "engine" else name, value
     yield "candidates", list(identity.get("candidates", ()))
     yield "fuse", bool(identity.get("fuse"))
     if "method" in identity:

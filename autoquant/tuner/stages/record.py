@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autoquant.candidates.formats.floats import original_format
 from autoquant.profiler.record import record_model
 from autoquant.records import Recording, Site
-from autoquant.solver.constraints import Bound, bind
+from autoquant.solver.constraints import Bound
 from autoquant.tuner.large import check_smallest
-from autoquant.tuner.notices import constraint_notices
+from autoquant.tuner.notices import constraint_notices, engine_notices
+from autoquant.tuner.serving import bind_sites
 from autoquant.tuner.setup import SearchSetup
 
 
@@ -31,9 +31,9 @@ def bind_constraints(setup: SearchSetup, sites: Sequence[Site]) -> Bound:
     Raises:
         ConstraintError: A pattern matches nothing, or constraints contradict one another.
     """
-    settled = setup.settled
-    constraints = settled.request.constraints
-    ids = [candidate.id for candidate in settled.candidates]
-    bound = bind(constraints, sites, ids, original_format(settled.loaded.dtype))
-    setup.tell(*constraint_notices(constraints, bound, sites))
+    request = setup.settled.request
+    bound = bind_sites(setup.settled, sites)
+    setup.tell(*constraint_notices(request.constraints, sites))
+    if request.constraints.engine is not None:
+        setup.tell(*engine_notices(request.constraints.engine, request.not_held, bound, sites))
     return bound

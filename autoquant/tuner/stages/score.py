@@ -11,9 +11,9 @@ from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import LayerChoice, Recording, Site
 from autoquant.solver.constraints import Bound, Constraints
 from autoquant.solver.planning import PlanContext
-from autoquant.solver.space import SearchSpace
+from autoquant.solver.space import SearchSpace, complete
 from autoquant.tuner.choices import ChoiceMaker, Facts, SiteChoices, format_facts, scored
-from autoquant.tuner.fusion import Fusion, complete, make_fusion
+from autoquant.tuner.fusion import Fusion, make_fusion
 from autoquant.tuner.notices import dropped_notices, fusion_notices
 from autoquant.tuner.request import SettledRequest
 from autoquant.tuner.scoring import Scores, score
@@ -99,15 +99,17 @@ def _make_choices(
     setup.tell(*dropped_notices(choices))
     if fusion is None:
         return choices
-    return [_admitted(each, constraints) for each in fusion.offered(choices, facts)]
+    return [_admitted(each, constraints, bound) for each in fusion.offered(choices, facts)]
 
 
-def _admitted(choices: SiteChoices, constraints: Constraints) -> SiteChoices:
-    """Drop the choices that constraints bar a layer from."""
+def _admitted(choices: SiteChoices, constraints: Constraints, bound: Bound) -> SiteChoices:
+    """Drop the choices that constraints or the engine bar a layer from."""
     original = original_format(choices.site.shape.dtype)
 
     def is_admitted(choice: LayerChoice) -> bool:
-        candidates = (f"{choice.format}/{step.kernel}" for step in choice.route)
-        return all(constraints.admits(choice.name, each, original) for each in candidates)
+        candidates = [f"{choice.format}/{step.kernel}" for step in choice.route]
+        return not any(bound.refuses(choice.name, each) for each in candidates) and all(
+            constraints.admits(choice.name, each, original) for each in candidates
+        )
 
     return replace(choices, choices=tuple(filter(is_admitted, choices.choices)))

@@ -1,10 +1,15 @@
 """The parts of the report's page by themselves."""
 
+import contextlib
+import json
+import sqlite3
+
 import pytest
 from builders import reported
 from builders.records import MODEL, STUDY
 from builders.reported import ATTENTION, FAST, FRONT, FUSED, INT8, MLP, ORIGINAL, PLAIN, UNIFORM
 
+from autoquant.report.html.about import about
 from autoquant.report.html.command import search_command
 from autoquant.report.html.kernels import kernel_map
 from autoquant.report.html.layer_grid import OUTSIDE, layer_grid
@@ -121,6 +126,19 @@ def test_an_older_study_tells_what_is_known_of_its_command(tmp_path):
     )
     assert "--candidates int8-row/plain/weight-only" in command.text and "--seed 7" in command.text
     assert "does not hold the command itself" in command.note
+
+
+def test_the_command_of_a_study_for_an_engine_names_it(tmp_path):
+    opened = study(tmp_path)
+    constraints = {"keep": ["lm_head"], "engine": "vllm"}
+    with contextlib.closing(sqlite3.connect(tmp_path / "plan.db")) as connection, connection:
+        (kept,) = connection.execute("SELECT identity FROM study").fetchone()
+        identity = json.dumps(json.loads(kept) | {"constraints": constraints})
+        connection.execute("UPDATE study SET identity = ?", [identity])
+    assert "--keep lm_head \\\n    --for vllm" in search_command(opened).text
+    facts = dict(about(opened))
+    assert facts["Constraints"] == "--keep lm_head --for vllm"
+    assert "autoquant export plan.db --to compressed-tensors" in facts["Engine"]
 
 
 def test_a_live_module_has_no_command(tmp_path):

@@ -1,0 +1,88 @@
+"""What an inference engine leaves of a finished search. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from autoquant.errors import PlanError
+from autoquant.records import LayerChoice, Numerics
+from autoquant.solver.constraints import Bound
+from autoquant.solver.served import NOT_EXPORTABLE, Served, is_exportable, refusal_lines
+from autoquant.solver.space import SearchSpace, complete
+
+Refusals = Mapping[str, Mapping[str, str]]
+"""By layer and numerics, why an engine cannot compute the layer so."""
+
+
+def for_engine(space: SearchSpace, engine: str, device_type: str) -> tuple[SearchSpace, list[str]]:
+    """Return the part of a space that an engine holds exactly, and what that leaves out, in words.
+
+    Raises:
+        ConstraintError: There is no such engine, or layers that it computes as one have nothing in
+            common.
+        PlanError: Nothing that it holds was scored, for a layer that must be quantized or for all.
+    """
+    left_alone = {
+        layer[0].name: NOT_EXPORTABLE
+        for layer in space.options
+        if not is_exportable(layer[0].parameters)
+    }
+    names = [layer[0].name for layer in space.options]
+    served = Served.of(engine, device_type, names, left_alone)
+    kept: list[list[LayerChoice]] = []
+    refused: dict[str, dict[str, str]] = {}
+    for name, layer in zip(names, space.options, strict=True):
+        refused[name] = {c.numerics: why for c in layer if (why := _refusal(served, c))}
+        kept.append([choice for choice in layer if choice.numerics not in refused[name]])
+    _check_left(kept, refused, served)
+    bound = space.context.bound
+    groups = tuple(dict.fromkeys((*bound.groups, *served.groups)))
+    bound = Bound(groups, served.reasons(bound.reasons))
+    options = complete(bound.narrowed(kept))
+    context = replace(space.context, bound=bound)
+    return replace(space, options=options, context=context), list(_notes(options, refused, served))
+
+
+def _refusal(served: Served, choice: LayerChoice) -> str | None:
+    numerics = Numerics.parse(choice.numerics)
+    return served.refuses(choice.name, numerics.values, numerics.activation, choice.shape)
+
+
+def _check_left(kept: Sequence[Sequence[LayerChoice]], refused: Refusals, served: Served) -> None:
+    engine = served.engine.name
+    again = f"run the same search with --for {engine}, which tries what it holds"
+    nothing = [name for (name, why), layer in zip(refused.items(), kept, strict=True) if not layer]
+    if nothing:
+        why = "; ".join(refusal_lines(refused[nothing[0]]))
+        raise PlanError(
+            f"no plan is for {engine}: it holds nothing that was searched for {nothing[0]}"
+            f"{f' and {len(nothing) - 1} more' if nothing[1:] else ''} ({why}): {again}"
+        )
+    if not any(_is_quantized(choice) for layer in kept for choice in layer):
+        searched = {name: why for layer in refused.values() for name, why in layer.items()}
+        lines = "; ".join(refusal_lines(searched)) or "nothing was quantized"
+        raise PlanError(
+            f"no plan is for {engine}: it holds nothing that was searched ({lines}): {again}"
+        )
+
+
+def _notes(
+    options: Sequence[Sequence[LayerChoice]], refused: Refusals, served: Served
+) -> Iterator[str]:
+    """Say what is left out everywhere, and which layers have to stay unquantized."""
+    engine = served.engine.name
+    searched = {name: why for layer in refused.values() for name, why in layer.items()}
+    for line in refusal_lines(searched):
+        yield f"for {engine}: left out {line}"
+    alone = [layer[0].name for layer in options if not any(map(_is_quantized, layer))]
+    if alone:
+        more = f" and {len(alone) - 1} more" if alone[1:] else ""
+        yield (
+            f"for {engine}: nothing else is left for {alone[0]}{more}: unquantized; a search with"
+            f" --for {engine} tries what it holds"
+        )
+
+
+def _is_quantized(choice: LayerChoice) -> bool:
+    return choice.numerics.partition("+")[0] != choice.shape.dtype

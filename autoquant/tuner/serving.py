@@ -1,0 +1,117 @@
+"""What the engine of a search takes: candidates first, and the layers once they are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from autoquant.candidates import Candidate, select
+from autoquant.engines import engine
+from autoquant.errors import CandidateError, ModelError, PlanError
+from autoquant.export.targets import writer
+from autoquant.models import LoadedModel
+from autoquant.records import Site
+from autoquant.solver.constraints import Bound, bind
+from autoquant.solver.served import (
+    DIVISIBLE,
+    NOT_EXPORTABLE,
+    Served,
+    is_exportable,
+    refusal_lines,
+)
+from autoquant.tuner.request import SettledRequest
+
+_SYMMETRIC, _ASYMMETRIC = "int4s-", "int4-"
+
+
+def served_candidates(
+    name: str, globs: Sequence[str], device_type: str
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Return the candidates that an engine holds, and why not the others that the device can use.
+
+    The glob `*` also chooses symmetric int4 in the layouts that asymmetric int4 has by default.
+
+    Raises:
+        ConstraintError: There is no such engine.
+        CandidateError: A glob matches nothing, or nothing that the engine holds.
+    """
+    served = Served.of(name, device_type, ())
+    chosen = {each.id for each in select(globs, device_type)}
+    if "*" in globs:
+        chosen |= {
+            _SYMMETRIC + c.removeprefix(_ASYMMETRIC) for c in chosen if c.startswith(_ASYMMETRIC)
+        }
+    every = select(["*"])
+    why = {each.id: _refusal(served, each) for each in every}
+    asked = [each for each in every if each.id in chosen]
+    barren = [glob for glob in globs if glob != "*" and all(why[c.id] for c in select([glob]))]
+    if barren:
+        lines = refusal_lines(_by_name(select(barren), why))
+        raise CandidateError(f"--candidates: {name} cannot hold {'; '.join(lines)}")
+    usable = [each for each in asked if _is_usable(each, device_type)]
+    return [each for each in asked if not why[each.id]], _by_name(usable, why)
+
+
+def _refusal(served: Served, candidate: Candidate) -> str | None:
+    if candidate.format.neutral is None:
+        return "the format gives its numbers to no other tool (Format.neutral)"
+    return served.refuses("", candidate.format.values, candidate.kernel.numerics, DIVISIBLE)
+
+
+def _is_usable(candidate: Candidate, device_type: str) -> bool:
+    return any(candidate.unsupported_reason(DIVISIBLE, m, device_type) is None for m in (1, 64))
+
+
+def _by_name(candidates: Sequence[Candidate], why: Mapping[str, str | None]) -> dict[str, str]:
+    """Return why candidates are refused, by values; with the activation if other kernels do."""
+    some = {each.format.values for each in candidates if not why[each.id]}
+    found = {}
+    for each in candidates:
+        values, reason = each.format.values, why[each.id]
+        if reason:
+            found[f"{values}+{each.kernel.numerics}" if values in some else values] = reason
+    return found
+
+
+def check_model(name: str, loaded: LoadedModel) -> None:
+    """Refuse a model that cannot be exported for an engine.
+
+    Raises:
+        ModelError: It is one.
+    """
+    try:
+        exporter = writer(engine(name).target.name)
+    except PlanError:
+        return  # nothing writes the target yet, or knows its models
+    try:
+        exporter.check(loaded)
+    except PlanError as error:
+        raise ModelError(f"--for {name}: {error}; or leave out --for") from error
+
+
+def bind_sites(settled: SettledRequest, sites: Sequence[Site]) -> Bound:
+    """Find the layers that constraints are about.
+
+    Raises:
+        ConstraintError: A pattern matches nothing, or constraints contradict one another.
+    """
+    candidates, constraints = settled.candidates, settled.request.constraints
+    served = None
+    if constraints.engine is not None:
+        left_alone = dict(_left_alone(settled.loaded.module, sites))
+        names = [site.name for site in sites]
+        served = Served.of(constraints.engine, settled.hardware.type, names, left_alone)
+    numerics = {each.id: each.kernel.numerics for each in candidates}
+    return bind(constraints, sites, numerics, candidates[0].format.id, served)
+
+
+def _left_alone(module: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, str]]:
+    """Yield the layers that engines take unquantized only, with the reason."""
+    modules = dict(module.named_modules())
+    for site in sites:
+        found = modules.get(site.name)
+        if not is_exportable(site.parameters):
+            yield site.name, NOT_EXPORTABLE
+        elif not isinstance(found, nn.Linear):
+            yield site.name, f"its module is a {type(found).__name__}, not a linear"

@@ -4,8 +4,8 @@ A plan is exported to a target, a form of files. An engine reads one target, and
 own: layers that it computes as one, and devices without a kernel. Needs no torch.
 """
 
-from autoquant.engines.engine import ENGINES, Engine, engine
-from autoquant.engines.targets import TARGETS, Refusal, Scheme, Target, target
+from autoquant.engines.engine import ENGINES, Engine, engine, target
+from autoquant.engines.targets import TARGETS, Refusal, Scheme, Target
 from autoquant.engines.values import Values, rounded_activation
 
 __all__ = [

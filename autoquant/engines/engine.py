@@ -10,13 +10,14 @@ from autoquant.engines.targets import (
     COMPRESSED_TENSORS,
     GGUF,
     PLAIN,
+    TARGETS,
     TRANSFORMERS,
     Refusal,
     Scheme,
     Target,
 )
 from autoquant.engines.values import Values
-from autoquant.errors import ConstraintError
+from autoquant.errors import ConstraintError, PlanError
 from autoquant.hints import did_you_mean
 from autoquant.records import LinearShape
 
@@ -162,3 +163,18 @@ def engine(name: str) -> Engine:
             f"no engine {name!r}{did_you_mean(name, ENGINES)}; choose one of {', '.join(ENGINES)}"
         )
     return ENGINES[name]
+
+
+def target(name: str) -> Target:
+    """Return the target with a name.
+
+    Raises:
+        PlanError: There is no such target.
+    """
+    if name in ENGINES and name not in TARGETS:
+        raise PlanError(f"{name} is no target, it reads {ENGINES[name].target.name}: choose that")
+    if name not in TARGETS:
+        raise PlanError(
+            f"no target {name!r}{did_you_mean(name, TARGETS)}; choose one of {', '.join(TARGETS)}"
+        )
+    return TARGETS[name]

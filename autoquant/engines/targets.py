@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autoquant.engines.values import A16, UNQUANTIZED, Values
-from autoquant.errors import PlanError
-from autoquant.hints import did_you_mean
 from autoquant.records import LinearShape
 
 PLAIN = "plain"
@@ -216,16 +214,3 @@ TARGETS: Mapping[str, Target] = {
     each.name: each for each in (COMPRESSED_TENSORS, GGUF, TRANSFORMERS)
 }
 """All targets by name."""
-
-
-def target(name: str) -> Target:
-    """Return the target with a name.
-
-    Raises:
-        PlanError: There is no such target.
-    """
-    if name not in TARGETS:
-        raise PlanError(
-            f"no target {name!r}{did_you_mean(name, TARGETS)}; choose one of {', '.join(TARGETS)}"
-        )
-    return TARGETS[name]

@@ -8,10 +8,12 @@ have an index, `model.safetensors.index.json`, as Hugging Face names it.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -93,10 +95,16 @@ class PlainWriter:
         """Take one tensor. It is in a file at the end, or once others fill a file with it."""
         self._files.add(name, tensor.cpu())
 
-    def finish(self) -> None:
-        """Write what is left, and give all files their names."""
+    def finish(self, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write what is left, and give all files their names.
+
+        Args:
+            metadata: Texts that the header of every file gets.
+        """
         self._files.finish()
         _write_index(self._folder, self._files)
+        for name in self._files.names if metadata else ():
+            _describe(self._folder / name, metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +266,22 @@ def _write_plain(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(_apart(tensors), path, metadata={"format": "pt"})
+
+
+def _describe(path: Path, metadata: Mapping[str, str]) -> None:
+    """Put more metadata into the header of a safetensors file.
+
+    The header is JSON after its length in 8 bytes, little-endian, and the tensors follow it.
+    """
+    whole = path.with_suffix(".described")
+    with path.open("rb") as file, whole.open("wb") as out:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header["__metadata__"] |= metadata
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # as safetensors aligns it
+        out.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(file, out)
+    whole.replace(path)
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -110,3 +110,8 @@ def test_every_family_has_a_scheme_for_activations_that_are_not_rounded(found):
 def test_an_unknown_target_is_refused_with_a_hint():
     with pytest.raises(PlanError, match="did you mean gguf"):
         target("ggf")
+
+
+def test_an_engine_in_place_of_a_target_is_told_what_it_reads():
+    with pytest.raises(PlanError, match="vllm is no target, it reads compressed-tensors"):
+        target("vllm")

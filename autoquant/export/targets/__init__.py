@@ -11,7 +11,7 @@ from importlib import import_module
 from autoquant.errors import PlanError
 from autoquant.export.targets.base import Contents, ExportedLayer, Writer
 
-_HOMES = {"compressed-tensors": "compressed_tensors"}
+_HOMES = {"compressed-tensors": "compressed_tensors", "transformers": "torchao_folder"}
 """The module of each target's writer."""
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from end_to_end.conftest import python
 
 import autoquant
 from autoquant.errors import CheckpointError, PlanError
-from autoquant.export import exporting
+from autoquant.export import exporting, targets
+from autoquant.export.exporting import export_to_disk
 from autoquant.export.targets import writer
 
 from .test_compressed_tensors import INT8, MIXED, exported
@@ -34,10 +36,10 @@ def test_a_folder_that_exists_is_refused_before_anything_is_loaded(planned, tmp_
         exported(planned, MIXED, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["ggml", "vllm"])
-def test_an_unknown_target_is_refused(name):
-    with pytest.raises(PlanError, match="no target"):
-        writer(name)
+def test_a_target_that_nothing_writes_is_refused(monkeypatch):
+    monkeypatch.setattr(targets, "_HOMES", {"transformers": "torchao_folder"})
+    with pytest.raises(PlanError, match="nothing writes gguf yet; choose one of transformers"):
+        writer("gguf")
 
 
 def test_a_model_that_does_not_fit_is_written_layer_by_layer(planned, tmp_path, monkeypatch):
@@ -57,3 +59,24 @@ def test_a_model_that_does_not_fit_is_written_layer_by_layer(planned, tmp_path, 
     assert report.files == whole.files
     for name in report.files:
         assert (report.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+
+
+@pytest.mark.processes
+def test_what_was_exported_loads_where_autoquant_is_not_installed(planned, tmp_path):
+    folders = [tmp_path / name for name in ("compressed-tensors", "transformers")]
+    for out in folders:
+        export_to_disk(
+            planned.plan({"proj": INT8}), planned.folder, out, to=out.name, facts=planned.facts
+        )
+    lines = [
+        "import sys; sys.modules['autoquant'] = None",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "for folder in sys.argv[1:]:",
+        "    model = AutoModelForCausalLM.from_pretrained(folder)",
+        "    ids = AutoTokenizer.from_pretrained(folder)('w3 w4', return_tensors='pt').input_ids",
+        "    print(model.generate(ids, max_new_tokens=4, do_sample=False).tolist())",
+    ]
+    ended = python("-c", "\n".join(lines), *folders)
+    assert ended.returncode == 0, ended.stderr
+    one, other = ended.stdout.splitlines()
+    assert one == other and one.startswith("[[3, 4, ")

@@ -21,7 +21,7 @@ from autoquant.events import Listener, ignore, logged
 from autoquant.export import checkpoint
 from autoquant.export.applier import apply
 from autoquant.export.beside import check_beside
-from autoquant.export.held import engine_notes, held_layers, rounding_notes
+from autoquant.export.held import check_linears, engine_notes, held_layers, rounding_notes
 from autoquant.export.layers import Layers, shape_of
 from autoquant.export.likeness import Likeness, likeness
 from autoquant.export.searched import load_searched
@@ -103,6 +103,7 @@ def export_to_disk(
     place = Path(out).absolute()
     checkpoint.check_new(place)
     loaded = load_searched(plan, model, facts, device, trust)
+    check_linears(loaded.module, held.values())
     made.check(loaded)
     with checkpoint.writing(place), scratch_folder(place) as scratch:
         part = scratch / place.name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from torch import nn
+
 from autoquant.candidates import get_format
 from autoquant.engines import ENGINES, Engine, Refusal, Scheme, Target, Values, rounded_activation
 from autoquant.engines.targets import PLAIN
@@ -46,6 +48,24 @@ def _scheme(layer: LayerChoice, values: str, target: Target) -> Scheme | Refusal
     if len(layer.parameters) > 1 or not layer.parameters[0].endswith(_WEIGHT):
         return Refusal("its weight is shared, or is not that of a linear module")
     return found
+
+
+def check_linears(module: nn.Module, layers: Iterable[ExportedLayer]) -> None:
+    """Refuse quantized layers of other modules than `nn.Linear`, which engines leave alone.
+
+    Raises:
+        PlanError: There are some, e.g. routers of experts.
+    """
+    others = [
+        layer.name
+        for layer in layers
+        if not isinstance(module.get_submodule(layer.name), nn.Linear)
+    ]
+    if others:
+        raise PlanError(
+            f"engines quantize linear modules only, and {some(others)} are none: search with --keep"
+            " for these layers"
+        )
 
 
 def activation_of(layer: LayerChoice) -> str:

@@ -24,7 +24,14 @@ from autoquant.cli.main import app
 
 from .pages import PAGES, SHELL, blocks, loose_commands
 
-NOT_RUN = {"installs": 8, "GPU": 3, "lm_eval": 3, "a terminal": 1, "a server": 1}
+NOT_RUN = {
+    "installs": 9,
+    "GPU": 3,
+    "lm_eval": 3,
+    "a terminal": 1,
+    "a server": 1,
+    "an engine": 2,
+}
 """How many commands are marked, by their reason: whoever adds one says so here."""
 
 CANDIDATES = "int8-row/plain/int-mm"
@@ -45,8 +52,8 @@ SMALLER = (
     (r'device = "cuda"', 'device = "cpu"'),
     (r"rows=\[1, 2048\]", f'rows=[1], candidates=["{CANDIDATES}"]'),
     (
-        r'"(plan|mine)\.db"',
-        rf'"\1.db", device="cpu", candidates=["{CANDIDATES}"], time_budget_s=1.0',
+        r'db="(plan|mine)\.db"',
+        rf'db="\1.db", device="cpu", candidates=["{CANDIDATES}"], time_budget_s=1.0',
     ),
 )
 

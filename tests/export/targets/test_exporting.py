@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from end_to_end.conftest import python
+from torch import nn
 
 import autoquant
 from autoquant.errors import CheckpointError, PlanError
@@ -26,6 +27,19 @@ def test_a_study_is_exported_from_python(planned, tmp_path):
     report = autoquant.export(study, tmp_path / "out", to="compressed-tensors")
     assert report.out == tmp_path / "out" and report.schemes == {"int8-row as pack-quantized": 2}
     assert report.file_bytes == sum(path.stat().st_size for path in report.out.iterdir())
+
+
+def test_a_layer_that_is_no_linear_module_is_refused(planned, tmp_path, monkeypatch):
+    load = exporting.load_searched
+
+    def with_a_router(*args, **options):
+        loaded = load(*args, **options)
+        loaded.module.model.layers[0].self_attn.o_proj.__class__ = type("Router", (nn.Module,), {})
+        return loaded
+
+    monkeypatch.setattr(exporting, "load_searched", with_a_router)
+    with pytest.raises(PlanError, match=r"model.layers.0.self_attn.o_proj are none.*--keep"):
+        exported(planned, MIXED, tmp_path / "out")
 
 
 def test_a_folder_that_exists_is_refused_before_anything_is_loaded(planned, tmp_path, monkeypatch):

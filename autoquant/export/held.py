@@ -32,7 +32,8 @@ def held_layers(plan: Plan, target: Target) -> dict[str, ExportedLayer]:
             refused.setdefault((values, found), []).append(layer.name)
         elif found.name != PLAIN:
             name = layer.parameters[0]
-            held[name] = ExportedLayer(layer.name, Values.parse(values), found, layer)
+            owner = name.removesuffix(_WEIGHT)
+            held[name] = ExportedLayer(owner, Values.parse(values), found, layer)
     if refused:
         raise PlanError(_all_refused(refused, target))
     return held

@@ -95,6 +95,7 @@ def test_a_head_that_is_left_alone_stays_tied(planned, tmp_path):
     assert settings(tmp_path / "out")["tie_word_embeddings"] is True
     names = weights.names(weights.files(tmp_path / "out"))
     assert not [name for name in names if name.startswith("lm_head")]
+    assert not [name for name in names if "inv_freq" in name]  # no state dict has it
 
 
 def test_nothing_in_the_folder_needs_autoquant(mixed):

@@ -154,27 +154,31 @@ def decode(parts: Mapping[str, torch.Tensor], bits: int, group: int) -> NeutralW
 def pack_bits(unsigned: torch.Tensor, bits: int) -> torch.Tensor:
     """Return integers `[n, k]` from 0 as int32 `[n, k * bits / 32]`, rounded up.
 
-    A row is one stream of bits, the lowest first.
+    A row is one stream of bits, the lowest first. Eight integers take `bits` bytes of it.
 
     Args:
         unsigned: uint8.
+        bits: 1 to 8.
     """
-    stream = (unsigned.unsqueeze(-1) >> _places(bits)) & 1
-    stream = stream.flatten(1)
-    stream = F.pad(stream, (0, -stream.shape[1] % 32))
-    octets = stream.reshape(len(stream), -1, 8) << _places(8)
-    return octets.sum(-1, dtype=torch.uint8).view(torch.int32)
+    n, k = unsigned.shape
+    eights = F.pad(unsigned, (0, -k % 8)).reshape(n, -1, 8)
+    words = torch.zeros(eights.shape[:2], dtype=torch.int64)
+    for place, codes in enumerate(eights.unbind(-1)):
+        words |= codes.to(torch.int64) << (bits * place)
+    octets = words.view(torch.uint8).reshape(n, -1, 8)[..., :bits].flatten(1)
+    octets = F.pad(octets, (0, -octets.shape[1] % 4))
+    return octets.view(torch.int32)[:, : -(-k * bits // 32)].contiguous()
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     """Return the uint8 `[n, k]` that `pack_bits` packed."""
-    octets = packed.view(torch.uint8).unsqueeze(-1)
-    stream = ((octets >> _places(8)) & 1).flatten(1)[:, : k * bits]
-    return (stream.reshape(len(stream), k, bits) << _places(bits)).sum(-1, dtype=torch.uint8)
-
-
-def _places(bits: int) -> torch.Tensor:
-    return torch.arange(bits, dtype=torch.uint8)
+    n, eights = len(packed), -(-k // 8)
+    octets = packed.view(torch.uint8)[:, : eights * bits]
+    octets = F.pad(octets, (0, eights * bits - octets.shape[1])).reshape(n, eights, bits)
+    words = F.pad(octets, (0, 8 - bits)).flatten(1).view(torch.int64)
+    mask = (1 << bits) - 1
+    codes = [((words >> (bits * place)) & mask).to(torch.uint8) for place in range(8)]
+    return torch.stack(codes, dim=-1).flatten(1)[:, :k]
 
 
 @dataclass(frozen=True, slots=True)

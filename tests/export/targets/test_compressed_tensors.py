@@ -255,7 +255,7 @@ def test_the_package_decompresses_the_same_numbers(name, weight):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("k", [32, 64, 72])
+@pytest.mark.parametrize("k", [32, 72, 84])
 def test_bits_are_packed_as_the_package_packs_them(bits, k):
     codes = torch.randint(0, 2**bits, (5, k), generator=torch.Generator().manual_seed(bits))
     packed = pack_bits(codes.to(torch.uint8), bits)

@@ -121,7 +121,7 @@ def export_to_disk(
             file_bytes=sum(path.stat().st_size for path in files),
             plan_bytes=plan.prediction.memory_bytes,
             notes=(*rounding_notes(held.values()), *engine_notes(made.target, held, plan)),
-            reader=made.reader_words() if found else " with ".join(made.reader),
+            reader=made.reader_words() if found else " and ".join(made.reader),
             likeness=found,
             unread=unread,
         )

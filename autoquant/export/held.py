@@ -21,7 +21,8 @@ def held_layers(plan: Plan, target: Target) -> dict[str, ExportedLayer]:
     """Return how a target holds each quantized layer, by the name of its weight.
 
     Raises:
-        PlanError: It cannot hold some. All are named, by the numbers that they have.
+        PlanError: It cannot hold some. All are named, by the numbers that they have. Or no layer
+            is quantized.
     """
     held: dict[str, ExportedLayer] = {}
     refused: dict[tuple[str, Refusal], list[str]] = {}
@@ -36,6 +37,8 @@ def held_layers(plan: Plan, target: Target) -> dict[str, ExportedLayer]:
             held[name] = ExportedLayer(owner, Values.parse(values), found, layer)
     if refused:
         raise PlanError(_all_refused(refused, target))
+    if not held:
+        raise PlanError(f"plan {plan.plan_id} quantizes nothing: serve the model itself")
     return held
 
 
@@ -136,8 +139,8 @@ def _notes_of(engine: Engine, layers: Mapping[str, ExportedLayer], names: list[s
                 refused.setdefault(reason, []).append(layer.name)
         known.update(refused)
         notes += [
-            f"{engine.name} cannot compute {len(names)} layers ({some(names, 1)}): {reason}"
-            for reason, names in refused.items()
+            f"{engine.name} cannot compute {len(found)} layers ({some(found, 1)}): {reason}"
+            for reason, found in refused.items()
         ]
     return notes
 

@@ -9,6 +9,7 @@ import torch
 
 from autoquant.candidates import get_format
 from autoquant.engines import TARGETS, Values
+from autoquant.engines.targets import COMPRESSED_TENSORS
 from autoquant.errors import CheckpointError, PlanError
 from autoquant.export import shards
 from autoquant.export.exporting import export_to_disk
@@ -156,6 +157,11 @@ def test_all_that_cannot_be_held_is_refused_at_once_and_nothing_is_written(plann
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_that_quantizes_nothing_is_refused(planned, tmp_path):
+    with pytest.raises(PlanError, match="plan abcd quantizes nothing: serve the model itself"):
+        exported(planned, {}, tmp_path / "out")
+
+
 def test_a_model_that_is_not_of_transformers_is_refused(planned, monkeypatch, tmp_path):
     monkeypatch.setattr(compressed_tensors.CompressedTensorsWriter, "write", None)
     monkeypatch.setattr("autoquant.export.targets.huggingface.source_folder", lambda _: None)
@@ -252,6 +258,28 @@ def test_the_package_decompresses_the_same_numbers(name, weight):
     )
     found = decompressed["weight"].to(torch.bfloat16)
     assert torch.equal(found, numbers.dequantize().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("family", "activation"),
+    [(family, each) for family, schemes in COMPRESSED_TENSORS.holds.items() for each in schemes],
+)
+def test_the_package_takes_every_scheme_of_the_table(family, activation):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    exported_as = COMPRESSED_TENSORS.holds[family][activation]
+    group = Group(
+        exported_as.name,
+        {"num_bits": 8, "type": "int", "strategy": "channel"},
+        exported_as.activation,
+        ["layer"],
+    )
+    read = QuantizationConfig.model_validate(quantization_config([group], ["lm_head"]))
+    scheme = read.config_groups["group_0"]
+    assert scheme.format == read.format == exported_as.name
+    assert (scheme.input_activations is None) == (exported_as.activation == "a16")
+    assert scheme.input_activations is None or scheme.input_activations.dynamic
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

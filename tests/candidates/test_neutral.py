@@ -61,6 +61,8 @@ def test_the_neutral_form_has_the_numbers_of_the_format(name, weight, inputs):
         ("int4-g64/lanes", -8, True),
         ("int4-g64/tiled", -8, True),
         ("int4-g64/gemlite", 0, True),
+        ("int4s-g64/lanes", -8, False),
+        ("int4s-g64/tiled", -8, False),
         ("int3-g64/bit-planes", -4, False),
         ("int2-g32/bit-planes", -2, False),
     ],

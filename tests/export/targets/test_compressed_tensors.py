@@ -30,12 +30,21 @@ from autoquant.records import LinearShape
 INT8 = ("int8-row/plain", "dequantize-matmul")
 ROUNDED = ("int8-row/plain", "dequantize-matmul", "int-mm")
 INT3 = ("int3-g32/bit-planes", "dequantize-matmul")
+INT4 = ("int4s-g32/lanes", "unpack-matmul")
 INT2 = ("int2-g32/bit-planes", "dequantize-matmul")
 FLOAT8_ROW = ("float8-row/plain", "dequantize-matmul")
 FLOAT8 = ("float8-tensor/plain", "dequantize-matmul")
-MIXED = {"o_proj": INT8, "gate_proj": INT3, "up_proj": INT3, "down_proj": INT2, "lm_head": INT8}
-FORMATS = ["int8-row/plain", "float8-row/plain", "float8-tensor/plain", "int3-g64/bit-planes",
-           "int2-g32/bit-planes", "mxfp8/swizzled", "mxfp4/swizzled", "nvfp4/swizzled"]  # fmt: skip
+MIXED = {
+    "o_proj": INT8,
+    "gate_proj": INT3,
+    "up_proj": INT3,
+    "down_proj": INT2,
+    "k_proj": INT4,
+    "lm_head": INT8,
+}
+FORMATS = ["int8-row/plain", "float8-row/plain", "float8-tensor/plain", "int4s-g64/lanes",
+           "int4s-g64/tiled", "int3-g64/bit-planes", "int2-g32/bit-planes", "mxfp8/swizzled",
+           "mxfp4/swizzled", "nvfp4/swizzled"]  # fmt: skip
 
 
 def exported(planned, formats, out):
@@ -59,7 +68,7 @@ def test_the_reader_has_the_numbers_and_logits_of_the_plan(mixed):
     pytest.importorskip("compressed_tensors")
     _, report = mixed
     assert "compressed-tensors" in report.reader and report.unread == ""
-    assert (report.likeness.weights, report.likeness.moved) == (9, 0)
+    assert (report.likeness.weights, report.likeness.moved) == (11, 0)
     assert report.likeness.same_logits and report.likeness.plan_kl < 1e-3
 
 
@@ -71,7 +80,7 @@ def test_layers_of_one_scheme_are_one_group_under_their_full_names(mixed):
     int8 = groups["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "lm_head"]
     assert int8["format"] == "pack-quantized" and int8["input_activations"] is None
     assert int8["weights"]["strategy"] == "channel"
-    assert len(groups) == 3
+    assert len(groups) == 4
     assert report.schemes["int3-g32 as pack-quantized"] == 4
 
 
@@ -80,7 +89,7 @@ def test_every_unquantized_linear_is_named_and_embeddings_are_not(mixed):
     assert ignored == [
         f"model.layers.{block}.self_attn.{leaf}"
         for block in (0, 1)
-        for leaf in ("q_proj", "k_proj", "v_proj")
+        for leaf in ("q_proj", "v_proj")
     ]
 
 

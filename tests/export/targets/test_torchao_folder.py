@@ -29,6 +29,7 @@ MIXED = {
     "down_proj": ("int2-g32/bit-planes", "dequantize-matmul"),
     "q_proj": ("float8-row/plain", "dequantize-matmul"),
     "k_proj": ("float8-tensor/plain", "dequantize-matmul"),
+    "v_proj": ("int4s-g32/lanes", "unpack-matmul"),
     "lm_head": INT8,
 }
 
@@ -54,7 +55,7 @@ def mixed(planned, tmp_path_factory):
 def test_the_reader_has_the_numbers_of_the_plan(mixed):
     _, report = mixed
     assert report.reader.startswith("transformers ") and "torchao" in report.reader
-    assert (report.likeness.weights, report.likeness.moved) == (13, 0)
+    assert (report.likeness.weights, report.likeness.moved) == (15, 0)
     assert report.likeness.plan_kl < 1e-3
 
 
@@ -62,7 +63,7 @@ def test_a_model_in_several_files_is_read_as_well(untied, monkeypatch, tmp_path)
     monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
     report = exported(untied, MIXED, tmp_path / "out")
     assert sum(name.endswith(".safetensors") for name in report.files) > 2
-    assert (report.likeness.weights, report.likeness.moved) == (13, 0)
+    assert (report.likeness.weights, report.likeness.moved) == (15, 0)
 
 
 def test_rounded_activations_are_attributes_of_the_tensors(planned, tmp_path):
@@ -110,6 +111,7 @@ def layer(name, activation="a16"):
         ("int8-row/plain", "a8-row"),
         ("float8-row/plain", "a16"),
         ("float8-tensor/plain", "a16"),
+        ("int4s-g64/lanes", "a16"),
         ("int3-g64/bit-planes", "a16"),
         ("int2-g32/bit-planes", "a16"),
     ],

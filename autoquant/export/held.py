@@ -83,9 +83,10 @@ def _all_refused(refused: Mapping[tuple[str, Refusal], list[str]], target: Targe
         f"{_count(names)} {values} ({some(names, 1)}): {refusal}"
         for (values, refusal), names in refused.items()
     )
+    reader = next(engine.name for engine in ENGINES.values() if engine.target is target)
     return (
-        f"{target.name} cannot hold this plan. {each}. Solve or search for such values, or apply"
-        " the plan with `autoquant apply`"
+        f"{target.name} cannot hold this plan. {each}. Search or solve with --for {reader}, or"
+        " apply the plan with `autoquant apply`"
     )
 
 
@@ -127,7 +128,7 @@ def _notes_of(engine: Engine, layers: Mapping[str, ExportedLayer], names: list[s
         notes.append(
             f"{engine.name} cannot load it: it computes layers such as {parts} as one, and"
             f" {len(mixed)} of {len(groups)} such groups have several schemes here (first:"
-            f" {mixed[0][0].rpartition('.')[0]})"
+            f" {mixed[0][0].rpartition('.')[0]}); search or solve with --for {engine.name}"
         )
     fused = {name for group in groups for name in group}
     known: set[str] = set()

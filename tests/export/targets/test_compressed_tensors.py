@@ -162,7 +162,7 @@ def test_all_that_cannot_be_held_is_refused_at_once_and_nothing_is_written(plann
         refused.value
     )
     assert "2 layers have int4-g64" in str(refused.value)
-    assert "nearest: int4s-g64" in str(refused.value)
+    assert "nearest: int4s-g64" in str(refused.value) and "--for vllm" in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -141,11 +141,10 @@ def _likeness_text(found: Likeness) -> str:
             f" {units.digits(100 * found.farthest, 2)} % of a row's largest, since the reader"
             " rounds their scales"
         )
-    divergence = units.digits(found.plan_kl, 2)
-    of_plan = f"KL {divergence} nats a token to the plan with its own kernels"
-    if found.same_logits:
-        return (
-            f"{weights}; logits are bit for bit those of these numbers multiplied in the model's"
-            f" dtype ({of_plan})."
-        )
-    return f"{weights}; logits differ ({of_plan}), since activations or sums are rounded otherwise."
+    same = "bit for bit those of these numbers multiplied in the model's dtype"
+    rounded = "not bit for bit the plan's, since activations or sums are rounded otherwise"
+    loss, plan_loss = (units.digits(each, 2) for each in (found.loss, found.plan_loss))
+    return (
+        f"{weights}. Logits are {same if found.same_logits else rounded}: KL to the unquantized"
+        f" model {loss} nats a token, of the plan with its own kernels {plan_loss}."
+    )

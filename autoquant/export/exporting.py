@@ -23,7 +23,7 @@ from autoquant.export.applier import apply
 from autoquant.export.beside import check_beside
 from autoquant.export.held import check_linears, engine_notes, held_layers, rounding_notes
 from autoquant.export.layers import Layers, shape_of
-from autoquant.export.likeness import Likeness, likeness
+from autoquant.export.likeness import Likeness, likeness, read_text
 from autoquant.export.searched import load_searched
 from autoquant.export.targets import Contents, ExportedLayer, Writer, writer
 from autoquant.files import move_whole, scratch_folder
@@ -108,9 +108,10 @@ def export_to_disk(
     with checkpoint.writing(place), scratch_folder(place) as scratch:
         part = scratch / place.name
         part.mkdir()
+        original = None if loaded.stream else read_text(loaded)
         contents = _contents(plan, loaded, held, facts, listener)
         made.write(contents, part)
-        found, unread = _read_back(made, loaded, contents, part, trust)
+        found, unread = _read_back(made, contents, original, part, trust)
         files = sorted(path for path in part.iterdir() if path.is_file())
         report = ExportReport(
             out=place,
@@ -185,17 +186,22 @@ def _neutral(
 
 
 def _read_back(
-    made: Writer, loaded: LoadedModel, contents: Contents, folder: Path, trust: Trust
+    made: Writer, contents: Contents, original: torch.Tensor | None, folder: Path, trust: Trust
 ) -> tuple[Likeness | None, str]:
-    """Compare what the target's reader makes, or say why it was not read."""
-    if loaded.stream is not None:
+    """Compare what the target's reader makes, or say why it was not read.
+
+    Args:
+        original: Logits of the unquantized model, or None if it does not fit.
+    """
+    loaded = contents.loaded
+    if original is None:
         return None, "the unquantized model does not fit"
     if missing := made.missing():
         names = " and ".join(missing)
         return None, f"{names} is not installed: pip install {' '.join(missing)}"
     with redirect_stderr(StringIO()):  # progress bars of libraries
         again = made.read(folder, loaded, trust)
-        found = likeness(loaded, again, list(contents.layers))
+        found = likeness(loaded, again, list(contents.layers), original)
     if found.others_differ or found.farthest > _ROUNDED_SCALE:
         raise CheckpointError(
             f"{made.reader_words()} makes other weights of what was written"

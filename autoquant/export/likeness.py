@@ -27,8 +27,8 @@ class Likeness:
         others_differ: Names of unquantized tensors that differ.
         same_logits: Its logits are bit for bit those of the plan's numbers, multiplied in the
             model's dtype.
-        numbers_kl: Mean Kullback-Leibler divergence from those logits, in nats a token.
-        plan_kl: The same from the plan with its kernels.
+        loss: Mean Kullback-Leibler divergence from the unquantized model, in nats a token.
+        plan_loss: The same of the plan with its own kernels.
     """
 
     weights: int
@@ -36,8 +36,8 @@ class Likeness:
     farthest: float
     others_differ: list[str]
     same_logits: bool
-    numbers_kl: float
-    plan_kl: float
+    loss: float
+    plan_loss: float
 
 
 _TEXT = (
@@ -48,11 +48,19 @@ _TEXT = (
 """Something to read: on tokens in no order, logits of any two models are far apart."""
 
 
-def likeness(loaded: LoadedModel, again: nn.Module, quantized: Collection[str]) -> Likeness:
+def read_text(loaded: LoadedModel) -> torch.Tensor:
+    """Return the logits of a model for a short text, or for other inputs if it reads none."""
+    return logits(loaded.module, _inputs(loaded))
+
+
+def likeness(
+    loaded: LoadedModel, again: nn.Module, quantized: Collection[str], original: torch.Tensor
+) -> Likeness:
     """Compare a model that another tool read with the plan in memory.
 
     Args:
         loaded: The model that the plan was applied to.
+        original: What `read_text` gave before.
         quantized: Names of the quantized weights.
     """
     inputs = _inputs(loaded)
@@ -71,8 +79,8 @@ def likeness(loaded: LoadedModel, again: nn.Module, quantized: Collection[str]) 
         farthest=max(moves, default=0.0),
         others_differ=others,
         same_logits=torch.equal(of_numbers, found),
-        numbers_kl=_divergence(of_numbers, found),
-        plan_kl=_divergence(of_plan, found),
+        loss=_divergence(original, found),
+        plan_loss=_divergence(original, of_plan),
     )
 
 

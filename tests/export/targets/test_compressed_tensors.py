@@ -69,7 +69,7 @@ def test_the_reader_has_the_numbers_and_logits_of_the_plan(mixed):
     _, report = mixed
     assert "compressed-tensors" in report.reader and report.unread == ""
     assert (report.likeness.weights, report.likeness.moved) == (11, 0)
-    assert report.likeness.same_logits and report.likeness.plan_kl < 1e-3
+    assert report.likeness.same_logits and report.likeness.loss < 2 * report.likeness.plan_loss
 
 
 def test_layers_of_one_scheme_are_one_group_under_their_full_names(mixed):
@@ -126,7 +126,7 @@ def test_a_route_that_rounds_in_part_is_exported_as_rounded(planned, tmp_path):
     )
     if report.likeness is not None:
         assert report.likeness.moved == 0 and not report.likeness.same_logits
-        assert report.likeness.plan_kl < 1e-3
+        assert report.likeness.loss < 2 * report.likeness.plan_loss
 
 
 def test_one_scale_of_a_tensor_is_written_for_each_row(planned, tmp_path):

@@ -56,7 +56,7 @@ def test_the_reader_has_the_numbers_of_the_plan(mixed):
     _, report = mixed
     assert report.reader.startswith("transformers ") and "torchao" in report.reader
     assert (report.likeness.weights, report.likeness.moved) == (15, 0)
-    assert report.likeness.plan_kl < 1e-3
+    assert report.likeness.loss < 2 * report.likeness.plan_loss
 
 
 def test_a_model_in_several_files_is_read_as_well(untied, monkeypatch, tmp_path):
@@ -68,7 +68,7 @@ def test_a_model_in_several_files_is_read_as_well(untied, monkeypatch, tmp_path)
 
 def test_rounded_activations_are_attributes_of_the_tensors(planned, tmp_path):
     report = exported(planned, {"proj": ROUNDED}, tmp_path / "out")
-    assert report.likeness.moved == 0 and report.likeness.plan_kl < 1e-3
+    assert report.likeness.moved == 0 and report.likeness.loss < 2 * report.likeness.plan_loss
     kinds = {value["_type"] for value in configs(tmp_path / "out").values()}
     assert kinds == {"Int8DynamicActivationInt8WeightConfig"}
 

@@ -7,9 +7,9 @@ is there already is not measured again, and after each plan `symmetric.md`. Scal
 the error of all weights and by KL, rounded to nearest:
 
 - spanned: the largest magnitude lies half a step beyond 7.
-- least: the largest magnitude lies on 7, or up to 40 % beyond it, with the least squared error.
-- weighted: the same, each weight's error counted by its square plus the group's mean square. It is
-  the format's (`nearest` of `autoquant/candidates/formats/rounding.py`).
+- least: the largest magnitude lies on 7, or up to 40 % beyond it, with the least squared error. It
+  is the format's (`nearest` of `autoquant/candidates/formats/rounding.py`).
+- weighted: the same, each weight's error counted by its square plus the group's mean square.
 - signed: the largest magnitude is -8, so that half of all scales are negative (llama.cpp's Q4_0).
 """
 
@@ -27,7 +27,7 @@ from compare import WINDOW_TOKENS, Plans, parse, ratio, rounded, windows
 from torch import nn
 
 from autoquant.candidates import Format, known_formats
-from autoquant.candidates.formats.rounding import Grid, nearest
+from autoquant.candidates.formats.rounding import Grid
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.quality import next_token_logits
@@ -51,14 +51,20 @@ def signed(groups: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor
 
 
 def least(groups: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
-    widest = (grid.half - 0.5) / (grid.half - 1)
-    shrinks = [widest / stretch for stretch in torch.linspace(1, 1.4, 12).tolist()]
-    return grid.best(groups, torch.ones(1), dtype, shrinks)[0]
+    return searched(groups, grid, dtype, torch.ones(1))
 
 
 def weighted(groups: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
-    weight = groups.flatten(1).to(dtype)
-    return nearest(weight, grid).scale.float().unsqueeze(-1)
+    squares = groups.square()
+    return searched(groups, grid, dtype, squares + squares.mean(-1, keepdim=True))
+
+
+def searched(
+    groups: torch.Tensor, grid: Grid, dtype: torch.dtype, importance: torch.Tensor
+) -> torch.Tensor:
+    widest = (grid.half - 0.5) / (grid.half - 1)
+    shrinks = [widest / stretch for stretch in torch.linspace(1, 1.4, 12).tolist()]
+    return grid.best(groups, importance, dtype, shrinks)[0]
 
 
 SCALES: tuple[Scale, ...] = (spanned, least, weighted, signed)
@@ -186,9 +192,8 @@ def format_lines(plans: Plans) -> list[str]:
     for family in ("int4", "int4s"):
         for group in GROUPS:
             cells = [cell(plans, family, group, rounding) for rounding in ROUNDINGS]
-            if any(cells):
-                bits = plans[f"{family}-g{group}"]["bits"]
-                lines.append(row(f"{family}-g{group}", f"{bits:.3f}", *cells))
+            bits = 4 + (16 if family == "int4s" else 32) / group
+            lines.append(row(f"{family}-g{group}", f"{bits:.3f}", *cells))
     return lines
 
 

@@ -190,16 +190,13 @@ def gptq(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None
 
 
 def nearest(weight: torch.Tensor, grid: Grid, _inputs: InputStatistics | None = None) -> Rounded:
-    """Round to nearest by a symmetric grid, with the scale that suits each group's weights.
+    """Round to nearest by a symmetric grid, with the scale of each group's least squared error.
 
-    The largest magnitude lies on the largest integer, or up to 40 % beyond it. The squared error
-    of a weight counts by its square plus the group's mean square, since a model may depend on few
-    large weights (`studies/rounding`).
+    The largest magnitude lies on the largest integer, or up to 40 % beyond it.
     """
-    squares = weight.float().square().reshape(len(weight), -1, grid.group)
     widest = (grid.half - 0.5) / (grid.half - 1)
     shrinks = [widest / stretch for stretch in _STRETCHES]
-    return _clipped(weight, grid, squares + squares.mean(-1, keepdim=True), shrinks)
+    return _clipped(weight, grid, torch.ones(1, device=weight.device), shrinks)
 
 
 def clip(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None) -> Rounded:

@@ -56,6 +56,14 @@ def export(
             show_default="MODEL-PLANID-TARGET beside the database",
         ),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="GGUF of the unquantized model, for --to gguf.",
+            show_default=False,
+        ),
+    ] = None,
     plan: PlanOption = None,
     max_ppl_increase: WithinOption = None,
     model: ModelOption = None,
@@ -91,6 +99,7 @@ def export(
                     place,
                     to=to,
                     facts=study.facts,
+                    base=base,
                     listener=listener,
                     trust=Trust(**code),
                 )

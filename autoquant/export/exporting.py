@@ -20,7 +20,6 @@ from autoquant.errors import CheckpointError
 from autoquant.events import Listener, ignore, logged
 from autoquant.export import checkpoint
 from autoquant.export.applier import apply
-from autoquant.export.beside import check_beside
 from autoquant.export.held import check_linears, engine_notes, held_layers, rounding_notes
 from autoquant.export.layers import Layers, shape_of
 from autoquant.export.likeness import Likeness, likeness, read_text
@@ -67,13 +66,14 @@ class ExportReport:
     unread: str
 
 
-def export_to_disk(
+def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
     plan: Plan,
     model: str | Path,
     out: str | Path,
     *,
     to: str,
     facts: StudyFacts,
+    base: str | Path | None = None,
     device: str | None = None,
     listener: Listener = ignore,
     trust: Trust = NO_TRUST,
@@ -89,6 +89,7 @@ def export_to_disk(
         out: The folder to make. It must not exist yet, or be empty.
         to: Name of the target (see `autoquant.engines.TARGETS`).
         facts: Facts of the plan's study.
+        base: A GGUF of the unquantized model, which `gguf` needs and no other target takes.
         trust: The code that the user named.
 
     Raises:
@@ -98,7 +99,7 @@ def export_to_disk(
         CheckpointError: `out` cannot be written, or holds other numbers than the plan.
     """
     listener = logged(listener)
-    made = writer(to)
+    made = writer(to) if base is None else writer(to).based_on(Path(base))
     held = held_layers(plan, made.target)
     place = Path(out).absolute()
     checkpoint.check_new(place)
@@ -121,7 +122,11 @@ def export_to_disk(
             unquantized=len(plan.layers) - len(held),
             file_bytes=sum(path.stat().st_size for path in files),
             plan_bytes=plan.prediction.memory_bytes,
-            notes=(*rounding_notes(held.values()), *engine_notes(made.target, held, plan)),
+            notes=(
+                *rounding_notes(held.values()),
+                *engine_notes(made.target, held, plan),
+                *made.notes(contents),
+            ),
             reader=made.reader_words() if found else " and ".join(made.reader),
             likeness=found,
             unread=unread,
@@ -207,7 +212,6 @@ def _read_back(
             f"{made.reader_words()} makes other weights of what was written"
             f" ({some(found.others_differ) or f'by {found.farthest:.2g}'}); please report this"
         )
-    check_beside(loaded, again, folder)
     return found, ""
 
 
@@ -226,6 +230,7 @@ def export(  # noqa: PLR0913 - the keywords of a public function
     to: str,
     plan: Plan | None = None,
     model: str | Path | None = None,
+    base: str | Path | None = None,
     device: str | None = None,
     listener: Listener = ignore,
     trust_pickle: bool = False,
@@ -243,6 +248,7 @@ def export(  # noqa: PLR0913 - the keywords of a public function
         to: What the engine reads, e.g. `compressed-tensors`.
         plan: None is the recommended plan.
         model: Where the model is, if not where it was.
+        base: A GGUF of the unquantized model, which `gguf` needs and no other target takes.
         device: Where the plan is applied. None is the kind of device of the search.
         trust_pickle, trust_remote_code, model_factory, sample_inputs: The code that the model
             needs, as `search` takes it.
@@ -261,6 +267,7 @@ def export(  # noqa: PLR0913 - the keywords of a public function
         out,
         to=to,
         facts=study.facts,
+        base=base,
         device=device,
         listener=listener,
         trust=trust,

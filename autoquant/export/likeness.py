@@ -97,7 +97,7 @@ def _with_numbers(module: nn.Module) -> nn.Module:
     for part in copied.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and isinstance(parameter.data, RoutedWeight):
-                numbers = parameter.data.dequantize().to(parameter.dtype)
+                numbers = parameter.data.dequantize().to(parameter.dtype).contiguous()
                 part._parameters[name] = nn.Parameter(numbers, requires_grad=False)
     return copied
 

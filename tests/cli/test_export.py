@@ -40,9 +40,10 @@ class Report:
 def work(monkeypatch):
     """A stand-in for exporting: `calls` notes what was asked, `changes` alters the report."""
     module = ModuleType("autoquant.export.exporting")
-    module.calls, module.changes = [], {}
+    module.calls, module.changes, module.bases = [], {}, []
 
-    def export_to_disk(plan, model, out, *, to, facts, listener=None, trust=None):
+    def export_to_disk(plan, model, out, *, to, facts, base, listener=None, trust=None):
+        module.bases.append(base)
         module.calls.append((plan.plan_id, str(model), out.name, to))
         made = Report(out.absolute(), target(to), schemes={"int8-row as pack-quantized": 60})
         return replace(made, **module.changes)
@@ -92,6 +93,12 @@ def test_it_says_that_no_reader_was_there(runner, database, work):
 def test_plan_model_and_folder_can_be_named(runner, database, work):
     run(runner, database, "--plan", UNIFORM[:5], "--model", "elsewhere", "--out", "DIR")
     assert work.calls == [(UNIFORM, "elsewhere", "DIR", "compressed-tensors")]
+
+
+def test_a_gguf_begins_with_the_file_that_is_named(runner, database, work):
+    run(runner, database, "--base", "model-bf16.gguf", to="gguf")
+    run(runner, database)
+    assert list(map(str, work.bases)) == ["model-bf16.gguf", "None"]
 
 
 def test_a_plan_and_a_limit_exclude_each_other(runner, database, work):

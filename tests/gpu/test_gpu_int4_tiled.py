@@ -60,6 +60,16 @@ def test_unpacking_gives_the_stored_numbers(group, n, k):
     assert off(int4_unpack(*parts, True).float() * weight.row_scale, numbers.double()) < 0.03
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_symmetric_weights_are_multiplied_and_unpacked_like_others(group):
+    weight, x = get_format(f"int4s-g{group}/tiled").store(normal(520, 1024)), normal(3, 1024)
+    numbers = weight.unpack(torch.float32).double()
+    y = int4_rows(x, weight.qdata, weight.scale_and_zero, None)
+    assert off(y, x.double() @ numbers.t()) < 0.003
+    parts = weight.qdata, weight.scale_and_zero, weight.row_scale
+    assert off(int4_unpack(*parts, False), numbers) < 0.002
+
+
 def test_large_activations_do_not_overflow():
     weight, x = stored(64, 1024, 128), normal(1, 1024) * 1e30
     y = int4_rows(x, weight.qdata, weight.scale_and_zero, None)

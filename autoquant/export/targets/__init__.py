@@ -11,7 +11,11 @@ from importlib import import_module
 from autoquant.errors import PlanError
 from autoquant.export.targets.base import Contents, ExportedLayer, Writer
 
-_HOMES = {"compressed-tensors": "compressed_tensors", "transformers": "torchao_folder"}
+_HOMES = {
+    "compressed-tensors": "compressed_tensors",
+    "gguf": "gguf_writer",
+    "transformers": "torchao_folder",
+}
 """The module of each target's writer."""
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.engines import Scheme, Target, Values
+from autoquant.errors import PlanError
 from autoquant.models import LoadedModel
 from autoquant.models.trust import Trust
 from autoquant.records import LayerChoice
@@ -74,6 +75,18 @@ class Writer(ABC):
     def reader_words(self) -> str:
         """Return the reader's packages with their versions, e.g. `transformers 5.23.0`."""
         return " and ".join(f"{name} {_version(name)}" for name in self.reader)
+
+    def based_on(self, base: Path) -> Writer:
+        """Return a writer that begins with a file of the user's.
+
+        Raises:
+            PlanError: The target is written without one.
+        """
+        raise PlanError(f"--base is for gguf: {self.target.name} is written without it")
+
+    def notes(self, contents: Contents) -> tuple[str, ...]:
+        """Return what to know of the files, a line each."""
+        return ()
 
     @abstractmethod
     def check(self, loaded: LoadedModel) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from autoquant.errors import CheckpointError, PlanError, first_line
-from autoquant.export.beside import copy_beside, source_folder
+from autoquant.export.beside import check_beside, copy_beside, source_folder
 from autoquant.export.targets.base import Contents
 from autoquant.files import read_json_object
 from autoquant.models import LoadedModel, weights
@@ -79,7 +79,7 @@ def read_folder(folder: Path, loaded: LoadedModel, trust: Trust) -> nn.Module:
     """Return the model that transformers makes of a folder.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or its tokenizer or settings are others.
     """
     from transformers import AutoModelForCausalLM
 
@@ -96,4 +96,6 @@ def read_folder(folder: Path, loaded: LoadedModel, trust: Trust) -> nn.Module:
             f"transformers cannot load what was written ({first_line(error, with_type=True)});"
             " please report this"
         ) from error
-    return settle(module.to(loaded.device))
+    again = settle(module.to(loaded.device))
+    check_beside(loaded, again, folder)
+    return again

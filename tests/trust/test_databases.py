@@ -148,10 +148,10 @@ def test_a_format_that_is_named_like_a_module_is_not_imported(owned, evil, marke
 
 
 def test_a_plan_whose_id_is_a_path_writes_no_folder_elsewhere(owned, tmp_path):
-    from autoquant.cli.apply import _folder_beside
+    from autoquant.cli.plans import folder_beside
 
     class Plan:
         plan_id = "/../../elsewhere"
 
     with pytest.raises(PlanError, match="is no name for a folder: give --out DIR"):
-        _folder_beside(str(owned.db), "model", Plan())
+        folder_beside(str(owned.db), "model", Plan())

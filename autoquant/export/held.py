@@ -13,6 +13,7 @@ from autoquant.errors import PlanError
 from autoquant.export.targets.base import ExportedLayer
 from autoquant.models.quiet import some
 from autoquant.records import LayerChoice, Plan
+from autoquant.solver.served import NOT_EXPORTABLE, is_exportable
 
 _WEIGHT = ".weight"
 
@@ -49,8 +50,8 @@ def _scheme(layer: LayerChoice, values: str, target: Target) -> Scheme | Refusal
         return found
     if fmt.neutral is None:
         return Refusal(f"the format {fmt.id} gives its numbers to no other tool (Format.neutral)")
-    if len(layer.parameters) > 1 or not layer.parameters[0].endswith(_WEIGHT):
-        return Refusal("its weight is shared, or is not that of a linear module")
+    if not is_exportable(layer.parameters):
+        return Refusal(NOT_EXPORTABLE)
     return found
 
 

@@ -103,6 +103,7 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
     held = held_layers(plan, made.target)
     place = Path(out).absolute()
     checkpoint.check_new(place)
+    made.check_given()
     loaded = load_searched(plan, model, facts, device, trust)
     check_linears(loaded.module, held.values())
     made.check(loaded)

@@ -70,6 +70,10 @@ def test_a_model_that_cannot_be_exported_for_the_engine_is_refused(setup):
         check_model("vllm", setup.settled.loaded)
 
 
+def test_a_search_for_llama_cpp_needs_no_base(setup):
+    check_model("llama.cpp", setup.settled.loaded)
+
+
 def test_a_weight_that_is_not_of_a_linear_stays_unquantized(setup):
     settled = setup.settled
     request = replace(settled.request, constraints=Constraints.parse(engine="transformers"))

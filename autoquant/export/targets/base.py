@@ -88,6 +88,13 @@ class Writer(ABC):
         """Return what to know of the files, a line each."""
         return ()
 
+    def check_given(self) -> None:  # noqa: B027 - most targets need nothing
+        """Refuse to write without what an export needs beside the model. A search does not need it.
+
+        Raises:
+            PlanError: A package or a file is missing.
+        """
+
     @abstractmethod
     def check(self, loaded: LoadedModel) -> None:
         """Refuse a model that the target has no form for, before any work.

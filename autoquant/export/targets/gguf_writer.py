@@ -53,7 +53,7 @@ class GgufWriter(Writer):
     def based_on(self, base: Path) -> Writer:
         return GgufWriter(base)
 
-    def check(self, loaded: LoadedModel) -> None:
+    def check_given(self) -> None:
         if self.missing():
             raise PlanError("writing a GGUF needs the package gguf: pip install gguf")
         if self.base is None:
@@ -63,6 +63,9 @@ class GgufWriter(Writer):
                 " one)"
             )
         GgufFile(self.base)
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Refuse no model: which ones a GGUF holds is for the converter of its base to say."""
 
     def write(self, contents: Contents, folder: Path) -> None:
         assert self.base is not None  # `check` refused that

@@ -10,14 +10,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from autoquant.export.integrations import on_import
+from autoquant.delivery.integrations import on_import
 from autoquant.logs import levels_kept, quiet_libraries
 
 if TYPE_CHECKING:
     from autoquant.candidates import Format, Kernel, register
+    from autoquant.delivery.exporting import export
+    from autoquant.delivery.in_memory import apply, save
+    from autoquant.delivery.on_disk import load
     from autoquant.errors import AutoquantError
-    from autoquant.export.in_memory import apply, save
-    from autoquant.export.on_disk import load
     from autoquant.records import Phase, Plan, Workload
     from autoquant.runtime.modules import compile
     from autoquant.runtime.prepare import prepare
@@ -35,6 +36,7 @@ __all__ = [
     "Workload",
     "apply",
     "compile",
+    "export",
     "load",
     "prepare",
     "profile",
@@ -51,13 +53,14 @@ _HOMES = {
     "Plan": "autoquant.records",
     "Study": "autoquant.study.study",
     "Workload": "autoquant.records",
-    "apply": "autoquant.export.in_memory",
+    "apply": "autoquant.delivery.in_memory",
     "compile": "autoquant.runtime.modules",
-    "load": "autoquant.export.on_disk",
+    "export": "autoquant.delivery.exporting",
+    "load": "autoquant.delivery.on_disk",
     "prepare": "autoquant.runtime.prepare",
     "profile": "autoquant.tuner.profile",
     "register": "autoquant.candidates",
-    "save": "autoquant.export.in_memory",
+    "save": "autoquant.delivery.in_memory",
     "search": "autoquant.tuner.driver",
 }
 

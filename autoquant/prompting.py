@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import StoppingCriteria, TextStreamer
 
+from autoquant.delivery.checkpoint import dtype_in
+from autoquant.delivery.manifest import MANIFEST, read_manifest
+from autoquant.delivery.on_disk import load
 from autoquant.errors import DeviceError, ModelError, first_line
-from autoquant.export.checkpoint import dtype_in
-from autoquant.export.manifest import MANIFEST, read_manifest
-from autoquant.export.on_disk import load
 from autoquant.models.identity import adapter_in, has_adapter
 from autoquant.models.loaded import is_causal_lm, max_positions, settle
 from autoquant.models.placing import moved

@@ -29,7 +29,7 @@ from autoquant.cli.trust import trusting
 from autoquant.errors import option_words
 
 if TYPE_CHECKING:
-    from autoquant.export.on_disk import AppliedReport
+    from autoquant.delivery.on_disk import AppliedReport
     from autoquant.records import Plan
 
 
@@ -62,7 +62,7 @@ def apply(
         chosen = one_plan(study, plan, increase)
         source = model or source_path(study)
         # Imports torch: only after everything that can be refused without it.
-        from autoquant.export.on_disk import apply_to_disk
+        from autoquant.delivery.on_disk import apply_to_disk
         from autoquant.models.trust import Trust
 
         target = out or folder_beside(database, source, chosen)

@@ -28,8 +28,8 @@ from autoquant.cli.trust import trusting
 from autoquant.engines import ENGINES, TARGETS, target
 
 if TYPE_CHECKING:
-    from autoquant.export.exporting import ExportReport
-    from autoquant.export.likeness import Likeness
+    from autoquant.delivery.exporting import ExportReport
+    from autoquant.delivery.likeness import Likeness
     from autoquant.records import Plan
 
 
@@ -86,7 +86,7 @@ def export(
         chosen = one_plan(study, plan, increase)
         source = model or source_path(study)
         # Imports torch: only after everything that can be refused without it.
-        from autoquant.export.exporting import export_to_disk
+        from autoquant.delivery.exporting import export_to_disk
         from autoquant.models.trust import Trust
 
         place = out or folder_beside(database, source, chosen, f"-{to}")

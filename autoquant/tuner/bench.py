@@ -9,6 +9,8 @@ from functools import partial
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.delivery.applier import applied, module_bytes
+from autoquant.delivery.searched import load_searched
 from autoquant.devices import backend
 from autoquant.errors import DeviceError
 from autoquant.events import (
@@ -20,8 +22,6 @@ from autoquant.events import (
     ignore,
     logged,
 )
-from autoquant.export.applier import applied, module_bytes
-from autoquant.export.searched import load_searched
 from autoquant.models import LoadedModel
 from autoquant.models.stand_in import to_time
 from autoquant.models.trust import NO_TRUST, Trust

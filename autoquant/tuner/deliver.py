@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from autoquant.candidates.registry import is_registered_here
+from autoquant.delivery import applier, checkpoint, on_disk
 from autoquant.devices import backend
 from autoquant.devices.effort import TimingEffort, timing_effort
 from autoquant.devices.memory import release_memory
 from autoquant.errors import ProcessDiedError, first_line
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
-from autoquant.export import applier, checkpoint, on_disk
 from autoquant.files import raise_if_full, scratch_folder
 from autoquant.models import LoadedModel, SameModel
 from autoquant.models.copies import shallow_copy

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from autoquant.candidates import Format
+from autoquant.delivery.applier import module_bytes
 from autoquant.devices.memory import LIMIT_VARIABLE
 from autoquant.errors import PlanError
-from autoquant.export.applier import module_bytes
 from autoquant.models import LoadedModel
 from autoquant.models.fitting import gib
 from autoquant.records import Recording

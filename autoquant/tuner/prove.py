@@ -15,6 +15,9 @@ from autoquant.candidates import get_format
 from autoquant.candidates.kernels.caches import kernels_kept, untuned
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.candidates.routes import for_any_rows
+from autoquant.delivery.applier import Quantized, applied, module_bytes
+from autoquant.delivery.kernel_check import KernelsInModel, OnKernel, ignore_kernel
+from autoquant.delivery.rounding_inputs import Calibration
 from autoquant.devices import Division, backend
 from autoquant.devices.memory import release_memory
 from autoquant.errors import CandidateError
@@ -26,9 +29,6 @@ from autoquant.evaluators.quality import (
     TextQuality,
 )
 from autoquant.evaluators.text import Part
-from autoquant.export.applier import Quantized, applied, module_bytes
-from autoquant.export.kernel_check import KernelsInModel, OnKernel, ignore_kernel
-from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.models.fitting import gib

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from autoquant.candidates import Candidate, select
+from autoquant.delivery.targets import writer
 from autoquant.engines import engine
 from autoquant.errors import CandidateError, ModelError, PlanError
-from autoquant.export.targets import writer
 from autoquant.models import LoadedModel
 from autoquant.records import Site
 from autoquant.solver.constraints import Bound, bind

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoquant.delivery.applier import applied
+from autoquant.delivery.searched import load_searched
 from autoquant.devices import backend
 from autoquant.errors import TaskError
 from autoquant.evaluators.tasks import Tasks
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore, logged
-from autoquant.export.applier import applied
-from autoquant.export.searched import load_searched
 from autoquant.models import LoadedModel
 from autoquant.models.copies import shallow_copy
 from autoquant.models.trust import NO_TRUST, Trust

@@ -24,7 +24,7 @@ from torch import nn
 from whole_model import PROMPT, STEPS, build, torchao_settings
 
 from autoquant.candidates.kernels.caches import kernels_kept
-from autoquant.export.applier import apply, module_bytes
+from autoquant.delivery.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time
 from autoquant.report.attribution import attribution_report, trace_object
 from autoquant.runtime.attribution import attribute

@@ -37,9 +37,9 @@ from plans import (
 from torch import nn
 
 from autoquant.candidates.kernels.caches import kernels_kept
+from autoquant.delivery.applier import apply, module_bytes
 from autoquant.devices.memory import release_memory
 from autoquant.errors import first_line
-from autoquant.export.applier import apply, module_bytes
 from autoquant.records import Plan, Workload, request_time
 from autoquant.runtime.compiled import shallow_copy
 from autoquant.runtime.phases import make_phases

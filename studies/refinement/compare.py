@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from autoquant.delivery.applier import Quantized, apply
+from autoquant.delivery.searched import load_searched
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.text import read_text
-from autoquant.export.applier import Quantized, apply
-from autoquant.export.searched import load_searched
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import BASELINES, Interval, LayerChoice, Plan, Proof

@@ -18,8 +18,8 @@ from torch import nn
 from autoquant.candidates import get_format
 from autoquant.candidates.linears import take_apart
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.export import checkpoint
-from autoquant.export.kernel_check import check_kernels
+from autoquant.delivery import checkpoint
+from autoquant.delivery.kernel_check import check_kernels
 from autoquant.records import RouteStep
 
 LAYERS = 32

@@ -182,7 +182,7 @@ def _import_everything() -> None:
         logs,
         prompting,  # noqa: F401
     )
-    from autoquant.export import applier  # noqa: F401
+    from autoquant.delivery import applier  # noqa: F401
     from autoquant.report import html  # noqa: F401
     from autoquant.store import open_store  # noqa: F401
     from autoquant.study import study  # noqa: F401

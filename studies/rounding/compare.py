@@ -25,10 +25,10 @@ from torch import nn
 
 from autoquant.candidates import Format, InputStatistics, known_formats
 from autoquant.candidates.flat import stored_bytes
+from autoquant.delivery.rounding_inputs import Calibration
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.quality import next_token_logits
-from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, load_model
 
 WINDOW_TOKENS = 512

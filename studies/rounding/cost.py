@@ -15,10 +15,10 @@ import time
 import torch
 
 from autoquant.candidates import A16, get_format
+from autoquant.delivery.rounding_inputs import Calibration
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change
 from autoquant.evaluators.text import read_text
-from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import load_model
 from autoquant.profiler.record import record
 from autoquant.records import Workload

@@ -28,10 +28,10 @@ from torch import nn
 
 from autoquant.candidates import Format, known_formats
 from autoquant.candidates.formats.rounding import Grid
+from autoquant.delivery.rounding_inputs import Calibration
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.quality import next_token_logits
-from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import load_model
 
 GROUPS = (32, 64, 128)

@@ -99,7 +99,7 @@ def time_here(arguments: argparse.Namespace) -> None:
     import torch
 
     from autoquant.cache import cache_folder
-    from autoquant.export import on_disk  # noqa: F401  watched
+    from autoquant.delivery import on_disk  # noqa: F401  watched
     from autoquant.models import load_model
 
     device = arguments.device
@@ -172,7 +172,7 @@ def make_files(folder: Path, layers: int, shards_only: bool) -> None:
 
 
 def write_int8(source: Path, target: Path) -> None:
-    from autoquant.export import applier, checkpoint
+    from autoquant.delivery import applier, checkpoint
     from autoquant.models import load_model
     from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from autoquant.export.applier import applied
+from autoquant.delivery.applier import applied
 from autoquant.models import LoadedModel, load_model
 from autoquant.runtime import parts
 from autoquant.runtime.phases import make_phases

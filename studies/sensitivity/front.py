@@ -40,13 +40,13 @@ from compare import (
 from autoquant.candidates import A16
 from autoquant.candidates.formats.low_bit import BitPlaneTensor
 from autoquant.candidates.formats.rounding import ROUNDINGS, Grid, rounded_formats
+from autoquant.delivery.rounding_inputs import Calibration
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.sensitivity import Change
 from autoquant.evaluators.sensitivity.gradients import PlacedLinears, batch_logits
 from autoquant.evaluators.sensitivity.together import CalibrationModel, PathSite
 from autoquant.evaluators.sensitivity.weights import ChangedWeights, Room
-from autoquant.export.rounding_inputs import Calibration
 from autoquant.intervals import paired_increase
 from autoquant.models import LoadedModel
 from autoquant.records import Site

@@ -27,7 +27,7 @@ class Report:
 @pytest.fixture
 def work(monkeypatch):
     """A stand-in for `autoquant.apply`: `calls` notes what was asked, `changes` alters the report."""
-    module = ModuleType("autoquant.export.on_disk")
+    module = ModuleType("autoquant.delivery.on_disk")
     module.calls, module.folders, module.changes = [], [], {}
 
     def apply_to_disk(plan, model, out, *, facts, device=None, listener=None, trust=None):
@@ -36,7 +36,7 @@ def work(monkeypatch):
         return replace(Report(out=out.absolute(), formats=plan.formats()), **module.changes)
 
     module.apply_to_disk = apply_to_disk
-    monkeypatch.setitem(sys.modules, "autoquant.export.on_disk", module)
+    monkeypatch.setitem(sys.modules, "autoquant.delivery.on_disk", module)
     return module
 
 

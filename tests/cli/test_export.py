@@ -39,7 +39,7 @@ class Report:
 @pytest.fixture
 def work(monkeypatch):
     """A stand-in for exporting: `calls` notes what was asked, `changes` alters the report."""
-    module = ModuleType("autoquant.export.exporting")
+    module = ModuleType("autoquant.delivery.exporting")
     module.calls, module.changes, module.bases = [], {}, []
 
     def export_to_disk(plan, model, out, *, to, facts, base, listener=None, trust=None):
@@ -49,7 +49,7 @@ def work(monkeypatch):
         return replace(made, **module.changes)
 
     module.export_to_disk = export_to_disk
-    monkeypatch.setitem(sys.modules, "autoquant.export.exporting", module)
+    monkeypatch.setitem(sys.modules, "autoquant.delivery.exporting", module)
     return module
 
 

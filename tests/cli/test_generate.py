@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from autoquant import prompting
 from autoquant.cli import generate as command
 from autoquant.cli.main import app
-from autoquant.export.manifest import MANIFEST
+from autoquant.delivery.manifest import MANIFEST
 
 PROMPT = "w1 w2 w3"
 pytestmark = pytest.mark.models

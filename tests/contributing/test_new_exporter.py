@@ -2,7 +2,7 @@
 
 A quantized weight says by itself what it holds: its format, its stored tensor, and with
 `dequantize()` the numbers that its kernels multiply with. An exporter needs nothing else, and no
-format needs to know it. One that `autoquant export` offers is a `Writer` of `export/targets`.
+format needs to know it. One that `autoquant export` offers is a `Writer` of `delivery/targets`.
 """
 
 from __future__ import annotations

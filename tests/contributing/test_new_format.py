@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from autoquant.candidates import get_format, registry
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.cli.main import app
-from autoquant.export import checkpoint
+from autoquant.delivery import checkpoint
 from autoquant.records import RouteStep
 
 FILES = {

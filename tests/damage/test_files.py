@@ -13,9 +13,9 @@ import torch
 
 import autoquant
 from autoquant.cli.generate import _read as read_prompt
+from autoquant.delivery.manifest import read_manifest
 from autoquant.errors import AutoquantError, CheckpointError, ModelError, RecipeError, WorkloadError
 from autoquant.evaluators.text import file_pieces
-from autoquant.export.manifest import read_manifest
 from autoquant.models import load_model
 from autoquant.models.pretrained import pretrained
 from autoquant.models.tokenizers import load_tokenizer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autoquant.export import checkpoint
-from autoquant.export.applier import apply
+from autoquant.delivery import checkpoint
+from autoquant.delivery.applier import apply
 from autoquant.models import load_model
 from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
 

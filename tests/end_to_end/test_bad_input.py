@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from autoquant.cli.main import app
-from autoquant.export import on_disk
+from autoquant.delivery import on_disk
 from autoquant.store import open_store
 from autoquant.store.connect import VERSION_TABLE
 

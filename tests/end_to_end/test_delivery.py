@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from autoquant.delivery import checkpoint, on_disk
 from autoquant.errors import DiskFullError
 from autoquant.events import Notice
-from autoquant.export import checkpoint, on_disk
 from autoquant.models import from_module, load_model
 from autoquant.records import Workload
 from autoquant.runtime.user_loop import Usage

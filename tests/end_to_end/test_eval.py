@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.cli.main import app
-from autoquant.export.applier import apply
-from autoquant.export.searched import load_searched
+from autoquant.delivery.applier import apply
+from autoquant.delivery.searched import load_searched
 from autoquant.store import open_store
 from autoquant.tuner.tasks import score_tasks
 

@@ -14,10 +14,10 @@ import autoquant
 from autoquant.candidates.flat import flatten_tensor
 from autoquant.candidates.joined import whole_of
 from autoquant.cli.main import app
+from autoquant.delivery.applier import apply, module_bytes
+from autoquant.delivery.on_disk import apply_to_disk
 from autoquant.devices.cpu import CpuBackend
 from autoquant.events import Notice
-from autoquant.export.applier import apply, module_bytes
-from autoquant.export.on_disk import apply_to_disk
 from autoquant.models import load_model
 from autoquant.profiler import entrant
 from autoquant.profiler.measure import cells_of

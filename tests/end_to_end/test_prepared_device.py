@@ -15,9 +15,9 @@ import torch
 
 from autoquant import devices
 from autoquant.candidates import registry
+from autoquant.delivery.on_disk import apply_to_disk
 from autoquant.devices.cpu import CpuBackend
 from autoquant.events import Notice, StageFinished
-from autoquant.export.on_disk import apply_to_disk
 from autoquant.models import targets
 from autoquant.profiler import entrant, trials
 from autoquant.profiler.timing import PROTOCOL

@@ -11,8 +11,8 @@ import autoquant
 from autoquant.candidates import select
 from autoquant.candidates.flat import flatten_tensor
 from autoquant.candidates.routed import RoutedWeight
+from autoquant.delivery.on_disk import apply_to_disk
 from autoquant.errors import PlanError
-from autoquant.export.on_disk import apply_to_disk
 from autoquant.models import load_model
 from autoquant.tuner import judge
 

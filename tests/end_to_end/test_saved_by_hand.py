@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autoquant.export.on_disk import apply_to_disk
+from autoquant.delivery.on_disk import apply_to_disk
 from autoquant.study.study import Study
 
 from .conftest import WORKLOAD, copy_database, folder_print, python, typed

@@ -25,9 +25,9 @@ from end_to_end.tiny import POSITIONS, WORDS, make_tokenizer, save_llama, save_t
 
 import autoquant
 from autoquant.candidates import get_format, known_formats
+from autoquant.delivery import checkpoint
 from autoquant.devices.cpu import CpuBackend
 from autoquant.events import ignore
-from autoquant.export import checkpoint
 from autoquant.models import load_model
 from autoquant.records import Device, LayerChoice, LinearShape, Plan, Prediction, RouteStep
 

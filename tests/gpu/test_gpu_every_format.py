@@ -23,8 +23,8 @@ from export.every_format import (
 
 import autoquant
 from autoquant.candidates.flat import flatten_tensor, same_bits
-from autoquant.export import checkpoint
-from autoquant.export.rounding_inputs import Calibration
+from autoquant.delivery import checkpoint
+from autoquant.delivery.rounding_inputs import Calibration
 from autoquant.models import load_model
 from autoquant.runtime.request import MAX_RELATIVE_ERROR
 

@@ -6,12 +6,12 @@ from builders.records import make_plan
 from models.tiny_models import tiny_tokenizer
 
 from autoquant.candidates import get_format
+from autoquant.delivery.applier import applied, module_bytes
 from autoquant.devices import backend
 from autoquant.devices.memory import LIMIT_VARIABLE, release_memory
 from autoquant.evaluators.quality import TextQuality, each_logits, next_token_logits
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change
 from autoquant.events import ignore
-from autoquant.export.applier import applied, module_bytes
 from autoquant.models import load_model
 from autoquant.models.stand_in import to_time
 from autoquant.profiler.record import record_model

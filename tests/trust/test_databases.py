@@ -8,8 +8,8 @@ import sqlite3
 import pytest
 import torch
 
+from autoquant.delivery.on_disk import apply_to_disk
 from autoquant.errors import PlanError, TrustError
-from autoquant.export.on_disk import apply_to_disk
 from autoquant.models.trust import Trust
 from autoquant.store import open_store
 from autoquant.study.study import Study

@@ -10,10 +10,10 @@ from models.tiny_models import as_loaded, tiny_llama
 from torch import nn
 
 from autoquant.candidates import A8_ROW, A16, ACTIVATION_ROUNDING, Format, Kernel, registry, routed
+from autoquant.delivery.applier import apply
 from autoquant.errors import ModelError
 from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.text import PARTS, TextParts
-from autoquant.export.applier import apply
 from autoquant.records import (
     PARTLY,
     LayerChoice,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from autoquant.candidates import Format, candidate_of, get_format
+from autoquant.delivery.rounding_inputs import Calibration
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.devices.memory import (
     leave_out_of_collections,
@@ -19,7 +20,6 @@ from autoquant.evaluators.quality import ReferenceLosses, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
 from autoquant.events import Event, Notice, StageProgress
-from autoquant.export.rounding_inputs import Calibration
 from autoquant.models import LoadedModel, SameModel
 from autoquant.profiler.hopeless import Hopeless
 from autoquant.profiler.measure import TimingDevice, measure

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from autoquant.export.exporting import export_to_disk
+from autoquant.delivery.exporting import export_to_disk
 from autoquant.records import LayerChoice, RouteStep
 from autoquant.study.study import Study
 

@@ -17,7 +17,7 @@ from torchao.prototype.mx_formats.utils import from_blocked
 
 from autoquant.candidates import A16, ACTIVATION_ROUNDING, get_format, select
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.export import shards
+from autoquant.delivery import shards
 from autoquant.records import LinearShape, RouteStep
 
 VALUES = ("mxfp8", "mxfp4", "nvfp4")

@@ -1,0 +1,159 @@
+"""What a target makes of each layer of a plan, and what engines lack for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from autoquant.candidates import get_format
+from autoquant.delivery.targets.base import ExportedLayer
+from autoquant.engines import ENGINES, Engine, Refusal, Scheme, Target, Values, rounded_activation
+from autoquant.engines.targets import PLAIN
+from autoquant.errors import PlanError
+from autoquant.models.quiet import some
+from autoquant.records import LayerChoice, Plan
+from autoquant.solver.served import NOT_EXPORTABLE, is_exportable
+
+_WEIGHT = ".weight"
+
+
+def held_layers(plan: Plan, target: Target) -> dict[str, ExportedLayer]:
+    """Return how a target holds each quantized layer, by the name of its weight.
+
+    Raises:
+        PlanError: It cannot hold some. All are named, by the numbers that they have. Or no layer
+            is quantized.
+    """
+    held: dict[str, ExportedLayer] = {}
+    refused: dict[tuple[str, Refusal], list[str]] = {}
+    for layer in plan.layers:
+        values = get_format(layer.format).values
+        found = _scheme(layer, values, target)
+        if isinstance(found, Refusal):
+            refused.setdefault((values, found), []).append(layer.name)
+        elif found.name != PLAIN:
+            name = layer.parameters[0]
+            owner = name.removesuffix(_WEIGHT)
+            held[name] = ExportedLayer(owner, Values.parse(values), found, layer)
+    if refused:
+        raise PlanError(_all_refused(refused, target))
+    if not held:
+        raise PlanError(f"plan {plan.plan_id} quantizes nothing: serve the model itself")
+    return held
+
+
+def _scheme(layer: LayerChoice, values: str, target: Target) -> Scheme | Refusal:
+    fmt = get_format(layer.format)
+    found = target.scheme(values, activation_of(layer), layer.shape)
+    if isinstance(found, Refusal) or found.name == PLAIN:
+        return found
+    if fmt.neutral is None:
+        return Refusal(f"the format {fmt.id} gives its numbers to no other tool (Format.neutral)")
+    if not is_exportable(layer.parameters):
+        return Refusal(NOT_EXPORTABLE)
+    return found
+
+
+def check_linears(module: nn.Module, layers: Iterable[ExportedLayer]) -> None:
+    """Refuse quantized layers of other modules than `nn.Linear`, which engines leave alone.
+
+    Raises:
+        PlanError: There are some, e.g. routers of experts.
+    """
+    others = [
+        layer.name
+        for layer in layers
+        if not isinstance(module.get_submodule(layer.name), nn.Linear)
+    ]
+    if others:
+        raise PlanError(
+            f"engines quantize linear modules only, and {some(others)} are none: search with --keep"
+            " for these layers"
+        )
+
+
+def activation_of(layer: LayerChoice) -> str:
+    """Return the one way to round the activation that a layer's route is exported with."""
+    fmt = get_format(layer.format)
+    return rounded_activation(fmt.kernel(step.kernel).numerics for step in layer.route)
+
+
+def _all_refused(refused: Mapping[tuple[str, Refusal], list[str]], target: Target) -> str:
+    each = "; ".join(
+        f"{_count(names)} {values} ({some(names, 1)}): {refusal}"
+        for (values, refusal), names in refused.items()
+    )
+    reader = next(engine.name for engine in ENGINES.values() if engine.target is target)
+    return (
+        f"{target.name} cannot hold this plan. {each}. Search or solve with --for {reader}, or"
+        " apply the plan with `autoquant apply`"
+    )
+
+
+def _count(names: list[str]) -> str:
+    return "1 layer has" if len(names) == 1 else f"{len(names)} layers have"
+
+
+def rounding_notes(layers: Iterable[ExportedLayer]) -> list[str]:
+    """Say where activations are rounded otherwise than by every kernel of the plan."""
+    changed: dict[tuple[str, str], int] = {}
+    for layer in layers:
+        fmt = get_format(layer.choice.format)
+        used = sorted({fmt.kernel(step.kernel).numerics for step in layer.choice.route})
+        if used != [layer.scheme.activation]:
+            key = " and ".join(used), layer.scheme.activation
+            changed[key] = changed.get(key, 0) + 1
+    return [
+        f"{count} layers round the activation as {used} in the plan, and as {exported} here"
+        for (used, exported), count in changed.items()
+    ]
+
+
+def engine_notes(target: Target, layers: Mapping[str, ExportedLayer], plan: Plan) -> list[str]:
+    """Say which engines that read the target cannot take these layers, and why."""
+    by_name = {layer.name: layer for layer in layers.values()}
+    notes = []
+    for engine in ENGINES.values():
+        if engine.target is target:
+            notes += _notes_of(engine, by_name, [layer.name for layer in plan.layers])
+    return notes
+
+
+def _notes_of(engine: Engine, layers: Mapping[str, ExportedLayer], names: list[str]) -> list[str]:
+    groups = engine.fused(names)
+    mixed = [group for group in groups if len({_form(layers.get(name)) for name in group}) > 1]
+    notes = []
+    if mixed:
+        parts = ", ".join(name.rpartition(".")[2] for name in mixed[0])
+        notes.append(
+            f"{engine.name} cannot load it: it computes layers such as {parts} as one, and"
+            f" {len(mixed)} of {len(groups)} such groups have several schemes here (first:"
+            f" {mixed[0][0].rpartition('.')[0]}); search or solve with --for {engine.name}"
+        )
+    fused = {name for group in groups for name in group}
+    known: set[str] = set()
+    for device in (None, *engine.limits):
+        refused: dict[str, list[str]] = {}
+        for layer in layers.values():
+            reason = _refused(engine, layer, layer.name in fused, device)
+            if reason and reason not in known:
+                refused.setdefault(reason, []).append(layer.name)
+        known.update(refused)
+        notes += [
+            f"{engine.name} cannot compute {len(found)} layers ({some(found, 1)}): {reason}"
+            for reason, found in refused.items()
+        ]
+    return notes
+
+
+def _form(layer: ExportedLayer | None) -> tuple[str, int | None, Scheme] | None:
+    """Return what has to be the same for layers that are computed as one."""
+    return (layer.values.family, layer.values.group, layer.scheme) if layer else None
+
+
+def _refused(engine: Engine, layer: ExportedLayer, fused: bool, device: str | None) -> str | None:
+    choice = layer.choice
+    return engine.refuses(
+        str(layer.values), activation_of(choice), choice.shape, fused=fused, device=device
+    )

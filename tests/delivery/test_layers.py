@@ -152,7 +152,7 @@ from autoquant.evaluators.quality import TextQuality, next_token_logits
 from autoquant.events import ignore
 from autoquant.delivery.layers import write_layers
 from autoquant.models import load_model
-from export.test_layers import plan_for
+from delivery.test_layers import plan_for
 from models.test_model_streaming import WINDOWS
 from autoquant.candidates.kernels.cpu_source import load_cpu_kernels
 from pathlib import Path

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from export.every_format import (
+from delivery.every_format import (
     VOCABULARY,
     cases,
     is_tuned,

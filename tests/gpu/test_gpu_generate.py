@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from export.every_format import VOCABULARY, Case, make_llama, make_plan
+from delivery.every_format import VOCABULARY, Case, make_llama, make_plan
 from torch import nn
 
 import autoquant

@@ -27,7 +27,7 @@ class TimingEffort:
         fewest_request_rounds: Rounds that are done even if they exceed a limit.
         request_calls: Most calls of a phase in one round.
         request_round_s: A phase begins no further call in a round after this time.
-        loop_rounds: Most rounds in which the loops of users are timed in turn.
+        fewest_loop_rounds, loop_rounds: Rounds in which the loops of users are timed in turn.
         loop_limit_s: The loops begin no further round after this time.
         loop_precision: The loops end once half the interval of the ratio of their times is below
             this fraction of the ratio.
@@ -48,6 +48,7 @@ class TimingEffort:
     fewest_request_rounds: int = 3
     request_calls: int = 16
     request_round_s: float = 0.1
+    fewest_loop_rounds: int = 4
     loop_rounds: int = 30
     loop_limit_s: float = 30.0
     loop_precision: float = 0.02

@@ -179,15 +179,16 @@ Rounds = list[list[dict[str, float]]]
 
 @dataclass(frozen=True, slots=True)
 class UntilEnough:
-    """Ends rounds that go on beyond the usual number.
+    """Ends rounds once they tell enough.
 
     Attributes:
         enough: Whether rounds that were done are enough.
-        most: Do not begin more rounds than these.
+        fewest, most: Numbers of rounds.
         limit_s: Begin no further round, and do not repeat, after that time.
     """
 
     enough: Callable[[Rounds], bool]
+    fewest: int
     most: int
     limit_s: float
 
@@ -232,9 +233,9 @@ def _is_done(times: Rounds, effort: TimingEffort, until: UntilEnough | None, end
     done = len(times[0])
     if done >= effort.fewest_request_rounds and time.perf_counter() > end_s:
         return True
-    if done < effort.request_rounds:
-        return False
-    return until is None or done >= until.most or until.enough(times)
+    if until is None:
+        return done >= effort.request_rounds
+    return done >= until.most or (done >= until.fewest and until.enough(times))
 
 
 def _add_round(

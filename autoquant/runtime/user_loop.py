@@ -275,7 +275,7 @@ def time_user_loops(
             ratio.high - ratio.value < effort.loop_precision * ratio.value for ratio in ratios
         )
 
-    until = UntilEnough(enough, effort.loop_rounds, effort.loop_limit_s)
+    until = UntilEnough(enough, effort.fewest_loop_rounds, effort.loop_rounds, effort.loop_limit_s)
     rounds, note = rounds_in_turn(loops, loops[0].names, device, effort, until)
     pairs = [paired(taken, rounds[0], note) for taken in rounds]
     found = [

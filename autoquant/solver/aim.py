@@ -1,10 +1,10 @@
 """Aim: solve again until the best plan just keeps to the measured limit of quality.
 
-The loss that the limit allows is first guessed from uniform plans, see `Limits.expected_loss`. The
-plan solved for that may turn out beyond the limit, or well within it. Each further trial solves for
-the loss at which the trials so far place the limit. Between the nearest trials on both sides that
-is regula falsi on the logarithms of predicted loss and of the used share of the limit. While all
-trials are on one side, the loss is scaled in proportion. No torch.
+Losses were scaled to what uniform plans were measured to lose, see `loss_scale`. The first plan may
+turn out beyond the limit, or well within it. Each further trial solves for the loss at which the
+trials so far place the limit. Between the nearest trials on both sides that is regula falsi on the
+logarithms of predicted loss and of the used share of the limit. While all trials are on one side,
+the loss is scaled in proportion. No torch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ of its mean over windows; a divergence is paired by definition.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,48 +98,12 @@ class Limits:
             shares.append(proof.selection_kl.high / self.max_kl)
         return max(filter(math.isfinite, shares), default=None)
 
-    def expected_loss(
-        self, plans: Mapping[str, Plan], proofs: Mapping[str, Proof], *, logarithmic: bool
-    ) -> float | None:
-        """Return the predicted loss that the limits of quality are expected to allow, or None.
-
-        How measured compares with predicted loss is learnt from the proven uniform plans.
+    def allowed_loss(self, *, logarithmic: bool) -> float | None:
+        """Return the loss that a plan may have, as it is measured; None if there is no such limit.
 
         Args:
             logarithmic: Losses are log-likelihoods, and the increase is one of perplexity.
         """
-
-        def log(increase: float) -> float:
-            return math.log1p(increase) if logarithmic else increase
-
-        budgets = []
-        if self.max_ppl_increase is not None:
-            measured = {plan_id: proof.selection_increase.high for plan_id, proof in proofs.items()}
-            logs = {
-                plan_id: log(high)
-                for plan_id, high in measured.items()
-                if math.isfinite(high) and high > 0
-            }
-            # Predicted losses are logarithmic if the quality is, so the limit must be, too.
-            budgets.append(_budget(log(self.max_ppl_increase), logs, plans))
-        if self.max_kl is not None:
-            divergences = {
-                plan_id: proof.selection_kl.high
-                for plan_id, proof in proofs.items()
-                if proof.selection_kl
-            }
-            budgets.append(_budget(self.max_kl, divergences, plans))
-        return min(budgets, default=None)
-
-
-def _budget(allowed: float, measured: Mapping[str, float], plans: Mapping[str, Plan]) -> float:
-    """Convert `allowed` to units of predicted loss; plans that lose almost nothing are ignored."""
-    ratios = [
-        high / plans[plan_id].prediction.loss
-        for plan_id, high in measured.items()
-        if plans[plan_id].kind == "uniform"
-        and plans[plan_id].prediction.loss > allowed / 4
-        and math.isfinite(high)
-        and high > 0
-    ]
-    return allowed / (statistics.median(ratios) if ratios else 1.0)
+        if self.max_ppl_increase is None:
+            return self.max_kl
+        return math.log1p(self.max_ppl_increase) if logarithmic else self.max_ppl_increase

@@ -9,10 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from autoquant.errors import PlanError
-from autoquant.records import LayerChoice, Objective, Plan, PlanKind, Proof, Workload
+from autoquant.records import LayerChoice, Objective, Plan, PlanKind, Workload
 from autoquant.solver.additivity import LossMap
 from autoquant.solver.constraints import Bound, Scheme, scheme_of
-from autoquant.solver.limits import Limits
 from autoquant.solver.planning import PlanContext, explain, make_plan, request_ms
 from autoquant.solver.solve import AdditiveProblem, Picks, fastest, smallest
 from autoquant.solver.units import Unit, units_of
@@ -141,12 +140,6 @@ class SearchSpace:
                 f"no plan is as small as {max_memory_bytes:,} bytes: the smallest formats take"
                 f" {least_bytes:,}; {advice}{constrained}"
             )
-
-    def allowed_loss(
-        self, limits: Limits, plans: Mapping[str, Plan], proofs: Mapping[str, Proof]
-    ) -> float | None:
-        """Return the plan loss that the limits are expected to allow; None means no limit."""
-        return limits.expected_loss(plans, proofs, logarithmic=self.logarithmic)
 
     def scaled(self, multiplier: Mapping[str, float]) -> SearchSpace:
         """Return the space with the losses of each layer scaled by its factor."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from autoquant.errors import PlanError
 from autoquant.records import Plan
 from autoquant.solver.limits import Limits
+from autoquant.solver.loss_scale import fit_loss_scale
 from autoquant.solver.planning import make_plan
 from autoquant.solver.solve import Picks, smallest
 from autoquant.solver.space import SearchSpace
@@ -63,7 +64,8 @@ def solve_again(
         )
     known = {plan.plan_id: plan for plan in study.plans()}
     proofs = study.proofs()
-    allowed = space.allowed_loss(limits, known, proofs)
+    losses = fit_loss_scale(space, limits, known, proofs)
+    space, allowed = losses.space(space), losses.allowed
     searched_for = study.constraints.engine
     engine = engine or searched_for
     notes: list[str] = []

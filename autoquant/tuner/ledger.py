@@ -159,10 +159,11 @@ class ProofLedger:
             return None
         self.proofs[plan.plan_id] = proof
         _log.info(
-            "proved %s: %.4g ms a request, increase %+.3g; %s",
+            "proved %s: %.4g ms a request, increase %+.3g, up to %+.3g where limits apply; %s",
             plan.label,
             proof.request_ms,
             proof.increase.value,
+            proof.selection_increase.high,
             seconds_words(proof.seconds),
         )
         self.budget.note()

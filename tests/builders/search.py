@@ -80,8 +80,8 @@ def choice(
     )
 
 
-def make_plan(plan_id, label="front 1", kind="front", **predicted):
-    return records.make_plan(plan_id, label=label, kind=kind, predicted=predicted)
+def make_plan(plan_id, label="front 1", kind="front", layers=None, **predicted):
+    return records.make_plan(plan_id, label=label, kind=kind, predicted=predicted, layers=layers)
 
 
 def make_proof(plan_id, high=None, memory=100, increase=0.0, **changes):

@@ -111,7 +111,7 @@ def test_rounds_end_when_their_time_is_over(llama, monkeypatch):
 @pytest.mark.parametrize(
     ("noise", "rounds"),
     [
-        (0.0, 6),  # at least these
+        (0.0, 4),  # at least these
         (0.02, 8),
         (0.5, 30),  # at most these
     ],

@@ -101,21 +101,27 @@ def test_predictions_are_in_whole_model_time_and_kept_for_further_plans(store):
     context = referenced.space.context
     assert context.rest_ms > 0 and context.original_request_ms == pytest.approx(20.0)
     kept = store.options(STUDY)
-    assert [kept[name] for name in NAMES] == [list(layer) for layer in referenced.space.options]
+    assert [[(each.format, each.latency_us) for each in kept[name]] for name in NAMES] == [
+        [(each.format, each.latency_us) for each in layer] for layer in referenced.space.options
+    ]
     plans = {plan.label: plan for plan in store.plans(STUDY)}
     predicted = plans[ORIGINAL_LABEL].prediction.request_ms
     assert predicted == pytest.approx(16.0 + 4 * 0.25, rel=0.2)
 
 
-def test_the_loss_that_limits_allow_is_learnt_from_the_uniform_plans(store):
-    def twice(plan):
+def test_losses_are_scaled_to_what_uniform_plans_lose(store):
+    def twice_and_thrice(plan):
         proof = say_what_is_predicted(plan)
-        interval = proof.selection_increase
-        high = 2 * plan.prediction.loss
-        return replace(proof, selection_increase=replace(interval, high=high))
+        high = {INT8: 2, INT4: 3}.get(plan.label, 1) * plan.prediction.loss
+        return replace(proof, selection_increase=replace(proof.selection_increase, high=high))
 
-    _, referenced = prove_all(store, FakeRunner(prove=twice))
-    assert referenced.allowed_loss == pytest.approx(0.005, rel=0.01)
+    _, referenced = prove_all(store, FakeRunner(prove=twice_and_thrice))
+    assert referenced.allowed_loss == pytest.approx(0.01, rel=0.01)
+    losses = [[each.loss for each in layer] for layer in referenced.space.options]
+    predicted = [[each.loss for each in layer] for layer in make_space().options]
+    for now, before in zip(losses, predicted, strict=True):
+        factors = [a / b for a, b in zip(now[1:], before[1:], strict=True)]
+        assert factors == pytest.approx([2, 3], rel=0.1)
 
 
 def test_plans_come_nearer_to_the_limit_until_one_is_there(store):
@@ -207,7 +213,7 @@ def test_what_was_left_out_is_proven_when_there_is_more_time(prove_within):
 def test_no_time_is_spent_on_aiming_once_the_budget_is_spent(store):
     def thrice(plan):
         proof = say_what_is_predicted(plan)
-        high = 3 * plan.prediction.loss if plan.kind == "front" else 0.0
+        high = (3 if plan.kind == "front" else 1) * plan.prediction.loss
         return replace(proof, selection_increase=replace(proof.selection_increase, high=high))
 
     runner, events = FakeRunner(prove=thrice), []

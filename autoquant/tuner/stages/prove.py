@@ -17,6 +17,7 @@ from autoquant.solver.aim import aimed, first_loss
 from autoquant.solver.baselines import bits_plan, structural_plan
 from autoquant.solver.front import front_plans
 from autoquant.solver.limits import Limits
+from autoquant.solver.loss_scale import LossScale, fit_loss_scale
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.uniform import original_plan, uniform_plans
 from autoquant.tuner.expected import LEAST_PROOFS
@@ -41,7 +42,7 @@ class Referenced:
     """The search space after the references were proven.
 
     Attributes:
-        space: Its latencies are those inside the whole model.
+        space: Its latencies are those inside the whole model, its losses in units of the limits.
         plan_ids: Those of the references for which there was time: the unquantized model, the
             uniform plans, the heuristic.
         allowed_loss: The plan loss that the limits are expected to allow (None: no limit).
@@ -73,10 +74,10 @@ def prove_references(
     isolated = {plan.plan_id: plan for plan in uniform_plans(space)}
     uniform = [scale.predicted(plan, sites, space.context) for plan in isolated.values()]
     uniform = _with_room(uniform, ledger)
-    allowed = space.allowed_loss(limits, ledger.plans, ledger.proofs)
+    losses = fit_loss_scale(space, limits, ledger.plans, ledger.proofs)
     # Only now is it known how many plans there are at least.
     ledger.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
-    for number, plan in enumerate(_by_worth(uniform, limits, allowed)):
+    for number, plan in enumerate(_by_worth(uniform, limits, losses)):
         if number == 0:
             ledger.prove(plan)
         else:
@@ -84,9 +85,10 @@ def prove_references(
     scale = fit_time_scale([original, *isolated.values()], ledger.proofs, sites)
     scaled = scale.space(space, sites)
     ledger.put_space(scaled)
-    allowed = scaled.allowed_loss(limits, ledger.plans, ledger.proofs)
+    losses = fit_loss_scale(space, limits, ledger.plans, ledger.proofs)
+    scaled = losses.space(scaled)
     references = [original, *uniform]
-    heuristic = structural_plan(space, limits=limits, max_loss=allowed)
+    heuristic = structural_plan(space, limits=limits, max_loss=losses.allowed)
     if heuristic is None:
         ledger.leave_out("heuristic", "no formats to choose between")
     elif not _with_room([heuristic], ledger):
@@ -96,7 +98,7 @@ def prove_references(
         ledger.prove_baseline("heuristic", predicted, before=_OWN_PLANS)
         references.append(heuristic)
     ended = frozenset(plan.plan_id for plan in references if ledger.has_ended(plan))
-    return Referenced(scaled, ended, allowed, ledger.room_bytes)
+    return Referenced(scaled, ended, losses.allowed, ledger.room_bytes)
 
 
 def _with_room(plans: Sequence[Plan], ledger: ProofLedger) -> list[Plan]:
@@ -131,14 +133,15 @@ def _tell_what_fits(ledger: ProofLedger) -> None:
     )
 
 
-def _by_worth(plans: Sequence[Plan], limits: Limits, allowed: float | None) -> list[Plan]:
+def _by_worth(plans: Sequence[Plan], limits: Limits, losses: LossScale) -> list[Plan]:
     """Return the plans that are predicted to be within the limits first; the cheapest first."""
 
     def rank(plan: Plan) -> tuple[bool, bool, float]:
         prediction, most_bytes = plan.prediction, limits.max_memory_bytes
         cost = prediction.request_ms if limits.minimize == "time" else prediction.memory_bytes
         too_large = most_bytes is not None and prediction.memory_bytes > most_bytes
-        return too_large, allowed is not None and prediction.loss > allowed, cost
+        too_lossy = losses.allowed is not None and losses.plan_loss(plan) > losses.allowed
+        return too_large, too_lossy, cost
 
     return sorted(plans, key=rank)
 

@@ -64,7 +64,7 @@ def limit(whole):
     """A third of the weights, beside what the whole model takes in the same process."""
     release_memory()
     torch.cuda.empty_cache()
-    return module_bytes(whole.module) // 3 + torch.cuda.memory_reserved()
+    return module_bytes(whole.module) // 3 + torch.cuda.memory_allocated()
 
 
 @pytest.fixture

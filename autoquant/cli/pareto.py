@@ -105,7 +105,7 @@ def _print_chart(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> None:
-    from autoquant.report.tables.plans import front_table
+    from autoquant.report.tables.plans import front_table, uncovered_lines
     from autoquant.report.words import (
         constraints_words,
         exception_lines,
@@ -127,7 +127,11 @@ def _print_text(study: Study, rows: list[dict[str, Any]], *, chart: bool) -> Non
     if rows and chart:
         _print_chart(rows)
     echo(recommendation(rows, facts.limits, facts.workload))
-    for line in [*exception_lines(study.proofs().values()), *left_out_lines(study.left_out())]:
+    for line in [
+        *uncovered_lines(facts.recording),
+        *exception_lines(study.proofs().values()),
+        *left_out_lines(study.left_out()),
+    ]:
         echo(line)
     if ended := study.refinement_ended():
         echo(f"Refinement: {ended}.")

@@ -255,7 +255,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
             }
         )
         return
-    from autoquant.report.tables.plans import front_table
+    from autoquant.report.tables.plans import front_table, uncovered_lines
     from autoquant.report.words import (
         disturbed_proofs,
         engine_lines,
@@ -274,7 +274,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
         return
     best = None if recommended is None else recommended["plan_id"]
     proofs = study.proofs()
-    for line in exception_lines(proofs.values()):
+    for line in [*uncovered_lines(study.facts.recording), *exception_lines(proofs.values())]:
         echo(line)
     for line in [*disturbed_proofs(proofs, best, where), *off_predictions(rows, where)]:
         echo(line)

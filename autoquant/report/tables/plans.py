@@ -18,6 +18,7 @@ _LEGEND = "> recommended   * on the front: no other is faster, better and smalle
 _TIES_LEGEND = "> recommended   ~ a tie with it   * on the front: none is better in everything"
 _BEYOND_LEGEND = "! beyond the limits, which the interval on the selection part has to keep to"
 _REFUSED_LEGEND = "x not recommended for how it runs for its user, see below"
+_MOST, _NAMED = 0.5, 3
 _SKIPPED_ROWS = 12
 
 
@@ -204,6 +205,20 @@ def coverage_line(recording: Recording) -> str:
     weights = units.percent(recording.weights_share)
     done = f" and do of the FLOPs {flops}" if flops else ""
     return f"{len(recording.sites)} linear layers hold {weights} of the weights{done}."
+
+
+def uncovered_lines(recording: Recording | None) -> list[str]:
+    """Say that most of a model is left as it is, and the largest parts of it; else no lines."""
+    if recording is None or recording.weights_share >= _MOST:
+        return []
+    parts = [
+        f"{pattern} ({units.percent(share)}, {reason})"
+        for pattern, share, reason in skipped_lines(recording.skipped)[:_NAMED]
+    ]
+    return [
+        f"Most of this model is left as it is: {coverage_line(recording)}",
+        *([f"  Left alone: {'; '.join(parts)}"] if parts else []),
+    ]
 
 
 def candidates_table(candidates: Sequence[CandidateLine], width: int = 80) -> Table:

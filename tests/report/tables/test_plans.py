@@ -1,6 +1,7 @@
 import io
 from dataclasses import dataclass
 
+import pytest
 from builders.records import make_choice, make_plan
 from rich.console import Console
 
@@ -174,3 +175,20 @@ def test_candidates_show_which_must_be_asked_for():
         if "scaled-mm" in line
     ]
     assert [row[2] for row in rows] == ["yes", "opt-in", "no"]
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.17, True), (0.49, True), (0.5, False)])
+def test_that_most_of_a_model_is_left_as_it_is_is_said_with_the_largest_parts(share, said):
+    skipped = tuple(
+        Skipped(name=f"h.{block}.mlp.c_fc.weight", numel=1, share=0.2, reason="addmm")
+        for block in range(2)
+    )
+    recording = Recording(
+        sites=(), skipped=skipped, weights_share=share, flops_share={}, parameter_bytes=1
+    )
+    lines = plans.uncovered_lines(recording)
+    assert bool(lines) == said
+    if said:
+        assert f"{100 * share:.2f}% of the weights" in lines[0]
+        assert lines[1] == "  Left alone: h.0-1.mlp.c_fc.weight (40.00%, addmm)"
+    assert plans.uncovered_lines(None) == []

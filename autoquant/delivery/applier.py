@@ -28,6 +28,7 @@ from autoquant.events import (
 from autoquant.models.copies import not_compiled, shallow_copy
 from autoquant.models.loaded import device_of
 from autoquant.models.streaming import brought, place_whole, stream_of
+from autoquant.models.turned import is_conv1d, turn_linears
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
 
@@ -103,6 +104,7 @@ def apply(
         KernelError: A kernel computes something else than its weight stores.
     """
     check_fits(plan, model)
+    turn_linears(model, {_owner(name) for layer in plan.layers for name in layer.parameters})
     made = rounded(plan, streamed or model, calibration)
     device = None if streamed is None else device_of(streamed)
     quantized = quantized or Quantized()
@@ -144,6 +146,11 @@ def module_bytes(module: nn.Module) -> int:
     return sum(stored_bytes(parameter.data) for parameter in unique.values())
 
 
+def _owner(parameter: str) -> str:
+    """Return the name of a parameter's module."""
+    return parameter.rpartition(".")[0]
+
+
 def check_fits(plan: Plan, model: nn.Module) -> None:
     """Refuse a module that lacks a layer of the plan, or has it otherwise."""
     for layer in plan.layers:
@@ -160,6 +167,13 @@ def _check_parameter(model: nn.Module, name: str, layer: LayerChoice) -> None:
         missing = f"this one has no parameter {name}"
         raise ModelError(f"{other_model}: {missing}; {_RIGHT_MODEL}") from None
     shape, wanted = tuple(parameter.shape), (layer.shape.n, layer.shape.k)
+    if is_conv1d(model.get_submodule(_owner(name))):
+        if stream_of(model) is not None:
+            raise ModelError(
+                f"{name} is kept the other way round in the model's files, which do not fit into"
+                " memory here, and are turned there: apply the plan where they fit"
+            )
+        shape = shape[::-1]
     if shape != wanted:
         raise ModelError(f"{other_model}: {name} is {shape} here, not {wanted}; {_RIGHT_MODEL}")
     kind = str(parameter.dtype).removeprefix("torch.")

@@ -37,6 +37,7 @@ from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
 from autoquant.models.targets import resolve_device
 from autoquant.models.trust import NO_TRUST, Trust
+from autoquant.models.turned import turn_linears, turned_names
 from autoquant.records import Plan
 
 QUANT_METHOD = "autoquant"
@@ -120,6 +121,8 @@ def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> N
     for group in ties:
         for alias in group[1:]:
             tensors.pop(alias, None)
+    turned = turned_names(module)
+    about = dict(about) | ({"turned": turned} if turned else {})
     write_tensors(tensors.items(), ties, about, folder)
 
 
@@ -194,11 +197,11 @@ def read(
             raise
         except ModelError as error:
             raise CheckpointError(f"{error}; apply the plan again") from error
-        _assign(module, tensors, manifest["ties"], folder)
+        _assign(module, tensors, manifest, folder)
         if without_values(module):
             # Tensors that are neither parameter nor buffer are only filled by real construction.
             module = build_architecture(manifest["source"], folder, dtype, meta=False, trust=trust)
-    _assign(module, tensors, manifest["ties"], folder)
+    _assign(module, tensors, manifest, folder)
     return module
 
 
@@ -211,7 +214,7 @@ def fill(module: nn.Module, folder: Path, device: str) -> nn.Module:
     """
     manifest = read_manifest(folder)
     tensors = _read_stored(folder, manifest, resolve_device(device))
-    _assign(module, tensors, manifest["ties"], folder)
+    _assign(module, tensors, manifest, folder)
     return module
 
 
@@ -290,9 +293,13 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _assign(
-    module: nn.Module, tensors: Mapping[str, torch.Tensor], ties: list[list[str]], folder: Path
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    manifest: Mapping[str, Any],
+    folder: Path,
 ) -> None:
     """Put tensors into a module by name, and tie what was tied."""
+    turn_linears(module, manifest.get("turned", ()))
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -307,7 +314,7 @@ def _assign(
         else:
             raise _other_architecture(folder, name)
     try:
-        tie(module, ties)
+        tie(module, manifest["ties"])
     except (AttributeError, KeyError) as error:
         raise CheckpointError(
             f"{folder / MANIFEST} ties a tensor that the model does not have"

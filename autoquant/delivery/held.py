@@ -12,6 +12,7 @@ from autoquant.engines import ENGINES, Engine, Refusal, Scheme, Target, Values, 
 from autoquant.engines.targets import PLAIN
 from autoquant.errors import PlanError
 from autoquant.models.quiet import some
+from autoquant.models.turned import turned_names
 from autoquant.records import LayerChoice, Plan
 from autoquant.solver.served import NOT_EXPORTABLE, is_exportable
 
@@ -59,8 +60,14 @@ def check_linears(module: nn.Module, layers: Iterable[ExportedLayer]) -> None:
     """Refuse quantized layers of other modules than `nn.Linear`, which engines leave alone.
 
     Raises:
-        PlanError: There are some, e.g. routers of experts.
+        PlanError: There are some, e.g. routers of experts. Or the model's own files have weights
+            the other way round, which engines turn by the names of layers.
     """
+    if turned := turned_names(module):
+        raise PlanError(
+            f"files of {type(module).__name__} have {some(turned)} as [k, n], and what engines make"
+            " of them once quantized is not known here: use `autoquant apply`"
+        )
     others = [
         layer.name
         for layer in layers

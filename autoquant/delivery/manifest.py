@@ -58,6 +58,7 @@ class Manifest(Version):
     source: Source
     joined: NotRequired[list[list[str]]]
     ties: list[list[str]]
+    turned: NotRequired[list[str]]
     routed: dict[str, Routed]
     cpu_capability: str | None
     packed: NotRequired[list[str]]

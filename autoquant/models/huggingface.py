@@ -36,6 +36,7 @@ from autoquant.models.stand_in import largest_plan_bytes
 from autoquant.models.streaming import Stream
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
+from autoquant.models.turned import turn_linears
 from autoquant.models.weights import tensors_of
 
 # Fields of config.json that change when a model is saved or moved without being another model.
@@ -209,7 +210,7 @@ def _finish(
         if (room_bytes := backend(request.device).room_bytes()) is not None:
             stream.most_plan_bytes = largest_plan_bytes(stream, room_bytes)
     else:
-        moved(module, request.device)
+        turn_linears(moved(module, request.device))
     return LoadedModel(
         module=module,
         content_hash=digest,

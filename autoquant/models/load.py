@@ -28,6 +28,7 @@ from autoquant.models.quiet import quiet
 from autoquant.models.request import ModelPath, ModelRequest, ModelSource, SampleInputs
 from autoquant.models.targets import dtype_name, resolve_device, resolve_dtype
 from autoquant.models.tokenizers import load_tokenizer
+from autoquant.models.turned import turn_linears
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def from_module(
     path = os.fspath(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else None
     with quiet():
         words = tokenizer if path is None else load_tokenizer(path)
-        settle(module.to(place))
+        settle(turn_linears(module.to(place)))
         notes = (
             []
             if dtype == "auto"

@@ -113,7 +113,8 @@ def apply_to_disk(
             memory_bytes = module_bytes(loaded.module)
             checkpoint.write(loaded, plan, part)
             skeleton = _skeleton(loaded, model, plan, facts, trust)
-            again = checkpoint.read(part, skeleton, device or facts.device.type, trust=trust)
+            place = device or facts.device.type
+            again = settle(checkpoint.read(part, skeleton, place, trust=trust))
             compared = "logits" if check_same(loaded, again, target) else "weights"
             check_beside(loaded, again, part)
         files = sorted(path.name for path in part.iterdir())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery import checkpoint
 from autoquant.delivery.applier import applied, check_fits
 from autoquant.delivery.held import check_linears
+from autoquant.delivery.on_disk import apply_to_disk
 from autoquant.devices.memory import LIMIT_VARIABLE
 from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.events import ignore
@@ -81,6 +83,17 @@ def test_what_is_saved_loads_again_with_and_without_autoquant_load(folder, tmp_p
         assert isinstance(model.transformer.h[0].attn.c_attn.weight.data, RoutedWeight)
     theirs.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(autoquant.load(tmp_path / "saved")), expected)
+
+
+def test_a_folder_is_read_back_as_it_will_run_though_the_model_has_dropout(folder, tmp_path):
+    loaded = load_model(folder)
+    plan = plan_for(loaded)
+    facts = SimpleNamespace(
+        source=asdict(loaded.source), device=SimpleNamespace(type="cpu"), calibration=None
+    )
+    assert any(isinstance(part, nn.Dropout) and part.p > 0 for part in loaded.module.modules())
+    report = apply_to_disk(plan, folder, tmp_path / "out", facts=facts)
+    assert report.compared == "logits"
 
 
 def test_a_plan_is_applied_to_a_model_of_the_users(folder):

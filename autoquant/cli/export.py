@@ -143,6 +143,16 @@ def _print_report(plan: Plan, report: ExportReport) -> None:
 def _likeness_text(found: Likeness) -> str:
     from autoquant.report import units
 
+    loss, plan_loss, apart = (
+        units.digits(each, 2) for each in (found.loss, found.plan_loss, found.apart)
+    )
+    beside = f"of the plan with its own kernels {plan_loss}."
+    if not found.weights:
+        measure, unit = ("KL", " nats a token") if found.in_nats else ("Divergence of outputs", "")
+        return (
+            f"it runs, and shows no weights. {measure} to these numbers multiplied in the model's"
+            f" dtype {apart}{unit}, to the unquantized model {loss}; {beside}"
+        )
     weights = f"all {found.weights} quantized weights have the plan's numbers"
     if found.moved:
         weights = (
@@ -152,8 +162,7 @@ def _likeness_text(found: Likeness) -> str:
         )
     same = "bit for bit those of these numbers multiplied in the model's dtype"
     rounded = "not bit for bit the plan's, since activations or sums are rounded otherwise"
-    loss, plan_loss = (units.digits(each, 2) for each in (found.loss, found.plan_loss))
     return (
         f"{weights}. Logits are {same if found.same_logits else rounded}: KL to the unquantized"
-        f" model {loss} nats a token, of the plan with its own kernels {plan_loss}."
+        f" model {loss} nats a token, {beside}"
     )

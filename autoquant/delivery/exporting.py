@@ -207,7 +207,8 @@ def _read_back(
         return None, f"{names} is not installed: pip install {' '.join(missing)}"
     with redirect_stderr(StringIO()):  # progress bars of libraries
         again = made.read(folder, loaded, trust)
-        found = likeness(loaded, again, list(contents.layers), original)
+        quantized = list(contents.layers) if made.shows_weights else None
+        found = likeness(loaded, again, quantized, original)
     if found.others_differ or found.farthest > _ROUNDED_SCALE:
         raise CheckpointError(
             f"{made.reader_words()} makes other weights of what was written"

@@ -91,10 +91,11 @@ def _all_refused(refused: Mapping[tuple[str, Refusal], list[str]], target: Targe
         f"{_count(names)} {values} ({some(names, 1)}): {refusal}"
         for (values, refusal), names in refused.items()
     )
-    reader = next(engine.name for engine in ENGINES.values() if engine.target is target)
+    readers = [engine.name for engine in ENGINES.values() if engine.target is target]
+    search = f"Search or solve with --for {readers[0]}, or" if readers else "Pin what it holds, or"
     return (
-        f"{target.name} cannot hold this plan. {each}. Search or solve with --for {reader}, or"
-        " apply the plan with `autoquant apply`"
+        f"{target.name} cannot hold this plan. {each}. {search} apply the plan with"
+        " `autoquant apply`"
     )
 
 

@@ -21,14 +21,17 @@ class Likeness:
     """How like a plan in memory a model is that another tool read.
 
     Attributes:
-        weights: How many quantized weights were compared.
+        weights: How many quantized weights were compared; 0 if the reader does not show them.
         moved: How many of them have other numbers, because the reader rounds their scales.
         farthest: By how much at most, relative to a row's largest number.
         others_differ: Names of unquantized tensors that differ.
         same_logits: Its logits are bit for bit those of the plan's numbers, multiplied in the
             model's dtype.
-        loss: Mean Kullback-Leibler divergence from the unquantized model, in nats a token.
+        loss: Divergence from the unquantized model: of a language model the mean Kullback-Leibler
+            divergence in nats a token, of another ||y - y0||^2 / ||y0||^2 of its output.
         plan_loss: The same of the plan with its own kernels.
+        apart: Divergence from the plan's numbers, multiplied in the model's dtype.
+        in_nats: The divergences are those of a language model.
     """
 
     weights: int
@@ -38,6 +41,8 @@ class Likeness:
     same_logits: bool
     loss: float
     plan_loss: float
+    apart: float = 0.0
+    in_nats: bool = True
 
 
 _TEXT = (
@@ -50,41 +55,52 @@ _TEXT = (
 
 def read_text(loaded: LoadedModel) -> torch.Tensor:
     """Return the logits of a model for a short text, or for other inputs if it reads none."""
-    return logits(loaded.module, _inputs(loaded))
+    return logits(loaded.module, read_inputs(loaded))
 
 
 def likeness(
-    loaded: LoadedModel, again: nn.Module, quantized: Collection[str], original: torch.Tensor
+    loaded: LoadedModel,
+    again: nn.Module,
+    quantized: Collection[str] | None,
+    original: torch.Tensor,
 ) -> Likeness:
     """Compare a model that another tool read with the plan in memory.
 
     Args:
         loaded: The model that the plan was applied to.
         original: What `read_text` gave before.
-        quantized: Names of the quantized weights.
+        quantized: Names of the quantized weights, or None if the reader shows no weights.
     """
-    inputs = _inputs(loaded)
+    inputs = read_inputs(loaded)
     plain = _with_numbers(loaded.module)
     of_plan, of_numbers, found = (logits(m, inputs) for m in (loaded.module, plain, again))
     # Compared after the logits: some readers unpack a weight when it is first used.
-    moves = [_move(plain.get_parameter(name), _numbers(again, name)) for name in quantized]
-    others = [
-        name
-        for name, tensor in plain.state_dict().items()
-        if name not in quantized and not same_bits(tensor, _numbers(again, name))
-    ]
+    moves: list[float] = []
+    others: list[str] = []
+    if quantized is not None:
+        moves = [_move(plain.get_parameter(name), _numbers(again, name)) for name in quantized]
+        others = [
+            name
+            for name, tensor in plain.state_dict().items()
+            if name not in quantized and not same_bits(tensor, _numbers(again, name))
+        ]
+    in_nats = loaded.kind != "module"
+    divergence = _divergence if in_nats else _distance
     return Likeness(
         weights=len(moves),
         moved=sum(move > 0 for move in moves),
         farthest=max(moves, default=0.0),
         others_differ=others,
         same_logits=torch.equal(of_numbers, found),
-        loss=_divergence(original, found),
-        plan_loss=_divergence(original, of_plan),
+        loss=divergence(original, found),
+        plan_loss=divergence(original, of_plan),
+        apart=divergence(of_numbers, found),
+        in_nats=in_nats,
     )
 
 
-def _inputs(loaded: LoadedModel) -> Inputs:
+def read_inputs(loaded: LoadedModel) -> Inputs:
+    """Return positional and named arguments that a model is compared on."""
     if loaded.tokenizer is None:
         return check_inputs(loaded)
     ids = loaded.tokenizer(_TEXT)["input_ids"][: loaded.max_positions]
@@ -119,3 +135,9 @@ def _divergence(logits: torch.Tensor, others: torch.Tensor) -> float:
     """Return the mean Kullback-Leibler divergence of others from logits `[..., vocabulary]`."""
     expected, found = (each.float().log_softmax(-1) for each in (logits, others))
     return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+def _distance(output: torch.Tensor, other: torch.Tensor) -> float:
+    """Return ||other - output||^2 / ||output||^2."""
+    expected, found = output.double(), other.double()
+    return float((found - expected).square().sum() / expected.square().sum().clamp(min=1e-30))

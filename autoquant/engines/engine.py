@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from autoquant.engines.targets import (
     COMPRESSED_TENSORS,
+    EXECUTORCH,
     GGUF,
     PLAIN,
     TARGETS,
@@ -16,7 +17,7 @@ from autoquant.engines.targets import (
     Scheme,
     Target,
 )
-from autoquant.engines.values import Values
+from autoquant.engines.values import A8_TOKEN, Values
 from autoquant.errors import ConstraintError, PlanError
 from autoquant.hints import did_you_mean
 from autoquant.records import LinearShape
@@ -127,6 +128,13 @@ def _vllm_on_cpus(family: str, scheme: Scheme, shape: LinearShape) -> Refusal | 
     return Refusal(f"it has no kernel for {computed} on CPUs", "int8-row+a8-row")
 
 
+def _executorch(family: str, scheme: Scheme, _shape: LinearShape) -> Refusal | None:
+    """Say which layers XNNPACK rounds otherwise than a kernel of the search that there is."""
+    if family == "int8-row" and scheme.activation == A8_TOKEN:
+        return Refusal("it always rounds the activation of int8-row", "int8-row+a8-row")
+    return None
+
+
 ENGINES: Mapping[str, Engine] = {
     each.name: each
     for each in (
@@ -147,6 +155,11 @@ ENGINES: Mapping[str, Engine] = {
         ),
         Engine(name="llama.cpp", target=GGUF),
         Engine(name="transformers", target=TRANSFORMERS),
+        Engine(
+            name="executorch",
+            target=EXECUTORCH,
+            limits={"cpu": _executorch, "cuda": _executorch},
+        ),
     )
 }
 """All engines by name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from autoquant.engines.values import A16, UNQUANTIZED, Values
+from autoquant.engines.values import A8_TOKEN, A16, UNQUANTIZED, Values
 from autoquant.records import LinearShape
 
 PLAIN = "plain"
@@ -24,7 +24,8 @@ class Scheme:
     Attributes:
         name: The target's own name of the storage, or `PLAIN`.
         activation: How the engine is told to round the activation. It may be less than the plan
-            does: then the layer is computed more exactly than its loss was scored.
+            does: then the layer is computed more exactly than its loss was scored. Where an engine
+            always rounds, it may be more.
     """
 
     name: str
@@ -210,7 +211,34 @@ TRANSFORMERS = Target(
 Source: `ALLOWED_TENSORS_SUBCLASSES` of torchao 0.18, and transformers 5.23, `quantizer_torchao.py`.
 """
 
+_EIGHT, _FOUR = "8da8w", "8da4w"
+
+EXECUTORCH = Target(
+    name="executorch",
+    holds={
+        "int8-row": {A16: Scheme(_EIGHT, A8_TOKEN), "a8-row": Scheme(_EIGHT, "a8-row")},
+        "int4s": {A16: Scheme(_FOUR, A8_TOKEN), "a8-row": Scheme(_FOUR, "a8-row")},
+        "int3": {A16: Scheme(_FOUR, A8_TOKEN)},
+        "int2": {A16: Scheme(_FOUR, A8_TOKEN)},
+    },
+    instead={
+        "int4": (f"XNNPACK {_REAL_ZEROS.format('int4')}", "int4s-g{group}{rounding}"),
+        "float8-row": ("XNNPACK has no float8", "int8-row"),
+        "float8-tensor": ("XNNPACK has no float8", "int8-row"),
+        "mxfp8": ("XNNPACK has no float8", "int8-row"),
+        "mxfp4": ("XNNPACK has no 4-bit floats", "int4s-g32"),
+        "nvfp4": ("XNNPACK has no 4-bit floats", "int4s-g32"),
+    },
+)
+"""One program that ExecuTorch runs through XNNPACK, on phones and other CPUs.
+
+Every activation is rounded to int8, whatever the plan does: each token between its smallest and its
+largest number, which is at least as fine as rows of `a8-row`.
+
+Source: executorch 1.5.1, `backends/xnnpack/operators/node_visitor.py`.
+"""
+
 TARGETS: Mapping[str, Target] = {
-    each.name: each for each in (COMPRESSED_TENSORS, GGUF, TRANSFORMERS)
+    each.name: each for each in (COMPRESSED_TENSORS, GGUF, TRANSFORMERS, EXECUTORCH)
 }
 """All targets by name."""

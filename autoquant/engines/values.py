@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 A16 = "a16"
 """Numerics of a kernel that does not round the activation."""
+A8_TOKEN = "a8-token"
+"""Numerics of an engine that rounds each token to int8 with a zero point, whatever the plan does.
+
+No kernel of a search has them.
+"""
 
 UNQUANTIZED = ("bfloat16", "float16", "float32")
 """Families that every target holds as a plain weight."""

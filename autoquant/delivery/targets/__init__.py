@@ -13,6 +13,7 @@ from autoquant.errors import PlanError
 
 _HOMES = {
     "compressed-tensors": "compressed_tensors",
+    "executorch": "executorch_program",
     "gguf": "gguf_writer",
     "transformers": "torchao_folder",
 }

@@ -63,10 +63,13 @@ class Writer(ABC):
     Attributes:
         target: Its table.
         reader: The packages that read what it writes, by the names that pip knows.
+        shows_weights: What the reader makes has the weights of the model by name. Otherwise only
+            what it computes is compared.
     """
 
     target: Target
     reader: tuple[str, ...]
+    shows_weights: bool = True
 
     def missing(self) -> list[str]:
         """Return those of the reader's packages that are not installed."""

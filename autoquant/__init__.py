@@ -15,7 +15,6 @@ from autoquant.logs import levels_kept, quiet_libraries
 
 if TYPE_CHECKING:
     from autoquant.candidates import Format, Kernel, register
-    from autoquant.delivery.exporting import export
     from autoquant.delivery.in_memory import apply, save
     from autoquant.delivery.on_disk import load
     from autoquant.errors import AutoquantError
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from autoquant.runtime.prepare import prepare
     from autoquant.study.study import Study
     from autoquant.tuner.driver import search
+    from autoquant.tuner.exporting import export
     from autoquant.tuner.profile import profile
 
 __all__ = [
@@ -55,7 +55,7 @@ _HOMES = {
     "Workload": "autoquant.records",
     "apply": "autoquant.delivery.in_memory",
     "compile": "autoquant.runtime.modules",
-    "export": "autoquant.delivery.exporting",
+    "export": "autoquant.tuner.exporting",
     "load": "autoquant.delivery.on_disk",
     "prepare": "autoquant.runtime.prepare",
     "profile": "autoquant.tuner.profile",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from autoquant.cli.options import (
+    EvalDataOption,
+    EvalTextOption,
     ModelFactoryOption,
+    QualityOption,
     SampleInputsOption,
     TrustPickleOption,
     TrustRemoteCodeOption,
@@ -21,6 +25,7 @@ from autoquant.cli.plans import (
     WithinOption,
     folder_beside,
     increase_within,
+    limits_within,
     one_plan,
     source_path,
 )
@@ -31,6 +36,14 @@ if TYPE_CHECKING:
     from autoquant.delivery.exporting import ExportReport
     from autoquant.delivery.likeness import Likeness
     from autoquant.records import Plan
+    from autoquant.tuner.exporting import RequantizedReport
+
+
+class MixedActivations(StrEnum):
+    """What is taken where kernels of a route round the activation and others do not."""
+
+    ROUNDED = "rounded"
+    A16 = "a16"
 
 
 def _with_engines(name: str) -> str:
@@ -64,6 +77,22 @@ def export(
             show_default=False,
         ),
     ] = None,
+    activations: Annotated[
+        MixedActivations,
+        typer.Option(
+            help="Of layers of which some kernels round the activation and others do not.",
+        ),
+    ] = MixedActivations.ROUNDED,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize",
+            help="Round anew what the target cannot hold exactly, and measure quality again.",
+        ),
+    ] = False,
+    eval_text: EvalTextOption = None,
+    eval_data: EvalDataOption = None,
+    quality: QualityOption = None,
     plan: PlanOption = None,
     max_ppl_increase: WithinOption = None,
     model: ModelOption = None,
@@ -74,35 +103,40 @@ def export(
 ) -> None:
     """Write the model that a plan quantizes for an inference engine, into a new folder.
 
-    The numbers are the plan's. A plan that the target cannot hold exactly is refused. The folder
-    is read back by the target's own reader, if it is installed, and compared with the plan in
-    memory. The kernels, and so the speed, are the engine's.
+    The numbers are the plan's. A plan that the target cannot hold exactly is refused, unless
+    --requantize is given. The folder is read back by the target's own reader, if it is installed,
+    and compared with the plan in memory. The kernels, and so the speed, are the engine's.
     """
-    increase = increase_within(plan, max_ppl_increase)
+    # What is rounded anew may be named, and have another limit than its search.
+    increase = increase_within(None if requantize else plan, max_ppl_increase)
     target(to)
+    _check_judges(requantize, eval_text, eval_data, quality)
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan) as study:
         chosen = one_plan(study, plan, increase)
         source = model or source_path(study)
-        # Imports torch: only after everything that can be refused without it.
-        from autoquant.delivery.exporting import export_to_disk
-        from autoquant.models.trust import Trust
-
         place = out or folder_beside(database, source, chosen, f"-{to}")
 
-        def exported(**code: Any) -> ExportReport:
+        def exported(**code: Any) -> ExportReport | RequantizedReport:
+            # Imports torch: only after everything that can be refused without it.
+            from autoquant.models.trust import Trust
+
+            options: dict[str, Any] = {"to": to, "base": base, "activations": activations.value}
             with listening() as listener:
-                return export_to_disk(
-                    chosen,
-                    source,
-                    place,
-                    to=to,
-                    facts=study.facts,
-                    base=base,
-                    listener=listener,
-                    trust=Trust(**code),
-                )
+                options |= {"listener": listener, "trust": Trust(**code)}
+                if requantize:
+                    from autoquant.tuner.exporting import export_requantized
+                    from autoquant.tuner.judge import Asked
+
+                    options |= {
+                        "asked": Asked.of(eval_text, eval_data, quality),
+                        "limits": limits_within(study, increase),
+                    }
+                    return export_requantized(study, chosen, source, place, **options)
+                from autoquant.delivery.exporting import export_to_disk
+
+                return export_to_disk(chosen, source, place, facts=study.facts, **options)
 
         report = trusting(
             exported,
@@ -111,7 +145,31 @@ def export(
             model_factory=model_factory,
             sample_inputs=sample_inputs,
         )
-    _print_report(chosen, report)
+    _print(chosen, report)
+
+
+def _check_judges(requantize: bool, *judges: str | None) -> None:
+    if any(judges) and not requantize:
+        raise typer.BadParameter(
+            "quality is measured again with --requantize only: add it, or leave this out",
+            param_hint="--eval-text, --eval-data, --quality",
+        )
+
+
+def _print(plan: Plan, report: ExportReport | RequantizedReport) -> None:
+    changes = getattr(report, "changes", None)
+    if changes is None:
+        _print_report(plan, cast("Any", report))
+        return
+    made = cast("RequantizedReport", report)
+    _print_report(made.plan, made.export)
+    if not made.changes:
+        echo("No layer was rounded anew: the target holds the plan exactly.")
+    for (before, after, why), count in made.changes.items():
+        layers = "1 layer" if count == 1 else f"{count} layers"
+        echo(f"Rounded anew from the unquantized weights: {layers} from {before} to {after}: {why}")
+    for line in made.quality:
+        echo(line)
 
 
 def _print_report(plan: Plan, report: ExportReport) -> None:

@@ -71,6 +71,28 @@ SampleInputsOption = Annotated[
         show_default=False,
     ),
 ]
+EvalTextOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Text that the search was judged on.", show_default="autoquant's own"
+    ),
+]
+EvalDataOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:CONFIG][:SPLIT][:COLUMN]",
+        help="Dataset that the search was judged on.",
+        show_default=False,
+    ),
+]
+QualityOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PACKAGE.MODULE:CALLABLE",
+        help="Loss that the search was judged by.",
+        show_default=False,
+    ),
+]
 WorkloadOption = Annotated[
     str | None,
     typer.Option(

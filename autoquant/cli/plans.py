@@ -13,6 +13,7 @@ from autoquant.cli.values import fraction
 
 if TYPE_CHECKING:
     from autoquant.records import Plan
+    from autoquant.solver.limits import Limits
     from autoquant.study.study import Study
 
 _FILE_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors")
@@ -120,6 +121,13 @@ def one_plan(study: Study, plan_id: str | None, increase: float | None) -> Plan:
     if increase is not None:
         return study.best_within(replace(study.limits, max_ppl_increase=increase, minimize="time"))
     return study.best_of_search()
+
+
+def limits_within(study: Study, increase: float | None) -> Limits:
+    """Return the limits of a search, with another increase if one is given."""
+    if increase is None:
+        return study.limits
+    return replace(study.limits, max_ppl_increase=increase)
 
 
 def folder_beside(database: str, source: str, plan: Plan, suffix: str = "") -> Path:

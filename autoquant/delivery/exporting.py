@@ -7,6 +7,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -22,18 +23,16 @@ from autoquant.delivery.layers import Layers, shape_of
 from autoquant.delivery.likeness import Likeness, likeness, read_text
 from autoquant.delivery.searched import load_searched
 from autoquant.delivery.targets import Contents, ExportedLayer, Writer, writer
-from autoquant.engines.targets import Target
+from autoquant.engines import Activations, Target
 from autoquant.errors import CheckpointError
 from autoquant.events import Listener, ignore, logged
 from autoquant.files import move_whole, scratch_folder
 from autoquant.models import LoadedModel
 from autoquant.models.factory import tied_names
 from autoquant.models.quiet import some
-from autoquant.models.request import SampleInputs
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
 from autoquant.store import StudyFacts
-from autoquant.study.study import Study
 
 _ROUNDED_SCALE = 2**-7
 """How far the numbers of a reader may be that rounds scales to bfloat16, and then products."""
@@ -66,6 +65,20 @@ class ExportReport:
     unread: str
 
 
+class Judge(Protocol):
+    """Measures what an export costs in quality."""
+
+    def before(self, loaded: LoadedModel) -> None:
+        """Take the unquantized model, before the plan is applied to it."""
+
+    def after(self, module: nn.Module) -> None:
+        """Judge what was written: as the target's reader makes it, or else the plan in memory.
+
+        Raises:
+            PlanError: It loses too much.
+        """
+
+
 def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
     plan: Plan,
     model: str | Path,
@@ -77,6 +90,8 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
     device: str | None = None,
     listener: Listener = ignore,
     trust: Trust = NO_TRUST,
+    activations: Activations = "rounded",
+    judge: Judge | None = None,
 ) -> ExportReport:
     """Write the model that a plan quantizes as a new folder that another tool reads.
 
@@ -91,16 +106,20 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
         facts: Facts of the plan's study.
         base: A GGUF of the unquantized model, which `gguf` needs and no other target takes.
         trust: The code that the user named.
+        activations: What is taken of a layer where some kernels of its route round the activation
+            and others do not.
+        judge: Judges what was written before it is moved into place.
 
     Raises:
-        PlanError: There is no such target, or it cannot hold the plan or the model.
+        PlanError: There is no such target, or it cannot hold the plan or the model. Or the judge
+            refuses what was written.
         TrustError: The model needs code that the user did not name.
         ModelError: The model is not the one that was searched.
         CheckpointError: `out` cannot be written, or holds other numbers than the plan.
     """
     listener = logged(listener)
     made = writer(to) if base is None else writer(to).based_on(Path(base))
-    held = held_layers(plan, made.target)
+    held = held_layers(plan, made.target, activations)
     place = Path(out).absolute()
     checkpoint.check_new(place)
     made.check_given()
@@ -111,9 +130,11 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
         part = scratch / place.name
         part.mkdir()
         original = None if loaded.stream else read_text(loaded)
+        if judge is not None:
+            judge.before(loaded)
         contents = _contents(plan, loaded, held, facts, listener)
         made.write(contents, part)
-        found, unread = _read_back(made, contents, original, part, trust)
+        found, unread = _read_back(made, contents, original, part, trust, judge)
         files = sorted(path for path in part.iterdir() if path.is_file())
         report = ExportReport(
             out=place,
@@ -192,9 +213,14 @@ def _neutral(
 
 
 def _read_back(
-    made: Writer, contents: Contents, original: torch.Tensor | None, folder: Path, trust: Trust
+    made: Writer,
+    contents: Contents,
+    original: torch.Tensor | None,
+    folder: Path,
+    trust: Trust,
+    judge: Judge | None,
 ) -> tuple[Likeness | None, str]:
-    """Compare what the target's reader makes, or say why it was not read.
+    """Compare what the target's reader makes, or say why it was not read. Let it be judged.
 
     Args:
         original: Logits of the unquantized model, or None if it does not fit.
@@ -204,6 +230,8 @@ def _read_back(
         return None, "the unquantized model does not fit"
     if missing := made.missing():
         names = " and ".join(missing)
+        if judge is not None:
+            judge.after(loaded.module)
         return None, f"{names} is not installed: pip install {' '.join(missing)}"
     with redirect_stderr(StringIO()):  # progress bars of libraries
         again = made.read(folder, loaded, trust)
@@ -214,6 +242,8 @@ def _read_back(
             f"{made.reader_words()} makes other weights of what was written"
             f" ({some(found.others_differ) or f'by {found.farthest:.2g}'}); please report this"
         )
+    if judge is not None:
+        judge.after(again)
     return found, ""
 
 
@@ -223,54 +253,3 @@ def _counted(layers: Iterable[ExportedLayer]) -> dict[str, int]:
         key = f"{layer.values} as {layer.scheme.name}"
         counts[key] = counts.get(key, 0) + 1
     return counts
-
-
-def export(  # noqa: PLR0913 - the keywords of a public function
-    study: Study,
-    out: str | Path,
-    *,
-    to: str,
-    plan: Plan | None = None,
-    model: str | Path | None = None,
-    base: str | Path | None = None,
-    device: str | None = None,
-    listener: Listener = ignore,
-    trust_pickle: bool = False,
-    trust_remote_code: bool = False,
-    model_factory: str | None = None,
-    sample_inputs: SampleInputs = None,
-) -> ExportReport:
-    """Write the model that a plan quantizes as a new folder that another tool reads.
-
-    The folder is read back and compared as `export_to_disk` says.
-
-    Args:
-        study: What `search` returned, or `Study.open` opened.
-        out: The folder to make. It must not exist yet, or be empty.
-        to: What the engine reads, e.g. `compressed-tensors`.
-        plan: None is the recommended plan.
-        model: Where the model is, if not where it was.
-        base: A GGUF of the unquantized model, which `gguf` needs and no other target takes.
-        device: Where the plan is applied. None is the kind of device of the search.
-        trust_pickle, trust_remote_code, model_factory, sample_inputs: The code that the model
-            needs, as `search` takes it.
-
-    Raises what `export_to_disk` raises.
-    """
-    trust = Trust(
-        trust_pickle=trust_pickle,
-        trust_remote_code=trust_remote_code,
-        model_factory=model_factory,
-        sample_inputs=sample_inputs,
-    )
-    return export_to_disk(
-        plan or study.best_of_search(),
-        model or study.facts.source.get("path") or "",
-        out,
-        to=to,
-        facts=study.facts,
-        base=base,
-        device=device,
-        listener=listener,
-        trust=trust,
-    )

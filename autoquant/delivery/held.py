@@ -8,8 +8,18 @@ from torch import nn
 
 from autoquant.candidates import get_format
 from autoquant.delivery.targets.base import ExportedLayer
-from autoquant.engines import ENGINES, Engine, Refusal, Scheme, Target, Values, rounded_activation
+from autoquant.engines import (
+    ENGINES,
+    Activations,
+    Engine,
+    Refusal,
+    Scheme,
+    Target,
+    Values,
+    rounded_activation,
+)
 from autoquant.engines.targets import PLAIN
+from autoquant.engines.values import A16
 from autoquant.errors import PlanError
 from autoquant.models.quiet import some
 from autoquant.models.turned import turned_names
@@ -19,8 +29,13 @@ from autoquant.solver.served import NOT_EXPORTABLE, is_exportable
 _WEIGHT = ".weight"
 
 
-def held_layers(plan: Plan, target: Target) -> dict[str, ExportedLayer]:
+def held_layers(
+    plan: Plan, target: Target, mixed: Activations = "rounded"
+) -> dict[str, ExportedLayer]:
     """Return how a target holds each quantized layer, by the name of its weight.
+
+    Args:
+        mixed: What is taken where kernels of a route round the activation and others do not.
 
     Raises:
         PlanError: It cannot hold some. All are named, by the numbers that they have. Or no layer
@@ -30,13 +45,14 @@ def held_layers(plan: Plan, target: Target) -> dict[str, ExportedLayer]:
     refused: dict[tuple[str, Refusal], list[str]] = {}
     for layer in plan.layers:
         values = get_format(layer.format).values
-        found = _scheme(layer, values, target)
+        found = scheme_of(layer, target, mixed)
         if isinstance(found, Refusal):
             refused.setdefault((values, found), []).append(layer.name)
         elif found.name != PLAIN:
             name = layer.parameters[0]
             owner = name.removesuffix(_WEIGHT)
-            held[name] = ExportedLayer(owner, Values.parse(values), found, layer)
+            activation = activation_of(layer, mixed)
+            held[name] = ExportedLayer(owner, Values.parse(values), found, layer, activation)
     if refused:
         raise PlanError(_all_refused(refused, target))
     if not held:
@@ -44,9 +60,12 @@ def held_layers(plan: Plan, target: Target) -> dict[str, ExportedLayer]:
     return held
 
 
-def _scheme(layer: LayerChoice, values: str, target: Target) -> Scheme | Refusal:
+def scheme_of(
+    layer: LayerChoice, target: Target, mixed: Activations = "rounded"
+) -> Scheme | Refusal:
+    """Return how a target holds a layer, or why it cannot."""
     fmt = get_format(layer.format)
-    found = target.scheme(values, activation_of(layer), layer.shape)
+    found = target.scheme(fmt.values, activation_of(layer, mixed), layer.shape)
     if isinstance(found, Refusal) or found.name == PLAIN:
         return found
     if fmt.neutral is None:
@@ -80,10 +99,10 @@ def check_linears(module: nn.Module, layers: Iterable[ExportedLayer]) -> None:
         )
 
 
-def activation_of(layer: LayerChoice) -> str:
+def activation_of(layer: LayerChoice, mixed: Activations = "rounded") -> str:
     """Return the one way to round the activation that a layer's route is exported with."""
     fmt = get_format(layer.format)
-    return rounded_activation(fmt.kernel(step.kernel).numerics for step in layer.route)
+    return rounded_activation((fmt.kernel(step.kernel).numerics for step in layer.route), mixed)
 
 
 def _all_refused(refused: Mapping[tuple[str, Refusal], list[str]], target: Target) -> str:
@@ -92,10 +111,10 @@ def _all_refused(refused: Mapping[tuple[str, Refusal], list[str]], target: Targe
         for (values, refusal), names in refused.items()
     )
     readers = [engine.name for engine in ENGINES.values() if engine.target is target]
-    search = f"Search or solve with --for {readers[0]}, or" if readers else "Pin what it holds, or"
+    search = f"Search or solve with --for {readers[0]}, round" if readers else "Round"
     return (
-        f"{target.name} cannot hold this plan. {each}. {search} apply the plan with"
-        " `autoquant apply`"
+        f"{target.name} cannot hold this plan. {each}. {search} these layers anew with"
+        " --requantize, or apply the plan with `autoquant apply`"
     )
 
 
@@ -105,16 +124,20 @@ def _count(names: list[str]) -> str:
 
 def rounding_notes(layers: Iterable[ExportedLayer]) -> list[str]:
     """Say where activations are rounded otherwise than by every kernel of the plan."""
-    changed: dict[tuple[str, str], int] = {}
+    changed: dict[tuple[str, str, str], int] = {}
     for layer in layers:
         fmt = get_format(layer.choice.format)
         used = sorted({fmt.kernel(step.kernel).numerics for step in layer.choice.route})
         if used != [layer.scheme.activation]:
-            key = " and ".join(used), layer.scheme.activation
+            why = ""
+            if A16 in used and len(used) > 1 and layer.scheme.activation == layer.activation:
+                other = "rounded rounds" if layer.activation == A16 else "a16 does not round"
+                why = f" (--activations {other} it)"
+            key = " and ".join(used), layer.scheme.activation, why
             changed[key] = changed.get(key, 0) + 1
     return [
-        f"{count} layers round the activation as {used} in the plan, and as {exported} here"
-        for (used, exported), count in changed.items()
+        f"{count} layers round the activation as {used} in the plan, and as {exported} here{why}"
+        for (used, exported, why), count in changed.items()
     ]
 
 
@@ -163,5 +186,5 @@ def _form(layer: ExportedLayer | None) -> tuple[str, int | None, Scheme] | None:
 def _refused(engine: Engine, layer: ExportedLayer, fused: bool, device: str | None) -> str | None:
     choice = layer.choice
     return engine.refuses(
-        str(layer.values), activation_of(choice), choice.shape, fused=fused, device=device
+        str(layer.values), layer.activation, choice.shape, fused=fused, device=device
     )

@@ -6,11 +6,13 @@ own: layers that it computes as one, and devices without a kernel. Needs no torc
 
 from autoquant.engines.engine import ENGINES, Engine, engine, target
 from autoquant.engines.targets import TARGETS, Refusal, Scheme, Target
-from autoquant.engines.values import Values, rounded_activation
+from autoquant.engines.values import ACTIVATIONS, Activations, Values, rounded_activation
 
 __all__ = [
+    "ACTIVATIONS",
     "ENGINES",
     "TARGETS",
+    "Activations",
     "Engine",
     "Refusal",
     "Scheme",

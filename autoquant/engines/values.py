@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 A16 = "a16"
 """Numerics of a kernel that does not round the activation."""
@@ -49,10 +50,21 @@ class Values:
         return f"{self.family}{group}{f'-{self.rounding}' if self.rounding else ''}"
 
 
-def rounded_activation(numerics: Iterable[str]) -> str:
+Activations = Literal["rounded", "a16"]
+"""What is taken where some kernels of a route round the activation and others do not."""
+ACTIVATIONS: tuple[Activations, ...] = ("rounded", "a16")
+
+
+def rounded_activation(numerics: Iterable[str], mixed: Activations = "rounded") -> str:
     """Return the one way to round the activation that stands for a whole route.
 
     No target has routes. If some kernels of a route round the activation and others do not, the
-    rounded one is taken: that is what the layer's loss was scored with.
+    rounded one is what the layer's loss was scored with, and the other is more exact.
+
+    Args:
+        mixed: Which of the two is taken.
     """
-    return next((each for each in numerics if each != A16), A16)
+    known = list(numerics)
+    if mixed == "a16" and A16 in known:
+        return A16
+    return next((each for each in known if each != A16), A16)

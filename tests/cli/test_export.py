@@ -19,6 +19,8 @@ class Likeness:
     same_logits: bool = True
     loss: float = 0.0123
     plan_loss: float = 0.0119
+    apart: float = 0.0042
+    in_nats: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class Report:
 def work(monkeypatch):
     """A stand-in for exporting: `calls` notes what was asked, `changes` alters the report."""
     module = ModuleType("autoquant.delivery.exporting")
-    module.calls, module.changes, module.bases = [], {}, []
+    module.calls, module.changes, module.bases, module.activations = [], {}, [], []
 
-    def export_to_disk(plan, model, out, *, to, facts, base, listener=None, trust=None):
+    def export_to_disk(plan, model, out, *, to, base, activations, **options):
         module.bases.append(base)
+        module.activations.append(activations)
         module.calls.append((plan.plan_id, str(model), out.name, to))
         made = Report(out.absolute(), target(to), schemes={"int8-row as pack-quantized": 60})
         return replace(made, **module.changes)

@@ -13,6 +13,7 @@ from torch import nn
 
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.engines import Scheme, Target, Values
+from autoquant.engines.values import A16
 from autoquant.errors import PlanError
 from autoquant.models import LoadedModel
 from autoquant.models.trust import Trust
@@ -27,12 +28,14 @@ class ExportedLayer:
         values: Which numbers its weight holds.
         scheme: How the target holds it.
         choice: What the plan says of it.
+        activation: How its activation is to be rounded, which the scheme may not do.
     """
 
     name: str
     values: Values
     scheme: Scheme
     choice: LayerChoice
+    activation: str = A16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,7 +88,8 @@ class ExecutorchWriter(Writer):
                 program = _lowered(module, _given(loaded), loaded)
         except Exception as error:  # what torch.export and ExecuTorch raise has no common base
             raise CheckpointError(
-                f"ExecuTorch cannot make a program of this model: {first_line(error, with_type=True)}"
+                "ExecuTorch cannot make a program of this model:"
+                f" {first_line(error, with_type=True)}"
             ) from error
         for name, (layer, neutral) in layers.items():
             _check_inside(program, layer, neutral, name)
@@ -109,7 +110,7 @@ def _longest(loaded: LoadedModel) -> int:
 
 
 def _leaves(inputs: Inputs) -> list[Any]:
-    return cast(list[Any], pytree.tree_leaves(inputs))
+    return pytree.tree_leaves(inputs)
 
 
 def _given(loaded: LoadedModel) -> Inputs:
@@ -144,10 +145,11 @@ class Program(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        from executorch.runtime import Runtime
+        with quiet():  # it warns that it may change
+            from executorch.runtime import Runtime
 
-        self._program = Runtime.get().load_program(path)
-        self._method = self._program.load_method("forward")
+            self._program = Runtime.get().load_program(path)
+            self._method = self._program.load_method("forward")
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         kwargs.pop("use_cache", None)
@@ -173,7 +175,7 @@ def _tensor(layer: ExportedLayer, weight: NeutralWeight) -> torch.Tensor:
         weight.codes.contiguous(),
         scale.contiguous(),
         torch.zeros_like(scale, dtype=torch.int8),
-        target_dtype=torch.int8 if bits == 8 else torch.int4,
+        target_dtype=getattr(torch, f"int{bits}"),
         block_size=(1, weight.group),
         dtype=torch.float32,
         activation_quantization="int8_asym_per_token",

@@ -14,7 +14,12 @@ from autoquant.delivery.exporting import export_to_disk
 from autoquant.delivery.likeness import read_text
 from autoquant.delivery.targets import executorch_program
 from autoquant.delivery.targets.base import ExportedLayer
-from autoquant.delivery.targets.executorch_program import WRITER, _check_inside, _in_float32, _tensor
+from autoquant.delivery.targets.executorch_program import (
+    WRITER,
+    _check_inside,
+    _in_float32,
+    _tensor,
+)
 from autoquant.engines import TARGETS, Refusal, Values, engine
 from autoquant.errors import CheckpointError, PlanError
 from autoquant.models import load_model
@@ -54,7 +59,7 @@ def test_the_tensor_that_is_traced_has_the_numbers_of_the_plan(name):
 
 def test_scales_of_groups_that_bfloat16_does_not_hold_are_refused():
     name = "int4s-g32/lanes"
-    with pytest.raises(PlanError, match="those of a float32 model are finer.*--dtype bf16"):
+    with pytest.raises(PlanError, match=r"those of a float32 model are finer.*--dtype bf16"):
         _tensor(layer(name, "float32"), neutral(name, torch.float32))
 
 
@@ -69,7 +74,7 @@ def test_a_program_with_other_integers_or_scales_is_an_error(name):
     parts = [codes.contiguous().numpy().tobytes(), scale.contiguous().numpy().tobytes()]
     _check_inside(b"..".join(parts), made, weight, "layer.weight")
     for missing in parts:
-        with pytest.raises(CheckpointError, match="XNNPACK did not take layer.weight"):
+        with pytest.raises(CheckpointError, match=r"XNNPACK did not take layer\.weight"):
             _check_inside(b"..".join(set(parts) - {missing}), made, weight, "layer.weight")
 
 
@@ -80,7 +85,10 @@ def test_what_is_traced_is_the_plan_in_float32_with_rounded_activations(planned)
     apply(plan, loaded.module)
     weights = {
         each.parameters[0]: _tensor(
-            layer(each.format), get_format(each.format).neutral(loaded.module.get_parameter(each.parameters[0]).data.stored)
+            layer(each.format),
+            get_format(each.format).neutral(
+                loaded.module.get_parameter(each.parameters[0]).data.stored
+            ),
         )
         for each in plan.layers
         if "plain" not in each.format or each.format == INT8[0]
@@ -103,7 +111,9 @@ def test_it_is_refused_where_executorch_is_not_installed(planned, tmp_path, monk
 
 
 def test_what_it_has_no_integers_for_is_refused_with_what_it_has(planned, tmp_path):
-    with pytest.raises(PlanError, match=r"nearest: int4s-g32. Search or solve with --for executorch"):
+    with pytest.raises(
+        PlanError, match=r"nearest: int4s-g32. Search or solve with --for executorch"
+    ):
         exported(planned, {"o_proj": ("int4-g32/lanes", "unpack-matmul")}, tmp_path / "out")
 
 
@@ -141,7 +151,9 @@ def test_other_numbers_than_the_plan_has_are_an_error(planned, tmp_path, monkeyp
     pytest.importorskip("executorch")
     make = executorch_program._tensor
     monkeypatch.setattr(
-        executorch_program, "_tensor", lambda l, w: make(l, replace(w, scale=w.scale * 2))
+        executorch_program,
+        "_tensor",
+        lambda one, weight: make(one, replace(weight, scale=weight.scale * 2)),
     )
     with pytest.raises(CheckpointError, match="o_proj as 8da4w has other numbers"):
         exported(planned, {"o_proj": INT4S}, tmp_path / "out")

@@ -1,0 +1,213 @@
+"""Export a plan, and prove its quality again where layers had to be rounded anew."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autoquant.delivery.exporting import ExportReport, export_to_disk
+from autoquant.delivery.requantizing import Requantized, requantized
+from autoquant.delivery.targets import writer
+from autoquant.engines import ENGINES, Activations
+from autoquant.evaluators.quality import QualityFunction
+from autoquant.events import Listener, ignore
+from autoquant.models.request import SampleInputs
+from autoquant.models.trust import NO_TRUST, Trust
+from autoquant.records import Plan
+from autoquant.solver.limits import Limits
+from autoquant.study.study import Study
+from autoquant.tuner.judge import Asked
+from autoquant.tuner.rejudge import Judged, Rejudge, study_quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequantizedReport:
+    """An export for which layers were rounded anew.
+
+    Attributes:
+        plan: The plan that was exported.
+        changes: How many layers were changed, by (values of the plan, values here, why).
+        quality: What was measured, a line each; empty if no layer was changed.
+        of_plan, result: The quality of the plan of the search, and of what was written.
+    """
+
+    export: ExportReport
+    plan: Plan
+    changes: Mapping[tuple[str, str, str], int]
+    quality: tuple[str, ...] = ()
+    of_plan: Judged | None = None
+    result: Judged | None = None
+
+
+def export_requantized(  # noqa: PLR0913 - the keywords of a public function
+    study: Study,
+    plan: Plan,
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    asked: Asked | None = None,
+    limits: Limits | None = None,
+    base: str | Path | None = None,
+    activations: Activations = "rounded",
+    device: str | None = None,
+    listener: Listener = ignore,
+    trust: Trust = NO_TRUST,
+) -> RequantizedReport:
+    """Export a plan with the nearest values that the target holds, and prove its quality again.
+
+    The layers that the target cannot hold exactly are rounded anew from the unquantized weights.
+    What the target's reader makes of the files is judged on the texts of the search, or the changed
+    plan in memory if it is not read. If it is beyond the limits, nothing is written.
+
+    Args:
+        asked: What judged the search, if not the text that autoquant ships.
+        limits: Those to keep to. None is those of the search.
+
+    Raises what `export_to_disk` raises, and:
+        PlanError: What was made is beyond the limits.
+        TextError: The search judged by another measure.
+    """
+    facts = study.facts
+    place = device or facts.device.type
+    changed = requantized(plan, writer(to).target, place.partition(":")[0], activations)
+    judge = None
+    if changed.changes:
+        judge = _judge(study, plan, changed, to, asked, limits, listener)
+    report = export_to_disk(
+        changed.plan,
+        model,
+        out,
+        to=to,
+        facts=facts,
+        base=base,
+        device=device,
+        listener=listener,
+        trust=trust,
+        activations=activations,
+        judge=judge,
+    )
+    if judge is None:
+        return RequantizedReport(export=report, plan=plan, changes={})
+    return RequantizedReport(
+        export=report,
+        plan=changed.plan,
+        changes=changed.changes,
+        quality=judge.words,
+        of_plan=judge.of_plan,
+        result=judge.result,
+    )
+
+
+def _judge(
+    study: Study,
+    plan: Plan,
+    changed: Requantized,
+    to: str,
+    asked: Asked | None,
+    limits: Limits | None,
+    listener: Listener,
+) -> Rejudge:
+    facts = study.facts
+    words = study.store.references(study.study_id).get("judge", {}).get("words", "")
+    readers = [each.name for each in ENGINES.values() if each.target.name == to]
+    search = f"search or solve with --for {readers[0]}, or " if readers else ""
+    advice = (
+        f"nothing was written; {search}accept more with --plan {plan.plan_id} --max-ppl-increase"
+    )
+    asked = asked or Asked.of(None, None, None)
+    return Rejudge(
+        changed.plan,
+        plan,
+        facts,
+        lambda loaded: study_quality(loaded, facts, asked, words),
+        limits=limits or study.limits,
+        advice=advice,
+        listener=listener,
+    )
+
+
+def export(  # noqa: PLR0913 - the keywords of a public function
+    study: Study,
+    out: str | Path,
+    *,
+    to: str,
+    plan: Plan | None = None,
+    model: str | Path | None = None,
+    base: str | Path | None = None,
+    activations: Activations = "rounded",
+    requantize: bool = False,
+    max_ppl_increase: float | None = None,
+    eval_text: str | os.PathLike[str] | None = None,
+    eval_data: str | None = None,
+    quality: QualityFunction | str | None = None,
+    device: str | None = None,
+    listener: Listener = ignore,
+    trust_pickle: bool = False,
+    trust_remote_code: bool = False,
+    model_factory: str | None = None,
+    sample_inputs: SampleInputs = None,
+) -> ExportReport | RequantizedReport:
+    """Write the model that a plan quantizes as a new folder that another tool reads.
+
+    The folder is read back and compared as `autoquant.delivery.exporting.export_to_disk` says.
+
+    Args:
+        study: What `search` returned, or `Study.open` opened.
+        out: The folder to make. It must not exist yet, or be empty.
+        to: What the engine reads, e.g. `compressed-tensors`.
+        plan: None is the recommended plan.
+        model: Where the model is, if not where it was.
+        base: A GGUF of the unquantized model, which `gguf` needs and no other target takes.
+        activations: What is taken of a layer where some kernels of its route round the activation
+            and others do not: `rounded`, or `a16`.
+        requantize: Round layers anew that the target cannot hold exactly, and prove the quality
+            again. Then the report is a `RequantizedReport`.
+        max_ppl_increase: The limit of that. None is the search's.
+        eval_text, eval_data, quality: What judged the search, for that; as `search` takes it.
+        device: Where the plan is applied. None is the kind of device of the search.
+        trust_pickle, trust_remote_code, model_factory, sample_inputs: The code that the model
+            needs, as `search` takes it.
+
+    Raises what `export_to_disk` and `export_requantized` raise.
+    """
+    trust = Trust(
+        trust_pickle=trust_pickle,
+        trust_remote_code=trust_remote_code,
+        model_factory=model_factory,
+        sample_inputs=sample_inputs,
+    )
+    chosen = plan or study.best_of_search()
+    place = model or study.facts.source.get("path") or ""
+    if not requantize:
+        return export_to_disk(
+            chosen,
+            place,
+            out,
+            to=to,
+            facts=study.facts,
+            base=base,
+            device=device,
+            listener=listener,
+            trust=trust,
+            activations=activations,
+        )
+    limits = study.limits
+    if max_ppl_increase is not None:
+        limits = replace(limits, max_ppl_increase=max_ppl_increase)
+    return export_requantized(
+        study,
+        chosen,
+        place,
+        out,
+        to=to,
+        asked=Asked.of(eval_text, eval_data, quality),
+        limits=limits,
+        base=base,
+        activations=activations,
+        device=device,
+        listener=listener,
+        trust=trust,
+    )

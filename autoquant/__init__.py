@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from autoquant.candidates import Format, Kernel, register
     from autoquant.delivery.in_memory import apply, save
     from autoquant.delivery.on_disk import load
+    from autoquant.delivery.qat import finish_qat, prepare_qat
     from autoquant.errors import AutoquantError
     from autoquant.records import Phase, Plan, Workload
     from autoquant.runtime.modules import compile
@@ -37,8 +38,10 @@ __all__ = [
     "apply",
     "compile",
     "export",
+    "finish_qat",
     "load",
     "prepare",
+    "prepare_qat",
     "profile",
     "register",
     "save",
@@ -56,8 +59,10 @@ _HOMES = {
     "apply": "autoquant.delivery.in_memory",
     "compile": "autoquant.runtime.modules",
     "export": "autoquant.tuner.exporting",
+    "finish_qat": "autoquant.delivery.qat",
     "load": "autoquant.delivery.on_disk",
     "prepare": "autoquant.runtime.prepare",
+    "prepare_qat": "autoquant.delivery.qat",
     "profile": "autoquant.tuner.profile",
     "register": "autoquant.candidates",
     "save": "autoquant.delivery.in_memory",

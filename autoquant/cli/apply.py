@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from autoquant.cli.options import (
+    EvalDataOption,
+    EvalTextOption,
     ModelFactoryOption,
+    QualityOption,
     SampleInputsOption,
     TrustPickleOption,
     TrustRemoteCodeOption,
@@ -20,6 +23,7 @@ from autoquant.cli.plans import (
     ModelOption,
     PlanOption,
     WithinOption,
+    check_judges,
     folder_beside,
     increase_within,
     one_plan,
@@ -31,6 +35,7 @@ from autoquant.errors import option_words
 if TYPE_CHECKING:
     from autoquant.delivery.on_disk import AppliedReport
     from autoquant.records import Plan
+    from autoquant.tuner.retrained import RetrainedReport
 
 
 def apply(
@@ -43,6 +48,17 @@ def apply(
             show_default="MODEL-PLANID beside the database",
         ),
     ] = None,
+    retrained: Annotated[
+        bool,
+        typer.Option(
+            "--retrained",
+            help="The weights of --model are others than those that were searched: measure quality"
+            " anew.",
+        ),
+    ] = False,
+    eval_text: EvalTextOption = None,
+    eval_data: EvalDataOption = None,
+    quality: QualityOption = None,
     plan: PlanOption = None,
     max_ppl_increase: WithinOption = None,
     model: ModelOption = None,
@@ -56,27 +72,29 @@ def apply(
     It is read back and compared with the model in memory.
     """
     increase = increase_within(plan, max_ppl_increase)
+    check_judges(retrained, "--retrained", eval_text, eval_data, quality)
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan) as study:
         chosen = one_plan(study, plan, increase)
         source = model or source_path(study)
-        # Imports torch: only after everything that can be refused without it.
-        from autoquant.delivery.on_disk import apply_to_disk
-        from autoquant.models.trust import Trust
-
         target = out or folder_beside(database, source, chosen)
 
-        def applied(**code: Any) -> AppliedReport:
+        def applied(**code: Any) -> AppliedReport | RetrainedReport:
+            # Imports torch: only after everything that can be refused without it.
+            from autoquant.models.trust import Trust
+
             with listening() as listener:
-                return apply_to_disk(
-                    chosen,
-                    source,
-                    target,
-                    facts=study.facts,
-                    listener=listener,
-                    trust=Trust(**code),
-                )
+                options: dict[str, Any] = {"listener": listener, "trust": Trust(**code)}
+                if retrained:
+                    from autoquant.tuner.judge import Asked
+                    from autoquant.tuner.retrained import apply_retrained
+
+                    options["asked"] = Asked.of(eval_text, eval_data, quality)
+                    return apply_retrained(study, chosen, source, target, **options)
+                from autoquant.delivery.on_disk import apply_to_disk
+
+                return apply_to_disk(chosen, source, target, facts=study.facts, **options)
 
         report = trusting(
             applied,
@@ -85,7 +103,26 @@ def apply(
             model_factory=model_factory,
             sample_inputs=sample_inputs,
         )
-    _print_report(chosen, report)
+    if retrained:
+        _print_retrained(chosen, cast("RetrainedReport", report))
+    else:
+        _print_report(chosen, cast("AppliedReport", report))
+
+
+def _print_retrained(plan: Plan, report: RetrainedReport) -> None:
+    applied = report.applied
+    if applied.model_hash == plan.model_hash:
+        echo("Note: these are the weights that were searched.")
+    else:
+        echo(
+            f"Applied to other weights (content {applied.model_hash}) than those that were searched"
+            f" ({plan.model_hash}): speed is as proven, quality was measured anew."
+        )
+    for line in report.quality:
+        echo(line)
+    if report.beyond:
+        echo(f"Note: {report.beyond}, the limit of the search.")
+    _print_report(plan, applied)
 
 
 _READ_BACK = {

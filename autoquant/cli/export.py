@@ -23,6 +23,7 @@ from autoquant.cli.plans import (
     ModelOption,
     PlanOption,
     WithinOption,
+    check_judges,
     folder_beside,
     increase_within,
     limits_within,
@@ -110,7 +111,7 @@ def export(
     # What is rounded anew may be named, and have another limit than its search.
     increase = increase_within(None if requantize else plan, max_ppl_increase)
     target(to)
-    _check_judges(requantize, eval_text, eval_data, quality)
+    check_judges(requantize, "--requantize", eval_text, eval_data, quality)
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan) as study:
@@ -148,14 +149,6 @@ def export(
     _print(chosen, report)
 
 
-def _check_judges(requantize: bool, *judges: str | None) -> None:
-    if any(judges) and not requantize:
-        raise typer.BadParameter(
-            "quality is measured again with --requantize only: add it, or leave this out",
-            param_hint="--eval-text, --eval-data, --quality",
-        )
-
-
 def _print(plan: Plan, report: ExportReport | RequantizedReport) -> None:
     changes = getattr(report, "changes", None)
     if changes is None:
@@ -185,17 +178,14 @@ def _print_report(plan: Plan, report: ExportReport) -> None:
         f"Files {units.size(report.file_bytes)}, parameters in the plan"
         f" {units.size(report.plan_bytes)}"
     )
-    echo("Each layer was decoded from what was written: its numbers are the plan's.")
+    echo(report.written)
     if report.likeness is None:
         echo(f"Not read back by {report.reader}: {report.unread}")
     else:
         echo(f"Read back by {report.reader}: {_likeness_text(report.likeness)}")
     for note in report.notes:
         echo(f"Note: {note}")
-    echo(
-        "Speed: the engine multiplies with kernels of its own, not with those that the search"
-        " timed. Time it there."
-    )
+    echo(report.closing)
 
 
 def _likeness_text(found: Likeness) -> str:

@@ -130,6 +130,22 @@ def limits_within(study: Study, increase: float | None) -> Limits:
     return replace(study.limits, max_ppl_increase=increase)
 
 
+def check_judges(measures: bool, option: str, *judges: str | None) -> None:
+    """Refuse what names a measure of quality where none is measured.
+
+    Args:
+        option: What has it measured.
+
+    Raises:
+        BadParameter: It is named without that option.
+    """
+    if any(judges) and not measures:
+        raise typer.BadParameter(
+            f"quality is measured with {option} only: add it, or leave this out",
+            param_hint="--eval-text, --eval-data, --quality",
+        )
+
+
 def folder_beside(database: str, source: str, plan: Plan, suffix: str = "") -> Path:
     """Return the folder that is named after the model and the plan, beside the database.
 

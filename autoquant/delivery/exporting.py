@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery import checkpoint
 from autoquant.delivery.applier import apply
 from autoquant.delivery.held import check_linears, engine_notes, held_layers, rounding_notes
+from autoquant.delivery.judging import Judge
 from autoquant.delivery.layers import Layers, shape_of
 from autoquant.delivery.likeness import Likeness, likeness, read_text
 from autoquant.delivery.searched import load_searched
@@ -28,6 +28,7 @@ from autoquant.errors import CheckpointError
 from autoquant.events import Listener, ignore, logged
 from autoquant.files import move_whole, scratch_folder
 from autoquant.models import LoadedModel
+from autoquant.models.copies import shallow_copy
 from autoquant.models.factory import tied_names
 from autoquant.models.quiet import some
 from autoquant.models.trust import NO_TRUST, Trust
@@ -50,6 +51,8 @@ class ExportReport:
         reader: The packages that read the target; with versions if they did.
         likeness: What the reader made, beside the plan; None if it was not read.
         unread: Why it was not read, or "".
+        written: What was checked of the files, one sentence.
+        closing: What to know of their use.
     """
 
     out: Path
@@ -63,20 +66,8 @@ class ExportReport:
     reader: str
     likeness: Likeness | None
     unread: str
-
-
-class Judge(Protocol):
-    """Measures what an export costs in quality."""
-
-    def before(self, loaded: LoadedModel) -> None:
-        """Take the unquantized model, before the plan is applied to it."""
-
-    def after(self, module: nn.Module) -> None:
-        """Judge what was written: as the target's reader makes it, or else the plan in memory.
-
-        Raises:
-            PlanError: It loses too much.
-        """
+    written: str
+    closing: str
 
 
 def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
@@ -132,7 +123,9 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
         original = None if loaded.stream else read_text(loaded)
         if judge is not None:
             judge.before(loaded)
+        kept = shallow_copy(loaded.module) if made.takes_original and not loaded.stream else None
         contents = _contents(plan, loaded, held, facts, listener)
+        contents = replace(contents, original=kept)
         made.write(contents, part)
         found, unread = _read_back(made, contents, original, part, trust, judge)
         files = sorted(path for path in part.iterdir() if path.is_file())
@@ -152,6 +145,8 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
             reader=made.reader_words() if found else " and ".join(made.reader),
             likeness=found,
             unread=unread,
+            written=made.written,
+            closing=made.closing,
         )
         move_whole(part, place)
     return report
@@ -234,7 +229,7 @@ def _read_back(
             judge.after(loaded.module)
         return None, f"{names} is not installed: pip install {' '.join(missing)}"
     with redirect_stderr(StringIO()):  # progress bars of libraries
-        again = made.read(folder, loaded, trust)
+        again = made.read(folder, contents, trust)
         quantized = list(contents.layers) if made.shows_weights else None
         found = likeness(loaded, again, quantized, original)
     if found.others_differ or found.farthest > _ROUNDED_SCALE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from autoquant.delivery import checkpoint
 from autoquant.delivery.applier import apply, module_bytes
 from autoquant.delivery.beside import check_beside
 from autoquant.delivery.comparison import check_same
+from autoquant.delivery.judging import Judge
 from autoquant.delivery.kernel_check import check_kernels
 from autoquant.delivery.layers import write_layers
 from autoquant.delivery.manifest import read_manifest
@@ -51,6 +52,7 @@ class AppliedReport:
         compared: What was compared with the model in memory: `logits`; `weights` if its kernels
             add in a different order each time; `layers`, tensor by tensor, if the unquantized model
             has no room and layers were quantized one at a time.
+        model_hash: Content hash of the model that the plan was applied to.
         needs_module: Loading the folder takes a module of the same architecture, because the
             folder does not describe it.
         needs_code: The code that loading the folder takes, as keywords of `load`.
@@ -64,12 +66,13 @@ class AppliedReport:
     memory_bytes: int
     original_memory_bytes: int
     compared: Compared
+    model_hash: str
     needs_module: bool
     generates: bool
     needs_code: Mapping[str, str | bool]
 
 
-def apply_to_disk(
+def apply_to_disk(  # noqa: PLR0913 - the keywords of a delivery
     plan: Plan,
     model: str | Path,
     out: str | Path,
@@ -78,6 +81,8 @@ def apply_to_disk(
     device: str | None = None,
     listener: Listener = ignore,
     trust: Trust = NO_TRUST,
+    retrained: bool = False,
+    judge: Judge | None = None,
 ) -> AppliedReport:
     """Apply `plan` to the model that was searched, save it as a new folder and check the folder.
 
@@ -88,16 +93,23 @@ def apply_to_disk(
         out: The folder to make. It must not exist yet, or be empty.
         facts: Facts of the plan's study: how the model was loaded, and on which device.
         trust: The code that the user named. What the study names is never run by itself.
+        retrained: The weights may be others than those that were searched, such as those of the
+            same model trained on. Names, shapes and dtype have to be the same.
+        judge: Judges the quantized model before it is moved into place.
 
     Raises:
         TrustError: The model needs code that the user did not name.
-        ModelError: The model is not the one that was searched (its content has another hash).
+        ModelError: The model is not the one that was searched (its content has another hash), or
+            has other layers.
         CheckpointError: `out` cannot be written, or its model computes something else.
     """
     listener = logged(listener)
     target = Path(out).absolute()
     _check_target(target, plan)
-    loaded = load_searched(plan, model, facts, device, trust)
+    loaded = load_searched(plan, model, facts, device, trust, retrained=retrained)
+    plan = replace(plan, model_hash=loaded.content_hash)
+    if judge is not None:
+        judge.before(loaded)
     original_bytes = module_bytes(loaded.module)
     with checkpoint.writing(target), scratch_folder(target) as scratch:
         part = scratch / target.name
@@ -117,6 +129,8 @@ def apply_to_disk(
             again = settle(checkpoint.read(part, skeleton, place, trust=trust))
             compared = "logits" if check_same(loaded, again, target) else "weights"
             check_beside(loaded, again, part)
+        if judge is not None:
+            judge.after(loaded.module)
         files = sorted(path.name for path in part.iterdir())
         move_whole(part, target)
     listener(Notice(f"read {target.name} back: {_SAME[compared]}"))
@@ -128,6 +142,7 @@ def apply_to_disk(
         memory_bytes=memory_bytes,
         original_memory_bytes=original_bytes,
         compared=compared,
+        model_hash=loaded.content_hash,
         needs_module=not loaded.describes_itself,
         needs_code=_needed_code(loaded.source, target),
         generates=loaded.kind == "causal_lm" and loaded.tokenizer is not None,

@@ -17,11 +17,14 @@ def load_searched(
     facts: StudyFacts,
     device: str | None,
     trust: Trust = NO_TRUST,
+    *,
+    retrained: bool = False,
 ) -> LoadedModel:
     """Load the model that a plan was made for, the way the search loaded it.
 
     Args:
         trust: The code that the user named. What the study names is never run by itself.
+        retrained: Its weights may be others than those that were searched.
 
     Raises:
         TrustError: The model needs code that the user did not name.
@@ -36,9 +39,10 @@ def load_searched(
         )
     place = device or facts.device.type
     loaded = load_request(request_again(source, trust, dtype=plan.dtype, device=place, model=model))
-    if loaded.content_hash != plan.model_hash:
+    if loaded.content_hash != plan.model_hash and not retrained:
         raise ModelError(
             f"{model} is not the model that was searched (content {loaded.content_hash}, plan for"
-            f" {plan.model_hash}): give the right one with --model, or search this one"
+            f" {plan.model_hash}): give the right one with --model, search this one, or, if it is"
+            " the same model trained on, apply the plan with `autoquant apply --retrained`"
         )
     return loaded

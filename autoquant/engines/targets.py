@@ -238,7 +238,34 @@ largest number, which is at least as fine as rows of `a8-row`.
 Source: executorch 1.5.1, `backends/xnnpack/operators/node_visitor.py`.
 """
 
+_INTEGERS, _FLOATS = "IntxFakeQuantizeConfig", "Float8FakeQuantizeConfig"
+
+QAT = Target(
+    name="qat",
+    holds={
+        "int8-row": {A16: Scheme(_INTEGERS), "a8-row": Scheme(_INTEGERS, A8_TOKEN)},
+        "int4": {A16: Scheme(_INTEGERS), "a8-row": Scheme(_INTEGERS, A8_TOKEN)},
+        "int4s": {A16: Scheme(_INTEGERS), "a8-row": Scheme(_INTEGERS, A8_TOKEN)},
+        "int3": {A16: Scheme(_INTEGERS)},
+        "int2": {A16: Scheme(_INTEGERS)},
+        "float8-row": {A16: Scheme(_FLOATS), "a8-float8-row": Scheme(_FLOATS, "a8-float8-row")},
+        "float8-tensor": {
+            A16: Scheme(_FLOATS),
+            "a8-float8-tensor": Scheme(_FLOATS, "a8-float8-tensor"),
+        },
+    },
+    instead={
+        "mxfp8": ("torchao trains no mxfp8", "float8-row"),
+        "mxfp4": ("torchao trains no mxfp4", "int4s-g32"),
+        "nvfp4": ("torchao trains no nvfp4", "int4s-g32"),
+    },
+)
+"""What torchao rounds weights to while a model is trained on. It holds no numbers.
+
+Source: torchao 0.18, `quantization/qat/fake_quantize_config.py`.
+"""
+
 TARGETS: Mapping[str, Target] = {
-    each.name: each for each in (COMPRESSED_TENSORS, GGUF, TRANSFORMERS, EXECUTORCH)
+    each.name: each for each in (COMPRESSED_TENSORS, GGUF, TRANSFORMERS, EXECUTORCH, QAT)
 }
 """All targets by name."""

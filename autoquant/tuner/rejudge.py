@@ -77,7 +77,7 @@ def study_quality(
 
 
 class Rejudge:
-    """Judges what is made of a plan again (see `autoquant.delivery.exporting.Judge`).
+    """Judges what is made of a plan again (see `autoquant.delivery.judging`).
 
     Args:
         made: The plan that is judged.
@@ -153,7 +153,7 @@ class Rejudge:
         self._quality = self._make(loaded)
         self.logarithmic = self._quality.logarithmic
         self._original = shallow_copy(loaded.module)
-        self._listener(StageStarted("quality", 2))
+        self._listener(StageStarted("quality", 1 if self._plan is None else 2))
         if self._plan is not None:
             self._listener(StageProgress("quality", 0, self._plan.label))
             module = applied(self._plan, self._original, self._facts.calibration)
@@ -166,7 +166,8 @@ class Rejudge:
         Raises:
             PlanError: It is beyond the limits.
         """
-        self._listener(StageProgress("quality", 1, "what was written"))
+        done = 0 if self._plan is None else 1
+        self._listener(StageProgress("quality", done, "what was written"))
         with self._worst(module):
             self.result = self._judged(module)
         self._listener(StageFinished("quality", "measured on the texts of the search"))

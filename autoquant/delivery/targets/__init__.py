@@ -15,6 +15,7 @@ _HOMES = {
     "compressed-tensors": "compressed_tensors",
     "executorch": "executorch_program",
     "gguf": "gguf_writer",
+    "qat": "qat_folder",
     "transformers": "torchao_folder",
 }
 """The module of each target's writer."""

@@ -50,6 +50,7 @@ class Contents:
         tensors: Yields every tensor that a state dict has, by name, each as it is made: quantized
             ones in the neutral form, and of tied ones the first.
         unties: A weight that was tied to an embedding is quantized now, and the embedding is not.
+        original: The unquantized model, if the writer asks for it and it fits.
     """
 
     loaded: LoadedModel
@@ -58,6 +59,7 @@ class Contents:
     linears: tuple[str, ...]
     tensors: Iterator[tuple[str, torch.Tensor | NeutralWeight]]
     unties: bool
+    original: nn.Module | None = None
 
 
 class Writer(ABC):
@@ -68,11 +70,20 @@ class Writer(ABC):
         reader: The packages that read what it writes, by the names that pip knows.
         shows_weights: What the reader makes has the weights of the model by name. Otherwise only
             what it computes is compared.
+        takes_original: The reader needs the unquantized model in memory.
+        written: What was checked of the files, one sentence.
+        closing: What to know of their use, one or more sentences.
     """
 
     target: Target
     reader: tuple[str, ...]
     shows_weights: bool = True
+    takes_original: bool = False
+    written: str = "Each layer was decoded from what was written: its numbers are the plan's."
+    closing: str = (
+        "Speed: the engine multiplies with kernels of its own, not with those that the search"
+        " timed. Time it there."
+    )
 
     def missing(self) -> list[str]:
         """Return those of the reader's packages that are not installed."""
@@ -121,7 +132,7 @@ class Writer(ABC):
         """
 
     @abstractmethod
-    def read(self, folder: Path, loaded: LoadedModel, trust: Trust) -> nn.Module:
+    def read(self, folder: Path, contents: Contents, trust: Trust) -> nn.Module:
         """Return the model as the target's own reader makes it.
 
         Raises:

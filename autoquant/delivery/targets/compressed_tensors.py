@@ -92,8 +92,8 @@ class CompressedTensorsWriter(Writer):
         settings = quantization_config(list(groups.values()), contents.linears)
         write_beside(contents, settings, folder)
 
-    def read(self, folder: Path, loaded: LoadedModel, trust: Trust) -> nn.Module:
-        return read_folder(folder, loaded, trust)
+    def read(self, folder: Path, contents: Contents, trust: Trust) -> nn.Module:
+        return read_folder(folder, contents.loaded, trust)
 
 
 def _same(decoded: torch.Tensor, weight: NeutralWeight) -> bool:

@@ -47,6 +47,9 @@ class ExecutorchWriter(Writer):
     target = EXECUTORCH
     reader = ("executorch",)
     shows_weights = False
+    written = (
+        "The integers and scales of each layer were found in the program: they are the plan's."
+    )
 
     def check_given(self) -> None:
         if missing := self.missing():
@@ -97,7 +100,7 @@ class ExecutorchWriter(Writer):
         if loaded.tokenizer is not None and hasattr(loaded.tokenizer, "save_pretrained"):
             loaded.tokenizer.save_pretrained(folder)
 
-    def read(self, folder: Path, loaded: LoadedModel, trust: Trust) -> nn.Module:
+    def read(self, folder: Path, contents: Contents, trust: Trust) -> nn.Module:
         return Program(folder / _FILE)
 
 

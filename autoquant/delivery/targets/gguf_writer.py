@@ -82,10 +82,10 @@ class GgufWriter(Writer):
         lines = [f"^{re.escape(name)}$={kind.lower()}" for name, kind in types.items()]
         (folder / _RECIPE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def read(self, folder: Path, loaded: LoadedModel, trust: Trust) -> nn.Module:
+    def read(self, folder: Path, contents: Contents, trust: Trust) -> nn.Module:
         """Return the model with the numbers that the package gguf reads."""
         file = GgufFile(folder / _FILE)
-        module = shallow_copy(loaded.module)
+        module = shallow_copy(contents.loaded.module)
         for path, part in module.named_modules():
             for leaf, parameter in part._parameters.items():
                 if parameter is not None and isinstance(parameter.data, RoutedWeight):

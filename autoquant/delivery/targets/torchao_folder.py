@@ -80,8 +80,8 @@ class TorchaoWriter(Writer):
         files.finish({**described, "tensor_names": json.dumps(list(described))})
         write_beside(contents, quantization_config(contents.layers), folder)
 
-    def read(self, folder: Path, loaded: LoadedModel, trust: Trust) -> nn.Module:
-        return read_folder(folder, loaded, trust)
+    def read(self, folder: Path, contents: Contents, trust: Trust) -> nn.Module:
+        return read_folder(folder, contents.loaded, trust)
 
 
 def _checked(layer: ExportedLayer, weight: NeutralWeight, dtype: str) -> torch.Tensor:

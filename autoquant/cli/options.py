@@ -128,7 +128,7 @@ EngineOption = Annotated[
     typer.Option(
         "--for",
         metavar="ENGINE",
-        help="Only plans that this inference engine holds exactly: vllm, sglang, llama.cpp or"
+        help="Only plans that this inference engine holds exactly: vllm, sglang, llama.cpp,"
         " transformers.",
         show_default=False,
     ),

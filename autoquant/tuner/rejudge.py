@@ -15,6 +15,7 @@ from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery.applier import applied
 from autoquant.errors import PlanError, TextError
 from autoquant.evaluators.outputs import AnyQuality
+from autoquant.evaluators.quality import TextQuality
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, ignore
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
@@ -150,7 +151,9 @@ class Rejudge:
                 "the unquantized model does not fit here, so quality cannot be measured again:"
                 " search with --for instead"
             )
-        self._quality = self._make(loaded)
+        quality = self._make(loaded)
+        # All comparisons have one reference, whose logits need not be made again.
+        self._quality = quality.keeping() if isinstance(quality, TextQuality) else quality
         self.logarithmic = self._quality.logarithmic
         self._original = shallow_copy(loaded.module)
         self._listener(StageStarted("quality", 1 if self._plan is None else 2))

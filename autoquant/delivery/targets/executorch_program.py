@@ -47,9 +47,7 @@ class ExecutorchWriter(Writer):
     target = EXECUTORCH
     reader = ("executorch",)
     shows_weights = False
-    written = (
-        "The integers and scales of each layer were found in the program: they are the plan's."
-    )
+    written = "Each layer's integers and scales were found in the program: they are the plan's."
 
     def check_given(self) -> None:
         if missing := self.missing():

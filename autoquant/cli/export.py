@@ -48,7 +48,7 @@ class MixedActivations(StrEnum):
 
 
 def _with_engines(name: str) -> str:
-    readers = ", ".join(each.name for each in ENGINES.values() if each.target.name == name)
+    readers = ", ".join(each.name for each in ENGINES.values() if each.reading(TARGETS[name]))
     return name if readers == name else f"{name} ({readers})"
 
 

@@ -129,7 +129,7 @@ EngineOption = Annotated[
         "--for",
         metavar="ENGINE",
         help="Only plans that this inference engine holds exactly: vllm, sglang, llama.cpp,"
-        " transformers.",
+        " transformers or executorch.",
         show_default=False,
     ),
 ]

@@ -146,8 +146,8 @@ def engine_notes(target: Target, layers: Mapping[str, ExportedLayer], plan: Plan
     by_name = {layer.name: layer for layer in layers.values()}
     notes = []
     for engine in ENGINES.values():
-        if engine.target is target:
-            notes += _notes_of(engine, by_name, [layer.name for layer in plan.layers])
+        if reading := engine.reading(target):
+            notes += _notes_of(reading, by_name, [layer.name for layer in plan.layers])
     return notes
 
 

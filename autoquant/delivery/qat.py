@@ -139,5 +139,9 @@ def _rounding(rounding: _Rounding) -> Any:
         return IntxFakeQuantizeConfig(dtype, group_size=per)
     unsigned = getattr(torch, f"u{rounding['type']}")
     return IntxFakeQuantizeConfig(
-        unsigned, group_size=per, is_symmetric=False, zero_point_domain=ZeroPointDomain.FLOAT
+        unsigned,
+        group_size=per,
+        is_symmetric=False,
+        zero_point_domain=ZeroPointDomain.FLOAT,
+        zero_point_precision=torch.float32,  # integers would move it by up to half a unit
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autoquant.engines.targets import (
     COMPRESSED_TENSORS,
     EXECUTORCH,
     GGUF,
+    MODELOPT,
     PLAIN,
     TARGETS,
     TRANSFORMERS,
@@ -41,9 +42,10 @@ class Engine:
 
     Attributes:
         name: As `--for` takes it.
-        target: What it reads. It takes every quantized linear of it, a head included. No engine
-            here is given a quantized embedding: one that is tied to a quantized head stays as it
-            is, beside the head.
+        target: What plans for it are exported to. It takes every quantized linear of it, a head
+            included. No engine here is given a quantized embedding: one that is tied to a quantized
+            head stays as it is, beside the head.
+        also: Other targets that it reads.
         packed: Last parts of the names of layers of one module that it computes as one.
         packs_experts: It computes all experts of a layer as one.
         one_tensor_scale: Families with a scale for the whole tensor, of which it takes one for all
@@ -53,6 +55,7 @@ class Engine:
 
     name: str
     target: Target
+    also: tuple[Target, ...] = ()
     packed: tuple[tuple[str, ...], ...] = ()
     packs_experts: bool = False
     one_tensor_scale: tuple[str, ...] = ()
@@ -91,6 +94,12 @@ class Engine:
         lacking = limit(family, found, shape) if limit else None
         return None if lacking is None else str(lacking)
 
+    def reading(self, target: Target) -> Engine | None:
+        """Return the engine as a reader of a target, or None if it reads none such."""
+        if target is self.target or target in self.also:
+            return replace(self, target=target)
+        return None
+
     def fused(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """Return the groups of layers that it computes as one, in order.
 
@@ -123,7 +132,7 @@ def _vllm_on_cpus(family: str, scheme: Scheme, shape: LinearShape) -> Refusal | 
     if scheme.activation in ("a8-row", "a8-float8-row"):
         return None
     computed = f"{family} whose activations are not rounded"
-    if scheme.name.startswith(("mx", "nv")) or family in ("int3", "int2"):
+    if family.startswith(("mx", "nv")) or family in ("int3", "int2"):
         computed = family
     return Refusal(f"it has no kernel for {computed} on CPUs", "int8-row+a8-row")
 
@@ -141,6 +150,7 @@ ENGINES: Mapping[str, Engine] = {
         Engine(
             name="vllm",
             target=COMPRESSED_TENSORS,
+            also=(MODELOPT,),
             packed=_PACKED,
             packs_experts=True,
             one_tensor_scale=("nvfp4",),

@@ -265,7 +265,38 @@ QAT = Target(
 Source: torchao 0.18, `quantization/qat/fake_quantize_config.py`.
 """
 
+_ROWS = "FP8_PER_CHANNEL_PER_TOKEN"
+_NO_INTEGERS = "vLLM reads no integers of ModelOpt"
+
+MODELOPT = Target(
+    name="modelopt",
+    holds={
+        "float8-row": {
+            A16: Scheme(_ROWS, "a8-float8-row"),
+            "a8-float8-row": Scheme(_ROWS, "a8-float8-row"),
+        },
+        "mxfp8": {A16: Scheme("MXFP8", "a-mxfp8"), "a-mxfp8": Scheme("MXFP8", "a-mxfp8")},
+        # Rounded activations would need a scale that is measured beforehand.
+        "nvfp4": {A16: Scheme("W4A16_NVFP4")},
+    },
+    instead={
+        "float8-tensor": ("its FP8 needs a scale of activations, measured before", "float8-row"),
+        "int8-row": (_NO_INTEGERS, "float8-row"),
+        "int4": (_NO_INTEGERS, "nvfp4"),
+        "int4s": (_NO_INTEGERS, "nvfp4"),
+        "int3": (_NO_INTEGERS, "nvfp4"),
+        "int2": (_NO_INTEGERS, "nvfp4"),
+        "mxfp4": ("vLLM reads no mxfp4 of ModelOpt for linears", "nvfp4"),
+    },
+    multiples={"W4A16_NVFP4": 16, "MXFP8": 32},
+)
+"""A folder as NVIDIA ModelOpt writes it (vLLM). float8 and mxfp8 always round activations.
+
+Source: vLLM 0.32, `model_executor/layers/quantization/modelopt.py`; nvidia-modelopt 0.47,
+`torch/export/quant_utils.py`.
+"""
+
 TARGETS: Mapping[str, Target] = {
-    each.name: each for each in (COMPRESSED_TENSORS, GGUF, TRANSFORMERS, EXECUTORCH, QAT)
+    each.name: each for each in (COMPRESSED_TENSORS, GGUF, TRANSFORMERS, EXECUTORCH, QAT, MODELOPT)
 }
 """All targets by name."""

@@ -15,6 +15,7 @@ _HOMES = {
     "compressed-tensors": "compressed_tensors",
     "executorch": "executorch_program",
     "gguf": "gguf_writer",
+    "modelopt": "modelopt_folder",
     "qat": "qat_folder",
     "transformers": "torchao_folder",
 }

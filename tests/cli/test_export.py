@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from builders.searched import MIXED, UNIFORM
@@ -120,3 +120,45 @@ def test_an_unknown_target_is_refused_with_those_that_there_are(runner, database
 def test_help_names_the_engines_of_each_target(runner):
     text = " ".join(runner.invoke(app, ["export", "--help"]).stdout.split())
     assert "compressed-tensors (vllm, sglang)" in text and "gguf (llama.cpp)" in text
+
+
+def test_activations_are_rounded_unless_it_is_said(runner, database, work):
+    run(runner, database)
+    run(runner, database, "--activations", "a16")
+    assert work.activations == ["rounded", "a16"]
+
+
+def test_a_text_to_judge_by_needs_something_to_judge(runner, database, work):
+    result = run(runner, database, "--eval-text", "text.txt")
+    assert result.exit_code == 2 and not work.calls
+    assert "with --requantize only" in " ".join(result.stderr.split())
+
+
+def test_what_was_rounded_anew_is_said_with_its_quality(runner, database, monkeypatch):
+    asked = {}
+
+    def export_requantized(study, plan, model, out, *, to, **options):
+        asked.update(options, to=to, plan=plan.plan_id)
+        made = Report(out.absolute(), target(to), schemes={"int4s-g32 as pack-quantized": 6})
+        why = "holds no real zero points"
+        changes = {("int4-g32", "int4s-g32", why): 6, ("mxfp4", "bfloat16", "unknown"): 1}
+        return SimpleNamespace(
+            export=made, plan=plan, changes=changes, quality=("Perplexity 20, 21, 22",)
+        )
+
+    module = ModuleType("autoquant.tuner.exporting")
+    module.export_requantized = export_requantized
+    monkeypatch.setitem(sys.modules, "autoquant.tuner.exporting", module)
+    result = run(runner, database, "--requantize", "--plan", UNIFORM, "--max-ppl-increase", "3%")
+    assert result.exit_code == 0, result.stderr
+    assert "6 layers from int4-g32 to int4s-g32: holds no real zero points" in result.stdout
+    assert "1 layer from mxfp4 to bfloat16: unknown" in result.stdout
+    assert "Perplexity 20, 21, 22" in result.stdout
+    assert (asked["plan"], asked["limits"].max_ppl_increase) == (UNIFORM, 0.03)
+
+
+def test_a_program_that_shows_no_weights_is_said_to_run(runner, database, work):
+    work.changes = {"likeness": Likeness(weights=0, same_logits=False)}
+    text = run(runner, database, to="executorch").stdout
+    assert "it runs, and shows no weights. KL to these numbers" in text
+    assert "0.0042 nats a token, to the unquantized model 0.012" in text

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from builders.searched import MIXED, SMALL, UNIFORM
@@ -127,3 +127,33 @@ def test_a_missing_database_is_refused_before_anything_is_written(runner, tmp_pa
     )
     assert result.exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trained_on_weights_are_said_to_be_others_with_their_quality(runner, database, monkeypatch):
+    asked = {}
+
+    def apply_retrained(study, plan, model, out, **options):
+        asked.update(options, model=str(model))
+        applied = Report(out=out.absolute(), formats=plan.formats())
+        return SimpleNamespace(
+            applied=SimpleNamespace(**vars(applied), model_hash="0123"),
+            quality=("Perplexity 20, 21",),
+            beyond="+3.00 % is beyond 1 %",
+        )
+
+    module = ModuleType("autoquant.tuner.retrained")
+    module.apply_retrained = apply_retrained
+    monkeypatch.setitem(sys.modules, "autoquant.tuner.retrained", module)
+    command = ["apply", str(database), "--out", "DIR", "--retrained", "--model", "trained"]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert asked["model"] == "trained" and asked["asked"].text is None
+    text = " ".join(result.stdout.split())
+    assert "Applied to other weights (content 0123)" in text and "Perplexity 20, 21" in text
+    assert "Note: +3.00 % is beyond 1 %, the limit of the search." in text
+
+
+def test_a_text_to_judge_by_is_for_trained_on_weights(runner, database, work):
+    result = runner.invoke(app, ["apply", str(database), "--eval-text", "text.txt"])
+    assert result.exit_code == 2 and not work.calls
+    assert "with --retrained only" in " ".join(result.stderr.split())

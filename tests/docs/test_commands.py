@@ -26,11 +26,13 @@ from .pages import PAGES, SHELL, blocks, loose_commands
 
 NOT_RUN = {
     "installs": 9,
-    "GPU": 3,
+    "GPU": 5,
     "lm_eval": 3,
     "a terminal": 1,
     "a server": 1,
     "an engine": 7,
+    "ExecuTorch": 5,
+    "a training": 6,
 }
 """How many commands are marked, by their reason: whoever adds one says so here."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autoquant.candidates import get_format
@@ -19,7 +20,7 @@ plan = Study.open(database).plan(plan_id)
 
 
 @torch.no_grad()
-def perplexity(model, rows):
+def perplexity(model: nn.Module, rows: torch.Tensor) -> float:
     losses = []
     for row in rows:
         logits = model(input_ids=row[None, :-1], use_cache=False).logits[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,7 +132,7 @@ def multiply(
     Args:
         stored: The weight's own tensor, or a larger one that it is a part of.
     """
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # `numel` of a shape would fix sizes that a trace leaves open
     if rows == 0 and not torch.compiler.is_compiling():  # an idle expert; kernels expect rows
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
     if x.requires_grad and torch.is_grad_enabled():

@@ -31,13 +31,15 @@ from autoquant.cli.plans import (
     source_path,
 )
 from autoquant.cli.trust import trusting
-from autoquant.engines import ENGINES, TARGETS, target
+from autoquant.engines import ENGINES, PROGRAMS, TARGETS, target
 
 if TYPE_CHECKING:
     from autoquant.delivery.exporting import ExportReport
     from autoquant.delivery.likeness import Likeness
+    from autoquant.delivery.programs.exporting import ProgramReport
+    from autoquant.delivery.programs.reading import Agreement
     from autoquant.records import Plan
-    from autoquant.tuner.exporting import RequantizedReport
+    from autoquant.tuner.exporting import AnyReport, RequantizedReport
 
 
 class MixedActivations(StrEnum):
@@ -48,6 +50,8 @@ class MixedActivations(StrEnum):
 
 
 def _with_engines(name: str) -> str:
+    if name in PROGRAMS:
+        return f"{name} ({PROGRAMS[name].reader})"
     readers = ", ".join(each.name for each in ENGINES.values() if each.reading(TARGETS[name]))
     return name if readers == name else f"{name} ({readers})"
 
@@ -58,7 +62,7 @@ def export(
         str,
         typer.Option(
             metavar="TARGET",
-            help=f"What the engine reads: {', '.join(map(_with_engines, TARGETS))}.",
+            help=f"What the engine reads: {', '.join(map(_with_engines, [*TARGETS, *PROGRAMS]))}.",
             show_default=False,
         ),
     ],
@@ -106,11 +110,13 @@ def export(
 
     The numbers are the plan's. A plan that the target cannot hold exactly is refused, unless
     --requantize is given. The folder is read back by the target's own reader, if it is installed,
-    and compared with the plan in memory. The kernels, and so the speed, are the engine's.
+    and compared with the plan in memory. The kernels, and so the speed, are the engine's; aoti and
+    pt2 keep the plan's.
     """
     # What is rounded anew may be named, and have another limit than its search.
     increase = increase_within(None if requantize else plan, max_ppl_increase)
-    target(to)
+    if to not in PROGRAMS:
+        target(to)
     check_judges(requantize, "--requantize", eval_text, eval_data, quality)
     from autoquant.report.progress import listening
 
@@ -119,25 +125,27 @@ def export(
         source = model or source_path(study)
         place = out or folder_beside(database, source, chosen, f"-{to}")
 
-        def exported(**code: Any) -> ExportReport | RequantizedReport:
+        def exported(**code: Any) -> AnyReport:
             # Imports torch: only after everything that can be refused without it.
             from autoquant.models.trust import Trust
+            from autoquant.tuner.exporting import write_export
+            from autoquant.tuner.judge import Asked
 
-            options: dict[str, Any] = {"to": to, "base": base, "activations": activations.value}
             with listening() as listener:
-                options |= {"listener": listener, "trust": Trust(**code)}
-                if requantize:
-                    from autoquant.tuner.exporting import export_requantized
-                    from autoquant.tuner.judge import Asked
-
-                    options |= {
-                        "asked": Asked.of(eval_text, eval_data, quality),
-                        "limits": limits_within(study, increase),
-                    }
-                    return export_requantized(study, chosen, source, place, **options)
-                from autoquant.delivery.exporting import export_to_disk
-
-                return export_to_disk(chosen, source, place, facts=study.facts, **options)
+                return write_export(
+                    study,
+                    chosen,
+                    source,
+                    place,
+                    to=to,
+                    requantize=requantize,
+                    asked=Asked.of(eval_text, eval_data, quality),
+                    limits=limits_within(study, increase),
+                    base=base,
+                    activations=cast("Any", activations.value),
+                    listener=listener,
+                    trust=Trust(**code),
+                )
 
         report = trusting(
             exported,
@@ -149,10 +157,12 @@ def export(
     _print(chosen, report)
 
 
-def _print(plan: Plan, report: ExportReport | RequantizedReport) -> None:
-    changes = getattr(report, "changes", None)
-    if changes is None:
-        _print_report(plan, cast("Any", report))
+def _print(plan: Plan, report: AnyReport) -> None:
+    if hasattr(report, "programs"):
+        _print_programs(plan, cast("ProgramReport", report))
+        return
+    if not hasattr(report, "changes"):
+        _print_report(plan, report)
         return
     made = cast("RequantizedReport", report)
     _print_report(made.plan, made.export)
@@ -165,19 +175,66 @@ def _print(plan: Plan, report: ExportReport | RequantizedReport) -> None:
         echo(line)
 
 
-def _print_report(plan: Plan, report: ExportReport) -> None:
+def _print_programs(plan: Plan, report: ProgramReport) -> None:
     from autoquant.report import units
 
-    schemes = ", ".join(f"{count} x {name}" for name, count in report.schemes.items())
-    echo(f"Plan {plan.plan_id} ({plan.label}) as {report.target.name}: {schemes or 'no layer'}")
+    echo(f"Plan {plan.plan_id} ({plan.label}) as {report.form.name}:")
+    for name, kernels in report.programs.items():
+        echo(f"  {name}: {', '.join(f'{count} x {kernel}' for kernel, count in kernels.items())}")
     if report.unquantized:
         echo(f"{report.unquantized} layers are left unquantized")
+    if report.operators:
+        echo(f"libautoquant_cpu.so has the operators {', '.join(report.operators)}")
+    _print_files(report)
+    agreement = report.agreement
+    echo(f"Run in a process without autoquant: {_agreement_text(agreement)}")
+    for note in report.notes:
+        echo(f"Note: {note}")
+    request, predicted = (units.digits(each) for each in report.request_ms)
+    parts = ", ".join(f"{name} {units.digits(ms)} ms" for name, ms in agreement.times_ms.items())
+    echo(
+        f"Speed: a request ({report.workload}) takes {request} ms ({parts}); the search predicted"
+        f" {predicted} ms"
+    )
+
+
+def _print_files(report: ExportReport | ProgramReport) -> None:
+    from autoquant.report import units
+
     where = os.path.relpath(report.out) if report.out.is_relative_to(Path.cwd()) else report.out
     echo(f"Wrote {where}: {', '.join(report.files)}")
     echo(
         f"Files {units.size(report.file_bytes)}, parameters in the plan"
         f" {units.size(report.plan_bytes)}"
     )
+
+
+def _agreement_text(found: Agreement) -> str:
+    from autoquant.report import units
+
+    error, loss, plan_loss = (
+        units.digits(each, 2) for each in (found.error, found.loss, found.plan_loss)
+    )
+    same = "outputs are bit for bit the plan's"
+    if not found.same:
+        same = (
+            f"outputs differ from the plan's by {error} (relative), since compiled code rounds at"
+            " other places"
+        )
+    if found.same_tokens is None:
+        return f"{same}. From the unquantized model they differ by {loss}, the plan by {plan_loss}."
+    return (
+        f"{same}; the likeliest token is the same at {found.same_tokens} of {found.places} places."
+        f" KL to the unquantized model {loss} nats a token, of the plan {plan_loss}."
+    )
+
+
+def _print_report(plan: Plan, report: ExportReport) -> None:
+    schemes = ", ".join(f"{count} x {name}" for name, count in report.schemes.items())
+    echo(f"Plan {plan.plan_id} ({plan.label}) as {report.target.name}: {schemes or 'no layer'}")
+    if report.unquantized:
+        echo(f"{report.unquantized} layers are left unquantized")
+    _print_files(report)
     echo(report.written)
     if report.likeness is None:
         echo(f"Not read back by {report.reader}: {report.unread}")

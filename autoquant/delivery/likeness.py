@@ -85,16 +85,16 @@ def likeness(
             if name not in quantized and not same_bits(tensor, _numbers(again, name))
         ]
     in_nats = loaded.kind != "module"
-    divergence = _divergence if in_nats else _distance
+    parted = divergence if in_nats else _distance
     return Likeness(
         weights=len(moves),
         moved=sum(move > 0 for move in moves),
         farthest=max(moves, default=0.0),
         others_differ=others,
         same_logits=torch.equal(of_numbers, found),
-        loss=divergence(original, found),
-        plan_loss=divergence(original, of_plan),
-        apart=divergence(of_numbers, found),
+        loss=parted(original, found),
+        plan_loss=parted(original, of_plan),
+        apart=parted(of_numbers, found),
         in_nats=in_nats,
     )
 
@@ -131,7 +131,7 @@ def _move(numbers: torch.Tensor, others: torch.Tensor) -> float:
     return float(((numbers.float() - others.float()).abs() / largest).max())
 
 
-def _divergence(logits: torch.Tensor, others: torch.Tensor) -> float:
+def divergence(logits: torch.Tensor, others: torch.Tensor) -> float:
     """Return the mean Kullback-Leibler divergence of others from logits `[..., vocabulary]`."""
     expected, found = (each.float().log_softmax(-1) for each in (logits, others))
     return float((expected.exp() * (expected - found)).sum(-1).mean())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from autoquant.engines.programs import PROGRAMS
 from autoquant.engines.targets import (
     COMPRESSED_TENSORS,
     EXECUTORCH,
@@ -197,7 +198,8 @@ def target(name: str) -> Target:
     if name in ENGINES and name not in TARGETS:
         raise PlanError(f"{name} is no target, it reads {ENGINES[name].target.name}: choose that")
     if name not in TARGETS:
+        known = [*TARGETS, *PROGRAMS]
         raise PlanError(
-            f"no target {name!r}{did_you_mean(name, TARGETS)}; choose one of {', '.join(TARGETS)}"
+            f"no target {name!r}{did_you_mean(name, known)}; choose one of {', '.join(known)}"
         )
     return TARGETS[name]

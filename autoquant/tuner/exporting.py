@@ -6,11 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from autoquant.delivery.exporting import ExportReport, export_to_disk
+from autoquant.delivery.programs.exporting import ProgramReport, export_programs
 from autoquant.delivery.requantizing import Requantized, requantized
 from autoquant.delivery.targets import writer
-from autoquant.engines import ENGINES, Activations
+from autoquant.engines import ENGINES, PROGRAMS, Activations
+from autoquant.errors import PlanError
 from autoquant.evaluators.quality import QualityFunction
 from autoquant.events import Listener, ignore
 from autoquant.models.request import SampleInputs
@@ -39,6 +42,10 @@ class RequantizedReport:
     quality: tuple[str, ...] = ()
     of_plan: Judged | None = None
     result: Judged | None = None
+
+
+AnyReport = ExportReport | RequantizedReport | ProgramReport
+"""What one of the ways to export gives."""
 
 
 def export_requantized(  # noqa: PLR0913 - the keywords of a public function
@@ -129,6 +136,45 @@ def _judge(
     )
 
 
+def write_export(  # noqa: PLR0913 - what a command may say
+    study: Study,
+    plan: Plan,
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    requantize: bool,
+    asked: Asked,
+    limits: Limits,
+    base: str | Path | None,
+    activations: Activations,
+    device: str | None = None,
+    listener: Listener,
+    trust: Trust,
+) -> AnyReport:
+    """Export as `export` says, with its arguments taken apart."""
+    how: dict[str, Any] = {"device": device, "listener": listener, "trust": trust}
+    if to in PROGRAMS:
+        _check_programs(to, base=base, activations=activations, requantize=requantize)
+        return export_programs(plan, model, out, form=PROGRAMS[to], facts=study.facts, **how)
+    how |= {"to": to, "base": base, "activations": activations}
+    if requantize:
+        return export_requantized(study, plan, model, out, asked=asked, limits=limits, **how)
+    return export_to_disk(plan, model, out, facts=study.facts, **how)
+
+
+def _check_programs(
+    to: str, *, base: str | Path | None, activations: Activations, requantize: bool
+) -> None:
+    """Refuse options that programs have no use for."""
+    if base is not None:
+        raise PlanError(f"--base is for gguf: {to} is written without it")
+    if activations != "rounded":
+        raise PlanError(f"{to} keeps the kernels of each layer: leave out --activations")
+    if requantize:
+        raise PlanError(f"{to} holds every plan: leave out --requantize")
+
+
 def export(  # noqa: PLR0913 - the keywords of a public function
     study: Study,
     out: str | Path,
@@ -149,15 +195,17 @@ def export(  # noqa: PLR0913 - the keywords of a public function
     trust_remote_code: bool = False,
     model_factory: str | None = None,
     sample_inputs: SampleInputs = None,
-) -> ExportReport | RequantizedReport:
+) -> AnyReport:
     """Write the model that a plan quantizes as a new folder that another tool reads.
 
     The folder is read back and compared as `autoquant.delivery.exporting.export_to_disk` says.
+    Programs are run and compared (see `autoquant.delivery.programs`).
 
     Args:
         study: What `search` returned, or `Study.open` opened.
         out: The folder to make. It must not exist yet, or be empty.
-        to: What the engine reads, e.g. `compressed-tensors`.
+        to: What the engine reads, e.g. `compressed-tensors`; or `aoti` or `pt2`, for programs that
+            run with PyTorch alone.
         plan: None is the recommended plan.
         model: Where the model is, if not where it was.
         base: A GGUF of the unquantized model, which `gguf` needs and no other target takes.
@@ -171,7 +219,7 @@ def export(  # noqa: PLR0913 - the keywords of a public function
         trust_pickle, trust_remote_code, model_factory, sample_inputs: The code that the model
             needs, as `search` takes it.
 
-    Raises what `export_to_disk` and `export_requantized` raise.
+    Raises what `export_to_disk`, `export_requantized` and `export_programs` raise.
     """
     trust = Trust(
         trust_pickle=trust_pickle,
@@ -179,30 +227,16 @@ def export(  # noqa: PLR0913 - the keywords of a public function
         model_factory=model_factory,
         sample_inputs=sample_inputs,
     )
-    chosen = plan or study.best_of_search()
-    place = model or study.facts.source.get("path") or ""
-    if not requantize:
-        return export_to_disk(
-            chosen,
-            place,
-            out,
-            to=to,
-            facts=study.facts,
-            base=base,
-            device=device,
-            listener=listener,
-            trust=trust,
-            activations=activations,
-        )
     limits = study.limits
     if max_ppl_increase is not None:
         limits = replace(limits, max_ppl_increase=max_ppl_increase)
-    return export_requantized(
+    return write_export(
         study,
-        chosen,
-        place,
+        plan or study.best_of_search(),
+        model or study.facts.source.get("path") or "",
         out,
         to=to,
+        requantize=requantize,
         asked=Asked.of(eval_text, eval_data, quality),
         limits=limits,
         base=base,

@@ -8,7 +8,7 @@ import pytest
 from builders.searched import MIXED, UNIFORM
 
 from autoquant.cli.main import app
-from autoquant.engines import target
+from autoquant.engines import PROGRAMS, target
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,73 @@ def test_an_unknown_target_is_refused_with_those_that_there_are(runner, database
     assert "did you mean compressed-tensors?" in result.stderr
 
 
+@dataclass(frozen=True)
+class Agreement:
+    places: int = 32
+    same: bool = False
+    error: float = 0.0071
+    same_tokens: int | None = 31
+    loss: float = 0.0123
+    plan_loss: float = 0.0119
+    times_ms: object = None
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    out: object
+    form: object = PROGRAMS["aoti"]
+    files: tuple = ("model.pt2", "run.py")
+    programs: object = None
+    unquantized: int = 0
+    operators: tuple = ("autoquant::cpu_int8_rows",)
+    file_bytes: int = 2**24
+    plan_bytes: int = 2**23
+    notes: tuple = ("in tokens_1 a layer runs another kernel",)
+    agreement: object = None
+    workload: str = "prefill=8,decode=4"
+    request_ms: tuple = (12.0, 13.0)
+
+
+@pytest.fixture
+def programs(work):
+    """The stand-in writes programs; `found` alters what it found of them."""
+    found = {}
+
+    def export_to_disk(plan, model, out, *, to, **_):
+        work.calls.append((plan.plan_id, str(model), out.name, to))
+        agreement = replace(Agreement(times_ms={"prompt": 8.0, "token": 1.0}), **found)
+        kernels = {"tokens_1": {"int8-row/plain/cpu-rows": 57}}
+        return ProgramReport(out.absolute(), programs=kernels, agreement=agreement)
+
+    work.export_to_disk = export_to_disk
+    return found
+
+
+def test_programs_say_which_kernels_run_and_how_like_the_plan_they_are(
+    runner, database, work, programs
+):
+    result = run(runner, database, to="aoti")
+    assert result.exit_code == 0, result.stderr
+    assert work.calls == [(MIXED, "/somewhere/tiny-model", f"tiny-model-{MIXED}-aoti", "aoti")]
+    assert "tokens_1: 57 x int8-row/plain/cpu-rows" in result.stdout
+    assert "has the operators autoquant::cpu_int8_rows" in result.stdout
+    assert "outputs differ from the plan's by 0.0071 (relative)" in result.stdout
+    assert "the same at 31 of 32 places. KL to the unquantized model 0.012" in result.stdout
+    assert "Note: in tokens_1 a layer runs another kernel" in result.stdout
+    assert "takes 12.0 ms (prompt 8.00 ms, token 1.00 ms); the search predicted 13.0" in (
+        result.stdout
+    )
+
+
+def test_programs_of_a_module_have_no_tokens(runner, database, programs):
+    programs.update(same=True, same_tokens=None)
+    text = run(runner, database, to="pt2").stdout
+    assert "outputs are bit for bit the plan's. From the unquantized model they differ by" in text
+
+
 def test_help_names_the_engines_of_each_target(runner):
     text = " ".join(runner.invoke(app, ["export", "--help"]).stdout.split())
+    assert "aoti (PyTorch, from Python and C++)" in text
     assert "compressed-tensors (vllm, sglang)" in text and "gguf (llama.cpp)" in text
 
 

@@ -106,8 +106,17 @@ def cpu_kernels_work() -> bool:
     return reason is None
 
 
-def _binary() -> bytes:
-    sources, command = _sources(), _command()
+def compiled_with(more: Mapping[str, str]) -> bytes:
+    """Return the library with more source files, by name, for processes without this package.
+
+    Raises:
+        CandidateError: They do not compile.
+    """
+    return _binary({**_sources(), **more})
+
+
+def _binary(sources: Mapping[str, str] | None = None) -> bytes:
+    sources, command = sources or _sources(), _command()
     made_for = [sources, command, _version(command[0]), torch.__version__, instructions()]
     key = content_key(made_for, length=32)
     return kept("cpu", key, lambda: _compile(sources, command))

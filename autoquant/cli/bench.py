@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoquant.cli.options import (
+    Embedding,
     ModelFactoryOption,
     SampleInputsOption,
     TrustPickleOption,
@@ -30,7 +31,9 @@ from autoquant.files import write_file
 
 if TYPE_CHECKING:
     from autoquant.records import Plan, Workload
+    from autoquant.report.tables.bench import LoopLine
     from autoquant.store import StudyFacts
+    from autoquant.study.study import Study
     from autoquant.tuner.bench import BenchRow
 
 
@@ -73,6 +76,21 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Export the plans, and time them in this engine itself: llama.cpp.",
+            show_default=False,
+        ),
+    ] = None,
+    embedding: Annotated[
+        Embedding | None,
+        typer.Option(
+            help="With --engine: what becomes of embeddings, as in `autoquant export`.",
+            show_default="plan",
+        ),
+    ] = None,
     model: ModelOption = None,
     trust_pickle: TrustPickleOption = False,
     trust_remote_code: TrustRemoteCodeOption = False,
@@ -83,20 +101,10 @@ def bench(
     """Time plans in the whole model, in turn with the unquantized model.
 
     The times are compared with the predicted ones. With --loop generate: time the model's own
-    generate() instead, or one call of a module that is no language model.
+    generate() instead, or one call of a module that is no language model. With --engine: time an
+    inference engine's own program.
     """
-    if compare is not None and compare not in _KINDS:
-        raise typer.BadParameter(
-            f"{compare!r} is none of {', '.join(_KINDS)}", param_hint="--compare"
-        )
-    if trace is not None and not trace.absolute().parent.is_dir():
-        raise typer.BadParameter(
-            f"there is no folder {trace.absolute().parent}", param_hint="--trace"
-        )
-    if loop is TimedLoop.GENERATE and (attribute or trace is not None):
-        raise typer.BadParameter(
-            "--attribute and --trace are of phases: leave it out", param_hint="--loop"
-        )
+    _check_options(compare, loop, trace, engine, embedding, attribute=attribute)
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
@@ -108,6 +116,8 @@ def bench(
             "model_factory": model_factory,
             "sample_inputs": sample_inputs,
         }
+        if engine is not None:
+            return _bench_engine(study, plans, source, engine, embedding, code, as_json=as_json)
         if loop is TimedLoop.GENERATE:
             return _bench_loop(plans, source, study.facts, code, as_json=as_json)
         # Imports torch: only after everything that can be refused without it.
@@ -136,6 +146,73 @@ def bench(
         _print_text(rows, by_id, workload, attribute)
 
 
+def _check_options(
+    compare: str | None,
+    loop: TimedLoop,
+    trace: Path | None,
+    engine: str | None,
+    embedding: str | None,
+    *,
+    attribute: bool,
+) -> None:
+    if compare is not None and compare not in _KINDS:
+        raise typer.BadParameter(
+            f"{compare!r} is none of {', '.join(_KINDS)}", param_hint="--compare"
+        )
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise typer.BadParameter(
+            f"there is no folder {trace.absolute().parent}", param_hint="--trace"
+        )
+    if loop is TimedLoop.GENERATE and (attribute or trace is not None):
+        raise typer.BadParameter(
+            "--attribute and --trace are of phases: leave it out", param_hint="--loop"
+        )
+    if engine is not None and (attribute or trace is not None or loop is TimedLoop.GENERATE):
+        raise typer.BadParameter(
+            "--loop, --attribute and --trace are of autoquant's own runs: leave them out",
+            param_hint="--engine",
+        )
+    if embedding is not None and engine is None:
+        raise typer.BadParameter("needs --engine", param_hint="--embedding")
+
+
+def _bench_engine(
+    study: Study,
+    plans: Sequence[Plan],
+    source: str,
+    engine: str,
+    embedding: str | None,
+    code: Mapping[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    from autoquant.errors import PlanError
+    from autoquant.models.trust import Trust
+    from autoquant.report.progress import listening
+    from autoquant.tuner.engine_bench import EngineRow, bench_engine, check_engine
+
+    facts = study.facts
+    check_engine(engine, facts.workload)
+    original = next((plan for plan in study.plans() if plan.kind == "original"), None)
+    if original is None:
+        raise PlanError("this study has no plan of the unquantized model to compare with")
+
+    def measured(**code: Any) -> list[EngineRow]:
+        with listening() as listener:
+            return bench_engine(
+                plans,
+                original,
+                source,
+                facts,
+                engine,
+                listener,
+                embedding=embedding,
+                trust=Trust(**code),
+            )
+
+    _show_loops(trusting(measured, **code), facts.workload, as_json=as_json)
+
+
 def _bench_loop(
     plans: Sequence[Plan],
     source: str,
@@ -146,18 +223,22 @@ def _bench_loop(
 ) -> None:
     from autoquant.models.trust import Trust
     from autoquant.report.progress import listening
-    from autoquant.report.tables.bench import loop_objects, loop_table
     from autoquant.tuner.bench import LoopRow, bench_loop
 
     def measured(**code: Any) -> list[LoopRow]:
         with listening() as listener:
             return bench_loop(plans, source, facts, listener, trust=Trust(**code))
 
-    rows = trusting(measured, **code)
+    _show_loops(trusting(measured, **code), facts.workload, as_json=as_json)
+
+
+def _show_loops(rows: Sequence[LoopLine], workload: Workload, *, as_json: bool) -> None:
+    from autoquant.report.tables.bench import loop_objects, loop_table
+
     if as_json:
-        print_json(loop_objects(rows, facts.workload))
+        print_json(loop_objects(rows, workload))
         return
-    print_table(lambda width: loop_table(rows, facts.workload, width))
+    print_table(lambda width: loop_table(rows, workload, width))
     for note in dict.fromkeys(note for row in rows for note in row.notes):
         echo(f"note: {note}")
 

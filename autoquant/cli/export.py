@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from autoquant.cli.options import (
+    Embedding,
     EvalDataOption,
     EvalTextOption,
     ModelFactoryOption,
@@ -79,7 +80,15 @@ def export(
         typer.Option(
             metavar="FILE",
             help="GGUF of the unquantized model, for --to gguf.",
-            show_default=False,
+            show_default="made of the model's folder",
+        ),
+    ] = None,
+    embedding: Annotated[
+        Embedding | None,
+        typer.Option(
+            help="For --to gguf. int8: round the embedding, and a head tied to it; head: write the"
+            " quantized head for both, if they are tied.",
+            show_default="plan: as the plan has it",
         ),
     ] = None,
     activations: Annotated[
@@ -142,6 +151,7 @@ def export(
                     asked=Asked.of(eval_text, eval_data, quality),
                     limits=limits_within(study, increase),
                     base=base,
+                    embedding=embedding,
                     activations=cast("Any", activations.value),
                     listener=listener,
                     trust=Trust(**code),
@@ -235,7 +245,8 @@ def _print_report(plan: Plan, report: ExportReport) -> None:
     if report.unquantized:
         echo(f"{report.unquantized} layers are left unquantized")
     _print_files(report)
-    echo(report.written)
+    if report.schemes:
+        echo(report.written)
     if report.likeness is None:
         echo(f"Not read back by {report.reader}: {report.unread}")
     else:
@@ -259,6 +270,8 @@ def _likeness_text(found: Likeness) -> str:
             f" dtype {apart}{unit}, to the unquantized model {loss}; {beside}"
         )
     weights = f"all {found.weights} quantized weights have the plan's numbers"
+    if not found.weights:
+        weights = "all weights are the model's"
     if found.moved:
         weights = (
             f"{found.moved} of {found.weights} quantized weights differ by up to"
@@ -267,6 +280,8 @@ def _likeness_text(found: Likeness) -> str:
         )
     same = "bit for bit those of these numbers multiplied in the model's dtype"
     rounded = "not bit for bit the plan's, since activations or sums are rounded otherwise"
+    if found.rounded:
+        rounded = "those of these numbers with a rounded embedding, which is not the plan's"
     return (
         f"{weights}. Logits are {same if found.same_logits else rounded}: KL to the unquantized"
         f" model {loss} nats a token, {beside}"

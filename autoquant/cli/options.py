@@ -9,6 +9,14 @@ from typing import Annotated
 import typer
 
 
+class Embedding(StrEnum):
+    """What becomes of an embedding; see `autoquant.delivery.targets.EMBEDDINGS`."""
+
+    PLAN = "plan"
+    INT8 = "int8"
+    HEAD = "head"
+
+
 class Dtype(StrEnum):
     """The precision of the unquantized model."""
 
@@ -105,7 +113,8 @@ CandidatesOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="GLOB",
-        help="Candidates to consider; repeatable. Default: all but the opt-in ones.",
+        help="Candidates to consider, e.g. 'int4-g32/*'; repeatable. 'int4*' is int4s (symmetric),"
+        " too. Default: all but the opt-in ones.",
         show_default=False,
     ),
 ]

@@ -285,5 +285,6 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
         echo(f"  autoquant show {where}")
     chosen = "" if recommended is not None else " --plan ID"
     echo(f"  autoquant apply {where}{chosen}{options_again(study.facts.source)}")
-    for line in engine_lines(study.constraints.engine, f"{where}{chosen}"):
+    plan = None if best is None else study.plan(best)
+    for line in engine_lines(study.constraints.engine, f"{where}{chosen}", plan):
         echo(line)

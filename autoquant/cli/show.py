@@ -76,7 +76,7 @@ def _print_text(
         echo(line)
     for line in ties_lines(rows, row) if row else []:
         echo(line)
-    for line in engine_lines(study.constraints.engine, f"{database} --plan {plan.plan_id}"):
+    for line in engine_lines(study.constraints.engine, f"{database} --plan {plan.plan_id}", plan):
         echo(line)
     echo()
     print_table(lambda width: layers_table(plan, width))

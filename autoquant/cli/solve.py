@@ -104,5 +104,5 @@ def _print_text(solved: Solved, where: str) -> None:
     else:
         echo("It is a prediction: `autoquant search` with these limits proves it.")
     echo(f"  autoquant apply {where} --plan {plan.plan_id}")
-    for line in engine_lines(solved.engine, f"{where} --plan {plan.plan_id}"):
+    for line in engine_lines(solved.engine, f"{where} --plan {plan.plan_id}", plan):
         echo(line)

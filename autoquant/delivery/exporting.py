@@ -78,6 +78,7 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
     to: str,
     facts: StudyFacts,
     base: str | Path | None = None,
+    embedding: str | None = None,
     device: str | None = None,
     listener: Listener = ignore,
     trust: Trust = NO_TRUST,
@@ -95,7 +96,9 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
         out: The folder to make. It must not exist yet, or be empty.
         to: Name of the target (see `autoquant.engines.TARGETS`).
         facts: Facts of the plan's study.
-        base: A GGUF of the unquantized model, which `gguf` needs and no other target takes.
+        base: A GGUF of the unquantized model for `gguf`, which is made of the model's folder if
+            this is None. No other target takes it.
+        embedding: For `gguf`, one of `EMBEDDINGS`; None is what the plan says.
         trust: The code that the user named.
         activations: What is taken of a layer where some kernels of its route round the activation
             and others do not.
@@ -110,6 +113,7 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
     """
     listener = logged(listener)
     made = writer(to) if base is None else writer(to).based_on(Path(base))
+    made = made if embedding is None else made.with_embedding(embedding)
     held = held_layers(plan, made.target, activations)
     place = Path(out).absolute()
     checkpoint.check_new(place)
@@ -231,7 +235,7 @@ def _read_back(
     with redirect_stderr(StringIO()):  # progress bars of libraries
         again = made.read(folder, contents, trust)
         quantized = list(contents.layers) if made.shows_weights else None
-        found = likeness(loaded, again, quantized, original)
+        found = likeness(loaded, again, quantized, original, rounded=made.rounds(loaded))
     if found.others_differ or found.farthest > _ROUNDED_SCALE:
         raise CheckpointError(
             f"{made.reader_words()} makes other weights of what was written"

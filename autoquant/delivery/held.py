@@ -39,7 +39,7 @@ def held_layers(
 
     Raises:
         PlanError: It cannot hold some. All are named, by the numbers that they have. Or no layer
-            is quantized.
+            is quantized, and the target is of no use for that.
     """
     held: dict[str, ExportedLayer] = {}
     refused: dict[tuple[str, Refusal], list[str]] = {}
@@ -55,7 +55,7 @@ def held_layers(
             held[name] = ExportedLayer(owner, Values.parse(values), found, layer, activation)
     if refused:
         raise PlanError(_all_refused(refused, target))
-    if not held:
+    if not held and not target.converts:
         raise PlanError(f"plan {plan.plan_id} quantizes nothing: serve the model itself")
     return held
 

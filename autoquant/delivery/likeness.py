@@ -25,6 +25,7 @@ class Likeness:
         moved: How many of them have other numbers, because the reader rounds their scales.
         farthest: By how much at most, relative to a row's largest number.
         others_differ: Names of unquantized tensors that differ.
+        rounded: How many tensors were rounded that the plan leaves alone, as the user asked.
         same_logits: Its logits are bit for bit those of the plan's numbers, multiplied in the
             model's dtype.
         loss: Divergence from the unquantized model: of a language model the mean Kullback-Leibler
@@ -38,6 +39,7 @@ class Likeness:
     moved: int
     farthest: float
     others_differ: list[str]
+    rounded: int
     same_logits: bool
     loss: float
     plan_loss: float
@@ -63,6 +65,8 @@ def likeness(
     again: nn.Module,
     quantized: Collection[str] | None,
     original: torch.Tensor,
+    *,
+    rounded: Collection[str] = (),
 ) -> Likeness:
     """Compare a model that another tool read with the plan in memory.
 
@@ -70,6 +74,7 @@ def likeness(
         loaded: The model that the plan was applied to.
         original: What `read_text` gave before.
         quantized: Names of the quantized weights, or None if the reader shows no weights.
+        rounded: Names of tensors that the plan leaves alone and the export does not.
     """
     inputs = read_inputs(loaded)
     plain = _with_numbers(loaded.module)
@@ -82,7 +87,7 @@ def likeness(
         others = [
             name
             for name, tensor in plain.state_dict().items()
-            if name not in quantized and not same_bits(tensor, _numbers(again, name))
+            if name not in (*quantized, *rounded) and not same_bits(tensor, _numbers(again, name))
         ]
     in_nats = loaded.kind != "module"
     parted = divergence if in_nats else _distance
@@ -91,6 +96,7 @@ def likeness(
         moved=sum(move > 0 for move in moves),
         farthest=max(moves, default=0.0),
         others_differ=others,
+        rounded=len(rounded),
         same_logits=torch.equal(of_numbers, found),
         loss=parted(original, found),
         plan_loss=parted(original, of_plan),

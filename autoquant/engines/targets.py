@@ -60,6 +60,8 @@ class Target:
             `{rounding}` are replaced by those of the layer.
         multiples: By scheme, what k must be a multiple of. A group always divides k.
         only_nearest: Families that are held exactly only if rounded to nearest, and why.
+        converts: Its files are of use for a plan that quantizes nothing, too: what reads them does
+            not read the model itself.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Target:
     instead: Mapping[str, tuple[str, str]]
     multiples: Mapping[str, int] = field(default_factory=dict)
     only_nearest: Mapping[str, str] = field(default_factory=dict)
+    converts: bool = False
 
     def scheme(self, values: str, numerics: str, shape: LinearShape) -> Scheme | Refusal:
         """Return how the target holds a layer, or why it cannot.
@@ -173,6 +176,7 @@ GGUF = Target(
     only_nearest={
         "int4": "Q4_1 keeps 16 bits of the offset, which moves zero points found by better rounding"
     },
+    converts=True,
 )
 """One file of blocks of 32 weights (llama.cpp, Ollama, LM Studio).
 

@@ -36,6 +36,11 @@ class Values:
     group: int | None = None
     rounding: str = ""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether these are floats that every target holds as they are."""
+        return self.family in UNQUANTIZED
+
     @classmethod
     def parse(cls, name: str) -> Values:
         """Read the values of a format, or the id of a format."""

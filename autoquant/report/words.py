@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from autoquant.engines import Values
 from autoquant.engines import engine as find_engine
 from autoquant.records import (
     DISTURBED,
@@ -12,6 +13,7 @@ from autoquant.records import (
     PARTLY,
     STAND_IN,
     Device,
+    LayerChoice,
     Plan,
     Proof,
     Workload,
@@ -359,21 +361,34 @@ def constraints_words(constraints: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def engine_lines(engine: str | None, plan: str) -> list[str]:
+def engine_lines(engine: str | None, plan: str, chosen: Plan | None = None) -> list[str]:
     """Say which engine a plan was made for, what writes it for that, and whose speed was measured.
 
     No lines without an engine.
 
     Args:
         plan: The plan as arguments of a command, e.g. `plan.db --plan ID`.
+        chosen: The plan itself. One that quantizes nothing is of use for some engines only.
     """
     if engine is None:
         return []
+    target = find_engine(engine).target
+    if chosen is not None and not any(map(_is_quantized, chosen.layers)):
+        as_it_is = (
+            f"autoquant export {plan} --to {target.name} writes the unquantized model for {engine}"
+            if target.converts
+            else f"{engine} reads the unquantized model itself"
+        )
+        return [f"{as_it_is}. For a quantized one name another plan with --plan ID."]
     return [
         f"Made for {engine}, which reads what this writes:"
-        f" autoquant export {plan} --to {find_engine(engine).target.name}",
+        f" autoquant export {plan} --to {target.name}",
         f"Times are those of autoquant's kernels; {engine} has kernels of its own.",
     ]
+
+
+def _is_quantized(layer: LayerChoice) -> bool:
+    return not Values.parse(layer.format).is_plain
 
 
 def limits_words(limits: Mapping[str, Any]) -> str:

@@ -58,6 +58,7 @@ def export_requantized(  # noqa: PLR0913 - the keywords of a public function
     asked: Asked | None = None,
     limits: Limits | None = None,
     base: str | Path | None = None,
+    embedding: str | None = None,
     activations: Activations = "rounded",
     device: str | None = None,
     listener: Listener = ignore,
@@ -90,6 +91,7 @@ def export_requantized(  # noqa: PLR0913 - the keywords of a public function
         to=to,
         facts=facts,
         base=base,
+        embedding=embedding,
         device=device,
         listener=listener,
         trust=trust,
@@ -147,6 +149,7 @@ def write_export(  # noqa: PLR0913 - what a command may say
     asked: Asked,
     limits: Limits,
     base: str | Path | None,
+    embedding: str | None,
     activations: Activations,
     device: str | None = None,
     listener: Listener,
@@ -155,24 +158,31 @@ def write_export(  # noqa: PLR0913 - what a command may say
     """Export as `export` says, with its arguments taken apart."""
     how: dict[str, Any] = {"device": device, "listener": listener, "trust": trust}
     if to in PROGRAMS:
-        _check_programs(to, base=base, activations=activations, requantize=requantize)
+        _check_programs(to, base, embedding, activations, requantize=requantize)
         return export_programs(plan, model, out, form=PROGRAMS[to], facts=study.facts, **how)
-    how |= {"to": to, "base": base, "activations": activations}
+    how |= {"to": to, "base": base, "embedding": embedding, "activations": activations}
     if requantize:
         return export_requantized(study, plan, model, out, asked=asked, limits=limits, **how)
     return export_to_disk(plan, model, out, facts=study.facts, **how)
 
 
 def _check_programs(
-    to: str, *, base: str | Path | None, activations: Activations, requantize: bool
+    to: str,
+    base: str | Path | None,
+    embedding: str | None,
+    activations: Activations,
+    *,
+    requantize: bool,
 ) -> None:
-    """Refuse options that programs have no use for."""
-    if base is not None:
-        raise PlanError(f"--base is for gguf: {to} is written without it")
-    if activations != "rounded":
-        raise PlanError(f"{to} keeps the kernels of each layer: leave out --activations")
-    if requantize:
-        raise PlanError(f"{to} holds every plan: leave out --requantize")
+    """Refuse options that programs have no use for, all at once."""
+    wrong = {
+        "--base": base is not None,
+        "--embedding": embedding is not None,
+        "--activations": activations != "rounded",
+        "--requantize": requantize,
+    }
+    if names := " and ".join(name for name, given in wrong.items() if given):
+        raise PlanError(f"{to} holds every plan with its own kernels: leave out {names}")
 
 
 def export(  # noqa: PLR0913 - the keywords of a public function
@@ -183,6 +193,7 @@ def export(  # noqa: PLR0913 - the keywords of a public function
     plan: Plan | None = None,
     model: str | Path | None = None,
     base: str | Path | None = None,
+    embedding: str | None = None,
     activations: Activations = "rounded",
     requantize: bool = False,
     max_ppl_increase: float | None = None,
@@ -208,7 +219,10 @@ def export(  # noqa: PLR0913 - the keywords of a public function
             run with PyTorch alone.
         plan: None is the recommended plan.
         model: Where the model is, if not where it was.
-        base: A GGUF of the unquantized model, which `gguf` needs and no other target takes.
+        base: A GGUF of the unquantized model for `gguf`, which is made of the model's folder if
+            this is None. No other target takes it.
+        embedding: For `gguf`: `int8` rounds the embedding, too, and `head` writes the quantized
+            head for both, if they are tied. None and `plan` keep it.
         activations: What is taken of a layer where some kernels of its route round the activation
             and others do not: `rounded`, or `a16`.
         requantize: Round layers anew that the target cannot hold exactly, and prove the quality
@@ -240,6 +254,7 @@ def export(  # noqa: PLR0913 - the keywords of a public function
         asked=Asked.of(eval_text, eval_data, quality),
         limits=limits,
         base=base,
+        embedding=embedding,
         activations=activations,
         device=device,
         listener=listener,

@@ -17,6 +17,7 @@ class Likeness:
     moved: int = 0
     farthest: float = 0.0
     same_logits: bool = True
+    rounded: int = 0
     loss: float = 0.0123
     plan_loss: float = 0.0119
     apart: float = 0.0042
@@ -45,9 +46,11 @@ def work(monkeypatch):
     """A stand-in for exporting: `calls` notes what was asked, `changes` alters the report."""
     module = ModuleType("autoquant.delivery.exporting")
     module.calls, module.changes, module.bases, module.activations = [], {}, [], []
+    module.embeddings = []
 
-    def export_to_disk(plan, model, out, *, to, base, activations, **options):
+    def export_to_disk(plan, model, out, *, to, base, embedding, activations, **options):
         module.bases.append(base)
+        module.embeddings.append(embedding)
         module.activations.append(activations)
         module.calls.append((plan.plan_id, str(model), out.name, to))
         made = Report(out.absolute(), target(to), schemes={"int8-row as pack-quantized": 60})
@@ -104,6 +107,15 @@ def test_a_gguf_begins_with_the_file_that_is_named(runner, database, work):
     run(runner, database, "--base", "model-bf16.gguf", to="gguf")
     run(runner, database)
     assert list(map(str, work.bases)) == ["model-bf16.gguf", "None"]
+
+
+def test_a_rounded_embedding_is_asked_for_and_said(runner, database, work):
+    work.changes = {"likeness": Likeness(rounded=1, same_logits=False)}
+    result = run(runner, database, "--embedding", "head", to="gguf")
+    assert work.embeddings == ["head"]
+    assert "with a rounded embedding, which is not the plan's" in result.stdout
+    refused = run(runner, database, "--embedding", "int5", to="gguf")
+    assert refused.exit_code == 2 and "int5" in refused.stderr
 
 
 def test_a_plan_and_a_limit_exclude_each_other(runner, database, work):

@@ -25,12 +25,12 @@ from autoquant.cli.main import app
 from .pages import PAGES, SHELL, blocks, loose_commands
 
 NOT_RUN = {
-    "installs": 9,
+    "installs": 10,
     "GPU": 5,
     "lm_eval": 3,
     "a terminal": 1,
     "a server": 1,
-    "an engine": 7,
+    "an engine": 10,
     "ExecuTorch": 5,
     "a training": 6,
     "another program": 1,

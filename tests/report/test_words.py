@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from builders.records import make_proof
+from builders.records import make_choice, make_plan, make_proof
 
 from autoquant.records import DISTURBED, PARTLY, STAND_IN, Interval, Workload
 from autoquant.report.words import (
@@ -250,3 +250,14 @@ def test_a_plan_for_an_engine_is_said_with_what_writes_it_and_whose_times_these_
         "Times are those of autoquant's kernels; llama.cpp has kernels of its own.",
     ]
     assert engine_lines(None, "p.db") == []
+
+
+def test_a_plan_that_quantizes_nothing_is_written_only_for_engines_that_need_it():
+    plan = make_plan("a1", layers=())
+    (line,) = engine_lines("llama.cpp", "p.db", plan)
+    assert line.startswith("autoquant export p.db --to gguf writes the unquantized model")
+    assert "--plan ID" in line
+    (line,) = engine_lines("vllm", "p.db", plan)
+    assert "export" not in line and "vllm reads the unquantized model itself" in line
+    quantized = make_plan("a1", layers=(make_choice(fmt="int8-row/plain"),))
+    assert len(engine_lines("llama.cpp", "p.db", quantized)) == 2

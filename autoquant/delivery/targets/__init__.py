@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from autoquant.delivery.targets.base import Contents, ExportedLayer, Writer
+from autoquant.delivery.targets.base import EMBEDDINGS, Contents, ExportedLayer, Writer
 from autoquant.errors import PlanError
 
 _HOMES = {
@@ -38,4 +38,4 @@ def writer(name: str) -> Writer:
     return made
 
 
-__all__ = ["Contents", "ExportedLayer", "Writer", "writer"]
+__all__ = ["EMBEDDINGS", "Contents", "ExportedLayer", "Writer", "writer"]

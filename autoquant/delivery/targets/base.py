@@ -62,6 +62,10 @@ class Contents:
     original: nn.Module | None = None
 
 
+EMBEDDINGS = ("plan", "int8", "head")
+"""What an embedding may become: what the plan says, Q8_0, or the quantized head's own tensor."""
+
+
 class Writer(ABC):
     """Writes one target, and reads it back.
 
@@ -100,6 +104,21 @@ class Writer(ABC):
             PlanError: The target is written without one.
         """
         raise PlanError(f"--base is for gguf: {self.target.name} is written without it")
+
+    def with_embedding(self, kind: str) -> Writer:
+        """Return a writer that rounds the embedding, too.
+
+        Args:
+            kind: One of `EMBEDDINGS`.
+
+        Raises:
+            PlanError: The target has no quantized embedding, or there is no such kind.
+        """
+        raise PlanError(f"--embedding is for gguf: {self.target.name} keeps embeddings as they are")
+
+    def rounds(self, loaded: LoadedModel) -> tuple[str, ...]:
+        """Return the names of tensors that are rounded although the plan leaves them alone."""
+        return ()
 
     def notes(self, contents: Contents) -> tuple[str, ...]:
         """Return what to know of the files, a line each."""

@@ -1,17 +1,18 @@
 """Write one GGUF, which llama.cpp and what is built on it read.
 
-The user's own 16-bit GGUF of the model is taken: its tokenizer, its settings, and every tensor that
-the plan leaves alone. Quantized layers are replaced by blocks of the plan's own integers
-(`gguf_blocks.py`). Beside it lies `tensor-types.txt`, the same types for llama.cpp's quantizer,
-which rounds to other numbers.
+It begins as a GGUF of the unquantized model: the user's own, or one that `gguf_convert.py` makes of
+the model's folder. That has the tokenizer, the settings, and every tensor that the plan leaves
+alone. Quantized layers are replaced by blocks of the plan's own integers (`gguf_blocks.py`). Beside
+it lies `tensor-types.txt`, the same types for llama.cpp's quantizer, which rounds to other numbers.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch import nn
 
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.candidates.routed import RoutedWeight
-from autoquant.delivery.targets.base import Contents, ExportedLayer, Writer
+from autoquant.delivery.targets.base import EMBEDDINGS, Contents, ExportedLayer, Writer
 from autoquant.delivery.targets.gguf_blocks import blocks
+from autoquant.delivery.targets.gguf_convert import check_convertible, conversion_notes, convert
 from autoquant.delivery.targets.gguf_file import GgufFile
+from autoquant.engines import Values
 from autoquant.engines.targets import GGUF
 from autoquant.errors import CheckpointError, PlanError
 from autoquant.models import LoadedModel
@@ -41,43 +44,71 @@ class GgufWriter(Writer):
     """Writes a GGUF that begins as another one.
 
     Attributes:
-        base: The unquantized model's, or None if the user gave none.
+        base: The unquantized model's, or None if it is made of the model's folder.
+        embedding: One of `EMBEDDINGS`.
     """
 
     target = GGUF
     reader = ("gguf",)
 
-    def __init__(self, base: Path | None = None) -> None:
+    def __init__(self, base: Path | None = None, embedding: str = "plan") -> None:
         self.base = base
+        self.embedding = embedding
 
     def based_on(self, base: Path) -> Writer:
-        return GgufWriter(base)
+        return GgufWriter(base, self.embedding)
+
+    def with_embedding(self, kind: str) -> Writer:
+        if kind not in EMBEDDINGS:
+            raise PlanError(f"--embedding is one of {', '.join(EMBEDDINGS)}, not {kind!r}")
+        return GgufWriter(self.base, kind)
+
+    def rounds(self, loaded: LoadedModel) -> tuple[str, ...]:
+        if self.embedding == "plan":
+            return ()
+        model: Any = loaded.module
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        parts = [embedding, *([head] if tied and not _is_quantized(head.weight) else [])]
+        named = model.named_modules()
+        return tuple(
+            f"{name}.weight" for name, part in named if any(part is each for each in parts)
+        )
 
     def check_given(self) -> None:
         if self.missing():
             raise PlanError("writing a GGUF needs the package gguf: pip install gguf")
-        if self.base is None:
-            raise PlanError(
-                "gguf needs a GGUF of the unquantized model, for its tokenizer and settings: give"
-                " it as --base (`convert_hf_to_gguf.py MODEL --outtype bf16` of llama.cpp writes"
-                " one)"
-            )
-        GgufFile(self.base)
+        if self.base is not None:
+            GgufFile(self.base)
 
     def check(self, loaded: LoadedModel) -> None:
-        """Refuse no model: which ones a GGUF holds is for the converter of its base to say."""
+        """Refuse a model that is not converted here, unless the user gave a base.
+
+        Which models a GGUF holds is for the converter of that base to say.
+        """
+        if self.base is None:
+            check_convertible(loaded)
 
     def write(self, contents: Contents, folder: Path) -> None:
-        assert self.base is not None  # `check` refused that
-        base = GgufFile(self.base)
+        with TemporaryDirectory(dir=folder.parent) as scratch:
+            made = self.base
+            if made is None:
+                made = Path(scratch) / _FILE
+                convert(contents.loaded, contents.dtype, made)
+            self._write(GgufFile(made), contents, folder)
+
+    def _write(self, base: GgufFile, contents: Contents, folder: Path) -> None:
         names = _names(base, contents.layers)
-        made = _Copy(base, folder / _FILE)
+        _check_embedding(self.embedding, base, names.values())
+        made = _Copy(base, folder / _FILE, self.embedding)
         for name, tensor in contents.tensors:
             if isinstance(tensor, NeutralWeight):
                 made.add(names[name], tensor, contents.layers[name])
             elif tensor.ndim == 2:
                 _check_same(base, name, tensor)
         made.finish()
+        if not contents.layers:
+            return
         types = {name: kind for name, kind in made.types.items() if name in base.tensors}
         lines = [f"^{re.escape(name)}$={kind.lower()}" for name, kind in types.items()]
         (folder / _RECIPE).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -86,21 +117,59 @@ class GgufWriter(Writer):
         """Return the model with the numbers that the package gguf reads."""
         file = GgufFile(folder / _FILE)
         module = shallow_copy(contents.loaded.module)
+        rounded = self.rounds(contents.loaded)
         for path, part in module.named_modules():
             for leaf, parameter in part._parameters.items():
-                if parameter is not None and isinstance(parameter.data, RoutedWeight):
-                    numbers = _read(file, f"{path}.{leaf}", parameter.data.dequantize())
-                    moved = numbers.to(parameter.device, parameter.dtype)
-                    part._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
+                name = f"{path}.{leaf}"
+                if parameter is not None and name in rounded:
+                    numbers = file.numbers(_EMBEDDING)
+                elif parameter is not None and isinstance(parameter.data, RoutedWeight):
+                    numbers = _read(file, name, parameter.data.dequantize())
+                else:
+                    continue
+                moved = numbers.to(parameter.device, parameter.dtype)
+                part._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
         return module
 
     def notes(self, contents: Contents) -> tuple[str, ...]:
+        two = contents.unties and self.embedding != "head"
         untied = " It cannot quantize the head, which is tied to the embedding in the base."
-        return (
+        recipe = (
             f"{_RECIPE} names the same types for llama.cpp's quantizer (llama-quantize"
             " --tensor-type-file), which rounds by itself: what it writes has other numbers than"
-            f" the plan.{untied if contents.unties else ''}",
+            f" the plan.{untied if two else ''}"
         )
+        smaller = (
+            "the embedding is kept beside the head, which is quantized: --embedding head writes one"
+            " tensor for both, --embedding int8 rounds it to Q8_0"
+            if contents.unties
+            else "the embedding is not quantized: --embedding int8 rounds it to Q8_0, with a head"
+            " that is tied to it, for a smaller file"
+        )
+        return (
+            *(conversion_notes(contents.loaded) if self.base is None else ()),
+            *([recipe] if contents.layers else ()),
+            *([smaller] if contents.layers and self.embedding == "plan" else ()),
+        )
+
+
+def _check_embedding(kind: str, base: GgufFile, names: Collection[str]) -> None:
+    """Refuse an embedding that cannot become what the user asked for.
+
+    Args:
+        names: Of the quantized layers in a GGUF.
+    """
+    tied = _HEAD not in base.tensors
+    if kind == "head" and not (tied and _HEAD in names):
+        raise PlanError(
+            "--embedding head is for a head that is tied to the embedding, and that the plan"
+            " quantizes; it is not: --embedding int8 rounds the embedding, and a head tied to it"
+        )
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    data = weight.data
+    return isinstance(data, RoutedWeight) and not Values.parse(data.format_id).is_plain
 
 
 def _names(base: GgufFile, layers: Mapping[str, ExportedLayer]) -> dict[str, str]:
@@ -143,9 +212,11 @@ def _check_same(base: GgufFile, name: str, tensor: torch.Tensor) -> None:
 def _read(file: GgufFile, name: str, numbers: torch.Tensor) -> torch.Tensor:
     """Return the numbers that a file has for a layer, in the order of its rows in the model.
 
-    A head that is tied to the embedding is not there: its own numbers are returned.
+    A head that is tied to an unquantized embedding is not there: its own numbers are returned.
     """
     place = file.name_of(name)
+    if place == _HEAD and place not in file.tensors and not file.is_plain(_EMBEDDING):
+        place = _EMBEDDING
     if place is None or place not in file.tensors:
         return numbers.contiguous()
     stored = file.numbers(place)
@@ -162,10 +233,11 @@ class _Copy:
         types: The type of every matrix, by name.
     """
 
-    def __init__(self, base: GgufFile, path: Path) -> None:
+    def __init__(self, base: GgufFile, path: Path, embedding: str = "plan") -> None:
         import gguf
 
         self._base = base
+        self._embedding = embedding
         # Tensors wait in a temporary file, so that a large model need not fit into memory.
         self._writer: Any = gguf.GGUFWriter(path, base.architecture, use_temp_file=True)
         self._bytes: Counter[str] = Counter()
@@ -199,13 +271,17 @@ class _Copy:
                 f"{layer.name} as {layer.scheme.name} has other numbers than {layer.values}:"
                 " its scales are too small or too large for float16"
             )
-        self._add(name, made[order].contiguous().numpy(), kind)
+        stands_for_both = name == _HEAD and self._embedding == "head"
+        place = _EMBEDDING if stands_for_both else name
+        self._add(place, made[order].contiguous().numpy(), kind)
         if weight.tensor_scale is not None:
             scale = weight.tensor_scale.float().reshape(1).numpy()
-            self._writer.add_tensor(name.removesuffix(".weight") + ".scale", scale)
+            self._writer.add_tensor(place.removesuffix(".weight") + ".scale", scale)
 
     def finish(self) -> None:
         """Add all else from the base, and write the file."""
+        if self._embedding == "int8":
+            self._round_embedding()
         for tensor in self._base.reader.tensors:
             if tensor.name not in self._added:
                 self._add(tensor.name, tensor.data, tensor.tensor_type)
@@ -214,6 +290,13 @@ class _Copy:
         self._writer.write_kv_data_to_file()
         self._writer.write_tensors_to_file()
         self._writer.close()
+
+    def _round_embedding(self) -> None:
+        import gguf
+
+        kind = gguf.GGMLQuantizationType.Q8_0
+        numbers = self._base.numbers(_EMBEDDING).numpy()
+        self._add(_EMBEDDING, gguf.quants.quantize(numbers, kind), kind)
 
     def _add(self, name: str, data: Any, kind: Any) -> None:
         self._writer.add_tensor(name, data, raw_dtype=kind)

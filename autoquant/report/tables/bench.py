@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
-from autoquant.records import Interval, Loop, Plan, RunTimes, Workload
+from autoquant.records import Interval, Plan, RunTimes, Workload
 from autoquant.report import units
 from autoquant.report.attribution import Attributed, responsible, slowed_notes
 from autoquant.report.tables.layout import WIDE, Column, number_table, plain_table
@@ -35,7 +35,7 @@ class BenchLine(Attributed, Protocol):
 
 
 class LoopLine(Protocol):
-    """What is read from `autoquant.tuner.bench.LoopRow`."""
+    """What is read from `autoquant.tuner.bench.LoopRow`, and from that of an engine."""
 
     @property
     def plan_id(self) -> str | None: ...
@@ -44,7 +44,7 @@ class LoopLine(Protocol):
     def label(self) -> str: ...
 
     @property
-    def loop(self) -> Loop: ...
+    def loop(self) -> str: ...
 
     @property
     def times(self) -> RunTimes: ...

@@ -149,7 +149,8 @@ def test_a_quantized_head_stands_beside_the_embedding_it_was_tied_to(planned, ba
     assert found["output.weight"].tensor_type.name == "Q8_0"
     assert found["token_embd.weight"].tensor_type.name == "BF16"
     assert report.likeness.same_logits
-    assert "cannot quantize the head" in report.notes[-1]
+    assert "cannot quantize the head" in report.notes[0]
+    assert "--embedding head" in report.notes[1]
     assert "output" not in (report.out / "tensor-types.txt").read_text().split()
 
 
@@ -238,9 +239,67 @@ def test_a_damaged_base_is_told_in_one_line(planned, tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_without_a_base_it_says_how_to_make_one(planned, tmp_path):
-    with pytest.raises(PlanError, match=r"give it as --base .*convert_hf_to_gguf"):
+@pytest.mark.parametrize(
+    ("kind", "names", "embedding"),
+    [
+        ("int8", {"token_embd.weight", "output.weight"}, "Q8_0"),
+        ("head", {"token_embd.weight"}, "Q4_1"),
+    ],
+)
+def test_the_embedding_is_rounded_if_asked(planned, base, tmp_path, kind, names, embedding):
+    report = export_to_disk(
+        planned.plan({"lm_head": INT4}),
+        planned.folder,
+        tmp_path / "out",
+        to="gguf",
+        facts=planned.facts,
+        base=base,
+        embedding=kind,
+    )
+    found = tensors(report.out / "model.gguf")
+    assert {name for name in found if "blk" not in name and "norm" not in name} == names
+    assert found["token_embd.weight"].tensor_type.name == embedding
+    assert report.likeness.rounded == 1 and not report.likeness.same_logits
+    assert report.likeness.moved == 0 and report.likeness.weights == 1
+    assert not any("--embedding" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("head", [("bfloat16/plain", "matmul"), ("bfloat16/routed", "matmul")])
+def test_a_head_that_is_the_embedding_is_rounded_with_it(planned, base, tmp_path, head):
+    report = export_to_disk(
+        planned.plan({"q_proj": INT8, "lm_head": head}),
+        planned.folder,
+        tmp_path / "out",
+        to="gguf",
+        facts=planned.facts,
+        base=base,
+        embedding="int8",
+    )
+    found = tensors(report.out / "model.gguf")
+    assert found["token_embd.weight"].tensor_type.name == "Q8_0" and "output.weight" not in found
+    assert report.likeness.rounded == 2 and not report.likeness.others_differ
+
+
+def test_the_tensor_of_an_unquantized_head_does_not_stand_for_the_embedding(
+    planned, base, tmp_path
+):
+    with pytest.raises(PlanError, match=r"it is not: --embedding int8 rounds"):
+        export_to_disk(
+            planned.plan({"q_proj": INT8}),
+            planned.folder,
+            tmp_path / "out",
+            to="gguf",
+            facts=planned.facts,
+            base=base,
+            embedding="head",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_not_known_needs_a_base(planned, tmp_path):
+    with pytest.raises(PlanError, match=r"kind WordLevel.* as --base .*convert_hf_to_gguf"):
         exported(planned, {"q_proj": INT8}, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_package_it_says_what_to_install(planned, base, tmp_path, monkeypatch):

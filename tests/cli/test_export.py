@@ -44,11 +44,11 @@ class Report:
 @pytest.fixture
 def work(monkeypatch):
     """A stand-in for exporting: `calls` notes what was asked, `changes` alters the report."""
-    module = ModuleType("autoquant.delivery.exporting")
+    module = ModuleType("autoquant.tuner.exporting")
     module.calls, module.changes, module.bases, module.activations = [], {}, [], []
     module.embeddings = []
 
-    def export_to_disk(plan, model, out, *, to, base, embedding, activations, **options):
+    def write_export(_study, plan, model, out, *, to, base, embedding, activations, **_options):
         module.bases.append(base)
         module.embeddings.append(embedding)
         module.activations.append(activations)
@@ -56,8 +56,8 @@ def work(monkeypatch):
         made = Report(out.absolute(), target(to), schemes={"int8-row as pack-quantized": 60})
         return replace(made, **module.changes)
 
-    module.export_to_disk = export_to_disk
-    monkeypatch.setitem(sys.modules, "autoquant.delivery.exporting", module)
+    module.write_export = write_export
+    monkeypatch.setitem(sys.modules, "autoquant.tuner.exporting", module)
     return module
 
 
@@ -161,13 +161,13 @@ def programs(work):
     """The stand-in writes programs; `found` alters what it found of them."""
     found = {}
 
-    def export_to_disk(plan, model, out, *, to, **_):
+    def write_export(_study, plan, model, out, *, to, **_options):
         work.calls.append((plan.plan_id, str(model), out.name, to))
         agreement = replace(Agreement(times_ms={"prompt": 8.0, "token": 1.0}), **found)
         kernels = {"tokens_1": {"int8-row/plain/cpu-rows": 57}}
         return ProgramReport(out.absolute(), programs=kernels, agreement=agreement)
 
-    work.export_to_disk = export_to_disk
+    work.write_export = write_export
     return found
 
 
@@ -211,10 +211,10 @@ def test_a_text_to_judge_by_needs_something_to_judge(runner, database, work):
     assert "with --requantize only" in " ".join(result.stderr.split())
 
 
-def test_what_was_rounded_anew_is_said_with_its_quality(runner, database, monkeypatch):
+def test_what_was_rounded_anew_is_said_with_its_quality(runner, database, work):
     asked = {}
 
-    def export_requantized(study, plan, model, out, *, to, **options):
+    def write_export(_study, plan, model, out, *, to, **options):
         asked.update(options, to=to, plan=plan.plan_id)
         made = Report(out.absolute(), target(to), schemes={"int4s-g32 as pack-quantized": 6})
         why = "holds no real zero points"
@@ -223,15 +223,14 @@ def test_what_was_rounded_anew_is_said_with_its_quality(runner, database, monkey
             export=made, plan=plan, changes=changes, quality=("Perplexity 20, 21, 22",)
         )
 
-    module = ModuleType("autoquant.tuner.exporting")
-    module.export_requantized = export_requantized
-    monkeypatch.setitem(sys.modules, "autoquant.tuner.exporting", module)
+    work.write_export = write_export
     result = run(runner, database, "--requantize", "--plan", UNIFORM, "--max-ppl-increase", "3%")
     assert result.exit_code == 0, result.stderr
     assert "6 layers from int4-g32 to int4s-g32: holds no real zero points" in result.stdout
     assert "1 layer from mxfp4 to bfloat16: unknown" in result.stdout
     assert "Perplexity 20, 21, 22" in result.stdout
     assert (asked["plan"], asked["limits"].max_ppl_increase) == (UNIFORM, 0.03)
+    assert asked["requantize"]
 
 
 def test_a_program_that_shows_no_weights_is_said_to_run(runner, database, work):

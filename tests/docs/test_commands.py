@@ -52,6 +52,7 @@ SMALLER = (
     (r"my-model-(PLANID|[0-9a-f]{8})\b", lambda _: newest("my-model-*")),
     (r"\b(4096|1024)x4096\b", "64x32"),
     (r"\b128256x4096\b", "128x32"),
+    (r"--to aoti\b", "--to pt2"),  # compiles nothing
     (r'device = "cuda"', 'device = "cpu"'),
     (r"rows=\[1, 2048\]", f'rows=[1], candidates=["{CANDIDATES}"]'),
     (

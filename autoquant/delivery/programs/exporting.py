@@ -29,11 +29,18 @@ from autoquant.delivery.searched import load_searched
 from autoquant.devices import backend
 from autoquant.engines.programs import ProgramForm
 from autoquant.errors import PlanError, first_line
-from autoquant.events import Listener, StageFinished, StageProgress, StageStarted, logged
+from autoquant.events import (
+    Listener,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    ignore,
+    logged,
+)
 from autoquant.files import move_whole, scratch_folder
 from autoquant.models import LoadedModel
 from autoquant.models.quiet import quiet, some
-from autoquant.models.trust import Trust
+from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
 from autoquant.store import StudyFacts
 
@@ -75,11 +82,11 @@ def export_programs(
     *,
     form: ProgramForm,
     facts: StudyFacts,
-    device: str | None,
-    listener: Listener,
-    trust: Trust,
+    device: str | None = None,
+    listener: Listener = ignore,
+    trust: Trust = NO_TRUST,
 ) -> ProgramReport:
-    """Write a plan as programs. Arguments are those of `export_to_disk`.
+    """Write a plan as programs. Arguments are those of `export_to_disk` of another target.
 
     Raises:
         PlanError: No program can hold the model, or a layer of the plan.

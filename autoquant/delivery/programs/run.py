@@ -101,8 +101,14 @@ def check_machine(about: dict[str, Any]) -> None:
     """Refuse a machine that the programs were not made for, and get it ready.
 
     Raises:
-        ValueError: It lacks instructions.
+        ValueError: It lacks instructions, or this process has imported autoquant.
     """
+    # Defining operators twice would end the process.
+    if about["library"] and sys.modules.get("autoquant") is not None:
+        raise ValueError(
+            "this process has imported autoquant, which has the operators of this folder's library:"
+            " run the programs in a process of their own"
+        )
     if torch.__version__.partition("+")[0] != about["torch"]:
         sys.stderr.write(
             f"note: made with PyTorch {about['torch']}, and this is {torch.__version__}\n"

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import autoquant
-from autoquant.delivery.exporting import export_to_disk
 from autoquant.delivery.programs import exporting, reading
+from autoquant.delivery.programs.exporting import export_programs
 from autoquant.delivery.programs.run import Programs, check_machine
 from autoquant.delivery.programs.tracing import Subject, ranges_of, resized, trace
+from autoquant.engines import PROGRAMS
 from autoquant.errors import CheckpointError, PlanError
 
 from ..targets.conftest import Planned, save_llama
@@ -37,8 +38,13 @@ def llama(tmp_path_factory):
 
 
 def exported(patches, out, to, routes=ROUTES):
-    return export_to_disk(
-        patches.plan(routes), patches.path, out, to=to, facts=patches.facts, trust=patches.trust
+    return export_programs(
+        patches.plan(routes),
+        patches.path,
+        out,
+        form=PROGRAMS[to],
+        facts=patches.facts,
+        trust=patches.trust,
     )
 
 
@@ -92,7 +98,7 @@ def test_a_size_without_a_program_is_refused(written, tmp_path):
 @pytest.mark.processes
 def test_a_language_model_steps_over_its_cache_with_the_plans_bits(llama, tmp_path):
     plan = llama.plan({"proj": (INT8, "int8pack-mm", "dequantize-matmul")})
-    study = SimpleNamespace(best_of_search=lambda: plan, facts=llama.facts)
+    study = SimpleNamespace(best_of_search=lambda: plan, facts=llama.facts, limits=None)
     study.facts.source["path"] = str(llama.folder)
     report = autoquant.export(study, tmp_path / "out", to="pt2")
     assert list(report.programs) == ["tokens_1", "tokens_2_to_4", "tokens_5_to_128"]
@@ -208,26 +214,33 @@ def test_windows_are_refused(llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "load_searched", windowed)
     with pytest.raises(PlanError, match="has windows"):
-        export_to_disk(
+        export_programs(
             llama.plan({"proj": (INT8, "int8pack-mm")}),
             llama.folder,
             tmp_path / "out",
-            to="pt2",
+            form=PROGRAMS["pt2"],
             facts=llama.facts,
         )
 
 
-def test_a_base_is_for_gguf_only(patches, tmp_path):
-    with pytest.raises(PlanError, match="--base is for gguf"):
-        export_to_disk(
-            patches.plan(ROUTES), patches.path, tmp_path / "out", to="pt2", facts=None, base="x"
-        )
+def test_options_that_programs_have_no_use_for_are_refused_together(patches, tmp_path):
+    study = SimpleNamespace(
+        facts=SimpleNamespace(source={"path": "x"}), limits=None, best_of_search=lambda: None
+    )
+    with pytest.raises(PlanError, match="leave out --base and --activations and --requantize"):
+        autoquant.export(study, tmp_path, to="aoti", base="x", activations="a16", requantize=True)
 
 
 def test_a_machine_without_the_instructions_is_refused():
     about = {"torch": torch.__version__.partition("+")[0], "library": None}
     with pytest.raises(ValueError, match=r"lacks instructions.*\(avx1024\)"):
         check_machine(about | {"instructions": ["avx1024"]})
+
+
+def test_operators_are_not_defined_twice():
+    about = {"torch": torch.__version__, "library": "libautoquant_cpu.so", "instructions": []}
+    with pytest.raises(ValueError, match="in a process of their own"):
+        check_machine(about)
 
 
 def test_another_pytorch_is_said(capsys):

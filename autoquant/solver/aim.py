@@ -31,6 +31,8 @@ _LEAST_SHARE = 0.05
 _FIRST_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 # One noisy proof should not lead the next trial further than this.
 _LARGEST_STEP = 4.0
+# Losses that differ by less than this part were summed up in another order.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +119,29 @@ def aimed(
         if share is None:
             return
         used = max(share, _LEAST_SHARE)
-        shots[plan.plan_id] = _Shot(plan.prediction.loss, used, _cost(plan, limits))
+        shots[plan.plan_id] = _Shot(space.plan_loss(plan), used, _cost(plan, limits))
         loss = _next_loss(list(shots.values()))
 
 
 def _next_loss(shots: Sequence[_Shot]) -> float | None:
     """Return the loss to solve for next; None if the limit is reached or nothing is gained."""
-    within = max(
-        (shot for shot in shots if shot.share <= 1), key=lambda shot: shot.loss, default=None
-    )
+    # A plan that is predicted to lose nothing says nothing of how much another may lose.
+    telling = [shot for shot in shots if shot.share <= 1 and shot.loss > 0]
+    within = max(telling, key=lambda shot: shot.loss, default=None)
     beyond = min(
         (shot for shot in shots if shot.share > 1), key=lambda shot: shot.loss, default=None
     )
     if within is None or beyond is None:
         nearest = within or beyond
-        assert nearest is not None
+        if nearest is None:
+            return None
         if CLOSE <= nearest.share <= 1:
             return None
         step = min(max(_TARGET / nearest.share, 1 / _LARGEST_STEP), _LARGEST_STEP)
         return nearest.loss * step
     if within.share >= CLOSE or within.cost <= beyond.cost * (1 + TIE_FRACTION):
+        return None
+    if beyond.loss <= within.loss * (1 + _SAME):  # what was measured contradicts the predictions
         return None
     # A straight line through both, in logarithms, tells the loss at the target.
     slope = math.log(beyond.share / within.share) / math.log(beyond.loss / within.loss)

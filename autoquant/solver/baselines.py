@@ -49,7 +49,7 @@ def structural_plan(space: SearchSpace, *, limits: Limits, max_loss: float | Non
         for high, high_size in sized
         if high_size > low_size * _MORE_BITS
     ]
-    within = [plan for plan in plans if _is_within(plan, limits, max_loss)]
+    within = [plan for plan in plans if _is_within(plan, space, limits, max_loss)]
     if not within:
         return min(plans, key=lambda plan: plan.prediction.loss, default=None)
     if limits.minimize == "time":
@@ -125,8 +125,8 @@ def bits_plan(space: SearchSpace, recommended: Plan) -> Plan | None:
     return make_plan(chosen, f"bits alone: {bits:.2f} a weight", "bits", space.context)
 
 
-def _is_within(plan: Plan, limits: Limits, max_loss: float | None) -> bool:
+def _is_within(plan: Plan, space: SearchSpace, limits: Limits, max_loss: float | None) -> bool:
     fits = (
         limits.max_memory_bytes is None or plan.prediction.memory_bytes <= limits.max_memory_bytes
     )
-    return fits and (max_loss is None or plan.prediction.loss <= max_loss)
+    return fits and (max_loss is None or space.plan_loss(plan) <= max_loss)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from autoquant.records import Plan, Proof
-from autoquant.solver.additivity import ADDITION, LossMap
 from autoquant.solver.limits import Limits
 from autoquant.solver.space import SearchSpace
 
@@ -34,31 +33,15 @@ class LossScale:
         allowed: The plan loss, once scaled, that the limits of quality allow (None: no limit).
         factors: By numerics.
         usual: The factor of numerics of which no uniform plan was proven.
-        loss_map: From summed to plan losses.
     """
 
     allowed: float | None
     factors: Mapping[str, float] = field(default_factory=dict)
     usual: float = 1.0
-    loss_map: LossMap = ADDITION
-
-    def factor(self, numerics: str) -> float:
-        """Return what a layer's predicted loss is multiplied by."""
-        return self.factors.get(numerics, self.usual)
-
-    def plan_loss(self, plan: Plan) -> float:
-        """Return the scaled loss of a plan whose layers have predicted losses."""
-        return self.loss_map.plan_loss(
-            sum(self.factor(layer.numerics) * layer.loss for layer in plan.layers)
-        )
 
     def space(self, space: SearchSpace) -> SearchSpace:
-        """Return the space with scaled losses."""
-        options = [
-            [replace(each, loss=each.loss * self.factor(each.numerics)) for each in layer]
-            for layer in space.options
-        ]
-        return replace(space, options=options)
+        """Return the space with losses that are scaled where they are solved for."""
+        return replace(space, factors=self.factors, usual_factor=self.usual)
 
 
 def fit_loss_scale(
@@ -72,7 +55,7 @@ def fit_loss_scale(
     allowed = limits.allowed_loss(logarithmic=space.logarithmic)
     loss_map = space.context.loss_map
     if allowed is None:
-        return LossScale(allowed=None, loss_map=loss_map)
+        return LossScale(allowed=None)
     ratios: dict[str, float] = {}
     telling: list[float] = []
     for plan_id, proof in proofs.items():
@@ -89,7 +72,7 @@ def fit_loss_scale(
     usual = statistics.median(telling) if telling else 1.0
     lowest, highest = usual / _LARGEST_STEP, usual * _LARGEST_STEP
     factors = {each: min(max(ratio, lowest), highest) for each, ratio in ratios.items()}
-    return LossScale(allowed=allowed, factors=factors, usual=usual, loss_map=loss_map)
+    return LossScale(allowed=allowed, factors=factors, usual=usual)
 
 
 def _main_numerics(plan: Plan) -> tuple[str, float] | None:

@@ -75,7 +75,8 @@ def proposals(
     """
     import optuna
 
-    losses = [_summed(plan) for plan, _ in known.values() if _summed(plan) > 0]
+    summed = [space.summed_loss(plan.layers) for plan, _ in known.values()]
+    losses = [loss for loss in summed if loss > 0]
     if not losses:
         return
     if allowed is not None:
@@ -83,7 +84,7 @@ def proposals(
         losses = [min(max(loss, limit / _BELOW_LIMIT), limit * _ABOVE_LIMIT) for loss in losses]
     with _its_tables_whole(storage_url):
         study = _open(storage_url, _study_name(space.context.study_id, minimize), seed)
-        _warm_start(study, known, _distributions(space, losses), minimize)
+        _warm_start(study, space, known, _distributions(space, losses), minimize)
     seen = set(known)
     repeats = 0
     while repeats < _FAILED_TRIALS_IN_A_ROW:
@@ -127,11 +128,6 @@ def growth_of(
 def point_of(proof: Proof | None, minimize: Objective) -> tuple[float, float] | None:
     """Return a proven plan as `Growth` counts it; None if it could not be proven."""
     return None if proof is None else _objectives(proof, minimize)
-
-
-def _summed(plan: Plan) -> float:
-    """Return the layers' summed losses, which the solver has a budget for."""
-    return sum(layer.loss for layer in plan.layers)
 
 
 def _open(storage_url: str, study_name: str, seed: int) -> optuna.Study:
@@ -247,6 +243,7 @@ def _distributions(space: SearchSpace, losses: Sequence[float]) -> dict[str, Any
 
 def _warm_start(
     study: optuna.Study,
+    space: SearchSpace,
     known: ProvenPlans,
     distributions: Mapping[str, Any],
     minimize: Objective,
@@ -256,11 +253,12 @@ def _warm_start(
 
     known_ids = {trial.user_attrs.get("plan_id") for trial in study.get_trials(deepcopy=False)}
     for plan, proof in known.values():
-        if plan.kind != "front" or plan.plan_id in known_ids or _summed(plan) <= 0:
+        summed = space.summed_loss(plan.layers)
+        if plan.kind != "front" or plan.plan_id in known_ids or summed <= 0:
             continue
         budget = distributions["loss budget"]
         parameters = dict.fromkeys(distributions, 1.0) | {
-            "loss budget": min(max(_summed(plan), budget.low), budget.high)
+            "loss budget": min(max(summed, budget.low), budget.high)
         }
         study.add_trial(
             optuna.trial.create_trial(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,12 +43,17 @@ class SearchSpace:
         unquantized: The unquantized choice of each layer. It is not among a layer's options if a
             constraint bars it. Empty in a space that was read from the store.
         logarithmic: Losses are log-likelihoods, and the increase is one of perplexity.
+        factors: By numerics, what predicted losses are multiplied by before they are solved for
+            (see `autoquant.solver.loss_scale`). Options and plans keep the predicted ones.
+        usual_factor: That of all other numerics.
     """
 
     options: Options
     context: PlanContext
     unquantized: Sequence[LayerChoice] = ()
     logarithmic: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
+    usual_factor: float = 1.0
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -68,9 +73,19 @@ class SearchSpace:
         workload = self.context.workload
         return (
             sum(request_ms(choice, workload) for choice in choices),
-            sum(choice.loss for choice in choices),
+            self.summed_loss(choices),
             float(sum(choice.memory_bytes for choice in choices)),
         )
+
+    def summed_loss(self, choices: Sequence[LayerChoice]) -> float:
+        """Return the sum of the layers' losses, in the units that budgets have."""
+        return sum(
+            self.factors.get(choice.numerics, self.usual_factor) * choice.loss for choice in choices
+        )
+
+    def plan_loss(self, plan: Plan) -> float:
+        """Return the loss that a plan is expected to be measured with."""
+        return self.context.loss_map.plan_loss(self.summed_loss(plan.layers))
 
     def budget(self, max_loss: float | None) -> float | None:
         """Return the summed loss of a plan whose loss is `max_loss`; None means no limit."""

@@ -14,9 +14,7 @@ import math
 import statistics
 from dataclasses import replace
 
-from autoquant.records import Plan
-from autoquant.solver.loss_scale import LossScale, fit_loss_scale
-from autoquant.solver.space import SearchSpace
+from autoquant.solver.loss_scale import fit_loss_scale
 from autoquant.store import open_store
 from autoquant.study.study import Study
 
@@ -31,9 +29,9 @@ def main() -> None:
         raise SystemExit("this search ended before its layers were scored")
     plans, proofs = {plan.plan_id: plan for plan in study.plans()}, study.proofs()
     each = fit_loss_scale(space, study.limits, plans, proofs)
-    one = replace(each, factors={})
     if each.allowed is None:
         raise SystemExit("this search has no limit of quality")
+    spaces = replace(each, factors={}).space(space), each.space(space)
     print(f"factors: usual {each.usual:.2f}")
     for numerics, factor in each.factors.items():
         print(f"  {numerics:32} {factor:.2f}")
@@ -43,7 +41,7 @@ def main() -> None:
         plan, share = plans[plan_id], study.limits.used(proof)
         if plan.kind in ("original", "uniform") or share is None or share <= 0:
             continue
-        shares = [predicted(plan, space, scale) / each.allowed for scale in (one, each)]
+        shares = [scaled.plan_loss(plan) / each.allowed for scaled in spaces]
         errors.append([abs(math.log(found / share)) for found in shares if found > 0])
         print(f"{plan.label:32} {share:9.2f} {shares[0]:6.2f} {shares[1]:6.2f}")
     for name, found in zip(("one", "each"), zip(*errors, strict=True), strict=True):
@@ -51,15 +49,6 @@ def main() -> None:
             f"{name}: off by {math.exp(statistics.median(found)):.2f} times in the median,"
             f" {math.exp(max(found)):.2f} at worst"
         )
-
-
-def predicted(plan: Plan, space: SearchSpace, scale: LossScale) -> float:
-    """The scaled loss of a plan, from the losses that the store has of its layers."""
-    losses = {(c.name, c.numerics): c.loss for layer in space.options for c in layer}
-    summed = sum(
-        scale.factor(layer.numerics) * losses[layer.name, layer.numerics] for layer in plan.layers
-    )
-    return scale.loss_map.plan_loss(summed)
 
 
 if __name__ == "__main__":

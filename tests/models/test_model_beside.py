@@ -137,7 +137,8 @@ def test_masks_of_old_checkpoints_are_left_out_and_a_bias_is_not(tmp_path, refus
     }
     torch.save(model.state_dict() | masks, tmp_path / "model.pt")
     loaded = load_model(tmp_path / "model.pt")
-    assert torch.equal(loaded.module(IDS).logits, model(IDS).logits)
+    # Its linears are turned, which adds up in another order.
+    assert torch.allclose(loaded.module(IDS).logits, model(IDS).logits, atol=1e-5)
     assert "attn.bias" in loaded.notes[0] and "attn.masked_bias" in loaded.notes[0]
     torch.save(
         model.state_dict() | {"transformer.h.0.attention.bias": torch.ones(32)},

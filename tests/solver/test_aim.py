@@ -8,7 +8,7 @@ import pytest
 from builders.search import CONTEXT, choice, make_proof
 
 from autoquant.records import Interval
-from autoquant.solver.aim import CLOSE, TRIALS, aimed, first_loss
+from autoquant.solver.aim import CLOSE, TRIALS, _next_loss, _Shot, aimed, first_loss
 from autoquant.solver.limits import Limits
 from autoquant.solver.space import SearchSpace
 
@@ -177,3 +177,17 @@ def test_an_only_plan_is_predicted_to_lose_half_of_what_is_allowed():
     space = SearchSpace(layers(), CONTEXT)
     assert first_loss(space, LIMITS, allowed, only=True) == allowed / 2
     assert first_loss(space, LIMITS, None, only=True) is None
+
+
+@pytest.mark.parametrize("further", [0.0, 1e-16, -0.001])
+def test_measurements_that_contradict_the_predictions_end_it(further):
+    """One plan is within the limit, and another that is predicted to lose no more is beyond it."""
+    within, beyond = _Shot(0.01, 0.5, 10.0), _Shot(0.01 + further, 1.5, 5.0)
+    assert _next_loss([within, beyond]) is None
+    assert _next_loss([within, replace(beyond, loss=0.02)]) is not None
+
+
+def test_a_plan_without_loss_does_not_tell_where_the_limit_is():
+    lossless, beyond = _Shot(0.0, 0.1, 10.0), _Shot(0.01, 2.0, 5.0)
+    assert _next_loss([lossless]) is None
+    assert _next_loss([lossless, beyond]) == _next_loss([beyond]) == pytest.approx(0.004875)

@@ -34,8 +34,8 @@ def proven(**measured):
 
 
 def losses(scale):
-    (layer,) = scale.space(space()).options
-    return {each.format: each.loss for each in layer[1:]}
+    scaled = scale.space(space())
+    return {each.format: scaled.summed_loss([each]) for each in scaled.options[0][1:]}
 
 
 def test_each_numerics_loses_what_its_uniform_plan_was_measured_to_lose():

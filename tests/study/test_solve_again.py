@@ -73,9 +73,6 @@ def test_the_plan_is_within_the_limits_as_predicted_and_kept_unproven(finished, 
     assert 0 < summed_loss(study, solved.plan) <= 0.01 * 1.001, (
         "measured are twice the predicted losses"
     )
-    assert solved.plan.prediction.loss == pytest.approx(
-        2 * summed_loss(study, solved.plan), rel=0.02
-    )
     assert (solved.plan.kind, solved.plan.label) == (
         "solved",
         "solved: fastest with increase at most 2%",

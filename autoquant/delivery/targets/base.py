@@ -131,6 +131,13 @@ class Writer(ABC):
             PlanError: A package or a file is missing.
         """
 
+    def check_source(self, loaded: LoadedModel) -> None:  # noqa: B027 - most targets take any
+        """Refuse to make an export of a model that takes another file, which was not given.
+
+        Raises:
+            PlanError: It says which.
+        """
+
     @abstractmethod
     def check(self, loaded: LoadedModel) -> None:
         """Refuse a model that the target has no form for, before any work.

@@ -82,10 +82,9 @@ class GgufWriter(Writer):
             GgufFile(self.base)
 
     def check(self, loaded: LoadedModel) -> None:
-        """Refuse a model that is not converted here, unless the user gave a base.
+        """Refuse no model: which ones a GGUF holds is for the converter of a base to say."""
 
-        Which models a GGUF holds is for the converter of that base to say.
-        """
+    def check_source(self, loaded: LoadedModel) -> None:
         if self.base is None:
             check_convertible(loaded)
 

@@ -17,7 +17,7 @@ from autoquant.solver.aim import aimed, first_loss
 from autoquant.solver.baselines import bits_plan, structural_plan
 from autoquant.solver.front import front_plans
 from autoquant.solver.limits import Limits
-from autoquant.solver.loss_scale import LossScale, fit_loss_scale
+from autoquant.solver.loss_scale import fit_loss_scale
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.uniform import original_plan, uniform_plans
 from autoquant.tuner.expected import LEAST_PROOFS
@@ -77,7 +77,7 @@ def prove_references(
     losses = fit_loss_scale(space, limits, ledger.plans, ledger.proofs)
     # Only now is it known how many plans there are at least.
     ledger.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
-    for number, plan in enumerate(_by_worth(uniform, limits, losses)):
+    for number, plan in enumerate(_by_worth(uniform, limits, losses.space(space), losses.allowed)):
         if number == 0:
             ledger.prove(plan)
         else:
@@ -133,14 +133,16 @@ def _tell_what_fits(ledger: ProofLedger) -> None:
     )
 
 
-def _by_worth(plans: Sequence[Plan], limits: Limits, losses: LossScale) -> list[Plan]:
+def _by_worth(
+    plans: Sequence[Plan], limits: Limits, space: SearchSpace, allowed: float | None
+) -> list[Plan]:
     """Return the plans that are predicted to be within the limits first; the cheapest first."""
 
     def rank(plan: Plan) -> tuple[bool, bool, float]:
         prediction, most_bytes = plan.prediction, limits.max_memory_bytes
         cost = prediction.request_ms if limits.minimize == "time" else prediction.memory_bytes
         too_large = most_bytes is not None and prediction.memory_bytes > most_bytes
-        too_lossy = losses.allowed is not None and losses.plan_loss(plan) > losses.allowed
+        too_lossy = allowed is not None and space.plan_loss(plan) > allowed
         return too_large, too_lossy, cost
 
     return sorted(plans, key=rank)

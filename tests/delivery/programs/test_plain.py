@@ -117,9 +117,10 @@ def only_python(monkeypatch):
     found = get_format(INT8)
     own = Kernel(id="opaque", numerics="a8-row", linear=opaque)
     monkeypatch.setattr(operators, "get_format", lambda _: found)
-    object.__setattr__(found, "kernels", (*found.kernels, own))
+    before = found.kernels
+    object.__setattr__(found, "kernels", (*before, own))
     yield found
-    object.__setattr__(found, "kernels", found.kernels[:-1])
+    object.__setattr__(found, "kernels", before)
     library._destroy()
 
 

@@ -19,7 +19,7 @@ from .test_compressed_tensors import INT8, MIXED, exported
 
 def study_of(planned, formats):
     plan = planned.plan(formats)
-    return SimpleNamespace(best_of_search=lambda: plan, facts=planned.facts)
+    return SimpleNamespace(best_of_search=lambda: plan, facts=planned.facts, limits=None)
 
 
 def test_a_study_is_exported_from_python(planned, tmp_path):

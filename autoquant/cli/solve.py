@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,7 +44,7 @@ def solve(
     """Solve a finished search for other limits, at once.
 
     Nothing is measured: the plan is predicted, not proven. It is kept, and `autoquant apply --plan`
-    takes it. A limit that is not given is not set.
+    takes it. A limit that is not given is not set. Without any, the limits are those of the search.
     """
     increase = (
         None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
@@ -55,13 +55,14 @@ def solve(
     from autoquant.study.solve_again import AROUND, solve_again
 
     with opened_study(database, study_id=study) as opened:
-        limits = Limits(
+        given = Limits(
             max_ppl_increase=increase,
             max_kl=divergence,
             max_memory_bytes=memory,
-            minimize=minimize.value,
             measure=opened.limits.measure,
         )
+        any_given = (increase, divergence, memory) != (None, None, None)
+        limits = replace(given if any_given else opened.limits, minimize=minimize.value)
         solved = solve_again(opened, limits, AROUND, engine)
     for note in solved.notes:
         echo(note, err=True)

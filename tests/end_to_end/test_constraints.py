@@ -132,6 +132,8 @@ def test_it_is_solved_again_when_the_model_is_gone_and_the_plan_can_be_applied(
     assert formats(plan)[KEPT] == "bfloat16/plain" and formats(plan)[Q] == formats(plan)[K]
     assert solved["limits"]["max_kl"] == 0.002 and len(solved["around"]) >= 1
     assert f"autoquant apply {copy} --plan" in text.stdout
+    of_search = json.loads(run("solve", copy, "--json").stdout)
+    assert of_search["limits"] == Study.open(copy).limits.as_object()
     applied = run("apply", copy, "--plan", plan.plan_id, "--out", tmp_path / "out")
     assert applied.exit_code == 0, applied.stderr
 

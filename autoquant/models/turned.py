@@ -44,8 +44,7 @@ def turn_linears(module: nn.Module, names: Collection[str] | None = None) -> nn.
     for name, part in found:
         if id(part) not in made:
             made[id(part)] = _turned(part)
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._modules[leaf] = made[id(part)]
+        module.set_submodule(name, made[id(part)])
     return module
 
 

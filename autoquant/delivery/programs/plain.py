@@ -132,8 +132,7 @@ def _linear(owner: nn.Linear, products: dict[Any, Product]) -> PlainLinear:
 def _replaced(root: nn.Module, name: str, part: nn.Module) -> nn.Module:
     if not name:
         return part
-    owner, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(owner), leaf, part)
+    root.set_submodule(name, part)
     return root
 
 

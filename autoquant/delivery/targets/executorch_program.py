@@ -202,8 +202,8 @@ def _in_float32(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mod
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = _as_input(buffer)
-        if isinstance(part, ApartLinear):
-            _put(copied, path, _linear(part))
+        if path and isinstance(part, ApartLinear):
+            copied.set_submodule(path, _linear(part))
     return copied.eval()
 
 
@@ -218,11 +218,6 @@ def _linear(part: nn.Linear) -> nn.Linear:
     made.in_features, made.out_features = part.in_features, part.out_features
     made._parameters.update(part._parameters)
     return made
-
-
-def _put(module: nn.Module, path: str, part: nn.Module) -> None:
-    owner, _, leaf = path.rpartition(".")
-    module.get_submodule(owner)._modules[leaf] = part
 
 
 def _lowered(module: nn.Module, inputs: Inputs, loaded: LoadedModel) -> bytes:

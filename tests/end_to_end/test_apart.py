@@ -72,7 +72,7 @@ def small(tmp_path_factory):
     return save_llama(place / "model", layers=1), save_text(place / "text.txt", windows=16)
 
 
-def search(small, db, *, candidates=("crash*", "fragile*", "int8-row/plain/int-mm"), events=None):
+def search(small, db, *, candidates=("crash*", "fragile*", "int8-row/plain/int-mm"), budget_s=0.5, events=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AUTOQUANT_IN_PROCESS", raising=False)
         patch.setenv("AUTOQUANT_EAGER", "1")
@@ -86,16 +86,16 @@ def search(small, db, *, candidates=("crash*", "fragile*", "int8-row/plain/int-m
             device="cpu",
             workload=WORKLOAD,
             candidates=candidates,
-            time_budget_s=0.5,
+            time_budget_s=budget_s,
             listener=(events if events is not None else []).append,
         )
 
 
 @pytest.fixture(scope="module")
 def searched(small, plug_in, tmp_path_factory):
-    """(study, database, events) of a search with the bad kernels."""
+    """(study, database, events) of a search with the bad kernels and time for all uniform plans."""
     db, events = tmp_path_factory.mktemp("crashed") / "plan.db", []
-    return search(small, db, events=events), db, events
+    return search(small, db, budget_s=300, events=events), db, events
 
 
 def test_a_kernel_that_crashes_while_it_is_timed_has_failed_and_the_search_ends(searched):

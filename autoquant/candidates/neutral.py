@@ -27,6 +27,8 @@ class NeutralWeight:
         low: The smallest integer: -2^(bits - 1), or 0.
         zero: Like `scale`, or None where it is 0.
         tensor_scale: Float32 `[]`, or None where it is 1.
+        scale_step: Float16 `[n, blocks]`: what the scales of a block are int8 multiples of, or None
+            where they are any numbers.
     """
 
     codes: torch.Tensor
@@ -36,6 +38,7 @@ class NeutralWeight:
     low: int = 0
     zero: torch.Tensor | None = None
     tensor_scale: torch.Tensor | None = None
+    scale_step: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
         """Return the float32 numbers `[n, k]`, bit for bit those that the format stores."""

@@ -143,11 +143,14 @@ def _built_in() -> dict[str, Format]:
         int8,
         low_bit,
         microscaling,
+        super_blocks,
     )
 
     int4_for_gpus = (int4_tiled, int4_tinygemm, int4_gemlite, int4_mslk)
     int4_for_cpus = (int4_lanes, int4)
-    modules = (floats, float8, microscaling, int8, *int4_for_cpus, *int4_for_gpus, low_bit)
+    other_bits = (low_bit, super_blocks)
+    int4s = (*int4_for_cpus, *int4_for_gpus)
+    modules = (floats, float8, microscaling, int8, *int4s, *other_bits)
     return {fmt.id: fmt for module in modules for fmt in module.FORMATS}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoquant.cli.options import (
+    Embedding,
     EngineOption,
     MaxKlOption,
     MaxMemoryOption,
@@ -18,6 +19,7 @@ from autoquant.cli.options import (
 from autoquant.cli.output import Database, JsonFlag, echo, opened_study, print_json, print_table
 from autoquant.cli.plans import StudyOption
 from autoquant.cli.values import fraction, nats, size_bytes
+from autoquant.engines import engine as find_engine
 
 if TYPE_CHECKING:
     from autoquant.records import Plan
@@ -38,6 +40,14 @@ def solve(
     max_memory: MaxMemoryOption = None,
     minimize: MinimizeOption = Minimize.TIME,
     engine: EngineOption = None,
+    embedding: Annotated[
+        Embedding | None,
+        typer.Option(
+            help="For --for llama.cpp, what the export will do. head: a quantized head that is tied"
+            " to the embedding stands for both, and memory is counted so.",
+            show_default="plan: both are kept",
+        ),
+    ] = None,
     study: StudyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -63,13 +73,34 @@ def solve(
         )
         any_given = (increase, divergence, memory) != (None, None, None)
         limits = replace(given if any_given else opened.limits, minimize=minimize.value)
-        solved = solve_again(opened, limits, AROUND, engine)
+        check_embedding(embedding, engine or opened.constraints.engine)
+        one_head = embedding is Embedding.HEAD
+        solved = solve_again(opened, limits, AROUND, engine, one_head=one_head)
     for note in solved.notes:
         echo(note, err=True)
     if as_json:
         print_json(_object(solved, limits.as_object()))
     else:
-        _print_text(solved, shlex.quote(database))
+        _print_text(solved, shlex.quote(database), embedding)
+
+
+def check_embedding(embedding: Embedding | None, engine: str | None) -> None:
+    """Refuse a kind of embedding that no export of the plan would take, or that is not counted.
+
+    Raises:
+        ConstraintError: It says what is taken.
+    """
+    from autoquant.errors import ConstraintError
+
+    if embedding is None:
+        return
+    if engine is None or find_engine(engine).target.name != "gguf":
+        raise ConstraintError("--embedding is for plans of a gguf: give --for llama.cpp, too")
+    if embedding is Embedding.INT8:
+        raise ConstraintError(
+            "--embedding int8 is for `autoquant export`: a plan does not count it; solve with head"
+            " or plan"
+        )
 
 
 def _object(solved: Solved, limits: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +122,7 @@ def _object(solved: Solved, limits: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _print_text(solved: Solved, where: str) -> None:
+def _print_text(solved: Solved, where: str, embedding: Embedding | None) -> None:
     from autoquant.report.tables.predicted import predicted_table
     from autoquant.report.words import engine_lines, plan_lines
 
@@ -105,5 +136,8 @@ def _print_text(solved: Solved, where: str) -> None:
     else:
         echo("It is a prediction: `autoquant search` with these limits proves it.")
     echo(f"  autoquant apply {where} --plan {plan.plan_id}")
-    for line in engine_lines(solved.engine, f"{where} --plan {plan.plan_id}", plan):
+    exported = f"{where} --plan {plan.plan_id}"
+    if embedding is Embedding.HEAD:
+        exported += " --embedding head"
+    for line in engine_lines(solved.engine, exported, plan):
         echo(line)

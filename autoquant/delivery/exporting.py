@@ -121,7 +121,7 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
     loaded = load_searched(plan, model, facts, device, trust)
     check_linears(loaded.module, held.values())
     made.check(loaded)
-    made.check_source(loaded)
+    made = made.for_model(loaded)
     with checkpoint.writing(place), scratch_folder(place) as scratch:
         part = scratch / place.name
         part.mkdir()

@@ -6,7 +6,7 @@ own: layers that it computes as one, and devices without a kernel. Needs no torc
 
 from autoquant.engines.engine import ENGINES, Engine, engine, target
 from autoquant.engines.programs import PROGRAMS, ProgramForm
-from autoquant.engines.targets import TARGETS, Refusal, Scheme, Target
+from autoquant.engines.targets import TARGETS, Refusal, Scheme, Stored, Target
 from autoquant.engines.values import ACTIVATIONS, Activations, Values, rounded_activation
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ProgramForm",
     "Refusal",
     "Scheme",
+    "Stored",
     "Target",
     "Values",
     "engine",

@@ -48,6 +48,19 @@ class Refusal:
         return f"{self.reason}; nearest: {self.nearest}" if self.nearest else self.reason
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a target keeps of a weight of one family.
+
+    Attributes:
+        bits: Of each weight, with its part of what a block of the target's own has beside it.
+        group_bits: What it keeps for each group of the plan beside that.
+    """
+
+    bits: float
+    group_bits: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One form of files.
@@ -62,6 +75,11 @@ class Target:
         only_nearest: Families that are held exactly only if rounded to nearest, and why.
         converts: Its files are of use for a plan that quantizes nothing, too: what reads them does
             not read the model itself.
+        stores: By family, what it keeps of a weight, where that is not what the plan keeps.
+        block: Weights that share a scale in its files, whatever the plan has, or None. Larger
+            groups repeat it, so they win nothing there.
+        tries: Values that a search for it tries beside those of every search: the most exact ones
+            of their size in its files.
     """
 
     name: str
@@ -70,6 +88,27 @@ class Target:
     multiples: Mapping[str, int] = field(default_factory=dict)
     only_nearest: Mapping[str, str] = field(default_factory=dict)
     converts: bool = False
+    stores: Mapping[str, Stored] = field(default_factory=dict)
+    block: int | None = None
+    tries: tuple[str, ...] = ()
+
+    def stored_bytes(self, values: str, shape: LinearShape) -> int | None:
+        """Return the bytes that its files have for a weight, or None for those of the plan.
+
+        Args:
+            values: First part of the format's id. The target holds them.
+        """
+        parsed = Values.parse(values)
+        stored = self.stores.get(parsed.family)
+        if stored is None:
+            return None
+        groups = 0 if parsed.group is None else -(-shape.k // parsed.group)
+        return int(shape.n * (shape.k * stored.bits + groups * stored.group_bits)) // 8
+
+    def repeats_scales(self, values: str) -> bool:
+        """Check whether its files repeat the scales of these values, which so win nothing there."""
+        group = Values.parse(values).group
+        return self.block is not None and group is not None and group > self.block
 
     def scheme(self, values: str, numerics: str, shape: LinearShape) -> Scheme | Refusal:
         """Return how the target holds a layer, or why it cannot.
@@ -111,6 +150,10 @@ class Target:
         return Refusal(reason, "int8-row" if fit is None else str(smaller))
 
 
+_OTHER_BITS = {
+    family: (f"of these targets only gguf holds {family}", "int8-row")
+    for family in ("int5s", "int5", "int6s")
+}
 _REAL_ZEROS = "holds zero points that are integers, and those of {} are not"
 _COMPRESSED = "pack-quantized"
 _FLOAT8 = "float-quantized"
@@ -148,7 +191,8 @@ COMPRESSED_TENSORS = Target(
         "int4": (
             f"compressed-tensors {_REAL_ZEROS.format('int4')}",
             "int4s-g{group}{rounding}",
-        )
+        ),
+        **_OTHER_BITS,
     },
 )
 """A folder of safetensors, one group of layers for each scheme (vLLM, SGLang, transformers).
@@ -164,6 +208,9 @@ GGUF = Target(
         "int3": {A16: Scheme("Q4_0")},
         "int2": {A16: Scheme("Q4_0")},
         "int4": {A16: Scheme("Q4_1"), "a8-row": Scheme("Q4_1")},
+        "int5s": {A16: Scheme("Q5_0")},
+        "int5": {A16: Scheme("Q5_1")},
+        "int6s": {A16: Scheme("Q6_K")},
         "mxfp4": {A16: Scheme("MXFP4")},
         "nvfp4": {A16: Scheme("NVFP4")},
     },
@@ -172,11 +219,34 @@ GGUF = Target(
         "float8-tensor": ("GGUF has no float8", "int8-row"),
         "mxfp8": ("GGUF has no float8", "int8-row"),
     },
-    multiples={"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "MXFP4": 32, "NVFP4": 64},
+    multiples={
+        "Q8_0": 32,
+        "Q4_0": 32,
+        "Q4_1": 32,
+        "Q5_0": 32,
+        "Q5_1": 32,
+        "Q6_K": 256,
+        "MXFP4": 32,
+        "NVFP4": 64,
+    },
     only_nearest={
         "int4": "Q4_1 keeps 16 bits of the offset, which moves zero points found by better rounding"
     },
     converts=True,
+    stores={
+        "int8-row": Stored(8.5),
+        "int4s": Stored(4.5),
+        "int3": Stored(4.5),
+        "int2": Stored(4.5),
+        "int4": Stored(5),
+        "int5s": Stored(5.5),
+        "int5": Stored(6),
+        "int6s": Stored(6.5625),
+        "mxfp4": Stored(4.25),
+        "nvfp4": Stored(4.5),
+    },
+    block=32,
+    tries=("int4s-g32-gptq", "int5s-g32-gptq", "int5-g32-gptq", "int6s-g16"),
 )
 """One file of blocks of 32 weights (llama.cpp, Ollama, LM Studio).
 
@@ -205,10 +275,13 @@ TRANSFORMERS = Target(
             f"torchao's tensor for any device {_REAL_ZEROS.format('int4')}",
             "int4s-g{group}{rounding}",
         ),
+        **_OTHER_BITS,
         "mxfp8": ("torchao's tensor of mxfp8 runs on Blackwell only", "float8-row"),
         "mxfp4": ("torchao's tensor of mxfp4 runs on Blackwell only", "int4s-g32"),
         "nvfp4": ("torchao's tensor of nvfp4 runs on Blackwell only", "int4s-g32"),
     },
+    # A byte for each integer, whatever it needs, and a scale and a zero point for each group.
+    stores={"int4s": Stored(8, 24), "int3": Stored(8, 24), "int2": Stored(8, 24)},
 )
 """A folder of torchao's tensors that `from_pretrained` of transformers reads.
 
@@ -227,12 +300,14 @@ EXECUTORCH = Target(
     },
     instead={
         "int4": (f"XNNPACK {_REAL_ZEROS.format('int4')}", "int4s-g{group}{rounding}"),
+        **_OTHER_BITS,
         "float8-row": ("XNNPACK has no float8", "int8-row"),
         "float8-tensor": ("XNNPACK has no float8", "int8-row"),
         "mxfp8": ("XNNPACK has no float8", "int8-row"),
         "mxfp4": ("XNNPACK has no 4-bit floats", "int4s-g32"),
         "nvfp4": ("XNNPACK has no 4-bit floats", "int4s-g32"),
     },
+    stores={"int3": Stored(4, 16), "int2": Stored(4, 16)},
 )
 """One program that ExecuTorch runs through XNNPACK, on phones and other CPUs.
 
@@ -259,6 +334,7 @@ QAT = Target(
         },
     },
     instead={
+        **_OTHER_BITS,
         "mxfp8": ("torchao trains no mxfp8", "float8-row"),
         "mxfp4": ("torchao trains no mxfp4", "int4s-g32"),
         "nvfp4": ("torchao trains no nvfp4", "int4s-g32"),
@@ -289,6 +365,9 @@ MODELOPT = Target(
         "int4": (_NO_INTEGERS, "nvfp4"),
         "int4s": (_NO_INTEGERS, "nvfp4"),
         "int3": (_NO_INTEGERS, "nvfp4"),
+        "int5s": (_NO_INTEGERS, "nvfp4"),
+        "int5": (_NO_INTEGERS, "nvfp4"),
+        "int6s": (_NO_INTEGERS, "nvfp4"),
         "int2": (_NO_INTEGERS, "nvfp4"),
         "mxfp4": ("vLLM reads no mxfp4 of ModelOpt for linears", "nvfp4"),
     },

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from autoquant.engines import Target
+from autoquant.engines import engine as find_engine
 from autoquant.errors import PlanError
 from autoquant.records import LayerChoice, Numerics
 from autoquant.solver.constraints import Bound
@@ -42,6 +44,49 @@ def for_engine(space: SearchSpace, engine: str, device_type: str) -> tuple[Searc
     options = complete(bound.narrowed(kept))
     context = replace(space.context, bound=bound)
     return replace(space, options=options, context=context), list(_notes(options, refused, served))
+
+
+def as_stored(space: SearchSpace, engine: str, *, one_head: bool = False) -> SearchSpace:
+    """Return a space whose layers take the bytes that the engine's files have for them.
+
+    Where the files have what the plan has, nothing changes.
+
+    Args:
+        one_head: A quantized head that is tied to the embedding stands for both. Otherwise the
+            unquantized weight is kept beside it, as in every plan.
+    """
+    target = find_engine(engine).target
+    options = [_stored(layer, target, one_head) for layer in space.options]
+    return replace(space, options=options)
+
+
+def memory_notes(engine: str, searched_for: str | None, *, one_head: bool) -> list[str]:
+    """Say which bytes are counted, if they are not those that a plan takes in autoquant."""
+    target = find_engine(engine).target
+    head = ", with a tied head once for both" if one_head else ""
+    if target.stores:
+        return [f"for {engine}: memory is what a {target.name} holds of the weights{head}"]
+    searched = None if searched_for is None else find_engine(searched_for).target
+    if searched is None or searched is target or not searched.stores:
+        return []
+    return [f"for {engine}: memory is what a {searched.name} would hold, which the search was for"]
+
+
+def _stored(layer: Sequence[LayerChoice], target: Target, one_head: bool) -> list[LayerChoice]:
+    shape = layer[0].shape
+    original_bytes = shape.n * shape.k * (4 if shape.dtype == "float32" else 2)
+    quantized = [choice for choice in layer if _is_quantized(choice)]
+    # More than the unquantized weight takes: that is kept for another use, and counted with each.
+    kept = all(choice.memory_bytes > original_bytes for choice in quantized)
+    kept_bytes = original_bytes if kept else 0
+    found = {}
+    for choice in quantized:
+        size = target.stored_bytes(choice.format.partition("/")[0], shape)
+        own_bytes = choice.memory_bytes - kept_bytes if size is None else size
+        found[id(choice)] = own_bytes + (0 if one_head else kept_bytes)
+    return [
+        replace(choice, memory_bytes=found.get(id(choice), choice.memory_bytes)) for choice in layer
+    ]
 
 
 def _refusal(served: Served, choice: LayerChoice) -> str | None:

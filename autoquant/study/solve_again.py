@@ -7,7 +7,7 @@ search for the same limits proves it. Needs no model and no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoquant.errors import PlanError
 from autoquant.records import Plan
@@ -16,7 +16,7 @@ from autoquant.solver.loss_scale import fit_loss_scale
 from autoquant.solver.planning import make_plan
 from autoquant.solver.solve import Picks, smallest
 from autoquant.solver.space import SearchSpace
-from autoquant.study.for_engine import for_engine
+from autoquant.study.for_engine import as_stored, for_engine, memory_notes
 from autoquant.study.study import Study
 
 AROUND = (0.25, 0.5, 2.0, 4.0)
@@ -43,13 +43,20 @@ class Solved:
 
 
 def solve_again(
-    study: Study, limits: Limits, around: Sequence[float] = (), engine: str | None = None
+    study: Study,
+    limits: Limits,
+    around: Sequence[float] = (),
+    engine: str | None = None,
+    *,
+    one_head: bool = False,
 ) -> Solved:
     """Solve a study's additive model for other limits, and keep the plan.
 
     Args:
         around: Also solve for these multiples of the loss that the limits are expected to allow.
         engine: The inference engine that the plan is for; None means the one of the search, if any.
+            Then bytes are those of its files.
+        one_head: Its files hold a quantized head that is tied to the embedding once, for both.
 
     Raises:
         PlanError: The study has no model to solve yet, or no plan is predicted to be within the
@@ -73,6 +80,9 @@ def solve_again(
     if engine is not None and engine != searched_for:
         space, notes = for_engine(space, engine, study.facts.device.type)
         advice += f", search with --for {engine}, which tries what it holds"
+    if engine is not None:
+        space = as_stored(space, engine, one_head=one_head)
+        notes += memory_notes(engine, searched_for, one_head=one_head)
     space.check_memory(limits.max_memory_bytes, advice)
     picks = _solve(space, limits, allowed)
     if picks is None:
@@ -82,6 +92,8 @@ def solve_again(
     plan = known.get(found.plan_id, found)
     if plan is found:
         study.store.put_plan(plan)
+    elif engine is not None:  # it may be known with the bytes that it takes elsewhere
+        plan = replace(plan, prediction=found.prediction)
     further = [_solve(space, limits, allowed * multiple) for multiple in around] if allowed else []
     others = dict.fromkeys(each for each in further if each not in (None, picks))
     plans = [plan, *(_unexplained(space, each) for each in others if each)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from autoquant.devices.memory import release_memory
+from autoquant.engines import engine as find_engine
 from autoquant.errors import HungError, KernelError, ProcessDiedError, first_line
 from autoquant.evaluators.quality import ReferenceLosses
 from autoquant.events import Listener, Notice, StageProgress
@@ -75,6 +77,8 @@ class ProofLedger:
         self.plans: dict[str, Plan] = {plan.plan_id: plan for plan in store.plans(study_id)}
         self.proofs: dict[str, Proof] = store.proofs(study_id)
         self.failures: dict[str, str] = store.failed_proofs(study_id)
+        engine = self.study.constraints.engine
+        self._counts_files = engine is not None and bool(find_engine(engine).target.stores)
 
     @property
     def study(self) -> Study:
@@ -148,6 +152,9 @@ class ProofLedger:
         self.put_plan(plan)
         try:
             made, self._reference = self._run(plan)
+            if self._counts_files:
+                # What the plan takes here says nothing of what it takes there.
+                made = replace(made, memory_bytes=plan.prediction.memory_bytes)
         except Exception as error:
             raise_if_full(error)
             proof = self._put_failure(plan, first_line(error, with_type=True))

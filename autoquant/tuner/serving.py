@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from autoquant.candidates import Candidate, select
+from autoquant.candidates import Candidate, get_format, select
 from autoquant.delivery.targets import writer
-from autoquant.engines import engine
+from autoquant.engines import Target, engine
 from autoquant.errors import CandidateError, ModelError, PlanError
 from autoquant.models import LoadedModel
 from autoquant.records import Site
@@ -20,8 +21,10 @@ from autoquant.solver.served import (
     is_exportable,
     refusal_lines,
 )
+from autoquant.tuner.choices import Facts
 from autoquant.tuner.request import SettledRequest
 
+_REPEATED = "a {target} repeats scales for each {block} weights, so groups of {block} are as small"
 _SYMMETRIC, _ASYMMETRIC = "int4s-", "int4-"
 
 
@@ -30,7 +33,8 @@ def served_candidates(
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Return the candidates that an engine holds, and why not the others that the device can use.
 
-    The glob `*` also chooses symmetric int4 in the layouts that asymmetric int4 has by default.
+    The glob `*` also chooses symmetric int4 in the layouts that asymmetric int4 has by default, and
+    what the target tries. It leaves out groups whose scales the target's files repeat.
 
     Raises:
         ConstraintError: There is no such engine.
@@ -38,12 +42,21 @@ def served_candidates(
     """
     served = Served.of(name, device_type, ())
     chosen = {each.id for each in select(globs, device_type)}
+    every = select(["*"])
+    why = {each.id: _refusal(served, each) for each in every}
     if "*" in globs:
+        named = {each.id for each in select([g for g in globs if g != "*"], device_type)}
         chosen |= {
             _SYMMETRIC + c.removeprefix(_ASYMMETRIC) for c in chosen if c.startswith(_ASYMMETRIC)
         }
-    every = select(["*"])
-    why = {each.id: _refusal(served, each) for each in every}
+        target = served.engine.target
+        wider = {each.id for each in every if target.repeats_scales(each.format.values)} - named
+        why |= {
+            each: _REPEATED.format(target=target.name, block=target.block)
+            for each in wider & chosen
+            if not why[each]
+        }
+        chosen |= {each.id for each in every if _is_tried(each, target, chosen)}
     asked = [each for each in every if each.id in chosen]
     barren = [glob for glob in globs if glob != "*" and all(why[c.id] for c in select([glob]))]
     if barren:
@@ -51,6 +64,22 @@ def served_candidates(
         raise CandidateError(f"--candidates: {name} cannot hold {'; '.join(lines)}")
     usable = [each for each in asked if _is_usable(each, device_type)]
     return [each for each in asked if not why[each.id]], _by_name(usable, why)
+
+
+def _is_tried(candidate: Candidate, target: Target, chosen: Collection[str]) -> bool:
+    """Check whether a search for a target tries a candidate beside the usual ones.
+
+    Another rounding of what is chosen is tried in the same layouts. What no search tries unasked,
+    whatever its rounding, has one layout.
+    """
+    fmt = candidate.format
+    if fmt.values not in target.tries:
+        return False
+    if not fmt.rounds:
+        return True
+    nearest = get_format(fmt.rounds)
+    usual = any(each.partition("/")[0] == nearest.values for each in chosen)
+    return f"{nearest.id}/{candidate.kernel.id}" in chosen or not usual
 
 
 def _refusal(served: Served, candidate: Candidate) -> str | None:
@@ -88,6 +117,21 @@ def check_model(name: str, loaded: LoadedModel) -> None:
         exporter.check(loaded)
     except PlanError as error:
         raise ModelError(f"--for {name}: {error}; or leave out --for") from error
+
+
+def facts_for(name: str | None, facts: Facts) -> Facts:
+    """Return the facts of formats, with the bytes that the engine's files have.
+
+    Args:
+        name: Of the engine; without one the facts stay as they are.
+    """
+    if name is None:
+        return facts
+    counted = {}
+    for (format_id, shape), each in facts.items():
+        size = engine(name).target.stored_bytes(format_id.partition("/")[0], shape)
+        counted[format_id, shape] = each if size is None else replace(each, memory_bytes=size)
+    return counted
 
 
 def bind_sites(settled: SettledRequest, sites: Sequence[Site]) -> Bound:

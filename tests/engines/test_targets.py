@@ -53,6 +53,8 @@ def test_of_a_route_the_rounded_activation_counts():
         ("gguf", "int8-row", "a8-row", Scheme("Q8_0")),
         ("gguf", "int4s-g128", "a16", Scheme("Q4_0")),
         ("gguf", "int4-g64", "a16", Scheme("Q4_1")),
+        ("gguf", "int5s-g32-gptq", "a16", Scheme("Q5_0")),
+        ("gguf", "int5-g32-gptq", "a16", Scheme("Q5_1")),
         ("transformers", "int8-row", "a8-row", Scheme("Int8Tensor", "a8-row")),
         ("transformers", "int3-g32", "a16", Scheme("IntxUnpackedToInt8Tensor")),
     ],
@@ -115,3 +117,41 @@ def test_an_unknown_target_is_refused_with_a_hint():
 def test_an_engine_in_place_of_a_target_is_told_what_it_reads():
     with pytest.raises(PlanError, match="vllm is no target, it reads compressed-tensors"):
         target("vllm")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "bits"),
+    [
+        ("gguf", "int8-row", 8.5),
+        ("gguf", "int4s-g128-gptq", 4.5),
+        ("gguf", "int2-g32", 4.5),
+        ("gguf", "int4-g32", 5),
+        ("gguf", "int4-g128", 5),
+        ("gguf", "int5s-g32", 5.5),
+        ("gguf", "int5-g32", 6),
+        ("gguf", "int6s-g16", 6.5625),
+        ("transformers", "int4s-g32", 8.75),
+        ("transformers", "int2-g32", 8.75),
+        ("executorch", "int3-g32", 4.5),
+    ],
+)
+def test_bytes_are_those_that_the_files_have(name, values, bits):
+    assert target(name).stored_bytes(values, shape(n=48, k=256)) * 8 == 48 * 256 * bits
+
+
+def test_files_that_hold_what_the_plan_does_have_its_bytes():
+    assert target("compressed-tensors").stored_bytes("int4s-g32", shape()) is None
+    assert target("gguf").stored_bytes("bfloat16", shape()) is None
+
+
+def test_a_gguf_repeats_the_scales_of_groups_that_are_wider_than_its_blocks():
+    assert target("gguf").repeats_scales("int4-g64") and target("gguf").repeats_scales("int3-g64")
+    assert not any(map(target("gguf").repeats_scales, ("int4-g32-gptq", "int6s-g16", "int8-row")))
+    assert not target("compressed-tensors").repeats_scales("int4s-g128")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_only_a_gguf_holds_is_known_to_every_target(name):
+    for values in ("int5s-g32-gptq", "int5-g32", "int6s-g16"):
+        found = target(name).scheme(values, "a16", shape(k=256))
+        assert isinstance(found, Scheme) if name == "gguf" else found.nearest

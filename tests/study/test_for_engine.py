@@ -133,3 +133,55 @@ def test_a_limit_of_memory_names_the_search_that_may_keep_to_it(study):
 def test_an_unknown_engine_is_refused(study):
     with pytest.raises(ConstraintError, match="no engine 'mlx'"):
         solve_again(study(layer(O)), WITHIN, engine="mlx")
+
+
+WIDE = replace(SHAPE, k=128)
+
+
+def sized(name, *, kept_bytes=0, shape=WIDE):
+    """Formats with their bytes in autoquant; a tied weight is kept beside each."""
+    weights = shape.n * shape.k
+    wide = choice(name, "int4-g128/lanes", 100.0, 0.003, int(weights * 4.25) // 8 + kept_bytes)
+    narrow = choice(name, "int4s-g32/lanes", 100.0, 0.004, int(weights * 4.5) // 8 + kept_bytes)
+    unquantized = choice(name, memory=2 * weights)
+    return [replace(each, shape=shape) for each in (unquantized, wide, narrow)]
+
+
+def test_least_memory_is_that_of_the_engines_file(study):
+    """Here groups of 128 are smaller. A GGUF repeats their scales, so there groups of 32 are."""
+    made, least = study(sized(O)), Limits(max_ppl_increase=0.5, minimize="memory")
+    assert formats(solve_again(made, least))[O] == "int4-g128/lanes"
+    solved = solve_again(made, least, engine="llama.cpp")
+    assert formats(solved)[O] == "int4s-g32/lanes"
+    other = CONTEXT.other_bytes
+    weights = WIDE.n * WIDE.k
+    assert solved.plan.prediction.memory_bytes == int(weights * 4.5) // 8 + other
+    assert "for llama.cpp: memory is what a gguf holds of the weights" in solved.notes
+
+
+def test_a_limit_of_memory_is_one_of_the_engines_file(study):
+    weights, other = WIDE.n * WIDE.k, CONTEXT.other_bytes
+    limits = Limits(max_ppl_increase=0.5, max_memory_bytes=int(weights * 4.75) // 8 + other)
+    found = solve_again(study(sized(O)[:2]), limits)
+    assert formats(found)[O] == "int4-g128/lanes"
+    with pytest.raises(PlanError, match=f"the smallest formats take {weights * 5 // 8 + other:,}"):
+        solve_again(study(sized(O)[:2]), limits, engine="llama.cpp")
+
+
+def test_a_tied_head_is_counted_twice_unless_it_stands_for_both(study):
+    head = sized("lm_head", kept_bytes=2 * WIDE.n * WIDE.k)
+    made, least = study(head), Limits(max_ppl_increase=0.5, minimize="memory")
+    assert formats(solve_again(made, least, engine="llama.cpp"))["lm_head"] == "bfloat16/plain"
+    solved = solve_again(made, least, engine="llama.cpp", one_head=True)
+    assert formats(solved)["lm_head"] == "int4s-g32/lanes"
+    assert solved.plan.layers[0].memory_bytes == int(WIDE.n * WIDE.k * 4.5) // 8
+    assert (
+        "for llama.cpp: memory is what a gguf holds of the weights, with a tied head once for both"
+        in solved.notes
+    )
+
+
+def test_bytes_of_another_engines_file_are_said(study):
+    made = study(sized(O), identity={"constraints": {"engine": "llama.cpp"}})
+    solved = solve_again(made, WITHIN, engine="sglang")
+    assert "for sglang: memory is what a gguf would hold, which the search was for" in solved.notes

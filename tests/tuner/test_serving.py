@@ -12,8 +12,9 @@ from autoquant.engines import ENGINES, engine
 from autoquant.errors import CandidateError, ConstraintError, ModelError
 from autoquant.solver.constraints import Bound, Constraints
 from autoquant.solver.served import DIVISIBLE
+from autoquant.tuner.choices import FormatFacts
 from autoquant.tuner.notices import engine_notices
-from autoquant.tuner.serving import bind_sites, check_model, served_candidates
+from autoquant.tuner.serving import bind_sites, check_model, facts_for, served_candidates
 
 
 def chosen(name, *globs, device="cpu"):
@@ -37,9 +38,42 @@ def test_symmetric_int4_is_tried_by_default_and_asymmetric_where_it_is_held(devi
         found = chosen(name, "*", device=device)
         return {each.format.values for each in found if each.format.values.startswith("int4")}
 
-    symmetric = {f"int4s-g{group}" for group in (32, 64, 128)}
-    assert int4("vllm") == symmetric
-    assert int4("llama.cpp") == symmetric | {f"int4-g{group}" for group in (32, 64, 128)}
+    assert int4("vllm") == {f"int4s-g{group}" for group in (32, 64, 128)}
+    assert int4("llama.cpp") == {"int4-g32", "int4s-g32", "int4s-g32-gptq"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gguf_is_searched_with_what_is_most_exact_at_each_of_its_sizes(device):
+    found = chosen("llama.cpp", "*", device=device)
+    values = {each.format.values for each in found}
+    assert {"int4s-g32-gptq", "int5s-g32-gptq", "int5-g32-gptq", "int6s-g16"} <= values
+    assert not any(
+        each.startswith("int5") for each in {c.format.values for c in chosen("vllm", "*")}
+    )
+    # In the layouts that are usual there, and in no others.
+    layouts = {c.format.id.partition("/")[2] for c in found if c.format.values == "int4s-g32"}
+    tried = {c.format.id.partition("/")[2] for c in found if c.format.values == "int4s-g32-gptq"}
+    assert tried == layouts
+
+
+def test_groups_whose_scales_a_gguf_repeats_are_left_out_unless_they_are_named():
+    found, not_held = served_candidates("llama.cpp", ["*"], "cpu")
+    assert "int4-g64" not in {each.format.values for each in found}
+    assert "groups of 32 are as small" in not_held["int4-g64"]
+    named, not_held = served_candidates("llama.cpp", ["*", "int4-g64"], "cpu")
+    assert "int4-g64" in {each.format.values for each in named} and "int4-g64" not in not_held
+
+
+def test_bytes_of_formats_are_those_of_the_engines_files():
+    facts = {
+        ("int4-g128/lanes", DIVISIBLE): FormatFacts(1, 0.1),
+        ("x/y", DIVISIBLE): FormatFacts(2, 0),
+    }
+    assert facts_for(None, facts) is facts
+    assert facts_for("vllm", facts) == facts
+    found = facts_for("llama.cpp", facts)
+    assert found["int4-g128/lanes", DIVISIBLE] == FormatFacts(4096 * 4096 * 5 // 8, 0.1)
+    assert found["x/y", DIVISIBLE] == FormatFacts(2, 0)
 
 
 def test_named_formats_that_are_not_held_are_refused_together_with_the_nearest():

@@ -34,7 +34,7 @@ class Rounded:
     Attributes:
         q: int32 `[n, k]`, from -2^(bits - 1) to 2^(bits - 1) - 1.
         scale: `[n, groups]`, in the weight's dtype. The last group may be in part.
-        zero: Like `scale`, and all 0 for a symmetric grid.
+        zero: Like `scale`, and all 0 for a symmetric grid. Float32 for one `from_low`.
     """
 
     q: torch.Tensor
@@ -50,11 +50,14 @@ class Grid:
         bits: Bits of an integer.
         group: Weights along k that share a scale.
         symmetric: The groups have no zero point.
+        from_low: What is exact in the weight's dtype is the number of the smallest integer, not the
+            zero point.
     """
 
     bits: int
     group: int
     symmetric: bool
+    from_low: bool = False
 
     @property
     def half(self) -> int:
@@ -74,13 +77,20 @@ class Grid:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and zero with which the grid just spans `ends`.
 
-        They are float32 values that are exact in `dtype`. Numbers beyond the ends are clipped.
+        They are float32 values that are exact in `dtype` (see `from_low`). Numbers beyond the ends
+        are clipped.
         """
         if self.symmetric:
             scale = (high / (self.half - 0.5)).clamp_(min=_SMALLEST_SCALE).to(dtype).float()
             return scale, torch.zeros_like(scale)
         scale = ((high - low) / (2 * self.half - 1)).clamp_(min=_SMALLEST_STEP).to(dtype).float()
+        if self.from_low:
+            return scale, low.to(dtype).float() + scale * self.half
         return scale, (low + scale * self.half).to(dtype).float()
+
+    def zero_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return what zero points of a weight in `dtype` are kept in."""
+        return torch.float32 if self.from_low else dtype
 
     def integers(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
@@ -185,7 +195,7 @@ def gptq(weight: torch.Tensor, grid: Grid, inputs: InputStatistics | None = None
     return Rounded(
         q.t().to(torch.int32).contiguous(),
         torch.cat(scales, 1).to(dtype),
-        torch.cat(zeros, 1).to(dtype),
+        torch.cat(zeros, 1).to(grid.zero_dtype(dtype)),
     )
 
 
@@ -219,7 +229,8 @@ def _clipped(
     groups = weight.float().reshape(n, -1, grid.group)
     scale, zero = grid.best(groups, importance, weight.dtype, shrinks)
     q = grid.integers(groups, scale, zero).reshape(n, k).to(torch.int32)
-    return Rounded(q, scale[..., 0].to(weight.dtype), zero[..., 0].to(weight.dtype))
+    zero_dtype = grid.zero_dtype(weight.dtype)
+    return Rounded(q, scale[..., 0].to(weight.dtype), zero[..., 0].to(zero_dtype))
 
 
 def round_padded(

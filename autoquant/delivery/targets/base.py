@@ -131,12 +131,13 @@ class Writer(ABC):
             PlanError: A package or a file is missing.
         """
 
-    def check_source(self, loaded: LoadedModel) -> None:  # noqa: B027 - most targets take any
-        """Refuse to make an export of a model that takes another file, which was not given.
+    def for_model(self, loaded: LoadedModel) -> Writer:
+        """Return a writer of one model.
 
         Raises:
-            PlanError: It says which.
+            PlanError: An export of it takes another file, which was not given: it says which.
         """
+        return self
 
     @abstractmethod
     def check(self, loaded: LoadedModel) -> None:

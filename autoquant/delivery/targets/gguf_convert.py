@@ -56,63 +56,73 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
 """By class of transformers. For an architecture that is not here, llama.cpp's converter is used."""
 
 
-def check_convertible(loaded: LoadedModel) -> None:
-    """Refuse a model that is not converted here, before any work.
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A model that is converted here. The tables of its tokenizer are made once.
 
-    Raises:
-        PlanError: Its architecture, a setting or its tokenizer is not known, or it is no language
-            model of transformers.
+    Attributes:
+        kind: What llama.cpp makes of its class.
     """
-    _architecture(loaded)
-    _rope(loaded.module.config)
-    _vocab(loaded)
-    check_folder_model(loaded, "gguf")
 
+    loaded: LoadedModel
+    kind: _Architecture
+    vocab: Vocab
 
-def conversion_notes(loaded: LoadedModel) -> tuple[str, ...]:
-    """Return what llama.cpp computes otherwise than the model's folder says, a line each."""
-    config: Any = loaded.module.config
-    window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True)
-    if not used or not isinstance(window, int) or window >= config.max_position_embeddings:
-        return _vocab(loaded).notes
-    return (
-        f"llama.cpp attends to all tokens, where the model attends to the last {window}: longer"
-        " texts are read otherwise",
-        *_vocab(loaded).notes,
-    )
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Conversion:
+        """Return how a model is converted, before any work.
 
+        Raises:
+            PlanError: Its architecture, a setting or its tokenizer is not known, or it is no
+                language model of transformers.
+        """
+        kind = _architecture(loaded)
+        _rope(loaded.module.config)
+        vocab = _vocab(loaded)
+        check_folder_model(loaded, "gguf")
+        return cls(loaded, kind, vocab)
 
-def convert(loaded: LoadedModel, dtype: str, path: Path) -> None:
-    """Write the GGUF of a model, with matrices in a dtype and vectors in float32.
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What llama.cpp computes otherwise than the model's folder says, a line each."""
+        config: Any = self.loaded.module.config
+        window = getattr(config, "sliding_window", None)
+        used = getattr(config, "use_sliding_window", True)
+        if not used or not isinstance(window, int) or window >= config.max_position_embeddings:
+            return self.vocab.notes
+        return (
+            f"llama.cpp attends to all tokens, where the model attends to the last {window}: longer"
+            " texts are read otherwise",
+            *self.vocab.notes,
+        )
 
-    Args:
-        loaded: The model. Its weights are read from its files, so it may be quantized by now.
-        dtype: E.g. `bfloat16`.
+    def write(self, dtype: str, path: Path) -> None:
+        """Write the GGUF, with matrices in a dtype and vectors in float32.
 
-    Raises:
-        PlanError: `check_convertible` refuses the model.
-    """
-    import gguf
+        The weights are read from the model's files, so it may be quantized by now.
 
-    kind = _architecture(loaded)
-    config: Any = loaded.module.config
-    # Tensors wait in a temporary file, so that a large model need not fit into memory.
-    writer: Any = gguf.GGUFWriter(path, kind.name, use_temp_file=True)
-    writer.add_type("model")
-    writer.add_name(Path(loaded.source.path).name)
-    _add_settings(writer, config)
-    _vocab(loaded).write(writer)
-    writer.add_file_type(gguf.LlamaFileType[_file_type(dtype)])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, tensor in _tensors(loaded, kind, dtype):
-        own = gguf.GGMLQuantizationType[_KINDS[dtype] if tensor.ndim > 1 else "F32"]
-        data = gguf.quants.quantize(tensor.float().numpy(), own)
-        writer.add_tensor(name, data, raw_dtype=own)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        Args:
+            dtype: E.g. `bfloat16`.
+        """
+        import gguf
+
+        config: Any = self.loaded.module.config
+        # Tensors wait in a temporary file, so that a large model need not fit into memory.
+        writer: Any = gguf.GGUFWriter(path, self.kind.name, use_temp_file=True)
+        writer.add_type("model")
+        writer.add_name(Path(self.loaded.source.path).name)
+        _add_settings(writer, config)
+        self.vocab.write(writer)
+        writer.add_file_type(gguf.LlamaFileType[_file_type(dtype)])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for name, tensor in _tensors(self.loaded, self.kind, dtype):
+            own = gguf.GGMLQuantizationType[_KINDS[dtype] if tensor.ndim > 1 else "F32"]
+            data = gguf.quants.quantize(tensor.float().numpy(), own)
+            writer.add_tensor(name, data, raw_dtype=own)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _file_type(dtype: str) -> str:
@@ -257,7 +267,7 @@ def _neighbours(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 def _stored(loaded: LoadedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a model's files that the model has."""
     folder = source_folder(loaded)
-    assert folder is not None  # `check_convertible` refused that
+    assert folder is not None  # `check_folder_model` refused that
     paths = weights.files(folder)
     safe = paths[0].suffix == ".safetensors"
     pairs = weights.read_safetensors(paths) if safe else iter(weights.read_bins(paths).items())

@@ -22,7 +22,7 @@ from autoquant.candidates.neutral import NeutralWeight
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery.targets.base import EMBEDDINGS, Contents, ExportedLayer, Writer
 from autoquant.delivery.targets.gguf_blocks import blocks
-from autoquant.delivery.targets.gguf_convert import check_convertible, conversion_notes, convert
+from autoquant.delivery.targets.gguf_convert import Conversion
 from autoquant.delivery.targets.gguf_file import GgufFile
 from autoquant.engines import Values
 from autoquant.engines.targets import GGUF
@@ -46,17 +46,29 @@ class GgufWriter(Writer):
     Attributes:
         base: The unquantized model's, or None if it is made of the model's folder.
         embedding: One of `EMBEDDINGS`.
+        conversion: How the model's folder becomes the base, once the model is known.
     """
 
     target = GGUF
     reader = ("gguf",)
 
-    def __init__(self, base: Path | None = None, embedding: str = "plan") -> None:
+    def __init__(
+        self,
+        base: Path | None = None,
+        embedding: str = "plan",
+        conversion: Conversion | None = None,
+    ) -> None:
         self.base = base
         self.embedding = embedding
+        self.conversion = conversion
 
     def based_on(self, base: Path) -> Writer:
         return GgufWriter(base, self.embedding)
+
+    def for_model(self, loaded: LoadedModel) -> Writer:
+        if self.base is not None:
+            return self
+        return GgufWriter(None, self.embedding, Conversion.of(loaded))
 
     def with_embedding(self, kind: str) -> Writer:
         if kind not in EMBEDDINGS:
@@ -84,16 +96,13 @@ class GgufWriter(Writer):
     def check(self, loaded: LoadedModel) -> None:
         """Refuse no model: which ones a GGUF holds is for the converter of a base to say."""
 
-    def check_source(self, loaded: LoadedModel) -> None:
-        if self.base is None:
-            check_convertible(loaded)
-
     def write(self, contents: Contents, folder: Path) -> None:
         with TemporaryDirectory(dir=folder.parent) as scratch:
             made = self.base
             if made is None:
+                conversion = self.conversion or Conversion.of(contents.loaded)
                 made = Path(scratch) / _FILE
-                convert(contents.loaded, contents.dtype, made)
+                conversion.write(contents.dtype, made)
             self._write(GgufFile(made), contents, folder)
 
     def _write(self, base: GgufFile, contents: Contents, folder: Path) -> None:
@@ -146,7 +155,7 @@ class GgufWriter(Writer):
             " that is tied to it, for a smaller file"
         )
         return (
-            *(conversion_notes(contents.loaded) if self.base is None else ()),
+            *(self.conversion.notes if self.conversion else ()),
             *([recipe] if contents.layers else ()),
             *([smaller] if contents.layers and self.embedding == "plan" else ()),
         )

@@ -17,6 +17,7 @@ from autoquant.tuner.fusion import Fusion, make_fusion
 from autoquant.tuner.notices import dropped_notices, fusion_notices
 from autoquant.tuner.request import SettledRequest
 from autoquant.tuner.scoring import Scores, score
+from autoquant.tuner.serving import facts_for
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.workers.in_process import Runner
 
@@ -92,8 +93,9 @@ def _make_choices(
 ) -> list[SiteChoices]:
     """Make the choices that constraints leave every site. They are not scored yet."""
     shapes = list(dict.fromkeys(site.shape for site in sites))
-    facts: Facts = format_facts(setup.formats, shapes, setup.device)
     settled, constraints = setup.settled, setup.settled.request.constraints
+    measured: Facts = format_facts(setup.formats, shapes, setup.device)
+    facts = facts_for(constraints.engine, measured)
     maker = ChoiceMaker(settled.candidates, timings, facts, settled.workload)
     choices = [maker.constrained(site, constraints, bound) for site in sites]
     setup.tell(*dropped_notices(choices))

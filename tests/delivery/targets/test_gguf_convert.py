@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from autoquant.delivery.exporting import export_to_disk
-from autoquant.delivery.targets.gguf_convert import check_convertible, conversion_notes, convert
+from autoquant.delivery.targets import gguf_vocab
+from autoquant.delivery.targets.gguf_convert import Conversion
 from autoquant.delivery.targets.gguf_file import GgufFile
 from autoquant.errors import PlanError
 from autoquant.models import load_model
@@ -68,9 +69,7 @@ def llama(**settings):
 
 
 def made(folder, path):
-    loaded = load_model(folder)
-    check_convertible(loaded)
-    convert(loaded, "bfloat16", path)
+    Conversion.of(load_model(folder)).write("bfloat16", path)
     return path
 
 
@@ -157,20 +156,24 @@ def test_a_model_that_is_not_known_is_refused_before_any_work(tmp_path, model, m
 
 def test_a_sliding_window_that_llama_cpp_does_not_have_is_said(tmp_path):
     notes = {
-        window: conversion_notes(
+        window: Conversion.of(
             load_model(
                 saved(
                     tmp_path / str(window),
                     MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)),
                 )
             )
-        )
+        ).notes
         for window in (None, 32)
     }
     assert notes[None] == () and "attends to the last 32" in notes[32][0]
 
 
-def test_an_export_needs_no_base(tmp_path):
+def test_an_export_needs_no_base_and_reads_the_tokenizer_once(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        gguf_vocab, "_state", lambda each, state=gguf_vocab._state: read.append(1) or state(each)
+    )
     planned = Planned(saved(tmp_path / "model", llama(tie_word_embeddings=False)))
     report = export_to_disk(
         planned.plan({"q_proj": INT8, "lm_head": INT8}),
@@ -181,6 +184,7 @@ def test_an_export_needs_no_base(tmp_path):
     )
     assert report.files == ("model.gguf", "tensor-types.txt")
     assert report.likeness.same_logits and report.likeness.weights == 3
+    assert len(read) == 1
     found = tensors(report.out / "model.gguf")
     assert found["output.weight"].tensor_type.name == "Q8_0"
     assert found["blk.0.attn_k.weight"].tensor_type.name == "BF16"

@@ -78,6 +78,7 @@ class Target:
         stores: By family, what it keeps of a weight, where that is not what the plan keeps.
         block: Weights that share a scale in its files, whatever the plan has, or None. Larger
             groups repeat it, so they win nothing there.
+        ties: It may hold one tensor for an embedding and a quantized head that is tied to it.
         tries: Values that a search for it tries beside those of every search: the most exact ones
             of their size in its files.
     """
@@ -90,6 +91,7 @@ class Target:
     converts: bool = False
     stores: Mapping[str, Stored] = field(default_factory=dict)
     block: int | None = None
+    ties: bool = False
     tries: tuple[str, ...] = ()
 
     def stored_bytes(self, values: str, shape: LinearShape) -> int | None:
@@ -246,6 +248,7 @@ GGUF = Target(
         "nvfp4": Stored(4.5),
     },
     block=32,
+    ties=True,
     tries=("int4s-g32-gptq", "int5s-g32-gptq", "int5-g32-gptq", "int6s-g16"),
 )
 """One file of blocks of 32 weights (llama.cpp, Ollama, LM Studio).

@@ -121,12 +121,18 @@ def memory_bytes(site: Site, format_id: str, facts: Facts) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceMaker:
-    """Makes the choices of sites from what was measured."""
+    """Makes the choices of sites from what was measured.
+
+    Attributes:
+        may_tie: A weight that is kept beside a quantized one may be left out of what is delivered.
+            So it drops no choice.
+    """
 
     candidates: Sequence[Candidate]
     timings: TimingTable
     facts: Facts
     workload: Workload
+    may_tie: bool = False
 
     def choices(self, site: Site, *, within: Within = "site") -> SiteChoices:
         """Return all choices of a site that could be part of a front.
@@ -209,10 +215,11 @@ class ChoiceMaker:
         return kept
 
     def _point(self, choice: LayerChoice) -> _Point:
-        error = self.facts[choice.format, choice.shape].weight_error
+        facts = self.facts[choice.format, choice.shape]
+        size = facts.memory_bytes if self.may_tie else choice.memory_bytes
         roundings = frozenset(numerics.activation for numerics in numerics_of(choice)) - {A16}
         request = request_us(choice, self.workload)
-        return _Point(request, choice.memory_bytes, error, roundings)
+        return _Point(request, size, facts.weight_error, roundings)
 
 
 @dataclass(frozen=True, slots=True)

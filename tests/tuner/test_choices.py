@@ -25,10 +25,11 @@ def made_up_formats(monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
 
 
-def choices_of(table, formats=(INT8,), site=None, known=FACTS, within="site"):
+def choices_of(table, formats=(INT8,), site=None, known=FACTS, within="site", may_tie=False):
     registry._registered |= {fmt.id: fmt for fmt in formats}
     candidates = [Candidate(fmt, kernel) for fmt in (ORIGINAL, *formats) for kernel in fmt.kernels]
-    maker = ChoiceMaker(candidates, TimingTable(WORKING_SET, timings(table)), known, WORKLOAD)
+    table = TimingTable(WORKING_SET, timings(table))
+    maker = ChoiceMaker(candidates, table, known, WORKLOAD, may_tie)
     return maker.choices(site or make_site(), within=within)
 
 
@@ -282,6 +283,13 @@ def test_quantizing_a_weight_that_stays_beside_it_costs_both():
     }
     assert free == {"bfloat16/plain": 200, "int8/plain": 100}
     assert kept == {"bfloat16/plain": 200, "int8/plain": 300}
+
+
+def test_a_slow_format_stays_for_a_tied_weight_where_one_tensor_may_stand_for_both():
+    tied, slow = make_site(kept=("embedding.weight",)), int8_times((60.0, 60.0), (90.0, 90.0))
+    assert [c.format for c in choices_of(slow, site=tied).choices] == ["bfloat16/plain"]
+    found = choices_of(slow, site=tied, may_tie=True).choices
+    assert {c.format: c.memory_bytes for c in found} == {"bfloat16/plain": 200, "int8/plain": 300}
 
 
 def test_scores_fill_in_the_worst_numerics_of_a_route():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
-from builders.records import STUDY
+from builders.records import STUDY, put_study
 from builders.runner import FakeRunner, say_what_is_predicted
-from builders.search import make_plan
+from builders.search import make_plan, make_proof
 from builders.space import make_ledger
 
 from autoquant.errors import DiskFullError, ProcessDiedError
 from autoquant.events import Notice
+from autoquant.store import open_store
 from autoquant.tuner.workers.jobs import ProveJob
 
 pytestmark = pytest.mark.usefixtures("quick_collector")
@@ -146,3 +149,14 @@ def test_a_baseline_that_is_another_plan_is_left_out_and_says_which(store, runne
     assert [plan.plan_id for plan in runner.proven] == ["a", "b"]
     assert ledger.study.left_out() == {"bits": "the same as plan a (uniform int8)"}
     assert Notice("no bits plan: the same as plan a (uniform int8)") in events
+
+
+@pytest.mark.parametrize(("engine", "counted"), [("llama.cpp", 7000), ("vllm", 100), (None, 100)])
+def test_memory_of_a_proof_is_that_of_the_engines_file(tmp_path, engine, counted):
+    """A limit on memory is one of the file that is exported, so a proof counts its bytes."""
+    constraints = {"constraints": {"engine": engine}} if engine else {}
+    runner = FakeRunner(prove=lambda plan: make_proof(plan.plan_id, memory=100))
+    with closing(open_store(tmp_path / "another.db")) as store:
+        put_study(store, identity=constraints)
+        ledger = make_ledger(store, runner)
+        assert ledger.prove(make_plan("a", memory_bytes=7000)).memory_bytes == counted

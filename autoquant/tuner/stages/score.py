@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.memory import release_memory
+from autoquant.engines import engine as find_engine
 from autoquant.profiler.timing_table import TimingTable
 from autoquant.records import LayerChoice, Recording, Site
 from autoquant.solver.constraints import Bound, Constraints
@@ -96,7 +97,8 @@ def _make_choices(
     settled, constraints = setup.settled, setup.settled.request.constraints
     measured: Facts = format_facts(setup.formats, shapes, setup.device)
     facts = facts_for(constraints.engine, measured)
-    maker = ChoiceMaker(settled.candidates, timings, facts, settled.workload)
+    may_tie = constraints.engine is not None and find_engine(constraints.engine).target.ties
+    maker = ChoiceMaker(settled.candidates, timings, facts, settled.workload, may_tie)
     choices = [maker.constrained(site, constraints, bound) for site in sites]
     setup.tell(*dropped_notices(choices))
     if fusion is None:

@@ -3,7 +3,7 @@
     python studies/engines/gguf/perplexity.py TOOLS TEXT CONTEXT CHUNKS NAME=FILE.gguf ...
 
 TOOLS is the folder of `llama-perplexity`. Of each chunk of CONTEXT tokens the second half is
-scored. The first file is what the others are compared with.
+scored, and the text has a few more. The first file is what the others are compared with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TRIES = 3
+MORE = 3
 
 
 def main(tools: str, text: str, context: str, chunks: str, *named: str) -> None:
@@ -34,13 +34,16 @@ def main(tools: str, text: str, context: str, chunks: str, *named: str) -> None:
 
 
 def perplexity(command: list[str], context: str, chunks: str) -> float:
-    """Return what the tool prints as its estimate. At times it ends before its last line is out."""
-    options = ["-c", context, "-b", context, "--chunks", chunks, "-t", "1"]
-    for _ in range(TRIES):
-        done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-        if found := re.findall(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr):
-            return float(found[0])
-    raise RuntimeError(f"{command[0]} printed no estimate")
+    """Return the running estimate after so many chunks.
+
+    The tool ends before its last lines are out if the machine is busy, so it is given more chunks.
+    """
+    more = str(int(chunks) + MORE)
+    options = ["-c", context, "-b", context, "--chunks", more, "-t", "1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    if found := re.findall(rf"\[{chunks}\]([\d.]+)", done.stdout + done.stderr):
+        return float(found[0])
+    raise RuntimeError(f"{command[0]} printed no estimate after {chunks} chunks")
 
 
 if __name__ == "__main__":

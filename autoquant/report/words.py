@@ -384,7 +384,10 @@ def engine_lines(engine: str | None, plan: str, chosen: Plan | None = None) -> l
         f"Made for {engine}, which reads what this writes:"
         f" autoquant export {plan} --to {target.name}",
         f"Times are those of autoquant's kernels; {engine} has kernels of its own.",
-        *([f"Memory is what a {target.name} holds of the weights."] if target.stores else []),
+        *(
+            [f"Memory is that of the weights as --to {target.name} writes them."]
+            * bool(target.stores)
+        ),
     ]
 
 

@@ -63,13 +63,14 @@ def as_stored(space: SearchSpace, engine: str, *, one_head: bool = False) -> Sea
 def memory_notes(engine: str, searched_for: str | None, *, one_head: bool) -> list[str]:
     """Say which bytes are counted, if they are not those that a plan takes in autoquant."""
     target = find_engine(engine).target
-    head = ", with a tied head once for both" if one_head else ""
+    counted = f"for {engine}: memory is that of the weights as --to"
+    head = ", a tied head once for both" if one_head else ""
     if target.stores:
-        return [f"for {engine}: memory is what a {target.name} holds of the weights{head}"]
+        return [f"{counted} {target.name} writes them{head}"]
     searched = None if searched_for is None else find_engine(searched_for).target
     if searched is None or searched is target or not searched.stores:
         return []
-    return [f"for {engine}: memory is what a {searched.name} would hold, which the search was for"]
+    return [f"{counted} {searched.name} writes them, which the search was for"]
 
 
 def _stored(layer: Sequence[LayerChoice], target: Target, one_head: bool) -> list[LayerChoice]:

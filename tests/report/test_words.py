@@ -248,6 +248,7 @@ def test_a_plan_for_an_engine_is_said_with_what_writes_it_and_whose_times_these_
         "Made for llama.cpp, which reads what this writes:"
         " autoquant export p.db --plan a1 --to gguf",
         "Times are those of autoquant's kernels; llama.cpp has kernels of its own.",
+        "Memory is that of the weights as --to gguf writes them.",
     ]
     assert engine_lines(None, "p.db") == []
 
@@ -260,4 +261,5 @@ def test_a_plan_that_quantizes_nothing_is_written_only_for_engines_that_need_it(
     (line,) = engine_lines("vllm", "p.db", plan)
     assert "export" not in line and "vllm reads the unquantized model itself" in line
     quantized = make_plan("a1", layers=(make_choice(fmt="int8-row/plain"),))
-    assert len(engine_lines("llama.cpp", "p.db", quantized)) == 2
+    assert len(engine_lines("llama.cpp", "p.db", quantized)) == 3
+    assert len(engine_lines("vllm", "p.db", quantized)) == 2  # its files have the plan's bytes

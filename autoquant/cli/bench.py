@@ -80,8 +80,17 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Export the plans, and time them in this engine itself: llama.cpp.",
+            help="Export the plans, and time them in this engine itself: llama.cpp or vllm.",
             show_default=False,
+        ),
+    ] = None,
+    engine_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With --engine: where its program is (llama-bench, vllm), or the environment that"
+            " has it.",
+            show_default="on the PATH",
         ),
     ] = None,
     embedding: Annotated[
@@ -104,7 +113,8 @@ def bench(
     generate() instead, or one call of a module that is no language model. With --engine: time an
     inference engine's own program.
     """
-    _check_options(compare, loop, trace, engine, embedding, attribute=attribute)
+    _check_options(compare, loop, trace, engine, attribute=attribute)
+    _check_engine_options(engine, engine_path, embedding)
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
@@ -117,7 +127,8 @@ def bench(
             "sample_inputs": sample_inputs,
         }
         if engine is not None:
-            return _bench_engine(study, plans, source, engine, embedding, code, as_json=as_json)
+            path = engine_path
+            return _bench_engine(study, plans, source, engine, path, embedding, code, as_json)
         if loop is TimedLoop.GENERATE:
             return _bench_loop(plans, source, study.facts, code, as_json=as_json)
         # Imports torch: only after everything that can be refused without it.
@@ -151,7 +162,6 @@ def _check_options(
     loop: TimedLoop,
     trace: Path | None,
     engine: str | None,
-    embedding: str | None,
     *,
     attribute: bool,
 ) -> None:
@@ -172,8 +182,16 @@ def _check_options(
             "--loop, --attribute and --trace are of autoquant's own runs: leave them out",
             param_hint="--engine",
         )
-    if embedding is not None and engine is None:
-        raise typer.BadParameter("needs --engine", param_hint="--embedding")
+
+
+def _check_engine_options(
+    engine: str | None, engine_path: Path | None, embedding: str | None
+) -> None:
+    given = {"--engine-path": engine_path, "--embedding": embedding}
+    if engine is None and (unused := [name for name, value in given.items() if value is not None]):
+        raise typer.BadParameter("needs --engine", param_hint=" and ".join(unused))
+    if engine_path is not None and not engine_path.is_dir():
+        raise typer.BadParameter(f"there is no folder {engine_path}", param_hint="--engine-path")
 
 
 def _bench_engine(
@@ -181,18 +199,18 @@ def _bench_engine(
     plans: Sequence[Plan],
     source: str,
     engine: str,
+    engine_path: Path | None,
     embedding: str | None,
     code: Mapping[str, Any],
-    *,
     as_json: bool,
 ) -> None:
     from autoquant.errors import PlanError
     from autoquant.models.trust import Trust
     from autoquant.report.progress import listening
-    from autoquant.tuner.engine_bench import EngineRow, bench_engine, check_engine
+    from autoquant.tuner.engine_bench import EngineRow, bench_engine, timed_engine
 
     facts = study.facts
-    check_engine(engine, facts.workload)
+    program = timed_engine(engine, facts.workload, engine_path)
     original = next((plan for plan in study.plans() if plan.kind == "original"), None)
     if original is None:
         raise PlanError("this study has no plan of the unquantized model to compare with")
@@ -204,7 +222,7 @@ def _bench_engine(
                 original,
                 source,
                 facts,
-                engine,
+                program,
                 listener,
                 embedding=embedding,
                 trust=Trust(**code),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -143,16 +143,27 @@ def rounding_notes(layers: Iterable[ExportedLayer]) -> list[str]:
 
 def engine_notes(target: Target, layers: Mapping[str, ExportedLayer], plan: Plan) -> list[str]:
     """Say which engines that read the target cannot take these layers, and why."""
-    by_name = {layer.name: layer for layer in layers.values()}
     notes = []
     for engine in ENGINES.values():
         if reading := engine.reading(target):
-            notes += _notes_of(reading, by_name, [layer.name for layer in plan.layers])
+            notes += lacking_notes(reading, layers, plan, [None, *reading.limits])
     return notes
 
 
-def _notes_of(engine: Engine, layers: Mapping[str, ExportedLayer], names: list[str]) -> list[str]:
-    groups = engine.fused(names)
+def lacking_notes(
+    engine: Engine,
+    held: Mapping[str, ExportedLayer],
+    plan: Plan,
+    devices: Sequence[str | None],
+) -> list[str]:
+    """Say what of a plan an engine cannot take, and why, a line each; empty if it takes all.
+
+    Args:
+        held: What `held_layers` returned.
+        devices: Kinds of devices that it is served on; None is any.
+    """
+    layers = {layer.name: layer for layer in held.values()}
+    groups = engine.fused(layer.name for layer in plan.layers)
     mixed = [group for group in groups if len({_form(layers.get(name)) for name in group}) > 1]
     notes = []
     if mixed:
@@ -164,7 +175,7 @@ def _notes_of(engine: Engine, layers: Mapping[str, ExportedLayer], names: list[s
         )
     fused = {name for group in groups for name in group}
     known: set[str] = set()
-    for device in (None, *engine.limits):
+    for device in devices:
         refused: dict[str, list[str]] = {}
         for layer in layers.values():
             reason = _refused(engine, layer, layer.name in fused, device)

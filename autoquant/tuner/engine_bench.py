@@ -146,7 +146,10 @@ def _check_computed(plan: Plan, engine: Engine, facts: StudyFacts) -> None:
     """
     held = held_layers(plan, engine.target)
     if notes := lacking_notes(engine, held, plan, [None, facts.device.type]):
-        raise PlanError(f"plan {plan.plan_id} does not run there: {'; '.join(notes)}")
+        words = "; ".join(notes)
+        advice = f"search or solve with --for {engine.name}"
+        ending = "" if advice in words else f"; {advice}"
+        raise PlanError(f"plan {plan.plan_id} does not run there: {words}{ending}")
 
 
 def _folder(model: str) -> Path:

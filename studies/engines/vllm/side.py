@@ -1,4 +1,4 @@
-"""Log-probabilities and speed of models in vLLM: run by its own Python, see `compare.py`.
+"""Log-probabilities of models in vLLM: run by its own Python, see `compare.py`.
 
     VLLM/bin/python studies/engines/vllm/side.py PROMPTS.json OUT.json MODEL [MODEL ...]
 
@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 SETTINGS = {
@@ -20,7 +19,6 @@ SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
 }
-NEW_TOKENS = 64
 LONGEST = 256
 
 
@@ -31,16 +29,23 @@ def main() -> None:
         for model in models:
             part = Path(out).with_suffix(".part.json")
             command = [sys.executable, __file__, prompts, str(part), model]
-            subprocess.run(command, check=True, env=os.environ | SETTINGS)
-            found |= json.loads(part.read_text())
-            part.unlink()
+            done = subprocess.run(command, env=os.environ | SETTINGS)
+            if part.exists():
+                found |= json.loads(part.read_text())
+                part.unlink()
+            else:
+                found[model] = {"error": f"ended with {done.returncode}"}
         Path(out).write_text(json.dumps(found))
         return
-    Path(out).write_text(json.dumps({models[0]: measure(models[0], prompts)}))
+    try:
+        measured = measure(models[0], prompts)
+    except Exception as error:  # noqa: BLE001 - told as what vLLM says
+        measured = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+    Path(out).write_text(json.dumps({models[0]: measured}))
 
 
 def measure(model: str, prompts: str) -> dict[str, object]:
-    """Return what vLLM gives for each token of the prompts, and its new tokens a second."""
+    """Return what vLLM gives for each token of the prompts."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(model, enforce_eager=True, dtype="bfloat16", max_model_len=LONGEST)
@@ -50,13 +55,7 @@ def measure(model: str, prompts: str) -> dict[str, object]:
     for output in llm.generate(asked, scores, use_tqdm=False):
         tokens = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
         each.append([logprobs[token].logprob for token, logprobs in tokens])
-    steps = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
-    rates = []
-    for prompt in asked[:4]:
-        start = time.perf_counter()
-        llm.generate([prompt], steps, use_tqdm=False)
-        rates.append(NEW_TOKENS / (time.perf_counter() - start))
-    return {"logprobs": each, "tokens_per_s": sorted(rates)[len(rates) // 2]}
+    return {"logprobs": each}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -210,6 +211,19 @@ def test_models_are_timed_in_vllm_of_an_environment_of_its_own(small, environmen
 def test_a_vllm_that_fails_is_told_with_what_it_said(small, environment, fault, said):
     with pytest.raises(ProcessDiedError, match=f"vLLM failed, and said: {said}"):
         timed_in_vllm(small, environment(fault))
+
+
+def test_ctrl_c_ends_vllm_and_leaves_no_timer_to_wait_for(small, environment, tmp_path):
+    fault = "import signal; os.kill(os.getppid(), signal.SIGINT); time.sleep(99)"
+    fault = f"Path({str(tmp_path / 'id')!r}).write_text(str(os.getpid())); {fault}"
+    with pytest.raises(KeyboardInterrupt):
+        timed_in_vllm(small, environment(fault))
+    waiting = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+    for timer in waiting:
+        timer.join(5)  # cancelled ones end at once
+    assert not any(timer.is_alive() for timer in waiting)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "id").read_text()), 0)
 
 
 def test_an_environment_without_vllm_is_refused(small, environment):

@@ -108,8 +108,10 @@ class _Process:
         assert self.process.stdout is not None
         timer = Timer(LIMIT_S, self.process.kill)
         timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
+        try:
+            line = self.process.stdout.readline()
+        finally:  # on Ctrl-C, too: this process would not end before its timer
+            timer.cancel()
         said: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
         if "error" in said:
             words = " ".join(said["error"].split())  # those of settings begin in the second line

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from autoquant.candidates.apart_experts import take_experts_apart
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
 from autoquant.candidates.joined import Whole, whole_of
 from autoquant.candidates.routed import RoutedWeight, multiply
@@ -31,13 +32,14 @@ _Kept = tuple[torch.Tensor, torch.Tensor, int]
 def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
     """Make linears compute from the tensors inside their quantized weight, in place.
 
-    Only modules with the forward pass of `nn.Linear` are changed.
+    Only modules with the forward pass of `nn.Linear`, and experts of transformers, are changed.
 
     Args:
         any_subclass: Take apart every tensor subclass, not only `RoutedWeight`.
     """
     wanted = torch.Tensor if any_subclass else RoutedWeight
     for owner in module.modules():
+        take_experts_apart(owner)
         if not _computes_as_linear(owner) or not isinstance(owner.weight, wanted):
             continue
         if is_traceable_wrapper_subclass(owner.weight):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates import get_format
+from autoquant.candidates.experts import ExpertsWeight
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.candidates.joined import join
@@ -166,7 +167,7 @@ def _check_parameter(model: nn.Module, name: str, layer: LayerChoice) -> None:
     except AttributeError:
         missing = f"this one has no parameter {name}"
         raise ModelError(f"{other_model}: {missing}; {_RIGHT_MODEL}") from None
-    shape, wanted = tuple(parameter.shape), (layer.shape.n, layer.shape.k)
+    shape, wanted = tuple(parameter.shape), layer.parameter_shape
     if is_conv1d(model.get_submodule(_owner(name))):
         if stream_of(model) is not None:
             raise ModelError(
@@ -224,7 +225,10 @@ def quantized_weight(
     """
     fmt = get_format(layer.format)
     route = for_any_rows(layer.route, fmt, layer.shape, weight.device.type)
-    stored = (quantized or Quantized()).store(layer, weight, made)
+    straight = weight.transpose(-2, -1) if layer.turned else weight
+    stored = (quantized or Quantized()).store(layer, straight.flatten(0, -2), made)
+    if layer.experts > 1:
+        return ExpertsWeight.of(stored, fmt, route, weight.dtype, layer.experts, layer.turned)
     return RoutedWeight.wrap(stored, fmt.id, route, weight.dtype)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates import get_format
+from autoquant.candidates.experts import ExpertsWeight
 from autoquant.candidates.joined import join
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery.beside import copy_beside
@@ -262,7 +263,12 @@ def _read_stored(folder: Path, manifest: Mapping[str, Any], device: str) -> dict
         raise _lacking(folder, absent)
     for name, description in manifest["routed"].items():
         route = tuple((upper, kernel) for upper, kernel in description["route"])
-        tensors[name] = RoutedWeight(tensors[name], description["format"], route, dtype)
+        arguments = (tensors[name], description["format"], route, dtype)
+        if (experts := description.get("experts")) is None:
+            tensors[name] = RoutedWeight(*arguments)
+        else:
+            turned = description.get("turned", False)
+            tensors[name] = ExpertsWeight(*arguments, experts, turned)
     for names in joined:
         tensors |= zip(names, join([tensors[name] for name in names]), strict=True)
     return tensors
@@ -278,7 +284,10 @@ def _joined_names(plan: Plan) -> list[list[str]]:
 
 
 def _describe(weight: RoutedWeight) -> dict[str, Any]:
-    return {"format": weight.format_id, "route": [list(step) for step in weight.route]}
+    described = {"format": weight.format_id, "route": [list(step) for step in weight.route]}
+    if isinstance(weight, ExpertsWeight):
+        described |= {"experts": weight.experts, "turned": weight.turned}
+    return described
 
 
 def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

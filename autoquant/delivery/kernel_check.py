@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from autoquant.candidates import Kernel, get_format, multiplied_numbers
-from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.candidates.calls import LinearCall, LinearHook, expert_rows
 from autoquant.candidates.check import changed, fault, reference
+from autoquant.candidates.experts import ExpertsWeight
 from autoquant.candidates.kernels.caches import untuned, use_kernel_caches
 from autoquant.candidates.linears import operand_of
 from autoquant.candidates.routed import RouteAttribute, RoutedWeight, kernel_for_rows
@@ -76,14 +78,23 @@ class KernelChecks:
         Raises:
             KernelError: A kernel computes something else than the weight stores.
         """
-        stored = operand_of(weight)[0].stored
-        assert stored is not None  # it is a routed weight's
+        if isinstance(weight, ExpertsWeight):
+            stored = weight.expert(weight.experts - 1).stored
+        else:
+            stored = _whole(weight)
         key = (weight.format_id, weight.route, stored.shape, weight.compute_dtype)
         if key in self._seen:
             return 0
         self._seen.add(key)
         with untuned():  # tuning takes seconds for each shape and number of rows
             return _check_weight(name, weight, stored, self._on_kernel)
+
+
+def _whole(weight: RoutedWeight) -> torch.Tensor:
+    """Return the stored tensor of a linear, and of those that are computed as one with it."""
+    stored = operand_of(weight)[0].stored
+    assert stored is not None  # it is a routed weight's
+    return stored
 
 
 def _routed(module: nn.Module) -> Iterator[tuple[str, RoutedWeight]]:
@@ -116,20 +127,32 @@ class KernelsInModel(LinearHook):
         weight = call.weight
         if not isinstance(weight, RoutedWeight) or not call.x.numel():
             return None
-        m = call.x.numel() // call.x.shape[-1]
-        if (id(weight), m) in self._seen:
+        if not isinstance(weight, ExpertsWeight) or call.ends is None:
+            return self._checked(id(weight), weight, call.x, call)
+        for expert, start, end in expert_rows(call.ends):
+            one = weight.expert(expert)
+            alone = LinearCall(F.linear, call.x[start:end], one, None)
+            self._checked(id(weight), one, alone.x, alone)
+        return None
+
+    def _checked(
+        self, key: int, weight: RoutedWeight, x: torch.Tensor, call: LinearCall
+    ) -> torch.Tensor | None:
+        """Compute a call and check the result; None if one of as many rows was checked before."""
+        m = x.numel() // x.shape[-1]
+        if (key, m) in self._seen:
             return None
-        self._seen.add((id(weight), m))
-        layer = self._names.get(id(weight), "a layer").removesuffix(".weight")
+        self._seen.add((key, m))
+        layer = self._names.get(key, "a layer").removesuffix(".weight")
         fmt = get_format(weight.format_id)
         kernel = fmt.kernel(kernel_for_rows(weight.route, m))
         self._on_kernel(layer, fmt.id, kernel.id)
-        y = call.compute(call.x, weight)
+        y = call.compute(x, weight)
         numbers = multiplied_numbers(fmt, weight.stored, kernel.numerics)
-        rounded = call.x.to(weight.compute_dtype)
+        rounded = x.to(weight.compute_dtype)
         expected = reference(kernel, numbers, rounded, call.bias)
         if bool(expected.isfinite().all().item()):  # a model may overflow by itself
-            reason = fault(y, expected, call.x.dtype, allowance=_IN_MODEL)
+            reason = fault(y, expected, x.dtype, allowance=_IN_MODEL)
             _refuse(reason, layer, fmt.id, kernel.id, m)
         return y
 

@@ -62,7 +62,7 @@ def shape_of(plan: Plan, module: nn.Module) -> nn.Module:
     shape = on_meta(shallow_copy(module))
     for layer in plan.layers:
         if layer.format != original_format(layer.shape.dtype):
-            put(shape, layer, torch.empty(layer.shape.n, layer.shape.k, device="meta"))
+            put(shape, layer, torch.empty(layer.parameter_shape, device="meta"))
     return shape
 
 

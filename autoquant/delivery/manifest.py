@@ -41,10 +41,15 @@ class Source(TypedDict):
 
 @_open
 class Routed(TypedDict):
-    """The format of a weight, and its kernels by the largest number of rows."""
+    """The format of a weight, and its kernels by the largest number of rows.
+
+    Of the weights of experts, also how many there are, and whether each is kept as `[k, n]`.
+    """
 
     format: str
     route: Annotated[list[tuple[Positive | None, str]], MinLen(1)]
+    experts: NotRequired[Positive]
+    turned: NotRequired[bool]
 
 
 @_open

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.candidates.calls import LinearCall, LinearHook, expert_rows
 from autoquant.devices.memory import lacks_memory
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
@@ -64,6 +64,8 @@ class _Seen:
         owners: Modules that multiplied with it.
         uses: Calls, by phase and number of rows.
         group: The `first` of the parameter that read the same input first.
+        experts: The matrices in the parameter.
+        turned: They are kept the other way round.
     """
 
     shape: LinearShape
@@ -71,6 +73,8 @@ class _Seen:
     owners: set[str] = field(default_factory=set)
     uses: dict[tuple[str, int], int] = field(default_factory=dict)
     group: int = -1
+    experts: int = 1
+    turned: bool = False
 
 
 class _LinearWatcher(LinearHook):
@@ -107,6 +111,9 @@ class _LinearWatcher(LinearHook):
                 uses.setdefault(name, set()).add(self._owner[-1])
 
     def on_linear(self, call: LinearCall) -> None:
+        if call.ends is not None and id(call.weight) in self.parameters:
+            self._note_experts(call, call.ends)
+            return
         x, weight = call.x, call.weight
         n, k = weight.shape if weight.ndim == 2 else (1, weight.shape[-1])
         m = x.shape[:-1].numel()
@@ -119,9 +126,26 @@ class _LinearWatcher(LinearHook):
         dtype = str(weight.dtype).removeprefix("torch.")
         shape = LinearShape(n=n, k=k, bias=call.bias is not None, dtype=dtype)
         seen = self.seen.setdefault(id(weight), _Seen(shape, len(self.seen)))
-        seen.owners.add(self._owner[-1])
-        seen.uses[(self.phase, m)] = seen.uses.get((self.phase, m), 0) + 1
+        self._note(seen, m, calls=1)
         seen.group = self._group(x, seen.first)
+
+    def _note(self, seen: _Seen, m: int, calls: int) -> None:
+        seen.owners.add(self._owner[-1])
+        seen.uses[(self.phase, m)] = seen.uses.get((self.phase, m), 0) + calls
+
+    def _note_experts(self, call: LinearCall, ends: torch.Tensor) -> None:
+        """Note the experts that got rows as so many calls of a linear, with as many rows each."""
+        experts, n, k = call.straight().shape
+        dtype = str(call.weight.dtype).removeprefix("torch.")
+        shape = LinearShape(n=n, k=k, bias=False, dtype=dtype)
+        first = len(self.seen)
+        seen = _Seen(shape, first, group=first, experts=experts, turned=call.turned)
+        seen = self.seen.setdefault(id(call.weight), seen)
+        # Without values, the rows may have gone to any experts.
+        told = ends.device.type != "meta"
+        active = sum(1 for _ in expert_rows(ends)) if told else min(experts, len(call.x))
+        if active:
+            self._note(seen, max(1, round(len(call.x) / active)), calls=active)
 
     def _group(self, x: torch.Tensor, first: int) -> int:
         known = self._inputs.get(id(x))
@@ -227,7 +251,7 @@ def record(module: nn.Module, phases: Phases) -> Recording:
     return Recording(
         sites=sites,
         skipped=skipped,
-        weights_share=sum(site.shape.n * site.shape.k for site in sites) / max(total, 1),
+        weights_share=sum(site.weights for site in sites) / max(total, 1),
         flops_share=shares,
         parameter_bytes=sum(parameter.nbytes for parameter in by_id.values()),
     )
@@ -237,7 +261,9 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
     sites: list[tuple[int, Site]] = []
     for identity, seen in watcher.seen.items():
         names = watcher.parameters[identity]
-        others = watcher.others.get(identity, {})
+        others = dict(watcher.others.get(identity, {}))
+        if seen.experts > 1:
+            others.pop(torch.Tensor.transpose.__name__, None)  # a part of the product
         elsewhere = set().union(*others.values())
         # If it has another use, it is replaced only in modules that do nothing but multiply.
         replaced = [name for name in names if not others or _owner(name) in seen.owners - elsewhere]
@@ -250,6 +276,8 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
             shape=seen.shape,
             uses=uses,
             kept=tuple(name for name in names if name not in replaced),
+            experts=seen.experts,
+            turned=seen.turned,
         )
         sites.append((seen.group, site))
     groups: dict[int, list[str]] = {}

@@ -69,6 +69,8 @@ class LayerChoice:
         latency_us: Predicted microseconds in one run of each phase, of all calls in it together.
         numerics: Text of the `Numerics` that `loss` is of; empty before the choice is scored.
         loss: Predicted loss of this choice alone.
+        experts: The matrices of `shape` in the parameter; each has the format.
+        turned: The parameter of experts is `[experts, k, n]`.
         joined: Names of the layers that are computed as one, with this one. Empty if the layer is
             computed alone.
         reason: Why this choice was made.
@@ -85,6 +87,16 @@ class LayerChoice:
     parameters: tuple[str, ...] = ()
     joined: tuple[str, ...] = ()
     reason: str = ""
+    experts: Positive = 1
+    turned: bool = False
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of the parameters that are replaced."""
+        n, k = self.shape.n, self.shape.k
+        if self.experts == 1:
+            return n, k
+        return (self.experts, k, n) if self.turned else (self.experts, n, k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

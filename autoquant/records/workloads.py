@@ -116,7 +116,7 @@ class SiteUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One weight that is multiplied as a linear.
+    """One weight that is multiplied as a linear, or the weights of a layer's experts.
 
     Attributes:
         name: Module path, or parameter name if no module holds the weight alone.
@@ -125,6 +125,8 @@ class Site:
         kept: Parameter names of the same tensor that stay unquantized, such as an embedding tied
             to the head. Quantizing frees no memory then.
         siblings: Names of the sites that read the same input tensor, in order, with this one.
+        experts: The matrices of `shape` in the parameter. Each expert that gets rows is one call.
+        turned: The parameter of experts is `[experts, k, n]`.
     """
 
     name: str
@@ -133,6 +135,13 @@ class Site:
     uses: tuple[SiteUse, ...]
     kept: tuple[str, ...] = ()
     siblings: tuple[str, ...] = ()
+    experts: Positive = 1
+    turned: bool = False
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the weight has."""
+        return self.experts * self.shape.n * self.shape.k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,4 +58,4 @@ class _RoundedOtherwise(LinearHook):
         half = torch.finfo(x.dtype).eps / 2
         noise = torch.empty(x.shape, device=x.device)
         noise.uniform_(-half, half, generator=self._generators[x.device])
-        return call.compute((x.float() * (1 + noise)).to(x.dtype), call.weight)
+        return call.compute((x.float() * (1 + noise)).to(x.dtype), call.straight())

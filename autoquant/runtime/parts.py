@@ -287,7 +287,7 @@ class _LinearsOfRows(LinearHook):
     """
 
     def on_linear(self, call: LinearCall) -> torch.Tensor:
-        y = call.compute(call.x.reshape(-1, call.x.shape[-1]), call.weight)
+        y = call.compute(call.x.reshape(-1, call.x.shape[-1]), call.straight())
         return y.view(*call.x.shape[:-1], y.shape[-1])
 
 

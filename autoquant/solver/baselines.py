@@ -11,6 +11,7 @@ the recommended plan takes, whatever that costs in time. No torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from autoquant.records import LayerChoice, LinearShape, Plan
 from autoquant.solver.constraints import Bound
@@ -118,7 +119,7 @@ def bits_plan(space: SearchSpace, recommended: Plan) -> Plan | None:
     picks = most_exact(space.problem, max_memory=budget_bytes)
     if picks is None:
         return None
-    weights = sum(layer[0].shape.n * layer[0].shape.k for layer in space.options)
+    weights = sum(prod(layer[0].parameter_shape) for layer in space.options)
     bits = 8 * budget_bytes / weights
     reason = f"least predicted loss at {bits:.2f} bits a weight, whatever its latency"
     chosen = [with_reason(choice, reason, space.context) for choice in space.chosen(picks)]

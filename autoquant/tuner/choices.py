@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from autoquant.candidates import A16, Candidate, Format, Kernel, get_format
+from autoquant.candidates.experts import cannot_hold_experts
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.memory import trim_memory
@@ -116,7 +117,7 @@ def memory_bytes(site: Site, format_id: str, facts: Facts) -> int:
     """
     original = original_format(site.shape.dtype)
     kept = facts[original, site.shape].memory_bytes if site.kept and format_id != original else 0
-    return facts[format_id, site.shape].memory_bytes + kept
+    return site.experts * (facts[format_id, site.shape].memory_bytes + kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,9 @@ class ChoiceMaker:
             by_format.setdefault(fmt.id, (fmt, []))[1].append(candidate.kernel)
         for fmt, kernels in by_format.values():
             measured = self.timings.of(site.shape, fmt.timed_as)
+            if site.experts > 1 and (reason := cannot_hold_experts(fmt)):
+                dropped[fmt.id] = reason
+                continue
             routes = _routes(site, kernels, measured)
             if not routes:
                 dropped[fmt.id] = measured.first_reason(kernels, [use.m for use in site.uses])
@@ -351,4 +355,6 @@ def _choice(
         latency_us=latency,
         memory_bytes=memory_bytes,
         loss=0.0,
+        experts=site.experts,
+        turned=site.turned,
     )

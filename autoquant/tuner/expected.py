@@ -96,7 +96,7 @@ def work_of(
         for each in dict.fromkeys(subjects)
         if candidate_of(each).unsupported_reason(each.shape, each.m, device_type) is None
     ]
-    weights = sum(site.shape.n * site.shape.k for site in recording.sites)
+    weights = sum(site.weights for site in recording.sites)
     formats = {each.format for each in possible} - {original_format(settled.loaded.dtype)}
     scored = store.options(settled.study_id) is not None
     return Work(

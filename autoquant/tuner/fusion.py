@@ -146,7 +146,9 @@ def sibling_sites(sites: Sequence[Site]) -> list[tuple[tuple[str, ...], Site]]:
     for site in sites:
         members = [by_name[name] for name in site.siblings if name in by_name]
         alike = [
-            other for other in members if (other.shape.k, other.uses) == (site.shape.k, site.uses)
+            other
+            for other in members
+            if (other.shape.k, other.uses) == (site.shape.k, site.uses) and other.experts == 1
         ]
         names = tuple(other.name for other in alike)
         if len(names) < 2 or names in found:

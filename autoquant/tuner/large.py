@@ -54,7 +54,7 @@ def least_bytes(recording: Recording, formats: Sequence[Format]) -> int:
     bits = min(_bits(fmt) for fmt in formats)
     least = recording.parameter_bytes
     for site in recording.sites:
-        elements = site.shape.n * site.shape.k
+        elements = site.weights
         stored = elements * _bits_of(site.shape.dtype) // 8
         least += elements * bits // 8 - (0 if site.kept else stored)
     return least

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autoquant.candidates import A16, get_format
+from autoquant.candidates.experts import cannot_hold_experts
 from autoquant.candidates.formats.floats import original_format
 from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
@@ -129,4 +130,5 @@ def _changes_together(
         if (EVERY_LAYER, key) not in known
         for of_site in choices
         if change.format.unsupported(of_site.site.shape, 1, device_type) is None
+        and not (of_site.site.experts > 1 and cannot_hold_experts(change.format))
     ]

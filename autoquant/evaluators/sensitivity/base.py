@@ -74,6 +74,11 @@ def parameter_of(module: nn.Module, site: Site) -> nn.Parameter:
     return module.get_parameter(site.parameters[0])
 
 
+def straight(weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """Return a site's weight as `[n, k]` or `[experts, n, k]`, in the same memory."""
+    return weight.transpose(-2, -1) if site.turned else weight
+
+
 def check_text(quality: AnyQuality, method: str) -> TextQuality:
     """Return the quality if it is text.
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autoquant.candidates.calls import product
 from autoquant.evaluators.emulate import in_float32
 from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.sensitivity.base import (
@@ -34,6 +35,7 @@ from autoquant.evaluators.sensitivity.base import (
     by_site,
     check_text,
     parameter_of,
+    straight,
 )
 from autoquant.evaluators.sensitivity.gradients import (
     Place,
@@ -137,25 +139,27 @@ class _FisherSite:
         self._products: dict[tuple[str, int], torch.Tensor] = {}
         self._sums = torch.zeros(2, len(changes), device=device)
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.parameter)
+    def output(self, x: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+        return product(x, self.weight(), ends)
 
     def weight(self) -> torch.Tensor:
-        return self.parameter
+        return straight(self.parameter, self._changes[0].site)
 
-    def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def observe(
+        self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None
+    ) -> None:
         """Add g . dY of every row and change. Uses of the same weight add up."""
-        original = self.output(x)
+        original = self.output(x, ends)
         for change in self._changes:
             weight = self._weights.changed(change)
             if weight is None:
                 continue
-            difference = changed_output(x, weight, change.activation).sub_(original)
-            product = difference.mul_(gradient).sum(-1).flatten()
-            key = (change.numerics, len(product))
+            difference = changed_output(x, weight, change.activation, ends).sub_(original)
+            inner = difference.mul_(gradient).sum(-1).flatten()
+            key = (change.numerics, len(inner))
             if key in self._products:
-                product = self._products[key] + product
-            self._products[key] = product
+                inner = self._products[key] + inner
+            self._products[key] = inner
 
     def end_of_pass(self) -> None:
         """Square the products of one backward pass."""

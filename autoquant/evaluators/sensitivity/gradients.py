@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from autoquant.candidates import A16, ACTIVATION_ROUNDING
-from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.candidates.calls import LinearCall, LinearHook, product, product_back
 from autoquant.devices import backend
 from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError
@@ -39,15 +38,21 @@ _KEPT_SHARE = 1 / 4
 
 
 class Place(Protocol):
-    """Computes one linear in place of the model, and observes its gradient."""
+    """Computes one linear in place of the model, and observes its gradient.
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
+    If it is of experts, `ends` says which rows are of which expert, as for
+    `autoquant.candidates.calls.product`.
+    """
+
+    def output(self, x: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
         """Return the product `[..., n]` of x `[..., k]`, without the bias."""
 
     def weight(self) -> torch.Tensor:
-        """Return the weight `[n, k]` that gradients are passed back through."""
+        """Return the weight `[n, k]` or `[experts, n, k]` that gradients pass back through."""
 
-    def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def observe(
+        self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None
+    ) -> None:
         """Take the input `[..., k]` and the gradient of the output `[..., n]`."""
 
 
@@ -59,24 +64,31 @@ class _Observed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, _anchor: torch.Tensor, place: Place, observed: set[int]
+        ctx: Any,
+        x: torch.Tensor,
+        _anchor: torch.Tensor,
+        place: Place,
+        ends: torch.Tensor | None,
+        observed: set[int],
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.place = place
+        ctx.place, ctx.ends = place, ends
         ctx.observed = observed
-        return place.output(x)
+        return place.output(x, ends)
 
     @staticmethod
     def backward(
         ctx: Any, *gradients: torch.Tensor
-    ) -> tuple[torch.Tensor | None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, None, None, None, None]:
         (x,) = ctx.saved_tensors
         (gradient,) = gradients
         ctx.observed.add(id(ctx.place))
         with _quick_products():
-            ctx.place.observe(x, gradient)
-            of_x = gradient @ ctx.place.weight() if ctx.needs_input_grad[0] else None
-        return of_x, None, None, None
+            ctx.place.observe(x, gradient, ctx.ends)
+            of_x = None
+            if ctx.needs_input_grad[0]:
+                of_x = product_back(gradient, ctx.place.weight(), ctx.ends)
+        return of_x, None, None, None, None
 
 
 class PlacedLinears(LinearHook):
@@ -101,16 +113,18 @@ class PlacedLinears(LinearHook):
         place = self._places.get(id(call.weight))
         if place is None:
             return None
-        y = self._product(call.x, place)
+        y = self._product(call.x, place, call.ends)
         return y if call.bias is None else y + call.bias
 
-    def _product(self, x: torch.Tensor, place: Place) -> torch.Tensor:
+    def _product(
+        self, x: torch.Tensor, place: Place, ends: torch.Tensor | None
+    ) -> torch.Tensor:
         self.computed.add(id(place))
         if not torch.is_grad_enabled():
-            return place.output(x)
+            return place.output(x, ends)
         if self._anchor is None:
             self._anchor = torch.zeros((), device=x.device, requires_grad=True)
-        observed: torch.Tensor = _Observed.apply(x, self._anchor, place, self.observed)  # type: ignore[no-untyped-call]
+        observed: torch.Tensor = _Observed.apply(x, self._anchor, place, ends, self.observed)  # type: ignore[no-untyped-call]
         return observed
 
 
@@ -119,9 +133,12 @@ def batch_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return output_tensor(run_on_tokens(module, ids))
 
 
-def changed_output(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
-    """Return x `[..., k]`, rounded as the activation says, times a weight `[n, k]`."""
-    return F.linear(x if activation == A16 else rounded_activation(x, activation), weight)
+def changed_output(
+    x: torch.Tensor, weight: torch.Tensor, activation: str, ends: torch.Tensor | None
+) -> torch.Tensor:
+    """Return x `[..., k]`, rounded as the activation says, times a weight."""
+    rounded = x if activation == A16 else rounded_activation(x, activation)
+    return product(rounded, weight, ends)
 
 
 def rounded_activation(x: torch.Tensor, activation: str) -> torch.Tensor:

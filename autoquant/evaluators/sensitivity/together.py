@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from autoquant.candidates import A16
+from autoquant.candidates.calls import product
 from autoquant.devices import backend
 from autoquant.evaluators.kept import KeptTensor, held_tensors
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.passes import each_output
 from autoquant.evaluators.quality import TextQuality
-from autoquant.evaluators.sensitivity.base import Change, parameter_of
+from autoquant.evaluators.sensitivity.base import Change, parameter_of, straight
 from autoquant.evaluators.sensitivity.gradients import (
     PlacedLinears,
     batch_logits,
@@ -109,43 +109,48 @@ class PathSite:
         self.inner = torch.zeros((), device=self._device)
         self._mixed: torch.Tensor | None = None
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
+    def output(self, x: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
         changed = self._weights.changed(self._change)
         if changed is None:
-            return F.linear(x, self.parameter)
+            return product(x, self._original(), ends)
         if self._change.activation == A16 or self._position == 1.0:
-            return changed_output(x, self.weight(), self._change.activation)
-        return F.linear(x, self.parameter).lerp_(
-            changed_output(x, changed, self._change.activation), self._position
+            return changed_output(x, self.weight(), self._change.activation, ends)
+        return product(x, self._original(), ends).lerp_(
+            changed_output(x, changed, self._change.activation, ends), self._position
         )
+
+    def _original(self) -> torch.Tensor:
+        return straight(self.parameter, self._change.site)
 
     def weight(self) -> torch.Tensor:
         changed = self._weights.changed(self._change)
         if changed is None:
-            return self.parameter
+            return self._original()
         if self._position == 1.0:
             return changed
         mixed = self._mixed
         if mixed is None:
-            mixed = torch.lerp(self.parameter, changed, self._position)
+            mixed = torch.lerp(self._original(), changed, self._position)
             self._mixed = mixed if self._keeps else None
         return mixed
 
-    def observe(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def observe(
+        self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None
+    ) -> None:
         changed = self._weights.changed(self._change)
         if changed is None:
             return
         # Products of differences: of two outputs little would be left but how they were rounded.
-        difference = F.linear(x, self._weight_difference(changed))
+        difference = product(x, self._weight_difference(changed), ends)
         if self._change.activation != A16:
             error = rounded_activation(x, self._change.activation).sub_(x)
-            difference += F.linear(error, changed)
+            difference += product(error, changed, ends)
         self.inner += difference.mul_(gradient).sum()
 
     def _weight_difference(self, changed: torch.Tensor) -> torch.Tensor:
         difference = self._difference
         if difference is None:
-            difference = changed - self.parameter
+            difference = changed - self._original()
             self._difference = difference if self._keeps else None
         return difference
 

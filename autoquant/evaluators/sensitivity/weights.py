@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from autoquant.candidates import A16, multiplied_numbers
-from autoquant.evaluators.sensitivity.base import Change
+from autoquant.evaluators.sensitivity.base import Change, straight
 from autoquant.models.streaming import brought
 
 KEPT_BYTES = 32 << 20
@@ -32,7 +32,7 @@ class ChangedWeights:
     """A site's weight under each change, kept while there is room and else made again.
 
     Args:
-        parameter: The weight `[n, k]`, in float32 or as it rests.
+        parameter: The weight of the site, in float32 or as it rests.
         dtype: The model's dtype, from which formats are made.
         room: The budget for weights that are kept.
         device: Where changed weights are made.
@@ -48,15 +48,18 @@ class ChangedWeights:
         self._kept: dict[str, torch.Tensor | None] = {}
 
     def changed(self, change: Change) -> torch.Tensor | None:
-        """Return the float32 numbers, or None if neither they nor the activation change."""
+        """Return the float32 numbers `[n, k]`, of experts `[experts, n, k]`.
+
+        None if neither they nor the activation change.
+        """
         key = change.numerics
         if key in self._kept:
             return self._kept[key]
         # Its data is elsewhere each time, if the model is brought to the device block by block.
-        original = brought(self._parameter.detach(), self._device)
-        make = change.stored or partial(change.format.store, original.to(self._dtype))
-        stored = make()
-        weight = multiplied_numbers(change.format, stored, change.activation)
+        original = straight(brought(self._parameter.detach(), self._device), change.site)
+        rows = original.flatten(0, -2)  # those of all experts are those of one linear
+        make = change.stored or partial(change.format.store, rows.to(self._dtype))
+        weight = multiplied_numbers(change.format, make(), change.activation).view(original.shape)
         if change.activation == A16 and _is_same(weight, original.float()):
             self._kept[key] = None
             return None

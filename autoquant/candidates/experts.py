@@ -1,0 +1,223 @@
+"""Weights of experts: matrices of one size in one parameter, each multiplied with rows of its own.
+
+A mixture of experts keeps the weights of a layer's experts as one parameter `[experts, n, k]`, and
+calls PyTorch's `grouped_mm` with rows that are sorted by their expert. A quantized one is stored as
+the linear `[experts * n, k]` that its matrices make one above the other. So a format can hold it if
+its tensors lie row by row, and each expert is computed by the kernels for a linear of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from autoquant.candidates.base import Format
+from autoquant.candidates.calls import GROUPED_FUNCTIONS, expert_rows, grouped_arguments
+from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
+from autoquant.candidates.routed import RouteAttribute, RoutedWeight, multiply
+from autoquant.records import Route, content_key
+
+def cannot_hold_experts(fmt: Format) -> str:
+    """Return why a format cannot hold experts, or an empty string."""
+    if fmt.needs_inputs:
+        return "it is rounded for a layer's inputs, which is not done for each expert yet"
+    by_rows = fmt.joins or fmt.tensor_type is torch.Tensor
+    return "" if by_rows else "its tensors do not lie row by row, so it cannot hold experts"
+
+
+class ExpertsWeight(RoutedWeight):
+    """The quantized weights of experts `[experts, n, k]`.
+
+    Tensor attributes:
+        stored: The format's tensor `[experts * n, k]`.
+
+    Other attributes:
+        experts: How many there are.
+        turned: It shows the shape `[experts, k, n]`, as `transpose(-2, -1)` returns it.
+        untransposed: What it is the transpose of, if `transpose` returned it, or None.
+    """
+
+    untransposed: ExpertsWeight | None = None
+
+    tensor_attribute_names = [*RoutedWeight.tensor_attribute_names, "experts", "turned"]  # noqa: RUF012
+
+    def __new__(
+        cls,
+        stored: torch.Tensor,
+        format_id: str,
+        route: RouteAttribute,
+        compute_dtype: torch.dtype,
+        experts: int,
+        turned: bool = False,
+    ) -> ExpertsWeight:
+        rows, k = stored.shape
+        size = (experts, k, rows // experts) if turned else (experts, rows // experts, k)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, size, dtype=compute_dtype, device=stored.device, requires_grad=False
+        )
+        return cast(ExpertsWeight, made)
+
+    def __init__(
+        self,
+        stored: torch.Tensor,
+        format_id: str,
+        route: RouteAttribute,
+        compute_dtype: torch.dtype,
+        experts: int,
+        turned: bool = False,
+    ) -> None:
+        super().__init__(stored, format_id, route, compute_dtype)
+        self.experts = experts
+        self.turned = turned
+
+    @classmethod
+    def of(
+        cls,
+        stored: torch.Tensor,
+        fmt: Format,
+        route: Route,
+        dtype: torch.dtype,
+        experts: int,
+        turned: bool = False,
+    ) -> ExpertsWeight:
+        """Put a route around the stored tensor `[experts * n, k]` of a format."""
+        steps = tuple((step.upper_m, step.kernel) for step in route)
+        return cls(stored, fmt.id, steps, dtype, experts, turned)
+
+    def turn(self) -> ExpertsWeight:
+        """Return the same weights, with the last two dimensions in the other order."""
+        turned = ExpertsWeight(
+            self.stored,
+            self.format_id,
+            self.route,
+            self.compute_dtype,
+            self.experts,
+            not self.turned,
+        )
+        turned.untransposed = self
+        return turned
+
+    def expert(self, number: int) -> RoutedWeight:
+        """Return the weight `[n, k]` of one expert, in the same memory."""
+        parts, rebuild = flatten_tensor(self.stored)
+        stored = _expert(parts, rebuild, number, self.experts)
+        return RoutedWeight(stored, self.format_id, self.route, self.compute_dtype)
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the float32 numbers that the weights store, in the shape that they show."""
+        numbers = super().dequantize().unflatten(0, (self.experts, -1))
+        return numbers.transpose(-2, -1) if self.turned else numbers
+
+
+def _expert(
+    parts: Sequence[torch.Tensor], rebuild: Rebuild, number: int, experts: int
+) -> torch.Tensor:
+    """Return one expert's part of a stored tensor."""
+    own = []
+    for part in parts:
+        rows = len(part) // experts
+        own.append(part.narrow(0, number * rows, rows))
+    return unflatten_tensor(_with_rows_of_one(rebuild, experts), own)
+
+
+def _with_rows_of_one(rebuild: Rebuild, experts: int) -> Rebuild:
+    if rebuild.kind is None or rebuild.size is None:
+        return rebuild
+    size = torch.Size((rebuild.size[0] // experts, *rebuild.size[1:]))
+    inner = tuple(_with_rows_of_one(inside, experts) for inside in rebuild.inner)
+    return Rebuild(rebuild.kind, rebuild.names, inner, rebuild.context, size, rebuild.stride)
+
+
+class ExpertsOperand:
+    """The tensors inside the weights of experts, and their products.
+
+    Attributes:
+        make: Key of their type, shape and kernels. It does not depend on the numbers.
+        parts: The plain tensors inside.
+    """
+
+    def __init__(self, weight: ExpertsWeight) -> None:
+        self.parts, rebuild = flatten_tensor(weight)
+        self.make = content_key([repr(rebuild), weight.code_key()])
+        _MAKES[self.make] = rebuild, weight.stored.shape[0] // weight.experts
+        for part in self.parts:
+            torch._dynamo.mark_static_address(part)
+
+    def product(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Return x `[rows, k]`, sorted by expert, times each expert's weight: `[rows, n]`."""
+        grouped = torch.ops.autoquant.grouped_product
+        return cast(torch.Tensor, grouped(x, ends, self.parts, self.make))
+
+
+_MAKES: dict[str, tuple[Rebuild, int]] = {}
+"""How to rebuild weights of one make, and each expert's n."""
+
+
+@torch.library.custom_op("autoquant::grouped_product", mutates_args=())
+def _grouped_product(
+    x: torch.Tensor, ends: torch.Tensor, parts: list[torch.Tensor], make: str
+) -> torch.Tensor:
+    weight = cast(ExpertsWeight, unflatten_tensor(_MAKES[make][0], parts))
+    return multiply_experts(x, weight, ends)
+
+
+@_grouped_product.register_fake
+def _(
+    x: torch.Tensor, ends: torch.Tensor, parts: list[torch.Tensor], make: str
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], _MAKES[make][1])
+
+
+def multiply_experts(
+    x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor
+) -> torch.Tensor:
+    """Return x `[rows, k]`, sorted by expert, times each one's weight by its route: `[rows, n]`.
+
+    Rows of no expert give zeros.
+    """
+    parts, rebuild = flatten_tensor(weight.stored)
+    experts, n = weight.experts, weight.stored.shape[0] // weight.experts
+    y = x.new_zeros(x.shape[0], n)
+    for number, start, end in expert_rows(ends):
+        stored = _expert(parts, rebuild, number, experts)
+        y[start:end] = multiply(x[start:end], weight, stored, None)
+    return y
+
+
+@ExpertsWeight.implements_torch_function(GROUPED_FUNCTIONS)  # type: ignore[untyped-decorator]
+def _grouped(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = grouped_arguments(args, kwargs)
+    if given is None or not isinstance(given[1], ExpertsWeight) or not given[1].turned:
+        raise TypeError("quantized experts can only be multiplied with rows of their own")
+    return multiply_experts(*given)
+
+
+@ExpertsWeight.implements_torch_function(torch.Tensor.transpose)  # type: ignore[untyped-decorator]
+def _transpose(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    weight, *dims = (*args, *kwargs.values())
+    if {dim % 3 for dim in dims} != {1, 2}:
+        raise TypeError("only the last two dimensions of quantized experts can be transposed")
+    return weight.turn()
+
+
+@ExpertsWeight.implements_torch_function(torch.Tensor.__getitem__)  # type: ignore[untyped-decorator]
+def _item(_func: Any, _types: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+    """Return one expert's weight, or the numbers of those that a tensor selects."""
+    weight, index = args
+    if not weight.turned and not (isinstance(index, torch.Tensor) and index.ndim):
+        return weight.expert(int(index))
+    return _numbers(weight, index).to(weight.compute_dtype)
+
+
+def _numbers(weight: ExpertsWeight, index: torch.Tensor | int) -> torch.Tensor:
+    """Return the float32 numbers of the experts that an index selects."""
+    numbers = torch.as_tensor(index)
+    chosen = [weight.expert(each).dequantize() for each in numbers.flatten().tolist()]
+    selected = torch.stack(chosen).unflatten(0, tuple(numbers.shape) or (1,))
+    selected = selected if numbers.ndim else selected[0]
+    return selected.transpose(-2, -1) if weight.turned else selected
+
+
+torch.serialization.add_safe_globals([ExpertsWeight])

@@ -13,18 +13,61 @@ from typing import Any, cast
 
 import torch
 
-from autoquant.candidates.base import Format
+from autoquant.candidates.base import Format, InputStatistics
 from autoquant.candidates.calls import GROUPED_FUNCTIONS, expert_rows, grouped_arguments
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
+from autoquant.candidates.joined import stack_rows
+from autoquant.candidates.registry import get_format
 from autoquant.candidates.routed import RouteAttribute, RoutedWeight, multiply
 from autoquant.records import Route, content_key
 
+
+def cannot_group(device_type: str) -> str:
+    """Return why experts cannot be quantized on a device, or an empty string."""
+    if device_type == "cpu":
+        return ""
+    return "experts are quantized on CPUs only: elsewhere their rows are not known to the host"
+
+
 def cannot_hold_experts(fmt: Format) -> str:
     """Return why a format cannot hold experts, or an empty string."""
-    if fmt.needs_inputs:
-        return "it is rounded for a layer's inputs, which is not done for each expert yet"
     by_rows = fmt.joins or fmt.tensor_type is torch.Tensor
     return "" if by_rows else "its tensors do not lie row by row, so it cannot hold experts"
+
+
+class ExpertInputs:
+    """Statistics of the inputs of a layer's experts.
+
+    Attributes:
+        each: By expert; None for one that no row reached.
+        turned: The parameter is `[experts, k, n]`.
+    """
+
+    def __init__(self, each: list[InputStatistics | None], turned: bool) -> None:
+        self.each, self.turned = each, turned
+
+    @property
+    def idle(self) -> list[int]:
+        """Numbers of the experts that no row reached."""
+        return [number for number, inputs in enumerate(self.each) if inputs is None]
+
+
+def store_for_inputs(fmt: Format, weight: torch.Tensor, inputs: ExpertInputs) -> torch.Tensor:
+    """Round each expert's weight for its own inputs; an idle one to nearest.
+
+    Args:
+        weight: The parameter, as it is kept.
+
+    Returns:
+        The format's tensor `[experts * n, k]`.
+    """
+    nearest = get_format(fmt.rounds)
+    straight = weight.transpose(-2, -1) if inputs.turned else weight
+    stored = [
+        nearest.store(own) if read is None else fmt.store(own, read)
+        for own, read in zip(straight, inputs.each, strict=True)
+    ]
+    return stack_rows(stored)
 
 
 class ExpertsWeight(RoutedWeight):
@@ -54,10 +97,9 @@ class ExpertsWeight(RoutedWeight):
     ) -> ExpertsWeight:
         rows, k = stored.shape
         size = (experts, k, rows // experts) if turned else (experts, rows // experts, k)
-        made = torch.Tensor._make_wrapper_subclass(
+        return torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=compute_dtype, device=stored.device, requires_grad=False
         )
-        return cast(ExpertsWeight, made)
 
     def __init__(
         self,
@@ -107,7 +149,8 @@ class ExpertsWeight(RoutedWeight):
 
     def dequantize(self) -> torch.Tensor:
         """Return the float32 numbers that the weights store, in the shape that they show."""
-        numbers = super().dequantize().unflatten(0, (self.experts, -1))
+        rows, k = self.stored.shape
+        numbers = super().dequantize().view(self.experts, rows // self.experts, k)
         return numbers.transpose(-2, -1) if self.turned else numbers
 
 
@@ -164,15 +207,11 @@ def _grouped_product(
 
 
 @_grouped_product.register_fake
-def _(
-    x: torch.Tensor, ends: torch.Tensor, parts: list[torch.Tensor], make: str
-) -> torch.Tensor:
+def _(x: torch.Tensor, ends: torch.Tensor, parts: list[torch.Tensor], make: str) -> torch.Tensor:
     return x.new_empty(x.shape[0], _MAKES[make][1])
 
 
-def multiply_experts(
-    x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor
-) -> torch.Tensor:
+def multiply_experts(x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor) -> torch.Tensor:
     """Return x `[rows, k]`, sorted by expert, times each one's weight by its route: `[rows, n]`.
 
     Rows of no expert give zeros.
@@ -189,9 +228,10 @@ def multiply_experts(
 @ExpertsWeight.implements_torch_function(GROUPED_FUNCTIONS)  # type: ignore[untyped-decorator]
 def _grouped(_func: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = grouped_arguments(args, kwargs)
-    if given is None or not isinstance(given[1], ExpertsWeight) or not given[1].turned:
+    weight = None if given is None else given[1]
+    if given is None or not isinstance(weight, ExpertsWeight) or not weight.turned:
         raise TypeError("quantized experts can only be multiplied with rows of their own")
-    return multiply_experts(*given)
+    return multiply_experts(given[0], weight, given[2])
 
 
 @ExpertsWeight.implements_torch_function(torch.Tensor.transpose)  # type: ignore[untyped-decorator]
@@ -215,8 +255,7 @@ def _numbers(weight: ExpertsWeight, index: torch.Tensor | int) -> torch.Tensor:
     """Return the float32 numbers of the experts that an index selects."""
     numbers = torch.as_tensor(index)
     chosen = [weight.expert(each).dequantize() for each in numbers.flatten().tolist()]
-    selected = torch.stack(chosen).unflatten(0, tuple(numbers.shape) or (1,))
-    selected = selected if numbers.ndim else selected[0]
+    selected = torch.stack(chosen).view(*numbers.shape, *chosen[0].shape)
     return selected.transpose(-2, -1) if weight.turned else selected
 
 

@@ -57,6 +57,18 @@ def join(weights: Sequence[torch.Tensor]) -> list[RoutedWeight]:
     return joined
 
 
+def stack_rows(stored: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return one stored tensor with the rows of several of one format and size, in new memory.
+
+    Args:
+        stored: `[n, k]` each, whose tensors lie row by row.
+    """
+    flat = [flatten_tensor(each) for each in stored]
+    whole = [torch.cat(parts) for parts in zip(*(parts for parts, _ in flat), strict=True)]
+    rows = stored[0].shape[0]
+    return unflatten_tensor(_with_rows(flat[0][1], rows, rows * len(stored)), whole)
+
+
 def unjoinable(weights: Sequence[torch.Tensor]) -> str:
     """Return why these weights cannot be multiplied as one, or "" if they can."""
     first = weights[0]

@@ -284,7 +284,8 @@ def _joined_names(plan: Plan) -> list[list[str]]:
 
 
 def _describe(weight: RoutedWeight) -> dict[str, Any]:
-    described = {"format": weight.format_id, "route": [list(step) for step in weight.route]}
+    route = [list(step) for step in weight.route]
+    described: dict[str, Any] = {"format": weight.format_id, "route": route}
     if isinstance(weight, ExpertsWeight):
         described |= {"experts": weight.experts, "turned": weight.turned}
     return described

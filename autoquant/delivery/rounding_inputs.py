@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from autoquant.candidates import Format, InputStatistics
-from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.candidates.calls import LinearCall, LinearHook, expert_rows
+from autoquant.candidates.experts import ExpertInputs, store_for_inputs
 from autoquant.errors import CandidateError
 from autoquant.models.blocks import BlockChain
 from autoquant.models.loaded import device_of
@@ -38,9 +39,14 @@ class Calibration:
 
     The same windows, model, device and number of threads give the same bits. Processes forked from
     the one that made this object share what has been made.
+
+    Attributes:
+        idle: Experts that no row of the text reached, by parameter name. They are rounded to
+            nearest.
     """
 
     def __init__(self, windows: Windows) -> None:
+        self.idle: dict[str, list[int]] = {}
         self._windows = torch.as_tensor(windows)
         self._kept = _KeptTensors()
 
@@ -64,9 +70,11 @@ class Calibration:
         with torch.no_grad():
             for name, inputs in self.inputs(module, list(missing)):
                 weight = brought(module.get_parameter(name).data, device)
+                if isinstance(inputs, ExpertInputs) and inputs.idle:
+                    self.idle[name] = inputs.idle
                 for fmt in missing[name]:
                     try:
-                        self._kept.put((name, fmt.id), fmt.store(weight, inputs))
+                        self._kept.put((name, fmt.id), _stored(fmt, weight, inputs))
                         del reasons[name, fmt.id]
                     except CandidateError as error:
                         reasons[name, fmt.id] = str(error)
@@ -88,7 +96,7 @@ class Calibration:
         self,
         module: nn.Module,
         names: Sequence[str],
-    ) -> Iterator[tuple[str, InputStatistics]]:
+    ) -> Iterator[tuple[str, InputStatistics | ExpertInputs]]:
         """Yield each parameter's name with the statistics of its inputs, block by block."""
         parameters = {name: module.get_parameter(name) for name in names}
         device = device_of(module)
@@ -117,14 +125,29 @@ class _InputSums(LinearHook):
         super().__init__()
         self._names = names
         self._sums: dict[str, torch.Tensor] = {}
+        self._by_expert: dict[str, ExpertInputs] = {}
         self._read: dict[str, list[int]] = {}  # numbers of the inputs it was multiplied with
         self._last: torch.Tensor | None = None
         self._product = torch.empty(0)
         self._number = 0
 
     def on_linear(self, call: LinearCall) -> None:
-        if (name := self._names.get(id(call.weight))) is not None:
+        if (name := self._names.get(id(call.weight))) is None:
+            return
+        if call.ends is None:
             self._add(name, call.x)
+        else:
+            self._add_experts(name, call, call.ends)
+
+    def _add_experts(self, name: str, call: LinearCall, ends: torch.Tensor) -> None:
+        none: list[InputStatistics | None] = [None] * len(call.weight)
+        each = self._by_expert.setdefault(name, ExpertInputs(none, call.turned)).each
+        for expert, start, end in expert_rows(ends):
+            rows = call.x[start:end].float()
+            hessian = rows.t() @ rows
+            if (known := each[expert]) is not None:
+                hessian += known.hessian
+            each[expert] = InputStatistics(hessian)
 
     def _add(self, name: str, x: torch.Tensor) -> None:
         if x is not self._last:  # siblings read the same tensor, one right after the other
@@ -137,13 +160,22 @@ class _InputSums(LinearHook):
         else:
             self._sums[name] = self._product.clone()
 
-    def statistics(self) -> dict[str, InputStatistics]:
+    def statistics(self) -> dict[str, InputStatistics | ExpertInputs]:
         """Return statistics by name. Parameters that read the same inputs share one object."""
         shared: dict[tuple[int, ...], InputStatistics] = {}
-        return {
+        linears = {
             name: shared.setdefault(tuple(self._read[name]), InputStatistics(total))
             for name, total in self._sums.items()
         }
+        return {**linears, **self._by_expert}
+
+
+def _stored(
+    fmt: Format, weight: torch.Tensor, inputs: InputStatistics | ExpertInputs
+) -> torch.Tensor:
+    if isinstance(inputs, ExpertInputs):
+        return store_for_inputs(fmt, weight, inputs)
+    return fmt.store(weight, inputs)
 
 
 class _KeptTensors:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoquant.candidates.calls import LinearCall, LinearHook, expert_rows
+from autoquant.candidates.experts import cannot_group
 from autoquant.devices.memory import lacks_memory
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
@@ -83,21 +84,26 @@ class _LinearWatcher(LinearHook):
     Args:
         parameters: Names by the parameter's identity.
         owner: Names of the modules whose forward is running, innermost last.
+        device: What the model is to run on.
 
     Attributes:
+        no_experts: Why experts are left alone, or an empty string.
+        experts: Identities of the weights of experts that are left alone.
         seen: What was seen of each weight, by its identity.
         others: Modules that used a parameter otherwise, by its identity and the use.
         idle: Identities of parameters that a linear without rows was computed with.
         computed_weights: Elements of weights that are no parameters, by module.
     """
 
-    def __init__(self, parameters: dict[int, list[str]], owner: list[str]) -> None:
+    def __init__(self, parameters: dict[int, list[str]], owner: list[str], device: str) -> None:
         super().__init__()
+        self.no_experts = cannot_group(device.partition(":")[0])
         self.parameters = parameters
         self.phase = ""
         self.seen: dict[int, _Seen] = {}
         self.others: dict[int, dict[str, set[str]]] = {}
         self.idle: set[int] = set()
+        self.experts: set[int] = set()
         self.computed_weights: dict[str, int] = {}
         self._owner = owner
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -112,7 +118,10 @@ class _LinearWatcher(LinearHook):
 
     def on_linear(self, call: LinearCall) -> None:
         if call.ends is not None and id(call.weight) in self.parameters:
-            self._note_experts(call, call.ends)
+            if self.no_experts:
+                self.experts.add(id(call.weight))
+            else:
+                self._note_experts(call, call.ends)
             return
         x, weight = call.x, call.weight
         n, k = weight.shape if weight.ndim == 2 else (1, weight.shape[-1])
@@ -211,8 +220,8 @@ def _recorded(loaded: LoadedModel, workload: Workload) -> Recording:
     if loaded.stream is not None:
         shapes = replace(loaded, module=on_meta(shallow_copy(loaded.module)))
         with suppress(*UNFIT):
-            return record(shapes.module, make_phases(shapes, workload))
-    return record(loaded.module, make_phases(loaded, workload))
+            return record(shapes.module, make_phases(shapes, workload), loaded.device)
+    return record(loaded.module, make_phases(loaded, workload), loaded.device)
 
 
 def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
@@ -221,12 +230,16 @@ def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
     return max(1, recording.parameter_bytes // max(1, elements))
 
 
-def record(module: nn.Module, phases: Phases) -> Recording:
+def record(module: nn.Module, phases: Phases, device: str = "cpu") -> Recording:
     """Run `module` once per phase and note its linears.
 
     A site is a parameter with two dimensions that is passed to `F.linear` itself. Parameters that
     share one tensor are one site. If one of their names is also used otherwise (an embedding), it
-    keeps the unquantized weight.
+    keeps the unquantized weight. A parameter with three dimensions is one site if `grouped_mm`
+    multiplies rows of each expert with it.
+
+    Args:
+        device: What the model is to run on.
     """
     parameters: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -234,7 +247,7 @@ def record(module: nn.Module, phases: Phases) -> Recording:
     by_id = {id(parameter): parameter for parameter in module.parameters()}
     flops: dict[str, int] = {}
     with _module_stack(module) as stack:
-        watcher = _LinearWatcher(parameters, stack)
+        watcher = _LinearWatcher(parameters, stack, device)
         for phase in phases.workload.phases:
             phases.reset(phase.name)
             watcher.phase = phase.name
@@ -339,6 +352,8 @@ def _reason(watcher: _LinearWatcher, identity: int) -> str:
     others = sorted(watcher.others.get(identity, ()))
     if identity in watcher.seen:
         return f"is a linear's weight and also used by {', '.join(others)} under the same name"
+    if identity in watcher.experts:
+        return watcher.no_experts
     if others:
         return f"not used as a linear: {', '.join(others)}"
     if identity in watcher.idle:

@@ -63,6 +63,7 @@ def layer_object(layer: LayerChoice, alternatives: Sequence[Alternative] | None)
     return {
         "name": layer.name,
         "shape": asdict(layer.shape),
+        "experts": layer.experts,
         "format": layer.format,
         "route": _route(layer),
         "numerics": layer.numerics,

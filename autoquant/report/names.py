@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from autoquant.records import LinearShape
+from autoquant.records import LayerChoice, LinearShape
 
 _Parts = tuple[str | tuple[int, ...], ...]
 """Parts of a name. Numbers are sorted tuples, so that groups can grow."""
@@ -30,6 +30,14 @@ def shape_words(shape: LinearShape, count: int = 1) -> str:
     """Return a shape in words: `3 layers of 4096 x 1024 + bias, bfloat16`."""
     many = f"{count} layers of " if count > 1 else ""
     return f"{many}{size_words(shape)}, {shape.dtype}"
+
+
+def layer_words(layer: LayerChoice, count: int = 1) -> str:
+    """Return a layer's shape in words, with its experts: `4096 x 1024 for 8 experts, bfloat16`."""
+    if layer.experts == 1:
+        return shape_words(layer.shape, count)
+    many = f"{count} layers of " if count > 1 else ""
+    return f"{many}{size_words(layer.shape)} for {layer.experts} experts, {layer.shape.dtype}"
 
 
 def size_words(shape: LinearShape) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from autoquant.records import LayerChoice, Plan
 from autoquant.report import units
-from autoquant.report.names import fold, shape_words
+from autoquant.report.names import fold, layer_words
 from autoquant.report.tables.layout import plain_table
 from autoquant.report.tables.plans import route_text
 from autoquant.report.words import increase_heading, increase_words
@@ -74,7 +74,7 @@ def changes_table(changes: Sequence[LayerChange]) -> Table:
     table.add_column("Memory", justify="right", no_wrap=True)
     for pattern, members in change_groups(changes):
         name = Text(pattern)
-        name.append(f"\n{shape_words(members[0].before.shape, len(members))}", style="dim")
+        name.append(f"\n{layer_words(members[0].before, len(members))}", style="dim")
         request_us, loss, memory_bytes = summed(members)
         first = members[0]
         cells = [

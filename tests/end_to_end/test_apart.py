@@ -72,7 +72,14 @@ def small(tmp_path_factory):
     return save_llama(place / "model", layers=1), save_text(place / "text.txt", windows=16)
 
 
-def search(small, db, *, candidates=("crash*", "fragile*", "int8-row/plain/int-mm"), budget_s=0.5, events=None):
+def search(
+    small,
+    db,
+    *,
+    candidates=("crash*", "fragile*", "int8-row/plain/int-mm"),
+    budget_s=0.5,
+    events=None,
+):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AUTOQUANT_IN_PROCESS", raising=False)
         patch.setenv("AUTOQUANT_EAGER", "1")

@@ -145,9 +145,7 @@ class _FisherSite:
     def weight(self) -> torch.Tensor:
         return straight(self.parameter, self._changes[0].site)
 
-    def observe(
-        self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None
-    ) -> None:
+    def observe(self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None) -> None:
         """Add g . dY of every row and change. Uses of the same weight add up."""
         original = self.output(x, ends)
         for change in self._changes:
@@ -164,9 +162,9 @@ class _FisherSite:
     def end_of_pass(self) -> None:
         """Square the products of one backward pass."""
         columns = {change.numerics: column for column, change in enumerate(self._changes)}
-        for (numerics, rows), product in self._products.items():
-            runs = F.pad(product, (0, -rows % _RUN_TOKENS)).reshape(-1, _RUN_TOKENS)
-            self._sums[0, columns[numerics]] += product.square().sum()
+        for (numerics, rows), inner in self._products.items():
+            runs = F.pad(inner, (0, -rows % _RUN_TOKENS)).reshape(-1, _RUN_TOKENS)
+            self._sums[0, columns[numerics]] += inner.square().sum()
             self._sums[1, columns[numerics]] += runs.sum(-1).square().sum()
         self._products.clear()
 

@@ -50,9 +50,7 @@ class Place(Protocol):
     def weight(self) -> torch.Tensor:
         """Return the weight `[n, k]` or `[experts, n, k]` that gradients pass back through."""
 
-    def observe(
-        self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None
-    ) -> None:
+    def observe(self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None) -> None:
         """Take the input `[..., k]` and the gradient of the output `[..., n]`."""
 
 
@@ -116,9 +114,7 @@ class PlacedLinears(LinearHook):
         y = self._product(call.x, place, call.ends)
         return y if call.bias is None else y + call.bias
 
-    def _product(
-        self, x: torch.Tensor, place: Place, ends: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _product(self, x: torch.Tensor, place: Place, ends: torch.Tensor | None) -> torch.Tensor:
         self.computed.add(id(place))
         if not torch.is_grad_enabled():
             return place.output(x, ends)

@@ -134,9 +134,7 @@ class PathSite:
             self._mixed = mixed if self._keeps else None
         return mixed
 
-    def observe(
-        self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None
-    ) -> None:
+    def observe(self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None) -> None:
         changed = self._weights.changed(self._change)
         if changed is None:
             return

@@ -13,7 +13,7 @@ from autoquant.report import units
 from autoquant.report.html.charts import share_chart
 from autoquant.report.html.layer_grid import LayerGrid, layer_grid
 from autoquant.report.html.points import PlanPoint
-from autoquant.report.names import fold, shape_words
+from autoquant.report.names import fold, layer_words
 from autoquant.report.tables.plans import route_text
 from autoquant.study.compare import check_same_layers
 
@@ -92,7 +92,7 @@ def _short(name: str) -> str:
 
 def _layer_object(layer: LayerChoice, grid: LayerGrid) -> dict[str, Any]:
     row, column = grid.places[layer.name]
-    return {"name": layer.name, "row": row, "column": column, "shape": shape_words(layer.shape)}
+    return {"name": layer.name, "row": row, "column": column, "shape": layer_words(layer)}
 
 
 def _choice_object(
@@ -188,7 +188,7 @@ def left_alone(plan: Plan, kept: dict[str, str]) -> list[list[str]]:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for layer in plan.layers:
         if layer.format == kept.get(layer.name):
-            by_reason.setdefault((shape_words(layer.shape), layer.reason), []).append(layer.name)
+            by_reason.setdefault((layer_words(layer), layer.reason), []).append(layer.name)
     return [
         [
             pattern,

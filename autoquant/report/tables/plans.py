@@ -10,7 +10,7 @@ from rich.text import Text
 
 from autoquant.records import LayerChoice, Plan, Recording, Route, Skipped
 from autoquant.report import units
-from autoquant.report.names import fold, shape_words
+from autoquant.report.names import fold, layer_words
 from autoquant.report.tables.layout import WIDE, Column, plain_table
 from autoquant.report.words import increase_heading, increase_words
 
@@ -124,7 +124,7 @@ def layers_table(plan: Plan, width: int = 80) -> Table:
         table.add_column("Why", overflow="fold", ratio=3)
     for pattern, layers in layer_groups(plan.layers):
         name = Text(pattern)
-        name.append(f"\n{shape_words(layers[0].shape, len(layers))}", style="dim")
+        name.append(f"\n{layer_words(layers[0], len(layers))}", style="dim")
         why = reasons(layers)
         if why and not wide:
             name.append(f"\n{why}", style="italic")

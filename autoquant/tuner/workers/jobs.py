@@ -326,6 +326,10 @@ def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Ch
     )
     for (name, format_id), reason in reasons.items():
         tell(Notice(f"{format_id} not considered for {name}: {reason}"))
+    for name, idle in calibration.idle.items():
+        numbers = ", ".join(map(str, idle))
+        text = f"no row of the calibration text reaches experts {numbers} of {name}"
+        tell(Notice(f"{text}: they are rounded to nearest"))
     made = []
     for change in changes:
         name = change.site.parameters[0]

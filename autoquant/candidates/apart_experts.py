@@ -101,14 +101,17 @@ class ApartExperts(nn.Module):
         self.take_apart()
         return result
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.pop("operands", None)  # found again from the weights
-        return state
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what restores it from its own class, which can be imported."""
+        state = {name: value for name, value in self.__dict__.items() if name != "operands"}
+        return _restored, (type(self).__mro__[2], state)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.take_apart()
+
+def _restored(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    owner = kind.__new__(kind)
+    owner.__dict__.update(state)
+    take_experts_apart(owner)
+    return owner
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}

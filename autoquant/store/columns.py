@@ -58,6 +58,7 @@ class Checked(TypeDecorator[Any]):
         super().__init__()
         self.impl = impl  # type: ignore[assignment]  # of each instance
         self.kind, self.place, self.optional = kind, place, optional
+        self.is_record = isinstance(impl, JSON)  # as text, where JSON is too narrow
 
     def at(self, column: Column[Any]) -> Checked:
         """Return the type for one column."""
@@ -65,7 +66,9 @@ class Checked(TypeDecorator[Any]):
         return Checked(self.impl_instance, self.kind, place, optional=bool(column.nullable))
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
-        return plain(value) if value is not None and isinstance(self.impl, JSON) else value
+        if value is None or not self.is_record:
+            return value
+        return plain(value) if isinstance(self.impl, JSON) else to_json(value)
 
     def result_processor(self, dialect: Dialect, coltype: Any) -> Callable[[Any], Any]:
         """Return what makes a value of Python from one of the database."""
@@ -84,7 +87,7 @@ class Checked(TypeDecorator[Any]):
         return checked
 
     def _reader(self, dialect: Dialect, coltype: Any) -> Callable[[Any], Any]:
-        if isinstance(self.impl, JSON):
+        if self.is_record:
             # An empty column of JSON may hold the text `null`, too.
             return partial(read, self.kind | None if self.optional else self.kind)
         if isinstance(self.impl, Boolean):  # SQLAlchemy takes any text for true

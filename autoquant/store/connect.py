@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
 import sqlite3
 from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool
 from autoquant.errors import StoreError, first_line
 from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
+from autoquant.store import postgres
 from autoquant.store.integrity import check_integrity, damaged
 from autoquant.store.log import begin_log, write_to_log
 from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
@@ -51,12 +52,14 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+    elif engine.dialect.name == postgres.BACKEND:
+        event.listen(engine, "begin", partial(postgres.begin, timeout_s=BUSY_TIMEOUT_S))
     try:
         _migrate(engine, str(address))
         _check_tables(engine, str(address))
     except DatabaseError as error:
         engine.dispose()
-        raise StoreError(refusal(error, str(address))) from error
+        raise StoreError(refusal(error, shown_address(str(address)))) from error
     except StoreError:
         engine.dispose()
         raise
@@ -113,8 +116,9 @@ def _engine(address: str) -> Engine:
     """Return the engine of an address, which is not connected yet."""
     try:
         url = make_url(address) if "://" in address else URL.create("sqlite", database=address)
-        is_sqlite = url.get_backend_name() == "sqlite"
-        return create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S} if is_sqlite else {})
+        if url.get_backend_name() == "sqlite":
+            return create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+        return create_engine(url, pool_pre_ping=True)  # the server may have been restarted
     except (ArgumentError, ImportError, ValueError) as error:
         raise StoreError(
             f"{_without_password(address)} is no database that can be opened"
@@ -153,7 +157,9 @@ def _check_tables(engine: Engine, address: str) -> None:
         columns = found.get_columns(table.name) if table.name in names else []
         wanted = {column.name for column in table.columns}
         if missing := wanted - {column["name"] for column in columns}:
-            raise damaged(address, f"its table {table.name} lacks {', '.join(sorted(missing))}")
+            raise damaged(
+                shown_address(address), f"its table {table.name} lacks {', '.join(sorted(missing))}"
+            )
 
 
 def _without_password(address: str) -> str:
@@ -286,16 +292,18 @@ def _is_newest(engine: Engine, address: str) -> bool:
     newest, known = _revisions()
     current, tables = _found(engine)
     if current is None and tables & set(Base.metadata.tables):
-        raise damaged(address, f"{VERSION_TABLE} does not say which schema its tables have")
+        raise damaged(
+            shown_address(address), f"{VERSION_TABLE} does not say which schema its tables have"
+        )
     if current is not None and current not in known:
         raise StoreError(
-            f"{address} was written by a newer autoquant (schema {current}); "
+            f"{shown_address(address)} was written by a newer autoquant (schema {current}); "
             "upgrade autoquant to read it, or give another file for the database"
         )
     return current == newest
 
 
-@functools.cache
+@cache
 def _revisions() -> tuple[str | None, frozenset[str]]:
     """Return the newest revision of the schema, and all of them."""
     from alembic.script import ScriptDirectory

@@ -57,7 +57,9 @@ def merge(store: Store, other: str | os.PathLike[str]) -> dict[str, MergedRows]:
     Raises:
         StoreError: `other` is the same file, or no database of this version.
     """
-    if _is_same_file(store.engine.url.database, Path(other)):
+    url = store.engine.url
+    own = url.database if url.get_backend_name() == "sqlite" else None
+    if _is_same_file(own, Path(other)):
         raise StoreError(f"{other} is the database to merge into: name another one")
     source = open_read_only(other)
     try:

@@ -23,7 +23,7 @@ from autoquant.store.schema import (
     ProofRow,
     StudyRow,
 )
-from autoquant.store.transactions import Transactions
+from autoquant.store.transactions import Transactions, name_of
 
 
 class Plans(Transactions):
@@ -67,7 +67,7 @@ class Plans(Transactions):
             rows = session.scalars(select(PlanRow).where(starts)).all() if plan_id else []
             if len(rows) != 1:
                 what = "no plan" if not rows else f"{len(rows)} plans"
-                where = self.engine.url.database or "PLAN.DB"
+                where = name_of(self.engine)
                 raise PlanError(
                     f"{what} with id {plan_id!r}: `autoquant pareto {where}` lists the plans of a"
                     " search"

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     DateTime,
     Double,
@@ -15,6 +16,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     String,
+    Text,
     UniqueConstraint,
     func,
     select,
@@ -52,6 +54,9 @@ def now() -> datetime:
 
 
 _NUMBERS = (Count, Positive)
+# PostgreSQL's JSON has no infinity, which an interval may end at.
+_RECORD = JSON().with_variant(Text(), "postgresql")
+_LARGE = BigInteger().with_variant(Integer(), "sqlite")  # whose integers have 64 bits
 _FLOATS = (Finite, NonNegative)
 _RECORDS = (
     Device,
@@ -75,10 +80,10 @@ _TYPES: dict[Any, Any] = {
     float: Checked(Double(), float),
     bool: Checked(Boolean(), bool),
     datetime: Checked(DateTime(), datetime),
-    **{kind: Checked(Integer(), kind) for kind in _NUMBERS},
+    **{kind: Checked(_LARGE, kind) for kind in _NUMBERS},
     **{kind: Checked(Double(), kind) for kind in _FLOATS},
     **{kind: Checked(String(), kind) for kind in (Outcome, PlanKind)},
-    **{kind: Checked(JSON(), kind) for kind in _RECORDS},
+    **{kind: Checked(_RECORD, kind) for kind in _RECORDS},
 }
 
 

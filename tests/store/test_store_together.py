@@ -16,45 +16,6 @@ from autoquant.errors import StoreError
 from autoquant.store import open_store, schema
 from autoquant.store.remove import remove_study
 
-ROUNDS = 25
-
-
-def saved_in_rounds(path, worker):
-    """Read and write in one transaction each, as every search does; returns the number of rounds."""
-    store = open_store(path)
-    try:
-        for number in range(ROUNDS):
-            store.put_device(DEVICE)
-            store.update_study(STUDY, spent_s=float(number))
-            store.put_reference(STUDY, f"note {worker}", {"round": number})
-            store.put_timings(DEVICE, "1", [measurement(m=number + 1)])
-    finally:
-        store.close()
-    return ROUNDS
-
-
-def test_several_that_write_the_same_facts_at_once_wait_for_each_other(filled, path, query):
-    with ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(lambda worker: saved_in_rounds(path, worker), range(4)))
-    assert done == [ROUNDS] * 4
-    assert query("SELECT count(*) FROM timing") == [(ROUNDS,)]
-    assert set(filled.references(STUDY)) == {f"note {worker}" for worker in range(4)}
-
-
-def test_several_that_make_a_database_at_once_make_one(tmp_path):
-    path = tmp_path / "new.db"
-
-    def make(_number):
-        store = open_store(path)
-        fill(store)
-        store.close()
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(make, range(4)))
-    store = open_store(path)
-    assert store.studies() == [STUDY]
-    store.close()
-
 
 def test_a_database_that_others_make_is_neither_damaged_nor_locked(tmp_path):
     def opened(path):

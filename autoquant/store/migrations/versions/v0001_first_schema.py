@@ -11,17 +11,20 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+RECORD = sa.JSON().with_variant(sa.Text(), "postgresql")
+COUNT = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # whose integers have 64 bits
+
 
 def upgrade() -> None:
     op.create_table('device',
     sa.Column('key', sa.String(), nullable=False),
-    sa.Column('fingerprint', sa.JSON(), nullable=False),
+    sa.Column('fingerprint', RECORD, nullable=False),
     sa.Column('created', sa.DateTime(), nullable=False),
     sa.PrimaryKeyConstraint('key', name=op.f('pk_device'))
     )
     op.create_table('model',
     sa.Column('hash', sa.String(), nullable=False),
-    sa.Column('source', sa.JSON(), nullable=False),
+    sa.Column('source', RECORD, nullable=False),
     sa.Column('created', sa.DateTime(), nullable=False),
     sa.PrimaryKeyConstraint('hash', name=op.f('pk_model'))
     )
@@ -42,11 +45,11 @@ def upgrade() -> None:
     sa.Column('id', sa.String(), nullable=False),
     sa.Column('model_hash', sa.String(), nullable=False),
     sa.Column('device_key', sa.String(), nullable=False),
-    sa.Column('identity', sa.JSON(), nullable=False),
-    sa.Column('workload', sa.JSON(), nullable=False),
-    sa.Column('limits', sa.JSON(), nullable=False),
-    sa.Column('recording', sa.JSON(), nullable=True),
-    sa.Column('problem', sa.JSON(), nullable=True),
+    sa.Column('identity', RECORD, nullable=False),
+    sa.Column('workload', RECORD, nullable=False),
+    sa.Column('limits', RECORD, nullable=False),
+    sa.Column('recording', RECORD, nullable=True),
+    sa.Column('problem', RECORD, nullable=True),
     sa.Column('recommended', sa.String(), nullable=True),
     sa.Column('complete', sa.Boolean(), nullable=False),
     sa.Column('spent_s', sa.Double(), nullable=False),
@@ -60,18 +63,18 @@ def upgrade() -> None:
     sa.Column('id', sa.Integer(), nullable=False),
     sa.Column('device_key', sa.String(), nullable=False),
     sa.Column('protocol', sa.String(), nullable=False),
-    sa.Column('n', sa.Integer(), nullable=False),
-    sa.Column('k', sa.Integer(), nullable=False),
+    sa.Column('n', COUNT, nullable=False),
+    sa.Column('k', COUNT, nullable=False),
     sa.Column('bias', sa.Boolean(), nullable=False),
     sa.Column('dtype', sa.String(), nullable=False),
-    sa.Column('m', sa.Integer(), nullable=False),
+    sa.Column('m', COUNT, nullable=False),
     sa.Column('format', sa.String(), nullable=False),
     sa.Column('kernel', sa.String(), nullable=False),
-    sa.Column('working_set_bytes', sa.Integer(), nullable=False),
+    sa.Column('working_set_bytes', COUNT, nullable=False),
     sa.Column('outcome', sa.String(), nullable=False),
     sa.Column('reason', sa.String(), nullable=False),
     sa.Column('latency_us', sa.Double(), nullable=True),
-    sa.Column('samples_us', sa.JSON(), nullable=False),
+    sa.Column('samples_us', RECORD, nullable=False),
     sa.Column('relative_error', sa.Double(), nullable=True),
     sa.Column('created', sa.DateTime(), nullable=False),
     sa.ForeignKeyConstraint(['device_key'], ['device.key'], name=op.f('fk_timing_device_key')),
@@ -85,8 +88,8 @@ def upgrade() -> None:
     sa.Column('kind', sa.String(), nullable=False),
     sa.Column('model_hash', sa.String(), nullable=False),
     sa.Column('dtype', sa.String(), nullable=False),
-    sa.Column('layers', sa.JSON(), nullable=False),
-    sa.Column('prediction', sa.JSON(), nullable=False),
+    sa.Column('layers', RECORD, nullable=False),
+    sa.Column('prediction', RECORD, nullable=False),
     sa.Column('created', sa.DateTime(), nullable=False),
     sa.ForeignKeyConstraint(['study_id'], ['study.id'], name=op.f('fk_plan_study_id')),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_plan'))
@@ -96,7 +99,7 @@ def upgrade() -> None:
     sa.Column('id', sa.Integer(), nullable=False),
     sa.Column('study_id', sa.String(), nullable=False),
     sa.Column('name', sa.String(), nullable=False),
-    sa.Column('value', sa.JSON(), nullable=False),
+    sa.Column('value', RECORD, nullable=False),
     sa.Column('created', sa.DateTime(), nullable=False),
     sa.ForeignKeyConstraint(['study_id'], ['study.id'], name=op.f('fk_reference_study_id')),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_reference')),
@@ -106,7 +109,7 @@ def upgrade() -> None:
     sa.Column('plan_id', sa.String(), nullable=False),
     sa.Column('outcome', sa.String(), nullable=False),
     sa.Column('reason', sa.String(), nullable=False),
-    sa.Column('proof', sa.JSON(), nullable=True),
+    sa.Column('proof', RECORD, nullable=True),
     sa.Column('created', sa.DateTime(), nullable=False),
     sa.ForeignKeyConstraint(['plan_id'], ['plan.id'], name=op.f('fk_proof_plan_id')),
     sa.PrimaryKeyConstraint('plan_id', name=op.f('pk_proof'))

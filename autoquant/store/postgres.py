@@ -1,0 +1,47 @@
+"""What differs on a PostgreSQL server: transactions, and why it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DatabaseError
+
+BACKEND = "postgresql"
+_WRITERS = 0x41514E54
+"""Number of the lock that writing transactions hold: "AQNT"."""
+_FOREIGN_KEY = "23503"
+_LOCK_TIMEOUT = "55P03"
+_FULL = ("53100", "53200")
+_CONNECTION = ("08", "57P")
+"""Beginnings of the codes of a server that is not there, or ends."""
+
+
+def isolation(*, writes: bool) -> dict[str, Any]:
+    """Return the options of a transaction.
+
+    One that reads sees the database of one moment. One that writes sees what those that wrote
+    before it have committed, for which it has waited.
+    """
+    return {"isolation_level": "READ COMMITTED" if writes else "REPEATABLE READ"}
+
+
+def begin(connection: Connection, *, timeout_s: float) -> None:
+    """Begin a transaction; one that writes waits until no other does, as on SQLite.
+
+    Args:
+        timeout_s: How long it waits.
+    """
+    if connection.get_execution_options().get("writes", False):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(1000 * timeout_s)}")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITERS})")
+
+
+def kind_of(error: DatabaseError) -> str:
+    """Return why a statement failed: `busy`, `full`, `orphan`, `gone`, or "" for another reason."""
+    code = getattr(error.orig, "sqlstate", None)
+    if code is None:
+        # The driver gives no code where there was no connection.
+        return "gone" if type(error.orig).__name__ == "OperationalError" else ""
+    kinds = {_FOREIGN_KEY: "orphan", _LOCK_TIMEOUT: "busy", **dict.fromkeys(_FULL, "full")}
+    return kinds.get(code, "gone" if code.startswith(_CONNECTION) else "")

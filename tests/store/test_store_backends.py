@@ -19,6 +19,7 @@ from autoquant.store import connect, open_store, postgres, schema
 from autoquant.store.connect import check_address, shown_address
 from autoquant.store.merge import MergedRows, merge
 from autoquant.store.remove import remove_study
+from autoquant.store.repair import repair
 from autoquant.store.transactions import transaction
 from autoquant.study.study import Study
 
@@ -177,3 +178,19 @@ def test_a_writer_that_never_ends_is_waited_for_and_then_named(database, monkeyp
     fill(store)
     assert store.studies() == [STUDY]
     store.close()
+
+
+def test_a_server_is_named_by_its_usual_url_too(database):
+    usual = database.replace("postgresql+psycopg://", "postgresql://")
+    store = open_store(usual)
+    fill(store)
+    store.close()
+    study = Study.open(database)
+    assert study.study_id == STUDY
+    study.store.close()
+
+
+def test_a_servers_database_is_not_repaired_as_a_file(tmp_path):
+    with pytest.raises(StoreError, match="is no file: restore a server's database from a backup"):
+        repair("postgresql://who:s3cret@host/db", tmp_path / "new.db")
+    assert list(tmp_path.iterdir()) == []

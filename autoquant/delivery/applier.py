@@ -28,8 +28,9 @@ from autoquant.events import (
 )
 from autoquant.models.copies import not_compiled, shallow_copy
 from autoquant.models.loaded import device_of
+from autoquant.models.shown import show_linears, shown_weight
 from autoquant.models.streaming import brought, place_whole, stream_of
-from autoquant.models.turned import is_conv1d, turn_linears
+from autoquant.models.turned import is_turned
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
 
@@ -105,7 +106,8 @@ def apply(
         KernelError: A kernel computes something else than its weight stores.
     """
     check_fits(plan, model)
-    turn_linears(model, {_owner(name) for layer in plan.layers for name in layer.parameters})
+    weights = {name for layer in plan.layers for name in layer.parameters}
+    show_linears(model, weights | {_owner(name) for name in weights})
     made = rounded(plan, streamed or model, calibration)
     device = None if streamed is None else device_of(streamed)
     quantized = quantized or Quantized()
@@ -162,19 +164,16 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
 def _check_parameter(model: nn.Module, name: str, layer: LayerChoice) -> None:
     """Refuse a parameter that is not the one the plan was made for."""
     other_model = "the plan is for another model"
-    try:
-        parameter = model.get_parameter(name)
-    except AttributeError:
+    parameter = shown_weight(model, name)
+    if parameter is None:
         missing = f"this one has no parameter {name}"
-        raise ModelError(f"{other_model}: {missing}; {_RIGHT_MODEL}") from None
+        raise ModelError(f"{other_model}: {missing}; {_RIGHT_MODEL}")
     shape, wanted = tuple(parameter.shape), layer.parameter_shape
-    if is_conv1d(model.get_submodule(_owner(name))):
-        if stream_of(model) is not None:
-            raise ModelError(
-                f"{name} is kept the other way round in the model's files, which do not fit into"
-                " memory here, and are turned there: apply the plan where they fit"
-            )
-        shape = shape[::-1]
+    if stream_of(model) is not None and is_turned(model.get_submodule(_owner(name))):
+        raise ModelError(
+            f"{name} is kept the other way round in the model's files, which do not fit into"
+            " memory here, and are turned there: apply the plan where they fit"
+        )
     if shape != wanted:
         raise ModelError(f"{other_model}: {name} is {shape} here, not {wanted}; {_RIGHT_MODEL}")
     kind = str(parameter.dtype).removeprefix("torch.")

@@ -36,9 +36,9 @@ from autoquant.files import is_taken, is_writable, raise_if_full, read_json_obje
 from autoquant.models import LoadedModel
 from autoquant.models.architecture import build_architecture, without_values
 from autoquant.models.factory import tie, tied_names
+from autoquant.models.shown import show_linears, shown_names
 from autoquant.models.targets import resolve_device
 from autoquant.models.trust import NO_TRUST, Trust
-from autoquant.models.turned import turn_linears, turned_names
 from autoquant.records import Plan
 
 QUANT_METHOD = "autoquant"
@@ -122,8 +122,8 @@ def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> N
     for group in ties:
         for alias in group[1:]:
             tensors.pop(alias, None)
-    turned = turned_names(module)
-    about = dict(about) | ({"turned": turned} if turned else {})
+    shown = shown_names(module)
+    about = dict(about) | ({"turned": shown} if shown else {})
     write_tensors(tensors.items(), ties, about, folder)
 
 
@@ -309,7 +309,7 @@ def _assign(
     folder: Path,
 ) -> None:
     """Put tensors into a module by name, and tie what was tied."""
-    turn_linears(module, manifest.get("turned", ()))
+    show_linears(module, set(manifest.get("turned", ())))
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")

@@ -32,7 +32,7 @@ def cast(
     """
     cast_weights(module, dtype)
     inputs = None if sample_inputs is None else example_inputs(sample_inputs, device, dtype)
-    needed = cast_needed_buffers(module, dtype, _forward_pass(module, inputs, device))
+    needed = cast_needed_buffers(module, dtype, forward_pass(module, inputs, device))
     if not needed:
         return []
     return [
@@ -95,7 +95,7 @@ def cast_needed_buffers(module: nn.Module, dtype: torch.dtype, run: Callable[[],
     return needed
 
 
-def _forward_pass(module: nn.Module, inputs: Any, device: str) -> Callable[[], Any]:
+def forward_pass(module: nn.Module, inputs: Any, device: str) -> Callable[[], Any]:
     """Return one forward pass on example inputs, or on two token ids if there are none."""
     if inputs is None:
         inputs = (torch.tensor([[0, 1]], device=device),)

@@ -32,11 +32,11 @@ from autoquant.models.pretrained import filled, from_config, made
 from autoquant.models.quiet import some
 from autoquant.models.remembered import FileDigests
 from autoquant.models.request import ModelRequest
+from autoquant.models.shown import show_linears
 from autoquant.models.stand_in import largest_plan_bytes
 from autoquant.models.streaming import Stream
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
-from autoquant.models.turned import turn_linears
 from autoquant.models.weights import tensors_of
 
 # Fields of config.json that change when a model is saved or moved without being another model.
@@ -210,7 +210,8 @@ def _finish(
         if (room_bytes := backend(request.device).room_bytes()) is not None:
             stream.most_plan_bytes = largest_plan_bytes(stream, room_bytes)
     else:
-        turn_linears(moved(module, request.device))
+        moved(module, request.device)
+    show_linears(module)
     return LoadedModel(
         module=module,
         content_hash=digest,

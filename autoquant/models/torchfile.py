@@ -29,9 +29,9 @@ from autoquant.models.placing import moved
 from autoquant.models.quiet import current_folder_importable
 from autoquant.models.remembered import FileDigests
 from autoquant.models.request import ModelRequest, SourceKind
+from autoquant.models.shown import show_linears
 from autoquant.models.targets import dtype_name, resolve_dtype
 from autoquant.models.tokenizers import has_tokenizer, tokenizer_of
-from autoquant.models.turned import turn_linears
 from autoquant.models.weights import (
     check_safetensors,
     damaged,
@@ -159,7 +159,7 @@ def _finish(
     """
     words = tokenizer_of(request, path if path.is_dir() and has_tokenizer(path) else None)
     stored = stored or torch.float32
-    settle(turn_linears(moved(module, request.device)))
+    settle(show_linears(moved(module, request.device)))
     as_stored = main_dtype(module) or stored
     target = resolve_dtype(request.dtype, request.device, as_stored)
     notes = cast(module, target, request.device, request.sample_inputs)

@@ -25,7 +25,8 @@ from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.events import ignore
 from autoquant.models import load_model
 from autoquant.models.load import from_module
-from autoquant.models.turned import turn_linears, turned_names
+from autoquant.models.shown import show_linears
+from autoquant.models.turned import turned_names
 from autoquant.profiler.record import record_model
 from delivery.test_layers import plan_for
 
@@ -105,7 +106,7 @@ def test_a_plan_is_applied_to_a_model_of_the_users(folder):
 
 def test_a_layer_that_no_plan_names_stays_a_conv1d(folder):
     model = plain(folder)
-    turn_linears(model, {"transformer.h.0.attn.c_attn"})
+    show_linears(model, {"transformer.h.0.attn.c_attn"})
     assert turned_names(model) == ["transformer.h.0.attn.c_attn"]
     assert isinstance(model.transformer.h[1].attn.c_attn, Conv1D)
 
@@ -149,5 +150,5 @@ def test_a_shared_linear_is_turned_once():
     module = nn.ModuleDict({"a": shared, "b": shared})
     x = torch.randn(3, 8)
     expected = shared(x)
-    turn_linears(module)
+    show_linears(module)
     assert module["a"] is module["b"] and torch.allclose(module["b"](x), expected, atol=1e-6)

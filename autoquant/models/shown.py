@@ -1,0 +1,48 @@
+"""Show the linears that models keep under other names: as modules that call `F.linear`.
+
+It is done where a model is loaded, on a copy of a user's own, and where a plan or a checkpoint
+meets a module: there only for the linears that these name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from autoquant.models.attention import open_attentions, opened_names, parted_weight
+from autoquant.models.copies import not_compiled
+from autoquant.models.streaming import stream_of
+from autoquant.models.turned import make_plain, plain_names, plain_weight
+
+
+def show_linears(module: nn.Module, names: Collection[str] | None = None) -> nn.Module:
+    """Change modules that hide a linear, in place. What the model computes stays the same.
+
+    Weights of a streamed model stay as its files have them.
+
+    Args:
+        names: Only linears whose module or weight has one of these names; None for all.
+    """
+    is_streamed = stream_of(module) is not None
+    make_plain(module, names, turn=not is_streamed)
+    if not is_streamed:
+        open_attentions(module, names)
+    return module
+
+
+def shown_names(module: nn.Module) -> list[str]:
+    """Return the names of the linears that were shown, for `show_linears` on another module."""
+    return [*plain_names(module), *opened_names(module)]
+
+
+def shown_weight(module: nn.Module, name: str) -> torch.Tensor | None:
+    """Return a parameter as it is once linears are shown, or None. Nothing is changed."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        part = not_compiled(module.get_submodule(owner))
+    except AttributeError:
+        return None
+    weight = plain_weight(part, leaf)
+    return parted_weight(part, leaf) if weight is None else weight

@@ -7,7 +7,7 @@ unquantized model is as fast as before, also in fused paths of `nn.TransformerEn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -78,8 +78,10 @@ class OpenedAttention(nn.MultiheadAttention):
     def _is_looked_at(self) -> bool:
         """Check whether a mode watches, a weight is quantized, or the linear module has a hook."""
         out = self.out_proj
-        hooked = bool(out._forward_hooks or out._forward_pre_hooks)
-        return hooked or has_torch_function((*_in_weights(self), out.weight))
+        weights = (*_in_weights(self), out.weight)
+        if out._forward_hooks or out._forward_pre_hooks or _is_any_quantized(weights):
+            return True
+        return not torch.compiler.is_compiling() and has_torch_function(weights)
 
     def _projected(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -212,6 +214,23 @@ def part_crossed(module: nn.Module, run: Callable[[], Any]) -> None:
         handle.remove()
     for part in packed & crossed:
         _part(part)
+
+
+def unfuse_encoders(module: nn.Module) -> None:
+    """Keep PyTorch's encoders from computing quantized layers as one function, in place.
+
+    They would not see all overrides of tensors, and none where they are compiled. The settings are
+    those by which they do without it themselves.
+    """
+    encoders = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    for part in module.modules():
+        if isinstance(part, encoders) and _is_any_quantized(part.parameters()):
+            part.activation_relu_or_gelu = 0
+            part.use_nested_tensor = False
+
+
+def _is_any_quantized(weights: Iterable[torch.Tensor]) -> bool:
+    return any(type(weight) is not nn.Parameter for weight in weights)
 
 
 def _can_open(part: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ def form_of(part: nn.Module) -> Form | None:
         return None
     for turned in (False, True):
         form = Form(matrices[0], bias, turned)
-        with suppress(*UNFIT), torch.no_grad():
+        with torch.no_grad():
             if _computes(part, form):
                 return form
     return None
@@ -84,32 +85,40 @@ def _computes(part: nn.Module, form: Form) -> bool:
     weight = torch.randn(n, k, generator=generator)
     bias = None if form.bias is None else torch.randn(n, generator=generator)
     exact = _stand_in(part, form, weight, bias)
-    for x in _inputs(k, generator):
-        watch = _OwnCalls(exact.get_parameter(form.weight))
-        with watch:
-            y = type(part).forward(exact, x)
-        right = F.linear(x, weight, bias)
-        if watch.seen or not isinstance(y, torch.Tensor) or y.shape != right.shape:
-            return False
-        if y.dtype != right.dtype or not (y - right).norm() <= _TOLERANCE * right.norm():
-            return False
+    tried = [_agrees(exact, form, x) for x in _inputs(k, generator)]
+    if False in tried or True not in tried:
+        return False
     rounded = _stand_in(part, form, weight.bfloat16(), None if bias is None else bias.bfloat16())
-    y = type(part).forward(rounded, torch.ones(3, k, dtype=torch.bfloat16))
-    return isinstance(y, torch.Tensor) and y.dtype == torch.bfloat16 and not _casts(exact, k)
+    y = _tried(rounded, torch.ones(2, 3, k, dtype=torch.bfloat16))
+    casts = _tried(exact, torch.ones(2, 3, k, dtype=torch.bfloat16)) is not None
+    return isinstance(y, torch.Tensor) and y.dtype == torch.bfloat16 and not casts
+
+
+def _agrees(part: nn.Module, form: Form, x: torch.Tensor) -> bool | None:
+    """Check a module's output against the linear's; None if it does not take the input."""
+    weight = part.get_parameter(form.weight)
+    with _OwnCalls(weight) as watch:
+        y = _tried(part, x)
+    if y is None:
+        return None
+    bias = None if form.bias is None else part.get_parameter(form.bias)
+    right = F.linear(x, weight.t() if form.turned else weight, bias)
+    if watch.seen or not isinstance(y, torch.Tensor) or y.shape != right.shape:
+        return False
+    return y.dtype == right.dtype and bool((y - right).norm() <= _TOLERANCE * right.norm())
+
+
+def _tried(part: nn.Module, x: torch.Tensor) -> Any:
+    """Return what a module computes, without its hooks; None if it fails."""
+    with suppress(*UNFIT):
+        return type(part).forward(part, x)
+    return None
 
 
 def _inputs(k: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     for rows in _ROWS:
         for scale in _SCALES:
             yield scale * torch.randn(*rows, k, generator=generator)
-
-
-def _casts(part: nn.Module, k: int) -> bool:
-    """Check whether a module also takes an input of another dtype than its weight's."""
-    with suppress(*UNFIT):
-        type(part).forward(part, torch.ones(3, k, dtype=torch.bfloat16))
-        return True
-    return False
 
 
 def _stand_in(

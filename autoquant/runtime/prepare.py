@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from autoquant.candidates.linears import take_apart
+from autoquant.models.attention import unfuse_encoders
 from autoquant.models.loaded import is_causal_lm
 
 
@@ -19,6 +20,7 @@ def prepare(model: nn.Module) -> nn.Module:
         The same module.
     """
     take_apart(model)
+    unfuse_encoders(model)
     if is_causal_lm(model):
         from autoquant.runtime.generate.generation import give_fast_generate
 

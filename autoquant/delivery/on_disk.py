@@ -28,6 +28,7 @@ from autoquant.events import (
 from autoquant.files import move_whole, scratch_folder
 from autoquant.models import LoadedModel, ModelSource
 from autoquant.models.code import named_code
+from autoquant.models.copies import unwrapped
 from autoquant.models.loaded import settle
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
@@ -160,8 +161,8 @@ def load(
     """Load a model from a folder that `autoquant apply` wrote, ready to run.
 
     Args:
-        model: A module of the same architecture, whose weights are replaced. Needed only if a live
-            module was searched.
+        model: A module of the same architecture, whose weights are replaced, also inside of
+            `torch.compile` and data parallelism. Needed only if a live module was searched.
         device: The device to run on: `cpu`, `cuda`, `cuda:1` or `auto`. None is the kind of device
             that the plan was searched on, whose kernels the model needs.
         model_factory: `package.module:callable` that makes the module, if the model was searched
@@ -177,11 +178,13 @@ def load(
     manifest = read_manifest(Path(folder))
     trust = Trust(model_factory=model_factory, trust_remote_code=trust_remote_code)
     place = device or manifest.get("device", "cpu")
-    module = prepare(settle(checkpoint.read(Path(folder), model, place, trust=trust)))
+    inner = None if model is None else unwrapped(model)
+    module = prepare(settle(checkpoint.read(Path(folder), inner, place, trust=trust)))
     check_kernels(module)
     from autoquant.delivery.in_memory import remember
 
-    return remember(module, manifest)
+    remember(module, manifest)
+    return module if model is None else model
 
 
 def _check_target(target: Path, plan: Plan) -> None:

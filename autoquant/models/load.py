@@ -190,7 +190,7 @@ def from_module(
     path = os.fspath(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else None
     with quiet():
         words = tokenizer if path is None else load_tokenizer(path)
-        settle(show_linears(module.to(place)))
+        show_linears(settle(module.to(place)))
         notes = (
             []
             if dtype == "auto"

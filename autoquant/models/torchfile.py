@@ -159,7 +159,7 @@ def _finish(
     """
     words = tokenizer_of(request, path if path.is_dir() and has_tokenizer(path) else None)
     stored = stored or torch.float32
-    settle(show_linears(moved(module, request.device)))
+    show_linears(settle(moved(module, request.device)))
     as_stored = main_dtype(module) or stored
     target = resolve_dtype(request.dtype, request.device, as_stored)
     notes = cast(module, target, request.device, request.sample_inputs)

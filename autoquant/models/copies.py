@@ -6,8 +6,6 @@ import copy
 
 import torch
 from torch import nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.weight_norm import WeightNorm
 
 from autoquant.errors import ModelError, first_line
 from autoquant.models.streaming import stream_of, without_stream
@@ -21,7 +19,7 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     if stream_of(module) is not None:
         return without_stream(module, tensors)
-    return copy.deepcopy(module, tensors)
+    return copy.deepcopy(module, tensors | _made_anew(module))
 
 
 def own_copy(module: nn.Module) -> nn.Module:
@@ -36,11 +34,9 @@ def own_copy(module: nn.Module) -> nn.Module:
     try:
         copied = shallow_copy(module)
     except Exception as error:
-        fault = _made_anew(module) or (
-            f"({first_line(error)}): take out of it what copy.deepcopy cannot copy"
-        )
         raise ModelError(
-            f"cannot copy {type(module).__name__}, and each plan is applied to a copy {fault}"
+            f"cannot copy {type(module).__name__}, and each plan is applied to a copy"
+            f" ({first_line(error)}): take out of it what copy.deepcopy cannot copy"
         ) from error
     own: dict[int, torch.Tensor] = {}
     for part in list(copied.modules()):
@@ -57,21 +53,14 @@ def own_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _made_anew(module: nn.Module) -> str:
-    """Say which layer makes a weight anew in each call, and how to keep it; empty if none does."""
-    for path, layer in module.named_modules():
-        for hook in layer._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
-                name, remove = hook._tensor_name, "prune.remove"
-            elif isinstance(hook, WeightNorm):
-                name, remove = hook.name, "remove_weight_norm"
-            else:
-                continue
-            return (
-                f"(layer {path or type(layer).__name__} makes its {name} anew in each call): keep"
-                f" it first, torch.nn.utils.{remove}(layer, {name!r}), in every such layer"
-            )
-    return ""
+def _made_anew(module: nn.Module) -> dict[int, torch.Tensor]:
+    """Return what modules computed from their weights and keep, which PyTorch does not copy.
+
+    Weight norm and pruning do so: they make a weight anew in each call.
+    """
+    kept = (value for part in module.modules() for value in vars(part).values())
+    made = (value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf)
+    return {id(value): value.detach() for value in made}
 
 
 def not_compiled(module: nn.Module) -> nn.Module:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from builders.records import make_plan
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import autoquant
+from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery.applier import applied
 from autoquant.delivery.comparison import same_tensors
+from autoquant.errors import CheckpointError, ModelError
 from autoquant.events import ignore
+from autoquant.models.copies import unwrapped
 from autoquant.models.load import from_module
 from autoquant.models.shown import shown_names
 from autoquant.profiler.record import record_model
 from autoquant.records import LayerChoice, RouteStep, Workload
 
 WIDTH = 64
+_KERNELS = {"int8-row/plain": "int8pack-mm", "float32/plain": "matmul"}
 IDS = torch.arange(24).view(3, 8)
 PADDING = torch.zeros(3, 8, dtype=torch.bool)
 PADDING[0, -3:] = True
@@ -76,11 +82,7 @@ def plan_for(loaded, formats=("int8-row/plain",)):
             parameters=site.parameters,
             shape=site.shape,
             format=(fmt := formats[number % len(formats)]),
-            route=(
-                RouteStep(
-                    upper_m=None, kernel="int8pack-mm" if "/" in fmt and "int8" in fmt else "matmul"
-                ),
-            ),
+            route=(RouteStep(upper_m=None, kernel=_KERNELS[fmt]),),
             numerics="int8-row+a16",
             latency_us={},
             memory_bytes=0,
@@ -137,3 +139,59 @@ def test_an_encoder_of_which_only_later_layers_are_quantized_takes_padding(model
     autoquant.apply(replace(plan, layers=tuple(kept)), model, listener=ignore)
     found = model(IDS, PADDING)
     assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+WRAPPERS = {
+    "parallel": nn.DataParallel,
+    "compiled": torch.compile,
+    "both": lambda module: torch.compile(nn.DataParallel(module)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@torch.no_grad()
+def test_a_wrapped_module_is_searched_applied_to_and_filled(wrap, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(64, 64), parametrizations.weight_norm(nn.Linear(64, 32))
+        ).eval()
+
+    x = torch.randn(5, 64)
+    wrapped, other = WRAPPERS[wrap](made()), WRAPPERS[wrap](made())
+    loaded = from_module(wrapped, sample_inputs=(x,))
+    assert loaded.content_hash == from_module(made(), sample_inputs=(x,)).content_hash
+    plan = plan_for(loaded)
+    expected = applied(plan, loaded.module, None)(x)
+    assert autoquant.apply(plan, wrapped, listener=ignore) is wrapped
+    autoquant.save(wrapped, tmp_path / "saved")
+    assert autoquant.load(tmp_path / "saved", other) is other
+    inner = unwrapped(other)
+    assert torch.equal(inner(x), expected)
+    assert all(isinstance(inner[number].weight, RoutedWeight) for number in range(2))
+
+
+@torch.no_grad()
+def test_a_plan_for_another_module_changes_nothing(model):
+    plan = plan_for(from_module(model, sample_inputs=(IDS,)))
+    other = Everything().eval()
+    other.down = FalconLinear(2 * WIDTH, WIDTH // 2)
+    expected = other(IDS)
+    with pytest.raises(ModelError, match=r"down\.weight is"):
+        autoquant.apply(plan, other, listener=ignore)
+    assert torch.equal(other(IDS), expected) and shown_names(other) == []
+
+
+def test_a_manifest_shows_no_other_module(model, tmp_path):
+    loaded = from_module(model, sample_inputs=(IDS,))
+    autoquant.apply(plan_for(loaded), model, listener=ignore)
+    autoquant.save(model, tmp_path / "saved")
+    path = tmp_path / "saved" / "autoquant.json"
+    manifest = json.loads(path.read_text())
+    assert (
+        "up" in manifest["turned"]
+        and "decoder.layers.0.multihead_attn.q_proj_weight" in manifest["turned"]
+    )
+    path.write_text(json.dumps(manifest | {"turned": ["embed", "encoder", "nothing", ""]}))
+    with pytest.raises(CheckpointError, match="another architecture"):
+        autoquant.load(tmp_path / "saved", Everything())

@@ -120,22 +120,19 @@ def test_token_ids_that_do_not_give_logits_of_every_token_make_a_module(form):
 
 
 @pytest.mark.parametrize(
-    ("change", "remedy"),
+    "change",
     [
-        (
-            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-            "prune.remove(layer, 'weight')",
-        ),
-        (lambda layer: prune.random_unstructured(layer, "bias", 1), "prune.remove(layer, 'bias')"),
-        (nn.utils.weight_norm, "remove_weight_norm(layer, 'weight')"),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.random_unstructured(layer, "bias", 1),
+        nn.utils.weight_norm,
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_a_weight_that_is_made_anew_in_each_call_is_named_with_how_to_keep_it(
-    refusal, change, remedy
-):
+def test_a_model_in_training_whose_weights_are_made_anew_in_each_call_is_copied(change):
     module = Perceptron()
     change(module.down)
-    said = refusal(ModelError, from_module, module)
-    assert "layer down makes its" in said and remedy in said
-    assert said.count("weight_norm") == remedy.count("weight_norm")
+    x = torch.randn(3, 8)
+    assert not vars(module.down).get("weight", vars(module.down).get("bias")).is_leaf
+    copied = from_module(module).module
+    assert torch.allclose(copied(x), module.eval()(x), atol=1e-6)
+    assert isinstance(copied.down._parameters["weight"], nn.Parameter)

@@ -14,6 +14,7 @@ from torch import nn
 from autoquant.models.attention import open_attentions, opened_names, parted_weight
 from autoquant.models.copies import not_compiled
 from autoquant.models.folded import fold_weights, folded_names, folded_weight
+from autoquant.models.pointwise import pointwise_names, pointwise_weight, show_pointwise
 from autoquant.models.streaming import stream_of
 from autoquant.models.turned import make_plain, plain_names, plain_weight
 
@@ -30,13 +31,15 @@ def show_linears(module: nn.Module, names: Collection[str] | None = None) -> nn.
     make_plain(module, names, turn=not is_streamed)
     if not is_streamed:
         fold_weights(module, names)
+        show_pointwise(module, names)
         open_attentions(module, names)
     return module
 
 
 def shown_names(module: nn.Module) -> list[str]:
     """Return the names of the linears that were shown, for `show_linears` on another module."""
-    return [*plain_names(module), *folded_names(module), *opened_names(module)]
+    kinds = (plain_names, folded_names, pointwise_names, opened_names)
+    return [name for names in kinds for name in names(module)]
 
 
 def shown_weight(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -46,7 +49,7 @@ def shown_weight(module: nn.Module, name: str) -> torch.Tensor | None:
         part = not_compiled(module.get_submodule(owner))
     except AttributeError:
         return None
-    for weight in (plain_weight, parted_weight, folded_weight):
+    for weight in (pointwise_weight, plain_weight, parted_weight, folded_weight):
         if (found := weight(part, leaf)) is not None:
             return found
     return None

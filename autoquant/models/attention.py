@@ -76,8 +76,13 @@ class OpenedAttention(nn.MultiheadAttention):
         return y, shown.squeeze(0) if query.dim() == 2 else shown
 
     def _is_looked_at(self) -> bool:
-        """Check whether a mode watches, a weight is quantized, or the linear module has a hook."""
+        """Check whether a mode watches, a weight is quantized, or the linear module has a hook.
+
+        Or whether the weights are apart: PyTorch's own takes longer then, and has no fused path.
+        """
         out = self.out_proj
+        if self.in_proj_weight is None:
+            return True
         weights = (*_in_weights(self), out.weight)
         if out._forward_hooks or out._forward_pre_hooks or _is_any_quantized(weights):
             return True

@@ -200,7 +200,9 @@ def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) ->
             raise no_room(workload, loaded.device) from error
         raise
     if not recording.sites:
-        nothing = "the model has no linear layer that this workload runs: nothing to search"
+        left = [f"{part.name}: {part.reason}" for part in recording.skipped if part.name[0] != "("]
+        why = f" ({left[0]})" if left else ""
+        nothing = f"the model has no linear layer that this workload runs{why}: nothing to search"
         raise WorkloadError(nothing)
     flops = ", ".join(f"{share:.1%} of {phase}" for phase, share in recording.flops_share.items())
     shapes = len({site.shape for site in recording.sites})

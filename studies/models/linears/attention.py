@@ -1,8 +1,8 @@
-"""Unquantized attentions as autoquant loads them, against PyTorch's own, in turn on one thread.
+"""Unquantized attentions as autoquant loads them, against PyTorch's own, in turn.
 
     python studies/models/linears/attention.py [ROUNDS]
 
-Prints the ratio of times, loaded to PyTorch's own, of the median round and the middle half of all.
+On one thread, by processor time. Prints the ratio of times, loaded to PyTorch's own, of the median round and the middle half of all.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def kinds() -> dict[str, tuple[nn.Module, int]]:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Return what one of three calls takes."""
-    started = time.perf_counter()
+    """Return the processor time of one of three calls."""
+    started = time.process_time()
     for _ in range(3):
         run()
-    return (time.perf_counter() - started) / 3
+    return (time.process_time() - started) / 3
 
 
 @torch.no_grad()
 def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         for name, (module, count) in kinds().items():

@@ -1,9 +1,10 @@
 """Dense language models of many families, tiny and with random weights, through the whole loop.
 
-    python studies/models/linears/families.py OUT.txt [FAMILY ...]
+    python studies/models/linears/families.py coverage|loop [FAMILY ...] > OUT.txt
 
-Each is made here, saved with a tokenizer, searched with one candidate, applied, loaded in a new
-process and made to generate. Coverage before is that of calls of `F.linear` alone.
+Each is made here and saved with a tokenizer. `coverage` shows what is recorded; before is by calls
+of `F.linear` alone. `loop` also searches with one candidate, applies the smallest plan, loads it in
+a new process and generates.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-for switch in ("AUTOQUANT_EAGER", "AUTOQUANT_IN_PROCESS", "HF_HUB_OFFLINE"):
-    os.environ.setdefault(switch, "1")  # nothing is timed here that anyone should quote
-
 import torch
 import transformers as t
 
@@ -28,6 +26,9 @@ from autoquant.events import ignore
 from autoquant.models import load_model
 from autoquant.profiler.record import record_model
 from autoquant.records import Recording, Workload
+
+for switch in ("AUTOQUANT_EAGER", "AUTOQUANT_IN_PROCESS", "HF_HUB_OFFLINE"):
+    os.environ.setdefault(switch, "1")  # nothing is timed here that anyone should quote
 
 W, H, V = 128, 256, 256
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -168,23 +169,22 @@ def looped(folder: Path, text: Path) -> list[str]:
 
 
 def main() -> None:
-    out, *only = sys.argv[1:]
+    what, *only = sys.argv[1:]
     place = Path(tempfile.mkdtemp(prefix="families-"))
     text = place / "text.txt"
-    text.write_text((Path(__file__).parents[2] / "docs" / "method.md").read_text()[:20_000])
-    columns = "weights before, after | beside embeddings before, after | FLOPs before, after"
-    with Path(out).open("a") as file:
-        print(f"family | {columns} | search | apply | loaded logits | generate | s", file=file)
-        for family in only or FAMILIES:
-            started = time.monotonic()
-            save(family, place / family)
-            with mock.patch("autoquant.models.huggingface.show_linears"):
-                before = shares(recorded(place / family))
-            after = shares(recorded(place / family))
-            both = [", ".join(pair) for pair in zip(before, after, strict=True)]
-            ended = looped(place / family, text)
-            seconds = f"{time.monotonic() - started:.0f}"
-            print(" | ".join([family, *both, *ended, seconds]), file=file, flush=True)
+    text.write_text((Path(__file__).parents[3] / "docs" / "method.md").read_text()[:9_000])
+    loop = " | search | apply | loaded logits | generate" if what == "loop" else ""
+    columns = "weights | beside embeddings | FLOPs of decoding"
+    print(f"family | {columns}, before and after{loop} | s", flush=True)
+    for family in only or FAMILIES:
+        started = time.monotonic()
+        save(family, place / family)
+        with mock.patch("autoquant.models.huggingface.show_linears"):
+            before = shares(recorded(place / family))
+        after = shares(recorded(place / family))
+        row = [", ".join(pair) for pair in zip(before, after, strict=True)]
+        row += looped(place / family, text) if what == "loop" else []
+        print(" | ".join([family, *row, f"{time.monotonic() - started:.0f}"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from autoquant.devices import backend
 from autoquant.errors import ModelError
 from autoquant.hints import did_you_mean_path
 from autoquant.models import exported, hub, huggingface, torchfile
-from autoquant.models.attention import part_crossed
 from autoquant.models.casting import cast, forward_pass
 from autoquant.models.code import with_checked_file
 from autoquant.models.content import DtypeTally, content_hash, module_architecture
@@ -27,7 +26,7 @@ from autoquant.models.loaded import LoadedModel, device_of, main_dtype, max_posi
 from autoquant.models.named import example_inputs
 from autoquant.models.quiet import quiet
 from autoquant.models.request import ModelPath, ModelRequest, ModelSource, SampleInputs
-from autoquant.models.shown import show_linears
+from autoquant.models.shown import show_as_run, show_linears
 from autoquant.models.targets import dtype_name, resolve_device, resolve_dtype
 from autoquant.models.tokenizers import load_tokenizer
 
@@ -141,14 +140,14 @@ def _load_file(path: Path, request: ModelRequest) -> LoadedModel:
 def _with_inputs(loaded: LoadedModel, sample_inputs: SampleInputs) -> LoadedModel:
     """Give a model the inputs that the user named, in place of those that its file holds.
 
-    By how it runs on them, the linears of its attentions stay one or are parted.
+    Linears that depend on how it runs on them are shown.
     """
     if sample_inputs is not None:
         inputs = example_inputs(sample_inputs, loaded.device, main_dtype(loaded.module))
         loaded = replace(loaded, example_inputs=inputs)
     if loaded.kind != "causal_lm":
         run = forward_pass(loaded.module, loaded.example_inputs, loaded.device)
-        part_crossed(loaded.module, run)
+        show_as_run(loaded.module, run)
     return loaded
 
 

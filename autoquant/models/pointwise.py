@@ -1,71 +1,87 @@
-"""Show convolutions of one point as the linears that they are.
+"""Show convolutions of one point as the linears that they are, where the channels come last.
 
-Such a convolution multiplies the channels of each point with one matrix. It goes on as PyTorch's
-own where nobody looks and its weight is not quantized. As a linear it has the channels last: where
-they are first, they are moved there and back (`studies/models/linears` has what that costs).
+Such a convolution multiplies the channels of each point with one matrix. With channels that come
+first, moving them takes longer than the product may save (`studies/models/linears`), so it goes on
+as PyTorch's own. So it does where nobody looks and its weight is not quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import has_torch_function
 
+from autoquant.models.loaded import UNFIT
 
-class _Pointwise(nn.Module):
-    """What convolutions of one point share. The weight is `[n, k]`."""
+
+class PointwiseConv(nn.Conv2d):
+    """A convolution of one point. Its weight is `[n, k]`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the convolution of x `[..., k, *points]`: `[..., n, *points]`."""
-        weight, bias = self.get_parameter("weight"), self._parameters["bias"]
-        ones = len(self.kernel_size)  # type: ignore[arg-type]
-        quantized = type(weight) is not nn.Parameter
-        if not quantized and (torch.compiler.is_compiling() or not has_torch_function((weight,))):
-            as_stored = weight.view(*weight.shape, *([1] * ones))
-            convolved: torch.Tensor = self._conv_forward(x, as_stored, bias)  # type: ignore[operator]
+        """Return the convolution of x `[..., k, height, width]`: `[..., n, height, width]`."""
+        weight: torch.Tensor = self.weight
+        if type(weight) is nn.Parameter and not self._is_watched():
+            convolved: torch.Tensor = self._conv_forward(x, weight[:, :, None, None], self.bias)
             return convolved
-        channels = -1 - ones
-        y = F.linear(x.movedim(channels, -1), weight, bias).movedim(-1, channels)
-        return y.contiguous() if x.is_contiguous() else y
+        last = x.movedim(-3, -1)
+        y = F.linear(last, weight, self.bias).movedim(-1, -3)
+        return y if last.is_contiguous() else y.contiguous()
+
+    def _is_watched(self) -> bool:
+        return not torch.compiler.is_compiling() and has_torch_function((self.weight,))
 
 
-class PointwiseConv1d(_Pointwise, nn.Conv1d):
-    """An `nn.Conv1d` of one point."""
-
-
-class PointwiseConv2d(_Pointwise, nn.Conv2d):
-    """An `nn.Conv2d` of one point."""
-
-
-_KINDS: dict[type[nn.Module], type[_Pointwise]] = {
-    nn.Conv1d: PointwiseConv1d,
-    nn.Conv2d: PointwiseConv2d,
-}
-
-
-def show_pointwise(module: nn.Module, names: Collection[str] | None = None) -> None:
-    """Give each convolution of one point a weight `[n, k]`, in place. Others stay as they are.
+def with_channels_last(module: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """Return the names of convolutions of one point that only get inputs with the channels last.
 
     Args:
-        names: Only those of these names; None for all.
+        run: Makes one forward pass. If it fails, there are none.
+    """
+    found = {part: name for name, part in module.named_modules() if _is_pointwise(part)}
+    if not found:
+        return []
+    seen: set[nn.Module] = set()
+    first: set[nn.Module] = set()
+
+    def note(part: nn.Module, args: tuple[Any, ...]) -> None:
+        last = bool(args) and args[0].movedim(-3, -1).is_contiguous()
+        (seen if last else first).add(part)
+
+    handles = [part.register_forward_pre_hook(note) for part in found]
+    try:
+        run()
+    except UNFIT:
+        seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for part, name in found.items() if part in seen - first]
+
+
+def show_pointwise(module: nn.Module, names: Collection[str]) -> None:
+    """Give convolutions of one point a weight `[n, k]`, in place. Others stay as they are.
+
+    Args:
+        names: Of the convolutions.
     """
     shown: dict[int, nn.Parameter] = {}
     for name, part in module.named_modules():
-        if (names is None or name in names) and _is_pointwise(part):
+        if name in names and _is_pointwise(part):
             weight = part.get_parameter("weight")
             if id(weight) not in shown:
                 shown[id(weight)] = nn.Parameter(weight.data.flatten(1), requires_grad=False)
             part._parameters["weight"] = shown[id(weight)]
-            part.__class__ = _KINDS[type(part)]
+            part.__class__ = PointwiseConv
 
 
 def pointwise_names(module: nn.Module) -> list[str]:
     """Return the names of convolutions that are shown."""
     parts = module.named_modules(remove_duplicate=False)
-    return [name for name, part in parts if isinstance(part, _Pointwise)]
+    return [name for name, part in parts if isinstance(part, PointwiseConv)]
 
 
 def pointwise_weight(part: nn.Module, leaf: str) -> torch.Tensor | None:
@@ -76,8 +92,7 @@ def pointwise_weight(part: nn.Module, leaf: str) -> torch.Tensor | None:
 
 
 def _is_pointwise(part: nn.Module) -> bool:
-    if type(part) not in _KINDS or "forward" in vars(part) or "weight" not in part._parameters:
+    if type(part) is not nn.Conv2d or "forward" in vars(part) or "weight" not in part._parameters:
         return False
-    assert isinstance(part, (nn.Conv1d, nn.Conv2d))
     is_padded = part.padding not in ("valid", "same") and any(part.padding)
     return {*part.kernel_size, *part.stride, part.groups} == {1} and not is_padded

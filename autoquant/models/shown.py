@@ -6,15 +6,21 @@ meets a module: there only for the linears that these name.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import nn
 
-from autoquant.models.attention import open_attentions, opened_names, parted_weight
+from autoquant.models.attention import open_attentions, opened_names, part_crossed, parted_weight
 from autoquant.models.copies import not_compiled
 from autoquant.models.folded import fold_weights, folded_names, folded_weight
-from autoquant.models.pointwise import pointwise_names, pointwise_weight, show_pointwise
+from autoquant.models.pointwise import (
+    pointwise_names,
+    pointwise_weight,
+    show_pointwise,
+    with_channels_last,
+)
 from autoquant.models.streaming import stream_of
 from autoquant.models.turned import make_plain, plain_names, plain_weight
 
@@ -22,7 +28,8 @@ from autoquant.models.turned import make_plain, plain_names, plain_weight
 def show_linears(module: nn.Module, names: Collection[str] | None = None) -> nn.Module:
     """Change modules that hide a linear, in place. What the model computes stays the same.
 
-    Weights of a streamed model stay as its files have them.
+    Weights of a streamed model stay as its files have them. How attentions and convolutions of one
+    point are shown depends on what they get: see `show_as_run`.
 
     Args:
         names: Only linears whose module or weight has one of these names; None for all.
@@ -31,9 +38,19 @@ def show_linears(module: nn.Module, names: Collection[str] | None = None) -> nn.
     make_plain(module, names, turn=not is_streamed)
     if not is_streamed:
         fold_weights(module, names)
-        show_pointwise(module, names)
+        show_pointwise(module, names or ())
         open_attentions(module, names)
     return module
+
+
+def show_as_run(module: nn.Module, run: Callable[[], Any]) -> None:
+    """Show linears, after `show_linears`, by what their modules get in one forward pass.
+
+    Args:
+        run: Makes the forward pass. It may fail.
+    """
+    part_crossed(module, run)
+    show_pointwise(module, with_channels_last(module, run))
 
 
 def shown_names(module: nn.Module) -> list[str]:

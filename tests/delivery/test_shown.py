@@ -172,6 +172,32 @@ def test_a_wrapped_module_is_searched_applied_to_and_filled(wrap, tmp_path):
 
 
 @torch.no_grad()
+def test_convolutions_of_one_point_are_applied_saved_and_loaded(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Conv2d(64, 32, 1), nn.Conv2d(32, 8, 3)
+        return nn.Sequential(*layers).eval().to(memory_format=torch.channels_last)
+
+    x = torch.randn(2, 32, 6, 6).to(memory_format=torch.channels_last)
+    model, other = made(), made()
+    full, loaded = model(x), from_module(model, sample_inputs=(x,))
+    plan = plan_for(loaded)
+    assert [layer.name for layer in plan.layers] == ["0", "2"]
+    assert ("3.weight", "not used as a linear: conv2d") in {
+        (left.name, left.reason) for left in recorded(loaded).skipped
+    }
+    expected = applied(plan, loaded.module, None)(x)
+    assert 0 < (expected - full).norm() < 0.05 * full.norm()
+    assert torch.equal(autoquant.apply(plan, model, listener=ignore)(x), expected)
+    autoquant.save(model, tmp_path / "saved")
+    again = autoquant.load(tmp_path / "saved", other)
+    assert torch.equal(again(x), expected)
+    assert torch.allclose(again(x.contiguous()), expected, atol=1e-4)
+    compiled = torch.compile(again, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 def test_a_plan_for_another_module_changes_nothing(model):
     plan = plan_for(from_module(model, sample_inputs=(IDS,)))
     other = Everything().eval()

@@ -7,6 +7,7 @@ On one thread, by processor time. Prints the median ratio of times, linear to co
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from autoquant.candidates.calls import LinearHook
-from autoquant.models.load import from_module
+from autoquant.models.pointwise import show_pointwise
 
 BATCH = 4
 SIZES = ((256, 28), (512, 14), (1024, 7))
@@ -37,7 +38,8 @@ def main() -> None:
         for layout in (torch.contiguous_format, torch.channels_last):
             own = nn.Sequential(nn.Conv2d(channels, channels, 1)).to(memory_format=layout)
             x = torch.randn(BATCH, channels, side, side).to(memory_format=layout)
-            ours = from_module(own, sample_inputs=(x,)).module
+            ours = copy.deepcopy(own)
+            show_pointwise(ours, ["0"])
 
             def watched(part: nn.Module = ours, x: torch.Tensor = x) -> None:
                 with LinearHook():

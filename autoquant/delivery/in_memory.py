@@ -37,7 +37,8 @@ def apply(
 ) -> nn.Module:
     """Quantize the weights of `model` as `plan` says, in place and one at a time.
 
-    `save` writes the result. What `torch.compile` or data parallelism wrapped is changed inside.
+    `save` writes the result. What `torch.compile` or data parallelism wrapped is changed inside. So
+    is what PEFT gave adapters of LoRA, which stay as they are beside quantized weights.
 
     If the contents of `model` are not those that were searched, as far as their hash shows it, that
     is reported: to `listener`, or else as a warning. A model that was cast or changed since then
@@ -55,10 +56,10 @@ def apply(
     Raises:
         PlanError: The plan needs a calibration.
         ModelError: The model lacks a layer of the plan, or has it with another shape or dtype, or
-            has adapters. The model has not been changed.
+            has adapters of another kind than LoRA. The model has not been changed.
         CandidateError: A weight could not be quantized as planned.
     """
-    inner = unwrapped(model)
+    inner = unwrapped(model, with_lora=True)
     applier.check_fits(plan, inner)
     if not _is_searched(plan, inner):
         _tell(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,22 +71,56 @@ def not_compiled(module: nn.Module) -> nn.Module:
 
 
 def unwrapped(
-    module: nn.Module, adapters: str = "merge them first, model = model.merge_and_unload()"
+    module: nn.Module,
+    adapters: str = "merge them first, model = model.merge_and_unload()",
+    *,
+    with_lora: bool = False,
 ) -> nn.Module:
-    """Return the module inside of `torch.compile` and of data parallelism.
+    """Return the module inside of `torch.compile`, data parallelism and PEFT's LoRA.
 
     Args:
-        adapters: What to do with adapters.
+        adapters: What to do with adapters that cannot stay.
+        with_lora: Those of LoRA can.
 
     Raises:
-        ModelError: It has adapters beside its weights.
+        ModelError: It has adapters beside its weights that cannot stay.
     """
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    inner = not_compiled(module)
-    while isinstance(inner, parallel):
-        inner = not_compiled(inner.module)
-    if any(type(part).__module__.partition(".")[0] == "peft" for part in inner.modules()):
+    inner = _without_wrappers(module)
+    if {_peft_kind(part) for part in inner.modules()} - {"", "lora" if with_lora else ""}:
         raise ModelError(
             f"{type(inner).__name__} has adapters of PEFT beside its weights: {adapters}"
         )
     return inner
+
+
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    """Return the module inside of `torch.compile`, data parallelism and PEFT's LoRA model."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inner = not_compiled(module)
+    while True:
+        if isinstance(inner, parallel):
+            inner = not_compiled(inner.module)
+        elif _peft_kind(inner) == "model" and str(getattr(inner, "peft_type", "")).endswith("LORA"):
+            base: Any = inner
+            inner = not_compiled(base.get_base_model())
+        else:
+            return inner
+
+
+def adapter_parameters(module: nn.Module) -> set[int]:
+    """Return the identities of the weights of PEFT's adapters, which stay as they are."""
+    found: set[int] = set()
+    for layer in module.modules():
+        base = layer._modules.get("base_layer")
+        if base is not None and _peft_kind(layer) == "lora":
+            own = {id(parameter) for parameter in base.parameters()}
+            found |= {id(parameter) for parameter in layer.parameters()} - own
+    return found
+
+
+def _peft_kind(part: nn.Module) -> str:
+    """Return the tuner that a class of PEFT belongs to, "model" beside tuners, or ""."""
+    package, *path = type(part).__module__.split(".")
+    if package != "peft":
+        return ""
+    return path[1] if path[0] == "tuners" and len(path) > 1 else "model"

@@ -161,7 +161,8 @@ def from_module(
 ) -> LoadedModel:
     """Take a live module: a copy of it with the same weights, in eval mode and without gradients.
 
-    The caller's module stays as it is. `torch.compile` and data parallelism around it are left out.
+    The caller's module stays as it is. `torch.compile` and data parallelism around it are left out,
+    and so is PEFT's model around adapters of LoRA.
 
     Arguments are described at `autoquant.models.request.ModelRequest`.
 
@@ -180,7 +181,7 @@ def from_module(
             "the weights of a scripted or traced module cannot be replaced: give the module that it"
             " was made of"
         )
-    module = own_copy(unwrapped(module))
+    module = own_copy(unwrapped(module, with_lora=True))
     tally = DtypeTally()
     state = module.state_dict().items()
     tensors = ((name, value) for name, value in state if isinstance(value, torch.Tensor))

@@ -18,7 +18,7 @@ from autoquant.devices.memory import lacks_memory
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
 from autoquant.models import LoadedModel
-from autoquant.models.copies import shallow_copy
+from autoquant.models.copies import adapter_parameters, shallow_copy
 from autoquant.models.loaded import UNFIT
 from autoquant.models.streaming import on_meta
 from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped, Workload
@@ -93,6 +93,7 @@ class _LinearWatcher(LinearHook):
         others: Modules that used a parameter otherwise, by its identity and the use.
         idle: Identities of parameters that a linear without rows was computed with.
         computed_weights: Elements of weights that are no parameters, by module.
+        adapters: Identities of parameters that stay as they are.
     """
 
     def __init__(self, parameters: dict[int, list[str]], owner: list[str], device: str) -> None:
@@ -105,6 +106,7 @@ class _LinearWatcher(LinearHook):
         self.idle: set[int] = set()
         self.experts: set[int] = set()
         self.computed_weights: dict[str, int] = {}
+        self.adapters: set[int] = set()
         self._owner = owner
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
@@ -257,6 +259,7 @@ def record(module: nn.Module, phases: Phases, device: str = "cpu") -> Recording:
             with watcher, counter:
                 phases.run(phase.name)
             flops[phase.name] = counter.get_total_flops()
+    watcher.adapters = adapter_parameters(module)
     sites = _sites(watcher)
     total = sum(parameter.numel() for parameter in by_id.values())
     skipped = _skipped(watcher, by_id, sites, total)
@@ -275,6 +278,8 @@ def record(module: nn.Module, phases: Phases, device: str = "cpu") -> Recording:
 def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
     sites: list[tuple[int, Site]] = []
     for identity, seen in watcher.seen.items():
+        if identity in watcher.adapters:
+            continue
         names = watcher.parameters[identity]
         others = dict(watcher.others.get(identity, {}))
         if seen.experts > 1:
@@ -351,6 +356,8 @@ def _skipped(
 
 
 def _reason(watcher: _LinearWatcher, identity: int) -> str:
+    if identity in watcher.adapters:
+        return "an adapter's: it stays as it is, to be trained or exchanged"
     others = sorted(watcher.others.get(identity, ()))
     if identity in watcher.seen:
         return f"is a linear's weight and also used by {', '.join(others)} under the same name"

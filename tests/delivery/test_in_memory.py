@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 import autoquant
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.errors import CheckpointError, DiskFullError, ModelError
+from autoquant.events import ignore
 from autoquant.models import from_module, load_model
-from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep
+from autoquant.profiler.record import record_model
+from autoquant.records import LayerChoice, LinearShape, Plan, Prediction, RouteStep, Workload
 
 IDS = torch.tensor([[3, 4, 5, 9]])
 
@@ -197,12 +200,34 @@ def test_a_model_with_adapters_is_refused_with_what_to_do():
     class Adapter(nn.Linear):
         pass
 
-    Adapter.__module__ = "peft.tuners.lora.layer"
+    Adapter.__module__ = "peft.tuners.ia3.layer"
     model = tiny_llama()
     plan = plan_for(model)
     model.model.layers[0].mlp.up_proj = Adapter(32, 64)
     with pytest.raises(ModelError, match=r"merge_and_unload\(\)"):
         autoquant.apply(plan, model)
+
+
+def test_adapters_of_lora_stay_beside_quantized_weights():
+    kind = type("Linear", (LowRank,), {"__module__": "peft.tuners.lora.layer"})
+    model = tiny_llama()
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = kind(layer.mlp.up_proj).bfloat16()
+    expected = logits(model)
+    loaded = from_module(model)
+    recording = record_model(loaded, Workload.parse("prefill=8,decode=2"), ignore)
+    names = {site.name for site in recording.sites}
+    assert "model.layers.0.mlp.up_proj.base_layer" in names
+    assert not any(name.endswith(("up_proj.up", "up_proj.down")) for name in names)
+    assert sum("an adapter's" in left.reason for left in recording.skipped) == 4
+    plan = plan_for(model)
+    plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name in names))
+    assert autoquant.apply(plan, model) is model
+    adapter = model.model.layers[0].mlp.up_proj
+    assert isinstance(adapter.base_layer.weight.data, RoutedWeight)
+    assert type(adapter.up.weight) is nn.Parameter
+    torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.02)
 
 
 def test_a_quantized_model_with_adapters_is_not_saved_and_says_how(quantized, tmp_path):

@@ -87,11 +87,12 @@ def check_linears(module: nn.Module, layers: Iterable[ExportedLayer]) -> None:
             f"files of {type(module).__name__} have {some(turned)} as [k, n], and what engines make"
             " of them once quantized is not known here: use `autoquant apply`"
         )
-    others = [
-        layer.name
-        for layer in layers
-        if not isinstance(module.get_submodule(layer.name), nn.Linear)
-    ]
+    linears = {
+        name
+        for name, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, nn.Linear)
+    }
+    others = [layer.name for layer in layers if layer.name not in linears]
     if others:
         raise PlanError(
             f"engines quantize linear modules only, and {some(others)} are none: search with --keep"

@@ -17,7 +17,8 @@ import autoquant
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery.applier import applied
 from autoquant.delivery.comparison import same_tensors
-from autoquant.errors import CheckpointError, ModelError
+from autoquant.delivery.held import check_linears
+from autoquant.errors import CheckpointError, ModelError, PlanError
 from autoquant.events import ignore
 from autoquant.models.copies import unwrapped
 from autoquant.models.load import from_module
@@ -221,3 +222,11 @@ def test_a_manifest_shows_no_other_module(model, tmp_path):
     path.write_text(json.dumps(manifest | {"turned": ["embed", "encoder", "nothing", ""]}))
     with pytest.raises(CheckpointError, match="another architecture"):
         autoquant.load(tmp_path / "saved", Everything())
+
+
+def test_files_for_engines_are_refused_with_a_weight_of_an_attention(model):
+    loaded = from_module(model, sample_inputs=(IDS,))
+    loaded.module.up = nn.Identity()
+    layers = plan_for(from_module(model, sample_inputs=(IDS,))).layers
+    with pytest.raises(PlanError, match=r"self_attn\.in_proj_weight.* are none"):
+        check_linears(loaded.module, [layer for layer in layers if "in_proj" in layer.name])

@@ -63,7 +63,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         for name, (module, count) in kinds().items():
-            own = module.to(dtype).eval()
+            own = module.to(dtype).eval().requires_grad_(False)
             inputs = [torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype) for _ in range(count)]
             ours = from_module(copy.deepcopy(own), sample_inputs=tuple(inputs)).module
             for compiled in (False, True):

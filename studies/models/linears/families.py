@@ -3,7 +3,7 @@
     python studies/models/linears/families.py coverage|loop [FAMILY ...] > OUT.txt
 
 Each is made here and saved with a tokenizer. `coverage` shows what is recorded; before is by calls
-of `F.linear` alone. `loop` also searches with one candidate, applies the smallest plan, loads it in
+of `F.linear` alone. `loop` also searches with one candidate, applies the fastest plan, loads it in
 a new process and generates.
 """
 
@@ -151,7 +151,7 @@ def looped(folder: Path, text: Path) -> list[str]:
             listener=ignore,
         )
         ended.append(f"{len(study.pareto())} plans")
-        plan = min(study.pareto(), key=lambda plan: plan.memory_bytes)
+        plan = study.best(max_ppl_increase=None)
         study.close()
         out, result = folder.with_name(folder.name + "-out"), folder.with_suffix(".pt")
         command = [sys.executable, "-m", "autoquant", "apply", folder.with_suffix(".db")]

@@ -152,7 +152,6 @@ def looped(folder: Path, text: Path) -> list[str]:
         )
         ended.append(f"{len(study.pareto())} plans")
         plan = study.best(max_ppl_increase=None)
-        study.close()
         out, result = folder.with_name(folder.name + "-out"), folder.with_suffix(".pt")
         command = [sys.executable, "-m", "autoquant", "apply", folder.with_suffix(".db")]
         command += ["--plan", plan.plan_id, "--out", out]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from autoquant.errors import TextError, first_line
 from autoquant.evaluators.reading import check_lines, row_pieces
@@ -34,6 +34,8 @@ _SPLITS = ("test", "validation", "train")
 _COLUMNS = ("text", "content", "messages")
 _PIECE_CHARACTERS = 20_000
 _HUB_TIMEOUT_S = 10.0
+_SHUFFLED_ROWS = 5000
+Kind = TypeVar("Kind", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +123,65 @@ def _reason(error: BaseException) -> str:
     return first_line(error.__cause__ if wrapped and error.__cause__ else error)
 
 
+def data_rows(
+    name: str, wanted: Mapping[Kind, Sequence[str]], seed: int
+) -> Iterator[tuple[Mapping[str, Any], Mapping[Kind, str]]]:
+    """Yield the rows of a dataset with the columns of what a model reads.
+
+    They come in an order that the seed determines: files are often sorted by class.
+
+    Args:
+        wanted: The usual names of the column of each kind of input.
+
+    Raises:
+        TextError: As for `data_pieces`, or a column is missing.
+    """
+    data = DataName.parse(name)
+    try:
+        rows, first, choice = _rows(data)
+        columns: dict[Kind, str] = {}
+        for kind, names in wanted.items():
+            found = next((each for each in names if each in first), None)
+            if len(wanted) == 1 and (any(choice.parts) or found is None):
+                found = _column(data, choice, first)
+            if found is None:
+                raise TextError(
+                    f"{data.place} has no column of {kind}: call it {names[0]} (it has"
+                    f" {_list(first)})"
+                )
+            columns[kind] = found
+        mixed: Any = rows
+        for row in mixed.shuffle(seed=seed, buffer_size=_SHUFFLED_ROWS):
+            yield row, columns
+    except TextError:
+        raise
+    except Exception as error:
+        raise TextError(
+            f"cannot read {name} ({_reason(error)}): fix it, or give another --eval-data"
+        ) from error
+
+
 def _open(data: DataName) -> tuple[Iterable[Mapping[str, Any]], str]:
     """Return the rows of a dataset, and the column of their text."""
+    rows, first, choice = _rows(data)
+    return rows, _column(data, choice, first)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a name may choose among.
+
+    Attributes:
+        parts: What of the name is left for the column.
+    """
+
+    parts: Sequence[str]
+    configs: Sequence[str]
+    splits: Sequence[str]
+
+
+def _rows(data: DataName) -> tuple[Iterable[Mapping[str, Any]], Mapping[str, Any], _Choice]:
+    """Return the rows of a dataset, the first of them, and what may be chosen."""
     import datasets
 
     from autoquant.models.quiet import no_progress_bars, quiet
@@ -142,7 +201,7 @@ def _open(data: DataName) -> tuple[Iterable[Mapping[str, Any]], str]:
         first = next(iter(rows), None)
     if first is None:
         raise TextError(f"{data} has no rows: give another split or dataset")
-    return rows, _column(data, parts, first, configs, list(splits))
+    return rows, first, _Choice(parts, configs, list(splits))
 
 
 def _found(data: DataName) -> tuple[str, Mapping[str, Any], Sequence[str]]:
@@ -198,14 +257,9 @@ def _take(parts: Sequence[str], known: Sequence[str]) -> tuple[str | None, Seque
     return parts[0] or None, parts[1:]
 
 
-def _column(
-    data: DataName,
-    parts: Sequence[str],
-    row: Mapping[str, Any],
-    configs: Sequence[str],
-    splits: Sequence[str],
-) -> str:
+def _column(data: DataName, choice: _Choice, row: Mapping[str, Any]) -> str:
     """Return the column that is named, or the only one that can be meant."""
+    parts, configs, splits = choice.parts, choice.configs, choice.splits
     if len(parts) == 1 and parts[0] in row:
         return parts[0]
     if any(parts):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ SAMPLES: Mapping[Part, int] = {"calibration": 4, "selection": 12, "report": 16}
 Inputs = tuple[Any, ...] | dict[str, Any]
 """Arguments of one forward pass, positional or by name."""
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_WORST = 1e6
+WORST = 1e6
+"""The largest divergence, which also stands for outputs that are not finite."""
 _SAME_EVERY_TIME = 1e-6
 _VERSION = 1
 
@@ -135,13 +137,33 @@ def _partners(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return rows.gather(0, drawn.to(tensor.device)).reshape(tensor.shape)
 
 
-class OutputQuality:
-    """Divergence of a module's outputs from the unquantized module's, see `divergence`.
+class DivergenceQuality(ABC):
+    """Divergence from the unquantized model, which itself has 0.
 
-    The unquantized module has 0, so an increase over it is the divergence itself.
+    So an increase over it is the divergence itself.
     """
 
     logarithmic = False
+    key: str
+
+    @abstractmethod
+    def compare(
+        self,
+        module: nn.Module,
+        reference: nn.Module,
+        part: Part,
+        known: Sequence[float] = (),
+        enough: Enough | None = None,
+    ) -> Comparison:
+        """Return the divergence of each sample; see `autoquant.evaluators.quality.Quality`."""
+
+    @abstractmethod
+    def increase_over(self, reference: nn.Module, part: Part) -> Callable[[nn.Module], float]:
+        """Return a function for the mean divergence of a module from today's reference."""
+
+
+class OutputQuality(DivergenceQuality):
+    """Divergence of a module's outputs from the unquantized module's, see `divergence`."""
 
     def __init__(self, inputs: VariedInputs) -> None:
         self.inputs = inputs
@@ -162,7 +184,6 @@ class OutputQuality:
         return Comparison(losses, (0.0,) * len(losses), None)
 
     def increase_over(self, reference: nn.Module, part: Part) -> Callable[[nn.Module], float]:
-        """Return a function for the mean divergence of a module from today's reference."""
         samples = [(inputs, outputs_of(reference, inputs)) for inputs in self.inputs.part(part)]
 
         def increase(module: nn.Module) -> float:
@@ -174,7 +195,7 @@ class OutputQuality:
         return increase
 
 
-AnyQuality = TextQuality | FunctionQuality | OutputQuality
+AnyQuality = TextQuality | FunctionQuality | DivergenceQuality
 
 
 def outputs_of(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
@@ -229,7 +250,7 @@ def _relative_squared_error(expected: torch.Tensor, output: torch.Tensor) -> flo
     if scale == 0.0:
         return None
     error = torch.where(counts, y - y0, 0.0).square().sum().item() / scale
-    return min(error, _WORST) if math.isfinite(error) else _WORST
+    return min(error, WORST) if math.isfinite(error) else WORST
 
 
 def vary(module: nn.Module, sample: Inputs, seed: int) -> tuple[VariedInputs, list[str]]:

@@ -45,6 +45,8 @@ class Comparison:
         kl: Mean divergence between the models, or None if it is not defined.
         sample_kl: The divergence of each sample, or empty if it is not defined.
         unseen: The number of samples that were not compared, since enough was known.
+        right: How many labels the model gets right, how many the unquantized one does, and how many
+            there are; None without labels.
     """
 
     losses: tuple[float, ...]
@@ -52,6 +54,7 @@ class Comparison:
     kl: float | None
     sample_kl: tuple[float, ...] = ()
     unseen: int = 0
+    right: tuple[int, int, int] | None = None
 
 
 Enough = Callable[[Comparison], bool]

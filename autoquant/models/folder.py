@@ -73,13 +73,17 @@ def _no_config(folder: Path) -> str:
     )
 
 
-def check_complete(folder: Path, request: ModelRequest) -> None:
-    """Refuse a folder that lacks weights or a tokenizer, and name everything that is missing."""
+def check_complete(folder: Path, request: ModelRequest, *, tokenizer: bool = True) -> None:
+    """Refuse a folder that lacks weights or a tokenizer, and name everything that is missing.
+
+    Args:
+        tokenizer: Its model needs one.
+    """
     lacks, advice = [], []
     if not weights.any_files(folder):
         lacks.append(weights.BEST)
         advice.append(_other_weights(folder))
-    if not has_tokenizer(folder) and request.tokenizer is None:
+    if tokenizer and not has_tokenizer(folder) and request.tokenizer is None:
         lacks.append("tokenizer.json")
         advice.append(TOKENIZER_ADVICE)
     if lacks:

@@ -1,8 +1,9 @@
-"""Load Hugging Face causal language models. Their own code only runs if the user trusts it."""
+"""Load models of Hugging Face. Their own code only runs if the user trusts it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from autoquant.errors import ModelError
 from autoquant.models import code, weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
+from autoquant.models.families import BARE, CAUSAL_LM, Family
 from autoquant.models.fitting import fits
 from autoquant.models.folder import (
     CONFIG,
@@ -24,12 +26,14 @@ from autoquant.models.folder import (
 )
 from autoquant.models.identity import check_class, check_names, left_over
 from autoquant.models.kinds import embedding_rows, model_kind
-from autoquant.models.loaded import LoadedModel, max_positions, settle
+from autoquant.models.loaded import LoadedModel, is_encoder_decoder, max_positions, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
 from autoquant.models.placing import moved
+from autoquant.models.outputs import CHECK_TOKENS
 from autoquant.models.plausible import check_size
 from autoquant.models.pretrained import filled, from_config, made
 from autoquant.models.quiet import some
+from autoquant.models.reader import Reader, on
 from autoquant.models.remembered import FileDigests
 from autoquant.models.request import ModelRequest
 from autoquant.models.shown import show_linears
@@ -41,22 +45,24 @@ from autoquant.models.weights import tensors_of
 
 # Fields of config.json that change when a model is saved or moved without being another model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_MOST_OF_HEADS = 16
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
-    """Load a causal LM that `save_pretrained` wrote.
+    """Load a model that `save_pretrained` wrote.
 
     Args:
         path: How the source names the model.
 
     Raises:
         TrustError: The model needs code that the folder brings, which is not trusted.
-        ModelError: A file is missing, truncated or of another kind, or the model is no causal LM.
+        ModelError: A file is missing, truncated or of another kind, or the model is of a kind that
+            is not known.
     """
     config = read_config(folder)
-    check_class(config, folder)
-    check_complete(folder, request)
+    family = check_class(config, folder)
+    check_complete(folder, request, tokenizer=family.needs_tokenizer)
     request = _with_checked_code(folder, request)
     files = weights.files(folder)
     digests = FileDigests(files)
@@ -71,7 +77,7 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
     tensors.sort(key=lambda item: item[1].nbytes, reverse=True)
     digest = digests.content_hash(tensors, architecture)
     stored = _plain_dtype(tally, str(folder))
-    words = tokenizer_of(request, folder)
+    words = _tokenizer(request, folder)
     dtype = resolve_dtype(request.dtype, request.device, stored)
     streamed = not fits(*_sizes(files, dtype), request.device)
     if streamed:
@@ -84,10 +90,12 @@ def load_folder(folder: Path, request: ModelRequest, path: str) -> LoadedModel:
             for name, value in weights.read_safetensors(files)
             if name in left and is_computed(name, value, module)
         ]
-        if others := [name for name in left if name not in computed]:
-            raise left_over(folder, folder, others, type(module).__name__)
-        notes.append(_computed(folder, computed, module))
-    return _finish(module, digest, stored, words, request, path, notes, streamed=streamed)
+        others = [name for name in left if name not in computed]
+        notes += _left_notes(folder, folder, others, module, family)
+        if computed:
+            notes.append(_computed(folder, computed, module))
+    made_by = _Made(folder, family, request, path)
+    return made_by.finish(module, digest, stored, words, notes, streamed=streamed)
 
 
 def _sizes(files: list[Path], dtype: torch.dtype) -> tuple[int, int]:
@@ -126,8 +134,12 @@ def load_beside(
             tokenizer.
     """
     config = read_config(path.parent)
-    check_class(config, path.parent)
-    if not has_tokenizer(path.parent) and request.tokenizer is None:
+    family = check_class(config, path.parent)
+    if (
+        family.needs_tokenizer
+        and not has_tokenizer(path.parent)
+        and request.tokenizer is None
+    ):
         raise ModelError(f"{path.parent} has no tokenizer.json: {TOKENIZER_ADVICE}")
     request = _with_checked_code(path.parent, request)
     return _from_state(state, config, path.parent, request, str(path), digests, strict=True)
@@ -179,51 +191,100 @@ def _from_state(
         _architecture(config, folder, trust_remote_code=request.trust_remote_code),
     )
     stored = _plain_dtype(tally, path)
-    words = tokenizer_of(request, folder)
+    words = _tokenizer(request, folder)
     module, left = filled(
         skeleton, own, resolve_dtype(request.dtype, request.device, stored), folder, path
     )
-    if left:
-        raise left_over(path, folder, left, type(module).__name__)
-    notes = [_computed(path, computed, module)] if computed else []
-    return _finish(module, digest, stored, words, request, path, notes)
+    family = check_class(config, folder)
+    notes = _left_notes(path, folder, left, module, family)
+    notes += [_computed(path, computed, module)] if computed else []
+    return _Made(folder, family, request, path).finish(module, digest, stored, words, notes)
 
 
 def _computed(place: str | Path, names: list[str], module: nn.Module) -> str:
     return f"left out of {place}: {some(names)}: {type(module).__name__} computes these itself"
 
 
-def _finish(
-    module: nn.Module,
-    digest: str,
-    stored: torch.dtype,
-    words: Any,
-    request: ModelRequest,
-    path: str,
-    notes: list[str],
-    *,
-    streamed: bool = False,
-) -> LoadedModel:
-    settle(module)
-    if streamed:
-        stream = Stream(module, request.device)
-        if (room_bytes := backend(request.device).room_bytes()) is not None:
-            stream.most_plan_bytes = largest_plan_bytes(stream, room_bytes)
-    else:
-        moved(module, request.device)
-    show_linears(module)
-    return LoadedModel(
-        module=module,
-        content_hash=digest,
-        source=request.source("huggingface", path),
-        tokenizer=words,
-        kind=model_kind(module, request.device, may_be_lm=True),
-        vocabulary=embedding_rows(module, request.device),
-        example_inputs=None,
-        max_positions=max_positions(module),
-        stored_dtype=dtype_name(stored),
-        notes=tuple(notes),
-    )
+def _left_notes(
+    place: str | Path, folder: Path, names: list[str], module: nn.Module, family: Family
+) -> list[str]:
+    """Return a note on weights that a model has no place for: those of heads of another task.
+
+    Raises:
+        ModelError: They are of another model.
+    """
+    if not names:
+        return []
+    base = f"{getattr(module, 'base_model_prefix', '')}."
+    inner = [name for name in names if name.startswith(base) and "pooler." not in name]
+    if family is CAUSAL_LM or inner or (family is BARE and len(names) > _MOST_OF_HEADS):
+        raise left_over(place, folder, names, type(module).__name__)
+    return [f"left out of {place}: {some(names)}: {type(module).__name__} has no place for these"]
+
+
+def _tokenizer(request: ModelRequest, folder: Path) -> Any:
+    """Return the tokenizer of a folder, or None if it has none, which was found to be right."""
+    if request.tokenizer is None and not has_tokenizer(folder):
+        return None
+    return tokenizer_of(request, folder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Where a module was made from.
+
+    Attributes:
+        path: How the source names it.
+    """
+
+    folder: Path
+    family: Family
+    request: ModelRequest
+    path: str
+
+    def finish(
+        self,
+        module: nn.Module,
+        digest: str,
+        stored: torch.dtype,
+        words: Any,
+        notes: list[str],
+        *,
+        streamed: bool = False,
+    ) -> LoadedModel:
+        request = self.request
+        settle(module)
+        if streamed:
+            stream = Stream(module, request.device)
+            if (room_bytes := backend(request.device).room_bytes()) is not None:
+                stream.most_plan_bytes = largest_plan_bytes(stream, room_bytes)
+        else:
+            moved(module, request.device)
+        show_linears(module)
+        reader, inputs = None, None
+        if self.family.judged_by == "perplexity":
+            kind = model_kind(module, request.device, may_be_lm=True)
+            positions = max_positions(module)
+        else:
+            kind = "encoder_decoder" if is_encoder_decoder(module) else "module"
+            if request.sample_inputs is None or kind == "encoder_decoder":
+                reader = Reader(module, self.folder, words)
+                inputs = on(reader.made_up(0, 1, CHECK_TOKENS), request.device)
+            positions = None if reader is None else reader.max_tokens
+        return LoadedModel(
+            module=module,
+            content_hash=digest,
+            source=request.source("huggingface", self.path),
+            tokenizer=words,
+            kind=kind,
+            vocabulary=embedding_rows(module, request.device),
+            example_inputs=inputs,
+            max_positions=positions,
+            stored_dtype=dtype_name(stored),
+            notes=tuple(notes),
+            family=self.family,
+            reader=reader,
+        )
 
 
 def _with_checked_code(folder: Path, request: ModelRequest) -> ModelRequest:

@@ -1,7 +1,7 @@
-"""Check that a Hugging Face folder is the causal language model that it would be loaded as.
+"""Check that a Hugging Face folder is the model that it would be loaded as.
 
 transformers makes a causal language model of many a folder that holds something else: with tied
-embeddings no weight is missing.
+embeddings no weight is missing. So the class that its configuration names decides.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.errors import ModelError
+from autoquant.models.families import (
+    CAUSAL_LM,
+    EMBEDDER_FILE,
+    Family,
+    class_names,
+    family_of,
+    named_classes,
+)
 from autoquant.models.quiet import some
 
-_EMBEDDER = "modules.json"
 _ADAPTER = "adapter_config.json"
 
 
 def own_loss(place: str | Path, name: str) -> str:
-    """Say how to search a model that is no causal language model.
+    """Say how to search a model of no kind that is loaded without code.
 
     Args:
         place: Its folder or file.
@@ -32,38 +39,30 @@ def own_loss(place: str | Path, name: str) -> str:
     )
 
 
-def check_class(config: Mapping[str, Any], folder: Path) -> None:
-    """Check that the class that `config.json` names is the one that would be loaded.
-
-    A class that comes with code of its own is left to the loader.
+def check_class(config: Mapping[str, Any], folder: Path) -> Family:
+    """Return the family of what a folder holds, by the class that its `config.json` names.
 
     Raises:
-        ModelError: It is another one, or the folder holds a sentence embedder or an adapter.
+        ModelError: It is of none that can be loaded, or the folder holds an adapter.
     """
     if has_adapter(folder):
         raise ModelError(adapter_in(folder))
+    family = family_of(config, folder)
+    if family is not None:
+        return family
     import transformers
 
-    named, loaded = _named(config), _causal_class(config)
+    named, causal = named_classes(config), class_names(CAUSAL_LM, str(config["model_type"]))
     name = named[0] if named else f"model of type {config['model_type']}"
-    if (folder / _EMBEDDER).is_file():
-        raise ModelError(
-            f"{folder} holds a sentence embedder ({_EMBEDDER}), not a causal language model:"
-            f" {own_loss(folder, name)}"
-        )
-    if "AutoModelForCausalLM" in (config.get("auto_map") or {}) and loaded not in named:
-        return
-    if loaded in named or (loaded and not named):
-        return
-    if named and not hasattr(transformers, name) and loaded:
+    if named and not hasattr(transformers, name) and causal:
         raise ModelError(
             f"{folder} holds a {name} (architectures in its config.json), which transformers does"
-            f" not know: if it is a {loaded}, write that there instead, or else"
+            f" not know: if it is a {causal[0]}, write that there instead, or else"
             f" {own_loss(folder, name)}"
         )
     raise ModelError(
-        f"{folder} holds a {name} (see its config.json), not a causal language model:"
-        f" {own_loss(folder, name)}"
+        f"{folder} holds a {name} (see its config.json), which is of no kind that is loaded without"
+        f" code of yours: {own_loss(folder, name)}"
     )
 
 
@@ -75,13 +74,18 @@ def check_names(config: Mapping[str, Any], names: Collection[str], folder: Path)
     """
     import transformers
 
-    loaded = _causal_class(config)
-    base = getattr(getattr(transformers, loaded or "", None), "base_model_prefix", "")
-    if _named(config) or not base or any(name.startswith(f"{base}.") for name in names):
+    causal = [*class_names(CAUSAL_LM, str(config["model_type"])), ""][0]
+    base = getattr(getattr(transformers, causal, None), "base_model_prefix", "")
+    if (
+        named_classes(config)
+        or (folder / EMBEDDER_FILE).is_file()
+        or not base
+        or any(name.startswith(f"{base}.") for name in names)
+    ):
         return
     raise ModelError(
         f"the weights in {folder} are those of a bare model, without a head, and its config.json"
-        f" names no class: if it is a {loaded}, write that into architectures there, or else"
+        f" names no class: if it is a {causal}, write that into architectures there, or else"
         f" {own_loss(folder, 'bare model')}"
     )
 
@@ -106,15 +110,3 @@ def has_adapter(folder: Path) -> bool:
     """Check whether the folder holds an adapter of PEFT."""
     return (folder / _ADAPTER).is_file()
 
-
-def _named(config: Mapping[str, Any]) -> list[str]:
-    named = config.get("architectures") or []
-    return [str(name) for name in named] if isinstance(named, list) else [str(named)]
-
-
-def _causal_class(config: Mapping[str, Any]) -> str | None:
-    """Return the class that transformers has for a causal language model of this type, or None."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config["model_type"]))
-    return None if found is None else str(found)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from autoquant.models.families import Family
 from autoquant.models.request import ModelSource
 from autoquant.models.streaming import Stream, stream_of
 from autoquant.models.targets import dtype_name
 
-ModelKind = Literal["causal_lm", "token_lm", "module"]
+if TYPE_CHECKING:
+    from autoquant.models.reader import Reader
+
+ModelKind = Literal["causal_lm", "token_lm", "encoder_decoder", "module"]
 
 # What running a module on inputs that are not meant for it raises.
 UNFIT = (
@@ -42,14 +46,19 @@ class LoadedModel:
             - `causal_lm`: a Hugging Face model that generates with a cache
             - `token_lm`: takes integer ids [batch, tokens] as its only input and returns logits
               [batch, tokens, vocab], bare or as `.logits`
+            - `encoder_decoder`: a Hugging Face model that reads an input as a whole, and generates
+              with a cache
             - `module`: anything else.
         example_inputs: The arguments of one forward pass, positional or by name: the user's, or
             else those of an exported program. None if there are none. Inputs that a callable or a
             program made are on the device and in the dtype; the user's own tensors do not change.
+            A Hugging Face model that reads something else than a causal one has made-up ones.
         max_positions: Longest sequence in tokens, if the configuration says so.
         vocabulary: How many token ids a language model has embeddings for, if that is seen.
         stored_dtype: The dtype that most of the stored weights have, e.g. `bfloat16`.
         notes: A sentence for each part of the file that the model has no place for.
+        family: The kind of a Hugging Face model, by the class that its folder names.
+        reader: What makes the inputs of one that is judged by something else than perplexity.
     """
 
     module: nn.Module
@@ -62,6 +71,8 @@ class LoadedModel:
     stored_dtype: str
     notes: tuple[str, ...] = ()
     vocabulary: int | None = None
+    family: Family | None = None
+    reader: Reader | None = None
 
     @property
     def device(self) -> str:
@@ -136,6 +147,14 @@ def is_causal_lm(module: nn.Module) -> bool:
         return False
     model: Any = module
     return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Check whether `module` is a Hugging Face encoder with a decoder that generates."""
+    if not is_transformers(module):
+        return False
+    model: Any = module
+    return bool(model.can_generate()) and bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def max_positions(module: nn.Module) -> int | None:

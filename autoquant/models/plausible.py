@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 
 from autoquant.errors import ModelError
 from autoquant.files import read_json_object
+from autoquant.models.families import CAUSAL_LM, family_of
 
 _TIMES, _SPARE_ELEMENTS = 2, 2**26  # for tied weights, masks, and tensors that files leave out
 _SPARE_LAYERS = 1000
@@ -42,7 +43,7 @@ def check_size(folder: Path, elements: int, tensors: int) -> None:
     Raises:
         ModelError: `config.json` describes a larger model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     path = folder / "config.json"
     check_labels(path)
@@ -53,10 +54,11 @@ def check_size(folder: Path, elements: int, tensors: int) -> None:
     most = _TIMES * elements + _SPARE_ELEMENTS
     try:
         with torch.device("meta"), _at_most(most):
-            config = AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            AutoModelForCausalLM.from_config(config)
+            family = family_of(read_json_object(path), folder) or CAUSAL_LM
+            getattr(transformers, family.auto).from_config(config)
     except _TooLargeError as error:
         raise _larger(path, f"more than {most:,} elements", f"{elements:,}") from error
     except Exception:  # noqa: BLE001 - the loader reports it

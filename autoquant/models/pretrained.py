@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from autoquant.errors import ModelError, first_line
 from autoquant.files import read_json_object
 from autoquant.models import code, weights
+from autoquant.models.families import BARE, CAUSAL_LM, class_names, family_of
 from autoquant.models.folder import CONFIG
 from autoquant.models.plausible import check_size
 from autoquant.models.quiet import no_progress_bars, quiet, some
@@ -35,6 +37,34 @@ def pretrained(
     """
     check_served(folder, trust_remote_code=trust_remote_code)
     return made(folder, dtype or "auto", trust_remote_code)[0]
+
+
+def auto_class(folder: Path) -> Any:
+    """Return the class of transformers that makes the model of a folder from its `config.json`."""
+    import transformers
+
+    family = family_of(read_json_object(folder / CONFIG), folder) or CAUSAL_LM
+    return getattr(transformers, family.auto)
+
+
+def _without_pooler(folder: Path) -> dict[str, bool]:
+    """Return how to leave out the pooler of a bare model whose folder has no weights for it.
+
+    Sentence embedders are often saved so: they read the last hidden states.
+    """
+    import transformers
+
+    config = read_json_object(folder / CONFIG)
+    if family_of(config, folder) is not BARE:
+        return {}
+    files = weights.files(folder) if weights.any_files(folder) else []
+    if not files or files[0].suffix != ".safetensors":
+        return {}
+    names = weights.names(files)
+    (model, *_) = (*class_names(BARE, str(config.get("model_type"))), "")
+    takes = signature(getattr(transformers, model, dict.__init__)).parameters
+    lacks = "add_pooling_layer" in takes and not any("pooler." in name for name in names)
+    return {"add_pooling_layer": False} if lacks else {}
 
 
 def check_served(folder: Path, *, trust_remote_code: bool) -> None:
@@ -68,22 +98,23 @@ def _check_quantizer(folder: Path) -> None:
 def made(
     folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
 ) -> tuple[nn.Module, list[str]]:
-    """Return the causal LM of a folder, and names of weights that it has no place for."""
-    from transformers import AutoModelForCausalLM
-
+    """Return the model of a folder, and names of weights that it has no place for."""
     stored = weights.files(folder)
     integers: list[str] = []
     if stored[0].suffix == ".safetensors":
         check_size(folder, *weights.counts(stored))
         integers = weights.integers(stored)
 
+    loader = auto_class(folder)
+
     def load(**options: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        return loader.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             **_attention_here(folder, trust_remote_code),
+            **_without_pooler(folder),
             **options,
         )
 
@@ -143,12 +174,12 @@ def _loaded(
     except Exception as error:
         code.refuse_needed_code(Path(place), error, trust_remote_code)
         raise ModelError(
-            f"transformers cannot load {place} as a causal language model:"
+            f"transformers cannot load {place} as the model of its config.json:"
             f" {_reason(error, Path(place))}"
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(
-            f"transformers made no torch module of {place}: give a causal language model"
+            f"transformers made no torch module of {place}: give a model of PyTorch"
         )
     name = type(module).__name__
     if mismatched := sorted(report["mismatched_keys"]):
@@ -163,13 +194,13 @@ def _loaded(
 
 
 def from_config(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """Make the causal LM that the folder's `config.json` describes, with arbitrary weights.
+    """Make the model that the folder's `config.json` describes, with arbitrary weights.
 
     Raises:
         TrustError: It needs code that the folder brings, which is not trusted.
-        ModelError: transformers knows no such causal LM.
+        ModelError: transformers knows no such model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     code.check_folder(folder, trust_remote_code=trust_remote_code)
     try:
@@ -178,14 +209,13 @@ def from_config(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
         )
         config = _attention_here(folder, trust_remote_code).get("config", config)
         # Without a word on it, transformers would ask at the terminal.
-        module: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
+        module: nn.Module = auto_class(folder).from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code, **_without_pooler(folder)
         )
     except Exception as error:
         code.refuse_needed_code(folder, error, trust_remote_code)
         raise ModelError(
-            f"transformers cannot build the model of {folder / CONFIG} as a causal language model:"
-            f" {_reason(error, folder)}"
+            f"transformers cannot build the model of {folder / CONFIG}: {_reason(error, folder)}"
         ) from error
     give_generation_config(module, folder)
     return module

@@ -21,6 +21,7 @@ from autoquant.records.plans import (
 from autoquant.records.proofs import (
     DISTURBED,
     PARTLY,
+    RIGHT,
     STAND_IN,
     Delivery,
     Interval,
@@ -55,6 +56,7 @@ __all__ = [
     "DISTURBED",
     "ORIGINAL_LABEL",
     "PARTLY",
+    "RIGHT",
     "STAND_IN",
     "Delivery",
     "Device",

@@ -18,6 +18,8 @@ STAND_IN = "the unquantized model does not fit: timed with the weights of"
 """Start of the note of times that are a stand-in's, see `autoquant.models.stand_in`."""
 PARTLY = "quality from"
 """Start of the note of a proof whose quality was measured on some windows only."""
+RIGHT = "right on"
+"""Start of the note of a proof that counted how many labels a model gets right."""
 DISTURBED = "timed while"
 """Start of the note of a proof whose times something disturbed, such as other programs."""
 

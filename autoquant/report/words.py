@@ -77,6 +77,7 @@ def _recommended(
         *(f"  {line}" for line in as_run_lines(row, workload) or [NOT_RUN]),
         f"  in the search: {_speed(row)}",
         f"  {measure_words(row).lower()} {increase_words(row)}, 95% interval {_ends(row)}",
+        *_accuracy_lines(row, original),
         f"  memory {_memory(row, original)}",
     ]
     if row["kind"] in _BASELINE_WORDS:
@@ -85,6 +86,17 @@ def _recommended(
         lines += [f"  {line}" for line in _searched(within, row)]
     lines += [f"  {line}" for line in ties_lines(within, row)]
     return "\n".join(lines)
+
+
+def _accuracy_lines(
+    row: Mapping[str, Any], original: Mapping[str, Any] | None
+) -> list[str]:
+    """Return how many labels a plan gets right, or no lines without labels."""
+    if row.get("accuracy") is None:
+        return []
+    before = None if original is None else original.get("accuracy")
+    unquantized = "" if before is None else f", {before:.1%} unquantized"
+    return [f"  accuracy {row['accuracy']:.1%}{unquantized}"]
 
 
 def _why_unquantized(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:

@@ -16,12 +16,11 @@ from autoquant.models.outputs import output_tensor
 from autoquant.records import Workload
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.decoder_phases import CompiledPrompt, DecoderPhases
+from autoquant.runtime.encoder_decoder import EncoderDecoderPhases
+from autoquant.runtime.inputs import check_reads, workload_inputs
 from autoquant.runtime.tokens import WorkloadTokens
 
 _Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-DEFAULT_LM_WORKLOAD = "prefill=512,decode=128"
-DEFAULT_TOKEN_WORKLOAD = "prefill=512"
 
 
 class Phases(Protocol):
@@ -82,8 +81,13 @@ def make_phases(
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(loaded.vocabulary or 1, shape, generator=generator).to(loaded.device)
         return _ForwardPhases(loaded.module, workload, (ids,), compiled, division)
-    inputs = loaded.example_inputs
+    inputs = workload_inputs(loaded, workload)
     assert inputs is not None  # check_workload saw to it
+    if loaded.kind == "encoder_decoder":
+        assert isinstance(inputs, dict)  # its reader names them
+        return EncoderDecoderPhases(
+            loaded.module, workload, inputs, compiled=compiled, division=division
+        )
     return _ForwardPhases(loaded.module, workload, inputs, compiled, division)
 
 
@@ -94,6 +98,9 @@ def check_workload(loaded: LoadedModel, workload: Workload) -> None:
         WorkloadError: The sequence is too long, the model cannot decode, or inputs are missing.
     """
     tokens, most = _tokens(workload), loaded.max_positions
+    if loaded.reader is not None:
+        check_reads(loaded, workload)
+        tokens = workload.prompt_tokens
     if most is not None and tokens > most:
         raise WorkloadError(
             f"the workload needs {tokens} positions, the model has {most}: ask for fewer tokens"
@@ -118,7 +125,7 @@ def check_room(loaded: LoadedModel, workload: Workload) -> None:
         WorkloadError: They do. What fits here may still need more when it runs.
     """
     room_bytes = backend(loaded.device).room_bytes()
-    if room_bytes is None or loaded.kind == "module":
+    if room_bytes is None or loaded.kind in ("module", "encoder_decoder"):
         return
     scored = 1 if loaded.kind == "causal_lm" else workload.prompt_tokens
     scores = scored * (loaded.vocabulary or 1) * getattr(torch, loaded.dtype).itemsize
@@ -140,15 +147,6 @@ def _tokens(workload: Workload) -> int:
     if all(phase.name == "decode" for phase in workload.phases):
         tokens += 1  # decoding alone starts behind a prompt of one token
     return tokens
-
-
-def default_workload(kind: str, batch: int) -> Workload:
-    """Return the default workload of a model of `kind` (see `LoadedModel`)."""
-    if kind == "causal_lm":
-        return Workload.parse(DEFAULT_LM_WORKLOAD, batch)
-    if kind == "token_lm":
-        return Workload.parse(DEFAULT_TOKEN_WORKLOAD, batch)
-    return Workload.single()
 
 
 class _ForwardPhases:

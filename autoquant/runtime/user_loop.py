@@ -1,6 +1,6 @@
 """The loop that a user runs, and its time.
 
-It is `generate` of a causal language model, and one call of any other module.
+It is `generate` of a model that generates, and one call of any other module.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from autoquant.models import LoadedModel
 from autoquant.models.outputs import CHECK_TOKENS, output_tensor
 from autoquant.models.quiet import quiet
 from autoquant.records import Interval, Loop, RunTimes, Workload
+from autoquant.runtime.inputs import start_ids, workload_inputs
 from autoquant.runtime.modules import compile as compiled
 from autoquant.runtime.prepare import prepare
 from autoquant.runtime.request import (
@@ -33,6 +34,7 @@ from autoquant.runtime.request import (
     rounds_in_turn,
 )
 
+_GENERATE = ("causal_lm", "encoder_decoder")
 _REQUEST, _FIRST = "request", "first token"
 _CHECK_NEW_TOKENS = 8
 
@@ -71,7 +73,8 @@ class Usage:
 
     Attributes:
         kind: As for `autoquant.models.LoadedModel`.
-        sample_inputs: Arguments of one forward pass, for a `module`.
+        sample_inputs: Arguments of one forward pass of a `module`, or what an `encoder_decoder`
+            reads.
     """
 
     kind: str
@@ -81,29 +84,29 @@ class Usage:
 
     @classmethod
     def of(cls, loaded: LoadedModel, workload: Workload) -> Usage:
-        """Return how a loaded model is used, on its device and with its example inputs."""
+        """Return how a loaded model is used, on its device and with the inputs of the workload."""
         return cls(
             kind=loaded.kind,
             workload=workload,
             device=loaded.device,
-            sample_inputs=loaded.example_inputs,
+            sample_inputs=workload_inputs(loaded, workload),
         )
 
     @property
     def loop(self) -> Loop:
-        return "generate" if self.kind == "causal_lm" else "forward"
+        return "generate" if self.kind in _GENERATE else "forward"
 
     def loop_of(self, module: nn.Module) -> UserLoop:
         """Return the loop of a model, and prepare the model for it in place."""
-        if self.kind != "causal_lm":
+        if self.loop == "forward":
             forward, inputs = compiled(module), self._inputs()
             return UserLoop("forward", 0, {_REQUEST: lambda: _call(forward, inputs)})
         model, prompt, tokens = prepare(module), self._prompt(module), self.workload.new_tokens
         calls: dict[str, Callable[[], Any]] = {
-            _REQUEST: lambda: generate(model, prompt, tokens, exactly=True)
+            _REQUEST: lambda: generate_from(model, prompt, tokens, exactly=True)
         }
         if tokens > 1:
-            calls[_FIRST] = lambda: generate(model, prompt, 1, exactly=True)
+            calls[_FIRST] = lambda: generate_from(model, prompt, 1, exactly=True)
         return UserLoop("generate", tokens, calls)
 
     def answer_of(self, module: nn.Module, *, replayed: bool = False) -> Answer:
@@ -116,26 +119,50 @@ class Usage:
             replayed: Generate by compiled steps; otherwise as transformers itself does, which
                 compiles and tunes nothing.
         """
-        if self.kind != "causal_lm":
+        if self.loop == "forward":
             with torch.no_grad(), untuned():
                 output = output_tensor(_call(module, self._inputs()))
             return Answer(output.float().cpu(), None)
         prompt = self._prompt(module)
         with torch.no_grad(), untuned():
-            output = output_tensor(module(prompt[:1, :CHECK_TOKENS]))
+            output = output_tensor(module(**self._beginning(module, prompt)))
         tokens = min(_CHECK_NEW_TOKENS, self.workload.new_tokens)
         with nullcontext() if replayed else untuned():
-            ids = generate(module, prompt, tokens, disable_compile=not replayed)
+            ids = generate_from(module, prompt, tokens, disable_compile=not replayed)
         return Answer(output.float().cpu(), ids.cpu())
 
-    def _prompt(self, module: nn.Module) -> torch.Tensor:
-        """Return random token ids `[batch, tokens]`, the same for every model of a vocabulary."""
+    def _beginning(self, module: nn.Module, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a forward pass on the beginning of a request."""
+        if self.kind == "causal_lm":
+            return {"input_ids": prompt["input_ids"][:1, :CHECK_TOKENS]}
+        first = {name: value[:1] for name, value in prompt.items()}
+        return first | {"decoder_input_ids": start_ids(module, 1, self.device)}
+
+    def next_logits(self, model: Any, row: int, before: torch.Tensor) -> torch.Tensor:
+        """Return a model's logits of the token behind ids `[1, tokens]` of a row of a request."""
+        arguments: dict[str, Any] = {"input_ids": before.to(self.device)}
+        if self.kind != "causal_lm":
+            read = {name: value[row : row + 1] for name, value in self._prompt(model).items()}
+            arguments = read | {"decoder_input_ids": before.to(self.device)}
+        with torch.no_grad(), untuned():
+            logits: torch.Tensor = model(**arguments).logits[0, -1].float()
+        return logits
+
+    def _prompt(self, module: nn.Module) -> dict[str, Any]:
+        """Return what `generate` reads: of a causal model random token ids `[batch, tokens]`.
+
+        They are the same for every model of a vocabulary.
+        """
+        if self.kind != "causal_lm":
+            inputs = self._inputs()
+            assert isinstance(inputs, Mapping)  # a reader names them
+            return dict(inputs)
         config: Any = module.config
         vocabulary = config.get_text_config(decoder=True).vocab_size
         shape = (self.workload.batch, self.workload.prompt_tokens)
-        return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(
-            self.device
-        )
+        ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        ids = ids.to(self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _inputs(self) -> Sequence[Any] | Mapping[str, Any]:
         if self.kind == "token_lm":
@@ -183,11 +210,21 @@ def generate(
     Args:
         exactly: Do not end before.
     """
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    return generate_from(model, inputs, tokens, exactly=exactly, **settings)
+
+
+def generate_from(
+    model: Any, inputs: Mapping[str, Any], tokens: int, *, exactly: bool = False, **settings: Any
+) -> torch.Tensor:
+    """Do as `generate` for the inputs of any model that generates.
+
+    Of an encoder-decoder the ids are the decoder's.
+    """
     ends = {"min_new_tokens": tokens} if exactly else {}
     with torch.no_grad(), quiet():
         made: torch.Tensor = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
+            **inputs,
             max_new_tokens=tokens,
             do_sample=False,
             **ends,
@@ -196,7 +233,7 @@ def generate(
     return made
 
 
-def first_difference(model: Any, made: Answer, expected: Answer) -> str:
+def first_difference(usage: Usage, model: Any, made: Answer, expected: Answer) -> str:
     """Return where generated ids differ by more than a near tie, or an empty string.
 
     Two tokens are a near tie if the gap between their logits is small against the distance from the
@@ -206,7 +243,7 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
         return ""
     if len(made.ids) != len(expected.ids):
         return "generate gives another number of texts than it did in memory"
-    for ids, wanted in zip(made.ids, expected.ids, strict=True):
+    for row, (ids, wanted) in enumerate(zip(made.ids, expected.ids, strict=True)):
         pairs = zip(ids.tolist(), wanted.tolist(), strict=False)
         place = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
         if place is None:
@@ -214,7 +251,9 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
                 return "generate ends at another token than it did in memory"
             continue
         ours, theirs = int(ids[place]), int(wanted[place])
-        if place == 0 or not _is_near_tie(model, ids[None, :place], ours, theirs):
+        if place == 0 or not _is_near_tie(
+            usage.next_logits(model, row, ids[None, :place]), ours, theirs
+        ):
             return (
                 f"generate gives another token at position {place} than it did in memory: {ours}"
                 f" instead of {theirs}"
@@ -222,10 +261,7 @@ def first_difference(model: Any, made: Answer, expected: Answer) -> str:
     return ""
 
 
-def _is_near_tie(model: Any, before: torch.Tensor, ours: int, theirs: int) -> bool:
-    with torch.no_grad(), untuned():
-        device = next(model.parameters()).device
-        logits = model(before.to(device)).logits[0, -1].float()
+def _is_near_tie(logits: torch.Tensor, ours: int, theirs: int) -> bool:
     gap = (logits[ours] - logits[theirs]).abs()
     height = (logits.max() - logits.mean()).clamp(min=1e-30)
     return bool(gap / height <= MAX_RELATIVE_ERROR)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from autoquant.records import Delivery, Measure, Proof
+from autoquant.records import RIGHT, Delivery, Measure, Proof
 from autoquant.solver.dominance import undominated
 from autoquant.solver.limits import Limits
 
@@ -25,6 +25,7 @@ COLUMNS = (
     "perplexity_increase_low",
     "perplexity_increase_high",
     "kl",
+    "accuracy",
     "memory_bytes",
     "on_front",
     "within_limits",
@@ -66,6 +67,12 @@ def measure_of(proof: Proof, limits: Limits) -> Measure:
     if limits.measure == "divergence":
         return "divergence"
     return "loss" if proof.perplexity is None else "perplexity"
+
+
+def accuracy_of(proof: Proof) -> float | None:
+    """Return the share of labels that a plan gets right, 0 to 1; None without labels."""
+    note = next((note for note in proof.notes if note.startswith(RIGHT)), None)
+    return None if note is None else float(note.removeprefix(RIGHT).partition("%")[0]) / 100
 
 
 def original_request_ms(proofs: Iterable[Proof]) -> float:

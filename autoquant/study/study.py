@@ -15,6 +15,7 @@ from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.study.columns import (
+    accuracy_of,
     COLUMNS,
     as_run_columns,
     measure_of,
@@ -296,6 +297,7 @@ class Study:
                 "perplexity_increase_low": proof.increase.low,
                 "perplexity_increase_high": proof.increase.high,
                 "kl": proof.kl,
+                "accuracy": accuracy_of(proof),
                 "memory_bytes": proof.memory_bytes,
                 "on_front": plan.plan_id in front,
                 "within_limits": limits.within(proof, plan),

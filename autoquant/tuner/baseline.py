@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from autoquant.errors import ModelError, TextError, first_line
-from autoquant.evaluators.outputs import AnyQuality, OutputQuality
+from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
 from autoquant.evaluators.quality import FunctionQuality, ReferenceLosses, TextQuality
 from autoquant.evaluators.text import Part
 from autoquant.events import Listener, Notice
@@ -121,7 +121,7 @@ def _check_cast(
     """
     stored = load_request(replace(request, dtype="auto"))
     reference = stored.module
-    if isinstance(quality, OutputQuality):
+    if isinstance(quality, DivergenceQuality):
         reference = _WithInputsIn(reference, main_dtype(reference))
     part: Part = "report" if isinstance(quality, FunctionQuality) else "calibration"
     found = quality.compare(loaded.module, reference, part)

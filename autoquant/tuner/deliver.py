@@ -307,7 +307,7 @@ def check_and_time(
         warm_up(loops, usage.device)
     with watch.part("check"):  # by the steps that are warm: others would be compiled for it
         made = usage.answer_of(quantized, replayed=True)
-        reason = first_difference(quantized, made, expected)
+        reason = first_difference(usage, quantized, made, expected)
     delivery = Delivery(
         plan_id=plan_id, loop=usage.loop, where="in memory", reason=reason, seconds=watch.seconds
     )

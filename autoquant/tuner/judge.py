@@ -29,6 +29,7 @@ from autoquant.models import LoadedModel
 from autoquant.models.named import quality_function
 from autoquant.profiler.measure import Candidates
 from autoquant.tuner.baseline import check_reads_text
+from autoquant.tuner.rows_judge import judge_rows
 
 _OWN_LOSS = "--quality package.module:callable"
 _MUCH_UNKNOWN = 0.1
@@ -107,6 +108,8 @@ def make_judge(
     if asked.function is not None:
         words = f"a loss of the user's own, {asked.function.key}"
         return Judge(asked.function, _without_inputs(candidates, listener), words)
+    if loaded.reader is not None:
+        return _judge_by_rows(asked, loaded, candidates, seed, listener)
     if loaded.kind == "module":
         return _judge_by_outputs(asked, loaded, candidates, seed, listener)
     return _judge_by_text(asked, loaded, candidates, listener)
@@ -122,6 +125,20 @@ def _judge_by_outputs(
         f" {sum(SAMPLES.values())} inputs varied from its sample inputs (key {quality.key})"
     )
     return Judge(quality, _without_inputs(candidates, listener), words)
+
+
+def _judge_by_rows(
+    asked: Asked, loaded: LoadedModel, candidates: Candidates, seed: int, listener: Listener
+) -> Judge:
+    made = judge_rows(loaded, asked.text, asked.data, seed)
+    own = "" if asked.text or asked.data else ": rows like its own are better, --eval-data DATASET"
+    listener(
+        Notice(
+            f"judged by {made.compared}, on {made.quality.rows.words}; --max-ppl-increase limits"
+            f" it, 1% is 0.01{own}"
+        )
+    )
+    return Judge(made.quality, _without_inputs(candidates, listener), made.words)
 
 
 def _judge_by_text(

@@ -29,7 +29,8 @@ from autoquant.profiler.roofline import undisturbed_roofline
 from autoquant.profiler.shapes import ListedShapes, NamedShapes
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, LinearShape, Measurement, Roofline, TimingSubject, Workload
-from autoquant.runtime.phases import check_room, check_workload, default_workload
+from autoquant.runtime.inputs import default_workload
+from autoquant.runtime.phases import check_room, check_workload
 from autoquant.store import Store, open_store
 from autoquant.tuner.profile_request import (
     DEFAULT_ROWS,
@@ -191,7 +192,7 @@ def _of_model(
     Raises:
         WorkloadError: The workload does not fit the model.
     """
-    workload = request.workload or default_workload(loaded.kind, request.batch)
+    workload = request.workload or default_workload(loaded, request.batch)
     check_workload(loaded, workload)
     check_room(loaded, workload)
     return partial(_recorded, loaded, workload, request.rows, listener)

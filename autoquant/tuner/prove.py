@@ -36,6 +36,7 @@ from autoquant.models.stand_in import to_time
 from autoquant.models.streaming import Stream
 from autoquant.records import (
     PARTLY,
+    RIGHT,
     LayerChoice,
     Numerics,
     Plan,
@@ -114,7 +115,7 @@ class Prover:
         logarithmic = self.quality.logarithmic
         unseen = len(report.losses) + report.unseen
         mean = sum(report.losses) / len(report.losses)
-        notes.append(_partly(report, selection))
+        notes += [_partly(report, selection), _right_words(report)]
         perplexity = selection_kl = None
         if logarithmic:
             perplexity = torch.tensor(mean, dtype=torch.float64).exp().item()
@@ -299,6 +300,14 @@ def _partly(report: Comparison, selection: Comparison) -> str:
     seen = len(selection.losses), len(report.losses)
     samples = sum(seen) + selection.unseen + report.unseen
     return f"{PARTLY} {sum(seen)} of {samples} windows, surely beyond the limit"
+
+
+def _right_words(report: Comparison) -> str:
+    """Return a note of how many labels of the report part are right, or an empty text."""
+    if report.right is None:
+        return ""
+    right, before, labels = report.right
+    return f"{RIGHT} {right / labels:.1%} of {labels} labels, {before / labels:.1%} unquantized"
 
 
 def prompts_lose_most(plan: Plan, tokens: int) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 
 from autoquant.candidates import Candidate
 from autoquant.devices import backend
-from autoquant.evaluators.outputs import AnyQuality, OutputQuality
+from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
 from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.models import LoadedModel, ModelRequest
 from autoquant.profiler.measure import with_original
 from autoquant.profiler.timing import PROTOCOL
 from autoquant.records import Device, Workload, content_key
-from autoquant.runtime.phases import check_room, check_workload, default_workload
+from autoquant.runtime.inputs import default_workload
+from autoquant.runtime.phases import check_room, check_workload
 from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store.connect import check_address
@@ -85,10 +86,10 @@ class SettledRequest:
             WorkloadError: The workload does not fit the model.
         """
         method = method_of(request.sensitivity, request.limits.max_kl, judge.quality)
-        workload = request.workload or default_workload(loaded.kind, request.batch)
+        workload = request.workload or default_workload(loaded, request.batch)
         check_workload(loaded, workload)
         check_room(loaded, workload)
-        by_outputs = isinstance(judge.quality, OutputQuality)
+        by_outputs = isinstance(judge.quality, DivergenceQuality)
         return cls(
             request=request,
             loaded=loaded,

@@ -17,7 +17,7 @@ from torch import nn
 from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.evaluators.emulate import EmulatedLinear, in_float32
 from autoquant.evaluators.logits import divergence_sum
-from autoquant.evaluators.outputs import AnyQuality, OutputQuality
+from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
 from autoquant.evaluators.passes import on_device
 from autoquant.evaluators.quality import FunctionQuality, TextQuality, next_token_logits
 from autoquant.evaluators.sensitivity.base import (
@@ -104,7 +104,7 @@ class _Run:
 def _function_losses(
     module: nn.Module,
     sites: Mapping[str, list[Change]],
-    quality: FunctionQuality | OutputQuality,
+    quality: FunctionQuality | DivergenceQuality,
     on_scored: OnScored,
 ) -> None:
     """Score by the increase of the mean loss or by divergence of outputs, never below 0."""

@@ -97,6 +97,7 @@ def _front_columns(rows: Sequence[Mapping[str, Any]], *, wide: bool) -> list[Col
         units.interval(row["perplexity_increase_low"], row["perplexity_increase_high"])
         for row in rows
     ]
+    labelled = any(row.get("accuracy") is not None for row in rows)
     columns = [
         (True, Column(f"Request\n[{unit}]", times)),
         (wide, Column(f"Predicted\n[{unit}]", predicted)),
@@ -106,9 +107,14 @@ def _front_columns(rows: Sequence[Mapping[str, Any]], *, wide: bool) -> list[Col
         (True, Column(increase_heading(rows).replace(" ", "\n"), list(map(increase_words, rows)))),
         (True, Column("95%\ninterval", ends)),
         (wide, Column("KL", [_optional(row["kl"]) for row in rows])),
+        (labelled, Column("Accu-\nracy", [_accuracy(row) for row in rows])),
         (True, Column(f"Memory\n[{memory_unit}]", memory)),
     ]
     return [column for shown, column in columns if shown]
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    return "-" if row.get("accuracy") is None else f"{row['accuracy']:.1%}"
 
 
 def layers_table(plan: Plan, width: int = 80) -> Table:

@@ -15,7 +15,7 @@ from autoquant.devices.memory import (
     release_memory,
     trim_memory,
 )
-from autoquant.evaluators.outputs import AnyQuality, OutputQuality, VariedInputs
+from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
 from autoquant.evaluators.quality import ReferenceLosses, TextQuality
 from autoquant.evaluators.sensitivity import SENSITIVITIES, Change, Sensitivity
 from autoquant.evaluators.text import TextParts
@@ -108,7 +108,7 @@ class BenchSpec:
     """
 
     model: SameModel
-    judged_on: TextParts | VariedInputs
+    judged_on: TextParts | DivergenceQuality
     workload: Workload
     device: str
     execution: str
@@ -134,9 +134,9 @@ class BenchSpec:
             own_process=True,
         )
 
-    def _quality(self) -> TextQuality | OutputQuality:
-        if isinstance(self.judged_on, VariedInputs):
-            return OutputQuality(self.judged_on)
+    def _quality(self) -> TextQuality | DivergenceQuality:
+        if isinstance(self.judged_on, DivergenceQuality):
+            return self.judged_on
         return TextQuality(self.judged_on, self.device)
 
 

@@ -48,7 +48,7 @@ def _forking(bench: Bench, formats: Sequence[str]) -> Runner:
     runner = ForkingRunner(
         BenchSpec(
             model=SameModel.of(bench.loaded),
-            judged_on=quality.parts if isinstance(quality, TextQuality) else quality.inputs,
+            judged_on=quality.parts if isinstance(quality, TextQuality) else quality,
             workload=bench.workload,
             device=bench.device,
             execution=bench.execution,

@@ -28,7 +28,9 @@ def with_answers(module: nn.Module, judged: JudgedRows) -> JudgedRows:
     Args:
         module: The unquantized model.
     """
-    parts = {part: tuple(_answered(module, rows) for rows in own) for part, own in judged.parts.items()}
+    parts = {
+        part: tuple(_answered(module, rows) for rows in own) for part, own in judged.parts.items()
+    }
     return replace(judged, parts=parts)
 
 

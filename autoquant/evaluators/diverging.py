@@ -166,7 +166,7 @@ def _divergences(measure: Measure, expected: Any, found: Any, rows: Rows) -> tor
     if measure.compares == "outputs":
         return _relative(_floats(expected), _floats(found))
     if measure.compares == "scores":
-        difference = (found.logits.float() - expected.logits.float()).flatten(1)
+        difference: torch.Tensor = (found.logits.float() - expected.logits.float()).flatten(1)
         return difference.square().mean(1) / measure.spread
     pairs = zip(_logits(expected), _logits(found), strict=True)
     parted = _of_labels if measure.compares == "labels" else _of_classes

@@ -121,9 +121,7 @@ def family_of(config: Mapping[str, Any], folder: Path) -> Family | None:
     return CAUSAL_LM if causal or _has_code(config, CAUSAL_LM) else None
 
 
-def _has_code(
-    config: Mapping[str, Any], family: Family, named: list[str] | None = None
-) -> bool:
+def _has_code(config: Mapping[str, Any], family: Family, named: list[str] | None = None) -> bool:
     """Check whether a configuration brings code for a family, and for one of the named classes."""
     brought = config.get("auto_map")  # such as {"AutoModelForCausalLM": "modeling_my.MyModel"}
     if not isinstance(brought, dict) or family.auto not in brought:

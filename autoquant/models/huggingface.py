@@ -135,11 +135,7 @@ def load_beside(
     """
     config = read_config(path.parent)
     family = check_class(config, path.parent)
-    if (
-        family.needs_tokenizer
-        and not has_tokenizer(path.parent)
-        and request.tokenizer is None
-    ):
+    if family.needs_tokenizer and not has_tokenizer(path.parent) and request.tokenizer is None:
         raise ModelError(f"{path.parent} has no tokenizer.json: {TOKENIZER_ADVICE}")
     request = _with_checked_code(path.parent, request)
     return _from_state(state, config, path.parent, request, str(path), digests, strict=True)

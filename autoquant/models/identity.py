@@ -109,4 +109,3 @@ def adapter_in(folder: Path) -> str:
 def has_adapter(folder: Path) -> bool:
     """Check whether the folder holds an adapter of PEFT."""
     return (folder / _ADAPTER).is_file()
-

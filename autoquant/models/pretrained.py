@@ -178,9 +178,7 @@ def _loaded(
             f" {_reason(error, Path(place))}"
         ) from error
     if not isinstance(module, nn.Module):
-        raise ModelError(
-            f"transformers made no torch module of {place}: give a model of PyTorch"
-        )
+        raise ModelError(f"transformers made no torch module of {place}: give a model of PyTorch")
     name = type(module).__name__
     if mismatched := sorted(report["mismatched_keys"]):
         key, stored, wanted = mismatched[0]

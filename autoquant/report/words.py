@@ -88,9 +88,7 @@ def _recommended(
     return "\n".join(lines)
 
 
-def _accuracy_lines(
-    row: Mapping[str, Any], original: Mapping[str, Any] | None
-) -> list[str]:
+def _accuracy_lines(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> list[str]:
     """Return how many labels a plan gets right, or no lines without labels."""
     if row.get("accuracy") is None:
         return []

@@ -38,9 +38,7 @@ class RowsJudge:
     words: str
 
 
-def judge_rows(
-    loaded: LoadedModel, text: Path | None, data: str | None, seed: int
-) -> RowsJudge:
+def judge_rows(loaded: LoadedModel, text: Path | None, data: str | None, seed: int) -> RowsJudge:
     """Make the measure that suits the model, on the rows that the user gave, or on others.
 
     Raises:

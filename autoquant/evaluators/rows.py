@@ -18,7 +18,7 @@ import torch
 from autoquant.errors import TextError, first_line
 from autoquant.evaluators.data import data_rows
 from autoquant.evaluators.text import LEAST_WINDOWS, PARTS, Part, deal
-from autoquant.models.reader import Batch, Reader, Reads, picture
+from autoquant.models.reader import Batch, Reader, Reads, as_image, picture
 
 ROW_TOKENS = 128
 """Tokens of a row that is cut from a text. Rows of a dataset are as long as they are."""
@@ -157,7 +157,7 @@ def _row(
     most = min(LONGEST_ROW_TOKENS, reader.max_tokens or LONGEST_ROW_TOKENS)
     text = columns.get("texts")
     ids = () if text is None else tuple(reader.ids(str(row[text]), most))
-    shown = None if "pictures" not in columns else row[columns["pictures"]]
+    shown = None if "pictures" not in columns else as_image(row[columns["pictures"]], "RGB")
     heard = None if "sounds" not in columns else _wave(row[columns["sounds"]])
     given = next((row[name] for name in _LABELS[answers] if row.get(name) is not None), None)
     if given is None or labels is None or (answers and not isinstance(given, str)):

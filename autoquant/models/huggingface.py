@@ -15,7 +15,7 @@ from autoquant.errors import ModelError
 from autoquant.models import code, weights
 from autoquant.models.content import DtypeTally, content_hash
 from autoquant.models.factory import tied_names
-from autoquant.models.families import BARE, CAUSAL_LM, Family
+from autoquant.models.families import CAUSAL_LM, Family
 from autoquant.models.fitting import fits
 from autoquant.models.folder import (
     CONFIG,
@@ -28,8 +28,8 @@ from autoquant.models.identity import check_class, check_names, left_over
 from autoquant.models.kinds import embedding_rows, model_kind
 from autoquant.models.loaded import LoadedModel, is_encoder_decoder, max_positions, settle
 from autoquant.models.names import is_computed, renamed, without_aliases
-from autoquant.models.placing import moved
 from autoquant.models.outputs import CHECK_TOKENS
+from autoquant.models.placing import moved
 from autoquant.models.plausible import check_size
 from autoquant.models.pretrained import filled, from_config, made
 from autoquant.models.quiet import some
@@ -213,7 +213,11 @@ def _left_notes(
         return []
     base = f"{getattr(module, 'base_model_prefix', '')}."
     inner = [name for name in names if name.startswith(base) and "pooler." not in name]
-    if family is CAUSAL_LM or inner or (family is BARE and len(names) > _MOST_OF_HEADS):
+    if (
+        family is CAUSAL_LM
+        or inner
+        or (family.judged_by == "vectors" and len(names) > _MOST_OF_HEADS)
+    ):
         raise left_over(place, folder, names, type(module).__name__)
     return [f"left out of {place}: {some(names)}: {type(module).__name__} has no place for these"]
 

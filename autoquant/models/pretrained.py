@@ -14,7 +14,7 @@ from torch import nn
 from autoquant.errors import ModelError, first_line
 from autoquant.files import read_json_object
 from autoquant.models import code, weights
-from autoquant.models.families import BARE, CAUSAL_LM, class_names, family_of
+from autoquant.models.families import CAUSAL_LM, class_names, family_of
 from autoquant.models.folder import CONFIG
 from autoquant.models.plausible import check_size
 from autoquant.models.quiet import no_progress_bars, quiet, some
@@ -55,13 +55,14 @@ def _without_pooler(folder: Path) -> dict[str, bool]:
     import transformers
 
     config = read_json_object(folder / CONFIG)
-    if family_of(config, folder) is not BARE:
+    family = family_of(config, folder)
+    if family is None or family.judged_by != "vectors":
         return {}
     files = weights.files(folder) if weights.any_files(folder) else []
     if not files or files[0].suffix != ".safetensors":
         return {}
     names = weights.names(files)
-    (model, *_) = (*class_names(BARE, str(config.get("model_type"))), "")
+    (model, *_) = (*class_names(family, str(config.get("model_type"))), "")
     takes = signature(getattr(transformers, model, dict.__init__)).parameters
     lacks = "add_pooling_layer" in takes and not any("pooler." in name for name in names)
     return {"add_pooling_layer": False} if lacks else {}

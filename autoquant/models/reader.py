@@ -33,7 +33,7 @@ _ARGUMENTS: Mapping[str, Reads] = {
 }
 _TEXT = (
     "A river runs from the hills to the sea. In spring it carries melted snow, and in autumn"
-    " leaves. Farmers ask how high it will rise; engineers measure 3.5 metres at the old bridge, and"
+    " leaves. Farmers ask how high it will rise; engineers measure 3.5 metres at the old bridge and"
     ' write: "The gauge was read at 7 a.m., 12 p.m. and 6 p.m." Nobody knows why the fish left. '
 )
 _PICTURE_PIXELS = 256

@@ -10,7 +10,7 @@ import torch
 from autoquant.errors import WorkloadError
 from autoquant.models import LoadedModel
 from autoquant.models.reader import on
-from autoquant.records import Phase, Workload
+from autoquant.records import Workload
 
 DEFAULT_LM_WORKLOAD = "prefill=512,decode=128"
 DEFAULT_TOKEN_WORKLOAD = "prefill=512"

@@ -15,8 +15,8 @@ from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
 from autoquant.store import Store, StudyFacts, open_store
 from autoquant.study.columns import (
-    accuracy_of,
     COLUMNS,
+    accuracy_of,
     as_run_columns,
     measure_of,
     original_request_ms,

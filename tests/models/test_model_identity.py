@@ -58,17 +58,32 @@ def edit(folder, **changes):
 
 @pytest.mark.parametrize("form", ["folder", "bin", "file"])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_another_kind_is_refused_by_its_class_with_the_way_to_search_it(
-    kind, form, tmp_path, refusal
-):
-    model = OTHERS[kind]()
+def test_another_kind_is_loaded_as_the_class_that_its_configuration_names(kind, form, tmp_path):
+    torch.manual_seed(0)
+    model = OTHERS[kind]().eval()
     path = folder = saved(model, tmp_path / "model")
+    if kind == "speech":
+        t.WhisperFeatureExtractor().save_pretrained(folder)
     if form != "folder":
         (folder / "model.safetensors").unlink()
         path = folder / ("pytorch_model.bin" if form == "bin" else "mine.pt")
         torch.save(model.state_dict(), path)
-    message = refusal(ModelError, load_model, folder if form == "bin" else path)
-    assert type(model).__name__ in message and str(folder) in message
+    loaded = load_model(folder if form == "bin" else path)
+    assert type(loaded.module) is type(model)
+    assert loaded.kind == ("encoder_decoder" if model.config.is_encoder_decoder else "module")
+    expected = dict(model.named_parameters())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in loaded.module.named_parameters()
+    )
+    assert loaded.reader is not None and loaded.family is not None
+
+
+def test_a_kind_without_a_judge_is_refused_by_its_class_with_the_way_to_search_it(
+    tmp_path, refusal
+):
+    folder = saved(t.BertForMultipleChoice(t.BertConfig(**SMALL)), tmp_path / "model")
+    message = refusal(ModelError, load_model, folder)
+    assert "BertForMultipleChoice" in message and str(folder) in message
     assert "--model-factory" in message and "--quality" in message
     assert "download" not in message
 
@@ -115,11 +130,25 @@ def test_weights_that_have_no_place_are_refused(tmp_path, refusal, key):
     assert key in message and "LlamaForCausalLM" in message and "--quality" in message
 
 
-def test_a_sentence_embedder_is_refused_whatever_its_class(tmp_path, refusal):
+def test_a_sentence_embedder_is_loaded_without_its_head_whatever_its_class(tmp_path):
     folder = saved(tiny_llama(), tmp_path / "model")
     (folder / "modules.json").write_text("[]")
-    message = refusal(ModelError, load_model, folder)
-    assert "embedder" in message and "--quality" in message
+    loaded = load_model(folder)
+    assert type(loaded.module).__name__ == "LlamaModel"
+    assert loaded.family.judged_by == "vectors"
+    assert any("lm_head.weight" in note for note in loaded.notes)
+
+
+def test_an_embedder_saved_without_a_pooler_is_loaded_without_one(tmp_path):
+    model = t.BertModel(t.BertConfig(**SMALL), add_pooling_layer=False)
+    loaded = load_model(saved(model, tmp_path / "model"))
+    assert loaded.module.pooler is None
+
+
+def test_a_classifier_without_a_tokenizer_is_refused_with_what_to_do(tmp_path, refusal):
+    folder = tmp_path / "model"
+    OTHERS["a classifier of BERT"]().save_pretrained(folder)
+    assert "--tokenizer" in refusal(ModelError, load_model, folder)
 
 
 @pytest.mark.parametrize("whole", [True, False])

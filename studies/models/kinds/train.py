@@ -29,7 +29,7 @@ WORDS = re.findall(
     " jumps reads waits falls swims here there now then soon today away home again never always",
 )
 SIDE = 32
-TRAINED_S = 150.0
+TRAINED_S = 100.0  # of the processor, one thread
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -49,12 +49,12 @@ def train_vit(out: Path) -> None:
     held = 500
     torch.manual_seed(0)
     config = t.ViTConfig(
-        hidden_size=192,
-        intermediate_size=768,
+        hidden_size=128,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=SIDE,
-        patch_size=4,
+        patch_size=8,
         num_labels=10,
     )
     model = t.ViTForImageClassification(config)
@@ -93,10 +93,10 @@ def train_t5(out: Path) -> None:
     torch.manual_seed(0)
     draw = np.random.default_rng(0)
     config = t.T5Config(
-        d_model=192,
-        d_kv=48,
-        d_ff=768,
-        num_layers=3,
+        d_model=128,
+        d_kv=32,
+        d_ff=512,
+        num_layers=2,
         num_heads=4,
         vocab_size=len(WORDS) + 3,
         decoder_start_token_id=0,
@@ -136,9 +136,10 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
     model.train()
-    started = shown = time.monotonic()
+    torch.set_num_threads(1)
+    started = shown = time.process_time()
     steps = 0
-    while (spent := time.monotonic() - started) < TRAINED_S:
+    while (spent := time.process_time() - started) < TRAINED_S:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, 0.02 + spent / 5) * (1 - spent / TRAINED_S)
         rows = torch.randint(count, (batch,), generator=generator)
@@ -148,8 +149,8 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         steps += 1
-        if time.monotonic() - shown > 10:
-            shown = time.monotonic()
+        if time.process_time() - shown > 10:
+            shown = time.process_time()
             print(f"{steps} steps, {spent:.0f} s, loss {loss.item():.4f}", flush=True)
     model.eval()
 

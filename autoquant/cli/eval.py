@@ -1,4 +1,4 @@
-"""`autoquant eval`: score plans and the unquantized model on tasks."""
+"""`autoquant eval`: score plans and the unquantized model on tasks, or by labels."""
 
 from __future__ import annotations
 
@@ -21,11 +21,20 @@ from autoquant.cli.trust import trusting
 def evaluate(
     database: Database,
     tasks: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME,...", help="Tasks of lm-eval, or of --tasks-path.", show_default=False
         ),
-    ],
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:CONFIG][:SPLIT][:COLUMN]",
+            help="Instead of tasks: a dataset with labels, for classifiers and models with an"
+            " encoder and a decoder.",
+            show_default=False,
+        ),
+    ] = None,
     plan: PlansOption = None,
     tasks_path: Annotated[
         Path | None,
@@ -46,14 +55,17 @@ def evaluate(
     sample_inputs: SampleInputsOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Score plans and the unquantized model on the same tasks of lm-evaluation-harness.
+    """Score plans and the unquantized model on the same tasks, or by the same labels.
 
-    The scores are kept in the database.
+    Tasks are those of lm-evaluation-harness. The scores are kept in the database.
     """
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
+    if labels is not None and (tasks is not None or tasks_path is not None):
+        raise typer.BadParameter("cannot be combined with --tasks", param_hint="--labels")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not names and labels is None:
         raise typer.BadParameter(
-            "give one or more names of tasks, separated by commas", param_hint="--tasks"
+            "give one or more names of tasks, separated by commas, or --labels DATASET",
+            param_hint="--tasks",
         )
     from autoquant.report.progress import listening
 
@@ -61,16 +73,31 @@ def evaluate(
         plans = chosen_plans(study, plan or [])
         source = model or source_path(study)
         # These import torch: after all that can be refused without it.
-        from autoquant.evaluators.tasks import Tasks
         from autoquant.models.trust import Trust
-        from autoquant.tuner.tasks import TaskRow, score_tasks
-
-        given = Tasks(names, folder=tasks_path, limit=limit)
+        from autoquant.tuner.tasks import TaskRow
 
         def scored(**code: Any) -> list[TaskRow]:
+            trust = Trust(**code)
             with listening() as listener:
+                if labels is not None:
+                    from autoquant.tuner.labels import score_labels
+
+                    return score_labels(
+                        plans,
+                        source,
+                        study.facts,
+                        labels,
+                        study.store,
+                        listener,
+                        limit=limit,
+                        trust=trust,
+                    )
+                from autoquant.evaluators.tasks import Tasks
+                from autoquant.tuner.tasks import score_tasks
+
+                given = Tasks(names, folder=tasks_path, limit=limit)
                 return score_tasks(
-                    plans, source, study.facts, given, study.store, listener, trust=Trust(**code)
+                    plans, source, study.facts, given, study.store, listener, trust=trust
                 )
 
         rows = trusting(

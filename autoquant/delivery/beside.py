@@ -6,8 +6,11 @@ training leaves, and databases.
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch import nn
 
 from autoquant.errors import CheckpointError
 from autoquant.models import LoadedModel
+from autoquant.models.families import EMBEDDER_FILE
 from autoquant.models.folder import has_config
 from autoquant.models.hub import download
 from autoquant.models.tokenizers import load_tokenizer
@@ -55,6 +59,7 @@ _TOKENIZER = (
     "*.tiktoken",
     "additional_chat_templates/*",
 )
+_MODULE_FOLDER = re.compile(r"\d+_\w+")
 _LARGEST_UNKNOWN_BYTES = 64 << 20
 _LINE = "A line, 行, of 123 words; then\n\n\ttwo  more."
 
@@ -81,7 +86,8 @@ def copy_beside(loaded: LoadedModel, folder: Path) -> bool:
         name = path.relative_to(source)
         known = _matches(name, (*_CONFIGURATION, *_TOKENIZER))
         small = is_folder and path.stat().st_size <= _LARGEST_UNKNOWN_BYTES
-        if (known or small) and not _matches(name, left_out):
+        of_module = small and _MODULE_FOLDER.fullmatch(name.parts[0]) is not None
+        if of_module or ((known or small) and not _matches(name, left_out)):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
     return True
@@ -102,8 +108,17 @@ def _matches(name: Path, patterns: Iterable[str]) -> bool:
     return any(fnmatch(str(name), pattern) for pattern in patterns)
 
 
+def module_folders(source: Path) -> list[str]:
+    """Return the folders of a sentence embedder's further modules, such as `1_Pooling`."""
+    with suppress(OSError, ValueError):
+        listed = json.loads((source / EMBEDDER_FILE).read_text(encoding="utf-8"))
+        names = [str(each.get("path", "")) for each in listed if isinstance(each, dict)]
+        return [name for name in names if _MODULE_FOLDER.fullmatch(name)]
+    return []
+
+
 def _files(source: Path) -> Iterator[Path]:
-    for place in (source, *(source / name for name in _FOLDERS)):
+    for place in (source, *(source / name for name in (*_FOLDERS, *module_folders(source)))):
         if place.is_dir():
             yield from (path for path in sorted(place.iterdir()) if path.is_file())
 

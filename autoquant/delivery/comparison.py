@@ -13,6 +13,7 @@ from autoquant.candidates.kernels.caches import untuned
 from autoquant.errors import CheckpointError
 from autoquant.models import LoadedModel
 from autoquant.models.outputs import CHECK_TOKENS, output_tensor
+from autoquant.runtime.inputs import start_ids
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -65,6 +66,9 @@ def check_inputs(loaded: LoadedModel) -> Inputs:
         CheckpointError: The model has none.
     """
     inputs = loaded.example_inputs
+    if loaded.kind == "encoder_decoder" and isinstance(inputs, dict):
+        start = start_ids(loaded.module, 1, loaded.device)
+        return (), inputs | {"decoder_input_ids": start}
     if inputs is not None:
         return ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     if loaded.kind in ("causal_lm", "token_lm"):

@@ -89,7 +89,7 @@ def likeness(
             for name, tensor in plain.state_dict().items()
             if name not in (*quantized, *rounded) and not same_bits(tensor, _numbers(again, name))
         ]
-    in_nats = loaded.kind != "module"
+    in_nats = loaded.kind in ("causal_lm", "token_lm")
     parted = divergence if in_nats else _distance
     return Likeness(
         weights=len(moves),
@@ -107,7 +107,7 @@ def likeness(
 
 def read_inputs(loaded: LoadedModel) -> Inputs:
     """Return positional and named arguments that a model is compared on."""
-    if loaded.tokenizer is None:
+    if loaded.tokenizer is None or loaded.reader is not None:
         return check_inputs(loaded)
     ids = loaded.tokenizer(_TEXT)["input_ids"][: loaded.max_positions]
     return (torch.tensor([ids], device=loaded.device),), {}

@@ -84,8 +84,8 @@ class RowsQuality(DivergenceQuality):
             found = expected if module is reference else _run(module, rows, device)
             losses += self._losses(expected, found, rows)
             if self.rows.labelled:
-                right += _right(found, rows)
-                reference_right += _right(expected, rows)
+                right += right_labels(found, rows)
+                reference_right += right_labels(expected, rows)
                 counted += _labels(rows)
         shown = (right, reference_right, counted) if counted else None
         return Comparison(tuple(losses), (0.0,) * len(losses), None, right=shown)
@@ -248,7 +248,7 @@ def _relative(expected: list[torch.Tensor], found: list[torch.Tensor]) -> torch.
     return torch.stack(each).mean(0)
 
 
-def _right(output: Any, rows: Rows) -> int:
+def right_labels(output: Any, rows: Rows) -> int:
     """Return how many labels are the output's most likely class."""
     assert rows.labels is not None
     labels = rows.labels.to(output.logits.device)

@@ -218,6 +218,11 @@ def deal_rows(
     return JudgedRows(parts, f"rows-{digest.hexdigest()[:12]}", words)
 
 
+def batches(reader: Reader, rows: Sequence[Row]) -> tuple[Rows, ...]:
+    """Return rows ready for forward passes, those of one shape together."""
+    return tuple(_ready(reader, rows, hashlib.sha256(), masks=False, seed=0))
+
+
 def _fewer(available: int, counts: Mapping[Part, int], name: str) -> dict[Part, int]:
     """Return how many rows each part gets of fewer than are wanted."""
     least = sum(LEAST_WINDOWS.values())

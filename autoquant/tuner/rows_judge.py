@@ -80,8 +80,7 @@ def _rows(
     masks = loaded.family.auto == "AutoModelForMaskedLM"
     if data is not None:
         answers = loaded.family.judged_by == "answers"
-        labels = _labels(loaded) if loaded.family.auto in _CLASSIFIERS or answers else None
-        found = dataset_rows(reader, data, seed, labels, answers=answers)
+        found = dataset_rows(reader, data, seed, labels_of(loaded), answers=answers)
         name = f"the dataset {data}"
     elif "texts" in reader.reads:
         pieces = file_pieces(DEFAULT_TEXT if text is None else text)
@@ -103,6 +102,17 @@ def _text_name(text: Path | None) -> str:
     return "a text that autoquant ships" if text is None else f"the text {text}"
 
 
-def _labels(loaded: LoadedModel) -> Mapping[str, int]:
+def labels_of(loaded: LoadedModel) -> Mapping[str, int] | None:
+    """Return the number of each class by its name; empty for a model that answers.
+
+    None if the model gives neither one class for a row nor answers.
+    """
     config: Any = loaded.module.config
+    if loaded.family is None:
+        return None
+    if loaded.family.judged_by == "answers":
+        return {}
+    many = getattr(config, "problem_type", None) == "multi_label_classification"
+    if loaded.family.auto not in _CLASSIFIERS or many or config.num_labels == 1:
+        return None
     return {str(name): int(number) for name, number in (config.label2id or {}).items()}

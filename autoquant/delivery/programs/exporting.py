@@ -167,6 +167,11 @@ def _check(form: ProgramForm, plan: Plan, loaded: LoadedModel) -> None:
             f"{form.name} needs the model in memory, and it does not fit: `autoquant apply` writes"
             " this one layer by layer"
         )
+    if loaded.kind == "encoder_decoder":
+        raise PlanError(
+            f"{form.name} holds one forward pass, and a model with an encoder and a decoder needs"
+            " two and its caches: `autoquant apply` writes this one, and transformers runs it"
+        )
     if form.compiled and (failure := backend(loaded.device).compile_failure()):
         raise PlanError(f"aoti needs PyTorch's compiler, and it does not work here: {failure}")
     if loaded.kind == "causal_lm":

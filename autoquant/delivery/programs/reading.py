@@ -140,7 +140,7 @@ class Reading:
             )
         of_original = got if self._ids is not None else got[-1:]
         of_plan = expected if self._ids is not None else expected[-1:]
-        tokens = self._loaded.kind != "module"
+        tokens = self._loaded.kind in ("causal_lm", "token_lm")
         return Agreement(
             places=sum(each.numel() // each.shape[-1] for each in got) if tokens else len(got),
             same=all(map(torch.equal, got, expected)),

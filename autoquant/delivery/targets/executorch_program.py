@@ -103,7 +103,7 @@ class ExecutorchWriter(Writer):
 
 
 def _reads_tokens(loaded: LoadedModel) -> bool:
-    return loaded.kind != "module"
+    return loaded.kind in ("causal_lm", "token_lm")
 
 
 def _longest(loaded: LoadedModel) -> int:

@@ -6,7 +6,6 @@ with those of plans.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import nn
 
 from autoquant.evaluators.rows import JudgedRows, Rows
 from autoquant.models.loaded import device_of
-from autoquant.models.quiet import quiet
 from autoquant.models.reader import on
 from autoquant.runtime.inputs import start_ids
+from autoquant.runtime.user_loop import generate_from
 
 _ANSWER_TOKENS = 32
 
@@ -40,7 +39,7 @@ def _answered(module: nn.Module, rows: Rows) -> Rows:
     if rows.labels is not None:
         said = rows.labels.to(device)
         return replace(rows, inputs=_read(rows, torch.cat([start, said[:, :-1]], dim=1)))
-    said = _own_answer(module, on(rows.inputs, device))
+    said = generate_from(module, on(rows.inputs, device), _ANSWER_TOKENS, num_beams=1)
     if not bool((said[:, :1] == start).all()):
         said = torch.cat([start, said], dim=1)
     read, told = said[:, :-1], said[:, 1:]
@@ -49,15 +48,6 @@ def _answered(module: nn.Module, rows: Rows) -> Rows:
 
 def _read(rows: Rows, decoder_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return rows.inputs | {"decoder_input_ids": decoder_ids.cpu().contiguous()}
-
-
-def _own_answer(module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    model: Any = module
-    with torch.no_grad(), quiet():
-        said: torch.Tensor = model.generate(
-            **inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False, num_beams=1
-        )
-    return said
 
 
 def _until_end(module: nn.Module, said: torch.Tensor) -> torch.Tensor:

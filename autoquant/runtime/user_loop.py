@@ -222,9 +222,12 @@ def generate_from(
     Of an encoder-decoder the ids are the decoder's.
     """
     ends = {"min_new_tokens": tokens} if exactly else {}
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    first = [inputs["input_ids"]] if "input_ids" in inputs else []
     with torch.no_grad(), quiet():
         made: torch.Tensor = model.generate(
-            **inputs,
+            *first,
+            **others,
             max_new_tokens=tokens,
             do_sample=False,
             **ends,

@@ -19,10 +19,10 @@ from autoquant.events import Listener, StageFinished, StageProgress, StageStarte
 from autoquant.models import LoadedModel
 from autoquant.models.copies import shallow_copy
 from autoquant.models.loaded import device_of
-from autoquant.models.quiet import quiet
 from autoquant.models.reader import on
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import ORIGINAL_LABEL, Plan, TaskScore
+from autoquant.runtime.user_loop import generate_from
 from autoquant.store import Store, StudyFacts
 from autoquant.tuner.rows_judge import labels_of
 from autoquant.tuner.tasks import TaskRow
@@ -121,13 +121,8 @@ def _score(
 
 def _right_answers(module: nn.Module, tokenizer: Any, rows: Rows) -> int:
     assert rows.labels is not None
-    model: Any = module
-    with torch.no_grad(), quiet():
-        said = model.generate(
-            **on(rows.inputs, device_of(module)),
-            max_new_tokens=rows.labels.shape[1] + _MORE_TOKENS,
-            do_sample=False,
-        )
+    most = rows.labels.shape[1] + _MORE_TOKENS
+    said = generate_from(module, on(rows.inputs, device_of(module)), most)
     told = tokenizer.batch_decode(said, skip_special_tokens=True)
     wanted = tokenizer.batch_decode(rows.labels, skip_special_tokens=True)
     return sum(one.strip() == other.strip() for one, other in zip(told, wanted, strict=True))

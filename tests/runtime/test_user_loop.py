@@ -146,14 +146,14 @@ def test_another_token_is_found_and_a_near_tie_is_none(llama, monkeypatch):
     order = logits.sort(descending=True).indices
     worst = answer.ids.clone()
     worst[0, 7] = order[-1]
-    assert first_difference(llama, Answer(answer.output, worst), answer).startswith(
+    assert first_difference(LM, llama, Answer(answer.output, worst), answer).startswith(
         "generate gives another token at position 7"
     )
-    assert first_difference(llama, answer, answer) == ""
+    assert first_difference(LM, llama, answer, answer) == ""
     near = answer.ids.clone()
     near[0, 7] = order[1]
     monkeypatch.setattr(user_loop, "MAX_RELATIVE_ERROR", 1.0)
-    assert first_difference(llama, Answer(answer.output, near), answer) == ""
+    assert first_difference(LM, llama, Answer(answer.output, near), answer) == ""
 
 
 def test_another_token_in_a_later_text_is_found(llama):
@@ -162,7 +162,7 @@ def test_another_token_in_a_later_text_is_found(llama):
         logits = llama(answer.ids[:, :7]).logits[1, -1].float()
     worst = answer.ids.clone()
     worst[1, 7] = logits.argmin()
-    assert first_difference(llama, Answer(answer.output, worst), answer).startswith(
+    assert first_difference(LM, llama, Answer(answer.output, worst), answer).startswith(
         "generate gives another token at position 7"
     )
 
@@ -170,5 +170,5 @@ def test_another_token_in_a_later_text_is_found(llama):
 def test_an_early_end_is_a_difference(llama):
     answer = LM.answer_of(llama)
     assert "ends at another token" in first_difference(
-        llama, Answer(answer.output, answer.ids[:, :-1]), answer
+        LM, llama, Answer(answer.output, answer.ids[:, :-1]), answer
     )

@@ -1,4 +1,4 @@
-"""Folders that hold something else than the causal language model they could be loaded as."""
+"""Folders of other kinds than causal language models, and folders that are not what they say."""
 
 import json
 

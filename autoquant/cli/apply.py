@@ -129,7 +129,7 @@ _READ_BACK = {
     "logits": "Read back: its logits are bit for bit those of the quantized model in memory.",
     "weights": (
         "Read back: its weights are those of the quantized model in memory, whose logits differ"
-        " from run to run."
+        " from run to run, or by rounding."
     ),
     "layers": (
         "Read back: its tensors are bit for bit those that were made. The unquantized model does"

@@ -15,13 +15,14 @@ from autoquant.models import LoadedModel
 from autoquant.models.outputs import CHECK_TOKENS, output_tensor
 from autoquant.runtime.inputs import start_ids
 
+_ROUNDING_FLOAT32 = 2e-6
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
     """Check that the model read back is the one that was written.
 
-    Their logits are compared, or their weights if the logits differ from run to run.
+    Their logits are compared, or their weights if the logits differ from run to run or by rounding.
 
     Returns:
         Whether the logits are the same.
@@ -33,13 +34,22 @@ def check_same(loaded: LoadedModel, again: nn.Module, target: Path) -> bool:
     before, after = logits(loaded.module, inputs), logits(again, inputs)
     if torch.equal(before, after):
         return True
-    if torch.equal(before, logits(loaded.module, inputs)) or not _same_weights(
-        loaded.module, again
-    ):
+    steady = torch.equal(before, logits(loaded.module, inputs))
+    if (steady and not _is_rounding(before, after)) or not _same_weights(loaded.module, again):
         raise CheckpointError(
             f"what was written for {target} does not compute the same logits; please report this"
         )
     return False
+
+
+def _is_rounding(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Check whether float32 outputs differ by no more than where in memory the weights lie.
+
+    Products of one row are added up in another order there (seen: 2e-7).
+    """
+    if one.dtype != torch.float32 or one.shape != other.shape:
+        return False
+    return bool((other - one).norm() <= _ROUNDING_FLOAT32 * one.norm())
 
 
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:

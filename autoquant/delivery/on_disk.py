@@ -39,7 +39,8 @@ Compared = Literal["logits", "weights", "layers"]
 _SAME: Mapping[Compared, str] = {
     "logits": "logits are bit for bit those of the model in memory",
     "weights": (
-        "its logits differ from run to run; weights are bit for bit those of the model in memory"
+        "its logits differ from run to run, or by rounding; weights are bit for bit those of the"
+        " model in memory"
     ),
     "layers": "all tensors are bit for bit those that were made, layer by layer",
 }

@@ -86,7 +86,7 @@ def test_an_encoder_decoder_generates_after_it_was_applied(tmp_path):
         eos_token_id=61,
     )
     folder = tmp_path / "t5"
-    t.T5ForConditionalGeneration(config).to(torch.bfloat16).eval().save_pretrained(folder)
+    t.T5ForConditionalGeneration(config).eval().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     study, said = search(folder, tmp_path, workload="prefill=8,decode=2")
     assert any("decoder's next-token probabilities" in text for text in said)

@@ -28,9 +28,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of te
 @contextmanager
 def opened_store(database: str) -> Iterator[Store]:
     """Open an existing database, and close it at the end."""
-    from autoquant.store import open_store
+    from autoquant.store.connect import open_existing
 
-    store = open_store(database, create=False)
+    store = open_existing(database)
     try:
         yield store
     finally:

@@ -22,7 +22,7 @@ from autoquant.hints import did_you_mean_path
 from autoquant.store import postgres
 from autoquant.store.integrity import check_integrity, damaged
 from autoquant.store.log import begin_log, write_to_log
-from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
+from autoquant.store.refused import BUSY_TIMEOUT_S, READ_ONLY, refusal
 from autoquant.store.repository import Store
 from autoquant.store.schema import Base
 
@@ -67,6 +67,17 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     return Store(engine)
 
 
+def open_existing(address: str | os.PathLike[str]) -> Store:
+    """Open an existing database, for reading alone if its file may not be written.
+
+    Raises what `open_store` and `open_read_only` raise.
+    """
+    file = _file_of(str(address))
+    if file is not None and file.is_file() and not _may_write(file):
+        return open_read_only(file)
+    return open_store(address, create=False)
+
+
 def open_read_only(path: str | os.PathLike[str]) -> Store:
     """Open a database file of today's schema, and change no byte of it.
 
@@ -83,6 +94,7 @@ def open_read_only(path: str | os.PathLike[str]) -> Store:
         creator=lambda: connect_read_only(file),
         poolclass=NullPool,
     )
+    engine.update_execution_options(read_only=True)
     event.listen(engine, "begin", _begin_sqlite)
     try:
         _check_revision(engine, str(path))
@@ -207,9 +219,13 @@ def _check_file(path: Path, *, create: bool, write: bool = True) -> None:
         if not is_writable(folder):
             raise StoreError(f"cannot write into {folder}; choose another place with --db")
         return
-    if write and not (is_writable(path) and is_writable(path.parent)):
-        raise StoreError(f"cannot write to {path} (read-only); copy it somewhere writable")
+    if write and not _may_write(path):
+        raise StoreError(READ_ONLY.format(path))
     _check_header(path)
+
+
+def _may_write(path: Path) -> bool:
+    return is_writable(path) and is_writable(path.parent)
 
 
 def _check_header(path: Path) -> None:

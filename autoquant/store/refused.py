@@ -12,6 +12,7 @@ from autoquant.store import postgres
 BUSY_TIMEOUT_S = 60
 """So long a process waits for others to have written."""
 
+READ_ONLY = "cannot write to {} (read-only); copy it somewhere writable"
 _FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
 
 

@@ -15,7 +15,7 @@ from autoquant.store import postgres
 from autoquant.store.columns import BadValueError
 from autoquant.store.integrity import damaged, is_damage
 from autoquant.store.log import check_and_begin_log
-from autoquant.store.refused import refusal
+from autoquant.store.refused import READ_ONLY, refusal
 
 
 @contextmanager
@@ -31,6 +31,8 @@ def transaction(engine: Engine, *, writes: bool = False) -> Iterator[Session]:
     """
     try:
         if writes:
+            if engine.get_execution_options().get("read_only"):
+                raise StoreError(READ_ONLY.format(name_of(engine)))
             check_and_begin_log(engine)
         options: dict[str, Any] = {"writes": writes}
         if engine.dialect.name == postgres.BACKEND:

@@ -13,7 +13,8 @@ from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.solver.space import SearchSpace
 from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
-from autoquant.store import Store, StudyFacts, open_store
+from autoquant.store import Store, StudyFacts
+from autoquant.store.connect import open_existing
 from autoquant.study.columns import (
     COLUMNS,
     accuracy_of,
@@ -47,7 +48,7 @@ class Study:
     @classmethod
     def open(cls, address: str | os.PathLike[str], study_id: str | None = None) -> Study:
         """Open a study of an existing database (a path or an SQLAlchemy URL)."""
-        return cls(open_store(address, create=False), study_id)
+        return cls(open_existing(address), study_id)
 
     @property
     def facts(self) -> StudyFacts:

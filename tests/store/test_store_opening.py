@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.config import Config
-from builders.records import MODEL
+from builders.records import MODEL, STUDY
 from builders.rich import DEVICE, delivery, fill, measurement, plan, proof
 from sqlalchemy import create_engine, event, text
 
@@ -16,6 +16,7 @@ from autoquant.records import Roofline
 from autoquant.store import Store, connect, open_store
 from autoquant.store.connect import APPLICATION_ID, VERSION_TABLE
 from autoquant.store.schema import Base
+from autoquant.study.study import Study
 
 
 def make_foreign(path, journal="DELETE"):
@@ -339,6 +340,20 @@ def test_a_read_only_database_is_refused_and_left_alone(path, folder_print):
     path.chmod(0o444)
     before = folder_print(path.parent)
     assert "read-only" in refusal(path)
+    assert folder_print(path.parent) == before
+
+
+def test_a_read_only_database_is_read_and_what_would_write_is_refused(path, folder_print):
+    store = open_store(path)
+    fill(store)
+    store.close()
+    path.chmod(0o444)
+    before = folder_print(path.parent)
+    study = Study.open(path)
+    assert study.study_id == STUDY and study.plans() == []
+    with pytest.raises(StoreError, match=r"cannot write to .* \(read-only\)"):
+        study.store.put_reference(STUDY, "note", {})
+    study.store.close()
     assert folder_print(path.parent) == before
 
 

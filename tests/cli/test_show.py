@@ -20,6 +20,7 @@ def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database)
     assert shown["layers"][0] == {
         "name": "model.layers.0.q_proj",
         "shape": {"n": 256, "k": 256, "bias": False, "dtype": "bf16"},
+        "experts": 1,
         "format": "int8-row",
         "route": [{"upper_m": 16, "kernel": "weight-only"}, {"upper_m": None, "kernel": "dynamic"}],
         "numerics": "int8-row:a16",

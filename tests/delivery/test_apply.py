@@ -235,7 +235,8 @@ class Shaky(nn.Linear):
 
 @pytest.mark.parametrize(("kind", "repeatable"), [(nn.Linear, True), (Shaky, False)])
 def test_what_is_read_back_is_compared_by_its_logits_or_else_its_weights(kind, repeatable):
-    written = SimpleNamespace(module=kind(8, 8), example_inputs=(torch.ones(1, 8),))
+    inputs = (torch.ones(1, 8),)
+    written = SimpleNamespace(module=kind(8, 8), kind="module", example_inputs=inputs)
     assert check_same(written, copy.deepcopy(written.module), Path("out")) is repeatable
     other = copy.deepcopy(written.module)
     with torch.no_grad():

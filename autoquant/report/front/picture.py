@@ -30,6 +30,7 @@ _FRONT, _STAR, _INK, _GREY, _THIN = "#1f4e79", "#f0a020", "#222222", "#6b7885", 
 _SIZE_INCHES, _DPI = (9.0, 5.8), 120
 _SMALLEST_AREA, _LARGEST_AREA = 30.0, 190.0  # points squared, as matplotlib counts areas
 _STAR_GROWTH = 2.2  # a star of the same extent has less ink
+_MARGIN, _LEAST_AROUND = 0.12, 0.05
 _LEGEND_COLUMNS = 4
 _LABELLED_KINDS = ("uniform", "heuristic", "bits")
 
@@ -74,6 +75,7 @@ def _draw(front: Front, title: str) -> Any:
     # Labels are placed in pixels, so the layout must not change after this.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    axes.autoscale(False)
     _draw_labels(figure, axes, front)
     return figure
 
@@ -81,17 +83,36 @@ def _draw(front: Front, title: str) -> Any:
 def _set_scales(axes: Any, front: Front) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-    axes.margins(0.12)
+    axes.margins(_MARGIN)
     if front.log_times:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
+    if (limits := _time_limits(front)) is not None:
+        axes.set_xlim(limits)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
     if front.linear_to is not None:
         linear_to = 10 ** math.ceil(math.log10(front.linear_to))
         axes.set_yscale("symlog", linthresh=linear_to, linscale=1.5)
         axes.yaxis.set_major_locator(FixedLocator(_symlog_ticks(linear_to, front.drawn)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: _signed(value)))
+
+
+def _time_limits(front: Front) -> tuple[float, float] | None:
+    """Return the ends of the axis of times, or None without a point.
+
+    matplotlib sets them anew for each point, and warns where they meet in between. Times that are
+    nearly equal get an axis that does not enlarge their difference.
+    """
+    times = [point.request_ms for point in front.drawn]
+    if not times:
+        return None
+    low, high = min(times), max(times)
+    if front.log_times:
+        beyond = (high / low) ** _MARGIN
+        return low / beyond, high * beyond
+    beyond = max(_MARGIN * (high - low), _LEAST_AROUND * high)
+    return low - beyond, high + beyond
 
 
 def _signed(value: float) -> str:

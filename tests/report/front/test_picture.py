@@ -27,8 +27,15 @@ def test_svg_names_axes_uniform_plans_and_the_original():
         [*ROWS, row("broken", "front", 90.0, math.inf)],
         [row("original", "original", 5.0, 0.0, perplexity=None, kl=None)],
         [row("original", "original", 200.0, 0.0, perplexity_increase_low=math.nan)],
+        [
+            row("original", "original", 0.1261180152721707, 0.0),
+            row("uniform int8-row", "uniform", 5.044720610886828, 0.0),
+            row("front 1", "front", 0.2522360305443414, 0.5),
+        ],
+        [row("original", "original", 5.0, 0.0), row("front 1", "front", 5.000000000001, 0.0)],
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_every_kind_of_front_can_be_drawn(rows, suffix):
     assert len(render(rows, suffix, TITLE)) > 1000
 

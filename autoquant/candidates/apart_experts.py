@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates.experts import ExpertsOperand, ExpertsWeight
+from autoquant.candidates.experts import ExpertsOperand, ExpertsWeight, multiply_experts
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts")
 
@@ -87,9 +87,12 @@ class ApartExperts(nn.Module):
     ) -> torch.Tensor:
         """Return the product of sorted rows with each expert's weight, and its bias."""
         module = cast(Any, self)
-        watched = torch._C._len_torch_function_stack() and not torch.compiler.is_compiling()
-        if name in self.operands and not watched:
+        weight = self._parameters.get(name)  # None if something else computes it, as an adapter
+        watched = torch._C._len_torch_function_stack()
+        if torch.compiler.is_compiling() and name in self.operands:
             y = self.operands[name].product(x, ends)
+        elif isinstance(weight, ExpertsWeight) and not watched:
+            y = multiply_experts(x, weight, ends)  # with its present numbers and route
         else:  # a function mode watches, or the weight is not quantized
             weight = getattr(module, name)
             turned = weight if module.is_transposed else weight.transpose(-2, -1)

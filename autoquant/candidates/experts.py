@@ -184,7 +184,8 @@ class ExpertsOperand:
     def __init__(self, weight: ExpertsWeight) -> None:
         self.parts, rebuild = flatten_tensor(weight)
         self.make = content_key([repr(rebuild), weight.code_key()])
-        _MAKES[self.make] = rebuild, weight.stored.shape[0] // weight.experts
+        rows, k = weight.stored.shape
+        _MAKES[self.make] = rebuild, rows // weight.experts, k
         for part in self.parts:
             torch._dynamo.mark_static_address(part)
 
@@ -194,8 +195,8 @@ class ExpertsOperand:
         return cast(torch.Tensor, grouped(x, ends, self.parts, self.make))
 
 
-_MAKES: dict[str, tuple[Rebuild, int]] = {}
-"""How to rebuild weights of one make, and each expert's n."""
+_MAKES: dict[str, tuple[Rebuild, int, int]] = {}
+"""How to rebuild weights of one make, each expert's n, and k."""
 
 
 @torch.library.custom_op("autoquant::grouped_product", mutates_args=())
@@ -209,6 +210,38 @@ def _grouped_product(
 @_grouped_product.register_fake
 def _(x: torch.Tensor, ends: torch.Tensor, parts: list[torch.Tensor], make: str) -> torch.Tensor:
     return x.new_empty(x.shape[0], _MAKES[make][1])
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _x, ends, parts, ctx.make = inputs
+    ctx.save_for_backward(ends, *parts)
+
+
+def _gradient(ctx: Any, of_y: torch.Tensor) -> tuple[torch.Tensor, None, list[None], None]:
+    ends, *parts = ctx.saved_tensors
+    back = torch.ops.autoquant.grouped_product_back
+    return back(of_y, ends, parts, ctx.make), None, [None] * len(parts), None
+
+
+_grouped_product.register_autograd(_gradient, setup_context=_keep_for_gradient)
+
+
+@torch.library.custom_op("autoquant::grouped_product_back", mutates_args=())
+def _grouped_product_back(
+    of_y: torch.Tensor, ends: torch.Tensor, parts: list[torch.Tensor], make: str
+) -> torch.Tensor:
+    """Return the gradient of x, from that of its product with the numbers that are stored."""
+    weight = cast(ExpertsWeight, unflatten_tensor(_MAKES[make][0], parts))
+    of_x = of_y.new_zeros(len(of_y), weight.stored.shape[1])
+    for number, start, end in expert_rows(ends):
+        numbers = weight.expert(number).dequantize()
+        of_x[start:end] = of_y[start:end].to(numbers.dtype) @ numbers
+    return of_x
+
+
+@_grouped_product_back.register_fake
+def _(of_y: torch.Tensor, ends: torch.Tensor, parts: list[torch.Tensor], make: str) -> torch.Tensor:
+    return of_y.new_empty(of_y.shape[0], _MAKES[make][2])
 
 
 def multiply_experts(x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from autoquant.cli.output import Database, echo, opened_store
 def merge(
     database: Database,
     other: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="OTHER.DB", help="Database to copy from; it is only read.", show_default=False
         ),

@@ -54,8 +54,10 @@ def interruptible(database: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        from autoquant.store.addresses import shown_address
+
         echo(
-            f"interrupted: everything measured so far is kept in {database}; the same command"
+            f"interrupted: everything measured so far is kept in {shown_address(database)}; the same command"
             " goes on from there",
             err=True,
         )

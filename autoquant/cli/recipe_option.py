@@ -120,6 +120,7 @@ def save_recipe(context: typer.Context, path: Path) -> None:
 def configuration(context: typer.Context) -> dict[str, Value]:
     """Return every option of this call that has a value, by its name without dashes."""
     from autoquant.evaluators.data import DataName
+    from autoquant.store.addresses import without_passwords
 
     found: dict[str, Value] = {}
     for parameter in context.command.params:
@@ -128,6 +129,8 @@ def configuration(context: typer.Context) -> dict[str, Value]:
             continue
         if key == "eval-data":
             value = DataName.parse(value).absolute()
+        elif key == "db":
+            value = without_passwords(value)
         elif key in _PATHS and Path(value).exists():
             value = str(Path(value).resolve())
         found[key] = [str(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -30,7 +30,7 @@ def report(
         raise typer.BadParameter(f"{out} must end in .html", param_hint="--out")
     check_place(out)
     from autoquant.report.html.page import render_report
-    from autoquant.store.connect import shown_address
+    from autoquant.store.addresses import shown_address
 
     with opened_study(database, study_id=study) as opened:
         page = render_report(opened, shlex.quote(shown_address(database)))

@@ -240,6 +240,8 @@ def _check_judge(context: typer.Context) -> None:
 
 
 def _report(study: Study, db: str, *, as_json: bool) -> None:
+    from autoquant.store.addresses import shown_address
+
     rows = study.rows()
     recommended = next((row for row in rows if row["recommended"]), None)
     if as_json:
@@ -247,7 +249,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
             {
                 "study_id": study.study_id,
                 "recommended": recommended,
-                "database": db,
+                "database": shown_address(db),
                 "limits": study.limits.as_object(),
                 "constraints": study.facts.constraints,
                 "stage_seconds": study.stage_seconds(),
@@ -265,7 +267,7 @@ def _report(study: Study, db: str, *, as_json: bool) -> None:
         spent_words,
     )
 
-    where = shlex.quote(db)
+    where = shlex.quote(shown_address(db))
     if rows:
         print_table(lambda width: front_table(rows, width))
         echo()

@@ -40,7 +40,10 @@ def show(
             )
             print_json(found | {"constraints": study.facts.constraints})
         else:
-            _print_text(study, chosen, rows, proof, why=why, database=shlex.quote(database))
+            from autoquant.store.addresses import shown_address
+
+            where = shlex.quote(shown_address(database))
+            _print_text(study, chosen, rows, proof, why=why, database=where)
 
 
 def _print_text(

@@ -81,7 +81,9 @@ def solve(
     if as_json:
         print_json(_object(solved, limits.as_object()))
     else:
-        _print_text(solved, shlex.quote(database), embedding)
+        from autoquant.store.addresses import shown_address
+
+        _print_text(solved, shlex.quote(shown_address(database)), embedding)
 
 
 def check_embedding(embedding: Embedding | None, engine: str | None) -> None:

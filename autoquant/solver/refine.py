@@ -27,7 +27,7 @@ from autoquant.records import Objective, Plan, Proof
 from autoquant.solver.hypervolume import Growth
 from autoquant.solver.planning import ProvenPlans
 from autoquant.solver.space import SearchSpace
-from autoquant.store import Store
+from autoquant.store import Store, postgres
 from autoquant.store.connect import folder_of
 from autoquant.store.integrity import damaged, is_damage
 from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
@@ -152,10 +152,14 @@ def _storage(storage_url: str) -> optuna.storages.RDBStorage:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = make_url(storage_url)
+    # Two that make the tables at once would collide.
+    if url.get_backend_name() == postgres.BACKEND:
+        with postgres.one_at_a_time(storage_url):
+            return optuna.storages.RDBStorage(storage_url, engine_kwargs={"pool_pre_ping": True})
     if url.get_backend_name() != "sqlite" or not url.database:
         return optuna.storages.RDBStorage(storage_url)
     waiting = {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
-    with one_at_a_time(folder_of(storage_url)):  # two that make the tables at once would collide
+    with one_at_a_time(folder_of(storage_url)):
         return optuna.storages.RDBStorage(storage_url, engine_kwargs=waiting)
 
 

@@ -20,6 +20,7 @@ from autoquant.errors import StoreError, first_line
 from autoquant.files import is_writable
 from autoquant.hints import did_you_mean_path
 from autoquant.store import postgres
+from autoquant.store.addresses import shown_address, why_unclear
 from autoquant.store.integrity import check_integrity, damaged
 from autoquant.store.log import begin_log, write_to_log
 from autoquant.store.refused import BUSY_TIMEOUT_S, READ_ONLY, refusal
@@ -33,6 +34,9 @@ _log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x41514E54  # "AQNT" in the SQLite header marks our files
 VERSION_TABLE = "autoquant_schema"
+_RIGHT_URL = (
+    "give the path of a file, or the URL of a database, e.g. postgresql://USER@HOST/DATABASE"
+)
 _MEMORY = ":memory:"  # also the meaning of a SQLite URL that names no file
 
 
@@ -40,7 +44,8 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     """Open the store at a path (SQLite) or an SQLAlchemy URL.
 
     Args:
-        create: Make a missing database. With False, a missing file stays missing.
+        create: Make a missing database. With False, a missing file stays missing, and a database of
+            a server stays without our tables.
 
     Raises:
         StoreError: The file is missing, not writable, damaged, of another program, or of a newer
@@ -55,6 +60,8 @@ def open_store(address: str | os.PathLike[str], *, create: bool = True) -> Store
     elif engine.dialect.name == postgres.BACKEND:
         event.listen(engine, "begin", partial(postgres.begin, timeout_s=BUSY_TIMEOUT_S))
     try:
+        if not create:
+            _check_exists(engine, str(address))
         _migrate(engine, str(address))
         _check_tables(engine, str(address))
     except DatabaseError as error:
@@ -79,13 +86,28 @@ def open_existing(address: str | os.PathLike[str]) -> Store:
 
 
 def open_read_only(path: str | os.PathLike[str]) -> Store:
-    """Open a database file of today's schema, and change no byte of it.
+    """Open a database of today's schema, and change no byte of it.
+
+    Args:
+        path: Of a file, or the URL of a database.
 
     Raises:
         StoreError: The file is missing, damaged, of another program, or of an older or newer
             autoquant.
     """
-    file = Path(path)
+    address = str(path)
+    file = _file_of(address)
+    engine = _engine(address) if file is None else _engine_of_read_only(file)
+    try:
+        _check_revision(engine, shown_address(address))
+        _check_tables(engine, address)
+    except DatabaseError as error:
+        raise StoreError(refusal(error, shown_address(address))) from error
+    return Store(engine)
+
+
+def _engine_of_read_only(file: Path) -> Engine:
+    """Return the engine of a file that was checked."""
     _check_file(file, create=False, write=False)
     with closing(connect_read_only(file)) as connection:
         check_integrity(connection, file)
@@ -96,12 +118,7 @@ def open_read_only(path: str | os.PathLike[str]) -> Store:
     )
     engine.update_execution_options(read_only=True)
     event.listen(engine, "begin", _begin_sqlite)
-    try:
-        _check_revision(engine, str(path))
-        _check_tables(engine, str(path))
-    except DatabaseError as error:
-        raise StoreError(refusal(error, str(path))) from error
-    return Store(engine)
+    return engine
 
 
 def connect_read_only(file: Path) -> sqlite3.Connection:
@@ -126,6 +143,8 @@ def check_address(address: str | os.PathLike[str], *, create: bool = True) -> No
 
 def _engine(address: str) -> Engine:
     """Return the engine of an address, which is not connected yet."""
+    if reason := why_unclear(address):
+        raise StoreError(f"the address of the database {reason}: {_RIGHT_URL}")
     try:
         url = make_url(address) if "://" in address else URL.create("sqlite", database=address)
         if url.drivername in ("postgresql", "postgres"):
@@ -133,9 +152,11 @@ def _engine(address: str) -> Engine:
         if url.get_backend_name() == "sqlite":
             return create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
         return create_engine(url, pool_pre_ping=True)  # the server may have been restarted
-    except (ArgumentError, ImportError, ValueError) as error:
+    except ValueError as error:  # it would show what may be a password where the port is expected
+        raise StoreError(f"the port of the database's URL is no number: {_RIGHT_URL}") from error
+    except (ArgumentError, ImportError) as error:
         raise StoreError(
-            f"{_without_password(address)} is no database that can be opened"
+            f"{re.sub('://.*@', '://***@', shown_address(address))} is no database that can be opened"
             f" ({first_line(error)}): give the path of a file, or the URL of a database whose"
             f" driver is installed, as `pip install {postgres.EXTRA}` does"
         ) from error
@@ -143,7 +164,7 @@ def _engine(address: str) -> Engine:
 
 def _file_of(address: str) -> Path | None:
     """Return the SQLite file of an address, or None for another database."""
-    if "://" not in address:
+    if "://" not in address and not why_unclear(address):
         return Path(address)
     url = _engine(address).url
     return Path(url.database or _MEMORY) if url.get_backend_name() == "sqlite" else None
@@ -163,6 +184,15 @@ def _check_damage(address: str) -> None:
             check_integrity(connection, file)
 
 
+def _check_exists(engine: Engine, address: str) -> None:
+    """Refuse a database of a server in which no store was made yet."""
+    current, tables = _found(engine)
+    if engine.dialect.name == "sqlite" or current or tables & set(Base.metadata.tables):
+        return
+    shown = shown_address(address)
+    raise StoreError(f"no store in {shown} yet; `autoquant search ... --db {shown}` makes one")
+
+
 def _check_tables(engine: Engine, address: str) -> None:
     """Refuse a database that lacks a table or a column of its schema."""
     found = inspect(engine)
@@ -174,16 +204,6 @@ def _check_tables(engine: Engine, address: str) -> None:
             raise damaged(
                 shown_address(address), f"its table {table.name} lacks {', '.join(sorted(missing))}"
             )
-
-
-def _without_password(address: str) -> str:
-    """Return an address that may be no URL without what may be its password."""
-    return re.sub(r"://[^/@]*@", "://***@", address)
-
-
-def shown_address(address: str) -> str:
-    """Return an address without its password, to be shown."""
-    return make_url(address).render_as_string(hide_password=True) if "://" in address else address
 
 
 def folder_of(address: str) -> Path:

@@ -16,6 +16,7 @@ from sqlalchemy import Select, UniqueConstraint, insert, select
 from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
+from autoquant.store.addresses import shown_address
 from autoquant.store.connect import open_read_only
 from autoquant.store.repository import Store
 from autoquant.store.schema import (
@@ -49,20 +50,21 @@ class MergedRows:
 
 
 def merge(store: Store, other: str | os.PathLike[str]) -> dict[str, MergedRows]:
-    """Copy measurements of devices and unquantized models from the file `other` into `store`.
+    """Copy measurements of devices and unquantized models from the database `other` into `store`.
 
     One transaction copies all of them. Rows whose key is known keep their values in `store`.
     `other` is only read.
 
     Raises:
-        StoreError: `other` is the same file, or no database of this version.
+        StoreError: `other` is the same database, or no database of this version.
     """
     url = store.engine.url
     own = url.database if url.get_backend_name() == "sqlite" else None
-    if _is_same_file(own, Path(other)):
-        raise StoreError(f"{other} is the database to merge into: name another one")
     source = open_read_only(other)
     try:
+        if source.engine.url == url or _is_same_file(own, Path(other)):
+            shown = shown_address(str(other))
+            raise StoreError(f"{shown} is the database to merge into: name another one")
         with (
             transaction(source.engine) as reading,
             transaction(store.engine, writes=True) as writing,

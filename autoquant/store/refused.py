@@ -34,6 +34,10 @@ def refusal(error: DatabaseError, place: str | None) -> str:
             f"{place} lacks what this belongs to ({reason}): perhaps its study was removed"
             " meanwhile; the same command begins it again, and times nothing twice"
         ),
+        "denied": (
+            f"{place} does not allow this ({reason}): have its owner grant it to the user, or give"
+            " another database"
+        ),
         "gone": (
             f"cannot reach {place} ({reason}): check the address and that the server runs; then"
             " the same command goes on"

@@ -19,8 +19,9 @@ from sqlalchemy.orm import Session
 from autoquant.errors import StoreError
 from autoquant.hints import did_you_mean_path
 from autoquant.records import Workload
+from autoquant.store.addresses import shown_address
 from autoquant.store.columns import BadValueError
-from autoquant.store.connect import connect_read_only, open_store, shown_address
+from autoquant.store.connect import connect_read_only, open_store
 from autoquant.store.rows import check_in_study, check_row
 from autoquant.store.schema import Base, StudyRow
 from autoquant.store.transactions import transaction

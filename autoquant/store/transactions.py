@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from autoquant.errors import StoreError
 from autoquant.store import postgres
+from autoquant.store.addresses import shown_address
 from autoquant.store.columns import BadValueError
 from autoquant.store.integrity import damaged, is_damage
 from autoquant.store.log import check_and_begin_log
@@ -52,7 +53,7 @@ def name_of(engine: Engine) -> str:
     url = engine.url
     if url.get_backend_name() == "sqlite":
         return url.database or "the database"
-    return url.render_as_string(hide_password=True)
+    return shown_address(url.render_as_string(hide_password=False))
 
 
 class Transactions:

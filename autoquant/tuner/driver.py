@@ -28,6 +28,7 @@ from autoquant.records import Objective, Recording, Workload
 from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store import Store, open_store
+from autoquant.store.addresses import shown_address
 from autoquant.study.study import Study
 from autoquant.tuner.baseline import check_baseline
 from autoquant.tuner.budget import Budget
@@ -201,7 +202,7 @@ def _run_search(request: SearchRequest, listener: Listener, memory: PeakMemory) 
     _log.info(
         "study %s in %s: %s candidates, workload %s",
         settled.study_id,
-        request.db,
+        shown_address(str(request.db)),
         len(judge.candidates),
         settled.workload,
     )

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from builders.mixtures import KINDS, mixtral
 from torch import nn
 
-from autoquant.candidates import InputStatistics, get_format
+from autoquant.candidates import InputStatistics, get_format, routed
 from autoquant.candidates.apart_experts import ApartExperts
 from autoquant.candidates.calls import LinearHook, expert_rows, product, product_back
 from autoquant.candidates.experts import (
     ExpertInputs,
+    ExpertsOperand,
     ExpertsWeight,
     cannot_hold_experts,
+    multiply_experts,
     store_for_inputs,
 )
 from autoquant.candidates.flat import same_bits
@@ -185,6 +187,60 @@ def test_each_expert_is_rounded_for_its_own_inputs_and_an_idle_one_to_nearest():
     turned = weight.transpose(-2, -1).contiguous()
     again = store_for_inputs(fmt, turned, ExpertInputs([inputs[0], None, inputs[1]], True))
     assert same_bits(again, stored)
+
+
+def test_gradients_of_adapters_pass_through_experts_that_were_taken_apart(model):
+    take_apart(quantize_experts(model))
+    plain = with_numbers(model)
+    of = []
+    for each in (model, plain):
+        inputs = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        each(inputs_embeds=inputs).logits.float().square().sum().backward()
+        of.append(inputs.grad)
+    assert of[0].any() and distance(*of) < 0.05
+
+
+def test_compiled_code_has_the_gradients_of_an_eager_call():
+    weight = quantized(torch.randn(4, 48, 64).bfloat16(), INT4)
+    operand = ExpertsOperand(weight)
+    of = []
+    for multiplied in (operand.product, lambda x, ends: multiply_experts(x, weight, ends)):
+        torch.manual_seed(1)
+        x = torch.randn(14, 64).bfloat16().requires_grad_()
+        multiplied(x, ENDS).float().square().sum().backward()
+        of.append(x.grad)
+    assert of[0][:10].any() and torch.equal(*of)
+    torch.library.opcheck(
+        torch.ops.autoquant.grouped_product, (x, ENDS, operand.parts, operand.make)
+    )
+
+
+@torch.no_grad()
+def test_weights_that_are_put_in_place_later_are_those_that_compute():
+    model = mixtral()
+    expected = model(IDS).logits
+    before = copy.deepcopy(model.state_dict())
+    take_apart(quantize_experts(model))
+    assert distance(model(IDS).logits, expected) > 0.002
+    model.load_state_dict(before, assign=True)
+    assert distance(model(IDS).logits, expected) < 0.002
+
+
+@torch.no_grad()
+def test_a_route_that_changes_later_is_the_one_that_computes(monkeypatch):
+    """Quality is measured so, with the kernels whose numerics lose most."""
+    model = take_apart(quantize_experts(mixtral()))
+    expected = model(IDS).logits
+    other = INT8.kernels[0].linear
+    key = (INT8.id, "another")
+    monkeypatch.setitem(
+        routed._KERNEL_FUNCTIONS, key, lambda x, stored, bias: 2 * other(x, stored, bias)
+    )
+    weights = [each for each in model.parameters() if isinstance(each, ExpertsWeight)]
+    assert len(weights) == 4
+    for weight in weights:
+        weight.route = ((None, "another"),)
+    assert distance(model(IDS).logits, expected) > 0.1
 
 
 def test_a_format_whose_tensors_do_not_lie_row_by_row_cannot_hold_experts():

@@ -12,11 +12,14 @@ import pytest
 from builders.records import MODEL, STUDY
 from builders.rich import DEVICE, WORKLOAD, fill, measurement, plan, proof, task_score
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 
 from autoquant.errors import PlanError, StoreError
 from autoquant.records import Roofline
+from autoquant.solver import refine
 from autoquant.store import connect, open_store, postgres, schema
-from autoquant.store.connect import check_address, shown_address
+from autoquant.store.addresses import shown_address
+from autoquant.store.connect import check_address
 from autoquant.store.merge import MergedRows, merge
 from autoquant.store.remove import remove_study
 from autoquant.store.repair import repair
@@ -194,3 +197,48 @@ def test_a_servers_database_is_not_repaired_as_a_file(tmp_path):
     with pytest.raises(StoreError, match="is no file: restore a server's database from a backup"):
         repair("postgresql://who:s3cret@host/db", tmp_path / "new.db")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_reads_makes_no_tables_in_an_empty_database(database):
+    for _ in range(2):  # the first makes none that the second would find
+        with pytest.raises(StoreError, match="no store in .* yet; `autoquant search"):
+            open_store(database, create=False)
+
+
+def test_a_user_without_rights_is_told_whom_to_ask(database):
+    open_store(database).close()
+    engine = create_engine(database, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE ROLE stranger LOGIN"))
+    stranger = make_url(database).set(username="stranger").render_as_string(hide_password=False)
+    try:
+        with pytest.raises(StoreError, match="have its owner grant it"):
+            open_store(stranger)
+    finally:
+        with engine.begin() as connection:
+            connection.execute(text("DROP ROLE stranger"))
+        engine.dispose()
+
+
+def test_measurements_of_a_server_are_merged_into_a_file(database, tmp_path):
+    shared = open_store(database)
+    fill(shared)
+    shared.put_timings(DEVICE, "1", [measurement(m=1)])
+    own = open_store(tmp_path / "own.db")
+    assert merge(own, database)["timings"] == MergedRows(added=1, known=0)
+    with pytest.raises(StoreError, match="is the database to merge into"):
+        merge(shared, database)
+    own.close()
+    shared.close()
+
+
+def test_several_that_make_the_tables_of_refinement_at_once_make_them(database):
+    def make(_number):
+        storage = refine._storage(database)
+        storage.remove_session()
+        storage.engine.dispose()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(make, range(6)))
+    with refine._its_tables_whole(database):
+        assert refine._forget(refine._storage(database), "none") is None

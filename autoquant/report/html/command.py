@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.store import StudyFacts
-from autoquant.store.connect import shown_address
+from autoquant.store.addresses import shown_address
 from autoquant.study.study import Study
 
 _FUNCTIONS = ("model_factory", "tokenizer", "sample_inputs")

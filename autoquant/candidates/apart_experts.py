@@ -87,17 +87,21 @@ class ApartExperts(nn.Module):
     ) -> torch.Tensor:
         """Return the product of sorted rows with each expert's weight, and its bias."""
         module = cast(Any, self)
-        weight = self._parameters.get(name)  # None if something else computes it, as an adapter
-        watched = torch._C._len_torch_function_stack()
         if torch.compiler.is_compiling() and name in self.operands:
             y = self.operands[name].product(x, ends)
-        elif isinstance(weight, ExpertsWeight) and not watched:
+        elif (weight := self._present(name)) is not None:
             y = multiply_experts(x, weight, ends)  # with its present numbers and route
         else:  # a function mode watches, or the weight is not quantized
             weight = getattr(module, name)
             turned = weight if module.is_transposed else weight.transpose(-2, -1)
             y = F.grouped_mm(x.to(weight.dtype), turned, offs=ends)
         return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y
+
+    def _present(self, name: str) -> ExpertsWeight | None:
+        """Return the quantized weight, if it is still in place and no function mode watches."""
+        weight = self._parameters.get(name)
+        watched = torch._C._len_torch_function_stack()
+        return weight if isinstance(weight, ExpertsWeight) and not watched else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -57,8 +57,8 @@ def interruptible(database: str) -> Iterator[None]:
         from autoquant.store.addresses import shown_address
 
         echo(
-            f"interrupted: everything measured so far is kept in {shown_address(database)}; the same command"
-            " goes on from there",
+            f"interrupted: everything measured so far is kept in {shown_address(database)}; the"
+            " same command goes on from there",
             err=True,
         )
         raise typer.Exit(130) from None

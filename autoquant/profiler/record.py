@@ -88,7 +88,7 @@ class _LinearWatcher(LinearHook):
 
     Attributes:
         no_experts: Why experts are left alone, or an empty string.
-        experts: Identities of the weights of experts that are left alone.
+        experts: Why weights of experts are left alone, by their identity.
         seen: What was seen of each weight, by its identity.
         others: Modules that used a parameter otherwise, by its identity and the use.
         idle: Identities of parameters that a linear without rows was computed with.
@@ -104,7 +104,7 @@ class _LinearWatcher(LinearHook):
         self.seen: dict[int, _Seen] = {}
         self.others: dict[int, dict[str, set[str]]] = {}
         self.idle: set[int] = set()
-        self.experts: set[int] = set()
+        self.experts: dict[int, str] = {}
         self.computed_weights: dict[str, int] = {}
         self.adapters: set[int] = set()
         self._owner = owner
@@ -120,8 +120,8 @@ class _LinearWatcher(LinearHook):
 
     def on_linear(self, call: LinearCall) -> None:
         if call.ends is not None and id(call.weight) in self.parameters:
-            if self.no_experts:
-                self.experts.add(id(call.weight))
+            if reason := self.no_experts or _too_few(call.weight):
+                self.experts[id(call.weight)] = reason
             else:
                 self._note_experts(call, call.ends)
             return
@@ -164,6 +164,12 @@ class _LinearWatcher(LinearHook):
             return known[1]
         self._inputs[id(x)] = (weakref.ref(x), first)
         return first
+
+
+def _too_few(weight: torch.Tensor) -> str:
+    """Return why experts in one parameter are left alone, or an empty string."""
+    alone = "a single expert is not quantized: a linear of its own, with two dimensions, would be"
+    return alone if len(weight) == 1 else ""
 
 
 @contextmanager
@@ -362,7 +368,7 @@ def _reason(watcher: _LinearWatcher, identity: int) -> str:
     if identity in watcher.seen:
         return f"is a linear's weight and also used by {', '.join(others)} under the same name"
     if identity in watcher.experts:
-        return watcher.no_experts
+        return watcher.experts[identity]
     if others:
         return f"not used as a linear: {', '.join(others)}"
     if identity in watcher.idle:

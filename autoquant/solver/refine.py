@@ -28,6 +28,7 @@ from autoquant.solver.hypervolume import Growth
 from autoquant.solver.planning import ProvenPlans
 from autoquant.solver.space import SearchSpace
 from autoquant.store import Store, postgres
+from autoquant.store.addresses import shown_address
 from autoquant.store.connect import folder_of
 from autoquant.store.integrity import damaged, is_damage
 from autoquant.store.refused import BUSY_TIMEOUT_S, refusal
@@ -88,21 +89,23 @@ def proposals(
     seen = set(known)
     repeats = 0
     while repeats < _FAILED_TRIALS_IN_A_ROW:
-        trial = study.ask()
-        plan = _propose(trial, space, losses, max_memory_bytes, minimize)
-        if plan is None or plan.plan_id in seen:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            repeats += 1
-            continue
+        with _its_answers(storage_url):
+            trial = study.ask()
+            plan = _propose(trial, space, losses, max_memory_bytes, minimize)
+            if plan is None or plan.plan_id in seen:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                repeats += 1
+                continue
         repeats = 0
         seen.add(plan.plan_id)
 
         def tell(proof: Proof | None, trial: optuna.Trial = trial, plan: Plan = plan) -> None:
-            trial.set_user_attr("plan_id", plan.plan_id)
-            if proof is None:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                study.tell(trial, _objectives(proof, minimize))
+            with _its_answers(storage_url):
+                trial.set_user_attr("plan_id", plan.plan_id)
+                if proof is None:
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                else:
+                    study.tell(trial, _objectives(proof, minimize))
 
         yield plan, tell
 
@@ -202,18 +205,36 @@ def _its_tables_whole(storage_url: str) -> Iterator[None]:
     Raises:
         StoreError: It stumbled, or the database refused a statement.
     """
+    try:
+        with _its_answers(storage_url):
+            yield
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        place = _shown(storage_url)
+        raise damaged(place, f"what Optuna keeps there, {first_line(e)}") from e
+
+
+@contextmanager
+def _its_answers(storage_url: str) -> Iterator[None]:
+    """Inside, the database may refuse what Optuna asks for.
+
+    Raises:
+        StoreError: It refused, or lacks a table of Optuna's.
+    """
     from optuna.exceptions import StorageInternalError
 
-    place = make_url(storage_url).database
     try:
         yield
     except StorageInternalError as error:
-        refused = error.__cause__
+        refused, place = error.__cause__, _shown(storage_url)
         if isinstance(refused, DatabaseError) and not is_damage(refused):
             raise StoreError(refusal(refused, place)) from error
         raise damaged(place, f"what Optuna keeps there, {first_line(refused or error)}") from error
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise damaged(place, f"what Optuna keeps there, {first_line(e)}") from e
+
+
+def _shown(storage_url: str) -> str | None:
+    """Return the file of a store, or the URL of another one without its password."""
+    url = make_url(storage_url)
+    return url.database if url.get_backend_name() == "sqlite" else shown_address(storage_url)
 
 
 def _study_name(study_id: str, minimize: Objective) -> str:

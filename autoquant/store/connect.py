@@ -155,8 +155,9 @@ def _engine(address: str) -> Engine:
     except ValueError as error:  # it would show what may be a password where the port is expected
         raise StoreError(f"the port of the database's URL is no number: {_RIGHT_URL}") from error
     except (ArgumentError, ImportError) as error:
+        shown = re.sub("://.*@", "://***@", shown_address(address))
         raise StoreError(
-            f"{re.sub('://.*@', '://***@', shown_address(address))} is no database that can be opened"
+            f"{shown} is no database that can be opened"
             f" ({first_line(error)}): give the path of a file, or the URL of a database whose"
             f" driver is installed, as `pip install {postgres.EXTRA}` does"
         ) from error

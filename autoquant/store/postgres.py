@@ -55,7 +55,10 @@ def one_at_a_time(url: str) -> Iterator[None]:
 
 
 def kind_of(error: DatabaseError) -> str:
-    """Return why a statement failed: `busy`, `denied`, `full`, `orphan`, `gone`, or "" for another reason."""
+    """Return why a statement failed, or "" for a reason without a word.
+
+    The words are `busy`, `denied`, `full`, `orphan` and `gone`.
+    """
     code = getattr(error.orig, "sqlstate", None)
     if code is None:
         # The driver gives no code where there was no connection.

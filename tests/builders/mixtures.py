@@ -22,7 +22,12 @@ def mixtral(experts=4):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    config = MixtralConfig(**SIZES, intermediate_size=96, num_local_experts=experts)
+    config = MixtralConfig(
+        **SIZES,
+        intermediate_size=96,
+        num_local_experts=experts,
+        num_experts_per_tok=min(2, experts),
+    )
     return MixtralForCausalLM(config).bfloat16().eval()
 
 
@@ -36,7 +41,7 @@ def gpt_oss(experts=4):
         intermediate_size=96,
         head_dim=16,
         num_local_experts=experts,
-        num_experts_per_tok=2,
+        num_experts_per_tok=min(2, experts),
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},

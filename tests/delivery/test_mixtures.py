@@ -118,6 +118,18 @@ def test_experts_are_left_alone_on_a_device_that_cannot_group_them(loaded, monke
     assert reasons["model.layers.0.mlp.experts.gate_up_proj"] == "not here"
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_single_expert_is_left_alone_and_the_reason_said(kind, tmp_path):
+    model = KINDS[kind](experts=1)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    recording = record_model(load_model(tmp_path), WORKLOAD, ignore)
+    assert not [site for site in recording.sites if "experts" in site.name]
+    reasons = {skipped.name: skipped.reason for skipped in recording.skipped}
+    for name in ("gate_up_proj", "down_proj"):
+        assert "a single expert" in reasons[f"model.layers.1.mlp.experts.{name}"]
+
+
 @pytest.mark.parametrize("fmt", [INT8, INT4], ids=lambda fmt: fmt.values)
 def test_what_is_saved_loads_again_with_and_without_autoquant_load(
     loaded, recording, folder, tmp_path, fmt

@@ -10,6 +10,7 @@ import pytest
 from builders.records import STUDY
 from builders.search import CONTEXT, choice, make_proof
 
+from autoquant.errors import StoreError
 from autoquant.solver.planning import make_plan
 from autoquant.solver.refine import growth_of, layer_kind, proposals
 from autoquant.solver.space import SearchSpace
@@ -254,3 +255,14 @@ def test_the_front_that_counts_lies_between_the_original_and_the_worst_plan_solv
     for _ in range(growth.patience):
         growth.add(None)
     assert growth.ended
+
+
+@pytest.mark.parametrize("when", ["asked", "told"])
+def test_a_database_that_refuses_in_the_middle_is_said_in_one_line(propose, options, store, when):
+    running = propose(first_proofs(options))
+    plan, tell = next(running)
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE trials RENAME TO lost")
+    with pytest.raises(StoreError, match=r"plan\.db") as error:
+        next(running) if when == "asked" else tell(prove(plan))
+    assert "\n" not in str(error.value)

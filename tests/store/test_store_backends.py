@@ -201,7 +201,7 @@ def test_a_servers_database_is_not_repaired_as_a_file(tmp_path):
 
 def test_what_only_reads_makes_no_tables_in_an_empty_database(database):
     for _ in range(2):  # the first makes none that the second would find
-        with pytest.raises(StoreError, match="no store in .* yet; `autoquant search"):
+        with pytest.raises(StoreError, match=r"no store in .* yet; `autoquant search"):
             open_store(database, create=False)
 
 

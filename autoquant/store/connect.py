@@ -330,7 +330,13 @@ def _is_newest(engine: Engine, address: str) -> bool:
     """Return whether the schema is the newest, and refuse one that is newer than that."""
     newest, known = _revisions()
     current, tables = _found(engine)
-    if current is None and tables & set(Base.metadata.tables):
+    theirs = sorted(tables & set(Base.metadata.tables)) if current is None else []
+    if theirs and engine.dialect.name == postgres.BACKEND:
+        raise StoreError(
+            f"{shown_address(address)} has tables of another program that are named as ours"
+            f" ({', '.join(theirs)}): give a database of its own"
+        )
+    if theirs:
         raise damaged(
             shown_address(address), f"{VERSION_TABLE} does not say which schema its tables have"
         )

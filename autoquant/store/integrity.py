@@ -36,9 +36,11 @@ def check_integrity(connection: sqlite3.Connection, path: os.PathLike[str]) -> N
 
 def damaged(path: str | os.PathLike[str] | None, reason: str) -> StoreError:
     """Make the error for a damaged database."""
+    what = f"{path} is damaged ({reason}): restore it from a"
+    if "://" in str(path):
+        return StoreError(f"{what} backup of the server")
     return StoreError(
-        f"{path} is damaged ({reason}): restore it from a copy, or save what is whole with"
-        f" `autoquant repair {path} --out NEW.db`"
+        f"{what} copy, or save what is whole with `autoquant repair {path} --out NEW.db`"
     )
 
 

@@ -128,7 +128,7 @@ def test_compiled_without_a_break_they_compute_the_same(model):
     take_apart(quantize_experts(model))
     compiled = torch.compile(model, fullgraph=True)
     for ids in (IDS, IDS[:, :9]):
-        assert distance(compiled(ids).logits, model(ids).logits) < 0.02
+        assert distance(compiled(ids).logits, model(ids).logits) < 0.03
 
 
 def test_a_hook_sees_the_parameter_itself_and_may_replace_the_product(model):

@@ -31,6 +31,18 @@ BACKENDS = ("sqlite", "postgresql")
 ROUNDS = 25
 
 
+@pytest.fixture
+def query_of_server(database):
+    """The answer to one statement, which is committed, past our own code."""
+
+    def ask(statement):
+        with create_engine(database, poolclass=NullPool).begin() as connection:
+            done = connection.execute(text(statement))
+            return [tuple(row) for row in done] if done.returns_rows else []
+
+    return ask
+
+
 def saved_in_rounds(address, worker):
     """Read and write in one transaction each, as every search does; returns the number of rounds."""
     store = open_store(address)
@@ -242,3 +254,14 @@ def test_several_that_make_the_tables_of_refinement_at_once_make_them(database):
         list(pool.map(make, range(6)))
     with refine._its_tables_whole(database):
         assert refine._forget(refine._storage(database), "none") is None
+
+
+def test_tables_of_another_program_are_named_and_left_alone(database, query_of_server):
+    query_of_server("CREATE TABLE device (id int)")
+    with pytest.raises(
+        StoreError, match=r"another program .* \(device\): give a database"
+    ) as error:
+        open_store(database)
+    assert "repair" not in str(error.value)
+    tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+    assert query_of_server(tables) == [(1,)]

@@ -1,7 +1,10 @@
 """Addresses of databases, with passwords wherever a user may have put them."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from autoquant.cli.recipe_option import configuration
 from autoquant.errors import StoreError
 from autoquant.store import open_store
 from autoquant.store.addresses import shown_address, without_passwords
@@ -57,3 +60,11 @@ def test_a_path_with_odd_characters_is_no_url(tmp_path):
     for name in ("a@b@c.db", "a=b.db", "postgres.db"):
         check_address(tmp_path / name)
         check_address(f"sqlite:///{tmp_path / name}")
+
+
+def test_the_command_that_is_kept_holds_no_password():
+    db = SimpleNamespace(name="db", opts=["--db"])
+    context = SimpleNamespace(
+        command=SimpleNamespace(params=[db]), params={"db": "postgresql://me:s3cret@host/db"}
+    )
+    assert configuration(context) == {"db": "postgresql://me@host/db"}

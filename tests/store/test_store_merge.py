@@ -178,7 +178,7 @@ def test_a_database_of_another_program_is_refused_and_left_alone(store, tmp_path
 
 def test_a_database_opened_for_reading_refuses_to_be_written(other):
     reading = open_read_only(other)
-    with pytest.raises(StoreError, match="readonly"):
+    with pytest.raises(StoreError, match="read-only"):
         reading.put_device(replace(DEVICE, threads=64))
     reading.close()
 

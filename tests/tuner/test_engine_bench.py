@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import sys
 import threading
 from dataclasses import replace
@@ -216,8 +217,13 @@ def test_a_vllm_that_fails_is_told_with_what_it_said(small, environment, fault, 
 def test_ctrl_c_ends_vllm_and_leaves_no_timer_to_wait_for(small, environment, tmp_path):
     fault = "import signal; os.kill(os.getppid(), signal.SIGINT); time.sleep(99)"
     fault = f"Path({str(tmp_path / 'id')!r}).write_text(str(os.getpid())); {fault}"
-    with pytest.raises(KeyboardInterrupt):
-        timed_in_vllm(small, environment(fault))
+    # A runner in the background ignores interrupts, and so does what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            timed_in_vllm(small, environment(fault))
+    finally:
+        signal.signal(signal.SIGINT, before)
     waiting = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
     for timer in waiting:
         timer.join(5)  # cancelled ones end at once

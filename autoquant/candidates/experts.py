@@ -16,7 +16,7 @@ import torch
 from autoquant.candidates.base import Format, InputStatistics
 from autoquant.candidates.calls import GROUPED_FUNCTIONS, expert_rows, grouped_arguments
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
-from autoquant.candidates.joined import stack_rows
+from autoquant.candidates.joined import stack_rows, with_rows
 from autoquant.candidates.registry import get_format
 from autoquant.candidates.routed import RouteAttribute, RoutedWeight, multiply
 from autoquant.records import Route, content_key
@@ -158,19 +158,10 @@ def _expert(
     parts: Sequence[torch.Tensor], rebuild: Rebuild, number: int, experts: int
 ) -> torch.Tensor:
     """Return one expert's part of a stored tensor."""
-    own = []
-    for part in parts:
-        rows = len(part) // experts
-        own.append(part.narrow(0, number * rows, rows))
-    return unflatten_tensor(_with_rows_of_one(rebuild, experts), own)
-
-
-def _with_rows_of_one(rebuild: Rebuild, experts: int) -> Rebuild:
-    if rebuild.kind is None or rebuild.size is None:
-        return rebuild
-    size = torch.Size((rebuild.size[0] // experts, *rebuild.size[1:]))
-    inner = tuple(_with_rows_of_one(inside, experts) for inside in rebuild.inner)
-    return Rebuild(rebuild.kind, rebuild.names, inner, rebuild.context, size, rebuild.stride)
+    total = len(parts[0])  # as many in each: they lie row by row
+    rows = total // experts
+    own = [part.narrow(0, number * rows, rows) for part in parts]
+    return unflatten_tensor(with_rows(rebuild, total, rows), own)
 
 
 class ExpertsOperand:

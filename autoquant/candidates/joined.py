@@ -66,7 +66,7 @@ def stack_rows(stored: Sequence[torch.Tensor]) -> torch.Tensor:
     flat = [flatten_tensor(each) for each in stored]
     whole = [torch.cat(parts) for parts in zip(*(parts for parts, _ in flat), strict=True)]
     rows = stored[0].shape[0]
-    return unflatten_tensor(_with_rows(flat[0][1], rows, rows * len(stored)), whole)
+    return unflatten_tensor(with_rows(flat[0][1], rows, rows * len(stored)), whole)
 
 
 def unjoinable(weights: Sequence[torch.Tensor]) -> str:
@@ -96,7 +96,7 @@ def whole_of(weight: RoutedWeight) -> Whole | None:
     if total == rows:
         return None
     wholes = tuple(_all_rows(part, total) for part in parts)
-    return Whole(wholes, _with_rows(rebuild, rows, total), start)
+    return Whole(wholes, with_rows(rebuild, rows, total), start)
 
 
 def _place(part: torch.Tensor) -> tuple[int, int]:
@@ -112,11 +112,11 @@ def _all_rows(part: torch.Tensor, rows: int) -> torch.Tensor:
     return part.new_empty(0).set_(part.untyped_storage(), 0, shape, part.stride())
 
 
-def _with_rows(rebuild: Rebuild, rows: int, total: int) -> Rebuild:
+def with_rows(rebuild: Rebuild, rows: int, total: int) -> Rebuild:
     """Return instructions for `total` rows instead of `rows`."""
     if rebuild.kind is None or rebuild.size is None:
         return rebuild
     first, *others = rebuild.size
     size = torch.Size((total if first == rows else first, *others))
-    inner = tuple(_with_rows(inside, rows, total) for inside in rebuild.inner)
+    inner = tuple(with_rows(inside, rows, total) for inside in rebuild.inner)
     return replace(rebuild, size=size, inner=inner)

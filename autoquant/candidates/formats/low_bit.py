@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,17 @@ def _neutral(stored: torch.Tensor) -> NeutralWeight:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, cast(BitPlaneTensor, weight).unpack(x.dtype), bias)
+    return F.linear(x, cast(Any, weight).unpack(x.dtype), bias)
+
+
+UNPACKING = Kernel(
+    id="dequantize-matmul",
+    numerics=A16,
+    linear=_product,
+    materializes=True,
+    description="dequantize the weight, then the float product",
+)
+"""The kernel of tensors that `unpack` their numbers."""
 
 
 def _unsupported(shape: LinearShape, _m: int, _device_type: str, *, group: int) -> str | None:
@@ -156,15 +166,7 @@ def make_format(values: str, grid: Grid) -> Format:
         tensor_type=BitPlaneTensor,
         unsupported=functools.partial(_unsupported, group=grid.group),
         by_default=by_name_only,
-        kernels=(
-            Kernel(
-                id="dequantize-matmul",
-                numerics=A16,
-                linear=_product,
-                materializes=True,
-                description="dequantize the weight, then the float product",
-            ),
-        ),
+        kernels=(UNPACKING,),
         description=(
             f"int{grid.bits} weights, {scales} for every {grid.group} along k; no fast kernel"
         ),

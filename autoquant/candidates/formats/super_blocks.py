@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
 
-from autoquant.candidates.base import A16, Format, Kernel, by_name_only
-from autoquant.candidates.formats.low_bit import bit_planes, integers_of
+from autoquant.candidates.base import Format, by_name_only
+from autoquant.candidates.formats.low_bit import UNPACKING, bit_planes, integers_of
 from autoquant.candidates.formats.rounding import Grid, nearest
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
@@ -96,10 +95,6 @@ def _neutral(stored: torch.Tensor) -> NeutralWeight:
     )
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, cast(SuperBlockTensor, weight).unpack(x.dtype), bias)
-
-
 def _unsupported(shape: LinearShape, _m: int, _device_type: str) -> str | None:
     return f"k={shape.k} is not divisible by {_BLOCK}" if shape.k % _BLOCK else None
 
@@ -113,15 +108,7 @@ FORMATS = (
         tensor_type=SuperBlockTensor,
         unsupported=_unsupported,
         by_default=by_name_only,
-        kernels=(
-            Kernel(
-                id="dequantize-matmul",
-                numerics=A16,
-                linear=_product,
-                materializes=True,
-                description="dequantize the weight, then the float product",
-            ),
-        ),
+        kernels=(UNPACKING,),
         description=(
             "int6 weights, a symmetric scale of 8 bits for every 16 along k, a multiple of one of"
             " 16 bits for every 256; no fast kernel"

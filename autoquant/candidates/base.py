@@ -15,6 +15,7 @@ from autoquant.errors import CandidateError
 from autoquant.records import LinearShape
 
 LinearFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+GroupedFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Unsupported = Callable[[LinearShape, int, str], str | None]
 
 A16 = "a16"
@@ -57,6 +58,10 @@ class Kernel:
             Kernels of one format with the same numerics share one quality score.
         linear: Function of x `[..., k]`, a stored weight `[n, k]` and a bias `[n]` or None. It
             returns `[..., n]` in x's dtype and must trace under `torch.compile(fullgraph=True)`.
+        grouped: Function of x `[rows, k]`, sorted by expert, the stored weights of experts
+            `[experts * n, k]` and int32 `[experts]`, the row after the last of each. It returns
+            `[rows, n]` without asking the device for numbers. None if experts are computed one by
+            one, which only CPUs can do.
         opaque: It only calls a library's kernels, so compiling it changes nothing. On GPUs it is
             timed uncompiled.
         library: The library that tunes it for each shape at its first call, or None.
@@ -75,6 +80,7 @@ class Kernel:
     id: str
     numerics: str
     linear: LinearFunction
+    grouped: GroupedFunction | None = None
     opaque: bool = False
     library: TunedLibrary | None = None
     arithmetic: str | None = None

@@ -65,6 +65,12 @@ def product(
     return F.linear(x, weight) if ends is None else _by_expert(F.linear, x, weight, ends)
 
 
+def grouped_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return x `[rows, k]`, sorted by expert, times each one's `[n, k]` of `[experts * n, k]`."""
+    each = weight.view(len(ends), -1, weight.shape[1])
+    return F.grouped_mm(x, each.transpose(-2, -1), offs=ends)
+
+
 def product_back(
     gradient: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor | None = None
 ) -> torch.Tensor:

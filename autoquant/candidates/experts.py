@@ -13,26 +13,35 @@ from typing import Any, cast
 
 import torch
 
-from autoquant.candidates.base import Format, InputStatistics
+from autoquant.candidates.base import Format, InputStatistics, Kernel
 from autoquant.candidates.calls import GROUPED_FUNCTIONS, expert_rows, grouped_arguments
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
 from autoquant.candidates.joined import stack_rows, with_rows
 from autoquant.candidates.registry import get_format
-from autoquant.candidates.routed import RouteAttribute, RoutedWeight, multiply
+from autoquant.candidates.routed import (
+    RouteAttribute,
+    RoutedWeight,
+    kernel_for_rows,
+    multiply,
+)
 from autoquant.records import Route, content_key
 
+_TELLING = ("cpu", "meta")
+"""Kinds of device where asking which rows are whose does not wait for work that is under way."""
 
-def cannot_group(device_type: str) -> str:
-    """Return why experts cannot be quantized on a device, or an empty string."""
-    if device_type == "cpu":
+
+def cannot_hold_experts(fmt: Format, device_type: str) -> str:
+    """Return why a format cannot hold experts on a device, or an empty string."""
+    if not (fmt.joins or fmt.tensor_type is torch.Tensor):
+        return "its tensors do not lie row by row, so it cannot hold experts"
+    if any(multiplies_experts(kernel, device_type) for kernel in fmt.kernels):
         return ""
-    return "experts are quantized on CPUs only: elsewhere their rows are not known to the host"
+    return "none of its kernels multiplies the rows of several experts at once"
 
 
-def cannot_hold_experts(fmt: Format) -> str:
-    """Return why a format cannot hold experts, or an empty string."""
-    by_rows = fmt.joins or fmt.tensor_type is torch.Tensor
-    return "" if by_rows else "its tensors do not lie row by row, so it cannot hold experts"
+def multiplies_experts(kernel: Kernel, device_type: str) -> bool:
+    """Check that a kernel can multiply each row with its own expert on a device."""
+    return device_type in _TELLING or kernel.grouped is not None
 
 
 class ExpertInputs:
@@ -238,8 +247,11 @@ def _(of_y: torch.Tensor, ends: torch.Tensor, parts: list[torch.Tensor], make: s
 def multiply_experts(x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor) -> torch.Tensor:
     """Return x `[rows, k]`, sorted by expert, times each one's weight by its route: `[rows, n]`.
 
-    Rows of no expert give zeros.
+    Rows of no expert give zeros. On GPUs one kernel computes all experts. Its choice depends on how
+    many rows an expert has if they are spread evenly, as the host knows no more.
     """
+    if x.device.type not in _TELLING:
+        return _multiply_at_once(x, weight, ends)
     parts, rebuild = flatten_tensor(weight.stored)
     experts, n = weight.experts, weight.stored.shape[0] // weight.experts
     y = x.new_zeros(x.shape[0], n)
@@ -247,6 +259,17 @@ def multiply_experts(x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor)
         stored = _expert(parts, rebuild, number, experts)
         y[start:end] = multiply(x[start:end], weight, stored, None)
     return y
+
+
+def _multiply_at_once(x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor) -> torch.Tensor:
+    rows = len(x)
+    if not rows:
+        return x.new_empty(0, weight.stored.shape[0] // weight.experts)
+    each = -(-rows // min(rows, weight.experts))
+    kernel = get_format(weight.format_id).kernel(kernel_for_rows(weight.route, each))
+    if kernel.grouped is None:
+        raise TypeError(f"{weight.format_id}/{kernel.id} cannot multiply experts on this device")
+    return kernel.grouped(x.to(weight.compute_dtype), weight.stored, ends).to(x.dtype)
 
 
 @ExpertsWeight.implements_torch_function(GROUPED_FUNCTIONS)  # type: ignore[untyped-decorator]

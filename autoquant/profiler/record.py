@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoquant.candidates.calls import LinearCall, LinearHook, expert_rows
-from autoquant.candidates.experts import cannot_group
 from autoquant.devices.memory import lacks_memory
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
@@ -25,6 +24,9 @@ from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped, Wo
 from autoquant.runtime.phases import Phases, make_phases, no_room
 
 _READING_ATTRIBUTES = ("T", "mT", "H", "mH", "data")
+_SINGLE_EXPERT = (
+    "a single expert is not quantized: a linear of its own, with two dimensions, would be"
+)
 _MIN_LISTED_SHARE = 1e-4
 _KEPT = "shares a linear's weight; stays unquantized beside it when the linear is quantized"
 
@@ -87,7 +89,6 @@ class _LinearWatcher(LinearHook):
         device: What the model is to run on.
 
     Attributes:
-        no_experts: Why experts are left alone, or an empty string.
         experts: Why weights of experts are left alone, by their identity.
         seen: What was seen of each weight, by its identity.
         others: Modules that used a parameter otherwise, by its identity and the use.
@@ -96,9 +97,8 @@ class _LinearWatcher(LinearHook):
         adapters: Identities of parameters that stay as they are.
     """
 
-    def __init__(self, parameters: dict[int, list[str]], owner: list[str], device: str) -> None:
+    def __init__(self, parameters: dict[int, list[str]], owner: list[str]) -> None:
         super().__init__()
-        self.no_experts = cannot_group(device.partition(":")[0])
         self.parameters = parameters
         self.phase = ""
         self.seen: dict[int, _Seen] = {}
@@ -120,8 +120,8 @@ class _LinearWatcher(LinearHook):
 
     def on_linear(self, call: LinearCall) -> None:
         if call.ends is not None and id(call.weight) in self.parameters:
-            if reason := self.no_experts or _too_few(call.weight):
-                self.experts[id(call.weight)] = reason
+            if len(call.weight) == 1:
+                self.experts[id(call.weight)] = _SINGLE_EXPERT
             else:
                 self._note_experts(call, call.ends)
             return
@@ -164,12 +164,6 @@ class _LinearWatcher(LinearHook):
             return known[1]
         self._inputs[id(x)] = (weakref.ref(x), first)
         return first
-
-
-def _too_few(weight: torch.Tensor) -> str:
-    """Return why experts in one parameter are left alone, or an empty string."""
-    alone = "a single expert is not quantized: a linear of its own, with two dimensions, would be"
-    return alone if len(weight) == 1 else ""
 
 
 @contextmanager
@@ -257,7 +251,7 @@ def record(module: nn.Module, phases: Phases, device: str = "cpu") -> Recording:
     by_id = {id(parameter): parameter for parameter in module.parameters()}
     flops: dict[str, int] = {}
     with _module_stack(module) as stack:
-        watcher = _LinearWatcher(parameters, stack, device)
+        watcher = _LinearWatcher(parameters, stack)
         for phase in phases.workload.phases:
             phases.reset(phase.name)
             watcher.phase = phase.name

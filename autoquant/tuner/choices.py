@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from autoquant.candidates import A16, Candidate, Format, Kernel, get_format
-from autoquant.candidates.experts import cannot_hold_experts
+from autoquant.candidates.experts import cannot_hold_experts, multiplies_experts
 from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.memory import trim_memory
@@ -133,6 +133,7 @@ class ChoiceMaker:
     timings: TimingTable
     facts: Facts
     workload: Workload
+    device_type: str
     may_tie: bool = False
 
     def choices(self, site: Site, *, within: Within = "site") -> SiteChoices:
@@ -150,9 +151,11 @@ class ChoiceMaker:
             by_format.setdefault(fmt.id, (fmt, []))[1].append(candidate.kernel)
         for fmt, kernels in by_format.values():
             measured = self.timings.of(site.shape, fmt.timed_as)
-            if site.experts > 1 and (reason := cannot_hold_experts(fmt)):
-                dropped[fmt.id] = reason
-                continue
+            if site.experts > 1:
+                if reason := cannot_hold_experts(fmt, self.device_type):
+                    dropped[fmt.id] = reason
+                    continue
+                kernels = [each for each in kernels if multiplies_experts(each, self.device_type)]
             routes = _routes(site, kernels, measured)
             if not routes:
                 dropped[fmt.id] = measured.first_reason(kernels, [use.m for use in site.uses])

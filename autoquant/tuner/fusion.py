@@ -177,14 +177,18 @@ def fusion_subjects(
 
 
 def make_fusion(
-    sites: Sequence[Site], candidates: Sequence[Candidate], timings: TimingTable, workload: Workload
+    sites: Sequence[Site],
+    candidates: Sequence[Candidate],
+    timings: TimingTable,
+    workload: Workload,
+    device_type: str,
 ) -> Fusion:
     """Find the groups of a model's sites, and what each could get."""
     joinable = joining(candidates)
     groups = []
     for names, site in sibling_sites(sites):
         facts = {(candidate.format.id, site.shape): _SAME_FOR_ALL for candidate in joinable}
-        maker = ChoiceMaker(joinable, timings, facts, workload)
+        maker = ChoiceMaker(joinable, timings, facts, workload, device_type)
         found = maker.choices(site, within="format")
         groups.append(Group(names, site, found.choices, found.dropped))
     return Fusion(tuple(groups), workload)

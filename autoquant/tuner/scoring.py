@@ -130,5 +130,5 @@ def _changes_together(
         if (EVERY_LAYER, key) not in known
         for of_site in choices
         if change.format.unsupported(of_site.site.shape, 1, device_type) is None
-        and not (of_site.site.experts > 1 and cannot_hold_experts(change.format))
+        and not (of_site.site.experts > 1 and cannot_hold_experts(change.format, device_type))
     ]

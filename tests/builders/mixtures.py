@@ -17,14 +17,14 @@ SIZES = {
 }
 
 
-def mixtral(experts=4):
+def mixtral(experts=4, width=64, inner=96):
     """Experts with weights `[experts, n, k]`."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        **SIZES,
-        intermediate_size=96,
+        **SIZES | {"hidden_size": width},
+        intermediate_size=inner,
         num_local_experts=experts,
         num_experts_per_tok=min(2, experts),
     )

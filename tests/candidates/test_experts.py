@@ -244,9 +244,27 @@ def test_a_route_that_changes_later_is_the_one_that_computes(monkeypatch):
 
 
 def test_a_format_whose_tensors_do_not_lie_row_by_row_cannot_hold_experts():
-    assert cannot_hold_experts(INT8) == cannot_hold_experts(INT4) == ""
-    assert cannot_hold_experts(get_format("bfloat16/plain")) == ""
-    assert "row by row" in cannot_hold_experts(get_format("int4-g32/cpu-packed"))
+    for fmt in (INT8, INT4, get_format("bfloat16/plain")):
+        assert cannot_hold_experts(fmt, "cpu") == ""
+    assert "row by row" in cannot_hold_experts(get_format("int4-g32/cpu-packed"), "cpu")
+
+
+def test_a_gpu_takes_formats_whose_kernels_multiply_several_experts_at_once():
+    for name in ("int4-g64/tiled", "int4s-g32/tiled", "float8-row/plain", "bfloat16/plain"):
+        assert cannot_hold_experts(get_format(name), "cuda") == ""
+    assert "several experts at once" in cannot_hold_experts(INT8, "cuda")
+
+
+@pytest.mark.parametrize("name", ["float8-row/plain", "bfloat16/plain"])
+@torch.no_grad()
+def test_products_of_all_experts_at_once_are_those_of_each(name):
+    """Those that are plain PyTorch run on a CPU, too."""
+    fmt, weight = get_format(name), torch.randn(4, 48, 128).bfloat16()
+    x = torch.randn(14, 128).bfloat16()
+    (kernel,) = [each for each in fmt.kernels if each.id in ("dequantize-matmul", "matmul")]
+    y = kernel.grouped(x, fmt.store(weight.flatten(0, 1)), ENDS)
+    held = quantized(weight, fmt, kernel=kernel.id)
+    assert distance(y[:10], multiply_experts(x, held, ENDS)[:10]) < 0.01
 
 
 def test_what_cannot_be_computed_says_so():

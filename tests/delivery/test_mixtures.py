@@ -110,14 +110,6 @@ def test_the_experts_of_a_layer_are_one_site_with_the_rows_that_each_gets(record
     assert min(recording.flops_share.values()) > 0.8
 
 
-def test_experts_are_left_alone_on_a_device_that_cannot_group_them(loaded, monkeypatch):
-    monkeypatch.setattr(recording_module, "cannot_group", lambda _type: "not here")
-    recording = record_model(loaded, WORKLOAD, ignore)
-    assert not experts_in(recording)
-    reasons = {skipped.name: skipped.reason for skipped in recording.skipped}
-    assert reasons["model.layers.0.mlp.experts.gate_up_proj"] == "not here"
-
-
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_single_expert_is_left_alone_and_the_reason_said(kind, tmp_path):
     model = KINDS[kind](experts=1)

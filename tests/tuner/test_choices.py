@@ -29,7 +29,7 @@ def choices_of(table, formats=(INT8,), site=None, known=FACTS, within="site", ma
     registry._registered |= {fmt.id: fmt for fmt in formats}
     candidates = [Candidate(fmt, kernel) for fmt in (ORIGINAL, *formats) for kernel in fmt.kernels]
     table = TimingTable(WORKING_SET, timings(table))
-    maker = ChoiceMaker(candidates, table, known, WORKLOAD, may_tie)
+    maker = ChoiceMaker(candidates, table, known, WORKLOAD, "cpu", may_tie)
     return maker.choices(site or make_site(), within=within)
 
 

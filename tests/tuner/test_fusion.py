@@ -70,7 +70,7 @@ def fusion(weight_only_us=10.0, integer_us=99.0):
         subject: Measurement(subject=subject, outcome="ok", samples_us=(table[subject.kernel],))
         for subject in fusion_subjects(sites(), CANDIDATES, WORKING_SET)
     }
-    return make_fusion(sites(), CANDIDATES, TimingTable(WORKING_SET, timings), WORKLOAD)
+    return make_fusion(sites(), CANDIDATES, TimingTable(WORKING_SET, timings), WORKLOAD, "cpu")
 
 
 def test_siblings_are_timed_at_the_shape_of_all_of_them():
@@ -254,7 +254,9 @@ def test_a_group_that_was_not_timed_says_why():
         subject: Measurement(subject=subject, outcome="unsupported", reason="too wide")
         for subject in fusion_subjects(sites(), CANDIDATES, WORKING_SET)
     }
-    [group] = make_fusion(sites(), CANDIDATES, TimingTable(WORKING_SET, failed), WORKLOAD).groups
+    [group] = make_fusion(
+        sites(), CANDIDATES, TimingTable(WORKING_SET, failed), WORKLOAD, "cpu"
+    ).groups
     assert group.choices == () and list(group.reasons()) == ["int8-row/plain: too wide"]
 
 

@@ -18,13 +18,14 @@ from autoquant.candidates.base import (
     Kernel,
     round_float8,
 )
-from autoquant.candidates.calls import is_plain_call
+from autoquant.candidates.calls import grouped_product, is_plain_call
 from autoquant.candidates.kernels.cuda_source import cuda_source_unsupported
 from autoquant.candidates.kernels.few_rows import rows_kernel, too_many_rows
 from autoquant.candidates.kernels.float8_rows import (
     CHUNK_COLUMNS,
     float8_rows,
     multiply_float8_rows,
+    multiply_float8_rows_of_experts,
 )
 from autoquant.candidates.kernels.gemlite import gemlite_kernels, gemlite_unsupported
 from autoquant.candidates.neutral import NeutralWeight
@@ -93,6 +94,30 @@ def float8_product(
     return y.reshape(*x.shape[:-1], values.shape[0])
 
 
+def float8_grouped_product(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Round x to float8, row by row, and multiply it by float8 weights of experts.
+
+    Args:
+        x: `[rows, k]`, sorted by expert.
+        values: float8 `[experts * n, k]`.
+        scale: `[experts * n, 1]`.
+        ends: int32 `[experts]`, the row after the last of each.
+    """
+    rounded, x_scale = round_float8(x, per_row=True)
+    each = values.view(len(ends), -1, values.shape[1])
+    return torch._scaled_grouped_mm(
+        rounded,
+        each.transpose(-2, -1),
+        x_scale.flatten(),
+        scale.view(len(ends), -1),
+        offs=ends,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    )
+
+
 def _scaled_mm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, per_row: bool
 ) -> torch.Tensor:
@@ -103,6 +128,21 @@ def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
     values, scale = _parts(weight)
     product = multiply_float8_rows if is_plain_call(x, bias) else float8_rows
     return product(x, values, scale, bias)
+
+
+def _rows_of_experts(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return multiply_float8_rows_of_experts(x, *_parts(weight), ends)
+
+
+def _scaled_grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return float8_grouped_product(x, *_parts(weight), ends)
+
+
+def _dequantize_grouped_mm(
+    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    values, scale = _parts(weight)
+    return grouped_product(x, values.to(x.dtype) * scale.to(x.dtype), ends)
 
 
 def _rows_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
@@ -142,6 +182,7 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
             id="dequantize-matmul",
             numerics=A16,
             linear=_dequantize_matmul,
+            grouped=_dequantize_grouped_mm if per_row else None,
             materializes=True,
             description="dequantize the weight, then the float product",
         ),
@@ -149,6 +190,7 @@ def _kernels(*, per_row: bool) -> tuple[Kernel, ...]:
             id="scaled-mm",
             numerics=numerics,
             linear=functools.partial(_scaled_mm, per_row=per_row),
+            grouped=_scaled_grouped_mm if per_row else None,
             arithmetic="float8",
             unsupported=float8_product_unsupported,
             description=(
@@ -165,7 +207,7 @@ def _by_default(device_type: str) -> bool:
 
 
 _ROW_KERNELS = (
-    rows_kernel(_rows, _rows_unsupported),
+    rows_kernel(_rows, _rows_unsupported, _rows_of_experts),
     # Tuning these takes long, and where they work, `rows` and `scaled-mm` are about as fast.
     *gemlite_kernels(
         _parts,

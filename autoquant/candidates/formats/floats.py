@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from autoquant.candidates.base import A16, Format, Kernel
+from autoquant.candidates.calls import grouped_product
 from autoquant.candidates.kernels.cpu_rows import cpu_rows_kernel, empty_rows
 from autoquant.candidates.kernels.cpu_source import cpu_operator
 from autoquant.candidates.neutral import NeutralWeight
@@ -21,6 +22,10 @@ def _cast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """Compute `F.linear` in the stored weight's dtype, and return it in x's."""
     bias = None if bias is None else bias.to(weight.dtype)
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def _cast_grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return grouped_product(x.to(weight.dtype), weight, ends).to(x.dtype)
 
 
 _bfloat16_rows = cpu_operator(
@@ -56,6 +61,7 @@ def _format(dtype: str) -> Format:
         id="matmul",
         numerics=A16,
         linear=_cast_linear,
+        grouped=_cast_grouped,
         opaque=True,
         arithmetic=dtype,
         description="the library's matrix product",

@@ -28,8 +28,12 @@ from autoquant.candidates.base import (
     always_by_default,
     by_name_only,
 )
-from autoquant.candidates.calls import is_plain_call
-from autoquant.candidates.formats.float8 import float8_product, float8_product_unsupported
+from autoquant.candidates.calls import grouped_product, is_plain_call
+from autoquant.candidates.formats.float8 import (
+    float8_grouped_product,
+    float8_product,
+    float8_product_unsupported,
+)
 from autoquant.candidates.formats.int4_rounding import (
     ASYMMETRIC,
     SYMMETRIC,
@@ -40,7 +44,12 @@ from autoquant.candidates.formats.int4_rounding import (
 )
 from autoquant.candidates.formats.rounding import Grid, Rounded
 from autoquant.candidates.kernels.cuda_source import cuda_kernel, cuda_source_unsupported
-from autoquant.candidates.kernels.few_rows import multiply_rows, rows_kernel, too_many_rows
+from autoquant.candidates.kernels.few_rows import (
+    multiply_rows,
+    multiply_rows_of_experts,
+    rows_kernel,
+    too_many_rows,
+)
 from autoquant.candidates.kernels.operators import define_operator
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.records import LinearShape
@@ -211,6 +220,13 @@ def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
     return cast(torch.Tensor, product(x, stored.qdata, stored.scale_and_zero, bias))
 
 
+def _rows_of_experts(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    stored = cast(Int4TiledTensor, weight)
+    parts = (stored.qdata, stored.scale_and_zero)
+    defines = (("GROUP", stored.group),)
+    return multiply_rows_of_experts(_SOURCE, "int4_experts", SETTINGS, x, parts, ends, defines)
+
+
 def _unpacked(weight: torch.Tensor, *, float8: bool) -> torch.Tensor:
     stored = cast(Int4TiledTensor, weight)
     unpack = unpack_int4_tiles if is_plain_call(stored.qdata) else int4_unpack
@@ -223,11 +239,22 @@ def _unpack_matmul(
     return F.linear(x, _unpacked(weight, float8=False), bias)
 
 
+def _unpack_grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return grouped_product(x, _unpacked(weight, float8=False), ends)
+
+
 def _unpack_scaled_mm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     row_scale = cast(Int4TiledTensor, weight).row_scale
     return float8_product(x, _unpacked(weight, float8=True), row_scale, bias)
+
+
+def _unpack_scaled_grouped_mm(
+    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    row_scale = cast(Int4TiledTensor, weight).row_scale
+    return float8_grouped_product(x, _unpacked(weight, float8=True), row_scale, ends)
 
 
 def _unsupported(shape: LinearShape, _m: int, device_type: str) -> str | None:
@@ -260,11 +287,12 @@ def _format(grid: Grid) -> Format:
         joins=True,
         unsupported=_unsupported,
         kernels=(
-            rows_kernel(_rows, too_many_rows),
+            rows_kernel(_rows, too_many_rows, _rows_of_experts),
             Kernel(
                 id="unpack-matmul",
                 numerics=A16,
                 linear=_unpack_matmul,
+                grouped=_unpack_grouped_mm,
                 materializes=True,
                 description="the project's own unpacking, then the bfloat16 product",
             ),
@@ -272,6 +300,7 @@ def _format(grid: Grid) -> Format:
                 id="unpack-scaled-mm",
                 numerics=W8_A8_FLOAT8_ROW,
                 linear=_unpack_scaled_mm,
+                grouped=_unpack_scaled_grouped_mm,
                 arithmetic="float8",
                 materializes=True,
                 unsupported=float8_product_unsupported,

@@ -60,23 +60,28 @@ class CudaKernel:
         self._start = driver.cuLaunchKernel
         self._slots = _Slots()
 
-    def launch(self, blocks: int, threads: int, *arguments: torch.Tensor | int | None) -> None:
+    def launch(
+        self, blocks: int, threads: int, *arguments: torch.Tensor | int | None, high: int = 1
+    ) -> None:
         """Launch on the current stream of the kernel's device; None is a null pointer.
 
         This runs for every product of eager code, so it does nothing twice.
+
+        Args:
+            high: The grid has as many rows of `blocks` blocks.
         """
         slots = self._slots
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
         slots.values[: len(values)] = values
         if torch.cuda.current_device() == self._device:
-            self._launch(blocks, threads, slots.address)
+            self._launch(blocks, high, threads, slots.address)
         else:
             with torch.cuda.device(self._device):
-                self._launch(blocks, threads, slots.address)
+                self._launch(blocks, high, threads, slots.address)
 
-    def _launch(self, blocks: int, threads: int, address: int) -> None:
+    def _launch(self, blocks: int, high: int, threads: int, address: int) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        _checked(self._start(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0))
+        _checked(self._start(self._function, blocks, high, 1, threads, 1, 1, 0, stream, address, 0))
 
 
 class _Slots(threading.local):

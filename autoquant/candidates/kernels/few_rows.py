@@ -1,4 +1,7 @@
-"""Products of a few rows by the project's own kernels (`rows.cuh`): the host's side."""
+"""Products of a few rows by the project's own kernels (`rows.cuh`): the host's side.
+
+Those of experts too, each of which has a few rows of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from autoquant.candidates.base import A16, Kernel, LinearFunction, Unsupported
+from autoquant.candidates.base import A16, GroupedFunction, Kernel, LinearFunction, Unsupported
 from autoquant.candidates.kernels.cuda_source import cuda_kernel
 from autoquant.records import LinearShape
 
@@ -60,6 +63,46 @@ def multiply_rows(
     return y
 
 
+def multiply_rows_of_experts(
+    source: str,
+    name: str,
+    settings: Settings,
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    ends: torch.Tensor,
+    defines: Sequence[tuple[str, int]] = (),
+) -> torch.Tensor:
+    """Return x `[m, k]`, sorted by expert, times each row's own expert of `[experts * n, k]`.
+
+    It takes any number of rows, and is meant for a few of each expert. The host need not know
+    which rows are whose. Rows of no expert give zeros.
+
+    Args:
+        source: File of the kernel.
+        name: Name of the kernel.
+        weight: The tensors that it is stored in. The first has a row for each of its rows.
+        ends: int32 `[experts]`, the row after the last of each.
+        defines: Macros of the source that are not part of the setting.
+
+    Returns:
+        `[m, n]`.
+    """
+    (m, k), experts = x.shape, len(ends)
+    n, active = weight[0].shape[0] // experts, min(experts, m)
+    y = x.new_empty(m, n)
+    if m:
+        rows = -(-m // active)
+        sizes = (active, rows > ROWS_OF_A_PRODUCT)
+        key = (source, name, *defines, x.device, n, *sizes)
+        found = _launches.get(key)
+        if found is None:
+            found = _launch_of(source, name, settings, defines, x.device, n, rows, active)
+            _launches[key] = found
+        launch, blocks, threads = found
+        launch(blocks, threads, x.contiguous(), *weight, ends, y, m, n, k, experts, high=active)
+    return y
+
+
 _launches: dict[tuple[object, ...], tuple[Callable[..., None], int, int]] = {}
 """The launcher of a product of one size on one device, with its numbers of blocks and threads."""
 
@@ -72,21 +115,25 @@ def _launch_of(
     device: torch.device,
     n: int,
     m: int,
+    weights: int = 1,
 ) -> tuple[Callable[..., None], int, int]:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    warps, tiles, blocks = setting_of(settings, n, m, processors)
-    eights = -(-m // ROWS_OF_A_PRODUCT)
+    warps, tiles, blocks = setting_of(settings, n * weights, m, processors)
+    eights = min(-(-m // ROWS_OF_A_PRODUCT), MOST_ROWS // ROWS_OF_A_PRODUCT)
     sizes = (("WARPS", warps), ("TILES", tiles), ("BLOCKS", blocks), ("EIGHTS", eights))
     kernel = cuda_kernel(source, name, (*defines, *sizes), device)
     return kernel.launch, -(-n // (16 * tiles)), 32 * warps
 
 
-def rows_kernel(linear: LinearFunction, unsupported: Unsupported) -> Kernel:
+def rows_kernel(
+    linear: LinearFunction, unsupported: Unsupported, grouped: GroupedFunction
+) -> Kernel:
     """Return a format's kernel `rows`, which computes by `multiply_rows`."""
     return Kernel(
         id="rows",
         numerics=A16,
         linear=linear,
+        grouped=grouped,
         opaque=True,
         unsupported=unsupported,
         description="the project's own product for a few rows, on tensor cores",

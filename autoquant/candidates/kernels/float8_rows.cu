@@ -24,9 +24,9 @@ __device__ __forceinline__ unsigned odd(unsigned four) {
 
 // y[m, n] = x[m, k] w[n, k]' scale[n] (+ bias[n]), m at most 8 * EIGHTS, k divisible by 128 and n by 8. A lane reads 16 columns
 // of row a, from 16 * b on, in each half of a chunk of 128.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-float8_rows(const unsigned short* __restrict__ x, const unsigned char* __restrict__ weights, const float* __restrict__ scale,
-            const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
+__device__ __forceinline__ void
+product(const unsigned short* __restrict__ x, const unsigned char* __restrict__ weights, const float* __restrict__ scale,
+        const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, a = lane >> 2, b = lane & 3;
   const int chunks = k >> 7, first_row = blockIdx.x * 16 * TILES;
   float acc[TILES][EIGHTS][4] = {};
@@ -72,4 +72,21 @@ float8_rows(const unsigned short* __restrict__ x, const unsigned char* __restric
       }
   }
   store_sums<WARPS, TILES, EIGHTS>(acc, scale, bias, y, m, n, first_row);
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+float8_rows(const unsigned short* __restrict__ x, const unsigned char* __restrict__ weights, const float* __restrict__ scale,
+            const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
+  product(x, weights, scale, bias, y, m, n, k);
+}
+
+// The same of m rows sorted by expert, each with the n rows of its own expert's weight. A block has the rows of one expert.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+float8_experts(const unsigned short* __restrict__ x, const unsigned char* __restrict__ weights, const float* __restrict__ scale,
+               const int* __restrict__ ends, unsigned short* __restrict__ y, int m, int n, int k, int experts) {
+  multiply_rows_of_expert<EIGHTS>(ends, experts, blockIdx.y, [&](int expert, int first, int rows) {
+    product(x + (size_t)first * k, weights + (size_t)expert * n * k, scale + (size_t)expert * n, nullptr, y + (size_t)first * n,
+            rows, n, k);
+  });
+  if (blockIdx.y == 0) clear_other_rows<TILES>(ends, experts, y, m, n, blockIdx.x * 16 * TILES);
 }

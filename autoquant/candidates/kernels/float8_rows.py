@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from autoquant.candidates.kernels.few_rows import multiply_rows
+from autoquant.candidates.kernels.few_rows import multiply_rows, multiply_rows_of_experts
 from autoquant.candidates.kernels.operators import define_operator
 
+_SOURCE = "float8_rows.cu"
 CHUNK_COLUMNS = 128
 SETTINGS = (
     (1, (16, 1, 2), (16, 1, 2)),
@@ -29,7 +30,22 @@ def multiply_float8_rows(
     Returns:
         `[..., n]`, with the bias added.
     """
-    return multiply_rows("float8_rows.cu", "float8_rows", SETTINGS, x, (values, scale), bias)
+    return multiply_rows(_SOURCE, "float8_rows", SETTINGS, x, (values, scale), bias)
+
+
+def multiply_float8_rows_of_experts(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Multiply x `[m, k]`, sorted by expert, by float8 `[experts * n, k]` with a scale a row.
+
+    Args:
+        ends: int32 `[experts]`, the row after the last of each.
+
+    Returns:
+        `[m, n]`.
+    """
+    parts = (values, scale)
+    return multiply_rows_of_experts(_SOURCE, "float8_experts", SETTINGS, x, parts, ends)
 
 
 def _empty_rows(

@@ -5,8 +5,8 @@
 // A pair of such nibbles, masked and put into the mantissa of two bfloat16 of exponent 7, reads 128 + q twice, which is an
 // operand of mma.m16n8k16 as it is.
 //
-// To be defined: GROUP (32, 64, 128); for `int4_rows` also WARPS, TILES, EIGHTS and BLOCKS (blocks a multiprocessor should hold),
-// for `int4_unpack` FLOAT8 (0 or 1).
+// To be defined: GROUP (32, 64, 128); for `int4_rows` and `int4_experts` also WARPS, TILES, EIGHTS and BLOCKS (blocks a
+// multiprocessor should hold), for `int4_unpack` FLOAT8 (0 or 1).
 
 #include "rows.cuh"
 
@@ -45,9 +45,9 @@ __device__ __forceinline__ unsigned to_pair(unsigned nibbles) {
 
 // y[m, n] = x[m, k] w[n, k]' (+ bias[n]), m at most 8 * EIGHTS. Sums over a group are of x * (128 + q); scale and zero are
 // applied to them, with the sums of x alone.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-int4_rows(const unsigned short* __restrict__ x, const uint4* __restrict__ weights, const unsigned* __restrict__ scales,
-          const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
+__device__ __forceinline__ void
+product(const unsigned short* __restrict__ x, const uint4* __restrict__ weights, const unsigned* __restrict__ scales,
+        const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, a = lane >> 2, b = lane & 3;
   const int chunks = k >> 7, first_row = blockIdx.x * 16 * TILES;
   float acc[TILES][EIGHTS][4] = {};
@@ -116,6 +116,24 @@ int4_rows(const unsigned short* __restrict__ x, const uint4* __restrict__ weight
     }
   }
   store_sums<WARPS, TILES, EIGHTS>(acc, nullptr, bias, y, m, n, first_row);
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+int4_rows(const unsigned short* __restrict__ x, const uint4* __restrict__ weights, const unsigned* __restrict__ scales,
+          const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, int m, int n, int k) {
+  product(x, weights, scales, bias, y, m, n, k);
+}
+
+// The same of m rows sorted by expert, each with the n rows of its own expert's weight. A block has the rows of one expert.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+int4_experts(const unsigned short* __restrict__ x, const uint4* __restrict__ weights, const unsigned* __restrict__ scales,
+             const int* __restrict__ ends, unsigned short* __restrict__ y, int m, int n, int k, int experts) {
+  const size_t tiles = (size_t)(n >> 3) * (k >> 7);
+  multiply_rows_of_expert<EIGHTS>(ends, experts, blockIdx.y, [&](int expert, int first, int rows) {
+    product(x + (size_t)first * k, weights + expert * tiles * 32, scales + expert * tiles * 8 * GROUPS, nullptr,
+            y + (size_t)first * n, rows, n, k);
+  });
+  if (blockIdx.y == 0) clear_other_rows<TILES>(ends, experts, y, m, n, blockIdx.x * 16 * TILES);
 }
 
 #else

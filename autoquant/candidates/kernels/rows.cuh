@@ -50,3 +50,38 @@ __device__ __forceinline__ void store_sums(const float (&acc)[tiles][eights][4],
     y[(size_t)row * n + out] = rounded;
   }
 }
+
+// Calls multiply(expert, first row, rows) for the rows of the `slot`th expert that has any, up to 8 * eights at a time. Rows are
+// sorted by expert, and ends[expert] is the row after its last.
+template <int eights, typename Multiply>
+__device__ __forceinline__ void multiply_rows_of_expert(const int* ends, int experts, int slot, Multiply multiply) {
+  const int lane = threadIdx.x & 31;
+  for (int base = 0; base < experts; base += 32) {
+    const int expert = base + lane;
+    const int end = expert < experts ? ends[expert] : 0, start = 0 < expert && expert < experts ? ends[expert - 1] : 0;
+    unsigned with_rows = __ballot_sync(0xFFFFFFFFu, end > start);
+    const int count = __popc(with_rows);
+    if (slot >= count) {
+      slot -= count;
+      continue;
+    }
+    for (; slot > 0; --slot) with_rows &= with_rows - 1;
+    const int found = __ffs(with_rows) - 1;
+    const int last = __shfl_sync(0xFFFFFFFFu, end, found);
+    for (int first = __shfl_sync(0xFFFFFFFFu, start, found); first < last; first += 8 * eights) {
+      multiply(base + found, first, min(last - first, 8 * eights));
+      __syncthreads();  // the sums that the block shares have been read
+    }
+    return;
+  }
+}
+
+// Writes zeros into the block's columns of the rows that no expert has, those behind the last end.
+template <int tiles>
+__device__ __forceinline__ void clear_other_rows(const int* ends, int experts, unsigned short* y, int m, int n, int first_column) {
+  const int first = ends[experts - 1];
+  for (int at = threadIdx.x; at < (m - first) * 16 * tiles; at += blockDim.x) {
+    const int row = first + at / (16 * tiles), column = first_column + at % (16 * tiles);
+    if (column < n) y[(size_t)row * n + column] = 0;
+  }
+}

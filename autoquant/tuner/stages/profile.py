@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autoquant.candidates.experts import cannot_hold_experts, multiplies_experts
 from autoquant.candidates.formats.floats import original_format
 from autoquant.devices.memory import release_memory
 from autoquant.errors import WorkloadError
@@ -62,7 +63,18 @@ def subjects_to_time(setup: SearchSetup, recording: Recording) -> tuple[list[Tim
     shapes = [site.shape for site in recording.sites]
     element_bytes = mean_element_bytes(settled.loaded.module, recording)
     working_set = working_set_bytes(shapes, settled.hardware, element_bytes)
-    subjects = subjects_of(cells_of(recording.sites), settled.candidates, working_set)
+    linears = [site for site in recording.sites if site.experts == 1]
+    of_experts = [site for site in recording.sites if site.experts > 1]
+    able = [
+        each
+        for each in settled.candidates
+        if not cannot_hold_experts(each.format, settled.hardware.type)
+        and multiplies_experts(each.kernel, settled.hardware.type)
+    ]
+    subjects = [
+        *subjects_of(cells_of(linears), settled.candidates, working_set),
+        *subjects_of(cells_of(of_experts), able, working_set),
+    ]
     if setup.fuse:
         subjects += fusion_subjects(recording.sites, settled.candidates, working_set)
     return list(dict.fromkeys(subjects)), working_set

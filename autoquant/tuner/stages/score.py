@@ -80,7 +80,9 @@ def _make_fusion(setup: SearchSetup, sites: Sequence[Site], timings: TimingTable
     if not setup.fuse:
         return None
     settled = setup.settled
-    fusion = make_fusion(sites, settled.candidates, timings, settled.workload)
+    fusion = make_fusion(
+        sites, settled.candidates, timings, settled.workload, settled.hardware.type
+    )
     setup.tell(*fusion_notices(fusion))
     return fusion
 
@@ -98,7 +100,9 @@ def _make_choices(
     measured: Facts = format_facts(setup.formats, shapes, setup.device)
     facts = facts_for(constraints.engine, measured)
     may_tie = constraints.engine is not None and find_engine(constraints.engine).target.ties
-    maker = ChoiceMaker(settled.candidates, timings, facts, settled.workload, may_tie)
+    maker = ChoiceMaker(
+        settled.candidates, timings, facts, settled.workload, settled.hardware.type, may_tie
+    )
     choices = [maker.constrained(site, constraints, bound) for site in sites]
     setup.tell(*dropped_notices(choices))
     if fusion is None:

@@ -37,11 +37,13 @@ def several(weight: torch.Tensor, experts: int) -> torch.Tensor:
 
 
 def main(source: str, out: str, experts: int = 8) -> None:
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device)
     kept = {name: getattr(dense.config, name) for name in KEPT}
     config = MixtralConfig(**kept, num_local_experts=experts, num_experts_per_tok=2)
     torch.manual_seed(0)
-    mixture = MixtralForCausalLM(config).float()
+    with device:
+        mixture = MixtralForCausalLM(config).bfloat16()
     own = dense.state_dict()
     filled = {}
     for name, tensor in mixture.state_dict().items():
@@ -56,7 +58,7 @@ def main(source: str, out: str, experts: int = 8) -> None:
         else:  # the router
             filled[name] = ROUTER * torch.randn_like(tensor)
     mixture.load_state_dict(filled)
-    mixture.bfloat16().save_pretrained(out)
+    mixture.save_pretrained(out)
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
     print(f"{sum(each.numel() for each in mixture.parameters()) / 1e6:.1f} M parameters")
 

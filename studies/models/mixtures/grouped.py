@@ -62,7 +62,7 @@ def measure(experts: int, n: int, k: int, each: int, active: int) -> None:
     weight = torch.randn(experts, n, k, generator=generator, device="cuda").bfloat16()
     x = torch.randn(each * active, k, generator=generator, device="cuda").bfloat16()
     counts = torch.zeros(experts, dtype=torch.int64, device="cuda")
-    counts[:: experts // active] = each
+    counts[torch.arange(active, device="cuda") * experts // active] = each
     ends = counts.cumsum(0).to(torch.int32)
     calls = {"bfloat16": lambda: F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)}
     for name, kernel in KERNELS:

@@ -75,6 +75,7 @@ class Backend(ABC):
         compiler_settings: Settings of Inductor.
         recorded_settings: Further ones, for the parts of a model in a step that is recorded.
         graphs: A step can be captured as a graph, whose replay starts all its kernels at once.
+        most_copies: Most copies of a weight that a timing rotates through; None for all that fit.
         prepares: Candidates are compiled and tuned ahead, by parallel processes, and kept on disk.
         forks: A process that has a model for this device in memory can be forked.
         replays_steps: `generate` may run compiled steps.
@@ -97,6 +98,7 @@ class Backend(ABC):
     compiler_settings: ClassVar[Mapping[str, Any]] = {}
     recorded_settings: ClassVar[Mapping[str, Any]] = {}
     graphs: ClassVar[bool] = False
+    most_copies: ClassVar[int | None] = None
     prepares: ClassVar[bool] = False
     forks: ClassVar[bool] = False
     replays_steps: ClassVar[bool] = False

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity
 
 from autoquant.devices.base import DEFAULT_CACHE_BYTES, Backend, Event, Paces, library_versions
 from autoquant.devices.clocks import Call, Clock
-from autoquant.devices.cuda_graphs import GraphClock, GraphedStep
+from autoquant.devices.cuda_graphs import MOST_CALLS, GraphClock, GraphedStep
 from autoquant.devices.effort import TimingEffort
 from autoquant.devices.load import GpuLoad, Load
 from autoquant.devices.memory import memory_limit, trim_memory
@@ -39,6 +39,7 @@ class CudaBackend(Backend):
     # Merges small independent kernels, such as those that rotate queries and keys.
     compiler_settings = {"combo_kernels": True}  # noqa: RUF012
     graphs = True
+    most_copies = MOST_CALLS
     prepares = True
     replays_steps = True
     settles_routes = True

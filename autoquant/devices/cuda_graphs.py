@@ -11,7 +11,7 @@ import torch
 from autoquant.devices.clocks import Call
 
 _GRAPH_US = 1000.0
-_MOST_CALLS = 256
+MOST_CALLS = 256
 _WARM_UP_CALLS = 2
 
 
@@ -19,8 +19,9 @@ class GraphClock:
     """Calls through the whole rotation, captured in one CUDA graph.
 
     The gaps between launches are those of a model. The graph is about a millisecond long and passes
-    through every position, which keeps weights cold from one replay to the next. A call that takes
-    longer is captured alone.
+    through every position, which keeps weights cold from one replay to the next. Where there would
+    be more positions than `MOST_CALLS`, there are only as many, which may fit into the cache: what
+    lies there is replaced before each replay. A call that takes longer is captured alone.
     """
 
     def __init__(self, call: Call, positions: int, device: str) -> None:
@@ -29,6 +30,10 @@ class GraphClock:
         self._device = torch.device(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 1
+        self._other: torch.Tensor | None = None
+        if positions >= MOST_CALLS:
+            cache_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
+            self._other = torch.ones(2 * cache_bytes // 4, device=self._device)
 
     def start(self) -> None:
         """Capture, and replay once.
@@ -53,6 +58,8 @@ class GraphClock:
         assert self._graph is not None
         with torch.cuda.device(self._device):
             start, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+            if self._other is not None:
+                self._other.sum()  # read, as what is written has to leave the cache later
             start.record()
             self._graph.replay()
             end.record()
@@ -73,7 +80,7 @@ class GraphClock:
         if one_us >= _GRAPH_US:
             return 1
         rounds = max(1, round(_GRAPH_US / (one_us * self._positions)))
-        return max(self._positions, min(rounds * self._positions, _MOST_CALLS))
+        return max(self._positions, min(rounds * self._positions, MOST_CALLS))
 
 
 class GraphedStep:

@@ -28,15 +28,22 @@ class Arena:
         self.device = device
         self.bytes = block.repeat(-(-size_bytes // block.numel()))[:size_bytes].to(device)
 
-    def views(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    def views(
+        self, tensors: Sequence[torch.Tensor], most: int | None = None
+    ) -> list[list[torch.Tensor]]:
         """Return as many disjoint copies of `tensors` as fit, at least one.
 
         A copy has the same shapes and dtypes, not the same numbers.
+
+        Args:
+            most: Return no more than these, at even distances.
         """
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         if sum(sizes) > self.bytes.numel():
             return [list(tensors)]
-        starts = range(0, self.bytes.numel() - sum(sizes) + 1, sum(sizes))
+        fitting = self.bytes.numel() // sum(sizes)
+        count = fitting if most is None else min(fitting, most)
+        starts = (number * fitting // count * sum(sizes) for number in range(count))
         return [self._copy(tensors, sizes, start) for start in starts]
 
     def _copy(

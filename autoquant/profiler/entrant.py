@@ -114,7 +114,7 @@ def _prepare(
     fmt, kernel = candidate.format, candidate.kernel
     stored = fmt.store(linear.weight)
     parts, rebuild = flatten_tensor(stored)
-    copies = arena.views(parts)
+    copies = arena.views(parts, linear.backend.most_copies)
     unroll = min(len(linear.inputs), len(copies))
     bias = linear.bias
     biases = [] if bias is None else [bias]

@@ -210,12 +210,12 @@ class ChoiceMaker:
         kept: list[LayerChoice] = []
         for choice, point in zip(choices, points, strict=True):
             pairs = zip(choices, points, strict=True)
-            better = next((c for c, p in pairs if c is not choice and p.beats(point)), None)
-            if better is None or choice.format == original_format(choice.shape.dtype):
+            better = [c.format for c, p in pairs if c is not choice and p.beats(point)]
+            if not better or choice.format == original_format(choice.shape.dtype):
                 kept.append(choice)
-            elif choice.format not in {c.format for c in kept}:
-                reason = f"{better.format} is at least as fast, as small and as exact"
-                dropped[choice.format] = reason
+            for other in better:
+                if other != choice.format:
+                    dropped[choice.format] = f"{other} is at least as fast, as small and as exact"
         # A format that lost one choice may have kept a later one.
         for choice in kept:
             dropped.pop(choice.format, None)

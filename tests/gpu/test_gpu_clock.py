@@ -41,6 +41,20 @@ def test_a_weight_that_stays_in_the_cache_is_faster_than_a_cold_one():
     assert hot.latency_us < 0.95 * cold.latency_us
 
 
+def test_a_small_weight_is_cold_and_timed_quickly():
+    """Its copies fit into the cache, which other data fills before each replay."""
+    (candidate,) = select(["bfloat16/plain/matmul"])
+    small = LinearShape(n=1024, k=64, bias=False, dtype="bfloat16")
+    samples = {}
+    for arena_bytes in (1 << 31, 2 * 1024 * 64):
+        started = time.perf_counter()
+        (result,) = compare(small, 1, [candidate], arena=Arena(arena_bytes, "cuda"), compiled=True)
+        assert result.outcome == "ok" and time.perf_counter() - started < 5
+        samples[arena_bytes] = result.latency_us
+    cold, hot = samples.values()
+    assert 1.05 * hot < cold < 4 * hot
+
+
 def test_what_cannot_be_captured_has_failed_and_does_not_spoil_the_others():
     def syncs(x, w, b):
         return x @ w.t() * float(x.abs().max().item() > 0)

@@ -1,5 +1,6 @@
 """The clock, run eagerly on kernels that are right, wrong, slow or broken."""
 
+import itertools
 import time
 
 import pytest
@@ -236,6 +237,15 @@ def test_arena_views_are_disjoint_aligned_and_of_the_same_kind():
             assert start % 64 == 0 and part.data_ptr() % tensor.element_size() == 0
             used[start : start + part.nbytes] += 1
     assert used.max() == 1 and used.sum() == len(copies) * (35 + 10 + 132)
+
+
+def test_a_limited_number_of_copies_is_spread_over_the_whole_arena():
+    arena = Arena(4096, "cpu")
+    tensors = [torch.empty(16, dtype=torch.int8)]
+    starts = [part.data_ptr() - arena.bytes.data_ptr() for (part,) in arena.views(tensors, 10)]
+    assert len(starts) == 10 and starts[0] == 0 and starts[-1] == 57 * 64  # of 64 that fit
+    assert {after - before for before, after in itertools.pairwise(starts)} == {384, 448}
+    assert len(arena.views(tensors, 100)) == 64
 
 
 def test_an_arena_has_exactly_the_bytes_asked_for():

@@ -92,6 +92,17 @@ def test_rounding_is_dropped_where_the_original_is_faster_smaller_and_exact():
     assert [c.format for c in choices.choices] == ["bfloat16/plain"]
 
 
+def test_a_dropped_format_is_told_which_other_one_is_better():
+    table = int8_times(weight_only=(20.0, 20.0), integer=(30.0, 30.0))
+    table |= {("other/plain", "kernel", m): 5.0 for m in (1, 8)}
+    other = make_format("other/plain", kernel="a16")
+    known = facts(bfloat16=(200, 0.0), int8=(100, 0.01), other=(100, 0.01))
+    choices = choices_of(table, formats=(INT8, other), known=known)
+    assert choices.dropped == {
+        "int8/plain": "other/plain is at least as fast, as small and as exact"
+    }
+
+
 def test_a_kernel_that_is_fastest_everywhere_is_the_whole_route():
     choices = choices_of(int8_times(weight_only=(10.0, 10.0), integer=(20.0, 15.0)))
     assert only(choices, "int8/plain", "int8+a16").route == (

@@ -193,6 +193,7 @@ FORMATS = (
                 numerics=A8_ROW,
                 linear=_torchao_dynamic,
                 arithmetic="int8",
+                by_name=True,  # torchao 0.18 fails on GPUs, and `int-mm` makes the same product
                 unsupported=_dynamic_unsupported,
                 description="torchao's int8 dynamic-activation product",
             ),

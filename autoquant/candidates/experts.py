@@ -26,8 +26,8 @@ from autoquant.candidates.routed import (
 )
 from autoquant.records import Route, content_key
 
-_TELLING = ("cpu", "meta")
-"""Kinds of device where asking which rows are whose does not wait for work that is under way."""
+_ONE_BY_ONE = ("cpu", "meta")
+"""Kinds of device that compute experts one by one: asking which rows are whose waits for nothing."""
 
 
 def cannot_hold_experts(fmt: Format, device_type: str) -> str:
@@ -41,7 +41,12 @@ def cannot_hold_experts(fmt: Format, device_type: str) -> str:
 
 def multiplies_experts(kernel: Kernel, device_type: str) -> bool:
     """Check that a kernel can multiply each row with its own expert on a device."""
-    return device_type in _TELLING or kernel.grouped is not None
+    return not computes_at_once(device_type) or kernel.grouped is not None
+
+
+def computes_at_once(device_type: str) -> bool:
+    """Check whether one kernel computes all experts of a layer on a device."""
+    return device_type not in _ONE_BY_ONE
 
 
 class ExpertInputs:
@@ -250,7 +255,7 @@ def multiply_experts(x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor)
     Rows of no expert give zeros. On GPUs one kernel computes all experts. Its choice depends on how
     many rows an expert has if they are spread evenly, as the host knows no more.
     """
-    if x.device.type not in _TELLING:
+    if computes_at_once(x.device.type):
         return _multiply_at_once(x, weight, ends)
     parts, rebuild = flatten_tensor(weight.stored)
     experts, n = weight.experts, weight.stored.shape[0] // weight.experts
@@ -261,12 +266,18 @@ def multiply_experts(x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor)
     return y
 
 
+def kernel_for_expert(weight: ExpertsWeight, rows: int, own_rows: int) -> Kernel:
+    """Return the kernel that computes an expert's `own_rows` of all `rows`."""
+    spread = -(-rows // min(rows, weight.experts))
+    m = spread if computes_at_once(weight.device.type) else own_rows
+    return get_format(weight.format_id).kernel(kernel_for_rows(weight.route, m))
+
+
 def _multiply_at_once(x: torch.Tensor, weight: ExpertsWeight, ends: torch.Tensor) -> torch.Tensor:
     rows = len(x)
     if not rows:
         return x.new_empty(0, weight.stored.shape[0] // weight.experts)
-    each = -(-rows // min(rows, weight.experts))
-    kernel = get_format(weight.format_id).kernel(kernel_for_rows(weight.route, each))
+    kernel = kernel_for_expert(weight, rows, rows)
     if kernel.grouped is None:
         raise TypeError(f"{weight.format_id}/{kernel.id} cannot multiply experts on this device")
     return kernel.grouped(x.to(weight.compute_dtype), weight.stored, ends).to(x.dtype)

@@ -7,16 +7,16 @@ with other libraries.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from autoquant.candidates import Kernel, get_format, multiplied_numbers
 from autoquant.candidates.calls import LinearCall, LinearHook, expert_rows
 from autoquant.candidates.check import changed, fault, reference
-from autoquant.candidates.experts import ExpertsWeight
+from autoquant.candidates.experts import ExpertsWeight, computes_at_once, kernel_for_expert
 from autoquant.candidates.kernels.caches import untuned, use_kernel_caches
 from autoquant.candidates.linears import operand_of
 from autoquant.candidates.routed import RouteAttribute, RoutedWeight, kernel_for_rows
@@ -127,34 +127,67 @@ class KernelsInModel(LinearHook):
         weight = call.weight
         if not isinstance(weight, RoutedWeight) or not call.x.numel():
             return None
-        if not isinstance(weight, ExpertsWeight) or call.ends is None:
-            return self._checked(id(weight), weight, call.x, call)
-        for expert, start, end in expert_rows(call.ends):
-            one = weight.expert(expert)
-            alone = LinearCall(F.linear, call.x[start:end], one, None)
-            self._checked(id(weight), one, alone.x, alone)
-        return None
-
-    def _checked(
-        self, key: int, weight: RoutedWeight, x: torch.Tensor, call: LinearCall
-    ) -> torch.Tensor | None:
-        """Compute a call and check the result; None if one of as many rows was checked before."""
-        m = x.numel() // x.shape[-1]
-        if (key, m) in self._seen:
+        if isinstance(weight, ExpertsWeight) and call.ends is not None:
+            return self._experts_checked(weight, call, call.ends)
+        m = call.x.numel() // call.x.shape[-1]
+        if not self._is_new(weight, m):
             return None
-        self._seen.add((key, m))
-        layer = self._names.get(key, "a layer").removesuffix(".weight")
-        fmt = get_format(weight.format_id)
-        kernel = fmt.kernel(kernel_for_rows(weight.route, m))
-        self._on_kernel(layer, fmt.id, kernel.id)
-        y = call.compute(x, weight)
+        kernel = get_format(weight.format_id).kernel(kernel_for_rows(weight.route, m))
+        self._tell(weight, kernel)
+        y = call.compute(call.x, weight)
+        self._check(weight, weight, kernel, call.x, call.bias, y)
+        return y
+
+    def _experts_checked(
+        self, weight: ExpertsWeight, call: LinearCall, ends: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Compute a call of experts, and check those that have another number of rows than before.
+
+        All are computed first: which rows are whose may decide how.
+        """
+        new = [
+            (weight.expert(number), start, end)
+            for number, start, end in expert_rows(ends)
+            if self._is_new(weight, end - start)
+        ]
+        if not new:
+            return None
+        kernels = [kernel_for_expert(weight, len(call.x), end - start) for _, start, end in new]
+        for kernel in dict.fromkeys(kernels):
+            self._tell(weight, kernel)
+        y = call.compute(call.x, call.straight())
+        for (one, start, end), kernel in zip(new, kernels, strict=True):
+            self._check(weight, one, kernel, call.x[start:end], None, y[start:end])
+        return y
+
+    def _is_new(self, weight: RoutedWeight, m: int) -> bool:
+        """Check that no result of m rows was checked before, and note that one is now."""
+        new = (id(weight), m) not in self._seen
+        self._seen.add((id(weight), m))
+        return new
+
+    def _tell(self, weight: RoutedWeight, kernel: Kernel) -> None:
+        self._on_kernel(self._layer(weight), weight.format_id, kernel.id)
+
+    def _layer(self, weight: RoutedWeight) -> str:
+        return self._names.get(id(weight), "a layer").removesuffix(".weight")
+
+    def _check(
+        self,
+        named: RoutedWeight,
+        weight: RoutedWeight,
+        kernel: Kernel,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        y: torch.Tensor,
+    ) -> None:
+        """Check a result of a weight, which may be an expert's of the one that is `named`."""
+        fmt, m = get_format(weight.format_id), x.numel() // x.shape[-1]
         numbers = multiplied_numbers(fmt, weight.stored, kernel.numerics)
-        rounded = x.to(weight.compute_dtype)
-        expected = reference(kernel, numbers, rounded, call.bias)
+        expected = reference(kernel, numbers, x.to(weight.compute_dtype), bias)
         if bool(expected.isfinite().all().item()):  # a model may overflow by itself
             reason = fault(y, expected, x.dtype, allowance=_IN_MODEL)
-            _refuse(reason, layer, fmt.id, kernel.id, m)
-        return y
+            _refuse(reason, self._layer(named), fmt.id, kernel.id, m)
 
 
 def _check_weight(
@@ -178,18 +211,31 @@ def _check_weight(
                 continue  # of another device, say; a product says so, too
             x = torch.randn(1, m, stored.shape[1], generator=generator, device=device).to(dtype)
             expected = reference(kernel, known[kernel.numerics], x, None)
-            reason = _reason(kernel, x, stored, expected)
+            product = functools.partial(_multiply, kernel, weight, x, stored)
+            reason = _reason(product, dtype, expected, kernel.repeats)
             _refuse(reason, layer, fmt.id, kernel_id, m)
             checked += 1
     return checked
 
 
-def _reason(kernel: Kernel, x: torch.Tensor, stored: torch.Tensor, expected: torch.Tensor) -> str:
+def _multiply(
+    kernel: Kernel, weight: RoutedWeight, x: torch.Tensor, stored: torch.Tensor
+) -> torch.Tensor:
+    """Multiply x `[1, m, k]` as a model does with a weight; if it is of experts, by one of them."""
+    if kernel.grouped and isinstance(weight, ExpertsWeight) and computes_at_once(x.device.type):
+        end = torch.tensor([x.shape[1]], dtype=torch.int32, device=x.device)
+        return kernel.grouped(x[0], stored, end)[None]
+    return kernel.linear(x, stored, None)
+
+
+def _reason(
+    product: Callable[[], torch.Tensor], dtype: torch.dtype, expected: torch.Tensor, repeats: bool
+) -> str:
     """Return what is wrong with two calls of a kernel, or an empty string."""
-    first, second = (kernel.linear(x, stored, None) for _ in range(2))
-    if reason := fault(first, expected, x.dtype) or fault(second, expected, x.dtype):
+    first, second = product(), product()
+    if reason := fault(first, expected, dtype) or fault(second, expected, dtype):
         return reason
-    if kernel.repeats and backend(x.device).repeats and changed(first, second):
+    if repeats and backend(expected.device).repeats and changed(first, second):
         return "the same input gave other bits the second time"
     return ""
 

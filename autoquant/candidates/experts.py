@@ -27,7 +27,7 @@ from autoquant.candidates.routed import (
 from autoquant.records import Route, content_key
 
 _ONE_BY_ONE = ("cpu", "meta")
-"""Kinds of device that compute experts one by one: asking which rows are whose waits for nothing."""
+"""Kinds of device that compute experts one by one: there the host knows which rows are whose."""
 
 
 def cannot_hold_experts(fmt: Format, device_type: str) -> str:

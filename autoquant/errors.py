@@ -106,6 +106,14 @@ class ProcessDiedError(AutoquantError):
     """A worker process crashed or was killed."""
 
 
+class WorkerLostError(ProcessDiedError):
+    """A worker was ended from outside, or its machine is gone: that says nothing about its job."""
+
+
+class WorkersError(AutoquantError):
+    """There are no such workers as were asked for."""
+
+
 class HungError(ProcessDiedError):
     """A worker process was killed because it took far too long."""
 

@@ -191,6 +191,22 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def hold(path: Path) -> int | None:
+    """Hold a file until this process ends or closes the number that is returned.
+
+    Returns:
+        None if another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
 def raise_if_full(error: BaseException, place: Path | None = None) -> None:
     """Raise `DiskFullError` if a full disk caused `error`: that is no fact about a candidate.
 

@@ -37,6 +37,7 @@ from autoquant.cli.recipe_option import (
 )
 from autoquant.cli.trust import check_suggested, options_again, trusting
 from autoquant.cli.values import duration_s, fraction, nats, size_bytes
+from autoquant.tuner.workers.asked import Workers
 
 if TYPE_CHECKING:
     from autoquant.study.study import Study
@@ -156,6 +157,15 @@ def search(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|ray",
+            help="Processes that share the work, each with a GPU or cores of its own; ray, or"
+            " ray://ADDRESS of a cluster.",
+            show_default=False,
+        ),
+    ] = None,
     model_factory: ModelFactoryOption = None,
     tokenizer: TokenizerOption = None,
     trust_pickle: TrustPickleOption = False,
@@ -178,6 +188,8 @@ def search(
     divergence = None if max_kl is None else nats(max_kl, "--max-kl")
     memory = None if max_memory is None else size_bytes(max_memory, "--max-memory")
     budget_s = duration_s(time_budget, "--time-budget")
+    if workers is not None:
+        Workers.parse(workers)
 
     from autoquant.records import Workload
     from autoquant.report.progress import listening
@@ -212,6 +224,7 @@ def search(
                 time_budget_s=budget_s,
                 sensitivity=sensitivity.value if sensitivity else None,
                 seed=seed,
+                workers=workers,
                 tokenizer=tokenizer,
                 listener=listener,
                 **code,

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -59,6 +59,21 @@ class Paces:
     deliver_linear_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A part of a host that a worker process has for itself.
+
+    Attributes:
+        device: The torch device that it is in that process.
+        environment: Variables that are set before the process starts.
+        cores: The cores that the process may use; empty for all.
+    """
+
+    device: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    cores: tuple[int, ...] = ()
+
+
 class Backend(ABC):
     """One device, and all that the project has to know about its kind.
 
@@ -83,6 +98,7 @@ class Backend(ABC):
         repeats: A kernel gives the same bits each time, unless it says otherwise.
         fuses: Linears that read the same input are usually faster as one, and tried so by default.
         scoring_precision: How precisely layers' losses are scored, as PyTorch names it.
+        gpus: How many GPUs it is where a scheduler counts them.
         judges_long: Whole models run so fast that quality is judged on a longer text.
         profiler_activities: What PyTorch's profiler must record to see the kernels; empty if it
             cannot.
@@ -107,6 +123,7 @@ class Backend(ABC):
     fuses: ClassVar[bool] = False
     scoring_precision: ClassVar[str] = "highest"
     judges_long: ClassVar[bool] = False
+    gpus: ClassVar[int] = 0
     profiler_activities: ClassVar[Sequence[ProfilerActivity]] = ()
     upload_threads: ClassVar[int] = 1
     # Of searches on two cores of a server's CPU, see studies/search_cost.
@@ -131,6 +148,10 @@ class Backend(ABC):
     def count(cls) -> int:
         """Return how many devices of this kind PyTorch sees."""
         return 1
+
+    def places(self) -> list[Place]:
+        """Return parts of this host that compute equally fast, this device first."""
+        return [Place(self.device)]
 
     @classmethod
     @abstractmethod

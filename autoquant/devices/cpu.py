@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from autoquant.devices.base import DEFAULT_CACHE_BYTES, Backend, library_versions
+from autoquant.devices.base import DEFAULT_CACHE_BYTES, Backend, Place, library_versions
 from autoquant.devices.recorded_steps import RecordedStep
 from autoquant.devices.watch import cpu_quota
 from autoquant.records import Device
@@ -38,6 +38,17 @@ class CpuBackend(Backend):
     @classmethod
     def missing_reason(cls) -> str:
         return "PyTorch always has a CPU"
+
+    def places(self) -> list[Place]:
+        """Return groups of cores, each with one for every thread that PyTorch computes with."""
+        threads = torch.get_num_threads()
+        if not hasattr(os, "sched_getaffinity"):
+            return super().places()
+        cores = sorted(os.sched_getaffinity(0))
+        usable = int(min(len(cores), cpu_quota() or len(cores)))
+        firsts = range(0, usable - threads + 1, threads)
+        places = [Place(self.device, cores=tuple(cores[at : at + threads])) for at in firsts]
+        return places if len(places) > 1 else super().places()
 
     def fingerprint(self) -> Device:
         compiler = _compiler_version() if self.compile_failure() is None else "none"

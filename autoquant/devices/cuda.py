@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -10,7 +11,14 @@ from typing import Any, cast
 import torch
 from torch.profiler import ProfilerActivity
 
-from autoquant.devices.base import DEFAULT_CACHE_BYTES, Backend, Event, Paces, library_versions
+from autoquant.devices.base import (
+    DEFAULT_CACHE_BYTES,
+    Backend,
+    Event,
+    Paces,
+    Place,
+    library_versions,
+)
 from autoquant.devices.clocks import Call, Clock
 from autoquant.devices.cuda_graphs import MOST_CALLS, GraphClock, GraphedStep
 from autoquant.devices.effort import TimingEffort
@@ -29,6 +37,7 @@ _ASKED = (
     "utilization.gpu",
 )
 _LONGEST_S = 10
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class CudaBackend(Backend):
@@ -46,6 +55,7 @@ class CudaBackend(Backend):
     fuses = True
     scoring_precision = "high"
     judges_long = True
+    gpus = 1
     profiler_activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
     upload_threads = 4
     # Of searches on an H200 with 16 cores, see studies/search_cost.
@@ -71,6 +81,16 @@ class CudaBackend(Backend):
             "PyTorch sees no CUDA device here: use --device cpu, or check the driver and install"
             " PyTorch built for CUDA"
         )
+
+    def places(self) -> list[Place]:
+        """Return the GPUs of this kind, each as the only one that a process sees."""
+        own = torch.device(self.device).index or 0
+        key = self.fingerprint().key
+        others = [index for index in range(self.count()) if index != own]
+        alike = [i for i in others if CudaBackend(f"{self.type}:{i}").fingerprint().key == key]
+        visible = os.environ.get(_VISIBLE, "").split(",")
+        names = visible if visible[0] else [str(index) for index in range(self.count())]
+        return [Place(self.type, {_VISIBLE: names[index].strip()}) for index in (own, *alike)]
 
     def fingerprint(self) -> Device:
         properties = torch.cuda.get_device_properties(self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,22 +26,23 @@ class Load(Protocol):
 class OtherLoad:
     """Watches how busy other processes, or other guests of a virtual machine, keep the cores.
 
-    The share is 0 on systems without `/proc/stat`.
+    These are the cores that this process may use. The share is 0 on systems without `/proc/stat`.
     """
 
     def __init__(self) -> None:
+        self._cores = _own_cores()
         self._wall = time.monotonic()
-        self._busy = _busy_s()
+        self._busy = _busy_s(self._cores)
         self._own = _own_s()
 
     def share(self) -> float:
-        """Return the fraction of all cores' time that others used since then, 0 to 1."""
-        busy = _busy_s()
+        """Return the fraction of the cores' time that others used since then, 0 to 1."""
+        busy = _busy_s(self._cores)
         wall = time.monotonic() - self._wall
         if busy is None or self._busy is None or wall <= 0:
             return 0.0
         others = (busy - self._busy) - (_own_s() - self._own)
-        return max(0.0, others / (wall * (os.cpu_count() or 1)))
+        return max(0.0, others / (wall * len(self._cores)))
 
 
 class GpuLoad:
@@ -89,13 +91,26 @@ class GpuLoad:
         return self._buffers[self._device]
 
 
-def _busy_s() -> float | None:
+def _own_cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _busy_s(cores: Sequence[int]) -> float | None:
+    """Return the seconds that cores were busy since the system started, or None if unknown."""
     try:
-        fields = [int(field) for field in _STAT.read_text().split("\n", 1)[0].split()[1:]]
-    except (OSError, ValueError):
+        rows = [line.split() for line in _STAT.read_text().splitlines()]
+        fields = {row[0]: [int(field) for field in row[1:9]] for row in rows if row[0][:3] == "cpu"}
+    except (OSError, ValueError, IndexError):
         return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = fields[:8]
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    ticks = 0
+    for core in cores:
+        if (of_core := fields.get(f"cpu{core}")) is None:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = of_core
+        ticks += user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _own_s() -> float:

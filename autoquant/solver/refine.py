@@ -65,8 +65,8 @@ def proposals(
 ) -> Iterator[tuple[Plan, Callable[[Proof | None], None]]]:
     """Yield new plans until trials keep giving plans that are known.
 
-    With each plan comes a function that takes its proof (None: it could not be proven). It is to be
-    called before the next plan is asked for.
+    With each plan comes a function that takes its proof (None: it could not be proven). A plan that
+    is asked for before the last ones are proven is proposed without what they would have taught.
 
     Args:
         storage_url: SQLAlchemy URL of the store.

@@ -38,6 +38,8 @@ from autoquant.tuner.large import streaming_notice
 from autoquant.tuner.request import SearchRequest, SettledRequest
 from autoquant.tuner.serving import bind_sites, check_model, served_candidates
 from autoquant.tuner.setup import SearchSetup
+from autoquant.tuner.workers.asked import Workers
+from autoquant.tuner.workers.start import places_for
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     fuse: bool | None = None,
     quality: QualityFunction | str | None = None,
     sensitivity: str | None = None,
+    workers: str | int | None = None,
     listener: Listener = ignore,
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
@@ -120,6 +123,8 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         sensitivity: How the loss of each change is found, a name of
             `autoquant.evaluators.sensitivity.SENSITIVITIES`. None for `path` on a text and
             `isolated` without one.
+        workers: How many processes on this host share the work, each with a device of its own;
+            `ray`, or `ray://ADDRESS` of a cluster. None for one.
         listener: Receives what is going on.
 
     Returns:
@@ -166,6 +171,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         time_budget_s=time_budget_s,
         seed=seed,
         db=db,
+        workers=None if workers is None else Workers.parse(str(workers)),
     )
     return run_search(request, listener)
 
@@ -185,6 +191,8 @@ def run_search(request: SearchRequest, listener: Listener = ignore) -> Study:
 
 def _run_search(request: SearchRequest, listener: Listener, memory: PeakMemory) -> Study:
     started = time.monotonic()
+    if request.workers is not None and request.workers.count is not None:
+        places_for(request.workers.count, request.model.device)
     loaded = load_request(request.model)
     if request.constraints.engine is not None:
         check_model(request.constraints.engine, loaded)

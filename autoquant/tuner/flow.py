@@ -90,6 +90,7 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
                     refine(referenced, ledger, settled.limits, settled.request.seed)
                 break
             except KernelError as lie:
+                ledger.drop_ahead()
                 distrust(lie, timings, ledger, setup)
         with budget.stage("crossovers"):
             measure_crossovers(ledger, timings, measure, setup.device)

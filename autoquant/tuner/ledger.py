@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -23,6 +24,7 @@ from autoquant.study.study import Study
 from autoquant.tuner.budget import Budget
 from autoquant.tuner.expected import Expected
 from autoquant.tuner.workers.again import run_again
+from autoquant.tuner.workers.crew import Begun, begin, count, drop
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Checking, ProveJob
 
@@ -33,6 +35,8 @@ _TIMES_AS_LONG = 10
 
 It is `_FIRST_LIMIT_S` where that was proven in an earlier run.
 """
+_Begun = tuple[list[Checking], Begun[tuple[Proof, ReferenceLosses]], Callable[[Any], None]]
+"""A proof that was begun: the kernel that is checked, the job, and what takes its messages."""
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +75,7 @@ class ProofLedger:
         self._limit_s = _FIRST_LIMIT_S
         self._original_s = 0.0  # of proofs made now, as the others
         self._further_s: list[float] = []
+        self._begun: dict[str, _Begun] = {}
         self.left_out: list[str] = []
         self.room_bytes: int | None = None
         self.reserved_s = 0.0
@@ -115,7 +120,8 @@ class ProofLedger:
 
     def least_s(self, proofs: int) -> float:
         """Return the seconds that so many proofs, and the delivery, are expected to take."""
-        return proofs * self.proof_s + self._expected.deliver_s
+        rounds = math.ceil(proofs / count(self._runner))
+        return rounds * self.proof_s + self._expected.deliver_s
 
     def has_time(self, proofs: int = 1) -> bool:
         """Check whether so many further proofs, and the delivery, fit into the time budget."""
@@ -131,7 +137,7 @@ class ProofLedger:
         Args:
             before: So many other plans are worth more, and need their time first.
         """
-        if self.has_ended(plan) or self.has_time(1 + before):
+        if self.has_ended(plan) or self.is_ahead(plan) or self.has_time(1 + before):
             self.prove(plan)
             return True
         self.left_out.append(plan.label)
@@ -150,6 +156,8 @@ class ProofLedger:
             return self.proofs.get(plan.plan_id)
         self.listener(StageProgress("prove", len(self.proofs), plan.label))
         self.put_plan(plan)
+        if plan.kind == "original":
+            self._warm_up(plan)
         try:
             made, self._reference = self._run(plan)
             if self._counts_files:
@@ -177,28 +185,67 @@ class ProofLedger:
         release_memory()
         return proof
 
+    def ahead(self, *plans: Plan, before: int = 0) -> None:
+        """Begin proofs that are asked for next, if there is time, for workers that have none.
+
+        How they ended counts once `prove` asks for it, so that what is decided until then is the
+        same for any number of workers.
+
+        Args:
+            before: See `prove_if_time`.
+        """
+        if count(self._runner) == 1:
+            return
+        for plan in plans:
+            if self.has_ended(plan) or plan.plan_id in self._begun:
+                continue
+            if not self.has_time(len(self._begun) + 1 + before):
+                break
+            self._begun[plan.plan_id] = self._begin(plan)
+
+    def is_ahead(self, plan: Plan) -> bool:
+        """Check whether the proof of a plan was begun."""
+        return plan.plan_id in self._begun
+
+    def drop_ahead(self) -> None:
+        """Forget the proofs that were begun, and that nobody asks for any more."""
+        for _, begun, _ in self._begun.values():
+            drop(self._runner, begun)
+        self._begun.clear()
+
+    def _warm_up(self, original: Plan) -> None:
+        """Have the other workers prove the unquantized model, too: plans are timed beside it."""
+        job = ProveJob(original, self._reference, self.study.limits)
+        for _ in range(count(self._runner) - 1):
+            begin(self._runner, job, lambda _message: None)
+
+    def _begin(self, plan: Plan, *, first: bool = False) -> _Begun:
+        """Begin a proof, and note the kernel that is checked."""
+        at_work = [Checking()]
+
+        def on_message(message: Any) -> None:
+            if isinstance(message, Checking):
+                at_work[0] = message
+            else:
+                self.listener(message)
+
+        limit_s = None if plan.kind == "original" else self._limit_s
+        job = ProveJob(plan, self._reference, self.study.limits, limit_s)
+        return at_work, begin(self._runner, job, on_message, first=first), on_message
+
     def _run(self, plan: Plan) -> tuple[Proof, ReferenceLosses]:
         """Run and time a proof.
 
         If its process dies while a kernel is checked, that kernel is blamed.
         """
-        at_work = Checking()
-
-        def on_message(message: Any) -> None:
-            nonlocal at_work
-            if isinstance(message, Checking):
-                at_work = message
-            else:
-                self.listener(message)
-
         original = plan.kind == "original"
-        limit_s = None if original else self._limit_s
-        job = ProveJob(plan, self._reference, self.study.limits, limit_s)
         started_s = self.budget.now_s()
+        ahead = self._begun.pop(plan.plan_id) if self.is_ahead(plan) else None
+        at_work, begun, on_message = ahead or self._begin(plan, first=True)
         try:
-            result = run_again(self._runner, job, on_message, self.listener)
+            result = run_again(self._runner, begun.job, on_message, self.listener, begun)
         except ProcessDiedError as death:
-            blamed = at_work if at_work.kernel else self._only_suspect(plan, death)
+            blamed = at_work[0] if at_work[0].kernel else self._only_suspect(plan, death)
             if blamed is None:
                 raise
             raise KernelError(
@@ -208,7 +255,8 @@ class ProofLedger:
                 reason=f"in {blamed.layer}: {death}",
             ) from death
         finally:
-            took_s = self.budget.now_s() - started_s
+            several = count(self._runner) > 1
+            took_s = begun.seconds if several else self.budget.now_s() - started_s
             if original:
                 self._original_s = took_s
             else:

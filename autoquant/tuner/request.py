@@ -21,6 +21,7 @@ from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store.connect import check_address
 from autoquant.tuner.judge import Asked, Judge, method_of
+from autoquant.tuner.workers.asked import Workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class SearchRequest:
         limits: Of the recommended plan. The quality settles what the first of them measures.
         sensitivity: None for the method that suits the quality.
         fuse: None for what pays on the device.
+        workers: Those that share the jobs, or None for the one that suits.
 
     Raises:
         AutoquantError: The database cannot be used, or the arguments contradict one another.
@@ -53,6 +55,7 @@ class SearchRequest:
     seed: int
     db: str | os.PathLike[str]
     not_held: Mapping[str, str] = field(default_factory=dict)
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
         check_address(self.db)

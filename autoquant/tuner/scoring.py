@@ -14,6 +14,7 @@ from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.store import Store
 from autoquant.tuner.choices import SiteChoices, numerics_of
 from autoquant.tuner.workers.again import run_again
+from autoquant.tuner.workers.crew import begin, count
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Scored, ScoreJob
 
@@ -60,23 +61,35 @@ def score(
         changes = [change for change in changes if (change.site.name, change.numerics) not in exact]
         steps -= {numerics for _, numerics in exact}
     listener(StageStarted("score", len(steps)))
-    done = 0
+    scored: set[str] = set()
 
     def on_message(message: Scored | Notice) -> None:
-        nonlocal done
         if isinstance(message, Notice):
             return listener(message)
-        done += 1
+        scored.add(message.subject)
         new = {key: loss for key, loss in message.losses.items() if key not in known}
         store.put_losses(model_hash, quality_key, method.version, new)
-        return listener(StageProgress("score", done, message.subject))
+        return listener(StageProgress("score", len(scored), message.subject))
 
-    if changes:
-        run_again(runner, ScoreJob.of(method, changes), on_message, listener)
+    jobs = [ScoreJob.of(method, share) for share in _shares(changes, method, count(runner))]
+    begun = [begin(runner, job, on_message) for job in jobs]
+    for job, each in zip(jobs, begun, strict=True):
+        run_again(runner, job, on_message, listener, each)
     losses = store.losses(model_hash, quality_key, method.version)
     loss_map = fit_loss_map(together_pairs(losses, EVERY_LAYER))
     listener(StageFinished("score", _summary(method, changes, len(known), loss_map)))
     return Scores({key: loss for key, loss in losses.items() if key[0] != EVERY_LAYER}, loss_map)
+
+
+def _shares(changes: Sequence[Change], method: Sensitivity, workers: int) -> list[list[Change]]:
+    """Return the changes dealt out to so many workers. What is scored together stays together."""
+    groups: dict[str, list[Change]] = {}
+    for change in changes:
+        groups.setdefault(change.numerics if method.together else change.site.name, []).append(
+            change
+        )
+    dealt = [list(groups.values())[first::workers] for first in range(workers)]
+    return [[change for group in share for change in group] for share in dealt if share]
 
 
 def _exact(changes: Sequence[Change]) -> dict[tuple[str, str], float]:

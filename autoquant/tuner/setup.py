@@ -90,7 +90,8 @@ class SearchSetup:
             device=self.device,
             execution="eager" if eager else "compiled",
         )
-        return start_runner(bench, [fmt.id for fmt in self.formats], self.listener)
+        workers = settled.request.workers
+        return start_runner(bench, [fmt.id for fmt in self.formats], self.listener, workers)
 
     def measurer(self, runner: Runner) -> Measure:
         """Return what times linears, or takes their timings from the store."""
@@ -100,6 +101,7 @@ class SearchSetup:
             hardware=self.settled.hardware,
             store=self.store,
             listener=self.listener,
+            together=backend(self.device).prepares,
         )
 
     def deliverer(self) -> Deliverer:

@@ -18,6 +18,7 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "--workload", "prefill=128,decode=64", "--max-ppl-increase", "0.5%", "--max-memory", "2GiB",
         "--candidates", "int8*", "--candidates", "int4*", "--time-budget", "90s", "--seed", "7",
         "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle", "--fuse", "--minimize", "memory",
+        "--workers", "2",
     ]  # fmt: skip
     result = runner.invoke(app, ["search", "model", *options])
     assert result.exit_code == 0, result.stderr
@@ -50,7 +51,14 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "tokenizer": "tok",
         "trust_pickle": True,
         "trust_remote_code": False,
+        "workers": "2",
     }
+
+
+def test_workers_that_make_no_sense_are_refused_before_anything_is_loaded(runner, driver):
+    result = runner.invoke(app, ["search", "model", "--workers", "many"])
+    assert result.exit_code == 2 and driver.calls == []
+    assert "--workers many: give a number of processes" in result.stderr
 
 
 def test_a_quality_of_ones_own_needs_no_text(runner, driver):

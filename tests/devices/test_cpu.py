@@ -154,19 +154,23 @@ def test_waiting_for_the_cpu_needs_nothing():
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine of 4 cores: set its clock, its busy seconds and those of this process."""
+    """A machine of 6 cores, 4 of them ours: set its clock, the busy seconds of the 4 and of this process."""
     stat = tmp_path / "stat"
     now = {"wall": 100.0, "own": 5.0}
     monkeypatch.setattr(load, "_STAT", stat)
     monkeypatch.setattr(load.time, "monotonic", lambda: now["wall"])
     monkeypatch.setattr(load, "_own_s", lambda: now["own"])
-    monkeypatch.setattr(load.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(load.os, "sched_getaffinity", lambda _process: {0, 1, 2, 5}, raising=False)
     monkeypatch.setattr(load.os, "sysconf", lambda _name: 100)
 
     def set_busy(wall, own, user, system, steal):
         now.update(wall=wall, own=own)
-        fields = [user * 100, 0, system * 100, 99999, 50, 0, 0, steal * 100, 0, 0]
-        stat.write_text("cpu  " + " ".join(str(int(field)) for field in fields) + "\ncpu0 1 2 3\n")
+        each = [int(100 * seconds / 4) for seconds in (user, system, steal)]
+        fields = f"{each[0]} 0 {each[1]} 99999 50 0 0 {each[2]} 0 0"
+        others = "77777 0 7777 1 0 0 0 0 0 0"  # they say nothing of our cores
+        rows = [f"cpu{core} {fields if core in (0, 1, 2, 5) else others}" for core in range(6)]
+        stat.write_text("\n".join(["cpu 1 2 3", *rows, "intr 17 0 0"]) + "\n")
 
     return set_busy
 
@@ -190,3 +194,30 @@ def test_a_machine_that_does_not_tell_its_load_counts_as_quiet(machine):
     assert watch.share() == 0.0
     machine(110, 8, user=57, system=12, steal=2)
     assert watch.share() == 0.0
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Set the usable cores, the threads that PyTorch computes with, and a quota of CPUs."""
+
+    def use(usable, threads, quota=None):
+        monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _process: usable, raising=False)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(cpu, "cpu_quota", lambda: quota)
+        return [place.cores for place in CPU.places()]
+
+    return use
+
+
+def test_workers_get_different_cores_one_for_each_thread(cores):
+    assert cores({0, 1, 2, 3, 4}, threads=2) == [(0, 1), (2, 3)]
+    assert cores({1, 7, 9}, threads=1) == [(1,), (7,), (9,)]
+
+
+def test_a_single_worker_may_use_all_cores(cores):
+    assert cores({0, 1, 2}, threads=2) == [()]
+    assert cores({0}, threads=4) == [()]
+
+
+def test_there_are_no_more_workers_than_a_quota_has_room_for(cores):
+    assert cores(set(range(8)), threads=1, quota=2.5) == [(0,), (1,)]

@@ -35,6 +35,8 @@ NOT_RUN = {
     "a training": 6,
     "another program": 10,
     "another model": 6,
+    "two devices": 1,
+    "a cluster": 5,
 }
 """How many commands are marked, by their reason: whoever adds one says so here."""
 

@@ -47,12 +47,14 @@ class Referenced:
             uniform plans, the heuristic.
         allowed_loss: The plan loss that the limits are expected to allow (None: no limit).
         room_bytes: What plans may take to fit the device; None for any size.
+        owed: The heuristic, if its proof was begun but is not known yet.
     """
 
     space: SearchSpace
     plan_ids: frozenset[str]
     allowed_loss: float | None
     room_bytes: int | None = None
+    owed: tuple[Plan, ...] = ()
 
 
 def prove_references(
@@ -77,7 +79,9 @@ def prove_references(
     losses = fit_loss_scale(space, limits, ledger.plans, ledger.proofs)
     # Only now is it known how many plans there are at least.
     ledger.listener(StageStarted("prove", 1 + len(uniform) + FRONT_PLANS))
-    for number, plan in enumerate(_by_worth(uniform, limits, losses.space(space), losses.allowed)):
+    ordered = _by_worth(uniform, limits, losses.space(space), losses.allowed)
+    ledger.ahead(*ordered, before=_OWN_PLANS)
+    for number, plan in enumerate(ordered):
         if number == 0:
             ledger.prove(plan)
         else:
@@ -88,6 +92,7 @@ def prove_references(
     losses = fit_loss_scale(space, limits, ledger.plans, ledger.proofs)
     scaled = losses.space(scaled)
     references = [original, *uniform]
+    owed: tuple[Plan, ...] = ()
     heuristic = structural_plan(space, limits=limits, max_loss=losses.allowed)
     if heuristic is None:
         ledger.leave_out("heuristic", "no formats to choose between")
@@ -95,10 +100,16 @@ def prove_references(
         ledger.leave_out("heuristic", "it does not fit")
     else:
         predicted = scale.predicted(heuristic, sites, scaled.context)
-        ledger.prove_baseline("heuristic", predicted, before=_OWN_PLANS)
         references.append(heuristic)
-    ended = frozenset(plan.plan_id for plan in references if ledger.has_ended(plan))
-    return Referenced(scaled, ended, losses.allowed, ledger.room_bytes)
+        if predicted.plan_id not in ledger.plans:
+            ledger.ahead(predicted, before=_OWN_PLANS)
+        if ledger.is_ahead(predicted):
+            owed = (predicted,)
+        else:
+            ledger.prove_baseline("heuristic", predicted, before=_OWN_PLANS)
+    ended = (each for each in references if ledger.has_ended(each) or ledger.is_ahead(each))
+    plan_ids = frozenset(plan.plan_id for plan in ended)
+    return Referenced(scaled, plan_ids, losses.allowed, ledger.room_bytes, owed)
 
 
 def _with_room(plans: Sequence[Plan], ledger: ProofLedger) -> list[Plan]:
@@ -170,11 +181,16 @@ def prove_front(referenced: Referenced, ledger: ProofLedger, limits: Limits) -> 
     loss = first_loss(referenced.space, limits, referenced.allowed_loss, only=only)
     referenced = replace(referenced, allowed_loss=loss)
     # The best plan within the limits comes first. Aiming starts from how it turned out.
-    for plan in _new_plans(referenced, limits, 1)[:1]:
+    best = _new_plans(referenced, limits, 1)[:1]
+    ledger.ahead(*best)
+    for plan in referenced.owed:
+        ledger.prove_baseline("heuristic", plan)
+    for plan in best:
         ledger.prove(plan)
     count -= _prove_aimed(referenced, ledger, limits)
     # The whole front takes long to solve for, if there are many layers.
     new = _new_plans(referenced, limits, count + 1)[1:] if ledger.has_time() else []
+    ledger.ahead(*new[: max(count - 1, 0)])
     for plan in new[: max(count - 1, 0)]:
         ledger.prove_if_time(plan)
     prove_bits(referenced.space, ledger)

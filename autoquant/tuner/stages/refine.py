@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable
+
 from autoquant.events import StageFinished, StageProgress, StageStarted
+from autoquant.records import Plan, Proof
 from autoquant.solver.limits import Limits
 from autoquant.solver.refine import growth_of, point_of, proposals
 from autoquant.tuner.ledger import ProofLedger
 from autoquant.tuner.stages.prove import Referenced, prove_bits
+
+AHEAD = 4
+"""So many plans are proposed before the first of them is proven, for as many workers.
+
+It is the same for fewer, so that the proposals are.
+"""
 
 
 def refine(referenced: Referenced, ledger: ProofLedger, limits: Limits, seed: int) -> None:
@@ -40,9 +50,17 @@ def _prove_proposals(
         minimize=limits.minimize,
         allowed=referenced.allowed_loss,
     )
-    for plan, tell in proposed:
-        if not ledger.has_time():
+    window: deque[tuple[Plan, Callable[[Proof | None], None]]] = deque()
+    while True:
+        while len(window) < AHEAD and (new := next(proposed, None)) is not None:
+            window.append(new)
+            ledger.ahead(new[0])
+        if not window:
+            return count, "no new plan proposed"
+        plan, tell = window.popleft()
+        if not (ledger.is_ahead(plan) or ledger.has_time()):
             tell(None)
+            _drop(window, ledger)
             return count, "the time budget is spent"
         what = f"{plan.label}, {ledger.budget.left_s():.0f} s left"
         ledger.listener(StageProgress("refine", count, what))
@@ -51,6 +69,15 @@ def _prove_proposals(
         growth.add(point_of(proof, limits.minimize))
         count += 1
         if growth.ended:
+            _drop(window, ledger)
             grew = f"{growth.last_growth:.2%} over the last {growth.patience}"
             return count, f"the front's hypervolume grew by {grew}"
-    return count, "no new plan proposed"
+
+
+def _drop(
+    window: Iterable[tuple[Plan, Callable[[Proof | None], None]]], ledger: ProofLedger
+) -> None:
+    """Do not prove these proposals."""
+    for _plan, tell in window:
+        tell(None)
+    ledger.drop_ahead()

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from autoquant.errors import HungError, ProcessDiedError
+from autoquant.errors import HungError, ProcessDiedError, WorkerLostError
 from autoquant.events import Listener, Notice
+from autoquant.tuner.workers.crew import MOST_LOST, Begun, begin
 from autoquant.tuner.workers.in_process import Runner
 from autoquant.tuner.workers.jobs import Job
 
@@ -18,17 +19,30 @@ Result = TypeVar("Result")
 
 
 def run_again(
-    runner: Runner, job: Job[Result], on_message: Callable[[Any], None], listener: Listener
+    runner: Runner,
+    job: Job[Result],
+    on_message: Callable[[Any], None],
+    listener: Listener,
+    begun: Begun[Result] | None = None,
 ) -> Result:
-    """Return the result of a job, from its second run if the first one died.
+    """Return the result of a job, from a further run if a worker was lost or it died once.
+
+    Args:
+        begun: The job, if it was begun before.
 
     Raises:
-        ProcessDiedError: It died both times, or did not end.
+        ProcessDiedError: It died twice, did not end, or lost five workers.
     """
-    try:
-        return runner.run(job, on_message)
-    except HungError:
-        raise  # it would hang as long again
-    except ProcessDiedError as death:
-        listener(Notice(f"tried once more: {death}"))
-        return runner.run(job, on_message)
+    died = lost = 0
+    while True:
+        try:
+            return (begun or begin(runner, job, on_message, first=True)).result()
+        except HungError:
+            raise  # it would hang as long again
+        except ProcessDiedError as death:
+            died += not isinstance(death, WorkerLostError)
+            lost += isinstance(death, WorkerLostError)
+            if died > 1 or lost >= MOST_LOST:
+                raise
+            begun = None
+            listener(Notice(f"tried once more: {death}"))

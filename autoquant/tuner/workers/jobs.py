@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from autoquant.candidates import Format, candidate_of, get_format
 from autoquant.delivery.rounding_inputs import Calibration
+from autoquant.devices import backend
+from autoquant.devices.base import Place
 from autoquant.devices.effort import TimingEffort, timing_effort, use_timing_effort
 from autoquant.devices.memory import (
     leave_out_of_collections,
@@ -105,6 +107,7 @@ class BenchSpec:
         formats: Ids that the process has to know.
         threads: The number of threads that a job computes with.
         effort: The effort of a job's timings.
+        cores: The cores that the process and its jobs may use; empty for all.
     """
 
     model: SameModel
@@ -115,6 +118,13 @@ class BenchSpec:
     formats: tuple[str, ...]
     threads: int
     effort: TimingEffort = field(default_factory=timing_effort)
+    cores: tuple[int, ...] = ()
+
+    def at(self, place: Place) -> BenchSpec:
+        """Return what a process at a place needs."""
+        request = replace(self.model.request, device=place.device)
+        model = replace(self.model, request=request)
+        return replace(self, model=model, device=place.device, cores=place.cores)
 
     def make(self) -> Bench:
         """Return the bench, whose model is loaded when a job needs it.
@@ -131,7 +141,8 @@ class BenchSpec:
             workload=self.workload,
             device=self.device,
             execution=self.execution,
-            own_process=True,
+            # A process that serves all jobs itself keeps what it has compiled, as a search's does.
+            own_process=backend(self.device).forks,
         )
 
     def _quality(self) -> TextQuality | DivergenceQuality:

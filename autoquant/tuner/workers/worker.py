@@ -1,7 +1,8 @@
 """The other side of `ForkingRunner`: a process that forks a child for each job.
 
 Run by `child.py` with the number of a socket. This process never computes: a process whose OpenMP
-threads have run cannot be forked. A child ends with its job, which returns all its memory, or with
+threads have run cannot be forked. One for a GPU could not be forked anyway, and does the jobs
+itself. A child ends with its job, which returns all its memory, or with
 the last of several jobs of a class that keeps its process. A child that a signal ends is an answer
 like any other, and so is one that takes nearly all memory, which is ended. When the searching
 process ends, so do this one and its child.
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from autoquant.devices import backend
 from autoquant.devices.effort import timing_effort
 from autoquant.devices.memory import available_bytes, own_bytes
 from autoquant.processes import die_with
@@ -43,6 +45,8 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     sys.path[:] = receive(connection)
     spec: BenchSpec = receive(connection)
+    if spec.cores:
+        os.sched_setaffinity(0, spec.cores)
     try:
         bench = spec.make()
         warm_compiler()
@@ -51,10 +55,23 @@ def main() -> None:
         send(connection, (RAISED, portable(error)))
         return
     send(connection, (DONE, None))
-    children = _Children(bench, spec.threads, connection)
     with suppress(EOFError, ConnectionError):
+        if backend(spec.device).forks:
+            children = _Children(bench, spec.threads, connection)
+            while True:
+                children.serve(receive(connection))
+        torch.set_num_threads(spec.threads)
         while True:
-            children.serve(receive(connection))
+            _serve(receive(connection), bench, connection)
+
+
+def _serve(job: Job[Any], bench: Bench, connection: Connection) -> None:
+    """Do a job in this process."""
+    try:
+        result = job.run(bench, lambda message: send(connection, (TOLD, message)))
+    except Exception as error:  # noqa: BLE001 - raised again on the other side
+        return send(connection, (RAISED, portable(error)))
+    return send(connection, (DONE, result))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ unless the user gives a quality function.
 
 from autoquant.records.plans import (
     BASELINES,
+    KV_CACHES,
     ORIGINAL_LABEL,
+    KvCache,
     LayerChoice,
     Numerics,
     Objective,
@@ -54,6 +56,7 @@ from autoquant.records.workloads import (
 __all__ = [
     "BASELINES",
     "DISTURBED",
+    "KV_CACHES",
     "ORIGINAL_LABEL",
     "PARTLY",
     "RIGHT",
@@ -61,6 +64,7 @@ __all__ = [
     "Delivery",
     "Device",
     "Interval",
+    "KvCache",
     "LayerChoice",
     "LinearShape",
     "Loop",

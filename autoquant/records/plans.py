@@ -12,6 +12,9 @@ from autoquant.records.timings import LinearShape
 PlanKind = Literal["original", "uniform", "heuristic", "bits", "front", "refined", "solved"]
 BASELINES: tuple[PlanKind, ...] = ("uniform", "heuristic", "bits")
 """Kinds of plans that ignore each layer's latency. A searched plan has to beat them."""
+KvCache = Literal["int8", "float8"]
+"""How `generate` keeps keys and values: codes of 8 bits, with a scale for each head and token."""
+KV_CACHES: tuple[KvCache, ...] = ("int8", "float8")
 Objective = Literal["time", "memory"]
 """What the recommended plan minimizes: time of a request, or bytes of all parameters."""
 

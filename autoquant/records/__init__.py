@@ -7,6 +7,7 @@ unless the user gives a quality function.
 
 from autoquant.records.plans import (
     BASELINES,
+    KV_CACHE_OFF,
     KV_CACHES,
     ORIGINAL_LABEL,
     KvCache,
@@ -57,6 +58,7 @@ __all__ = [
     "BASELINES",
     "DISTURBED",
     "KV_CACHES",
+    "KV_CACHE_OFF",
     "ORIGINAL_LABEL",
     "PARTLY",
     "RIGHT",

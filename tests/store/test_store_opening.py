@@ -134,7 +134,7 @@ def test_a_database_of_the_first_schema_is_migrated_without_loss(path):
     store.put_roofline(DEVICE, Roofline(bandwidth_bytes_per_s=1.0, flops_per_s={}))
     store.close()
     after = tables(path)
-    assert after.pop(VERSION_TABLE) == [("0004",)] and len(after.pop("roofline")) == 1
+    assert after.pop(VERSION_TABLE) == [("0005",)] and len(after.pop("roofline")) == 1
     assert after.pop("task_score") == after.pop("delivery") == []
     assert after == before
 
@@ -230,7 +230,7 @@ def test_an_older_database_without_a_log_is_migrated(path):
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = DELETE")
     open_store(path).close()
-    assert journal_of(path) == "wal" and tables(path)[VERSION_TABLE] == [("0004",)]
+    assert journal_of(path) == "wal" and tables(path)[VERSION_TABLE] == [("0005",)]
 
 
 def test_the_plans_of_a_study_are_read_with_few_queries(path):

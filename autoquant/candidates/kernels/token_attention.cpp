@@ -155,7 +155,7 @@ void add_up(const std::vector<Found>& all, int64_t query, int64_t width, T* out)
     total += found.sums[query] * share;
     for (int64_t i = 0; i < width; i++) values[i] += found.values[query * width + i] * share;
   }
-  for (int64_t i = 0; i < width; i++) store(out + i, total > 0.0f ? values[i] / total : 0.0f);
+  for (int64_t i = 0; i < width; i++) store(out + i, total == 0.0f ? 0.0f : values[i] / total);
 }
 
 // The positions that a query head of a head of keys sees.

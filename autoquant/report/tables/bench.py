@@ -28,6 +28,9 @@ class BenchLine(Attributed, Protocol):
     def memory_bytes(self) -> int: ...
 
     @property
+    def kv_bytes(self) -> int | None: ...
+
+    @property
     def peak_bytes(self) -> int | None: ...
 
     @property
@@ -73,6 +76,9 @@ def bench_table(rows: Sequence[BenchLine], workload: Workload, width: int = 80) 
         rates = [units.digits(_tokens_per_s(row, workload) or 0.0) for row in rows]
         columns.append(Column("Tokens\n/s", rates))
     columns.append(_bytes("Memory", [row.memory_bytes for row in rows]))
+    sizes = [row.kv_bytes for row in rows if row.kv_bytes is not None]
+    if len(sizes) == len(rows) and len(set(sizes)) > 1:  # of a sequence
+        columns.append(_bytes("Keys,\nvalues", sizes))
     if all(row.peak_bytes is not None for row in rows):
         columns.append(_bytes("Peak", [row.peak_bytes or 0 for row in rows]))
     table = plain_table(expand=width < WIDE)
@@ -182,6 +188,7 @@ def bench_objects(rows: Sequence[BenchLine], workload: Workload) -> list[dict[st
             "speedup": rows[0].request_ms / row.request_ms,
             "predicted_request_ms": row.predicted_request_ms,
             "memory_bytes": row.memory_bytes,
+            "kv_cache_bytes": row.kv_bytes,
             "peak_bytes": row.peak_bytes,
             "notes": list(row.notes),
         }

@@ -220,11 +220,11 @@ def attention_forward(
     if isinstance(key, Codes) and isinstance(value, Codes):
         if _takes(query, key.codes, value.codes, attention_mask, dropout, others):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            attended = token_attention_codes(
+            made: torch.Tensor = token_attention_codes(
                 *(query, key.codes, key.scales, value.codes, value.scales),
                 *(attention_mask, scale, key.kind == "float8"),
             )
-            return attended.transpose(1, 2), None
+            return made.transpose(1, 2), None
         key, value = key.numbers(query.dtype), value.numbers(query.dtype)
     assert isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)  # both, or neither
     if not _takes(query, key, value, attention_mask, dropout, others):

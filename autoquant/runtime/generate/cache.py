@@ -196,9 +196,7 @@ def _layer_of_codes() -> Any:
     class Layer(StaticLayer):  # type: ignore[misc]
         """As codes. Attention that reads no codes gets the numbers of all places."""
 
-        def lazy_initialization(
-            self, key_states: torch.Tensor, value_states: torch.Tensor
-        ) -> None:
+        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys = _no_codes(key_states, self.max_cache_len, self.kind)
             self.values = _no_codes(value_states, self.max_cache_len, self.kind)

@@ -103,7 +103,7 @@ class Decoder:
         kv_cache: KvCache | None = None,
         divisions: Sequence[Division] | None = None,
     ) -> None:
-        self._asked, self._kind = divisions, kv_cache
+        self._asked, self._kind, self._unpacks = divisions, kv_cache, False
         self.batch, self.positions, self.padded = batch, positions, padded
         self.note = ""
         self._model = model
@@ -269,7 +269,7 @@ class Decoder:
                 )
                 continue
             self.note = reason and f"steps are compiled in another way, since {reason}"
-            if self._kind is not None and size == 1 and not self._state.reads_codes:
+            if self._unpacks:
                 self.note = "; ".join(filter(None, (self.note, _UNPACKED)))
             self._not_replayed[size] = compiled
             return step
@@ -288,9 +288,11 @@ class Decoder:
 
     def _compiled(self, division: Division) -> Step:
         use_kernel_caches()
-        if division != "parts":
-            return compile_forward(self._step_of(self._ready(regions=division == "regions")))
-        return as_if_compiled()(self._step_of(self._in_parts()))
+        in_parts = division == "parts"
+        module = self._in_parts() if in_parts else self._ready(regions=division == "regions")
+        self._unpacks = self._kind is not None and not self._reads_codes(module)
+        step = self._step_of(module)
+        return as_if_compiled()(step) if in_parts else compile_forward(step)
 
     def _in_parts(self) -> nn.Module:
         if self._parts is None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from autoquant.devices import backend
 from autoquant.errors import DeviceError, ModelError
-from autoquant.records import KV_CACHES, KvCache
+from autoquant.records import KV_CACHES, KvCache, Workload
 
 _ATTRIBUTE = "autoquant_kv_cache"
 _LARGEST: dict[KvCache, float] = {"int8": 127.0, "float8": 448.0}
@@ -86,7 +86,9 @@ def set_kv_cache(model: nn.Module, kind: str | None) -> None:
             raise ModelError(f"keys and values cannot be kept in {kind}: {reason}")
         if reason := kv_cache_unsupported(next(model.parameters()).device, kind):
             raise DeviceError(reason)
-    setattr(model, _ATTRIBUTE, kind)
+        setattr(model, _ATTRIBUTE, kind)
+    else:
+        model.__dict__.pop(_ATTRIBUTE, None)
 
 
 def keeps_other(model: Any) -> str:
@@ -129,6 +131,14 @@ def bytes_of_a_sequence(model: Any, kind: KvCache | None, tokens: int) -> int | 
     item = next(model.parameters()).dtype.itemsize
     of_a_head = width * item if kind is None else width + _SCALE_BYTES
     return int(2 * layers * kv_heads * of_a_head * tokens)
+
+
+def bytes_of_keys_and_values(model: Any, workload: Workload) -> int | None:
+    """Return the bytes of one sequence of a workload, or None if the model keeps none."""
+    if keeps_other(model):
+        return None
+    tokens = workload.prompt_tokens + workload.new_tokens
+    return bytes_of_a_sequence(model, kv_cache_of(model), tokens)
 
 
 @contextmanager

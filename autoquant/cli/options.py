@@ -32,6 +32,15 @@ class KvCacheChoice(StrEnum):
     OFF = "off"
 
 
+class KvCacheSearch(StrEnum):
+    """The ways to keep keys and values that a search tries."""
+
+    OFF = "off"
+    AUTO = "auto"
+    INT8 = "int8"
+    FLOAT8 = "float8"
+
+
 class Dtype(StrEnum):
     """The precision of the unquantized model."""
 

@@ -24,7 +24,7 @@ from autoquant.models import ModelRequest, load_request
 from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler.record import record_model
-from autoquant.records import Objective, Recording, Workload
+from autoquant.records import KV_CACHE_OFF, Objective, Recording, Workload
 from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store import Store, open_store
@@ -71,6 +71,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     fuse: bool | None = None,
     quality: QualityFunction | str | None = None,
     sensitivity: str | None = None,
+    kv_cache: str = KV_CACHE_OFF,
     listener: Listener = ignore,
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
@@ -120,6 +121,8 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         sensitivity: How the loss of each change is found, a name of
             `autoquant.evaluators.sensitivity.SENSITIVITIES`. None for `path` on a text and
             `isolated` without one.
+        kv_cache: Also prove the best plan with keys and values in 8 bits, as `generate` keeps
+            them then: `int8`, `float8`, or `auto` for both.
         listener: Receives what is going on.
 
     Returns:
@@ -166,6 +169,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         time_budget_s=time_budget_s,
         seed=seed,
         db=db,
+        kv_cache=kv_cache,
     )
     return run_search(request, listener)
 

@@ -41,8 +41,7 @@ class BenchRow:
 
     Attributes:
         plan_id: None for the unquantized model.
-        predicted_request_ms: Scaled to the unquantized model's time in this run; None for that one,
-            and for a plan with a cache of its own, whose time is not predicted.
+        predicted_request_ms: Scaled to the unquantized model's time in this run; None for that one.
         phase_ms: Median milliseconds of one call of each phase.
         request_ms: The sum over phases of their calls times that.
         memory_bytes: Of all parameters as stored.
@@ -247,15 +246,9 @@ def _row(
         label=plan.label if plan else ORIGINAL_LABEL,
         phase_ms=phase_ms,
         request_ms=request_time(phase_ms, workload.calls()),
-        predicted_request_ms=_predicted(plan, original_ms),
+        predicted_request_ms=plan.prediction.request_ms_beside(original_ms) if plan else None,
         memory_bytes=entrant.memory_bytes,
         kv_bytes=bytes_of_keys_and_values(entrant.module, workload),
         peak_bytes=entrant.peak_bytes,
         notes=tuple(filter(None, (entrant.note, busy))),
     )
-
-
-def _predicted(plan: Plan | None, original_ms: float) -> float | None:
-    if plan is None or plan.kv_cache is not None:
-        return None
-    return plan.prediction.request_ms_beside(original_ms)

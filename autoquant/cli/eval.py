@@ -160,6 +160,10 @@ def _check(
     Raises:
         BadParameter: There are such, or none that says what to score by.
     """
+    of_contexts = {"--context": context, "--eval-text": eval_text}
+    unused = [option for option, value in of_contexts.items() if value is not None]
+    if unused and not kv_cache:
+        raise typer.BadParameter("needs --kv-cache", param_hint=" and ".join(unused))
     ways = {"--tasks": names or tasks_path, "--labels": labels, "--kv-cache": kv_cache}
     given = [option for option, value in ways.items() if value]
     if len(given) > 1:
@@ -171,10 +175,6 @@ def _check(
             " --kv-cache int8",
             param_hint="--tasks",
         )
-    of_contexts = {"--context": context, "--eval-text": eval_text}
-    unused = [option for option, value in of_contexts.items() if value is not None]
-    if unused and not kv_cache:
-        raise typer.BadParameter("needs --kv-cache", param_hint=" and ".join(unused))
 
 
 def _contexts(

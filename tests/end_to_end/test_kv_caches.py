@@ -116,7 +116,7 @@ def test_bench_times_each_model_with_and_without(found, run):
 
 
 def test_eval_scores_long_windows_with_and_without(found, files, run):
-    study, db, _ = found
+    _, db, _ = found
     options = ("--kv-cache", "int8", "--context", "48", "--eval-text", files[1])
     result = run("eval", db, *options, "--json")
     assert result.exit_code == 0, result.stderr

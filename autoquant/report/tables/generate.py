@@ -66,7 +66,7 @@ class Speeds:
         rounds: Requests to each of two models, in turn.
         sampled: Whether the texts are drawn at random, so that they are not compared.
         difference: None if the texts are the same, or not compared.
-        kept: Keys and values of the first model's longest sequence.
+        kept: Keys and values of the first model's longest sequence, if they are known.
     """
 
     models: Sequence[Speed]
@@ -74,13 +74,14 @@ class Speeds:
     rounds: int
     sampled: bool
     difference: TextDifference | None
-    kept: Kept
+    kept: Kept | None = None
 
     def as_object(self) -> dict[str, Any]:
         """Return the numbers for JSON."""
         shown: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, **asdict(self.models[0])}
-        shown["kv_cache"] = self.kept.kind
-        shown["kv_cache_bytes"] = self.kept.memory_bytes
+        if self.kept is not None:
+            shown["kv_cache"] = self.kept.kind
+            shown["kv_cache_bytes"] = self.kept.memory_bytes
         if len(self.models) > 1:
             shown["original"] = asdict(self.models[1])
             shown["times_faster"] = self._times_faster()
@@ -96,7 +97,7 @@ class Speeds:
     def _kept_words(self) -> list[str]:
         """Say how much keys and values take, if they are not in the model's dtype."""
         kept = self.kept
-        if kept.kind is None:
+        if kept is None or kept.kind is None:
             return []
         sizes = ""
         if kept.memory_bytes is not None and kept.plain_bytes is not None:

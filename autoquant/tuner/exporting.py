@@ -156,11 +156,12 @@ def write_export(  # noqa: PLR0913 - what a command may say
     trust: Trust,
 ) -> AnyReport:
     """Export as `export` says, with its arguments taken apart."""
-    if plan.kv_cache is not None:
-        listener(Notice(f"keys and values in {plan.kv_cache} stay here: set it in what runs {to}"))
     how: dict[str, Any] = {"device": device, "listener": listener, "trust": trust}
     if to in PROGRAMS:
         _check_programs(to, base, embedding, activations, requantize=requantize)
+    if plan.kv_cache is not None:
+        listener(Notice(f"keys and values in {plan.kv_cache} stay here: set it in what runs {to}"))
+    if to in PROGRAMS:
         return export_programs(plan, model, out, form=PROGRAMS[to], facts=study.facts, **how)
     how |= {"to": to, "base": base, "embedding": embedding, "activations": activations}
     if requantize:

@@ -23,6 +23,8 @@ from autoquant.models.placing import moved
 from autoquant.models.pretrained import pretrained
 from autoquant.models.targets import resolve_device
 from autoquant.models.tokenizers import has_tokenizer, load_tokenizer
+from autoquant.records import KvCache
+from autoquant.runtime.generate.kv_codes import bytes_of_a_sequence, kv_cache_of
 from autoquant.runtime.prepare import prepare
 
 _WARMING_TOKENS = 8  # enough to compile, to capture a graph and to replay it
@@ -51,6 +53,23 @@ class Reply:
         tokens = len(self.ids) - 1
         seconds = self.total_s - self.first_token_s
         return tokens / seconds if tokens > 0 and seconds > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The keys and values of a sequence.
+
+    Attributes:
+        kind: How they are kept; None for the model's dtype.
+        tokens: Of the sequence.
+        memory_bytes: None if the model hides its sizes; so `plain_bytes`.
+        plain_bytes: In the model's dtype.
+    """
+
+    kind: KvCache | None
+    tokens: int
+    memory_bytes: int | None
+    plain_bytes: int | None
 
 
 class Generator:
@@ -104,6 +123,12 @@ class Generator:
     ) -> None:
         """Make a short request first, since the first one may compile and tune."""
         self.reply(prompt, max_new_tokens, temperature=temperature, stop_after=_WARMING_TOKENS)
+
+    def kept(self, tokens: int) -> Kept:
+        """Return what a sequence of `tokens` keeps of keys and values."""
+        kind = kv_cache_of(self.model)
+        sizes = [bytes_of_a_sequence(self.model, each, tokens) for each in (kind, None)]
+        return Kept(kind, tokens, *sizes)
 
     def room(self, prompt: Mapping[str, torch.Tensor]) -> int | None:
         """Return how many tokens fit after a prompt, or None if the model has no limit."""
@@ -197,12 +222,14 @@ def load_generator(
     dtype: torch.dtype | None = None,
     *,
     trust_remote_code: bool = False,
+    kv_cache: str | None = None,
 ) -> Generator:
     """Load a folder that `autoquant apply` wrote, or an unquantized model.
 
     Args:
         dtype: Dtype of an unquantized model; None keeps its own.
         trust_remote_code: Run the code that the folder brings.
+        kv_cache: How keys and values are kept, as `autoquant.prepare` takes it.
 
     Raises:
         TrustError: The model needs code that the folder brings, which is not trusted.
@@ -210,10 +237,11 @@ def load_generator(
     """
     quantized = is_quantized(folder)
     if quantized:
-        module = load(folder, device=device, trust_remote_code=trust_remote_code)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "kv_cache": kv_cache}
+        module = load(folder, device=device, **options)
     else:
         original = pretrained(folder, dtype, trust_remote_code=trust_remote_code)
-        module = prepare(settle(moved(original, device)))
+        module = prepare(settle(moved(original, device)), kv_cache=kv_cache)
     if not is_causal_lm(module):
         raise ModelError(
             f"{folder} holds no causal language model, so it writes no text: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,6 +13,8 @@ import typer
 from autoquant.cli.options import (
     EvalDataOption,
     EvalTextOption,
+    KvCacheChoice,
+    KvCacheOption,
     ModelFactoryOption,
     QualityOption,
     SampleInputsOption,
@@ -59,6 +62,7 @@ def apply(
     eval_text: EvalTextOption = None,
     eval_data: EvalDataOption = None,
     quality: QualityOption = None,
+    kv_cache: KvCacheOption = None,
     plan: PlanOption = None,
     max_ppl_increase: WithinOption = None,
     model: ModelOption = None,
@@ -72,11 +76,15 @@ def apply(
     It is read back and compared with the model in memory.
     """
     increase = increase_within(plan, max_ppl_increase)
+    notes: list[str] = []
     check_judges(retrained, "--retrained", eval_text, eval_data, quality)
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan) as study:
         chosen = one_plan(study, plan, increase)
+        if kv_cache is not None:
+            chosen, measured = _with_kv_cache(chosen, kv_cache)
+            notes += measured
         source = model or source_path(study)
         target = out or folder_beside(database, source, chosen)
 
@@ -103,10 +111,25 @@ def apply(
             model_factory=model_factory,
             sample_inputs=sample_inputs,
         )
+    for note in notes:
+        echo(note)
     if retrained:
         _print_retrained(chosen, cast("RetrainedReport", report))
     else:
         _print_report(chosen, cast("AppliedReport", report))
+
+
+def _with_kv_cache(plan: Plan, asked: KvCacheChoice) -> tuple[Plan, list[str]]:
+    """Return the plan with keys and values kept as asked, and notes on what is not measured."""
+    from autoquant.records import KV_CACHES
+
+    kind = next((each for each in KV_CACHES if each == asked.value), None)
+    if kind == plan.kv_cache:
+        return plan, []
+    how = f"in {kind}" if kind else f"in {plan.dtype}"
+    note = f"Note: the plan was proven with keys and values in {plan.kv_cache or plan.dtype}"
+    measure = f"; `autoquant eval` and `bench --kv-cache {kind}` measure it" if kind else ""
+    return replace(plan, kv_cache=kind), [f"{note}, and is applied with them {how}{measure}."]
 
 
 def _print_retrained(plan: Plan, report: RetrainedReport) -> None:
@@ -147,6 +170,8 @@ def _print_report(plan: Plan, report: AppliedReport) -> None:
         f"Memory {units.size(report.memory_bytes)} instead of"
         f" {units.size(report.original_memory_bytes)}"
     )
+    if plan.kv_cache is not None:
+        echo(f"Keys and values in {plan.kv_cache}, when it generates")
     echo(f"Wrote {report.out}: {', '.join(report.files)}")
     echo(_READ_BACK[report.compared])
     where = (

@@ -12,6 +12,7 @@ import typer
 
 from autoquant.cli.options import (
     Embedding,
+    KvCacheKind,
     ModelFactoryOption,
     SampleInputsOption,
     TrustPickleOption,
@@ -62,6 +63,14 @@ def bench(
         TimedLoop,
         typer.Option(help="phases: compiled prefill and decode steps; generate: what a user runs."),
     ] = TimedLoop.PHASES,
+    kv_cache: Annotated[
+        list[KvCacheKind] | None,
+        typer.Option(
+            help="Also the unquantized model and the plans with keys and values in 8 bits;"
+            " repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     attribute: Annotated[
         bool,
         typer.Option(
@@ -113,12 +122,14 @@ def bench(
     generate() instead, or one call of a module that is no language model. With --engine: time an
     inference engine's own program.
     """
-    _check_options(compare, loop, trace, engine, attribute=attribute)
+    _check_options(compare, loop, trace, engine, kv_cache, attribute=attribute)
     _check_engine_options(engine, engine_path, embedding)
     from autoquant.report.progress import listening
 
     with opened_study(database, plan_id=plan[0] if plan else None) as study:
         plans = chosen_plans(study, plan or [], compare)
+        if kv_cache:
+            plans += _with_kv_caches(study, plans, kv_cache)
         source = model or source_path(study)
         code = {
             "trust_pickle": trust_pickle,
@@ -162,6 +173,7 @@ def _check_options(
     loop: TimedLoop,
     trace: Path | None,
     engine: str | None,
+    kv_cache: Sequence[KvCacheKind] | None,
     *,
     attribute: bool,
 ) -> None:
@@ -177,11 +189,28 @@ def _check_options(
         raise typer.BadParameter(
             "--attribute and --trace are of phases: leave it out", param_hint="--loop"
         )
+    if engine is not None and kv_cache:
+        raise typer.BadParameter("is of autoquant's own runs", param_hint="--kv-cache")
     if engine is not None and (attribute or trace is not None or loop is TimedLoop.GENERATE):
         raise typer.BadParameter(
             "--loop, --attribute and --trace are of autoquant's own runs: leave them out",
             param_hint="--engine",
         )
+
+
+def _with_kv_caches(
+    study: Study, plans: Sequence[Plan], kinds: Sequence[KvCacheKind]
+) -> list[Plan]:
+    """Return the unquantized model and the plans with each of these caches."""
+    from autoquant.solver.planning import with_kv_cache
+
+    originals = [plan for plan in study.plans() if plan.kind == "original"]
+    return [
+        with_kv_cache(each, kind.value)
+        for kind in dict.fromkeys(kinds)
+        for each in (*originals, *plans)
+        if each.kv_cache != kind.value
+    ]
 
 
 def _check_engine_options(

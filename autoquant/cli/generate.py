@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoquant.cli.options import FolderArgument, FolderDeviceOption, TrustRemoteCodeOption
+from autoquant.cli.options import (
+    FolderArgument,
+    FolderDeviceOption,
+    KvCacheChoice,
+    KvCacheOption,
+    TrustRemoteCodeOption,
+)
 from autoquant.cli.output import JsonFlag, echo, print_json
 from autoquant.cli.trust import trusting
 
@@ -75,6 +81,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    kv_cache: KvCacheOption = None,
     device: FolderDeviceOption = "auto",
     trust_remote_code: TrustRemoteCodeOption = False,
     as_json: JsonFlag = False,
@@ -105,9 +112,18 @@ def generate(
         raise ModelError("; ".join(problems))
     place = prompting.device_of(folder, device)
     if chat:
-        talk = partial(_chat, folder, place, max_new_tokens, temperature)
+        talk = partial(_chat, folder, place, max_new_tokens, temperature, kv_cache=kv_cache)
         return trusting(talk, trust_remote_code=trust_remote_code)
-    answer = partial(_answer, places, prompt, place, max_new_tokens, temperature, as_json=as_json)
+    answer = partial(
+        _answer,
+        places,
+        prompt,
+        place,
+        max_new_tokens,
+        temperature,
+        as_json=as_json,
+        kv_cache=kv_cache,
+    )
     return trusting(answer, trust_remote_code=trust_remote_code)
 
 
@@ -119,6 +135,7 @@ def _answer(
     temperature: float,
     *,
     as_json: bool,
+    kv_cache: KvCacheChoice | None,
     trust_remote_code: bool,
 ) -> None:
     """Continue the prompt with the model of the first place, timed in turn with the others."""
@@ -126,16 +143,20 @@ def _answer(
     from autoquant.report.progress import listening
     from autoquant.report.tables.generate import Speeds
 
-    code = {"trust_remote_code": trust_remote_code}
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     tokenizer = prompting.tokenizer_of(places[0], **code)
     text = _prompt_of_stdin() if prompt is None else prompt
     request = _Request(prompting.encode(tokenizer, text), max_new_tokens, temperature)
     dtype = prompting.dtype_of(places[0])
-    generators, ready_s = [], []
+    generators: list[Generator] = []
+    ready_s: list[float] = []
     with listening() as listener:
         for each in places:
             started = time.perf_counter()
+            if not generators:  # what is compared keeps them in its dtype
+                code |= {"kv_cache": kv_cache}
             load = partial(prompting.load_generator, each, tokenizer, device, dtype, **code)
+            code.pop("kv_cache", None)
             generators.append(_load(load, each, device, listener))
             request = _fitting(generators[-1], request, each, listener)
             _warm_up(generators[-1], request, started, listener, each)
@@ -149,6 +170,7 @@ def _answer(
         rounds=_ROUNDS,
         sampled=temperature > 0,
         difference=None if temperature else _difference(replies, tokenizer),
+        kept=generators[0].kept(request.tokens + request.max_new_tokens),
     )
     if as_json:
         print_json({"text": replies[0][0].text, **speeds.as_object()})
@@ -308,6 +330,7 @@ def _chat(
     max_new_tokens: int,
     temperature: float,
     *,
+    kv_cache: KvCacheChoice | None,
     trust_remote_code: bool,
 ) -> None:
     from autoquant import prompting
@@ -328,7 +351,12 @@ def _chat(
     started = time.perf_counter()
     with listening() as listener:
         load = partial(
-            prompting.load_generator, folder, tokenizer, device, trust_remote_code=trust_remote_code
+            prompting.load_generator,
+            folder,
+            tokenizer,
+            device,
+            trust_remote_code=trust_remote_code,
+            kv_cache=kv_cache,
         )
         generator = _load(load, folder, device, listener)
         _warm_up(

@@ -17,6 +17,30 @@ class Embedding(StrEnum):
     HEAD = "head"
 
 
+class KvCacheKind(StrEnum):
+    """How keys and values are kept; see `autoquant.records.KvCache`."""
+
+    INT8 = "int8"
+    FLOAT8 = "float8"
+
+
+class KvCacheChoice(StrEnum):
+    """The same, or in the model's dtype."""
+
+    INT8 = "int8"
+    FLOAT8 = "float8"
+    OFF = "off"
+
+
+class KvCacheSearch(StrEnum):
+    """The ways to keep keys and values that a search tries."""
+
+    OFF = "off"
+    AUTO = "auto"
+    INT8 = "int8"
+    FLOAT8 = "float8"
+
+
 class Dtype(StrEnum):
     """The precision of the unquantized model."""
 
@@ -37,6 +61,13 @@ class Minimize(StrEnum):
 DeviceOption = Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu) or a device.")]
 FolderDeviceOption = Annotated[
     str, typer.Option(help="auto (where the plan was made, else the best) or a device.")
+]
+KvCacheOption = Annotated[
+    KvCacheChoice | None,
+    typer.Option(
+        help="Keep keys and values in 8 bits: less to read for each token of a long context.",
+        show_default="as the plan says, else off",
+    ),
 ]
 FolderArgument = Annotated[
     Path,

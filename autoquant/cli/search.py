@@ -15,6 +15,7 @@ from autoquant.cli.options import (
     Dtype,
     DtypeOption,
     EngineOption,
+    KvCacheSearch,
     MaxKlOption,
     MaxMemoryOption,
     Minimize,
@@ -140,6 +141,13 @@ def search(
             show_default=False,
         ),
     ] = None,
+    kv_cache: Annotated[
+        KvCacheSearch,
+        typer.Option(
+            help="Also prove the best plan with keys and values in 8 bits, for long contexts and"
+            " large batches; auto tries both formats."
+        ),
+    ] = KvCacheSearch.OFF,
     time_budget: Annotated[
         str,
         typer.Option(
@@ -225,6 +233,7 @@ def search(
                 sensitivity=sensitivity.value if sensitivity else None,
                 seed=seed,
                 workers=workers,
+                kv_cache=kv_cache.value,
                 tokenizer=tokenizer,
                 listener=listener,
                 **code,

@@ -121,7 +121,7 @@ def apply(
         _join(model, [layer for layer in plan.layers if layer.name in names])
     if streamed is not None and (stream := stream_of(streamed)) is not None:
         place_whole(model, stream)
-    prepare(model)
+    prepare(model, kv_cache=plan.kv_cache)
     check_kernels(model, on_kernel)
     listener(StageFinished("apply", f"{len(plan.layers)} layers: {formats_text(plan)}"))
     for text in dict.fromkeys(filter(None, (_stand_ins(model, layer) for layer in plan.layers))):

@@ -40,6 +40,7 @@ from autoquant.models.shown import show_linears, shown_names
 from autoquant.models.targets import resolve_device
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
+from autoquant.runtime.generate.kv_codes import kv_cache_of
 
 QUANT_METHOD = "autoquant"
 _PACKED_FOR_A_CPU = {"Int4OpaqueTensor"}
@@ -107,7 +108,7 @@ def describe(plan: Plan, source: Mapping[str, Any], device: str) -> dict[str, An
         "device": device.partition(":")[0],
         "source": dict(source),
         "joined": _joined_names(plan),
-    }
+    } | ({"kv_cache": plan.kv_cache} if plan.kv_cache else {})
 
 
 def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
@@ -124,6 +125,8 @@ def write_module(module: nn.Module, about: Mapping[str, Any], folder: Path) -> N
             tensors.pop(alias, None)
     shown = shown_names(module)
     about = dict(about) | ({"turned": shown} if shown else {})
+    about.pop("kv_cache", None)  # the user may have chosen another since
+    about |= {"kv_cache": kind} if (kind := kv_cache_of(module)) else {}
     write_tensors(tensors.items(), ties, about, folder)
 
 

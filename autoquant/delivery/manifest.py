@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from autoquant.errors import CheckpointError, first_line
 from autoquant.files import read_text, stays_inside
+from autoquant.records import KvCache
 from autoquant.records.numbers import Positive
 from autoquant.typed import read
 
@@ -67,6 +68,7 @@ class Manifest(Version):
     routed: dict[str, Routed]
     cpu_capability: str | None
     packed: NotRequired[list[str]]
+    kv_cache: NotRequired[KvCache]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def load(
     device: str | None = None,
     model_factory: str | None = None,
     trust_remote_code: bool = False,
+    kv_cache: str | None = None,
 ) -> nn.Module:
     """Load a model from a folder that `autoquant apply` wrote, ready to run.
 
@@ -169,8 +170,11 @@ def load(
         model_factory: `package.module:callable` that makes the module, if the model was searched
             with one. The folder names it, but only you can have it imported.
         trust_remote_code: Run the code in the folder that its `config.json` names.
+        kv_cache: How `generate` keeps keys and values, as `autoquant.prepare` takes it. None is
+            what the folder's plan says.
 
     Raises:
+        ModelError: The model keeps no keys and values, or something else as well.
         TrustError: The folder needs one of these two. The message says which.
         CheckpointError: The folder holds no such model, is damaged, or was packed for another CPU.
         DeviceError: The device is not available here.
@@ -180,7 +184,8 @@ def load(
     trust = Trust(model_factory=model_factory, trust_remote_code=trust_remote_code)
     place = device or manifest.get("device", "cpu")
     inner = None if model is None else unwrapped(model)
-    module = prepare(settle(checkpoint.read(Path(folder), inner, place, trust=trust)))
+    module = settle(checkpoint.read(Path(folder), inner, place, trust=trust))
+    prepare(module, kv_cache=kv_cache or manifest.get("kv_cache"))
     check_kernels(module)
     from autoquant.delivery.in_memory import remember
 

@@ -174,6 +174,10 @@ class Backend(ABC):
         """Return the better 16-bit float of the device."""
         return torch.bfloat16
 
+    def converts_float8(self) -> bool:
+        """Check whether compiled code on the device converts float8."""
+        return True
+
     # -- time --------------------------------------------------------------------------------------
 
     @abstractmethod

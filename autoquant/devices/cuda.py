@@ -143,6 +143,9 @@ class CudaBackend(Backend):
         native = torch.cuda.get_device_capability(self.device) >= (8, 0)
         return torch.bfloat16 if native else torch.float16
 
+    def converts_float8(self) -> bool:
+        return torch.cuda.get_device_capability(self.device) >= (8, 9)
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 

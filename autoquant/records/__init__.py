@@ -7,7 +7,10 @@ unless the user gives a quality function.
 
 from autoquant.records.plans import (
     BASELINES,
+    KV_CACHE_OFF,
+    KV_CACHES,
     ORIGINAL_LABEL,
+    KvCache,
     LayerChoice,
     Numerics,
     Objective,
@@ -54,6 +57,8 @@ from autoquant.records.workloads import (
 __all__ = [
     "BASELINES",
     "DISTURBED",
+    "KV_CACHES",
+    "KV_CACHE_OFF",
     "ORIGINAL_LABEL",
     "PARTLY",
     "RIGHT",
@@ -61,6 +66,7 @@ __all__ = [
     "Delivery",
     "Device",
     "Interval",
+    "KvCache",
     "LayerChoice",
     "LinearShape",
     "Loop",

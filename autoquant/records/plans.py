@@ -12,6 +12,11 @@ from autoquant.records.timings import LinearShape
 PlanKind = Literal["original", "uniform", "heuristic", "bits", "front", "refined", "solved"]
 BASELINES: tuple[PlanKind, ...] = ("uniform", "heuristic", "bits")
 """Kinds of plans that ignore each layer's latency. A searched plan has to beat them."""
+KvCache = Literal["int8", "float8"]
+"""How `generate` keeps keys and values: codes of 8 bits, with a scale for each head and token."""
+KV_CACHES: tuple[KvCache, ...] = ("int8", "float8")
+KV_CACHE_OFF = "off"
+"""What a user says for keys and values in the model's dtype."""
 Objective = Literal["time", "memory"]
 """What the recommended plan minimizes: time of a request, or bytes of all parameters."""
 
@@ -128,7 +133,11 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A choice for every layer of the model with the content hash `model_hash`."""
+    """A choice for every layer of the model with the content hash `model_hash`.
+
+    Attributes:
+        kv_cache: How its `generate` keeps keys and values; None for the model's dtype.
+    """
 
     plan_id: str
     study_id: str
@@ -138,6 +147,7 @@ class Plan:
     dtype: str
     layers: tuple[LayerChoice, ...]
     prediction: Prediction
+    kv_cache: KvCache | None = None
 
     def formats(self) -> dict[str, int]:
         """Return how many layers have each format, the most used first."""

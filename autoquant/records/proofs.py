@@ -58,6 +58,7 @@ class Proof:
         time_ratio: Request time over that of the unquantized model, with its interval from the
             spread of the rounds. None in proofs of older versions.
         seconds: What each part of the proof took. Empty in proofs of older versions.
+        kv_bytes: Of keys and values of one sequence of the workload, or None.
     """
 
     plan_id: str
@@ -77,6 +78,7 @@ class Proof:
     selection_losses: tuple[float, ...] = ()
     time_ratio: Interval | None = None
     seconds: Mapping[str, NonNegative] = field(default_factory=dict)
+    kv_bytes: Count | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

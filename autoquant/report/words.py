@@ -264,7 +264,8 @@ def off_predictions(rows: Sequence[Mapping[str, Any]], database: str) -> list[st
         (row for row in rows if is_off(errors[row["plan_id"]])),
         key=lambda row: -abs(errors[row["plan_id"]]),
     )
-    off = [row for row in off if row["label"] != ORIGINAL_LABEL]
+    # What a cache of keys and values changes is not predicted.
+    off = [row for row in off if row["label"] != ORIGINAL_LABEL and not row.get("kv_cache")]
     if not off:
         return []
     worst = ", ".join(f"{row['label']} {errors[row['plan_id']]:+.0%}" for row in off[:_OFF_PLANS])

@@ -6,11 +6,15 @@ Only a prompt differs: here it is one chunk of its own length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from autoquant.devices import Division
 from autoquant.records import Workload
 from autoquant.runtime.generate.decoder import Decoder, Way, cache_positions
+from autoquant.runtime.generate.kv_codes import kv_cache_of
 from autoquant.runtime.tokens import WorkloadTokens
 
 
@@ -32,15 +36,32 @@ class CompiledPrompt(nn.Module):
 class DecoderPhases:
     """Prefill and decode, compiled part by part; see `autoquant.runtime.phases.Phases`.
 
+    Args:
+        divisions: Ways to compile, in the order in which to try them; none for the model's own
+            code.
+
     Raises:
         TypeError: The model keeps something else than keys and values.
     """
 
-    def __init__(self, module: nn.Module, workload: Workload, device: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        workload: Workload,
+        device: str,
+        divisions: Sequence[Division] = ("parts",),
+    ) -> None:
         self.workload = workload
         self._tokens = WorkloadTokens(module, workload, device)
         length = cache_positions(self._tokens.prompt + self._tokens.steps)
-        self._decoder = Decoder(module, workload.batch, length, padded=False, divisions=("parts",))
+        self._decoder = Decoder(
+            module,
+            workload.batch,
+            length,
+            padded=False,
+            kv_cache=kv_cache_of(module),
+            divisions=divisions,
+        )
         self._positions = torch.arange(self._tokens.prompt, device=device).expand(
             workload.batch, -1
         )

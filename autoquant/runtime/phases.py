@@ -17,6 +17,7 @@ from autoquant.records import Workload
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.decoder_phases import CompiledPrompt, DecoderPhases
 from autoquant.runtime.encoder_decoder import EncoderDecoderPhases
+from autoquant.runtime.generate.kv_codes import kv_cache_of
 from autoquant.runtime.inputs import check_reads, workload_inputs
 from autoquant.runtime.tokens import WorkloadTokens
 
@@ -74,6 +75,9 @@ def make_phases(
         if compiled and division == "parts" and any(repeated_blocks(loaded.module)):
             with suppress(TypeError):
                 return DecoderPhases(loaded.module, workload, loaded.device)
+        if kv_cache_of(loaded.module) is not None:  # only steps of `generate` keep codes
+            divisions: tuple[Division, ...] = (division,) if compiled else ()
+            return DecoderPhases(loaded.module, workload, loaded.device, divisions)
         return _CausalPhases(loaded.module, workload, loaded.device, compiled, division)
     if loaded.kind == "token_lm":
         shape = (workload.batch, workload.phases[0].tokens)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from autoquant.records import (
+    KvCache,
     LayerChoice,
     Plan,
     PlanKind,
@@ -88,6 +89,21 @@ def make_plan(
         dtype=context.dtype,
         layers=tuple(choices),
         prediction=predict(choices, context),
+    )
+
+
+def with_kv_cache(plan: Plan, kind: KvCache) -> Plan:
+    """Return the plan with keys and values kept in another way.
+
+    Its prediction is that of the plan: what the cache changes is measured.
+    """
+    own = f", {plan.kv_cache} cache"
+    return replace(
+        plan,
+        plan_id=content_key([plan.plan_id, kind], 8),
+        label=f"{plan.label.removesuffix(own)}, {kind} cache",
+        kind="refined",
+        kv_cache=kind,
     )
 
 

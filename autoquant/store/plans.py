@@ -42,6 +42,7 @@ class Plans(Transactions):
                     dtype=plan.dtype,
                     layers=plan.layers,
                     prediction=plan.prediction,
+                    kv_cache=plan.kv_cache,
                 )
             )
 

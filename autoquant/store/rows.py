@@ -137,6 +137,7 @@ def plan_from(row: PlanRow, workload: Workload) -> Plan:
         dtype=row.dtype,
         layers=row.layers,
         prediction=row.prediction,
+        kv_cache=row.kv_cache,
     )
 
 

@@ -28,6 +28,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from autoquant.records import (
     Delivery,
     Device,
+    KvCache,
     LayerChoice,
     Outcome,
     PlanKind,
@@ -82,7 +83,7 @@ _TYPES: dict[Any, Any] = {
     datetime: Checked(DateTime(), datetime),
     **{kind: Checked(_LARGE, kind) for kind in _NUMBERS},
     **{kind: Checked(Double(), kind) for kind in _FLOATS},
-    **{kind: Checked(String(), kind) for kind in (Outcome, PlanKind)},
+    **{kind: Checked(String(), kind) for kind in (KvCache, Outcome, PlanKind)},
     **{kind: Checked(_RECORD, kind) for kind in _RECORDS},
 }
 
@@ -229,6 +230,7 @@ class PlanRow(Base):
     dtype: Mapped[str]
     layers: Mapped[tuple[LayerChoice, ...]]
     prediction: Mapped[Prediction]
+    kv_cache: Mapped[KvCache | None]
     created: Mapped[datetime] = mapped_column(default=after_latest("created"))
 
 

@@ -27,6 +27,8 @@ COLUMNS = (
     "kl",
     "accuracy",
     "memory_bytes",
+    "kv_cache",
+    "kv_cache_bytes",
     "on_front",
     "within_limits",
     "recommended",

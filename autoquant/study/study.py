@@ -300,6 +300,8 @@ class Study:
                 "kl": proof.kl,
                 "accuracy": accuracy_of(proof),
                 "memory_bytes": proof.memory_bytes,
+                "kv_cache": plan.kv_cache,
+                "kv_cache_bytes": proof.kv_bytes,
                 "on_front": plan.plan_id in front,
                 "within_limits": limits.within(proof, plan),
                 "recommended": recommended is not None and plan.plan_id == recommended.plan_id,

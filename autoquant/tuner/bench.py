@@ -27,6 +27,7 @@ from autoquant.models.stand_in import to_time
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import ORIGINAL_LABEL, Interval, Loop, Plan, RunTimes, Workload, request_time
 from autoquant.runtime.attribution import attribute
+from autoquant.runtime.generate.kv_codes import bytes_of_keys_and_values
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import make_warm, time_in_turn
 from autoquant.runtime.steps import StepProfile
@@ -44,6 +45,7 @@ class BenchRow:
         phase_ms: Median milliseconds of one call of each phase.
         request_ms: The sum over phases of their calls times that.
         memory_bytes: Of all parameters as stored.
+        kv_bytes: Of keys and values of one sequence of the workload; None if it keeps none.
         peak_bytes: Those, and the most that was allocated with them. Only on CUDA, else None.
         notes: How it was compiled, if not as usual, and what disturbed the run.
         steps: One step of each phase, kernel by kernel; empty if not asked for.
@@ -55,6 +57,7 @@ class BenchRow:
     request_ms: float
     predicted_request_ms: float | None
     memory_bytes: int
+    kv_bytes: int | None
     peak_bytes: int | None
     notes: tuple[str, ...]
     steps: Mapping[str, StepProfile] = field(default_factory=dict)
@@ -245,6 +248,7 @@ def _row(
         request_ms=request_time(phase_ms, workload.calls()),
         predicted_request_ms=plan.prediction.request_ms_beside(original_ms) if plan else None,
         memory_bytes=entrant.memory_bytes,
+        kv_bytes=bytes_of_keys_and_values(entrant.module, workload),
         peak_bytes=entrant.peak_bytes,
         notes=tuple(filter(None, (entrant.note, busy))),
     )

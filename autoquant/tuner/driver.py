@@ -24,7 +24,7 @@ from autoquant.models import ModelRequest, load_request
 from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
 from autoquant.profiler.record import record_model
-from autoquant.records import Objective, Recording, Workload
+from autoquant.records import KV_CACHE_OFF, Objective, Recording, Workload
 from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.store import Store, open_store
@@ -74,6 +74,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     quality: QualityFunction | str | None = None,
     sensitivity: str | None = None,
     workers: str | int | None = None,
+    kv_cache: str = KV_CACHE_OFF,
     listener: Listener = ignore,
 ) -> Study:
     """Find how to store and compute each linear of a model, and prove it.
@@ -125,6 +126,8 @@ def search(  # noqa: PLR0913 - the keywords of a public function
             `isolated` without one.
         workers: How many processes on this host share the work, each with a device of its own;
             `ray`, or `ray://ADDRESS` of a cluster. None for one.
+        kv_cache: Also prove the best plan with keys and values in 8 bits, as `generate` keeps
+            them then: `int8`, `float8`, or `auto` for both.
         listener: Receives what is going on.
 
     Returns:
@@ -172,6 +175,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         seed=seed,
         db=db,
         workers=None if workers is None else Workers.parse(str(workers)),
+        kv_cache=kv_cache,
     )
     return run_search(request, listener)
 

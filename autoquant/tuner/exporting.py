@@ -15,7 +15,7 @@ from autoquant.delivery.targets import writer
 from autoquant.engines import ENGINES, PROGRAMS, Activations
 from autoquant.errors import PlanError
 from autoquant.evaluators.quality import QualityFunction
-from autoquant.events import Listener, ignore
+from autoquant.events import Listener, Notice, ignore
 from autoquant.models.request import SampleInputs
 from autoquant.models.trust import NO_TRUST, Trust
 from autoquant.records import Plan
@@ -159,6 +159,9 @@ def write_export(  # noqa: PLR0913 - what a command may say
     how: dict[str, Any] = {"device": device, "listener": listener, "trust": trust}
     if to in PROGRAMS:
         _check_programs(to, base, embedding, activations, requantize=requantize)
+    if plan.kv_cache is not None:
+        listener(Notice(f"keys and values in {plan.kv_cache} stay here: set it in what runs {to}"))
+    if to in PROGRAMS:
         return export_programs(plan, model, out, form=PROGRAMS[to], facts=study.facts, **how)
     how |= {"to": to, "base": base, "embedding": embedding, "activations": activations}
     if requantize:

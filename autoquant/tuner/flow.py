@@ -16,6 +16,7 @@ from autoquant.tuner.request import room_bytes
 from autoquant.tuner.setup import SearchSetup
 from autoquant.tuner.stages.crossovers import crossovers_s, measure_crossovers
 from autoquant.tuner.stages.expect import announce
+from autoquant.tuner.stages.kv_caches import proofs_of_kv_caches, prove_kv_caches
 from autoquant.tuner.stages.profile import profile_linears, searchable
 from autoquant.tuner.stages.prove import prove_front, prove_references
 from autoquant.tuner.stages.record import bind_constraints, record_linears
@@ -86,8 +87,15 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
                     referenced = prove_references(space, ledger, recording.sites, settled.limits)
                     prove_front(referenced, ledger, settled.limits)
                 ledger.reserved_s = crossovers_s(ledger, setup.device)
+                caches = proofs_of_kv_caches(settled.request.kv_cache, settled.loaded)
+                ledger.reserved_s += caches * ledger.proof_s
                 with budget.stage("refine"):
                     refine(referenced, ledger, settled.limits, settled.request.seed)
+                ledger.reserved_s -= caches * ledger.proof_s
+                if caches:
+                    with budget.stage("kv cache"):
+                        kinds = settled.request.kv_cache
+                        prove_kv_caches(kinds, settled.loaded, ledger, settled.limits)
                 break
             except KernelError as lie:
                 ledger.drop_ahead()

@@ -91,11 +91,14 @@ class ProofLedger:
         return Study(self.store, self.study_id)
 
     def proven(self) -> ProvenPlans:
-        """Return the proven plans."""
+        """Return the proven plans that plans are solved from.
+
+        What keeps keys and values in 8 bits does not show what its layers take and lose.
+        """
         return {
             plan_id: (self.plans[plan_id], proof)
             for plan_id, proof in self.proofs.items()
-            if plan_id in self.plans
+            if plan_id in self.plans and self.plans[plan_id].kv_cache is None
         }
 
     def put_plan(self, plan: Plan) -> None:

@@ -45,6 +45,7 @@ from autoquant.records import (
     Workload,
     route_kernel,
 )
+from autoquant.runtime.generate.kv_codes import bytes_of_keys_and_values, rounding_in_passes
 from autoquant.runtime.phases import Phases, make_phases
 from autoquant.runtime.request import RequestTimes, make_warm, time_requests
 from autoquant.solver.beyond import surely_beyond
@@ -135,6 +136,7 @@ class Prover:
             ),
             kl=report.kl,
             memory_bytes=module_bytes(module),
+            kv_bytes=bytes_of_keys_and_values(module, self.workload),
             execution=self.execution,
             notes=tuple(dict.fromkeys(filter(None, notes))),
             selection_kl=selection_kl,
@@ -187,7 +189,8 @@ class Prover:
         with worst_numerics(module, plan), untuned():
             if compared := self._compared_compiled(module, plan, phases, enough):
                 return compared
-            compared = _compare(self.quality, compared_module, original, self.reference, enough)
+            with rounding_in_passes(compared_module, plan.kv_cache):
+                compared = _compare(self.quality, compared_module, original, self.reference, enough)
         self.reference = _losses_of_reference(compared, self.reference)
         return compared
 

@@ -21,6 +21,7 @@ from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.models.copies import shallow_copy
 from autoquant.records import Interval, Plan
+from autoquant.runtime.generate.kv_codes import kv_cache_of, rounding_in_passes
 from autoquant.solver.limits import Limits
 from autoquant.store import StudyFacts
 from autoquant.tuner.judge import Asked, make_judge
@@ -185,7 +186,7 @@ class Rejudge:
 
     def _judged(self, module: nn.Module) -> Judged:
         quality = self._quality
-        with torch.no_grad():
+        with torch.no_grad(), rounding_in_passes(module, kv_cache_of(module)):
             selection = quality.compare(module, self._original, "selection")
             report = quality.compare(module, self._original, "report")
         self.original_loss = sum(report.reference) / len(report.reference)

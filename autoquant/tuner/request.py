@@ -9,12 +9,14 @@ from typing import Any
 
 from autoquant.candidates import Candidate
 from autoquant.devices import backend
+from autoquant.errors import WorkloadError
 from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
 from autoquant.evaluators.sensitivity import Sensitivity
 from autoquant.models import LoadedModel, ModelRequest
 from autoquant.profiler.measure import with_original
 from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Device, Workload, content_key
+from autoquant.records import KV_CACHE_OFF, KV_CACHES, Device, Workload, content_key
+from autoquant.runtime.generate.kv_codes import keeps_other, kv_cache_unsupported
 from autoquant.runtime.inputs import default_workload
 from autoquant.runtime.phases import check_room, check_workload
 from autoquant.solver.constraints import Constraints
@@ -37,6 +39,7 @@ class SearchRequest:
         sensitivity: None for the method that suits the quality.
         fuse: None for what pays on the device.
         workers: Those that share the jobs, or None for the one that suits.
+        kv_cache: Formats of keys and values to try: one, `auto` for all, or `off`.
 
     Raises:
         AutoquantError: The database cannot be used, or the arguments contradict one another.
@@ -56,6 +59,7 @@ class SearchRequest:
     db: str | os.PathLike[str]
     not_held: Mapping[str, str] = field(default_factory=dict)
     workers: Workers | None = None
+    kv_cache: str = KV_CACHE_OFF
 
     def __post_init__(self) -> None:
         check_address(self.db)
@@ -86,12 +90,13 @@ class SettledRequest:
 
         Raises:
             QualityError: The method, or a limit, needs a text.
-            WorkloadError: The workload does not fit the model.
+            WorkloadError: The workload, or the cache of keys and values, does not fit the model.
         """
         method = method_of(request.sensitivity, request.limits.max_kl, judge.quality)
         workload = request.workload or default_workload(loaded, request.batch)
         check_workload(loaded, workload)
         check_room(loaded, workload)
+        _check_kv_cache(request.kv_cache, loaded)
         by_outputs = isinstance(judge.quality, DivergenceQuality)
         return cls(
             request=request,
@@ -139,9 +144,27 @@ class SettledRequest:
         }
         if self.fuse:
             identity["fuse"] = True
+        if self.request.kv_cache != KV_CACHE_OFF:
+            identity["kv_cache"] = self.request.kv_cache
         if constraints := self.request.constraints.as_object():
             identity["constraints"] = constraints
         return identity
+
+
+def _check_kv_cache(asked: str, loaded: LoadedModel) -> None:
+    """Refuse formats of keys and values that a model cannot have.
+
+    Raises:
+        WorkloadError: It cannot.
+    """
+    if asked == KV_CACHE_OFF:
+        return
+    reason = keeps_other(loaded.module)
+    for kind in KV_CACHES:
+        if kind == asked and not reason:
+            reason = kv_cache_unsupported(loaded.device, kind)
+    if reason:
+        raise WorkloadError(f"--kv-cache {asked} cannot be searched: {reason}")
 
 
 def _most_bytes(asked: int | None, loaded: LoadedModel) -> int | None:

@@ -26,7 +26,7 @@ from .pages import PAGES, SHELL, blocks, loose_commands
 
 NOT_RUN = {
     "installs": 10,
-    "GPU": 5,
+    "GPU": 6,
     "lm_eval": 3,
     "a terminal": 1,
     "a server": 6,

@@ -22,6 +22,7 @@ from autoquant.cli.main import app
 from autoquant.records import LayerChoice, LinearShape, RouteStep, Workload, content_key
 from autoquant.solver.planning import PlanContext
 from autoquant.solver.planning import make_plan as plan_of
+from autoquant.store.connect import open_existing
 from autoquant.study.study import Study
 
 from . import write
@@ -157,6 +158,7 @@ def test_the_command_line_reads_an_old_database(copied, command, name):
 
 def test_the_same_search_finds_a_finished_study_and_measures_nothing_again(here, copied):
     db = copied("finished-4")
+    open_existing(db).close()  # migrates it: what follows changes no row
     before = rows(db)
     study = write.search(HERE, db, budget_s=0.2)
     assert study.study_id == STUDY_OF_PROTOCOL_4
@@ -166,6 +168,7 @@ def test_the_same_search_finds_a_finished_study_and_measures_nothing_again(here,
 
 def test_the_same_search_goes_on_where_an_interrupted_one_stopped(here, copied):
     db = copied("interrupted-4")
+    open_existing(db).close()  # migrates it: what follows changes no row
     before = rows(db)
     study = write.search(HERE, db, budget_s=0.2)
     assert study.study_id == STUDY_OF_PROTOCOL_4 and study.facts.complete

@@ -1,7 +1,9 @@
 // Attention of one token over a cache, on CPUs.
 //
 // Keys and values are read once, for all query heads that share them, and only where the mask shows
-// them. Threads share the positions of a head of keys; what each found is added up at the end.
+// them. Threads share the positions of a head of keys; what each found is added up at the end. Keys
+// and values may be codes of 8 bits, with a scale for each position: a factor of its score, and of
+// its weight.
 #include "vectors.h"
 
 namespace {
@@ -37,10 +39,11 @@ Strides strides_of(const Tensor& tensor) {
 }
 
 // Keys and values of one head, the query heads that share them, and the mask of each of these.
-template <class T>
+template <class C>
 struct Head {
   const float* queries;  // `[group, width]`, times scale and log2(e)
-  const T *keys, *values;
+  const C *keys, *values;
+  const float *key_scales, *value_scales;  // of codes, else null
   int64_t key_stride, value_stride, width, value_width, group;
   const uint8_t* mask;  // or null
   int64_t mask_head, mask_position;
@@ -60,27 +63,27 @@ struct Found {
 };
 
 // Add to the scores of a query head what some columns give. What is not shown stays -infinity.
-template <int N, class T>
-void add_scores(const Head<T>& head, int64_t query, const int64_t* positions, int64_t count,
+template <int N, class C>
+void add_scores(const Head<C>& head, int64_t query, const int64_t* positions, int64_t count,
                 int64_t column, float* scores) {
   Floats of_query[N];
   for (int i = 0; i < N; i++)
     of_query[i] = load<Floats>(head.queries + query * head.width + column + i * kLanes);
   for (int64_t p = 0; p < count; p++) {
-    const T* key = head.keys + positions[p] * head.key_stride + column;
+    const C* key = head.keys + positions[p] * head.key_stride + column;
     Floats products = floats(key) * of_query[0];
     for (int i = 1; i < N; i++) products += floats(key + i * kLanes) * of_query[i];
     scores[p] += sum(products);
   }
 }
 
-template <int N, class T>
-void add_values(const Head<T>& head, const int64_t* positions, int64_t count, const float* weights,
+template <int N, class C>
+void add_values(const Head<C>& head, const int64_t* positions, int64_t count, const float* weights,
                 int64_t column, float* to) {
   Floats sums[N];
   for (int i = 0; i < N; i++) sums[i] = load<Floats>(to + column + i * kLanes);
   for (int64_t p = 0; p < count; p++) {
-    const T* row = head.values + positions[p] * head.value_stride + column;
+    const C* row = head.values + positions[p] * head.value_stride + column;
     for (int i = 0; i < N; i++) sums[i] += floats(row + i * kLanes) * weights[p];
   }
   for (int i = 0; i < N; i++) store(to + column + i * kLanes, sums[i]);
@@ -95,8 +98,16 @@ void by_columns(int64_t width, const F& f) {
   for (; column < width; column += kLanes) f(column, std::integral_constant<int, 1>());
 }
 
-template <class T>
-void attend_chunk(const Head<T>& head, const int64_t* positions, int64_t count, Found& found) {
+// Multiply what positions have by their scales, without waking what they do not have.
+void scale_by(const float* scales, const int64_t* positions, int64_t count, float nothing,
+              float* of) {
+  if (!scales) return;
+  for (int64_t p = 0; p < count; p++)
+    if (of[p] != nothing) of[p] *= scales[positions[p]];
+}
+
+template <class C>
+void attend_chunk(const Head<C>& head, const int64_t* positions, int64_t count, Found& found) {
   alignas(64) float of[kChunk];
   for (int64_t query = 0; query < head.group; query++) {
     for (int64_t p = 0; p < kChunk; p++)
@@ -104,6 +115,7 @@ void attend_chunk(const Head<T>& head, const int64_t* positions, int64_t count, 
     by_columns(head.width, [&](int64_t column, auto vectors) {
       add_scores<vectors()>(head, query, positions, count, column, of);
     });
+    scale_by(head.key_scales, positions, count, -INFINITY, of);
     const float before = found.largest[query];
     Floats most = Floats{} + before;
     for (int64_t p = 0; p < kChunk; p += kLanes) {
@@ -122,6 +134,7 @@ void attend_chunk(const Head<T>& head, const int64_t* positions, int64_t count, 
     const float shrink = before == -INFINITY ? 0.0f : std::exp2(before - largest);
     found.largest[query] = largest;
     found.sums[query] = found.sums[query] * shrink + sum(total);
+    scale_by(head.value_scales, positions, count, 0.0f, of);
     float* to = found.values.data() + query * head.value_width;
     for (int64_t i = 0; i < head.value_width; i++) to[i] *= shrink;
     by_columns(head.value_width, [&](int64_t column, auto vectors) {
@@ -142,12 +155,12 @@ void add_up(const std::vector<Found>& all, int64_t query, int64_t width, T* out)
     total += found.sums[query] * share;
     for (int64_t i = 0; i < width; i++) values[i] += found.values[query * width + i] * share;
   }
-  for (int64_t i = 0; i < width; i++) store(out + i, total > 0.0f ? values[i] / total : 0.0f);
+  for (int64_t i = 0; i < width; i++) store(out + i, total == 0.0f ? 0.0f : values[i] / total);
 }
 
 // The positions that a query head of a head of keys sees.
-template <class T>
-std::vector<int64_t> seen(const Head<T>& head, int64_t length) {
+template <class C>
+std::vector<int64_t> seen(const Head<C>& head, int64_t length) {
   std::vector<int64_t> positions;
   positions.reserve(length);
   const int64_t heads = head.mask && head.mask_head ? head.group : 1;
@@ -160,9 +173,10 @@ std::vector<int64_t> seen(const Head<T>& head, int64_t length) {
   return positions;
 }
 
-template <class T>
-void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-            double scale, T* out) {
+// Keys and values are numbers of type C. `scales` is null, or has those of keys and of values.
+template <class T, class C>
+void attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* const* scales,
+            const std::optional<Tensor>& mask, double scale, T* out) {
   const int64_t batch = q.size(0), heads = q.size(1), kv_heads = k.size(1), length = k.size(2);
   const int64_t width = k.size(3), value_width = v.size(3), group = heads / kv_heads;
   const Strides of_q = strides_of(q), of_k = strides_of(k), of_v = strides_of(v);
@@ -173,14 +187,17 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
       for (int64_t i = 0; i < width; i++)
         queries[(b * heads + h) * width + i] =
             factor * to_float(data<T>(q)[b * of_q.batch + h * of_q.head + i]);
-  std::vector<Head<T>> all;
+  std::vector<Head<C>> all;
   std::vector<std::vector<int64_t>> positions;
   for (int64_t b = 0; b < batch; b++)
     for (int64_t h = 0; h < kv_heads; h++) {
       const int64_t first = h * group;
-      Head<T> head{queries.data() + (b * heads + first) * width,
-                   data<T>(k) + b * of_k.batch + h * of_k.head,
-                   data<T>(v) + b * of_v.batch + h * of_v.head,
+      const int64_t scales_at = (b * kv_heads + h) * length;
+      Head<C> head{queries.data() + (b * heads + first) * width,
+                   data<C>(k) + b * of_k.batch + h * of_k.head,
+                   data<C>(v) + b * of_v.batch + h * of_v.head,
+                   scales ? data<float>(*scales[0]) + scales_at : nullptr,
+                   scales ? data<float>(*scales[1]) + scales_at : nullptr,
                    of_k.position, of_v.position, width, value_width, group, nullptr, 0, 0};
       if (mask) {
         const int64_t mask_batch = mask->size(0) > 1 ? mask->stride(0) : 0;
@@ -210,12 +227,12 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
       add_up(found[pair], query, value_width, out + (pair * group + query) * value_width);
 }
 
-Tensor token_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                       const std::optional<Tensor>& mask, double scale) {
+void check_heads(const Tensor& q, const Tensor& k, const Tensor& v,
+                 const std::optional<Tensor>& mask) {
   for (const Tensor& each : {q, k, v})
-    STD_TORCH_CHECK(each.dim() == 4 && each.is_cpu() && each.stride(3) == 1 &&
-                        each.scalar_type() == q.scalar_type(),
-                    "q, k and v are no heads of one dtype on the CPU");
+    STD_TORCH_CHECK(each.dim() == 4 && each.is_cpu() && each.stride(3) == 1,
+                    "q, k and v are no heads on the CPU");
+  STD_TORCH_CHECK(k.scalar_type() == v.scalar_type(), "k and v have different dtypes");
   STD_TORCH_CHECK(q.size(2) == 1 && q.size(3) == k.size(3) && k.size(3) % kLanes == 0 &&
                       v.size(3) % kLanes == 0 && q.size(0) == k.size(0) && v.size(0) == k.size(0) &&
                       k.size(1) == v.size(1) && k.size(2) == v.size(2) && k.size(1) > 0 &&
@@ -227,11 +244,44 @@ Tensor token_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                         (mask->size(1) == 1 || mask->size(1) == q.size(1)) && mask->size(2) == 1 &&
                         mask->size(3) == k.size(2),
                     "the mask does not fit");
+}
+
+Tensor empty_like_query(const Tensor& q, const Tensor& v) {
   const std::vector<int64_t> shape{q.size(0), q.size(1), 1, v.size(3)};
-  Tensor out = torch::stable::new_empty(q, shape);
+  return torch::stable::new_empty(q, shape);
+}
+
+Tensor token_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                       const std::optional<Tensor>& mask, double scale) {
+  check_heads(q, k, v, mask);
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type(), "q, k and v have different dtypes");
+  Tensor out = empty_like_query(q, v);
   of_type(q.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    attend<T>(q, k, v, mask, scale, static_cast<T*>(out.mutable_data_ptr()));
+    attend<T, T>(q, k, v, nullptr, mask, scale, static_cast<T*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+Tensor token_attention_codes(const Tensor& q, const Tensor& k, const Tensor& k_scales,
+                             const Tensor& v, const Tensor& v_scales,
+                             const std::optional<Tensor>& mask, double scale, bool is_float8) {
+  check_heads(q, k, v, mask);
+  STD_TORCH_CHECK(k.scalar_type() == ScalarType::Char, "codes are no int8");
+  const Tensor* const scales[] = {&k_scales, &v_scales};
+  for (const Tensor* each : scales)
+    STD_TORCH_CHECK(each->is_contiguous() && each->is_cpu() && each->dim() == 3 &&
+                        each->scalar_type() == ScalarType::Float && each->size(0) == k.size(0) &&
+                        each->size(1) == k.size(1) && each->size(2) == k.size(2),
+                    "the scales do not fit");
+  Tensor out = empty_like_query(q, v);
+  of_type(q.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    if (is_float8)
+      attend<T, float8>(q, k, v, scales, mask, scale, to);
+    else
+      attend<T, int8_t>(q, k, v, scales, mask, scale, to);
   });
   return out;
 }
@@ -240,4 +290,5 @@ Tensor token_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 
 STABLE_TORCH_LIBRARY_IMPL(autoquant, CPU, library) {
   library.impl("token_attention", TORCH_BOX(&token_attention));
+  library.impl("token_attention_codes", TORCH_BOX(&token_attention_codes));
 }

@@ -36,9 +36,14 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int16_t Shorts __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t Octets __attribute__((vector_size(16)));
 
 struct bfloat16 {
   uint16_t bits;
+};
+
+struct float8 {  // e4m3: no infinities
+  uint8_t bits;
 };
 
 template <class T>
@@ -87,6 +92,19 @@ inline Floats floats(const int8_t* from) {
   const auto wide = __builtin_convertvector(load<Bytes>(from), Shorts);
   return __builtin_convertvector(__builtin_convertvector(wide, Ints), Floats);
 #endif
+}
+inline Floats floats(const float8* from) {
+#if defined(__AVX512F__)
+  const Ints bits = (Ints)_mm512_cvtepu8_epi32(load<__m128i>(from));
+#else
+  const Ints bits = __builtin_convertvector(load<Octets>(from), Ints);
+#endif
+  // Exponent and mantissa, moved to where float32 has them; exponents differ by 120. What has no
+  // leading 1 gets one, which is subtracted.
+  const Ints moved = (bits & 0x7f) << 20;
+  const Floats small = (Floats)(moved + (121 << 23)) - 0x1p-6f;
+  const Floats magnitude = (bits & 0x78) == 0 ? small : (Floats)(moved + (120 << 23));
+  return (Floats)((Ints)magnitude | ((bits & 0x80) << 24));
 }
 
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }

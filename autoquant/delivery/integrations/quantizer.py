@@ -81,8 +81,9 @@ class AutoquantQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
         del model.state_dict, model._keys_to_ignore_on_load_unexpected
         checkpoint.fill(model, self._folder, self._device)
-        model = settle_loaded(settle(model), read_manifest(self._folder))
-        check_kernels(prepare(model))
+        manifest = read_manifest(self._folder)
+        model = settle_loaded(settle(model), manifest)
+        check_kernels(prepare(model, kv_cache=manifest.get("kv_cache")))
         return model
 
     def is_serializable(self) -> bool:

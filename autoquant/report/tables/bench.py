@@ -28,6 +28,9 @@ class BenchLine(Attributed, Protocol):
     def memory_bytes(self) -> int: ...
 
     @property
+    def kv_bytes(self) -> int | None: ...
+
+    @property
     def peak_bytes(self) -> int | None: ...
 
     @property
@@ -73,6 +76,9 @@ def bench_table(rows: Sequence[BenchLine], workload: Workload, width: int = 80) 
         rates = [units.digits(_tokens_per_s(row, workload) or 0.0) for row in rows]
         columns.append(Column("Tokens\n/s", rates))
     columns.append(_bytes("Memory", [row.memory_bytes for row in rows]))
+    sizes = [row.kv_bytes for row in rows if row.kv_bytes is not None]
+    if len(sizes) == len(rows) and len(set(sizes)) > 1:  # of a sequence
+        columns.append(_bytes("Keys,\nvalues", sizes))
     if all(row.peak_bytes is not None for row in rows):
         columns.append(_bytes("Peak", [row.peak_bytes or 0 for row in rows]))
     table = plain_table(expand=width < WIDE)
@@ -153,7 +159,9 @@ def bench_notes(
     notes = [f"note: {row.label}: {note}" for row in rows for note in row.notes]
     notes += [f"note: {row.label}: {note}" for row in rows for note in slowed_notes(row)]
     for row in rows:
-        if row.plan_id is not None and is_off(_relative_error(row) or 0.0):
+        if row.plan_id is None or plans[row.plan_id].kv_cache is not None:
+            continue  # what a cache changes is not predicted
+        if is_off(_relative_error(row) or 0.0):
             notes.append(f"note: {row.label}: {_off_words(row, plans[row.plan_id], workload)}")
     return notes
 
@@ -182,6 +190,7 @@ def bench_objects(rows: Sequence[BenchLine], workload: Workload) -> list[dict[st
             "speedup": rows[0].request_ms / row.request_ms,
             "predicted_request_ms": row.predicted_request_ms,
             "memory_bytes": row.memory_bytes,
+            "kv_cache_bytes": row.kv_bytes,
             "peak_bytes": row.peak_bytes,
             "notes": list(row.notes),
         }

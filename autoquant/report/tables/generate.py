@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from autoquant.report.units import digits
+from autoquant.report.units import digits, size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,22 @@ class TextDifference:
     original_text: str
 
 
+class Kept(Protocol):
+    """What is read from `autoquant.prompting.Kept`."""
+
+    @property
+    def kind(self) -> str | None: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def memory_bytes(self) -> int | None: ...
+
+    @property
+    def plain_bytes(self) -> int | None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
     """The speed of a model, or of a model and the unquantized one after it.
@@ -50,6 +66,7 @@ class Speeds:
         rounds: Requests to each of two models, in turn.
         sampled: Whether the texts are drawn at random, so that they are not compared.
         difference: None if the texts are the same, or not compared.
+        kept: Keys and values of the first model's longest sequence, if they are known.
     """
 
     models: Sequence[Speed]
@@ -57,10 +74,14 @@ class Speeds:
     rounds: int
     sampled: bool
     difference: TextDifference | None
+    kept: Kept | None = None
 
     def as_object(self) -> dict[str, Any]:
         """Return the numbers for JSON."""
         shown: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, **asdict(self.models[0])}
+        if self.kept is not None:
+            shown["kv_cache"] = self.kept.kind
+            shown["kv_cache_bytes"] = self.kept.memory_bytes
         if len(self.models) > 1:
             shown["original"] = asdict(self.models[1])
             shown["times_faster"] = self._times_faster()
@@ -70,8 +91,18 @@ class Speeds:
     def lines(self) -> list[str]:
         """Return what a user reads: a sentence for one model, a table for two."""
         if len(self.models) == 1:
-            return [self._sentence()]
-        return [*self._table(), self._how_timed(), self._comparison()]
+            return [self._sentence(), *self._kept_words()]
+        return [*self._table(), self._how_timed(), *self._kept_words(), self._comparison()]
+
+    def _kept_words(self) -> list[str]:
+        """Say how much keys and values take, if they are not in the model's dtype."""
+        kept = self.kept
+        if kept is None or kept.kind is None:
+            return []
+        sizes = ""
+        if kept.memory_bytes is not None and kept.plain_bytes is not None:
+            sizes = f", {size(kept.memory_bytes)} instead of {size(kept.plain_bytes)}"
+        return [f"keys and values in {kept.kind}: for {kept.tokens} tokens{sizes}"]
 
     def _times_faster(self) -> dict[str, float | None]:
         """Return how many times faster the first model is than the unquantized one."""

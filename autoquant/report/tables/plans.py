@@ -109,8 +109,21 @@ def _front_columns(rows: Sequence[Mapping[str, Any]], *, wide: bool) -> list[Col
         (wide, Column("KL", [_optional(row["kl"]) for row in rows])),
         (labelled, Column("Accu-\nracy", [_accuracy(row) for row in rows])),
         (True, Column(f"Memory\n[{memory_unit}]", memory)),
+        *_kept_columns(rows),
     ]
     return [column for shown, column in columns if shown]
+
+
+def _kept_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[bool, Column]]:
+    """Return a column of the keys and values of a sequence, if plans keep them in several ways."""
+    sizes = [row.get("kv_cache_bytes") for row in rows]
+    known = [size for size in sizes if size is not None]
+    if not any(row.get("kv_cache") for row in rows) or not known:
+        return []
+    unit, cells = units.common_bytes(known)
+    shown = iter(cells)
+    texts = [units.MISSING if size is None else next(shown) for size in sizes]
+    return [(True, Column(f"Keys,\nvalues\n[{unit}]", texts))]
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:

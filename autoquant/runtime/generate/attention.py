@@ -4,7 +4,8 @@ PyTorch's attention copies keys and values for each query head that shares them,
 cache even if little of it is filled, and starts six kernels. `token_attention` reads what the mask
 shows, once, in two kernels, or on a CPU in one. `use_token_attention` has a model use it in
 compiled steps of one token. Anything else stays as it was: kernels that are launched one by one
-cost more time on the host than they save.
+cost more time on the host than they save. `token_attention_codes` does the same over a cache that
+holds codes, see `autoquant.runtime.generate.kv_codes`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 
 from autoquant.candidates.kernels.cpu_source import cpu_kernels_work
 from autoquant.candidates.kernels.operators import define_operator
+from autoquant.runtime.generate.kv_codes import Codes
 
 IMPLEMENTATION = "autoquant"
 """What transformers calls this attention."""
@@ -40,10 +42,40 @@ def _on_gpu(
         return _launch(q, k, v, mask, scale, processors)
 
 
+def _codes_on_gpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scales: torch.Tensor,
+    v: torch.Tensor,
+    v_scales: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    float8: bool,
+) -> torch.Tensor:
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    if float8:
+        k, v = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
+    with torch.cuda.device(q.device):
+        return _launch(q, k, v, mask, scale, processors, (k_scales, v_scales))
+
+
 def _empty(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def _empty_of_codes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scales: torch.Tensor,
+    v: torch.Tensor,
+    v_scales: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    float8: bool,
+) -> torch.Tensor:
+    return _empty(q, k, v, mask, scale)
 
 
 token_attention = define_operator("token_attention", _on_gpu, _empty)
@@ -56,6 +88,14 @@ Args:
         divides h, d and d_v are at most 256. On a CPU, see `token_attention.cpp`, columns lie side
         by side, in multiples of 16.
     mask: Which positions are seen: bool `[b or 1, h or 1, 1, L]`, or None for all.
+"""
+
+token_attention_codes = define_operator("token_attention_codes", _codes_on_gpu, _empty_of_codes)
+"""Maps (q, k, k_scales, v, v_scales, mask, scale, float8) to what `token_attention` gives.
+
+Args:
+    k, v: Codes as int8, or the bits of float8 (e4m3), of any strides.
+    k_scales, v_scales: Of each position, float32 `[b, h_kv, L]`, contiguous.
 """
 
 
@@ -71,6 +111,7 @@ def _launch(
     mask: torch.Tensor | None,
     scale: float,
     processors: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     from triton import cdiv, next_power_of_2
 
@@ -78,7 +119,7 @@ def _launch(
 
     (b, h, _, d), (_, h_kv, length, d_v) = q.shape, v.shape
     columns, v_columns = (max(_FEWEST, next_power_of_2(width)) for width in (d, d_v))
-    block = min(_MOST_BLOCK, _BLOCK_BYTES // q.element_size() // max(columns, v_columns))
+    block = min(_MOST_BLOCK, _BLOCK_BYTES // k.element_size() // max(columns, v_columns))
     splits = splits_of(b * h_kv, cdiv(length, block), processors)
     out = q.new_empty(b, h, 1, d_v)
     parts = q.new_empty((b * h, splits, d_v) if splits > 1 else 0, dtype=torch.float32)
@@ -87,7 +128,8 @@ def _launch(
     mask_head = shown.stride(1) if shown.shape[1] > 1 else 0
     # The kernel takes powers of two, which devices have an instruction for: hence log2(e).
     attend[b * h_kv, splits](
-        *(q, k, v, shown, out, parts, sums, scale * math.log2(math.e), h_kv, length, splits),
+        *(q, k, v, *(scales or (q, q)), shown, out, parts, sums),
+        *(scale * math.log2(math.e), h_kv, length, splits),
         *(q.stride(0), q.stride(1), q.stride(3), *k.stride(), *v.stride()),
         *(shown.stride(0), mask_head, shown.stride(3)),
         WIDTH=d,
@@ -99,6 +141,7 @@ def _launch(
         BLOCK=block,
         ALONE=splits == 1,
         MASKS=0 if mask is None else 2 if mask.shape[1] > 1 else 1,
+        CODES=scales is not None,
     )
     if splits > 1:
         added = min(v_columns, _ADDED_COLUMNS)
@@ -138,6 +181,22 @@ def use_token_attention(model: nn.Module) -> str | None:
     return None
 
 
+def is_used(model: nn.Module) -> bool:
+    """Check whether a model attends with `token_attention`."""
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    return bool(text._attn_implementation == IMPLEMENTATION)
+
+
+def takes_codes(dtype: torch.dtype, keys: Codes, values: Codes) -> bool:
+    """Check whether `token_attention_codes` reads codes for a query of a dtype."""
+    widths = keys.codes.shape[-1], values.codes.shape[-1]
+    if keys.codes.device.type == "cuda":
+        return dtype in _DTYPES and max(widths) <= _MOST_COLUMNS
+    whole = all(width % _CPU_COLUMNS == 0 for width in widths)
+    return dtype in _CPU_DTYPES and whole and max(widths) <= _MOST_COLUMNS and cpu_kernels_work()
+
+
 def _register() -> None:
     """Tell transformers of this attention; masks are those of sdpa."""
     from transformers import AttentionInterface
@@ -150,14 +209,24 @@ def _register() -> None:
 def attention_forward(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | Codes,
+    value: torch.Tensor | Codes,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers' `sdpa_attention_forward` does: `[b, tokens, h, d_v]`."""
+    if isinstance(key, Codes) and isinstance(value, Codes):
+        if _takes(query, key.codes, value.codes, attention_mask, dropout, others):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            made: torch.Tensor = token_attention_codes(
+                *(query, key.codes, key.scales, value.codes, value.scales),
+                *(attention_mask, scale, key.kind == "float8"),
+            )
+            return made.transpose(1, 2), None
+        key, value = key.numbers(query.dtype), value.numbers(query.dtype)
+    assert isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)  # both, or neither
     if not _takes(query, key, value, attention_mask, dropout, others):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -198,9 +267,8 @@ def _takes(
 ) -> bool:
     """Check whether `token_attention` computes this."""
     one_token = q.shape[2] == 1 and (_gpu_takes(q) or _cpu_takes(q, k, v))
-    same = (
-        q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
-    )
+    kept = k.dtype == v.dtype and k.dtype in (q.dtype, torch.int8)  # numbers, or codes
+    same = kept and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
     small = (
         max(q.shape[-1], v.shape[-1]) <= _MOST_COLUMNS and q.shape[1] <= _MOST_GROUP * k.shape[1]
     )

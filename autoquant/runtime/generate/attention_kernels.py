@@ -3,6 +3,9 @@
 The cache is read once, by many programs at a time: a program takes some blocks of positions for all
 query heads that share a head of keys, and another kernel adds up what the programs of a head found.
 Sums are float32, maxima are in powers of 2.
+
+Codes of 8 bits are read as they are kept. A product with them is exact, so that the scale of a
+position is a factor of its score, and of its weight.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,6 +19,8 @@ def attend(
     q,
     k,
     v,
+    k_scales,  # of codes: [batch, kv_heads, length]
+    v_scales,
     mask,
     out,
     parts,
@@ -47,6 +52,7 @@ def attend(
     BLOCK: tl.constexpr,  # positions read at a time
     ALONE: tl.constexpr,  # one program has all blocks of a head of keys
     MASKS: tl.constexpr,  # 0: none, 1: one for all heads, 2: one for each head
+    CODES: tl.constexpr,  # keys and values are codes
 ):
     """Attend to every `splits`-th block of a head of keys.
 
@@ -95,9 +101,16 @@ def attend(
             values = tl.load(
                 v + at[:, None] * v_row + v_columns[None, :] * v_column, mask=read_v, other=0.0
             )
+            if CODES:
+                row = pair.to(tl.int64) * length + at
+                k_scale = tl.load(k_scales + row, mask=read > 0, other=0.0)
+                v_scale = tl.load(v_scales + row, mask=read > 0, other=0.0)
+                keys = keys.to(queries.dtype)
             # Zeros are put in only here, so that values are read before the keys have arrived.
             keys = tl.where(read_k, keys, 0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            if CODES:
+                scores *= k_scale[None, :]
             scores = tl.where(seen > 0, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             # A head may see none of the positions that others see.
@@ -105,6 +118,11 @@ def attend(
             weights = tl.exp2(scores - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(weights, 1)
+            if CODES:
+                # Not float16: a weight times its scale may be smaller than what that holds.
+                HALF: tl.constexpr = queries.dtype == tl.float16
+                values = values.to(tl.bfloat16 if HALF else queries.dtype)
+                weights *= v_scale[None, :]
             acc = acc * shrink[:, None] + tl.dot(
                 weights.to(values.dtype), values, input_precision="ieee"
             )

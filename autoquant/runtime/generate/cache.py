@@ -7,13 +7,16 @@ layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+
+from autoquant.records import KvCache
+from autoquant.runtime.generate.kv_codes import Codes, codes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class StepState:
         kept: Which token of the step logits are wanted for, `[1]`.
         padding: 0 for places that hold padding, `[batch, length]`, or None.
         now: The places of the step that runs.
+        reads_codes: The attention of the step that runs reads codes of keys and values.
     """
 
     def __init__(self, batch: int, length: int, device: torch.device, *, padded: bool) -> None:
@@ -51,6 +55,7 @@ class StepState:
             torch.ones(batch, length, dtype=torch.long, device=device) if padded else None
         )
         self.now: Places | None = None
+        self.reads_codes = False
         self._batch = batch
         self._all = torch.arange(length, device=device)
         self._places: dict[int, Places] = {}
@@ -126,23 +131,42 @@ class StepState:
         return self._places[tokens]
 
 
-def static_cache(model: nn.Module, state: StepState) -> Any:
+def other_layers(config: Any) -> list[str]:
+    """Return the kinds of layers of a model's cache that keep no keys and values."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    layers = StaticCache(config=config, max_cache_len=1).layers
+    kept = (StaticLayer, StaticSlidingWindowLayer)
+    return sorted({type(layer).__name__ for layer in layers if type(layer) not in kept})
+
+
+def static_cache(model: Any, state: StepState, kind: KvCache | None = None) -> Any:
     """Return a cache whose layers all hold every place: windows are left to the mask.
+
+    Args:
+        kind: Keep codes instead of the numbers.
 
     Raises:
         TypeError: The model keeps something else than keys and values.
     """
     from transformers import StaticCache
-    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+    if other := other_layers(model.config):
+        raise TypeError(f"it keeps a {', '.join(other)}")
     length = len(state._all)
     cache = StaticCache(config=model.config, max_cache_len=length)
-    if other := {
-        type(layer).__name__
-        for layer in cache.layers
-        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)
-    }:
-        raise TypeError(f"it keeps a {', '.join(sorted(other))}")
+    layer_class = _layer_of_numbers() if kind is None else _layer_of_codes()
+    cache.layers = [layer_class(max_cache_len=length) for _ in cache.layers]
+    for layer in cache.layers:
+        layer.cumulative_length = state.filled
+        layer.state, layer.kind = state, kind
+    return cache
+
+
+@functools.cache
+def _layer_of_numbers() -> Any:
+    from transformers.cache_utils import StaticLayer
 
     class Layer(StaticLayer):  # type: ignore[misc]
         """Keys and values at the places of the step that runs."""
@@ -152,16 +176,67 @@ def static_cache(model: nn.Module, state: StepState) -> Any:
         ) -> Any:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            places = state.now
+            places = self.state.now
             assert places is not None  # a step has begun
             self.keys.index_copy_(2, places.index, key_states)
             self.values.index_copy_(2, places.index, value_states)
             return self.keys, self.values
 
-    cache.layers = [Layer(max_cache_len=length) for _ in cache.layers]
-    for layer in cache.layers:
-        layer.cumulative_length = state.filled
-    return cache
+        def filled(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+            """Return copies of the first keys and values."""
+            return self.keys[:, :, :tokens].clone(), self.values[:, :, :tokens].clone()
+
+    return Layer
+
+
+@functools.cache
+def _layer_of_codes() -> Any:
+    from transformers.cache_utils import StaticLayer
+
+    class Layer(StaticLayer):  # type: ignore[misc]
+        """As codes. Attention that reads no codes gets the numbers of all places."""
+
+        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys = _no_codes(key_states, self.max_cache_len, self.kind)
+            self.values = _no_codes(value_states, self.max_cache_len, self.kind)
+            self.is_initialized = True
+
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        ) -> Any:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            places = self.state.now
+            assert places is not None  # a step has begun
+            for kept, new in ((self.keys, key_states), (self.values, value_states)):
+                written = codes_of(new, self.kind)
+                kept.codes.index_copy_(2, places.index, written.codes)
+                kept.scales.index_copy_(2, places.index, written.scales)
+            if self.state.reads_codes and key_states.shape[2] == 1:
+                return self.keys, self.values
+            return self.keys.numbers(self.dtype), self.values.numbers(self.dtype)
+
+        def filled(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+            """Return the first keys and values as numbers."""
+            keys, values = (
+                Codes(kept.codes[:, :, :tokens], kept.scales[:, :, :tokens], kept.kind)
+                for kept in (self.keys, self.values)
+            )
+            return keys.numbers(self.dtype), values.numbers(self.dtype)
+
+    return Layer
+
+
+def _no_codes(numbers: torch.Tensor, length: int, kind: KvCache) -> Codes:
+    """Return codes of zeros for `length` places, of heads as in numbers."""
+    (batch, heads, _, width), place = numbers.shape, numbers.device
+    codes = torch.zeros(batch, heads, length, width, dtype=torch.int8, device=place)
+    scales = torch.zeros(batch, heads, length, dtype=torch.float32, device=place)
+    if not torch.compiler.is_dynamo_compiling():
+        for tensor in (codes, scales):  # as transformers' own: a graph is replayed over them
+            torch._dynamo.mark_static_address(tensor)
+    return Codes(codes, scales, kind)
 
 
 def takes_made_mask(model: Any) -> bool:

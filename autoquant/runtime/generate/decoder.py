@@ -18,6 +18,7 @@ from torch import nn
 from autoquant.candidates.kernels.caches import kernels_kept, use_kernel_caches
 from autoquant.devices import Division, backend
 from autoquant.errors import first_line
+from autoquant.records import KvCache
 from autoquant.runtime.agreement import unexplained_error
 from autoquant.runtime.compiled import compile_forward, ready_to_compile, repeated_blocks
 from autoquant.runtime.generate import attention
@@ -34,6 +35,10 @@ _SHORTEST_CACHE = 256
 _MOST_RULES = 8
 # A chunk that is at least so full costs less than several smaller ones.
 _FILL_FROM = 0.75
+_UNPACKED = (
+    "each step unpacks all keys and values, which takes longer than to read them in the model's"
+    " dtype: no kernel of autoquant's attends to codes for this model here"
+)
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 """Token ids `[batch, tokens]` to logits `[batch, 1, vocabulary]`."""
@@ -76,6 +81,7 @@ class Decoder:
         batch: Sequences.
         positions: Length of the cache.
         padded: Sequences may begin with padding, which a mask hides.
+        kv_cache: How keys and values are kept, see `autoquant.runtime.generate.kv_codes`.
         divisions: Ways to compile steps, one of which has to work. None: those that suit the model,
             or else steps run without being compiled.
 
@@ -94,9 +100,10 @@ class Decoder:
         positions: int,
         *,
         padded: bool,
+        kv_cache: KvCache | None = None,
         divisions: Sequence[Division] | None = None,
     ) -> None:
-        self._asked = divisions
+        self._asked, self._kind, self._unpacks = divisions, kv_cache, False
         self.batch, self.positions, self.padded = batch, positions, padded
         self.note = ""
         self._model = model
@@ -106,7 +113,7 @@ class Decoder:
         with torch.inference_mode(False), torch.no_grad():
             self._state = StepState(batch, positions, self._device, padded=padded)
             self.choice = Choice(batch, positions, self._device)
-            self._cache = static_cache(model, self._state)
+            self._cache = static_cache(model, self._state, kv_cache)
             self._run_eagerly(self._ids(1))  # makes the cache's tensors
         self._steps: dict[int, Step] = {}
         self._not_replayed: dict[int, Step] = {}
@@ -177,8 +184,7 @@ class Decoder:
 
         cache = DynamicCache(config=self._model.config)
         for number, layer in enumerate(self._cache.layers):
-            keys, values = (kept[:, :, :tokens].clone() for kept in (layer.keys, layer.values))
-            cache.update(keys, values, number)
+            cache.update(*layer.filled(tokens), number)
         return cache
 
     def _run(self, ids: torch.Tensor, way: Way = "replayed") -> torch.Tensor:
@@ -219,9 +225,11 @@ class Decoder:
     def _step_of(self, module: nn.Module, *, keep_all: bool = False) -> Step:
         keeps = bool(self._model._supports_logits_to_keep())  # type: ignore[operator]
         own_mask = takes_made_mask(self._model)
+        reads_codes = self._reads_codes(module)
         state = self._state
 
         def step(ids: torch.Tensor) -> torch.Tensor:
+            state.reads_codes = reads_codes
             places = state.begin(ids.shape[1])
             output = module(
                 input_ids=ids,
@@ -237,6 +245,13 @@ class Decoder:
             return logits if keeps or keep_all else logits.index_select(1, state.kept)
 
         return step
+
+    def _reads_codes(self, module: nn.Module) -> bool:
+        """Check whether a module's attention reads the codes that the cache keeps."""
+        if self._kind is None or not attention.is_used(module):
+            return False
+        layers = self._cache.layers
+        return all(attention.takes_codes(each.dtype, each.keys, each.values) for each in layers)
 
     def _make(self, size: int) -> Step:
         """Return the step for chunks of `size` tokens, by the first way of compiling that works."""
@@ -254,6 +269,8 @@ class Decoder:
                 )
                 continue
             self.note = reason and f"steps are compiled in another way, since {reason}"
+            if self._unpacks:
+                self.note = "; ".join(filter(None, (self.note, _UNPACKED)))
             self._not_replayed[size] = compiled
             return step
         reason = reason or f"torch.compile does not work here: {self._backend.compile_failure()}"
@@ -271,9 +288,11 @@ class Decoder:
 
     def _compiled(self, division: Division) -> Step:
         use_kernel_caches()
-        if division != "parts":
-            return compile_forward(self._step_of(self._ready(regions=division == "regions")))
-        return as_if_compiled()(self._step_of(self._in_parts()))
+        in_parts = division == "parts"
+        module = self._in_parts() if in_parts else self._ready(regions=division == "regions")
+        self._unpacks = self._kind is not None and not self._reads_codes(module)
+        step = self._step_of(module)
+        return as_if_compiled()(step) if in_parts else compile_forward(step)
 
     def _in_parts(self) -> nn.Module:
         if self._parts is None:

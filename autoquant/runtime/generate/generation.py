@@ -22,7 +22,9 @@ from torch import nn
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.devices import BACKENDS
 from autoquant.errors import first_line
+from autoquant.records import KvCache
 from autoquant.runtime.generate.decoder import Decoder, cache_positions
+from autoquant.runtime.generate.kv_codes import kv_cache_of
 from autoquant.runtime.generate.loop import Loop
 
 # Each holds a cache for the longest sequence.
@@ -63,7 +65,7 @@ class Decoders:
         self.lock = threading.RLock()
         self.busy = False
         self._weights: tuple[tuple[int, int], ...] = ()
-        self._kept: OrderedDict[tuple[int, int, bool], Decoder] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, bool, KvCache | None], Decoder] = OrderedDict()
 
     def get(self, model: nn.Module, batch: int, tokens: int, *, padded: bool) -> Decoder:
         """Return a decoder with room for `tokens`; one that is much too long would be slower."""
@@ -73,15 +75,16 @@ class Decoders:
             self._kept.clear()
             self._weights = weights
         longest = max(_TOO_LONG * tokens, _NEVER_TOO_LONG)
+        kind = kv_cache_of(model)
         for key, decoder in self._kept.items():
-            its_batch, room, its_padded = key
-            same = its_batch == batch and its_padded == padded
+            its_batch, room, *others = key
+            same = its_batch == batch and others == [padded, kind]
             if same and tokens <= room <= longest:
                 self._kept.move_to_end(key)
                 return decoder
         length = cache_positions(tokens)
-        decoder = Decoder(model, batch, length, padded=padded)
-        self._kept[batch, length, padded] = decoder
+        decoder = Decoder(model, batch, length, padded=padded, kv_cache=kind)
+        self._kept[batch, length, padded, kind] = decoder
         while len(self._kept) > _MOST_DECODERS:
             self._kept.popitem(last=False)
         return decoder
@@ -128,7 +131,7 @@ class _Fast:
                     decoders.busy = False
                 _warn(self, decoder.note)
                 return result
-        _warn(self, f"generate runs as transformers does it, which is slower: {reason}")
+        _warn(self, _plain_words(self, reason))
         return super()._sample(input_ids, **kwargs)  # type: ignore[misc]
 
 
@@ -174,12 +177,17 @@ def _plainly(method: Callable[..., Any], what: str) -> Callable[..., Any]:
 
     @functools.wraps(method)  # `generate` looks at the signature
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _warn(
-            self, f"generate runs as transformers does it, which is slower: {what} is not replayed"
-        )
+        _warn(self, _plain_words(self, f"{what} is not replayed"))
         return method(self, *args, **kwargs)
 
     return run
+
+
+def _plain_words(model: nn.Module, reason: str) -> str:
+    """Return a warning that a call runs as in transformers."""
+    kind = kv_cache_of(model)
+    kept = f", keys and values are kept in the model's dtype and not in {kind}" if kind else ""
+    return f"generate runs as transformers does it, which is slower{kept}: {reason}"
 
 
 def _warn(model: nn.Module, text: str) -> None:

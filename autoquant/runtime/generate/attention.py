@@ -30,8 +30,10 @@ _BLOCK_BYTES, _MOST_BLOCK = 16384, 128
 """Of keys or values that a program reads at a time, and positions."""
 _FEWEST = 16
 """Rows and columns that tensor cores take."""
-_PROGRAMS_OF_A_PROCESSOR, _MOST_SPLITS = 3, 64
+_PROGRAMS_OF_A_PROCESSOR, _PROGRAMS_OVER_FLOAT8, _MOST_SPLITS = 3, 2, 64
+"""`python studies/models/kv_cache/settings.py` measures these on a GPU."""
 _ADDED_COLUMNS = 64
+_WARPS = 4
 
 
 def _on_gpu(
@@ -99,9 +101,11 @@ Args:
 """
 
 
-def splits_of(groups: int, blocks: int, processors: int) -> int:
+def splits_of(
+    groups: int, blocks: int, processors: int, of_a_processor: int = _PROGRAMS_OF_A_PROCESSOR
+) -> int:
     """Return how many programs share the blocks of one head of keys, of `groups` heads in all."""
-    return max(1, min(blocks, _MOST_SPLITS, _PROGRAMS_OF_A_PROCESSOR * processors // groups))
+    return max(1, min(blocks, _MOST_SPLITS, of_a_processor * processors // groups))
 
 
 def _launch(
@@ -120,7 +124,9 @@ def _launch(
     (b, h, _, d), (_, h_kv, length, d_v) = q.shape, v.shape
     columns, v_columns = (max(_FEWEST, next_power_of_2(width)) for width in (d, d_v))
     block = min(_MOST_BLOCK, _BLOCK_BYTES // k.element_size() // max(columns, v_columns))
-    splits = splits_of(b * h_kv, cdiv(length, block), processors)
+    float8 = k.dtype == torch.float8_e4m3fn
+    programs = _PROGRAMS_OVER_FLOAT8 if float8 else _PROGRAMS_OF_A_PROCESSOR
+    splits = splits_of(b * h_kv, cdiv(length, block), processors, programs)
     out = q.new_empty(b, h, 1, d_v)
     parts = q.new_empty((b * h, splits, d_v) if splits > 1 else 0, dtype=torch.float32)
     sums = q.new_empty((b * h, 2, splits) if splits > 1 else 0, dtype=torch.float32)
@@ -142,6 +148,8 @@ def _launch(
         ALONE=splits == 1,
         MASKS=0 if mask is None else 2 if mask.shape[1] > 1 else 1,
         CODES=scales is not None,
+        FLOAT8=float8,
+        num_warps=_WARPS,
     )
     if splits > 1:
         added = min(v_columns, _ADDED_COLUMNS)

@@ -4,8 +4,10 @@ The cache is read once, by many programs at a time: a program takes some blocks 
 query heads that share a head of keys, and another kernel adds up what the programs of a head found.
 Sums are float32, maxima are in powers of 2.
 
-Codes of 8 bits are read as they are kept. A product with them is exact, so that the scale of a
-position is a factor of its score, and of its weight.
+Codes of 8 bits are read as they are kept, and the scale of a position is a factor of its score, and
+of its weight. Queries of 16 bits are multiplied with float8 in float16: a GPU turns float8 into it in
+one instruction, and into bfloat16 in several, which take longer than reading. Queries and weights
+are divided by the largest of a row before, so that float16 holds them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -53,6 +55,7 @@ def attend(
     ALONE: tl.constexpr,  # one program has all blocks of a head of keys
     MASKS: tl.constexpr,  # 0: none, 1: one for all heads, 2: one for each head
     CODES: tl.constexpr,  # keys and values are codes
+    FLOAT8: tl.constexpr,  # those are float8
 ):
     """Attend to every `splits`-th block of a head of keys.
 
@@ -71,6 +74,15 @@ def attend(
         mask=real[:, None] & (columns[None, :] < WIDTH),
         other=0.0,
     )
+    HALF: tl.constexpr = FLOAT8 and queries.dtype != tl.float32
+    if HALF:
+        exact = queries.to(tl.float32)
+        largest = tl.max(tl.abs(exact), 1)
+        largest = tl.where(largest == 0.0, 1.0, largest)
+        queries = (exact / largest[:, None]).to(tl.float16)
+        scales = scale * largest
+    else:
+        scales = tl.full([ROWS], 1.0, tl.float32) * scale
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V_COLUMNS], tl.float32)
@@ -108,7 +120,7 @@ def attend(
                 keys = keys.to(queries.dtype)
             # Zeros are put in only here, so that values are read before the keys have arrived.
             keys = tl.where(read_k, keys, 0.0)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scales[:, None]
             if CODES:
                 scores *= k_scale[None, :]
             scores = tl.where(seen > 0, scores, float("-inf"))
@@ -119,13 +131,17 @@ def attend(
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(weights, 1)
             if CODES:
-                # Not float16: a weight times its scale may be smaller than what that holds.
-                HALF: tl.constexpr = queries.dtype == tl.float16
-                values = values.to(tl.bfloat16 if HALF else queries.dtype)
                 weights *= v_scale[None, :]
-            acc = acc * shrink[:, None] + tl.dot(
-                weights.to(values.dtype), values, input_precision="ieee"
-            )
+                # Not float16, unless divided: a weight times its scale may be smaller than it holds.
+                WIDE: tl.constexpr = not HALF and queries.dtype == tl.float16
+                values = values.to(tl.bfloat16 if WIDE else queries.dtype)
+            if HALF:
+                most = tl.max(weights, 1)
+                most = tl.where(most > 0.0, most, 1.0)
+                found = tl.dot((weights / most[:, None]).to(tl.float16), values) * most[:, None]
+            else:
+                found = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+            acc = acc * shrink[:, None] + found
             top = higher
     row = pair.to(tl.int64) * GROUP + rows
     if ALONE:

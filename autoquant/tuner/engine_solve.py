@@ -239,6 +239,11 @@ class _Solver:
             raise PlanError(
                 f"no plan was measured to be the {self.limits}: the last one's {beyond}; allow more"
             )
+        if all(map(is_plain, best.plan.layers)):
+            raise PlanError(
+                f"nothing faster in {self.timed.name} than the unquantized model was found for the"
+                f" {self.limits}: allow more"
+            )
         self.listener(StageFinished("solve", f"{len(seen)} plans judged"))
         return best
 

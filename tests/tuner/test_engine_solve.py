@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
 from builders.records import make_recording
 from delivery.targets.conftest import Planned
 from delivery.targets.test_gguf_convert import llama, saved
+from typer.testing import CliRunner
 
+from autoquant.cli.main import app
 from autoquant.devices import backend
 from autoquant.errors import ConstraintError, PlanError
 from autoquant.events import Notice, ignore
@@ -155,14 +159,26 @@ def test_the_plan_is_solved_by_the_engines_times_and_proven_in_it(study, model, 
     assert shown["rows"][1]["quality"]["selection"]["high"] == judged.selection.high
 
 
-def test_a_plan_that_is_uniform_itself_has_no_other_to_be_compared_with(study, model, tool):
+def test_the_command_prints_what_was_predicted_and_measured(study, model, tool, tmp_path):
     space = study.space()
     study.store.put_options(STUDY, [layer[:2] for layer in space.options], space.about())
-    found = solved(study, model, tool())
-    assert found.solved.plan.formats() == {"int8-row/plain": len(model.sites)}
-    assert len(found.rows) == 2 and found.beside_uniform is None
-    lines = "\n".join(in_engine_lines(found, WITHIN, WORKLOAD))
-    assert "the plan itself has one format for all layers" in lines
+    calls = tool()
+    command = ["solve", str(tmp_path / "plan.db"), "--engine", "llama.cpp"]
+    command += ["--engine-path", str(calls.parent), "--max-ppl-increase", "50%"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert f"{len(model.sites)} x int8-row/plain" in said
+    assert "Timed in turn: llama.cpp abc (build 7)" in said
+    assert "No other plan to compare with: the plan itself has one format for all layers." in said
+    assert re.search(
+        r"Predicted for solved for llama.cpp by its times: .*; off by [+-]0\.\d%", said
+    )
+    assert re.search(r"autoquant export .*plan.db --plan \w+ --to gguf --out DIR", said)
+    result = CliRunner().invoke(app, [*command, "--json"])
+    shown = json.loads(result.stdout)
+    assert shown["rows"][1]["plan_id"] == shown["plan"]["plan_id"]
+    assert shown["times"]["types"].keys() == {"Q8_0"}, "known from the first time"
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autoquant.delivery.exporting import export_to_disk
 from autoquant.delivery.held import held_layers, lacking_notes
@@ -100,7 +101,10 @@ def bench_engine(
 ) -> list[EngineRow]:
     """Export plans, and time the engine with each and with the unquantized model, in turn.
 
-    Args and errors are those of `run_engine`, with one `embedding` for all plans.
+    Other arguments, and the errors, are those of `run_engine`.
+
+    Args:
+        embedding: What becomes of embeddings of plans, see `export_to_disk`.
     """
     runs = run_engine(
         plans,
@@ -109,7 +113,7 @@ def bench_engine(
         facts,
         timed,
         listener,
-        embedding=lambda _plan: embedding,
+        options=lambda plan: {"embedding": None if plan is original else embedding},
         trust=trust,
     )
     return engine_rows(runs, plans, timed.name, facts.workload)
@@ -142,7 +146,7 @@ def run_engine(
     timed: TimedEngine,
     listener: Listener = ignore,
     *,
-    embedding: Callable[[Plan], str | None] = lambda _plan: None,
+    options: Callable[[Plan], Mapping[str, Any]] = lambda _plan: {},
     trust: Trust = NO_TRUST,
 ) -> EngineRuns:
     """Export plans, and run the engine with each and with the unquantized model, in turn.
@@ -152,7 +156,7 @@ def run_engine(
     Args:
         original: The study's plan that quantizes nothing.
         timed: What `timed_engine` found.
-        embedding: What becomes of embeddings of a plan, see `export_to_disk`.
+        options: Of the export of each plan, the unquantized one too: see `export_to_disk`.
 
     Raises:
         PlanError: The engine's files cannot hold a plan or the model, or it cannot compute one.
@@ -175,8 +179,8 @@ def run_engine(
                 Path(scratch) / plan.plan_id,
                 to=engine.target.name,
                 facts=facts,
-                embedding=None if plan is original else embedding(plan),
                 trust=trust,
+                **options(plan),
             )
             models.append(timed.model(report.out))
         listener(StageFinished("export", f"{len(exported)} models"))

@@ -176,7 +176,7 @@ class _Solver:
             no_uniform=no_uniform,
         )
 
-    def _run(self, plans: Sequence[Plan]) -> EngineRuns:
+    def _run(self, plans: Sequence[Plan], *, compare: bool = True) -> EngineRuns:
         return run_engine(
             plans,
             self.original,
@@ -184,7 +184,7 @@ class _Solver:
             self.study.facts,
             self.timed,
             self.listener,
-            embedding=self._embedding_of,
+            options=lambda plan: {"embedding": self._embedding_of(plan), "compare": compare},
             trust=self.trust,
         )
 
@@ -203,7 +203,7 @@ class _Solver:
         if known is not None and known.are_of(self.device.key, workload, wanted):
             return known
         plans = {name: plan_of_type(space, self.engine, name) for name in wanted}
-        runs = self._run(list(plans.values()))
+        runs = self._run(list(plans.values()), compare=False)
         made = times_of(self.timed.name, self.device.key, plans, runs, workload)
         keep_times(store, study_id, made)
         return made

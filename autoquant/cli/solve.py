@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,13 +12,17 @@ import typer
 from autoquant.cli.options import (
     Embedding,
     EngineOption,
+    EvalDataOption,
+    EvalTextOption,
     MaxKlOption,
     MaxMemoryOption,
     Minimize,
     MinimizeOption,
+    QualityOption,
 )
 from autoquant.cli.output import Database, JsonFlag, echo, opened_study, print_json, print_table
-from autoquant.cli.plans import StudyOption
+from autoquant.cli.plans import ModelOption, StudyOption
+from autoquant.cli.solve_in_engine import EngineRequest, solve_and_show
 from autoquant.cli.values import fraction, nats, size_bytes
 from autoquant.engines import engine as find_engine
 
@@ -48,14 +53,46 @@ def solve(
             show_default="plan: both are kept",
         ),
     ] = None,
+    in_engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="Solve for the speed of this engine, llama.cpp: time it with each type of weights,"
+            " once, and prove the plan in it. Implies --for.",
+            show_default=False,
+        ),
+    ] = None,
+    engine_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With --engine: where its program is (llama-bench).",
+            show_default="on the PATH",
+        ),
+    ] = None,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="With --engine: time types again that were timed before."),
+    ] = False,
     study: StudyOption = None,
+    model: ModelOption = None,
+    eval_text: EvalTextOption = None,
+    eval_data: EvalDataOption = None,
+    quality: QualityOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Solve a finished search for other limits, at once.
 
     Nothing is measured: the plan is predicted, not proven. It is kept, and `autoquant apply --plan`
     takes it. A limit that is not given is not set. Without any, the limits are those of the search.
+    With --engine, the plan is for that engine's speed: it is measured there, and its quality here.
     """
+    request = EngineRequest(
+        in_engine, engine_path, again, model, eval_text, eval_data, quality, embedding
+    )
+    request.check(engine)
+    engine = in_engine or engine
     increase = (
         None if max_ppl_increase is None else fraction(max_ppl_increase, "--max-ppl-increase")
     )
@@ -75,6 +112,8 @@ def solve(
         limits = replace(given if any_given else opened.limits, minimize=minimize.value)
         check_embedding(embedding, engine or opened.constraints.engine)
         one_head = embedding is Embedding.HEAD
+        if in_engine is not None:
+            return solve_and_show(opened, limits, request, database, as_json=as_json)
         solved = solve_again(opened, limits, AROUND, engine, one_head=one_head)
     for note in solved.notes:
         echo(note, err=True)

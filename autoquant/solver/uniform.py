@@ -28,11 +28,15 @@ def uniform_plans(space: SearchSpace) -> list[Plan]:
     plans: dict[str, Plan] = {}
     for key in keys:
         chosen = [uniform_choice(space, layer, key) for layer in space.options]
-        numerics = Numerics.parse(key[1])
-        label = f"uniform {numerics.values} {numerics.activation}"
-        plan = make_plan(chosen, label, "uniform", space.context)
+        plan = make_plan(chosen, uniform_label(key), "uniform", space.context)
         plans.setdefault(plan.plan_id, plan)
     return list(plans.values())
+
+
+def uniform_label(scheme: Scheme) -> str:
+    """Return the label of the uniform plan of a format and numerics."""
+    numerics = Numerics.parse(scheme[1])
+    return f"uniform {numerics.values} {numerics.activation}"
 
 
 def schemes(space: SearchSpace) -> list[Scheme]:

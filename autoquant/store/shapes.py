@@ -13,7 +13,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from autoquant.records import BASELINES, LayerChoice, Objective
-from autoquant.records.numbers import Count, Finite, NonNegative
+from autoquant.records.numbers import AboveZero, Count, Finite, NonNegative
 
 _open = with_config(ConfigDict(extra="allow"))
 
@@ -146,6 +146,31 @@ class Reason(TypedDict):
     reason: str
 
 
+@_open
+class TypeTimesObject(TypedDict):
+    """A `TypeTimes` of `autoquant.study.engine_times`."""
+
+    phase_ms: dict[str, AboveZero]
+    layers: list[str]
+
+
+@_open
+class EngineTimesObject(TypedDict):
+    """An `EngineTimes` of `autoquant.study.engine_times`, without its engine."""
+
+    version: str
+    device: str
+    original_ms: dict[str, AboveZero]
+    types: dict[str, TypeTimesObject]
+
+
+@_open
+class EnginesObject(TypedDict):
+    """What was measured in inference engines, by their names."""
+
+    engines: dict[str, EngineTimesObject]
+
+
 REFERENCES: Mapping[str, Any] = {
     "calibration": Windows,
     "judge": Words,
@@ -153,6 +178,7 @@ REFERENCES: Mapping[str, Any] = {
     "refinement": Refinement,
     "stages": StageSeconds,
     "work": Work,
+    "times in engines": EnginesObject,
     **{f"no {kind} plan": Reason for kind in BASELINES},
 }
 """The shape of what is known of a study, by its name."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autoquant.delivery.exporting import export_to_disk
 from autoquant.delivery.held import held_layers, lacking_notes
@@ -72,6 +73,21 @@ def timed_engine(name: str, workload: Workload, folder: Path | None = None) -> T
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class EngineRuns:
+    """Models that an engine ran in turn, the unquantized one first.
+
+    Attributes:
+        taken: Of each model, its times in each round.
+        sizes: Bytes of the file that the engine reads of each.
+        version: The engine's.
+    """
+
+    taken: tuple[tuple[Times, ...], ...]
+    sizes: tuple[int, ...]
+    version: str
+
+
 def bench_engine(
     plans: Sequence[Plan],
     original: Plan,
@@ -85,12 +101,62 @@ def bench_engine(
 ) -> list[EngineRow]:
     """Export plans, and time the engine with each and with the unquantized model, in turn.
 
+    Other arguments, and the errors, are those of `run_engine`.
+
+    Args:
+        embedding: What becomes of embeddings of plans, see `export_to_disk`.
+    """
+    runs = run_engine(
+        plans,
+        original,
+        model,
+        facts,
+        timed,
+        listener,
+        options=lambda plan: {"embedding": None if plan is original else embedding},
+        trust=trust,
+    )
+    return engine_rows(runs, plans, timed.name, facts.workload)
+
+
+def engine_rows(
+    runs: EngineRuns, plans: Sequence[Plan], engine: str, workload: Workload
+) -> list[EngineRow]:
+    """Return what `run_engine` measured of plans, the unquantized model first."""
+    pairs = [paired(taken, runs.taken[0], "") for taken in runs.taken]
+    return [
+        EngineRow(
+            plan_id=None if plan is None else plan.plan_id,
+            label=ORIGINAL_LABEL if plan is None else plan.label,
+            loop=f"{engine} {runs.version}",
+            times=_run_times(pair, workload),
+            ratio=None if plan is None else pair.ratio({REQUEST: 1, FIRST: 0}),
+            memory_bytes=size,
+            notes=(),
+        )
+        for plan, pair, size in zip([None, *plans], pairs, runs.sizes, strict=True)
+    ]
+
+
+def run_engine(
+    plans: Sequence[Plan],
+    original: Plan,
+    model: str,
+    facts: StudyFacts,
+    timed: TimedEngine,
+    listener: Listener = ignore,
+    *,
+    options: Callable[[Plan], Mapping[str, Any]] = lambda _plan: {},
+    trust: Trust = NO_TRUST,
+) -> EngineRuns:
+    """Export plans, and run the engine with each and with the unquantized model, in turn.
+
     Files are written into a temporary folder, and removed at the end.
 
     Args:
         original: The study's plan that quantizes nothing.
         timed: What `timed_engine` found.
-        embedding: What becomes of embeddings of plans, see `export_to_disk`.
+        options: Of the export of each plan, the unquantized one too: see `export_to_disk`.
 
     Raises:
         PlanError: The engine's files cannot hold a plan or the model, or it cannot compute one.
@@ -113,29 +179,17 @@ def bench_engine(
                 Path(scratch) / plan.plan_id,
                 to=engine.target.name,
                 facts=facts,
-                embedding=None if plan is original else embedding,
                 trust=trust,
+                **options(plan),
             )
             models.append(timed.model(report.out))
         listener(StageFinished("export", f"{len(exported)} models"))
-        sizes = [timed.memory_bytes(each) for each in models]
+        sizes = tuple(timed.memory_bytes(each) for each in models)
         code = trust.trust_remote_code
         listener(StageStarted("run", ROUNDS * len(every)))
         with timed.started(models, original.dtype, facts, trust_remote_code=code) as runs:
             found, version = _in_turn(runs, [plan.label for plan in every], listener)
-    pairs = [paired(taken, found[0], "") for taken in found]
-    return [
-        EngineRow(
-            plan_id=None if plan is original else plan.plan_id,
-            label=ORIGINAL_LABEL if plan is original else plan.label,
-            loop=f"{timed.name} {version}",
-            times=_run_times(pair, facts.workload),
-            ratio=None if plan is original else pair.ratio({REQUEST: 1, FIRST: 0}),
-            memory_bytes=size,
-            notes=(),
-        )
-        for plan, pair, size in zip(every, pairs, sizes, strict=True)
-    ]
+    return EngineRuns(tuple(map(tuple, found)), sizes, version)
 
 
 def _check_computed(plan: Plan, engine: Engine, facts: StudyFacts) -> None:

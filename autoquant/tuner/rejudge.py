@@ -13,6 +13,7 @@ from torch import nn
 from autoquant.candidates import select
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery.applier import applied
+from autoquant.delivery.searched import load_searched
 from autoquant.errors import PlanError, TextError
 from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.quality import TextQuality
@@ -20,10 +21,12 @@ from autoquant.events import Listener, StageFinished, StageProgress, StageStarte
 from autoquant.intervals import mean_interval, paired_increase
 from autoquant.models import LoadedModel
 from autoquant.models.copies import shallow_copy
-from autoquant.records import Interval, Plan
+from autoquant.models.trust import Trust
+from autoquant.records import Interval, Plan, Proof
 from autoquant.runtime.generate.kv_codes import kv_cache_of, rounding_in_passes
 from autoquant.solver.limits import Limits
 from autoquant.store import StudyFacts
+from autoquant.study.study import Study
 from autoquant.tuner.judge import Asked, make_judge
 from autoquant.tuner.prove import worst_numerics
 
@@ -43,6 +46,15 @@ class Judged:
     increase: Interval
     selection: Interval
     kl: Interval | None
+
+    def used(self, limits: Limits) -> float | None:
+        """Return the part of the tightest limit of quality that it uses; None without a limit."""
+        parts = []
+        if limits.max_ppl_increase:
+            parts.append(self.selection.high / limits.max_ppl_increase)
+        if limits.max_kl and self.kl is not None:
+            parts.append(self.kl.high / limits.max_kl)
+        return max(parts, default=None)
 
     def beyond(self, limits: Limits) -> str:
         """Say by how much it is beyond the limits of quality, or return an empty text."""
@@ -185,18 +197,77 @@ class Rejudge:
         return nullcontext()
 
     def _judged(self, module: nn.Module) -> Judged:
-        quality = self._quality
-        with torch.no_grad(), rounding_in_passes(module, kv_cache_of(module)):
-            selection = quality.compare(module, self._original, "selection")
-            report = quality.compare(module, self._original, "report")
-        self.original_loss = sum(report.reference) / len(report.reference)
-        logarithmic = quality.logarithmic
-        unseen = len(report.losses)
-        return Judged(
-            loss=sum(report.losses) / len(report.losses),
-            increase=paired_increase(report.losses, report.reference, logarithmic=logarithmic),
-            selection=paired_increase(
-                selection.losses, selection.reference, logarithmic=logarithmic, unseen=unseen
-            ),
-            kl=mean_interval(selection.sample_kl, unseen) if selection.sample_kl else None,
-        )
+        found, self.original_loss = judge_module(self._quality, module, self._original)
+        return found
+
+
+def judge_module(
+    quality: AnyQuality, module: nn.Module, original: nn.Module
+) -> tuple[Judged, float]:
+    """Return the quality of a module, and the unquantized one's mean loss on the report part."""
+    with torch.no_grad(), rounding_in_passes(module, kv_cache_of(module)):
+        selection = quality.compare(module, original, "selection")
+        report = quality.compare(module, original, "report")
+    logarithmic = quality.logarithmic
+    unseen = len(report.losses)
+    judged = Judged(
+        loss=sum(report.losses) / len(report.losses),
+        increase=paired_increase(report.losses, report.reference, logarithmic=logarithmic),
+        selection=paired_increase(
+            selection.losses, selection.reference, logarithmic=logarithmic, unseen=unseen
+        ),
+        kl=mean_interval(selection.sample_kl, unseen) if selection.sample_kl else None,
+    )
+    return judged, sum(report.reference) / len(report.reference)
+
+
+class PlanJudge:
+    """Measures the quality of plans, each once. What the search proved is not measured again."""
+
+    def __init__(self, study: Study, model: str, asked: Asked, trust: Trust) -> None:
+        self._study, self._model, self._asked, self._trust = study, model, asked, trust
+        self._proofs = study.proofs()
+        self._known: dict[str, Judged] = {}
+        self._measure: Callable[[Plan], Judged] | None = None
+
+    def judged(self, plan: Plan) -> Judged:
+        """Return the quality of a plan.
+
+        Raises:
+            PlanError: The model does not fit.
+            TextError: The search judged by another measure.
+        """
+        if plan.plan_id not in self._known:
+            proof = self._proofs.get(plan.plan_id)
+            self._known[plan.plan_id] = _proven(proof) if proof else self._measured(plan)
+        return self._known[plan.plan_id]
+
+    def _measured(self, plan: Plan) -> Judged:
+        if self._measure is None:
+            self._measure = self._ready(plan)
+        return self._measure(plan)
+
+    def _ready(self, plan: Plan) -> Callable[[Plan], Judged]:
+        facts = self._study.facts
+        loaded = load_searched(plan, self._model, facts, None, self._trust)
+        if loaded.stream is not None:
+            raise PlanError("the unquantized model does not fit here, so no plan can be judged")
+        words = self._study.store.references(self._study.study_id).get("judge", {}).get("words", "")
+        quality = study_quality(loaded, facts, self._asked, words)
+        kept = quality.keeping() if isinstance(quality, TextQuality) else quality
+
+        def measure(plan: Plan) -> Judged:
+            module = applied(plan, loaded.module, facts.calibration)
+            with worst_numerics(module, plan):
+                return judge_module(kept, module, loaded.module)[0]
+
+        return measure
+
+
+def _proven(proof: Proof) -> Judged:
+    return Judged(
+        loss=proof.loss,
+        increase=proof.increase,
+        selection=proof.selection_increase,
+        kl=proof.selection_kl,
+    )

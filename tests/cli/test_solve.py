@@ -19,3 +19,20 @@ def test_an_embedding_that_is_not_counted_is_refused(runner, database, given, ad
     result = runner.invoke(app, ["solve", str(database), *given])
     assert result.exit_code == 2
     assert advice in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (("--again", "--model", "m"), "--again and --model: needs --engine"),
+        (("--engine", "llama.cpp", "--for", "vllm"), "--engine llama.cpp is for llama.cpp"),
+        (("--engine", "llama.cpp", "--engine-path", "/nowhere"), "there is no folder /nowhere"),
+        (("--engine", "vllm"), "only llama.cpp is timed by types of weights here"),
+        (("--engine", "llama.cp"), "did you mean llama.cpp?"),
+        (("--engine", "llama.cpp", "--embedding", "int8"), "solve with head or plan"),
+    ],
+)
+def test_options_of_an_engine_that_do_not_fit_are_refused(runner, database, given, advice):
+    result = runner.invoke(app, ["solve", str(database), *given])
+    assert result.exit_code == 2
+    assert advice in result.stderr and result.stderr.count("\n") == 1

@@ -30,7 +30,7 @@ NOT_RUN = {
     "lm_eval": 3,
     "a terminal": 1,
     "a server": 6,
-    "an engine": 11,
+    "an engine": 13,
     "ExecuTorch": 5,
     "a training": 6,
     "another program": 10,

@@ -139,6 +139,13 @@ def search(
             show_default=False,
         ),
     ] = None,
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings",
+            help="Also search embeddings, and heads tied to them: for less memory, not for speed.",
+        ),
+    ] = False,
     time_budget: Annotated[
         str,
         typer.Option(
@@ -209,6 +216,7 @@ def search(
                 engine=engine,
                 candidates=tuple(candidates or ("*",)),
                 fuse=fuse,
+                embeddings=embeddings,
                 time_budget_s=budget_s,
                 sensitivity=sensitivity.value if sensitivity else None,
                 seed=seed,

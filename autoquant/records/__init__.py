@@ -7,6 +7,7 @@ unless the user gives a quality function.
 
 from autoquant.records.plans import (
     BASELINES,
+    LOOKUP,
     ORIGINAL_LABEL,
     LayerChoice,
     Numerics,
@@ -54,6 +55,7 @@ from autoquant.records.workloads import (
 __all__ = [
     "BASELINES",
     "DISTURBED",
+    "LOOKUP",
     "ORIGINAL_LABEL",
     "PARTLY",
     "RIGHT",

@@ -11,10 +11,12 @@ from autoquant.candidates import Candidate
 from autoquant.devices import backend
 from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
 from autoquant.evaluators.sensitivity import Sensitivity
+from autoquant.events import Listener
 from autoquant.models import LoadedModel, ModelRequest
 from autoquant.profiler.measure import with_original
+from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import Device, Workload, content_key
+from autoquant.records import Device, Recording, Workload, content_key
 from autoquant.runtime.inputs import default_workload
 from autoquant.runtime.phases import check_room, check_workload
 from autoquant.solver.constraints import Constraints
@@ -35,6 +37,7 @@ class SearchRequest:
         limits: Of the recommended plan. The quality settles what the first of them measures.
         sensitivity: None for the method that suits the quality.
         fuse: None for what pays on the device.
+        embeddings: Tables whose rows are looked up are searched, too.
 
     Raises:
         AutoquantError: The database cannot be used, or the arguments contradict one another.
@@ -49,6 +52,7 @@ class SearchRequest:
     constraints: Constraints
     sensitivity: str | None
     fuse: bool | None
+    embeddings: bool = False
     time_budget_s: float
     seed: int
     db: str | os.PathLike[str]
@@ -116,6 +120,14 @@ class SettledRequest:
         asked = self.request.fuse
         return backend(self.loaded.device).fuses if asked is None else asked
 
+    def record(self, listener: Listener) -> Recording:
+        """Record the model at work, and report what is covered and what is left alone.
+
+        Raises what `record_model` raises.
+        """
+        tables = self.request.embeddings
+        return record_model(self.loaded, self.workload, listener, tables=tables)
+
     @property
     def study_id(self) -> str:
         """Eight hex digits; searches that may share their results have the same."""
@@ -136,6 +148,8 @@ class SettledRequest:
         }
         if self.fuse:
             identity["fuse"] = True
+        if self.request.embeddings:
+            identity["embeddings"] = True
         if constraints := self.request.constraints.as_object():
             identity["constraints"] = constraints
         return identity

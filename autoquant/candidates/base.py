@@ -12,10 +12,11 @@ import torch
 from autoquant.candidates.kernels.library import TunedLibrary
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.errors import CandidateError
-from autoquant.records import LinearShape
+from autoquant.records import LOOKUP, LinearShape
 
 LinearFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 GroupedFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+LookupFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Unsupported = Callable[[LinearShape, int, str], str | None]
 
 A16 = "a16"
@@ -147,6 +148,12 @@ class InputStatistics:
         )
 
 
+def _no_product(
+    _x: torch.Tensor, _weight: torch.Tensor, _bias: torch.Tensor | None
+) -> torch.Tensor:
+    raise CandidateError("a table is there to look up rows, not to multiply with")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """How a weight is stored, and the kernels that compute with it.
@@ -169,6 +176,9 @@ class Format:
         needs_inputs: The numbers depend on the layer's inputs on a calibration text, too.
         neutral: Function of the stored tensor that returns its numbers without the layout, for
             exports to other tools. None if the format has none.
+        lookup: Function of the stored tensor and rows `[m]` that returns the float32 numbers
+            `[m, k]` of these rows, without those of the others. None if the layout does not allow
+            it. It must trace as kernels do.
         rounds: Id of a format with the same stored tensors and kernels, or "". The two differ only
             in how the numbers are chosen, so they share timings.
         values: The `VALUES` of the id.
@@ -185,6 +195,7 @@ class Format:
     by_default: Callable[[str], bool] = always_by_default
     needs_inputs: bool = False
     neutral: Callable[[torch.Tensor], NeutralWeight] | None = None
+    lookup: LookupFunction | None = None
     rounds: str = ""
     values: str = field(init=False)
 
@@ -201,7 +212,7 @@ class Format:
         object.__setattr__(self, "values", values)
 
     def kernel(self, kernel_id: str) -> Kernel:
-        """Return the kernel with an id.
+        """Return the kernel with an id, or what stands for lookups in routes.
 
         Raises:
             CandidateError: The format has no such kernel.
@@ -209,6 +220,8 @@ class Format:
         for kernel in self.kernels:
             if kernel.id == kernel_id:
                 return kernel
+        if kernel_id == LOOKUP and self.lookup is not None:
+            return Kernel(id=LOOKUP, numerics=LOOKUP, linear=_no_product)
         known = ", ".join(kernel.id for kernel in self.kernels)
         raise CandidateError(f"format {self.id} has no kernel {kernel_id!r}; it has {known}")
 
@@ -306,6 +319,7 @@ def _fake_float8(x: torch.Tensor, *, per_row: bool) -> torch.Tensor:
 
 ACTIVATION_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     A16: lambda x: x,
+    LOOKUP: lambda x: x,
     A8_ROW: _fake_row_int8,
     A8_FLOAT8_ROW: functools.partial(_fake_float8, per_row=True),
     A8_FLOAT8_TENSOR: functools.partial(_fake_float8, per_row=False),

@@ -1,4 +1,4 @@
-"""Calls of linears and of experts, and the one hook that sees or replaces them."""
+"""Calls of linears, experts and embeddings, and the one hook that sees or replaces them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ LINEAR_FUNCTIONS = (F.linear, torch.ops.aten.linear.default)
 """The function that a module calls, and the operator that an exported program calls."""
 GROUPED_FUNCTIONS = (F.grouped_mm, torch._grouped_mm)
 """What a module with experts calls: each expert's rows times the expert's matrix."""
+LOOKUP_FUNCTIONS = (F.embedding, torch.embedding, torch.ops.aten.embedding.default)
+"""What looks up rows of a table: a module calls the first, an exported program the last."""
 _GROUPED_NAMES = {"self": "input", "mat_a": "input", "mat2": "weight", "mat_b": "weight"}
 
 
@@ -123,6 +125,35 @@ class LinearCall:
         return self.function(x, weight.transpose(-2, -1), offs=self.ends)
 
 
+@dataclass(frozen=True, slots=True)
+class LookupCall:
+    """One lookup of rows in a table.
+
+    Attributes:
+        ids: Integers `[...]`, the rows.
+        table: `[n, k]`; compare it with a parameter by identity.
+        changes_table: The lookup also scales rows in place (`max_norm`).
+    """
+
+    ids: torch.Tensor
+    table: torch.Tensor
+    changes_table: bool = False
+
+
+def lookup_call(function: Any, args: Sequence[Any], kwargs: Any) -> LookupCall | None:
+    """Return the call of a lookup, however it was passed, or None for another function."""
+    if function not in LOOKUP_FUNCTIONS:
+        return None
+    names: tuple[str, ...]
+    if function is F.embedding:
+        names = ("input", "weight", "padding_idx", "max_norm")
+    else:
+        names = ("weight", "indices")
+    given = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+    ids = given["input"] if "input" in given else given["indices"]
+    return LookupCall(ids, given["weight"], given.get("max_norm") is not None)
+
+
 def _linear_call(function: Any, args: Any, kwargs: Any) -> LinearCall | None:
     """Return the call of a linear or of experts, or None if a function computes neither."""
     if function in LINEAR_FUNCTIONS:
@@ -152,11 +183,15 @@ def whole_weight(weight: torch.Tensor) -> torch.Tensor | None:
 class LinearHook(TorchFunctionMode):
     """While active (`with hook:`), sees every call of a linear once, before it is computed.
 
-    A subclass overrides `on_linear`. Calls that it makes itself are not seen again.
+    A subclass overrides `on_linear`. Calls that it makes itself are not seen again. Lookups of
+    rows are seen, too, and are other functions as well.
     """
 
     def on_linear(self, call: LinearCall) -> torch.Tensor | None:
         """Return the result `[..., n]` to use instead, or None to let the call run unchanged."""
+
+    def on_lookup(self, call: LookupCall) -> torch.Tensor | None:
+        """Return the rows `[..., k]` to use instead, or None to let the lookup run unchanged."""
 
     def on_other(self, function: Any, arguments: Sequence[Any]) -> None:
         """Take note of a call of any other function, with all its arguments."""
@@ -168,6 +203,10 @@ class LinearHook(TorchFunctionMode):
             if replaced is not None:
                 return replaced
         else:
+            if (lookup := lookup_call(func, args, kwargs)) is not None:
+                replaced = self.on_lookup(lookup)
+                if replaced is not None:
+                    return replaced
             self.on_other(func, (*args, *kwargs.values()))
         return func(*args, **kwargs)
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from autoquant.candidates.apart_experts import take_experts_apart
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
 from autoquant.candidates.joined import Whole, whole_of
+from autoquant.candidates.lookups import take_embedding_apart
 from autoquant.candidates.routed import RoutedWeight, multiply
 from autoquant.records import content_key
 
@@ -32,7 +33,8 @@ _Kept = tuple[torch.Tensor, torch.Tensor, int]
 def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
     """Make linears compute from the tensors inside their quantized weight, in place.
 
-    Only modules with the forward pass of `nn.Linear`, and experts of transformers, are changed.
+    Only modules with the forward pass of `nn.Linear`, experts of transformers and embeddings are
+    changed.
 
     Args:
         any_subclass: Take apart every tensor subclass, not only `RoutedWeight`.
@@ -40,6 +42,7 @@ def take_apart(module: nn.Module, *, any_subclass: bool = False) -> nn.Module:
     wanted = torch.Tensor if any_subclass else RoutedWeight
     for owner in module.modules():
         take_experts_apart(owner)
+        take_embedding_apart(owner)
         if not _computes_as_linear(owner) or not isinstance(owner.weight, wanted):
             continue
         if is_traceable_wrapper_subclass(owner.weight):

@@ -148,6 +148,13 @@ def search(
             " large batches; auto tries both formats."
         ),
     ] = KvCacheSearch.OFF,
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings",
+            help="Also search embeddings, and heads tied to them: for less memory, not for speed.",
+        ),
+    ] = False,
     time_budget: Annotated[
         str,
         typer.Option(
@@ -229,6 +236,7 @@ def search(
                 engine=engine,
                 candidates=tuple(candidates or ("*",)),
                 fuse=fuse,
+                embeddings=embeddings,
                 time_budget_s=budget_s,
                 sensitivity=sensitivity.value if sensitivity else None,
                 seed=seed,

@@ -33,6 +33,7 @@ from autoquant.models.streaming import brought, place_whole, stream_of
 from autoquant.models.turned import is_turned
 from autoquant.records import LayerChoice, Plan
 from autoquant.runtime.prepare import prepare
+from autoquant.solver.tied import shares
 
 _RIGHT_MODEL = "give the model that was searched"
 
@@ -113,10 +114,13 @@ def apply(
     quantized = quantized or Quantized()
     quantized.forget_all_but(plan)
     listener(StageStarted("apply", len(plan.layers)))
+    shared = shared_tables(plan)
     for done, layer in enumerate(plan.layers):
         listener(StageProgress("apply", done, layer.name))
-        if layer.format != original_format(layer.shape.dtype):
+        if layer.format != original_format(layer.shape.dtype) and layer.name not in shared:
             _replace(model, layer, quantized, made, device)
+    for layer, linear in shared.values():
+        share(model, layer, linear)
     for names in dict.fromkeys(layer.joined for layer in plan.layers if layer.joined):
         _join(model, [layer for layer in plan.layers if layer.name in names])
     if streamed is not None and (stream := stream_of(streamed)) is not None:
@@ -223,7 +227,9 @@ def quantized_weight(
         made: The weights that were rounded for their layers' inputs.
     """
     fmt = get_format(layer.format)
-    route = for_any_rows(layer.route, fmt, layer.shape, weight.device.type)
+    route = layer.route
+    if not layer.is_table:
+        route = for_any_rows(route, fmt, layer.shape, weight.device.type)
     straight = weight.transpose(-2, -1) if layer.turned else weight
     stored = (quantized or Quantized()).store(layer, straight.flatten(0, -2), made)
     if layer.experts > 1:
@@ -256,7 +262,7 @@ def _stand_ins(model: nn.Module, layer: LayerChoice) -> str:
     It does if a kernel supports only some numbers of rows.
     """
     weight = model.get_parameter(layer.parameters[0]).data
-    if not isinstance(weight, RoutedWeight) or weight.steps() == layer.route:
+    if layer.is_table or not isinstance(weight, RoutedWeight) or weight.steps() == layer.route:
         return ""
     names = " and ".join(dict.fromkeys(step.kernel for step in layer.route))
     used = f"so what is used is {route_words(weight.steps())}"
@@ -268,6 +274,27 @@ def _join(model: nn.Module, layers: Sequence[LayerChoice]) -> None:
     weights = [model.get_parameter(layer.parameters[0]).data for layer in layers]
     for layer, weight in zip(layers, join(weights), strict=True):
         put(model, layer, weight)
+
+
+def shared_tables(plan: Plan) -> dict[str, tuple[LayerChoice, LayerChoice]]:
+    """Return the quantized tables that share a linear's stored tensor, with that linear."""
+    layers = {layer.name: layer for layer in plan.layers}
+    return {
+        layer.name: (layer, layers[layer.tied])
+        for layer in plan.layers
+        if layer.format != original_format(layer.shape.dtype)
+        and layer.tied
+        and shares(layer, layers.get(layer.tied))
+    }
+
+
+def share(model: nn.Module, table: LayerChoice, linear: LayerChoice) -> None:
+    """Make a linear's quantized weight the table's, too: one parameter of both."""
+    owner, _, leaf = linear.parameters[0].rpartition(".")
+    weight = not_compiled(model.get_submodule(owner))._parameters[leaf]
+    for name in table.parameters:
+        owner, _, leaf = name.rpartition(".")
+        not_compiled(model.get_submodule(owner))._parameters[leaf] = weight
 
 
 def put(model: nn.Module, layer: LayerChoice, weight: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -16,7 +16,7 @@ from autoquant.candidates.flat import move_tensor
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery import checkpoint
-from autoquant.delivery.applier import apply
+from autoquant.delivery.applier import apply, shared_tables
 from autoquant.delivery.held import check_linears, engine_notes, held_layers, rounding_notes
 from autoquant.delivery.judging import Judge
 from autoquant.delivery.layers import Layers, shape_of
@@ -115,6 +115,8 @@ def export_to_disk(  # noqa: PLR0913 - the keywords of a public function
     """
     listener = logged(listener)
     made = writer(to) if base is None else writer(to).based_on(Path(base))
+    if embedding is None and made.target.ties and shared_tables(plan):
+        embedding = "head"
     made = made if embedding is None else made.with_embedding(embedding)
     held = held_layers(plan, made.target, activations)
     place = Path(out).absolute()
@@ -179,7 +181,7 @@ def _contents(
         shape = shape_of(plan, loaded.module)
         ties = tied_names(shape)
         tensors = layers.tensors(shape, ties)
-    saved = set(shape.state_dict()) - {name for group in ties for name in group[1:]}
+    saved = set(shape.state_dict()) - {name for group in ties for name in _aliases(group, held)}
     return Contents(
         loaded=loaded,
         dtype=plan.dtype,
@@ -188,6 +190,12 @@ def _contents(
         tensors=_neutral((pair for pair in tensors if pair[0] in saved), plan.dtype, held),
         unties=not tied.isdisjoint(held),
     )
+
+
+def _aliases(group: Sequence[str], held: Container[str]) -> list[str]:
+    """Return all names of a tensor but the one that it is written under."""
+    first = next((name for name in group if name in held), group[0])
+    return [name for name in group if name != first]
 
 
 def _unquantized_linears(module: nn.Module, held: Mapping[str, ExportedLayer]) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from autoquant.candidates import get_format
+from autoquant.candidates.formats.floats import original_format
+from autoquant.delivery.applier import shared_tables
 from autoquant.delivery.targets.base import ExportedLayer
 from autoquant.engines import (
     ENGINES,
@@ -27,6 +29,7 @@ from autoquant.records import LayerChoice, Plan
 from autoquant.solver.served import NOT_EXPORTABLE, is_exportable
 
 _WEIGHT = ".weight"
+_EXCEPT = ", or as one tensor with a head in the same format"
 
 
 def held_layers(
@@ -43,7 +46,10 @@ def held_layers(
     """
     held: dict[str, ExportedLayer] = {}
     refused: dict[tuple[str, Refusal], list[str]] = {}
+    shared = shared_tables(plan) if target.ties else {}
     for layer in plan.layers:
+        if layer.name in shared:
+            continue  # the tensor of its linear is the table's, too
         values = get_format(layer.format).values
         found = scheme_of(layer, target, mixed)
         if isinstance(found, Refusal):
@@ -65,6 +71,12 @@ def scheme_of(
 ) -> Scheme | Refusal:
     """Return how a target holds a layer, or why it cannot."""
     fmt = get_format(layer.format)
+    if layer.is_table and layer.format != original_format(layer.shape.dtype):
+        return Refusal(
+            f"{target.name} holds embeddings unquantized{_EXCEPT if target.ties else ''}"
+        )
+    if layer.is_table:
+        return target.scheme(fmt.values, A16, layer.shape)
     found = target.scheme(fmt.values, activation_of(layer, mixed), layer.shape)
     if isinstance(found, Refusal) or found.name == PLAIN:
         return found

@@ -19,11 +19,12 @@ from autoquant.candidates.check import changed, fault, reference
 from autoquant.candidates.experts import ExpertsWeight, computes_at_once, kernel_for_expert
 from autoquant.candidates.kernels.caches import untuned, use_kernel_caches
 from autoquant.candidates.linears import operand_of
+from autoquant.candidates.lookups import is_table_alone, wrong_rows
 from autoquant.candidates.routed import RouteAttribute, RoutedWeight, kernel_for_rows
 from autoquant.devices import backend
 from autoquant.errors import KernelError
 from autoquant.models.targets import dtype_name
-from autoquant.records import LinearShape
+from autoquant.records import LOOKUP, LinearShape
 
 ROWS = (1, 2, 5, 16, 33)
 """Numbers of rows that kernels are checked with, where their route uses them."""
@@ -53,7 +54,8 @@ def check_kernels(module: nn.Module, on_kernel: OnKernel = ignore_kernel) -> int
     """
     place = next((parameter.device for parameter in module.parameters()), None)
     checks = KernelChecks(place, on_kernel)
-    return sum(checks.check(name, weight) for name, weight in _routed(module))
+    tables = sum(checks.check_table(name, weight) for name, weight in _tables(module))
+    return tables + sum(checks.check(name, weight) for name, weight in _routed(module))
 
 
 class KernelChecks:
@@ -89,6 +91,17 @@ class KernelChecks:
         with untuned():  # tuning takes seconds for each shape and number of rows
             return _check_weight(name, weight, stored, self._on_kernel)
 
+    @torch.no_grad()
+    def check_table(self, name: str, weight: RoutedWeight) -> int:
+        """Check the rows that are looked up in a table; return 1.
+
+        Raises:
+            KernelError: They are others than the table stores.
+        """
+        self._on_kernel(name, weight.format_id, LOOKUP)
+        _refuse(wrong_rows(weight), name, weight.format_id, LOOKUP, 1)
+        return 1
+
 
 def _whole(weight: RoutedWeight) -> torch.Tensor:
     """Return the stored tensor of a linear, and of those that are computed as one with it."""
@@ -100,8 +113,16 @@ def _whole(weight: RoutedWeight) -> torch.Tensor:
 def _routed(module: nn.Module) -> Iterator[tuple[str, RoutedWeight]]:
     """Yield the quantized linears of a model, with their names."""
     for name, parameter in module.named_parameters():
-        if isinstance(parameter.data, RoutedWeight):
-            yield name.removesuffix(".weight"), parameter.data
+        weight = parameter.data
+        if isinstance(weight, RoutedWeight) and not is_table_alone(weight):
+            yield name.removesuffix(".weight"), weight
+
+
+def _tables(module: nn.Module) -> Iterator[tuple[str, RoutedWeight]]:
+    """Yield the quantized tables of embeddings, with their names."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding) and isinstance(part.weight.data, RoutedWeight):
+            yield name, part.weight.data
 
 
 class KernelsInModel(LinearHook):

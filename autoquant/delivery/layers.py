@@ -13,7 +13,15 @@ from autoquant.candidates.flat import stored_bytes
 from autoquant.candidates.formats.floats import original_format
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.delivery import checkpoint
-from autoquant.delivery.applier import check_fits, formats_text, put, quantized_weight, rounded
+from autoquant.delivery.applier import (
+    check_fits,
+    formats_text,
+    put,
+    quantized_weight,
+    rounded,
+    share,
+    shared_tables,
+)
 from autoquant.delivery.kernel_check import KernelChecks
 from autoquant.delivery.rounding_inputs import Windows
 from autoquant.events import Listener, StageFinished, StageProgress, StageStarted
@@ -63,6 +71,8 @@ def shape_of(plan: Plan, module: nn.Module) -> nn.Module:
     for layer in plan.layers:
         if layer.format != original_format(layer.shape.dtype):
             put(shape, layer, torch.empty(layer.parameter_shape, device="meta"))
+    for table, linear in shared_tables(plan).values():
+        share(shape, table, linear)
     return shape
 
 
@@ -86,6 +96,8 @@ class Layers:
             if layer.format != original_format(layer.shape.dtype)
             for name in layer.parameters
         }
+        for table, linear in shared_tables(plan).values():
+            self._layers |= dict.fromkeys(table.parameters, linear)
         self._checks = KernelChecks(loaded.device)
         self._done = 0
 
@@ -118,5 +130,8 @@ class Layers:
         self._done += 1
         made = quantized_weight(layer, brought(weight, self._loaded.device), self._rounded)
         assert isinstance(made, RoutedWeight)
-        self._checks.check(name.removesuffix(".weight"), made)
+        if layer.is_table:
+            self._checks.check_table(layer.name, made)
+        else:
+            self._checks.check(name.removesuffix(".weight"), made)
         return made

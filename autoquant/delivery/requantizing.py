@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from autoquant.candidates import Format, get_format, known_formats
 from autoquant.candidates.base import A16
 from autoquant.candidates.formats.floats import original_format
+from autoquant.delivery.applier import shared_tables
 from autoquant.delivery.held import activation_of, scheme_of
 from autoquant.engines import Activations, Refusal, Target
-from autoquant.records import LayerChoice, Plan, RouteStep, content_key
+from autoquant.records import LOOKUP, LayerChoice, Plan, RouteStep, content_key
 
 _ROWS = (1, 64)
 
@@ -42,9 +43,10 @@ def requantized(
     """
     changes: dict[tuple[str, str, str], int] = {}
     changed: dict[str, LayerChoice] = {}
+    shared = shared_tables(plan)
     for layer in plan.layers:
         found = scheme_of(layer, target, mixed)
-        if not isinstance(found, Refusal):
+        if not isinstance(found, Refusal) or (target.ties and layer.name in shared):
             continue
         made = _nearest(layer, found.nearest, device_type) or _unquantized(layer)
         changed[layer.name] = made
@@ -87,7 +89,7 @@ def _computes(fmt: Format, kernel: str, layer: LayerChoice, device_type: str) ->
 
 def _unquantized(layer: LayerChoice) -> LayerChoice:
     fmt = get_format(original_format(layer.shape.dtype))
-    return _with(layer, fmt, fmt.kernels[0].id)
+    return _with(layer, fmt, LOOKUP if layer.is_table else fmt.kernels[0].id)
 
 
 def _with(layer: LayerChoice, fmt: Format, kernel: str) -> LayerChoice:

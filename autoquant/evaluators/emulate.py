@@ -1,4 +1,4 @@
-"""Emulate a linear's numerics in float32, without its kernel.
+"""Emulate the numerics of a linear or a table in float32, without its kernel.
 
 The weight is replaced by the numbers that a format stores, and the activation is rounded.
 """
@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates.calls import LinearCall, LinearHook
+from autoquant.candidates.calls import LinearCall, LinearHook, LookupCall
 from autoquant.models.streaming import stream_of
 
 
@@ -39,6 +40,23 @@ class EmulatedLinear(LinearHook):
         if call.weight is not self._parameter:
             return None
         return call.compute(self._rounding(call.x), self._weight)
+
+
+class EmulatedTable(LinearHook):
+    """While active, every lookup in `parameter` reads `table` instead.
+
+    Args:
+        parameter: The model's own table, recognized by identity.
+        table: `[n, k]`.
+    """
+
+    def __init__(self, parameter: torch.Tensor, table: torch.Tensor) -> None:
+        super().__init__()
+        self._parameter = parameter
+        self._table = table
+
+    def on_lookup(self, call: LookupCall) -> torch.Tensor | None:
+        return F.embedding(call.ids, self._table) if call.table is self._parameter else None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoquant.candidates.calls import LinearCall, LinearHook, expert_rows
+from autoquant.candidates.calls import LinearCall, LinearHook, LookupCall, expert_rows
 from autoquant.devices.memory import lacks_memory
 from autoquant.errors import WorkloadError
 from autoquant.events import Listener, Notice, StageFinished, StageStarted
@@ -20,6 +20,7 @@ from autoquant.models import LoadedModel
 from autoquant.models.copies import adapter_parameters, shallow_copy
 from autoquant.models.loaded import UNFIT
 from autoquant.models.streaming import on_meta
+from autoquant.profiler.tables import ASK, LEAST_SHARE, Looked, table_site
 from autoquant.records import LinearShape, Recording, Site, SiteUse, Skipped, Workload
 from autoquant.runtime.phases import Phases, make_phases, no_room
 
@@ -92,6 +93,7 @@ class _LinearWatcher(LinearHook):
         experts: Why weights of experts are left alone, by their identity.
         seen: What was seen of each weight, by its identity.
         others: Modules that used a parameter otherwise, by its identity and the use.
+        looked: Lookups of rows of parameters, by identity.
         idle: Identities of parameters that a linear without rows was computed with.
         computed_weights: Elements of weights that are no parameters, by module.
         adapters: Identities of parameters that stay as they are.
@@ -103,12 +105,18 @@ class _LinearWatcher(LinearHook):
         self.phase = ""
         self.seen: dict[int, _Seen] = {}
         self.others: dict[int, dict[str, set[str]]] = {}
+        self.looked: dict[int, Looked] = {}
         self.idle: set[int] = set()
         self.experts: dict[int, str] = {}
         self.computed_weights: dict[str, int] = {}
         self.adapters: set[int] = set()
         self._owner = owner
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+
+    def on_lookup(self, call: LookupCall) -> None:
+        if id(call.table) in self.parameters:
+            looked = self.looked.setdefault(id(call.table), Looked())
+            looked.note(call, self.phase, self._owner[-1])
 
     def on_other(self, function: Any, arguments: Sequence[Any]) -> None:
         if (name := _use(function)) is None:
@@ -188,15 +196,20 @@ def _module_stack(module: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) -> Recording:
+def record_model(
+    loaded: LoadedModel, workload: Workload, listener: Listener, *, tables: bool = False
+) -> Recording:
     """Record a loaded model at work, and report what is covered and what is left alone.
+
+    Args:
+        tables: Embeddings are searched, too. Those of a streamed model are not.
 
     Raises:
         WorkloadError: The workload does not fit the model or the memory, or runs no linear of it.
     """
     listener(StageStarted("record", len(workload.phases)))
     try:
-        recording = _recorded(loaded, workload)
+        recording = _recorded(loaded, workload, tables and loaded.stream is None)
     except RuntimeError as error:
         if lacks_memory(error):
             raise no_room(workload, loaded.device) from error
@@ -210,6 +223,8 @@ def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) ->
     shapes = len({site.shape for site in recording.sites})
     covered = f"{recording.weights_share:.1%} of weights; FLOPs: {flops}"
     found = f"{len(recording.sites)} linears of {shapes} shapes"
+    if recording.tables:
+        found += f" and tables ({', '.join(table.name for table in recording.tables)})"
     listener(StageFinished("record", f"{found}: {covered}"))
     for skipped in recording.skipped:
         share = f"{skipped.share:.1%} of weights"
@@ -219,13 +234,13 @@ def record_model(loaded: LoadedModel, workload: Workload, listener: Listener) ->
     return recording
 
 
-def _recorded(loaded: LoadedModel, workload: Workload) -> Recording:
+def _recorded(loaded: LoadedModel, workload: Workload, tables: bool) -> Recording:
     """Record a model; a streamed one by shapes alone, if its code asks for no values."""
     if loaded.stream is not None:
         shapes = replace(loaded, module=on_meta(shallow_copy(loaded.module)))
         with suppress(*UNFIT):
             return record(shapes.module, make_phases(shapes, workload), loaded.device)
-    return record(loaded.module, make_phases(loaded, workload), loaded.device)
+    return record(loaded.module, make_phases(loaded, workload), loaded.device, tables=tables)
 
 
 def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
@@ -234,7 +249,9 @@ def mean_element_bytes(module: nn.Module, recording: Recording) -> int:
     return max(1, recording.parameter_bytes // max(1, elements))
 
 
-def record(module: nn.Module, phases: Phases, device: str = "cpu") -> Recording:
+def record(
+    module: nn.Module, phases: Phases, device: str = "cpu", *, tables: bool = False
+) -> Recording:
     """Run `module` once per phase and note its linears.
 
     A site is a parameter with two dimensions that is passed to `F.linear` itself. Parameters that
@@ -244,6 +261,7 @@ def record(module: nn.Module, phases: Phases, device: str = "cpu") -> Recording:
 
     Args:
         device: What the model is to run on.
+        tables: Embeddings are searched, too.
     """
     parameters: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -262,7 +280,13 @@ def record(module: nn.Module, phases: Phases, device: str = "cpu") -> Recording:
     watcher.adapters = adapter_parameters(module)
     sites = _sites(watcher)
     total = sum(parameter.numel() for parameter in by_id.values())
-    skipped = _skipped(watcher, by_id, sites, total)
+    looked = _looked(watcher, by_id, sites, total)
+    searched = tuple(each for each in looked.values() if isinstance(each, Site)) if tables else ()
+    own = {name for table in searched for name in table.parameters}
+    sites = tuple(
+        replace(site, kept=tuple(name for name in site.kept if name not in own)) for site in sites
+    )
+    skipped = _skipped(watcher, by_id, sites + searched, total, looked)
     shares: dict[str, float] = {}
     for name, count in flops.items():
         shares[name] = min(1.0, _linear_flops(sites, name) / count) if count else 0.0
@@ -272,6 +296,7 @@ def record(module: nn.Module, phases: Phases, device: str = "cpu") -> Recording:
         weights_share=sum(site.weights for site in sites) / max(total, 1),
         flops_share=shares,
         parameter_bytes=sum(parameter.nbytes for parameter in by_id.values()),
+        tables=searched,
     )
 
 
@@ -306,6 +331,23 @@ def _sites(watcher: _LinearWatcher) -> tuple[Site, ...]:
     return tuple(replace(site, siblings=tuple(groups[group])) for group, site in sites)
 
 
+def _looked(
+    watcher: _LinearWatcher, by_id: dict[int, nn.Parameter], sites: tuple[Site, ...], total: int
+) -> dict[int, Site | str]:
+    """Return each large table as a site, or why it is left alone, by its identity."""
+    found: dict[int, Site | str] = {}
+    for identity, looked in watcher.looked.items():
+        parameter, names = by_id[identity], watcher.parameters[identity]
+        if parameter.numel() < LEAST_SHARE * total or not looked.uses:
+            continue
+        linear = next((site for site in sites if set(names) & set(site.parameters)), None)
+        if identity in watcher.adapters or (linear is None and identity in watcher.seen):
+            continue
+        others = watcher.others.get(identity, {})
+        found[identity] = table_site(parameter, names, looked, others, linear)
+    return found
+
+
 def _use(func: Any) -> str | None:
     """Return what a function does with a parameter, or None if it reads the shape or the like."""
     name = str(getattr(func, "__name__", func))
@@ -328,7 +370,11 @@ def _owner(parameter: str) -> str:
 
 
 def _skipped(
-    watcher: _LinearWatcher, by_id: dict[int, nn.Parameter], sites: tuple[Site, ...], total: int
+    watcher: _LinearWatcher,
+    by_id: dict[int, nn.Parameter],
+    sites: tuple[Site, ...],
+    total: int,
+    looked: dict[int, Site | str],
 ) -> tuple[Skipped, ...]:
     skipped: list[Skipped] = []
     kept = {name for site in sites for name in site.kept}
@@ -337,12 +383,13 @@ def _skipped(
         names = watcher.parameters[identity]
         if covered & set(names) or parameter.ndim < 2:
             beside = [name for name in names if name in kept]
-            skipped += [Skipped(name=name, numel=0, share=0.0, reason=_KEPT) for name in beside]
+            reason = _KEPT + _table_words(looked.get(identity))
+            skipped += [Skipped(name=name, numel=0, share=0.0, reason=reason) for name in beside]
             continue
         share = parameter.numel() / total
         if share < _MIN_LISTED_SHARE:
             continue
-        reason = _reason(watcher, identity)
+        reason = _reason(watcher, identity) + _table_words(looked.get(identity))
         skipped.append(Skipped(name=names[0], numel=parameter.numel(), share=share, reason=reason))
     skipped.sort(key=lambda item: -item.share)
     for owner, numel in watcher.computed_weights.items():
@@ -353,6 +400,13 @@ def _skipped(
         reason = "vectors (norms, biases): too small to quantize"
         skipped.append(Skipped(name="(vectors)", numel=small, share=small / total, reason=reason))
     return tuple(skipped)
+
+
+def _table_words(looked: Site | str | None) -> str:
+    """Return what a reason to leave a parameter alone ends with, if its rows are looked up."""
+    if isinstance(looked, Site):
+        return ASK
+    return f"; {looked}" if looked else ""
 
 
 def _reason(watcher: _LinearWatcher, identity: int) -> str:

@@ -20,6 +20,9 @@ KV_CACHE_OFF = "off"
 Objective = Literal["time", "memory"]
 """What the recommended plan minimizes: time of a request, or bytes of all parameters."""
 
+LOOKUP = "lookup"
+"""The kernel of a table's route, and its numerics: rows are looked up."""
+
 ORIGINAL_LABEL = "original"
 """Label of the plan that is the unquantized model. Databases hold it."""
 
@@ -76,6 +79,8 @@ class LayerChoice:
         loss: Predicted loss of this choice alone.
         experts: The matrices of `shape` in the parameter; each has the format.
         turned: The parameter of experts is `[experts, k, n]`.
+        tied: Of a table, the name of the layer that multiplies with the same tensor, or "". If both
+            get one format, they share one stored tensor, which counts as that layer's.
         joined: Names of the layers that are computed as one, with this one. Empty if the layer is
             computed alone.
         reason: Why this choice was made.
@@ -94,6 +99,12 @@ class LayerChoice:
     reason: str = ""
     experts: Positive = 1
     turned: bool = False
+    tied: str = ""
+
+    @property
+    def is_table(self) -> bool:
+        """Rows are looked up, and nothing is multiplied."""
+        return self.route[0].kernel == LOOKUP
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:

@@ -116,7 +116,7 @@ class SiteUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One weight that is multiplied as a linear, or the weights of a layer's experts.
+    """One weight that is multiplied as a linear, the weights of a layer's experts, or a table.
 
     Attributes:
         name: Module path, or parameter name if no module holds the weight alone.
@@ -127,6 +127,8 @@ class Site:
         siblings: Names of the sites that read the same input tensor, in order, with this one.
         experts: The matrices of `shape` in the parameter. Each expert that gets rows is one call.
         turned: The parameter of experts is `[experts, k, n]`.
+        lookup: It is a table, of which `m` rows are looked up. Nothing is multiplied.
+        tied: Of a table, the name of the site that multiplies with the same tensor, or "".
     """
 
     name: str
@@ -137,6 +139,8 @@ class Site:
     siblings: tuple[str, ...] = ()
     experts: Positive = 1
     turned: bool = False
+    lookup: bool = False
+    tied: str = ""
 
     @property
     def weights(self) -> int:
@@ -160,10 +164,20 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """The sites of a model, and the fractions of the model that they cover (0 to 1)."""
+    """The sites of a model, and the fractions of the model that they cover (0 to 1).
+
+    Attributes:
+        tables: Embeddings that are searched, too.
+    """
 
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
     weights_share: Share
     flops_share: Mapping[str, Share]
     parameter_bytes: Count
+    tables: tuple[Site, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Site, ...]:
+        """All that plans choose for: linears, then tables."""
+        return self.sites + self.tables

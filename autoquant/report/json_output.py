@@ -71,6 +71,7 @@ def layer_object(layer: LayerChoice, alternatives: Sequence[Alternative] | None)
         "loss": layer.loss,
         "memory_bytes": layer.memory_bytes,
         "joined": list(layer.joined),
+        "tied": layer.tied,
         "reason": layer.reason,
         "alternatives": alternative_objects(alternatives),
     }
@@ -99,6 +100,7 @@ def coverage_object(recording: Recording) -> dict[str, Any]:
     """Return the share of the model that is searched, and what is not."""
     return {
         "layers": len(recording.sites),
+        "tables": [table.name for table in recording.tables],
         "weights_share": recording.weights_share,
         "flops_share": dict(recording.flops_share),
         "skipped": [asdict(skipped) for skipped in recording.skipped],

@@ -20,6 +20,7 @@ from autoquant.records import (
 from autoquant.solver.additivity import ADDITION, LossMap
 from autoquant.solver.alternatives import next_faster, next_more_exact
 from autoquant.solver.constraints import UNBOUND, Bound
+from autoquant.solver.tied import counted_once
 
 ProvenPlans = Mapping[str, tuple[Plan, Proof]]
 """By plan id."""
@@ -80,6 +81,7 @@ def make_plan(
     """
     if context.fusion is not None:
         choices = context.fusion.join(choices)
+    choices = counted_once(choices)
     return Plan(
         plan_id=content_key([context.study_id, [_does(choice) for choice in choices]], 8),
         study_id=context.study_id,

@@ -12,6 +12,7 @@ from autoquant.records import LinearShape
 NEAREST = "; nearest: "
 """What stands between a reason of `Engine.refuses` and what the engine can hold instead."""
 NOT_EXPORTABLE = "its weight is shared, or is not that of a linear module"
+TABLE = "embeddings are held unquantized"
 DIVISIBLE = LinearShape(n=4096, k=4096, bias=False, dtype="bfloat16")
 """A layer that no format is refused for because of its sizes."""
 

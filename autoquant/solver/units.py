@@ -13,6 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from autoquant.records import LayerChoice
+from autoquant.solver.tied import counted_once
 
 MAKES = 4
 """Blocks are of so many makes at most: the first, two halves of those between, the last."""
@@ -56,15 +57,20 @@ def units_of(options: Sequence[Sequence[LayerChoice]]) -> list[Unit]:
 
     Args:
         options: By layer. Layers whose options differ (by a constraint, say) are in different
-            units.
+            units. A table and the layer it is tied to are in one, whose options are all pairs: what
+            a pair takes is not the sum of what each takes.
     """
     counts = block_counts([layer[0].name for layer in options])
     groups: dict[Hashable, list[int]] = {}
     makes = [{_make(choice): choice for choice in reversed(layer)} for layer in options]
+    names = {layer[0].name for layer in options}
+    tables = [i for i, layer in enumerate(options) if layer[0].tied in names]
     for position, layer in enumerate(options):
+        if position in tables:
+            continue
         key = _group(layer[0].name, counts), frozenset(makes[position])
         groups.setdefault(key, []).append(position)
-    return [
+    units = [
         Unit(
             tuple(positions),
             tuple(
@@ -74,6 +80,18 @@ def units_of(options: Sequence[Sequence[LayerChoice]]) -> list[Unit]:
         )
         for positions in groups.values()
     ]
+    for position in tables:
+        units = [_with_table(unit, position, options) for unit in units]
+    return units
+
+
+def _with_table(unit: Unit, position: int, options: Sequence[Sequence[LayerChoice]]) -> Unit:
+    """Return the unit with a table that is tied to one of its layers; else as it is."""
+    table = options[position]
+    if not any(options[layer][0].name == table[0].tied for layer in unit.layers):
+        return unit
+    pairs = (counted_once([*option, own]) for option in unit.options for own in table)
+    return Unit((*unit.layers, position), tuple(map(tuple, pairs)))
 
 
 def _group(name: str, counts: dict[str, int]) -> Hashable:

@@ -64,6 +64,7 @@ class Identity(TypedDict, total=False):
     protocol: str
     method: str
     fuse: bool
+    embeddings: bool
     constraints: ConstraintsObject
 
 

@@ -10,7 +10,7 @@ from autoquant.engines import engine as find_engine
 from autoquant.errors import PlanError
 from autoquant.records import LayerChoice, Numerics
 from autoquant.solver.constraints import Bound
-from autoquant.solver.served import NOT_EXPORTABLE, Served, is_exportable, refusal_lines
+from autoquant.solver.served import NOT_EXPORTABLE, TABLE, Served, is_exportable, refusal_lines
 from autoquant.solver.space import SearchSpace, complete
 
 Refusals = Mapping[str, Mapping[str, str]]
@@ -29,7 +29,7 @@ def for_engine(space: SearchSpace, engine: str, device_type: str) -> tuple[Searc
         layer[0].name: NOT_EXPORTABLE
         for layer in space.options
         if not is_exportable(layer[0].parameters)
-    }
+    } | {layer[0].name: TABLE for layer in space.options if layer[0].is_table}
     names = [layer[0].name for layer in space.options]
     served = Served.of(engine, device_type, names, left_alone)
     kept: list[list[LayerChoice]] = []
@@ -74,6 +74,9 @@ def memory_notes(engine: str, searched_for: str | None, *, one_head: bool) -> li
 
 
 def _stored(layer: Sequence[LayerChoice], target: Target, one_head: bool) -> list[LayerChoice]:
+    if layer[0].is_table:  # what is left of one is unquantized; a head that is quantized may do
+        once = one_head and layer[0].tied
+        return [replace(each, memory_bytes=0) if once else each for each in layer]
     shape = layer[0].shape
     original_bytes = shape.n * shape.k * (4 if shape.dtype == "float32" else 2)
     quantized = [choice for choice in layer if _is_quantized(choice)]

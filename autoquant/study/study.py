@@ -12,6 +12,7 @@ from autoquant.solver.alternatives import Alternatives, alternatives
 from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
 from autoquant.solver.space import SearchSpace
+from autoquant.solver.tied import beside
 from autoquant.solver.ties import TIE_FRACTION, preferred, tied, ties
 from autoquant.store import Store, StudyFacts
 from autoquant.store.connect import open_existing
@@ -256,9 +257,12 @@ class Study:
         if options is None:
             return None
         workload = self.facts.workload
+        layers = {layer.name: layer for layer in plan.layers}
         return {
-            layer.name: alternatives(layer, options.get(layer.name, []), workload)
-            for layer in plan.layers
+            name: alternatives(
+                layer, beside(options.get(name, []), layers.get(layer.tied)), workload
+            )
+            for name, layer in layers.items()
         }
 
     def pareto(self) -> pd.DataFrame:

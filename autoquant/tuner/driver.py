@@ -16,14 +16,13 @@ from autoquant.candidates import select
 from autoquant.devices import backend
 from autoquant.devices.memory import quick_collections
 from autoquant.devices.peaks import PeakMemory
-from autoquant.errors import StoreError
+from autoquant.errors import ConstraintError, StoreError
 from autoquant.evaluators.quality import QualityFunction, ReferenceLosses, TextQuality
 from autoquant.evaluators.text import ENOUGH_INPUT_WINDOWS
 from autoquant.events import Listener, Notice, ignore, logged
 from autoquant.models import ModelRequest, load_request
 from autoquant.models.quiet import left_as_found
 from autoquant.models.request import ModelPath, SampleInputs
-from autoquant.profiler.record import record_model
 from autoquant.records import KV_CACHE_OFF, Objective, Recording, Workload
 from autoquant.solver.constraints import Constraints
 from autoquant.solver.limits import Limits
@@ -71,6 +70,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     sample_inputs: SampleInputs = None,
     trust_remote_code: bool = False,
     fuse: bool | None = None,
+    embeddings: bool = False,
     quality: QualityFunction | str | None = None,
     sensitivity: str | None = None,
     workers: str | int | None = None,
@@ -118,6 +118,8 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         seed: Of everything drawn at random.
         fuse: Also time linears that read the same input as one, and compute them so if that is
             faster. None to do so on a GPU.
+        embeddings: Also search the formats of embeddings whose rows are looked up. A head that is
+            tied to one stays tied where both get the same format. It saves memory and no time.
         quality: The user's own loss, see `autoquant.evaluators.quality.QualityFunction`, or
             `package.module:callable`. The store knows it by its qualified name, so give a changed
             function another name.
@@ -156,6 +158,11 @@ def search(  # noqa: PLR0913 - the keywords of a public function
     )
     device_type = asked_model.device.partition(":")[0]
     not_held: Mapping[str, str] = {}
+    if embeddings and engine is not None:
+        raise ConstraintError(
+            f"--embeddings and --for {engine}: engines are given embeddings unquantized; leave out"
+            " one of them"
+        )
     if engine is None:
         chosen = select(candidates, device_type)
     else:
@@ -171,6 +178,7 @@ def search(  # noqa: PLR0913 - the keywords of a public function
         constraints=Constraints.parse(keep, pin, engine),
         sensitivity=sensitivity,
         fuse=fuse,
+        embeddings=embeddings,
         time_budget_s=time_budget_s,
         seed=seed,
         db=db,
@@ -247,8 +255,8 @@ def _checked_recording(
     """
     recording = _known_recording(settled, store)
     if recording is None and settled.request.constraints.as_object():
-        recording = record_model(settled.loaded, settled.workload, listener)
-        bind_sites(settled, recording.sites)
+        recording = settled.record(listener)
+        bind_sites(settled, recording.layers)
     return recording
 
 

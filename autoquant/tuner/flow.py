@@ -59,7 +59,7 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
     settled = setup.settled
     with budget.stage("record"):
         recording = record_linears(setup)
-    bound = bind_constraints(setup, recording.sites)
+    bound = bind_constraints(setup, recording.layers)
     expected = announce(setup, recording, budget)
     runner = setup.start_runner()
     try:
@@ -84,7 +84,7 @@ def search_plans(setup: SearchSetup, budget: Budget, deliverer: Deliverer) -> No
             ledger.room_bytes = room_bytes(settled.loaded)
             try:
                 with budget.stage("prove"):
-                    referenced = prove_references(space, ledger, recording.sites, settled.limits)
+                    referenced = prove_references(space, ledger, recording.layers, settled.limits)
                     prove_front(referenced, ledger, settled.limits)
                 ledger.reserved_s = crossovers_s(ledger, setup.device)
                 caches = proofs_of_kv_caches(settled.request.kv_cache, settled.loaded)

@@ -316,6 +316,8 @@ def _right_words(report: Comparison) -> str:
 def prompts_lose_most(plan: Plan, tokens: int) -> bool:
     """Check that prompts of so many tokens compute with the numerics that the losses stand for."""
     for layer in plan.layers:
+        if layer.is_table:
+            continue
         activation = Numerics.parse(layer.numerics).activation
         kernel = get_format(layer.format).kernel(route_kernel(layer.route, tokens))
         if kernel.numerics != activation:
@@ -334,7 +336,7 @@ def worst_numerics(module: nn.Module, plan: Plan) -> Iterator[None]:
     try:
         for layer in plan.layers:
             weight = module.get_parameter(layer.parameters[0])
-            if isinstance(weight, RoutedWeight):
+            if isinstance(weight, RoutedWeight) and not layer.is_table:
                 routes.append((weight, weight.route))
                 fmt = get_format(layer.format)
                 worst = for_any_rows((_everywhere(layer),), fmt, layer.shape, weight.device.type)

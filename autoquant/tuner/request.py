@@ -12,10 +12,12 @@ from autoquant.devices import backend
 from autoquant.errors import WorkloadError
 from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
 from autoquant.evaluators.sensitivity import Sensitivity
+from autoquant.events import Listener
 from autoquant.models import LoadedModel, ModelRequest
 from autoquant.profiler.measure import with_original
+from autoquant.profiler.record import record_model
 from autoquant.profiler.timing import PROTOCOL
-from autoquant.records import KV_CACHE_OFF, KV_CACHES, Device, Workload, content_key
+from autoquant.records import KV_CACHE_OFF, KV_CACHES, Device, Recording, Workload, content_key
 from autoquant.runtime.generate.kv_codes import keeps_other, kv_cache_unsupported
 from autoquant.runtime.inputs import default_workload
 from autoquant.runtime.phases import check_room, check_workload
@@ -40,6 +42,7 @@ class SearchRequest:
         fuse: None for what pays on the device.
         workers: Those that share the jobs, or None for the one that suits.
         kv_cache: Formats of keys and values to try: one, `auto` for all, or `off`.
+        embeddings: Tables whose rows are looked up are searched, too.
 
     Raises:
         AutoquantError: The database cannot be used, or the arguments contradict one another.
@@ -54,6 +57,7 @@ class SearchRequest:
     constraints: Constraints
     sensitivity: str | None
     fuse: bool | None
+    embeddings: bool = False
     time_budget_s: float
     seed: int
     db: str | os.PathLike[str]
@@ -124,6 +128,14 @@ class SettledRequest:
         asked = self.request.fuse
         return backend(self.loaded.device).fuses if asked is None else asked
 
+    def record(self, listener: Listener) -> Recording:
+        """Record the model at work, and report what is covered and what is left alone.
+
+        Raises what `record_model` raises.
+        """
+        tables = self.request.embeddings
+        return record_model(self.loaded, self.workload, listener, tables=tables)
+
     @property
     def study_id(self) -> str:
         """Eight hex digits; searches that may share their results have the same."""
@@ -146,6 +158,8 @@ class SettledRequest:
             identity["fuse"] = True
         if self.request.kv_cache != KV_CACHE_OFF:
             identity["kv_cache"] = self.request.kv_cache
+        if self.request.embeddings:
+            identity["embeddings"] = True
         if constraints := self.request.constraints.as_object():
             identity["constraints"] = constraints
         return identity

@@ -10,6 +10,7 @@ from autoquant.candidates.experts import cannot_hold_experts
 from autoquant.candidates.formats.floats import original_format
 from autoquant.evaluators.sensitivity import EVERY_LAYER, Change, Sensitivity
 from autoquant.events import Listener, Notice, StageFinished, StageProgress, StageStarted
+from autoquant.records import LOOKUP
 from autoquant.solver.additivity import LossMap, fit_loss_map, together_pairs
 from autoquant.store import Store
 from autoquant.tuner.choices import SiteChoices, numerics_of
@@ -76,7 +77,9 @@ def score(
     for job, each in zip(jobs, begun, strict=True):
         run_again(runner, job, on_message, listener, each)
     losses = store.losses(model_hash, quality_key, method.version)
-    loss_map = fit_loss_map(together_pairs(losses, EVERY_LAYER))
+    # A table is one layer: changing it says nothing of how layers act together.
+    linears = {key: loss for key, loss in losses.items() if not key[1].endswith(f"+{LOOKUP}")}
+    loss_map = fit_loss_map(together_pairs(linears, EVERY_LAYER))
     listener(StageFinished("score", _summary(method, changes, len(known), loss_map)))
     return Scores({key: loss for key, loss in losses.items() if key[0] != EVERY_LAYER}, loss_map)
 
@@ -102,7 +105,7 @@ def _exact(changes: Sequence[Change]) -> dict[tuple[str, str], float]:
 
 def _is_original(change: Change) -> bool:
     original = get_format(original_format(change.site.shape.dtype))
-    return change.format.values == original.values and change.activation == A16
+    return change.format.values == original.values and change.activation in (A16, LOOKUP)
 
 
 def _summary(method: Sensitivity, changes: Sequence[Change], known: int, loss_map: LossMap) -> str:
@@ -142,6 +145,7 @@ def _changes_together(
         for key, change in used.items()
         if (EVERY_LAYER, key) not in known
         for of_site in choices
-        if change.format.unsupported(of_site.site.shape, 1, device_type) is None
+        if of_site.site.lookup == (change.activation == LOOKUP)
+        and change.format.unsupported(of_site.site.shape, 1, device_type) is None
         and not (of_site.site.experts > 1 and cannot_hold_experts(change.format, device_type))
     ]

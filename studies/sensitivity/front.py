@@ -96,9 +96,7 @@ class Truth:
     def windows(self, plan: Mapping[str, str]) -> list[float]:
         """Mean divergence per token of each window, in nats."""
         self.evaluations += 1
-        with PlacedLinears(
-            {id(site.parameter): site for site in (self._sites[key] for key in plan.items())}
-        ):
+        with PlacedLinears([self._sites[key] for key in plan.items()]):
             return self.of(self._calibration.module)
 
     def of(self, module: torch.nn.Module) -> list[float]:

@@ -92,7 +92,7 @@ def window_losses(model: CalibrationModel, placed: Sequence) -> list[float]:
     """Mean negative log-likelihood per token of each window, in nats."""
     found = []
     for batch in model.batches:
-        with PlacedLinears({id(site.parameter): site for site in placed}):
+        with PlacedLinears(placed):
             logits = batch_logits(model.module, batch)[:, :-1].float()
         losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         found += losses.reshape(len(batch), -1).mean(1).tolist()

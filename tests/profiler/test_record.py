@@ -9,6 +9,7 @@ from torch import nn
 from autoquant.errors import WorkloadError
 from autoquant.models import from_module
 from autoquant.profiler.record import record, record_model
+from autoquant.profiler.tables import ASK
 from autoquant.records import LinearShape, SiteUse, Workload
 from autoquant.runtime.phases import make_phases
 
@@ -168,7 +169,7 @@ def test_what_is_no_linear_is_listed_with_its_reason_and_share(recorded):
     total = 24 + 40 + 80 + 8 + 16
     assert site_of(recording).name == "head"
     assert reasons(recording) == {
-        "embedding.weight": "not used as a linear: embedding",
+        "embedding.weight": f"not used as a linear: embedding{ASK}",
         "conv.weight": "not used as a linear: conv1d",
         "unused.weight": "not used in this workload",
         "(vectors)": "vectors (norms, biases): too small to quantize",

@@ -70,6 +70,7 @@ def _format(dtype: str) -> Format:
         id=f"{dtype}/plain",
         quantize=lambda weight: weight.detach().to(torch_dtype),
         dequantize=lambda stored: stored.float(),
+        lookup=lambda stored, rows: stored[rows].float(),
         neutral=lambda stored: NeutralWeight(codes=stored, bits=8 * stored.itemsize),
         kernels=(kernel,),
         unsupported=functools.partial(_unsupported, dtype=dtype),

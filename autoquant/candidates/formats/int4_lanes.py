@@ -99,6 +99,18 @@ class Int4LanesTensor(TorchAOBaseTensor):  # type: ignore[misc]
             numbers += lanes[:, :, 1]
         return numbers.permute(1, 2, 3, 0, 4).reshape(-1, n)[: self.columns]
 
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the float32 numbers `[m, k]` of rows `[m]`, as `unpack` makes them."""
+        n, groups, parts = self.scale_and_zero.shape
+        block, lane = rows // LANES, rows % LANES
+        words = self.qdata.reshape(n // LANES, -1, LANES)[block, :, lane]
+        scales = self.scale_and_zero.reshape(n // LANES, groups, parts, LANES)[block, :, :, lane]
+        q = (words.unsqueeze(-1) >> self._shifts()) & 15
+        numbers = (q.float() - 8).reshape(len(rows), groups, -1) * scales[:, :, :1].float()
+        if parts == 2:
+            numbers += scales[:, :, 1:].float()
+        return numbers.reshape(len(rows), -1)[:, : self.columns]
+
     def neutral(self) -> NeutralWeight:
         """Return the same numbers without the layout."""
         n, groups, parts = self.scale_and_zero.shape
@@ -117,9 +129,13 @@ class Int4LanesTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def _nibbles(self) -> torch.Tensor:
         """Return int32 from 0 to 15, `[n / 16, groups, words, 8, 16]`."""
         n, groups = self.scale_and_zero.shape[:2]
-        columns = torch.arange(_WORD, dtype=torch.int32, device=self.qdata.device)
-        shifts = (16 * (columns % 2) + 4 * (columns // 2)).reshape(_WORD, 1)
+        shifts = self._shifts().reshape(_WORD, 1)
         return (self.qdata.reshape(n // LANES, groups, -1, 1, LANES) >> shifts) & 15
+
+    def _shifts(self) -> torch.Tensor:
+        """Return the bit at which the nibble of each column of a word begins, int32 `[8]`."""
+        columns = torch.arange(_WORD, dtype=torch.int32, device=self.qdata.device)
+        return 16 * (columns % 2) + 4 * (columns // 2)
 
 
 torch.serialization.add_safe_globals([Int4LanesTensor])
@@ -187,6 +203,7 @@ def _format(grid: Grid) -> Format:
         id=f"{int4_values(grid)}/lanes",
         quantize=lambda weight: _pack(int4_nearest(weight, grid), grid),
         dequantize=lambda stored: cast(Int4LanesTensor, stored).unpack(torch.float32).t(),
+        lookup=lambda stored, rows: cast(Int4LanesTensor, stored).rows(rows),
         neutral=lambda stored: cast(Int4LanesTensor, stored).neutral(),
         tensor_type=Int4LanesTensor,
         joins=True,

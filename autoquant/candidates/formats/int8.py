@@ -39,6 +39,11 @@ def _dequantize(stored: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, stored.qdata.float() * stored.scale.float())  # type: ignore[attr-defined]
 
 
+def _lookup(stored: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    values, scale = _parts(stored)
+    return values[rows].float() * scale[rows].float()
+
+
 def _neutral(stored: torch.Tensor) -> NeutralWeight:
     values, scale = _parts(stored)
     return NeutralWeight(codes=values, bits=8, scale=scale, group=values.shape[1], low=-128)
@@ -159,6 +164,7 @@ FORMATS = (
         neutral=_neutral,
         tensor_type=Int8Tensor,
         joins=True,
+        lookup=_lookup,
         kernels=(
             cpu_rows_kernel(_cpu_rows, _library_rows),
             cpu_tiles_kernel(_cpu_tiles, _dequantize_matmul),

@@ -93,6 +93,11 @@ class BitPlaneTensor(TorchAOBaseTensor):  # type: ignore[misc]
             weight = weight + self.low.to(dtype).unsqueeze(-1)
         return weight.reshape(n, k)
 
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the float32 numbers `[m, k]` of rows `[m]`."""
+        low = None if self.low is None else self.low[rows]
+        return BitPlaneTensor(self.planes[:, rows], self.scale[rows], low).unpack(torch.float32)
+
     @property
     def smallest(self) -> int:
         """The smallest integer: -2^(bits - 1), or 0 if the numbers begin at `low`."""
@@ -162,6 +167,7 @@ def make_format(values: str, grid: Grid) -> Format:
         id=f"{values}/bit-planes",
         quantize=functools.partial(BitPlaneTensor.round, grid=grid),
         dequantize=lambda stored: cast(BitPlaneTensor, stored).unpack(torch.float32),
+        lookup=lambda stored, rows: cast(BitPlaneTensor, stored).rows(rows),
         neutral=_neutral,
         tensor_type=BitPlaneTensor,
         unsupported=functools.partial(_unsupported, group=grid.group),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from autoquant.candidates.formats.floats import original_format
 from autoquant.delivery import checkpoint
 from autoquant.delivery.applier import apply
 from autoquant.delivery.programs.files import (
@@ -41,7 +42,7 @@ from autoquant.files import move_whole, scratch_folder
 from autoquant.models import LoadedModel
 from autoquant.models.quiet import quiet, some
 from autoquant.models.trust import NO_TRUST, Trust
-from autoquant.records import Plan
+from autoquant.records import LayerChoice, Plan
 from autoquant.store import StudyFacts
 
 
@@ -162,6 +163,12 @@ def _check(form: ProgramForm, plan: Plan, loaded: LoadedModel) -> None:
     Raises:
         PlanError: It says why, and what to do.
     """
+    tables = [layer.name for layer in plan.layers if _is_quantized_table(layer)]
+    if tables:
+        raise PlanError(
+            f"{form.name} holds embeddings unquantized, and this plan quantizes"
+            f" {', '.join(tables)}: choose a plan that does not, or search without --embeddings"
+        )
     if loaded.stream is not None:
         raise PlanError(
             f"{form.name} needs the model in memory, and it does not fit: `autoquant apply` writes"
@@ -176,6 +183,10 @@ def _check(form: ProgramForm, plan: Plan, loaded: LoadedModel) -> None:
         raise PlanError(f"aoti needs PyTorch's compiler, and it does not work here: {failure}")
     if loaded.kind == "causal_lm":
         check_step(loaded.module)
+
+
+def _is_quantized_table(layer: LayerChoice) -> bool:
+    return layer.is_table and layer.format != original_format(layer.shape.dtype)
 
 
 def _traced(

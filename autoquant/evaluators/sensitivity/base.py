@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from autoquant.candidates import Format
+from autoquant.candidates import A16, Format
 from autoquant.errors import QualityError
 from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.quality import TextQuality
-from autoquant.records import Site
+from autoquant.records import LOOKUP, Site
 
 EVERY_LAYER = "*"
 """Replaces the layer's name in the loss of changing all layers at once."""
@@ -31,6 +31,11 @@ class Change:
     format: Format
     activation: str
     stored: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def keeps_input(self) -> bool:
+        """Only the weight changes, and no activation."""
+        return self.activation in (A16, LOOKUP)
 
 
 Losses = Mapping[tuple[str, str], float]

@@ -38,7 +38,7 @@ from autoquant.evaluators.sensitivity.base import (
     straight,
 )
 from autoquant.evaluators.sensitivity.gradients import (
-    Place,
+    PlaceKey,
     backpropagate_each,
     changed_output,
     scoring_products,
@@ -88,7 +88,6 @@ def fisher_losses(
 
 def _observe(calibration: CalibrationModel, sites: Sequence[_FisherSite], rounds: int) -> None:
     generator = torch.Generator(calibration.device).manual_seed(0)
-    places: dict[int, Place] = {id(site.parameter): site for site in sites}
 
     def end_of_pass() -> None:
         for site in sites:
@@ -98,7 +97,7 @@ def _observe(calibration: CalibrationModel, sites: Sequence[_FisherSite], rounds
         backpropagate_each(
             calibration.module,
             calibration.batches,
-            places,
+            sites,
             lambda _number: lambda logits: fisher_vector(logits, generator),
             end_of_pass,
         )
@@ -135,12 +134,17 @@ class _FisherSite:
         self.name = changes[0].site.name
         self.parameter = parameter
         self._changes = changes
+        self._looks_up = changes[0].site.lookup
         self._weights = ChangedWeights(parameter, dtype, room, device)
         self._products: dict[tuple[str, int], torch.Tensor] = {}
         self._sums = torch.zeros(2, len(changes), device=device)
 
+    @property
+    def key(self) -> PlaceKey:
+        return id(self.parameter), self._looks_up
+
     def output(self, x: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
-        return product(x, self.weight(), ends)
+        return F.embedding(x, self.weight()) if self._looks_up else product(x, self.weight(), ends)
 
     def weight(self) -> torch.Tensor:
         return straight(self.parameter, self._changes[0].site)
@@ -152,7 +156,10 @@ class _FisherSite:
             weight = self._weights.changed(change)
             if weight is None:
                 continue
-            difference = changed_output(x, weight, change.activation, ends).sub_(original)
+            if self._looks_up:
+                difference = F.embedding(x, weight).sub_(original)
+            else:
+                difference = changed_output(x, weight, change.activation, ends).sub_(original)
             inner = difference.mul_(gradient).sum(-1).flatten()
             key = (change.numerics, len(inner))
             if key in self._products:

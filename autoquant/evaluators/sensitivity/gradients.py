@@ -8,7 +8,7 @@ gradients reach it. So memory holds the activations of one block at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -19,7 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from autoquant.candidates import A16, ACTIVATION_ROUNDING
-from autoquant.candidates.calls import LinearCall, LinearHook, product, product_back
+from autoquant.candidates.calls import (
+    LinearCall,
+    LinearHook,
+    LookupCall,
+    product,
+    product_back,
+)
 from autoquant.devices import backend
 from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError
@@ -37,12 +43,21 @@ _KEPT_SHARE = 1 / 4
 """Of the host's memory, for the inputs of blocks."""
 
 
+PlaceKey = tuple[int, bool]
+"""The identity of a parameter, and whether its rows are looked up."""
+
+
 class Place(Protocol):
     """Computes one linear in place of the model, and observes its gradient.
 
     If it is of experts, `ends` says which rows are of which expert, as for
-    `autoquant.candidates.calls.product`.
+    `autoquant.candidates.calls.product`. The input of a table is the ids `[...]` of its rows, and
+    its output `[..., k]`.
     """
+
+    @property
+    def key(self) -> PlaceKey:
+        """What the place stands for."""
 
     def output(self, x: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
         """Return the product `[..., n]` of x `[..., k]`, without the bias."""
@@ -93,26 +108,30 @@ class PlacedLinears(LinearHook):
     """While active, linears compute as their places say.
 
     Args:
-        places: By the identity of a linear's parameter.
+        places: Each for one use of a parameter.
 
     Attributes:
         computed: Identities of the places that computed something.
         observed: Of those, the ones that a gradient has come back to.
     """
 
-    def __init__(self, places: Mapping[int, Place]) -> None:
+    def __init__(self, places: Iterable[Place]) -> None:
         super().__init__()
         self.computed: set[int] = set()
         self.observed: set[int] = set()
-        self._places = places
+        self._places = {place.key: place for place in places}
         self._anchor: torch.Tensor | None = None
 
     def on_linear(self, call: LinearCall) -> torch.Tensor | None:
-        place = self._places.get(id(call.weight))
+        place = self._places.get((id(call.weight), False))
         if place is None:
             return None
         y = self._product(call.x, place, call.ends)
         return y if call.bias is None else y + call.bias
+
+    def on_lookup(self, call: LookupCall) -> torch.Tensor | None:
+        place = self._places.get((id(call.table), True))
+        return None if place is None else self._product(call.ids, place, None)
 
     def _product(self, x: torch.Tensor, place: Place, ends: torch.Tensor | None) -> torch.Tensor:
         self.computed.add(id(place))
@@ -151,14 +170,14 @@ def rounded_activation(x: torch.Tensor, activation: str) -> torch.Tensor:
 def backpropagate(
     module: nn.Module,
     ids: torch.Tensor,
-    places: Mapping[int, Place],
+    places: Sequence[Place],
     seed: Seed,
 ) -> None:
     """Run windows forward and back. Every place observes the gradient of `sum(seed * logits)`.
 
     Args:
         ids: Windows `[batch, tokens]`.
-        places: By the identity of the parameter.
+        places: Each for one use of a parameter.
         seed: Takes the logits `[batch, tokens, vocabulary]` and returns as many numbers, which
             count as constants.
 
@@ -184,7 +203,7 @@ def backpropagate(
 def backpropagate_each(
     module: nn.Module,
     batches: Sequence[torch.Tensor],
-    places: Mapping[int, Place],
+    places: Sequence[Place],
     seed_of: Callable[[int], Seed],
     ended: Callable[[], None] = lambda: None,
 ) -> None:
@@ -234,7 +253,7 @@ def _batches_together(module: nn.Module, chain: BlockChain, batch: torch.Tensor)
 def _by_blocks(
     chain: BlockChain,
     forwards: Mapping[int, Forward],
-    places: Mapping[int, Place],
+    places: Sequence[Place],
     seed_of: Callable[[int], Seed],
     ended: Callable[[], None],
 ) -> None:

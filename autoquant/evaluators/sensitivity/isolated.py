@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from autoquant.candidates import ACTIVATION_ROUNDING
-from autoquant.evaluators.emulate import EmulatedLinear, in_float32
+from autoquant.candidates.calls import LinearHook
+from autoquant.evaluators.emulate import EmulatedLinear, EmulatedTable, in_float32
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
 from autoquant.evaluators.passes import on_device
@@ -68,14 +69,20 @@ def _text_losses(
                     weight = weights.changed(change)
                     if weight is None:
                         continue
-                    with EmulatedLinear(parameter, weight, ACTIVATION_ROUNDING[change.activation]):
-                        totals[change.numerics] += divergence_sum(
-                            reference, run.logits(chain.start(parameter))
-                        )
+                    start = 0 if change.site.lookup else chain.start(parameter)
+                    with _emulated(change, parameter, weight):
+                        totals[change.numerics] += divergence_sum(reference, run.logits(start))
             losses = {
                 (name, numerics): max(total / tokens, 0.0) for numerics, total in totals.items()
             }
             on_scored(name, losses)
+
+
+def _emulated(change: Change, parameter: torch.Tensor, weight: torch.Tensor) -> LinearHook:
+    """Return what makes a change of a linear or a table while it is active."""
+    if change.site.lookup:
+        return EmulatedTable(parameter, weight)
+    return EmulatedLinear(parameter, weight, ACTIVATION_ROUNDING[change.activation])
 
 
 class _Run:
@@ -119,9 +126,7 @@ def _function_losses(
             losses[name, change.numerics] = 0.0
             if weight is None:
                 continue
-            with EmulatedLinear(
-                parameter, weight.to(parameter.dtype), ACTIVATION_ROUNDING[change.activation]
-            ):
+            with _emulated(change, parameter, weight.to(parameter.dtype)):
                 losses[name, change.numerics] = max(increase(module), 0.0)
         on_scored(name, losses)
 

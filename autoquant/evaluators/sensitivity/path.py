@@ -73,7 +73,7 @@ def path_shares(
         backpropagate_each(
             calibration.module,
             calibration.batches,
-            {id(site.parameter): site for site in sites},
+            sites,
             lambda number: partial(divergence_gradient, calibration.reference(number)),
         )
         total += float(weight) / 2 / reach * torch.stack([site.inner for site in sites])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from autoquant.candidates import A16
@@ -19,6 +20,7 @@ from autoquant.evaluators.quality import TextQuality
 from autoquant.evaluators.sensitivity.base import Change, parameter_of, straight
 from autoquant.evaluators.sensitivity.gradients import (
     PlacedLinears,
+    PlaceKey,
     batch_logits,
     changed_output,
     rounded_activation,
@@ -104,6 +106,10 @@ class PathSite:
         self._difference: torch.Tensor | None = None
         self.stand_at(0.0)
 
+    @property
+    def key(self) -> PlaceKey:
+        return id(self.parameter), self._change.site.lookup
+
     def stand_at(self, position: float) -> None:
         self._position = position
         self.inner = torch.zeros((), device=self._device)
@@ -151,6 +157,19 @@ class PathSite:
             difference = changed - self._original()
             self._difference = difference if self._keeps else None
         return difference
+
+
+class PathTable(PathSite):
+    """A table on the way from its unquantized rows to the changed ones."""
+
+    def output(self, x: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+        return F.embedding(x, self.weight())
+
+    def observe(self, x: torch.Tensor, gradient: torch.Tensor, ends: torch.Tensor | None) -> None:
+        changed = self._weights.changed(self._change)
+        if changed is not None:
+            rows = F.embedding(x, self._weight_difference(changed))
+            self.inner += rows.mul_(gradient).sum()
 
 
 class CalibrationModel:
@@ -205,14 +224,15 @@ class CalibrationModel:
             parameter = parameter_of(self.module, change.site)
             weights = ChangedWeights(parameter, dtypes[change.site.name], room, self.device)
             keeps = shared.take(2 * 4 * parameter.numel())
-            found.append(PathSite(parameter, change, weights, self.device, keeps=keeps))
+            kind = PathTable if change.site.lookup else PathSite
+            found.append(kind(parameter, change, weights, self.device, keeps=keeps))
         return found
 
     def whole(self, sites: Sequence[PathSite]) -> float:
         """Return the mean divergence per token in nats with all these sites changed."""
         for site in sites:
             site.stand_at(1.0)
-        placed = PlacedLinears({id(site.parameter): site for site in sites})
+        placed = PlacedLinears(sites)
 
         def logits_of(batch: torch.Tensor) -> torch.Tensor:
             with placed:

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from autoquant.candidates import A16, multiplied_numbers
+from autoquant.candidates import multiplied_numbers
 from autoquant.evaluators.sensitivity.base import Change, straight
 from autoquant.models.streaming import brought
 
@@ -60,7 +60,7 @@ class ChangedWeights:
         rows = original.flatten(0, -2)  # those of all experts are those of one linear
         make = change.stored or partial(change.format.store, rows.to(self._dtype))
         weight = multiplied_numbers(change.format, make(), change.activation).view(original.shape)
-        if change.activation == A16 and _is_same(weight, original.float()):
+        if change.keeps_input and _is_same(weight, original.float()):
             self._kept[key] = None
             return None
         if self._room.take(weight.nbytes):

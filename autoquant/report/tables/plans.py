@@ -176,7 +176,9 @@ def layer_groups(layers: Sequence[LayerChoice]) -> list[tuple[str, tuple[LayerCh
 
 
 def joined_text(layer: LayerChoice) -> str:
-    """Return the layers that are computed as one with a layer, or an empty text."""
+    """Return the layers that are computed as one with a layer, or are one tensor with a table."""
+    if layer.tied and not layer.memory_bytes:
+        return f"\none tensor with\n{layer.tied}"
     others = [name.rpartition(".")[2] for name in layer.joined if name != layer.name]
     return f"\nas one with\n{', '.join(others)}" if others else ""
 
@@ -223,7 +225,9 @@ def coverage_line(recording: Recording) -> str:
     )
     weights = units.percent(recording.weights_share)
     done = f" and do of the FLOPs {flops}" if flops else ""
-    return f"{len(recording.sites)} linear layers hold {weights} of the weights{done}."
+    tables = ", ".join(table.name for table in recording.tables)
+    more = f" Tables: {tables}." if tables else ""
+    return f"{len(recording.sites)} linear layers hold {weights} of the weights{done}.{more}"
 
 
 def uncovered_lines(recording: Recording | None) -> list[str]:

@@ -4,14 +4,14 @@ The cache is read once, by many programs at a time: a program takes some blocks 
 query heads that share a head of keys, and another kernel adds up what the programs of a head found.
 Sums are float32, maxima are in powers of 2.
 
-Codes of 8 bits are read as they are kept, and the scale of a position is a factor of its score, and
-of its weight. Queries of 16 bits are multiplied with float8 in float16: a GPU turns float8 into it in
-one instruction, and into bfloat16 in several, which take longer than reading. Queries and weights
-are divided by the largest of a row before, so that float16 holds them.
+Codes of 8 bits are read as they are kept, and the scale of a position is a factor of its score,
+and of its weight. Queries of 16 bits are multiplied with float8 in float16: a GPU turns float8 into
+it in one instruction, and into bfloat16 in several, which take longer than reading. Queries and
+weights are divided by the largest of a row before, so that float16 holds them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201, PLR0915 - Triton evaluates annotations, so only constants have one; a kernel is one function
+# ruff: noqa: ANN001, ANN201, C901, PLR0915 - Triton evaluates annotations, so only constants have one; a kernel is one function
 import triton
 import triton.language as tl
 
@@ -132,7 +132,7 @@ def attend(
             total = total * shrink + tl.sum(weights, 1)
             if CODES:
                 weights *= v_scale[None, :]
-                # Not float16, unless divided: a weight times its scale may be smaller than it holds.
+                # A weight times its scale may be smaller than float16 holds, unless divided.
                 WIDE: tl.constexpr = not HALF and queries.dtype == tl.float16
                 values = values.to(tl.bfloat16 if WIDE else queries.dtype)
             if HALF:

@@ -51,7 +51,8 @@ def searchable(
         replace(site, siblings=tuple(name for name in site.siblings if name in names))
         for site in kept
     )
-    return replace(recording, sites=sites)
+    tables = tuple(table for table in recording.tables if not table.tied or table.tied in names)
+    return replace(recording, sites=sites, tables=tables)
 
 
 def subjects_to_time(setup: SearchSetup, recording: Recording) -> tuple[list[TimingSubject], int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autoquant.profiler.record import record_model
 from autoquant.records import Recording, Site
 from autoquant.solver.constraints import Bound
 from autoquant.tuner.large import check_smallest
@@ -14,12 +13,12 @@ from autoquant.tuner.setup import SearchSetup
 
 
 def record_linears(setup: SearchSetup) -> Recording:
-    """Return the linears that the workload runs, from the store or recorded now."""
+    """Return the linears and tables that the workload runs, from the store or recorded now."""
     settled = setup.settled
     known = setup.store.study(settled.study_id).recording
     if known is not None:
         return known
-    recording = record_model(settled.loaded, settled.workload, setup.listener)
+    recording = settled.record(setup.listener)
     check_smallest(settled, recording)
     setup.store.update_study(settled.study_id, recording=recording)
     return recording

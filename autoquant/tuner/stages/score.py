@@ -13,6 +13,7 @@ from autoquant.records import LayerChoice, Recording, Site
 from autoquant.solver.constraints import Bound, Constraints
 from autoquant.solver.planning import PlanContext
 from autoquant.solver.space import SearchSpace, complete
+from autoquant.solver.tied import counted_once
 from autoquant.tuner.choices import ChoiceMaker, Facts, SiteChoices, format_facts, scored
 from autoquant.tuner.fusion import Fusion, make_fusion
 from autoquant.tuner.notices import dropped_notices, fusion_notices
@@ -20,6 +21,7 @@ from autoquant.tuner.request import SettledRequest
 from autoquant.tuner.scoring import Scores, score
 from autoquant.tuner.serving import facts_for
 from autoquant.tuner.setup import SearchSetup
+from autoquant.tuner.tables import table_choices, table_notices
 from autoquant.tuner.workers.in_process import Runner
 
 
@@ -34,6 +36,7 @@ def score_choices(
     settled, sites = setup.settled, recording.sites
     fusion = _make_fusion(setup, sites, timings)
     choices = _make_choices(setup, sites, bound, timings, fusion)
+    choices += _make_table_choices(setup, recording.tables)
     scores = score(
         choices,
         method=settled.method,
@@ -62,7 +65,7 @@ def make_space(
     fusion: Fusion | None,
 ) -> SearchSpace:
     """Put scored options and what all plans have in common together."""
-    searched_bytes = sum(choice.memory_bytes for choice in originals)
+    searched_bytes = sum(choice.memory_bytes for choice in counted_once(originals))
     context = PlanContext(
         study_id=settled.study_id,
         model_hash=settled.loaded.content_hash,
@@ -108,6 +111,14 @@ def _make_choices(
     if fusion is None:
         return choices
     return [_admitted(each, constraints, bound) for each in fusion.offered(choices, facts)]
+
+
+def _make_table_choices(setup: SearchSetup, tables: Sequence[Site]) -> list[SiteChoices]:
+    """Make the choices of tables. They are not scored yet."""
+    constraints = setup.settled.request.constraints
+    choices = [table_choices(each, setup.formats, constraints, setup.device) for each in tables]
+    setup.tell(*table_notices(choices))
+    return choices
 
 
 def _admitted(choices: SiteChoices, constraints: Constraints, bound: Bound) -> SiteChoices:

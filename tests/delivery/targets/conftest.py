@@ -44,13 +44,13 @@ class Planned:
 
     Attributes:
         facts: What the study of a search would say.
-        sites: The model's linears.
+        sites: The model's linears, and its tables if these are searched.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, tables=False):
         loaded = load_model(folder, device="cpu")
         self.folder = folder
-        self.sites = record_model(loaded, WORKLOAD, ignore).sites
+        self.sites = record_model(loaded, WORKLOAD, ignore, tables=tables).layers
         self.facts = SimpleNamespace(
             source=asdict(loaded.source), device=SimpleNamespace(type="cpu"), calibration=None
         )
@@ -66,6 +66,7 @@ class Planned:
     def _layer(self, site, formats):
         found = [value for end, value in formats.items() if site.name.endswith(end)]
         fmt, *kernels = found[0] if found else ("bfloat16/plain", "matmul")
+        kernels = ["lookup"] if site.lookup else kernels
         uppers = [4 * (number + 1) for number in range(len(kernels) - 1)]
         steps = zip([*uppers, None], kernels, strict=True)
         return LayerChoice(
@@ -78,6 +79,7 @@ class Planned:
             latency_us={},
             memory_bytes=0,
             loss=0.0,
+            tied=site.tied,
         )
 
 

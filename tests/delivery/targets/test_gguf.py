@@ -18,6 +18,8 @@ from autoquant.engines import Scheme, Values
 from autoquant.errors import CheckpointError, PlanError
 from autoquant.models import load_model
 
+from .conftest import Planned
+
 gguf = pytest.importorskip("gguf")
 
 INT8 = ("int8-row/plain", "dequantize-matmul")
@@ -268,6 +270,20 @@ def test_the_embedding_is_rounded_if_asked(planned, base, tmp_path, kind, names,
     assert report.likeness.rounded == 1 and not report.likeness.same_logits
     assert report.likeness.moved == 0 and report.likeness.weights == 1
     assert not any("--embedding" in note for note in report.notes)
+
+
+def test_a_table_that_is_one_tensor_with_the_head_is_one_tensor_there(planned, base, tmp_path):
+    searched = Planned(planned.folder, tables=True)
+    report = exported(searched, {"embed_tokens": INT4, "lm_head": INT4}, tmp_path / "out", base)
+    found = tensors(report.out / "model.gguf")
+    assert found["token_embd.weight"].tensor_type.name == "Q4_1" and "output.weight" not in found
+    assert report.likeness.same_logits and not report.likeness.others_differ
+
+
+def test_a_table_of_its_own_is_refused_with_what_can_be_held(planned, base, tmp_path):
+    searched = Planned(planned.folder, tables=True)
+    with pytest.raises(PlanError, match=r"embed_tokens.*or as one tensor with a head"):
+        exported(searched, {"embed_tokens": INT8, "lm_head": INT4}, tmp_path / "out", base)
 
 
 @pytest.mark.parametrize("head", [("bfloat16/plain", "matmul"), ("bfloat16/routed", "matmul")])

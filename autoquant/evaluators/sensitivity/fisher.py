@@ -152,7 +152,7 @@ class _FisherSite:
             weight = self._weights.changed(change)
             if weight is None:
                 continue
-            difference = changed_output(x, weight, change.activation, ends).sub_(original)
+            difference = changed_output(x, weight, change, ends).sub_(original)
             inner = difference.mul_(gradient).sum(-1).flatten()
             key = (change.numerics, len(inner))
             if key in self._products:

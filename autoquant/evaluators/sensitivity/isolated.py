@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.evaluators.emulate import EmulatedLinear, in_float32
 from autoquant.evaluators.logits import divergence_sum
 from autoquant.evaluators.outputs import AnyQuality, DivergenceQuality
@@ -68,7 +67,7 @@ def _text_losses(
                     weight = weights.changed(change)
                     if weight is None:
                         continue
-                    with EmulatedLinear(parameter, weight, ACTIVATION_ROUNDING[change.activation]):
+                    with EmulatedLinear(parameter, weight, change.rounding):
                         totals[change.numerics] += divergence_sum(
                             reference, run.logits(chain.start(parameter))
                         )
@@ -119,9 +118,7 @@ def _function_losses(
             losses[name, change.numerics] = 0.0
             if weight is None:
                 continue
-            with EmulatedLinear(
-                parameter, weight.to(parameter.dtype), ACTIVATION_ROUNDING[change.activation]
-            ):
+            with EmulatedLinear(parameter, weight.to(parameter.dtype), change.rounding):
                 losses[name, change.numerics] = max(increase(module), 0.0)
         on_scored(name, losses)
 

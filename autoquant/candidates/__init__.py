@@ -8,10 +8,11 @@ from autoquant.candidates.base import (
     ACTIVATION_ROUNDING,
     Candidate,
     Format,
-    InputStatistics,
     Kernel,
+    activation_rounding,
     multiplied_numbers,
 )
+from autoquant.candidates.inputs import InputStatistics
 from autoquant.candidates.registry import (
     CandidateStatus,
     candidate_of,
@@ -35,6 +36,7 @@ __all__ = [
     "Format",
     "InputStatistics",
     "Kernel",
+    "activation_rounding",
     "candidate_of",
     "get_format",
     "known_formats",

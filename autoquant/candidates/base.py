@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 
+from autoquant.candidates.inputs import InputStatistics
 from autoquant.candidates.kernels.library import TunedLibrary
 from autoquant.candidates.neutral import NeutralWeight
 from autoquant.errors import CandidateError
@@ -29,9 +29,15 @@ A8_FLOAT8_TENSOR = "a8-float8-tensor"
 """Numerics of a kernel that rounds the activation to float8 (e4m3) with one scale."""
 W8_A8_FLOAT8_ROW = "w8-a8-float8-row"
 """Numerics of a kernel that rounds each row of activation and stored weight to float8 (e4m3)."""
-_DAMPING = 0.01  # of the mean of the Hessian's diagonal
-_DAMPING_ATTEMPTS = 4
+A8_STATIC = "a8-static"
+"""Numerics of a kernel that rounds the activation to symmetric int8 in a range that is stored."""
+A8_FLOAT8_STATIC = "a8-float8-static"
+"""Numerics of a kernel that rounds the activation to float8 (e4m3) in a range that is stored."""
+A8_ROW_SCALED = "a8-row-scaled"
+"""Numerics of a kernel that multiplies each column of the activation, then rounds as `A8_ROW`."""
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: FLOAT8_MAX}
+"""The largest number of an 8-bit dtype that is used."""
 
 
 def always_supported(_shape: LinearShape, _m: int, _device_type: str) -> str | None:
@@ -55,7 +61,8 @@ class Kernel:
 
     Attributes:
         id: Name within its format, e.g. `int-mm`.
-        numerics: Key of its rounding (`A16`, `A8_ROW` or another key of `ACTIVATION_ROUNDING`).
+        numerics: Key of its rounding (`A16`, `A8_ROW` or another key of `ACTIVATION_ROUNDING`, or
+            one of `STORED_ROUNDING`).
             Kernels of one format with the same numerics share one quality score.
         linear: Function of x `[..., k]`, a stored weight `[n, k]` and a bias `[n]` or None. It
             returns `[..., n]` in x's dtype and must trace under `torch.compile(fullgraph=True)`.
@@ -98,56 +105,6 @@ class Kernel:
         return self.library is not None
 
 
-class InputStatistics:
-    """Statistics of a linear's input on the calibration text.
-
-    Linears that read the same input share one object.
-
-    Attributes:
-        hessian: Float32 `[k, k]`, the sum of x x' over the rows x of the input. It is half the
-            Hessian of each output's squared error with respect to its weights.
-    """
-
-    def __init__(self, hessian: torch.Tensor) -> None:
-        self.hessian = hessian
-        self._padded: dict[int, InputStatistics] = {}
-
-    def padded(self, more: int) -> InputStatistics:
-        """Return the statistics of an input with as many zeros appended."""
-        if more not in self._padded:
-            hessian = torch.nn.functional.pad(self.hessian, (0, more, 0, more))
-            self._padded[more] = InputStatistics(hessian)
-        return self._padded[more]
-
-    @functools.cached_property
-    def inverse_factor(self) -> torch.Tensor:
-        """Return U `[k, k]`, upper triangular, with U' U = inverse of the damped Hessian.
-
-        The damping is 1 % of the mean of the diagonal, as in GPTQ. It is multiplied by ten until
-        the matrix is positive definite, at most three times.
-
-        Raises:
-            CandidateError: The inputs were not finite, or no damping sufficed.
-        """
-        diagonal = self.hessian.diagonal()
-        if not bool(diagonal.isfinite().all()):
-            raise CandidateError("the layer's inputs on the calibration text are not finite")
-        dead = (diagonal == 0).to(diagonal.dtype)  # inputs that are always 0 get a 1 there
-        damping = _DAMPING * diagonal.mean()
-        for _ in range(_DAMPING_ATTEMPTS):
-            damped = self.hessian + torch.diag(dead + damping)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                inverse = torch.cholesky_inverse(factor)
-                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-                if not failed:
-                    return cast(torch.Tensor, upper)
-            damping = 10 * damping
-        raise CandidateError(
-            "the layer's inputs on the calibration text have no positive definite Hessian"
-        )
-
-
 def _no_product(
     _x: torch.Tensor, _weight: torch.Tensor, _bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -174,11 +131,16 @@ class Format:
         by_default: Function of a device type that returns whether a search that names no candidates
             tries the format there.
         needs_inputs: The numbers depend on the layer's inputs on a calibration text, too.
+        without_inputs: Function of a weight that stores it as for normally distributed inputs, so
+            that it can be timed. None if it needs no inputs, or is timed as another format.
         neutral: Function of the stored tensor that returns its numbers without the layout, for
             exports to other tools. None if the format has none.
         lookup: Function of the stored tensor and rows `[m]` that returns the float32 numbers
             `[m, k]` of these rows, without those of the others. None if the layout does not allow
             it. It must trace as kernels do.
+        input_kept: Function of the stored tensor that returns what it keeps for its activation, in
+            float32: the largest magnitude `[]` that is held, or what each column is multiplied with
+            `[k]`. None if kernels need no more than the activation to round it.
         rounds: Id of a format with the same stored tensors and kernels, or "". The two differ only
             in how the numbers are chosen, so they share timings.
         values: The `VALUES` of the id.
@@ -194,8 +156,10 @@ class Format:
     joins: bool = False
     by_default: Callable[[str], bool] = always_by_default
     needs_inputs: bool = False
+    without_inputs: Callable[[torch.Tensor], torch.Tensor] | None = None
     neutral: Callable[[torch.Tensor], NeutralWeight] | None = None
     lookup: LookupFunction | None = None
+    input_kept: Callable[[torch.Tensor], torch.Tensor] | None = None
     rounds: str = ""
     values: str = field(init=False)
 
@@ -255,6 +219,18 @@ class Format:
             )
         return stored
 
+    def activation_rounding(
+        self, numerics: str, stored: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return how kernels of these numerics round the activation of a stored weight."""
+        return activation_rounding(numerics, self.input_kept(stored) if self.input_kept else None)
+
+    def sample(self, weight: torch.Tensor) -> torch.Tensor:
+        """Quantize a weight `[n, k]` to be timed, for whatever inputs."""
+        if self.without_inputs is None:
+            return self.store(weight)
+        return self.without_inputs(weight.detach())
+
     def unsupported_reason(
         self, kernel: Kernel, shape: LinearShape, m: int, device_type: str
     ) -> str | None:
@@ -307,6 +283,30 @@ def round_float8(x: torch.Tensor, *, per_row: bool) -> tuple[torch.Tensor, torch
     return (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
 
 
+def round_static(x: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round to symmetric int8 or to float8 (e4m3) in a given range, beyond which x is clipped.
+
+    Args:
+        largest: Float32 `[]`, what the largest number of the dtype stands for.
+
+    Returns:
+        x's numbers over `static_step`, in the dtype.
+    """
+    scaled = x.float() / static_step(largest, dtype)
+    scaled = scaled.round() if dtype == torch.int8 else scaled
+    most = LARGEST[dtype]
+    return scaled.clamp(-most, most).to(dtype)
+
+
+def static_step(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a 1 of the dtype stands for in a range, float32 `[]`."""
+    return largest / LARGEST[dtype]
+
+
+def _fake_static(x: torch.Tensor, largest: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    return (round_static(x, largest, dtype).float() * static_step(largest, dtype)).to(x.dtype)
+
+
 def _fake_row_int8(x: torch.Tensor) -> torch.Tensor:
     rounded, scale = round_row_int8(x.reshape(-1, x.shape[-1]))
     return (rounded.float() * scale).to(x.dtype).reshape(x.shape)
@@ -329,6 +329,28 @@ ACTIVATION_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 Modules of formats add the numerics of their own kernels.
 """
+
+STORED_ROUNDING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    A8_STATIC: functools.partial(_fake_static, dtype=torch.int8),
+    A8_FLOAT8_STATIC: functools.partial(_fake_static, dtype=torch.float8_e4m3fn),
+    A8_ROW_SCALED: lambda x, scale: (_fake_row_int8(x * scale) / scale).to(x.dtype),
+}
+"""As `ACTIVATION_ROUNDING`, of an activation and what the format's `input_kept` returned."""
+
+
+def activation_rounding(
+    numerics: str, kept: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return how kernels of these numerics round an activation.
+
+    Args:
+        kept: What the format's `input_kept` returned, if it has one.
+    """
+    if numerics not in STORED_ROUNDING:
+        return ACTIVATION_ROUNDING[numerics]
+    assert kept is not None  # a format with such a kernel keeps it
+    return lambda x: STORED_ROUNDING[numerics](x, kept)
+
 
 _WEIGHT_ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     W8_A8_FLOAT8_ROW: functools.partial(_fake_float8, per_row=True),

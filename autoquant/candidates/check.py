@@ -6,10 +6,10 @@ a plan is applied or loaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-
-from autoquant.candidates.base import ACTIVATION_ROUNDING, Kernel
 
 MAX_RELATIVE_ERROR = 0.02
 """Largest norm of the error over the norm of the reference."""
@@ -22,16 +22,19 @@ others may be off by `MAX_RELATIVE_ERROR` of itself besides.
 
 
 def reference(
-    kernel: Kernel, numbers: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
+    rounding: Callable[[torch.Tensor], torch.Tensor],
+    numbers: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the float32 result `[..., n]` of a linear, with the kernel's rounding.
 
     Args:
+        rounding: How the kernel rounds the activation: `Format.activation_rounding`.
         numbers: What the kernel multiplies with: `multiplied_numbers`, float32 `[n, k]`.
         x: `[..., k]`.
     """
-    rounded = ACTIVATION_ROUNDING[kernel.numerics](x.float())
-    return F.linear(rounded, numbers, None if bias is None else bias.float())
+    return F.linear(rounding(x.float()), numbers, None if bias is None else bias.float())
 
 
 def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:

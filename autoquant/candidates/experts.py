@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import torch
 
-from autoquant.candidates.base import Format, InputStatistics, Kernel
+from autoquant.candidates.base import Format, Kernel
 from autoquant.candidates.calls import GROUPED_FUNCTIONS, expert_rows, grouped_arguments
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
+from autoquant.candidates.inputs import InputStatistics
 from autoquant.candidates.joined import stack_rows, with_rows
 from autoquant.candidates.registry import get_format
 from autoquant.candidates.routed import (
@@ -32,6 +33,8 @@ _ONE_BY_ONE = ("cpu", "meta")
 
 def cannot_hold_experts(fmt: Format, device_type: str) -> str:
     """Return why a format cannot hold experts on a device, or an empty string."""
+    if fmt.input_kept is not None:
+        return "what it keeps is of one input, and each expert reads its own"
     if not (fmt.joins or fmt.tensor_type is torch.Tensor):
         return "its tensors do not lie row by row, so it cannot hold experts"
     if any(multiplies_experts(kernel, device_type) for kernel in fmt.kernels):

@@ -143,14 +143,20 @@ def _built_in() -> dict[str, Format]:
         int8,
         low_bit,
         microscaling,
+        nf4,
+        scaled,
+        sparse24,
+        sparse24_cusparselt,
+        static,
         super_blocks,
     )
 
     int4_for_gpus = (int4_tiled, int4_tinygemm, int4_gemlite, int4_mslk)
     int4_for_cpus = (int4_lanes, int4)
-    other_bits = (low_bit, super_blocks)
+    other_bits = (low_bit, super_blocks, nf4)
+    sparse = (sparse24, sparse24_cusparselt)
     int4s = (*int4_for_cpus, *int4_for_gpus)
-    modules = (floats, float8, microscaling, int8, *int4s, *other_bits)
+    modules = (floats, float8, microscaling, int8, static, *int4s, scaled, *other_bits, *sparse)
     return {fmt.id: fmt for module in modules for fmt in module.FORMATS}
 
 

@@ -201,7 +201,10 @@ def get_kernel_function(format_id: str, kernel_id: str) -> Any:
 
 @functools.cache
 def _code_key(function: Any) -> str:
-    """Return a hash of a function's source file, or of its bytecode if there is no file."""
+    """Return a hash of a function's source file, or of its bytecode if there is no file.
+
+    A function that wraps another has a hash of both.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(function, "__code__", None)
@@ -209,6 +212,8 @@ def _code_key(function: Any) -> str:
         source = Path(code.co_filename).read_bytes() if code is not None else b""
     except OSError:
         source = code.co_code if code is not None else b""
+    if (inside := getattr(function, "__wrapped__", None)) is not None:
+        source += _code_key(inside).encode()
     return hashlib.sha256(source).hexdigest()[:12]
 
 

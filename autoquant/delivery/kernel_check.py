@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from autoquant.candidates import Kernel, get_format, multiplied_numbers
+from autoquant.candidates import Kernel, activation_rounding, get_format, multiplied_numbers
 from autoquant.candidates.calls import LinearCall, LinearHook, expert_rows
 from autoquant.candidates.check import changed, fault, reference
 from autoquant.candidates.experts import ExpertsWeight, computes_at_once, kernel_for_expert
@@ -29,6 +29,8 @@ from autoquant.records import LOOKUP, LinearShape
 ROWS = (1, 2, 5, 16, 33)
 """Numbers of rows that kernels are checked with, where their route uses them."""
 
+_TYPICAL_RANGE = 4
+"""What a stored range is over the root mean square of the numbers that a kernel is checked with."""
 _IN_MODEL = 5
 """Times the usual errors: activations of a model may cancel, which random numbers do not."""
 
@@ -205,7 +207,8 @@ class KernelsInModel(LinearHook):
         """Check a result of a weight, which may be an expert's of the one that is `named`."""
         fmt, m = get_format(weight.format_id), x.numel() // x.shape[-1]
         numbers = multiplied_numbers(fmt, weight.stored, kernel.numerics)
-        expected = reference(kernel, numbers, x.to(weight.compute_dtype), bias)
+        rounding = fmt.activation_rounding(kernel.numerics, weight.stored)
+        expected = reference(rounding, numbers, x.to(weight.compute_dtype), bias)
         if bool(expected.isfinite().all().item()):  # a model may overflow by itself
             reason = fault(y, expected, x.dtype, allowance=_IN_MODEL)
             _refuse(reason, self._layer(named), fmt.id, kernel.id, m)
@@ -220,6 +223,9 @@ def _check_weight(
     device, dtype = stored.device, weight.compute_dtype
     n, k = stored.shape
     shape = LinearShape(n=n, k=k, bias=False, dtype=dtype_name(dtype))
+    kept = fmt.input_kept(stored) if fmt.input_kept else None
+    # Numbers beyond a stored range would be clipped, and those far below it be 0.
+    size = 1.0 if kept is None or kept.ndim else kept / _TYPICAL_RANGE
     known: dict[str, torch.Tensor] = {}
     checked = 0
     for kernel_id, rows in _rows_of(weight.route):
@@ -227,11 +233,12 @@ def _check_weight(
         on_kernel(layer, fmt.id, kernel_id)
         if kernel.numerics not in known:
             known = {kernel.numerics: multiplied_numbers(fmt, stored, kernel.numerics)}
+            rounding = activation_rounding(kernel.numerics, kept)
         for m in rows:
             if fmt.unsupported_reason(kernel, shape, m, device.type) is not None:
                 continue  # of another device, say; a product says so, too
-            x = torch.randn(1, m, stored.shape[1], generator=generator, device=device).to(dtype)
-            expected = reference(kernel, known[kernel.numerics], x, None)
+            x = (size * torch.randn(1, m, k, generator=generator, device=device)).to(dtype)
+            expected = reference(rounding, known[kernel.numerics], x, None)
             product = functools.partial(_multiply, kernel, weight, x, stored)
             reason = _reason(product, dtype, expected, kernel.repeats)
             _refuse(reason, layer, fmt.id, kernel_id, m)

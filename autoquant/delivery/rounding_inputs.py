@@ -115,7 +115,7 @@ class Calibration:
 
 
 class _InputSums(LinearHook):
-    """Sums x x' over all rows x that each parameter is multiplied with.
+    """Sums the statistics of all rows that each parameter is multiplied with.
 
     Args:
         names: Names of the parameters, by their identity.
@@ -124,11 +124,11 @@ class _InputSums(LinearHook):
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self._names = names
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, InputStatistics] = {}
         self._by_expert: dict[str, ExpertInputs] = {}
         self._read: dict[str, list[int]] = {}  # numbers of the inputs it was multiplied with
         self._last: torch.Tensor | None = None
-        self._product = torch.empty(0)
+        self._read_last = InputStatistics(torch.empty(0))
         self._number = 0
 
     def on_linear(self, call: LinearCall) -> None:
@@ -143,28 +143,26 @@ class _InputSums(LinearHook):
         none: list[InputStatistics | None] = [None] * len(call.weight)
         each = self._by_expert.setdefault(name, ExpertInputs(none, call.turned)).each
         for expert, start, end in expert_rows(ends):
-            rows = call.x[start:end].float()
-            hessian = rows.t() @ rows
+            statistics = InputStatistics.of(call.x[start:end])
             if (known := each[expert]) is not None:
-                hessian += known.hessian
-            each[expert] = InputStatistics(hessian)
+                statistics.add(known)
+            each[expert] = statistics
 
     def _add(self, name: str, x: torch.Tensor) -> None:
         if x is not self._last:  # siblings read the same tensor, one right after the other
-            rows = x.reshape(-1, x.shape[-1]).float()
-            self._last, self._product = x, rows.t() @ rows
+            self._last, self._read_last = x, InputStatistics.of(x.reshape(-1, x.shape[-1]))
             self._number += 1
         self._read.setdefault(name, []).append(self._number)
         if name in self._sums:
-            self._sums[name].add_(self._product)
+            self._sums[name].add(self._read_last)
         else:
-            self._sums[name] = self._product.clone()
+            self._sums[name] = self._read_last.copy()
 
     def statistics(self) -> dict[str, InputStatistics | ExpertInputs]:
         """Return statistics by name. Parameters that read the same inputs share one object."""
         shared: dict[tuple[int, ...], InputStatistics] = {}
         linears = {
-            name: shared.setdefault(tuple(self._read[name]), InputStatistics(total))
+            name: shared.setdefault(tuple(self._read[name]), total)
             for name, total in self._sums.items()
         }
         return {**linears, **self._by_expert}

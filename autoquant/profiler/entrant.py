@@ -112,7 +112,7 @@ def _prepare(
 ) -> tuple[Clock, ResultCheck]:
     """Trace and compile one candidate; return what times it, and what checks its results."""
     fmt, kernel = candidate.format, candidate.kernel
-    stored = fmt.store(linear.weight)
+    stored = fmt.sample(linear.weight)
     parts, rebuild = flatten_tensor(stored)
     copies = arena.views(parts, linear.backend.most_copies)
     unroll = min(len(linear.inputs), len(copies))
@@ -150,7 +150,8 @@ def _prepare(
 
     def expected() -> torch.Tensor:
         numbers = multiplied_numbers(fmt, stored, kernel.numerics)
-        return sign * reference(kernel, numbers, sign * linear.inputs[0], bias)
+        rounding = fmt.activation_rounding(kernel.numerics, stored)
+        return sign * reference(rounding, numbers, sign * linear.inputs[0], bias)
 
     check = ResultCheck(
         run=lambda: run(list(real)),

@@ -101,7 +101,7 @@ def format_facts(
                 continue
             nearest = get_format(fmt.rounds) if fmt.rounds else fmt
             if (nearest.id, shape) not in facts:
-                stored = nearest.store(weight)
+                stored = nearest.sample(weight)
                 difference = nearest.dequantize(stored) - weight.float()
                 error = (difference.norm() / weight.float().norm()).item()
                 facts[nearest.id, shape] = FormatFacts(stored_bytes(stored), error)
@@ -226,27 +226,35 @@ class ChoiceMaker:
         size = facts.memory_bytes if self.may_tie else choice.memory_bytes
         roundings = frozenset(numerics.activation for numerics in numerics_of(choice)) - {A16}
         request = request_us(choice, self.workload)
-        return _Point(request, size, facts.weight_error, roundings)
+        least = 0.0 if get_format(choice.format).without_inputs else facts.weight_error
+        return _Point(request, size, facts.weight_error, least, roundings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """A choice as pruning sees it. In all four, less is better."""
+    """A choice as pruning sees it. In all, less is better.
+
+    Attributes:
+        weight_error: Relative error on Gaussian weights.
+        least_error: That, or 0 if the weight is made for the layer's inputs: only scoring shows
+            what that is worth.
+    """
 
     request_us: float
     memory_bytes: int
     weight_error: float
+    least_error: float
     roundings: frozenset[str]
 
     def beats(self, other: _Point) -> bool:
         """Check whether this is no worse in everything. Of two equals, the smaller one beats."""
         if not self.roundings <= other.roundings:
             return False
-        if (self.request_us, self.weight_error) == (other.request_us, other.weight_error):
+        if (self.request_us, self.weight_error) == (other.request_us, other.least_error):
             return self.memory_bytes < other.memory_bytes
         return (
             self.request_us <= other.request_us
-            and self.weight_error <= other.weight_error
+            and self.weight_error <= other.least_error
             and self.memory_bytes <= other.memory_bytes * _SAME_SIZE
         )
 

@@ -305,6 +305,6 @@ def _weight_bytes(
         .to(device_name)
     )
     try:
-        return stored_bytes(fmt.store(weight)) * shape.n / rows
+        return stored_bytes(fmt.sample(weight)) * shape.n / rows
     except Exception:  # noqa: BLE001 - why it cannot be stored is the outcome of its timing; here it only has no floor
         return None

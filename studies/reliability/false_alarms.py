@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from autoquant.candidates import ACTIVATION_ROUNDING, Candidate, multiplied_numbers, select
+from autoquant.candidates import Candidate, multiplied_numbers, select
 from autoquant.candidates.check import (
     MAX_ELEMENT_ERROR,
     MAX_RELATIVE_ERROR,
@@ -67,15 +67,16 @@ def measure(candidate: Candidate, shape: LinearShape, weight: torch.Tensor, wors
     rows = [m for m in ROWS if fmt.unsupported_reason(kernel, shape, m, "cpu") is None]
     if not rows:
         return
-    stored = fmt.store(weight)
+    stored = fmt.sample(weight)
+    rounding = fmt.activation_rounding(kernel.numerics, stored)
     numbers = multiplied_numbers(fmt, stored, kernel.numerics)
     numbers_64 = numbers.double()
     for m in rows:
         generator = torch.Generator().manual_seed(m)
         x = torch.randn(1, m, shape.k, generator=generator).bfloat16()
-        expected = reference(kernel, numbers, x, None)
+        expected = reference(rounding, numbers, x, None)
         y = kernel.linear(x, stored, None)
-        exact = F.linear(ACTIVATION_ROUNDING[kernel.numerics](x.float()).double(), numbers_64)
+        exact = F.linear(rounding(x.float()).double(), numbers_64)
         typical = expected.norm() / expected.numel() ** 0.5
         beyond = (y.float() - expected).abs() - MAX_RELATIVE_ERROR * expected.abs()
         relative_64 = float(((y.double() - exact).norm() / exact.norm()).item())

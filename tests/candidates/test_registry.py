@@ -48,7 +48,7 @@ def ids(globs):
             ["int4-g64/cpu-packed/int4pack-mm", "int4-g64/cpu-packed/dequantize-matmul"],
         ),
         (
-            ["*plain/int-mm", "float16", "float16/*"],
+            ["*row/plain/int-mm", "float16", "float16/*"],
             ["float16/plain/matmul", "int8-row/plain/int-mm"],
         ),
         ([], []),

@@ -36,7 +36,7 @@ def routed(format_id, *, seed=0):
         RouteStep(upper_m=4, kernel=usable[0].id),
         RouteStep(upper_m=None, kernel=usable[-1].id),
     )
-    return RoutedWeight.wrap(fmt.store(weight), format_id, route, torch.bfloat16)
+    return RoutedWeight.wrap(fmt.sample(weight), format_id, route, torch.bfloat16)
 
 
 def spy_weight(upper=4):

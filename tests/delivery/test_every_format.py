@@ -41,6 +41,11 @@ IN_A_NEW_PROCESS = (
     "mxfp4/swizzled",
     "int4-g64-gptq/cpu-packed",
     "int3-g32/bit-planes",
+    "static-int8/plain joined",
+    "smooth-int8/plain",
+    "awq-int4-g64/lanes",
+    "nf4-g64/packed",
+    "sparse24-int8-wanda/plain",
     "mixed 1",
 )
 

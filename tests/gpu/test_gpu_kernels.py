@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoquant.candidates import (
-    ACTIVATION_ROUNDING,
     known_formats,
     multiplied_numbers,
     select,
@@ -62,11 +61,11 @@ def test_a_kernel_computes_the_product_of_the_stored_numbers(name, m):
             )
         )
     weight, bias, x = tensors(m)
-    stored = fmt.store(weight)
+    stored = fmt.sample(weight)
     for b in (bias, None):
         y = kernel.linear(x, stored, b)
         assert (y.shape, y.dtype) == ((1, m, N), torch.bfloat16)
-        rounded = ACTIVATION_ROUNDING[kernel.numerics](x.float()).double()
+        rounded = fmt.activation_rounding(kernel.numerics, stored)(x.float()).double()
         expected = F.linear(
             rounded,
             multiplied_numbers(fmt, stored, kernel.numerics).double(),
@@ -100,11 +99,12 @@ def test_rounding_packs_tiles_as_rounding_to_nearest_does(group):
     assert packed.qdata.shape == nearest.store(weight).qdata.shape
 
 
+BY_NAME = ("static", "smooth", "awq-int4-g64", "sparse24")
 FORMATS = [
     fmt.id
     for fmt in known_formats().values()
     if torch.cuda.is_available()
-    and fmt.by_default("cuda")
+    and (fmt.by_default("cuda") or fmt.values.startswith(BY_NAME))
     and any(usable(fmt, kernel, 1) for kernel in fmt.kernels)
     and any(usable(fmt, kernel, 64) for kernel in fmt.kernels)
 ]
@@ -118,7 +118,7 @@ def routed(format_id):
     route = (RouteStep(upper_m=8, kernel=few), RouteStep(upper_m=None, kernel=many))
     layer = nn.Linear(K, N, device="cuda", dtype=torch.bfloat16)
     layer.weight = nn.Parameter(
-        RoutedWeight.wrap(fmt.store(weight), format_id, route, torch.bfloat16), requires_grad=False
+        RoutedWeight.wrap(fmt.sample(weight), format_id, route, torch.bfloat16), requires_grad=False
     )
     layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer

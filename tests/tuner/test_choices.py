@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_a_choice_that_another_beats_in_everything_is_dropped_with_the_reason():
     assert choices.dropped == {
         "slow/plain": "bfloat16/plain is at least as fast, as small and as exact"
     }
+
+
+@pytest.mark.parametrize("for_inputs", [False, True])
+def test_a_weight_that_is_made_for_inputs_is_not_dropped_for_its_error_on_others(for_inputs):
+    own = replace(
+        make_format("own/plain", kernel="a16"),
+        needs_inputs=for_inputs,
+        without_inputs=(lambda weight: weight) if for_inputs else None,
+    )
+    table = int8_times(weight_only=(10.0, 10.0), integer=(90.0, 90.0))
+    table |= {("own/plain", "kernel", m): 11.0 for m in (1, 8)}
+    known = FACTS | facts(own=(100, 0.01))
+    found = {c.format for c in choices_of(table, formats=(INT8, own), known=known).choices}
+    assert ("own/plain" in found) is for_inputs
 
 
 @pytest.mark.parametrize("better", ["time", "memory", "exactness"])

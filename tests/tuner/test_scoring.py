@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders.records import make_choice
@@ -160,18 +162,51 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(run, store):
     assert events[0] == StageStarted("score", 1)
 
 
-def test_a_weight_that_cannot_be_rounded_for_its_inputs_is_left_out_with_the_reason():
-    llama = tiny_llama().requires_grad_(False)
-    llama.model.layers[1].input_layernorm.weight.data[3] = float("inf")
+def bench_of(module):
     parts = TextParts({"calibration": WINDOWS, "selection": WINDOWS, "report": WINDOWS}, WINDOWS)
-    loaded = from_module(llama)
-    bench = Bench(
+    loaded = from_module(module)
+    return Bench(
         load=lambda: loaded,
         quality=TextQuality(parts, "cpu"),
         workload=WORKLOAD,
         device="cpu",
         execution="eager",
     )
+
+
+@pytest.mark.parametrize("method", list(SENSITIVITIES))
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("static-int8/plain", "a8-static"), ("smooth-int8/plain", "a8-row-scaled")],
+)
+def test_an_activation_is_scored_with_what_the_weight_keeps_for_it(method, name, activation):
+    bench, fmt = bench_of(tiny_llama().requires_grad_(False)), get_format(name)
+    loaded = bench.loaded
+    site = next(
+        site
+        for site in record(loaded.module, make_phases(loaded, WORKLOAD)).sites
+        if site.name.endswith("layers.0.mlp.down_proj")
+    )
+    (made,) = jobs._with_inputs([Change(site, "made", fmt, activation)], bench, lambda _event: None)
+    stored = bench.calibration.stored(site.parameters[0], fmt)
+    assert torch.equal(made.input_kept, fmt.input_kept(stored))
+    wrong = made.input_kept.clone()
+    wrong.view(-1)[0] = (
+        1e-3 if wrong.ndim == 0 else 1e4
+    )  # all is clipped; all others are rounded away
+    coarse = replace(made, numerics="coarse", input_kept=wrong)
+    found = {}
+    SENSITIVITIES[method].score(
+        loaded.module, [made, coarse], bench.quality, lambda _name, losses: found.update(losses)
+    )
+    assert found[site.name, "coarse"] > max(3 * found[site.name, "made"], 1e-9)
+
+
+def test_a_weight_that_cannot_be_rounded_for_its_inputs_is_left_out_with_the_reason():
+    llama = tiny_llama().requires_grad_(False)
+    llama.model.layers[1].input_layernorm.weight.data[3] = float("inf")
+    bench = bench_of(llama)
+    loaded = bench.loaded
     sites = record(loaded.module, make_phases(loaded, WORKLOAD)).sites
     gptq, nearest = get_format("int3-g32-gptq/bit-planes"), get_format("int3-g32/bit-planes")
     changes = [Change(site, fmt.values, fmt, "a16") for site in sites for fmt in (nearest, gptq)]

@@ -116,7 +116,8 @@ def _packed_mm_unsupported(shape: LinearShape, _m: int, device_type: str) -> str
     return None
 
 
-def _int_mm_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+def int_mm_unsupported(shape: LinearShape, m: int, device_type: str) -> str | None:
+    """Return why `torch._int_mm` cannot compute `shape` at m rows on a device, or None."""
     if device_type not in _PICKY_INT_MM:
         return None
     if m <= 16:
@@ -130,16 +131,17 @@ def _dynamic_unsupported(shape: LinearShape, m: int, device_type: str) -> str | 
     if device_type == "cpu":
         # For one row, compiled code of PyTorch 2.13 even returns garbage.
         return "int-mm makes the same product on a CPU, and rounds less"
-    return _int_mm_unsupported(shape, m, device_type)
+    return int_mm_unsupported(shape, m, device_type)
 
 
-_int8_rows = cpu_operator(
+int8_rows = cpu_operator(
     "cpu_int8_rows", "Tensor x, Tensor weight, Tensor scale, Tensor? bias", empty_rows
 )
+"""Takes x `[..., k]`, int8 `[n, k]`, scales `[n, 1]` in x's dtype and a bias: a few rows."""
 
 
 def _cpu_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _int8_rows(x, *_parts(weight), bias)
+    return int8_rows(x, *_parts(weight), bias)
 
 
 _int8_tiles = cpu_operator(
@@ -189,7 +191,7 @@ FORMATS = (
                 numerics=A8_ROW,
                 linear=_int_mm,
                 arithmetic="int8",
-                unsupported=_int_mm_unsupported,
+                unsupported=int_mm_unsupported,
                 description=(
                     "activation rows rounded to int8, integer product, scales applied in float32"
                 ),

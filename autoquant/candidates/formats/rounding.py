@@ -18,7 +18,8 @@ from torchao.quantization.quant_primitives import (
     _choose_qparams_and_quantize_scale_only_hqq,
 )
 
-from autoquant.candidates.base import Format, InputStatistics
+from autoquant.candidates.base import Format
+from autoquant.candidates.inputs import InputStatistics
 
 _SMALLEST_STEP = 1e-6
 _SMALLEST_SCALE = 1e-12

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from autoquant.candidates import A16, Format
+from autoquant.candidates import A16, Format, activation_rounding
 from autoquant.errors import QualityError
 from autoquant.evaluators.outputs import AnyQuality
 from autoquant.evaluators.quality import TextQuality
@@ -24,6 +24,7 @@ class Change:
 
     Attributes:
         stored: Returns the weight in the format, if more than the weight is needed to make it.
+        input_kept: What it keeps for its activation, if the format has `input_kept`.
     """
 
     site: Site
@@ -31,6 +32,12 @@ class Change:
     format: Format
     activation: str
     stored: Callable[[], torch.Tensor] | None = None
+    input_kept: torch.Tensor | None = None
+
+    @property
+    def rounding(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """How the activation is rounded."""
+        return activation_rounding(self.activation, self.input_kept)
 
     @property
     def keeps_input(self) -> bool:

@@ -159,7 +159,7 @@ class _FisherSite:
             if self._looks_up:
                 difference = F.embedding(x, weight).sub_(original)
             else:
-                difference = changed_output(x, weight, change.activation, ends).sub_(original)
+                difference = changed_output(x, weight, change, ends).sub_(original)
             inner = difference.mul_(gradient).sum(-1).flatten()
             key = (change.numerics, len(inner))
             if key in self._products:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from autoquant.candidates import A16, ACTIVATION_ROUNDING
+from autoquant.candidates import A16
 from autoquant.candidates.calls import (
     LinearCall,
     LinearHook,
@@ -30,6 +30,7 @@ from autoquant.devices import backend
 from autoquant.devices.memory import available_bytes
 from autoquant.errors import QualityError
 from autoquant.evaluators.passes import Forward, after_blocks, chain_of
+from autoquant.evaluators.sensitivity.base import Change
 from autoquant.models.blocks import BlockChain, block_lists
 from autoquant.models.loaded import device_of
 from autoquant.models.outputs import output_tensor, run_on_tokens
@@ -149,19 +150,19 @@ def batch_logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def changed_output(
-    x: torch.Tensor, weight: torch.Tensor, activation: str, ends: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, change: Change, ends: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return x `[..., k]`, rounded as the activation says, times a weight."""
-    rounded = x if activation == A16 else rounded_activation(x, activation)
+    """Return x `[..., k]`, rounded as the change says, times a weight."""
+    rounded = x if change.activation == A16 else rounded_activation(x, change)
     return product(rounded, weight, ends)
 
 
-def rounded_activation(x: torch.Tensor, activation: str) -> torch.Tensor:
+def rounded_activation(x: torch.Tensor, change: Change) -> torch.Tensor:
     """Round each window by itself.
 
     Some roundings share one scale among all rows of a call, and a call is one window.
     """
-    rounding = ACTIVATION_ROUNDING[activation]
+    rounding = change.rounding
     if x.ndim < 3 or len(x) == 1:
         return rounding(x)
     return torch.stack([rounding(window) for window in x])

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING
 from autoquant.candidates.calls import LinearHook
 from autoquant.evaluators.emulate import EmulatedLinear, EmulatedTable, in_float32
 from autoquant.evaluators.logits import divergence_sum
@@ -82,7 +81,7 @@ def _emulated(change: Change, parameter: torch.Tensor, weight: torch.Tensor) -> 
     """Return what makes a change of a linear or a table while it is active."""
     if change.site.lookup:
         return EmulatedTable(parameter, weight)
-    return EmulatedLinear(parameter, weight, ACTIVATION_ROUNDING[change.activation])
+    return EmulatedLinear(parameter, weight, change.rounding)
 
 
 class _Run:

@@ -120,9 +120,9 @@ class PathSite:
         if changed is None:
             return product(x, self._original(), ends)
         if self._change.activation == A16 or self._position == 1.0:
-            return changed_output(x, self.weight(), self._change.activation, ends)
+            return changed_output(x, self.weight(), self._change, ends)
         return product(x, self._original(), ends).lerp_(
-            changed_output(x, changed, self._change.activation, ends), self._position
+            changed_output(x, changed, self._change, ends), self._position
         )
 
     def _original(self) -> torch.Tensor:
@@ -147,7 +147,7 @@ class PathSite:
         # Products of differences: of two outputs little would be left but how they were rounded.
         difference = product(x, self._weight_difference(changed), ends)
         if self._change.activation != A16:
-            error = rounded_activation(x, self._change.activation).sub_(x)
+            error = rounded_activation(x, self._change).sub_(x)
             difference += product(error, changed, ends)
         self.inner += difference.mul_(gradient).sum()
 

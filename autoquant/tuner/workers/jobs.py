@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
+
 from autoquant.candidates import Format, candidate_of, get_format
 from autoquant.delivery.rounding_inputs import Calibration
 from autoquant.devices import backend
@@ -347,9 +349,15 @@ def _with_inputs(changes: Sequence[Change], bench: Bench, tell: Tell) -> list[Ch
         if (name, change.format.id) in reasons:
             continue
         if change.format.needs_inputs:
-            change = replace(change, stored=partial(calibration.stored, name, change.format))
+            change = _made(change, partial(calibration.stored, name, change.format))
         made.append(change)
     return made
+
+
+def _made(change: Change, stored: Callable[[], torch.Tensor]) -> Change:
+    """Return a change with the weight made for it, and what that keeps for its activation."""
+    keeps = change.format.input_kept
+    return replace(change, stored=stored, input_kept=keeps(stored()) if keeps else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoquant.candidates import ACTIVATION_ROUNDING, get_format, multiplied_numbers, select, timed
+from autoquant.candidates import get_format, multiplied_numbers, select, timed
 from autoquant.candidates.routed import RoutedWeight
 from autoquant.records import LinearShape, RouteStep
 
@@ -21,6 +21,16 @@ WEIGHT_ERROR = {  # relative error of the stored numbers of a bfloat16 weight, i
     "mxfp4": 0.12,
     "nvfp4": 0.1,
     "int8-row": 0.012,
+    "static-int8": 0.012,
+    "static-float8": 0.04,
+    "smooth-int8": 0.02,
+    "awq-int4-g32": 0.12,  # GPTQ counts the output's error, not the weight's
+    "awq-int4-g64": 0.13,
+    "awq-int4-g128": 0.14,
+    "nf4-g64": 0.1,
+    "sparse24": 0.4,  # half of the numbers are dropped
+    "sparse24-int8": 0.4,
+    "sparse24-float8": 0.4,
     "int4-g32": 0.09,
     "int4-g64": 0.1,
     "int4-g128": 0.11,
@@ -67,7 +77,7 @@ def tensors(dtype):
 
 
 def reference(fmt, kernel, stored, x, bias):
-    rounded = ACTIVATION_ROUNDING[kernel.numerics](x.float())
+    rounded = fmt.activation_rounding(kernel.numerics, stored)(x.float())
     return F.linear(
         rounded,
         multiplied_numbers(fmt, stored, kernel.numerics),
@@ -102,7 +112,7 @@ def test_the_unquantized_weight_and_three_quantized_families_work_on_any_cpu():
 @pytest.mark.parametrize(("fmt", "kernel", "dtype"), PAIRS)
 def test_a_kernel_computes_the_product_of_the_stored_numbers(fmt, kernel, dtype):
     weight, bias, x = tensors(dtype)
-    stored = fmt.store(weight)
+    stored = fmt.sample(weight)
     for activation in (x[0], x):
         for b in (bias, None):
             with torch.no_grad():
@@ -118,7 +128,7 @@ def test_a_kernel_takes_activations_that_do_not_lie_in_one_piece(fmt, kernel, dt
     weight, bias, x = tensors(dtype)
     x = x[:, -1:] if "last" in view else x.reshape(-1, K).t().contiguous().t()
     assert not x.is_contiguous()
-    stored = fmt.store(weight)
+    stored = fmt.sample(weight)
     with torch.no_grad():
         y = kernel.linear(x, stored, bias)
     assert relative_error(y, reference(fmt, kernel, stored, x, bias)) < tolerance(
@@ -130,7 +140,7 @@ def test_a_kernel_takes_activations_that_do_not_lie_in_one_piece(fmt, kernel, dt
 def test_a_format_keeps_the_weights_numbers_as_well_as_its_width_allows(fmt):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(N, K, generator=generator).bfloat16()
-    stored = fmt.store(weight)
+    stored = fmt.sample(weight)
     numbers = fmt.dequantize(stored)
     assert (numbers.shape, numbers.dtype, stored.shape) == ((N, K), torch.float32, (N, K))
     assert relative_error(numbers, weight.float()) <= WEIGHT_ERROR[fmt.values]
@@ -141,7 +151,7 @@ def test_zero_rows_and_zero_activations_give_zeros(fmt, kernel, dtype):
     weight, _, x = tensors(dtype)
     weight[5] = 0
     x[0, 1] = 0
-    stored = fmt.store(weight)
+    stored = fmt.sample(weight)
     with torch.no_grad():
         y = kernel.linear(x, stored, None)
     assert torch.isfinite(y).all()
@@ -153,7 +163,7 @@ def test_zero_rows_and_zero_activations_give_zeros(fmt, kernel, dtype):
 def compiled_linear(fmt, kernel, backend):
     torch._dynamo.reset()
     weight, bias, x = tensors("bfloat16")
-    stored = fmt.store(weight)
+    stored = fmt.sample(weight)
     module = nn.Linear(K, N)
     route = (RouteStep(upper_m=None, kernel=kernel.id),)
     module.weight = nn.Parameter(
@@ -182,6 +192,10 @@ def test_a_routed_linear_is_traced_in_one_graph(fmt, kernel, dtype):
         "mxfp8/swizzled/emulated",
         "mxfp4/swizzled/emulated",
         "nvfp4/swizzled/emulated",
+        "static-int8/plain/int-mm",
+        "smooth-int8/plain/int-mm",
+        "sparse24-int8/plain/dequantize-matmul",
+        "nf4-g64/packed/dequantize-matmul",
     ],
 )
 def test_a_routed_linear_is_compiled(name):
@@ -217,6 +231,10 @@ def test_a_routed_linear_is_compiled(name):
         ("mxfp4/swizzled", (64, 48), 1, "cpu", "k=48 is not divisible by the block size 32"),
         ("nvfp4/swizzled", (64, 40), 1, "cuda", "k=40 is not divisible by the block size 16"),
         ("nvfp4/swizzled/scaled-mm", (64, 64), 1, "cpu", "block-scaled products are for CUDA"),
+        ("nf4-g64/packed", (64, 96), 1, "cpu", "k=96 is not divisible by the group size 64"),
+        ("sparse24/plain", (64, 12), 1, "cpu", "k=12 is not divisible by 8"),
+        ("sparse24-int8/cusparselt", (64, 64), 1, "cpu", "a 2:4 sparse product needs a CUDA GPU"),
+        ("static-int8/plain/int-mm", (64, 64), 16, "cuda", "more than 16 rows on CUDA, not 16"),
         ("float32/plain", (64, 64), 1, "cpu", "float32 is wider than the model's bfloat16"),
     ],
 )
@@ -271,7 +289,7 @@ def test_a_candidate_works_on_every_odd_shape_that_it_does_not_refuse(name, shap
         "ATen's kernel would crash here"
     )
     generator = torch.Generator().manual_seed(2)
-    stored = fmt.store(torch.randn(n, k, generator=generator).to(getattr(torch, dtype)))
+    stored = fmt.sample(torch.randn(n, k, generator=generator).to(getattr(torch, dtype)))
     x = torch.randn(3, k, generator=generator).to(getattr(torch, dtype))
     with torch.no_grad():
         y = kernel.linear(x, stored, None)

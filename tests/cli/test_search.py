@@ -18,7 +18,7 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "--workload", "prefill=128,decode=64", "--max-ppl-increase", "0.5%", "--max-memory", "2GiB",
         "--candidates", "int8*", "--candidates", "int4*", "--time-budget", "90s", "--seed", "7",
         "--model-factory", "a.b:c", "--tokenizer", "tok", "--trust-pickle", "--fuse", "--minimize", "memory",
-        "--workers", "2",
+        "--workers", "2", "--embeddings", "--kv-cache", "int8",
     ]  # fmt: skip
     result = runner.invoke(app, ["search", "model", *options])
     assert result.exit_code == 0, result.stderr
@@ -52,6 +52,8 @@ def test_options_reach_the_driver_as_values(runner, driver):
         "trust_pickle": True,
         "trust_remote_code": False,
         "workers": "2",
+        "embeddings": True,
+        "kv_cache": "int8",
     }
 
 

@@ -28,6 +28,7 @@ def test_json_of_the_recommended_plan_has_every_layer_with_why(runner, database)
         "loss": 0.0001,
         "memory_bytes": 65536,
         "joined": [],
+        "tied": "",
         "reason": "fastest within the limit",
         "alternatives": None,
     }

@@ -102,7 +102,7 @@ def test_linears_are_timed_on_a_new_kind_of_device(meta, monkeypatch):
     arena = SimpleNamespace(
         device="meta",
         bytes=torch.empty(64, dtype=torch.uint8),
-        views=lambda tensors: [list(tensors)],
+        views=lambda tensors, _most: [list(tensors)],
     )
     (found,) = compare(
         shape, 1, [Candidate(fmt, kernel)], arena=arena, compiled=False, effort=SMALL

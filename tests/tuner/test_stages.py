@@ -51,7 +51,7 @@ def space_of(setup, runner, bound=UNBOUND):
 def test_linears_are_recorded_once(setup, monkeypatch):
     recording = record_linears(setup)
     assert [site.name for site in recording.sites] == ["gate", "up", "down"]
-    monkeypatch.setattr("autoquant.tuner.stages.record.record_model", None)
+    monkeypatch.setattr("autoquant.tuner.request.record_model", None)
     assert record_linears(setup) == recording
 
 

@@ -40,9 +40,10 @@ def start_runner(
     """
     if workers is not None:
         return _several(bench, formats, workers)
-    reason = _needs_this_process(bench, formats)
-    if not reason and not backend(bench.device).forks:
+    reason = ""
+    if not backend(bench.device).forks:
         reason = f"a process that uses {bench.device} cannot be forked"
+    reason = reason or _needs_this_process(bench, formats)
     if not reason:
         try:
             return _loading(ForkingRunner(_spec_of(bench, formats)))

@@ -65,7 +65,7 @@ FolderDeviceOption = Annotated[
 KvCacheOption = Annotated[
     KvCacheChoice | None,
     typer.Option(
-        help="Keep keys and values in 8 bits: less to read for each token of a long context.",
+        help="Keep keys and values in 8 bits: half the memory for each token of the context.",
         show_default="as the plan says, else off",
     ),
 ]

@@ -104,6 +104,7 @@ FORMATS = [
     fmt.id
     for fmt in known_formats().values()
     if torch.cuda.is_available()
+    and not (fmt.rounds and fmt.needs_inputs)  # as the format that they are stored as
     and (fmt.by_default("cuda") or fmt.values.startswith(BY_NAME))
     and any(usable(fmt, kernel, 1) for kernel in fmt.kernels)
     and any(usable(fmt, kernel, 64) for kernel in fmt.kernels)

@@ -26,8 +26,8 @@ from autoquant.candidates.formats.sparse24 import FLOAT8, FLOATS, INT8, KINDS, K
 from autoquant.devices.gpu import needs_cuda, not_divisible
 from autoquant.records import LinearShape
 
-_SUMS = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}
-"""What products of rounded numbers are summed up to, which is exact enough to scale later."""
+_SUMS = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.bfloat16}
+"""What sums of rounded numbers come as. PyTorch 2.11 traces no float32 ones of float8."""
 _Round = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 _COLUMNS_AT_ONCE = 1024
 _FLOAT8_CAPABILITY = (9, 0)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from autoquant.candidates.apart import Apart
 from autoquant.candidates.apart_experts import take_experts_apart
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
 from autoquant.candidates.joined import Whole, whole_of
@@ -132,13 +133,15 @@ def _memory(part: torch.Tensor) -> tuple[object, ...]:
     return part.data_ptr(), part.dtype, part.shape, part.stride(), part.device
 
 
-class ApartLinear(nn.Linear):
+class ApartLinear(Apart, nn.Linear):
     """A linear that multiplies with the tensors inside its weight.
 
     Attributes:
         operand: The operand of its weight.
         keeps: Compiled code keeps the product with the whole for the linear's siblings.
     """
+
+    found_again = ("operand", "_start")
 
     operand: Operand
     _start: int
@@ -177,21 +180,6 @@ class ApartLinear(nn.Linear):
     def _own_rows(self, y: torch.Tensor) -> torch.Tensor:
         y = y.narrow(-1, self._start, self.out_features)
         return y if self.bias is None else y + self.bias
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.take_apart()
-        return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        for name in ("operand", "_start"):  # both are found again from the weight
-            state.pop(name, None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.take_apart()
 
 
 class RoutedLinear(ApartLinear):

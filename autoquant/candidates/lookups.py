@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autoquant.candidates.apart import Apart
 from autoquant.candidates.base import LookupFunction
 from autoquant.candidates.calls import LOOKUP_FUNCTIONS, lookup_call
 from autoquant.candidates.flat import Rebuild, flatten_tensor, unflatten_tensor
@@ -84,8 +85,10 @@ def wrong_rows(weight: RoutedWeight) -> str:
     return f"rows that are looked up differ by {(found - expected).abs().max().item():.2g}"
 
 
-class ApartEmbedding(nn.Embedding):
+class ApartEmbedding(Apart, nn.Embedding):
     """An embedding that looks up rows in the tensors inside its table."""
+
+    found_again = ("_parts", "_looked_up")
 
     _parts: list[torch.Tensor]
     _looked_up: Callable[..., torch.Tensor]
@@ -102,21 +105,6 @@ class ApartEmbedding(nn.Embedding):
         if torch.compiler.is_compiling():
             return self._looked_up(input, *self._parts)
         return F.embedding(input, self.weight)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.take_apart()
-        return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        for name in ("_parts", "_looked_up"):  # both are found again from the table
-            state.pop(name, None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.take_apart()
 
 
 class RoutedEmbedding(ApartEmbedding):
